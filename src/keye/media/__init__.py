@@ -1,0 +1,50 @@
+"""Bytes -> frames -> patches, grids and positions. Never imports the networks.
+
+The names below load on first use, so that the decode worker, which lives in this package, starts without numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keye.media.fetch import Source, fetch, media_kind
+    from keye.media.image import ImagePlan, plan_image, read_image
+    from keye.media.positions import build_position_ids, get_rope_index, split_grid_rows
+    from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
+    from keye.media.video import (
+        DecodeLimits,
+        VideoInfo,
+        VideoPlan,
+        VideoReader,
+        iter_frames,
+        open_video,
+        plan_video,
+        probe,
+        read_frames,
+    )
+
+_HOME = {
+    "fetch": ("Source", "fetch", "media_kind"),
+    "image": ("ImagePlan", "plan_image", "read_image"),
+    "positions": ("build_position_ids", "get_rope_index", "split_grid_rows"),
+    "processor": ("MediaItem", "Processor", "VisionInput", "VisualSpan"),
+    "video": (
+        "DecodeLimits", "VideoInfo", "VideoPlan", "VideoReader",
+        "iter_frames", "open_video", "plan_video", "probe", "read_frames",
+    ),
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "DecodeLimits", "ImagePlan", "MediaItem", "Processor", "Source", "VideoInfo", "VideoPlan", "VideoReader",
+    "VisionInput", "VisualSpan", "build_position_ids", "fetch", "get_rope_index", "iter_frames", "media_kind",
+    "open_video", "plan_image", "plan_video", "probe", "read_frames", "read_image", "split_grid_rows",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
