@@ -1,0 +1,340 @@
+"""Every configuration of keye: model, processor, generation. Reads and validates the official files.
+
+Knows the field names of the official `config.json`; knows nothing of tensors. All classes are frozen: a configuration
+is read once and passed around. This module and `cli` are the only ones that read the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keye.errors import KeyeError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an architecture name promises: layers may be sparse (DSA), layers may route to experts."""
+
+    sparse: bool
+    moe: bool
+
+
+#: Architectures whose language model is implemented.
+ARCHITECTURES = {
+    "KeyeVL2MoeForConditionalGeneration": Architecture(sparse=True, moe=True),
+    "KeyeVL2ForConditionalGeneration": Architecture(sparse=True, moe=False),
+    "KeyeVL1_5ForConditionalGeneration": Architecture(sparse=False, moe=False),
+}
+
+
+class ConfigError(KeyeError):
+    """A configuration file is missing, unreadable, incomplete or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower (SigLIP geometry) and the merge of its projector. Sizes in pixels, patches or channels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int = 14
+    image_size: int = 384
+    num_channels: int = 3
+    spatial_merge_size: int = 2
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the square learned position table, in patches."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """`sa_config`: the DeepSeek Sparse Attention indexer. One key head; `topk` keys are kept for each query."""
+
+    indexer_num_heads: int
+    indexer_head_dim: int
+    topk: int
+    indexer_num_kv_heads: int = 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. `num_experts == 0` means every layer has a dense MLP."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    sparse: SparseConfig | None = None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (0-based) routes to experts."""
+        if self.num_experts == 0 or layer in self.mlp_only_layers:
+            return False
+        return (layer + 1) % self.decoder_sparse_step == 0
+
+    def indexer_mrope_section(self) -> tuple[int, int, int]:
+        """The main M-RoPE sections scaled to the indexer's head dimension (16,24,24 at 128 -> 8,12,12 at 64)."""
+        assert self.sparse is not None
+        ratio = self.sparse.indexer_head_dim / self.head_dim
+        t, h, w = (int(s * ratio) for s in self.mrope_section)
+        return t, h, w
+
+
+@dataclass(frozen=True)
+class KeyeConfig:
+    """A whole model as its `config.json` describes it. `unknown` lists keys that were kept but have no meaning here."""
+
+    architecture: str
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None = None
+    dtype: str = "bfloat16"
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    unknown: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """How media become visual tokens. One token stands for `factor` x `factor` pixels; budgets are in tokens.
+
+    `frame_text` is the text before the visual tokens of one video frame. The text of the official 2.0 processor is
+    not published; the default is the form of 1.5 and is our reading of it.
+    """
+
+    patch_size: int = 14
+    merge_size: int = 2
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_min_tokens: int = 4
+    image_max_tokens: int = 20480
+    video_min_tokens: int = 64
+    video_max_tokens: int = 256
+    video_total_tokens: int = 184320
+    fps: float = 2.0
+    min_frames: int = 2
+    max_frames: int | None = None
+    adaptive_budget: bool = False
+    frame_text: str = "<|frame|>{seconds:.1f}"
+
+    @property
+    def factor(self) -> int:
+        """Side of one visual token in pixels."""
+        return self.patch_size * self.merge_size
+
+    def __post_init__(self) -> None:
+        if self.video_min_tokens > self.video_max_tokens or self.image_min_tokens > self.image_max_tokens:
+            raise ConfigError("the processor's minimum of tokens is above its maximum; swap min_tokens and max_tokens")
+        if self.fps <= 0:
+            raise ConfigError(f"the processor's fps is {self.fps}; it must be above 0")
+        try:
+            self.frame_text.format(seconds=0.0)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(f"frame_text {self.frame_text!r} may only use the field {{seconds}}: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+
+_TEXT_REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rope_theta", "max_position_embeddings",
+)  # fmt: skip
+_TEXT_OPTIONAL = (
+    "rms_norm_eps", "hidden_act", "attention_bias", "tie_word_embeddings", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+)  # fmt: skip
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+#: Keys of official files that carry no information for the forward pass.
+_INERT = frozenset(
+    "architectures model_type auto_map bos_token_id eos_token_id pad_token_id vision_token_id initializer_range "
+    "initializer_factor max_window_layers sliding_window use_sliding_window transformers_version use_cache torch_dtype "
+    "dtype attention_dropout vision_config rope_scaling sa_config mlp_only_layers head_dim router_aux_loss_coef "
+    "output_router_logits fast_video_token_id".split()
+)
+
+
+def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
+    """Validates an official `config.json` (already parsed) and returns it as a `KeyeConfig`.
+
+    Raises `ConfigError` naming every missing field at once, an architecture that is not supported, or the first
+    contradiction between fields. Keys without meaning here are kept in `raw` and named in `unknown`.
+    """
+    architecture = _architecture(raw)
+    _require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
+    text = _text_config(raw, ARCHITECTURES[architecture])
+    known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
+    eos = raw.get("eos_token_id")
+    config = KeyeConfig(
+        architecture=architecture,
+        text=text,
+        vision=_vision_config(raw["vision_config"]),
+        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),)),
+        pad_token_id=raw.get("pad_token_id"),
+        dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
+        raw=dict(raw),
+        unknown=tuple(sorted(set(raw) - known)),
+        **{name: int(raw[name]) for name in _TOKEN_IDS},
+    )
+    _check(config)
+    return config
+
+
+def load_model_config(folder: Path) -> KeyeConfig:
+    """Reads `folder/config.json`. Raises `ConfigError` when it is missing or no JSON object."""
+    return model_config_from_dict(read_json(Path(folder) / "config.json"))
+
+
+def load_processor_config(folder: Path) -> ProcessorConfig:
+    """Reads `folder/preprocessor_config.json` if present; absent fields keep the official 2.0 values.
+
+    `min_pixels`/`max_pixels` of official files are image limits and are converted to tokens. A `keye` object in the
+    file holds our own fields (video budgets, `frame_text`); unknown fields in it are errors.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.exists():
+        return ProcessorConfig()
+    raw = read_json(path)
+    values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
+    for name in ("image_mean", "image_std"):
+        if name in raw:
+            values[name] = tuple(raw[name])
+    token = (values.get("patch_size", 14) * values.get("merge_size", 2)) ** 2
+    for source, name in (("min_pixels", "image_min_tokens"), ("max_pixels", "image_max_tokens")):
+        if source in raw:
+            values[name] = int(raw[source]) // token
+    own = raw.get("keye", {})
+    fields = {f.name for f in dataclasses.fields(ProcessorConfig)}
+    if unknown := sorted(set(own) - fields):
+        raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+    return ProcessorConfig(**{**values, **own})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON object from a file; `ConfigError` with one sentence otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint folder needs it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _require(raw: Mapping[str, Any], names: list[str], where: str) -> None:
+    if missing := [name for name in names if raw.get(name) is None]:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return str(name)
+    shown = ", ".join(map(str, names)) or "none"
+    raise ConfigError(f"architecture {shown} is not supported; supported are {', '.join(ARCHITECTURES)}")
+
+
+def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConfig:
+    scaling = raw.get("rope_scaling") or {}
+    if "mrope_section" not in scaling:
+        raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
+    if scaling.get("mrope_interleaved"):
+        raise ConfigError("rope_scaling.mrope_interleaved is true; only the contiguous M-RoPE layout is supported")
+    if raw.get("use_sliding_window"):
+        raise ConfigError("use_sliding_window is true; no Keye model uses it and it is not supported")
+    sparse = None
+    if architecture.sparse and raw.get("sa_config"):
+        wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
+        _require(raw["sa_config"], wanted, "sa_config")
+        sparse = SparseConfig(**{name: int(raw["sa_config"][name]) for name in wanted},
+                              indexer_num_kv_heads=int(raw["sa_config"].get("indexer_num_kv_heads", 1)))  # fmt: skip
+    heads = int(raw["num_attention_heads"])
+    optional = {name: raw[name] for name in _TEXT_OPTIONAL if raw.get(name) is not None}
+    if not architecture.moe:
+        optional["num_experts"] = 0
+    return TextConfig(
+        **{name: raw[name] for name in _TEXT_REQUIRED},
+        **optional,
+        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+        mrope_section=tuple(scaling["mrope_section"]),
+        mlp_only_layers=tuple(raw.get("mlp_only_layers") or ()),
+        sparse=sparse,
+    )
+
+
+def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+    required = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    _require(raw, required, "vision_config")
+    fields = {f.name for f in dataclasses.fields(VisionConfig)}
+    return VisionConfig(**{k: v for k, v in raw.items() if k in fields and v is not None})
+
+
+def _check(config: KeyeConfig) -> None:
+    """Raises `ConfigError` for the first contradiction between fields."""
+    text, vision = config.text, config.vision
+    problems = [
+        (len(text.mrope_section) != 3 or sum(text.mrope_section) * 2 != text.head_dim,
+         f"mrope_section {list(text.mrope_section)} must hold three numbers that sum to head_dim/2 = {text.head_dim // 2}"),
+        (text.num_attention_heads % text.num_key_value_heads != 0,
+         f"num_attention_heads {text.num_attention_heads} is no multiple of num_key_value_heads {text.num_key_value_heads}"),
+        (text.num_experts > 0 and not 0 < text.num_experts_per_tok <= text.num_experts,
+         f"num_experts_per_tok {text.num_experts_per_tok} must lie between 1 and num_experts {text.num_experts}"),
+        (text.num_experts > 0 and text.moe_intermediate_size <= 0, "num_experts is set but moe_intermediate_size is not"),
+        (text.hidden_act != "silu", f"hidden_act {text.hidden_act!r} is not supported; Keye decoders use silu"),
+        (any(not 0 <= i < text.num_hidden_layers for i in text.mlp_only_layers),
+         f"mlp_only_layers {list(text.mlp_only_layers)} names layers outside 0..{text.num_hidden_layers - 1}"),
+        (vision.hidden_size % vision.num_attention_heads != 0 or vision.head_dim % 4 != 0,
+         f"vision hidden_size {vision.hidden_size} must split into {vision.num_attention_heads} heads of a multiple of 4"),
+        (vision.hidden_act != "gelu_pytorch_tanh", f"vision hidden_act {vision.hidden_act!r} is not supported"),
+    ]  # fmt: skip
+    if text.sparse is not None:
+        dim = text.sparse.indexer_head_dim
+        problems += [
+            (dim <= 0 or dim & (dim - 1) != 0, f"sa_config.indexer_head_dim {dim} must be a power of two"),
+            (sum(text.indexer_mrope_section()) * 2 != dim,
+             f"mrope_section {list(text.mrope_section)} does not scale to sa_config.indexer_head_dim {dim}"),
+            (text.sparse.topk < 1, f"sa_config.topk {text.sparse.topk} must be at least 1"),
+            (text.sparse.indexer_num_kv_heads != 1, "sa_config.indexer_num_kv_heads must be 1"),
+        ]  # fmt: skip
+    for wrong, message in problems:
+        if wrong:
+            raise ConfigError(message)

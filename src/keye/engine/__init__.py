@@ -1,0 +1,1 @@
+"""Inference: requests, caches, sampling and the loop that joins them."""

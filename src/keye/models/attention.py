@@ -1,0 +1,168 @@
+"""Grouped-query attention of a decoder layer, and the two kinds of step that decide what it attends to.
+
+A forward pass is ragged: tokens of several sequences lie behind one another in one row [T, ...] without padding. The
+layer projects and rotates; the *step* knows sequences, caches and masks. `CachedStep` serves inference here,
+`keye.models.packed.PackedStep` serves training; both pass through the same layers.
+
+Legend: T tokens of the step, H query heads, G key/value heads, D head dim, I indexer dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keye.config import TextConfig
+from keye.models.indexer import Indexer, IndexerOutput
+from keye.models.layers import RMSNorm
+from keye.ops import reference
+from keye.ops.elementwise import table
+
+#: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
+#: fallback outside Hopper GPUs, and another function once the context exceeds k.
+AttentionMode = Literal["sparse", "dense"]
+#: Who chooses the keys in sparse mode; `random` and `recent` are controls for measuring what the indexer is worth.
+Selection = Literal["indexer", "random", "recent"]
+
+
+class Rope(NamedTuple):
+    """Rotary angles of a step: cos and sin float32 [T, D/2] of the attention and [T, I/2] of the indexer (or None)."""
+
+    cos: Tensor
+    sin: Tensor
+    index_cos: Tensor | None
+    index_sin: Tensor | None
+
+
+class SequenceCache(Protocol):
+    """What a layer needs of the stored past of one sequence. Paged, quantised or on-disk stores implement it."""
+
+    def length(self, layer: int) -> int:
+        """Tokens stored for `layer`."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
+        """Adds n tokens: `k`, `v` [n, G, D] and, in sparse models, indexer keys [n, I]."""
+
+    def index_keys(self, layer: int, start: int, stop: int) -> Tensor:
+        """Indexer keys of positions start .. stop: [stop - start, I]."""
+
+    def rows(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `positions` (int64 [N]): two tensors [N, G, D]."""
+
+
+class Step(Protocol):
+    """One forward pass: what each token may attend to, and who watches."""
+
+    sparse: bool
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
+        """Rotated `q` [T, H, D], `k`, `v` [T, G, D] -> attention output [T, H, D]."""
+
+    def observe_layer(self, layer: int, hidden: Tensor) -> None:
+        """Sees the residual stream [T, d] after each layer."""
+
+    def observe_router(self, layer: int, logits: Tensor, chosen: Tensor) -> None:
+        """Sees router logits [T, E] and chosen experts [T, K] of each routed layer."""
+
+
+class Attention(nn.Module):
+    """Projections, per-head norms, rotary embedding, attention by the step, output projection."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        d, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer, self.head_dim, self.eps = layer, D, config.rms_norm_eps
+        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=bias)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        if config.sparse is not None:
+            self.sa_indexer = Indexer(config)
+
+    def forward(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
+        """[T, d] -> [T, d]."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = table.norm_rotate(q, self.q_norm.weight, self.eps, rope.cos, rope.sin)
+        k = table.norm_rotate(k, self.k_norm.weight, self.eps, rope.cos, rope.sin)
+        index = None
+        if step.sparse:
+            # The indexer never trains the trunk: its input is detached (2.0 report, sparse adaptation).
+            index = self.sa_indexer(x.detach(), rope.index_cos, rope.index_sin)
+        return self.o_proj(step.attend(self.layer, q, k, v, index).flatten(1))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`."""
+
+    start: int
+    stop: int
+    cache: SequenceCache
+
+
+class CachedStep:
+    """Inference: every span attends causally to its own cache, which grows by the span."""
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        config: TextConfig,
+        *,
+        mode: AttentionMode = "sparse",
+        select: Selection = "indexer",
+        generator: torch.Generator | None = None,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+        on_router: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.spans = spans
+        self.sparse = mode == "sparse" and config.sparse is not None
+        self.topk = config.sparse.topk if config.sparse is not None else 0
+        self.select, self.generator = select, generator
+        self._on_layer, self._on_router = on_layer, on_router
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
+        outputs = [self._attend_span(span, layer, q, k, v, index) for span in self.spans]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_span(
+        self, span: Span, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None
+    ) -> Tensor:
+        part, cache = slice(span.start, span.stop), span.cache
+        first, total = cache.length(layer), span.stop - span.start
+        cache.append(layer, k[part], v[part], None if index is None else index.k[part])
+
+        def rows(positions: Tensor) -> tuple[Tensor, Tensor]:
+            return cache.rows(layer, positions)
+
+        # Up to k tokens the top-k is everything: dense attention is then the same function.
+        if index is None or first + total <= self.topk:
+            return reference.dense_attention(q[part], rows, first)
+        return reference.sparse_attention(q[part], self._selection(span, layer, index, first), rows)
+
+    def _selection(self, span: Span, layer: int, index: IndexerOutput, first: int) -> Iterable[tuple[int, Tensor]]:
+        total = span.stop - span.start
+        if self.select == "recent":
+            return reference.select_recent(total, first, self.topk)
+        if self.select == "random":
+            generator = self.generator or torch.Generator().manual_seed(layer)
+            return reference.select_random(total, first, self.topk, generator)
+        part = slice(span.start, span.stop)
+
+        def key_tiles(start: int, stop: int) -> Tensor:
+            return span.cache.index_keys(layer, start, stop)
+
+        return reference.select_topk(index.q[part], index.gate[part], key_tiles, first, self.topk)
+
+    def observe_layer(self, layer: int, hidden: Tensor) -> None:
+        if self._on_layer is not None:
+            self._on_layer(layer, hidden)
+
+    def observe_router(self, layer: int, logits: Tensor, chosen: Tensor) -> None:
+        if self._on_router is not None:
+            self._on_router(layer, logits, chosen)

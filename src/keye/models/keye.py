@@ -1,0 +1,126 @@
+"""The whole network: vision tower, projector, decoder, head. Module names are the official checkpoint's.
+
+Legend: T tokens of a ragged step, d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keye.config import KeyeConfig, TextConfig
+from keye.errors import KeyeError
+from keye.models.attention import Attention, Rope, Step
+from keye.models.indexer import Indexer, Numerics
+from keye.models.layers import MLP, RMSNorm
+from keye.models.moe import MoE
+from keye.models.vision import Projector, Visual, encode_vision
+from keye.ops.elementwise import table
+from keye.ops.reference import inverse_frequencies, rope_angles
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention, then pre-norm MLP or experts."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_attn = Attention(config, layer)
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
+        """[T, d] -> [T, d]."""
+        attended = self.self_attn(self.input_layernorm(x), rope, step)
+        norm = self.post_attention_layernorm
+        x, normed = table.add_rms_norm(x, attended, norm.weight, norm.eps)
+        if isinstance(self.mlp, MoE):
+            out, logits, chosen = self.mlp(normed)
+            step.observe_router(self.layer, logits, chosen)
+        else:
+            out = self.mlp(normed)
+        x = x + out
+        step.observe_layer(self.layer, x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Token embeddings, layers, final norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, position_ids: Tensor, step: Step) -> Tensor:
+        """Embeddings [T, d] and positions int64 [3, T] -> normalised hidden states [T, d]."""
+        rope = self.rope(position_ids)
+        for layer in self.layers:
+            x = layer(x, rope, step)
+        return self.norm(x)
+
+    def rope(self, position_ids: Tensor) -> Rope:
+        """Rotary angles of the attention and, in sparse models, of the indexer."""
+        config, device = self.config, position_ids.device
+        inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, device)
+        cos, sin = rope_angles(position_ids, inv_freq, config.mrope_section)
+        if config.sparse is None:
+            return Rope(cos, sin, None, None)
+        index_freq = inverse_frequencies(config.sparse.indexer_head_dim, float(int(config.rope_theta)), device)
+        return Rope(cos, sin, *rope_angles(position_ids, index_freq, config.indexer_mrope_section()))
+
+
+class KeyeModel(nn.Module):
+    """Keye-VL as one module; built on any device, including `meta`."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.config = config
+        text = config.text
+        self.visual = Visual(config.vision)
+        self.mlp_AR = Projector(config.vision, text.hidden_size)
+        self.model = Decoder(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if text.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def set_indexer_numerics(self, numerics: Numerics) -> None:
+        """Chooses how every indexer rounds; see `keye.models.indexer.Numerics`."""
+        for module in self.modules():
+            if isinstance(module, Indexer):
+                module.numerics = numerics
+
+    def encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Patches [P, 3, 14, 14] and grids int [rows, 3] -> visual tokens [P / 4, d]."""
+        return encode_vision(self.visual, self.mlp_AR, pixel_values, grid_thw)
+
+    def embed(self, token_ids: Tensor, visual_tokens: Tensor | None = None) -> Tensor:
+        """Token embeddings [T, d] with `visual_tokens` written over the image and video placeholders in order."""
+        x = self.model.embed_tokens(token_ids)
+        is_visual = (token_ids == self.config.image_token_id) | (token_ids == self.config.video_token_id)
+        wanted, given = int(is_visual.sum()), 0 if visual_tokens is None else visual_tokens.shape[0]
+        if wanted != given:
+            raise KeyeError(f"the prompt has {wanted} visual placeholders but the media give {given} visual tokens")
+        if visual_tokens is not None and given:
+            x = x.masked_scatter(is_visual.unsqueeze(-1), visual_tokens.to(x.dtype))
+        return x
+
+    def forward(self, x: Tensor, position_ids: Tensor, step: Step) -> Tensor:
+        """Embeddings [T, d], positions int64 [3, T] -> hidden states [T, d] after the final norm."""
+        return self.model(x, position_ids, step)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] -> float32 [n, V]."""
+        return F.linear(hidden, self.lm_head.weight).float()

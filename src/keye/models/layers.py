@@ -1,0 +1,35 @@
+"""Building blocks that several networks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from keye.ops.elementwise import table
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension with a learned weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return table.rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """Dense SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, inner, bias=False)
+        self.up_proj = nn.Linear(dim, inner, bias=False)
+        self.down_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] -> [T, dim]."""
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,108 @@
+"""Mixture of experts: softmax router in float32, top-k experts, grouped matrix products.
+
+Legend: T tokens, E experts, K experts a token, d model width, I expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keye.config import TextConfig
+from keye.ops.elementwise import table
+
+#: Rows of one expert's matrix product are padded to a multiple of this in large steps: CPU libraries build a kernel for
+#: every new shape, so few shapes are faster than exact ones.
+ROW_MULTIPLE = 64
+
+
+class Experts(nn.Module):
+    """Fused expert weights in the official layout: x @ gate_up_proj[e] -> [gate | up], then @ down_proj[e]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        E, d, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, d, 2 * inner))
+        self.down_proj = nn.Parameter(torch.empty(E, inner, d))
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
+        weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        return torch.cat([table.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
+
+
+class MoE(nn.Module):
+    """Routes each token to its top-k experts and sums their outputs with the router's weights."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, d] -> output [T, d], router logits float32 [T, E], chosen experts int64 [T, K]."""
+        logits = F.linear(x.float(), self.gate.weight.float())
+        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        token_of_row, row_of_slot, sizes = _plan_rows(chosen, logits.shape[1])
+        y = self.experts(_Dispatch.apply(x, token_of_row, row_of_slot), sizes)
+        gathered = _Collect.apply(y, row_of_slot)
+        return table.weighted_sum(gathered, weights.to(x.dtype)), logits, chosen
+
+
+def _plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Orders (token, expert) pairs by expert, with padding rows that nothing reads.
+
+    Returns the token of each row int64 [rows], the row of each pair int64 [T, K], and rows per expert.
+    """
+    flat = chosen_TK.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    multiple = ROW_MULTIPLE if flat.numel() >= ROW_MULTIPLE * experts else 1
+    padded = (counts + multiple - 1) // multiple * multiple
+    order = flat.argsort(stable=True)
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+    rows = torch.arange(flat.numel(), device=flat.device) + shift[flat[order]]
+    sizes = padded.tolist()
+    token_of_row = flat.new_zeros(sum(sizes))
+    token_of_row[rows] = order // chosen_TK.shape[1]
+    row_of_slot = torch.empty_like(flat)
+    row_of_slot[order] = rows
+    return token_of_row, row_of_slot.view_as(chosen_TK), sizes
+
+
+class _Dispatch(torch.autograd.Function):
+    """x[token_of_row], with a gather instead of a scatter-add in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_slot)
+        return x.index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_slot,) = ctx.saved_tensors
+        total = grad.index_select(0, row_of_slot[:, 0])
+        for k in range(1, row_of_slot.shape[1]):
+            total = total + grad.index_select(0, row_of_slot[:, k])
+        return total, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """y[row_of_slot] as [T, K, d]; rows are distinct, so the backward pass writes each once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, row_of_slot: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_slot)
+        ctx.rows = y.shape[0]
+        return y.index_select(0, row_of_slot.flatten()).view(*row_of_slot.shape, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row_of_slot,) = ctx.saved_tensors
+        out = grad.new_zeros(ctx.rows, grad.shape[-1])
+        return out.index_copy_(0, row_of_slot.flatten(), grad.reshape(-1, grad.shape[-1])), None

@@ -1,0 +1,191 @@
+"""The vision tower (SigLIP at native resolution) and the projector into the decoder.
+
+Legend: N frames of one size, P patches of a frame (h * w, raster order), C channels, d decoder width.
+Attention is per frame: every row of `grid_thw` is split into t frames of h x w patches (Keye-VL 1.5 and 2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keye.config import VisionConfig
+from keye.errors import KeyeError
+from keye.ops.elementwise import table
+from keye.ops.reference import inverse_frequencies
+
+#: Patches that pass through the tower at once; frames are never cut. The value of the official server.
+PATCHES_PER_CHUNK = 8192
+PROJECTOR_EPS = 1e-5
+
+
+class VisionAttention(nn.Module):
+    """Full attention inside each frame, with 2-D rotary embedding."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        dim, self.heads = config.hidden_size, config.num_attention_heads
+        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x_NPC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`cos`, `sin` float32 [P, head_dim/2]."""
+        q, k, v = (proj(x_NPC).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = table.rotate(q, cos, sin), table.rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """fc2(gelu_tanh(fc1 x))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), cos, sin)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEmbeddings(nn.Module):
+    """Patch projection plus the learned position table, interpolated to the frame's grid."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.side = config.grid_side
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """`patches` [N, P, 3 * patch * patch] -> [N, P, C]. The convolution over one patch is a matrix product."""
+        weight = self.patch_embedding.weight.flatten(1)
+        return F.linear(patches, weight, self.patch_embedding.bias) + self.positions(height, width)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The position table resampled bilinearly (no antialias) to `height` x `width` patches: [P, C]."""
+        square = self.position_embedding.weight.view(self.side, self.side, -1).permute(2, 0, 1).unsqueeze(0)
+        resized = F.interpolate(square, size=(height, width), mode="bilinear", align_corners=False)
+        return resized.squeeze(0).flatten(1).t()
+
+
+class VisionEncoder(nn.Module):
+    """The stack of blocks; its own module because the checkpoint names it."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionModel(nn.Module):
+    """Patches of frames -> features of patches."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches_NPX: Tensor, height: int, width: int) -> Tensor:
+        """Frames of one size: [N, P, 3*patch*patch] -> [N, P, C]."""
+        x = self.embeddings(patches_NPX, height, width)
+        cos, sin = self.rope(height, width, x.device)
+        for layer in self.encoder.layers:
+            x = layer(x, cos, sin)
+        return self.post_layernorm(x)
+
+    def rope(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """2-D rotary angles of a frame: the first half of the frequencies turns with the row, the rest with the column.
+
+        Returns cos and sin, float32 [height * width, head_dim / 2].
+        """
+        inv_freq = inverse_frequencies(self.config.head_dim // 2, self.config.rope_theta, device)
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        columns = torch.arange(width, device=device).repeat(height)
+        angles = torch.cat((rows[:, None] * inv_freq, columns[:, None] * inv_freq), dim=1)
+        return angles.cos(), angles.sin()
+
+
+class Visual(nn.Module):
+    """Holds the vision model under the name that checkpoints use (`visual.vision_model`)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.vision_model = VisionModel(config)
+
+
+class Projector(nn.Module):
+    """Merges 2x2 neighbouring patches and projects them to the decoder: LayerNorm, linear, GELU (erf), linear."""
+
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.merge = config.spatial_merge_size
+        width = config.hidden_size * self.merge**2
+        self.pre_norm = nn.LayerNorm(width, eps=PROJECTOR_EPS)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x_NPC: Tensor, height: int, width: int) -> Tensor:
+        """[N, P, C] -> [N * P / merge**2, d]; the merged block holds its patches row by row."""
+        m = self.merge
+        x = x_NPC.unflatten(1, (height // m, m, width // m, m)).permute(0, 1, 3, 2, 4, 5).flatten(3)
+        x = self.pre_norm(x).flatten(0, 2)
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    """Frames -> merged visual tokens in order, [tokens, d].
+
+    `pixel_values` [patches, 3, patch, patch] in (t, h, w) raster order, `grid_thw` int [rows, 3] in patches. Frames are
+    processed in chunks of at most `PATCHES_PER_CHUNK` patches; the result does not depend on the chunk.
+    """
+    weight = visual.vision_model.embeddings.patch_embedding.weight
+    pieces = [
+        projector(visual.vision_model(patches.to(weight.dtype), height, width), height, width)
+        for patches, height, width in _chunks(pixel_values, grid_thw, projector.merge)
+    ]
+    return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.linear_2.out_features)
+
+
+def _chunks(pixel_values: Tensor, grid_thw: Tensor, merge: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Yields runs of equally large frames, `(patches [N, P, X], height, width)`, at most a chunk each."""
+    grids = [tuple(row) for row in grid_thw.tolist()]
+    expected = sum(t * h * w for t, h, w in grids)
+    if expected != pixel_values.shape[0]:
+        raise KeyeError(f"grid_thw stands for {expected} patches but pixel_values holds {pixel_values.shape[0]}")
+    for _, height, width in grids:
+        if height % merge or width % merge:
+            raise KeyeError(f"a frame of {height} x {width} patches does not divide into {merge} x {merge} blocks")
+    flat, offset, index = pixel_values.flatten(1), 0, 0
+    while index < len(grids):
+        _, height, width = grids[index]
+        frames = 0
+        while index < len(grids) and grids[index][1:] == (height, width):
+            frames += grids[index][0]
+            index += 1
+        size = height * width
+        step = max(1, PATCHES_PER_CHUNK // size)
+        run = flat[offset : offset + frames * size].unflatten(0, (frames, size))
+        offset += frames * size
+        for begin in range(0, frames, step):
+            yield run[begin : begin + step], height, width

@@ -1,0 +1,238 @@
+"""DeepSeek Sparse Attention on grouped-query attention, in plain torch: the definition, and the oracle.
+
+Legend: T queries, S keys, H query heads, G key/value heads (groups), D head dim, J indexer heads, I indexer dim,
+K selected keys. Query `t` sits at absolute position `first + t` and may see keys `0 .. first + t`.
+
+The index score of query t and key s is  I[t,s] = sum_j gate[t,j] * relu(q[t,j] . k[s])  (Keye-VL-2.0 report, DSA);
+the K largest causal scores form one set, shared by all heads and groups, and attention is exact over that set.
+
+Two promises hold here:
+
+* Scratch memory is set by a budget. Queries are taken in blocks, keys in tiles; no [T, S] tensor exists.
+* Selection depends on q, k and gates alone, not on how a prompt was cut. Each score is always computed by the same
+  matrix product: queries and keys sit at the row and column that their absolute positions give them in blocks of fixed
+  shape (padded with zeros). Equal scores are decided by position, earlier first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+#: Queries in one scoring block; fixed, since the shape of a matrix product may decide its last bits.
+QUERY_BLOCK = 32
+#: Keys in one scoring tile.
+KEY_TILE = 1024
+#: Bytes that one call may use for scores and gathered rows.
+SCRATCH_BYTES = 96 * 2**20
+#: The largest finite magnitude of float8 e4m3 and the floor of a block's maximum, as in the official quantiser.
+FP8_MAX = 448.0
+FP8_AMAX_FLOOR = 1e-4
+
+KeyTiles = Callable[[int, int], Tensor]
+"""(start, stop) -> indexer keys [stop - start, I] of these positions."""
+Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""positions int64 [N] -> keys [N, G, D] and values [N, G, D]."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Small pieces of the indexer
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Sylvester-Hadamard transform over the last dimension (a power of two), scaled by dim ** -0.5.
+
+    Computed in float32 and rounded to the input dtype. Orthonormal, so dot products keep their value; it spreads
+    outliers over the vector before quantisation.
+    """
+    dim = x.shape[-1]
+    assert dim & (dim - 1) == 0, "a Hadamard transform needs a power of two"
+    y = x.float()
+    step = 1
+    while step < dim:
+        y = y.unflatten(-1, (dim // (2 * step), 2, step))
+        a, b = y.unbind(-2)
+        y = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        step *= 2
+    return (y * dim**-0.5).to(x.dtype)
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds vectors to float8 e4m3 with one power-of-two scale each (ue8m0), as the official indexer does.
+
+    Returns `values` (float32, the shape of `x`, each a value of e4m3) and `scale` [..., 1], with x ~ values * scale.
+    """
+    amax = x.float().abs().amax(-1, keepdim=True).clamp_min(FP8_AMAX_FLOOR)
+    scale = torch.exp2(torch.ceil(torch.log2(amax / FP8_MAX)))
+    values = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+    return values, scale
+
+
+def index_scores(q_TJI: Tensor, k_SI: Tensor, gate_TJ: Tensor) -> Tensor:
+    """I[t,s] without mask, float32 [T, S]. The definition; `select_topk` computes the same in blocks."""
+    logits_TJS = torch.matmul(q_TJI.float(), k_SI.float().transpose(-1, -2))
+    return (gate_TJ.float().unsqueeze(-1) * logits_TJS.relu_()).sum(-2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+def select_topk(
+    q_TJI: Tensor, gate_TJ: Tensor, key_tiles: KeyTiles, first: int, topk: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Selects keys block by block; yields `(offset, positions)` with `positions` int64 [n, topk] for queries
+    `offset .. offset + n`. Positions ascend; a query with fewer than `topk` causal keys is filled with -1 at the end.
+    """
+    total = q_TJI.shape[0]
+    start = 0
+    while start < total:
+        block = (first + start) // QUERY_BLOCK * QUERY_BLOCK
+        stop = min(total, block + QUERY_BLOCK - first)
+        rows = slice(first + start - block, first + stop - block)
+        q_BJI = q_TJI.new_zeros(QUERY_BLOCK, *q_TJI.shape[1:], dtype=torch.float32)
+        gate_BJ = gate_TJ.new_zeros(QUERY_BLOCK, gate_TJ.shape[1], dtype=torch.float32)
+        q_BJI[rows], gate_BJ[rows] = q_TJI[start:stop].float(), gate_TJ[start:stop].float()
+        yield start, _topk_of_block(q_BJI, gate_BJ, key_tiles, block, first + stop, topk)[rows]
+        start = stop
+
+
+def select_recent(total: int, first: int, topk: int) -> Iterator[tuple[int, Tensor]]:
+    """A control without learning: the `topk` most recent positions. Yields as `select_topk` does."""
+    for start in range(0, total, QUERY_BLOCK):
+        last = first + torch.arange(start, min(total, start + QUERY_BLOCK)).unsqueeze(1)
+        begin = (last + 1 - topk).clamp_min(0)
+        positions = begin + torch.arange(topk)
+        yield start, positions.masked_fill(positions > last, -1)
+
+
+def select_random(total: int, first: int, topk: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """A control: `topk` causal positions at random, the query's own among them. Yields as `select_topk` does."""
+    for start in range(0, total, QUERY_BLOCK):
+        last = first + torch.arange(start, min(total, start + QUERY_BLOCK)).unsqueeze(1)
+        columns = torch.arange(int(last.max()) + 1)
+        scores = torch.rand(last.shape[0], columns.numel(), generator=generator)
+        scores = scores.masked_fill(columns > last, -torch.inf).masked_fill(columns == last, 2.0)
+        width = min(topk, columns.numel())
+        keep = topk_mask(scores, width)
+        positions = columns.expand_as(scores)[keep].view(-1, width)
+        positions = positions.masked_fill(positions > last, -1)
+        yield start, torch.nn.functional.pad(positions, (0, topk - width), value=-1)
+
+
+def _topk_of_block(
+    q_BJI: Tensor, gate_BJ: Tensor, key_tiles: KeyTiles, block: int, length: int, topk: int
+) -> Tensor:
+    """Running top-k of one aligned block of queries over all key tiles below `length`. Returns int64 [B, topk]."""
+    device = q_BJI.device
+    limit_B1 = torch.arange(block, block + QUERY_BLOCK, device=device).unsqueeze(1)
+    scores = torch.empty(QUERY_BLOCK, 0, device=device)
+    positions = torch.empty(QUERY_BLOCK, 0, dtype=torch.int64, device=device)
+    for tile in range(0, length, KEY_TILE):
+        stop = min(length, tile + KEY_TILE)
+        k_SI = q_BJI.new_zeros(KEY_TILE, q_BJI.shape[2])
+        k_SI[: stop - tile] = key_tiles(tile, stop).float()
+        tile_positions = torch.arange(tile, stop, device=device).expand(QUERY_BLOCK, -1)
+        tile_scores = index_scores(q_BJI, k_SI, gate_BJ)[:, : stop - tile]
+        tile_scores = tile_scores.masked_fill(tile_positions > limit_B1, -torch.inf)
+        scores = torch.cat((scores, tile_scores), dim=1)
+        positions = torch.cat((positions, tile_positions), dim=1)
+        if scores.shape[1] > topk:
+            keep = topk_mask(scores, topk)
+            scores, positions = scores[keep].view(-1, topk), positions[keep].view(-1, topk)
+    # Earlier positions come first, so causal keys precede the masked ones: sorting is not needed.
+    positions = positions.masked_fill(scores == -torch.inf, -1)
+    return torch.nn.functional.pad(positions, (0, topk - positions.shape[1]), value=-1)
+
+
+def topk_mask(scores: Tensor, topk: int) -> Tensor:
+    """Boolean mask of the `topk` largest entries of each row, exactly `topk` a row; among equals the first ones win."""
+    kth = scores.topk(topk, dim=-1, sorted=True).values[..., -1:]
+    above, equal = scores > kth, scores == kth
+    missing = topk - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= missing))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def sparse_attention(q_THD: Tensor, selection: Iterable[tuple[int, Tensor]], rows: Rows) -> Tensor:
+    """Grouped-query attention of each query over its selected set. Returns [T, H, D] in the dtype of `q_THD`.
+
+    `selection` yields `(offset, positions)` as `select_topk` does.
+    """
+    out = torch.empty_like(q_THD)
+    for offset, positions in selection:
+        out[offset : offset + positions.shape[0]] = attend_union(
+            q_THD[offset : offset + positions.shape[0]], positions, rows
+        )
+    return out
+
+
+def attend_union(q_THD: Tensor, positions: Tensor, rows: Rows) -> Tensor:
+    """Attention of neighbouring queries, each over its own set: rows of the union are gathered once and masked.
+
+    `positions` int64 [T, K] ascending, -1 for none. A query without any key yields zeros, never NaN.
+    """
+    union, where = torch.unique(positions, return_inverse=True)
+    T, H, D = q_THD.shape
+    if T > 1 and union.numel() * H * (5 * D + 12 * T) > SCRATCH_BYTES:  # 20 bytes a row element, at most H/4 groups
+        half = T // 2
+        return torch.cat([attend_union(q_THD[:half], positions[:half], rows),
+                          attend_union(q_THD[half:], positions[half:], rows)])  # fmt: skip
+    mask_TU = torch.zeros(T, union.numel(), dtype=torch.bool, device=positions.device)
+    mask_TU.scatter_(1, where, True)
+    if union[0] < 0:
+        union, mask_TU = union[1:], mask_TU[:, 1:]
+    if union.numel() == 0:
+        return torch.zeros_like(q_THD)
+    k_UGD, v_UGD = rows(union)
+    return masked_attention(q_THD, k_UGD, v_UGD, mask_TU)
+
+
+def masked_attention(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, mask_TS: Tensor) -> Tensor:
+    """Softmax attention with a mask, in float32, each head on its own. Rows without any key give zeros."""
+    T, H, D = q_THD.shape
+    G = k_SGD.shape[1]
+    q = q_THD.float().view(T, G, H // G, D).permute(1, 2, 0, 3).reshape(G, -1, D) * D**-0.5
+    logits = torch.matmul(q, k_SGD.float().permute(1, 2, 0)).view(G, H // G, T, -1)
+    logits = logits.masked_fill(~mask_TS, -torch.inf).softmax(-1).nan_to_num_(0.0)
+    out = torch.matmul(logits.view(G, (H // G) * T, -1), v_SGD.float().transpose(0, 1))
+    return out.view(G, H // G, T, D).permute(2, 0, 1, 3).reshape(T, H, D).to(q_THD.dtype)
+
+
+def dense_attention(q_THD: Tensor, rows: Rows, first: int) -> Tensor:
+    """Causal attention over every earlier key, in query blocks under the scratch budget. Returns [T, H, D]."""
+    T = q_THD.shape[0]
+    length = first + T
+    k_SGD, v_SGD = rows(torch.arange(length, device=q_THD.device))
+    step = max(1, SCRATCH_BYTES // (12 * q_THD.shape[1] * length))
+    out = torch.empty_like(q_THD)
+    for begin in range(0, T, step):
+        end = min(T, begin + step)
+        seen = first + end
+        causal = torch.arange(seen, device=q_THD.device) <= torch.arange(
+            first + begin, seen, device=q_THD.device
+        ).unsqueeze(1)
+        out[begin:end] = masked_attention(q_THD[begin:end], k_SGD[:seen], v_SGD[:seen], causal)
+    return out
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor, section: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """M-RoPE cosines and sines, float32 [T, D/2]: contiguous sections of the frequencies follow T, H and W.
+
+    `positions` int [3, T]; `inv_freq` float32 [D/2]; `section` sums to D/2.
+    """
+    axis = torch.repeat_interleave(
+        torch.arange(len(section), device=positions.device), torch.tensor(section, device=positions.device)
+    )
+    angles = positions.float().t()[:, axis] * inv_freq
+    return angles.cos(), angles.sin()
+
+
+def inverse_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """1 / theta ** (2i/dim) for i in 0 .. dim/2, float32, with the rounding of the official code."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
