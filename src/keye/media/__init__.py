@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keye.media.fetch import Source, fetch, media_kind
+    from keye.media.fetch import Source, fetch_source, media_kind
     from keye.media.image import ImagePlan, plan_image, read_image
     from keye.media.positions import build_position_ids, get_rope_index, split_grid_rows
     from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "fetch": ("Source", "fetch", "media_kind"),
+    "fetch": ("Source", "fetch_source", "media_kind"),
     "image": ("ImagePlan", "plan_image", "read_image"),
     "positions": ("build_position_ids", "get_rope_index", "split_grid_rows"),
     "processor": ("MediaItem", "Processor", "VisionInput", "VisualSpan"),
@@ -39,7 +39,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "DecodeLimits", "ImagePlan", "MediaItem", "Processor", "Source", "VideoInfo", "VideoPlan", "VideoReader",
-    "VisionInput", "VisualSpan", "build_position_ids", "fetch", "get_rope_index", "iter_frames", "media_kind",
+    "VisionInput", "VisualSpan", "build_position_ids", "fetch_source", "get_rope_index", "iter_frames", "media_kind",
     "open_video", "plan_image", "plan_video", "probe", "read_frames", "read_image", "split_grid_rows",
 ]  # fmt: skip
 

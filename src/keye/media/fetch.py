@@ -1,0 +1,180 @@
+"""The only place that opens what a user names: a path, a file:// or data: URL, bytes. Knows no image or video format.
+
+Nothing is read from the network. Every failure is a `MediaError` of one sentence.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import stat
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+from keye.errors import MediaError
+
+GIB = 1024**3
+#: Largest video file, in bytes.
+MAX_VIDEO_BYTES = 64 * GIB
+#: Largest image file, in bytes.
+MAX_IMAGE_BYTES = GIB // 2
+
+_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`)."""
+
+    name: str
+    size: int
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def open(self) -> BinaryIO:
+        """A new seekable binary stream at the beginning."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        assert self.path is not None
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise MediaError(f"{self.name} cannot be opened: {_reason(error)}; check its permissions") from None
+
+    def open_file(self) -> BinaryIO:
+        """Like `open`, but always backed by a file descriptor that a child process can inherit."""
+        if self.data is None:
+            return self.open()
+        file = tempfile.TemporaryFile()
+        file.write(self.data)
+        file.seek(0)
+        return file  # type: ignore[return-value]
+
+    def head(self, count: int = 32) -> bytes:
+        """The first `count` bytes."""
+        with self.open() as file:
+            return file.read(count)
+
+
+def fetch_source(reference: str | os.PathLike[str] | bytes | Source, *, max_bytes: int = MAX_VIDEO_BYTES) -> Source:
+    """Finds what the user named and checks that it can be read.
+
+    `reference` is a path, a `file://` or `data:` URL, the bytes of a file, or a `Source` (checked for size only).
+    Raises `MediaError` when it is missing, a directory, no regular file, empty, larger than `max_bytes`, or remote.
+    """
+    source = _locate(reference)
+    if source.size == 0:
+        raise MediaError(f"{source.name} is empty (0 bytes); check that it was copied completely")
+    if source.size > max_bytes:
+        raise MediaError(
+            f"{source.name} has {source.size / GIB:.2f} GiB, more than the limit of {max_bytes / GIB:g} GiB; "
+            "cut it into parts or re-encode it"
+        )
+    return source
+
+
+def media_kind(source: Source) -> str:
+    """`"image"` or `"video"`, judged by the first bytes. Animated GIFs count as video; unknown bytes too."""
+    head = source.head()
+    if head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "image"
+    if head.startswith((b"GIF87a", b"GIF89a")) and not _animated_gif(source):
+        return "image"
+    return "video"
+
+
+def _locate(reference: str | os.PathLike[str] | bytes | Source) -> Source:
+    if isinstance(reference, Source):
+        return reference
+    if isinstance(reference, bytes | bytearray | memoryview):
+        return Source("<bytes>", len(reference), data=bytes(reference))
+    text = os.fspath(reference)
+    scheme = text.split(":", 1)[0].lower() if ":" in text else ""
+    if scheme in ("http", "https", "ftp", "rtsp", "rtmp"):
+        raise MediaError(f"{_short(text)} is a network address; download it first and pass the file")
+    if scheme == "data":
+        data = _data_url(text)
+        return Source("<data URL>", len(data), data=data)
+    if scheme == "file":
+        text = _file_url(text)
+    return _file(text)
+
+
+def _file(text: str) -> Source:
+    path = Path(text).expanduser()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise MediaError(f"{_short(text)} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{_short(text)} cannot be opened: {_reason(error)}; check the path") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError(f"{_short(text)} is a directory; name a file inside it")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{_short(text)} is no regular file; save its content to a file first")
+    source = Source(path.name, status.st_size, path=path)
+    source.open().close()
+    return source
+
+
+def _file_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise MediaError(f"{_short(text)} names another machine; copy the file here and pass its path")
+    return url2pathname(parts.path)
+
+
+def _data_url(text: str) -> bytes:
+    header, comma, body = text.partition(",")
+    if not comma:
+        raise MediaError("the data: URL has no comma; write it as data:<type>;base64,<data>")
+    if not header.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error:
+        raise MediaError("the data: URL is no valid base64; encode the file again") from None
+
+
+def _animated_gif(source: Source) -> bool:
+    """Whether a GIF has a second image: walks its blocks without decoding."""
+    with source.open() as file:
+        header = file.read(13)
+        if len(header) < 13:
+            return False
+        _skip_color_table(file, header[10])
+        images = 0
+        while introducer := file.read(1):
+            if introducer == b"\x2c":
+                images += 1
+                descriptor = file.read(9)
+                if images == 2 or len(descriptor) < 9:
+                    return images == 2
+                _skip_color_table(file, descriptor[8])
+                file.seek(1, os.SEEK_CUR)
+            elif introducer == b"\x21":
+                file.seek(1, os.SEEK_CUR)
+            else:
+                return False
+            while (size := file.read(1)) and size != b"\x00":
+                file.seek(size[0], os.SEEK_CUR)
+    return False
+
+
+def _skip_color_table(file: BinaryIO, flags: int) -> None:
+    if flags & 0x80:
+        file.seek(3 << ((flags & 7) + 1), os.SEEK_CUR)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
