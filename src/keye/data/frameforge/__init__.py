@@ -1,0 +1,52 @@
+"""FrameForge: seeded synthetic videos with exactly known answers, drawn fast enough to train on without storing them.
+
+    clip = make_clip(7, frames=16)
+    frames = render(clip)                       # uint8 RGB [16, 112, 112, 3]
+    asked = questions(clip, random.Random(7), 8)
+
+Needs numpy and pillow, and PyAV to write files; never torch.
+"""
+
+from keye.data.frameforge.labels import DenseLabels, dense_labels
+from keye.data.frameforge.questions import INTERVAL_TASKS, TASKS, WEIGHTS, Question, format_intervals, questions
+from keye.data.frameforge.render import render
+from keye.data.frameforge.scene import (
+    SPLITS,
+    Background,
+    Change,
+    Clip,
+    RenderedText,
+    Scene,
+    SceneObject,
+    make_clip,
+    stream,
+)
+from keye.data.frameforge.words import HELD_OUT_PAIRS, HELD_OUT_WORDS, TRAIN_WORDS, vocabulary
+from keye.data.frameforge.writer import write_dataset, write_mp4
+
+__all__ = [
+    "HELD_OUT_PAIRS",
+    "HELD_OUT_WORDS",
+    "INTERVAL_TASKS",
+    "SPLITS",
+    "TASKS",
+    "TRAIN_WORDS",
+    "WEIGHTS",
+    "Background",
+    "Change",
+    "Clip",
+    "DenseLabels",
+    "Question",
+    "RenderedText",
+    "Scene",
+    "SceneObject",
+    "dense_labels",
+    "format_intervals",
+    "make_clip",
+    "questions",
+    "render",
+    "stream",
+    "vocabulary",
+    "write_dataset",
+    "write_mp4",
+]
