@@ -1,0 +1,61 @@
+# Targets a person types; each works on a fresh clone with nothing but python3 (3.11 or newer) and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+JOBS ?= 2
+
+DEMO_VIDEO := src/keye/assets/demo.mp4
+DEMO_QUESTION ?= when is the red circle visible?
+
+# Reference vectors beside the checkout, if there are any; tests/golden is used otherwise.
+GOLDEN ?= $(abspath $(wildcard ../shared/golden))
+export KEYE_GOLDEN := $(GOLDEN)
+# Tests run in $(JOBS) processes of one thread each: more threads than cores stall one another.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test check lint format clean
+
+help:
+	@echo "make demo    answer a question about the bundled video"
+	@echo "make test    the fast tests"
+	@echo "make check   lint, types, import order and the slow tests"
+	@echo "make lint    lint, types and import order"
+	@echo "make format  rewrite the sources in the project's format"
+	@echo "make clean   remove the virtual environment and all caches"
+
+demo: $(VENV)/.base
+	$(BIN)/keye ask $(DEMO_VIDEO) "$(DEMO_QUESTION)"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keye needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.base
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
