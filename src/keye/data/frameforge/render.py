@@ -195,7 +195,7 @@ def _noise_bank(amplitude: int) -> Pixels:
 
 
 def _grain(clip: Clip, width: int, height: int) -> Pixels:
-    """Grain [height, width, 3] that keeps still during the clip; it is coarser in larger frames, to survive downscaling."""
+    """Grain [height, width, 3] that keeps still during the clip, coarser in larger frames to survive downscaling."""
     rows, columns = round(clip.scene.canvas[1]), round(clip.scene.canvas[0])
     count = rows * columns * 3
     offset = clip.seed * 7919 % (_NOISE_BANK - count)

@@ -128,7 +128,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a clip shows. `canvas` is (width, height) in scene units, `noise` the grain's amplitude in grey levels."""
+    """What a clip shows. `canvas` is (width, height) in scene units, `noise` the grain's amplitude in grey levels."""
 
     canvas: tuple[float, float]
     objects: tuple[SceneObject, ...]
