@@ -156,7 +156,9 @@ class Reader:
             try:
                 yield from packet.decode()
             except av.error.FFmpegError:
-                raise self._damaged(wanted.pending) from None
+                # A packet that the container itself calls broken (the last one of a cut file) was never promised.
+                if not packet.is_corrupt:
+                    raise self._damaged(wanted.pending) from None
 
     def _packets(self) -> Iterator[av.Packet[VideoStream]]:
         """Packets of the video stream from its start, then the empty packet that flushes the decoder."""
@@ -313,7 +315,7 @@ def _order(found: Scan, entries: list[tuple[int | None, int | None, bool]], stre
 
 
 def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: int, threads: int) -> bytes:
-    """The frame as RGB bytes without row padding, resized by libswscale's bicubic filter (area-aware when shrinking)."""
+    """The frame as RGB bytes without row padding, resized by libswscale's bicubic (antialiasing) filter."""
     picture = resize.reformat(
         frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC, threads=threads
     )
@@ -378,7 +380,7 @@ def main(arguments: list[str]) -> None:
     av.logging.set_level(av.logging.PANIC)
     with os.fdopen(int(arguments[0]), "rb", buffering=0) as file:
         try:
-            serve(file, sys.stdin.buffer, sys.stdout.buffer, options)  # type: ignore[arg-type]
+            serve(file, sys.stdin.buffer, sys.stdout.buffer, options)
         except BrokenPipeError:
             # The reader has gone away; leave without the interpreter's own flush of standard output.
             os._exit(0)

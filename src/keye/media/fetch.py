@@ -51,10 +51,10 @@ class Source:
         """Like `open`, but always backed by a file descriptor that a child process can inherit."""
         if self.data is None:
             return self.open()
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         file.write(self.data)
         file.seek(0)
-        return file  # type: ignore[return-value]
+        return file
 
     def head(self, count: int = 32) -> bytes:
         """The first `count` bytes."""

@@ -54,7 +54,7 @@ def build_position_ids(
     step[starts] = shapes.max(axis=1, initial=0)
     base = np.cumsum(step) - step
     positions = np.broadcast_to(base, (3, length)).copy()
-    t, h, w = np.repeat(shapes, sizes, axis=0).T
+    _, h, w = np.repeat(shapes, sizes, axis=0).T
     local = _local_index(sizes)
     offsets = np.stack([local // (h * w), local // w % h, local % w])
     positions[:, inside] = np.repeat(base[starts], sizes) + offsets

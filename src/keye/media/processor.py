@@ -43,7 +43,7 @@ Piece = str | VisualSpan
 class VisionInput:
     """Patches of one or more media for the vision tower.
 
-    pixel_values: float32 [patches, 3, patch_size, patch_size], normalised, patches in raster order (frame, row, column).
+    pixel_values: float32 [patches, 3, patch_size, patch_size], normalised, in raster order (frame, row, column).
     grid_thw: int64 [rows, 3], one row (1, h, w) for each image and for each frame of a video, in patches.
     """
 
@@ -97,7 +97,9 @@ class Processor:
         tokens = self._tokens(height, width)
         name = source.name if isinstance(source, Source) else "<image>"
         plan = ImagePlan(name, image.width, image.height, width, height, tokens)
-        return MediaItem("image", images_to_patches(pixels[None], self.config), (VisualSpan("image", tokens),), plan=plan)
+        return MediaItem(
+            "image", images_to_patches(pixels[None], self.config), (VisualSpan("image", tokens),), plan=plan
+        )
 
     def video(self, source: Source, plan: VideoPlan | None = None, **options: Any) -> MediaItem:
         """A video file, by a plan made before or by a new one with the options of `video.make_plan`."""

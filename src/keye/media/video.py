@@ -151,7 +151,7 @@ class VideoReader:
     def __init__(self, source: Source, limits: DecodeLimits | None = None) -> None:
         self.limits = limits or DecodeLimits()
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         self._process = self._start()
         try:
             self.info = self._read_info()

@@ -1,0 +1,88 @@
+"""Small video files made with PyAV. Frame i shows the number i as a bar code that survives compression."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+BITS = 10
+#: Milliseconds, the time base of clips with given times.
+MILLI = Fraction(1, 1000)
+
+
+def coded_frame(index: int, width: int = 160, height: int = 96) -> NDArray[np.uint8]:
+    """A grey frame with the bits of `index` as black and white columns in its upper half."""
+    frame = np.full((height, width, 3), 96, dtype=np.uint8)
+    column = width // BITS
+    for bit in range(BITS):
+        frame[: height // 2, bit * column : (bit + 1) * column] = 235 if index >> bit & 1 else 16
+    return frame
+
+
+def read_code(frame: NDArray[np.uint8]) -> int:
+    """The number that an upright frame of any size shows."""
+    height, width = frame.shape[:2]
+    column = width / BITS
+    return sum(int(frame[height // 4, int((bit + 0.5) * column)].mean() > 127) << bit for bit in range(BITS))
+
+
+def write_clip(
+    path: Path,
+    *,
+    frames: int = 60,
+    fps: int = 30,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    gop: int | None = None,
+    times_ms: list[int] | None = None,
+    options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+    size: tuple[int, int] = (160, 96),
+) -> Path:
+    """Writes a clip in the format of its suffix and returns its path; `times_ms` makes the rate variable."""
+    with av.open(str(path), "w", container_options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height = size
+        stream.pix_fmt = pix_fmt
+        if gop:
+            stream.codec_context.gop_size = gop
+        if times_ms:
+            stream.codec_context.time_base = MILLI
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(coded_frame(index, *size), format="rgb24")
+            if times_ms:
+                frame.pts, frame.time_base = times_ms[index], MILLI
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_sound(path: Path, seconds: float = 1.0) -> Path:
+    """A sound file without pictures."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        assert isinstance(stream, av.AudioStream)
+        stream.layout = "mono"
+        for start in range(0, int(16000 * seconds), 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def rotate_mp4(path: Path, quarter_turns: int) -> None:
+    """Writes a display matrix of `quarter_turns` clockwise quarter turns into the track header of an MP4 file."""
+    one, zero = 1 << 16, 0
+    a, b = [(one, zero), (zero, one), (-one, zero), (zero, -one)][quarter_turns]
+    matrix = [a, b, 0, -b, a, 0, 0, 0, 1 << 30]
+    data = bytearray(path.read_bytes())
+    # Version 0 of tkhd: type, version and flags, five numbers, two reserved, four shorts, then the matrix.
+    place = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    path.write_bytes(bytes(data))

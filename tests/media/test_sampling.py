@@ -1,0 +1,139 @@
+"""Frame counts, places and sizes: official values and properties."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keye.config import ProcessorConfig
+from keye.errors import KeyeError
+from keye.media import sampling
+
+CONFIG = ProcessorConfig()
+SIDES = st.integers(1, 5000)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "low", "high", "expected"),
+    [
+        (141, 1074, 3136, 16056320, (140, 1064)),
+        (9, 74, 3136, 16056320, (28, 168)),
+        (60, 27, 50176, 50176, (336, 168)),
+        (38, 7600, 3136, 16056320, (28, 7588)),
+        (1574, 81, 50176, 100352, (1372, 56)),
+    ],
+)
+def test_smart_resize_official_values(height: int, width: int, low: int, high: int, expected: tuple[int, int]) -> None:
+    assert sampling.smart_resize(height, width, factor=28, min_pixels=low, max_pixels=high) == expected
+
+
+@pytest.mark.parametrize("size", [(8, 1608), (1, 284), (0, 5)])
+def test_smart_resize_refuses(size: tuple[int, int]) -> None:
+    with pytest.raises(KeyeError):
+        sampling.smart_resize(*size, factor=28, min_pixels=3136, max_pixels=16056320)
+
+
+@given(SIDES, SIDES, st.integers(1, 400), st.integers(0, 4000))
+def test_smart_resize_properties(height: int, width: int, low_tokens: int, extra: int) -> None:
+    if max(height, width) / min(height, width) > sampling.MAX_ASPECT_RATIO:
+        return
+    low, high = low_tokens * 784, (low_tokens + extra) * 784
+    h, w = sampling.smart_resize(height, width, factor=28, min_pixels=low, max_pixels=high)
+    assert h % 28 == w % 28 == 0
+    assert min(h, w) >= 28
+    assert h * w >= low or h * w <= high
+
+
+@pytest.mark.parametrize(
+    ("total", "native", "options", "expected"),
+    [
+        (53264, 30.0, {"fps": 8, "max_frames": 5000}, 2880),
+        (1, 0.5, {"fps": 60, "min_frames": 2}, 1),
+        (38, 74.01101357435893, {"fps": 60, "min_frames": 4}, 30),
+        (152227, 23.976, {"fps": 4, "max_frames": 5000, "video_total_pixels": 75834902.13810265}, 1511),
+        (92157, 60.0, {"fps": 60, "video_total_pixels": 784000}, 15),
+    ],
+)
+def test_smart_nframes_official_values(total: int, native: float, options: dict[str, float], expected: int) -> None:
+    assert sampling.smart_nframes(total, native, CONFIG, **options) == expected  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 200_000), st.integers(1, 2880))
+def test_sample_indices_spread_over_the_range(total: int, count: int) -> None:
+    count = min(count, total)
+    indices = sampling.sample_indices(0, total - 1, count)
+    assert len(set(indices)) == count
+    assert indices == sorted(indices)
+    assert indices[0] == 0
+    assert count == 1 or indices[-1] == total - 1
+
+
+def test_sample_indices_equal_torch() -> None:
+    torch = pytest.importorskip("torch")
+    for first, last, count in [(0, 59, 5), (0, 53602, 1954), (0, 184885, 1129), (30, 90, 7), (0, 8643, 2690)]:
+        assert sampling.sample_indices(first, last, count) == torch.linspace(first, last, count).round().long().tolist()
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "start", "end", "expected"),
+    [
+        (2, 25.0, None, 0.08, (0, 1, 2)),
+        (869, 25.0, 1.3605613992099672, None, (35, 868, 834)),
+        (7, 5.0, None, None, (0, 6, 7)),
+    ],
+)
+def test_frame_range(
+    total: int, fps: float, start: float | None, end: float | None, expected: tuple[int, int, int]
+) -> None:
+    assert sampling.frame_range(total, fps, video_start=start, video_end=end) == expected
+
+
+def test_frame_range_refuses() -> None:
+    for total, fps, start, end in [
+        (0, 30.0, None, None),
+        (5, 0.0, None, None),
+        (31, 24.0, None, 0.0),
+        (1, 30.0, 5.0, 15.0),
+    ]:
+        with pytest.raises(KeyeError):
+            sampling.frame_range(total, fps, video_start=start, video_end=end)
+
+
+@given(
+    st.lists(st.floats(0, 3600), min_size=2, max_size=200, unique=True).map(sorted),
+    st.lists(st.floats(0, 3600), min_size=1, max_size=50).map(sorted),
+)
+def test_displayed_frames(timestamps: list[float], targets: list[float]) -> None:
+    chosen = sampling.displayed_frames(timestamps, targets, tolerance=0.0)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) <= len(targets)
+    for target in targets:
+        shown = [t for t in timestamps if t <= target]
+        if shown:
+            assert timestamps.index(shown[-1]) in chosen
+
+
+@given(st.integers(1, 2880), st.integers(1, 400), st.integers(0, 400), st.integers(1, 200_000))
+def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, extra: int, budget: int) -> None:
+    high = low + extra
+    found = sampling.tokens_per_frame(frames, low, high, budget)
+    assert low <= found <= high
+    assert frames * (found - 1) <= budget or found == low
+    # The official off-by-one: the first number above the budget, unless the limit of a frame comes first.
+    assert found == high or frames * found > budget
+
+
+def test_budget_of_several_and_short_videos() -> None:
+    assert sampling.total_pixels(CONFIG, 60.0) == 144506880.0
+    assert sampling.total_pixels(CONFIG, 60.0, video_count=3) == 48168960.0
+    assert sampling.total_pixels(CONFIG, 259.0, adaptive=True) == pytest.approx(13005619.2)
+    assert sampling.total_pixels(CONFIG, 259.0001, video_total_pixels=1e7, adaptive=True) == 1800000.0
+    assert sampling.total_pixels(CONFIG, 1036.0, video_count=5, adaptive=True) == 28901376.0
+
+
+def test_frame_size_official_values() -> None:
+    assert sampling.frame_size(60, 96, 30, CONFIG, min_pixels=12544, max_pixels=78400) == (196, 308)
+    assert sampling.frame_size(100, 96, 2, CONFIG, min_pixels=50176, video_total_pixels=235200) == (252, 224)
+    assert sampling.listed_frame_size(120, 50, CONFIG, max_pixels=50176) == (364, 168)
+    assert sampling.frame_size(364, 168, 3, CONFIG, max_pixels=50176) == (308, 140)
