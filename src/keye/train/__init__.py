@@ -1,0 +1,1 @@
+"""Training: configuration, batches, optimiser, stages and the loop that joins them."""

@@ -1,0 +1,127 @@
+"""What a training run is, as TOML: a model to start from and stages to run one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from keye.config import ConfigError
+from keye.data.frameforge import TASKS
+
+StageKind = Literal["vision", "language"]
+Trains = Literal["vision", "decoder", "all", "indexer"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One kind of batch: `clips` videos of `frames` frames with `questions` questions each, drawn with `weight`."""
+
+    frames: int
+    clips: int
+    questions: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage. It ends after `steps` steps or `minutes` minutes, whichever is set (and reached) first.
+
+    kind "vision" pre-trains the vision tower on dense labels of single frames (`batch` images a step). kind "language"
+    trains on questions about clips; `attention` says how the decoder attends ("dense", "warmup": dense with only the
+    indexer's KL, "sparse": over the selected keys with NTP and KL). `trains` names the part that changes: "vision" (tower
+    and projector), "decoder" (everything but the tower and the indexers), "indexer", or "all".
+    """
+
+    name: str
+    kind: StageKind = "language"
+    steps: int | None = None
+    minutes: float | None = None
+    trains: Trains = "decoder"
+    attention: Literal["dense", "warmup", "sparse"] = "dense"
+    lr: float = 2e-3
+    adam_lr: float = 2e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.3
+    final_lr: float = 0.02
+    batch: int = 48
+    mix: tuple[Mix, ...] = ()
+    objects: int = 4
+    split: str = "train"
+    text_chance: float = 0.4
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    time_binding: float = 0.0
+    balance: float = 0.01
+    indexer_kl: float = 1.0
+    weight_decay: float = 0.02
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}"
+        if self.steps is None and self.minutes is None:
+            raise ConfigError(f"{where} needs steps or minutes")
+        if self.kind == "language" and not self.mix:
+            raise ConfigError(f"{where} needs a mix, e.g. mix = [{{frames = 8, clips = 6, questions = 12}}]")
+        if self.attention == "warmup" and self.trains != "indexer":
+            raise ConfigError(f'{where}: attention = "warmup" trains the indexer alone; set trains = "indexer"')
+        if unknown := sorted(set(self.task_weights) - set(TASKS)):
+            raise ConfigError(f"{where}: unknown tasks {', '.join(unknown)}; known are {', '.join(TASKS)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run: `model` is a folder whose config.json (and, unless `fresh`, weights) it starts from."""
+
+    model: Path
+    output: Path
+    stages: tuple[StageConfig, ...]
+    fresh: bool = False
+    seed: int = 0
+    threads: int = 1
+    fused: bool = True
+    save_minutes: float = 5.0
+    log_seconds: float = 30.0
+
+
+def load_train_config(path: Path) -> TrainConfig:
+    """Reads a TOML file; relative `model` and `output` are relative to the file's folder. Unknown keys are errors."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give a training configuration such as configs/nano.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is no readable TOML: {error}") from None
+    stages = tuple(_stage(item, path) for item in raw.pop("stage", []))
+    if not stages:
+        raise ConfigError(f"{path} has no [[stage]]; a run needs at least one")
+    _check_keys(raw, TrainConfig, str(path))
+    for key in ("model", "output"):
+        if key not in raw:
+            raise ConfigError(f"{path} lacks {key!r}")
+        raw[key] = (path.parent / raw[key]).resolve()
+    return _build(TrainConfig, {**raw, "stages": stages}, str(path))
+
+
+def _stage(raw: dict[str, Any], path: Path) -> StageConfig:
+    where = f"{path}, stage {raw.get('name', '?')!r}"
+    _check_keys(raw, StageConfig, where)
+    mix = []
+    for item in raw.get("mix", []):
+        _check_keys(item, Mix, where + ", mix")
+        mix.append(_build(Mix, item, where + ", mix"))
+    return _build(StageConfig, {**raw, "mix": tuple(mix)}, where)
+
+
+def _check_keys(raw: Mapping[str, Any], cls: type, where: str) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(raw) - set(known)):
+        raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None

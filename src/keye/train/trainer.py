@@ -1,0 +1,209 @@
+"""The loop: stages one after another, batches made ahead by a worker process, logs, checkpoints that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from keye.config import ConfigError, load_model_config, read_json
+from keye.models.keye import KeyeModel
+from keye.models.weights import load_model, save_model
+from keye.ops.elementwise import table
+from keye.train.batches import derived_seed, make_batch
+from keye.train.config import StageConfig, TrainConfig
+from keye.train.initialise import fresh_model
+from keye.train.optim import Optimizer
+from keye.train.stages import Stage, make_stage, trainable
+
+#: Batches that the worker makes ahead.
+PREFETCH = 3
+STATE_FILE, PROGRESS_FILE, LOG_FILE = "state.safetensors", "progress.json", "log.jsonl"
+#: Files of the model folder that go along with the weights.
+COMPANIONS = ("config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json",
+              "tokenizer_config.json")  # fmt: skip
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(config: TrainConfig, *, resume: bool = True, report: Report | None = None) -> Path:
+    """Runs every stage that is not done yet and returns the output folder, which is a loadable model.
+
+    With `resume`, a run that was interrupted goes on at its last checkpoint; without, an existing output is an error.
+    """
+    if config.output.exists() and not resume and (config.output / PROGRESS_FILE).exists():
+        raise ConfigError(f"{config.output} already holds a run; resume it or choose another output")
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    if config.fused:
+        table.fuse()
+    run = Run(config, report or (lambda figures: None))
+    try:
+        for number in range(run.stage, len(config.stages)):
+            run.train_stage(number)
+    finally:
+        run.close()
+    return config.output
+
+
+class Run:
+    """One training run: the model, where it stands, and its files."""
+
+    def __init__(self, config: TrainConfig, report: Report) -> None:
+        self.config, self.report = config, report
+        self.out = config.output
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self._state: dict[str, torch.Tensor] | None = None
+        self.model = self._start()
+        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+    def _start(self) -> KeyeModel:
+        model_config = load_model_config(self.config.model)
+        for name in COMPANIONS:
+            if (self.config.model / name).exists() and self.config.model != self.out:
+                shutil.copyfile(self.config.model / name, self.out / name)
+        if (self.out / PROGRESS_FILE).exists():
+            progress = read_json(self.out / PROGRESS_FILE)
+            self.stage, self.step, self.seconds = progress["stage"], progress["step"], progress["seconds"]
+            if (self.out / STATE_FILE).exists():
+                with safe_open(self.out / STATE_FILE, framework="pt") as file:
+                    self._state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return load_model(self.out, model_config, dtype=torch.bfloat16)[0]
+        if self.config.fresh:
+            return fresh_model(model_config, self.config.seed).bfloat16()
+        return load_model(self.config.model, model_config, dtype=torch.bfloat16)[0]
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def train_stage(self, number: int) -> None:
+        """Runs stage `number` to its end and saves."""
+        config = self.config.stages[number]
+        stage = make_stage(config, self.model)
+        optimizer = self._optimizer(config, stage)
+        if self._state is not None:
+            optimizer.load_state(self._state)
+            self._state = None
+        self.model.train()
+        clock = Clock(config, self.step, self.seconds, self.config)
+        for batch in self._batches(number):
+            progress = clock.progress()
+            if progress >= 1.0:
+                break
+            factor = schedule(config, clock.step, progress)
+            loss = stage.loss(self.model, batch)
+            loss.backward()
+            norm = optimizer.step(config.lr * factor, config.adam_lr * factor)
+            clock.tick()
+            if clock.log_due():
+                self._log(config, clock, stage, norm)
+            if clock.save_due():
+                self._save(number, clock, optimizer)
+        self._log(config, clock, stage, 0.0)
+        self.stage, self.step, self.seconds = number + 1, 0, 0.0
+        save_model(self.model, self.out, dtype=torch.bfloat16)
+        (self.out / STATE_FILE).unlink(missing_ok=True)
+        self._write_progress()
+
+    def _optimizer(self, config: StageConfig, stage: Stage) -> Optimizer:
+        heads = [(f"heads.{name}", p) for name, p in stage.heads.named_parameters()]
+        parameters = [*trainable(self.model, config), *heads]
+        return Optimizer(parameters, is_muon_matrix, weight_decay=config.weight_decay)
+
+    def _batches(self, number: int) -> Iterator[Any]:
+        """Batches of step, step + 1, ... made ahead in the worker."""
+        waiting: deque[Future[Any]] = deque()
+        config, step = self.config.stages[number], self.step
+        while True:
+            while len(waiting) < PREFETCH:
+                seed = derived_seed(self.config.seed, number, config.name, step)
+                waiting.append(self.pool.submit(make_batch, config, self.out, seed))
+                step += 1
+            yield waiting.popleft().result()
+
+    def _log(self, config: StageConfig, clock: Clock, stage: Stage, norm: float) -> None:
+        figures = {"stage": config.name, "step": clock.step, "minutes": round(clock.seconds() / 60, 2),
+                   "steps_per_second": round(clock.rate(), 3), "grad_norm": round(norm, 3),
+                   **{k: round(v, 4) for k, v in stage.figures.take().items()}}  # fmt: skip
+        with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+        self.report(figures)
+
+    def _save(self, number: int, clock: Clock, optimizer: Optimizer) -> None:
+        save_model(self.model, self.out, dtype=torch.bfloat16)
+        temporary = self.out / f".{STATE_FILE}.tmp"
+        save_file(optimizer.state(), temporary)
+        os.replace(temporary, self.out / STATE_FILE)
+        self.stage, self.step, self.seconds = number, clock.step, clock.seconds()
+        self._write_progress()
+
+    def _write_progress(self) -> None:
+        temporary = self.out / f".{PROGRESS_FILE}.tmp"
+        temporary.write_text(json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds}))
+        os.replace(temporary, self.out / PROGRESS_FILE)
+
+
+class Clock:
+    """Steps and seconds of a stage, those before a resume included."""
+
+    def __init__(self, stage: StageConfig, step: int, seconds: float, run: TrainConfig) -> None:
+        self.stage, self.step, self.run = stage, step, run
+        self._before, self._begin = seconds, time.monotonic()
+        self._logged, self._saved, self._logged_step = self._begin, self._begin, step
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._begin
+
+    def progress(self) -> float:
+        """0 at the start of the stage, 1 when its steps or minutes are used up."""
+        shares = [0.0]
+        if self.stage.steps is not None:
+            shares.append(self.step / max(1, self.stage.steps))
+        if self.stage.minutes is not None:
+            shares.append(self.seconds() / 60 / self.stage.minutes)
+        return max(shares)
+
+    def tick(self) -> None:
+        self.step += 1
+
+    def rate(self) -> float:
+        """Steps a second since the last call."""
+        now = time.monotonic()
+        rate = (self.step - self._logged_step) / max(1e-9, now - self._logged)
+        self._logged, self._logged_step = now, self.step
+        return rate
+
+    def log_due(self) -> bool:
+        return time.monotonic() - self._logged >= self.run.log_seconds
+
+    def save_due(self) -> bool:
+        if time.monotonic() - self._saved < self.run.save_minutes * 60:
+            return False
+        self._saved = time.monotonic()
+        return True
+
+
+def schedule(config: StageConfig, step: int, progress: float) -> float:
+    """Learning-rate factor: linear warm-up, flat, then linear decay over the last `decay_fraction` of the stage."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = (1.0 - progress) / max(1e-9, config.decay_fraction)
+    return warmup * max(config.final_lr, min(1.0, left))
+
+
+def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Hidden matrices follow Muon; embeddings, heads, routers, indexers, patch and position tables follow AdamW."""
+    other = ("embed", "lm_head", "heads.", ".mlp.gate.", ".sa_indexer.", "norm")
+    return parameter.ndim in (2, 3) and not any(part in name for part in other)
