@@ -169,6 +169,35 @@ class ProcessorConfig:
             raise ConfigError(f"frame_text {self.frame_text!r} may only use the field {{seconds}}: {error}") from None
 
 
+@dataclass(frozen=True)
+class GenerationConfig:
+    """`generation_config.json`: how a model wants to be sampled. Absent values leave the engine's defaults.
+
+    `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a prompt
+    that also has `{article}` gets the event without its own article.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    default_system: str | None = None
+    ground_prompt: str = (
+        "When does this happen in the video: {event}? Answer with a list of time intervals in seconds, "
+        "[[start, end], ...], or [] if it never happens."
+    )
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of the engine's sampling parameters that the model sets."""
+        values = {"max_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        if self.do_sample:
+            values |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -244,6 +273,24 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     if unknown := sorted(set(own) - fields):
         raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
     return ProcessorConfig(**{**values, **own})
+
+
+def load_generation_config(folder: Path) -> GenerationConfig:
+    """Reads `folder/generation_config.json` if present. Our own fields lie in its `keye` object; unknown ones there are
+    errors, unknown official ones are left alone."""
+    path = Path(folder) / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig()
+    raw = read_json(path)
+    fields = {f.name for f in dataclasses.fields(GenerationConfig)}
+    values = {k: v for k, v in raw.items() if k in fields and v is not None}
+    eos = raw.get("eos_token_id")
+    if eos is not None:
+        values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (int(eos),)
+    own = raw.get("keye", {})
+    if unknown := sorted(set(own) - {"default_system", "ground_prompt"}):
+        raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are default_system, ground_prompt")
+    return GenerationConfig(**{**values, **own})
 
 
 def read_json(path: Path) -> dict[str, Any]:

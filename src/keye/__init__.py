@@ -1,0 +1,43 @@
+"""keye: Keye-VL as a whole system - understand long video with open models, on the machine you own.
+
+    import keye
+
+    model = keye.load("nano")
+    answer = model.ask("video.mp4", "when is the red circle visible?")
+    print(answer.text, answer.intervals)
+
+Names load on first use: importing `keye` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keye.engine.engine import Answer, AnswerStream, Keye, load
+    from keye.engine.prompt import Frames
+    from keye.errors import KeyeError
+
+__version__ = "0.1.0"
+__all__ = ["Answer", "AnswerStream", "Frames", "Keye", "KeyeError", "__version__", "load"]
+
+_HOME = {
+    "Answer": "keye.engine.engine",
+    "AnswerStream": "keye.engine.engine",
+    "Keye": "keye.engine.engine",
+    "load": "keye.engine.engine",
+    "Frames": "keye.engine.prompt",
+    "KeyeError": "keye.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'keye' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

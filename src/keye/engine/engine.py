@@ -1,0 +1,263 @@
+"""`Keye`: a loaded model that answers questions about media. The front that Python users and the command line share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keye.chat import ChatTemplate, Message, merge_intervals, parse_reply
+from keye.config import (
+    GenerationConfig,
+    KeyeConfig,
+    load_generation_config,
+    load_model_config,
+    load_processor_config,
+)
+from keye.engine.generate import Decoding, check_context, generate
+from keye.engine.prompt import Prompt, PromptBuilder, as_medium
+from keye.engine.sampling import SamplingParams, StopText
+from keye.errors import KeyeError
+from keye.hub import resolve
+from keye.media.processor import Processor
+from keye.models.attention import AttentionMode
+from keye.models.keye import KeyeModel
+from keye.models.weights import load_model, torch_dtype
+from keye.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request: `media_tokens` of the `prompt_tokens` are visual."""
+
+    prompt_tokens: int
+    media_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished reply.
+
+    `intervals` are the (start, end) seconds written in the answer. `plan` says for each medium what was sampled and what
+    it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model was
+    trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
+    """
+
+    text: str
+    reasoning: str | None
+    intervals: tuple[tuple[float, float], ...]
+    usage: Usage
+    plan: tuple[Mapping[str, Any], ...]
+    model: str
+    attention: str
+    finish_reason: str
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, every field."""
+        return {**asdict(self), "intervals": [list(pair) for pair in self.intervals], "plan": list(self.plan)}
+
+
+class AnswerStream:
+    """Iterates over the text as it is generated; `answer` is there once the iteration has ended."""
+
+    def __init__(self, pieces: Iterator[str | Answer]) -> None:
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            if isinstance(piece, Answer):
+                self.answer = piece
+            else:
+                yield piece
+
+    def finish(self) -> Answer:
+        """Runs to the end and returns the answer."""
+        for _ in self:
+            pass
+        assert self.answer is not None
+        return self.answer
+
+
+class Keye:
+    """A model with its tokenizer and processor. Make one with `keye.load`."""
+
+    def __init__(
+        self,
+        name: str,
+        model: KeyeModel,
+        tokenizer: Tokenizer,
+        processor: Processor,
+        generation: GenerationConfig | None = None,
+        *,
+        attention: AttentionMode = "sparse",
+    ) -> None:
+        self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
+        self.generation = generation or GenerationConfig()
+        self.attention: AttentionMode = attention if model.config.text.sparse is not None else "dense"
+        self.template = ChatTemplate(default_system=self.generation.default_system)
+        self._builder = PromptBuilder(self.config, tokenizer, processor)
+
+    @property
+    def config(self) -> KeyeConfig:
+        return self.model.config
+
+    @property
+    def processor_config(self) -> Any:
+        return self.processor.config
+
+    def ask(self, media: object, question: str, **options: Any) -> Answer:
+        """Answers a question about one medium or a list of them; see `stream_ask`."""
+        return self.stream_ask(media, question, **options).finish()
+
+    def stream_ask(
+        self, media: object, question: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> AnswerStream:
+        """`media`: a path, data URL, bytes, PIL image or `Frames`, or a list of these. `media_options` (fps, max_frames,
+        max_pixels, video_start, ...) hold for each. `options` are those of `stream`."""
+        if not question.strip():
+            raise KeyeError("the question is empty; ask something about the media")
+        listed = media if isinstance(media, list | tuple) else [media]
+        if not listed:
+            raise KeyeError("no medium was given; pass a video or an image to ask about")
+        parts = tuple(as_medium(item, **(media_options or {})) for item in listed)
+        return self.stream([Message("user", (*parts, question))], **options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> Answer:
+        """Continues a conversation in the OpenAI message format; see `stream` for options."""
+        return self.stream(messages, **options).finish()
+
+    def ground(self, video: object, event: str, **options: Any) -> Answer:
+        """Asks when an event happens; `intervals` of the answer are sorted and do not overlap."""
+        subject = event.strip()
+        if not subject:
+            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
+        if "{article}" in self.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
+            subject = subject.split(" ", 1)[1]
+        question = self.generation.ground_prompt.format(event=subject, article="the")
+        answer = self.ask(video, question, **options)
+        merged = tuple(merge_intervals(answer.intervals))
+        return Answer(**{**_shallow(answer), "intervals": merged})
+
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        thinking: bool | None = None,
+        attention: AttentionMode | None = None,
+        **sampling: Any,
+    ) -> AnswerStream:
+        """Starts a reply. `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback;
+        `sampling` are the fields of `SamplingParams`, the model's own defaults for those not given. Unknown options are
+        errors, raised here and not at the first token."""
+        params = self.sampling_params(**sampling)
+        mode = self._attention_mode(attention)
+        return AnswerStream(self._reply(messages, params, mode, thinking))
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """The model's defaults with the given fields in their place; `None` means not given."""
+        known = SamplingParams.fields()
+        if unknown := sorted(set(given) - set(known)):
+            raise KeyeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
+        defaults = self.generation.sampling_defaults()
+        return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+
+    def _attention_mode(self, attention: AttentionMode | None) -> AttentionMode:
+        if attention is None:
+            return self.attention
+        if attention not in ("sparse", "dense"):
+            raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
+        if attention == "sparse" and self.config.text.sparse is None:
+            raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
+        return attention
+
+    def _reply(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        params: SamplingParams,
+        mode: AttentionMode,
+        thinking: bool | None,
+    ) -> Iterator[str | Answer]:
+        begin = time.perf_counter()
+        prompt = self._builder.build(messages, template=self.template, thinking=thinking)
+        check_context(prompt, params.max_tokens, self.config.text.max_position_embeddings)
+        prepared = time.perf_counter()
+        decoding = Decoding(self.model, mode=mode)
+        decoding.prefill(prompt)
+        prefilled = time.perf_counter()
+        decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
+        for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):
+            count += 1
+            if piece := stop.push(decoder.push(token)):
+                shown += piece
+                yield piece
+            if stop.stopped:
+                break
+        if not stop.stopped and (rest := stop.push(decoder.finish()) + stop.finish()):
+            shown += rest
+            yield rest
+        done = time.perf_counter()
+        seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "decode": done - prefilled}
+        finished = "length" if count >= params.max_tokens and not stop.stopped else "stop"
+        yield self._answer(shown, prompt, count, mode, finished, seconds)
+
+    def _answer(
+        self, text: str, prompt: Prompt, count: int, mode: str, finished: str, seconds: Mapping[str, float]
+    ) -> Answer:
+        reply = parse_reply(text)
+        plans = tuple(
+            item.plan.to_dict() if item.plan is not None
+            else {"frames": len(item.timestamps), "timestamps": list(item.timestamps), "visual_tokens": item.visual_tokens}
+            for item in prompt.media
+        )  # fmt: skip
+        return Answer(
+            text=reply.text,
+            reasoning=reply.reasoning,
+            intervals=reply.intervals,
+            usage=Usage(prompt.token_ids.shape[0], prompt.media_tokens, count),
+            plan=plans,
+            model=self.name,
+            attention=mode,
+            finish_reason=finished,
+            seconds={name: round(value, 4) for name, value in seconds.items()},
+        )
+
+
+def _shallow(answer: Answer) -> dict[str, Any]:
+    return {name: getattr(answer, name) for name in Answer.__dataclass_fields__}
+
+
+def load(
+    name_or_path: str | Path = "nano",
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    attention: AttentionMode = "sparse",
+) -> Keye:
+    """Loads a model by name ("nano", a hub name) or from a folder.
+
+    `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the
+    checkpoint's own). Nothing in the checkpoint is executed.
+    """
+    folder = resolve(str(name_or_path))
+    config = load_model_config(folder)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise KeyeError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    model, _ = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
+    name = str(config.raw.get("keye_name") or folder.name)
+    return Keye(
+        name,
+        model,
+        Tokenizer.from_file(folder),
+        Processor(load_processor_config(folder)),
+        load_generation_config(folder),
+        attention=attention,
+    )

@@ -1,0 +1,83 @@
+"""Prefill and decode of one sequence: token ids in, token ids out. Knows nothing of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from keye.engine.kvcache import KVCache
+from keye.engine.prompt import Prompt
+from keye.engine.sampling import Sampler, SamplingParams
+from keye.errors import KeyeError
+from keye.models.attention import AttentionMode, CachedStep, Selection, Span
+from keye.models.keye import KeyeModel
+
+#: Prompt tokens that pass through the decoder at once.
+PREFILL_CHUNK = 1024
+
+
+class Decoding:
+    """One sequence being continued: its cache, its position and the logits of its next token."""
+
+    def __init__(
+        self, model: KeyeModel, *, mode: AttentionMode = "sparse", select: Selection = "indexer"
+    ) -> None:
+        self.model, self.mode, self.select = model, mode, select
+        self.cache = KVCache(model.config.text.num_hidden_layers)
+        self.position = 0
+        self.logits = torch.empty(0)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Prompt) -> None:
+        """Computes the prompt in chunks; afterwards `logits` are those of the first token of the reply."""
+        vision = prompt.vision()
+        visual = None
+        if vision is not None:
+            visual = self.model.encode_vision(*(tensor.to(self.model.device) for tensor in vision))
+        x = self.model.embed(prompt.token_ids.to(self.model.device), visual)
+        positions = prompt.position_ids.to(self.model.device)
+        hidden = x
+        for start in range(0, x.shape[0], PREFILL_CHUNK):
+            part = slice(start, min(start + PREFILL_CHUNK, x.shape[0]))
+            hidden = self._forward(x[part], positions[:, part])
+        self.logits = self.model.logits(hidden[-1:])[0]
+        self.position = prompt.next_position
+
+    @torch.inference_mode()
+    def feed(self, token: int) -> None:
+        """Appends one token and computes the logits after it."""
+        device = self.model.device
+        x = self.model.model.embed_tokens(torch.tensor([token], device=device))
+        position = torch.full((3, 1), self.position, dtype=torch.int64, device=device)
+        self.logits = self.model.logits(self._forward(x, position))[0]
+        self.position += 1
+
+    def _forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        span = Span(0, x.shape[0], self.cache)
+        step = CachedStep([span], self.model.config.text, mode=self.mode, select=self.select)
+        return self.model(x, positions, step)
+
+
+def check_context(prompt: Prompt, max_tokens: int, limit: int) -> None:
+    """`KeyeError` when prompt and reply cannot fit in `limit` tokens; the sentence says what to change."""
+    used = prompt.token_ids.shape[0]
+    if used + max_tokens > limit:
+        media = f", {prompt.media_tokens} of them visual" if prompt.media else ""
+        raise KeyeError(
+            f"the prompt takes {used} tokens{media} and the reply up to {max_tokens}, but the context holds {limit}; "
+            "sample fewer or smaller frames (--fps, --max-frames, --max-pixels) or lower --max-tokens"
+        )
+
+
+def generate(decoding: Decoding, params: SamplingParams, eos: tuple[int, ...]) -> Iterator[int]:
+    """Yields the tokens of the reply after a prefill; ends before an end-of-sequence token or at `max_tokens`."""
+    sampler, reply = Sampler(params), list[int]()
+    while len(reply) < params.max_tokens:
+        token = sampler(decoding.logits, reply)
+        if token in eos:
+            return
+        reply.append(token)
+        yield token
+        if len(reply) < params.max_tokens:
+            decoding.feed(token)

@@ -1,0 +1,131 @@
+"""From a conversation to what the model computes: token ids, positions, patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from keye.chat import ChatTemplate, Medium, Message, render
+from keye.config import KeyeConfig
+from keye.errors import KeyeError
+from keye.media.fetch import Source, fetch_source, media_kind
+from keye.media.positions import build_position_ids
+from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
+from keye.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A video in memory: uint8 RGB [F, H, W, 3] and the second of each frame."""
+
+    frames: NDArray[np.uint8]
+    timestamps: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`token_ids` int64 [T]; `position_ids` int64 [3, T]; `next_position` of the first generated token; the media."""
+
+    token_ids: Tensor
+    position_ids: Tensor
+    next_position: int
+    media: tuple[MediaItem, ...]
+
+    @property
+    def media_tokens(self) -> int:
+        return sum(item.visual_tokens for item in self.media)
+
+    def vision(self) -> tuple[Tensor, Tensor] | None:
+        """Patches and grids of all media in order, or None without media."""
+        if not self.media:
+            return None
+        return VisionInput.concatenate([item.vision for item in self.media]).tensors()
+
+
+class PromptBuilder:
+    """Builds prompts for one model."""
+
+    def __init__(self, config: KeyeConfig, tokenizer: Tokenizer, processor: Processor) -> None:
+        self.config, self.tokenizer, self.processor = config, tokenizer, processor
+        self._pad = {"image": config.image_token_id, "video": config.video_token_id}
+
+    def build(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        template: ChatTemplate | None = None,
+        thinking: bool | None = None,
+    ) -> Prompt:
+        """Renders, opens and decodes the media, and lays out tokens and positions."""
+        segments = render(messages, template=template, thinking=thinking)
+        videos = sum(s.kind == "video" for s in segments)
+        ids: list[int] = []
+        items: list[MediaItem] = []
+        for segment in segments:
+            if isinstance(segment.value, Medium):
+                item = self.open(segment.value, videos)
+                items.append(item)
+                ids += self._media_ids(item)
+            else:
+                ids += self.tokenizer.encode(segment.value, special=segment.kind == "template")
+        return self._lay_out(ids, items)
+
+    def open(self, medium: Medium, videos: int = 1) -> MediaItem:
+        """Fetches and processes one medium under its own options."""
+        options: dict[str, Any] = dict(medium.options)
+        if isinstance(medium.source, Frames):
+            return self.processor.frames(medium.source.frames, medium.source.timestamps, **options)
+        if isinstance(medium.source, Image.Image):
+            return self.processor.image(medium.source, **options)
+        source = as_source(medium.source)
+        if medium.kind == "image":
+            return self.processor.image(source, **options)
+        return self.processor.video(source, video_count=videos, **options)
+
+    def _media_ids(self, item: MediaItem) -> list[int]:
+        ids: list[int] = []
+        for piece in item.pieces:
+            if isinstance(piece, VisualSpan):
+                ids += [self._pad[piece.kind]] * piece.tokens
+            else:
+                ids += self.tokenizer.encode(piece, special=True)
+        return ids
+
+    def _lay_out(self, ids: list[int], items: list[MediaItem]) -> Prompt:
+        grids = {}
+        for kind in ("image", "video"):
+            rows = [item.vision.grid_thw for item in items if item.kind == kind]
+            if rows:
+                grids[self._pad[kind]] = np.concatenate(rows)
+        positions, delta = build_position_ids(ids, grids, merge_size=self.config.vision.spatial_merge_size)
+        return Prompt(torch.tensor(ids), torch.from_numpy(positions), len(ids) + delta, tuple(items))
+
+
+def as_source(value: object) -> Source:
+    """A path, data URL or bytes as a `Source`; `KeyeError` for anything else."""
+    if isinstance(value, Source):
+        return value
+    if isinstance(value, str | bytes) or hasattr(value, "__fspath__"):
+        return fetch_source(value)  # type: ignore[arg-type]
+    raise KeyeError(f"a medium must be a path, data URL, bytes, a PIL image or Frames, not {type(value).__name__}")
+
+
+def as_medium(value: object, **options: Any) -> Medium:
+    """Any medium that `ask` accepts, its kind found out by looking at it."""
+    if isinstance(value, Medium):
+        return value
+    if isinstance(value, Frames):
+        return Medium("video", value, options)
+    if isinstance(value, Image.Image):
+        return Medium("image", value, options)
+    source = as_source(value)
+    return Medium("image" if media_kind(source) == "image" else "video", source, options)
+
+

@@ -1,0 +1,123 @@
+"""How the next token is drawn, and when to stop. Knows logits and token ids; no text but the stop strings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keye.errors import KeyeError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Settings of one generation. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off.
+
+    `repetition_penalty` above 1 divides positive and multiplies negative logits of tokens of the reply so far. `stop`
+    strings end the reply and are left out of it. Raises `KeyeError` that names the field and its range.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            ("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
+            ("stop", all(self.stop), "strings that are not empty"),
+        )
+        for name, fine, rule in checks:
+            if not fine:
+                raise KeyeError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """Names of all settings."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+
+class Sampler:
+    """Draws tokens under fixed settings; the same seed and logits give the same tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator = torch.Generator()
+        if params.seed is not None:
+            self._generator.manual_seed(params.seed)
+        else:
+            self._generator.seed()
+
+    def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
+        """`logits` float32 [V] and the tokens of the reply so far -> the next token id."""
+        params = self.params
+        if params.repetition_penalty != 1.0 and history:
+            logits = _penalise(logits, history, params.repetition_penalty)
+        if params.temperature == 0:
+            return int(logits.argmax())
+        probabilities = filtered_probabilities(logits.cpu(), params)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [V] after temperature, top-k, min-p and top-p, in this order; they sum to 1."""
+    probs = (logits.double() / params.temperature).softmax(-1)
+    if 0 < params.top_k < probs.numel():
+        kth = probs.topk(params.top_k).values[-1]
+        probs = probs.masked_fill(probs < kth, 0.0)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
+    if params.top_p < 1:
+        ordered, order = probs.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        cut = before >= params.top_p * ordered.sum()
+        probs = probs.index_fill(0, order[cut], 0.0)
+    return probs / probs.sum()
+
+
+def _penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    ids = torch.tensor(sorted(set(history)), device=logits.device)
+    seen = logits[ids]
+    return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+class StopText:
+    """Holds back the end of a text stream while it could be the beginning of a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop, self._held, self.stopped = tuple(stop), "", False
+
+    def push(self, text: str) -> str:
+        """Adds text and returns what may be shown; sets `stopped` once a stop string was seen."""
+        self._held += text
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back when the stream ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
