@@ -1,0 +1,135 @@
+"""Scored answers to figures: accuracy over tasks, grounding, what a constant answer would reach, standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keye.evals import metrics
+from keye.evals.metrics import Constant
+
+#: Tasks whose mean is the headline accuracy: those that the model card vouches for.
+SHIPPED_TASKS = (
+    "ground", "ground_text", "start", "end", "count", "count_at", "attribute_at", "list_at", "visible_at", "order",
+    "read", "presence", "color_change", "change_time", "background", "cut_time",
+)  # fmt: skip
+#: Tasks whose intervals make the headline mIoU.
+GROUNDING_TASKS = ("ground", "ground_text")
+NEVER_TASK = "ground_none"
+IOU_LEVELS = (0.3, 0.5, 0.7)
+#: An interval task counts as answered from this IoU on.
+HIT_IOU = 0.5
+WHOLE_VIDEO = "(the whole video)"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One answer with its scores. `cluster` numbers the clip; `iou` and `whole_video_iou` (of answering with the whole
+    video) are those of interval tasks, None elsewhere; `exact` is the match of text, number or all intervals."""
+
+    cluster: int
+    task: str
+    question: str
+    gold: str
+    reply: str
+    exact: bool
+    iou: float | None = None
+    whole_video_iou: float | None = None
+
+    @property
+    def correct(self) -> float:
+        """1 or 0: IoU of at least 0.5 for intervals, else the exact match."""
+        return float(self.exact if self.iou is None else self.iou >= HIT_IOU)
+
+
+def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) -> dict[str, Any]:
+    """Figures of a run as plain data; all scores 0 to 100, None where nothing was asked.
+
+    accuracy: mean over the shipped tasks (those that were asked) of each task's accuracy, which for interval tasks is
+        R1@0.5, the share of answers with IoU >= 0.5.
+    miou: mean IoU over ground and ground_text. miou_with_none: also over ground_none, where `[]` scores 1.
+    *_error: standard errors with clips as clusters.
+    grounding: R1 at three IoU levels, and the same figures for always answering with the whole video.
+    tasks: for each task n, accuracy, its error, the metric, the best constant answer (majority_answer) with its
+        accuracy (majority), whether it is shipped; interval tasks also miou and exact. ground and ground_none
+        share one pool of constant answers, since the model cannot know which of the two it is asked.
+    """
+    by_task: dict[str, list[Scored]] = defaultdict(list)
+    for one in scored:
+        by_task[one.task].append(one)
+    counted = [by_task[task] for task in shipped if task in by_task]
+    located = [one for task in GROUNDING_TASKS for one in by_task.get(task, [])]
+    with_none = [*located, *by_task.get(NEVER_TASK, [])]
+    return {
+        "accuracy": _percent(metrics.mean([_accuracy(items) for items in counted])),
+        "accuracy_error": _percent(metrics.clustered_error([_clusters(items, correct=True) for items in counted])),
+        "miou": _percent(metrics.mean(_ious(located))),
+        "miou_error": _percent(metrics.clustered_error([_clusters(located, correct=False)])),
+        "miou_with_none": _percent(metrics.mean(_ious(with_none))),
+        "whole_video_miou": _percent(metrics.mean(_whole_video_ious(located))),
+        "grounding": _grounding(located),
+        "tasks": {task: _task(task, by_task, shipped) for task in sorted(by_task)},
+        "questions": len(scored),
+        "clips": len({one.cluster for one in scored}),
+    }
+
+
+def _grounding(located: Sequence[Scored]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"n": len(located)}
+    for prefix, ious in (("", _ious(located)), ("whole_video_", _whole_video_ious(located))):
+        for level in IOU_LEVELS:
+            figures[f"{prefix}r1@{level}"] = _percent(metrics.mean([float(iou >= level) for iou in ious]))
+    return figures
+
+
+def _task(task: str, by_task: dict[str, list[Scored]], shipped: Sequence[str]) -> dict[str, Any]:
+    items = by_task[task]
+    constant = _best_constant(task, by_task)
+    figures = {
+        "n": len(items),
+        "accuracy": _percent(_accuracy(items)),
+        "error": _percent(metrics.clustered_error([_clusters(items, correct=True)])),
+        "metric": "exact match" if items[0].iou is None else f"r1@{HIT_IOU}",
+        "majority_answer": constant.answer,
+        "majority": _percent(constant.score),
+        "shipped": task in shipped,
+    }
+    if items[0].iou is not None:
+        figures["miou"] = _percent(metrics.mean(_ious(items)))
+        figures["exact"] = _percent(metrics.mean([float(one.exact) for one in items]))
+    return figures
+
+
+def _best_constant(task: str, by_task: dict[str, list[Scored]]) -> Constant:
+    """The most frequent gold answer or, where it is better, the whole video."""
+    together = ("ground", NEVER_TASK) if task in ("ground", NEVER_TASK) else (task,)
+    pool = [one for name in together for one in by_task.get(name, [])]
+    best = metrics.majority([one.gold for one in pool])
+    whole = _whole_video_ious(by_task[task])
+    if whole:
+        score = metrics.mean([float(iou >= HIT_IOU) for iou in whole])
+        best = max(best, Constant(WHOLE_VIDEO, score), key=lambda constant: constant.score)
+    return best
+
+
+def _accuracy(items: Sequence[Scored]) -> float:
+    return metrics.mean([one.correct for one in items])
+
+
+def _clusters(items: Sequence[Scored], *, correct: bool) -> list[tuple[int, float]]:
+    return [(one.cluster, one.correct if correct else one.iou or 0.0) for one in items]
+
+
+def _ious(items: Iterable[Scored]) -> list[float]:
+    return [one.iou for one in items if one.iou is not None]
+
+
+def _whole_video_ious(items: Iterable[Scored]) -> list[float]:
+    return [one.whole_video_iou for one in items if one.whole_video_iou is not None]
+
+
+def _percent(share: float) -> float | None:
+    return None if math.isnan(share) else round(100 * share, 2)
