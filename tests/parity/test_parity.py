@@ -1,0 +1,32 @@
+"""Every recorded case of every known set; what a case is, its own json says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from parity_harness.cases import Case, Check, NotApplicable
+from parity_harness.dsa import run_dsa
+from parity_harness.networks import run_language_model, run_vision
+from parity_harness.preprocess import run_preprocess
+from parity_harness.rope import run_rope
+
+SETS: dict[str, Callable[[Case, Check], None]] = {
+    "preprocess": run_preprocess,
+    "rope": run_rope,
+    "vision": run_vision,
+    "lm": run_language_model,
+    "e2e": run_language_model,
+    "dsa": run_dsa,
+}
+
+
+def test_case(case: Case) -> None:
+    check = Check()
+    if case.set_name not in SETS:
+        pytest.skip(f"set {case.set_name!r} is not implemented yet")
+    try:
+        SETS[case.set_name](case, check)
+    except NotApplicable as reason:
+        pytest.skip(str(reason))
+    check.finish()
