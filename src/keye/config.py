@@ -173,8 +173,8 @@ class ProcessorConfig:
 class GenerationConfig:
     """`generation_config.json`: how a model wants to be sampled. Absent values leave the engine's defaults.
 
-    `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a prompt
-    that also has `{article}` gets the event without its own article.
+    `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a
+    prompt that also has `{article}` gets the event without its own article.
     """
 
     do_sample: bool = False
@@ -289,7 +289,9 @@ def load_generation_config(folder: Path) -> GenerationConfig:
         values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (int(eos),)
     own = raw.get("keye", {})
     if unknown := sorted(set(own) - {"default_system", "ground_prompt"}):
-        raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are default_system, ground_prompt")
+        raise ConfigError(
+            f"{path} has unknown keye fields {', '.join(unknown)}; known are default_system, ground_prompt"
+        )
     return GenerationConfig(**{**values, **own})
 
 
@@ -360,17 +362,18 @@ def _check(config: KeyeConfig) -> None:
     text, vision = config.text, config.vision
     problems = [
         (len(text.mrope_section) != 3 or sum(text.mrope_section) * 2 != text.head_dim,
-         f"mrope_section {list(text.mrope_section)} must hold three numbers that sum to head_dim/2 = {text.head_dim // 2}"),
+         f"mrope_section {list(text.mrope_section)} must be three numbers that sum to head_dim/2 = {text.head_dim // 2}"),
         (text.num_attention_heads % text.num_key_value_heads != 0,
-         f"num_attention_heads {text.num_attention_heads} is no multiple of num_key_value_heads {text.num_key_value_heads}"),
+         f"num_attention_heads {text.num_attention_heads} is no multiple of "
+         f"num_key_value_heads {text.num_key_value_heads}"),
         (text.num_experts > 0 and not 0 < text.num_experts_per_tok <= text.num_experts,
          f"num_experts_per_tok {text.num_experts_per_tok} must lie between 1 and num_experts {text.num_experts}"),
-        (text.num_experts > 0 and text.moe_intermediate_size <= 0, "num_experts is set but moe_intermediate_size is not"),
+        (text.num_experts > 0 and text.moe_intermediate_size <= 0, "num_experts needs moe_intermediate_size"),
         (text.hidden_act != "silu", f"hidden_act {text.hidden_act!r} is not supported; Keye decoders use silu"),
         (any(not 0 <= i < text.num_hidden_layers for i in text.mlp_only_layers),
          f"mlp_only_layers {list(text.mlp_only_layers)} names layers outside 0..{text.num_hidden_layers - 1}"),
         (vision.hidden_size % vision.num_attention_heads != 0 or vision.head_dim % 4 != 0,
-         f"vision hidden_size {vision.hidden_size} must split into {vision.num_attention_heads} heads of a multiple of 4"),
+         f"vision hidden_size {vision.hidden_size} must be {vision.num_attention_heads} heads of a multiple of 4"),
         (vision.hidden_act != "gelu_pytorch_tanh", f"vision hidden_act {vision.hidden_act!r} is not supported"),
     ]  # fmt: skip
     if text.sparse is not None:

@@ -23,7 +23,7 @@ from keye.engine.prompt import Prompt, PromptBuilder, as_medium
 from keye.engine.sampling import SamplingParams, StopText
 from keye.errors import KeyeError
 from keye.hub import resolve
-from keye.media.processor import Processor
+from keye.media.processor import MediaItem, Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import load_model, torch_dtype
@@ -43,9 +43,9 @@ class Usage:
 class Answer:
     """A finished reply.
 
-    `intervals` are the (start, end) seconds written in the answer. `plan` says for each medium what was sampled and what
-    it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model was
-    trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
+    `intervals` are the (start, end) seconds written in the answer. `plan` says for each medium what was sampled and
+    what it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model
+    was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
     """
 
     text: str
@@ -119,8 +119,8 @@ class Keye:
     def stream_ask(
         self, media: object, question: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
     ) -> AnswerStream:
-        """`media`: a path, data URL, bytes, PIL image or `Frames`, or a list of these. `media_options` (fps, max_frames,
-        max_pixels, video_start, ...) hold for each. `options` are those of `stream`."""
+        """`media`: a path, data URL, bytes, PIL image or `Frames`, or a list of these. `media_options` (fps,
+        max_frames, max_pixels, video_start, ...) hold for each. `options` are those of `stream`."""
         if not question.strip():
             raise KeyeError("the question is empty; ask something about the media")
         listed = media if isinstance(media, list | tuple) else [media]
@@ -166,7 +166,10 @@ class Keye:
         if unknown := sorted(set(given) - set(known)):
             raise KeyeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
         defaults = self.generation.sampling_defaults()
-        return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+        chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+        if isinstance(chosen.get("stop"), str):
+            chosen["stop"] = (chosen["stop"],)
+        return SamplingParams(**chosen)
 
     def _attention_mode(self, attention: AttentionMode | None) -> AttentionMode:
         if attention is None:
@@ -211,11 +214,7 @@ class Keye:
         self, text: str, prompt: Prompt, count: int, mode: str, finished: str, seconds: Mapping[str, float]
     ) -> Answer:
         reply = parse_reply(text)
-        plans = tuple(
-            item.plan.to_dict() if item.plan is not None
-            else {"frames": len(item.timestamps), "timestamps": list(item.timestamps), "visual_tokens": item.visual_tokens}
-            for item in prompt.media
-        )  # fmt: skip
+        plans = tuple(_plan_of(item) for item in prompt.media)
         return Answer(
             text=reply.text,
             reasoning=reply.reasoning,
@@ -227,6 +226,17 @@ class Keye:
             finish_reason=finished,
             seconds={name: round(value, 4) for name, value in seconds.items()},
         )
+
+
+def _plan_of(item: MediaItem) -> dict[str, Any]:
+    """The plan of a medium; frames in memory were not sampled, so theirs is what they are."""
+    if item.plan is not None:
+        return item.plan.to_dict()
+    return {
+        "frames": len(item.timestamps),
+        "timestamps": list(item.timestamps),
+        "visual_tokens": item.visual_tokens,
+    }
 
 
 def _shallow(answer: Answer) -> dict[str, Any]:

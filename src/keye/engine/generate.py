@@ -20,9 +20,7 @@ PREFILL_CHUNK = 1024
 class Decoding:
     """One sequence being continued: its cache, its position and the logits of its next token."""
 
-    def __init__(
-        self, model: KeyeModel, *, mode: AttentionMode = "sparse", select: Selection = "indexer"
-    ) -> None:
+    def __init__(self, model: KeyeModel, *, mode: AttentionMode = "sparse", select: Selection = "indexer") -> None:
         self.model, self.mode, self.select = model, mode, select
         self.cache = KVCache(model.config.text.num_hidden_layers)
         self.position = 0

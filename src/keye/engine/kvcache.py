@@ -74,4 +74,3 @@ def _write(stored: Tensor | None, start: int, new: Tensor) -> Tensor:
         stored = grown
     stored[start:need] = new.detach()
     return stored
-

@@ -113,7 +113,7 @@ def as_source(value: object) -> Source:
     if isinstance(value, Source):
         return value
     if isinstance(value, str | bytes) or hasattr(value, "__fspath__"):
-        return fetch_source(value)  # type: ignore[arg-type]
+        return fetch_source(value)
     raise KeyeError(f"a medium must be a path, data URL, bytes, a PIL image or Frames, not {type(value).__name__}")
 
 
@@ -127,5 +127,3 @@ def as_medium(value: object, **options: Any) -> Medium:
         return Medium("image", value, options)
     source = as_source(value)
     return Medium("image" if media_kind(source) == "image" else "video", source, options)
-
-

@@ -46,7 +46,7 @@ class Indexer(nn.Module):
         """`x` [T, d] after input_layernorm; `cos`, `sin` float32 [T, I/2] of the indexer's own M-RoPE."""
         q, k, w = self.project(x, cos, sin)
         if self.numerics != "exact":
-            # Scales are powers of two: multiplying them back in is exact, and the scores are those of the official code.
+            # Scales are powers of two: multiplying them back in is exact, so the scores are those of the official code.
             q_values, q_scale = quantize_fp8(q)
             k_values, k_scale = quantize_fp8(k)
             q, k = (q_values * q_scale).to(q.dtype), (k_values * k_scale).to(k.dtype)

@@ -4,8 +4,8 @@ Branches of one trunk do not see one another, so one pass over a video supervise
 a step has the same trunk and tail length, and the tail is cut into windows that no branch crosses: attention is then a
 few batched matrix products that hardly compute anything masked.
 
-Legend: B sequences, P trunk tokens, L tail tokens, N = P + L, W window, M = L / W windows, H heads, G groups, R = H / G,
-D head dim, J indexer heads, I indexer dim.
+Legend: B sequences, P trunk tokens, L tail tokens, N = P + L, W window, M = L / W windows, H heads, G groups,
+R = H / G, D head dim, J indexer heads, I indexer dim.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class PackedStep:
         self.sparse = mode != "dense"
         self.batch, self.tail = branch.shape
         self.branch = branch
-        self.valid = torch.cat((torch.ones(self.batch, trunk, dtype=torch.bool), branch >= 0), dim=1)
         windows = branch.unflatten(1, (-1, window))
         order = torch.arange(window)
         same = (windows[..., :, None] == windows[..., None, :]) & (order <= order[:, None])
@@ -63,58 +62,68 @@ class PackedStep:
         self.hidden: dict[int, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
-        B, N, (H, D), G = self.batch, self.trunk + self.tail, q.shape[1:], k.shape[1]
+        B, N, (H, D), G, P = self.batch, self.trunk + self.tail, q.shape[1:], k.shape[1], self.trunk
         q = q.view(B, N, G, H // G, D).permute(0, 2, 3, 1, 4)  # B G R N D
         k, v = k.view(B, N, G, D).transpose(1, 2), v.view(B, N, G, D).transpose(1, 2)  # B G N D
-        if self.mode == "dense":
-            P = self.trunk
+        if index is None:
             parts = list(_attend_causally(q[..., :P, :], k[:, :, :P], v[:, :, :P]))
             if self.tail:
-                parts.append(self._attend_windows(q[..., P:, :], k, v))
+                logits = self._window_logits(q[..., P:, :], k)
+                probs = table.masked_softmax(logits, self.window_mask[:, None, None], D**-0.5)
+                parts.append(self._window_output(probs, v))
             out = torch.cat(parts, dim=3)
         else:
-            assert index is not None
             out = self._attend_and_teach(q, k, v, index)
         return out.permute(0, 3, 1, 2, 4).reshape(B * N, H, D)
 
-    def _attend_windows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Tail queries [B, G, R, L, D]: each sees the trunk and its own branch inside its window."""
-        (B, G, R, L, D), P, W = q.shape, self.trunk, self.window
+    def _window_logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Tail queries [B, G, R, L, D] against the trunk and their own window: [B, G, R, M, W, P + W], unscaled."""
+        (B, G, R, L, _), P, W = q.shape, self.trunk, self.window
         M = L // W
-        k_own, v_own = (t[:, :, P:].unflatten(2, (M, W)) for t in (k, v))  # B G M W D
         to_trunk = torch.matmul(q.flatten(2, 3), k[:, :, :P].mT).view(B, G, R, M, W, P)
-        q_own = q.unflatten(3, (M, W)).transpose(2, 3).flatten(3, 4)  # B G M RW D
-        to_own = torch.matmul(q_own, k_own.mT).view(B, G, M, R, W, W).transpose(2, 3)
-        logits = torch.cat((to_trunk, to_own), dim=-1)
-        probs = table.masked_softmax(logits, self.window_mask[:, None, None], D**-0.5)
-        from_trunk = torch.matmul(probs[..., :P].reshape(B, G, R * L, P), v[:, :, :P])
-        from_own = torch.matmul(probs[..., P:].transpose(2, 3).reshape(B, G, M, R * W, W), v_own)
-        return from_trunk.view(B, G, R, L, D) + from_own.view(B, G, M, R, W, D).transpose(2, 3).reshape(B, G, R, L, D)
+        own = q.unflatten(3, (M, W)).transpose(2, 3).flatten(3, 4)  # B G M RW D
+        to_own = torch.matmul(own, k[:, :, P:].unflatten(2, (M, W)).mT).view(B, G, M, R, W, W).transpose(2, 3)
+        return torch.cat((to_trunk, to_own), dim=-1)
+
+    def _window_output(self, probs: Tensor, v: Tensor) -> Tensor:
+        """Probabilities [B, G, R, M, W, P + W] times values: [B, G, R, L, D]."""
+        (B, G, R, M, W, _), P = probs.shape, self.trunk
+        from_trunk = torch.matmul(probs[..., :P].reshape(B, G, R * M * W, P), v[:, :, :P])
+        own = probs[..., P:].transpose(2, 3).reshape(B, G, M, R * W, W)
+        from_own = torch.matmul(own, v[:, :, P:].unflatten(2, (M, W))).unflatten(3, (R, W)).transpose(2, 3)
+        return from_trunk.view(B, G, R, M * W, -1) + from_own.reshape(B, G, R, M * W, -1)
 
     def _attend_and_teach(self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput) -> Tensor:
-        """Sequence by sequence: scores, selection, attention over it, and the KL of the indexer against it."""
-        N = self.trunk + self.tail
-        index_q, index_k, gate = (t.view(self.batch, N, *t.shape[1:]) for t in index)
-        outputs, losses = [], []
-        for b in range(self.batch):
-            mask = self._mask(b)
-            logits = torch.einsum("njd,sd->jns", index_q[b], index_k[b]).float()
-            scores = torch.einsum("jns,nj->ns", logits.relu(), gate[b].float())
-            scores = scores.masked_fill(~mask, -torch.inf)
-            if self.mode == "sparse" and N > self.topk:
-                mask = mask & topk_mask(scores.detach(), self.topk)
-            probs = _probabilities(q[b], k[b], mask)
-            outputs.append(torch.matmul(probs.flatten(1, 2), v[b]).view(*probs.shape[:3], -1))
-            losses.append(_indexer_kl(probs.detach(), scores.masked_fill(~mask, -torch.inf), self.valid[b]))
-        self.kl.append(torch.stack(losses).mean())
-        return torch.stack(outputs)
+        """Attention as the mode says, with the KL of the indexer against it: first the trunk, then the windows."""
+        B, N, P, D = self.batch, self.trunk + self.tail, self.trunk, q.shape[-1]
+        index_q = index.q.float().view(B, N, 1, *index.q.shape[1:]).permute(0, 2, 3, 1, 4)  # B 1 J N I
+        index_k = index.k.float().view(B, 1, N, -1)
+        gate = index.gate.view(B, N, -1).transpose(1, 2)  # B J N
+        logits = torch.matmul(q[..., :P, :].flatten(2, 3), k[:, :, :P].mT).unflatten(2, (q.shape[2], P))
+        scores = torch.matmul(index_q[:, 0, :, :P], index_k[..., :P, :].mT)  # B J P P
+        scores = (scores.relu() * gate[:, :, :P, None]).sum(1)
+        mask = torch.ones(P, P, dtype=torch.bool).tril().expand(B, P, P)
+        probs, loss = self._select_and_teach(logits, scores, mask, D)
+        parts = [torch.matmul(probs.flatten(2, 3), v[:, :, :P]).unflatten(2, probs.shape[2:4])]
+        count = torch.tensor(B * P)
+        if self.tail:
+            logits = self._window_logits(q[..., P:, :], k)
+            scores = self._window_logits(index_q[..., P:, :], index_k)[:, 0]  # B J M W (P + W)
+            scores = (scores.relu() * gate[:, :, P:].unflatten(2, (-1, self.window))[..., None]).sum(1)
+            probs, more = self._select_and_teach(logits, scores, self.window_mask, D)
+            parts.append(self._window_output(probs, v))
+            loss, count = loss + more, count + (self.branch >= 0).sum()
+        self.kl.append(loss / count)
+        return torch.cat(parts, dim=3)
 
-    def _mask(self, b: int) -> Tensor:
-        """What each of the N tokens of sequence `b` may see, bool [N, N]; padding sees itself."""
-        branch = torch.cat((torch.full((self.trunk,), -2), self.branch[b]))
-        order = torch.arange(branch.shape[0])
-        mask = ((branch[:, None] == branch) | (branch == -2)) & (order <= order[:, None])
-        return (mask & self.valid[b][:, None]) | torch.diag(~self.valid[b])
+    def _select_and_teach(self, logits: Tensor, scores: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, G, R, ..., S], scores and mask [B, ..., S] -> probabilities, and the KL summed over queries."""
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if self.mode == "sparse" and scores.shape[-1] > self.topk:
+            mask = mask & topk_mask(scores.detach(), self.topk)
+            scores = scores.masked_fill(~mask, -torch.inf)
+        probs = table.masked_softmax(logits, mask[:, None, None], dim**-0.5)
+        return probs, _indexer_kl(probs.detach(), scores)
 
     def indexer_kl(self) -> Tensor:
         """Mean over layers of KL(attention averaged over heads || indexer softmax), per valid query."""
@@ -146,18 +155,14 @@ def _attend_causally(q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Iterato
         yield torch.matmul(probs.flatten(2, 3), v_BGTD[:, :, :stop]).unflatten(2, (R, stop - start))
 
 
-def _probabilities(q_GRTD: Tensor, k_GSD: Tensor, mask_TS: Tensor) -> Tensor:
-    """Attention probabilities of one sequence: [G, R, T, S]."""
-    logits = torch.matmul(q_GRTD.flatten(1, 2), k_GSD.transpose(-1, -2)).unflatten(1, q_GRTD.shape[1:3])
-    return table.masked_softmax(logits, mask_TS, q_GRTD.shape[-1] ** -0.5)
+def _indexer_kl(probs: Tensor, scores: Tensor) -> Tensor:
+    """KL(p || softmax(I)) summed over queries, p the attention of all heads averaged; `probs` [B, G, R, ..., S].
 
-
-def _indexer_kl(probs_GRTS: Tensor, scores_TS: Tensor, valid_T: Tensor) -> Tensor:
-    """KL(p || softmax(I)) per valid query, p the attention of all heads averaged.
-
-    One teacher for all groups has the same gradient as the sum of the groups' KLs. Scores are -inf outside the set.
+    One teacher for all groups has the same gradient as the sum of the groups' KLs. Scores are -inf outside the set;
+    a query that sees nothing (padding) counts as zero.
     """
-    p = probs_GRTS.float().mean((0, 1))
-    log_q = scores_TS.log_softmax(-1).clamp_min(-60.0)
+    p = probs.float().mean((1, 2))
+    empty = (scores == -torch.inf).all(-1)
+    log_q = scores.masked_fill(empty[..., None], 0.0).log_softmax(-1).clamp_min(-60.0)
     kl = (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1)
-    return (kl * valid_T).sum() / valid_T.sum().clamp_min(1)
+    return kl.masked_fill(empty, 0.0).sum()

@@ -101,13 +101,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def open_checkpoint(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a folder: the shards of its index, or every `*.safetensors` in it. Reads headers only."""
+    """The tensors of a folder: the shards of its index, else `model.safetensors`, else every `*.safetensors` in it.
+    Reads headers only."""
     index = folder / INDEX_FILE
     if index.exists():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if any(Path(name).name != name for name in names):
             raise WeightsError(f"{index} names a shard outside its folder; refusing to follow it")
         files = [folder / name for name in names]
+    elif (folder / WEIGHTS_FILE).exists():
+        files = [folder / WEIGHTS_FILE]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -132,7 +135,7 @@ _Plan = dict[str, tuple[str, _Place]]
 
 
 def _plan(model: KeyeModel, tensors: Mapping[str, LazyTensor]) -> tuple[_Plan, tuple[str, ...]]:
-    """File name -> (module tensor, view of it to write), and the ignored names; raises for anything that does not fit."""
+    """File name -> (module tensor, view of it to write), and the ignored names; raises for whatever does not fit."""
     per_expert = {match[1] for name in tensors if (match := _EXPERT.match(name))}
     plan: _Plan = {}
     wrong: list[str] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from keye.train.config import StageConfig
 IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
 WINDOW = 128
+CAPITAL_CHANCE = 0.25
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Where one answer lies in a batch: row, tail positions start .. stop of the predicting tokens, and the question."""
+    """Where one answer lies in a batch: row, tail positions start .. stop of the predicting tokens, the question."""
 
     row: int
     start: int
@@ -90,14 +91,15 @@ class BatchMaker:
         """A batch for the language stages: one entry of the mix, clips and questions drawn from `seed`."""
         rng = random.Random(seed)
         mix = rng.choices(config.mix, [m.weight for m in config.mix])[0]
-        clips, asked = [], []
+        clips: list[Clip] = []
+        asked: list[list[Question]] = []
         while len(clips) < mix.clips:
             clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects,
                              split=config.split, size=self.size, text_chance=config.text_chance)  # fmt: skip
             found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
             if found:
                 clips.append(clip)
-                asked.append(found)
+                asked.append([_capitalised(question, rng) for question in found])
         return self.pack(clips, asked)
 
     def pack(self, clips: Sequence[Clip], asked: Sequence[Sequence[Question]]) -> PackedBatch:
@@ -145,10 +147,14 @@ class BatchMaker:
     def vision(self, config: StageConfig, seed: int) -> VisionBatch:
         """A batch of single frames for the vision stage."""
         rng = random.Random(seed)
-        frames, ids, offsets = [], [], []
+        frames: list[NDArray[np.uint8]] = []
+        ids: list[NDArray[np.int64]] = []
+        offsets: list[NDArray[np.float32]] = []
         row, column = np.indices((self.rows, self.columns))
         while len(frames) < config.batch:
-            clip = make_clip(rng.getrandbits(60), frames=2, objects=config.objects, size=self.size, text_chance=config.text_chance)
+            clip = make_clip(
+                rng.getrandbits(60), frames=2, objects=config.objects, size=self.size, text_chance=config.text_chance
+            )
             labels = dense_labels(clip, 0, self.processor.factor)
             columns = [labels.color, labels.shape, labels.size, labels.letters[..., 0], labels.letters[..., 1],
                        labels.cover_color, labels.cover_shape, np.full_like(row, labels.background + 1),
@@ -158,6 +164,13 @@ class BatchMaker:
             offset = np.where(labels.color[..., None] > 0, labels.offset, np.nan)
             offsets.append(offset.reshape(-1, 2).astype(np.float32))
         return VisionBatch(np.stack(frames), np.stack(ids), np.stack(offsets))
+
+
+def _capitalised(question: Question, rng: random.Random) -> Question:
+    """A quarter of the questions begin with a capital letter, as people write them."""
+    if rng.random() >= CAPITAL_CHANCE:
+        return question
+    return replace(question, text=question.text[:1].upper() + question.text[1:])
 
 
 def _fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:

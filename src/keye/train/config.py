@@ -32,8 +32,8 @@ class StageConfig:
 
     kind "vision" pre-trains the vision tower on dense labels of single frames (`batch` images a step). kind "language"
     trains on questions about clips; `attention` says how the decoder attends ("dense", "warmup": dense with only the
-    indexer's KL, "sparse": over the selected keys with NTP and KL). `trains` names the part that changes: "vision" (tower
-    and projector), "decoder" (everything but the tower and the indexers), "indexer", or "all".
+    indexer's KL, "sparse": over the selected keys with NTP and KL). `trains` names the part that changes: "vision"
+    (tower and projector), "decoder" (everything but the tower and the indexers), "indexer", or "all".
     """
 
     name: str

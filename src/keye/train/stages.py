@@ -47,7 +47,10 @@ class Stage(Protocol):
     """What the trainer needs of a stage."""
 
     figures: Figures
-    heads: nn.Module
+
+    @property
+    def heads(self) -> nn.Module:
+        """What is trained besides the model and thrown away afterwards."""
 
     def loss(self, model: KeyeModel, batch: VisionBatch | PackedBatch) -> Tensor:
         """The scalar to minimise."""
@@ -96,7 +99,7 @@ class VisionStage:
     def __init__(self, config: StageConfig, model: KeyeModel) -> None:
         self.config, self.figures = config, Figures()
         width = sum(count for _, count in VISION_TARGETS) + 2
-        self.heads = nn.Linear(model.config.text.hidden_size, width)
+        self.heads: nn.Linear = nn.Linear(model.config.text.hidden_size, width)
 
     def loss(self, model: KeyeModel, batch: VisionBatch | PackedBatch) -> Tensor:
         assert isinstance(batch, VisionBatch)
@@ -126,10 +129,9 @@ class LanguageStage:
     def __init__(self, config: StageConfig, model: KeyeModel) -> None:
         self.config, self.figures = config, Figures()
         width = model.config.text.hidden_size
-        self.heads = nn.Module()
+        self.heads: nn.ModuleList = nn.ModuleList()
         if config.time_binding:
-            self.heads.binding = nn.Linear(width, 2 * width, bias=False)
-            nn.init.normal_(self.heads.binding.weight, std=width**-0.5)
+            self.heads.append(nn.Linear(width, 2 * width, bias=False))
         self.frozen_vision = config.trains in ("decoder", "indexer")
 
     def loss(self, model: KeyeModel, batch: VisionBatch | PackedBatch) -> Tensor:
@@ -185,11 +187,14 @@ class LanguageStage:
     def _bind_time(self, model: KeyeModel, batch: PackedBatch, hidden: Tensor, trunk: int) -> Tensor:
         """Two random visual tokens of each frame predict the two tokens of the frame's timestamp."""
         B, frames = batch.time_ids.shape[:2]
-        is_visual = torch.from_numpy(batch.trunk_ids[0] == model.config.video_token_id).nonzero().squeeze(1).view(frames, -1)
+        is_visual = (
+            torch.from_numpy(batch.trunk_ids[0] == model.config.video_token_id).nonzero().squeeze(1).view(frames, -1)
+        )
         picked = is_visual.gather(1, torch.randint(is_visual.shape[1], (frames, 2)))
         x = hidden.view(B, -1, hidden.shape[-1])[:, picked.flatten()]
         x = F.rms_norm(x, x.shape[-1:])
-        both = F.linear(x, self.heads.binding.weight.to(x.dtype)).unflatten(-1, (2, -1))  # type: ignore[union-attr]
+        weight = next(self.heads.parameters())
+        both = F.linear(x, weight.to(x.dtype)).unflatten(-1, (2, -1))
         logits = model.logits(both).flatten(0, 2)
         target = torch.from_numpy(batch.time_ids).unsqueeze(2).expand(-1, -1, 2, -1).flatten()
         self.figures.add("time binding", float((logits.argmax(-1) == target).float().mean()))

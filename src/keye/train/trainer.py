@@ -30,7 +30,7 @@ from keye.train.stages import Stage, make_stage, trainable
 
 #: Batches that the worker makes ahead.
 PREFETCH = 3
-STATE_FILE, PROGRESS_FILE, LOG_FILE = "state.safetensors", "progress.json", "log.jsonl"
+STATE_FILE, PROGRESS_FILE, LOG_FILE = "resume/state.safetensors", "progress.json", "log.jsonl"
 #: Files of the model folder that go along with the weights.
 COMPANIONS = ("config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json",
               "tokenizer_config.json")  # fmt: skip
@@ -144,7 +144,8 @@ class Run:
 
     def _save(self, number: int, clock: Clock, optimizer: Optimizer) -> None:
         save_model(self.model, self.out, dtype=torch.bfloat16)
-        temporary = self.out / f".{STATE_FILE}.tmp"
+        temporary = self.out / f"{STATE_FILE}.tmp"
+        temporary.parent.mkdir(exist_ok=True)
         save_file(optimizer.state(), temporary)
         os.replace(temporary, self.out / STATE_FILE)
         self.stage, self.step, self.seconds = number, clock.step, clock.seconds()
