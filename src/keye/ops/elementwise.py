@@ -78,11 +78,17 @@ class Table:
             setattr(self, function.__name__, function)
         self.fused = False
 
-    def fuse(self) -> None:
-        """Compiles every entry; the first calls take seconds. Raises whatever the compiler raises at the first use."""
+    def fuse(self) -> bool:
+        """Compiles every entry; the first calls take seconds. Without a working C++ compiler nothing changes: False."""
         for function in _FUNCTIONS:
             setattr(self, function.__name__, torch.compile(function, dynamic=True))
+        try:
+            self.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
+        except Exception:  # the compiler's errors have no common type, and none of them is the user's to see
+            self.plain()
+            return False
         self.fused = True
+        return True
 
 
 _FUNCTIONS = (rms_norm, add_rms_norm, swiglu, rotate, norm_rotate, masked_softmax, weighted_sum)

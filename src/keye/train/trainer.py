@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -47,8 +48,8 @@ def train(config: TrainConfig, *, resume: bool = True, report: Report | None = N
         raise ConfigError(f"{config.output} already holds a run; resume it or choose another output")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    if config.fused:
-        table.fuse()
+    if config.fused and not table.fuse():
+        warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
     run = Run(config, report or (lambda figures: None))
     try:
         for number in range(run.stage, len(config.stages)):
