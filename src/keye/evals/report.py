@@ -1,0 +1,79 @@
+"""The result of an evaluation as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_report(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints what `keye.evals.frameforge.evaluate` returned: headline, scores of every task, and costs."""
+    console = console or Console()
+    options = result["options"]
+    fewest, most = options["frames"]
+    attention = options["mode"] if options["mode"] == "dense" else f"sparse, keys by {options['select']}"
+    through = ", through .mp4" if options["mp4"] else ""
+    console.print(f"FrameForge, split {options['split']}, {fewest} to {most} frames, {attention}{through}")
+    console.print(_headline(result))
+    console.print(_tasks(result["tasks"]))
+    console.print(_costs(result))
+
+
+def _headline(result: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    grounding = result["grounding"]
+    table.add_row("accuracy", _with_error(result["accuracy"], result["accuracy_error"]), "mean over shipped tasks")
+    table.add_row(
+        "mIoU",
+        _with_error(result["miou"], result["miou_error"]),
+        f"always the whole video: {_number(result['whole_video_miou'])}, n = {grounding['n']}",
+    )
+    for level in (name for name in grounding if name.startswith("r1@")):
+        other = f"always the whole video: {_number(grounding['whole_video_' + level])}"
+        table.add_row(level.upper(), _number(grounding[level]), other)
+    return table
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table()
+    table.add_column("task")
+    for name in ("n", "accuracy", "constant", "gain", "mIoU"):
+        table.add_column(name, justify="right")
+    table.add_column("constant answer", max_width=32, no_wrap=True, overflow="ellipsis")
+    order = sorted(tasks.items(), key=lambda item: (not item[1]["shipped"], item[0]))
+    for task, row in order:
+        table.add_row(
+            task if row["shipped"] else f"({task})",
+            str(row["n"]),
+            _with_error(row["accuracy"], row["error"]),
+            _number(row["majority"]),
+            f"{row['accuracy'] - row['majority']:+.1f}",
+            _number(row.get("miou")),
+            # Text that was rendered into a clip may look like markup.
+            row["majority_answer"].replace("[", r"\["),
+        )
+    table.caption = "accuracy: exact match, for intervals R1@0.5; tasks in brackets are not shipped"
+    return table
+
+
+def _costs(result: Mapping[str, Any]) -> str:
+    share = result["k_over_context"]
+    parts = [
+        f"{result['questions']} questions about {result['clips']} clips in {result['seconds']:.1f} s",
+        f"{result['tokens_per_second']:.0f} tokens/s",
+        f"context {result['mean_context']:.0f} tokens",
+    ]
+    if share is not None and result["options"]["mode"] == "sparse":
+        parts.append(f"k/context {share:.3f}")
+    return ", ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _number(value) if value is None or error is None else f"{value:.1f} ± {error:.1f}"
