@@ -1,0 +1,56 @@
+"""The command line: the table of verbs. Each verb's module is imported when it is used, so that help costs nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+import keye
+from keye.commands import options
+from keye.commands.group import LazyGroup, Verb, run
+
+VERBS = {
+    "ask": Verb("keye.commands.ask:ask", "answer a question about videos and images"),
+    "ground": Verb("keye.commands.ground:ground", "find when something happens in a video"),
+    "plan": Verb("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
+    "train": Verb("keye.commands.train:train", "train a model by the stages of a TOML file"),
+    "eval": Verb("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),
+    "doctor": Verb("keye.commands.doctor:doctor", "check this machine and this installation"),
+}
+
+#: Set before a verb's module, and with it torch, is imported. Training shares the cores with its batch worker: threads
+#: that wait should sleep, and the kernels of all batch shapes should stay in the cache.
+ENVIRONMENT = {"train": {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}}
+
+
+class Verbs(LazyGroup):
+    """The verbs with their environment; what the user has set stays."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for name, value in ENVIRONMENT.get(cmd_name, {}).items():
+            os.environ.setdefault(name, value)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.command(cls=Verbs, verbs=VERBS, context_settings=options.CONTEXT)
+@click.version_option(keye.__version__, prog_name="keye")
+@options.debug
+def cli() -> None:
+    """Understand long video with open models, on the machine you own.
+
+    \b
+    keye ask video.mp4 "when is the red circle visible?"
+    keye ground video.mp4 "the red circle" --clips found
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 a failure of ours, 2 a mistake of the user, 130 Ctrl-C."""
+    return run(cli, sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""`keye doctor`: whether this machine and this installation can do what keye needs."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from keye.commands import options
+from keye.commands.terminal import one_line
+from keye.errors import KeyeError
+
+#: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+
+_TRY_LIMIT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from keye.media.decode_worker import limit_process
+limit_process(1 << 30, 60)
+try:
+    bytearray(2 << 30)
+except MemoryError:
+    print("held")
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `ok` is None for a fact that is neither good nor bad."""
+
+    name: str
+    ok: bool | None
+    finding: str
+
+
+@click.command(context_settings=options.CONTEXT)
+@options.as_json
+@options.debug
+def doctor(as_json: bool) -> int:
+    """Check this machine and this installation. Exit code 1 when something that keye needs does not work."""
+    checks = [check() for check in CHECKS]
+    failed = any(check.ok is False for check in checks)
+    if as_json:
+        from keye.commands.show import print_json
+
+        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        print_checks(checks)
+    return 1 if failed else 0
+
+
+def print_checks(checks: list[Check]) -> None:
+    """One line for each check."""
+    from rich.table import Table
+
+    from keye.commands.show import stdout
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    marks = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("", "")}
+    for check in checks:
+        mark, style = marks[check.ok]
+        table.add_row(check.name, mark, check.finding, style=style if check.ok is False else None)
+    stdout().print(table)
+
+
+def check_python() -> Check:
+    return Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
+
+
+def check_torch() -> Check:
+    import torch
+
+    return Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def check_video() -> Check:
+    import av
+
+    return Check("video", "libx264" in av.codecs_available, f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}")
+
+
+def check_processor() -> Check:
+    """Model name and the instruction sets that matter; both are read from Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return Check("processor", None, platform.processor() or "unknown")
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    found = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS)
+    return Check("processor", None, f"{facts.get('model name', platform.machine())}, {_cores()} cores; {found}")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_memory() -> Check:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Check("memory", None, "unknown")
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.split()[-1] == "kB"}
+    return Check("memory", None, f"{kib['MemTotal'] / 2**20:.1f} GiB, {kib['MemAvailable'] / 2**20:.1f} GiB free")
+
+
+def check_gpu() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("gpu", None, "none that torch can use")
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Check("gpu", None, ", ".join(f"{card.name} {card.total_memory / 2**30:.0f} GiB" for card in cards))
+
+
+def check_attention() -> Check:
+    return Check("sparse attention", True, "reference, plain torch on any device")
+
+
+def check_limits() -> Check:
+    """Starts a process under the decode worker's limits and lets it ask for more memory than they allow."""
+    import keye
+
+    command = [sys.executable, "-P", "-c", _TRY_LIMIT, str(Path(keye.__path__[0]).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        reason = one_line(done.stderr)[-200:] or f"it ended with code {done.returncode}"
+        return Check("decode limits", False, f"the decode worker cannot start: {reason}")
+    if "held" not in done.stdout:
+        return Check("decode limits", None, "memory of the decode worker is not limited on this system")
+    return Check("decode limits", True, "memory and time of the decode worker are limited")
+
+
+def check_demo() -> Check:
+    """Decodes two frames of the bundled video."""
+    from keye.config import ProcessorConfig
+    from keye.hub import asset
+    from keye.media.fetch import fetch_source
+    from keye.media.video import open_video
+
+    try:
+        with open_video(fetch_source(asset("demo.mp4"))) as reader:
+            frames = reader.read(reader.plan(ProcessorConfig(), nframes=2))
+    except KeyeError as error:
+        return Check("decoding", False, one_line(str(error)))
+    return Check(
+        "decoding", True, f"{reader.info.codec} {reader.info.width}x{reader.info.height}, {len(frames)} frames read"
+    )
+
+
+def check_nano() -> Check:
+    """Loads the model that ships with the package."""
+    import keye
+
+    begin = time.perf_counter()
+    try:
+        model = keye.load("nano")
+    except KeyeError as error:
+        return Check("nano", False, one_line(str(error)))
+    size = sum(parameter.numel() for parameter in model.model.parameters())
+    return Check("nano", True, f"{size / 1e6:.1f} million parameters, loaded in {time.perf_counter() - begin:.1f} s")
+
+
+def check_hub() -> Check:
+    """Which published checkpoints lie in the hub's cache; the network is not asked."""
+    from huggingface_hub import constants
+
+    from keye.hub import PUBLISHED
+
+    cache = Path(constants.HF_HUB_CACHE)
+    here = [short for short, name in PUBLISHED.items() if (cache / f"models--{name.replace('/', '--')}").is_dir()]
+    return Check("hub cache", None, f"{cache}: " + (", ".join(here) if here else "no published Keye checkpoint"))
+
+
+CHECKS: tuple[Callable[[], Check], ...] = (
+    check_python, check_torch, check_video, check_processor, check_memory, check_gpu, check_attention, check_limits,
+    check_demo, check_nano, check_hub,
+)  # fmt: skip

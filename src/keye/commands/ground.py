@@ -1,0 +1,69 @@
+"""`keye ground`: when something happens in a video, and the clips that show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keye.commands import options
+from keye.errors import KeyeError
+
+if TYPE_CHECKING:
+    from keye.chat import Interval, Medium
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("video")
+@click.argument("event", metavar='"EVENT"')
+@click.option(
+    "--clips", type=click.Path(path_type=Path), help="Write each found interval as a video file to this folder."
+)
+@options.sampling_frames
+@options.sampling_text
+@options.attention
+@options.running
+@options.as_json
+@options.debug
+def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: Any) -> None:
+    """Find when something happens in a video.
+
+    Prints the intervals and a timeline. Exit code 0 also when nothing was found.
+
+    \b
+    keye ground video.mp4 "the red circle"
+    keye ground video.mp4 "the red circle" --clips found
+    """
+    from keye.commands import inputs, show
+
+    if clips is not None and clips.exists() and not clips.is_dir():
+        raise KeyeError(f"{clips} is a file: give a folder for --clips")
+    medium = inputs.only_video(video, given)
+    model = inputs.load_model(given)
+    with inputs.stderr().status("watching the video"):
+        answer = model.ground(medium, event, **inputs.reply_options(model, given))
+    written = write_clips(medium, answer.intervals, clips) if clips is not None else []
+    if as_json:
+        show.print_json({**answer.to_dict(), "clips": [str(path) for path in written]})
+        return
+    if not answer.intervals:
+        show.print_line(f"Not found: {event}")
+    show.print_answer(answer, model)
+    for path in written:
+        show.print_line(f"wrote {path}")
+
+
+def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path) -> list[Path]:
+    """Cuts the intervals into files under a progress bar."""
+    from keye.commands import inputs, show
+    from keye.media.clips import cut_clips
+    from keye.media.fetch import fetch_source
+
+    if not intervals:
+        return []
+    with show.progress_bar("writing clips") as advance:
+        written = cut_clips(fetch_source(medium.source), intervals, folder, progress=advance)  # type: ignore[arg-type]
+    if len(written) < len(intervals):
+        inputs.note(f"{len(intervals) - len(written)} of the intervals lie after the end of the video; no clip of them")
+    return written

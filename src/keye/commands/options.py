@@ -1,0 +1,119 @@
+"""Options that several commands share, as decorators. What is not given is None: the library has the defaults."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end")
+IMAGE_OPTIONS = ("min_pixels", "max_pixels")
+SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+
+
+class Seconds(click.ParamType):
+    """A time in seconds, mm:ss or hh:mm:ss."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        from keye.chat import to_seconds
+
+        try:
+            return to_seconds(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Positive(click.ParamType):
+    """A finite number above 0."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        if not 0 < number < math.inf:
+            self.fail(f"{value} must be above 0.", param, ctx)
+        return number
+
+
+COUNT = click.IntRange(min=1)
+
+
+def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator that adds options in the order in which help lists them."""
+    return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+debug: Callable[[F], F] = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+)
+
+as_json: Callable[[F], F] = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+)
+
+model_name: Callable[[F], F] = click.option(
+    "--model", default="nano", show_default=True, help="A name (nano, 2.0), a name on the hub, or a folder."
+)
+
+running: Callable[[F], F] = _all(
+    model_name,
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        help="Number format of the weights.  [default: the checkpoint's]",
+    ),
+    click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
+)
+
+attention: Callable[[F], F] = click.option(
+    "--attention",
+    type=click.Choice(["sparse", "dense"]),
+    help="dense attends to every token, above the model's top-k too: not what it was trained for."
+    "  [default: sparse where the model has it]",
+)
+
+sampling_frames: Callable[[F], F] = _all(
+    click.option("--fps", type=Positive(), help="Frames sampled per second of video."),
+    click.option("--nframes", type=COUNT, metavar="N", help="Number of frames, instead of --fps."),
+    click.option("--min-frames", type=COUNT, metavar="N", help="At least this many frames."),
+    click.option("--max-frames", type=COUNT, metavar="N", help="At most this many frames."),
+    click.option("--min-pixels", type=COUNT, metavar="N", help="Fewest pixels of a frame or image."),
+    click.option("--max-pixels", type=COUNT, metavar="N", help="Most pixels of a frame or image."),
+    click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
+    click.option("--end", "video_end", type=Seconds(), help="End here."),
+)
+
+sampling_text: Callable[[F], F] = _all(
+    click.option("--max-tokens", type=COUNT, metavar="N", help="Longest reply, in tokens."),
+    click.option("--temperature", type=float, help="0 always takes the likeliest token."),
+    click.option("--top-p", type=float, help="Draw from the likeliest tokens that together reach this probability."),
+    click.option("--top-k", type=int, help="Draw from this many likeliest tokens; 0 is off."),
+    click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest one's probability."),
+    click.option("--repetition-penalty", type=float, help="Above 1: tokens of the reply so far become less likely."),
+    click.option("--seed", type=int, help="Makes drawing repeatable."),
+    click.option("--stop", multiple=True, help="End the reply before this text; may be repeated."),
+    click.option(
+        "--think/--no-think", "thinking", default=None, help="Ask for or against reasoning before the answer."
+    ),
+)
+
+
+def given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of `names` that the user has set."""
+    return {name: options[name] for name in names if options[name] is not None and options[name] != ()}

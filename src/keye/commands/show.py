@@ -1,0 +1,188 @@
+"""How results look: the streamed answer, its timeline, what it cost, and plans. Answers go to standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from keye.chat import Interval, format_seconds, merge_intervals
+from keye.commands.inputs import stderr
+from keye.commands.terminal import one_line, printable
+
+if TYPE_CHECKING:
+    from keye.engine.engine import Answer, AnswerStream, Keye
+
+#: Widest timeline, in characters.
+MAX_BAR = 72
+#: Times of a plan that are listed before the middle is left out.
+MAX_TIMES = 48
+
+
+def stdout() -> Console:
+    """A console for results."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_line(text: str) -> None:
+    stdout().print(one_line(text), soft_wrap=True)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on one line of standard output, whatever its width."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+# Answers
+
+
+def run_quietly(stream: AnswerStream) -> Answer:
+    """Waits for a whole answer."""
+    with stderr().status("watching"):
+        return stream.finish()
+
+
+def print_stream(stream: AnswerStream) -> Answer:
+    """Prints the text as it comes, and returns the answer."""
+    pieces = iter(stream)
+    with stderr().status("watching"):
+        first = next(pieces, "")
+    print(printable(first), end="", flush=True)
+    for piece in pieces:
+        print(printable(piece), end="", flush=True)
+    print(flush=True)
+    assert stream.answer is not None
+    return stream.answer
+
+
+def print_answer(answer: Answer, model: Keye) -> None:
+    """What follows the text of an answer: its intervals on a timeline, and what it cost."""
+    console = stdout()
+    if answer.intervals:
+        for line in timeline(answer.intervals, video_length(answer.plan), min(console.width, MAX_BAR + 24)):
+            console.print(line, soft_wrap=True)
+    sparse = model.config.text.sparse
+    console.print(usage_line(answer, sparse.topk if sparse is not None else None), style="dim", soft_wrap=True)
+
+
+def video_length(plans: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds of the one video that an answer is about; None where there are several, or none."""
+    lengths = [plan["duration"] for plan in plans if "duration" in plan]
+    return float(lengths[0]) if len(lengths) == 1 else None
+
+
+def timeline(intervals: Sequence[Interval], length: float | None, width: int) -> list[Text]:
+    """A bar from 0 to `length` seconds with the intervals filled in, and a line for each interval.
+
+    The bar is `width` characters with its labels; it is left out where the length is not known. Every interval fills
+    at least one character; one beyond the end makes the bar longer.
+    """
+    lines = []
+    if length is not None:
+        end = max(length, *(stop for _, stop in intervals))
+        left, right = format_seconds(0.0), format_seconds(end)
+        cells = max(10, min(MAX_BAR, width - len(left) - len(right) - 4))
+        filled = filled_cells(intervals, end, cells)
+        bar = Text(f"{left} ▕")
+        for on in filled:
+            bar.append("█" if on else "─", style="green" if on else "dim")
+        lines.append(bar.append(f"▏ {right}"))
+    for start, stop in intervals:
+        span = f"{format_seconds(start)} to {format_seconds(stop)}"
+        lines.append(Text(f"  {span}  ({format_seconds(stop - start)})"))
+    return lines
+
+
+def filled_cells(intervals: Sequence[Interval], length: float, cells: int) -> list[bool]:
+    """Which of `cells` equal parts of 0..length an interval touches."""
+    filled = [False] * cells
+    for start, stop in merge_intervals(intervals):
+        first = min(cells - 1, math.floor(start / length * cells)) if length > 0 else 0
+        last = max(first + 1, math.ceil(stop / length * cells)) if length > 0 else cells
+        filled[first:last] = [True] * (min(last, cells) - first)
+    return filled
+
+
+def usage_line(answer: Answer, topk: int | None) -> str:
+    """Frames, tokens, attention and seconds of an answer on one line; `topk` keys are what the model was trained on."""
+    usage, frames = answer.usage, sum(len(plan.get("timestamps", ())) for plan in answer.plan)
+    parts = [f"{frames} frames"] if frames else []
+    parts.append(f"{usage.prompt_tokens:,} prompt tokens ({usage.media_tokens:,} visual)")
+    cut = ", cut at --max-tokens" if answer.finish_reason == "length" else ""
+    parts.append(f"{usage.completion_tokens:,} generated{cut}")
+    attention = f"{answer.attention} attention"
+    context = usage.prompt_tokens + usage.completion_tokens
+    if answer.attention == "dense" and topk is not None and context > topk:
+        attention += f" (over more than the {topk:,} tokens that {answer.model} was trained to select)"
+    parts.append(attention)
+    parts.append(f"{sum(answer.seconds.values()):.1f} s")
+    return one_line(" · ".join(parts))
+
+
+# Plans
+
+
+def print_plans(result: Mapping[str, Any]) -> None:
+    """A table of the plans of `keye plan`, the times of their frames, and the share of the context."""
+    console = stdout()
+    console.print(plan_table(result["media"]))
+    for plan in result["media"]:
+        if plan["kind"] == "video":
+            console.print(f"{one_line(plan['name'])}: frames at {listed_times(plan['timestamps'])} s", soft_wrap=True)
+    share = result["share_of_context"]
+    console.print(
+        f"{result['visual_tokens']:,} visual tokens, {share:.1%} of the {result['context']:,} tokens of "
+        f"{one_line(result['model'])}'s context; the times of frames, the question and the answer come on top",
+        soft_wrap=True,
+    )
+    if share >= 1:
+        console.print("This does not fit: lower --fps, --max-frames or --max-pixels.", style="bold")
+
+
+def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each medium."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for name in ("length", "source", "frames", "size", "tokens/frame", "tokens"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        video = plan["kind"] == "video"
+        source = f"{plan['source_width']}x{plan['source_height']}"
+        frames = plan["frames"] if video else 1
+        table.add_row(
+            one_line(plan["name"]),
+            format_seconds(plan["duration"]) if video else "image",
+            f"{source}, {plan['native_fps']:.4g} fps" if video else source,
+            str(frames),
+            f"{plan['width']}x{plan['height']}",
+            f"{plan['visual_tokens'] // frames:,}",
+            f"{plan['visual_tokens']:,}",
+        )
+    return table
+
+
+def listed_times(times: Sequence[float]) -> str:
+    """Times with one decimal, the middle of a long list left out."""
+    shown = [f"{time:.1f}" for time in times]
+    if len(shown) > MAX_TIMES:
+        shown = [*shown[: MAX_TIMES // 2], "...", *shown[-MAX_TIMES // 2 :]]
+    return " ".join(shown)
+
+
+# Progress
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error (on a terminal) that the yielded function moves to (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True, disable=not stderr().is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

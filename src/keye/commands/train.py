@@ -1,0 +1,95 @@
+"""`keye train`: the stages of a TOML file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keye.commands import options
+
+if TYPE_CHECKING:
+    from keye.train.config import StageConfig
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on at the last checkpoint of the output folder; --no-resume refuses a folder that holds a run.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON, the output folder last.")
+@options.debug
+def train(config: Path, resume: bool, as_json: bool) -> None:
+    """Train a model by the stages of a TOML file.
+
+    An interrupted run (Ctrl-C) goes on where it was last saved when the command is given again.
+    """
+    from keye.train.config import load_train_config
+    from keye.train.trainer import train as run
+
+    settings = load_train_config(config)
+    if as_json:
+        folder = run(settings, resume=resume, report=lambda figures: print(json.dumps(figures), flush=True))
+        print(json.dumps({"output": str(folder)}))
+        return
+    with Reports(settings.stages) as reports:
+        folder = run(settings, resume=resume, report=reports)
+    click.echo(f"The model is in {folder}.")
+
+
+class Reports:
+    """Prints a line for each report, above a bar for the running stage (on a terminal). All on standard error."""
+
+    def __init__(self, stages: Sequence[StageConfig]) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from keye.commands.inputs import stderr
+
+        self.stages = {stage.name: stage for stage in stages}
+        self.names = list(self.stages)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+        self.progress = Progress(*columns, TimeElapsedColumn(), console=stderr(), transient=True)
+        self.bar = self.progress.add_task("starting", total=1.0)
+
+    def __enter__(self) -> Reports:
+        if self.progress.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, figures: Mapping[str, Any]) -> None:
+        name = figures["stage"]
+        place = self.names.index(name) + 1
+        share = share_done(self.stages[name], figures)
+        self.progress.update(self.bar, completed=share, description=f"{name} ({place}/{len(self.names)})")
+        self.progress.console.print(report_line(figures))
+
+
+def share_done(stage: StageConfig, figures: Mapping[str, Any]) -> float:
+    """How much of a stage is done, 0 to 1: it ends when its steps or its minutes are used up."""
+    shares = [0.0]
+    if stage.steps:
+        shares.append(figures["step"] / stage.steps)
+    if stage.minutes:
+        shares.append(figures["minutes"] / stage.minutes)
+    return min(1.0, max(shares))
+
+
+def report_line(figures: Mapping[str, Any]) -> str:
+    """Stage, step, minutes and loss first, then whatever else was measured."""
+    rest = {k: v for k, v in figures.items() if k not in ("stage", "step", "minutes", "loss")}
+    first = [f"{figures['stage']}: step {figures['step']}", f"{figures['minutes']:.1f} min"]
+    if "loss" in figures:
+        first.append(f"loss {figures['loss']:.4g}")
+    return ", ".join(first + [f"{name} {value:.4g}" for name, value in rest.items()])

@@ -1,0 +1,143 @@
+"""Parts of a video as video files of their own: H.264 in MP4, at the source's size, upright, without sound.
+
+Decoding happens in the decode worker under its limits; this side only encodes the frames that it receives.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+
+from keye.errors import MediaError
+from keye.media.fetch import Source
+from keye.media.video import DecodeLimits, VideoInfo, VideoPlan, VideoReader
+
+#: A clip is at least this long, in seconds; a shorter interval is extended evenly to both sides.
+MIN_CLIP = 0.5
+_TIME_BASE = Fraction(1, 90_000)
+_MAX_STEM = 80
+
+#: Called with (seconds written, seconds in all), rounded.
+Progress = Callable[[int, int], None]
+
+
+def cut_clips(
+    source: Source,
+    intervals: Sequence[tuple[float, float]],
+    folder: Path,
+    *,
+    limits: DecodeLimits | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Writes a clip for each interval of (start, end) seconds and returns the paths, in the intervals' order.
+
+    Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times. A clip shows
+    what is on display from `start` on and lasts exactly until `end`; intervals are clamped to the video, shorter ones
+    than `MIN_CLIP` extended, those after its end left out. A file appears only when it is complete and replaces one of
+    the same name. Raises `MediaError` when the video cannot be read or the folder not be written.
+    """
+    stem = (source.path.stem if source.path is not None else "clip")[:_MAX_STEM]
+    written = []
+    with VideoReader(source, limits) as reader:
+        spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, reader.info.duration))}
+        meter = _Meter(sum(end - start for start, end in spans.values()), progress)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, (start, end) in spans.items():
+                path = folder / f"{stem}-{number:03d}-{start:.1f}s-{end:.1f}s.mp4"
+                with _complete_file(path) as draft:
+                    _write(draft, reader, start, end, meter)
+                written.append(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise MediaError(f"clips cannot be written to {folder}: {reason}; choose another folder") from error
+    return written
+
+
+def fit_interval(interval: tuple[float, float], duration: float) -> tuple[float, float] | None:
+    """The interval inside 0..duration, at least `MIN_CLIP` long where the video is; None if it lies after the end."""
+    start, end = max(interval[0], 0.0), min(interval[1], duration)
+    if start >= duration:
+        return None
+    if end - start < MIN_CLIP:
+        middle = (start + end) / 2
+        start = max(0.0, min(middle - MIN_CLIP / 2, duration - MIN_CLIP))
+        end = min(duration, start + MIN_CLIP)
+    return start, end
+
+
+class _Meter:
+    """Adds up what was written, for the progress bar."""
+
+    def __init__(self, total: float, progress: Progress | None) -> None:
+        self.total, self.progress, self.done = total, progress, 0.0
+
+    def add(self, seconds: float) -> None:
+        self.done += seconds
+        if self.progress is not None:
+            self.progress(round(self.done), round(self.total))
+
+
+def _write(draft: Path, reader: VideoReader, start: float, end: float, meter: _Meter) -> None:
+    plan = _plan(reader.info, start, end)
+    times = [round(max(time - start, 0.0) / _TIME_BASE) for time in plan.timestamps]
+    ends = [*times[1:], round((end - start) / _TIME_BASE)]
+    durations = {begin: max(1, stop - begin) for begin, stop in zip(times, ends, strict=True)}
+    with av.open(
+        str(draft), "w", format="mp4", options={"video_track_timescale": str(_TIME_BASE.denominator)}
+    ) as container:
+        # Without B-frames packets come in the order of time, and the file needs no edit list.
+        encoder = container.add_stream("libx264", rate=max(1, round(reader.info.fps)),
+                                       options={"crf": "18", "preset": "veryfast", "bf": "0"})  # fmt: skip
+        encoder.width, encoder.height, encoder.pix_fmt = plan.width, plan.height, "yuv420p"
+        encoder.codec_context.time_base = _TIME_BASE
+        for pixels, time in zip(reader.frames(plan), times, strict=True):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture.pts, picture.time_base = time, _TIME_BASE
+            _mux(container, encoder.encode(picture), durations)
+            meter.add(float(durations[time] * _TIME_BASE))
+        _mux(container, encoder.encode(None), durations)
+
+
+def _mux(container: Any, packets: Sequence[Any], durations: dict[int, int]) -> None:
+    for packet in packets:
+        packet.duration = durations[packet.pts]
+        container.mux(packet)
+
+
+def _plan(info: VideoInfo, start: float, end: float) -> VideoPlan:
+    """All frames on display between two times, at the source's size (H.264 needs even sides)."""
+    first = max(bisect_right(info.timestamps, start + 1e-6) - 1, 0)
+    last = max(bisect_left(info.timestamps, end - 1e-6), first + 1)
+    return VideoPlan(
+        name=info.name,
+        duration=info.duration,
+        native_fps=info.fps,
+        source_width=info.width,
+        source_height=info.height,
+        rotation=info.rotation,
+        frame_indices=tuple(range(first, last)),
+        timestamps=info.timestamps[first:last],
+        pts=info.pts[first:last],
+        width=max(2, info.width // 2 * 2),
+        height=max(2, info.height // 2 * 2),
+        tokens_per_frame=0,
+    )
+
+
+@contextmanager
+def _complete_file(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` that takes its place when the block succeeds and vanishes when it fails."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""Questions and events through the command line, with a model that knows nothing but answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+FIELDS = ["text", "reasoning", "intervals", "usage", "plan", "model", "attention", "finish_reason", "seconds"]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (56, 56), "red").save(path)
+    return path
+
+
+def test_an_answer_and_what_it_cost(run: Callable, model_folder: Path, video: Path) -> None:
+    result = run("ask", video, "what happens?", "--model", model_folder, "--max-tokens", 4)
+    assert (result.code, result.err) == (0, "")
+    *_, usage = result.out.splitlines()
+    assert usage.startswith("8 frames · ")
+    assert "(128 visual)" in usage and "4 generated, cut at --max-tokens" in usage and "sparse attention" in usage
+
+
+def test_dense_attention_is_named_with_a_warning(run: Callable, model_folder: Path, video: Path) -> None:
+    result = run("ask", video, "what?", "--model", model_folder, "--max-tokens", 1, "--attention", "dense")
+    assert "dense attention (over more than the 64 tokens" in result.out
+
+
+def test_json_is_the_answer(run: Callable, model_folder: Path, video: Path, picture: Path) -> None:
+    result = run("ask", video, picture, "what?", "--model", model_folder, "--max-tokens", 3, "--json", "--nframes", 4)
+    assert result.code == 0 and result.out.count("\n") == 1
+    data = result.data
+    assert list(data) == FIELDS
+    assert data["plan"][0]["timestamps"] == [0.0, 1.0, 2.5, 3.5]
+    assert data["plan"][1]["name"] == "picture.png"
+    assert data["usage"]["completion_tokens"] == 3
+
+
+def test_part_of_a_video(run: Callable, model_folder: Path, video: Path) -> None:
+    arguments = ["--model", model_folder, "--max-tokens", 1, "--json", "--start", "0:01", "--end", "2.5"]
+    assert run("ask", video, "what?", *arguments).data["plan"][0]["timestamps"] == [1.0, 1.5, 2.0, 2.5]
+
+
+def test_the_same_seed_draws_the_same(run: Callable, model_folder: Path, video: Path) -> None:
+    arguments = ["--model", model_folder, "--max-tokens", 8, "--temperature", 1.5, "--json"]
+    first, second, other = (run("ask", video, "what?", *arguments, "--seed", seed).data["text"] for seed in (1, 1, 2))
+    assert first == second != other
+
+
+def test_settings_without_effect_are_told(run: Callable, model_folder: Path, picture: Path) -> None:
+    result = run("ask", picture, "what?", "--model", model_folder, "--max-tokens", 1, "--fps", 1, "--seed", 3)
+    assert result.code == 0
+    assert "--fps has no effect on images" in result.err and "--seed has no effect at temperature 0" in result.err
+
+
+def test_ground_without_finding(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
+    arguments = ["ground", video, "the red circle", "--model", model_folder, "--max-tokens", 2]
+    result = run(*arguments, "--clips", tmp_path / "clips")
+    assert result.code == 0 and result.out.startswith("Not found: the red circle")
+    data = run(*arguments, "--json").data
+    assert list(data) == [*FIELDS, "clips"] and data["clips"] == []
+    assert not (tmp_path / "clips").exists()
+
+
+def test_ground_writes_clips(
+    run: Callable, model_folder: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keye.engine.engine import Keye
+
+    answer = Keye.ground
+
+    def found(self: Keye, *arguments: object, **options: object) -> object:
+        real = answer(self, *arguments, **options)  # type: ignore[arg-type]
+        return dataclasses.replace(real, text="...", intervals=((0.5, 2.0), (3.0, 3.0), (9.0, 10.0)))
+
+    monkeypatch.setattr(Keye, "ground", found)
+    arguments = [
+        "ground",
+        video,
+        "the circle",
+        "--model",
+        model_folder,
+        "--max-tokens",
+        2,
+        "--clips",
+        tmp_path / "clips",
+    ]
+    result = run(*arguments)
+    assert result.code == 0
+    assert "█" in result.out and "0.5 s to 2.0 s  (1.5 s)" in result.out
+    assert "1 of the intervals lie after the end" in result.err
+    names = ["short-001-0.5s-2.0s.mp4", "short-002-2.8s-3.2s.mp4"]
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
+    with av.open(str(tmp_path / "clips" / names[0])) as container:
+        assert container.duration == 1_500_000
+    assert run(*arguments, "--json").data["clips"] == [str(tmp_path / "clips" / name) for name in names]
+
+
+def test_ground_wants_a_video_and_a_folder(run: Callable, picture: Path, video: Path) -> None:
+    assert "is an image" in run("ground", picture, "the circle").err
+    result = run("ground", video, "the circle", "--clips", picture)
+    assert result.code == 2 and "give a folder for --clips" in result.err

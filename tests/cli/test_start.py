@@ -1,0 +1,134 @@
+"""What must be there before a model is: help, version, errors of usage, and none of it slow."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import click
+import pytest
+
+from keye.commands.group import LazyGroup, Verb
+from keye.commands.group import run as run_command
+from keye.errors import KeyeError
+
+LIGHT = """
+import sys
+from keye.cli import main
+code = main(sys.argv[1:])
+heavy = {"torch", "numpy", "av", "rich", "huggingface_hub", "keye.chat"} & set(sys.modules)
+sys.exit(f"{code=} {heavy=}" if code or heavy else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-h"], ["--version"], ["ask", "-h"], ["plan", "--help"], ["eval", "frameforge", "-h"]]
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "keye" in done.stdout
+
+
+def test_plan_imports_no_torch(model_folder: object, video: object) -> None:
+    code = LIGHT.replace(', "numpy", "av", "rich", "huggingface_hub", "keye.chat"', "")
+    arguments = ["plan", str(video), "--model", str(model_folder)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version(run: Callable) -> None:
+    import keye
+
+    assert run("--version").out == f"keye, version {keye.__version__}\n"
+
+
+def test_help_lists_every_verb(run: Callable) -> None:
+    out = run("-h").out
+    assert all(verb in out for verb in ("ask", "ground", "plan", "train", "eval", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["grond"], "did you mean ground?"),
+        (["xyz"], "Commands are ask, ground"),
+        (["ask", "--max-frame", "3", "v.mp4", "q"], "--max-frames"),
+        (["ask", "--fps", "0", "v.mp4", "q"], "must be above 0"),
+        (["ask", "--fps", "nan", "v.mp4", "q"], "must be above 0"),
+        (["ask", "--start", "soon", "v.mp4", "q"], "write seconds, mm:ss or hh:mm:ss"),
+        (["ask", "--attention", "full", "v.mp4", "q"], "'sparse', 'dense'"),
+        (["ground", "v.mp4"], "EVENT"),
+        (["plan"], "FILES"),
+        (["eval", "framforge"], "framforge"),
+        (["ask"], "give a file and a question"),
+        (["ask", "what happens?"], "put a video or an image before the question"),
+    ],
+)
+def test_errors_of_usage_are_one_line(run: Callable, arguments: list[str], sentence: str) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("keye: ") and result.err.count("\n") == 1
+    assert sentence in result.err
+
+
+def failing(error: BaseException) -> click.Command:
+    @click.command()
+    @click.option("--debug", is_flag=True)
+    def fail(debug: bool) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (KeyeError("the file is odd\nand long; change it"), 2, "keye: the file is odd and long; change it\n"),
+        (KeyeError("\x1b[31mred"), 2, "keye: \N{REPLACEMENT CHARACTER}[31mred\n"),
+        (RuntimeError("a\nb"), 1, "keye: unexpected RuntimeError: a b; run again with --debug to see where\n"),
+        (ValueError(), 1, "keye: unexpected ValueError: no message; run again with --debug to see where\n"),
+        (KeyboardInterrupt(), 130, "\n"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(
+    error: BaseException, code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(failing(error), []) == code
+    assert capsys.readouterr().err == sentence
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyeError("odd"), 2), (RuntimeError("odd"), 1)])
+def test_debug_shows_the_traceback(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(failing(error), ["--debug"]) == code
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.splitlines()[-1].startswith("keye: ") and "run again" not in shown
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    code = "import sys; from keye.cli import main; sys.exit(main(['-h']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait()
+    process.stderr.close()
+
+
+def test_verbs_are_imported_when_used() -> None:
+    group = LazyGroup("tool", verbs={"gone": Verb("keye.no_such_module:verb", "does nothing")})
+    context = click.Context(group)
+    assert "does nothing" in group.get_help(context)
+    with pytest.raises(ModuleNotFoundError):
+        group.get_command(context, "gone")
+
+
+def test_training_sets_its_environment_unless_the_user_did(monkeypatch: pytest.MonkeyPatch, run: Callable) -> None:
+    import os
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    assert run("train", "-h").code == 0
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("PASSIVE", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
