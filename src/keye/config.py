@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,10 @@ _TEXT_OPTIONAL = (
     "rms_norm_eps", "hidden_act", "attention_bias", "tie_word_embeddings", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
 )  # fmt: skip
+#: Fields that must be whole numbers: above 0, or 0 where that means none.
+_TEXT_SIZES = (*(name for name in _TEXT_REQUIRED if name != "rope_theta"), "head_dim", "decoder_sparse_step")
+_TEXT_COUNTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_VISION_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 #: Keys of official files that carry no information for the forward pass.
 _INERT = frozenset(
@@ -227,6 +231,8 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     """
     architecture = _architecture(raw)
     _require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
+    _require_whole(raw, _TEXT_SIZES, "config.json")
+    _require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
     text = _text_config(raw, ARCHITECTURES[architecture])
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
@@ -308,9 +314,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _require(raw: Mapping[str, Any], names: list[str], where: str) -> None:
+def _require(raw: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     if missing := [name for name in names if raw.get(name) is None]:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
+
+
+def _require_whole(raw: Mapping[str, Any], names: Iterable[str], where: str, *, least: int = 1) -> None:
+    """Every one of `names` that is given must be a whole number of at least `least`."""
+    for name in names:
+        value = raw.get(name)
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigError(f"{where} has {name} {value!r}; it must be a whole number of at least {least}")
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
@@ -326,6 +340,9 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
     scaling = raw.get("rope_scaling") or {}
     if "mrope_section" not in scaling:
         raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
+    section = scaling["mrope_section"]
+    if not isinstance(section, list | tuple) or len(section) != 3 or any(type(n) is not int for n in section):
+        raise ConfigError(f"rope_scaling.mrope_section is {section!r}; it must be three whole numbers")
     if scaling.get("mrope_interleaved"):
         raise ConfigError("rope_scaling.mrope_interleaved is true; only the contiguous M-RoPE layout is supported")
     if raw.get("use_sliding_window"):
@@ -334,6 +351,7 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
     if architecture.sparse and raw.get("sa_config"):
         wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
         _require(raw["sa_config"], wanted, "sa_config")
+        _require_whole(raw["sa_config"], [*wanted, "indexer_num_kv_heads"], "sa_config")
         sparse = SparseConfig(**{name: int(raw["sa_config"][name]) for name in wanted},
                               indexer_num_kv_heads=int(raw["sa_config"].get("indexer_num_kv_heads", 1)))  # fmt: skip
     heads = int(raw["num_attention_heads"])
@@ -344,15 +362,15 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
         **{name: raw[name] for name in _TEXT_REQUIRED},
         **optional,
         head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-        mrope_section=tuple(scaling["mrope_section"]),
+        mrope_section=(section[0], section[1], section[2]),
         mlp_only_layers=tuple(raw.get("mlp_only_layers") or ()),
         sparse=sparse,
     )
 
 
 def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
-    required = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    _require(raw, required, "vision_config")
+    _require(raw, _VISION_REQUIRED, "vision_config")
+    _require_whole(raw, (*_VISION_REQUIRED, "patch_size", "image_size", "spatial_merge_size"), "vision_config")
     fields = {f.name for f in dataclasses.fields(VisionConfig)}
     return VisionConfig(**{k: v for k, v in raw.items() if k in fields and v is not None})
 
@@ -361,8 +379,8 @@ def _check(config: KeyeConfig) -> None:
     """Raises `ConfigError` for the first contradiction between fields."""
     text, vision = config.text, config.vision
     problems = [
-        (len(text.mrope_section) != 3 or sum(text.mrope_section) * 2 != text.head_dim,
-         f"mrope_section {list(text.mrope_section)} must be three numbers that sum to head_dim/2 = {text.head_dim // 2}"),
+        (sum(text.mrope_section) * 2 != text.head_dim,
+         f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.head_dim // 2}"),
         (text.num_attention_heads % text.num_key_value_heads != 0,
          f"num_attention_heads {text.num_attention_heads} is no multiple of "
          f"num_key_value_heads {text.num_key_value_heads}"),
@@ -379,10 +397,9 @@ def _check(config: KeyeConfig) -> None:
     if text.sparse is not None:
         dim = text.sparse.indexer_head_dim
         problems += [
-            (dim <= 0 or dim & (dim - 1) != 0, f"sa_config.indexer_head_dim {dim} must be a power of two"),
+            (dim & (dim - 1) != 0, f"sa_config.indexer_head_dim {dim} must be a power of two"),
             (sum(text.indexer_mrope_section()) * 2 != dim,
              f"mrope_section {list(text.mrope_section)} does not scale to sa_config.indexer_head_dim {dim}"),
-            (text.sparse.topk < 1, f"sa_config.topk {text.sparse.topk} must be at least 1"),
             (text.sparse.indexer_num_kv_heads != 1, "sa_config.indexer_num_kv_heads must be 1"),
         ]  # fmt: skip
     for wrong, message in problems:

@@ -85,7 +85,11 @@ class KeyeModel(nn.Module):
         self.mlp_AR = Projector(config.vision, text.hidden_size)
         self.model = Decoder(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        if text.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes head and embeddings one parameter where the config says so; needed again after `to_empty`."""
+        if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @property

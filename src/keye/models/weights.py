@@ -62,6 +62,7 @@ def load_model(
         model = KeyeModel(config).to(dtype)
     plan, ignored = _plan(model, tensors)  # before any memory is taken
     model = model.to_empty(device=device)
+    model.tie_weights()
     _fill(model, plan, tensors)
     return model.eval(), LoadReport(ignored)
 

@@ -63,7 +63,7 @@ def run_vision(case: Case, check: Check) -> None:
 def _vision_modules(case: Case) -> tuple[vision.Visual, vision.Projector]:
     """Tower and projector inside a minimal model, so that the product's own loader fills them."""
     text = {
-        "vocab_size": 8, "hidden_size": case.meta["text_hidden"], "intermediate_size": 8, "num_hidden_layers": 0,
+        "vocab_size": 8, "hidden_size": case.meta["text_hidden"], "intermediate_size": 8, "num_hidden_layers": 1,
         "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 1e4,
         "max_position_embeddings": 8, "rope_scaling": {"mrope_section": [2, 1, 1]}, "image_token_id": 0,
         "video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3,

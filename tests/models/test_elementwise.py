@@ -1,0 +1,69 @@
+"""Compiled element-wise operations equal the plain ones, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from keye.ops import elementwise
+from keye.ops.elementwise import table
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+CASES: dict[str, tuple[Callable[[], list[Any]], int]] = {
+    # name -> (arguments, how many of them are differentiated)
+    "rms_norm": (lambda: [randn(40, 32), randn(32), 1e-6], 2),
+    "add_rms_norm": (lambda: [randn(40, 32), randn(40, 32), randn(32), 1e-6], 3),
+    "swiglu": (lambda: [randn(40, 48)], 1),
+    "rotate": (lambda: [randn(40, 4, 16), randn(40, 8).cos(), randn(40, 8).sin()], 1),
+    "norm_rotate": (lambda: [randn(40, 4, 16), randn(16), 1e-6, randn(40, 8).cos(), randn(40, 8).sin()], 2),
+    "masked_softmax": (lambda: [randn(2, 3, 5, 20), randn(5, 20) > -0.5, 0.25], 1),
+    "weighted_sum": (lambda: [randn(40, 3, 16), randn(40, 3)], 2),
+}
+
+
+def values_and_gradients(function: Callable[..., Any], name: str) -> list[Tensor]:
+    make, differentiated = CASES[name]
+    arguments = make()
+    leaves = [argument.clone().requires_grad_() for argument in arguments[:differentiated]]
+    result = function(*leaves, *arguments[differentiated:])
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    loss = torch.stack([(out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs]).sum()
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.fixture
+def fused() -> Iterator[None]:
+    table.fuse()
+    yield
+    table.plain()
+
+
+def test_every_entry_is_tested() -> None:
+    assert set(CASES) == {name for name in vars(table) if name != "fused"}
+    assert not table.fused
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("name", list(CASES))
+def test_fused_equals_plain(name: str) -> None:
+    assert table.fused
+    got = values_and_gradients(getattr(table, name), name)
+    want = values_and_gradients(getattr(elementwise, name), name)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_softmax_ignores_masked_logits() -> None:
+    logits, mask = randn(3, 6), torch.tensor([True, True, False, True, False, False])
+    probs = elementwise.masked_softmax(logits, mask, 0.5)
+    torch.testing.assert_close(probs[:, mask], (logits[:, mask] * 0.5).softmax(-1))
+    assert probs[:, ~mask].abs().max() == 0

@@ -1,0 +1,98 @@
+"""The in-memory store of one sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keye.engine.kvcache import KVCache
+from keye.models.attention import CachedStep, Span
+
+
+def entries(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator) for shape in ((n, 2, 4), (n, 2, 4), (n, 3)))  # type: ignore[return-value]
+
+
+def assert_holds(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor) -> None:
+    length = len(k)
+    assert cache.length(layer) == length
+    got_k, got_v = cache.rows(layer, torch.arange(length))
+    assert torch.equal(got_k, k)
+    assert torch.equal(got_v, v)
+    assert torch.equal(cache.index_keys(layer, 0, length), index)
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6))
+@settings(max_examples=30)
+def test_appended_tokens_come_back(lengths: list[int]) -> None:
+    cache = KVCache(2)
+    parts = [entries(i, n) for i, n in enumerate(lengths)]
+    for part in parts:
+        cache.append(1, *part)
+    assert cache.length(0) == 0
+    assert_holds(cache, 1, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def test_rows_by_position() -> None:
+    cache = KVCache(1)
+    k, v, index = entries(0, 50)
+    cache.append(0, k, v, index)
+    chosen = torch.tensor([3, 3, 49, 0])
+    assert torch.equal(cache.rows(0, chosen)[0], k[chosen])
+    assert torch.equal(cache.rows(0, chosen)[1], v[chosen])
+    assert torch.equal(cache.index_keys(0, 10, 20), index[10:20])
+
+
+def test_fork_is_independent() -> None:
+    cache = KVCache(1)
+    first, mine, theirs = entries(0, 20), entries(1, 5), entries(2, 7)
+    cache.append(0, *first)
+    copy = cache.fork()
+    cache.append(0, *mine)
+    copy.append(0, *theirs)
+    assert_holds(cache, 0, *(torch.cat(pair) for pair in zip(first, mine, strict=True)))
+    assert_holds(copy, 0, *(torch.cat(pair) for pair in zip(first, theirs, strict=True)))
+
+
+def test_truncate_forgets_and_can_be_written_again() -> None:
+    cache = KVCache(2)
+    first, second = entries(0, 30), entries(1, 10)
+    cache.append(0, *first)
+    cache.append(1, *first)
+    cache.truncate(12)
+    assert [cache.length(layer) for layer in (0, 1)] == [12, 12]
+    cache.append(0, *second)
+    assert_holds(cache, 0, *(torch.cat((a[:12], b)) for a, b in zip(first, second, strict=True)))
+    cache.truncate(100)
+    assert cache.length(0) == 22
+
+
+def test_dense_models_store_no_indexer_keys() -> None:
+    cache = KVCache(1)
+    k, v, _ = entries(0, 4)
+    cache.append(0, k, v, None)
+    assert cache.length(0) == 4
+    assert cache.nbytes() == 2 * 4 * 2 * 4 * (4 + 64), "64 tokens of room to grow"
+
+
+def test_branches_continue_from_a_fork(make_model: Any, make_prompt: Any, run_chunks: Any) -> None:
+    """Two continuations of one prompt equal two separate prompts, and the first leaves no trace in the second."""
+    model, prompt = make_model(), make_prompt(0, 30)
+    cache = KVCache(2)
+
+    def feed(target: KVCache, part: slice) -> torch.Tensor:
+        step = CachedStep([Span(0, part.stop - part.start, target)], model.config.text)
+        with torch.no_grad():
+            return model.logits(model(model.embed(prompt.ids[part]), prompt.positions[:, part], step))
+
+    feed(cache, slice(0, 20))
+    for _ in range(2):
+        got = feed(cache.fork(), slice(20, 30))
+        torch.testing.assert_close(got, run_chunks(model, prompt, [30])[20:], rtol=0, atol=1e-4)
+    feed(cache, slice(20, 25))
+    cache.truncate(20)
+    torch.testing.assert_close(feed(cache, slice(20, 30)), run_chunks(model, prompt, [30])[20:], rtol=0, atol=1e-4)

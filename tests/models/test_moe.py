@@ -1,0 +1,92 @@
+"""Grouped experts equal one token and one expert at a time, gradients included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keye.config import model_config_from_dict
+from keye.models.moe import ROW_MULTIPLE, MoE
+
+
+def naive(moe: MoE, x: Tensor) -> Tensor:
+    """Token by token, expert by expert."""
+    outputs = []
+    for token in x:
+        weights, chosen = F.linear(token, moe.gate.weight).softmax(-1).topk(moe.top_k)
+        if moe.normalise:
+            weights = weights / weights.sum()
+        parts = []
+        for weight, e in zip(weights, chosen.tolist(), strict=True):
+            gate, up = (token @ moe.experts.gate_up_proj[e]).chunk(2)
+            parts.append(weight * ((F.silu(gate) * up) @ moe.experts.down_proj[e]))
+        outputs.append(torch.stack(parts).sum(0))
+    return torch.stack(outputs)
+
+
+def make_moe(raw: dict[str, Any], **overrides: Any) -> MoE:
+    moe = MoE(model_config_from_dict({**raw, **overrides}).text)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return moe
+
+
+def rows_are_padded(tokens: int, moe: MoE) -> bool:
+    return tokens * moe.top_k >= ROW_MULTIPLE * moe.gate.out_features
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_equals_the_naive_loop(tokens: int, normalise: bool, raw_config: dict[str, Any]) -> None:
+    moe = make_moe(raw_config, norm_topk_prob=normalise, num_experts_per_tok=3)
+    assert rows_are_padded(tokens, moe) == (tokens == 300), "both row layouts are tested"
+    x = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    target = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(2))
+
+    def run(function: Any) -> tuple[Tensor, list[Tensor]]:
+        out = function()
+        return out, list(torch.autograd.grad((out * target).sum(), [x, *moe.parameters()]))
+
+    got, got_grads = run(lambda: moe(x)[0])
+    want, want_grads = run(lambda: naive(moe, x))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_by_finite_differences(raw_config: dict[str, Any]) -> None:
+    """Dispatch and collection have their own backward passes; the rest of the layer is torch's."""
+    from keye.models.moe import _Collect, _Dispatch, _plan_rows
+
+    chosen = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    token_of_row, row_of_slot, sizes = _plan_rows(chosen, 4)
+    assert sizes == [2, 2, 2, 0]
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: _Dispatch.apply(t, token_of_row, row_of_slot), (x,))
+    assert torch.autograd.gradcheck(lambda t: _Collect.apply(t, row_of_slot), (y,))
+
+
+def test_router_is_float32_and_reports_its_choice(raw_config: dict[str, Any]) -> None:
+    moe = make_moe(raw_config).bfloat16()
+    out, logits, chosen = moe(torch.randn(7, 48).bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert torch.equal(chosen, logits.softmax(-1).topk(2).indices)
+
+
+def test_one_expert_may_take_every_token(raw_config: dict[str, Any]) -> None:
+    moe = make_moe(raw_config, num_experts_per_tok=1)
+    with torch.no_grad():
+        moe.gate.weight.zero_()
+        moe.gate.weight[5] = 1.0
+        x = torch.rand(600, 48)
+        out, _, chosen = moe(x)
+        assert (chosen == 5).all()
+        torch.testing.assert_close(out, naive(moe, x), rtol=1e-4, atol=1e-5)
