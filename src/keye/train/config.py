@@ -7,13 +7,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from keye.config import ConfigError
 from keye.data.frameforge import TASKS
 
 StageKind = Literal["vision", "language"]
 Trains = Literal["vision", "decoder", "all", "indexer"]
+TrainMode = Literal["dense", "warmup", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Mix:
     clips: int
     questions: int
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "clips", "questions", "weight"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"mix: {name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class StageConfig:
     steps: int | None = None
     minutes: float | None = None
     trains: Trains = "decoder"
-    attention: Literal["dense", "warmup", "sparse"] = "dense"
+    attention: TrainMode = "dense"
     lr: float = 2e-3
     adam_lr: float = 2e-3
     warmup_steps: int = 50
@@ -62,17 +68,31 @@ class StageConfig:
         where = f"stage {self.name!r}"
         if self.steps is None and self.minutes is None:
             raise ConfigError(f"{where} needs steps or minutes")
+        for name, kinds in (("kind", StageKind), ("trains", Trains), ("attention", TrainMode)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ConfigError(f"{where}: {name} is {getattr(self, name)!r}; choose {', '.join(get_args(kinds))}")
+        for name in ("steps", "minutes", "batch", "lr", "adam_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{where}: {name} is {value}; it must be above 0")
+        if self.kind == "vision" and self.trains != "vision":
+            raise ConfigError(f'{where}: kind = "vision" trains the vision tower alone; set trains = "vision"')
         if self.kind == "language" and not self.mix:
             raise ConfigError(f"{where} needs a mix, e.g. mix = [{{frames = 8, clips = 6, questions = 12}}]")
         if self.attention == "warmup" and self.trains != "indexer":
             raise ConfigError(f'{where}: attention = "warmup" trains the indexer alone; set trains = "indexer"')
+        if self.trains == "indexer" and self.attention == "dense":
+            raise ConfigError(f'{where}: dense attention gives the indexer nothing to learn; set attention = "warmup"')
         if unknown := sorted(set(self.task_weights) - set(TASKS)):
             raise ConfigError(f"{where}: unknown tasks {', '.join(unknown)}; known are {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run: `model` is a folder whose config.json (and, unless `fresh`, weights) it starts from."""
+    """A run: `model` is a folder whose config.json (and, unless `fresh`, weights) it starts from.
+
+    It is saved every `save_minutes` minutes, and also every `save_steps` steps where that is set.
+    """
 
     model: Path
     output: Path
@@ -82,7 +102,14 @@ class TrainConfig:
     threads: int = 1
     fused: bool = True
     save_minutes: float = 5.0
+    save_steps: int | None = None
     log_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "save_minutes", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; it must be above 0")
 
 
 def load_train_config(path: Path) -> TrainConfig:
@@ -93,7 +120,7 @@ def load_train_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} does not exist; give a training configuration such as configs/nano.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is no readable TOML: {error}") from None
-    stages = tuple(_stage(item, path) for item in raw.pop("stage", []))
+    stages = tuple(_stage(item, path) for item in _tables(raw.pop("stage", []), f"{path}: stage"))
     if not stages:
         raise ConfigError(f"{path} has no [[stage]]; a run needs at least one")
     _check_keys(raw, TrainConfig, str(path))
@@ -108,10 +135,16 @@ def _stage(raw: dict[str, Any], path: Path) -> StageConfig:
     where = f"{path}, stage {raw.get('name', '?')!r}"
     _check_keys(raw, StageConfig, where)
     mix = []
-    for item in raw.get("mix", []):
+    for item in _tables(raw.get("mix", []), where + ": mix"):
         _check_keys(item, Mix, where + ", mix")
         mix.append(_build(Mix, item, where + ", mix"))
     return _build(StageConfig, {**raw, "mix": tuple(mix)}, where)
+
+
+def _tables(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ConfigError(f"{where} must be a list of tables")
+    return value
 
 
 def _check_keys(raw: Mapping[str, Any], cls: type, where: str) -> None:

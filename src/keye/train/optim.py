@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from keye.errors import KeyeError
+
 _COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -121,7 +123,11 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state` returned; the parameters must be the same."""
+        """Restores what `state` returned; `KeyeError` when it is that of other parameters."""
+        known = self.state()
+        fits = state.keys() == known.keys() and all(tensor.shape == known[name].shape for name, tensor in state.items())
+        if not fits:
+            raise KeyeError("the saved optimiser state is that of other parameters; resume with the same stages")
         for part, tensors in (("master", self.master), ("first", self.first), ("second", self.second)):
             for name, tensor in tensors.items():
                 tensor.copy_(state[f"{part}.{name}"])

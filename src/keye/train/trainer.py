@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,15 +77,30 @@ class Run:
             if (self.config.model / name).exists() and self.config.model != self.out:
                 shutil.copyfile(self.config.model / name, self.out / name)
         if (self.out / PROGRESS_FILE).exists():
-            progress = read_json(self.out / PROGRESS_FILE)
-            self.stage, self.step, self.seconds = progress["stage"], progress["step"], progress["seconds"]
-            if (self.out / STATE_FILE).exists():
-                with safe_open(self.out / STATE_FILE, framework="pt") as file:
-                    self._state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._set_progress(read_json(self.out / PROGRESS_FILE))
+            self._restore()
             return load_model(self.out, model_config, dtype=torch.bfloat16)[0]
         if self.config.fresh:
             return fresh_model(model_config, self.config.seed).bfloat16()
         return load_model(self.config.model, model_config, dtype=torch.bfloat16)[0]
+
+    def _restore(self) -> None:
+        """Takes up the optimiser's state, unless it is a left-over of a stage that has ended since."""
+        path = self.out / STATE_FILE
+        if not path.exists():
+            return
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {}).get("progress", self._progress()))
+            if (saved["stage"], saved["step"]) < (self.stage, self.step):
+                return
+            self._set_progress(saved)
+            self._state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _set_progress(self, progress: Mapping[str, Any]) -> None:
+        self.stage, self.step, self.seconds = progress["stage"], progress["step"], progress["seconds"]
+
+    def _progress(self) -> str:
+        return json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds})
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -93,6 +108,7 @@ class Run:
     def train_stage(self, number: int) -> None:
         """Runs stage `number` to its end and saves."""
         config = self.config.stages[number]
+        torch.manual_seed(derived_seed(self.config.seed, number, config.name, "heads"))
         stage = make_stage(config, self.model)
         optimizer = self._optimizer(config, stage)
         if self._state is not None:
@@ -105,6 +121,8 @@ class Run:
             if progress >= 1.0:
                 break
             factor = schedule(config, clock.step, progress)
+            # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
+            torch.manual_seed(derived_seed(self.config.seed, number, config.name, "loss", clock.step))
             loss = stage.loss(self.model, batch)
             loss.backward()
             norm = optimizer.step(config.lr * factor, config.adam_lr * factor)
@@ -116,8 +134,8 @@ class Run:
         self._log(config, clock, stage, 0.0)
         self.stage, self.step, self.seconds = number + 1, 0, 0.0
         save_model(self.model, self.out, dtype=torch.bfloat16)
-        (self.out / STATE_FILE).unlink(missing_ok=True)
         self._write_progress()
+        (self.out / STATE_FILE).unlink(missing_ok=True)
 
     def _optimizer(self, config: StageConfig, stage: Stage) -> Optimizer:
         heads = [(f"heads.{name}", p) for name, p in stage.heads.named_parameters()]
@@ -144,17 +162,19 @@ class Run:
         self.report(figures)
 
     def _save(self, number: int, clock: Clock, optimizer: Optimizer) -> None:
-        save_model(self.model, self.out, dtype=torch.bfloat16)
-        temporary = self.out / f"{STATE_FILE}.tmp"
-        temporary.parent.mkdir(exist_ok=True)
-        save_file(optimizer.state(), temporary)
-        os.replace(temporary, self.out / STATE_FILE)
         self.stage, self.step, self.seconds = number, clock.step, clock.seconds()
+        save_model(self.model, self.out, dtype=torch.bfloat16)
+        # The state knows its own step: a run that is killed between the two files goes on from where the state is.
+        path = self.out / STATE_FILE
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(optimizer.state(), temporary, metadata={"progress": self._progress()})
+        os.replace(temporary, path)
         self._write_progress()
 
     def _write_progress(self) -> None:
         temporary = self.out / f".{PROGRESS_FILE}.tmp"
-        temporary.write_text(json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds}))
+        temporary.write_text(self._progress())
         os.replace(temporary, self.out / PROGRESS_FILE)
 
 
@@ -192,7 +212,8 @@ class Clock:
         return time.monotonic() - self._logged >= self.run.log_seconds
 
     def save_due(self) -> bool:
-        if time.monotonic() - self._saved < self.run.save_minutes * 60:
+        by_steps = self.run.save_steps is not None and self.step % self.run.save_steps == 0
+        if not by_steps and time.monotonic() - self._saved < self.run.save_minutes * 60:
             return False
         self._saved = time.monotonic()
         return True

@@ -1,0 +1,145 @@
+"""Packed batches: deterministic, nothing crosses a window, every label is where its answer is predicted."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keye.data.frameforge import make_clip, questions, render, stream
+from keye.train.batches import (
+    IGNORE,
+    VISION_TARGETS,
+    WINDOW,
+    PackedBatch,
+    _fill_windows,
+    batch_maker,
+    derived_seed,
+    make_batch,
+)
+from keye.train.config import Mix, StageConfig
+from tiny import NANO
+
+MIX = (Mix(frames=3, clips=3, questions=8), Mix(frames=5, clips=2, questions=6))
+LANGUAGE = StageConfig("language", steps=1, mix=MIX)
+VISION = StageConfig("vision", kind="vision", trains="vision", steps=1, batch=4, text_chance=1.0)
+
+
+def assert_same(one, two):
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("config", [LANGUAGE, VISION])
+def test_a_seed_gives_one_batch(config):
+    assert_same(make_batch(config, NANO, 5), make_batch(config, NANO, 5))
+    other = make_batch(config, NANO, 6)
+    assert not np.array_equal(make_batch(config, NANO, 5).frames, other.frames)
+
+
+def test_derived_seeds_depend_on_every_part():
+    seeds = {derived_seed(run, stage, step) for run in range(5) for stage in ("a", "b") for step in range(50)}
+    assert len(seeds) == 500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derived_seed(0, "a", 1) == 7965780462979794708
+
+
+@given(st.lists(st.integers(1, WINDOW), min_size=1, max_size=40))
+def test_windows_hold_every_branch_whole(lengths):
+    places = _fill_windows(lengths)
+    taken = set()
+    for length, (start, stop) in zip(lengths, places, strict=True):
+        assert stop - start == length
+        assert start // WINDOW == (stop - 1) // WINDOW
+        assert taken.isdisjoint(range(start, stop))
+        taken.update(range(start, stop))
+    # First fit never opens a window while two others are both less than half full.
+    windows = {start // WINDOW for start, _ in places}
+    assert windows == set(range(len(windows)))
+    assert len(windows) <= 2 * -(-sum(lengths) // WINDOW)
+
+
+def test_branch_longer_than_a_window():
+    with pytest.raises(ValueError, match=f"take {WINDOW + 1} tokens; a window holds {WINDOW}"):
+        _fill_windows([3, WINDOW + 1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_answer_is_labelled_where_it_is_predicted(seed):
+    batch = make_batch(LANGUAGE, NANO, seed)
+    assert isinstance(batch, PackedBatch)
+    tokenizer = batch_maker(NANO).tokenizer
+    learnt = np.zeros(batch.labels.shape, dtype=bool)
+    for answer in batch.answers:
+        span = slice(answer.start, answer.stop)
+        labels, inputs = batch.labels[answer.row, span], batch.tail_ids[answer.row, span]
+        assert tokenizer.decode(labels.tolist(), skip_special=False) == answer.question.answer + "<|im_end|>"
+        assert (inputs[1:] == labels[:-1]).all()
+        numbers = batch.branch[answer.row, span]
+        assert (numbers == numbers[0]).all()
+        learnt[answer.row, span] = True
+        places = np.flatnonzero(batch.branch[answer.row] == numbers[0])
+        assert (np.diff(places) == 1).all()
+        assert places[-1] == answer.stop - 1
+        head = tokenizer.decode(batch.tail_ids[answer.row, places[0] : answer.start + 1].tolist(), skip_special=False)
+        assert head == answer.question.text + "<|im_end|>\n<|im_start|>assistant\n"
+    assert (batch.labels[~learnt] == IGNORE).all()
+    assert batch.tail_ids.shape[1] % WINDOW == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_branches_continue_the_positions_of_the_video(seed):
+    batch = make_batch(LANGUAGE, NANO, seed)
+    trunk = batch.trunk_ids.shape[1]
+    following = batch.positions[0, 0, trunk - 1] + 1  # the trunk ends with a token of text
+    for row in range(len(batch.frames)):
+        for number in range(batch.branch[row].max() + 1):
+            places = np.flatnonzero(batch.branch[row] == number)
+            expected = following + np.arange(len(places))
+            assert (batch.positions[row][:, trunk + places] == expected).all()
+
+
+def test_the_trunk_shows_the_clip():
+    maker = batch_maker(NANO)
+    batch = make_batch(LANGUAGE, NANO, 1)
+    frames = batch.frames.shape[1]
+    text = maker.tokenizer.decode(batch.trunk_ids[0].tolist(), skip_special=False)
+    times = [part.split("<|video_pad|>")[0] for part in text.split("<|frame|>")[1:]]
+    assert len(times) == frames
+    assert text.startswith("<|im_start|>user\n<|vision_start|><|frame|>")
+    assert text.endswith("<|video_pad|><|vision_end|>")
+    assert (batch.trunk_ids == maker.video_pad).sum() == batch.frames.shape[0] * frames * 16
+    for row in range(batch.time_ids.shape[0]):
+        for ids in batch.time_ids[row]:
+            place = np.flatnonzero((batch.trunk_ids[row][:-1] == ids[0]) & (batch.trunk_ids[row][1:] == ids[1]))
+            assert len(place) >= 1
+
+
+def test_vision_batches_have_a_target_for_each_token():
+    batch = make_batch(VISION, NANO, 2)
+    assert batch.frames.shape == (4, 112, 112, 3)
+    assert batch.ids.shape == (4, 16, len(VISION_TARGETS))
+    assert batch.offset.shape == (4, 16, 2)
+    for column, (_, count) in enumerate(VISION_TARGETS):
+        assert 0 <= batch.ids[..., column].min()
+        assert batch.ids[..., column].max() < count
+    assert (np.isnan(batch.offset[..., 0]) == (batch.ids[..., 0] == 0)).all()
+
+
+def test_frames_are_those_of_the_clips():
+    maker = batch_maker(NANO)
+    clips = [make_clip(seed, frames=3) for seed in (1, 2)]
+    batch = maker.pack(clips, [questions(clip, stream("train", clip.seed, "q"), 4) for clip in clips])
+    np.testing.assert_array_equal(batch.frames, np.stack([render(clip) for clip in clips]))
+
+
+def test_making_batches_imports_no_torch():
+    code = "import sys, keye.train.batches; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

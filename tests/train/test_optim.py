@@ -1,0 +1,152 @@
+"""The optimiser: orthogonal updates, state that survives, gradients that are not numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from keye.errors import KeyeError
+from keye.train.config import Mix, StageConfig
+from keye.train.initialise import fresh_model
+from keye.train.optim import Optimizer, orthogonalise
+from keye.train.trainer import is_muon_matrix, schedule
+from tiny import tiny_config
+
+
+def optimizer(model, **options):
+    return Optimizer(model.named_parameters(), lambda name, p: p.ndim == 2, **options)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+
+
+def give_gradients(model, seed):
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16), (64, 256)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    spread = torch.linspace(0.1, 1.0, min(shape)).diag()
+    values = torch.linalg.svdvals(orthogonalise(u @ spread @ v).float())
+    assert values.min() > 0.7
+    assert values.max() < 1.2
+
+
+def test_orthogonalising_keeps_the_singular_vectors():
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(16, 16))
+    v, _ = torch.linalg.qr(torch.randn(16, 16))
+    x = u @ torch.diag(torch.linspace(0.5, 2.0, 16)) @ v.T
+    turned = u.T @ orthogonalise(x.unsqueeze(0))[0].float() @ v
+    assert (turned - torch.diag(turned.diagonal())).abs().max() < 0.1
+
+
+def test_the_scale_of_a_gradient_does_not_matter_to_muon():
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 8)
+    torch.testing.assert_close(orthogonalise(x), orthogonalise(x * 1000.0), atol=0.02, rtol=0.02)
+
+
+def test_state_round_trip():
+    one, two = network(), network()
+    first = optimizer(one)
+    for seed in range(3):
+        give_gradients(one, seed)
+        first.step(0.01, 0.01)
+    second = optimizer(two)
+    second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
+    for seed in range(3, 6):
+        for model, own in ((one, first), (two, second)):
+            give_gradients(model, seed)
+            own.step(0.01, 0.01)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_other_parameters_is_refused():
+    state = optimizer(network()).state()
+    with pytest.raises(KeyeError, match="other parameters"):
+        optimizer(nn.Sequential(nn.Linear(6, 5))).load_state(state)
+    with pytest.raises(KeyeError, match="other parameters"):
+        optimizer(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))).load_state(state)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_are_skipped(bad):
+    model = network()
+    own = optimizer(model)
+    give_gradients(model, 0)
+    own.step(0.01, 0.01)
+    before = {name: tensor.clone() for name, tensor in own.state().items()}
+    give_gradients(model, 1)
+    model[0].weight.grad[0, 0] = bad
+    norm = own.step(0.01, 0.01)
+    assert not norm < float("inf")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in own.state().items())
+
+
+def test_gradients_are_clipped_and_cleared():
+    model = network()
+    own = optimizer(model, clip=1.0)
+    give_gradients(model, 0)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert own.step(0.01, 0.01) == pytest.approx(float(norm), rel=1e-5)
+    # The first moments of AdamW are (1 - beta) of the clipped gradient.
+    torch.manual_seed(0)
+    gradients = [torch.randn_like(p) for p in model.parameters()]
+    torch.testing.assert_close(own.first["0.bias"], gradients[1] * 0.1 / (norm + 1e-6))
+
+
+def test_a_parameter_without_gradient_stays():
+    model = network()
+    own = optimizer(model)
+    before = model[1].weight.detach().clone()
+    torch.manual_seed(0)
+    model[0].weight.grad = torch.randn_like(model[0].weight)
+    own.step(0.01, 0.01)
+    assert torch.equal(model[1].weight, before)
+
+
+def test_both_kinds_of_parameter_learn_a_regression():
+    torch.manual_seed(0)
+    model, target = network(), torch.randn(3, 6)
+    own = optimizer(model, weight_decay=0.0)
+    x = torch.randn(256, 6)
+    losses = []
+    for step in range(200):
+        loss = (model(x) - x @ target.T).pow(2).mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        own.step(0.05 * (1 - step / 200), 0.05 * (1 - step / 200))
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_which_matrices_follow_muon():
+    model = fresh_model(tiny_config(), 0)
+    chosen = {name for name, parameter in model.named_parameters() if is_muon_matrix(name, parameter)}
+    assert "model.layers.0.self_attn.q_proj.weight" in chosen
+    assert "model.layers.1.mlp.experts.gate_up_proj" in chosen
+    assert "mlp_AR.linear_1.weight" in chosen
+    assert "visual.vision_model.encoder.layers.0.mlp.fc1.weight" in chosen
+    for part in ("embed", "lm_head", ".mlp.gate.", "sa_indexer", "norm", "bias"):
+        assert not any(part in name for name in chosen)
+
+
+def test_schedule_warms_up_stays_and_decays():
+    config = StageConfig(
+        "s", steps=100, warmup_steps=10, decay_fraction=0.5, final_lr=0.1, mix=(Mix(frames=2, clips=1, questions=1),)
+    )
+    factors = [schedule(config, step, step / 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == 1.0
+    assert factors[30] == factors[50] == 1.0
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.1)
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[50:] == sorted(factors[50:], reverse=True)

@@ -1,0 +1,108 @@
+"""The losses of each stage on a tiny model: what they change, and that packing computes what inference does."""
+
+import pytest
+import torch
+
+from keye.engine.kvcache import KVCache
+from keye.models.attention import CachedStep, Span
+from keye.models.packed import PackedStep
+from keye.train.batches import WINDOW, make_batch
+from keye.train.config import Mix, StageConfig
+from keye.train.optim import Optimizer
+from keye.train.stages import encode_frames, make_stage, trainable
+from keye.train.trainer import is_muon_matrix
+from tiny import NANO, tiny_model
+
+MIX = (Mix(frames=3, clips=2, questions=5),)
+STAGES = {
+    "vision": StageConfig("vision", kind="vision", trains="vision", steps=2, batch=3, warmup_steps=1),
+    "language": StageConfig("language", steps=2, mix=MIX, warmup_steps=1, time_binding=0.1),
+    "all": StageConfig("all", steps=2, mix=MIX, warmup_steps=1, trains="all"),
+    "tower": StageConfig("tower", steps=2, mix=MIX, warmup_steps=1, trains="vision"),
+    "warmup": StageConfig("warmup", steps=2, mix=MIX, warmup_steps=1, trains="indexer", attention="warmup"),
+    "sparse": StageConfig("sparse", steps=2, mix=MIX, warmup_steps=1, attention="sparse"),
+    "sparse all": StageConfig("sparse all", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse"),
+}
+
+
+def part_of(name):
+    if ".sa_indexer." in name:
+        return "indexer"
+    return "vision" if name.startswith(("visual.", "mlp_AR.")) else "decoder"
+
+
+CHANGES = {
+    "vision": {"vision"}, "language": {"decoder"}, "all": {"vision", "decoder"}, "tower": {"vision"},
+    "warmup": {"indexer"}, "sparse": {"decoder", "indexer"}, "sparse all": {"vision", "decoder", "indexer"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
+    config, model = STAGES[name], tiny_model().model.bfloat16()
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    torch.manual_seed(0)
+    stage = make_stage(config, model)
+    heads = [(f"heads.{key}", parameter) for key, parameter in stage.heads.named_parameters()]
+    optimizer = Optimizer([*trainable(model, config), *heads], is_muon_matrix)
+    for step in range(2):
+        loss = stage.loss(model, make_batch(config, NANO, step))
+        assert torch.isfinite(loss)
+        loss.backward()
+        assert optimizer.step(1e-2, 1e-2) > 0
+    changed = {part_of(key) for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert changed == CHANGES[name]
+    figures = stage.figures.take()
+    expected = {"vision": "letter 1", "language": "time binding", "warmup": "kl/3", "sparse": "kl/3"}
+    assert expected.get(name, "loss") in figures
+    assert stage.figures.take() == {}
+
+
+def test_indexer_learns_from_the_kl_and_the_trunk_does_not():
+    config, model = STAGES["sparse"], tiny_model().model
+    list(trainable(model, config))
+    step, _ = _packed(model, make_batch(config, NANO, 0), config.attention)
+    step.indexer_kl().backward()
+    touched = {part_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert touched == {"indexer"}
+
+
+def _packed(model, batch, mode):
+    """The packed step of a batch after its forward pass, and its hidden states [B, P + L, d]."""
+    visual = encode_frames(model, torch.from_numpy(batch.frames).flatten(0, 1))
+    ids = torch.cat((torch.from_numpy(batch.trunk_ids), torch.from_numpy(batch.tail_ids)), dim=1)
+    positions = torch.from_numpy(batch.positions).transpose(0, 1).flatten(1)
+    topk = model.config.text.sparse.topk
+    step = PackedStep(torch.from_numpy(batch.branch), batch.trunk_ids.shape[1], window=WINDOW, mode=mode, topk=topk)
+    return step, model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@torch.no_grad()
+def test_packed_training_computes_what_inference_does(mode):
+    """Every branch of a packed batch has the hidden states of the same tokens after the same video in a cache."""
+    model, config = tiny_model(seed=3, topk=16).model, STAGES["language"]
+    batch = make_batch(config, NANO, 7)
+    _, hidden = _packed(model, batch, mode)
+    trunk = batch.trunk_ids.shape[1]
+    positions, text = torch.from_numpy(batch.positions), model.config.text
+    for row in range(len(batch.frames)):
+        cache = KVCache(text.num_hidden_layers)
+        visual = encode_frames(model, torch.from_numpy(batch.frames[row]))
+        x = model.embed(torch.from_numpy(batch.trunk_ids[row]), visual)
+        out = model(x, positions[row, :, :trunk], CachedStep([Span(0, trunk, cache)], text, mode=mode))
+        torch.testing.assert_close(out, hidden[row, :trunk], atol=2e-4, rtol=1e-3)
+        for number in range(int(batch.branch[row].max()) + 1):
+            places = torch.from_numpy((batch.branch[row] == number).nonzero()[0])
+            ids = torch.from_numpy(batch.tail_ids[row])[places]
+            step = CachedStep([Span(0, len(ids), cache.fork())], text, mode=mode)
+            out = model(model.embed(ids), positions[row][:, trunk + places], step)
+            torch.testing.assert_close(out, hidden[row, trunk + places], atol=2e-4, rtol=1e-3)
+
+
+def test_figures_are_means_since_the_last_take():
+    stage = make_stage(STAGES["language"], tiny_model().model)
+    for value in (1.0, 2.0, 6.0):
+        stage.figures.add("x", value)
+    stage.figures.add("share", 3, 4)
+    assert stage.figures.take() == {"share": 0.75, "x": 3.0}

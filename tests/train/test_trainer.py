@@ -1,0 +1,141 @@
+"""Whole runs of a tiny model: files, resuming to the same weights, learning."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from keye.config import ConfigError, load_model_config
+from keye.errors import KeyeError
+from keye.models.weights import load_model
+from keye.train.config import Mix, StageConfig, TrainConfig
+from keye.train.trainer import LOG_FILE, PROGRESS_FILE, STATE_FILE, train
+from tiny import tiny_folder
+
+MIX = (Mix(frames=2, clips=2, questions=4),)
+VISION = StageConfig("see", kind="vision", trains="vision", steps=2, batch=2, warmup_steps=1)
+LANGUAGE = StageConfig("read", steps=5, mix=MIX, warmup_steps=1, time_binding=0.3)
+SPARSE = StageConfig("select", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse")
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run early."""
+
+
+def a_run(folder: Path, output: str, *stages: StageConfig, **options) -> TrainConfig:
+    model = folder / "model"
+    if not model.exists():
+        tiny_folder(model, weights=False)
+    defaults = {"fresh": True, "seed": 4, "fused": False, "save_steps": 2, "log_seconds": 0.0}
+    return TrainConfig(model, folder / output, stages, **{**defaults, **options})
+
+
+def kill_at(stage: str, step: int):
+    def report(figures):
+        if (figures["stage"], figures["step"]) == (stage, step):
+            raise Killed
+
+    return report
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_interrupted_run_ends_with_the_same_weights(tmp_path):
+    stages = (VISION, LANGUAGE, SPARSE)
+    straight = train(a_run(tmp_path, "straight", *stages))
+    config = a_run(tmp_path, "broken", *stages)
+    # Between checkpoints, just before one, and right after a stage has begun.
+    for stage, step in (("read", 3), ("read", 4), ("select", 1)):
+        with pytest.raises(Killed):
+            train(config, report=kill_at(stage, step))
+    train(config)
+    assert_same_weights(straight, config.output)
+    assert not (config.output / STATE_FILE).exists()
+    assert json.loads((config.output / PROGRESS_FILE).read_text())["stage"] == 3
+    # Nothing is left to do, and the result is a model like any other.
+    train(config)
+    assert_same_weights(straight, config.output)
+    load_model(config.output, load_model_config(config.output))
+    log = [json.loads(line) for line in (straight / LOG_FILE).read_text().splitlines()]
+    assert [line["step"] for line in log if line["stage"] == "read"] == [1, 2, 3, 4, 5, 5]
+
+
+def test_killed_between_the_files_of_a_checkpoint(tmp_path):
+    straight = train(a_run(tmp_path, "straight", LANGUAGE))
+    config = a_run(tmp_path, "broken", LANGUAGE)
+    with pytest.raises(Killed):
+        train(config, report=kill_at("read", 3))
+    older = (config.output / PROGRESS_FILE).read_text()
+    with pytest.raises(Killed):
+        train(config, report=kill_at("read", 5))
+    (config.output / PROGRESS_FILE).write_text(older)  # state of step 4, progress of step 2
+    train(config)
+    assert_same_weights(straight, config.output)
+
+
+def test_state_left_over_from_a_finished_stage_is_not_used(tmp_path):
+    straight = train(a_run(tmp_path, "straight", LANGUAGE, SPARSE))
+    config = a_run(tmp_path, "broken", LANGUAGE, SPARSE)
+    with pytest.raises(Killed):
+        train(config, report=kill_at("read", 3))
+    state = (config.output / STATE_FILE).read_bytes()
+    with pytest.raises(Killed):
+        train(config, report=kill_at("select", 1))
+    (config.output / STATE_FILE).write_bytes(state)
+    train(config)
+    assert_same_weights(straight, config.output)
+
+
+def test_resuming_with_other_stages_is_an_error(tmp_path):
+    config = a_run(tmp_path, "out", LANGUAGE)
+    with pytest.raises(Killed):
+        train(config, report=kill_at("read", 3))
+    changed = dataclasses.replace(config, stages=(dataclasses.replace(LANGUAGE, trains="all"),))
+    with pytest.raises(KeyeError, match="resume with the same stages"):
+        train(changed)
+
+
+def test_existing_output_is_kept_unless_resumed(tmp_path):
+    config = a_run(tmp_path, "out", VISION)
+    train(config)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, resume=False)
+
+
+def test_a_run_starts_from_the_weights_of_its_model(tmp_path):
+    tiny_folder(tmp_path / "model")
+    out = train(a_run(tmp_path, "out", VISION, fresh=False))
+    before, after = weights(tmp_path / "model"), weights(out)
+    untouched = [name for name in before if not name.startswith(("visual.", "mlp_AR."))]
+    assert untouched
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    assert not torch.equal(before["mlp_AR.linear_1.weight"], after["mlp_AR.linear_1.weight"])
+
+
+def test_seeds_and_fresh_weights(tmp_path):
+    one = train(a_run(tmp_path, "one", VISION))
+    two = train(a_run(tmp_path, "two", VISION, seed=5))
+    assert not torch.equal(weights(one)["lm_head.weight"], weights(two)["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns(tmp_path):
+    stage = StageConfig(
+        "learn", steps=150, trains="all", lr=5e-3, adam_lr=5e-3, warmup_steps=10, text_chance=0.0,
+        mix=(Mix(frames=2, clips=6, questions=8),), task_weights={"presence": 5.0, "count": 5.0, "start": 5.0},
+    )  # fmt: skip
+    losses = []
+    train(a_run(tmp_path, "out", stage, save_steps=None), report=lambda figures: losses.append(figures.get("loss")))
+    kept = [loss for loss in losses if loss is not None]
+    assert sum(kept[-10:]) < 0.35 * sum(kept[:10])
