@@ -101,7 +101,7 @@ class EvalOptions:
 
 
 def parse_frames(text: str) -> tuple[int, int]:
-    """"16-32" or "32" as the fewest and the most frames; KeyeError for anything else."""
+    """The fewest and the most frames of "16-32", or of "32"; KeyeError for anything else."""
     low, _, high = text.partition("-")
     try:
         return int(low), int(high or low)

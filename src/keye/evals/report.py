@@ -7,6 +7,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+#: Characters of a constant answer that are shown.
+ANSWER_WIDTH = 22
 
 
 def print_report(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -38,22 +42,22 @@ def _headline(result: Mapping[str, Any]) -> Table:
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table()
-    table.add_column("task")
-    for name in ("n", "accuracy", "constant", "gain", "mIoU"):
-        table.add_column(name, justify="right")
-    table.add_column("constant answer", max_width=32, no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    for name in ("n", "accuracy", "±", "constant", "gain", "mIoU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("constant answer", no_wrap=True)
     order = sorted(tasks.items(), key=lambda item: (not item[1]["shipped"], item[0]))
     for task, row in order:
         table.add_row(
             task if row["shipped"] else f"({task})",
             str(row["n"]),
-            _with_error(row["accuracy"], row["error"]),
+            _number(row["accuracy"]),
+            _number(row["error"]),
             _number(row["majority"]),
             f"{row['accuracy'] - row['majority']:+.1f}",
             _number(row.get("miou")),
-            # Text that was rendered into a clip may look like markup.
-            row["majority_answer"].replace("[", r"\["),
+            _short(row["majority_answer"]),
         )
     table.caption = "accuracy: exact match, for intervals R1@0.5; tasks in brackets are not shipped"
     return table
@@ -69,6 +73,11 @@ def _costs(result: Mapping[str, Any]) -> str:
     if share is not None and result["options"]["mode"] == "sparse":
         parts.append(f"k/context {share:.3f}")
     return ", ".join(parts)
+
+
+def _short(answer: str) -> Text:
+    """At most as much as fits a narrow terminal; as plain text, since answers may look like markup."""
+    return Text(answer if len(answer) <= ANSWER_WIDTH else answer[: ANSWER_WIDTH - 1] + "…")
 
 
 def _number(value: float | None) -> str:
