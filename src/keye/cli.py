@@ -21,16 +21,18 @@ VERBS = {
     "doctor": Verb("keye.commands.doctor:doctor", "check this machine and this installation"),
 }
 
-#: Set before a verb's module, and with it torch, is imported. Training shares the cores with its batch worker: threads
-#: that wait should sleep, and the kernels of all batch shapes should stay in the cache.
-ENVIRONMENT = {"train": {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}}
+#: Set before a verb's module, and with it torch, is imported. Threads that wait sleep: where other programs want the
+#: cores too, spinning makes a small model up to 50 times slower.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+#: The same for single verbs: training meets many batch shapes, whose kernels should stay in the cache.
+VERB_ENVIRONMENT = {"train": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}}
 
 
 class Verbs(LazyGroup):
     """The verbs with their environment; what the user has set stays."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for name, value in ENVIRONMENT.get(cmd_name, {}).items():
+        for name, value in (ENVIRONMENT | VERB_ENVIRONMENT.get(cmd_name, {})).items():
             os.environ.setdefault(name, value)
         return super().get_command(ctx, cmd_name)
 

@@ -1,0 +1,93 @@
+"""`plan`, `train`, `eval` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from keye.commands import doctor
+from keye.train import trainer
+
+
+def test_plan_of_a_video_and_an_image(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200)).save(tmp_path / "picture.png")
+    arguments = ["plan", video, tmp_path / "picture.png", "--fps", 1, "--model", model_folder]
+    data = run(*arguments, "--json").data
+    assert [(plan["kind"], plan["visual_tokens"]) for plan in data["media"]] == [("video", 64), ("image", 12)]
+    assert data["media"][0]["timestamps"] == [0.0, 1.0, 2.5, 3.5]
+    assert (data["visual_tokens"], data["context"]) == (76, 1024)
+    text = run(*arguments).out
+    assert "frames at 0.0 1.0 2.5 3.5 s" in text and "76 visual tokens, 7.4% of the 1,024 tokens" in text
+
+
+def test_plan_says_when_a_video_does_not_fit(run: Callable, own_model: Path, video: Path) -> None:
+    config = json.loads((own_model / "config.json").read_text()) | {"max_position_embeddings": 100}
+    (own_model / "config.json").write_text(json.dumps(config))
+    result = run("plan", video, "--model", own_model)
+    assert result.code == 0 and "This does not fit" in result.out
+
+
+def test_plan_reads_no_weights(run: Callable, own_model: Path, video: Path) -> None:
+    (own_model / "model.safetensors").unlink()
+    assert run("plan", video, "--model", own_model).code == 0
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration, and a trainer that reports twice."""
+
+    def fake(config: Any, *, resume: bool, report: Callable[[dict[str, Any]], None]) -> Path:
+        for step in (1, 2):
+            report({"stage": config.stages[0].name, "step": step, "minutes": 0.5, "loss": 1 / step, "resume": resume})
+        return Path(config.output)
+
+    monkeypatch.setattr(trainer, "train", fake)
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'model = "m"\noutput = "out"\n[[stage]]\nname = "look"\nkind = "vision"\ntrains = "vision"\nsteps = 2\n'
+    )
+    return path
+
+
+def test_training_reports_lines(run: Callable, training: Path) -> None:
+    result = run("train", training)
+    assert result.code == 0
+    assert "look: step 2, 0.5 min, loss 0.5, resume 1\n" in result.err
+    assert result.out == f"The model is in {training.parent / 'out'}.\n"
+
+
+def test_training_reports_json_lines(run: Callable, training: Path) -> None:
+    first, second, last = map(json.loads, run("train", training, "--json", "--no-resume").out.splitlines())
+    assert (first["step"], second["loss"], second["resume"]) == (1, 0.5, False)
+    assert last == {"output": str(training.parent / "out")}
+
+
+def test_a_small_evaluation(run: Callable, model_folder: Path) -> None:
+    arguments = ["eval", "frameforge", "--n", 3, "--frames", "4", "--objects", 1, "--model", model_folder]
+    data = run(*arguments, "--json").data
+    assert data["model"] == "tiny" and data["questions"] == 3 and {"accuracy", "miou", "tasks"} <= data.keys()
+    assert data["options"]["frames"] == [4, 4]
+    assert "FrameForge, split test, 4 to 4 frames" in run(*arguments).out
+
+
+def test_doctor(run: Callable, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keye.engine.engine.resolve", lambda name: model_folder)
+    result = run("doctor", "--json")
+    checks = {check["name"]: check for check in result.data["checks"]}
+    assert result.data["ok"] == (result.code == 0)
+    assert checks["python"]["ok"] and checks["torch"]["ok"] and checks["video"]["ok"] and checks["nano"]["ok"]
+    assert checks["decoding"]["finding"] == "h264 448x448, 2 frames read"
+    assert checks["decode limits"]["ok"] is not False
+
+
+def test_doctor_finds_a_missing_model(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keye.commands.doctor.CHECKS", [doctor.check_nano])
+    monkeypatch.setattr("keye.hub.PACKAGED", {"nano": "no such folder"})
+    result = run("doctor")
+    assert result.code == 1
+    assert "nano" in result.out and "FAILED" in result.out and "missing from this installation" in result.out

@@ -1,0 +1,84 @@
+"""Clips show exactly the frames of their interval, for exactly as long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from clips import read_code, write_clip
+
+from keye.config import ProcessorConfig
+from keye.errors import MediaError
+from keye.media.clips import cut_clips, fit_interval
+from keye.media.fetch import fetch_source
+from keye.media.video import open_video
+
+
+def codes_and_times(path: Path) -> tuple[list[int], list[float], float]:
+    """The numbers that the frames show, their times, and the length of the file."""
+    with open_video(fetch_source(path)) as reader:
+        plan = reader.plan(ProcessorConfig(), nframes=reader.info.frame_count)
+        codes = [read_code(frame) for frame in reader.read(plan)]
+        return codes, [round(time, 3) for time in plan.timestamps], reader.info.duration
+
+
+def test_a_clip_holds_the_frames_of_its_interval(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "source.mp4", frames=30, fps=10))
+    seen: list[tuple[int, int]] = []
+    paths = cut_clips(source, [(0.5, 1.5), (1.0, 3.0)], tmp_path / "out", progress=lambda *done: seen.append(done))
+    assert [path.name for path in paths] == ["source-001-0.5s-1.5s.mp4", "source-002-1.0s-3.0s.mp4"]
+    codes, times, length = codes_and_times(paths[0])
+    assert codes == list(range(5, 15))
+    assert times == [i / 10 for i in range(10)] and length == pytest.approx(1.0)
+    assert codes_and_times(paths[1])[0] == list(range(10, 30))
+    assert seen[-1] == (3, 3)
+
+
+def test_irregular_times_are_kept(tmp_path: Path) -> None:
+    times = [0, 100, 700, 1000, 1900, 2000]
+    source = fetch_source(write_clip(tmp_path / "source.mkv", frames=6, times_ms=times))
+    (path,) = cut_clips(source, [(0.4, 1.95)], tmp_path)
+    # The clip begins with the frame on display at 0.4 s.
+    codes, shown, _ = codes_and_times(path)
+    assert (codes, shown) == ([1, 2, 3, 4], [0.0, 0.3, 0.6, 1.5])
+
+
+def test_odd_sizes_lose_a_line(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "source.mkv", codec="ffv1", pix_fmt="bgr0", frames=10, size=(161, 97)))
+    (path,) = cut_clips(source, [(0.0, 1.0)], tmp_path)
+    with open_video(fetch_source(path)) as reader:
+        assert (reader.info.width, reader.info.height) == (160, 96)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((2.0, 4.0), (2.0, 4.0)),
+        ((2.0, 40.0), (2.0, 10.0)),
+        ((3.0, 3.0), (2.75, 3.25)),
+        ((0.0, 0.1), (0.0, 0.5)),
+        ((9.9, 10.0), (9.5, 10.0)),
+        ((10.0, 11.0), None),
+        ((12.0, 13.0), None),
+    ],
+)
+def test_intervals_are_fitted(interval: tuple[float, float], expected: tuple[float, float] | None) -> None:
+    assert fit_interval(interval, 10.0) == expected
+
+
+def test_a_video_shorter_than_a_clip_is_taken_whole() -> None:
+    assert fit_interval((0.1, 0.1), 0.3) == (0.0, 0.3)
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "source.mp4", frames=10, fps=10))
+    (tmp_path / "file").touch()
+    with pytest.raises(MediaError, match="clips cannot be written to"):
+        cut_clips(source, [(0.0, 1.0)], tmp_path / "file")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_clips(source, [(0.0, 1.0)], tmp_path / "out", progress=stop)
+    assert list((tmp_path / "out").iterdir()) == []
