@@ -48,7 +48,8 @@ def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: A
         show.print_json({**answer.to_dict(), "clips": [str(path) for path in written]})
         return
     if not answer.intervals:
-        show.print_line(f"Not found: {event}")
+        reply = "" if answer.text in ("", "[]") else f' (the model answered "{answer.text}")'
+        show.print_line(f"Not found: {event}{reply}")
     show.print_answer(answer, model)
     for path in written:
         show.print_line(f"wrote {path}")
