@@ -13,7 +13,7 @@ from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
 from keye.models.attention import Attention, Rope, Step
 from keye.models.indexer import Indexer, Numerics
-from keye.models.layers import MLP, RMSNorm
+from keye.models.layers import MLP, RMSNorm, embedding
 from keye.models.moe import MoE
 from keye.models.vision import Projector, Visual, encode_vision
 from keye.ops.elementwise import table
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -21,6 +21,11 @@ class RMSNorm(nn.Module):
         return table.rms_norm(x, self.weight, self.eps)
 
 
+def embedding(count: int, dim: int) -> nn.Embedding:
+    """An embedding table left unfilled: on the meta device torch would import its compiler to fill it, for a second."""
+    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
+
+
 class MLP(nn.Module):
     """Dense SwiGLU: down(silu(gate x) * up x)."""
 

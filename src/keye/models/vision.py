@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from keye.config import VisionConfig
 from keye.errors import KeyeError
+from keye.models.layers import embedding
 from keye.ops.elementwise import table
 from keye.ops.reference import inverse_frequencies
 
@@ -74,7 +75,7 @@ class VisionEmbeddings(nn.Module):
         self.side = config.grid_side
         patch = config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
-        self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
+        self.position_embedding = embedding(self.side**2, config.hidden_size)
 
     def forward(self, patches: Tensor, height: int, width: int) -> Tensor:
         """`patches` [N, P, 3 * patch * patch] -> [N, P, C]. The convolution over one patch is a matrix product."""

@@ -122,9 +122,7 @@ def select_random(total: int, first: int, topk: int, generator: torch.Generator)
         yield start, torch.nn.functional.pad(positions, (0, topk - width), value=-1)
 
 
-def _topk_of_block(
-    q_BJI: Tensor, gate_BJ: Tensor, key_tiles: KeyTiles, block: int, length: int, topk: int
-) -> Tensor:
+def _topk_of_block(q_BJI: Tensor, gate_BJ: Tensor, key_tiles: KeyTiles, block: int, length: int, topk: int) -> Tensor:
     """Running top-k of one aligned block of queries over all key tiles below `length`. Returns int64 [B, topk]."""
     device = q_BJI.device
     limit_B1 = torch.arange(block, block + QUERY_BLOCK, device=device).unsqueeze(1)
