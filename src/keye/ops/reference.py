@@ -164,9 +164,8 @@ def sparse_attention(q_THD: Tensor, selection: Iterable[tuple[int, Tensor]], row
     """
     out = torch.empty_like(q_THD)
     for offset, positions in selection:
-        out[offset : offset + positions.shape[0]] = attend_union(
-            q_THD[offset : offset + positions.shape[0]], positions, rows
-        )
+        part = slice(offset, offset + positions.shape[0])
+        out[part] = attend_union(q_THD[part], positions.to(q_THD.device), rows)
     return out
 
 
