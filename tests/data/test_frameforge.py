@@ -181,6 +181,10 @@ def test_letters_of_a_cell_are_in_reading_order():
     row = dense_labels(clip, 0).letters.max(axis=(1, 2)).argmax()
     read = [character for character in dense_labels(clip, 0).letters[row].ravel() if character]
     assert read == [CHARACTER_IDS[character] for character in clip.scene.text.content]
+    labels = dense_labels(clip, 0)
+    assert [place for place in labels.letter_order[row].ravel() if place] == list(range(1, len(read) + 1))
+    assert set(labels.text_length[row][labels.letters[row].any(axis=1)].tolist()) == {len(read)}
+    assert labels.text_length[row].any() and not np.delete(labels.text_length, row, axis=0).any()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ class VisionBatch:
 
 #: Names and class counts of the columns of `VisionBatch.ids`.
 VISION_TARGETS = (("color", 9), ("shape", 6), ("size", 3), ("letter 1", 37), ("letter 2", 37), ("cover color", 9),
-                  ("cover shape", 6), ("background", 9), ("row", 9), ("column", 9))  # fmt: skip
+                  ("cover shape", 6), ("background", 9), ("row", 9), ("column", 9),
+                  ("letter 1 order", 9), ("letter 2 order", 9), ("text length", 9))  # fmt: skip
 
 
 def derived_seed(*parts: object) -> int:
@@ -94,8 +95,10 @@ class BatchMaker:
         clips: list[Clip] = []
         asked: list[list[Question]] = []
         while len(clips) < mix.clips:
-            clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects,
-                             split=config.split, size=self.size, text_chance=config.text_chance)  # fmt: skip
+            plain = rng.random() < config.plain_times
+            clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects, split=config.split,
+                             size=self.size, text_chance=config.text_chance,
+                             start=0.0 if plain else None, step=0.5 if plain else None)  # fmt: skip
             found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
             if found:
                 clips.append(clip)
@@ -158,7 +161,9 @@ class BatchMaker:
             labels = dense_labels(clip, 0, self.processor.factor)
             columns = [labels.color, labels.shape, labels.size, labels.letters[..., 0], labels.letters[..., 1],
                        labels.cover_color, labels.cover_shape, np.full_like(row, labels.background + 1),
-                       np.minimum(row, 7) + 1, np.minimum(column, 7) + 1]  # fmt: skip
+                       np.minimum(row, 7) + 1, np.minimum(column, 7) + 1,
+                       labels.letter_order[..., 0].clip(max=8), labels.letter_order[..., 1].clip(max=8),
+                       labels.text_length.clip(max=8)]  # fmt: skip
             frames.append(render(clip)[0])
             ids.append(np.stack(columns, axis=-1).reshape(-1, len(columns)))
             offset = np.where(labels.color[..., None] > 0, labels.offset, np.nan)

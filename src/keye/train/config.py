@@ -58,6 +58,7 @@ class StageConfig:
     objects: int = 4
     split: str = "train"
     text_chance: float = 0.4
+    plain_times: float = 0.0
     task_weights: Mapping[str, float] = field(default_factory=dict)
     time_binding: float = 0.0
     balance: float = 0.01

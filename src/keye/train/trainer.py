@@ -23,9 +23,10 @@ from keye.config import ConfigError, load_model_config, read_json
 from keye.models.keye import KeyeModel
 from keye.models.weights import load_model, save_model
 from keye.ops.elementwise import table
+from keye.tokenizer import Tokenizer
 from keye.train.batches import derived_seed, make_batch
 from keye.train.config import StageConfig, TrainConfig
-from keye.train.initialise import fresh_model
+from keye.train.initialise import fresh_model, number_tokens, order_numbers
 from keye.train.optim import Optimizer
 from keye.train.stages import Stage, make_stage, trainable
 
@@ -81,7 +82,9 @@ class Run:
             self._restore()
             return load_model(self.out, model_config, dtype=torch.bfloat16)[0]
         if self.config.fresh:
-            return fresh_model(model_config, self.config.seed).bfloat16()
+            model = fresh_model(model_config, self.config.seed)
+            order_numbers(model, number_tokens(Tokenizer.from_file(self.config.model)))
+            return model.bfloat16()
         return load_model(self.config.model, model_config, dtype=torch.bfloat16)[0]
 
     def _restore(self) -> None:

@@ -25,6 +25,8 @@ class DenseLabels:
     color, shape, size: [rows, columns], of the object whose centre lies in the cell (the nearest to the cell's centre).
     offset: float32 [rows, columns, 2], its (dx, dy) from the cell's centre, -1 to 1 at the edges, 0 without object.
     letters: [rows, columns, 2], the first two characters whose centre lies in the cell, from left to right.
+    letter_order: [rows, columns, 2], the place of these characters in their text, from 1.
+    text_length: [rows, columns], the number of characters of the text that the cell's characters belong to.
     cover_color, cover_shape: [rows, columns], of the object that covers the cell's centre.
     background: 0-based index into BACKGROUNDS.
     """
@@ -34,6 +36,8 @@ class DenseLabels:
     size: NDArray[np.int64]
     offset: NDArray[np.float32]
     letters: NDArray[np.int64]
+    letter_order: NDArray[np.int64]
+    text_length: NDArray[np.int64]
     cover_color: NDArray[np.int64]
     cover_shape: NDArray[np.int64]
     background: int
@@ -51,13 +55,15 @@ def dense_labels(clip: Clip, frame: int, cell: int = 28) -> DenseLabels:
         raise KeyeError(f"frame is {frame}; the clip has frames 0 to {clip.frames - 1}")
     rows, columns = height // cell, width // cell
     unit_x, unit_y = columns / clip.scene.canvas[0], rows / clip.scene.canvas[1]  # cells per scene unit
-    grids = (np.zeros((rows, columns), np.int64) for _ in range(5))
+    grids = (np.zeros((rows, columns), np.int64) for _ in range(6))
     labels = DenseLabels(
         color=next(grids),
         shape=next(grids),
         size=next(grids),
         offset=np.zeros((rows, columns, 2), np.float32),
         letters=np.zeros((rows, columns, 2), np.int64),
+        letter_order=np.zeros((rows, columns, 2), np.int64),
+        text_length=next(grids),
         cover_color=next(grids),
         cover_shape=next(grids),
         background=BACKGROUND_IDS[clip.scene.background_at(frame).color],
@@ -113,7 +119,12 @@ def _label_letters(labels: DenseLabels, clip: Clip, frame: int, unit_x: float, u
     if text is None or not text.visible(frame):
         return
     row = int(text.middle * unit_y)
-    for center, character in zip(text.centers, text.content, strict=True):
-        slots = labels.letters[row, int(center * unit_x)]
-        if not slots[-1]:
-            slots[int(slots[0] > 0)] = CHARACTER_IDS[character]
+    for place, (center, character) in enumerate(zip(text.centers, text.content, strict=True), 1):
+        column = int(center * unit_x)
+        slots = labels.letters[row, column]
+        if slots[-1]:
+            continue
+        slot = int(slots[0] > 0)
+        slots[slot] = CHARACTER_IDS[character]
+        labels.letter_order[row, column, slot] = place
+        labels.text_length[row, column] = len(text.content)
