@@ -39,7 +39,8 @@ class Optimizer:
     """Steps the trainable parameters of `model`.
 
     Matrices that `is_matrix(name, parameter)` accepts (the last two dimensions count; experts are stacks) follow Muon,
-    everything else AdamW. State can be saved and restored by parameter name.
+    everything else AdamW, at `adam_scale(name)` times its learning rate. State can be saved and restored by parameter
+    name.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Optimizer:
         parameters: Iterable[tuple[str, nn.Parameter]],
         is_matrix: Callable[[str, nn.Parameter], bool],
         *,
+        adam_scale: Callable[[str], float] = lambda name: 1.0,
         weight_decay: float = 0.02,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.97),
@@ -56,6 +58,7 @@ class Optimizer:
         self.master = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.first = {name: torch.zeros_like(m) for name, m in self.master.items()}
         self.weight_decay, self.momentum, self.betas, self.clip = weight_decay, momentum, betas, clip
+        self.adam_scale = adam_scale
         self.groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
         self.rest: list[str] = []
         for name, p in self.parameters.items():
@@ -109,7 +112,7 @@ class Optimizer:
             self.first[name].lerp_(grad, 1 - b1)
             self.second[name].mul_(b2).addcmul_(grad, grad, value=1 - b2)
             denominator = (self.second[name] / bias2).sqrt_().add_(1e-8)
-            master.addcdiv_(self.first[name], denominator, value=-lr / bias1)
+            master.addcdiv_(self.first[name], denominator, value=-lr * self.adam_scale(name) / bias1)
 
     def _clear(self) -> None:
         for p in self.parameters.values():

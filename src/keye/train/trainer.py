@@ -143,7 +143,7 @@ class Run:
     def _optimizer(self, config: StageConfig, stage: Stage) -> Optimizer:
         heads = [(f"heads.{name}", p) for name, p in stage.heads.named_parameters()]
         parameters = [*trainable(self.model, config), *heads]
-        return Optimizer(parameters, is_muon_matrix, weight_decay=config.weight_decay)
+        return Optimizer(parameters, is_muon_matrix, adam_scale=adam_scale, weight_decay=config.weight_decay)
 
     def _batches(self, number: int) -> Iterator[Any]:
         """Batches of step, step + 1, ... made ahead in the worker."""
@@ -227,6 +227,12 @@ def schedule(config: StageConfig, step: int, progress: float) -> float:
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (1.0 - progress) / max(1e-9, config.decay_fraction)
     return warmup * max(config.final_lr, min(1.0, left))
+
+
+def adam_scale(name: str) -> float:
+    """The head learns at a tenth of the rate: AdamW gives rare tokens steps as large as common ones, and their rows
+    would drift away from the embeddings that they copy."""
+    return 0.1 if name == "lm_head.weight" else 1.0
 
 
 def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
