@@ -92,7 +92,8 @@ class StageConfig:
 class TrainConfig:
     """A run: `model` is a folder whose config.json (and, unless `fresh`, weights) it starts from.
 
-    It is saved every `save_minutes` minutes, and also every `save_steps` steps where that is set.
+    It is saved every `save_minutes` minutes, and also every `save_steps` steps where that is set. `processes` share a
+    step, each with a batch of its own and `threads` threads.
     """
 
     model: Path
@@ -101,13 +102,14 @@ class TrainConfig:
     fresh: bool = False
     seed: int = 0
     threads: int = 1
+    processes: int = 1
     fused: bool = True
     save_minutes: float = 5.0
     save_steps: int | None = None
     log_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("threads", "save_minutes", "save_steps"):
+        for name in ("threads", "processes", "save_minutes", "save_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be above 0")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.errors import KeyeError
+from keye.train.parallel import Group
 
 _COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
@@ -49,6 +50,7 @@ class Optimizer:
         is_matrix: Callable[[str, nn.Parameter], bool],
         *,
         adam_scale: Callable[[str], float] = lambda name: 1.0,
+        group: Group | None = None,
         weight_decay: float = 0.02,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.97),
@@ -58,7 +60,7 @@ class Optimizer:
         self.master = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.first = {name: torch.zeros_like(m) for name, m in self.master.items()}
         self.weight_decay, self.momentum, self.betas, self.clip = weight_decay, momentum, betas, clip
-        self.adam_scale = adam_scale
+        self.adam_scale, self.group = adam_scale, group or Group()
         self.groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
         self.rest: list[str] = []
         for name, p in self.parameters.items():
@@ -73,6 +75,7 @@ class Optimizer:
     def step(self, lr: float, adam_lr: float) -> float:
         """One update from the gradients, which are then cleared. Returns the gradient norm before clipping."""
         grads = {name: p.grad.float() for name, p in self.parameters.items() if p.grad is not None}
+        self.group.average(list(grads.values()))
         norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
         if not norm < float("inf"):  # also NaN: skip the step rather than spoil the weights
             self._clear()
@@ -96,7 +99,7 @@ class Optimizer:
                 grad = grads[name].mul_(scale)
                 self.first[name].lerp_(grad, 1 - self.momentum)
                 updates.append(grad.lerp(self.first[name], self.momentum).reshape(-1, *shape))
-            joined = orthogonalise(torch.cat(updates)).float()
+            joined = self.group.divide(torch.cat(updates), orthogonalise).float()
             step = -lr * 0.2 * max(shape) ** 0.5
             for name, update in zip(present, joined.split([u.shape[0] for u in updates]), strict=True):
                 master = self.master[name]

@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from keye.train.batches import derived_seed, make_batch
 from keye.train.config import StageConfig, TrainConfig
 from keye.train.initialise import fresh_model, number_tokens, order_numbers
 from keye.train.optim import Optimizer
+from keye.train.parallel import Group, processes
 from keye.train.stages import Stage, make_stage, trainable
 
 #: Batches that the worker makes ahead.
@@ -47,35 +49,45 @@ def train(config: TrainConfig, *, resume: bool = True, report: Report | None = N
     """
     if config.output.exists() and not resume and (config.output / PROGRESS_FILE).exists():
         raise ConfigError(f"{config.output} already holds a run; resume it or choose another output")
+    config.output.mkdir(parents=True, exist_ok=True)
+    with processes(config.processes, config.output, partial(_train, config, _silent)) as group:
+        _train(config, report or _silent, group)
+    return config.output
+
+
+def _silent(figures: dict[str, Any]) -> None:
+    """The report of a process that nobody watches."""
+
+
+def _train(config: TrainConfig, report: Report, group: Group) -> None:
+    """Every stage that is not done yet, in one of the run's processes."""
     torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
     if config.fused and not table.fuse():
         warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
-    run = Run(config, report or (lambda figures: None))
+    run = Run(config, report, group)
     try:
         for number in range(run.stage, len(config.stages)):
             run.train_stage(number)
     finally:
         run.close()
-    return config.output
 
 
 class Run:
     """One training run: the model, where it stands, and its files."""
 
-    def __init__(self, config: TrainConfig, report: Report) -> None:
-        self.config, self.report = config, report
+    def __init__(self, config: TrainConfig, report: Report, group: Group) -> None:
+        self.config, self.report, self.group = config, report, group
         self.out = config.output
-        self.out.mkdir(parents=True, exist_ok=True)
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self._state: dict[str, torch.Tensor] | None = None
         self.model = self._start()
+        group.agree(0.0)  # nobody goes on before the files of the output folder are there
         self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
     def _start(self) -> KeyeModel:
         model_config = load_model_config(self.config.model)
         for name in COMPANIONS:
-            if (self.config.model / name).exists() and self.config.model != self.out:
+            if self.group.rank == 0 and (self.config.model / name).exists() and self.config.model != self.out:
                 shutil.copyfile(self.config.model / name, self.out / name)
         if (self.out / PROGRESS_FILE).exists():
             self._set_progress(read_json(self.out / PROGRESS_FILE))
@@ -120,30 +132,33 @@ class Run:
         self.model.train()
         clock = Clock(config, self.step, self.seconds, self.config)
         for batch in self._batches(number):
-            progress = clock.progress()
+            progress = self.group.agree(clock.progress())
             if progress >= 1.0:
                 break
             factor = schedule(config, clock.step, progress)
             # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
-            torch.manual_seed(derived_seed(self.config.seed, number, config.name, "loss", clock.step))
+            torch.manual_seed(derived_seed(self.config.seed, number, config.name, "loss", clock.step, self.group.rank))
             loss = stage.loss(self.model, batch)
             loss.backward()
             norm = optimizer.step(config.lr * factor, config.adam_lr * factor)
             clock.tick()
-            if clock.log_due():
-                self._log(config, clock, stage, norm)
-            if clock.save_due():
-                self._save(number, clock, optimizer)
-        self._log(config, clock, stage, 0.0)
+            if self.group.rank == 0:
+                if clock.log_due():
+                    self._log(config, clock, stage, norm)
+                if clock.save_due():
+                    self._save(number, clock, optimizer)
         self.stage, self.step, self.seconds = number + 1, 0, 0.0
-        save_model(self.model, self.out, dtype=torch.bfloat16)
-        self._write_progress()
-        (self.out / STATE_FILE).unlink(missing_ok=True)
+        if self.group.rank == 0:
+            self._log(config, clock, stage, 0.0)
+            save_model(self.model, self.out, dtype=torch.bfloat16)
+            self._write_progress()
+            (self.out / STATE_FILE).unlink(missing_ok=True)
 
     def _optimizer(self, config: StageConfig, stage: Stage) -> Optimizer:
         heads = [(f"heads.{name}", p) for name, p in stage.heads.named_parameters()]
         parameters = [*trainable(self.model, config), *heads]
-        return Optimizer(parameters, is_muon_matrix, adam_scale=adam_scale, weight_decay=config.weight_decay)
+        return Optimizer(parameters, is_muon_matrix, adam_scale=adam_scale, group=self.group,
+                         weight_decay=config.weight_decay)  # fmt: skip
 
     def _batches(self, number: int) -> Iterator[Any]:
         """Batches of step, step + 1, ... made ahead in the worker."""
@@ -151,7 +166,7 @@ class Run:
         config, step = self.config.stages[number], self.step
         while True:
             while len(waiting) < PREFETCH:
-                seed = derived_seed(self.config.seed, number, config.name, step)
+                seed = derived_seed(self.config.seed, number, config.name, step, self.group.rank)
                 waiting.append(self.pool.submit(make_batch, config, self.out, seed))
                 step += 1
             yield waiting.popleft().result()

@@ -1,0 +1,71 @@
+"""Several processes train one model: gradients are averaged, Muon's work is divided, everybody ends with the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from keye.train.config import Mix, StageConfig, TrainConfig
+from keye.train.optim import orthogonalise
+from keye.train.parallel import Group, processes
+from keye.train.trainer import train
+from tiny import tiny_folder
+
+
+def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
+    gradient = torch.full((3, 2), float(group.rank))
+    scalar = torch.tensor(10.0 * group.rank)
+    group.average([gradient, scalar])
+    stack = torch.arange(5 * 4 * 4, dtype=torch.float32).view(5, 4, 4).sin()
+    done = {
+        "gradient": gradient,
+        "scalar": scalar,
+        "divided": group.divide(stack, orthogonalise).float(),
+        "whole": orthogonalise(stack).float(),
+        "agreed": torch.tensor(group.agree(0.25 + group.rank)),
+    }
+    save_file(done, folder / f"{group.rank}.safetensors")
+    return done
+
+
+class _Follow:
+    """What the other process runs; picklable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, group: Group) -> None:
+        _work(group, self.folder)
+
+
+def test_one_process_needs_nobody(tmp_path):
+    with processes(1, tmp_path, _Follow(tmp_path)) as group:
+        done = _work(group, tmp_path)
+    assert group.size == 1
+    assert done["scalar"] == 0.0 and done["agreed"] == 0.25
+    assert torch.equal(done["divided"], done["whole"])
+
+
+@pytest.mark.slow
+def test_two_processes_average_divide_and_agree(tmp_path):
+    with processes(2, tmp_path, _Follow(tmp_path)) as group:
+        mine = _work(group, tmp_path)
+    other = load_file(tmp_path / "1.safetensors")
+    for done in (mine, other):
+        assert torch.equal(done["gradient"], torch.full((3, 2), 0.5)) and done["scalar"] == 5.0
+        assert torch.allclose(done["divided"], done["whole"], atol=2e-2)
+        assert done["agreed"] == 0.25
+    assert torch.equal(mine["divided"], other["divided"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_same_weights_each_time(tmp_path):
+    folder = tiny_folder(tmp_path / "model", weights=False)
+    stage = StageConfig("dense", steps=4, mix=(Mix(2, 2, 3),), warmup_steps=1)
+    weights = []
+    for name in ("one", "two"):
+        config = TrainConfig(folder, tmp_path / name, (stage,), fresh=True, processes=2, fused=False)
+        train(config)
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
