@@ -1,5 +1,7 @@
 """Training configurations: what is read, and one sentence for each mistake."""
 
+from pathlib import Path
+
 import pytest
 
 from keye.config import ConfigError
@@ -61,3 +63,9 @@ def test_mistakes_are_named(tmp_path, text, sentence):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_train_config(tmp_path / "none.toml")
+
+
+def test_the_recipe_of_nano_is_a_valid_configuration():
+    config = load_train_config(Path(__file__).parents[2] / "configs" / "nano.toml")
+    assert [stage.attention for stage in config.stages] == ["dense", "dense", "dense", "warmup", "sparse"]
+    assert (config.model / "config.json").is_file()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig, load_processor_config
 from keye.data.frameforge import Clip, Question, dense_labels, make_clip, questions, render
+from keye.data.frameforge.labels import BACKGROUND_IDS, COLOR_IDS
 from keye.media.positions import build_position_ids
 from keye.tokenizer import Tokenizer
 from keye.train.config import StageConfig
@@ -25,6 +27,8 @@ IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
 WINDOW = 128
 CAPITAL_CHANCE = 0.25
+_TIME = re.compile(r"\b([0-9]+\.[0-9])\b")
+COLORS = tuple(COLOR_IDS)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class Answered:
     start: int
     stop: int
     question: Question
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The last token of a time in a question (row, tail position), and what the frame of that time shows: `colors`
+    1 for each of the 8 colours in sight, else 0, and the background's number."""
+
+    row: int
+    place: int
+    colors: tuple[float, ...]
+    background: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class PackedBatch:
     positions: NDArray[np.int64]
     time_ids: NDArray[np.int64]
     answers: tuple[Answered, ...]
+    lookups: tuple[Lookup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,7 @@ class BatchMaker:
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         answers: list[Answered] = []
+        lookups: list[Lookup] = []
         for row, items in enumerate(rendered):
             for number, ((question, head, tail), (start, stop)) in enumerate(zip(items, places[row], strict=True)):
                 answer = start + len(head) - 1
@@ -127,11 +144,13 @@ class BatchMaker:
                 labels[row, answer:stop] = tail
                 branch[row, start:stop], offsets[row, start:stop] = number, np.arange(stop - start)
                 answers.append(Answered(row, answer, stop, question))
+                lookups += self._lookups(clips[row], question, head, row, start)
         positions = np.concatenate(
             [np.broadcast_to(trunk_positions, (len(clips), *trunk_positions.shape)),
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
         frames = np.stack([render(clip) for clip in clips])
-        return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, np.array(times), tuple(answers))
+        return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, np.array(times), tuple(answers),
+                           tuple(lookups))  # fmt: skip
 
     def _trunk(self, clip: Clip) -> tuple[list[int], list[list[int]]]:
         ids, times = list(self.prefix), []
@@ -146,6 +165,18 @@ class BatchMaker:
         """The question with its token ids: question and turn, answer and end."""
         head = self.tokenizer.encode(question.text) + self.turn
         return question, head, self.tokenizer.encode(question.answer) + self.end
+
+    def _lookups(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> list[Lookup]:
+        """The time that a question names, if it names one of a frame, and what that frame shows."""
+        named = _TIME.search(question.text)
+        if named is None or float(named[1]) not in clip.timestamps:
+            return []
+        frame = clip.timestamps.index(float(named[1]))
+        fraction = self.tokenizer.encode(f".{named[1][-1]}")
+        seen = {thing.color_at(frame) for thing in clip.scene.visible_objects(frame)}
+        colors = tuple(float(color in seen) for color in COLORS)
+        place = start + max(i for i, token in enumerate(head) if token == fraction[-1])
+        return [Lookup(row, place, colors, BACKGROUND_IDS[clip.scene.background_at(frame).color])]
 
     def vision(self, config: StageConfig, seed: int) -> VisionBatch:
         """A batch of single frames for the vision stage."""

@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keye.data.frameforge.labels import BACKGROUND_IDS
 from keye.models.keye import KeyeModel
 from keye.models.packed import PackedStep
-from keye.train.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch
+from keye.train.batches import COLORS, IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch
 from keye.train.config import StageConfig
 
 #: Loss rows are padded to a multiple of this, for the same reason as the tails.
 LOGIT_MULTIPLE = 256
-#: The layer whose visual tokens are asked for their frame's timestamp (time binding).
+#: The layer whose visual tokens are asked for their frame's timestamp (time binding), and the share of the layers after
+#: which the last token of a time in a question is asked what that frame shows (time look-up).
 BINDING_LAYER = 1
+LOOKUP_DEPTH = 0.6
 
 
 class Figures:
@@ -130,8 +133,13 @@ class LanguageStage:
         self.config, self.figures = config, Figures()
         width = model.config.text.hidden_size
         self.heads: nn.ModuleList = nn.ModuleList()
+        self.binding = nn.Linear(width, 2 * width, bias=False)
+        self.lookup = nn.Linear(width, len(COLORS) + len(BACKGROUND_IDS))
+        self.lookup_layer = int(LOOKUP_DEPTH * model.config.text.num_hidden_layers)
         if config.time_binding:
-            self.heads.append(nn.Linear(width, 2 * width, bias=False))
+            self.heads.append(self.binding)
+        if config.time_lookup:
+            self.heads.append(self.lookup)
         self.frozen_vision = config.trains in ("decoder", "indexer")
 
     def loss(self, model: KeyeModel, batch: VisionBatch | PackedBatch) -> Tensor:
@@ -146,7 +154,7 @@ class LanguageStage:
         step = PackedStep(
             torch.from_numpy(batch.branch), trunk, window=WINDOW, mode=self.config.attention,
             topk=text.sparse.topk if text.sparse is not None else 0,
-            watch=(BINDING_LAYER,) if self.config.time_binding else (),
+            watch=(BINDING_LAYER, self.lookup_layer),
         )  # fmt: skip
         hidden = model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
         frames_key = f"/{frames.shape[1]}"
@@ -161,6 +169,8 @@ class LanguageStage:
             total = total + self.config.balance * balance
         if self.config.time_binding:
             total = total + self.config.time_binding * self._bind_time(model, batch, step.hidden[BINDING_LAYER], trunk)
+        if self.config.time_lookup and batch.lookups:
+            total = total + self.config.time_lookup * self._look_up(batch, step.hidden[self.lookup_layer], trunk)
         if self.config.attention == "sparse":
             kl = step.indexer_kl()
             self.figures.add("kl" + frames_key, float(kl.detach()))
@@ -193,9 +203,20 @@ class LanguageStage:
         picked = is_visual.gather(1, torch.randint(is_visual.shape[1], (frames, 2)))
         x = hidden.view(B, -1, hidden.shape[-1])[:, picked.flatten()]
         x = F.rms_norm(x, x.shape[-1:])
-        weight = next(self.heads.parameters())
-        both = F.linear(x, weight.to(x.dtype)).unflatten(-1, (2, -1))
+        both = F.linear(x, self.binding.weight.to(x.dtype)).unflatten(-1, (2, -1))
         logits = model.logits(both).flatten(0, 2)
         target = torch.from_numpy(batch.time_ids).unsqueeze(2).expand(-1, -1, 2, -1).flatten()
         self.figures.add("time binding", float((logits.argmax(-1) == target).float().mean()))
         return F.cross_entropy(logits, target)
+
+    def _look_up(self, batch: PackedBatch, hidden: Tensor, trunk: int) -> Tensor:
+        """The last token of a time in a question says which colours and which background that frame shows."""
+        rows = torch.tensor([found.row for found in batch.lookups])
+        places = torch.tensor([found.place + trunk for found in batch.lookups])
+        x = hidden.view(batch.trunk_ids.shape[0], -1, hidden.shape[-1])[rows, places]
+        out = self.lookup(F.rms_norm(x.float(), x.shape[-1:]))
+        colors = torch.tensor([found.colors for found in batch.lookups])
+        background = torch.tensor([found.background for found in batch.lookups])
+        logits, scene = out[:, : len(COLORS)], out[:, len(COLORS) :]
+        self.figures.add("time look-up", float(((logits > 0) == (colors > 0)).all(1).float().mean()))
+        return F.binary_cross_entropy_with_logits(logits, colors) * 4 + F.cross_entropy(scene, background)
