@@ -5,7 +5,7 @@ import torch
 
 from keye.engine.kvcache import KVCache
 from keye.models.attention import CachedStep, Span
-from keye.models.packed import PackedStep
+from keye.models.packed import AttentionHint, PackedStep, _hint_loss
 from keye.train.batches import WINDOW, make_batch
 from keye.train.config import Mix, StageConfig
 from keye.train.optim import Optimizer
@@ -106,3 +106,32 @@ def test_figures_are_means_since_the_last_take():
         stage.figures.add("x", value)
     stage.figures.add("share", 3, 4)
     assert stage.figures.take() == {"share": 0.75, "x": 3.0}
+
+
+def test_helper_losses_of_time_are_learnt():
+    config = StageConfig("time", steps=1, mix=MIX, time_binding=0.5, time_lookup=0.5, task_weights={"list_at": 20.0})
+    model = tiny_model().model
+    torch.manual_seed(0)
+    stage = make_stage(config, model)
+    heads = [(f"heads.{name}", parameter) for name, parameter in stage.heads.named_parameters()]
+    assert len(heads) == 3  # binding, and weight and bias of the look-up
+    optimizer = Optimizer([*trainable(model, config), *heads], is_muon_matrix)
+    batch = make_batch(config, NANO, 1)
+    assert batch.lookups
+    shares = []
+    for _ in range(12):
+        torch.manual_seed(1)
+        stage.loss(model, batch).backward()
+        optimizer.step(2e-2, 1e-2)
+        figures = stage.figures.take()
+        shares.append(figures["attention to the time"])
+    assert {"time binding", "time in question", "time look-up"} <= set(figures)
+    assert shares[-1] > shares[0] + 0.1
+
+
+def test_a_hint_is_the_share_of_attention_that_the_targets_get():
+    """One query, two keys in the trunk: the loss is -log of the softmax weight of the target."""
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 8)
+    hint = AttentionHint(0, torch.tensor([0]), torch.tensor([2]), torch.tensor([[False, True]]), head=1)
+    weights = (k[0, 0] @ q[0, 1, 2] * 8**-0.5).softmax(0)
+    assert torch.allclose(_hint_loss(hint, q, k), -weights[1].log())

@@ -11,6 +11,7 @@ R = H / G, D head dim, J indexer heads, I indexer dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,13 +29,26 @@ TRUNK_BLOCK = 160
 TrainMode = Literal["dense", "warmup", "sparse"]
 
 
+@dataclass(frozen=True)
+class AttentionHint:
+    """Where one head of a layer should look: token `queries[i]` of sequence `rows[i]` (int64 [n], counted from the
+    start of the sequence) at the trunk tokens where `targets[i]` (bool [n, P]) is true."""
+
+    layer: int
+    rows: Tensor
+    queries: Tensor
+    targets: Tensor
+    head: int = 0
+
+
 class PackedStep:
     """Masks and losses of one training step.
 
     `branch` int64 [B, L] numbers the branch of each tail token, -1 for padding; tokens of one branch are contiguous and
     lie in one window of `window` tokens (L is a multiple of it).
-    After the forward pass `indexer_kl()` and `balance_loss()` hold the auxiliary losses, `hidden[layer]` the watched
-    residual streams.
+    With a `hint`, `hint_loss` is the mean of -log(share of the hinted head's attention to the trunk that the targets
+    get). After the forward pass `indexer_kl()` and `balance_loss()` hold the auxiliary losses, `hidden[layer]` the
+    watched residual streams.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class PackedStep:
         mode: TrainMode = "dense",
         topk: int = 0,
         watch: tuple[int, ...] = (),
+        hint: AttentionHint | None = None,
     ) -> None:
         assert branch.shape[1] % window == 0, "the tail must be whole windows"
         self.mode, self.topk, self.trunk, self.window, self.watch = mode, topk, trunk, window, watch
@@ -57,6 +72,7 @@ class PackedStep:
         same = (windows[..., :, None] == windows[..., None, :]) & (order <= order[:, None])
         seen = (windows >= 0)[..., None].expand(*windows.shape, trunk)
         self.window_mask = torch.cat((seen, same), dim=3)  # [B, M, W, P + W]
+        self.hint, self.hint_loss = hint, torch.zeros(())
         self.kl: list[Tensor] = []
         self.balance: list[Tensor] = []
         self.hidden: dict[int, Tensor] = {}
@@ -65,6 +81,8 @@ class PackedStep:
         B, N, (H, D), G, P = self.batch, self.trunk + self.tail, q.shape[1:], k.shape[1], self.trunk
         q = q.view(B, N, G, H // G, D).permute(0, 2, 3, 1, 4)  # B G R N D
         k, v = k.view(B, N, G, D).transpose(1, 2), v.view(B, N, G, D).transpose(1, 2)  # B G N D
+        if self.hint is not None and layer == self.hint.layer:
+            self.hint_loss = _hint_loss(self.hint, q.flatten(1, 2), k[:, :, :P])
         if index is None:
             parts = list(_attend_causally(q[..., :P, :], k[:, :, :P], v[:, :, :P]))
             if self.tail:
@@ -153,6 +171,14 @@ def _attend_causally(q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Iterato
         mask = order[:stop] <= order[start:stop, None]
         probs = table.masked_softmax(logits.unflatten(2, (R, stop - start)), mask, scale)
         yield torch.matmul(probs.flatten(2, 3), v_BGTD[:, :, :stop]).unflatten(2, (R, stop - start))
+
+
+def _hint_loss(hint: AttentionHint, q_BHND: Tensor, k_BGPD: Tensor) -> Tensor:
+    groups = k_BGPD.shape[1]
+    q = q_BHND[hint.rows, hint.head, hint.queries].float()
+    k = k_BGPD[hint.rows, hint.head * groups // q_BHND.shape[1]].float()
+    log_share = (torch.einsum("nd,npd->np", q, k) * q.shape[-1] ** -0.5).log_softmax(-1)
+    return -log_share.masked_fill(~hint.targets, -torch.inf).logsumexp(-1).mean()
 
 
 def _indexer_kl(probs: Tensor, scores: Tensor) -> Tensor:

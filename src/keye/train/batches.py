@@ -43,11 +43,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class Lookup:
-    """The last token of a time in a question (row, tail position), and what the frame of that time shows: `colors`
+    """The last token of a time in a question (row, tail position), its frame, and what that frame shows: `colors`
     1 for each of the 8 colours in sight, else 0, and the background's number."""
 
     row: int
     place: int
+    frame: int
     colors: tuple[float, ...]
     background: int
 
@@ -176,7 +177,7 @@ class BatchMaker:
         seen = {thing.color_at(frame) for thing in clip.scene.visible_objects(frame)}
         colors = tuple(float(color in seen) for color in COLORS)
         place = start + max(i for i, token in enumerate(head) if token == fraction[-1])
-        return [Lookup(row, place, colors, BACKGROUND_IDS[clip.scene.background_at(frame).color])]
+        return [Lookup(row, place, frame, colors, BACKGROUND_IDS[clip.scene.background_at(frame).color])]
 
     def vision(self, config: StageConfig, seed: int) -> VisionBatch:
         """A batch of single frames for the vision stage."""
