@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 JOBS ?= 2
 
 DEMO_VIDEO := src/keye/assets/demo.mp4
-DEMO_QUESTION ?= when is the red circle visible?
+DEMO_QUESTION ?= when is the cyan triangle visible?
 
 # Reference vectors beside the checkout, if there are any; tests/golden is used otherwise.
 GOLDEN ?= $(abspath $(wildcard ../shared/golden))

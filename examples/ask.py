@@ -21,5 +21,5 @@ def main(video: str, question: str) -> None:
 
 
 if __name__ == "__main__":
-    defaults = [str(asset("demo.mp4")), "when is the red circle visible?"]
+    defaults = [str(asset("demo.mp4")), "when is the cyan triangle visible?"]
     main(*(sys.argv[1:] + defaults[len(sys.argv) - 1 :])[:2])
