@@ -163,7 +163,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, make_model: Any, monk
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("keye.models.weights.os.replace", fail)
+    monkeypatch.setattr("keye.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(make_model(seed=2), tmp_path)
     assert path.read_bytes() == before

@@ -5,10 +5,8 @@ Decoding happens in the decode worker under its limits; this side only encodes t
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import av
 
 from keye.errors import MediaError
+from keye.files import complete_file
 from keye.media.fetch import Source
 from keye.media.video import DecodeLimits, VideoInfo, VideoPlan, VideoReader
 
@@ -52,7 +51,7 @@ def cut_clips(
             folder.mkdir(parents=True, exist_ok=True)
             for number, (start, end) in spans.items():
                 path = folder / f"{stem}-{number:03d}-{start:.1f}s-{end:.1f}s.mp4"
-                with _complete_file(path) as draft:
+                with complete_file(path) as draft:
                     _write(draft, reader, start, end, meter)
                 written.append(path)
         except OSError as error:
@@ -130,14 +129,3 @@ def _plan(info: VideoInfo, start: float, end: float) -> VideoPlan:
         height=max(2, info.height // 2 * 2),
         tokens_per_frame=0,
     )
-
-
-@contextmanager
-def _complete_file(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place when the block succeeds and vanishes when it fails."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

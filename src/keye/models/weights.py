@@ -6,7 +6,6 @@ ones are written. Nothing here runs code from a checkpoint: only safetensors are
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from keye.config import KeyeConfig, read_json
 from keye.errors import KeyeError
+from keye.files import complete_file
 from keye.models.keye import KeyeModel
 
 #: In official files but never read by the language model: the SigLIP pooling head, the packing table, rotary buffers.
@@ -84,12 +84,9 @@ def save_model(model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = No
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
-    path, temporary = folder / WEIGHTS_FILE, folder / f".{WEIGHTS_FILE}.tmp"
-    try:
-        save_file(state, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = folder / WEIGHTS_FILE
+    with complete_file(path) as draft:
+        save_file(state, draft, metadata={"format": "pt"})
     return path
 
 

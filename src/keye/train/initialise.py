@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from keye.config import KeyeConfig
 from keye.models.keye import KeyeModel
@@ -45,9 +44,9 @@ def fresh_model(config: KeyeConfig, seed: int) -> KeyeModel:
     normal(model.visual.vision_model.embeddings.position_embedding.weight, 0.3)
     if not config.text.tie_word_embeddings:
         model.lm_head.weight.copy_(model.model.embed_tokens.weight * (HEAD_STD / EMBEDDING_STD))
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and getattr(module, "out_features", 0) == config.text.num_experts:
-            normal(module.weight, GATE_STD)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".mlp.gate.weight"):
+            normal(parameter, GATE_STD)
     return model
 
 

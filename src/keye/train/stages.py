@@ -29,6 +29,8 @@ BINDING_LAYER = 1
 LOOKUP_DEPTH = 0.6
 #: Where, as a share of the layers, one head is shown where a time in a question is found in the video.
 HINT_DEPTH = 0.4
+#: The hint's loss within `time_lookup`; the answer of the look-up head can only be right once the attention is.
+HINT_WEIGHT = 3.0
 
 
 class Figures:
@@ -176,7 +178,7 @@ class LanguageStage:
         if self.config.time_lookup and batch.lookups:
             hint = step.hint_loss
             self.figures.add("attention to the time", float((-hint.detach()).exp()))
-            total = total + 3 * self.config.time_lookup * hint
+            total = total + HINT_WEIGHT * self.config.time_lookup * hint
             total = total + self.config.time_lookup * self._look_up(batch, step.hidden[self.lookup_layer], trunk)
         if self.config.attention == "sparse":
             kl = step.indexer_kl()

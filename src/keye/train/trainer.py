@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from keye.config import ConfigError, load_model_config, read_json
+from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.models.weights import load_model, save_model
 from keye.ops.elementwise import table
@@ -185,15 +185,13 @@ class Run:
         # The state knows its own step: a run that is killed between the two files goes on from where the state is.
         path = self.out / STATE_FILE
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(optimizer.state(), temporary, metadata={"progress": self._progress()})
-        os.replace(temporary, path)
+        with complete_file(path) as draft:
+            save_file(optimizer.state(), draft, metadata={"progress": self._progress()})
         self._write_progress()
 
     def _write_progress(self) -> None:
-        temporary = self.out / f".{PROGRESS_FILE}.tmp"
-        temporary.write_text(self._progress())
-        os.replace(temporary, self.out / PROGRESS_FILE)
+        with complete_file(self.out / PROGRESS_FILE) as draft:
+            draft.write_text(self._progress())
 
 
 class Clock:

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from keye.data.frameforge.questions import Question, questions
 from keye.data.frameforge.render import Pixels, render
 from keye.data.frameforge.scene import Clip, make_clip, stream
 from keye.errors import KeyeError
+from keye.files import complete_file
 
 MANIFEST = "manifest.jsonl"
 _MILLISECOND = Fraction(1, 1000)
@@ -35,7 +35,7 @@ def write_mp4(clip: Clip, path: str | os.PathLike[str], size: tuple[int, int] = 
         frames, times = np.concatenate([lead_in, frames]), [0, *times]
     ends = [*times[1:], times[-1] + round(1000 * clip.step)]
     durations = {start: end - start for start, end in zip(times, ends, strict=True)}
-    with _complete_file(Path(path)) as draft:
+    with complete_file(Path(path)) as draft:
         _encode(draft, frames, durations, round(1 / clip.step) or 1)
 
 
@@ -71,7 +71,7 @@ def write_dataset(
         lines.append(json.dumps(_entry(name, clip, asked)))
         if progress:
             progress(index + 1, count)
-    with _complete_file(target / MANIFEST) as draft:
+    with complete_file(target / MANIFEST) as draft:
         draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target / MANIFEST
 
@@ -112,14 +112,3 @@ def _mux(container: Any, packets: Sequence[Any], durations: dict[int, int]) -> N
         assert packet.time_base == _MILLISECOND, "libx264 keeps the clock of the frames"
         packet.duration = durations[packet.pts]
         container.mux(packet)
-
-
-@contextmanager
-def _complete_file(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place when the block succeeds and vanishes when it fails."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""The packaged keye-nano loads, is small, and answers the demo's question as the README says."""
+
+import pytest
+
+import keye
+from keye.hub import asset
+
+WEIGHTS = asset("nano") / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return keye.load("nano")
+
+
+def test_the_weights_are_at_most_40_megabytes():
+    assert WEIGHTS.stat().st_size <= 40e6
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_the_demo_question_is_answered(model, attention):
+    answer = model.ask(asset("demo.mp4"), "when is the cyan triangle visible?", attention=attention)
+    assert answer.attention == attention and answer.finish_reason == "stop"
+    ((start, end),) = answer.intervals
+    truth = (2.0, 14.0)
+    overlap = min(end, truth[1]) - max(start, truth[0])
+    assert overlap / (max(end, truth[1]) - min(start, truth[0])) > 0.9
+    assert answer.usage.media_tokens == 512 and answer.plan[0]["frames"] == 32
+
+
+def test_what_streams_is_the_answer(model):
+    stream = model.stream_ask(asset("demo.mp4"), "what do you see first, the red circle or the cyan triangle?")
+    text = "".join(stream)
+    assert text == stream.answer.text == "cyan triangle"
