@@ -8,6 +8,7 @@ from keye.models.attention import CachedStep, Span
 from keye.models.packed import AttentionHint, PackedStep, _hint_loss
 from keye.train.batches import WINDOW, make_batch
 from keye.train.config import Mix, StageConfig
+from keye.train.evidence import TRAINED_PAIRS
 from keye.train.optim import Optimizer
 from keye.train.stages import encode_frames, make_stage, trainable
 from keye.train.trainer import is_muon_matrix
@@ -53,7 +54,7 @@ def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
     changed = {part_of(key) for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
     assert changed == CHANGES[name]
     figures = stage.figures.take()
-    expected = {"vision": "letter 1", "language": "time binding", "warmup": "kl/3", "sparse": "kl/3"}
+    expected = {"vision": "letter 1", "language": "time of frame", "warmup": "kl/3", "sparse": "kl/3"}
     assert expected.get(name, "loss") in figures
     assert stage.figures.take() == {}
 
@@ -108,30 +109,51 @@ def test_figures_are_means_since_the_last_take():
     assert stage.figures.take() == {"share": 0.75, "x": 3.0}
 
 
-def test_helper_losses_of_time_are_learnt():
-    config = StageConfig("time", steps=1, mix=MIX, time_binding=0.5, time_lookup=0.5, task_weights={"list_at": 20.0})
+def test_helper_losses_are_learnt():
+    config = StageConfig("helpers", steps=1, mix=MIX, time_binding=0.5, pointing=0.5, events=0.1)
     model = tiny_model().model
     torch.manual_seed(0)
     stage = make_stage(config, model)
     heads = [(f"heads.{name}", parameter) for name, parameter in stage.heads.named_parameters()]
-    assert len(heads) == 3  # binding, and weight and bias of the look-up
     optimizer = Optimizer([*trainable(model, config), *heads], is_muon_matrix)
     batch = make_batch(config, NANO, 1)
-    assert batch.lookups
-    shares = []
+    kinds = {pointer.kind for pointer in batch.pointers}
+    assert {"time", "first", "last", "start", "end"} <= kinds
+    before, after = None, None
     for _ in range(12):
         torch.manual_seed(1)
         stage.loss(model, batch).backward()
         optimizer.step(2e-2, 1e-2)
-        figures = stage.figures.take()
-        shares.append(figures["attention to the time"])
-    assert {"time binding", "time in question", "time look-up"} <= set(figures)
-    assert shares[-1] > shares[0] + 0.1
+        after = stage.figures.take()
+        before = before or after
+    assert {f"looks at {kind}" for kind in kinds} <= set(after)
+    assert {"seen", "changed", "time look-up", "time of frame", "time of frame before", "time in question"} <= set(
+        after
+    )
+    assert after["looks at first"] > before["looks at first"] + 0.1
+    assert after["seen"] > before["seen"] + 0.2
+    assert after["loss"] < before["loss"]
+
+
+def test_helpers_without_weights_have_no_heads_and_no_loss():
+    stage, model = make_stage(STAGES["sparse"], tiny_model().model), tiny_model().model
+    batch = make_batch(STAGES["sparse"], NANO, 1)
+    assert list(stage.heads.parameters()) == []
+    assert stage.heads.hints(batch) == []
+    step, _ = _packed(model, batch, "dense")
+    assert float(stage.heads.loss(model, batch, step)) == 0.0
+
+
+def test_pairs_that_training_never_shows_teach_nothing():
+    helpers = make_stage(StageConfig("events", steps=1, mix=MIX, events=1.0), tiny_model().model).heads
+    logits = torch.zeros(2, 1, 8, 5, requires_grad=True)
+    helpers._pair_loss(logits, torch.zeros(2, 1, 8, 5, dtype=torch.bool), "seen").backward()
+    assert ((logits.grad[0, 0] != 0).numpy() == TRAINED_PAIRS).all()
 
 
 def test_a_hint_is_the_share_of_attention_that_the_targets_get():
     """One query, two keys in the trunk: the loss is -log of the softmax weight of the target."""
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 8)
-    hint = AttentionHint(0, torch.tensor([0]), torch.tensor([2]), torch.tensor([[False, True]]), head=1)
+    hint = AttentionHint("time", 0, torch.tensor([0]), torch.tensor([2]), torch.tensor([[False, True]]), head=1)
     weights = (k[0, 0] @ q[0, 1, 2] * 8**-0.5).softmax(0)
     assert torch.allclose(_hint_loss(hint, q, k), -weights[1].log())

@@ -10,7 +10,7 @@ R = H / G, D head dim, J indexer heads, I indexer dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,7 @@ class AttentionHint:
     """Where one head of a layer should look: token `queries[i]` of sequence `rows[i]` (int64 [n], counted from the
     start of the sequence) at the trunk tokens where `targets[i]` (bool [n, P]) is true."""
 
+    name: str
     layer: int
     rows: Tensor
     queries: Tensor
@@ -46,9 +47,9 @@ class PackedStep:
 
     `branch` int64 [B, L] numbers the branch of each tail token, -1 for padding; tokens of one branch are contiguous and
     lie in one window of `window` tokens (L is a multiple of it).
-    With a `hint`, `hint_loss` is the mean of -log(share of the hinted head's attention to the trunk that the targets
-    get). After the forward pass `indexer_kl()` and `balance_loss()` hold the auxiliary losses, `hidden[layer]` the
-    watched residual streams.
+    For each of `hints`, `hint_losses[name]` is the mean of -log(share of the hinted head's attention to the trunk that
+    the targets get). After the forward pass `indexer_kl()` and `balance_loss()` hold the auxiliary losses,
+    `hidden[layer]` the watched residual streams.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PackedStep:
         mode: TrainMode = "dense",
         topk: int = 0,
         watch: tuple[int, ...] = (),
-        hint: AttentionHint | None = None,
+        hints: Sequence[AttentionHint] = (),
     ) -> None:
         assert branch.shape[1] % window == 0, "the tail must be whole windows"
         self.mode, self.topk, self.trunk, self.window, self.watch = mode, topk, trunk, window, watch
@@ -72,7 +73,8 @@ class PackedStep:
         same = (windows[..., :, None] == windows[..., None, :]) & (order <= order[:, None])
         seen = (windows >= 0)[..., None].expand(*windows.shape, trunk)
         self.window_mask = torch.cat((seen, same), dim=3)  # [B, M, W, P + W]
-        self.hint, self.hint_loss = hint, torch.zeros(())
+        self.hints = hints
+        self.hint_losses: dict[str, Tensor] = {}
         self.kl: list[Tensor] = []
         self.balance: list[Tensor] = []
         self.hidden: dict[int, Tensor] = {}
@@ -81,8 +83,9 @@ class PackedStep:
         B, N, (H, D), G, P = self.batch, self.trunk + self.tail, q.shape[1:], k.shape[1], self.trunk
         q = q.view(B, N, G, H // G, D).permute(0, 2, 3, 1, 4)  # B G R N D
         k, v = k.view(B, N, G, D).transpose(1, 2), v.view(B, N, G, D).transpose(1, 2)  # B G N D
-        if self.hint is not None and layer == self.hint.layer:
-            self.hint_loss = _hint_loss(self.hint, q.flatten(1, 2), k[:, :, :P])
+        for hint in self.hints:
+            if hint.layer == layer:
+                self.hint_losses[hint.name] = _hint_loss(hint, q.flatten(1, 2), k[:, :, :P])
         if index is None:
             parts = list(_attend_causally(q[..., :P, :], k[:, :, :P], v[:, :, :P]))
             if self.tail:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,17 +17,15 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig, load_processor_config
 from keye.data.frameforge import Clip, Question, dense_labels, make_clip, questions, render
-from keye.data.frameforge.labels import BACKGROUND_IDS, COLOR_IDS
 from keye.media.positions import build_position_ids
 from keye.tokenizer import Tokenizer
 from keye.train.config import StageConfig
+from keye.train.evidence import Events, Pointer, PointerMaker, TrunkLayout, events_of
 
 IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
 WINDOW = 128
 CAPITAL_CHANCE = 0.25
-_TIME = re.compile(r"\b([0-9]+\.[0-9])\b")
-COLORS = tuple(COLOR_IDS)
 
 
 @dataclass(frozen=True)
@@ -42,22 +39,10 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """The last token of a time in a question (row, tail position), its frame, and what that frame shows: `colors`
-    1 for each of the 8 colours in sight, else 0, and the background's number."""
-
-    row: int
-    place: int
-    frame: int
-    colors: tuple[float, ...]
-    background: int
-
-
-@dataclass(frozen=True)
 class PackedBatch:
     """`frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64 [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are
     the next token, `IGNORE` where nothing is learnt); `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the
-    tokens of each frame's timestamp."""
+    tokens of each frame's timestamp; `layout`, `pointers` and `events` are described in `keye.train.evidence`."""
 
     frames: NDArray[np.uint8]
     trunk_ids: NDArray[np.int64]
@@ -67,7 +52,9 @@ class PackedBatch:
     positions: NDArray[np.int64]
     time_ids: NDArray[np.int64]
     answers: tuple[Answered, ...]
-    lookups: tuple[Lookup, ...] = ()
+    layout: TrunkLayout
+    pointers: tuple[Pointer, ...]
+    events: Events
 
 
 @dataclass(frozen=True)
@@ -103,6 +90,7 @@ class BatchMaker:
         self.suffix = encode("<|vision_end|>", special=True)
         self.turn = encode("<|im_end|>\n<|im_start|>assistant\n", special=True)
         self.end = encode("<|im_end|>", special=True)
+        self.pointers = PointerMaker(encode)
         self.columns, self.rows = size[0] // processor.factor, size[1] // processor.factor
 
     def packed(self, config: StageConfig, seed: int) -> PackedBatch:
@@ -137,7 +125,8 @@ class BatchMaker:
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         answers: list[Answered] = []
-        lookups: list[Lookup] = []
+        layout = self._layout(clips[0].frames, trunk_ids.shape[1])
+        pointers: list[Pointer] = []
         for row, items in enumerate(rendered):
             for number, ((question, head, tail), (start, stop)) in enumerate(zip(items, places[row], strict=True)):
                 answer = start + len(head) - 1
@@ -145,13 +134,19 @@ class BatchMaker:
                 labels[row, answer:stop] = tail
                 branch[row, start:stop], offsets[row, start:stop] = number, np.arange(stop - start)
                 answers.append(Answered(row, answer, stop, question))
-                lookups += self._lookups(clips[row], question, head, row, start)
+                pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)
+                pointers += self.pointers.of_answer(clips[row], layout, question, tail, row, answer)
         positions = np.concatenate(
             [np.broadcast_to(trunk_positions, (len(clips), *trunk_positions.shape)),
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
         frames = np.stack([render(clip) for clip in clips])
         return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, np.array(times), tuple(answers),
-                           tuple(lookups))  # fmt: skip
+                           layout, tuple(pointers), events_of(clips))  # fmt: skip
+
+    def _layout(self, frames: int, length: int) -> TrunkLayout:
+        cells, prefix = self.rows * self.columns, len(self.prefix)
+        text = (length - prefix - len(self.suffix)) // frames - cells
+        return TrunkLayout(prefix, text, cells, self.columns, frames, length)
 
     def _trunk(self, clip: Clip) -> tuple[list[int], list[list[int]]]:
         ids, times = list(self.prefix), []
@@ -166,18 +161,6 @@ class BatchMaker:
         """The question with its token ids: question and turn, answer and end."""
         head = self.tokenizer.encode(question.text) + self.turn
         return question, head, self.tokenizer.encode(question.answer) + self.end
-
-    def _lookups(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> list[Lookup]:
-        """The time that a question names, if it names one of a frame, and what that frame shows."""
-        named = _TIME.search(question.text)
-        if named is None or float(named[1]) not in clip.timestamps:
-            return []
-        frame = clip.timestamps.index(float(named[1]))
-        fraction = self.tokenizer.encode(f".{named[1][-1]}")
-        seen = {thing.color_at(frame) for thing in clip.scene.visible_objects(frame)}
-        colors = tuple(float(color in seen) for color in COLORS)
-        place = start + max(i for i, token in enumerate(head) if token == fraction[-1])
-        return [Lookup(row, place, frame, colors, BACKGROUND_IDS[clip.scene.background_at(frame).color])]
 
     def vision(self, config: StageConfig, seed: int) -> VisionBatch:
         """A batch of single frames for the vision stage."""

@@ -41,8 +41,9 @@ class StageConfig:
     indexer's KL, "sparse": over the selected keys with NTP and KL). `trains` names the part that changes: "vision"
     (tower and projector), "decoder" (everything but the tower and the indexers), "indexer", or "all".
 
-    `time_binding` and `time_lookup` weigh two helper losses: visual tokens name their frame's time, and the time in a
-    question names what its frame shows; their heads are thrown away.
+    `time_binding`, `pointing` and `events` weigh helper losses, whose heads are thrown away: tokens of a frame name its
+    time; attention heads look where the evidence lies; the token after a frame says what it shows, what has appeared
+    and what has vanished. See `keye.train.helpers`.
     """
 
     name: str
@@ -64,7 +65,8 @@ class StageConfig:
     plain_times: float = 0.0
     task_weights: Mapping[str, float] = field(default_factory=dict)
     time_binding: float = 0.0
-    time_lookup: float = 0.0
+    pointing: float = 0.0
+    events: float = 0.0
     balance: float = 0.01
     indexer_kl: float = 1.0
     weight_decay: float = 0.02

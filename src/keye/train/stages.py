@@ -15,22 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keye.data.frameforge.labels import BACKGROUND_IDS
 from keye.models.keye import KeyeModel
-from keye.models.packed import AttentionHint, PackedStep
-from keye.train.batches import COLORS, IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch
+from keye.models.packed import PackedStep
+from keye.train.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch
 from keye.train.config import StageConfig
+from keye.train.helpers import Helpers
 
 #: Loss rows are padded to a multiple of this, for the same reason as the tails.
 LOGIT_MULTIPLE = 256
-#: The layer whose visual tokens are asked for their frame's timestamp (time binding), and the share of the layers after
-#: which the last token of a time in a question is asked what that frame shows (time look-up).
-BINDING_LAYER = 1
-LOOKUP_DEPTH = 0.6
-#: Where, as a share of the layers, one head is shown where a time in a question is found in the video.
-HINT_DEPTH = 0.4
-#: The hint's loss within `time_lookup`; the answer of the look-up head can only be right once the attention is.
-HINT_WEIGHT = 3.0
 
 
 class Figures:
@@ -135,16 +127,7 @@ class LanguageStage:
 
     def __init__(self, config: StageConfig, model: KeyeModel) -> None:
         self.config, self.figures = config, Figures()
-        width = model.config.text.hidden_size
-        self.heads: nn.ModuleList = nn.ModuleList()
-        self.binding = nn.Linear(width, 2 * width, bias=False)
-        self.lookup = nn.Linear(width, len(COLORS) + len(BACKGROUND_IDS))
-        self.lookup_layer = int(LOOKUP_DEPTH * model.config.text.num_hidden_layers)
-        self.hint_layer = int(HINT_DEPTH * model.config.text.num_hidden_layers)
-        if config.time_binding:
-            self.heads.append(self.binding)
-        if config.time_lookup:
-            self.heads.append(self.lookup)
+        self.heads: Helpers = Helpers(config, model, self.figures.add)
         self.frozen_vision = config.trains in ("decoder", "indexer")
 
     def loss(self, model: KeyeModel, batch: VisionBatch | PackedBatch) -> Tensor:
@@ -159,8 +142,7 @@ class LanguageStage:
         step = PackedStep(
             torch.from_numpy(batch.branch), trunk, window=WINDOW, mode=self.config.attention,
             topk=text.sparse.topk if text.sparse is not None else 0,
-            watch=(BINDING_LAYER, self.lookup_layer),
-            hint=self._hint(batch, trunk, model.config.video_token_id) if self.config.time_lookup else None,
+            watch=self.heads.watch, hints=self.heads.hints(batch),
         )  # fmt: skip
         hidden = model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
         frames_key = f"/{frames.shape[1]}"
@@ -173,13 +155,7 @@ class LanguageStage:
             balance = step.balance_loss()
             self.figures.add("balance", float(balance.detach()))
             total = total + self.config.balance * balance
-        if self.config.time_binding:
-            total = total + self.config.time_binding * self._bind_time(model, batch, step.hidden[BINDING_LAYER], trunk)
-        if self.config.time_lookup and batch.lookups:
-            hint = step.hint_loss
-            self.figures.add("attention to the time", float((-hint.detach()).exp()))
-            total = total + HINT_WEIGHT * self.config.time_lookup * hint
-            total = total + self.config.time_lookup * self._look_up(batch, step.hidden[self.lookup_layer], trunk)
+        total = total + self.heads.loss(model, batch, step)
         if self.config.attention == "sparse":
             kl = step.indexer_kl()
             self.figures.add("kl" + frames_key, float(kl.detach()))
@@ -202,54 +178,3 @@ class LanguageStage:
             hit = bool(right[answer.row, answer.start : answer.stop].all())
             self.figures.add(answer.question.task + key, hit)
         return loss
-
-    def _bind_time(self, model: KeyeModel, batch: PackedBatch, hidden: Tensor, trunk: int) -> Tensor:
-        """Two random visual tokens of each frame, and the last token of each time in a question, name their time."""
-        B, frames = batch.time_ids.shape[:2]
-        is_visual = torch.from_numpy(batch.trunk_ids[0] == model.config.video_token_id).nonzero().squeeze(1)
-        is_visual = is_visual.view(frames, -1)
-        picked = is_visual.gather(1, torch.randint(is_visual.shape[1], (frames, 2)))
-        rows = hidden.view(B, -1, hidden.shape[-1])
-        target = torch.from_numpy(batch.time_ids).unsqueeze(2).expand(-1, -1, 2, -1).flatten()
-        loss = self._time_loss(model, rows[:, picked.flatten()].flatten(0, 1), target, "time binding")
-        if batch.lookups:
-            at = torch.tensor([(found.row, found.place) for found in batch.lookups])
-            tail = torch.from_numpy(batch.tail_ids)
-            asked = torch.stack([tail[at[:, 0], at[:, 1] - 1], tail[at[:, 0], at[:, 1]]], dim=1).flatten()
-            loss = loss + self._time_loss(model, rows[at[:, 0], at[:, 1] + trunk], asked, "time in question")
-        return loss
-
-    def _time_loss(self, model: KeyeModel, x: Tensor, target: Tensor, name: str) -> Tensor:
-        """`x` [n, d] predicts the two tokens of a time, `target` [2n]."""
-        x = F.rms_norm(x, x.shape[-1:])
-        both = F.linear(x, self.binding.weight.to(x.dtype)).unflatten(-1, (2, -1))
-        logits = model.logits(both).flatten(0, 1)
-        self.figures.add(name, float((logits.argmax(-1) == target).float().mean()))
-        return F.cross_entropy(logits, target)
-
-    def _look_up(self, batch: PackedBatch, hidden: Tensor, trunk: int) -> Tensor:
-        """The last token of a time in a question says which colours and which background that frame shows."""
-        rows = torch.tensor([found.row for found in batch.lookups])
-        places = torch.tensor([found.place + trunk for found in batch.lookups])
-        x = hidden.view(batch.trunk_ids.shape[0], -1, hidden.shape[-1])[rows, places]
-        out = self.lookup(F.rms_norm(x.float(), x.shape[-1:]))
-        colors = torch.tensor([found.colors for found in batch.lookups])
-        background = torch.tensor([found.background for found in batch.lookups])
-        logits, scene = out[:, : len(COLORS)], out[:, len(COLORS) :]
-        self.figures.add("time look-up", float(((logits > 0) == (colors > 0)).all(1).float().mean()))
-        return F.binary_cross_entropy_with_logits(logits, colors) * 4 + F.cross_entropy(scene, background)
-
-    def _hint(self, batch: PackedBatch, trunk: int, video_token_id: int) -> AttentionHint | None:
-        """The last token of a time in a question looks at the visual tokens of that time's frame."""
-        if not batch.lookups:
-            return None
-        visual = torch.from_numpy(batch.trunk_ids[0] == video_token_id)
-        per_frame = int(visual.sum()) // batch.frames.shape[1]
-        frame_of = torch.where(visual, (visual.cumsum(0) - 1) // per_frame, -1)
-        frames = torch.tensor([found.frame for found in batch.lookups])
-        return AttentionHint(
-            self.hint_layer,
-            rows=torch.tensor([found.row for found in batch.lookups]),
-            queries=torch.tensor([found.place + trunk for found in batch.lookups]),
-            targets=frame_of == frames[:, None],
-        )

@@ -1,0 +1,153 @@
+"""Where in the video the evidence of a question lies, token by token. Numpy only.
+
+FrameForge knows why each answer is right. This turns that knowledge into targets of helper losses: which visual tokens
+a word of the question or of the answer should look at (`Pointer`), and what appears or vanishes in each frame
+(`Events`).
+
+Legend: F frames, P trunk tokens (the video).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keye.data.frameforge import Clip, Question, SceneObject
+from keye.data.frameforge.labels import BACKGROUND_IDS
+from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
+
+#: `time`: the last token of a time in a question, at that frame. `first`, `last`: the last token of an object's name,
+#: at the frame where it first appears and where it is last seen. `start`, `end`: the tokens that predict a time of the
+#: answer, at the frame of that time. `letter`: the token that predicts a letter, at the cell that shows it.
+PointerKind = Literal["time", "first", "last", "start", "end", "letter"]
+COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
+SHAPE_RANK = {shape: rank for rank, shape in enumerate(SHAPES)}
+#: bool [8, 5]: the pairs of colour and shape that training clips can show; the others teach nothing.
+TRAINED_PAIRS = np.array([[(color, shape) not in HELD_OUT_PAIRS for shape in SHAPES] for color in COLORS])
+_TIME = re.compile(r"\b([0-9]+\.[0-9])\b")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Token `place` of the tail of sequence `row` looks at trunk tokens `spans` (start, stop), which show `frame`."""
+
+    kind: PointerKind
+    row: int
+    place: int
+    frame: int
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Events:
+    """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
+    bool [B, F, 3] the same of rendered text, `background` int64 [B, F]. Everything in the first frame appeared."""
+
+    pairs: NDArray[np.bool_]
+    text: NDArray[np.bool_]
+    background: NDArray[np.int64]
+
+
+def events_of(clips: Sequence[Clip]) -> Events:
+    """The events of clips of equally many frames."""
+    frames = clips[0].frames
+    seen = np.zeros((len(clips), frames, len(COLORS), len(SHAPES)), bool)
+    text = np.zeros((len(clips), frames), bool)
+    background = np.zeros((len(clips), frames), np.int64)
+    for row, clip in enumerate(clips):
+        for frame in range(frames):
+            for thing in clip.scene.visible_objects(frame):
+                seen[row, frame, COLOR_RANK[thing.color_at(frame)], SHAPE_RANK[thing.shape]] = True
+            text[row, frame] = clip.scene.text is not None and clip.scene.text.visible(frame)
+            background[row, frame] = BACKGROUND_IDS[clip.scene.background_at(frame).color]
+    return Events(_with_changes(seen), _with_changes(text), background)
+
+
+def _with_changes(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[B, F, ...] -> [B, F, 3, ...]: seen, appeared, vanished."""
+    before = np.concatenate([np.zeros_like(seen[:, :1]), seen[:, :-1]], axis=1)
+    return np.stack([seen, seen & ~before, before & ~seen], axis=2)
+
+
+@dataclass(frozen=True)
+class TrunkLayout:
+    """Where the frames of a video lie in its trunk: `prefix` tokens, then for each frame `text` tokens and `cells`
+    visual ones in `columns` columns, up to `length` tokens in all."""
+
+    prefix: int
+    text: int
+    cells: int
+    columns: int
+    frames: int
+    length: int
+
+    def visual(self, frame: int) -> int:
+        """The first visual token of `frame`."""
+        return self.prefix + frame * (self.text + self.cells) + self.text
+
+    def after(self, frame: int) -> int:
+        """The first token that has seen all of `frame`: the next frame's marker, or the end of the video."""
+        return self.visual(frame) + self.cells
+
+    def span(self, frame: int, further: int = 0) -> tuple[int, int]:
+        """Tokens that can know what `frame` shows: its visual tokens up to the text of the next frame, and as much of
+        the `further` frames behind it."""
+        last = frame + further + 1
+        return self.visual(frame), self.visual(last) if last < self.frames else self.length
+
+
+class PointerMaker:
+    """Finds the pointers of questions; `encode` makes token ids of plain text."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        self._color = {color: encode(f" {color}")[-1] for color in COLORS}
+        self._shape = {shape: encode(f" {shape}")[-1] for shape in SHAPES}
+        self._tenths = {encode(f"7.{digit}")[-1] for digit in range(10)}
+
+    def of_question(
+        self, clip: Clip, layout: TrunkLayout, question: Question, head: list[int], row: int, start: int
+    ) -> Iterator[Pointer]:
+        """Pointers of the question's own tokens `head`, which begin at tail position `start`."""
+        named = _TIME.search(question.text)
+        if named is not None and float(named[1]) in clip.timestamps:
+            frame = clip.timestamps.index(float(named[1]))
+            place = start + max(i for i, token in enumerate(head) if token in self._tenths)
+            yield Pointer("time", row, place, frame, (layout.span(frame),))
+        for thing in clip.scene.objects:
+            pair = [self._color[thing.color], self._shape[thing.shape]]
+            for index in range(len(head) - 1):
+                if head[index : index + 2] == pair:
+                    yield from self._of_name(thing, layout, row, start + index + 1)
+
+    def _of_name(self, thing: SceneObject, layout: TrunkLayout, row: int, place: int) -> Iterator[Pointer]:
+        yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))
+        if thing.change is None:
+            yield Pointer("last", row, place, thing.last, (layout.span(thing.last, 1),))
+
+    def of_answer(
+        self, clip: Clip, layout: TrunkLayout, question: Question, tail: list[int], row: int, start: int
+    ) -> Iterator[Pointer]:
+        """Pointers of the tokens that predict `tail`, the first of which is tail position `start`."""
+        times = [float(text) for text in _TIME.findall(question.answer)]
+        places = [index for index, token in enumerate(tail) if token in self._tenths]
+        if len(times) == len(places):
+            for number, (seconds, index) in enumerate(zip(times, places, strict=True)):
+                is_end = number % 2 == 1 or question.task == "end"
+                frame = clip.timestamps.index(seconds)
+                spans = (layout.span(frame, int(is_end)),)
+                for place in (start + index - 1, start + index):
+                    yield Pointer("end" if is_end else "start", row, place, frame, spans)
+        text = clip.scene.text
+        if question.task == "read" and text is not None and len(tail) == len(text.content) + 1:
+            shown = [frame for first, last in text.intervals for frame in range(first, last + 1)]
+            width, height = clip.scene.canvas
+            line = int(text.middle * (layout.cells // layout.columns) / height) * layout.columns
+            for index, center in enumerate(text.centers):
+                cell = line + int(center * layout.columns / width)
+                spans = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1) for frame in shown)
+                yield Pointer("letter", row, start + index, shown[0], spans)

@@ -1,0 +1,120 @@
+"""Where the evidence of questions lies: pointers and events against the scene that made them."""
+
+import random
+
+import numpy as np
+import pytest
+
+from keye.data.frameforge import dense_labels, make_clip, questions
+from keye.data.frameforge.labels import CHARACTER_IDS
+from keye.data.frameforge.words import COLORS, SHAPES
+from keye.train.batches import batch_maker
+from keye.train.evidence import events_of
+from tiny import NANO
+
+
+def packed(seed, tasks, frames=10, count=12, **options):
+    clip = make_clip(seed, frames=frames, objects=4, **options)
+    asked = questions(clip, random.Random(0), count, tasks=tasks)
+    return clip, asked, batch_maker(NANO).pack([clip], [asked])
+
+
+def shown_frames(batch, pointer):
+    """The frames whose visual tokens a pointer names."""
+    layout = batch.layout
+    return [
+        frame
+        for frame in range(layout.frames)
+        if any(start < layout.visual(frame) + layout.cells and stop > layout.visual(frame) for start, stop in pointer.spans)
+    ]  # fmt: skip
+
+
+def test_the_layout_finds_the_visual_tokens():
+    _, _, batch = packed(3, ["ground"])
+    layout, pad = batch.layout, batch_maker(NANO).video_pad
+    for frame in range(layout.frames):
+        first = layout.visual(frame)
+        assert (batch.trunk_ids[0, first : first + layout.cells] == pad).all()
+        assert batch.trunk_ids[0, first - 1] != pad
+        assert batch.trunk_ids[0, layout.after(frame)] != pad
+    assert layout.length == batch.trunk_ids.shape[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_time_of_a_question_points_at_its_frame(seed):
+    clip, asked, batch = packed(seed, ["list_at", "count_at"])
+    pointers = [pointer for pointer in batch.pointers if pointer.kind == "time"]
+    assert len(pointers) == len(asked) > 2
+    for pointer, question in zip(pointers, asked, strict=True):
+        written = batch_maker(NANO).tokenizer.decode(batch.tail_ids[0, pointer.place - 1 : pointer.place + 1].tolist())
+        assert written in question.text
+        assert clip.timestamps[pointer.frame] == float(written)
+        assert shown_frames(batch, pointer) == [pointer.frame]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_names_point_at_the_first_and_the_last_frame_of_their_object(seed):
+    clip, asked, batch = packed(seed, ["ground", "order"])
+    assert asked
+    names = {thing.name: thing for thing in clip.scene.objects}
+    found = set()
+    for pointer in batch.pointers:
+        if pointer.kind not in ("first", "last"):
+            continue
+        name = batch_maker(NANO).tokenizer.decode(batch.tail_ids[0, pointer.place - 1 : pointer.place + 1].tolist())
+        thing = names[name.strip()]
+        assert pointer.frame == (thing.first if pointer.kind == "first" else thing.last)
+        assert pointer.frame in shown_frames(batch, pointer)
+        found.add(name.strip())
+    assert found == {name for name in names if any(name in question.text for question in asked)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_times_of_answers_point_at_their_frames(seed):
+    clip, asked, batch = packed(seed, ["ground", "start", "end"])
+    tokenizer = batch_maker(NANO).tokenizer
+    count = 0
+    for pointer in batch.pointers:
+        if pointer.kind not in ("start", "end"):
+            continue
+        target = int(batch.labels[0, pointer.place])
+        written = f"{clip.timestamps[pointer.frame]:.1f}"
+        assert tokenizer.decode([target]) in (written[:-2], written[-2:])
+        answer = next(a for a in batch.answers if a.start <= pointer.place < a.stop)
+        assert written in answer.question.answer
+        if answer.question.task in ("start", "end"):
+            assert pointer.kind == answer.question.task
+        count += 1
+    assert count == 2 * sum(question.answer.count(".") for question in asked)
+
+
+def test_letters_point_at_the_cells_that_show_them():
+    found = 0
+    for seed in range(12):
+        clip, asked, batch = packed(seed, ["read"], text_chance=1.0)
+        labels = dense_labels(clip, clip.scene.text.intervals[0][0])
+        for pointer, letter in zip(
+            [p for p in batch.pointers if p.kind == "letter"], asked[0].answer, strict=False
+        ):  # fmt: skip
+            start, stop = pointer.spans[0]
+            assert stop == start + 1
+            cell = start - batch.layout.visual(pointer.frame)
+            letters = labels.letters.reshape(-1, 2)[cell]
+            assert CHARACTER_IDS[letter] in letters
+            found += 1
+    assert found > 20
+
+
+def test_events_are_the_changes_from_frame_to_frame():
+    clips = [make_clip(seed, frames=9, objects=4) for seed in range(6)]
+    events = events_of(clips)
+    seen, appeared, vanished = np.moveaxis(events.pairs, 2, 0)
+    for row, clip in enumerate(clips):
+        for frame in range(clip.frames):
+            pairs = {(thing.color_at(frame), thing.shape) for thing in clip.scene.visible_objects(frame)}
+            assert {(list(COLORS)[c], SHAPES[s]) for c, s in np.argwhere(seen[row, frame])} == pairs
+    assert (appeared[:, 0] == seen[:, 0]).all()
+    assert not vanished[:, 0].any()
+    assert (seen[:, 1:] == ((seen[:, :-1] & ~vanished[:, 1:]) | appeared[:, 1:])).all()
+    assert events.text.any()
+    assert len({int(one) for one in events.background.flatten()}) > 2
