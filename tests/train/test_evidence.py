@@ -21,12 +21,12 @@ def packed(seed, tasks, frames=10, count=12, **options):
 
 def shown_frames(batch, pointer):
     """The frames whose visual tokens a pointer names."""
-    layout = batch.layout
+    layout, cells = batch.layout, range(batch.layout.cells)
     return [
         frame
         for frame in range(layout.frames)
-        if any(start < layout.visual(frame) + layout.cells and stop > layout.visual(frame) for start, stop in pointer.spans)
-    ]  # fmt: skip
+        if any(start <= layout.visual(frame) + cell < stop for start, stop in pointer.spans for cell in cells)
+    ]
 
 
 def test_the_layout_finds_the_visual_tokens():

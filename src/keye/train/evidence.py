@@ -149,5 +149,5 @@ class PointerMaker:
             line = int(text.middle * (layout.cells // layout.columns) / height) * layout.columns
             for index, center in enumerate(text.centers):
                 cell = line + int(center * layout.columns / width)
-                spans = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1) for frame in shown)
-                yield Pointer("letter", row, start + index, shown[0], spans)
+                cells = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1) for frame in shown)
+                yield Pointer("letter", row, start + index, shown[0], cells)

@@ -29,7 +29,7 @@ from keye.train.evidence import TRAINED_PAIRS, Pointer, PointerKind
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
 }  # fmt: skip
-#: Layers after which the helper heads read: what a frame shows, then what changed, then what a time in a question shows.
+#: Layers (shares) after which the heads read what a frame shows, what changed, and what a time in a question shows.
 SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH = 0.17, 0.34, 0.5
 #: Rank of the product of colour and shape vectors that a pair's logit is.
 RANK = 16
