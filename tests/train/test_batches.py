@@ -145,3 +145,10 @@ def test_frames_are_those_of_the_clips():
 def test_making_batches_imports_no_torch():
     code = "import sys, keye.train.batches; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mix_may_show_more_text_than_its_stage():
+    always = StageConfig("text", steps=1, mix=(Mix(frames=2, clips=6, questions=40, text_chance=1.0),), text_chance=0.0)
+    never = StageConfig("plain", steps=1, mix=(Mix(frames=2, clips=6, questions=40),), text_chance=0.0)
+    assert make_batch(always, NANO, 1).events.text.any(axis=(1, 2)).all()
+    assert not make_batch(never, NANO, 1).events.text.any()

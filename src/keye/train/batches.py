@@ -97,12 +97,13 @@ class BatchMaker:
         """A batch for the language stages: one entry of the mix, clips and questions drawn from `seed`."""
         rng = random.Random(seed)
         mix = rng.choices(config.mix, [m.weight for m in config.mix])[0]
+        text_chance = config.text_chance if mix.text_chance is None else mix.text_chance
         clips: list[Clip] = []
         asked: list[list[Question]] = []
         while len(clips) < mix.clips:
             plain = rng.random() < config.plain_times
             clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects, split=config.split,
-                             size=self.size, text_chance=config.text_chance,
+                             size=self.size, text_chance=text_chance,
                              start=0.0 if plain else None, step=0.5 if plain else None)  # fmt: skip
             found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
             if found:

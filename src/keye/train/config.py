@@ -19,12 +19,16 @@ TrainMode = Literal["dense", "warmup", "sparse"]
 
 @dataclass(frozen=True)
 class Mix:
-    """One kind of batch: `clips` videos of `frames` frames with `questions` questions each, drawn with `weight`."""
+    """One kind of batch: `clips` videos of `frames` frames with `questions` questions each, drawn with `weight`.
+
+    `text_chance`, where it is set, replaces the stage's: the share of clips that show text.
+    """
 
     frames: int
     clips: int
     questions: int
     weight: float = 1.0
+    text_chance: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("frames", "clips", "questions", "weight"):

@@ -46,9 +46,11 @@ class Pointer:
 @dataclass(frozen=True)
 class Events:
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
-    bool [B, F, 3] the same of rendered text, `background` int64 [B, F]. Everything in the first frame appeared."""
+    bool [B, F, 3] the same of rendered text, `background` int64 [B, F]. Everything in the first frame appeared.
+    `so_far` bool [B, F, 8, 5]: the objects seen up to each frame, by their first colour."""
 
     pairs: NDArray[np.bool_]
+    so_far: NDArray[np.bool_]
     text: NDArray[np.bool_]
     background: NDArray[np.int64]
 
@@ -57,15 +59,18 @@ def events_of(clips: Sequence[Clip]) -> Events:
     """The events of clips of equally many frames."""
     frames = clips[0].frames
     seen = np.zeros((len(clips), frames, len(COLORS), len(SHAPES)), bool)
+    so_far = np.zeros_like(seen)
     text = np.zeros((len(clips), frames), bool)
     background = np.zeros((len(clips), frames), np.int64)
     for row, clip in enumerate(clips):
+        for thing in clip.scene.objects:
+            so_far[row, thing.first :, COLOR_RANK[thing.color], SHAPE_RANK[thing.shape]] = True
         for frame in range(frames):
             for thing in clip.scene.visible_objects(frame):
                 seen[row, frame, COLOR_RANK[thing.color_at(frame)], SHAPE_RANK[thing.shape]] = True
             text[row, frame] = clip.scene.text is not None and clip.scene.text.visible(frame)
             background[row, frame] = BACKGROUND_IDS[clip.scene.background_at(frame).color]
-    return Events(_with_changes(seen), _with_changes(text), background)
+    return Events(_with_changes(seen), so_far, _with_changes(text), background)
 
 
 def _with_changes(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -34,6 +34,8 @@ SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH = 0.17, 0.34, 0.5
 #: Rank of the product of colour and shape vectors that a pair's logit is.
 RANK = 16
 RARE = 3.0
+#: Frame numbers are learnt in units of this many frames; their squared errors count as much as this many pairs.
+FRAME_UNIT, FRAME_WEIGHT = 16.0, 10.0
 
 Record = Callable[[str, float, float], None]
 
@@ -68,6 +70,8 @@ class Helpers(nn.Module):
             self.seen, self.changed, self.looked_up = PairHead(width, 1), PairHead(width, 2), PairHead(width, 1)
             self.scene = nn.Linear(width, len(BACKGROUND_IDS) + 1)
             self.text = nn.Linear(width, 2)
+            self.so_far = PairHead(width, 1)
+            self.number, self.edges = nn.Linear(width, 1), nn.Linear(width, 2)
         self._trained = torch.from_numpy(TRAINED_PAIRS)
 
     def _layer(self, depth: float) -> int:
@@ -159,6 +163,10 @@ class Helpers(nn.Module):
         text = self.text(F.rms_norm(late.float(), late.shape[-1:]))
         target = torch.from_numpy(events.text)[..., 1:].flatten(0, 1).float()
         loss = loss + 2 * F.binary_cross_entropy_with_logits(text, target)
+        loss = loss + self._frame_numbers(batch, step, after)
+        whole = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
+        so_far = torch.from_numpy(events.so_far).flatten(0, 1).unsqueeze(1)
+        loss = loss + self._pair_loss(self.so_far(whole), so_far, "seen so far")
         if asked := _of_kind(batch, "time"):
             rows, places = _rows_and_places(asked, batch.layout.length)
             frames = torch.tensor([pointer.frame for pointer in asked])
@@ -166,6 +174,25 @@ class Helpers(nn.Module):
             x = self._hidden(step, LOOKUP_DEPTH, batch)[rows, places]
             loss = loss + self._pair_loss(self.looked_up(x), shown, "time look-up")
         return loss
+
+    def _frame_numbers(self, batch: PackedBatch, step: PackedStep, after: list[int]) -> Tensor:
+        """The token after a frame knows the frame's number, an object's name the numbers of its first and last frame:
+        what comes earlier is then a difference."""
+        early = self._hidden(step, CHANGE_DEPTH, batch)[:, after]
+        number = self.number(F.rms_norm(early.float(), early.shape[-1:])).squeeze(-1)
+        error = (number - torch.arange(len(after)) / FRAME_UNIT).pow(2).mean()
+        self.record("frame number error", float(error.detach().sqrt() * FRAME_UNIT), 1.0)
+        late = self._hidden(step, LOOKUP_DEPTH, batch)
+        edges: tuple[PointerKind, ...] = ("first", "last")
+        for which, kind in enumerate(edges):
+            if named := _of_kind(batch, kind):
+                x = late[_rows_and_places(named, batch.layout.length)]
+                found = self.edges(F.rms_norm(x.float(), x.shape[-1:]))[:, which]
+                frames = torch.tensor([pointer.frame for pointer in named])
+                miss = (found - frames / FRAME_UNIT).pow(2).mean()
+                self.record(f"{kind} frame error", float(miss.detach().sqrt() * FRAME_UNIT), 1.0)
+                error = error + miss
+        return FRAME_WEIGHT * error
 
     def _pair_loss(self, logits: Tensor, target: Tensor, name: str) -> Tensor:
         """Binary cross-entropy, summed over kinds and trained pairs, averaged over rows; the log gets the share of rows
