@@ -118,3 +118,14 @@ def test_events_are_the_changes_from_frame_to_frame():
     assert (seen[:, 1:] == ((seen[:, :-1] & ~vanished[:, 1:]) | appeared[:, 1:])).all()
     assert events.text.any()
     assert len({int(one) for one in events.background.flatten()}) > 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_order_of_two_objects_points_at_the_first_frame_of_the_earlier(seed):
+    clip, asked, batch = packed(seed, ["order"])
+    pointers = [pointer for pointer in batch.pointers if pointer.kind == "start"]
+    for answer in batch.answers:
+        found = [pointer.frame for pointer in pointers if answer.start <= pointer.place < answer.stop]
+        named = [thing.first for thing in clip.scene.objects if thing.name in answer.question.text]
+        assert len(named) == 2
+        assert found == [min(named)] * (answer.stop - answer.start - 1)

@@ -23,7 +23,8 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 
 #: `time`: the last token of a time in a question, at that frame. `first`, `last`: the last token of an object's name,
 #: at the frame where it first appears and where it is last seen. `start`, `end`: the tokens that predict a time of the
-#: answer, at the frame of that time. `letter`: the token that predicts a letter, at the cell that shows it.
+#: answer, at the frame of that time; those that predict which of two objects comes first, at its first frame. `letter`:
+#: the token that predicts a letter, at the cell that shows it.
 PointerKind = Literal["time", "first", "last", "start", "end", "letter"]
 COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
 SHAPE_RANK = {shape: rank for rank, shape in enumerate(SHAPES)}
@@ -147,6 +148,10 @@ class PointerMaker:
                 spans = (layout.span(frame, int(is_end)),)
                 for place in (start + index - 1, start + index):
                     yield Pointer("end" if is_end else "start", row, place, frame, spans)
+        if question.task == "order":
+            first = min(thing.first for thing in clip.scene.objects if thing.name in question.text)
+            for index in range(len(tail) - 1):
+                yield Pointer("start", row, start + index, first, (layout.span(first),))
         text = clip.scene.text
         if question.task == "read" and text is not None and len(tail) == len(text.content) + 1:
             shown = [frame for first, last in text.intervals for frame in range(first, last + 1)]
