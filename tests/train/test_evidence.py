@@ -126,7 +126,7 @@ def test_events_are_the_changes_from_frame_to_frame():
 
 @pytest.mark.parametrize("seed", ORDERED)
 def test_the_order_of_two_objects_points_at_the_first_frame_of_the_earlier(seed):
-    clip, asked, batch = packed(seed, ["order"])
+    clip, _, batch = packed(seed, ["order"])
     pointers = [pointer for pointer in batch.pointers if pointer.kind == "start"]
     for answer in batch.answers:
         found = [pointer.frame for pointer in pointers if answer.start <= pointer.place < answer.stop]

@@ -1,5 +1,7 @@
 """Several processes train one model: gradients are averaged, Muon's work is divided, everybody ends with the same."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,25 @@ def test_one_process_needs_nobody(tmp_path):
     assert group.size == 1
     assert done["scalar"] == 0.0 and done["agreed"] == 0.25
     assert torch.equal(done["divided"], done["whole"])
+
+
+def test_helpers_end_with_the_process_that_started_them():
+    """The helper would run for ten minutes; it holds the output open, so the output ends only when the helper has."""
+    code = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from keye.train.parallel import end_with_parent
+pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+pool.submit(os.getpid).result()
+pool.submit(time.sleep, 600)
+print("started", flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout.readline() == "started\n"
+        main.kill()
+        assert main.communicate(timeout=60)[0] == ""
 
 
 @pytest.mark.slow

@@ -6,11 +6,14 @@ the whole model and take the same steps; Muon's orthogonalisation is divided amo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -85,7 +88,20 @@ def processes(size: int, folder: Path, follow: Callable[[Group], None]) -> Itera
         meeting.unlink(missing_ok=True)
 
 
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone, however that ended."""
+    parent = parent_process()
+    assert parent is not None, "only started processes have a parent to end with"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, name="parent watch", daemon=True).start()
+
+
 def _run(follow: Callable[[Group], None], rank: int, size: int, meeting: Path) -> None:
+    end_with_parent()
     _join(rank, size, meeting)
     try:
         follow(Group(rank, size))

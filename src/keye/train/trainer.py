@@ -29,7 +29,7 @@ from keye.train.batches import derived_seed, make_batch
 from keye.train.config import StageConfig, TrainConfig
 from keye.train.initialise import fresh_model, number_tokens, order_numbers
 from keye.train.optim import Optimizer
-from keye.train.parallel import Group, processes
+from keye.train.parallel import Group, end_with_parent, processes
 from keye.train.stages import Stage, make_stage, trainable
 
 #: Batches that the worker makes ahead.
@@ -82,7 +82,7 @@ class Run:
         self._state: dict[str, torch.Tensor] | None = None
         self.model = self._start()
         group.agree(0.0)  # nobody goes on before the files of the output folder are there
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
 
     def _start(self) -> KeyeModel:
         model_config = load_model_config(self.config.model)
