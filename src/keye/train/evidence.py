@@ -152,12 +152,19 @@ class PointerMaker:
             first = min(thing.first for thing in clip.scene.objects if thing.name in question.text)
             for index in range(len(tail) - 1):
                 yield Pointer("start", row, start + index, first, (layout.span(first),))
+        if question.task == "read":
+            yield from self._of_text(clip, layout, tail, row, start)
+
+    def _of_text(self, clip: Clip, layout: TrunkLayout, tail: list[int], row: int, start: int) -> Iterator[Pointer]:
+        """Pointers of the tokens that spell the clip's text: one a letter; a number is one token of all its digits."""
         text = clip.scene.text
-        if question.task == "read" and text is not None and len(tail) == len(text.content) + 1:
-            shown = [frame for first, last in text.intervals for frame in range(first, last + 1)]
-            width, height = clip.scene.canvas
-            line = int(text.middle * (layout.cells // layout.columns) / height) * layout.columns
-            for index, center in enumerate(text.centers):
-                cell = line + int(center * layout.columns / width)
-                cells = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1) for frame in shown)
-                yield Pointer("letter", row, start + index, shown[0], cells)
+        assert text is not None, "only clips with text are asked to be read"
+        shown = [frame for first, last in text.intervals for frame in range(first, last + 1)]
+        width, height = clip.scene.canvas
+        line = int(text.middle * (layout.cells // layout.columns) / height) * layout.columns
+        cells = [line + int(center * layout.columns / width) for center in text.centers]
+        spelled = [[cell] for cell in cells] if len(tail) == len(cells) + 1 else [cells]
+        for index, parts in enumerate(spelled):
+            spans = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1)
+                          for frame in shown for cell in parts)  # fmt: skip
+            yield Pointer("letter", row, start + index, shown[0], spans)
