@@ -126,10 +126,19 @@ def test_events_are_the_changes_from_frame_to_frame():
 
 @pytest.mark.parametrize("seed", ORDERED)
 def test_the_order_of_two_objects_points_at_the_first_frame_of_the_earlier(seed):
-    clip, _, batch = packed(seed, ["order"])
+    clip, asked, batch = packed(seed, ["order"])
     pointers = [pointer for pointer in batch.pointers if pointer.kind == "start"]
     for answer in batch.answers:
         found = [pointer.frame for pointer in pointers if answer.start <= pointer.place < answer.stop]
         named = [thing.first for thing in clip.scene.objects if thing.name in answer.question.text]
         assert len(named) == 2
         assert found == [min(named)] * (answer.stop - answer.start - 1)
+    assert len(batch.comparisons) == len(batch.answers)
+    for compared, question in zip(batch.comparisons, asked, strict=True):
+        first, second = sorted(
+            (thing for thing in clip.scene.objects if thing.name in question.text),
+            key=lambda thing: question.text.index(thing.name),
+        )
+        head = batch.tail_ids[0, compared.place - 1 : compared.place + 1].tolist()
+        assert batch_maker(NANO).tokenizer.decode(head).strip() == second.name
+        assert compared.later == (second.first > first.first)

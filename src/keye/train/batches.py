@@ -20,7 +20,7 @@ from keye.data.frameforge import Clip, Question, dense_labels, make_clip, questi
 from keye.media.positions import build_position_ids
 from keye.tokenizer import Tokenizer
 from keye.train.config import StageConfig
-from keye.train.evidence import Events, Pointer, PointerMaker, TrunkLayout, events_of
+from keye.train.evidence import Comparison, Events, Pointer, PointerMaker, TrunkLayout, events_of
 
 IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
@@ -42,7 +42,8 @@ class Answered:
 class PackedBatch:
     """`frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64 [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are
     the next token, `IGNORE` where nothing is learnt); `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the
-    tokens of each frame's timestamp; `layout`, `pointers` and `events` are described in `keye.train.evidence`."""
+    tokens of each frame's timestamp; `layout`, `pointers`, `comparisons` and `events` are described in
+    `keye.train.evidence`."""
 
     frames: NDArray[np.uint8]
     trunk_ids: NDArray[np.int64]
@@ -54,6 +55,7 @@ class PackedBatch:
     answers: tuple[Answered, ...]
     layout: TrunkLayout
     pointers: tuple[Pointer, ...]
+    comparisons: tuple[Comparison, ...]
     events: Events
 
 
@@ -128,6 +130,7 @@ class BatchMaker:
         answers: list[Answered] = []
         layout = self._layout(clips[0].frames, trunk_ids.shape[1])
         pointers: list[Pointer] = []
+        comparisons: list[Comparison] = []
         for row, items in enumerate(rendered):
             for number, ((question, head, tail), (start, stop)) in enumerate(zip(items, places[row], strict=True)):
                 answer = start + len(head) - 1
@@ -135,6 +138,8 @@ class BatchMaker:
                 labels[row, answer:stop] = tail
                 branch[row, start:stop], offsets[row, start:stop] = number, np.arange(stop - start)
                 answers.append(Answered(row, answer, stop, question))
+                if compared := self.pointers.comparison(clips[row], question, head, row, start):
+                    comparisons.append(compared)
                 pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)
                 pointers += self.pointers.of_answer(clips[row], layout, question, tail, row, answer)
         positions = np.concatenate(
@@ -142,7 +147,7 @@ class BatchMaker:
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
         frames = np.stack([render(clip) for clip in clips])
         return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, np.array(times), tuple(answers),
-                           layout, tuple(pointers), events_of(clips))  # fmt: skip
+                           layout, tuple(pointers), tuple(comparisons), events_of(clips))  # fmt: skip
 
     def _layout(self, frames: int, length: int) -> TrunkLayout:
         cells, prefix = self.rows * self.columns, len(self.prefix)

@@ -45,6 +45,16 @@ class Pointer:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Token `place` of the tail of sequence `row` ends the second name of a question about order; `later` says whether
+    that object appears after the one named first."""
+
+    row: int
+    place: int
+    later: bool
+
+
+@dataclass(frozen=True)
 class Events:
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
     bool [B, F, 3] the same of rendered text, `background` int64 [B, F]. Everything in the first frame appeared.
@@ -129,6 +139,19 @@ class PointerMaker:
             for index in range(len(head) - 1):
                 if head[index : index + 2] == pair:
                     yield from self._of_name(thing, layout, row, start + index + 1)
+
+    def comparison(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Comparison | None:
+        """The comparison that a question about order asks for, None for any other question."""
+        if question.task != "order":
+            return None
+        named = [
+            (index, thing.first)
+            for index in range(1, len(head))
+            for thing in clip.scene.objects
+            if head[index - 1 : index + 1] == [self._color[thing.color], self._shape[thing.shape]]
+        ]
+        (_, first), (place, second) = named
+        return Comparison(row, start + place, second > first)
 
     def _of_name(self, thing: SceneObject, layout: TrunkLayout, row: int, place: int) -> Iterator[Pointer]:
         yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))

@@ -29,13 +29,15 @@ from keye.train.evidence import TRAINED_PAIRS, Pointer, PointerKind
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
 }  # fmt: skip
-#: Layers (shares) after which the heads read what a frame shows, what changed, and what a time in a question shows.
-SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH = 0.17, 0.34, 0.5
+#: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
+#: which of two names comes first.
+SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH, COMPARE_DEPTH = 0.17, 0.34, 0.5, 0.67
 #: Rank of the product of colour and shape vectors that a pair's logit is.
 RANK = 16
 RARE = 3.0
 #: Frame numbers are learnt in units of this many frames; their squared errors count as much as this many pairs.
 FRAME_UNIT, FRAME_WEIGHT = 16.0, 10.0
+COMPARE_WEIGHT = 4.0
 
 Record = Callable[[str, float, float], None]
 
@@ -71,7 +73,7 @@ class Helpers(nn.Module):
             self.scene = nn.Linear(width, len(BACKGROUND_IDS) + 1)
             self.text = nn.Linear(width, 2)
             self.so_far = PairHead(width, 1)
-            self.number, self.edges = nn.Linear(width, 1), nn.Linear(width, 2)
+            self.number, self.edges, self.later = nn.Linear(width, 1), nn.Linear(width, 2), nn.Linear(width, 1)
         self._trained = torch.from_numpy(TRAINED_PAIRS)
 
     def _layer(self, depth: float) -> int:
@@ -80,7 +82,7 @@ class Helpers(nn.Module):
     @property
     def watch(self) -> tuple[int, ...]:
         """Layers whose output the losses read."""
-        return tuple(self._layer(depth) for depth in (SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH))
+        return tuple(self._layer(depth) for depth in (SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH, COMPARE_DEPTH))
 
     def hints(self, batch: PackedBatch) -> list[AttentionHint]:
         """Where heads should look in this batch."""
@@ -163,7 +165,7 @@ class Helpers(nn.Module):
         text = self.text(F.rms_norm(late.float(), late.shape[-1:]))
         target = torch.from_numpy(events.text)[..., 1:].flatten(0, 1).float()
         loss = loss + 2 * F.binary_cross_entropy_with_logits(text, target)
-        loss = loss + self._frame_numbers(batch, step, after)
+        loss = loss + self._frame_numbers(batch, step, after) + self._comparisons(batch, step)
         whole = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
         so_far = torch.from_numpy(events.so_far).flatten(0, 1).unsqueeze(1)
         loss = loss + self._pair_loss(self.so_far(whole), so_far, "seen so far")
@@ -193,6 +195,18 @@ class Helpers(nn.Module):
                 self.record(f"{kind} frame error", float(miss.detach().sqrt() * FRAME_UNIT), 1.0)
                 error = error + miss
         return FRAME_WEIGHT * error
+
+    def _comparisons(self, batch: PackedBatch, step: PackedStep) -> Tensor:
+        """The second name of a question about order knows whether its object is the later one."""
+        if not batch.comparisons:
+            return torch.zeros(())
+        rows = torch.tensor([one.row for one in batch.comparisons])
+        places = torch.tensor([one.place + batch.layout.length for one in batch.comparisons])
+        x = self._hidden(step, COMPARE_DEPTH, batch)[rows, places]
+        logits = self.later(F.rms_norm(x.float(), x.shape[-1:])).squeeze(-1)
+        later = torch.tensor([one.later for one in batch.comparisons])
+        self.record("which comes later", float(((logits > 0) == later).sum()), len(later))
+        return COMPARE_WEIGHT * F.binary_cross_entropy_with_logits(logits, later.float())
 
     def _pair_loss(self, logits: Tensor, target: Tensor, name: str) -> Tensor:
         """Binary cross-entropy, summed over kinds and trained pairs, averaged over rows; the log gets the share of rows
