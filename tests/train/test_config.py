@@ -53,6 +53,18 @@ def test_reads_a_run(tmp_path):
         (HEADER + STAGE + 'attention = "warmup"\n', 'set trains = "indexer"'),
         (HEADER + STAGE + 'trains = "indexer"\n', "gives the indexer nothing to learn"),
         (HEADER + STAGE + "task_weights = {juggle = 1.0}\n", "unknown tasks juggle; known are ground"),
+        (HEADER + STAGE + "task_weights = {ground = -1.0}\n", "weight of ground in task_weights"),
+        (HEADER + STAGE.replace("steps = 3", 'steps = "a"'), "steps is 'a'; it must be a whole number"),
+        (HEADER + STAGE.replace("frames = 4", "frames = 1.5"), "mix: frames is 1.5; it must be a whole number"),
+        (HEADER + 'seed = "x"\n' + STAGE, "seed is 'x'; it must be a whole number"),
+        (HEADER + "fresh = 1\n" + STAGE, "fresh is 1; it must be true or false"),
+        (HEADER + STAGE + 'split = "foo"\n', "split is 'foo'; choose train, test, unseen"),
+        (HEADER + STAGE + "objects = 100\n", "objects is 100; choose 1 to 8"),
+        (HEADER + STAGE + "text_chance = 1.5\n", "text_chance is 1.5; it must lie between 0 and 1"),
+        (HEADER + STAGE + "events = -0.1\n", "events is -0.1; it must not be negative"),
+        (HEADER + STAGE + "lr = inf\n", "lr is inf; it must be a number"),
+        (HEADER + STAGE + STAGE, "two stages are named 'one'"),
+        ('model = "nano"\noutput = 5\n' + STAGE, "output is 5; it must be a path in quotes"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, sentence):

@@ -139,3 +139,34 @@ def test_a_tiny_model_learns(tmp_path):
     train(a_run(tmp_path, "out", stage, save_steps=None), report=lambda figures: losses.append(figures.get("loss")))
     kept = [loss for loss in losses if loss is not None]
     assert sum(kept[-10:]) < 0.35 * sum(kept[:10])
+
+
+def test_a_model_that_is_no_run_is_not_overwritten(tmp_path):
+    tiny_folder(tmp_path / "mine")
+    before = (tmp_path / "mine" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="holds a model that is no run's output"):
+        train(a_run(tmp_path, "mine", VISION))
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match="is a file; output must be a folder"):
+        train(a_run(tmp_path, "out", VISION))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path, missing):
+    tiny_folder(tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    with pytest.raises(KeyeError):
+        train(a_run(tmp_path, "out", LANGUAGE, fresh=missing == "tokenizer.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_that_have_begun_keep_their_names(tmp_path):
+    config = a_run(tmp_path, "out", VISION, LANGUAGE)
+    with pytest.raises(Killed):
+        train(config, report=kill_at("read", 3))
+    with pytest.raises(ConfigError, match="began with the stages see, read; keep these"):
+        train(a_run(tmp_path, "out", LANGUAGE, SPARSE))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 from keye.config import ConfigError
-from keye.data.frameforge import TASKS
+from keye.data.frameforge import SPLITS, TASKS
+from keye.data.frameforge.scene import MAX_OBJECTS
 
 StageKind = Literal["vision", "language"]
 Trains = Literal["vision", "decoder", "all", "indexer"]
@@ -31,9 +34,11 @@ class Mix:
     text_chance: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "mix")
         for name in ("frames", "clips", "questions", "weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"mix: {name} is {getattr(self, name)}; it must be above 0")
+        _check_shares(self, "mix", "text_chance")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,15 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
+        check_types(self, where)
+        _check_shares(self, where, "text_chance", "plain_times", "decay_fraction", "final_lr")
+        if self.split not in SPLITS:
+            raise ConfigError(f"{where}: split is {self.split!r}; choose {', '.join(SPLITS)}")
+        if not 1 <= self.objects <= MAX_OBJECTS:
+            raise ConfigError(f"{where}: objects is {self.objects}; choose 1 to {MAX_OBJECTS}")
+        for name in ("time_binding", "pointing", "events", "balance", "indexer_kl", "weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{where}: {name} is {getattr(self, name)}; it must not be negative")
         if self.steps is None and self.minutes is None:
             raise ConfigError(f"{where} needs steps or minutes")
         for name, kinds in (("kind", StageKind), ("trains", Trains), ("attention", TrainMode)):
@@ -96,6 +110,10 @@ class StageConfig:
             raise ConfigError(f'{where}: dense attention gives the indexer nothing to learn; set attention = "warmup"')
         if unknown := sorted(set(self.task_weights) - set(TASKS)):
             raise ConfigError(f"{where}: unknown tasks {', '.join(unknown)}; known are {', '.join(TASKS)}")
+        if wrong := [task for task, weight in self.task_weights.items() if not (_is_number(weight) and weight >= 0)]:
+            raise ConfigError(
+                f"{where}: the weight of {wrong[0]} in task_weights must be a number that is not negative"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,10 @@ class TrainConfig:
     log_seconds: float = 30.0
 
     def __post_init__(self) -> None:
+        check_types(self, "the run")
+        names = [stage.name for stage in self.stages]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"two stages are named {twice[0]!r}; give each a name of its own")
         for name in ("threads", "processes", "save_minutes", "save_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -140,6 +162,8 @@ def load_train_config(path: Path) -> TrainConfig:
     for key in ("model", "output"):
         if key not in raw:
             raise ConfigError(f"{path} lacks {key!r}")
+        if not isinstance(raw[key], str):
+            raise ConfigError(f"{path}: {key} is {raw[key]!r}; it must be a path in quotes")
         raw[key] = (path.parent / raw[key]).resolve()
     return _build(TrainConfig, {**raw, "stages": stages}, str(path))
 
@@ -152,6 +176,35 @@ def _stage(raw: dict[str, Any], path: Path) -> StageConfig:
         _check_keys(item, Mix, where + ", mix")
         mix.append(_build(Mix, item, where + ", mix"))
     return _build(StageConfig, {**raw, "mix": tuple(mix)}, where)
+
+
+def check_types(config: Any, where: str) -> None:
+    """ConfigError for the first field of a dataclass whose value does not have the annotated type. Whole numbers pass
+    for fractions; booleans pass for neither."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        for kind, (fits, words) in _PLAIN_TYPES.items():
+            if kind in kinds and not (fits(value) or (value is None and NoneType in kinds)):
+                raise ConfigError(f"{where}: {name} is {value!r}; it must be {words}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_PLAIN_TYPES: Mapping[type, tuple[Callable[[object], bool], str]] = {
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (_is_number, "a number"),
+    str: (lambda value: isinstance(value, str), "text in quotes"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def _check_shares(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{where}: {name} is {value}; it must lie between 0 and 1")
 
 
 def _tables(value: Any, where: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from keye.config import ConfigError, load_model_config, read_json
+from keye.errors import KeyeError
 from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.models.weights import load_model, save_model
@@ -47,12 +48,32 @@ def train(config: TrainConfig, *, resume: bool = True, report: Report | None = N
 
     With `resume`, a run that was interrupted goes on at its last checkpoint; without, an existing output is an error.
     """
-    if config.output.exists() and not resume and (config.output / PROGRESS_FILE).exists():
-        raise ConfigError(f"{config.output} already holds a run; resume it or choose another output")
+    fresh = _check_output(config, resume)
+    load_model_config(config.model)  # a mistake there is told before anything is written
     config.output.mkdir(parents=True, exist_ok=True)
-    with processes(config.processes, config.output, partial(_train, config, _silent)) as group:
-        _train(config, report or _silent, group)
+    try:
+        with processes(config.processes, config.output, partial(_train, config, _silent)) as group:
+            _train(config, report or _silent, group)
+    except KeyeError:
+        if fresh and not (config.output / PROGRESS_FILE).exists():
+            shutil.rmtree(config.output)
+        raise
     return config.output
+
+
+def _check_output(config: TrainConfig, resume: bool) -> bool:
+    """Whether the output folder is new; ConfigError where a run there would overwrite something."""
+    out = config.output
+    if not out.exists():
+        return True
+    if not out.is_dir():
+        raise ConfigError(f"{out} is a file; output must be a folder")
+    if (out / PROGRESS_FILE).exists():
+        if not resume:
+            raise ConfigError(f"{out} already holds a run; resume it or choose another output")
+    elif (out / "model.safetensors").exists():
+        raise ConfigError(f"{out} holds a model that is no run's output; choose another output so that it is kept")
+    return False
 
 
 def _silent(figures: dict[str, Any]) -> None:
@@ -113,9 +134,15 @@ class Run:
 
     def _set_progress(self, progress: Mapping[str, Any]) -> None:
         self.stage, self.step, self.seconds = progress["stage"], progress["step"], progress["seconds"]
+        names = [stage.name for stage in self.config.stages]
+        begun = progress.get("names", names)[: self.stage + 1]
+        if names[: len(begun)] != begun:
+            raise ConfigError(f"{self.out} holds a run that began with the stages {', '.join(begun)}; keep these, or "
+                              "choose another output")  # fmt: skip
 
     def _progress(self) -> str:
-        return json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds})
+        names = [stage.name for stage in self.config.stages]
+        return json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds, "names": names})
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
