@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from keye.train.config import Mix, StageConfig, TrainConfig
-from keye.train.optim import orthogonalise
+from keye.train.optim import Optimizer, orthogonalise
 from keye.train.parallel import Group, processes
 from keye.train.trainer import train
 from tiny import tiny_folder
@@ -25,10 +25,19 @@ def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
         "scalar": scalar,
         "divided": group.divide(stack, orthogonalise).float(),
         "whole": orthogonalise(stack).float(),
+        "partly": _step_with_some_gradients(group),
         "agreed": torch.tensor(group.agree(0.25 + group.rank)),
     }
     save_file(done, folder / f"{group.rank}.safetensors")
     return done
+
+
+def _step_with_some_gradients(group: Group) -> torch.Tensor:
+    """One step of two parameters, each of which has a gradient in one process only; returns both."""
+    parameters = [(name, torch.nn.Parameter(torch.ones(2))) for name in ("a", "b")]
+    parameters[group.rank][1].grad = torch.full((2,), 4.0)
+    Optimizer(parameters, lambda name, parameter: False, group=group).step(0.1, 0.1)
+    return torch.cat([parameter.detach() for _, parameter in parameters])
 
 
 class _Follow:
@@ -77,6 +86,7 @@ def test_two_processes_average_divide_and_agree(tmp_path):
         assert torch.equal(done["gradient"], torch.full((3, 2), 0.5)) and done["scalar"] == 5.0
         assert torch.allclose(done["divided"], done["whole"], atol=2e-2)
         assert done["agreed"] == 0.25
+        assert (done["partly"] < 0.95).all()
     assert torch.equal(mine["divided"], other["divided"])
 
 

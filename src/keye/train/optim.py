@@ -74,6 +74,9 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float, adam_lr: float) -> float:
         """One update from the gradients, which are then cleared. Returns the gradient norm before clipping."""
+        if self.group.size > 1:  # what one process's batch left out, another's may hold: all must send the same tensors
+            for p in self.parameters.values():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = {name: p.grad.float() for name, p in self.parameters.items() if p.grad is not None}
         self.group.average(list(grads.values()))
         norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
