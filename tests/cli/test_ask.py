@@ -10,7 +10,10 @@ import av
 import pytest
 from PIL import Image
 
-FIELDS = ["text", "reasoning", "intervals", "usage", "plan", "model", "attention", "finish_reason", "seconds"]
+FIELDS = [
+    "text", "reasoning", "intervals", "usage", "plan", "model", "attention", "finish_reason", "seconds", "regions",
+    "tool_calls",
+]  # fmt: skip
 
 
 @pytest.fixture
