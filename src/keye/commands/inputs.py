@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from keye.chat import Medium
+from keye.chat import Medium, normalize_tools
 from keye.commands.options import IMAGE_OPTIONS, SAMPLING_OPTIONS, VIDEO_OPTIONS, given
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError
@@ -15,6 +17,9 @@ from keye.media.fetch import fetch_source, media_kind
 
 if TYPE_CHECKING:
     from keye.engine.engine import Keye
+
+#: Largest file of functions.
+MAX_TOOLS_BYTES = 4 << 20
 
 
 def stderr() -> Console:
@@ -53,7 +58,25 @@ def load_model(options: Mapping[str, Any]) -> Keye:
 
         if options["threads"]:
             torch.set_num_threads(options["threads"])
-        return keye.load(options["model"], device=options["device"], dtype=options["dtype"])
+        return keye.load(
+            options["model"],
+            device=options["device"],
+            dtype=options["dtype"],
+            template=options.get("template") or "keye",
+        )
+
+
+def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
+    """The functions in a JSON file."""
+    try:
+        if file.stat().st_size > MAX_TOOLS_BYTES:
+            raise KeyeError(f"{file} has more than {MAX_TOOLS_BYTES:,} bytes: offer fewer functions")
+        tools = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KeyeError(f"{file} cannot be read ({error.strerror}): give a JSON list of functions") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise KeyeError(f"{file} is no JSON ({error}): give a JSON list of functions") from None
+    return normalize_tools(tools)
 
 
 def reply_options(model: Keye, options: Mapping[str, Any]) -> dict[str, Any]:
