@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,47 @@ def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]
     return media
 
 
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """The folder of a model, fetched under a progress bar if need be; without `weights` only its small files."""
+    from keye.hub import resolve
+
+    with download_bar(name) as progress:
+        return resolve(name, weights=weights, progress=progress)
+
+
+@contextmanager
+def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error with bytes, speed and time left; one note instead where that is no terminal. It appears
+    with the first bytes, so nothing is shown for what is here already."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = stderr()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(f"fetching {one_line(name)}", total=None, start=False)
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            if not console.is_terminal:
+                note(f"fetching {name}: {(total - done) / 1e6:,.1f} MB")
+            bar.start()
+            bar.reset(task, total=total, completed=done)
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
 def load_model(options: Mapping[str, Any]) -> Keye:
     """Loads the model of `options.running`."""
+    find_model(options["model"])
     with stderr().status(f"loading {one_line(options['model'])}"):
         import torch
 

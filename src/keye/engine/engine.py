@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -279,15 +279,20 @@ def load(
     dtype: str | None = None,
     attention: AttentionMode = "sparse",
     template: str | Path = "keye",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Keye:
     """Loads a model by name ("nano", a hub name) or from a folder.
+
+    `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of
+    all files while a model is fetched from there.
 
     `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the
     checkpoint's own). `template` is "keye" for our own chat format of the model's generation, "checkpoint" for the
     template in the checkpoint's files, or a template file. Nothing in the checkpoint is executed; its template is
     rendered in a sandbox.
     """
-    folder = resolve(str(name_or_path))
+    folder = resolve(str(name_or_path), revision=revision, progress=progress)
     config = load_model_config(folder)
     try:
         torch.empty(0, device=device)
@@ -297,7 +302,7 @@ def load(
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     model, _ = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
-    name = str(config.raw.get("keye_name") or folder.name)
+    name = str(config.raw.get("keye_name") or Path(str(name_or_path)).name)
     return Keye(
         name,
         model,
