@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 
 import keye
+from keye.config import ARCHITECTURES, model_config_from_dict
 from keye.errors import KeyeError
 from keye.hub import asset
 from keye.models.keye import KeyeModel
+from keye.models.weights import save_model
+from keye.train.initialise import fresh_model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
 import keye.hf
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import tiny_folder
+from tiny import tiny_folder, tiny_raw
 
 TALK = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (84, 56), "red")}, "what is it?"]}]
 
@@ -59,6 +62,35 @@ def test_auto_classes(folder: Path) -> None:
     assert isinstance(transformers.AutoProcessor.from_pretrained(folder), keye.hf.KeyeVL2Processor)
 
 
+GENERATIONS = {
+    "KeyeForConditionalGeneration": ("Keye", "KeyeProcessor"),
+    "KeyeVL1_5ForConditionalGeneration": ("KeyeVL1_5", "KeyeVL1_5Processor"),
+    "KeyeVL2MoeForConditionalGeneration": ("KeyeVL2", "KeyeVL2Processor"),
+}
+
+
+@pytest.mark.parametrize("architecture", GENERATIONS)
+def test_every_generation(architecture: str, folder: Path, tmp_path: Path) -> None:
+    """A folder as published: the processor is named in its file, code is offered and not taken."""
+    if architecture not in ARCHITECTURES:
+        pytest.skip(f"{architecture} has no network yet")
+    kind, processor_class = GENERATIONS[architecture]
+    raw = tiny_raw() | {"architectures": [architecture], "model_type": kind}
+    raw["auto_map"] = {"AutoConfig": "configuration.Config", "AutoModel": "modeling.Model"}
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    named = json.loads((folder / "preprocessor_config.json").read_text()) | {"processor_class": processor_class}
+    named["auto_map"] = {"AutoProcessor": "processing.Processor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(named))
+    save_model(fresh_model(model_config_from_dict(raw), 0), tmp_path)
+    model, processor = load(tmp_path)
+    assert (model.config.model_type, type(processor).__name__) == (kind, processor_class)
+    inputs = processor.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=4, eos_token_id=-1)
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == greedy(keye.load(tmp_path), TALK, 4)
+
+
 def test_logits_and_ids_are_keyes_own(folder: Path) -> None:
     model, processor = load(folder, dtype="float32")
     own = keye.load(folder, dtype="float32")
@@ -71,7 +103,7 @@ def test_logits_and_ids_are_keyes_own(folder: Path) -> None:
 
     decoding = Decoding(own.model)
     decoding.prefill(prompt)
-    assert torch.equal(logits[0, -1], decoding.logits)
+    torch.testing.assert_close(logits[0, -1], decoding.logits)
     assert torch.equal(model(**inputs, logits_to_keep=1).logits[0, 0], decoding.logits)
     ids = model.generate(**inputs, max_new_tokens=12, eos_token_id=-1)
     assert ids[0, inputs["input_ids"].shape[1] :].tolist() == greedy(own, TALK, 12)

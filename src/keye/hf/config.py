@@ -37,8 +37,7 @@ def read_official(config: Any, official: dict[str, Any]) -> None:
     rope = {name: official.pop(name) for name in ("rope_scaling", "rope_theta") if name in official}
     official.pop("model_type", None)
     transformers.PreTrainedConfig.__init__(config, **official)
-    for name, value in rope.items():
-        setattr(config, name, value)
+    config.rope_parameters = {**(rope.get("rope_scaling") or {}), "rope_theta": rope.get("rope_theta")}
 
 
 class _Official(transformers.PreTrainedConfig):
