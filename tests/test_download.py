@@ -60,6 +60,11 @@ def test_without_weights_only_small_files_come(remote: FakeHub, tmp_path: Path) 
     assert names(folder) >= set(SHARDS)
 
 
+def test_gguf_comes_where_there_is_no_safetensors(remote: FakeHub, tmp_path: Path) -> None:
+    remote.files = {**SMALL, "model.gguf": b"GGUF"}
+    assert names(resolve(remote, tmp_path)) == {*SMALL, "model.gguf"}
+
+
 def test_what_is_here_is_not_asked_for_again(remote: FakeHub, tmp_path: Path) -> None:
     folder = resolve(remote, tmp_path)
     remote.asked.clear()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from keye.commands import inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_hub import FakeHub, serve
@@ -36,6 +40,28 @@ def test_what_was_fetched_is_here(run: Callable, remote: FakeHub, video: Path) -
     remote.status = 500
     result = run(*arguments)
     assert (result.code, result.err) == (0, "")
+
+
+def test_the_bar_tells_bytes_and_appears_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(inputs, "stderr", lambda: Console(file=written, force_terminal=True, width=120))
+    with inputs.download_bar("some-one/their-model"):
+        pass
+    assert written.getvalue() == ""
+    with inputs.download_bar("some-one/their-model") as progress:
+        progress(2_000_000, 10_000_000)
+    assert "fetching some-one/their-model" in written.getvalue() and "2.0/10.0 MB" in written.getvalue()
+
+
+def test_a_connection_that_stays_cut_is_one_sentence(
+    run: Callable, remote: FakeHub, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    remote.cut_after["tokenizer.json"] = [0] * 50
+    result = run("plan", video, "--model", remote.name)
+    assert (result.code, result.out) == (2, "")
+    note, error = result.err.splitlines()
+    assert note.startswith("keye: fetching") and "run the command again (what is here is kept)" in error
 
 
 def test_names_that_the_hub_does_not_know(run: Callable, remote: FakeHub, video: Path) -> None:

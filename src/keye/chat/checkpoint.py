@@ -167,7 +167,7 @@ def _run(name: str, template: str, variables: Mapping[str, Any], nonce: str, lim
                "memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds}  # fmt: skip
     try:
         done = subprocess.run(
-            [sys.executable, "-I", str(_WORKER)],
+            [sys.executable, "-P", str(_WORKER)],
             input=json.dumps(request),
             capture_output=True,
             text=True,
@@ -181,7 +181,8 @@ def _run(name: str, template: str, variables: Mapping[str, Any], nonce: str, lim
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise KeyeError(f"{name} cannot be rendered within the limits: use keye's own template.") from None
+        reason = (done.stderr.strip().splitlines() or ["its process ended without an answer"])[-1][:200]
+        raise KeyeError(f"{name} cannot be rendered ({reason}): use keye's own template.") from None
     if "error" in answer:
         raise KeyeError(f"{name} cannot be rendered ({answer['error']}): use keye's own template or correct it.")
     return str(answer["text"])
