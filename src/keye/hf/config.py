@@ -32,8 +32,10 @@ def folder_of(name: Any, options: dict[str, Any], *, weights: bool = True) -> Pa
 def read_official(config: Any, official: dict[str, Any]) -> None:
     """Fills a configuration of `transformers` and keeps the official file beside it: the library renames fields."""
     config.official = {name: copy.deepcopy(value) for name, value in official.items() if not name.startswith("_")}
-    for name in ("name_or_path", "attn_implementation", "dtype"):
+    for name in ("name_or_path", "attn_implementation"):
         config.official.pop(name, None)
+    if not isinstance(config.official.get("dtype", ""), str):  # a torch.dtype that a caller has set
+        config.official["dtype"] = str(config.official["dtype"]).removeprefix("torch.")
     rope = {name: official.pop(name) for name in ("rope_scaling", "rope_theta") if name in official}
     official.pop("model_type", None)
     transformers.PreTrainedConfig.__init__(config, **official)
