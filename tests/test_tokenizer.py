@@ -1,6 +1,8 @@
 """Text survives the way to token ids and back, and no user can write a special token."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from keye.config import KeyeConfig, load_model_config
 from keye.data.nano_tokenizer import MAX_VOCAB, build_nano_tokenizer, save_nano_tokenizer
 from keye.errors import KeyeError
-from keye.tokenizer import CONTROL_TOKENS, FRAME_TOKENS, MARKUP_TOKENS, POLYGON_TOKENS, StreamDecoder, Tokenizer
+from keye.tokenizer import (
+    CONTROL_TOKENS,
+    FRAME_TOKENS,
+    MARKUP_TOKENS,
+    POLYGON_TOKENS,
+    StreamDecoder,
+    Tokenizer,
+    check_tokenizer,
+)
 
 WORDS = ("red", "circle", "when", "is", "the", "visible", "seconds", "s", "?", "[[", "a")
 ADDED = CONTROL_TOKENS + MARKUP_TOKENS + FRAME_TOKENS + POLYGON_TOKENS
@@ -160,3 +171,89 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         build_nano_tokenizer(["top-left"])
     with pytest.raises(KeyeError, match="fewer words"):
         build_nano_tokenizer(a + b + c for a in "abcdefgh" for b in "abcdefgh" for c in "abcdefgh")
+
+
+def config_of(tokenizer: Tokenizer, **changed: object) -> KeyeConfig:
+    """keye-nano's configuration with the ids of this tokenizer."""
+    config = load_model_config(Path(__file__).parents[1] / "configs/nano")
+    ids = {
+        "image_token_id": tokenizer.token_id("<|image_pad|>"),
+        "video_token_id": tokenizer.token_id("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.token_id("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.token_id("<|vision_end|>"),
+        "eos_token_ids": (tokenizer.token_id("<|im_end|>"),),
+        "text": dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size),
+    }
+    return dataclasses.replace(config, **{**ids, **changed})  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_and_its_model() -> None:
+    check_tokenizer(NANO, config_of(NANO))
+    folder = Path(__file__).parents[1] / "configs/nano"
+    check_tokenizer(Tokenizer.from_file(folder), load_model_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"image_token_id": 5}, r"gives <\|image_pad\|> the id [0-9]+, config.json sets image_token_id to 5"),
+        ({"video_token_id": 5}, "video_token_id to 5"),
+        ({"vision_start_token_id": 5}, "vision_start_token_id to 5"),
+        ({"vision_end_token_id": 5}, "vision_end_token_id to 5"),
+        ({"eos_token_ids": (70_000,)}, "eos_token_id to 70000, the tokenizer has ids up to"),
+        ({"text": "small"}, "ids up to [0-9]+, config.json sets vocab_size to [0-9]+: use the tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_of_another_model(changed: dict[str, object], sentence: str) -> None:
+    config = config_of(NANO)
+    if "text" in changed:
+        changed = {"text": dataclasses.replace(config.text, vocab_size=NANO.vocab_size - 1)}
+    with pytest.raises(KeyeError, match=sentence):
+        check_tokenizer(NANO, config_of(NANO, **changed))
+
+
+def test_a_tokenizer_without_tokens_for_media() -> None:
+    backend = Backend.from_str(build_nano_tokenizer(WORDS).to_str().replace("<|image_pad|>", "<|picture_pad|>"))
+    with pytest.raises(KeyeError, match=r"has no token <\|image_pad\|>, but config.json sets image_token_id"):
+        check_tokenizer(Tokenizer(backend), config_of(NANO))
+
+
+#: The added tokens of the Keye-VL family in the order of the vocabulary; the first has the id 151643.
+OFFICIAL = (
+             "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+             "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+             "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>",
+             "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>",
+             "</tool_response>", "<think>", "</think>", "<|point_start|>", "<|point_end|>", "<|ocr_text_start|>",
+             "<|ocr_text_end|>", "<|clip_time_start|>", "<|clip_time_end|>",
+)  # fmt: skip
+
+
+def test_ids_of_the_official_tokenizer(shared: Callable[[str], Path]) -> None:
+    folder = shared("checkpoints/keye-vl-8b-preview")
+    tokenizer = Tokenizer.from_file(folder)
+    assert tokenizer.added_tokens == {token: 151643 + place for place, token in enumerate(OFFICIAL)}
+    assert set(tokenizer.special_tokens) == set(CONTROL_TOKENS)
+    assert set(OFFICIAL) == set(CONTROL_TOKENS + MARKUP_TOKENS)
+    check_tokenizer(tokenizer, load_official(folder))
+    written = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {entry["content"]: int(index) for index, entry in written.items()} == tokenizer.added_tokens
+
+
+def load_official(folder: Path) -> KeyeConfig:
+    """The ids of Preview's config.json in a configuration."""
+    raw = json.loads((folder / "config.json").read_text())
+    config = load_model_config(Path(__file__).parents[1] / "configs/nano")
+    ids = {
+        name: raw[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
+    text = dataclasses.replace(config.text, vocab_size=raw["vocab_size"])
+    return dataclasses.replace(config, **ids, text=text, eos_token_ids=(raw["eos_token_id"],))
+
+
+def test_recorded_texts_of_the_official_tokenizer(shared: Callable[[str], Path]) -> None:
+    tokenizer = Tokenizer.from_file(shared("checkpoints/keye-vl-8b-preview"))
+    for case in json.loads(shared("golden/processor/case-61.json").read_text())["cases"]:
+        assert tokenizer.encode(case["text"], special=True) == case["input_ids"], case
+        assert tokenizer.decode(case["input_ids"], skip_special=False) == case["decoded"]
+        assert tokenizer.decode(case["input_ids"]) == case["decoded_skip_special"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +197,29 @@ class GenerationConfig:
         if self.do_sample:
             values |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Where checkpoints come from by name: the hub's address, the folder that keeps them, and whether to ask the hub at
+    all. `timeout` is for answers of the hub, in seconds."""
+
+    endpoint: str = "https://huggingface.co"
+    cache: Path = Path("~/.cache/huggingface/hub")
+    offline: bool = False
+    timeout: float = 20.0
+
+
+def hub_config() -> HubConfig:
+    """The settings in the environment, under the names that other programs for the hub use: HF_ENDPOINT, HF_HUB_CACHE,
+    HF_HOME, XDG_CACHE_HOME and HF_HUB_OFFLINE."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return HubConfig(
+        endpoint=(os.environ.get("HF_ENDPOINT") or HubConfig.endpoint).rstrip("/"),
+        cache=Path(cache).expanduser(),
+        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Final
 
 import tokenizers
 
+from keye.config import KeyeConfig
 from keye.errors import KeyeError
 
 CONTROL_TOKENS: Final = (
@@ -61,6 +62,15 @@ FRAME_TOKENS: Final = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
 
 POLYGON_TOKENS: Final = ("<|polygon_start|>", "<|polygon_end|>")
 """Grounding marks of the 1.5 report (table 1)."""
+
+
+_MEDIA_TOKENS: Final = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+"""Fields of config.json, and the tokens whose ids they name."""
 
 
 def byte_characters() -> list[str]:
@@ -123,6 +133,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a token; at least `vocab_size` - 1, more where ids are left out."""
+        return int(max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1))
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -199,6 +214,23 @@ class Tokenizer:
                 f"The text holds a lone surrogate at character {error.start}; give valid Unicode text."
             ) from error
         return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: KeyeConfig) -> None:
+    """Raises KeyeError where a tokenizer cannot belong to the model of `config`: another id for a token that stands for
+    media, an id that ends a reply and is none of its own, or ids beyond the embedding table."""
+    fix = "use the tokenizer.json and the config.json of one release"
+    for field, token in _MEDIA_TOKENS.items():
+        wanted, index = getattr(config, field), tokenizer.added_tokens.get(token)
+        if index is None:
+            raise KeyeError(f"The tokenizer has no token {token}, but config.json sets {field} to {wanted}: {fix}.")
+        if index != wanted:
+            raise KeyeError(f"The tokenizer gives {token} the id {index}, config.json sets {field} to {wanted}: {fix}.")
+    largest, size = tokenizer.largest_id, config.text.vocab_size
+    if largest >= size:
+        raise KeyeError(f"The tokenizer has ids up to {largest}, config.json sets vocab_size to {size}: {fix}.")
+    if outside := [index for index in config.eos_token_ids if not 0 <= index <= largest]:
+        raise KeyeError(f"config.json sets eos_token_id to {outside[0]}, the tokenizer has ids up to {largest}: {fix}.")
 
 
 class StreamDecoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import struct
 import zlib
@@ -160,6 +162,60 @@ def test_broken_checkpoint_files(
     fails: Callable[..., str], own_model: Path, video: Path, file: str, text: str, sentence: str
 ) -> None:
     (own_model / file).write_text(text)
+    assert sentence in fails("ask", video, "what?", "--model", own_model)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops(
+    fails: Callable[..., str], own_model: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keye.chat.checkpoint import TemplateLimits
+
+    monkeypatch.setattr(TemplateLimits, "__init__", functools.partialmethod(TemplateLimits.__init__, cpu_seconds=1))
+    (own_model / "chat_template.jinja").write_text(LOOP)
+    sentence = fails("ask", video, "what?", "--model", own_model, "--template", "checkpoint")
+    assert "chat template" in sentence and "does not come to an end" in sentence
+
+
+def test_templates_that_are_not_there(fails: Callable[..., str], own_model: Path, video: Path, tmp_path: Path) -> None:
+    arguments = ["ask", video, "what?", "--model", own_model, "--template"]
+    assert "holds no chat template" in fails(*arguments, "checkpoint")
+    assert "holds no chat template" in fails(*arguments, tmp_path / "gone.jinja")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("{", "is no JSON"), ("3", "give a list of functions"), ('[{"name": "a b"}]', "has the name 'a b'")],
+)
+def test_tools(fails: Callable[..., str], text: str, sentence: str, video: Path, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(text)
+    assert sentence in fails("ask", video, "what?", "--tools", tmp_path / "tools.json")
+    assert "cannot be read" in fails("ask", video, "what?", "--tools", tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("out.mp4", "is no name for a picture"), ("gone/out.png", "in a folder that exists"), ("out.png", "in one image")],
+)
+def test_drawings(fails: Callable[..., str], name: str, sentence: str, video: Path, tmp_path: Path) -> None:
+    assert sentence in fails("ask", video, "what?", "--draw", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("image_token_id", 7, "The tokenizer gives <|image_pad|> the id"),
+        ("vocab_size", 64, "config.json sets vocab_size to 64"),
+        ("eos_token_id", 99_999, "config.json sets eos_token_id to 99999"),
+    ],
+)
+def test_a_tokenizer_that_disagrees_with_the_config(
+    fails: Callable[..., str], own_model: Path, video: Path, field: str, value: int, sentence: str
+) -> None:
+    config = json.loads((own_model / "config.json").read_text()) | {field: value}
+    (own_model / "config.json").write_text(json.dumps(config))
     assert sentence in fails("ask", video, "what?", "--model", own_model)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from help_blocks import DOCS, documented, with_current_help
+from PIL import Image
 
 from keye.cli import VERBS
 from keye.config import ProcessorConfig
@@ -47,3 +48,10 @@ def test_the_demo_video_can_be_made_anew(tmp_path: Path, capsys: pytest.CaptureF
     script["main"](tmp_path / "demo.mp4")
     assert "[[3.0, 8.5]]" in capsys.readouterr().out
     assert abs((tmp_path / "demo.mp4").stat().st_size - asset("demo.mp4").stat().st_size) < 4096
+
+
+def test_the_example_of_places_draws_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/draw.py"))["main"](tmp_path / "marked.png")
+    assert "'kind': 'polygon'" in capsys.readouterr().out
+    with Image.open(tmp_path / "marked.png") as marked:
+        assert marked.size == (448, 448) and marked.getpixel((347, 277)) != marked.getpixel((347, 340))

@@ -76,7 +76,7 @@ def test_a_small_evaluation(run: Callable, model_folder: Path) -> None:
 
 
 def test_doctor(run: Callable, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keye.engine.engine.resolve", lambda name: model_folder)
+    monkeypatch.setattr("keye.engine.engine.resolve", lambda name, **options: model_folder)
     result = run("doctor", "--json")
     checks = {check["name"]: check for check in result.data["checks"]}
     assert result.data["ok"] == (result.code == 0)

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from keye.commands import options
 from keye.errors import KeyeError
+from keye.files import complete_file
+
+if TYPE_CHECKING:
+    from keye.chat import Medium, Region
+
+#: Formats that a picture with marks can be written in, by the end of the file's name.
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 @click.command(context_settings=options.CONTEXT)
 @click.argument("words", nargs=-1, metavar='FILES... "QUESTION"')
+@click.option(
+    "--draw",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the picture with the places that the answer marks (.png, .jpg, .webp).",
+)
 @options.sampling_frames
 @options.sampling_text
+@options.prompting
 @options.attention
 @options.running
 @options.as_json
 @options.debug
-def ask(words: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def ask(words: tuple[str, ...], draw: Path | None, tools: Path | None, as_json: bool, **given: Any) -> None:
     """Answer a question about videos and images.
 
     The last argument is the question; the files before it are videos or images. The answer is printed as it is written,
@@ -30,17 +45,50 @@ def ask(words: tuple[str, ...], as_json: bool, **given: Any) -> None:
     keye ask video.mp4 "when is the red circle visible?"
     keye ask before.png after.png "what is different?"
     keye ask talk.mp4 "what is on the board?" --start 12:30 --end 14:00 --fps 1
+    keye ask street.jpg "where are the signs, and what do they say?" --model 1.5 --draw signs.png
     """
     files, question = split_words(words)
     from keye.commands import inputs, show
 
     media = inputs.open_media(files, given)
+    offered = inputs.read_tools(tools) if tools is not None else ()
+    if draw is not None:
+        check_drawing(draw, media)
     model = inputs.load_model(given)
-    stream = model.stream_ask(media, question, **inputs.reply_options(model, given))
+    stream = model.stream_ask(media, question, tools=offered, **inputs.reply_options(model, given))
+    answer = show.run_quietly(stream) if as_json else show.print_stream(stream)
+    written = write_picture(media, answer.regions, draw) if draw is not None else False
     if as_json:
-        show.print_json(show.run_quietly(stream).to_dict())
-    else:
-        show.print_answer(show.print_stream(stream), model)
+        show.print_json({**answer.to_dict(), **({"drawn": str(draw) if written else None} if draw else {})})
+        return
+    show.print_answer(answer, model)
+    if written:
+        show.print_line(f"wrote {draw}")
+
+
+def check_drawing(path: Path, media: Sequence[Medium]) -> None:
+    """`KeyeError` where `--draw` cannot work, before a model is loaded."""
+    if path.suffix.lower() not in PICTURE_FORMATS:
+        raise KeyeError(f"{path} is no name for a picture: end it in {', '.join(PICTURE_FORMATS)}")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise KeyeError(f"{path} cannot be written: name a file in a folder that exists")
+    if len(media) != 1 or media[0].kind != "image":
+        raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")
+
+
+def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path) -> bool:
+    """Writes the image with its marks; notes instead that there are none, and returns whether it wrote."""
+    from keye.commands.inputs import note
+    from keye.engine.draw import draw_regions
+    from keye.media.image import read_image
+
+    if not any(region.points for region in regions):
+        note(f"the answer marks no place, so {path} was not written")
+        return False
+    drawn = draw_regions(read_image(media[0].source), regions)  # type: ignore[arg-type]
+    with complete_file(path) as draft:
+        drawn.save(draft, PICTURE_FORMATS[path.suffix.lower()])
+    return True
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], str]:

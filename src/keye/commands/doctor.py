@@ -173,11 +173,10 @@ def check_nano() -> Check:
 
 def check_hub() -> Check:
     """Which published checkpoints lie in the hub's cache; the network is not asked."""
-    from huggingface_hub import constants
-
+    from keye.config import hub_config
     from keye.hub import PUBLISHED
 
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = hub_config().cache
     here = [short for short, name in PUBLISHED.items() if (cache / f"models--{name.replace('/', '--')}").is_dir()]
     return Check("hub cache", None, f"{cache}: " + (", ".join(here) if here else "no published Keye checkpoint"))
 

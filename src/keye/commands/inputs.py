@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from keye.chat import Medium
+from keye.chat import Medium, normalize_tools
 from keye.commands.options import IMAGE_OPTIONS, SAMPLING_OPTIONS, VIDEO_OPTIONS, given
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError
@@ -15,6 +19,9 @@ from keye.media.fetch import fetch_source, media_kind
 
 if TYPE_CHECKING:
     from keye.engine.engine import Keye
+
+#: Largest file of functions.
+MAX_TOOLS_BYTES = 4 << 20
 
 
 def stderr() -> Console:
@@ -44,8 +51,48 @@ def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]
     return media
 
 
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """The folder of a model, fetched under a progress bar if need be; without `weights` only its small files."""
+    from keye.hub import resolve
+
+    with download_bar(name) as progress:
+        return resolve(name, weights=weights, progress=progress)
+
+
+@contextmanager
+def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error with bytes, speed and time left; one note instead where that is no terminal. It appears
+    with the first bytes, so nothing is shown for what is here already."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the bar shows what it would tell of new attempts
+    console = stderr()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(f"fetching {one_line(name)}", total=None, start=False)
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            if not console.is_terminal:
+                note(f"fetching {name}: {(total - done) / 1e6:,.1f} MB")
+            bar.start()
+            bar.reset(task, total=total, completed=done)
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
 def load_model(options: Mapping[str, Any]) -> Keye:
     """Loads the model of `options.running`."""
+    find_model(options["model"])
     with stderr().status(f"loading {one_line(options['model'])}"):
         import torch
 
@@ -53,7 +100,25 @@ def load_model(options: Mapping[str, Any]) -> Keye:
 
         if options["threads"]:
             torch.set_num_threads(options["threads"])
-        return keye.load(options["model"], device=options["device"], dtype=options["dtype"])
+        return keye.load(
+            options["model"],
+            device=options["device"],
+            dtype=options["dtype"],
+            template=options.get("template") or "keye",
+        )
+
+
+def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
+    """The functions in a JSON file."""
+    try:
+        if file.stat().st_size > MAX_TOOLS_BYTES:
+            raise KeyeError(f"{file} has more than {MAX_TOOLS_BYTES:,} bytes: offer fewer functions")
+        tools = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KeyeError(f"{file} cannot be read ({error.strerror}): give a JSON list of functions") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise KeyeError(f"{file} is no JSON ({error}): give a JSON list of functions") from None
+    return normalize_tools(tools)
 
 
 def reply_options(model: Keye, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -79,6 +80,22 @@ running: Callable[[F], F] = _all(
         help="Number format of the weights.  [default: the checkpoint's]",
     ),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
+)
+
+prompting: Callable[[F], F] = _all(
+    click.option(
+        "--template",
+        metavar="keye|checkpoint|FILE",
+        default="keye",
+        show_default=True,
+        help="Chat template: ours, the checkpoint's own, or a file.",
+    ),
+    click.option(
+        "--tools",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="JSON list of functions that the model may ask to be called.",
+    ),
 )
 
 attention: Callable[[F], F] = click.option(

@@ -26,12 +26,11 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, **given: Any) -> Non
     """
     from keye.commands import inputs, show
     from keye.config import load_model_config, load_processor_config
-    from keye.hub import resolve
     from keye.media.image import plan_image
     from keye.media.video import plan_video
 
     media = inputs.open_media(files, given)
-    folder = resolve(model)
+    folder = inputs.find_model(model, weights=False)
     config, context = load_processor_config(folder), load_model_config(folder).text.max_position_embeddings
     videos = sum(medium.kind == "video" for medium in media)
     plans: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from keye.chat import Interval, format_seconds, merge_intervals
+from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
 from keye.commands.inputs import stderr
 from keye.commands.terminal import one_line, printable
 
@@ -63,13 +63,31 @@ def print_stream(stream: AnswerStream) -> Answer:
 
 
 def print_answer(answer: Answer, model: Keye) -> None:
-    """What follows the text of an answer: its intervals on a timeline, and what it cost."""
+    """What follows the text of an answer: what it marks and calls, its intervals on a timeline, and what it cost."""
     console = stdout()
+    for found in [*map(call_line, answer.tool_calls), *region_lines(answer.regions)]:
+        console.print(found, soft_wrap=True)
     if answer.intervals:
         for line in timeline(answer.intervals, video_length(answer.plan), min(console.width, MAX_BAR + 24)):
             console.print(line, soft_wrap=True)
     sparse = model.config.text.sparse
     console.print(usage_line(answer, sparse.topk if sparse is not None else None), style="dim", soft_wrap=True)
+
+
+def call_line(call: ToolCall) -> str:
+    """A call as the model wants it made."""
+    return "  " + one_line(f"call {call.name} {json.dumps(call.arguments, ensure_ascii=False)}")
+
+
+def region_lines(regions: Sequence[Region]) -> list[str]:
+    """One line for each place that an answer marks, numbered as in its drawing; coordinates are thousandths."""
+    lines = []
+    for number, region in enumerate(regions, 1):
+        if region.points:
+            corners = " ".join(f"({x:g}, {y:g})" for x, y in region.points[:8])
+            more = f" and {len(region.points) - 8} more" if len(region.points) > 8 else ""
+            lines.append("  " + one_line(f"{number} {region.kind} {corners}{more} {region.label or ''}"))
+    return lines
 
 
 def video_length(plans: Sequence[Mapping[str, Any]]) -> float | None:

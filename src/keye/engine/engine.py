@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keye.chat import ChatTemplate, Message, merge_intervals, parse_reply
+from keye.chat import (
+    ChatTemplate,
+    CheckpointTemplate,
+    Message,
+    Region,
+    ToolCall,
+    load_template,
+    merge_intervals,
+    normalize_tools,
+    parse_reply,
+    template_of,
+)
 from keye.config import (
     GenerationConfig,
     KeyeConfig,
@@ -27,7 +38,7 @@ from keye.media.processor import MediaItem, Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import load_model, torch_dtype
-from keye.tokenizer import StreamDecoder, Tokenizer
+from keye.tokenizer import StreamDecoder, Tokenizer, check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ class Usage:
 class Answer:
     """A finished reply.
 
-    `intervals` are the (start, end) seconds written in the answer. `plan` says for each medium what was sampled and
+    `intervals` are the (start, end) seconds written in the answer, `regions` the points, boxes, outlines and clips that
+    it marks, `tool_calls` the functions that the model wants called. `plan` says for each medium what was sampled and
     what it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model
     was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
     """
@@ -57,10 +69,18 @@ class Answer:
     attention: str
     finish_reason: str
     seconds: Mapping[str, float]
+    regions: tuple[Region, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, every field."""
-        return {**asdict(self), "intervals": [list(pair) for pair in self.intervals], "plan": list(self.plan)}
+        return {
+            **asdict(self),
+            "intervals": [list(pair) for pair in self.intervals],
+            "plan": list(self.plan),
+            "regions": [region.to_dict() for region in self.regions],
+            "tool_calls": [asdict(call) for call in self.tool_calls],
+        }
 
 
 class AnswerStream:
@@ -97,11 +117,15 @@ class Keye:
         generation: GenerationConfig | None = None,
         *,
         attention: AttentionMode = "sparse",
+        template: ChatTemplate | CheckpointTemplate | None = None,
     ) -> None:
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
         self.generation = generation or GenerationConfig()
         self.attention: AttentionMode = attention if model.config.text.sparse is not None else "dense"
-        self.template = ChatTemplate(default_system=self.generation.default_system)
+        own = template_of(model.config.architecture, self.generation.default_system)
+        self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
+        if isinstance(self.template, CheckpointTemplate):
+            self.template = replace(self.template, thinking=own.thinking, default_system=self.generation.default_system)
         self._builder = PromptBuilder(self.config, tokenizer, processor)
 
     @property
@@ -151,14 +175,16 @@ class Keye:
         *,
         thinking: bool | None = None,
         attention: AttentionMode | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **sampling: Any,
     ) -> AnswerStream:
         """Starts a reply. `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback;
+        `tools` are functions (name, description, JSON schema of the parameters) that the model may ask to be called;
         `sampling` are the fields of `SamplingParams`, the model's own defaults for those not given. Unknown options are
         errors, raised here and not at the first token."""
         params = self.sampling_params(**sampling)
         mode = self._attention_mode(attention)
-        return AnswerStream(self._reply(messages, params, mode, thinking))
+        return AnswerStream(self._reply(messages, params, mode, thinking, normalize_tools(tools)))
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The model's defaults with the given fields in their place; `None` means not given."""
@@ -186,9 +212,10 @@ class Keye:
         params: SamplingParams,
         mode: AttentionMode,
         thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]],
     ) -> Iterator[str | Answer]:
         begin = time.perf_counter()
-        prompt = self._builder.build(messages, template=self.template, thinking=thinking)
+        prompt = self._builder.build(messages, template=self.template, thinking=thinking, tools=tools)
         check_context(prompt, params.max_tokens, self.config.text.max_position_embeddings)
         prepared = time.perf_counter()
         decoding = Decoding(self.model, mode=mode)
@@ -225,6 +252,8 @@ class Keye:
             attention=mode,
             finish_reason=finished,
             seconds={name: round(value, 4) for name, value in seconds.items()},
+            regions=reply.regions,
+            tool_calls=reply.tool_calls,
         )
 
 
@@ -249,25 +278,37 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
     attention: AttentionMode = "sparse",
+    template: str | Path = "keye",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Keye:
     """Loads a model by name ("nano", a hub name) or from a folder.
 
+    `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of
+    all files while a model is fetched from there.
+
     `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the
-    checkpoint's own). Nothing in the checkpoint is executed.
+    checkpoint's own). `template` is "keye" for our own chat format of the model's generation, "checkpoint" for the
+    template in the checkpoint's files, or a template file. Nothing in the checkpoint is executed; its template is
+    rendered in a sandbox.
     """
-    folder = resolve(str(name_or_path))
+    folder = resolve(str(name_or_path), revision=revision, progress=progress)
     config = load_model_config(folder)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise KeyeError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    chosen = None if template == "keye" else load_template(folder if template == "checkpoint" else template)
+    tokenizer = Tokenizer.from_file(folder)
+    check_tokenizer(tokenizer, config)
     model, _ = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
-    name = str(config.raw.get("keye_name") or folder.name)
+    name = str(config.raw.get("keye_name") or Path(str(name_or_path)).name)
     return Keye(
         name,
         model,
-        Tokenizer.from_file(folder),
+        tokenizer,
         Processor(load_processor_config(folder)),
         load_generation_config(folder),
         attention=attention,
+        template=chosen,
     )

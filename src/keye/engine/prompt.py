@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from keye.chat import ChatTemplate, Medium, Message, render
+from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
 from keye.errors import KeyeError
 from keye.media.fetch import Source, fetch_source, media_kind
@@ -60,22 +60,33 @@ class PromptBuilder:
         self,
         messages: Sequence[Mapping[str, Any] | Message],
         *,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | CheckpointTemplate | None = None,
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prompt:
         """Renders, opens and decodes the media, and lays out tokens and positions."""
-        segments = render(messages, template=template, thinking=thinking)
+        if isinstance(template, CheckpointTemplate):
+            segments = template.render(messages, thinking=thinking, tools=tools)
+        else:
+            segments = render(messages, template=template, thinking=thinking, tools=tools)
+        return self.lay_out(segments)
+
+    def lay_out(self, segments: Sequence[Segment]) -> Prompt:
+        """Opens and decodes the media of a rendered prompt, and gives every token its id and position."""
         videos = sum(s.kind == "video" for s in segments)
         ids: list[int] = []
         items: list[MediaItem] = []
+        texts: list[tuple[str, bool]] = []
         for segment in segments:
             if isinstance(segment.value, Medium):
+                ids += self.tokenizer.encode_parts(texts)
+                texts.clear()
                 item = self.open(segment.value, videos)
                 items.append(item)
                 ids += self._media_ids(item)
             else:
-                ids += self.tokenizer.encode(segment.value, special=segment.kind == "template")
-        return self._lay_out(ids, items)
+                texts.append((segment.value, segment.kind == "template"))
+        return self._positioned(ids + self.tokenizer.encode_parts(texts), items)
 
     def open(self, medium: Medium, videos: int = 1) -> MediaItem:
         """Fetches and processes one medium under its own options."""
@@ -98,7 +109,7 @@ class PromptBuilder:
                 ids += self.tokenizer.encode(piece, special=True)
         return ids
 
-    def _lay_out(self, ids: list[int], items: list[MediaItem]) -> Prompt:
+    def _positioned(self, ids: list[int], items: list[MediaItem]) -> Prompt:
         grids = {}
         for kind in ("image", "video"):
             rows = [item.vision.grid_thw for item in items if item.kind == kind]

@@ -119,6 +119,10 @@ def test_preview_adds_its_system_message_unless_one_is_given() -> None:
         {"type": "video_url", "video_url": {"url": "v.mp4"}, "fps": 2},
         {"type": "video_url", "video_url": "v.mp4", "fps": 2},
         {"type": "video", "video": "v.mp4", "fps": 2, "max_frames": None},
+        {"type": "video", "video_url": "v.mp4", "fps": 2},
+        {"type": "video", "video": "v.mp4", "preprocess_kwargs": {"fps": 2}},
+        {"type": "video_url", "video_url": {"url": "v.mp4", "preprocess_kwargs": {"fps": 2}}},
+        {"type": "video_url", "video_url": {"url": "v.mp4"}, "preprocess_kwargs": {"fps": 2}},
     ],
 )
 def test_forms_of_a_video(part: dict[str, Any]) -> None:
@@ -137,7 +141,7 @@ def test_checked_messages_pass_through() -> None:
         ([], "the list is empty"),
         (["hello"], r"messages\[0\] is a str: give a dictionary"),
         ([{"role": "user"}], r"messages\[0\] has no 'content'"),
-        ([{"role": "tool", "content": "x"}], "role is 'tool': use one of system, user, assistant"),
+        ([{"role": "boss", "content": "x"}], "role is 'boss': use one of system, user, assistant, tool"),
         ([{"role": "user", "content": "x", "name": "me"}], "unknown key 'name'"),
         ([user("x"), {"role": "system", "content": "x"}], "can only come first"),
         ([{"role": "user", "content": []}], "not empty"),
@@ -153,6 +157,8 @@ def test_checked_messages_pass_through() -> None:
         ([user({"type": "video", "video": "a", "fps": float("nan")})], "fps is nan"),
         ([user({"type": "video_url", "video_url": {"url": "a", "fps": 1}, "fps": 2})], "give it once"),
         ([user({"type": "video_url", "video_url": {"fps": 1}})], "has no 'url'"),
+        ([user({"type": "video", "video": "a", "fps": 1, "preprocess_kwargs": {"fps": 2}})], "give it once"),
+        ([user({"type": "video", "video": "a", "preprocess_kwargs": {"speed": 2}})], "unknown key 'speed'"),
         ([{"role": "system", "content": [{"type": "image", "image": "a"}]}], "belong into messages of the user"),
         ([user("q"), {"role": "assistant", "content": "a"}], "the last one is the assistant's"),
     ],

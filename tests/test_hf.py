@@ -1,0 +1,222 @@
+"""transformers' Auto classes load Keye through keye.hf, and compute what keye computes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import keye
+from keye.config import ARCHITECTURES, model_config_from_dict
+from keye.errors import KeyeError
+from keye.hub import asset
+from keye.models.keye import KeyeModel
+from keye.models.weights import save_model
+from keye.train.initialise import fresh_model
+
+transformers = pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
+import keye.hf
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny_folder, tiny_raw
+
+TALK = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (84, 56), "red")}, "what is it?"]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("hf") / "tiny")
+
+
+def load(folder: Path, **options: Any) -> tuple[Any, Any]:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False, **options)
+    return model, transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+def own_prompt(model: keye.Keye, messages: Any) -> Any:
+    return model._builder.build(messages, template=model.template)
+
+
+def greedy(model: keye.Keye, messages: Any, tokens: int) -> list[int]:
+    from keye.engine.generate import Decoding, generate
+    from keye.engine.sampling import SamplingParams
+
+    decoding = Decoding(model.model, mode=model.attention)
+    decoding.prefill(own_prompt(model, messages))
+    return list(generate(decoding, SamplingParams(max_tokens=tokens), ()))
+
+
+def test_auto_classes(folder: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    assert isinstance(config, keye.hf.KeyeVL2ConfigHF) and config.hidden_size == 64
+    assert config.keye.text.sparse.topk == 16
+    for auto in (transformers.AutoModel, transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        model = auto.from_pretrained(folder, trust_remote_code=False)
+        assert isinstance(model, keye.hf.KeyeVL2MoeForConditionalGeneration)
+        assert isinstance(model.network, KeyeModel) and model.dtype == torch.bfloat16
+    assert isinstance(transformers.AutoProcessor.from_pretrained(folder), keye.hf.KeyeVL2Processor)
+
+
+GENERATIONS = {
+    "KeyeForConditionalGeneration": ("Keye", "KeyeProcessor"),
+    "KeyeVL1_5ForConditionalGeneration": ("KeyeVL1_5", "KeyeVL1_5Processor"),
+    "KeyeVL2MoeForConditionalGeneration": ("KeyeVL2", "KeyeVL2Processor"),
+}
+
+
+@pytest.mark.parametrize("architecture", GENERATIONS)
+def test_every_generation(architecture: str, folder: Path, tmp_path: Path) -> None:
+    """A folder as published: the processor is named in its file, code is offered and not taken."""
+    if architecture not in ARCHITECTURES:
+        pytest.skip(f"{architecture} has no network yet")
+    kind, processor_class = GENERATIONS[architecture]
+    raw = tiny_raw() | {"architectures": [architecture], "model_type": kind}
+    raw["auto_map"] = {"AutoConfig": "configuration.Config", "AutoModel": "modeling.Model"}
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    named = json.loads((folder / "preprocessor_config.json").read_text()) | {"processor_class": processor_class}
+    named["auto_map"] = {"AutoProcessor": "processing.Processor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(named))
+    save_model(fresh_model(model_config_from_dict(raw), 0), tmp_path)
+    model, processor = load(tmp_path)
+    assert (model.config.model_type, type(processor).__name__) == (kind, processor_class)
+    inputs = processor.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=4, eos_token_id=-1)
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == greedy(keye.load(tmp_path), TALK, 4)
+
+
+def test_logits_and_ids_are_keyes_own(folder: Path) -> None:
+    model, processor = load(folder, dtype="float32")
+    own = keye.load(folder, dtype="float32")
+    prompt = own_prompt(own, TALK)
+    inputs = processor.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True)
+    assert inputs["input_ids"].tolist() == [prompt.token_ids.tolist()]
+    assert inputs["position_ids"][:, 0].tolist() == prompt.position_ids.tolist()
+    logits = model(**inputs).logits
+    from keye.engine.generate import Decoding
+
+    decoding = Decoding(own.model)
+    decoding.prefill(prompt)
+    torch.testing.assert_close(logits[0, -1], decoding.logits)
+    assert torch.equal(model(**inputs, logits_to_keep=1).logits[0, 0], decoding.logits)
+    ids = model.generate(**inputs, max_new_tokens=12, eos_token_id=-1)
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == greedy(own, TALK, 12)
+
+
+def test_keye_nano_answers_the_same(folder: Path) -> None:
+    model, processor = load(asset("nano"))
+    own = keye.load("nano")
+    talk = [{"role": "user", "content": [{"type": "video", "video": str(asset("demo.mp4"))},
+                                         "when is the cyan triangle visible?"]}]  # fmt: skip
+    inputs = processor.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=32)
+    reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :])
+    assert reply == own.chat(talk).text and "[[" in reply
+
+
+def test_rows_of_a_batch_are_computed_as_alone(folder: Path) -> None:
+    model, processor = load(folder, dtype="float32")
+    talks = [TALK, [{"role": "user", "content": "hello there, what do you see?"}], TALK]
+    together = processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True)
+    assert together["attention_mask"].sum(1).tolist()[1] < together["input_ids"].shape[1]
+    ids = model.generate(**together, max_new_tokens=5, eos_token_id=-1)
+    for row, talk in enumerate(talks):
+        alone = processor.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
+        assert torch.equal(model.generate(**alone, max_new_tokens=5, eos_token_id=-1)[0, -5:], ids[row, -5:])
+    length = int(together["attention_mask"][1].sum())
+    alone = processor.apply_chat_template(talks[1], tokenize=True, add_generation_prompt=True)
+    padded = model(**together).logits[1]
+    torch.testing.assert_close(padded[-length:], model(**alone).logits[0])
+    assert not padded[:-length].any()
+
+
+def test_positions_follow_from_the_grids(folder: Path) -> None:
+    model, processor = load(folder)
+    inputs = processor.apply_chat_template([TALK, TALK], tokenize=True, add_generation_prompt=True)
+    expected = model(**inputs).logits
+    del inputs["position_ids"]
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_texts_with_media(folder: Path) -> None:
+    _, processor = load(folder)
+    text = processor.apply_chat_template(TALK, add_generation_prompt=True)
+    assert text.count("<|image_pad|>") == 1
+    inputs = processor(text=[text], images=[TALK[0]["content"][0]["image"]])  # type: ignore[index]
+    again = processor.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True)
+    assert all(torch.equal(inputs[name], again[name]) for name in again)
+    with pytest.raises(KeyeError, match="more image placeholders than"):
+        processor(text=text)
+    with pytest.raises(KeyeError, match="more images than"):
+        processor(text="x", images=[Image.new("RGB", (56, 56))])
+
+
+def test_sampling_is_repeatable_and_replies_end(folder: Path) -> None:
+    model, processor = load(folder)
+    inputs = processor.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True)
+    draw = [
+        model.generate(**inputs, do_sample=True, temperature=2.0, seed=seed, max_new_tokens=6) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    first = model.generate(**inputs, max_new_tokens=1)[0, -1:].tolist()
+    ended = model.generate(**inputs, max_new_tokens=9, eos_token_id=first)
+    assert ended.shape[1] == inputs["input_ids"].shape[1] + 1 and ended[0, -1:].tolist() == first
+
+
+def test_saving_and_loading(folder: Path, tmp_path: Path) -> None:
+    model, processor = load(folder)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rope_scaling"]["mrope_section"] == [4, 6, 6]
+    again, _ = load(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    keye.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"load_in_4bit": True}, "unknown option load_in_4bit"), ({"device_map": "auto"}, "one device")],
+)
+def test_options_that_keye_does_not_know(options: dict[str, Any], sentence: str, folder: Path) -> None:
+    with pytest.raises(KeyeError, match=sentence):
+        load(folder, **options)
+
+
+def test_inputs_that_keye_does_not_know(folder: Path) -> None:
+    model, processor = load(folder)
+    inputs = processor.apply_chat_template(TALK, tokenize=True)
+    with pytest.raises(KeyeError, match="unknown input labels"):
+        model(**inputs, labels=inputs["input_ids"])
+    with pytest.raises(KeyeError, match="visual tokens"):
+        model(inputs["input_ids"])
+
+
+def test_code_in_the_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
+    evil = Path(shutil.copytree(folder, tmp_path / "evil"))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    for name in ("configuration_keye", "modeling_keye", "processing_keye"):
+        (evil / f"{name}.py").write_text(code)
+    for file, names in (
+        ("config.json", {"AutoConfig": "configuration_keye.C", "AutoModelForImageTextToText": "modeling_keye.M"}),
+        ("preprocessor_config.json", {"AutoProcessor": "processing_keye.P"}),
+    ):
+        content = json.loads((evil / file).read_text())
+        (evil / file).write_text(json.dumps({**content, "auto_map": names}))
+    load(evil)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torchvision_is_not_needed(folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['torchvision'] = None\nimport keye.hf\nfrom transformers import AutoProcessor\n"
+        "AutoProcessor.from_pretrained(sys.argv[1]); print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr
