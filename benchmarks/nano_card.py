@@ -1,7 +1,8 @@
 """Every score of keye-nano's model card: runs the FrameForge evaluation in all its settings and prints JSON lines.
 
-Each line is the result of `keye eval frameforge` with the options it echoes. Run (about 4 minutes a setting and core):
-    python benchmarks/nano_card.py [--model nano] [--n 2000] [--only unseen ...] [--jobs 2]
+Each line is the result of `keye eval frameforge` with the options it echoes. Run (about 2 minutes a setting and core):
+    python benchmarks/nano_card.py [--model nano] [--n 2000] [--only unseen ...] [--jobs 2] > scores.jsonl
+    python benchmarks/nano_card.py --card scores.jsonl    # writes the tables of the model card from these lines
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,13 +43,57 @@ def run(name: str, model: str, count: int) -> dict[str, Any]:
     return {"setting": name, **evaluate(keye.load(model), EvalOptions(questions=count, **SETTINGS[name]))}
 
 
+def write_card(lines: Path) -> None:
+    """Replaces the tables of the packaged model card, each between its marks, by those of the results in `lines`."""
+    from keye.hub import asset
+
+    results = {one["setting"]: one for one in map(json.loads, lines.read_text().splitlines())}
+    card = asset("nano") / "README.md"
+    text = card.read_text()
+    for mark, table in (("scores", score_table(results)), ("tasks", task_table(results["test"], results["unseen"]))):
+        before, _, rest = text.partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {mark} -->\n")
+        assert end, f"the card has no place for the table of {mark}"
+        text = f"{before}<!-- {mark} -->\n{table}{end}{after}"
+    card.write_text(text)
+
+
+def score_table(results: dict[str, dict[str, Any]]) -> str:
+    """A row for each setting."""
+    head = "setting | questions | mIoU | whole video | R1@0.3 / 0.5 / 0.7 | accuracy | k / context"
+    rows = [head, "|".join(["---"] * 7)]
+    for name in SETTINGS:
+        if (one := results.get(name)) is None:
+            continue
+        recall = " / ".join(f"{one['grounding'][f'r1@{level}']:.1f}" for level in (0.3, 0.5, 0.7))
+        scores = f"{one['miou']:.1f} ± {one['miou_error']:.1f} | {one['whole_video_miou']:.1f} | {recall}"
+        right = f"{one['accuracy']:.1f} ± {one['accuracy_error']:.1f}"
+        rows.append(f"{name} | {one['questions']} | {scores} | {right} | {one['k_over_context']}")
+    return "".join(f"| {row} |\n" for row in rows)
+
+
+def task_table(test: dict[str, Any], unseen: dict[str, Any]) -> str:
+    """A row for each task; those that do not count towards the accuracy stand in brackets."""
+    rows = ["task | n | test | majority | unseen", "|".join(["---"] * 5)]
+    for name, one in test["tasks"].items():
+        label = name if one["shipped"] else f"({name})"
+        other = unseen["tasks"].get(name, {}).get("accuracy")
+        there = "-" if other is None else f"{other:.1f}"
+        rows.append(f"{label} | {one['n']} | {one['accuracy']:.1f} | {one['majority']:.1f} | {there}")
+    return "".join(f"| {row} |\n" for row in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--card", type=Path, help="write the model card's tables from this file of results instead")
     arguments = parser.parse_args()
+    if arguments.card is not None:
+        write_card(arguments.card)
+        return
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         pending = [pool.submit(run, name, arguments.model, arguments.n) for name in arguments.only]
         for done in as_completed(pending):
