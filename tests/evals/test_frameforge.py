@@ -1,14 +1,17 @@
 """The evaluation end to end on a tiny random model, and its prompts against those of training."""
 
 import json
+import random
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from keye.data.frameforge import Question, make_clip
+from keye.chat import Medium, Message
+from keye.data.frameforge import Question, make_clip, picture_questions, render
 from keye.engine.branches import greedy_branches
 from keye.engine.generate import Decoding, generate
 from keye.engine.prompt import Prompt, PromptBuilder
@@ -227,3 +230,20 @@ def test_scores_of_replies():
     assert score(clip, never, "[[10.0, 12.0]]", 0).iou == 0.0
     assert score(clip, Question("start", "?", "10.0 seconds"), "10.0 s", 0).correct
     assert not score(clip, Question("read", "?", "JAZZ"), "JAZ", 0).correct
+
+
+def test_prompts_about_pictures_are_those_of_training(tiny):
+    maker = BatchMaker(tiny.tokenizer, tiny.processor_config)
+    clip = make_clip(3, frames=1)
+    asked = picture_questions(clip, random.Random(0), 4)
+    batch = maker.pack([clip], [asked], pictures=True)
+    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor_config))
+    for number, answer in enumerate(batch.answers):
+        picture = Medium("image", Image.fromarray(render(clip)[0]))
+        prompt = builder.build([Message("user", (picture, asked[number].text))])
+        begin = int(np.flatnonzero(batch.branch[0] == number)[0])
+        head = slice(begin, answer.start + 1)
+        assert prompt.token_ids.tolist() == [*batch.trunk_ids[0], *batch.tail_ids[0, head]]
+        trunk = batch.trunk_ids.shape[1]
+        trained = np.concatenate([batch.positions[0, :, :trunk], batch.positions[0, :, trunk:][:, head]], axis=1)
+        assert (prompt.position_ids.numpy() == trained).all()

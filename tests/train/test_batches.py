@@ -152,3 +152,14 @@ def test_a_mix_may_show_more_text_than_its_stage():
     never = StageConfig("plain", steps=1, mix=(Mix(frames=2, clips=6, questions=40),), text_chance=0.0)
     assert make_batch(always, NANO, 1).events.text.any(axis=(1, 2)).all()
     assert not make_batch(never, NANO, 1).events.text.any()
+
+
+def test_pictures_are_asked_about_as_images():
+    config = StageConfig("pictures", steps=1, mix=(Mix(frames=1, clips=3, questions=6, pictures=True),))
+    batch, maker = make_batch(config, NANO, 2), batch_maker(NANO)
+    text = maker.tokenizer.decode(batch.trunk_ids[0].tolist(), skip_special=False)
+    assert text == "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+    assert batch.time_ids.shape == (3, 0, 2)
+    tasks = {answer.question.task for answer in batch.answers}
+    assert {"count", "presence"} <= tasks
+    assert not any("video" in a.question.text or "seconds" in a.question.text for a in batch.answers)

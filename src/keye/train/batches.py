@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig, load_processor_config
-from keye.data.frameforge import Clip, Question, dense_labels, make_clip, questions, render
+from keye.data.frameforge import Clip, Question, dense_labels, make_clip, picture_questions, questions, render
 from keye.media.positions import build_position_ids
 from keye.tokenizer import Tokenizer
 from keye.train.config import StageConfig
@@ -42,8 +42,7 @@ class Answered:
 class PackedBatch:
     """`frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64 [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are
     the next token, `IGNORE` where nothing is learnt); `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the
-    tokens of each frame's timestamp; `layout`, `pointers`, `comparisons` and `events` are described in
-    `keye.train.evidence`."""
+    tokens of each frame's timestamp (F is 0 for pictures). `keye.train.evidence` describes the rest."""
 
     frames: NDArray[np.uint8]
     trunk_ids: NDArray[np.int64]
@@ -87,7 +86,7 @@ class BatchMaker:
     def __init__(self, tokenizer: Tokenizer, processor: ProcessorConfig, size: tuple[int, int] = (112, 112)) -> None:
         self.tokenizer, self.processor, self.size = tokenizer, processor, size
         encode = tokenizer.encode
-        self.video_pad = tokenizer.token_id("<|video_pad|>")
+        self.video_pad, self.image_pad = tokenizer.token_id("<|video_pad|>"), tokenizer.token_id("<|image_pad|>")
         self.prefix = encode("<|im_start|>user\n<|vision_start|>", special=True)
         self.suffix = encode("<|vision_end|>", special=True)
         self.turn = encode("<|im_end|>\n<|im_start|>assistant\n", special=True)
@@ -107,19 +106,24 @@ class BatchMaker:
             clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects, split=config.split,
                              size=self.size, text_chance=text_chance,
                              start=0.0 if plain else None, step=0.5 if plain else None)  # fmt: skip
-            found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
+            if mix.pictures:
+                found = picture_questions(clip, rng, mix.questions)
+            else:
+                found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
             if found:
                 clips.append(clip)
                 asked.append([_capitalised(question, rng) for question in found])
-        return self.pack(clips, asked)
+        return self.pack(clips, asked, pictures=mix.pictures)
 
-    def pack(self, clips: Sequence[Clip], asked: Sequence[Sequence[Question]]) -> PackedBatch:
-        """Packs clips of equally many frames with their questions."""
-        trunks, times = zip(*(self._trunk(clip) for clip in clips), strict=True)
+    def pack(
+        self, clips: Sequence[Clip], asked: Sequence[Sequence[Question]], *, pictures: bool = False
+    ) -> PackedBatch:
+        """Packs clips of equally many frames with their questions; `pictures` shows the only frame as an image."""
+        trunks, times = zip(*(self._picture() if pictures else self._trunk(clip) for clip in clips), strict=True)
         trunk_ids = np.array(trunks, dtype=np.int64)
-        patch = self.processor.merge_size
+        patch, pad = self.processor.merge_size, self.image_pad if pictures else self.video_pad
         grid = np.tile([1, self.rows * patch, self.columns * patch], (clips[0].frames, 1))
-        trunk_positions, delta = build_position_ids(trunk_ids[0], {self.video_pad: grid}, merge_size=patch)
+        trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
         first = trunk_ids.shape[1] + delta
         rendered = [[self._render(question) for question in items] for items in asked]
         places = [_fill_windows([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
@@ -146,7 +150,8 @@ class BatchMaker:
             [np.broadcast_to(trunk_positions, (len(clips), *trunk_positions.shape)),
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
         frames = np.stack([render(clip) for clip in clips])
-        return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, np.array(times), tuple(answers),
+        time_ids = np.array(times, np.int64).reshape(len(clips), -1, 2)
+        return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
                            layout, tuple(pointers), tuple(comparisons), events_of(clips))  # fmt: skip
 
     def _layout(self, frames: int, length: int) -> TrunkLayout:
@@ -162,6 +167,10 @@ class BatchMaker:
             times.append(text[-2:])
             ids += text + pads
         return ids + self.suffix, times
+
+    def _picture(self) -> tuple[list[int], list[list[int]]]:
+        """The trunk of an image, which has no times."""
+        return [*self.prefix, *[self.image_pad] * (self.rows * self.columns), *self.suffix], []
 
     def _render(self, question: Question) -> tuple[Question, list[int], list[int]]:
         """The question with its token ids: question and turn, answer and end."""

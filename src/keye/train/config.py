@@ -24,7 +24,8 @@ TrainMode = Literal["dense", "warmup", "sparse"]
 class Mix:
     """One kind of batch: `clips` videos of `frames` frames with `questions` questions each, drawn with `weight`.
 
-    `text_chance`, where it is set, replaces the stage's: the share of clips that show text.
+    `text_chance`, where it is set, replaces the stage's: the share of clips that show text. `pictures` asks about the
+    first frame alone, as an image prompt without times; `frames` is 1 then.
     """
 
     frames: int
@@ -32,9 +33,12 @@ class Mix:
     questions: int
     weight: float = 1.0
     text_chance: float | None = None
+    pictures: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "mix")
+        if self.pictures and self.frames != 1:
+            raise ConfigError(f"mix: frames is {self.frames}, but pictures are single frames; set frames = 1")
         for name in ("frames", "clips", "questions", "weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"mix: {name} is {getattr(self, name)}; it must be above 0")

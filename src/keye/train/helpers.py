@@ -105,7 +105,7 @@ class Helpers(nn.Module):
     def loss(self, model: KeyeModel, batch: PackedBatch, step: PackedStep) -> Tensor:
         """The weighted sum of the losses, after the forward pass that `step` watched."""
         total = torch.zeros(())
-        if self.config.time_binding:
+        if self.config.time_binding and batch.time_ids.shape[1]:
             total = total + self.config.time_binding * self._bind_times(model, batch, step)
         for name, hint in step.hint_losses.items():
             self.record(f"looks at {name}", float((-hint.detach()).exp()), 1.0)

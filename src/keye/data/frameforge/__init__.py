@@ -8,6 +8,7 @@ Needs numpy and pillow, and PyAV to write files; never torch.
 """
 
 from keye.data.frameforge.labels import DenseLabels, dense_labels
+from keye.data.frameforge.pictures import picture_questions
 from keye.data.frameforge.questions import INTERVAL_TASKS, TASKS, WEIGHTS, Question, format_intervals, questions
 from keye.data.frameforge.render import render
 from keye.data.frameforge.scene import (
@@ -43,6 +44,7 @@ __all__ = [
     "dense_labels",
     "format_intervals",
     "make_clip",
+    "picture_questions",
     "questions",
     "render",
     "stream",

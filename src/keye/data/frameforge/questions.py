@@ -155,7 +155,7 @@ def _visible_frames(thing: SceneObject) -> list[int]:
     return [frame for first, last in thing.intervals for frame in range(first, last + 1)]
 
 
-def _absent_pairs(clip: Clip, rng: random.Random, count: int) -> list[Pair]:
+def absent_pairs(clip: Clip, rng: random.Random, count: int) -> list[Pair]:
     """Pairs never seen in the clip, most of them sharing the colour or the shape of one that is."""
     seen = clip.scene.pairs()
     allowed = ALL_PAIRS if clip.split == "unseen" else TRAIN_PAIRS
@@ -190,7 +190,7 @@ def _ground_none(clip: Clip, rng: random.Random) -> list[Question]:
     if clip.frames < 2:
         return []
     pool = []
-    for pair in _absent_pairs(clip, rng, 2):
+    for pair in absent_pairs(clip, rng, 2):
         question = _ask(rng, "ground", format_intervals(()), {"x": " ".join(pair)}, intervals=())
         pool.append(Question("ground_none", question.text, question.answer, question.intervals))
     return _shuffled(rng, pool)
@@ -238,11 +238,11 @@ def _list_at(clip: Clip, rng: random.Random) -> list[Question]:
         if number == 0 and rng.random() < 0.6:
             continue
         for frame in rng.sample(frames, min(2 if number else 1, len(frames))):
-            pool.append(_ask(rng, "list_at", _listing(clip, frame), time=clip.timestamps[frame]))
+            pool.append(_ask(rng, "list_at", listing(clip, frame), time=clip.timestamps[frame]))
     return _shuffled(rng, pool)
 
 
-def _listing(clip: Clip, frame: int) -> str:
+def listing(clip: Clip, frame: int) -> str:
     pairs = [(thing.color_at(frame), thing.shape) for thing in clip.scene.visible_objects(frame)]
     pairs.sort(key=lambda pair: (_COLOR_RANK[pair[0]], SHAPES.index(pair[1])))
     return "; ".join(" ".join(pair) for pair in pairs) or "none"
@@ -314,7 +314,7 @@ def _read(clip: Clip, rng: random.Random) -> list[Question]:
 
 def _presence(clip: Clip, rng: random.Random) -> list[Question]:
     present = [_ask(rng, "presence", "yes", {"x": with_article(thing.name)}) for thing in _steady(clip)]
-    pairs = _absent_pairs(clip, rng, len(present))
+    pairs = absent_pairs(clip, rng, len(present))
     absent = [_ask(rng, "presence", "no", {"x": with_article(" ".join(pair))}) for pair in pairs]
     return _even(rng, present, absent)
 

@@ -114,6 +114,17 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "cut_time": ("when does the background change?", "at what time does the scene change?"),
     "caption": ("describe the video.", "describe the video with times.", "what happens in the video, and when?"),
 }
+#: The same for single pictures; their words are among those above.
+PICTURE_PHRASES: dict[str, tuple[str, ...]] = {
+    "count": ("how many objects are in the image?", "count the objects in the image."),
+    "list_at": ("what objects are in the image?", "list the objects.", "describe the image."),
+    "background": ("what color is the background?", "which color does the background have?"),
+    "read": ("read the text.", "what does the text say?", "which text can you read?"),
+    "presence": ("is there {x} in the image?", "can you see {x} in the image?"),
+    "size": ("what size is the {x}?", "is the {x} big or small?"),
+    "attribute_at.color": ("what color is the {x}?", "which color does the {x} have?"),
+    "attribute_at.shape": ("what shape is the {x} object?", "which shape does the {x} object have?"),
+}
 TIME_PHRASES = ("{:.1f} seconds", "{:.1f} seconds", "{:.1f} s")
 ANSWER_WORDS = ("yes", "no", "none", "seconds", "moves", "changes", "to", "word", "top", "bottom", "a", "an", "s")
 PUNCTUATION = ("?", ".", ",", ";", "[[", "]]", "], [", "[]")
