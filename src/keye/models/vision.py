@@ -161,6 +161,19 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
+class VisionTower(nn.Module):
+    """Vision tower and projector without a decoder, under the names that a whole model gives them."""
+
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.visual = Visual(config)
+        self.mlp_AR = Projector(config, hidden_size)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Patches [P, 3, patch, patch] and grids int [rows, 3] -> visual tokens [P / merge**2, d]."""
+        return encode_vision(self.visual, self.mlp_AR, pixel_values, grid_thw)
+
+
 def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
     """Frames -> merged visual tokens in order, [tokens, d].
 
