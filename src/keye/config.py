@@ -153,7 +153,7 @@ class KeyeConfig:
 
     @property
     def generation(self) -> str:
-        """ "Preview", "1.5" or "2.0"."""
+        """preview, 1.5 or 2.0."""
         return ARCHITECTURES[self.architecture].generation
 
     def without_indexer(self) -> KeyeConfig:

@@ -39,7 +39,7 @@ def test_generations(official: dict[str, Any]) -> None:
         model_config_from_dict(json.loads((DATA / f"keye-vl-{name}-config.json").read_text()))
         for name in ("preview", "1.5", "2.0")
     )
-    assert [config.generation for config in (preview, v15, v2)] == ["Preview", "1.5", "2.0"]
+    assert [config.generation for config in (preview, v15, v2)] == ["preview", "1.5", "2.0"]
     assert [config.tokens_per_second for config in (preview, v15, v2)] == [2.0, None, None]
     assert [config.vision.norm_before_merge for config in (preview, v15, v2)] == [True, False, False]
     assert [config.vision.whole_video_attention for config in (preview, v15, v2)] == [True, False, False]
