@@ -57,26 +57,27 @@ def asset(name: str) -> Path:
     return path
 
 
-def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+def resolve(name_or_path: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
     """The folder that holds the checkpoint `name_or_path`, fetched from the hub if it is not on this machine.
 
     Tried in this order: a known name, a path, `organisation/name` on the hub (the local cache before the network).
     To open a folder called like a known name, write `./nano`. `revision` is a branch, tag or commit on the hub and
-    counts for nothing else. Raises KeyeError, with one sentence, for whatever cannot be a checkpoint.
+    counts for nothing else. Without `weights` only the small files are fetched. Raises KeyeError, with one sentence,
+    for whatever cannot be a checkpoint.
     """
     name = str(name_or_path)
     if not name.strip():
         raise KeyeError("The model's name is empty: give one of " + ", ".join(known_names()) + ", or a folder.")
     if isinstance(name_or_path, str):
         if name.lower() in PACKAGED:
-            return _checked(asset(PACKAGED[name.lower()]))
+            return _checked(asset(PACKAGED[name.lower()]), weights)
         if name.lower() in PUBLISHED:
-            return _fetch(PUBLISHED[name.lower()], revision)
+            return _fetch(PUBLISHED[name.lower()], revision, weights)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):  # unlike Path.exists, False also for names too long for the file system
-        return _checked(path)
+        return _checked(path, weights)
     if isinstance(name_or_path, str) and _HUB_NAME.fullmatch(name):
-        return _fetch(name, revision)
+        return _fetch(name, revision, weights)
     if isinstance(name_or_path, Path) or "/" in name or "\\" in name or name.startswith("~"):
         raise KeyeError(f"{path} does not exist: give a checkpoint folder or one of {', '.join(known_names())}.")
     raise KeyeError(_unknown(name))
@@ -91,7 +92,7 @@ def _unknown(name: str) -> str:
     return f"Unknown model {name[:80]!r}: {hint}Known names: {', '.join(known_names())}; a folder's path works too."
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, weights: bool) -> Path:
     """`folder` itself if it can be a checkpoint: a directory with config.json and no pickles in place of weights."""
     if not folder.is_dir():
         raise KeyeError(f"{folder} is a file: give the checkpoint folder that holds config.json and the weights.")
@@ -99,7 +100,7 @@ def _checked(folder: Path) -> Path:
         raise KeyeError(f"{folder} holds no config.json, so it is not a checkpoint: give the folder that does.")
     names = sorted(file.name for file in folder.iterdir())
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
+    if weights and pickles and not any(name.endswith(".safetensors") for name in names):
         raise KeyeError(
             f"{folder} holds its weights only as pickle files ({pickles[0]}), which can run code when opened: "
             "convert them to safetensors or fetch the safetensors release."
@@ -107,27 +108,28 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     """The snapshot of a hub checkpoint: the cached one if it is whole, else a fetched one."""
     try:
-        cached = _snapshot(name, revision, local_only=True)
+        cached = _snapshot(name, revision, weights, local_only=True)
     except LocalEntryNotFoundError:
         cached = None
-    if cached is not None and _is_whole(cached):
-        return _checked(cached)
+    if cached is not None and _is_whole(cached, weights):
+        return _checked(cached, weights)
     try:
-        return _checked(_snapshot(name, revision, local_only=False))
+        return _checked(_snapshot(name, revision, weights, local_only=False), weights)
     except LocalEntryNotFoundError as error:
         raise KeyeError(
             f"{name} is not complete on this machine and the hub cannot be reached: connect, or give a local folder."
         ) from error
 
 
-def _snapshot(name: str, revision: str | None, *, local_only: bool) -> Path:
+def _snapshot(name: str, revision: str | None, weights: bool, *, local_only: bool) -> Path:
     """Ask the hub library for a snapshot; LocalEntryNotFoundError passes through, any other error is a KeyeError."""
+    patterns = [pattern for pattern in ALLOWED_FILES if weights or pattern != "*.safetensors"]
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(ALLOWED_FILES), local_files_only=local_only
+            name, revision=revision, allow_patterns=patterns, local_files_only=local_only
         )
     except LocalEntryNotFoundError:
         raise
@@ -136,10 +138,12 @@ def _snapshot(name: str, revision: str | None, *, local_only: bool) -> Path:
     return Path(folder)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, weights: bool) -> bool:
     """Whether a cached snapshot has its configuration and every weight file its index names."""
     if not (folder / "config.json").is_file():
         return False
+    if not weights:
+        return True
     index = folder / _INDEX_FILE
     if not index.is_file():
         return any(folder.glob("*.safetensors"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ from keye.models.keye import KeyeModel
 from keye.models.vision import VisionTower
 
 __all__ = [
-    "INDEX_FILE", "WEIGHTS_FILE", "LoadReport", "WeightsError", "load_model", "load_tensors", "load_vision",
-    "open_checkpoint", "save_model", "torch_dtype",
+    "INDEX_FILE", "WEIGHTS_FILE", "LoadReport", "WeightsError", "check_fit", "load_model", "load_tensors",
+    "load_vision", "open_checkpoint", "save_model", "torch_dtype",
 ]  # fmt: skip
 
 #: In official files but never read by a forward pass: the SigLIP pooling head, the packing table, rotary buffers.
@@ -72,16 +72,16 @@ def load_model(
     """
     dtype = dtype or torch_dtype(config.dtype)
     tensors = open_checkpoint(Path(folder))
-    lacks_indexer = config.text.sparse is not None and not any(_INDEXER in name for name in tensors)
-    if lacks_indexer:
-        config = config.without_indexer()
-    with torch.device("meta"):
-        model = KeyeModel(config).to(dtype)
-    plan, report = _plan(model, tensors, strict=strict)  # before any memory is taken
-    model = model.to_empty(device=device)
+    model, plan, report = _planned(tensors, config, strict=strict)  # before any memory is taken
+    model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     _fill(model, plan, tensors)
-    return model.eval(), LoadReport(report.ignored, report.unused, lacks_indexer)
+    return model.eval(), report
+
+
+def check_fit(tensors: Mapping[str, Source], config: KeyeConfig) -> LoadReport:
+    """What `load_model` would report of these tensors, or the error that it would raise; no tensor is read."""
+    return _planned(tensors, config, strict=True)[2]
 
 
 def load_vision(
@@ -136,6 +136,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 _Place = Callable[[Tensor], Tensor]
 _Plan = dict[str, tuple[str, _Place]]
+
+
+def _planned(tensors: Mapping[str, Source], config: KeyeConfig, *, strict: bool) -> tuple[KeyeModel, _Plan, LoadReport]:
+    """A model without memory that suits the tensors, dense if they hold no indexer, and how they fill it."""
+    lacks_indexer = config.text.sparse is not None and not any(_INDEXER in name for name in tensors)
+    with torch.device("meta"):
+        model = KeyeModel(config.without_indexer() if lacks_indexer else config)
+    plan, report = _plan(model, tensors, strict=strict)
+    return model, plan, replace(report, lacks_indexer=lacks_indexer)
 
 
 def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> tuple[_Plan, LoadReport]:
