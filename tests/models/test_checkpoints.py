@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from keye.config import ConfigError, load_model_config, model_config_from_dict
+from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
+from keye.hub import asset
 from keye.models import checkpoint
 from keye.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, WeightsError, open_checkpoint
 from keye.models.keye import KeyeModel
@@ -294,7 +295,6 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
 
 def test_real_geometry_without_weights() -> None:
     """The published shapes, from the configurations alone (meta device)."""
-    data = Path(__file__).parents[1] / "data"
     for name, shapes in {
         "preview": {"mlp_AR.pre_norm.weight": (1152,), "mlp_AR.linear_2.weight": (4096, 4608)},
         "1.5": {"mlp_AR.pre_norm.weight": (4608,), "model.layers.35.mlp.down_proj.weight": (4096, 12288)},
@@ -307,7 +307,7 @@ def test_real_geometry_without_weights() -> None:
             "visual.vision_model.embeddings.position_embedding.weight": (729, 1152),
         },
     }.items():
-        config = model_config_from_dict(json.loads((data / f"keye-vl-{name}-config.json").read_text()))
+        config = model_config_from_dict(read_json(asset(f"configs/{name}") / "config.json"))
         with torch.device("meta"):
             state = KeyeModel(config).state_dict()
         assert {key: tuple(state[key].shape) for key in shapes} == shapes

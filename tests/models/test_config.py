@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from keye.config import ConfigError, load_model_config, model_config_from_dict
+from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
+from keye.hub import asset
 from keye.models.keye import KeyeModel
 
-DATA = Path(__file__).parents[1] / "data"
-OFFICIAL = DATA / "keye-vl-2.0-config.json"
 #: Rows of the packing position table that official checkpoints hold and no forward pass reads.
 PACKING_ROWS = 32768
 
 
 @pytest.fixture
 def official() -> dict[str, Any]:
-    return json.loads(OFFICIAL.read_text())
+    return read_json(asset("configs/2.0") / "config.json")
 
 
 @pytest.mark.parametrize(
     ("name", "total"), [("preview", 8_681_590_384), ("1.5", 8_681_597_296), ("2.0", 31_122_082_160)]
 )
 def test_official_parameter_count(name: str, total: int) -> None:
-    config = model_config_from_dict(json.loads((DATA / f"keye-vl-{name}-config.json").read_text()))
+    config = model_config_from_dict(read_json(asset(f"configs/{name}") / "config.json"))
     with torch.device("meta"):
         model = KeyeModel(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -36,7 +34,7 @@ def test_official_parameter_count(name: str, total: int) -> None:
 
 def test_generations(official: dict[str, Any]) -> None:
     preview, v15, v2 = (
-        model_config_from_dict(json.loads((DATA / f"keye-vl-{name}-config.json").read_text()))
+        model_config_from_dict(read_json(asset(f"configs/{name}") / "config.json"))
         for name in ("preview", "1.5", "2.0")
     )
     assert [config.generation for config in (preview, v15, v2)] == ["preview", "1.5", "2.0"]
@@ -138,7 +136,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, "2", True])
 def test_tokens_per_second_of_preview(value: Any) -> None:
-    raw = json.loads((DATA / "keye-vl-preview-config.json").read_text())
+    raw = read_json(asset("configs/preview") / "config.json")
     raw["vision_config"]["tokens_per_second"] = value
     with pytest.raises(ConfigError, match="tokens_per_second is .*; it must be a number above 0"):
         model_config_from_dict(raw)
