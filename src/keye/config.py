@@ -37,7 +37,7 @@ ARCHITECTURES = {
     "KeyeVL2MoeForConditionalGeneration": Architecture("2.0", sparse=True, moe=True),
     "KeyeVL2ForConditionalGeneration": Architecture("2.0", sparse=True),
     "KeyeVL1_5ForConditionalGeneration": Architecture("1.5"),
-    "KeyeForConditionalGeneration": Architecture("Preview", preview=True),
+    "KeyeForConditionalGeneration": Architecture("preview", preview=True),
     "KeyeVLMoeForConditionalGeneration": Architecture("671B", moe=True, runs=False),
 }
 
