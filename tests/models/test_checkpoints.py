@@ -16,7 +16,7 @@ from torch import Tensor
 from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
 from keye.hub import asset
 from keye.models import checkpoint
-from keye.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, WeightsError, open_checkpoint
+from keye.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, WeightsError, copy_all, open_checkpoint
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, load_vision, save_model
 
@@ -241,17 +241,16 @@ def test_a_sharded_save_that_fails_changes_nothing(
 def test_any_float_becomes_any_other(
     stored: torch.dtype, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUFFER_BYTES", 64)  # several rounds, the last one short
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 64)  # several rounds, the last one short
     x = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).to(stored)
     others = {"first": torch.ones(3), "empty": torch.zeros(0, 4), "one": torch.tensor(2.5)}
     save_file({**others, "x": x}, tmp_path / WEIGHTS_FILE)
     tensors = open_checkpoint(tmp_path)
     for target in (torch.zeros(7, 11, dtype=wanted), torch.zeros(11, 7, dtype=wanted).t()):
-        tensors["x"].copy_to(target)
+        copy_all(tensors["x"].pieces(target))
         assert torch.equal(target, x.to(wanted))
     one = torch.zeros((), dtype=wanted)
-    tensors["one"].copy_to(one)
-    tensors["empty"].copy_to(torch.zeros(0, 4))
+    copy_all([*tensors["one"].pieces(one), *tensors["empty"].pieces(torch.zeros(0, 4))])
     assert one == 2.5
 
 
@@ -290,7 +289,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
     with open(tmp_path / WEIGHTS_FILE, "r+b") as file:
         file.truncate(tensor.start + 10)
     with pytest.raises(WeightsError, match=r"ends inside x; fetch it again"):
-        tensor.copy_to(torch.zeros(100))
+        copy_all(tensor.pieces(torch.zeros(100)))
 
 
 def test_real_geometry_without_weights() -> None:

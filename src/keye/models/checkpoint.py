@@ -11,9 +11,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +30,9 @@ from keye.files import complete_file
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 #: Largest file that saving writes, as in the official releases.
 SHARD_BYTES = 5_000_000_000
-#: Bytes that are read at once where the tensor in memory has another dtype or device than the one in the file.
-BUFFER_BYTES = 16 * 2**20
+#: Bytes that are read at once, and how many such pieces are under way: while one waits for the disk another is copied,
+#: and the file is still read nearly from front to back.
+PIECE_BYTES, READERS = 16 * 2**20, 4
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -49,8 +51,8 @@ class Source(Protocol):
     def place(self) -> tuple[str, int]:
         """Sorting by it puts tensors in the order in which they are read fastest."""
 
-    def copy_to(self, target: Tensor) -> None:
-        """Fills `target`, converting to its dtype and device."""
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        """Work that together fills `target`, converting to its dtype and device; in any order, on any thread."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class MemoryTensor:
     def place(self) -> tuple[str, int]:
         return "", 0
 
-    def copy_to(self, target: Tensor) -> None:
-        target.copy_(self.tensor)
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        yield lambda: target.copy_(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -86,52 +88,54 @@ class StoredTensor:
     def place(self) -> tuple[str, int]:
         return str(self.file), self.start
 
-    def copy_to(self, target: Tensor) -> None:
-        """Reads into `target` itself where dtype, device and layout agree, else through a buffer: of `BUFFER_BYTES`, or
-        of this one tensor where `target` is not contiguous."""
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        """Pieces of `PIECE_BYTES`; a target that is not contiguous is one piece, with this one tensor as its buffer."""
         if self.dtype not in _DTYPES:
             raise WeightsError(f"{self.name} is stored as {self.dtype}; keye reads {', '.join(_DTYPES)}")
         dtype = _DTYPES[self.dtype]
-        if not self.nbytes:
+        count = self.nbytes // dtype.itemsize
+        if not count:
             return
-        with self._open() as file:
-            if target.is_contiguous() and target.device.type == "cpu" and target.dtype == dtype:
-                self._read(file, _bytes_of(target))
-                return
-            flat = target.view(-1) if target.is_contiguous() else None
-            count = self.nbytes // dtype.itemsize
-            step = count if flat is None else min(count, BUFFER_BYTES // dtype.itemsize)
-            buffer = torch.empty(step, dtype=dtype)
-            for begin in range(0, count, step):
-                part = buffer[: count - begin]
-                self._read(file, _bytes_of(part))
-                if flat is None:
-                    target.copy_(part.view(self.shape))
-                else:
-                    flat[begin : begin + len(part)].copy_(part)
+        if not target.is_contiguous():
+            yield lambda: target.copy_(self._read(0, torch.empty(count, dtype=dtype)).view(self.shape))
+            return
+        flat, step = target.view(-1), PIECE_BYTES // dtype.itemsize
+        for begin in range(0, count, step):
+            yield partial(self._fill, flat[begin : begin + step], begin * dtype.itemsize, dtype)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[FileIO]:
+    def _fill(self, part: Tensor, start: int, dtype: torch.dtype) -> None:
+        """Reads straight into `part` where its dtype and device are the file's, else through a buffer of its size."""
+        if part.device.type == "cpu" and part.dtype == dtype:
+            self._read(start, part)
+        else:
+            part.copy_(self._read(start, torch.empty(len(part), dtype=dtype)))
+
+    def _read(self, start: int, out: Tensor) -> Tensor:
+        """Fills a contiguous CPU tensor with the bytes from `start` of this tensor on."""
+        view = out.view(-1).view(torch.uint8).numpy().data
         try:
             with open(self.file, "rb", buffering=0) as file:
                 if hasattr(os, "posix_fadvise"):  # doubles how far the kernel reads ahead
-                    os.posix_fadvise(file.fileno(), self.start, self.nbytes, os.POSIX_FADV_SEQUENTIAL)
-                file.seek(self.start)
-                yield file
+                    os.posix_fadvise(file.fileno(), self.start + start, len(view), os.POSIX_FADV_SEQUENTIAL)
+                file.seek(self.start + start)
+                while len(view):
+                    if not (got := file.readinto(view)):
+                        raise WeightsError(f"{self.file} ends inside {self.name}; fetch it again")
+                    view = view[got:]
         except OSError as error:
             raise WeightsError(f"{self.file} cannot be read: {error}") from None
-
-    def _read(self, file: FileIO, view: memoryview) -> None:
-        while len(view):
-            count = file.readinto(view)  # at most 2 GiB at once
-            if not count:
-                raise WeightsError(f"{self.file} ends inside {self.name}; fetch it again")
-            view = view[count:]
+        return out
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+def copy_all(work: Iterable[Callable[[], object]]) -> None:
+    """Does the pieces of work on `READERS` threads; the first error stops the rest."""
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for done in [pool.submit(piece) for piece in work]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from keye.models.checkpoint import (
     MemoryTensor,
     Source,
     WeightsError,
+    copy_all,
     open_checkpoint,
     write_checkpoint,
 )
@@ -65,7 +66,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     strict: bool = True,
 ) -> tuple[KeyeModel, LoadReport]:
-    """Builds the model and fills it straight from the files, so that extra memory is one tensor at most.
+    """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
     `dtype` defaults to the one in the config. A 2.0 checkpoint without any indexer weights gives a dense model. Raises
     `WeightsError` that names every missing, mis-shaped and, if `strict`, unexpected tensor.
@@ -198,7 +199,5 @@ def _sources(name: str, tensor: Tensor, per_expert: set[str]) -> Iterator[tuple[
 def _fill(model: nn.Module, plan: _Plan, tensors: Mapping[str, Source]) -> None:
     """Reads every planned tensor into its place, in the order in which the files hold them."""
     state = model.state_dict()
-    with torch.no_grad():
-        for wanted in sorted(plan, key=lambda name: tensors[name].place):
-            name, place = plan[wanted]
-            tensors[wanted].copy_to(place(state[name]))
+    order = sorted(plan, key=lambda name: tensors[name].place)
+    copy_all(work for name in order for work in tensors[name].pieces(plan[name][1](state[plan[name][0]])))
