@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,17 +20,26 @@ from keye.errors import KeyeError
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an architecture name promises: layers may be sparse (DSA), layers may route to experts."""
+    """What an architecture name promises, beyond the numbers of its config.
 
-    sparse: bool
-    moe: bool
+    `sparse`: layers may have a DSA indexer. `moe`: layers may route to experts. `preview`: the vision tower attends
+    over all frames of a video, the projector normalises before it merges, and the time axis of a video counts seconds.
+    `runs`: whether its language model is implemented.
+    """
+
+    generation: str
+    sparse: bool = False
+    moe: bool = False
+    preview: bool = False
+    runs: bool = True
 
 
-#: Architectures whose language model is implemented.
 ARCHITECTURES = {
-    "KeyeVL2MoeForConditionalGeneration": Architecture(sparse=True, moe=True),
-    "KeyeVL2ForConditionalGeneration": Architecture(sparse=True, moe=False),
-    "KeyeVL1_5ForConditionalGeneration": Architecture(sparse=False, moe=False),
+    "KeyeVL2MoeForConditionalGeneration": Architecture("2.0", sparse=True, moe=True),
+    "KeyeVL2ForConditionalGeneration": Architecture("2.0", sparse=True),
+    "KeyeVL1_5ForConditionalGeneration": Architecture("1.5"),
+    "KeyeForConditionalGeneration": Architecture("preview", preview=True),
+    "KeyeVLMoeForConditionalGeneration": Architecture("671B", moe=True, runs=False),
 }
 
 
@@ -39,7 +49,12 @@ class ConfigError(KeyeError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower (SigLIP geometry) and the merge of its projector. Sizes in pixels, patches or channels."""
+    """The vision tower (SigLIP geometry) and the merge of its projector. Sizes in pixels, patches or channels.
+
+    Preview differs from its successors: `whole_video_attention` lets every patch of a grid row (t, h, w) see all t
+    frames instead of its own, and `norm_before_merge` puts the projector's norm on single patches. The architecture
+    decides both, not the file.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -52,6 +67,8 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
     rope_theta: float = 10000.0
+    whole_video_attention: bool = False
+    norm_before_merge: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -115,7 +132,11 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class KeyeConfig:
-    """A whole model as its `config.json` describes it. `unknown` lists keys that were kept but have no meaning here."""
+    """A whole model as its `config.json` describes it. `unknown` lists keys that were kept but have no meaning here.
+
+    `tokens_per_second` is what one second of video adds to the time axis of M-RoPE (Preview); None means that a frame
+    is placed like an image and time is told in words (1.5, 2.0).
+    """
 
     architecture: str
     text: TextConfig
@@ -127,8 +148,18 @@ class KeyeConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None = None
     dtype: str = "bfloat16"
+    tokens_per_second: float | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     unknown: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def generation(self) -> str:
+        """preview, 1.5 or 2.0."""
+        return ARCHITECTURES[self.architecture].generation
+
+    def without_indexer(self) -> KeyeConfig:
+        """The same model run dense: every token attends to every earlier one."""
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, sparse=None))
 
 
 @dataclass(frozen=True)
@@ -253,21 +284,28 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     Raises `ConfigError` naming every missing field at once, an architecture that is not supported, or the first
     contradiction between fields. Keys without meaning here are kept in `raw` and named in `unknown`.
     """
-    architecture = _architecture(raw)
+    architecture = architecture_name(raw)
+    kind = ARCHITECTURES[architecture]
+    if not kind.runs:
+        raise ConfigError(
+            f"the language model of {architecture} (Keye-VL-{kind.generation}) is DeepSeek-V3, which keye does not run "
+            "yet; `keye inspect` describes it and keye.models.weights.load_vision loads its vision tower and projector"
+        )
     _require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
     _require_whole(raw, _TEXT_SIZES, "config.json")
     _require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
-    text = _text_config(raw, ARCHITECTURES[architecture])
+    text = _text_config(raw, kind)
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
     config = KeyeConfig(
         architecture=architecture,
         text=text,
-        vision=_vision_config(raw["vision_config"]),
+        vision=vision_config_from_dict(raw),
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),)),
         pad_token_id=raw.get("pad_token_id"),
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
         raw=dict(raw),
+        tokens_per_second=_tokens_per_second(raw["vision_config"]) if kind.preview else None,
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw[name]) for name in _TOKEN_IDS},
     )
@@ -351,7 +389,8 @@ def _require_whole(raw: Mapping[str, Any], names: Iterable[str], where: str, *, 
             raise ConfigError(f"{where} has {name} {value!r}; it must be a whole number of at least {least}")
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
+def architecture_name(raw: Mapping[str, Any]) -> str:
+    """The first known name in `architectures` of a parsed config.json; `ConfigError` when there is none."""
     names = raw.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
@@ -392,16 +431,46 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
     )
 
 
-def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
-    _require(raw, _VISION_REQUIRED, "vision_config")
-    _require_whole(raw, (*_VISION_REQUIRED, "patch_size", "image_size", "spatial_merge_size"), "vision_config")
-    fields = {f.name for f in dataclasses.fields(VisionConfig)}
-    return VisionConfig(**{k: v for k, v in raw.items() if k in fields and v is not None})
+def vision_config_from_dict(raw: Mapping[str, Any]) -> VisionConfig:
+    """The vision part of an official `config.json` (already parsed), of any known architecture."""
+    preview = ARCHITECTURES[architecture_name(raw)].preview
+    _require(raw, ["vision_config"], "config.json")
+    vision = raw["vision_config"]
+    _require(vision, _VISION_REQUIRED, "vision_config")
+    _require_whole(vision, (*_VISION_REQUIRED, "patch_size", "image_size", "spatial_merge_size"), "vision_config")
+    fields = {f.name for f in dataclasses.fields(VisionConfig)} - {"whole_video_attention", "norm_before_merge"}
+    config = VisionConfig(
+        **{k: v for k, v in vision.items() if k in fields and v is not None},
+        whole_video_attention=preview,
+        norm_before_merge=preview,
+    )
+    for wrong, message in _vision_problems(config):
+        if wrong:
+            raise ConfigError(message)
+    return config
+
+
+def _vision_problems(vision: VisionConfig) -> list[tuple[bool, str]]:
+    return [
+        (vision.hidden_size % vision.num_attention_heads != 0 or vision.head_dim % 4 != 0,
+         f"vision hidden_size {vision.hidden_size} must be {vision.num_attention_heads} heads of a multiple of 4"),
+        (vision.hidden_act != "gelu_pytorch_tanh", f"vision hidden_act {vision.hidden_act!r} is not supported"),
+    ]  # fmt: skip
+
+
+def _tokens_per_second(vision: Mapping[str, Any]) -> float:
+    """Preview's steps of the time axis in a second of video; 2 where the file says nothing, as in the official code."""
+    value = vision.get("tokens_per_second")
+    if value is None:
+        return 2.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"vision_config.tokens_per_second is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def _check(config: KeyeConfig) -> None:
     """Raises `ConfigError` for the first contradiction between fields."""
-    text, vision = config.text, config.vision
+    text = config.text
     problems = [
         (sum(text.mrope_section) * 2 != text.head_dim,
          f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.head_dim // 2}"),
@@ -414,9 +483,6 @@ def _check(config: KeyeConfig) -> None:
         (text.hidden_act != "silu", f"hidden_act {text.hidden_act!r} is not supported; Keye decoders use silu"),
         (any(not 0 <= i < text.num_hidden_layers for i in text.mlp_only_layers),
          f"mlp_only_layers {list(text.mlp_only_layers)} names layers outside 0..{text.num_hidden_layers - 1}"),
-        (vision.hidden_size % vision.num_attention_heads != 0 or vision.head_dim % 4 != 0,
-         f"vision hidden_size {vision.hidden_size} must be {vision.num_attention_heads} heads of a multiple of 4"),
-        (vision.hidden_act != "gelu_pytorch_tanh", f"vision hidden_act {vision.hidden_act!r} is not supported"),
     ]  # fmt: skip
     if text.sparse is not None:
         dim = text.sparse.indexer_head_dim

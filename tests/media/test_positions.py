@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
-from keye.media import build_position_ids, get_rope_index, split_grid_rows
+from keye.media import PreviewLayout, build_position_ids, get_rope_index, merge_grid_rows, split_grid_rows
+from keye.media.positions import frame_times
 
-IMAGE, VIDEO, TEXT = 502, 503, 7
+START, IMAGE, VIDEO, TEXT = 500, 502, 503, 7
 
 
 def slow_positions(tokens: list[int], grids: dict[int, list[list[int]]]) -> list[list[int]]:
@@ -113,3 +114,88 @@ def test_split_grid_rows() -> None:
     assert split_grid_rows([[2, 4, 6], [1, 2, 2]]).tolist() == [[1, 4, 6], [1, 4, 6], [1, 2, 2]]
     positions, _ = build_position_ids([VIDEO, TEXT, VIDEO], {VIDEO: split_grid_rows([[2, 2, 2]])})
     assert positions.tolist() == [[0, 1, 2]] * 3
+
+
+# Preview: one grid row for a whole video, whose time axis counts seconds
+
+
+def preview(*seconds: float, tokens_per_second: float = 2) -> PreviewLayout:
+    return PreviewLayout(START, {VIDEO: seconds}, tokens_per_second)
+
+
+def test_preview_time_counts_seconds() -> None:
+    tokens = [START, *[VIDEO] * 6, TEXT]
+    positions, delta = build_position_ids(tokens, {VIDEO: [[3, 2, 4]]}, preview=preview(1.0))
+    assert positions.tolist() == [
+        [0, 1, 1, 3, 3, 5, 5, 6],  # two steps a second, one second a frame
+        [0, 1, 1, 1, 1, 1, 1, 6],
+        [0, 1, 2, 1, 2, 1, 2, 6],
+    ]
+    assert delta == 7 - len(tokens)
+
+
+def test_preview_wide_frames_outlast_their_time() -> None:
+    positions, _ = build_position_ids([START, *[VIDEO] * 8, TEXT], {VIDEO: [[2, 2, 8]]}, preview=preview(0.5))
+    assert positions[:, -1].tolist() == [5, 5, 5], "the row is four columns wide but only two steps long"
+
+
+def test_preview_products_are_rounded_to_float32() -> None:
+    """13 frames at 13 a 12 seconds: the last one lies at 24 steps in float32 and just below in float64."""
+    seconds = 1 / 1.076923076923077
+    got = frame_times(14, seconds, 2)
+    exact = [int(frame * seconds * 2) for frame in range(14)]
+    assert got.tolist() != exact
+    assert np.abs(got - exact).max() == 1
+
+
+@given(st.integers(1, 40), st.floats(0.01, 20), st.floats(0.5, 8))
+def test_preview_time_never_goes_back(frames: int, seconds: float, rate: float) -> None:
+    times = frame_times(frames, seconds, rate)
+    assert times[0] == 0
+    assert (np.diff(times) >= 0).all()
+    assert times[-1] <= (frames - 1) * seconds * rate * (1 + 1e-6)
+
+
+def test_preview_batch_equals_its_rows() -> None:
+    first = [START, *[VIDEO] * 4, TEXT, START, *[IMAGE] * 4]
+    second = [TEXT, START, *[VIDEO] * 2]
+    length = len(first)
+    grids = {IMAGE: [[1, 4, 4]], VIDEO: [[2, 2, 4], [2, 2, 2]]}
+    rows, mask = [first, [0] * (length - 4) + second], [[1] * length, [0] * (length - 4) + [1] * 4]
+    positions, deltas = get_rope_index(rows, grids, attention_mask=mask, preview=preview(1.5, 4.0))
+    alone, _ = build_position_ids(first, {IMAGE: grids[IMAGE], VIDEO: [[2, 2, 4]]}, preview=preview(1.5))
+    assert np.array_equal(positions[:, 0], alone)
+    alone, delta = build_position_ids(second, {VIDEO: [[2, 2, 2]]}, preview=preview(4.0))
+    assert np.array_equal(positions[:, 1, -4:], alone)
+    assert deltas[1, 0] == delta + 4 - length
+
+
+def test_preview_placeholders_without_a_start_are_text() -> None:
+    tokens = [START, *[IMAGE] * 4, TEXT, *[IMAGE] * 4]
+    positions, _ = get_rope_index([tokens], {IMAGE: [[1, 4, 4]]}, preview=preview())
+    assert positions[0, 0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "message"),
+    [
+        ([TEXT, START], [], "ends with vision start 500"),
+        ([START, VIDEO, TEXT, START, VIDEO], [[1, 2, 2]], "announces 2 media of placeholder 503 but has 1 grid rows"),
+        ([START, VIDEO, TEXT, VIDEO], [[2, 2, 2]], "makes 2 visual tokens but fewer placeholders 503 follow"),
+        ([TEXT, VIDEO], [[1, 2, 2]], "announces 0 media of placeholder 503 but has 1 grid rows"),
+    ],
+)
+def test_preview_errors(tokens: list[int], rows: list[list[int]], message: str) -> None:
+    with pytest.raises(KeyeError, match=message):
+        build_position_ids(tokens, {VIDEO: rows}, preview=preview())
+
+
+def test_preview_batch_without_enough_rows() -> None:
+    with pytest.raises(KeyeError, match="announces more media of placeholder 503 than its 1 grid rows"):
+        get_rope_index([[START, VIDEO, START, VIDEO]], {VIDEO: [[1, 2, 2]]}, preview=preview())
+
+
+def test_merge_grid_rows() -> None:
+    assert merge_grid_rows([[1, 4, 6], [2, 4, 6]]).tolist() == [[3, 4, 6]]
+    with pytest.raises(KeyeError, match="different sizes"):
+        merge_grid_rows([[1, 4, 6], [1, 4, 4]])

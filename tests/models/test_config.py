@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from keye.config import ConfigError, load_model_config, model_config_from_dict
+from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
+from keye.hub import asset
 from keye.models.keye import KeyeModel
 
-OFFICIAL = Path(__file__).parents[1] / "data" / "keye-vl-2.0-config.json"
 #: Rows of the packing position table that official checkpoints hold and no forward pass reads.
 PACKING_ROWS = 32768
 
 
 @pytest.fixture
 def official() -> dict[str, Any]:
-    return json.loads(OFFICIAL.read_text())
+    return read_json(asset("configs/2.0") / "config.json")
 
 
-def test_official_parameter_count(official: dict[str, Any]) -> None:
-    config = model_config_from_dict(official)
+@pytest.mark.parametrize(
+    ("name", "total"), [("preview", 8_681_590_384), ("1.5", 8_681_597_296), ("2.0", 31_122_082_160)]
+)
+def test_official_parameter_count(name: str, total: int) -> None:
+    config = model_config_from_dict(read_json(asset(f"configs/{name}") / "config.json"))
     with torch.device("meta"):
         model = KeyeModel(config)
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters + PACKING_ROWS * config.vision.hidden_size == 31_122_082_160
+    assert parameters + PACKING_ROWS * config.vision.hidden_size == total
+
+
+def test_generations(official: dict[str, Any]) -> None:
+    preview, v15, v2 = (
+        model_config_from_dict(read_json(asset(f"configs/{name}") / "config.json"))
+        for name in ("preview", "1.5", "2.0")
+    )
+    assert [config.generation for config in (preview, v15, v2)] == ["preview", "1.5", "2.0"]
+    assert [config.tokens_per_second for config in (preview, v15, v2)] == [2.0, None, None]
+    assert [config.vision.norm_before_merge for config in (preview, v15, v2)] == [True, False, False]
+    assert [config.vision.whole_video_attention for config in (preview, v15, v2)] == [True, False, False]
+    assert [config.text.sparse is not None for config in (preview, v15, v2)] == [False, False, True]
+    assert [config.text.num_experts for config in (preview, v15, v2)] == [0, 0, 128]
+    assert v2.without_indexer().text.sparse is None
+    wrong = {**official, "vision_config": {**official["vision_config"], "norm_before_merge": True}}
+    assert not model_config_from_dict(wrong).vision.norm_before_merge, "the architecture decides, not the file"
 
 
 def test_official_fields(official: dict[str, Any]) -> None:
@@ -94,6 +112,7 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
             "sa_config has topk 0; it must be a whole number of at least 1",
         ),
         ({"sa_config": {"topk": 8, "indexer_num_heads": 4, "indexer_head_dim": 64, "indexer_num_kv_heads": 2}}, "be 1"),
+        ({"architectures": ["KeyeVLMoeForConditionalGeneration"]}, "is DeepSeek-V3, which keye does not run yet"),
         ({"vision_config": {"hidden_size": 8}}, "vision_config lacks intermediate_size, num_hidden_layers"),
     ],
 )
@@ -113,3 +132,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -1, "2", True])
+def test_tokens_per_second_of_preview(value: Any) -> None:
+    raw = read_json(asset("configs/preview") / "config.json")
+    raw["vision_config"]["tokens_per_second"] = value
+    with pytest.raises(ConfigError, match="tokens_per_second is .*; it must be a number above 0"):
+        model_config_from_dict(raw)
+    raw["vision_config"]["tokens_per_second"] = None
+    assert model_config_from_dict(raw).tokens_per_second == 2.0

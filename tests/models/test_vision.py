@@ -67,3 +67,42 @@ def test_merged_blocks_hold_their_patches_row_by_row(make_model: Any) -> None:
     with torch.no_grad():
         changed = (projector(x, 4, 4) - projector(swapped, 4, 4)).abs().amax(1) > 1e-4
     assert changed.tolist() == [True, False, False, False]
+
+
+# Preview
+
+
+@pytest.fixture
+def preview_model(make_model: Any) -> Any:
+    return make_model(architectures=["KeyeForConditionalGeneration"], sa_config=None)
+
+
+def test_preview_frames_of_one_row_see_each_other_and_no_other_row(preview_model: Any) -> None:
+    """A change in the last frame of the first video reaches all of it and nothing else."""
+    grids = torch.tensor([[3, 4, 6], [1, 4, 6], [3, 4, 6]])
+    pixels = torch.randn(7 * 24, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+    changed = pixels.clone()
+    changed[2 * 24 + 5] += 1.0
+    with torch.no_grad():
+        difference = preview_model.encode_vision(pixels, grids) - preview_model.encode_vision(changed, grids)
+    assert ((difference.abs().amax(1) > 1e-6).tolist()) == [True] * 18 + [False] * 24
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 10_000])
+def test_preview_chunks_change_nothing(chunk: int, preview_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = patches()
+    with torch.no_grad():
+        want = preview_model.encode_vision(pixels, GRIDS)
+        monkeypatch.setattr(vision, "PATCHES_PER_CHUNK", chunk)
+        torch.testing.assert_close(preview_model.encode_vision(pixels, GRIDS), want, rtol=0, atol=1e-5)
+
+
+def test_preview_normalises_each_patch_before_the_merge(preview_model: Any) -> None:
+    """Scaling one patch is undone by its own norm, so no token changes; over merged patches it would not be."""
+    projector = preview_model.mlp_AR
+    assert projector.pre_norm.weight.shape == (32,)
+    x = 10 * torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
+    scaled = x.clone()
+    scaled[0, 3] *= 7.0
+    with torch.no_grad():
+        torch.testing.assert_close(projector(x, 4, 4), projector(scaled, 4, 4), rtol=0, atol=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
@@ -170,3 +170,11 @@ def test_stages_that_have_begun_keep_their_names(tmp_path):
         train(config, report=kill_at("read", 3))
     with pytest.raises(ConfigError, match="began with the stages see, read; keep these"):
         train(a_run(tmp_path, "out", LANGUAGE, SPARSE))
+
+
+def test_a_checkpoint_without_indexers_cannot_be_trained(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "sa_indexer" not in k}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="has no indexer weights"):
+        train(a_run(tmp_path, "out", LANGUAGE, fresh=False))

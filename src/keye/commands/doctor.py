@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from keye.commands import options
+from keye.commands.machine import main_memory
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError
 
@@ -106,12 +107,10 @@ def _cores() -> int:
 
 
 def check_memory() -> Check:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    memory = main_memory()
+    if memory is None:
         return Check("memory", None, "unknown")
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.split()[-1] == "kB"}
-    return Check("memory", None, f"{kib['MemTotal'] / 2**20:.1f} GiB, {kib['MemAvailable'] / 2**20:.1f} GiB free")
+    return Check("memory", None, f"{memory.total / 2**30:.1f} GiB, {memory.free / 2**30:.1f} GiB free")
 
 
 def check_gpu() -> Check:

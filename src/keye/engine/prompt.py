@@ -16,7 +16,7 @@ from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment
 from keye.config import KeyeConfig
 from keye.errors import KeyeError
 from keye.media.fetch import Source, fetch_source, media_kind
-from keye.media.positions import build_position_ids
+from keye.media.positions import PreviewLayout, build_position_ids
 from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
 from keye.tokenizer import Tokenizer
 
@@ -115,8 +115,17 @@ class PromptBuilder:
             rows = [item.vision.grid_thw for item in items if item.kind == kind]
             if rows:
                 grids[self._pad[kind]] = np.concatenate(rows)
-        positions, delta = build_position_ids(ids, grids, merge_size=self.config.vision.spatial_merge_size)
+        merge, preview = self.config.vision.spatial_merge_size, self._preview_layout(items)
+        positions, delta = build_position_ids(ids, grids, merge_size=merge, preview=preview)
         return Prompt(torch.tensor(ids), torch.from_numpy(positions), len(ids) + delta, tuple(items))
+
+    def _preview_layout(self, items: list[MediaItem]) -> PreviewLayout | None:
+        """How Preview places media; None for the other generations. A video of unknown rate has a second a frame."""
+        if self.config.tokens_per_second is None:
+            return None
+        seconds = [item.second_per_grid or 1.0 for item in items if item.kind == "video"]
+        rates = {self.config.video_token_id: seconds}
+        return PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
 
 
 def as_source(value: object) -> Source:

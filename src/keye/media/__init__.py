@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keye.media.fetch import Source, fetch_source, media_kind
     from keye.media.image import ImagePlan, plan_image, read_image
-    from keye.media.positions import build_position_ids, get_rope_index, split_grid_rows
+    from keye.media.positions import (
+        PreviewLayout,
+        build_position_ids,
+        get_rope_index,
+        merge_grid_rows,
+        split_grid_rows,
+    )
     from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
     from keye.media.video import (
         DecodeLimits,
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 _HOME = {
     "fetch": ("Source", "fetch_source", "media_kind"),
     "image": ("ImagePlan", "plan_image", "read_image"),
-    "positions": ("build_position_ids", "get_rope_index", "split_grid_rows"),
+    "positions": ("PreviewLayout", "build_position_ids", "get_rope_index", "merge_grid_rows", "split_grid_rows"),
     "processor": ("MediaItem", "Processor", "VisionInput", "VisualSpan"),
     "video": (
         "DecodeLimits", "VideoInfo", "VideoPlan", "VideoReader",
@@ -38,9 +44,10 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "DecodeLimits", "ImagePlan", "MediaItem", "Processor", "Source", "VideoInfo", "VideoPlan", "VideoReader",
-    "VisionInput", "VisualSpan", "build_position_ids", "fetch_source", "get_rope_index", "iter_frames", "media_kind",
-    "open_video", "plan_image", "plan_video", "probe", "read_frames", "read_image", "split_grid_rows",
+    "DecodeLimits", "ImagePlan", "MediaItem", "PreviewLayout", "Processor", "Source", "VideoInfo", "VideoPlan",
+    "VideoReader", "VisionInput", "VisualSpan", "build_position_ids", "fetch_source", "get_rope_index", "iter_frames",
+    "media_kind", "merge_grid_rows", "open_video", "plan_image", "plan_video", "probe", "read_frames", "read_image",
+    "split_grid_rows",
 ]  # fmt: skip
 
 

@@ -1,13 +1,17 @@
 """Positions of a prompt's tokens on the three axes of M-RoPE: time, row, column. Numpy only.
 
-Rule of Keye-VL 1.5 and 2.0: text counts up by one on all axes. A grid row (t, h, w) of an image or of one video frame
-starts at base = everything before + 1 and spans base + (time, row, column) over its merged grid; the next token
-continues at the largest position + 1. No axis holds absolute time. Source: `get_rope_index_keye`.
+Text counts up by one on all axes. A grid row (t, h, w) of a medium starts at base = everything before + 1 and spans
+base + (time, row, column) over its merged grid; the next token continues at the largest position + 1.
+
+Keye-VL 1.5 and 2.0 place each video frame like an image; no axis holds absolute time (source: `get_rope_index_keye`).
+Preview has one grid row for a whole video, whose time axis counts `tokens_per_second` a second (source:
+`KeyeForConditionalGeneration.get_rope_index`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +19,32 @@ from numpy.typing import ArrayLike, NDArray
 from keye.errors import KeyeError
 
 IntArray = NDArray[np.int64]
+Grids = Mapping[int, ArrayLike]
+
+
+@dataclass(frozen=True)
+class PreviewLayout:
+    """What Preview needs to know beyond tokens and grids.
+
+    vision_start: the token before each medium. Placeholders beyond the media that one announces are plain text.
+    seconds_per_frame: placeholder id -> seconds between two frames, one number for each grid row of that kind; 1 second
+        for a row without a number. Give it for videos only: all frames of an image share one time.
+    tokens_per_second: steps of the time axis in one second.
+    """
+
+    vision_start: int
+    seconds_per_frame: Mapping[int, ArrayLike] = field(default_factory=dict)
+    tokens_per_second: float = 2.0
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Grid rows of one sequence in order of appearance: first token [n], merged shape [n, 3], and for each visual token
+    its offset on the time axis."""
+
+    starts: IntArray
+    shapes: IntArray
+    times: list[IntArray]
 
 
 def split_grid_rows(grid_thw: ArrayLike) -> IntArray:
@@ -25,16 +55,32 @@ def split_grid_rows(grid_thw: ArrayLike) -> IntArray:
     return rows
 
 
+def merge_grid_rows(grid_thw: ArrayLike) -> IntArray:
+    """The one row (frames, h, w) of a video whose frames have equal sizes: [n, 3] -> [1, 3], int64."""
+    grid = _as_grid(grid_thw)
+    if len(grid) == 0 or (grid[:, 1:] != grid[0, 1:]).any():
+        raise KeyeError("the frames of one video have different sizes; Keye-VL Preview needs them all alike")
+    return np.array([[grid[:, 0].sum(), *grid[0, 1:]]], dtype=np.int64)
+
+
+def frame_times(frames: int, seconds_per_frame: float, tokens_per_second: float) -> IntArray:
+    """Preview's time index of each frame, [frames]: int(frame * seconds_per_frame * tokens_per_second), both products
+    rounded to float32 in this order before the fraction is cut off, as the official code has it."""
+    seconds = np.arange(frames, dtype=np.float32) * np.float32(seconds_per_frame)
+    return (seconds * np.float32(tokens_per_second)).astype(np.int64)
+
+
 def build_position_ids(
-    token_ids: ArrayLike, grids: Mapping[int, ArrayLike], *, merge_size: int = 2
+    token_ids: ArrayLike, grids: Grids, *, merge_size: int = 2, preview: PreviewLayout | None = None
 ) -> tuple[IntArray, int]:
     """Positions of one sequence without padding.
 
     Args:
         token_ids: [L] integers.
         grids: placeholder token id -> grid rows [n, 3] (t, h, w in patches) of that kind of medium in order of
-            appearance. A video has one row per frame, (1, h, w).
+            appearance. A video has one row per frame, (1, h, w); in Preview one row (t, h, w).
         merge_size: patches merged into one token along each side.
+        preview: lays out as Preview does; None as 1.5 and 2.0 do.
 
     Returns:
         position_ids [3, L] int64 (rows: time, row, column) and delta = largest position + 1 - L, to be added to the
@@ -44,29 +90,19 @@ def build_position_ids(
         KeyeError: the placeholders of a kind are not as many as its grids make, or text interrupts a grid row.
     """
     ids = np.asarray(token_ids, dtype=np.int64)
-    length = ids.shape[0]
-    starts, shapes = _segments(ids, grids, merge_size)
-    sizes = shapes.prod(axis=1)
-    # The counter grows by 1 at each text token and, at the first token of a row, by the row's longest side.
-    step = np.ones(length, dtype=np.int64)
-    inside = np.repeat(starts, sizes) + _local_index(sizes)
-    step[inside] = 0
-    step[starts] = shapes.max(axis=1, initial=0)
-    base = np.cumsum(step) - step
-    positions = np.broadcast_to(base, (3, length)).copy()
-    _, h, w = np.repeat(shapes, sizes, axis=0).T
-    local = _local_index(sizes)
-    offsets = np.stack([local // (h * w), local // w % h, local % w])
-    positions[:, inside] = np.repeat(base[starts], sizes) + offsets
-    return positions, int(step.sum()) - length
+    if preview is None:
+        return _place(len(ids), _blocks(ids, grids, merge_size))
+    _check_announced(ids, grids, preview)
+    return _place(len(ids), _preview_blocks(ids, grids, merge_size, preview))
 
 
 def get_rope_index(
     input_ids: ArrayLike,
-    grids: Mapping[int, ArrayLike],
+    grids: Grids,
     *,
     attention_mask: ArrayLike | None = None,
     merge_size: int = 2,
+    preview: PreviewLayout | None = None,
 ) -> tuple[IntArray, IntArray]:
     """Positions of a padded batch.
 
@@ -74,6 +110,7 @@ def get_rope_index(
         input_ids: [B, L] integers.
         grids: as in `build_position_ids`, the rows of all sequences one after the other.
         attention_mask: [B, L], 0 marks padding on either side; None means no padding.
+        preview: as in `build_position_ids`; rows that no vision start announces are left over without an error.
 
     Returns:
         position_ids [3, B, L] int64, 1 at padding, and deltas [B, 1] int64 relative to the padded length L.
@@ -87,16 +124,43 @@ def get_rope_index(
     last = ids.shape[0] - 1
     for b, (sequence, valid) in enumerate(zip(ids, mask, strict=True)):
         kept = sequence[valid]
-        own = {}
-        for token, grid in rows.items():
-            rest = grid[used[token] :]
+        rest = {token: grid[used[token] :] for token, grid in rows.items()}
+        if preview is None:
             # The last sequence takes all rows left, so that rows nobody used are an error.
-            own[token] = rest if b == last else rest[: _rows_needed(kept, token, rest, merge_size)]
-            used[token] += len(own[token])
-        sequence_positions, delta = build_position_ids(kept, own, merge_size=merge_size)
-        positions[:, b, valid] = sequence_positions
+            own = rest if b == last else {t: g[: _rows_needed(kept, t, g, merge_size)] for t, g in rest.items()}
+            blocks = _blocks(kept, own, merge_size)
+        else:
+            counts = _announced(kept, rows, preview.vision_start)
+            own = {token: grid[: counts[token]] for token, grid in rest.items()}
+            blocks = _preview_blocks(kept, rest, merge_size, preview, used)
+        used = {token: count + len(own[token]) for token, count in used.items()}
+        positions[:, b, valid], delta = _place(len(kept), blocks)
         deltas[b, 0] = delta + len(kept) - ids.shape[1]
     return positions, deltas
+
+
+def _place(length: int, blocks: _Blocks) -> tuple[IntArray, int]:
+    """Positions [3, length] and delta of a sequence with these blocks, text everywhere else."""
+    starts, shapes = blocks.starts, blocks.shapes
+    sizes = shapes.prod(axis=1)
+    # The counter grows by 1 at each text token and, at the first token of a row, by the row's longest extent.
+    step = np.ones(length, dtype=np.int64)
+    inside = np.repeat(starts, sizes) + _local_index(sizes)
+    step[inside] = 0
+    extents = np.array([times[-1] + 1 for times in blocks.times], dtype=np.int64)
+    step[starts] = np.maximum(shapes[:, 1:].max(axis=1, initial=0), extents)
+    base = np.cumsum(step) - step
+    positions = np.broadcast_to(base, (3, length)).copy()
+    _, h, w = np.repeat(shapes, sizes, axis=0).T
+    local = _local_index(sizes)
+    times = np.concatenate([np.empty(0, dtype=np.int64), *blocks.times])
+    time = np.repeat(times, np.repeat(shapes[:, 1] * shapes[:, 2], shapes[:, 0]))
+    positions[:, inside] = np.repeat(base[starts], sizes) + np.stack([time, local // w % h, local % w])
+    return positions, int(step.sum()) - length
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 1.5 and 2.0: every placeholder belongs to a row
 
 
 def _rows_needed(ids: IntArray, token: int, grid: IntArray, merge_size: int) -> int:
@@ -106,8 +170,8 @@ def _rows_needed(ids: IntArray, token: int, grid: IntArray, merge_size: int) -> 
     return int(np.searchsorted(ends, count, side="left")) + 1 if count else 0
 
 
-def _segments(ids: IntArray, grids: Mapping[int, ArrayLike], merge_size: int) -> tuple[IntArray, IntArray]:
-    """First token and merged shape of every grid row, in order of appearance: [n] and [n, 3]."""
+def _blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
+    """The rows of each kind on that kind's placeholders, in order."""
     all_starts = [np.empty(0, dtype=np.int64)]
     all_shapes = [np.empty((0, 3), dtype=np.int64)]
     for token, grid in grids.items():
@@ -129,7 +193,78 @@ def _segments(ids: IntArray, grids: Mapping[int, ArrayLike], merge_size: int) ->
         all_shapes.append(shapes)
     starts, shapes = np.concatenate(all_starts), np.concatenate(all_shapes)
     order = np.argsort(starts)
-    return starts[order], shapes[order]
+    return _Blocks(starts[order], shapes[order], [np.arange(t) for t in shapes[order][:, 0]])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Preview: vision starts announce the media
+
+
+def _announced(ids: IntArray, kinds: Grids, vision_start: int) -> dict[int, int]:
+    """How many media of each kind follow a vision start."""
+    marks = np.flatnonzero(ids == vision_start)
+    if len(marks) and marks[-1] == len(ids) - 1:
+        raise KeyeError(f"the prompt ends with vision start {vision_start}; a medium's placeholders must follow it")
+    following = ids[marks + 1]
+    return {token: int((following == token).sum()) for token in kinds}
+
+
+def _check_announced(ids: IntArray, grids: Grids, preview: PreviewLayout) -> None:
+    """A prompt of our own has exactly one grid row for each announced medium."""
+    for token, count in _announced(ids, grids, preview.vision_start).items():
+        if count != (rows := len(_as_grid(grids[token]))):
+            raise KeyeError(
+                f"the prompt announces {count} media of placeholder {token} but has {rows} grid rows; "
+                "give each medium one vision start and each video one row (merge_grid_rows)"
+            )
+
+
+def _preview_blocks(
+    ids: IntArray, grids: Grids, merge_size: int, preview: PreviewLayout, used: Mapping[int, int] | None = None
+) -> _Blocks:
+    """Each announced medium on the next placeholders of its kind; before `grids`, earlier sequences `used` rows."""
+    shapes = {token: _merged_shapes(_as_grid(grid), merge_size) for token, grid in grids.items()}
+    left = _announced(ids, grids, preview.vision_start)
+    places = {token: np.flatnonzero(ids == token) for token in grids}
+    row = dict.fromkeys(grids, 0)
+    starts, chosen, times, end = [], [], [], 0
+    while any(left.values()):
+        token, start = _next_placeholder({t: places[t] for t, n in left.items() if n}, end)
+        if row[token] == len(shapes[token]):
+            raise KeyeError(f"the prompt announces more media of placeholder {token} than its {row[token]} grid rows")
+        shape = shapes[token][row[token]]
+        end = start + int(shape.prod())
+        if end > len(ids) or (ids[start:end] != token).any():
+            raise KeyeError(f"a grid row makes {end - start} visual tokens but fewer placeholders {token} follow")
+        starts.append(start)
+        chosen.append(shape)
+        times.append(_row_times(token, row[token] + (used or {}).get(token, 0), int(shape[0]), preview))
+        row[token] += 1
+        left[token] -= 1
+    return _Blocks(np.array(starts, dtype=np.int64), np.array(chosen, dtype=np.int64).reshape(-1, 3), times)
+
+
+def _next_placeholder(places: Mapping[int, IntArray], end: int) -> tuple[int, int]:
+    """The kind and place of the first placeholder at `end` or after."""
+    found = []
+    for token, positions in places.items():
+        i = int(np.searchsorted(positions, end))
+        if i == len(positions):
+            raise KeyeError(f"the grid rows of placeholder {token} make more visual tokens than it has placeholders")
+        found.append((int(positions[i]), token))
+    start, token = min(found)
+    return token, start
+
+
+def _row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> IntArray:
+    """Offsets of a row's frames on the time axis."""
+    if token not in preview.seconds_per_frame:
+        return np.zeros(frames, dtype=np.int64)
+    seconds = np.asarray(preview.seconds_per_frame[token], dtype=np.float64).reshape(-1)
+    return frame_times(frames, float(seconds[row]) if row < len(seconds) else 1.0, preview.tokens_per_second)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _as_grid(grid: ArrayLike) -> IntArray:

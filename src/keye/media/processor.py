@@ -68,13 +68,16 @@ class VisionInput:
 class MediaItem:
     """One medium, ready for the prompt: its patches, the pieces of its expansion, and its plan.
 
-    `timestamps` are the seconds of a video's frames, empty for an image. `plan` is None for arrays in memory.
+    `timestamps` are the seconds of a video's frames, empty for an image.
+    `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
+    the text; None otherwise. `plan` is None for arrays in memory.
     """
 
     kind: Kind
     vision: VisionInput
     pieces: tuple[Piece, ...]
     timestamps: tuple[float, ...] = ()
+    second_per_grid: float | None = None
     plan: VideoPlan | ImagePlan | None = None
 
     @property

@@ -1,12 +1,13 @@
 """The vision tower (SigLIP at native resolution) and the projector into the decoder.
 
-Legend: N frames of one size, P patches of a frame (h * w, raster order), C channels, d decoder width.
-Attention is per frame: every row of `grid_thw` is split into t frames of h x w patches (Keye-VL 1.5 and 2.0).
+Legend: N segments of one size, P patches of a segment (t * h * w, raster order), C channels, d decoder width.
+A segment is what attends to itself: one frame (Keye-VL 1.5 and later; t = 1), or all frames of a grid row (Preview).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,13 @@ from keye.models.layers import embedding
 from keye.ops.elementwise import table
 from keye.ops.reference import inverse_frequencies
 
-#: Patches that pass through the tower at once; frames are never cut. The value of the official server.
+#: Patches that pass through the tower at once; segments are never cut. The value of the official server.
 PATCHES_PER_CHUNK = 8192
 PROJECTOR_EPS = 1e-5
 
 
 class VisionAttention(nn.Module):
-    """Full attention inside each frame, with 2-D rotary embedding."""
+    """Full attention inside each segment, with 2-D rotary embedding."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -79,11 +80,12 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, patches: Tensor, height: int, width: int) -> Tensor:
         """`patches` [N, P, 3 * patch * patch] -> [N, P, C]. The convolution over one patch is a matrix product."""
-        weight = self.patch_embedding.weight.flatten(1)
-        return F.linear(patches, weight, self.patch_embedding.bias) + self.positions(height, width)
+        weight, frames = self.patch_embedding.weight.flatten(1), patches.shape[1] // (height * width)
+        return F.linear(patches, weight, self.patch_embedding.bias) + self.positions(height, width).repeat(frames, 1)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The position table resampled bilinearly (no antialias) to `height` x `width` patches: [P, C]."""
+        """The position table resampled bilinearly (no antialias) to a frame of `height` x `width` patches:
+        [height * width, C]."""
         square = self.position_embedding.weight.view(self.side, self.side, -1).permute(2, 0, 1).unsqueeze(0)
         resized = F.interpolate(square, size=(height, width), mode="bilinear", align_corners=False)
         return resized.squeeze(0).flatten(1).t()
@@ -108,9 +110,10 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches_NPX: Tensor, height: int, width: int) -> Tensor:
-        """Frames of one size: [N, P, 3*patch*patch] -> [N, P, C]."""
+        """Segments of frames of one size: [N, P, 3*patch*patch] -> [N, P, C]."""
         x = self.embeddings(patches_NPX, height, width)
-        cos, sin = self.rope(height, width, x.device)
+        frames = x.shape[1] // (height * width)
+        cos, sin = (angles.repeat(frames, 1) for angles in self.rope(height, width, x.device))
         for layer in self.encoder.layers:
             x = layer(x, cos, sin)
         return self.post_layernorm(x)
@@ -136,57 +139,79 @@ class Visual(nn.Module):
 
 
 class Projector(nn.Module):
-    """Merges 2x2 neighbouring patches and projects them to the decoder: LayerNorm, linear, GELU (erf), linear."""
+    """Merges 2x2 neighbouring patches and projects them to the decoder: LayerNorm, linear, GELU (erf), linear.
+
+    The norm is over the merged patches, or in Preview over each patch before the merge.
+    """
 
     def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
-        self.merge = config.spatial_merge_size
+        self.merge, self.norm_before_merge = config.spatial_merge_size, config.norm_before_merge
         width = config.hidden_size * self.merge**2
-        self.pre_norm = nn.LayerNorm(width, eps=PROJECTOR_EPS)
+        self.pre_norm = nn.LayerNorm(config.hidden_size if self.norm_before_merge else width, eps=PROJECTOR_EPS)
         self.linear_1 = nn.Linear(width, width)
         self.linear_2 = nn.Linear(width, hidden_size)
 
     def forward(self, x_NPC: Tensor, height: int, width: int) -> Tensor:
         """[N, P, C] -> [N * P / merge**2, d]; the merged block holds its patches row by row."""
         m = self.merge
-        x = x_NPC.unflatten(1, (height // m, m, width // m, m)).permute(0, 1, 3, 2, 4, 5).flatten(3)
-        x = self.pre_norm(x).flatten(0, 2)
+        x = self.pre_norm(x_NPC) if self.norm_before_merge else x_NPC
+        x = x.unflatten(1, (-1, m, width // m, m)).permute(0, 1, 3, 2, 4, 5).flatten(3)
+        x = (x if self.norm_before_merge else self.pre_norm(x)).flatten(0, 2)
         return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class VisionTower(nn.Module):
+    """Vision tower and projector without a decoder, under the names that a whole model gives them."""
+
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.visual = Visual(config)
+        self.mlp_AR = Projector(config, hidden_size)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Patches [P, 3, patch, patch] and grids int [rows, 3] -> visual tokens [P / merge**2, d]."""
+        return encode_vision(self.visual, self.mlp_AR, pixel_values, grid_thw)
 
 
 def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
     """Frames -> merged visual tokens in order, [tokens, d].
 
-    `pixel_values` [patches, 3, patch, patch] in (t, h, w) raster order, `grid_thw` int [rows, 3] in patches. Frames are
-    processed in chunks of at most `PATCHES_PER_CHUNK` patches; the result does not depend on the chunk.
+    `pixel_values` [patches, 3, patch, patch] in (t, h, w) raster order, `grid_thw` int [rows, 3] in patches. Where
+    attention is per frame a row (t, h, w) is the same as t rows (1, h, w). Segments are processed in chunks of at most
+    `PATCHES_PER_CHUNK` patches; the result does not depend on the chunk.
     """
-    weight = visual.vision_model.embeddings.patch_embedding.weight
+    model = visual.vision_model
+    grids = _checked_grids(pixel_values, grid_thw, projector.merge)
+    if not model.config.whole_video_attention:
+        grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
+    weight = model.embeddings.patch_embedding.weight
     pieces = [
-        projector(visual.vision_model(patches.to(weight.dtype), height, width), height, width)
-        for patches, height, width in _chunks(pixel_values, grid_thw, projector.merge)
+        projector(model(patches.to(weight.dtype), height, width), height, width)
+        for patches, height, width in _chunks(pixel_values, grids)
     ]
     return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.linear_2.out_features)
 
 
-def _chunks(pixel_values: Tensor, grid_thw: Tensor, merge: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Yields runs of equally large frames, `(patches [N, P, X], height, width)`, at most a chunk each."""
-    grids = [tuple(row) for row in grid_thw.tolist()]
+def _checked_grids(pixel_values: Tensor, grid_thw: Tensor, merge: int) -> list[tuple[int, int, int]]:
+    """The rows of `grid_thw`; raises when they do not stand for these pixels."""
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
     expected = sum(t * h * w for t, h, w in grids)
     if expected != pixel_values.shape[0]:
         raise KeyeError(f"grid_thw stands for {expected} patches but pixel_values holds {pixel_values.shape[0]}")
     for _, height, width in grids:
         if height % merge or width % merge:
             raise KeyeError(f"a frame of {height} x {width} patches does not divide into {merge} x {merge} blocks")
-    flat, offset, index = pixel_values.flatten(1), 0, 0
-    while index < len(grids):
-        _, height, width = grids[index]
-        frames = 0
-        while index < len(grids) and grids[index][1:] == (height, width):
-            frames += grids[index][0]
-            index += 1
-        size = height * width
+    return grids
+
+
+def _chunks(pixel_values: Tensor, segments: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, int, int]]:
+    """Yields runs of equally large segments, `(patches [N, P, X], height, width)`, at most a chunk each."""
+    flat, offset = pixel_values.flatten(1), 0
+    for (frames, height, width), group in groupby(segments):
+        size, count = frames * height * width, len(list(group))
         step = max(1, PATCHES_PER_CHUNK // size)
-        run = flat[offset : offset + frames * size].unflatten(0, (frames, size))
-        offset += frames * size
-        for begin in range(0, frames, step):
+        run = flat[offset : offset + count * size].unflatten(0, (count, size))
+        offset += count * size
+        for begin in range(0, count, step):
             yield run[begin : begin + step], height, width

@@ -1,93 +1,127 @@
-"""Weights between safetensors files and a `KeyeModel`, under the official tensor names.
+"""Weights between a checkpoint's files and the networks, under the official tensor names.
 
 Fused experts (`mlp.experts.gate_up_proj`) and per-expert tensors (`mlp.experts.3.up_proj.weight`) are both read; fused
-ones are written. Nothing here runs code from a checkpoint: only safetensors are opened.
+ones are written. Loading is strict: every tensor of the model must be there in its shape, and every tensor of the files
+must have a place, be known to have none, or be an error.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from keye.config import KeyeConfig, read_json
-from keye.errors import KeyeError
-from keye.files import complete_file
+from keye.config import KeyeConfig, read_json, vision_config_from_dict
+from keye.models.checkpoint import (
+    INDEX_FILE,
+    SHARD_BYTES,
+    WEIGHTS_FILE,
+    MemoryTensor,
+    Source,
+    WeightsError,
+    copy_all,
+    open_checkpoint,
+    write_checkpoint,
+)
 from keye.models.keye import KeyeModel
+from keye.models.vision import VisionTower
 
-#: In official files but never read by the language model: the SigLIP pooling head, the packing table, rotary buffers.
+__all__ = [
+    "INDEX_FILE", "WEIGHTS_FILE", "LoadReport", "WeightsError", "check_fit", "load_model", "load_tensors",
+    "load_vision", "open_checkpoint", "save_model", "torch_dtype",
+]  # fmt: skip
+
+#: In official files but never read by a forward pass: the SigLIP pooling head, the packing table, rotary buffers.
 IGNORED = re.compile(
     r"visual\.vision_model\.head\.|\.packing_position_embedding\.|\.rotary_emb\.inv_freq$|\.position_ids$"
 )
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
-
-
-class WeightsError(KeyeError):
-    """A checkpoint's tensors do not fit the model that its config describes."""
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor of a file that has not been read yet."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+_INDEXER = ".sa_indexer."
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of the tensors that loading left out."""
+    """Names of the tensors that loading left out, sorted.
+
+    `ignored` are parts that no forward pass of any generation reads. `unused` have no place in this model: indexer
+    weights under a config without `sa_config`, a second copy of tied embeddings, and whatever else the files hold when
+    they were not read strictly. `lacks_indexer`: the config describes a sparse-attention indexer but the files hold
+    none, so the model was built without it and attends densely.
+    """
 
     ignored: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    lacks_indexer: bool = False
 
 
 def load_model(
-    folder: Path, config: KeyeConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: Path,
+    config: KeyeConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
 ) -> tuple[KeyeModel, LoadReport]:
-    """Builds the model and fills it tensor by tensor, so that peak extra memory is one tensor.
+    """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
-    `dtype` defaults to the one in the config. Raises `WeightsError` that names every missing, unexpected or mis-shaped
-    tensor.
+    `dtype` defaults to the one in the config. A 2.0 checkpoint without any indexer weights gives a dense model. Raises
+    `WeightsError` that names every missing, mis-shaped and, if `strict`, unexpected tensor.
     """
     dtype = dtype or torch_dtype(config.dtype)
     tensors = open_checkpoint(Path(folder))
-    with torch.device("meta"):
-        model = KeyeModel(config).to(dtype)
-    plan, ignored = _plan(model, tensors)  # before any memory is taken
-    model = model.to_empty(device=device)
+    model, plan, report = _planned(tensors, config, strict=strict)  # before any memory is taken
+    model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     _fill(model, plan, tensors)
-    return model.eval(), LoadReport(ignored)
+    return model.eval(), report
 
 
-def load_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> LoadReport:
+def check_fit(tensors: Mapping[str, Source], config: KeyeConfig) -> LoadReport:
+    """What `load_model` would report of these tensors, or the error that it would raise; no tensor is read."""
+    return _planned(tensors, config, strict=True)[2]
+
+
+def load_vision(
+    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[VisionTower, LoadReport]:
+    """The vision tower and projector of any generation, also of Keye-VL-671B, whose language model keye does not run.
+
+    Of a sharded checkpoint only the shards that hold them are opened. Errors as in `load_model`.
+    """
+    raw = read_json(Path(folder) / "config.json")
+    dtype = dtype or torch_dtype(str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"))
+    hidden = raw.get("hidden_size")
+    if type(hidden) is not int or hidden < 1:
+        raise WeightsError(f"{folder}/config.json has hidden_size {hidden!r}; the projector needs the decoder's width")
+    tensors = open_checkpoint(Path(folder), lambda name: name.startswith(("visual.", "mlp_AR.")))
+    with torch.device("meta"):
+        tower = VisionTower(vision_config_from_dict(raw), hidden).to(dtype)
+    plan, report = _plan(tower, tensors, strict=True)
+    tower = tower.to_empty(device=device)
+    _fill(tower, plan, tensors)
+    return tower.eval(), report
+
+
+def load_tensors(model: KeyeModel, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Fills an existing model from tensors in memory, under the same rules as `load_model`."""
-    lazy = {name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
-    plan, ignored = _plan(model, lazy)
-    _fill(model, plan, lazy)
-    return LoadReport(ignored)
+    sources = {name: MemoryTensor(tensor) for name, tensor in tensors.items()}
+    plan, report = _plan(model, sources, strict=strict)
+    _fill(model, plan, sources)
+    return report
 
 
-def save_model(model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Writes `model.safetensors` under the official names, through a temporary file. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_model(
+    model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Writes the weights under the official names: `model.safetensors`, or shards with an index if there are more than
+    `shard_bytes`. Returns the path of the file or index; see `checkpoint.write_checkpoint`."""
     tied = model.config.text.tie_word_embeddings
-    state = {
-        name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (tied and name == "lm_head.weight")
-    }
-    path = folder / WEIGHTS_FILE
-    with complete_file(path) as draft:
-        save_file(state, draft, metadata={"format": "pt"})
-    return path
+    state = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return write_checkpoint(state, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -98,33 +132,6 @@ def torch_dtype(name: str) -> torch.dtype:
         raise WeightsError(f"dtype {name!r} is not supported; choose bfloat16, float16 or float32") from None
 
 
-def open_checkpoint(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a folder: the shards of its index, else `model.safetensors`, else every `*.safetensors` in it.
-    Reads headers only."""
-    index = folder / INDEX_FILE
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise WeightsError(f"{index} names a shard outside its folder; refusing to follow it")
-        files = [folder / name for name in names]
-    elif (folder / WEIGHTS_FILE).exists():
-        files = [folder / WEIGHTS_FILE]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightsError(f"{folder} holds no .safetensors weights")
-    tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{file} cannot be read as safetensors: {error}") from None
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            shape = tuple(handle.get_slice(name).get_shape())
-            tensors[name] = LazyTensor(shape, lambda h=handle, n=name: h.get_tensor(n))  # type: ignore[misc]
-    return tensors
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Matching names
 
@@ -132,14 +139,24 @@ _Place = Callable[[Tensor], Tensor]
 _Plan = dict[str, tuple[str, _Place]]
 
 
-def _plan(model: KeyeModel, tensors: Mapping[str, LazyTensor]) -> tuple[_Plan, tuple[str, ...]]:
-    """File name -> (module tensor, view of it to write), and the ignored names; raises for whatever does not fit."""
+def _planned(tensors: Mapping[str, Source], config: KeyeConfig, *, strict: bool) -> tuple[KeyeModel, _Plan, LoadReport]:
+    """A model without memory that suits the tensors, dense if they hold no indexer, and how they fill it."""
+    lacks_indexer = config.text.sparse is not None and not any(_INDEXER in name for name in tensors)
+    with torch.device("meta"):
+        model = KeyeModel(config.without_indexer() if lacks_indexer else config)
+    plan, report = _plan(model, tensors, strict=strict)
+    return model, plan, replace(report, lacks_indexer=lacks_indexer)
+
+
+def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> tuple[_Plan, LoadReport]:
+    """File name -> (module tensor, view of it to write), and what is left out; raises for whatever does not fit."""
+    state, tied = model.state_dict(), _is_tied(model)
     per_expert = {match[1] for name in tensors if (match := _EXPERT.match(name))}
     plan: _Plan = {}
     wrong: list[str] = []
     missing: list[str] = []
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.text.tie_word_embeddings:
+    for name, tensor in state.items():
+        if tied and name == "lm_head.weight":
             continue
         for wanted, place in _sources(name, tensor, per_expert):
             plan[wanted] = (name, place)
@@ -149,12 +166,19 @@ def _plan(model: KeyeModel, tensors: Mapping[str, LazyTensor]) -> tuple[_Plan, t
             elif tensors[wanted].shape != shape:
                 wrong.append(f"{wanted} is {list(tensors[wanted].shape)} instead of {list(shape)}")
     rest = set(tensors) - set(plan)
-    ignored = {name for name in rest if IGNORED.search(name) or _is_unused(name, model)}
-    problems = (("missing", missing), ("mis-shaped", wrong), ("unexpected", rest - ignored))
+    ignored = {name for name in rest if IGNORED.search(name)}
+    dense = not any(_INDEXER in name for name in state)
+    unused = {n for n in rest - ignored if (dense and _INDEXER in n) or (tied and n == "lm_head.weight")}
+    unexpected = rest - ignored - unused if strict else set()
+    problems = (("missing", missing), ("mis-shaped", wrong), ("unexpected", unexpected))
     if any(names for _, names in problems):
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")
-    return plan, tuple(sorted(ignored))
+    return plan, LoadReport(tuple(sorted(ignored)), tuple(sorted(rest - ignored)))
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return isinstance(model, KeyeModel) and model.config.text.tie_word_embeddings
 
 
 def _sources(name: str, tensor: Tensor, per_expert: set[str]) -> Iterator[tuple[str, _Place]]:
@@ -172,14 +196,8 @@ def _sources(name: str, tensor: Tensor, per_expert: set[str]) -> Iterator[tuple[
             yield f"{prefix}.{e}.up_proj.weight", lambda t, e=e: t[e, :, inner:].t()  # type: ignore[misc]
 
 
-def _is_unused(name: str, model: KeyeModel) -> bool:
-    """Indexer weights of a model that its config runs dense, and the second copy of tied embeddings."""
-    text = model.config.text
-    return (text.sparse is None and ".sa_indexer." in name) or (text.tie_word_embeddings and name == "lm_head.weight")
-
-
-def _fill(model: KeyeModel, plan: _Plan, tensors: Mapping[str, LazyTensor]) -> None:
+def _fill(model: nn.Module, plan: _Plan, tensors: Mapping[str, Source]) -> None:
+    """Reads every planned tensor into its place, in the order in which the files hold them."""
     state = model.state_dict()
-    with torch.no_grad():
-        for wanted, (name, place) in plan.items():
-            place(state[name]).copy_(tensors[wanted].read())
+    order = sorted(plan, key=lambda name: tensors[name].place)
+    copy_all(work for name in order for work in tensors[name].pieces(plan[name][1](state[plan[name][0]])))

@@ -118,7 +118,10 @@ class Run:
             model = fresh_model(model_config, self.config.seed)
             order_numbers(model, number_tokens(Tokenizer.from_file(self.config.model)))
             return model.bfloat16()
-        return load_model(self.config.model, model_config, dtype=torch.bfloat16)[0]
+        model, report = load_model(self.config.model, model_config, dtype=torch.bfloat16)
+        if report.lacks_indexer:
+            raise ConfigError(f"{self.config.model} has no indexer weights; start from a checkpoint that has them")
+        return model
 
     def _restore(self) -> None:
         """Takes up the optimiser's state, unless it is a left-over of a stage that has ended since."""

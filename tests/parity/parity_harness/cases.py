@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ class Case:
     def weights(self) -> dict[str, Tensor]:
         """The tensors `w.*` without their prefix."""
         return {name[2:]: tensor for name, tensor in self.tensors.items() if name.startswith("w.")}
+
+    @property
+    def informative(self) -> set[str]:
+        """Tensors that record a property of the official code that need not be reproduced, as `informative` lists them
+        before its first colon; names may end with `.*`."""
+        listed = str(self.meta.get("informative", "")).partition(":")[0]
+        patterns = [name.strip() for name in listed.split("/")]
+        return {name for name in self.tensors if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
     def tolerance(self, default: float = FLOAT_TOLERANCE) -> float:
         """The first number of the case's own tolerance text."""

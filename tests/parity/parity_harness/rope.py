@@ -9,26 +9,24 @@ import torch
 from torch import Tensor
 
 from keye.errors import KeyeError
-from keye.media.positions import build_position_ids, get_rope_index, split_grid_rows
+from keye.media.positions import PreviewLayout, build_position_ids, get_rope_index, split_grid_rows
 from keye.ops.elementwise import rotate
 from keye.ops.reference import inverse_frequencies, rope_angles
 from parity_harness.cases import Case, Check, NotApplicable, is_preview
 
 #: Placeholder ids of cases that do not state their own.
-TOKEN_IDS = {"image": 502, "video": 503, "fast_video": 504}
+TOKEN_IDS = {"vision_start": 500, "image": 502, "video": 503, "fast_video": 504}
 #: An official function that stops on a name it never defined has no result to agree with.
 DEFECTS = ("NameError", "UnboundLocalError", "AttributeError")
 
 
 def run_rope(case: Case, check: Check) -> None:
     meta = case.meta
-    if is_preview(meta):
-        raise NotApplicable("positions of Keye-VL-8B-Preview (absolute time axis) are not implemented yet")
     if "mrope_section" in meta:
         _check_rotation(case, check)
     elif "video_grid_thw_merged" in case.tensors:
         _check_merged_rows(case, check)
-    elif meta.get("function") in ("keye", "adaptive", "slowfast"):
+    elif is_preview(meta) or meta.get("function") in ("keye", "adaptive", "slowfast"):
         _check_positions(case, check)
     else:
         raise NotApplicable(f"position function {meta.get('function')!r} is unknown to this version")
@@ -43,6 +41,8 @@ def _grids(case: Case) -> dict[int, np.ndarray]:
 def _check_positions(case: Case, check: Check) -> None:
     ids, mask = case.tensors["input_ids"].numpy(), case.tensors.get("attention_mask")
     options: dict[str, Any] = {"merge_size": case.meta.get("spatial_merge_size", 2)}
+    if is_preview(case.meta):
+        options["preview"] = _preview_layout(case)
     error = case.meta.get("error")
     # get_rope_index_keye gives every sequence of a batch all grid rows; the others count a sequence's own.
     by_row = case.meta["function"] == "keye"
@@ -61,6 +61,18 @@ def _check_positions(case: Case, check: Check) -> None:
     check.equal("position_ids", positions, case.tensors["position_ids"])
     if "mrope_position_deltas" in case.tensors:
         check.equal("mrope_position_deltas", deltas, case.tensors["mrope_position_deltas"].view(-1, 1))
+
+
+def _preview_layout(case: Case) -> PreviewLayout:
+    """Rates lie in a tensor or, where they were a Python list, in the json; without any, a frame lasts a second."""
+    token_ids = case.meta.get("token_ids") or TOKEN_IDS
+    seconds = case.tensors.get("second_per_grid_ts")
+    rates = case.meta.get("second_per_grid_ts_list") if seconds is None else seconds.tolist()
+    return PreviewLayout(
+        vision_start=token_ids["vision_start"],
+        seconds_per_frame={token_ids["video"]: rates or ()},
+        tokens_per_second=case.meta.get("tokens_per_second", 2),
+    )
 
 
 def _row_by_row(

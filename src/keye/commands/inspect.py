@@ -1,0 +1,218 @@
+"""`keye inspect`: what a model is made of and where it fits, from its small files; weights are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keye.commands import options
+from keye.errors import KeyeError
+
+if TYPE_CHECKING:
+    from keye.commands.machine import Memory
+    from keye.models.outline import Outline
+
+#: Published models whose configuration ships with keye, by the name of its folder under assets/configs.
+DESCRIBED = {
+    "preview": "Kwai-Keye/Keye-VL-8B-Preview",
+    "1.5": "Kwai-Keye/Keye-VL-1_5-8B",
+    "2.0": "Kwai-Keye/Keye-VL-2.0-30B-A3B",
+    "671b": "Kwai-Keye/Keye-VL-671B-A37B",
+}
+#: Number formats that keye loads weights in, and the bytes of a number.
+FORMATS = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: Memory left free beside weights and cache: activations, the vision tower's chunk, the program itself.
+RESERVE_BYTES = 10**9
+#: Placeholders and marks of the prompt, and the fields of config.json that hold their ids.
+MARKS = {
+    "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id",
+    "<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
+}  # fmt: skip
+#: Words in a chat template that tell what it knows.
+TEMPLATE_WORDS = {"tools": "tools", "thinking": "enable_thinking", "images": "image", "videos": "video"}
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("model", metavar="MODEL")
+@options.as_json
+@options.debug
+def inspect(model: str, as_json: bool) -> None:
+    """Show what a model is made of, what it costs in memory, and what fits in this machine.
+
+    MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, or a folder with config.json. Weights are
+    neither needed nor fetched; where they are, their headers are read and compared.
+
+    \b
+    keye inspect nano
+    keye inspect 2.0 --json
+    """
+    from keye.commands import inputs, show, show_model
+
+    with inputs.stderr().status("reading"):
+        result = description(model)
+    if as_json:
+        show.print_json(result)
+    else:
+        show_model.print_model(result)
+
+
+def description(model: str) -> dict[str, Any]:
+    """Everything that `keye inspect --json` prints."""
+    from keye.commands.machine import memories
+    from keye.config import read_json
+    from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
+
+    folder, packaged = find(model)
+    raw = read_json(folder / "config.json")
+    made = outline(raw)
+    files, shapes, notes = weight_facts(folder, made)
+    if packaged:
+        notes.append("Not on this machine: described from the configuration that ships with keye, put together from "
+                     "what is published; the values in a real checkpoint win.")  # fmt: skip
+    if not made.runs:
+        notes.append("keye loads the vision tower and projector of this model; its language model does not run yet.")
+    if unknown := (made.config.unknown if made.config is not None else ()):
+        notes.append(f"Without meaning to keye in config.json: {', '.join(unknown)}.")
+    parts = parameters_by_part(shapes or made.shapes)
+    total, read = sum(parts.values()), read_parameters(shapes or made.shapes)
+    memory = memories()
+    return {
+        "model": model,
+        "folder": None if packaged else str(folder),
+        "architecture": made.architecture,
+        "generation": made.generation,
+        "runs": made.runs,
+        "text": made.text,
+        "vision": asdict(made.vision),
+        "tokens_per_second": made.config.tokens_per_second if made.config is not None else None,
+        "context": made.context,
+        "parameters": {"total": total, "read": read, "active": active_parameters(parts, made.experts), "parts": parts},
+        "bytes": {name: total * size for name, size in FORMATS.items()},
+        "kv_bytes_per_token": {name: made.kv_numbers * size for name, size in FORMATS.items()},
+        "indexer_bytes_per_token": {
+            **{name: made.index_numbers * size for name, size in FORMATS.items()},
+            "float8": made.index_bytes_float8(),
+        },
+        "files": files,
+        "memory": [asdict(one) for one in memory],
+        "fits": [fit(made, read, one, name) for one in memory for name in FORMATS],
+        "tokenizer": tokenizer_facts(folder, raw),
+        "template": template_facts(folder),
+        "sampling": sampling_facts(folder),
+        "notes": notes,
+    }
+
+
+def find(model: str) -> tuple[Path, bool]:
+    """The folder that describes `model`, and whether it is keye's own copy of a published configuration."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from keye.commands.inputs import find_model
+    from keye.hub import asset
+
+    lowered = model.lower()
+    for short, name in DESCRIBED.items():
+        if lowered in (short, name.lower()):
+            cached = try_to_load_from_cache(name, "config.json")
+            if isinstance(cached, str):
+                return Path(cached).parent, False
+            return asset(f"configs/{short}"), True
+    return find_model(model, weights=False), False
+
+
+def weight_facts(folder: Path, made: Outline) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
+    """The safetensors files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
+    from keye.models.checkpoint import open_checkpoint, weight_files
+    from keye.models.weights import check_fit
+
+    try:
+        files = weight_files(folder)
+        tensors = open_checkpoint(folder) if files else {}
+    except KeyeError as error:
+        return None, {}, [f"{error}."]
+    if not tensors:
+        return None, {}, []
+    bytes_of: dict[str, int] = {}
+    for tensor in tensors.values():
+        bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes
+    facts: dict[str, Any] = {
+        "files": len(files), "tensors": len(tensors), "bytes": sum(bytes_of.values()), "bytes_by_dtype": bytes_of,
+    }  # fmt: skip
+    notes: list[str] = []
+    if made.config is not None:
+        try:
+            report = check_fit(tensors, made.config)
+        except KeyeError as error:
+            facts["fits_config"] = False
+            notes.append(f"{str(error)[:400]}.")
+        else:
+            facts |= {"fits_config": True, "ignored": list(report.ignored), "unused": list(report.unused)}
+            if report.lacks_indexer:
+                notes.append("The files hold no indexer weights: the model runs with dense attention.")
+    return facts, {name: tensor.shape for name, tensor in tensors.items()}, notes
+
+
+def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, Any]:
+    """Whether weights in `dtype` fit into the free memory of a device, and the longest context beside them."""
+    size = FORMATS[dtype]
+    left = memory.free - RESERVE_BYTES - numbers * size
+    tokens = max(0, left) // ((made.kv_numbers + made.index_numbers) * size)
+    context = min(tokens, made.context) if made.runs else 0
+    limit = None if not context else ("model" if tokens >= made.context else "memory")
+    return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "fits": context > 0, "context": context,
+            "limited_by": limit}  # fmt: skip
+
+
+def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Size and marks of `tokenizer.json`; None without one. `disagreements` are ids that config.json says otherwise."""
+    from keye.tokenizer import FRAME_TOKENS, Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = Tokenizer.from_file(folder)
+    added = tokenizer.added_tokens
+    wrong = [f"{mark} is {added.get(mark)} but {field} is {raw.get(field)}"
+             for mark, field in MARKS.items() if added.get(mark) != raw.get(field)]  # fmt: skip
+    if (rows := raw.get("vocab_size")) is not None and tokenizer.vocab_size > rows:
+        wrong.append(f"{tokenizer.vocab_size} tokens but vocab_size {rows}")
+    return {
+        "tokens": tokenizer.vocab_size,
+        "added": len(added),
+        "special": sorted(tokenizer.special_tokens),
+        "ids": {mark: added.get(mark) for mark in MARKS},
+        "frame_marks": [token for token in FRAME_TOKENS if token in added],
+        "thinks": "<think>" in added,
+        "calls_tools": "<tool_call>" in added,
+        "disagreements": wrong,
+    }
+
+
+def template_facts(folder: Path) -> dict[str, Any] | None:
+    """Which file holds the checkpoint's chat template and what the template knows; None without one. It is not run."""
+    from keye.config import read_json
+
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return _template(jinja.name, jinja.read_text(encoding="utf-8", errors="replace"))
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and isinstance(text := read_json(folder / name).get("chat_template"), str):
+            return _template(name, text)
+    return None
+
+
+def _template(file: str, text: str) -> dict[str, Any]:
+    knows = [what for what, word in TEMPLATE_WORDS.items() if word in text]
+    return {"file": file, "characters": len(text), "knows": knows}
+
+
+def sampling_facts(folder: Path) -> dict[str, Any]:
+    """How the model wants to be sampled, and the ids that end a reply, as generation_config.json says."""
+    from keye.config import load_generation_config
+
+    generation = load_generation_config(folder)
+    stops: Sequence[int] = generation.eos_token_ids
+    return {**generation.sampling_defaults(), "stop_ids": list(stops)}

@@ -1,0 +1,243 @@
+"""Safetensors files: which tensors lie where, reading them straight into their place, writing them in shards.
+
+Knows names, shapes and bytes; knows nothing of networks. Only safetensors are opened, so nothing in a checkpoint can
+run. `safetensors` itself checks every header; the bytes are read with plain reads in file order, since a memory map
+that is faulted in page by page is slower than the disk and counts as memory of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from keye.config import read_json
+from keye.errors import KeyeError
+from keye.files import complete_file
+
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+#: Largest file that saving writes, as in the official releases.
+SHARD_BYTES = 5_000_000_000
+#: Bytes that are read at once, and how many such pieces are under way: while one waits for the disk another is copied,
+#: and the file is still read nearly from front to back.
+PIECE_BYTES, READERS = 16 * 2**20, 4
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class WeightsError(KeyeError):
+    """A checkpoint's tensors cannot be read, or do not fit the model that its config describes."""
+
+
+class Source(Protocol):
+    """A tensor that can be written into a place of the same shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Sorting by it puts tensors in the order in which they are read fastest."""
+
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        """Work that together fills `target`, converting to its dtype and device; in any order, on any thread."""
+
+
+@dataclass(frozen=True)
+class MemoryTensor:
+    """A tensor that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return "", 0
+
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        yield lambda: target.copy_(self.tensor)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file that has not been read yet: its `nbytes` lie from byte `start` on. `dtype` is safetensors'."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return str(self.file), self.start
+
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        """Pieces of `PIECE_BYTES`; a target that is not contiguous is one piece, with this one tensor as its buffer."""
+        if self.dtype not in _DTYPES:
+            raise WeightsError(f"{self.name} is stored as {self.dtype}; keye reads {', '.join(_DTYPES)}")
+        dtype = _DTYPES[self.dtype]
+        count = self.nbytes // dtype.itemsize
+        if not count:
+            return
+        if not target.is_contiguous():
+            yield lambda: target.copy_(self._read(0, torch.empty(count, dtype=dtype)).view(self.shape))
+            return
+        flat, step = target.view(-1), PIECE_BYTES // dtype.itemsize
+        for begin in range(0, count, step):
+            yield partial(self._fill, flat[begin : begin + step], begin * dtype.itemsize, dtype)
+
+    def _fill(self, part: Tensor, start: int, dtype: torch.dtype) -> None:
+        """Reads straight into `part` where its dtype and device are the file's, else through a buffer of its size."""
+        if part.device.type == "cpu" and part.dtype == dtype:
+            self._read(start, part)
+        else:
+            part.copy_(self._read(start, torch.empty(len(part), dtype=dtype)))
+
+    def _read(self, start: int, out: Tensor) -> Tensor:
+        """Fills a contiguous CPU tensor with the bytes from `start` of this tensor on."""
+        view = out.view(-1).view(torch.uint8).numpy().data
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                if hasattr(os, "posix_fadvise"):  # doubles how far the kernel reads ahead
+                    os.posix_fadvise(file.fileno(), self.start + start, len(view), os.POSIX_FADV_SEQUENTIAL)
+                file.seek(self.start + start)
+                while len(view):
+                    if not (got := file.readinto(view)):
+                        raise WeightsError(f"{self.file} ends inside {self.name}; fetch it again")
+                    view = view[got:]
+        except OSError as error:
+            raise WeightsError(f"{self.file} cannot be read: {error}") from None
+        return out
+
+
+def copy_all(work: Iterable[Callable[[], object]]) -> None:
+    """Does the pieces of work on `READERS` threads; the first error stops the rest."""
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for done in [pool.submit(piece) for piece in work]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def open_checkpoint(folder: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, StoredTensor]:
+    """The tensors of a folder by name: the shards of its index, else `model.safetensors`, else every `*.safetensors`.
+
+    Reads headers only. Shards in which the index lists no `wanted` name are not opened and need not exist.
+    """
+    files = weight_files(folder, wanted)
+    if not files:
+        raise WeightsError(f"{folder} holds no .safetensors weights")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise WeightsError(f"{tensor.name} is both in {other} and in {file.name}; remove the stale file")
+            tensors[tensor.name] = tensor
+    return {name: tensor for name, tensor in tensors.items() if wanted is None or wanted(name)}
+
+
+def weight_files(folder: Path, wanted: Callable[[str], bool] | None = None) -> list[Path]:
+    """The safetensors files that make up the checkpoint in `folder`, none where it has no weights."""
+    index = folder / INDEX_FILE
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WeightsError(f"{index} has no weight_map from tensor names to files; fetch it again")
+        names = sorted({file for name, file in weight_map.items() if wanted is None or wanted(name)})
+        if any(Path(name).name != name for name in names):
+            raise WeightsError(f"{index} names a shard outside its folder; refusing to follow it")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """Every tensor of a file. `safe_open` checks dtypes, shapes and bounds; only then are the offsets believed."""
+    try:
+        with safe_open(file, framework="pt"), open(file, "rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} cannot be read as safetensors: {error}") from None
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + size + begin, end - begin)
+        for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_checkpoint(
+    tensors: Mapping[str, Tensor], folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Writes `model.safetensors`, or shards with their index where there are more than `shard_bytes`.
+
+    `dtype` converts on the way. The files appear together when all are complete, and those of an earlier save vanish;
+    a failure leaves the folder as it was. Returns the path of the file or of the index. Extra memory: one shard.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = _groups({name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}, shard_bytes)
+    single, count = len(groups) == 1, len(groups)
+    names = [WEIGHTS_FILE if single else f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    path = folder / (WEIGHTS_FILE if single else INDEX_FILE)
+    with contextlib.ExitStack() as drafts:
+        if not single:  # entered first, so that it takes its place last
+            draft = drafts.enter_context(complete_file(path))
+            draft.write_text(_index(tensors, dict(zip(names, groups, strict=True)), dtype), encoding="utf-8")
+        for name, group in zip(names, groups, strict=True):
+            part = {n: tensors[n].detach().to(device="cpu", dtype=dtype).contiguous() for n in group}
+            save_file(part, drafts.enter_context(complete_file(folder / name)), metadata={"format": "pt"})
+    written = {path.name, *names}
+    for file in folder.iterdir():
+        ours = file.name in (WEIGHTS_FILE, INDEX_FILE) or _SHARD.fullmatch(file.name)
+        if ours and file.name not in written:
+            file.unlink()
+    return path
+
+
+def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most `limit` bytes; a larger tensor has a group of its own."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _index(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]], dtype: torch.dtype | None) -> str:
+    total = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
+    weight_map = dict(sorted((name, file) for file, group in shards.items() for name in group))
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"

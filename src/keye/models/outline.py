@@ -1,0 +1,142 @@
+"""What a model is made of, from its config.json alone: tensors, parameters by part, bytes of a token in the cache.
+
+Networks are built on the meta device, so no memory is taken; nothing is read but the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from keye.config import (
+    ARCHITECTURES,
+    KeyeConfig,
+    VisionConfig,
+    architecture_name,
+    model_config_from_dict,
+    vision_config_from_dict,
+)
+from keye.models.keye import KeyeModel
+from keye.models.latent import LatentTextConfig, latent_shapes, latent_text_config
+from keye.models.vision import VisionTower
+from keye.models.weights import IGNORED
+
+#: Rows of the packing position table, which official files hold and no forward pass reads.
+PACKING_ROWS = 32768
+PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
+#: Bytes of an indexer key in the official float8 cache, beyond one for each of its numbers: the scale of the vector.
+FLOAT8_SCALE_BYTES = 4
+
+#: Parts of a model and the tensors that belong to each; the first match counts.
+PARTS = (
+    ("packing table (never read)", re.compile(r"\.packing_position_embedding\.")),
+    ("pooling head (never read)", re.compile(r"^visual\.vision_model\.head\.")),
+    ("vision tower", re.compile(r"^visual\.")),
+    ("projector", re.compile(r"^mlp_AR\.")),
+    ("embeddings", re.compile(r"\.embed_tokens\.")),
+    ("indexer", re.compile(r"\.sa_indexer\.")),
+    ("attention", re.compile(r"\.self_attn\.")),
+    ("router", re.compile(r"\.mlp\.gate\.")),
+    ("experts", re.compile(r"\.mlp\.experts\.")),
+    ("shared experts", re.compile(r"\.mlp\.shared_experts\.")),
+    ("dense layers", re.compile(r"\.mlp\.")),
+    ("norms", re.compile(r"norm\.")),
+    ("head", re.compile(r"^lm_head\.")),
+    ("other", re.compile(r"")),
+)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """`shapes` are the tensors of an official checkpoint. `kv_numbers` and `index_numbers` are what the cache keeps of
+    one token over all layers. `experts` is (chosen for a token, all) of a routed layer, None without routing."""
+
+    architecture: str
+    generation: str
+    runs: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    vision: VisionConfig
+    text: Mapping[str, Any]
+    context: int
+    kv_numbers: int
+    index_numbers: int
+    index_keys: int
+    experts: tuple[int, int] | None
+    config: KeyeConfig | None
+
+    def index_bytes_float8(self) -> int:
+        """Bytes of one token's indexer keys in the official float8 pages."""
+        return self.index_numbers + FLOAT8_SCALE_BYTES * self.index_keys
+
+
+def outline(raw: Mapping[str, Any]) -> Outline:
+    """The outline of an official `config.json` (already parsed) of any generation, the 671B model too."""
+    name = architecture_name(raw)
+    if not ARCHITECTURES[name].runs:
+        return _latent_outline(name, latent_text_config(raw), vision_config_from_dict(raw))
+    config = model_config_from_dict(raw)
+    text, sparse = config.text, config.text.sparse
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in KeyeModel(config).state_dict().items()}
+    if text.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return Outline(
+        architecture=name,
+        generation=config.generation,
+        runs=True,
+        shapes={**shapes, PACKING_TABLE: (PACKING_ROWS, config.vision.hidden_size)},
+        vision=config.vision,
+        text=asdict(text),
+        context=text.max_position_embeddings,
+        kv_numbers=text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2,
+        index_numbers=text.num_hidden_layers * sparse.indexer_head_dim if sparse is not None else 0,
+        index_keys=text.num_hidden_layers if sparse is not None else 0,
+        experts=(text.num_experts_per_tok, text.num_experts) if text.num_experts else None,
+        config=config,
+    )
+
+
+def _latent_outline(name: str, text: LatentTextConfig, vision: VisionConfig) -> Outline:
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in VisionTower(vision, text.hidden_size).state_dict().items()}
+    return Outline(
+        architecture=name,
+        generation=ARCHITECTURES[name].generation,
+        runs=False,
+        shapes={**shapes, PACKING_TABLE: (PACKING_ROWS, vision.hidden_size), **dict(latent_shapes(text))},
+        vision=vision,
+        text=asdict(text),
+        context=text.max_position_embeddings,
+        kv_numbers=text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim),
+        index_numbers=0,
+        index_keys=0,
+        experts=(text.num_experts_per_tok, text.n_routed_experts),
+        config=None,
+    )
+
+
+def parameters_by_part(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
+    """Numbers in each part, parts in the order of `PARTS`, empty ones left out."""
+    counts = dict.fromkeys((part for part, _ in PARTS), 0)
+    for name, shape in shapes.items():
+        counts[next(part for part, pattern in PARTS if pattern.search(name))] += math.prod(shape)
+    return {part: count for part, count in counts.items() if count}
+
+
+def read_parameters(shapes: Mapping[str, Iterable[int]]) -> int:
+    """Numbers that a forward pass reads: what loading takes into memory."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if not IGNORED.search(name))
+
+
+def active_parameters(parts: Mapping[str, int], experts: tuple[int, int] | None) -> int:
+    """Numbers of the decoder that take part in one token: of the routed experts only the chosen ones, of the
+    embeddings none (a look-up)."""
+    names = ("indexer", "attention", "router", "shared experts", "dense layers", "norms", "head")
+    routed = parts.get("experts", 0)
+    chosen = routed * experts[0] // experts[1] if experts is not None else routed
+    return sum(parts.get(name, 0) for name in names) + chosen
