@@ -15,6 +15,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError
 from keye.media import (
     DecodeLimits,
+    MediaOptions,
     VideoInfo,
     VideoPlan,
     fetch_source,
@@ -31,7 +32,7 @@ CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 def sample(path: Path, **options: object) -> tuple[VideoInfo, VideoPlan, list[int]]:
     """Info, plan and the number shown by each sampled frame."""
     with open_video(fetch_source(path)) as reader:
-        plan = reader.plan(CONFIG, **options)
+        plan = reader.plan(CONFIG, MediaOptions(**options))  # type: ignore[arg-type]
         frames = reader.read(plan)
     assert frames.shape == (plan.frames, plan.height, plan.width, 3)
     return reader.info, plan, [read_code(frame) for frame in frames]
@@ -123,7 +124,7 @@ def test_frames_equal_a_full_decode(tmp_path: Path, encoder: dict[str, str]) -> 
     for limits in (DecodeLimits(threads=1), DecodeLimits(threads=2)):
         for nframes in (3, 40):
             with open_video(fetch_source(path), limits) as reader:
-                plan = reader.plan(CONFIG, nframes=nframes)
+                plan = reader.plan(CONFIG, MediaOptions(nframes=nframes))
                 frames = reader.read(plan)
             for index, frame in zip(plan.frame_indices, frames, strict=True):
                 expected = every[index].to_ndarray(
@@ -143,11 +144,11 @@ def test_range_and_counts(tmp_path: Path) -> None:
     assert sample(path, video_total_pixels=16 * 784 * 6)[1].frames == 6
     source = fetch_source(path)
     with pytest.raises(KeyeError, match="leave fewer than two frames"):
-        plan_video(source, CONFIG, video_start=3.0, video_end=1.0)
+        plan_video(source, CONFIG, MediaOptions(video_start=3.0, video_end=1.0))
     with pytest.raises(KeyeError, match="exclude each other"):
-        plan_video(source, CONFIG, fps=1, nframes=3)
+        plan_video(source, CONFIG, MediaOptions(fps=1, nframes=3))
     with pytest.raises(KeyeError, match="fps is -1"):
-        plan_video(source, CONFIG, fps=-1)
+        plan_video(source, CONFIG, MediaOptions(fps=-1))
 
 
 def test_one_frame(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_bytes_and_several_plans(tmp_path: Path) -> None:
     data = write_clip(tmp_path / "clip.mp4").read_bytes()
     with open_video(fetch_source(data)) as reader:
         for nframes in (7, 3):
-            plan = reader.plan(CONFIG, nframes=nframes)
+            plan = reader.plan(CONFIG, MediaOptions(nframes=nframes))
             assert [read_code(frame) for frame in reader.read(plan)] == list(plan.frame_indices)
 
 

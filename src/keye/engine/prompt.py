@@ -8,25 +8,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from keye.chat import ChatTemplate, Medium, Message, render
 from keye.config import KeyeConfig
 from keye.errors import KeyeError
-from keye.media.fetch import Source, fetch_source, media_kind
+from keye.media.fetch import Source, fetch_source, jpeg_list, media_kind
+from keye.media.image import read_image
+from keye.media.options import media_options
+from keye.media.patches import VisionInput
+from keye.media.pictures import is_array
 from keye.media.positions import build_position_ids
-from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
+from keye.media.processor import MediaItem, Processor, VisualSpan
 from keye.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Frames:
-    """A video in memory: uint8 RGB [F, H, W, 3] and the second of each frame."""
+    """A video in memory: an array or tensor with four axes or a list of pictures (uint8 RGB), and the second of each
+    frame if it is known."""
 
-    frames: NDArray[np.uint8]
-    timestamps: Sequence[float]
+    frames: Any
+    timestamps: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,17 @@ class PromptBuilder:
 
     def open(self, medium: Medium, videos: int = 1) -> MediaItem:
         """Fetches and processes one medium under its own options."""
-        options: dict[str, Any] = dict(medium.options)
-        if isinstance(medium.source, Frames):
-            return self.processor.frames(medium.source.frames, medium.source.timestamps, **options)
-        if isinstance(medium.source, Image.Image):
-            return self.processor.image(medium.source, **options)
-        source = as_source(medium.source)
+        given: dict[str, Any] = dict(medium.options)
+        source = medium.source
+        if isinstance(source, Frames) and source.timestamps is not None:
+            given["timestamps"] = source.timestamps
+        options = media_options(medium.kind, given, video_count=max(videos, 1))
         if medium.kind == "image":
-            return self.processor.image(source, **options)
-        return self.processor.video(source, video_count=videos, **options)
+            return self.processor.image(as_picture_source(source), options)
+        frames = frames_of(source)
+        if frames is not None:
+            return self.processor.frames(frames, options)
+        return self.processor.video(as_source(source), options)
 
     def _media_ids(self, item: MediaItem) -> list[int]:
         ids: list[int] = []
@@ -109,21 +115,44 @@ class PromptBuilder:
 
 
 def as_source(value: object) -> Source:
-    """A path, data URL or bytes as a `Source`; `KeyeError` for anything else."""
+    """A path, URL or bytes as a `Source`; `KeyeError` for anything else."""
     if isinstance(value, Source):
         return value
     if isinstance(value, str | bytes) or hasattr(value, "__fspath__"):
         return fetch_source(value)
-    raise KeyeError(f"a medium must be a path, data URL, bytes, a PIL image or Frames, not {type(value).__name__}")
+    raise KeyeError(
+        f"a medium must be a path, URL, bytes, a PIL image, an array, a tensor or Frames, not {type(value).__name__}"
+    )
+
+
+def as_picture_source(value: object) -> object:
+    """What `Processor.image` takes: pictures in memory as they are, all else as a `Source`."""
+    return value if isinstance(value, Image.Image) or is_array(value) else as_source(value)
+
+
+def frames_of(value: object) -> Any:
+    """The frames of a video that is given as pictures: `Frames`, an array or tensor, a list of pictures (files or in
+    memory), or a data URL of several JPEG images; None for a video file."""
+    if isinstance(value, Frames):
+        value = value.frames
+    if is_array(value):
+        return value
+    pictures = value if isinstance(value, list | tuple) else jpeg_list(value)
+    if pictures is None:
+        return None
+    sources = (as_picture_source(picture) for picture in pictures)
+    return [read_image(picture) if isinstance(picture, Source) else picture for picture in sources]
 
 
 def as_medium(value: object, **options: Any) -> Medium:
     """Any medium that `ask` accepts, its kind found out by looking at it."""
     if isinstance(value, Medium):
         return value
-    if isinstance(value, Frames):
-        return Medium("video", value, options)
     if isinstance(value, Image.Image):
         return Medium("image", value, options)
+    if is_array(value):
+        return Medium("video" if getattr(value, "ndim", 3) == 4 else "image", value, options)
+    if isinstance(value, Frames) or jpeg_list(value) is not None:
+        return Medium("video", value, options)
     source = as_source(value)
     return Medium("image" if media_kind(source) == "image" else "video", source, options)
