@@ -13,9 +13,8 @@ from torch import Tensor
 
 from keye.chat import ChatTemplate, Medium, Message, render
 from keye.config import KeyeConfig
-from keye.errors import KeyeError
-from keye.media.fetch import Source, fetch_source, jpeg_list, media_kind
-from keye.media.image import read_image
+from keye.media.fetch import jpeg_list, media_kind
+from keye.media.inputs import as_source, open_frames
 from keye.media.options import media_options
 from keye.media.patches import VisionInput
 from keye.media.pictures import is_array
@@ -85,12 +84,13 @@ class PromptBuilder:
         """Fetches and processes one medium under its own options."""
         given: dict[str, Any] = dict(medium.options)
         source = medium.source
-        if isinstance(source, Frames) and source.timestamps is not None:
-            given["timestamps"] = source.timestamps
+        if isinstance(source, Frames):
+            given["timestamps"], source = source.timestamps, source.frames
         options = media_options(medium.kind, given, video_count=max(videos, 1))
         if medium.kind == "image":
-            return self.processor.image(as_picture_source(source), options)
-        frames = frames_of(source)
+            in_memory = isinstance(source, Image.Image) or is_array(source)
+            return self.processor.image(source if in_memory else as_source(source), options)
+        frames = open_frames(source)
         if frames is not None:
             return self.processor.frames(frames, options)
         return self.processor.video(as_source(source), options)
@@ -112,36 +112,6 @@ class PromptBuilder:
                 grids[self._pad[kind]] = np.concatenate(rows)
         positions, delta = build_position_ids(ids, grids, merge_size=self.config.vision.spatial_merge_size)
         return Prompt(torch.tensor(ids), torch.from_numpy(positions), len(ids) + delta, tuple(items))
-
-
-def as_source(value: object) -> Source:
-    """A path, URL or bytes as a `Source`; `KeyeError` for anything else."""
-    if isinstance(value, Source):
-        return value
-    if isinstance(value, str | bytes) or hasattr(value, "__fspath__"):
-        return fetch_source(value)
-    raise KeyeError(
-        f"a medium must be a path, URL, bytes, a PIL image, an array, a tensor or Frames, not {type(value).__name__}"
-    )
-
-
-def as_picture_source(value: object) -> object:
-    """What `Processor.image` takes: pictures in memory as they are, all else as a `Source`."""
-    return value if isinstance(value, Image.Image) or is_array(value) else as_source(value)
-
-
-def frames_of(value: object) -> Any:
-    """The frames of a video that is given as pictures: `Frames`, an array or tensor, a list of pictures (files or in
-    memory), or a data URL of several JPEG images; None for a video file."""
-    if isinstance(value, Frames):
-        value = value.frames
-    if is_array(value):
-        return value
-    pictures = value if isinstance(value, list | tuple) else jpeg_list(value)
-    if pictures is None:
-        return None
-    sources = (as_picture_source(picture) for picture in pictures)
-    return [read_image(picture) if isinstance(picture, Source) else picture for picture in sources]
 
 
 def as_medium(value: object, **options: Any) -> Medium:

@@ -120,13 +120,13 @@ class Processor:
         given = as_frames(frames)
         if options.timestamps is not None and len(given) != len(options.timestamps):
             raise KeyeError(f"{len(given)} frames have {len(options.timestamps)} timestamps; give one for each frame")
-        if self.config.generation == "preview":
+        if self.config.generation == "Preview":
             return self._preview_list(given, options)
         times = options.timestamps
         if times is not None:
             pixels = _one_size(given, self.config, options, listed=False)
         else:
-            pixels, times = self._sampled_list(given, options)
+            pixels, times = sampled_list(given, self.config, options)
         height, width = pixels[0].shape[:2]
         types = None
         if self.config.generation == "1.5":
@@ -162,33 +162,15 @@ class Processor:
             yield _shrunk(bicubic(frame, held), (plan.height, plan.width))
 
     def _preview_list(self, given: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
-        """Every picture is sized as an image, the last repeated to an even number; all get the size of the first."""
-        if options.timestamps is not None:
-            fps = _rate(options.timestamps) or self.config.fps
-        else:
-            fps = options.fps or self.config.fps
-        indices = list(range(len(given)))
-        wanted = min(options.nframes or len(given), options.max_frames or len(given), len(given))
-        if wanted < len(given) and not options.strict_official:
-            indices = sampling.sample_indices(0, len(given) - 1, wanted)
-            fps *= len(indices) / len(given)
-        indices += indices[-1:] * (-len(indices) % self.config.frame_factor)
+        """Every picture is sized as an image; all then get the processor's size of the first."""
+        indices, fps = listed_indices(len(given), self.config, options)
         held = [hold_image(_picture(given[i]), self.config, options) for i in indices]
         height, width, _ = held[0].shape
         size = sizes.encoded_size(height, width, self.config, options)
         resized = (_shrunk(frame, size) for frame in held)
         vision = frames_to_patches(resized, [size] * len(held), self.config)
-        return self._video_item(vision, options.timestamps or (), None, fps, None)
-
-    def _sampled_list(
-        self, given: Pixels | list[Image.Image], options: MediaOptions
-    ) -> tuple[Sequence[Pixels], tuple[float, ...] | None]:
-        native = options.fps or self.config.fps
-        indices = sampling.sample_frames(len(given), native, self.config, options)
-        if not indices:
-            raise KeyeError("the token budget holds no frame; raise video_total_pixels")
-        frames = _one_size([given[i] for i in indices], self.config, options, listed=True)
-        return frames, None if options.fps is None else tuple(i / native for i in indices)
+        times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
+        return self._video_item(vision, times, None, fps, None)
 
     def _video_item(
         self,
@@ -200,12 +182,47 @@ class Processor:
     ) -> MediaItem:
         tokens = vision.grid_thw.prod(axis=1) // self.config.merge_size**2
         times = tuple(float(t) for t in timestamps or ())
-        if self.config.generation == "preview":
+        if self.config.generation == "Preview":
             assert sample_fps is not None
             span = VisualSpan("video", int(tokens.sum()))
             return MediaItem("video", vision.as_one_video(), (span,), times, 1 / sample_fps, plan)
         pieces = expand_frames(tokens.tolist(), self.config, timestamps, types)
         return MediaItem("video", vision, tuple(pieces), times, None, plan)
+
+
+def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
+    """Preview: which of `count` listed pictures are used, the last repeated to an even number, and their average rate.
+
+    Officially all are; `nframes` and `max_frames` are honoured unless `strict_official`.
+    """
+    fps = options.fps or config.fps
+    if options.timestamps is not None:
+        fps = _rate(options.timestamps) or fps
+    wanted = min(options.nframes or count, options.max_frames or count, count)
+    indices = list(range(count))
+    if wanted < count and not options.strict_official:
+        indices = sampling.sample_indices(0, count - 1, wanted)
+        fps *= wanted / count
+    return indices + indices[-1:] * (-len(indices) % config.frame_factor), fps
+
+
+def sampled_list(
+    given: Any, config: ProcessorConfig, options: MediaOptions
+) -> tuple[Sequence[Pixels], tuple[float, ...] | None]:
+    """1.5 and 2.0: the sampled pictures of a list (or an array of frames), as RGB of one size, and their times.
+
+    They are sampled like the frames of a video at `fps`, else the configuration's rate; times are known only with
+    `fps` or `timestamps`.
+    """
+    frames = as_frames(given)
+    native = options.fps or config.fps
+    indices = sampling.sample_frames(len(frames), native, config, options)
+    if not indices:
+        raise KeyeError("the token budget holds no frame; raise video_total_pixels")
+    pixels = _one_size([frames[i] for i in indices], config, options, listed=True)
+    if options.timestamps is not None:
+        return pixels, tuple(options.timestamps[i] for i in indices)
+    return pixels, None if options.fps is None else tuple(i / native for i in indices)
 
 
 def expand_frames(
