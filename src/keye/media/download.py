@@ -12,6 +12,7 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,10 +46,10 @@ def download(url: str, limits: FetchLimits, max_bytes: int) -> tuple[IO[bytes], 
     Raises `MediaError` when it cannot be had within the limits.
     """
     most = min(limits.download_bytes, max_bytes)
-    expired = threading.Event()
+    expired, end = threading.Event(), time.monotonic() + limits.total_seconds
     for _ in range(limits.redirects + 1):
         parts = _checked(url)
-        with _connection(parts, limits, expired) as connection:
+        with _connection(parts, limits, expired, end - time.monotonic()) as connection:
             try:
                 location = _response(connection, parts)
                 if isinstance(location, http.client.HTTPResponse):
@@ -67,15 +68,15 @@ def shown(url: str) -> str:
 
 
 def _checked(url: str) -> SplitResult:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise MediaError(f"{shown(url)} is no http or https address; download the file and pass its path")
     try:
+        parts = urlsplit(url)
         valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
-        valid = False
+        raise MediaError("the address is not valid; write it as https://host/path") from None
+    if parts.scheme not in ("http", "https"):
+        raise MediaError(f"{shown(url)} is no http or https address; download the file and pass its path")
     if not valid:
-        raise MediaError(f"{shown(url)} is no valid address; write it as https://host/path")
+        raise MediaError("the address is not valid; write it as https://host/path")
     if parts.username or parts.password:
         raise MediaError(f"{shown(url)} holds a user name; download the file and pass its path")
     return parts
@@ -88,9 +89,7 @@ def _address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise MediaError(
-            f"{shown(parts.geturl())}: the host {parts.hostname} is not known; check the address"
-        ) from None
+        raise MediaError(f"{shown(parts.geturl())} names an unknown host; check the address") from None
     for *_, address in found:
         if not limits.allow_private and not is_public(str(address[0])):
             raise MediaError(
@@ -114,38 +113,44 @@ def is_public(address: str) -> bool:
 
 @contextmanager
 def _connection(
-    parts: SplitResult, limits: FetchLimits, expired: threading.Event
+    parts: SplitResult, limits: FetchLimits, expired: threading.Event, seconds: float
 ) -> Iterator[http.client.HTTPConnection]:
-    """An open connection that is cut when the time is up, whatever the other side sends until then."""
+    """An open connection that is cut after `seconds`, whatever the other side sends until then."""
     address = _address(parts, limits)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, address[1])
-    try:
-        raw = socket.create_connection(address[:2], timeout=limits.idle_seconds)
-    except OSError as error:
-        raise _failure(parts, error, expired, limits) from None
+    # The connection forgets its socket once the head of the response is read; the response goes on using it.
+    live: list[socket.socket] = []
 
     def cut() -> None:
         expired.set()
         try:
-            raw.shutdown(socket.SHUT_RDWR)
+            for open_socket in live[-1:]:
+                open_socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             return  # It has ended by itself.
 
-    watch = threading.Timer(limits.total_seconds, cut)
+    watch = threading.Timer(max(seconds, 0), cut)
     watch.daemon = True
     watch.start()
     try:
-        secure = parts.scheme == "https"
-        context = ssl.create_default_context() if secure else None
-        connection.sock = context.wrap_socket(raw, server_hostname=parts.hostname) if context else raw
+        try:
+            connection.sock = socket.create_connection(address[:2], timeout=limits.idle_seconds)
+            live.append(connection.sock)
+            if parts.scheme == "https":
+                # Wrapping takes the socket over, and the handshake comes after, so that `cut` always finds it.
+                secure = ssl.create_default_context().wrap_socket(
+                    connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
+                )
+                connection.sock = secure
+                live.append(secure)
+                secure.do_handshake()
+        except OSError as error:
+            raise _failure(parts, error, expired, limits) from None
         yield connection
-    except ssl.SSLError as error:
-        raise _failure(parts, error, expired, limits) from None
     finally:
         watch.cancel()
         connection.close()
-        raw.close()
 
 
 def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse | str:
@@ -162,7 +167,9 @@ def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> htt
         return location
     name = shown(parts.geturl())
     if response.status != 200:
-        raise MediaError(f"{name} answers {response.status} {response.reason}; check the address".replace("  ", " "))
+        # The phrase is the standard's: what a server writes there may be anything.
+        phrase = http.client.responses.get(response.status, "an unknown status")
+        raise MediaError(f"{name} answers {response.status} {phrase}; check the address")
     if response.getheader("Content-Encoding", "identity").lower() != "identity":
         raise MediaError(f"{name} sends the file compressed; download it and pass the file")
     if response.getheader("Content-Type", "").lower().startswith("text/html"):
@@ -208,5 +215,7 @@ def _failure(parts: SplitResult, error: Exception, expired: threading.Event, lim
         )
     if isinstance(error, http.client.IncompleteRead):
         return MediaError(f"{name} broke off in the middle; try again")
-    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, http.client.HTTPException):
+        return MediaError(f"{name} gives no valid HTTP answer; check the address")
+    reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
     return MediaError(f"{name} cannot be fetched ({reason}); check the address and the connection")
