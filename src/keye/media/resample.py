@@ -20,11 +20,14 @@ Pixels = NDArray[np.uint8]
 
 def bilinear(frame: Pixels, size: Size) -> Pixels:
     """uint8 [H, W, 3] to uint8 [*size, 3] in torch's integer arithmetic (1.5)."""
+    return frame if frame.shape[:2] == size else _pixels(bilinear_planes(frame, size)[None])
+
+
+def bilinear_planes(frame: Pixels, size: Size) -> Tensor:
+    """`bilinear` to colour planes, uint8 [3, *size], as torch leaves them."""
     import torch.nn.functional as F
 
-    if frame.shape[:2] == size:
-        return frame
-    return _pixels(F.interpolate(_planes(frame), list(size), mode="bilinear", antialias=True))
+    return F.interpolate(planes_of(frame), list(size), mode="bilinear", antialias=True)[0]
 
 
 def bicubic(frame: Pixels, size: Size) -> Pixels:
@@ -33,16 +36,17 @@ def bicubic(frame: Pixels, size: Size) -> Pixels:
 
     if frame.shape[:2] == size:
         return frame
-    resized = F.interpolate(_planes(frame).float(), list(size), mode="bicubic", antialias=True)
+    resized = F.interpolate(planes_of(frame).float(), list(size), mode="bicubic", antialias=True)
     return _pixels(resized.clamp(0, 255).round().byte())
 
 
-def _planes(frame: Pixels) -> Tensor:
-    """[1, 3, H, W] that shares the memory of the frame."""
+def planes_of(frame: Pixels) -> Tensor:
+    """uint8 [1, 3, H, W] that shares the memory of the frame."""
     import torch
 
     return torch.from_numpy(frame if frame.flags.writeable else frame.copy()).permute(2, 0, 1)[None]
 
 
 def _pixels(planes: Tensor) -> Pixels:
-    return np.ascontiguousarray(planes[0].permute(1, 2, 0).numpy())
+    """[H, W, 3] that shares the memory of the planes: cutting patches reads it in any order."""
+    return planes[0].permute(1, 2, 0).numpy()

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.media.resample import Pixels, bilinear
+from keye.media.resample import Pixels, bilinear_planes, planes_of
 from keye.media.sizes import Size, smart_resize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: A patch is similar to the one before when the cosine between them is above this.
 PATCH_SIMILARITY = 0.7
@@ -26,60 +29,63 @@ COMPARED_TOKENS = 256
 SLOW, FAST = 0, 1
 # Numbers of the fixed-point arithmetic of OpenCV's 8-bit conversion.
 _SHIFT = 12
+_HALF = 1 << (_SHIFT - 1)
 _HUES = 180
 
 
-def to_hsv(rgb: Pixels) -> Pixels:
-    """8-bit HSV of uint8 RGB [..., 3]: hue 0..179 (two degrees each), saturation and value 0..255.
+def to_hsv(planes: Tensor) -> Tensor:
+    """8-bit HSV, uint8 [3, H, W], of uint8 RGB planes: hue 0..179 (two degrees each), saturation and value 0..255.
 
     OpenCV's integer arithmetic (`COLOR_RGB2HSV`): both divisions are multiplications by rounded reciprocals with 12
-    fractional bits. Every quotient is looked up in a table of what that arithmetic gives.
+    fractional bits, so that every colour comes out the same.
     """
-    red, green, blue = (np.ascontiguousarray(rgb[..., channel]) for channel in range(3))
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    saturation_of, hue_of = _tables()
-    # The sector of the hue circle, and the offset in it from -chroma to chroma, which lies in int16.
-    is_red, is_green = value == red, value == green
-    offset = np.where(is_red, green, np.where(is_green, blue, red)).astype(np.int16)
-    offset -= np.where(is_red, blue, np.where(is_green, red, green))
-    sector = np.where(is_red, np.uint8(0), np.where(is_green, np.uint8(1), np.uint8(2)))
-    hsv = np.empty(rgb.shape, dtype=np.uint8)
-    hsv[..., 0] = hue_of[(sector.astype(np.int32) << 17) + (chroma.astype(np.int32) << 9) + (offset + 256)]
-    hsv[..., 1] = saturation_of[(value.astype(np.int32) << 8) + chroma]
-    hsv[..., 2] = value
-    return hsv
+    import torch
+
+    red, green, blue = planes.unbind(0)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    by_value, by_chroma = _reciprocals()
+    chroma_index = chroma.int().flatten()
+    saturation = by_value.index_select(0, value.int().flatten()).mul_(chroma_index).add_(_HALF)
+    r, g, b, c = red.short(), green.short(), blue.short(), chroma.short()
+    sector = torch.where(value == green, b - r + 2 * c, r - g + 4 * c)
+    hue = torch.where(value == red, g - b, sector).flatten().int()
+    hue = hue.mul_(by_chroma.index_select(0, chroma_index)).add_(_HALF).bitwise_right_shift_(_SHIFT)
+    hue += (hue < 0) * _HUES
+    shape = value.shape
+    return torch.stack([hue.byte().view(shape), (saturation >> _SHIFT).byte().view(shape), value])
 
 
 @lru_cache(maxsize=1)
-def _tables() -> tuple[Pixels, Pixels]:
-    """Saturation by (value, chroma) and hue by (sector, chroma, offset + 256), both flat."""
-    reciprocal = np.zeros(256)
-    reciprocal[1:] = 1 / np.arange(1, 256)
-    half = 1 << (_SHIFT - 1)
-    level = np.arange(256)
-    by_value = np.rint((255 << _SHIFT) * reciprocal).astype(np.int64)
-    saturation = (level[None, :] * by_value[:, None] + half) >> _SHIFT
-    by_chroma = np.rint((_HUES << _SHIFT) / 6 * reciprocal).astype(np.int64)
-    sector, chroma, offset = np.ogrid[:3, :256, -256:256]
-    hue = ((offset + 2 * sector * chroma) * by_chroma[chroma] + half) >> _SHIFT
-    hue += np.where(hue < 0, _HUES, 0)
-    return np.clip(saturation, 0, 255).astype(np.uint8).ravel(), np.clip(hue, 0, 255).astype(np.uint8).ravel()
+def _reciprocals() -> tuple[Tensor, Tensor]:
+    """int32 [256] each: what a chroma is multiplied by for the saturation, by value, and for the hue, by chroma."""
+    import torch
+
+    level = np.maximum(np.arange(256), 1)
+    scales = np.rint((255 << _SHIFT) / level), np.rint((_HUES << _SHIFT) / (6.0 * level))
+    by_value, by_chroma = (torch.from_numpy(np.where(np.arange(256) > 0, s, 0).astype(np.int32)) for s in scales)
+    return by_value, by_chroma
 
 
 @dataclass(frozen=True)
 class _Patches:
-    """HSV patches of a frame: float32 [n, values], and their norms float32 [n]."""
+    """HSV of a frame as float32 [3, rows, side, columns, side], and the norms of its patches, float32 [rows, columns].
 
-    values: NDArray[np.float32]
-    norms: NDArray[np.float32]
+    Sums of squares of 8-bit levels are exact to within a part in a million in float32, far from what decides.
+    """
+
+    values: Tensor
+    norms: Tensor
 
 
-def _patches(rgb: Pixels, side: int) -> _Patches:
-    height, width, _ = rgb.shape
-    blocks = to_hsv(rgb).reshape(height // side, side, width // side, side, 3).transpose(0, 2, 1, 3, 4)
-    values = blocks.reshape(-1, side * side * 3).astype(np.float32)
-    return _Patches(values, np.sqrt(np.einsum("nv,nv->n", values, values)))
+def _patches(planes: Tensor, side: int) -> _Patches:
+    _, height, width = planes.shape
+    values = to_hsv(planes).float().view(3, height // side, side, width // side, side)
+    return _Patches(values, _dots(values, values).sqrt_())
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((0, 2, 4))
 
 
 def similarity(before: Pixels, now: Pixels, side: int = 28) -> float:
@@ -87,7 +93,7 @@ def similarity(before: Pixels, now: Pixels, side: int = 28) -> float:
 
     Patches that are black in both frames do not count; NaN when all are.
     """
-    return _share(_patches(before, side), _patches(now, side))
+    return _share(_patches(planes_of(before)[0], side), _patches(planes_of(now)[0], side))
 
 
 def _share(before: _Patches, now: _Patches) -> float:
@@ -96,9 +102,8 @@ def _share(before: _Patches, now: _Patches) -> float:
     count = int(seen.sum())
     if count == 0:
         return float("nan")
-    dots = np.einsum("nv,nv->n", before.values, now.values)
     # A patch that is black in one frame only has the cosine 0, not 0 / 0.
-    similar = dots > np.float32(PATCH_SIMILARITY) * before.norms * now.norms
+    similar = _dots(before.values, now.values) > PATCH_SIMILARITY * before.norms * now.norms
     return float(np.float32(int((similar & seen).sum())) / np.float32(count))
 
 
@@ -116,7 +121,7 @@ class SlowFastClassifier:
         if self._size is None:
             height, width, _ = frame.shape
             self._size = compared_size(height, width, self.config)
-        patches = _patches(bilinear(frame, self._size), self.config.factor)
+        patches = _patches(bilinear_planes(frame, self._size), self.config.factor)
         # The first frame is slow. NaN, both frames being black, is below no threshold.
         if self._slow is None or _share(self._slow, patches) < self.threshold:
             self._slow = patches
