@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import coded_frame, read_code, rotate_mp4, write_clip, write_sound
+from clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError
@@ -48,6 +48,7 @@ def sample(path: Path, **options: object) -> tuple[VideoInfo, VideoPlan, list[in
         ("clip.ts", "libx264", "yuv420p"),
         ("clip.mpg", "mpeg2video", "yuv420p"),
         ("clip.mov", "libx265", "yuv420p"),
+        ("av1.mp4", "libsvtav1", "yuv420p"),
         ("clip.gif", "gif", "rgb8"),
     ],
 )
@@ -59,6 +60,31 @@ def test_containers(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None
     assert (info.width, info.height) == (160, 96)
     assert codes == list(plan.frame_indices)
     assert plan.timestamps == pytest.approx([i / fps for i in plan.frame_indices], abs=1.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"x264-params": "open-gop=1:bframes=4:keyint=12:min-keyint=12:scenecut=0"}),
+        ("libx265", {"x265-params": "open-gop=1:bframes=4:keyint=12:min-keyint=12:scenecut=0:log-level=none"}),
+    ],
+)
+def test_open_groups_of_pictures(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
+    """Frames that are shown before the keyframe they come after need the group before it."""
+    path = write_clip(tmp_path / "clip.mkv", frames=120, codec=codec, options=options)
+    for start in (0.0, 0.9, 1.3, 2.0):
+        _, plan, codes = sample(path, fps=6, video_start=start)
+        assert codes == list(plan.frame_indices)
+
+
+def test_edit_list(tmp_path: Path) -> None:
+    """A file that is cut by its edit list begins with the first frame that a player shows."""
+    path = trim_mp4(write_clip(tmp_path / "clip.mp4", options={"bf": "0"}, gop=60), 20)
+    info, plan, codes = sample(path, fps=4)
+    assert info.frame_count == 40
+    assert codes == [index + 20 for index in plan.frame_indices]
+    assert plan.timestamps[0] == 0.0
+    assert plan.timestamps == pytest.approx([i / 30 for i in plan.frame_indices], abs=1e-6)
 
 
 def test_official_indices(tmp_path: Path) -> None:
