@@ -9,8 +9,8 @@ from pathlib import Path
 from keye.config import Generation, ProcessorConfig
 from keye.media import sampling, sizes
 
-GENERATIONS: tuple[Generation, ...] = ("Preview", "1.5", "2.0")
-COLOURS = {"Preview": "#8a63d2", "1.5": "#2f81f7", "2.0": "#1a7f64"}
+GENERATIONS: tuple[Generation, ...] = ("preview", "1.5", "2.0")
+COLOURS = {"preview": "#8a63d2", "1.5": "#2f81f7", "2.0": "#1a7f64"}
 FONT = 'font-family="sans-serif" font-size="12" fill="#57606a"'
 
 
@@ -43,10 +43,12 @@ def lines_over_duration(title: str, pick: int, top: int) -> str:
             parts.append(f'<path d="M60 {y:.0f}H560" stroke="#d8dee4"/>')
             parts.append(f'<text x="8" y="{y + 4:.0f}" {FONT}>{10**power:,}</text>')
     for row, generation in enumerate(GENERATIONS):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(s, tokens_of(s, generation)[pick]) for s in durations))
+        places = (place(seconds, tokens_of(seconds, generation)[pick]) for seconds in durations)
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         colour = COLOURS[generation]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        parts.append(f'<text x="575" y="{60 + 20 * row}" {FONT}><tspan fill="{colour}">{generation}</tspan></text>')
+        name = f'<tspan fill="{colour}">{generation.capitalize()}</tspan>'
+        parts.append(f'<text x="575" y="{60 + 20 * row}" {FONT}>{name}</text>')
     return svg(650, 245, parts)
 
 
@@ -83,7 +85,9 @@ def main(folder: Path) -> None:
     for generation in GENERATIONS:
         for seconds in (10, 60, 600, 3600):
             frames, tokens = tokens_of(seconds, generation)
-            print(f"{generation:8} {seconds:5} s: {frames:5} frames of {tokens:4} tokens = {frames * tokens:7}")
+            print(
+                f"{generation.capitalize():8} {seconds:5} s: {frames:5} frames of {tokens:4} tokens = {frames * tokens:7}"
+            )
 
 
 if __name__ == "__main__":

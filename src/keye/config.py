@@ -131,11 +131,11 @@ class KeyeConfig:
     unknown: tuple[str, ...] = field(default=(), compare=False)
 
 
-Generation = Literal["Preview", "1.5", "2.0"]
+Generation = Literal["preview", "1.5", "2.0"]
 
 #: What the utilities of the older generations set otherwise than 2.0 (keye-vl-utils 1.0.0 and 1.5.2).
 _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "Preview": {
+    "preview": {
         "image_max_tokens": 16384, "video_min_tokens": 128, "video_max_tokens": 768, "video_total_tokens": 115200,
         "min_frames": 4, "max_frames": 768, "frame_factor": 2, "frame_text": "",
     },
@@ -144,7 +144,7 @@ _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 #: Architectures whose media follow the rules of another generation than 2.0. The 671B model uses those of 1.5.
 _GENERATION_OF: Mapping[str, Generation] = {
-    "KeyeForConditionalGeneration": "Preview",
+    "KeyeForConditionalGeneration": "preview",
     "KeyeVL1_5ForConditionalGeneration": "1.5",
     "KeyeVLMoeForConditionalGeneration": "1.5",
 }
@@ -201,7 +201,7 @@ class ProcessorConfig:
 
     def __post_init__(self) -> None:
         if self.generation not in _PROCESSOR_DEFAULTS:
-            raise ConfigError(f"generation {self.generation!r} is unknown; use Preview, 1.5 or 2.0")
+            raise ConfigError(f"generation {self.generation!r} is unknown; use preview, 1.5 or 2.0")
         if self.video_min_tokens > self.video_max_tokens or self.image_min_tokens > self.image_max_tokens:
             raise ConfigError("the processor's minimum of tokens is above its maximum; swap min_tokens and max_tokens")
         if self.fps <= 0:

@@ -53,7 +53,7 @@ def test_preview_from_a_message_to_the_processor(tmp_path: Path) -> None:
     assert kwargs == {"fps": [2.0]}
     assert [read_code(frame.permute(1, 2, 0).byte().numpy()) for frame in videos[0]] == [0, 20, 39, 59]
     text = "<|image_pad|> and <|video_pad|>"
-    output = OfficialProcessor(ProcessorConfig.of("Preview"))(text, images, videos, **kwargs)
+    output = OfficialProcessor(ProcessorConfig.of("preview"))(text, images, videos, **kwargs)
     assert output.text == ["<|image_pad|>" * 6 + " and " + "<|video_pad|>" * (4 * 9 * 15)]
     assert output.video_grid_thw is not None
     assert output.video_grid_thw.tolist() == [[4, 18, 30]]
@@ -130,7 +130,7 @@ def test_mistakes() -> None:
             utilities.fetch_image({"image": picture()}, 32)
     with pytest.raises(KeyeError, match="neither conversations nor vision_infos"):
         utils_1_5.process_vision_info()
-    processor = OfficialProcessor(ProcessorConfig.of("Preview"))
+    processor = OfficialProcessor(ProcessorConfig.of("preview"))
     with pytest.raises(KeyeError, match="more <|image_pad|> than media"):
         processor("<|image_pad|><|image_pad|>", [picture()])
     with pytest.raises(KeyeError, match="2 rates are given for 1 videos"):

@@ -33,7 +33,7 @@ from keye.media.image import resize_image
 from keye.media.inputs import open_frames, open_image
 from keye.media.pictures import as_frames, as_picture
 
-PREVIEW = ProcessorConfig.of("Preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)
+PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)
 V15, V20 = ProcessorConfig.of("1.5"), ProcessorConfig.of("2.0")
 STRICT = MediaOptions(strict_official=True)
 
@@ -50,7 +50,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 @pytest.mark.parametrize(
     ("architecture", "generation"),
     [
-        ("KeyeForConditionalGeneration", "Preview"),
+        ("KeyeForConditionalGeneration", "preview"),
         ("KeyeVL1_5ForConditionalGeneration", "1.5"),
         ("KeyeVLMoeForConditionalGeneration", "1.5"),
         ("KeyeVL2MoeForConditionalGeneration", "2.0"),

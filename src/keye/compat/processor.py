@@ -80,7 +80,7 @@ class OfficialProcessor:
             expansions["image"] = [[VisualSpan("image", self._tokens(p)[0])] for p in pictures]
         clips, seconds, grids = [], None, []
         if videos:
-            if self.config.generation == "Preview":
+            if self.config.generation == "preview":
                 seconds = tuple(1 / rate for rate in _rates(fps, len(videos)))
                 clips = [self.video(video).as_one_video() for video in videos]
                 expansions["video"] = [[VisualSpan("video", self._tokens(clip)[0])] for clip in clips]

@@ -28,7 +28,7 @@ from keye.media.video import open_video
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
 
-CONFIG = ProcessorConfig.of("Preview")
+CONFIG = ProcessorConfig.of("preview")
 IMAGE_FACTOR = FACTOR
 MIN_PIXELS = CONFIG.image_min_tokens * CONFIG.token_pixels
 MAX_PIXELS = CONFIG.image_max_tokens * CONFIG.token_pixels

@@ -74,7 +74,7 @@ def read_image(source: Source, *, pixel_limit: int = MAX_IMAGE_PIXELS, strict_of
 
 def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
     """RGB of a picture as the utilities make it: Preview puts RGBA on white, the others drop the alpha channel."""
-    if image.mode == "RGBA" and config.generation == "Preview":
+    if image.mode == "RGBA" and config.generation == "preview":
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white

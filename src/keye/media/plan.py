@@ -103,7 +103,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if not indices:
         raise MediaError(f"the token budget for {info.name} holds no frame; raise video_total_pixels")
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
-    if config.generation == "Preview":
+    if config.generation == "preview":
         height, width = sizes.encoded_size(height, width, config, options)
     return VideoPlan(
         name=info.name,

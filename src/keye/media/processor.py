@@ -120,7 +120,7 @@ class Processor:
         given = as_frames(frames)
         if options.timestamps is not None and len(given) != len(options.timestamps):
             raise KeyeError(f"{len(given)} frames have {len(options.timestamps)} timestamps; give one for each frame")
-        if self.config.generation == "Preview":
+        if self.config.generation == "preview":
             return self._preview_list(given, options)
         times = options.timestamps
         if times is not None:
@@ -182,7 +182,7 @@ class Processor:
     ) -> MediaItem:
         tokens = vision.grid_thw.prod(axis=1) // self.config.merge_size**2
         times = tuple(float(t) for t in timestamps or ())
-        if self.config.generation == "Preview":
+        if self.config.generation == "preview":
             assert sample_fps is not None
             span = VisualSpan("video", int(tokens.sum()))
             return MediaItem("video", vision.as_one_video(), (span,), times, 1 / sample_fps, plan)

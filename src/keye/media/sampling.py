@@ -29,7 +29,7 @@ def smart_nframes(
     ignore `nframes`, 1.5 ignores `min_frames` and finds no frame in a clip shorter than 1 / fps, and Preview fails
     where its limits leave less than two frames; `strict_official` reproduces all that.
     """
-    if config.generation == "Preview":
+    if config.generation == "preview":
         return _even_nframes(total_frames, native_fps, config, options)
     cap = min(frame_cap(config, options), total_frames)
     limit = options.max_frames or config.max_frames

@@ -123,7 +123,7 @@ def listed_frame_size(height: int, width: int, config: ProcessorConfig, options:
 
     Preview treats it as an image; 1.5 and 2.0 use the limits of a frame.
     """
-    if config.generation == "Preview" or options.resized is not None:
+    if config.generation == "preview" or options.resized is not None:
         return image_size(height, width, config, options)
     token = config.token_pixels
     low, high = _limits(options, config.video_min_tokens * token, config.video_max_tokens * token)
@@ -179,7 +179,7 @@ def frame_sizes(
     of the configuration is a floor for both. A fast frame (1.5) gets `fast_ratio` of the tokens that a slow frame
     has after rounding. Sources: `fetch_video` of keye-vl-utils 1.0.0 and 1.5.2, `keye_adaptive_video.py`.
     """
-    if config.generation == "Preview":
+    if config.generation == "preview":
         size = _preview_frame_size(height, width, slow, config, options)
         return FrameSizes(size, size)
     token = config.token_pixels

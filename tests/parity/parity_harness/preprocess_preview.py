@@ -25,7 +25,7 @@ from keye.media.plan import make_plan
 from parity_harness.cases import Case, Check, NotApplicable
 from parity_harness.preprocess import Row, check_pixels, nframes_row, official_options, outcome, picture, video_info
 
-CONFIG = ProcessorConfig.of("Preview")
+CONFIG = ProcessorConfig.of("preview")
 RATE_TOLERANCE = 1e-9
 #: Mean and deviation of the image processor where a row gives none.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -93,7 +93,7 @@ def _patches(case: Case, check: Check, i: int, row: Row) -> None:
     """The image processor alone: size, pixels and order of patches."""
     kw = row["kw"]
     config = ProcessorConfig.of(
-        "Preview", processor_min_pixels=kw["min_pixels"], processor_max_pixels=kw["max_pixels"],
+        "preview", processor_min_pixels=kw["min_pixels"], processor_max_pixels=kw["max_pixels"],
         image_mean=tuple(kw.get("mean", CLIP_MEAN)), image_std=tuple(kw.get("std", CLIP_STD)),
     )  # fmt: skip
     vision = OfficialProcessor(config).image(case.tensors[f"{i}.image"].numpy())

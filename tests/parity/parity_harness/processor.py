@@ -171,7 +171,7 @@ def _load_tokenizer(beside: Path) -> Tokenizer:
 def _processor(**changes: Any) -> OfficialProcessor:
     limits = {f"processor_{k}" if k in ("min_pixels", "max_pixels") else k: v for k, v in changes.items()}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in limits.items()}
-    return OfficialProcessor(ProcessorConfig.of("Preview", **{**PREVIEW_LIMITS, **values}))
+    return OfficialProcessor(ProcessorConfig.of("preview", **{**PREVIEW_LIMITS, **values}))
 
 
 def _call(case: Case, check: Check, i: int, row: Row) -> None:
