@@ -53,7 +53,7 @@ def lines_over_duration(title: str, pick: int, top: int) -> str:
 
 
 def slow_and_fast() -> str:
-    """Twelve frames of a 720p video in which two differ from the slow frame before, at the sizes that 1.5 gives them."""
+    """Twelve frames of a 720p video of three scenes, at the sizes that 1.5 gives them."""
     types = [0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
     fast = sum(types)
     found = sizes.frame_sizes(720, 1280, len(types) - fast, ProcessorConfig.of("1.5"), fast=fast)
