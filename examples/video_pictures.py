@@ -85,9 +85,8 @@ def main(folder: Path) -> None:
     for generation in GENERATIONS:
         for seconds in (10, 60, 600, 3600):
             frames, tokens = tokens_of(seconds, generation)
-            print(
-                f"{generation.capitalize():8} {seconds:5} s: {frames:5} frames of {tokens:4} tokens = {frames * tokens:7}"
-            )
+            name, total = generation.capitalize(), frames * tokens
+            print(f"{name:8} {seconds:5} s: {frames:5} frames of {tokens:4} tokens = {total:7}")
 
 
 if __name__ == "__main__":
