@@ -16,6 +16,7 @@ from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, questions, render
 from keye.hub import asset
 from keye.media.fetch import fetch_source
+from keye.media.options import MediaOptions
 from keye.media.video import open_video
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def test_every_verb_is_documented() -> None:
 def test_the_demo_video_shows_its_scene() -> None:
     clip = make_clip(1978, frames=32, objects=4, split="test", size=(448, 448), start=0.0, step=0.5)
     with open_video(fetch_source(asset("demo.mp4"))) as reader:
-        plan = reader.plan(ProcessorConfig(), nframes=32)
+        plan = reader.plan(ProcessorConfig(), MediaOptions(nframes=32))
         frames = reader.read(plan)
     assert plan.timestamps == clip.timestamps
     drawn = render(clip, (plan.width, plan.height)).astype(np.int16)

@@ -86,3 +86,25 @@ def rotate_mp4(path: Path, quarter_turns: int) -> None:
     place = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
     data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
     path.write_bytes(bytes(data))
+
+
+def trim_mp4(path: Path, frames: int, fps: int = 30) -> Path:
+    """Makes the edit list of an MP4 file leave out its first frames, and shortens what it declares; the coded frames
+    stay. All boxes are of version 0."""
+    data = bytearray(path.read_bytes())
+
+    def change(place: int, difference: int) -> None:
+        data[place : place + 4] = (int.from_bytes(data[place : place + 4], "big") + difference).to_bytes(4, "big")
+
+    def scale(box: bytes) -> int:
+        place = data.index(box) + 4 + 12
+        return int.from_bytes(data[place : place + 4], "big")
+
+    shorter = -frames * scale(b"mvhd") // fps
+    change(data.index(b"mvhd") + 4 + 16, shorter)
+    change(data.index(b"tkhd") + 4 + 20, shorter)
+    # One entry of elst after its version, flags and count: duration, media time, rate.
+    change(data.index(b"elst") + 4 + 8, shorter)
+    change(data.index(b"elst") + 4 + 12, frames * scale(b"mdhd") // fps)
+    path.write_bytes(bytes(data))
+    return path

@@ -11,13 +11,14 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.clips import cut_clips, fit_interval
 from keye.media.fetch import fetch_source
+from keye.media.options import MediaOptions
 from keye.media.video import open_video
 
 
 def codes_and_times(path: Path) -> tuple[list[int], list[float], float]:
     """The numbers that the frames show, their times, and the length of the file."""
     with open_video(fetch_source(path)) as reader:
-        plan = reader.plan(ProcessorConfig(), nframes=reader.info.frame_count)
+        plan = reader.plan(ProcessorConfig(), MediaOptions(nframes=reader.info.frame_count))
         codes = [read_code(frame) for frame in reader.read(plan)]
         return codes, [round(time, 3) for time in plan.timestamps], reader.info.duration
 

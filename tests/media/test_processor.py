@@ -11,8 +11,8 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
-from keye.media import Processor, VisionInput, VisualSpan, fetch_source, open_video
-from keye.media.processor import frames_input, images_to_patches
+from keye.media import MediaOptions, Processor, VisionInput, VisualSpan, fetch_source, open_video
+from keye.media.patches import images_to_patches
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=16)
 RNG = np.random.default_rng(0)
@@ -55,16 +55,16 @@ def test_video_item_and_frames_in_memory_agree(tmp_path: Path) -> None:
     with open_video(source) as reader:
         plan = reader.plan(CONFIG)
         frames = reader.read(plan)
-    memory = Processor(CONFIG).frames(frames, plan.timestamps)
+    memory = Processor(CONFIG).frames(frames, MediaOptions(timestamps=plan.timestamps))
     assert np.array_equal(memory.vision.pixel_values, item.vision.pixel_values)
     assert np.array_equal(memory.vision.grid_thw, item.vision.grid_thw)
     assert memory.pieces == item.pieces
     assert memory.timestamps == item.timestamps
-    assert np.array_equal(Processor(CONFIG).video(source, plan).vision.pixel_values, item.vision.pixel_values)
+    assert np.array_equal(Processor(CONFIG).video(source, plan=plan).vision.pixel_values, item.vision.pixel_values)
 
 
 def test_frames_of_another_size_are_resized() -> None:
-    vision = frames_input(random_frames(3, 200, 300), CONFIG)
+    vision = Processor(CONFIG).frames(random_frames(3, 200, 300), MediaOptions(timestamps=(0.0, 1.0, 2.0))).vision
     height, width = vision.grid_thw[0, 1:] * 14
     assert len(vision.grid_thw) == 3
     assert height < width
@@ -73,7 +73,8 @@ def test_frames_of_another_size_are_resized() -> None:
 
 def test_frame_text_is_configured() -> None:
     config = ProcessorConfig(video_min_tokens=16, video_max_tokens=16, frame_text="<{seconds:.2f} s>")
-    assert Processor(config).frames(random_frames(1, 112, 112), [1.5]).pieces == ("<1.50 s>", VisualSpan("video", 16))
+    item = Processor(config).frames(random_frames(1, 112, 112), MediaOptions(timestamps=(1.5,)))
+    assert item.pieces == ("<1.50 s>", VisualSpan("video", 16))
 
 
 def test_concatenate_and_tensors() -> None:
@@ -87,10 +88,10 @@ def test_concatenate_and_tensors() -> None:
 
 def test_errors() -> None:
     with pytest.raises(KeyeError, match="must be uint8"):
-        frames_input(np.zeros((1, 28, 28, 3), dtype=np.float32), CONFIG)
-    with pytest.raises(KeyeError, match="must be uint8"):
-        frames_input(np.zeros((0, 28, 28, 3), dtype=np.uint8), CONFIG)
+        images_to_patches(np.zeros((1, 28, 28, 3), dtype=np.float32), CONFIG)
+    with pytest.raises(KeyeError, match="has no frames"):
+        Processor(CONFIG).frames(np.zeros((0, 28, 28, 3), dtype=np.uint8))
     with pytest.raises(KeyeError, match="no multiple of 28"):
         images_to_patches(random_frames(1, 28, 42), CONFIG)
     with pytest.raises(KeyeError, match="2 frames have 1 timestamps"):
-        Processor(CONFIG).frames(random_frames(2, 112, 112), [0.0])
+        Processor(CONFIG).frames(random_frames(2, 112, 112), MediaOptions(timestamps=(0.0,)))

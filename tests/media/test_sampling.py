@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
-from keye.media import sampling
+from keye.media import sampling, sizes
+from keye.media.options import MediaOptions
 
 CONFIG = ProcessorConfig()
 SIDES = st.integers(1, 5000)
@@ -25,21 +26,21 @@ SIDES = st.integers(1, 5000)
     ],
 )
 def test_smart_resize_official_values(height: int, width: int, low: int, high: int, expected: tuple[int, int]) -> None:
-    assert sampling.smart_resize(height, width, factor=28, min_pixels=low, max_pixels=high) == expected
+    assert sizes.smart_resize(height, width, factor=28, min_pixels=low, max_pixels=high) == expected
 
 
 @pytest.mark.parametrize("size", [(8, 1608), (1, 284), (0, 5)])
 def test_smart_resize_refuses(size: tuple[int, int]) -> None:
     with pytest.raises(KeyeError):
-        sampling.smart_resize(*size, factor=28, min_pixels=3136, max_pixels=16056320)
+        sizes.smart_resize(*size, factor=28, min_pixels=3136, max_pixels=16056320)
 
 
 @given(SIDES, SIDES, st.integers(1, 400), st.integers(0, 4000))
 def test_smart_resize_properties(height: int, width: int, low_tokens: int, extra: int) -> None:
-    if max(height, width) / min(height, width) > sampling.MAX_ASPECT_RATIO:
+    if max(height, width) / min(height, width) > sizes.MAX_ASPECT_RATIO:
         return
     low, high = low_tokens * 784, (low_tokens + extra) * 784
-    h, w = sampling.smart_resize(height, width, factor=28, min_pixels=low, max_pixels=high)
+    h, w = sizes.smart_resize(height, width, factor=28, min_pixels=low, max_pixels=high)
     assert h % 28 == w % 28 == 0
     assert min(h, w) >= 28
     assert h * w >= low or h * w <= high
@@ -56,7 +57,7 @@ def test_smart_resize_properties(height: int, width: int, low_tokens: int, extra
     ],
 )
 def test_smart_nframes_official_values(total: int, native: float, options: dict[str, float], expected: int) -> None:
-    assert sampling.smart_nframes(total, native, CONFIG, **options) == expected  # type: ignore[arg-type]
+    assert sampling.smart_nframes(total, native, CONFIG, MediaOptions(**options)) == expected  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 200_000), st.integers(1, 2880))
@@ -117,7 +118,7 @@ def test_displayed_frames(timestamps: list[float], targets: list[float]) -> None
 @given(st.integers(1, 2880), st.integers(1, 400), st.integers(0, 400), st.integers(1, 200_000))
 def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, extra: int, budget: int) -> None:
     high = low + extra
-    found = sampling.tokens_per_frame(frames, low, high, budget)
+    found = sizes.tokens_per_frame(frames, low, high, budget)
     assert low <= found <= high
     assert frames * (found - 1) <= budget or found == low
     # The official off-by-one: the first number above the budget, unless the limit of a frame comes first.
@@ -125,15 +126,22 @@ def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, 
 
 
 def test_budget_of_several_and_short_videos() -> None:
-    assert sampling.total_pixels(CONFIG, 60.0) == 144506880.0
-    assert sampling.total_pixels(CONFIG, 60.0, video_count=3) == 48168960.0
-    assert sampling.total_pixels(CONFIG, 259.0, adaptive=True) == pytest.approx(13005619.2)
-    assert sampling.total_pixels(CONFIG, 259.0001, video_total_pixels=1e7, adaptive=True) == 1800000.0
-    assert sampling.total_pixels(CONFIG, 1036.0, video_count=5, adaptive=True) == 28901376.0
+    def budget(duration: float, count: int = 1, total: float | None = None, adaptive: bool | None = None) -> float:
+        options = MediaOptions(video_count=count, video_total_pixels=total)
+        return sizes.total_pixels(CONFIG, duration, options, adaptive=adaptive)
+
+    assert budget(60.0) == 144506880.0
+    assert budget(60.0, count=3) == 48168960.0
+    assert budget(259.0, adaptive=True) == pytest.approx(13005619.2)
+    assert budget(259.0001, total=1e7, adaptive=True) == 1800000.0
+    assert budget(1036.0, count=5, adaptive=True) == 28901376.0
 
 
 def test_frame_size_official_values() -> None:
-    assert sampling.frame_size(60, 96, 30, CONFIG, min_pixels=12544, max_pixels=78400) == (196, 308)
-    assert sampling.frame_size(100, 96, 2, CONFIG, min_pixels=50176, video_total_pixels=235200) == (252, 224)
-    assert sampling.listed_frame_size(120, 50, CONFIG, max_pixels=50176) == (364, 168)
-    assert sampling.frame_size(364, 168, 3, CONFIG, max_pixels=50176) == (308, 140)
+    def size(height: int, width: int, frames: int, **options: float) -> sizes.Size:
+        return sizes.frame_sizes(height, width, frames, CONFIG, MediaOptions(**options)).slow  # type: ignore[arg-type]
+
+    assert size(60, 96, 30, min_pixels=12544, max_pixels=78400) == (196, 308)
+    assert size(100, 96, 2, min_pixels=50176, video_total_pixels=235200) == (252, 224)
+    assert sizes.listed_frame_size(120, 50, CONFIG, MediaOptions(max_pixels=50176)) == (364, 168)
+    assert size(364, 168, 3, max_pixels=50176) == (308, 140)

@@ -9,12 +9,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import coded_frame, read_code, rotate_mp4, write_clip, write_sound
+from clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError
 from keye.media import (
     DecodeLimits,
+    MediaOptions,
     VideoInfo,
     VideoPlan,
     fetch_source,
@@ -31,7 +32,7 @@ CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 def sample(path: Path, **options: object) -> tuple[VideoInfo, VideoPlan, list[int]]:
     """Info, plan and the number shown by each sampled frame."""
     with open_video(fetch_source(path)) as reader:
-        plan = reader.plan(CONFIG, **options)
+        plan = reader.plan(CONFIG, MediaOptions(**options))  # type: ignore[arg-type]
         frames = reader.read(plan)
     assert frames.shape == (plan.frames, plan.height, plan.width, 3)
     return reader.info, plan, [read_code(frame) for frame in frames]
@@ -47,6 +48,7 @@ def sample(path: Path, **options: object) -> tuple[VideoInfo, VideoPlan, list[in
         ("clip.ts", "libx264", "yuv420p"),
         ("clip.mpg", "mpeg2video", "yuv420p"),
         ("clip.mov", "libx265", "yuv420p"),
+        ("av1.mp4", "libsvtav1", "yuv420p"),
         ("clip.gif", "gif", "rgb8"),
     ],
 )
@@ -58,6 +60,31 @@ def test_containers(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None
     assert (info.width, info.height) == (160, 96)
     assert codes == list(plan.frame_indices)
     assert plan.timestamps == pytest.approx([i / fps for i in plan.frame_indices], abs=1.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"x264-params": "open-gop=1:bframes=4:keyint=12:min-keyint=12:scenecut=0"}),
+        ("libx265", {"x265-params": "open-gop=1:bframes=4:keyint=12:min-keyint=12:scenecut=0:log-level=none"}),
+    ],
+)
+def test_open_groups_of_pictures(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
+    """Frames that are shown before the keyframe they come after need the group before it."""
+    path = write_clip(tmp_path / "clip.mkv", frames=120, codec=codec, options=options)
+    for start in (0.0, 0.9, 1.3, 2.0):
+        _, plan, codes = sample(path, fps=6, video_start=start)
+        assert codes == list(plan.frame_indices)
+
+
+def test_edit_list(tmp_path: Path) -> None:
+    """A file that is cut by its edit list begins with the first frame that a player shows."""
+    path = trim_mp4(write_clip(tmp_path / "clip.mp4", options={"bf": "0"}, gop=60), 20)
+    info, plan, codes = sample(path, fps=4)
+    assert info.frame_count == 40
+    assert codes == [index + 20 for index in plan.frame_indices]
+    assert plan.timestamps[0] == 0.0
+    assert plan.timestamps == pytest.approx([i / 30 for i in plan.frame_indices], abs=1e-6)
 
 
 def test_official_indices(tmp_path: Path) -> None:
@@ -123,7 +150,7 @@ def test_frames_equal_a_full_decode(tmp_path: Path, encoder: dict[str, str]) -> 
     for limits in (DecodeLimits(threads=1), DecodeLimits(threads=2)):
         for nframes in (3, 40):
             with open_video(fetch_source(path), limits) as reader:
-                plan = reader.plan(CONFIG, nframes=nframes)
+                plan = reader.plan(CONFIG, MediaOptions(nframes=nframes))
                 frames = reader.read(plan)
             for index, frame in zip(plan.frame_indices, frames, strict=True):
                 expected = every[index].to_ndarray(
@@ -143,11 +170,11 @@ def test_range_and_counts(tmp_path: Path) -> None:
     assert sample(path, video_total_pixels=16 * 784 * 6)[1].frames == 6
     source = fetch_source(path)
     with pytest.raises(KeyeError, match="leave fewer than two frames"):
-        plan_video(source, CONFIG, video_start=3.0, video_end=1.0)
+        plan_video(source, CONFIG, MediaOptions(video_start=3.0, video_end=1.0))
     with pytest.raises(KeyeError, match="exclude each other"):
-        plan_video(source, CONFIG, fps=1, nframes=3)
+        plan_video(source, CONFIG, MediaOptions(fps=1, nframes=3))
     with pytest.raises(KeyeError, match="fps is -1"):
-        plan_video(source, CONFIG, fps=-1)
+        plan_video(source, CONFIG, MediaOptions(fps=-1))
 
 
 def test_one_frame(tmp_path: Path) -> None:
@@ -160,7 +187,7 @@ def test_bytes_and_several_plans(tmp_path: Path) -> None:
     data = write_clip(tmp_path / "clip.mp4").read_bytes()
     with open_video(fetch_source(data)) as reader:
         for nframes in (7, 3):
-            plan = reader.plan(CONFIG, nframes=nframes)
+            plan = reader.plan(CONFIG, MediaOptions(nframes=nframes))
             assert [read_code(frame) for frame in reader.read(plan)] == list(plan.frame_indices)
 
 

@@ -9,10 +9,12 @@ from parity_harness.cases import Case, Check, NotApplicable
 from parity_harness.dsa import run_dsa
 from parity_harness.networks import run_language_model, run_vision
 from parity_harness.preprocess import run_preprocess
+from parity_harness.processor import run_processor
 from parity_harness.rope import run_rope
 
 SETS: dict[str, Callable[[Case, Check], None]] = {
     "preprocess": run_preprocess,
+    "processor": run_processor,
     "rope": run_rope,
     "vision": run_vision,
     "lm": run_language_model,

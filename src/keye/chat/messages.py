@@ -16,12 +16,13 @@ MediumKind = Literal["image", "video"]
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 
-IMAGE_OPTIONS: Final = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
-VIDEO_OPTIONS: Final = frozenset(
-    {"fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_total_pixels", "video_start", "video_end"}
-)
+IMAGE_OPTIONS: Final = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width", "strict_official"})
+VIDEO_OPTIONS: Final = IMAGE_OPTIONS | {
+    "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "total_pixels", "video_start", "video_end",
+    "min_frame_similarity", "timestamps",
+}  # fmt: skip
 _OPTIONS: Final = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
-_MAY_BE_ZERO: Final = frozenset({"video_start", "video_end"})
+_MAY_BE_ZERO: Final = frozenset({"video_start", "video_end", "min_frame_similarity"})
 _KEYS: Final = {
     "system": {"role", "content"},
     "user": {"role", "content"},
@@ -37,7 +38,7 @@ class Medium:
 
     kind: MediumKind
     source: object
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,11 +220,23 @@ def _medium(where: str, kind: MediumKind, part: object, *, source_key: str, also
         raise KeyeError(f"{where}.{source_key} is empty: give a file, a URL or frames.")
     options = {name: fields[name] for name in sorted(fields) if name in _OPTIONS[kind] and fields[name] is not None}
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise KeyeError(f"{where}.{name} is {value!r}: give a number.")
-        if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-            raise KeyeError(f"{where}.{name} is {value}: give a positive number.")
+        _check_option(f"{where}.{name}", name, value)
     return Medium(kind, source, options)
+
+
+def _check_option(where: str, name: str, value: object) -> None:
+    if name == "strict_official":
+        if not isinstance(value, bool):
+            raise KeyeError(f"{where} is {value!r}: give true or false.")
+        return
+    if name == "timestamps":
+        if not isinstance(value, list | tuple):
+            raise KeyeError(f"{where} is {value!r}: give a list of seconds.")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise KeyeError(f"{where} is {value!r}: give a number.")
+    if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+        raise KeyeError(f"{where} is {value}: give a positive number.")
 
 
 def _fields(where: str, value: object, *, allowed: set[str] | None, required: tuple[str, ...]) -> Mapping[str, Any]:

@@ -145,11 +145,12 @@ def check_demo() -> Check:
     from keye.config import ProcessorConfig
     from keye.hub import asset
     from keye.media.fetch import fetch_source
+    from keye.media.options import MediaOptions
     from keye.media.video import open_video
 
     try:
         with open_video(fetch_source(asset("demo.mp4"))) as reader:
-            frames = reader.read(reader.plan(ProcessorConfig(), nframes=2))
+            frames = reader.read(reader.plan(ProcessorConfig(), MediaOptions(nframes=2)))
     except KeyeError as error:
         return Check("decoding", False, one_line(str(error)))
     return Check(

@@ -15,6 +15,7 @@ from keye.chat import Medium, normalize_tools
 from keye.commands.options import IMAGE_OPTIONS, SAMPLING_OPTIONS, VIDEO_OPTIONS, given
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError
+from keye.media.download import FetchLimits
 from keye.media.fetch import fetch_source, media_kind
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ def note(sentence: str) -> None:
 
 
 def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]:
-    """The named files as media, each with those options that its kind knows. Raises `MediaError` for a file that
-    cannot be read; nothing is decoded yet."""
+    """The named files as media, each with those options that its kind knows; http addresses are downloaded. Raises
+    `MediaError` for a file that cannot be read; nothing is decoded yet."""
     media = []
+    limits = FetchLimits(allow_private=bool(options.get("allow_private_urls")))
     for file in files:
-        source = fetch_source(file)
+        source = fetch_source(file, limits=limits)
         if media_kind(source) == "image":
             media.append(Medium("image", source, given(options, IMAGE_OPTIONS)))
         else:

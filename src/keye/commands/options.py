@@ -15,8 +15,11 @@ Decorator = Callable[[F], F]
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end")
-IMAGE_OPTIONS = ("min_pixels", "max_pixels")
+IMAGE_OPTIONS = ("min_pixels", "max_pixels", "strict_official")
+VIDEO_OPTIONS = (
+    *IMAGE_OPTIONS, "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "video_start", "video_end",
+    "min_frame_similarity",
+)  # fmt: skip
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
 
@@ -112,8 +115,22 @@ sampling_frames: Callable[[F], F] = _all(
     click.option("--max-frames", type=COUNT, metavar="N", help="At most this many frames."),
     click.option("--min-pixels", type=COUNT, metavar="N", help="Fewest pixels of a frame or image."),
     click.option("--max-pixels", type=COUNT, metavar="N", help="Most pixels of a frame or image."),
+    click.option("--total-pixels", "video_total_pixels", type=COUNT, metavar="N", help="Most pixels of all frames."),
+    click.option(
+        "--min-frame-similarity",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Keye-VL 1.5: a frame that shares fewer patches with the last slow frame is slow.  [default: 0.9]",
+    ),
     click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
     click.option("--end", "video_end", type=Seconds(), help="End here."),
+    click.option(
+        "--strict-official",
+        is_flag=True,
+        default=None,
+        help="Sample as the official code does, also where it ignores an option or fails.",
+    ),
+    click.option("--allow-private-urls", is_flag=True, help="Open http addresses of this machine and local networks."),
 )
 
 sampling_text: Callable[[F], F] = _all(

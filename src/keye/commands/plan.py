@@ -27,6 +27,7 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, **given: Any) -> Non
     from keye.commands import inputs, show
     from keye.config import load_model_config, load_processor_config
     from keye.media.image import plan_image
+    from keye.media.options import media_options
     from keye.media.video import plan_video
 
     media = inputs.open_media(files, given)
@@ -36,11 +37,9 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, **given: Any) -> Non
     plans: list[dict[str, Any]] = []
     for medium in media:
         source: Any = medium.source
-        extra: Any = dict(medium.options)
-        if medium.kind == "image":
-            plans.append({"kind": "image", **plan_image(source, config, **extra).to_dict()})
-        else:
-            plans.append({"kind": "video", **plan_video(source, config, video_count=videos, **extra).to_dict()})
+        settings = media_options(medium.kind, medium.options, video_count=max(videos, 1))
+        made = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
+        plans.append({"kind": medium.kind, **made.to_dict()})
     total = sum(item["visual_tokens"] for item in plans)
     result = {"media": plans, "visual_tokens": total, "context": context, "share_of_context": round(total / context, 6),
               "model": model}  # fmt: skip

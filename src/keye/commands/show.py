@@ -130,7 +130,7 @@ def filled_cells(intervals: Sequence[Interval], length: float, cells: int) -> li
 
 def usage_line(answer: Answer, topk: int | None) -> str:
     """Frames, tokens, attention and seconds of an answer on one line; `topk` keys are what the model was trained on."""
-    usage, frames = answer.usage, sum(len(plan.get("timestamps", ())) for plan in answer.plan)
+    usage, frames = answer.usage, sum(plan.get("frames", len(plan.get("timestamps", ()))) for plan in answer.plan)
     parts = [f"{frames} frames"] if frames else []
     parts.append(f"{usage.prompt_tokens:,} prompt tokens ({usage.media_tokens:,} visual)")
     cut = ", cut at --max-tokens" if answer.finish_reason == "length" else ""

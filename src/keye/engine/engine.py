@@ -262,7 +262,7 @@ def _plan_of(item: MediaItem) -> dict[str, Any]:
     if item.plan is not None:
         return item.plan.to_dict()
     return {
-        "frames": len(item.timestamps),
+        "frames": item.frame_count,
         "timestamps": list(item.timestamps),
         "visual_tokens": item.visual_tokens,
     }

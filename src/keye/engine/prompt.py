@@ -8,25 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
-from keye.errors import KeyeError
-from keye.media.fetch import Source, fetch_source, media_kind
+from keye.media.fetch import jpeg_list, media_kind
+from keye.media.inputs import as_source, open_frames
+from keye.media.options import media_options
+from keye.media.patches import VisionInput
+from keye.media.pictures import is_array
 from keye.media.positions import PreviewLayout, build_position_ids
-from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
+from keye.media.processor import MediaItem, Processor, VisualSpan
 from keye.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Frames:
-    """A video in memory: uint8 RGB [F, H, W, 3] and the second of each frame."""
+    """A video in memory: an array or tensor with four axes or a list of pictures (uint8 RGB), and the second of each
+    frame if it is known."""
 
-    frames: NDArray[np.uint8]
-    timestamps: Sequence[float]
+    frames: Any
+    timestamps: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,18 @@ class PromptBuilder:
 
     def open(self, medium: Medium, videos: int = 1) -> MediaItem:
         """Fetches and processes one medium under its own options."""
-        options: dict[str, Any] = dict(medium.options)
-        if isinstance(medium.source, Frames):
-            return self.processor.frames(medium.source.frames, medium.source.timestamps, **options)
-        if isinstance(medium.source, Image.Image):
-            return self.processor.image(medium.source, **options)
-        source = as_source(medium.source)
+        given: dict[str, Any] = dict(medium.options)
+        source = medium.source
+        if isinstance(source, Frames):
+            given["timestamps"], source = source.timestamps, source.frames
+        options = media_options(medium.kind, given, video_count=max(videos, 1))
         if medium.kind == "image":
-            return self.processor.image(source, **options)
-        return self.processor.video(source, video_count=videos, **options)
+            in_memory = isinstance(source, Image.Image) or is_array(source)
+            return self.processor.image(source if in_memory else as_source(source), options)
+        frames = open_frames(source)
+        if frames is not None:
+            return self.processor.frames(frames, options)
+        return self.processor.video(as_source(source), options)
 
     def _media_ids(self, item: MediaItem) -> list[int]:
         ids: list[int] = []
@@ -128,22 +134,15 @@ class PromptBuilder:
         return PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
 
 
-def as_source(value: object) -> Source:
-    """A path, data URL or bytes as a `Source`; `KeyeError` for anything else."""
-    if isinstance(value, Source):
-        return value
-    if isinstance(value, str | bytes) or hasattr(value, "__fspath__"):
-        return fetch_source(value)
-    raise KeyeError(f"a medium must be a path, data URL, bytes, a PIL image or Frames, not {type(value).__name__}")
-
-
 def as_medium(value: object, **options: Any) -> Medium:
     """Any medium that `ask` accepts, its kind found out by looking at it."""
     if isinstance(value, Medium):
         return value
-    if isinstance(value, Frames):
-        return Medium("video", value, options)
     if isinstance(value, Image.Image):
         return Medium("image", value, options)
+    if is_array(value):
+        return Medium("video" if getattr(value, "ndim", 3) == 4 else "image", value, options)
+    if isinstance(value, Frames) or jpeg_list(value) is not None:
+        return Medium("video", value, options)
     source = as_source(value)
     return Medium("image" if media_kind(source) == "image" else "video", source, options)

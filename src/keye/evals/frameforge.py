@@ -29,6 +29,7 @@ from keye.errors import KeyeError
 from keye.evals import metrics
 from keye.evals.summary import Scored, summarise
 from keye.media.fetch import fetch_source
+from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.video import open_video
 from keye.models.attention import AttentionMode, Selection
@@ -177,7 +178,7 @@ def frames_through_mp4(clip: Clip, config: ProcessorConfig) -> Frames:
             # A clip that begins later has a lead-in frame at 0, which is left out: begin between it and the first one.
             start = clip.timestamps[0]
             begin = max(start / 2, start - clip.step / 2) if start > 0 else None
-            plan = reader.plan(config, nframes=clip.frames, video_start=begin)
+            plan = reader.plan(config, MediaOptions(nframes=clip.frames, video_start=begin))
             frames = reader.read(plan)
     assert len(plan.timestamps) == clip.frames, "the plan takes every frame of the clip"
     late = max(abs(ours - theirs) for ours, theirs in zip(plan.timestamps, clip.timestamps, strict=True))

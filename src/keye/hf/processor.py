@@ -15,7 +15,8 @@ from keye.config import load_generation_config, load_model_config, load_processo
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.errors import KeyeError
 from keye.hf.config import folder_of
-from keye.media.processor import Processor, VisionInput
+from keye.media.patches import VisionInput
+from keye.media.processor import Processor
 from keye.tokenizer import Tokenizer, check_tokenizer
 
 _PADS = {"<|image_pad|>": "image", "<|video_pad|>": "video"}

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keye.media.fetch import Source, fetch_source, media_kind
     from keye.media.image import ImagePlan, plan_image, read_image
+    from keye.media.options import MediaOptions, media_options
+    from keye.media.patches import VisionInput
+    from keye.media.plan import FastFrames, VideoPlan
     from keye.media.positions import (
         PreviewLayout,
         build_position_ids,
@@ -18,11 +21,10 @@ if TYPE_CHECKING:
         merge_grid_rows,
         split_grid_rows,
     )
-    from keye.media.processor import MediaItem, Processor, VisionInput, VisualSpan
+    from keye.media.processor import MediaItem, Processor, VisualSpan
     from keye.media.video import (
         DecodeLimits,
         VideoInfo,
-        VideoPlan,
         VideoReader,
         iter_frames,
         open_video,
@@ -34,20 +36,23 @@ if TYPE_CHECKING:
 _HOME = {
     "fetch": ("Source", "fetch_source", "media_kind"),
     "image": ("ImagePlan", "plan_image", "read_image"),
+    "options": ("MediaOptions", "media_options"),
+    "plan": ("FastFrames", "VideoPlan"),
     "positions": ("PreviewLayout", "build_position_ids", "get_rope_index", "merge_grid_rows", "split_grid_rows"),
-    "processor": ("MediaItem", "Processor", "VisionInput", "VisualSpan"),
+    "patches": ("VisionInput",),
+    "processor": ("MediaItem", "Processor", "VisualSpan"),
     "video": (
-        "DecodeLimits", "VideoInfo", "VideoPlan", "VideoReader",
+        "DecodeLimits", "VideoInfo", "VideoReader",
         "iter_frames", "open_video", "plan_video", "probe", "read_frames",
     ),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "DecodeLimits", "ImagePlan", "MediaItem", "PreviewLayout", "Processor", "Source", "VideoInfo", "VideoPlan",
-    "VideoReader", "VisionInput", "VisualSpan", "build_position_ids", "fetch_source", "get_rope_index", "iter_frames",
-    "media_kind", "merge_grid_rows", "open_video", "plan_image", "plan_video", "probe", "read_frames", "read_image",
-    "split_grid_rows",
+    "DecodeLimits", "FastFrames", "ImagePlan", "MediaItem", "MediaOptions", "PreviewLayout", "Processor", "Source",
+    "VideoInfo", "VideoPlan", "VideoReader", "VisionInput", "VisualSpan", "build_position_ids", "fetch_source",
+    "get_rope_index", "iter_frames", "media_kind", "media_options", "merge_grid_rows", "open_video", "plan_image",
+    "plan_video", "probe", "read_frames", "read_image", "split_grid_rows",
 ]  # fmt: skip
 
 

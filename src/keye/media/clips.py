@@ -16,7 +16,8 @@ import av
 from keye.errors import MediaError
 from keye.files import complete_file
 from keye.media.fetch import Source
-from keye.media.video import DecodeLimits, VideoInfo, VideoPlan, VideoReader
+from keye.media.plan import VideoPlan
+from keye.media.video import DecodeLimits, VideoInfo, VideoReader
 
 #: A clip is at least this long, in seconds; a shorter interval is extended evenly to both sides.
 MIN_CLIP = 0.5
@@ -128,4 +129,5 @@ def _plan(info: VideoInfo, start: float, end: float) -> VideoPlan:
         width=max(2, info.width // 2 * 2),
         height=max(2, info.height // 2 * 2),
         tokens_per_frame=0,
+        sample_fps=info.fps,
     )

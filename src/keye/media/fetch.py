@@ -1,6 +1,6 @@
-"""The only place that opens what a user names: a path, a file:// or data: URL, bytes. Knows no image or video format.
+"""The only place that opens what a user names: a path, a file://, http(s):// or data: URL, bytes. Knows no format.
 
-Nothing is read from the network. Every failure is a `MediaError` of one sentence.
+The network is left to `download`, which only this module calls. Every failure is a `MediaError` of one sentence.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from keye.errors import MediaError
+from keye.media.download import GIB, FetchLimits, download, shown
 
-GIB = 1024**3
 #: Largest video file, in bytes.
 MAX_VIDEO_BYTES = 64 * GIB
 #: Largest image file, in bytes.
@@ -30,12 +30,16 @@ _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x
 
 @dataclass(frozen=True)
 class Source:
-    """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`)."""
+    """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`).
+
+    `keep` holds a temporary file at `path`, which is removed when the last source of it is gone.
+    """
 
     name: str
     size: int
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
+    keep: object = field(default=None, repr=False, compare=False)
 
     def open(self) -> BinaryIO:
         """A new seekable binary stream at the beginning."""
@@ -62,13 +66,19 @@ class Source:
             return file.read(count)
 
 
-def fetch_source(reference: str | os.PathLike[str] | bytes | Source, *, max_bytes: int = MAX_VIDEO_BYTES) -> Source:
-    """Finds what the user named and checks that it can be read.
+def fetch_source(
+    reference: str | os.PathLike[str] | bytes | Source,
+    *,
+    max_bytes: int = MAX_VIDEO_BYTES,
+    limits: FetchLimits | None = None,
+) -> Source:
+    """Finds what the user named and checks that it can be read; downloads it if it is an http or https address.
 
-    `reference` is a path, a `file://` or `data:` URL, the bytes of a file, or a `Source` (checked for size only).
-    Raises `MediaError` when it is missing, a directory, no regular file, empty, larger than `max_bytes`, or remote.
+    `reference` is a path, a URL (`file://`, `http://`, `https://`, `data:`), the bytes of a file, or a `Source`, which
+    is checked for size only. Raises `MediaError` when it is missing, a directory, no regular file, empty, larger than
+    `max_bytes`, or cannot be downloaded within `limits`.
     """
-    source = _locate(reference)
+    source = _locate(reference, max_bytes, limits or FetchLimits())
     if source.size == 0:
         raise MediaError(f"{source.name} is empty (0 bytes); check that it was copied completely")
     if source.size > max_bytes:
@@ -89,15 +99,29 @@ def media_kind(source: Source) -> str:
     return "video"
 
 
-def _locate(reference: str | os.PathLike[str] | bytes | Source) -> Source:
+def jpeg_list(reference: object) -> list[bytes] | None:
+    """The files in a data URL that holds several, parted by commas (`data:video/jpeg;base64,FIRST,SECOND,...`), which
+    is how clients send the frames of a video; None for anything else. Base64 itself has no commas."""
+    if not isinstance(reference, str) or reference[:5].lower() != "data:":
+        return None
+    header, _, body = reference.partition(",")
+    if not header.lower().endswith(";base64") or ("," not in body and not header.lower().startswith("data:video/jpeg")):
+        return None
+    return [_base64(part) for part in body.split(",")]
+
+
+def _locate(reference: str | os.PathLike[str] | bytes | Source, max_bytes: int, limits: FetchLimits) -> Source:
     if isinstance(reference, Source):
         return reference
     if isinstance(reference, bytes | bytearray | memoryview):
         return Source("<bytes>", len(reference), data=bytes(reference))
     text = os.fspath(reference)
     scheme = text.split(":", 1)[0].lower() if ":" in text else ""
-    if scheme in ("http", "https", "ftp", "rtsp", "rtmp"):
-        raise MediaError(f"{_short(text)} is a network address; download it first and pass the file")
+    if scheme in ("http", "https"):
+        file, size = download(text, limits, max_bytes)
+        return Source(shown(text).rpartition("/")[2] or shown(text), size, path=Path(file.name), keep=file)
+    if scheme in ("ftp", "rtsp", "rtmp"):
+        raise MediaError(f"{_short(text)} is a {scheme} address; download it first and pass the file")
     if scheme == "data":
         data = _data_url(text)
         return Source("<data URL>", len(data), data=data)
@@ -136,9 +160,13 @@ def _data_url(text: str) -> bytes:
         raise MediaError("the data: URL has no comma; write it as data:<type>;base64,<data>")
     if not header.lower().endswith(";base64"):
         return unquote_to_bytes(body)
+    return _base64(body)
+
+
+def _base64(text: str) -> bytes:
     try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
         raise MediaError("the data: URL is no valid base64; encode the file again") from None
 
 

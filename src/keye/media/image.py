@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
-from keye.media.sampling import image_size
+from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.sizes import encoded_size, image_size
 
 #: Formats that are read; of an animation or a multi-page file the first picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -39,54 +40,57 @@ class ImagePlan:
 def plan_image(
     source: Source,
     config: ProcessorConfig,
+    options: MediaOptions = DEFAULTS,
     *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
     pixel_limit: int = MAX_IMAGE_PIXELS,
 ) -> ImagePlan:
     """Reads only the header. Raises `MediaError` for a file that is no image we read, or an image too large."""
     with _stream(source) as file:
         image = _open(file, source.name, pixel_limit)
         width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # the EXIF orientations that swap the axes
+        if not options.strict_official and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+            # The EXIF orientations that swap the axes.
             width, height = height, width
-    new_height, new_width = image_size(height, width, config, min_pixels=min_pixels, max_pixels=max_pixels)
+    held = image_size(height, width, config, options)
+    new_height, new_width = encoded_size(*held, config, options)
     tokens = (new_height // config.factor) * (new_width // config.factor)
     return ImagePlan(source.name, width, height, new_width, new_height, tokens)
 
 
-def read_image(source: Source, *, pixel_limit: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decodes an image: EXIF orientation applied, mode RGB, alpha dropped.
+def read_image(source: Source, *, pixel_limit: int = MAX_IMAGE_PIXELS, strict_official: bool = False) -> Image.Image:
+    """Decodes an image and turns it upright (EXIF; the official code leaves it as stored). Modes with an alpha channel
+    become RGBA, all others RGB.
 
     Raises `MediaError` for a file that is no image we read, has more than `pixel_limit` pixels, or is damaged.
     """
     with _stream(source) as file:
         image = _open(file, source.name, pixel_limit)
         try:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = image if strict_official else ImageOps.exif_transpose(image)
+            return upright.convert("RGBA" if upright.mode == "RGBA" else "RGB")
         except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
             raise MediaError(f"{source.name} is damaged ({error}); download or export it again") from None
 
 
-def resize_image(
-    image: Image.Image,
-    config: ProcessorConfig,
-    *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-    resized_height: int | None = None,
-    resized_width: int | None = None,
-) -> NDArray[np.uint8]:
-    """RGB pixels uint8 [H, W, 3] at the size the model sees (PIL bicubic on the RGB image, as the official code).
+def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
+    """RGB of a picture as the utilities make it: Preview puts RGBA on white, the others drop the alpha channel."""
+    if image.mode == "RGBA" and config.generation == "preview":
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
 
-    With `resized_height` and `resized_width` that size is rounded under the configuration's limits and `min_pixels`
-    and `max_pixels` are ignored, as officially.
-    """
-    if resized_height and resized_width:
-        size = image_size(resized_height, resized_width, config)
-    else:
-        size = image_size(image.height, image.width, config, min_pixels=min_pixels, max_pixels=max_pixels)
-    return resize_exactly(image.convert("RGB"), *size)
+
+def hold_image(image: Image.Image, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> NDArray[np.uint8]:
+    """RGB pixels uint8 [H, W, 3] at the size that the official utilities return (PIL bicubic on the RGB image)."""
+    return resize_exactly(as_rgb(image, config), *image_size(image.height, image.width, config, options))
+
+
+def resize_image(image: Image.Image, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> NDArray[np.uint8]:
+    """RGB pixels uint8 [H, W, 3] at the size the model sees: `hold_image`, then the processor's own resize."""
+    pixels = hold_image(image, config, options)
+    height, width, _ = pixels.shape
+    return resize_exactly(Image.fromarray(pixels), *encoded_size(height, width, config, options))
 
 
 def resize_exactly(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:

@@ -1,30 +1,39 @@
-"""Frames -> what the model eats: patches, grids, and the text and visual spans that stand for a medium in the prompt.
+"""Media -> what the model eats: patches, grids, and the text and visual spans that stand for a medium in the prompt.
 
-The same code serves training and inference, decoded files and arrays in memory. Numpy; torch only where asked for.
+The same code serves training and inference, decoded files and pictures in memory. What differs between the generations
+is in `sizes`, `sampling` and `slowfast`; here is the order of the steps. Numpy; torch only where a generation's resize
+needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
-from keye.media import sampling
+from keye.media import sampling, sizes
 from keye.media.fetch import Source
-from keye.media.image import ImagePlan, read_image, resize_exactly, resize_image
-from keye.media.video import DecodeLimits, VideoPlan, open_video
-
-if TYPE_CHECKING:
-    import torch
+from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
+from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.patches import VisionInput, frames_to_patches, images_to_patches
+from keye.media.pictures import Pixels, as_frames, as_picture
+from keye.media.plan import VideoPlan, with_frame_types
+from keye.media.resample import bicubic, bilinear
+from keye.media.slowfast import SlowFastClassifier, frame_types
+from keye.media.video import DecodeLimits, VideoReader, open_video
 
 Kind = Literal["image", "video"]
+
+#: Marks around the visual tokens of a fast frame (1.5).
+FAST_START, FAST_END = "<|fast_start|>", "<|fast_end|>"
+#: Native frames of a video that are kept while its frames are told apart; above, they are decoded a second time.
+_KEPT_BYTES = 128 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -40,37 +49,12 @@ Piece = str | VisualSpan
 
 
 @dataclass(frozen=True)
-class VisionInput:
-    """Patches of one or more media for the vision tower.
-
-    pixel_values: float32 [patches, 3, patch_size, patch_size], normalised, in raster order (frame, row, column).
-    grid_thw: int64 [rows, 3], one row (1, h, w) for each image and for each frame of a video, in patches.
-    """
-
-    pixel_values: NDArray[np.float32]
-    grid_thw: NDArray[np.int64]
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixel_values, grid_thw) as CPU tensors that share this memory."""
-        import torch
-
-        return torch.from_numpy(self.pixel_values), torch.from_numpy(self.grid_thw)
-
-    @staticmethod
-    def concatenate(inputs: Sequence[VisionInput]) -> VisionInput:
-        """The media of a prompt in order; at least one."""
-        return VisionInput(
-            np.concatenate([i.pixel_values for i in inputs]), np.concatenate([i.grid_thw for i in inputs])
-        )
-
-
-@dataclass(frozen=True)
 class MediaItem:
     """One medium, ready for the prompt: its patches, the pieces of its expansion, and its plan.
 
-    `timestamps` are the seconds of a video's frames, empty for an image.
+    `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
-    the text; None otherwise. `plan` is None for arrays in memory.
+    the text; None otherwise. `plan` is None for pictures in memory that stand for a video.
     """
 
     kind: Kind
@@ -84,6 +68,11 @@ class MediaItem:
     def visual_tokens(self) -> int:
         return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
 
+    @property
+    def frame_count(self) -> int:
+        """Frames of a video, 1 for an image."""
+        return int(self.vision.grid_thw[:, 0].sum())
+
 
 class Processor:
     """Turns media into `MediaItem`s under one configuration."""
@@ -92,105 +81,210 @@ class Processor:
         self.config = config
         self.limits = limits or DecodeLimits()
 
-    def image(self, source: Source | Image.Image, **options: Any) -> MediaItem:
-        """An image file or PIL image. Options are those of `image.resize_image`."""
-        image = source if isinstance(source, Image.Image) else read_image(source)
-        pixels = resize_image(image, self.config, **options)
+    def image(self, source: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
+        """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`)."""
+        if isinstance(source, Source):
+            name, image = source.name, read_image(source, strict_official=options.strict_official)
+        else:
+            name, image = "<image>", as_picture(source)
+        pixels = resize_image(image, self.config, options)
         height, width = pixels.shape[:2]
-        tokens = self._tokens(height, width)
-        name = source.name if isinstance(source, Source) else "<image>"
+        tokens = (height // self.config.factor) * (width // self.config.factor)
         plan = ImagePlan(name, image.width, image.height, width, height, tokens)
-        return MediaItem(
-            "image", images_to_patches(pixels[None], self.config), (VisualSpan("image", tokens),), plan=plan
-        )
+        vision = images_to_patches(pixels[None], self.config)
+        return MediaItem("image", vision, (VisualSpan("image", tokens),), plan=plan)
 
-    def video(self, source: Source, plan: VideoPlan | None = None, **options: Any) -> MediaItem:
-        """A video file, by a plan made before or by a new one with the options of `video.make_plan`."""
+    def video(self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None) -> MediaItem:
+        """A video file, by a plan made before or by a new one."""
         with open_video(source, self.limits) as reader:
-            plan = plan or reader.plan(self.config, **options)
-            frames = reader.read(plan)
-        return MediaItem(
-            "video",
-            images_to_patches(frames, self.config),
-            tuple(self.expand_video(plan)),
-            timestamps=plan.timestamps,
-            plan=plan,
-        )
+            plan = plan or reader.plan(self.config, options)
+            if self.config.generation == "2.0":
+                frames: Iterable[Pixels] = reader.frames(plan)
+            elif self.config.generation == "1.5":
+                plan, native = self._tell_apart(reader, plan, options)
+                frames = (bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(native))
+            else:
+                frames = self._preview_frames(reader, plan, options)
+            frame_sizes = [plan.frame_size(i) for i in range(plan.frames)]
+            vision = frames_to_patches(frames, frame_sizes, self.config)
+        types = None if plan.fast is None else plan.fast.types
+        return self._video_item(vision, plan.timestamps, types, plan.sample_fps, plan)
 
-    def frames(self, frames: NDArray[np.uint8], timestamps: Sequence[float], **options: Any) -> MediaItem:
-        """Frames in memory, uint8 RGB [F, H, W, 3], all of which are used; `timestamps` in seconds, one for each.
+    def frames(self, frames: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
+        """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
 
-        Options are those of `sampling.frame_size`.
+        With `timestamps` all frames are used and take the size that a file of them would get. Without, the official
+        rule for lists holds: each is sized on its own, they are sampled like frames that were taken at `fps`
+        (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given.
         """
-        if len(frames) != len(timestamps):
-            raise KeyeError(f"{len(frames)} frames have {len(timestamps)} timestamps; give one for each frame")
-        vision = frames_input(frames, self.config, **options)
-        tokens = int(vision.grid_thw[0].prod()) // self.config.merge_size**2
-        return MediaItem(
-            "video",
-            vision,
-            tuple(expand_frames(timestamps, tokens, self.config)),
-            timestamps=tuple(float(t) for t in timestamps),
-        )
+        given = as_frames(frames)
+        if options.timestamps is not None and len(given) != len(options.timestamps):
+            raise KeyeError(f"{len(given)} frames have {len(options.timestamps)} timestamps; give one for each frame")
+        if self.config.generation == "preview":
+            return self._preview_list(given, options)
+        times = options.timestamps
+        if times is not None:
+            pixels = _one_size(given, self.config, options, listed=False)
+        else:
+            pixels, times = sampled_list(given, self.config, options)
+        height, width = pixels[0].shape[:2]
+        types = None
+        if self.config.generation == "1.5":
+            types = frame_types(pixels, self.config, options.min_frame_similarity)
+        fast = sum(types or ())
+        found = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
+        frame_sizes = [found.fast if types and types[i] else found.slow for i in range(len(pixels))]
+        resize = _shrunk if self.config.generation == "2.0" else bilinear
+        resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
+        return self._video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
 
-    def expand_video(self, plan: VideoPlan) -> list[Piece]:
-        """For each frame its text (`frame_text` with its time) and its visual span."""
-        return expand_frames(plan.timestamps, plan.tokens_per_frame, self.config)
+    def _tell_apart(
+        self, reader: VideoReader, plan: VideoPlan, options: MediaOptions
+    ) -> tuple[VideoPlan, Iterable[Pixels]]:
+        """The plan with slow and fast frames (1.5), and the frames at the file's own size: kept from the first pass if
+        they are few, decoded again if not, so that memory does not grow with the video."""
+        if plan.fast is not None:
+            return plan, reader.frames(plan, native=True)
+        keep = plan.frames * plan.source_height * plan.source_width * 3 <= _KEPT_BYTES
+        classifier = SlowFastClassifier(self.config, options.min_frame_similarity)
+        types, kept = [], []
+        for frame in reader.frames(plan, native=True):
+            types.append(classifier.push(frame))
+            if keep:
+                kept.append(frame)
+        plan = with_frame_types(plan, types, self.config, options)
+        return plan, kept if keep else reader.frames(plan, native=True)
 
-    def _tokens(self, height: int, width: int) -> int:
-        return (height // self.config.factor) * (width // self.config.factor)
+    def _preview_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
+        """Preview resizes twice: the utilities by the video's budget, the processor by its own limits."""
+        held = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).slow
+        for frame in reader.frames(plan, native=True):
+            yield _shrunk(bicubic(frame, held), (plan.height, plan.width))
+
+    def _preview_list(self, given: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
+        """Every picture is sized as an image; all then get the processor's size of the first."""
+        indices, fps = listed_indices(len(given), self.config, options)
+        held = [hold_image(_picture(given[i]), self.config, options) for i in indices]
+        height, width, _ = held[0].shape
+        size = sizes.encoded_size(height, width, self.config, options)
+        resized = (_shrunk(frame, size) for frame in held)
+        vision = frames_to_patches(resized, [size] * len(held), self.config)
+        times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
+        return self._video_item(vision, times, None, fps, None)
+
+    def _video_item(
+        self,
+        vision: VisionInput,
+        timestamps: Sequence[float] | None,
+        types: Sequence[int] | None,
+        sample_fps: float | None,
+        plan: VideoPlan | None,
+    ) -> MediaItem:
+        tokens = vision.grid_thw.prod(axis=1) // self.config.merge_size**2
+        times = tuple(float(t) for t in timestamps or ())
+        if self.config.generation == "preview":
+            assert sample_fps is not None
+            span = VisualSpan("video", int(tokens.sum()))
+            return MediaItem("video", vision.as_one_video(), (span,), times, 1 / sample_fps, plan)
+        pieces = expand_frames(tokens.tolist(), self.config, timestamps, types)
+        return MediaItem("video", vision, tuple(pieces), times, None, plan)
 
 
-def expand_frames(timestamps: Sequence[float], tokens: int, config: ProcessorConfig) -> list[Piece]:
-    """Text and visual span of each frame, in turn; `tokens` visual tokens per frame."""
+def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
+    """Preview: which of `count` listed pictures are used, the last repeated to an even number, and their average rate.
+
+    Officially all are; `nframes` and `max_frames` are honoured unless `strict_official`.
+    """
+    fps = options.fps or config.fps
+    if options.timestamps is not None:
+        fps = _rate(options.timestamps) or fps
+    wanted = min(options.nframes or count, options.max_frames or count, count)
+    indices = list(range(count))
+    if wanted < count and not options.strict_official:
+        indices = sampling.sample_indices(0, count - 1, wanted)
+        fps *= wanted / count
+    return indices + indices[-1:] * (-len(indices) % config.frame_factor), fps
+
+
+def sampled_list(
+    given: Any, config: ProcessorConfig, options: MediaOptions
+) -> tuple[Sequence[Pixels], tuple[float, ...] | None]:
+    """1.5 and 2.0: the sampled pictures of a list (or an array of frames), as RGB of one size, and their times.
+
+    They are sampled like the frames of a video at `fps`, else the configuration's rate; times are known only with
+    `fps` or `timestamps`.
+    """
+    frames = as_frames(given)
+    native = options.fps or config.fps
+    indices = sampling.sample_frames(len(frames), native, config, options)
+    if not indices:
+        raise KeyeError("the token budget holds no frame; raise video_total_pixels")
+    pixels = _one_size([frames[i] for i in indices], config, options, listed=True)
+    if options.timestamps is not None:
+        return pixels, tuple(options.timestamps[i] for i in indices)
+    return pixels, None if options.fps is None else tuple(i / native for i in indices)
+
+
+def expand_frames(
+    tokens: Sequence[int],
+    config: ProcessorConfig,
+    timestamps: Sequence[float] | None = None,
+    types: Sequence[int] | None = None,
+) -> list[Piece]:
+    """Text and visual span of each frame, in turn: its mark, its time if known, its `tokens` visual tokens.
+
+    A fast frame (type 1) of 1.5 has marks around its tokens. Source: `KeyeVL1_5Processor`.
+    """
     pieces: list[Piece] = []
-    for seconds in timestamps:
-        pieces += [config.frame_text.format(seconds=seconds), VisualSpan("video", tokens)]
-    return pieces
+    for i, count in enumerate(tokens):
+        text, span = frame_label(config, timestamps[i] if timestamps is not None else None), VisualSpan("video", count)
+        pieces += [text + FAST_START, span, FAST_END] if types is not None and types[i] else [text, span]
+    return _without_empty(pieces)
 
 
-def frames_input(frames: ArrayLike, config: ProcessorConfig, **options: Any) -> VisionInput:
-    """Patches of frames in memory, uint8 RGB [F, H, W, 3], at the size a video file of them would get.
-
-    Frames that have that size already are taken as they are, others are resized (bicubic). Options are those of
-    `sampling.frame_size`.
-    """
-    array = _rgb_frames(frames)
-    height, width = sampling.frame_size(array.shape[1], array.shape[2], len(array), config, **options)
-    if array.shape[1:3] != (height, width):
-        array = np.stack([resize_exactly(Image.fromarray(frame), height, width) for frame in array])
-    return images_to_patches(array, config)
+def frame_label(config: ProcessorConfig, seconds: float | None) -> str:
+    """The text before a frame; without a time, what comes before the time in it."""
+    if seconds is None:
+        return config.frame_text.partition("{")[0]
+    if config.generation == "1.5":
+        # The official code keeps times in float32, which decides some roundings to one decimal (1.55 -> "1.5").
+        seconds = float(np.float32(seconds))
+    return config.frame_text.format(seconds=seconds)
 
 
-def images_to_patches(images: NDArray[np.uint8], config: ProcessorConfig) -> VisionInput:
-    """Cuts pictures of one size, uint8 RGB [n, H, W, 3], into normalised patches; one grid row (1, h, w) for each.
-
-    H and W must be multiples of `config.factor`. Values are (x / 255 - mean) / std.
-    """
-    array = _rgb_frames(images)
-    n, height, width, _ = array.shape
-    side = config.patch_size
-    if height % config.factor or width % config.factor:
-        raise KeyeError(f"pictures of {width}x{height} pixels are no multiple of {config.factor}; resize them first")
-    rows, columns = height // side, width // side
-    patches = array.reshape(n, rows, side, columns, side, 3).transpose(0, 1, 3, 5, 2, 4)
-    table = _normalised_levels(config.image_mean, config.image_std)
-    values = np.empty(patches.shape, dtype=np.float32)
-    for channel in range(3):
-        values[:, :, :, channel] = table[channel][patches[:, :, :, channel]]
-    grid = np.tile(np.array([1, rows, columns], dtype=np.int64), (n, 1))
-    return VisionInput(values.reshape(n * rows * columns, 3, side, side), grid)
+def _without_empty(pieces: Iterable[Piece]) -> list[Piece]:
+    """Neighbouring texts joined, empty ones left out."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and kept and isinstance(kept[-1], str):
+            kept[-1] += piece
+        elif piece:
+            kept.append(piece)
+    return kept
 
 
-@lru_cache(maxsize=8)
-def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """float32 [3, 256]: every pixel level after normalisation, so that no arithmetic is done per pixel."""
-    levels = np.arange(256, dtype=np.float64) / 255
-    return ((levels[None] - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
+def _one_size(
+    given: Pixels | Sequence[Any], config: ProcessorConfig, options: MediaOptions, *, listed: bool
+) -> Sequence[Pixels]:
+    """The frames as RGB arrays of one size, that of the first: its own, or if `listed` that of a picture of a list."""
+    first = given[0]
+    height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+    size = sizes.listed_frame_size(height, width, config, options) if listed else (height, width)
+    if isinstance(given, np.ndarray) and size == (height, width):
+        return list(given)
+    return [resize_exactly(_picture(frame).convert("RGB"), *size) for frame in given]
 
 
-def _rgb_frames(frames: ArrayLike) -> NDArray[np.uint8]:
-    array = np.asarray(frames)
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or len(array) == 0:
-        raise KeyeError(f"pictures must be uint8 [n, height, width, 3] with n >= 1, not {array.dtype} {array.shape}")
-    return array
+def _picture(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
+    return Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+
+
+def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:
+    """PIL's bicubic resize, as the image processor does it."""
+    return frame if frame.shape[:2] == size else resize_exactly(Image.fromarray(frame), *size)
+
+
+def _rate(timestamps: Sequence[float]) -> float | None:
+    """Average frames per second; None when all frames have one time."""
+    span = timestamps[-1] - timestamps[0]
+    return (len(timestamps) - 1) / span if span > 0 else None

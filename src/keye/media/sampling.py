@@ -1,8 +1,8 @@
-"""Which frames of a video are taken, how many, and at which size. Integer arithmetic only: no pixels, no torch.
+"""Which frames of a video are taken, and how many. Integer arithmetic only: no pixels, no torch.
 
-The rules are those of Keye-VL 2.0 as served (Kwai-Keye/sglang, `keye_adaptive_video.py`), reproduced to the last
-integer, oddities included. Sizes are in pixels, budgets in pixels unless a name says tokens; one visual token stands
-for `factor` x `factor` pixels.
+The rules are those of each generation's own code, reproduced to the last integer, oddities included; `MediaOptions`
+says where a request departs from them. Their sources: `smart_nframes` of keye-vl-utils 1.0.0 (Preview) and 1.5.2 (1.5),
+and of `keye_adaptive_video.py` in Kwai-Keye/sglang (2.0).
 """
 
 from __future__ import annotations
@@ -15,106 +15,65 @@ import numpy as np
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
-
-#: Longest side over shortest side that an image or frame may have.
-MAX_ASPECT_RATIO = 200
-#: Duration in seconds up to which the share of the token budget applies (option `adaptive_budget`); longer: all of it.
-ADAPTIVE_SHARES = ((259.0, 0.09), (518.0, 0.18), (1036.0, 0.36), (2016.0, 0.7))
-
-
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """The size (height, width) near the given one whose sides are multiples of `factor` and whose area fits.
-
-    Rounds each side to the nearest multiple (Python's rounding: halves to even); above `max_pixels` shrinks with
-    floor, below `min_pixels` grows with ceil. A side is never below `factor`, so a thin image may exceed
-    `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
-    """
-    if min(height, width) < 1:
-        raise KeyeError(f"the picture is {width}x{height} pixels; both sides must be at least 1")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise KeyeError(
-            f"the picture is {width}x{height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}; crop it before use"
-        )
-    h = max(factor, round(height / factor) * factor)
-    w = max(factor, round(width / factor) * factor)
-    if h * w > max_pixels:
-        beta = math.sqrt((height * width) / max_pixels)
-        h = math.floor(height / beta / factor) * factor
-        w = math.floor(width / beta / factor) * factor
-    elif h * w < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * beta / factor) * factor
-        w = math.ceil(width * beta / factor) * factor
-    return max(h, factor), max(w, factor)
-
-
-def image_size(
-    height: int,
-    width: int,
-    config: ProcessorConfig,
-    *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-) -> tuple[int, int]:
-    """The size (height, width) at which an image is encoded; limits default to those of the configuration."""
-    token = config.factor**2
-    return smart_resize(
-        height,
-        width,
-        factor=config.factor,
-        min_pixels=config.image_min_tokens * token if min_pixels is None else min_pixels,
-        max_pixels=config.image_max_tokens * token if max_pixels is None else max_pixels,
-    )
-
-
-def listed_frame_size(
-    height: int,
-    width: int,
-    config: ProcessorConfig,
-    *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-) -> tuple[int, int]:
-    """The size at which a picture of a list that stands for a video is first held, before `frame_size` of it."""
-    token = config.factor**2
-    return smart_resize(
-        height,
-        width,
-        factor=config.factor,
-        min_pixels=config.video_min_tokens * token if min_pixels is None else min_pixels,
-        max_pixels=config.video_max_tokens * token if max_pixels is None else max_pixels,
-    )
+from keye.media.options import DEFAULTS, MediaOptions
 
 
 def smart_nframes(
-    total_frames: int,
-    native_fps: float,
-    config: ProcessorConfig,
-    *,
-    fps: float | None = None,
-    min_frames: int | None = None,
-    max_frames: int | None = None,
-    video_total_pixels: float | None = None,
+    total_frames: int, native_fps: float, config: ProcessorConfig, options: MediaOptions = DEFAULTS
 ) -> int:
-    """How many of `total_frames` frames are sampled at `fps` (default: the configuration's, never above native).
+    """How many of `total_frames` frames are sampled, at `fps` (default: the configuration's, never above native).
 
-    n = min(max(int(total / native * fps), min_frames), max_frames, floor(budget / smallest frame), total). The cap
-    uses the configuration's smallest frame, whatever limits the request sets. Source: 2.0 `smart_nframes`.
+    1.5 and 2.0: n = min(max(int(total / native * fps), min_frames), max_frames, cap, total), where the cap is what the
+    budget holds when every frame has the fewest tokens. Preview: an even number between even limits.
+    `nframes` asks for a number outright; the cap and the length of the video still limit it. Officially 1.5 and 2.0
+    ignore `nframes`, 1.5 ignores `min_frames` and finds no frame in a clip shorter than 1 / fps, and Preview fails
+    where its limits leave less than two frames; `strict_official` reproduces all that.
     """
-    fps = min(fps or config.fps, native_fps)
-    cap = frame_cap(config, video_total_pixels)
-    limit = max_frames or config.max_frames
+    if config.generation == "preview":
+        return _even_nframes(total_frames, native_fps, config, options)
+    cap = min(frame_cap(config, options), total_frames)
+    limit = options.max_frames or config.max_frames
     if limit is not None:
         cap = min(cap, limit)
-    wanted = max(int(total_frames / native_fps * fps), min_frames or config.min_frames)
-    return min(wanted, cap, total_frames)
+    if options.nframes is not None and not options.strict_official:
+        return min(options.nframes, cap)
+    wanted = int(total_frames / native_fps * min(options.fps or config.fps, native_fps))
+    if not (options.strict_official and config.generation == "1.5"):
+        wanted = max(wanted, options.min_frames or config.min_frames)
+    return min(wanted, cap)
 
 
-def frame_cap(config: ProcessorConfig, video_total_pixels: float | None = None) -> int:
-    """The most frames the budget can hold when every frame has the fewest tokens."""
-    token = config.factor**2
-    total = config.video_total_tokens * token if video_total_pixels is None else video_total_pixels
-    return math.floor(total / (config.video_min_tokens * token))
+def _even_nframes(total: int, native_fps: float, config: ProcessorConfig, options: MediaOptions) -> int:
+    """Preview: `nframes` rounded to a multiple of `frame_factor`, or the rate's number within limits so rounded."""
+    factor = config.frame_factor
+    if options.nframes is not None:
+        if options.fps is not None:
+            raise KeyeError("fps and nframes exclude each other; give one of them")
+        count = round(options.nframes / factor) * factor
+    else:
+        low = math.ceil((options.min_frames or config.min_frames) / factor) * factor
+        most = options.max_frames or min(config.max_frames or total, total)
+        high = most // factor * factor
+        wanted = total / native_fps * (options.fps or config.fps)
+        count = math.floor(min(max(wanted, low), high, total) / factor) * factor
+    if factor <= count <= total:
+        return count
+    if options.strict_official:
+        raise KeyeError(f"{count} frames cannot be taken from a video of {total}; at least {factor} are needed")
+    return total if total < factor else min(max(count, factor), total // factor * factor)
+
+
+def frame_cap(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
+    """The most frames the budget can hold when every frame has the fewest tokens (1.5 and 2.0).
+
+    2.0 uses the configuration's smallest frame, whatever limits the request sets; 1.5 the request's.
+    """
+    token = config.token_pixels
+    total = options.video_total_pixels
+    smallest: float = config.video_min_tokens * token
+    if config.generation == "1.5" and options.min_pixels is not None:
+        smallest = options.min_pixels
+    return math.floor((config.video_total_tokens * token if total is None else total) / smallest)
 
 
 def frame_range(
@@ -190,33 +149,12 @@ def sample_frames(
     total_frames: int,
     native_fps: float,
     config: ProcessorConfig,
+    options: MediaOptions = DEFAULTS,
     *,
-    fps: float | None = None,
-    nframes: int | None = None,
-    min_frames: int | None = None,
-    max_frames: int | None = None,
-    video_total_pixels: float | None = None,
     first: int = 0,
 ) -> list[int]:
-    """Indices of the sampled frames among `total_frames` frames that begin at index `first`.
-
-    `nframes` asks for a number of frames outright (2.0 as served ignores it) and excludes `fps`; the budget and the
-    length of the video still cap it.
-    """
-    if nframes is None:
-        count = smart_nframes(
-            total_frames,
-            native_fps,
-            config,
-            fps=fps,
-            min_frames=min_frames,
-            max_frames=max_frames,
-            video_total_pixels=video_total_pixels,
-        )
-    else:
-        if fps is not None:
-            raise KeyeError("fps and nframes exclude each other; give one of them")
-        count = min(nframes, total_frames, frame_cap(config, video_total_pixels), max_frames or total_frames)
+    """Indices of the sampled frames among `total_frames` frames that begin at index `first`."""
+    count = smart_nframes(total_frames, native_fps, config, options)
     return sample_indices(first, first + total_frames - 1, count)
 
 
@@ -227,62 +165,3 @@ def displayed_frames(timestamps: Sequence[float], targets: Sequence[float], *, t
     """
     chosen = (max(bisect_right(timestamps, target + tolerance) - 1, 0) for target in targets)
     return sorted(set(chosen))
-
-
-def total_pixels(
-    config: ProcessorConfig,
-    duration: float,
-    *,
-    video_total_pixels: float | None = None,
-    video_count: int = 1,
-    adaptive: bool | None = None,
-) -> float:
-    """Pixel budget of one video that lasts `duration` seconds, of a request with `video_count` videos.
-
-    The budget (`video_total_pixels`, else the configuration's) is divided by the number of videos. The adaptive
-    option gives a single short video a share of it. Source: `get_video_total_pixels_by_duration`.
-    """
-    total = config.video_total_tokens * config.factor**2 if video_total_pixels is None else video_total_pixels
-    total /= video_count
-    enabled = config.adaptive_budget if adaptive is None else adaptive
-    if enabled and video_count == 1:
-        total *= next((share for limit, share in ADAPTIVE_SHARES if duration <= limit), 1.0)
-    return float(total)
-
-
-def frame_size(
-    height: int,
-    width: int,
-    frames: int,
-    config: ProcessorConfig,
-    *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-    video_total_pixels: float | None = None,
-) -> tuple[int, int]:
-    """The size (height, width) at which each of `frames` frames of a video is encoded.
-
-    `min_pixels` and `max_pixels` limit one frame; the smallest frame of the configuration is a floor for both.
-    """
-    token = config.factor**2
-    floor_pixels = config.video_min_tokens * token
-    low = max(floor_pixels if min_pixels is None else min_pixels, floor_pixels)
-    high = config.video_max_tokens * token if max_pixels is None else max_pixels
-    total = config.video_total_tokens * token if video_total_pixels is None else video_total_pixels
-    tokens = tokens_per_frame(frames, low / token, high / token, total / token)
-    return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=tokens * token)
-
-
-def tokens_per_frame(frames: int, low: float, high: float, budget: float) -> float:
-    """Tokens that each of `frames` frames may have under a budget of tokens, between `low` and `high`.
-
-    The official binary search ends on the first number above the budget, one more than fits; kept for parity.
-    """
-    left, right = low, high
-    while left < right:
-        middle = int(left + right) // 2
-        if frames * middle > budget:
-            right = middle
-        else:
-            left = middle + 1
-    return left

@@ -16,7 +16,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 import keye
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import sampling
 from keye.media.fetch import MAX_VIDEO_BYTES, Source, fetch_source
+from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.plan import VideoPlan, make_plan
 
 _HEADER = struct.Struct("<cQ")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from keye.media.decode_worker import main; main(sys.argv[2:])"
@@ -107,41 +108,6 @@ class VideoInfo:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class VideoPlan:
-    """What will be sampled from a video and what it costs, known before anything is decoded.
-
-    `timestamps` are seconds from the first frame of the file. `width` and `height` are those of the frames the model
-    sees; each becomes `tokens_per_frame` visual tokens.
-    """
-
-    name: str
-    duration: float
-    native_fps: float
-    source_width: int
-    source_height: int
-    rotation: int
-    frame_indices: tuple[int, ...]
-    timestamps: tuple[float, ...]
-    pts: tuple[int, ...] = field(repr=False)
-    width: int
-    height: int
-    tokens_per_frame: int
-
-    @property
-    def frames(self) -> int:
-        return len(self.frame_indices)
-
-    @property
-    def visual_tokens(self) -> int:
-        return self.frames * self.tokens_per_frame
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: every field but the raw container times, and the counts."""
-        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "pts"}
-        return {**data, "frames": self.frames, "visual_tokens": self.visual_tokens}
-
-
 class VideoReader:
     """An open video with its worker process. Use as a context manager; closing kills the worker.
 
@@ -181,14 +147,19 @@ class VideoReader:
                     # Closing flushes; the killed worker no longer reads.
                     continue
 
-    def plan(self, config: ProcessorConfig, **options: Any) -> VideoPlan:
-        """See `plan_video` for the options."""
-        return make_plan(self.info, config, **options)
+    def plan(self, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
+        """Which frames would be sampled and what they would cost."""
+        return make_plan(self.info, config, options)
 
-    def frames(self, plan: VideoPlan) -> Iterator[NDArray[np.uint8]]:
-        """The planned frames one by one, upright, uint8 RGB [height, width, 3]."""
+    def frames(self, plan: VideoPlan, *, native: bool = False) -> Iterator[NDArray[np.uint8]]:
+        """The planned frames one by one, upright, uint8 RGB [height, width, 3].
+
+        They come at the planned size, shrunk by the worker while it decodes, or at the file's own size if `native`.
+        """
         turned = plan.rotation % 180 != 0
-        width, height = (plan.height, plan.width) if turned else (plan.width, plan.height)
+        width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
+        if turned:
+            width, height = height, width
         self._request({"targets": plan.pts, "width": width, "height": height})
         for _ in range(plan.frames):
             _, body = self._receive()
@@ -291,15 +262,14 @@ def probe(source: Source, limits: DecodeLimits | None = None) -> VideoInfo:
 
 
 def plan_video(
-    source: Source, config: ProcessorConfig, *, limits: DecodeLimits | None = None, **options: Any
+    source: Source, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, limits: DecodeLimits | None = None
 ) -> VideoPlan:
     """Which frames would be sampled from a video and what they would cost.
 
-    Options are those of `make_plan`. Raises `MediaError` for a file that cannot be used, `KeyeError` for options
-    that contradict each other or the video.
+    Raises `MediaError` for a file that cannot be used, `KeyeError` for options that contradict the video.
     """
     with VideoReader(source, limits) as reader:
-        return reader.plan(config, **options)
+        return reader.plan(config, options)
 
 
 def iter_frames(
@@ -314,82 +284,6 @@ def read_frames(plan: VideoPlan, source: Source, *, limits: DecodeLimits | None 
     """All planned frames, uint8 RGB [frames, height, width, 3]."""
     with VideoReader(source, limits) as reader:
         return reader.read(plan)
-
-
-def make_plan(
-    info: VideoInfo,
-    config: ProcessorConfig,
-    *,
-    fps: float | None = None,
-    nframes: int | None = None,
-    min_frames: int | None = None,
-    max_frames: int | None = None,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-    video_total_pixels: float | None = None,
-    video_start: float | None = None,
-    video_end: float | None = None,
-    video_count: int = 1,
-) -> VideoPlan:
-    """The plan for a probed video: official 2.0 rules for the number of frames, their places and their size.
-
-    At a constant frame rate the official indices are taken as they are. At a variable rate they are turned into times
-    spread evenly over the chosen range, and the frame on display at each is taken once. `fps` samples per second,
-    `nframes` a fixed number instead; `min_pixels` and `max_pixels` limit one frame, `video_total_pixels` all of them;
-    `video_start` and `video_end` in seconds; `video_count` videos share the configured budget.
-    """
-    for option, value in (("fps", fps), ("nframes", nframes), ("min_frames", min_frames), ("max_frames", max_frames)):
-        if value is not None and value <= 0:
-            raise MediaError(f"{option} is {value}; it must be above 0")
-    if info.cut_short and (video_end is None or video_end > info.duration):
-        raise MediaError(
-            f"{info.name} is cut short: {info.duration:.1f} of {info.declared_duration:.1f} s can be read; "
-            f"download it again or pass video_end={int(info.duration * 10) / 10}"
-        )
-    first, last, count = _frame_range(info, video_start, video_end)
-    budget = sampling.total_pixels(
-        config, count / info.fps, video_total_pixels=video_total_pixels, video_count=video_count
-    )
-    indices = sampling.sample_frames(
-        count, info.fps, config, fps=fps, nframes=nframes, min_frames=min_frames, max_frames=max_frames,
-        video_total_pixels=budget, first=first,
-    )  # fmt: skip
-    if not info.constant_rate and last > first:
-        indices = _by_time(info, indices, first, last)
-    if not indices:
-        raise MediaError(f"the token budget for {info.name} holds no frame; raise video_total_pixels")
-    height, width = sampling.frame_size(
-        info.height, info.width, len(indices), config,
-        min_pixels=min_pixels, max_pixels=max_pixels, video_total_pixels=budget,
-    )  # fmt: skip
-    return VideoPlan(
-        name=info.name,
-        duration=info.duration,
-        native_fps=info.fps,
-        source_width=info.width,
-        source_height=info.height,
-        rotation=info.rotation,
-        frame_indices=tuple(indices),
-        timestamps=tuple(info.timestamps[i] for i in indices),
-        pts=tuple(info.pts[i] for i in indices),
-        width=width,
-        height=height,
-        tokens_per_frame=(height // config.factor) * (width // config.factor),
-    )
-
-
-def _frame_range(info: VideoInfo, start: float | None, end: float | None) -> tuple[int, int, int]:
-    if info.constant_rate:
-        return sampling.frame_range(info.frame_count, info.fps, video_start=start, video_end=end)
-    return sampling.time_range(info.timestamps, video_start=start, video_end=end)
-
-
-def _by_time(info: VideoInfo, indices: list[int], first: int, last: int) -> list[int]:
-    """The frames on display at the times that the indices would have if frames were evenly spaced."""
-    begin, end = info.timestamps[first], info.timestamps[last]
-    scale = (end - begin) / (last - first)
-    targets = [begin + (i - first) * scale for i in indices]
-    return sampling.displayed_frames(info.timestamps, targets, tolerance=1e-3)
 
 
 def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:

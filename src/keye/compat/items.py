@@ -1,0 +1,76 @@
+"""What the utilities of all generations share: the media of a conversation, and the options beside each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from keye.errors import KeyeError
+from keye.media.options import IMAGE_OPTIONS, VIDEO_OPTIONS, MediaOptions, MediumKind, media_options
+
+Item = Mapping[str, Any]
+
+#: Keys of an item that are no options.
+_OTHER_KEYS = frozenset({"type", "text", "image", "image_url", "video", "video_url"})
+#: The side of one visual token, in pixels, in every Keye-VL model.
+FACTOR = 28
+
+
+def extract_vision_info(conversations: Sequence[Any]) -> list[dict[str, Any]]:
+    """The items with an image or a video of a conversation, or of a list of them, in order.
+
+    An item counts by its key (`image`, `image_url`, `video`) or by its `type`.
+    """
+    several = conversations if conversations and not isinstance(conversations[0], Mapping) else [conversations]
+    return [item for conversation in several for message in conversation for item in _media(message)]
+
+
+def _media(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    content = message["content"]
+    if isinstance(content, str):
+        return
+    for item in content:
+        named = any(key in item for key in ("image", "image_url", "video"))
+        if named or item.get("type") in ("image", "image_url", "video"):
+            yield item
+
+
+def kind_of(item: Item) -> MediumKind:
+    """Whether an item holds an image or a video; `KeyeError` when it names neither."""
+    if "image" in item or "image_url" in item:
+        return "image"
+    if "video" in item:
+        return "video"
+    raise KeyeError(f"an item of type {item.get('type')!r} has no image, image_url or video; add the medium itself")
+
+
+def picture_of(item: Item) -> Any:
+    """The image of an item: `image`, or `image_url`, which may be the object of the OpenAI form."""
+    if "image" in item:
+        return item["image"]
+    if "image_url" not in item:
+        raise KeyeError("the item has neither image nor image_url; add the picture")
+    url = item["image_url"]
+    return url["url"] if isinstance(url, Mapping) and "url" in url else url
+
+
+def options_of(item: Item, kind: MediumKind, *, total_key: str) -> MediaOptions:
+    """The options beside a medium. A key that no release of the utilities reads for this kind gets a warning; so does
+    one of two sides of a size without the other, which the utilities ignore."""
+    known = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS
+    given = {key: value for key, value in item.items() if key in known and value is not None}
+    unused = sorted(item.keys() - known - _OTHER_KEYS)
+    if ("resized_height" in given) != ("resized_width" in given):
+        unused += [key for key in ("resized_height", "resized_width") if given.pop(key, None) is not None]
+    other = {"total_pixels", "video_total_pixels"} - {total_key}
+    unused += [key for key in other if key in given and total_key in given and given.pop(key) is not None]
+    if unused:
+        warnings.warn(f"{', '.join(unused)} has no effect on this {kind}", stacklevel=4)
+    return media_options(kind, given)
+
+
+def check_factor(factor: int) -> None:
+    """`KeyeError` for a token size that no Keye-VL model has."""
+    if factor != FACTOR:
+        raise KeyeError(f"the factor is {factor}; every Keye-VL model has tokens of {FACTOR} x {FACTOR} pixels")

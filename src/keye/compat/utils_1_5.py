@@ -1,0 +1,114 @@
+"""keye-vl-utils 1.5.2, the utilities of Keye-VL-1.5: same names, arguments, defaults and results.
+
+    from keye.compat.utils_1_5 import process_vision_info
+
+`nframes`, `min_frames`, `video_start`, `video_end` and the sides of a size, which the original ignores or refuses for
+videos, are honoured, and a clip shorter than one sampling step has a frame; `"strict_official": True` beside a medium
+brings the original's behaviour back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of
+from keye.config import ProcessorConfig
+from keye.errors import KeyeError
+from keye.media import sizes
+from keye.media.image import hold_image
+from keye.media.inputs import as_source, open_frames, open_image
+from keye.media.options import MediaOptions
+from keye.media.pictures import Pixels
+from keye.media.processor import sampled_list
+from keye.media.slowfast import frame_types
+from keye.media.video import open_video
+
+__all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
+
+CONFIG = ProcessorConfig.of("1.5")
+IMAGE_FACTOR = FACTOR
+MIN_PIXELS = CONFIG.image_min_tokens * CONFIG.token_pixels
+MAX_PIXELS = CONFIG.image_max_tokens * CONFIG.token_pixels
+
+
+def smart_resize(
+    height: int, width: int, factor: int = IMAGE_FACTOR, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """The size (height, width) of a picture in whole tokens; see `keye.media.sizes.smart_resize`."""
+    return sizes.smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+
+def fetch_image(ele: Item, size_factor: int = IMAGE_FACTOR, is_video: bool = False) -> Image.Image:
+    """The image of an item as an RGB PIL image at its size; `is_video` applies the limits of a video's frame."""
+    check_factor(size_factor)
+    options = options_of(ele, "image", total_key="video_total_pixels")
+    image = open_image(picture_of(ele), strict_official=options.strict_official)
+    if is_video:
+        height, width = sizes.listed_frame_size(image.height, image.width, CONFIG, options)
+        return image.convert("RGB").resize((width, height))
+    return Image.fromarray(hold_image(image, CONFIG, options))
+
+
+def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, dict[str, Any]]:
+    """The sampled frames of an item, uint8 [F, 3, H, W] at the file's own size (of a list: at the size that a list's
+    pictures are held), and what the processor needs to know of them: `height`, `width`, `fast_height`, `fast_width`,
+    `frame_types` int32 [F] (0 slow, 1 fast) and, where times are known, `timestamps` float32 [F] in seconds."""
+    check_factor(image_factor)
+    options = options_of(ele, "video", total_key="video_total_pixels")
+    given = open_frames(ele["video"])
+    if given is not None:
+        frames, times = sampled_list(given, CONFIG, options)
+        array = np.stack(list(frames))
+    else:
+        array, times = _decoded(ele["video"], options)
+    types = frame_types(array, CONFIG, options.min_frame_similarity)
+    fast, (_, height, width, _) = sum(types), array.shape
+    found = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
+    kwargs: dict[str, Any] = {
+        "height": found.slow[0],
+        "width": found.slow[1],
+        "fast_height": found.fast[0],
+        "fast_width": found.fast[1],
+    }
+    if times is not None:
+        kwargs["timestamps"] = torch.tensor(times, dtype=torch.float32)
+    kwargs["frame_types"] = torch.tensor(types, dtype=torch.int32)
+    return torch.from_numpy(array).permute(0, 3, 1, 2), kwargs
+
+
+def process_vision_info(
+    conversations: Sequence[Any] | None = None,
+    vision_infos: Sequence[Item] | None = None,
+    image_factor: int = IMAGE_FACTOR,
+) -> tuple[list[Image.Image] | None, list[Tensor] | None, dict[str, list[Any]]]:
+    """(images, videos, kwargs) of a conversation or a list of them, or of items; images and videos are None where there
+    are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor."""
+    if vision_infos is None:
+        if conversations is None:
+            raise KeyeError("neither conversations nor vision_infos is given; pass one of them")
+        vision_infos = extract_vision_info(conversations)
+    images: list[Image.Image] = []
+    videos: list[Tensor] = []
+    kwargs: dict[str, list[Any]] = defaultdict(list)
+    for item in vision_infos:
+        if kind_of(item) == "image":
+            images.append(fetch_image(item, image_factor))
+        else:
+            frames, facts = fetch_video(item, image_factor)
+            videos.append(frames)
+            for name, value in facts.items():
+                kwargs[name].append(value)
+    return images or None, videos or None, kwargs
+
+
+def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
+    with open_video(as_source(value)) as reader:
+        plan = reader.plan(CONFIG, options)
+        return np.stack(list(reader.frames(plan, native=True))), plan.timestamps

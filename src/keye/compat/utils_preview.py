@@ -1,0 +1,100 @@
+"""keye-vl-utils 1.0.0, the utilities of Keye-VL-8B-Preview: same names, arguments, defaults and results.
+
+    from keye.compat.utils_preview import process_vision_info
+
+Where the original fails on a video that is too short or ignores an option, this works; `"strict_official": True` beside
+a medium brings the original's behaviour back. The environment variable VIDEO_MAX_PIXELS is honoured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of
+from keye.config import ProcessorConfig, preview_video_max_pixels
+from keye.media import sizes
+from keye.media.image import hold_image
+from keye.media.inputs import as_source, open_frames, open_image
+from keye.media.options import MediaOptions
+from keye.media.pictures import as_frames
+from keye.media.processor import listed_indices
+from keye.media.resample import bicubic
+from keye.media.video import open_video
+
+__all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
+
+CONFIG = ProcessorConfig.of("preview")
+IMAGE_FACTOR = FACTOR
+MIN_PIXELS = CONFIG.image_min_tokens * CONFIG.token_pixels
+MAX_PIXELS = CONFIG.image_max_tokens * CONFIG.token_pixels
+
+Video = Tensor | list[Image.Image]
+
+
+def smart_resize(
+    height: int, width: int, factor: int = IMAGE_FACTOR, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """The size (height, width) of a picture in whole tokens; see `keye.media.sizes.smart_resize`."""
+    return sizes.smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+
+def fetch_image(ele: Item, size_factor: int = IMAGE_FACTOR) -> Image.Image:
+    """The image of an item as an RGB PIL image at its size; transparency is put on white."""
+    check_factor(size_factor)
+    options = options_of(ele, "image", total_key="total_pixels")
+    image = open_image(picture_of(ele), strict_official=options.strict_official)
+    return Image.fromarray(hold_image(image, CONFIG, options))
+
+
+def fetch_video(
+    ele: Item, image_factor: int = IMAGE_FACTOR, return_video_sample_fps: bool = False
+) -> Video | tuple[Video, float]:
+    """The video of an item: float32 [F, 3, H, W] with levels 0..255, or for a list of frames a list of PIL images.
+
+    With `return_video_sample_fps` also the average rate of the frames.
+    """
+    check_factor(image_factor)
+    options = options_of(ele, "video", total_key="total_pixels")
+    budget = preview_video_max_pixels()
+    if budget is not None and options.video_total_pixels is None:
+        options = options.replace(video_total_pixels=budget)
+    frames = open_frames(ele["video"])
+    video, fps = _listed(frames, options) if frames is not None else _decoded(ele["video"], options)
+    return (video, fps) if return_video_sample_fps else video
+
+
+def process_vision_info(conversations: Sequence[Any], return_video_kwargs: bool = False) -> tuple[Any, ...]:
+    """(images, videos) of a conversation or a list of them, None where there are none; with `return_video_kwargs` also
+    {"fps": [...]} for the processor."""
+    images: list[Image.Image] = []
+    videos: list[Video] = []
+    rates: list[float] = []
+    for item in extract_vision_info(conversations):
+        if kind_of(item) == "image":
+            images.append(fetch_image(item))
+        else:
+            video, fps = fetch_video(item, return_video_sample_fps=True)
+            videos.append(video)  # type: ignore[arg-type]
+            rates.append(fps)  # type: ignore[arg-type]
+    found = (images or None, videos or None)
+    return (*found, {"fps": rates}) if return_video_kwargs else found
+
+
+def _listed(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], float]:
+    given = as_frames(frames)
+    indices, fps = listed_indices(len(given), CONFIG, options)
+    return [Image.fromarray(hold_image(open_image(given[i]), CONFIG, options)) for i in indices], fps
+
+
+def _decoded(value: object, options: MediaOptions) -> tuple[Tensor, float]:
+    with open_video(as_source(value)) as reader:
+        plan = reader.plan(CONFIG, options)
+        video = torch.empty((plan.frames, 3, plan.height, plan.width))
+        for i, frame in enumerate(reader.frames(plan, native=True)):
+            video[i] = torch.from_numpy(bicubic(frame, (plan.height, plan.width))).permute(2, 0, 1)
+    return video, plan.sample_fps

@@ -1,0 +1,221 @@
+"""Downloads a file over http or https under limits. Used by `fetch` alone; knows no media format.
+
+Every address is resolved once, checked, and dialled as it was checked, for the first URL and for every redirect, so a
+name cannot lead into a private network between the check and the connection. Standard library only; no proxy is used.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from keye.errors import MediaError
+
+GIB = 1024**3
+_CHUNK = 1 << 18
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """What a download may cost. `idle_seconds` is the longest silence, `total_seconds` the whole time.
+
+    `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
+    """
+
+    download_bytes: int = 4 * GIB
+    total_seconds: float = 900.0
+    idle_seconds: float = 30.0
+    redirects: int = 5
+    allow_private: bool = False
+
+
+def download(url: str, limits: FetchLimits, max_bytes: int) -> tuple[IO[bytes], int]:
+    """The file behind `url` as a named temporary file, which is removed when it is closed, and its size in bytes.
+
+    Raises `MediaError` when it cannot be had within the limits.
+    """
+    most = min(limits.download_bytes, max_bytes)
+    expired, end = threading.Event(), time.monotonic() + limits.total_seconds
+    for _ in range(limits.redirects + 1):
+        parts = _checked(url)
+        with _connection(parts, limits, expired, end - time.monotonic()) as connection:
+            try:
+                location = _response(connection, parts)
+                if isinstance(location, http.client.HTTPResponse):
+                    return _save(location, parts, most, expired, limits)
+            except (OSError, http.client.HTTPException) as error:
+                raise _failure(parts, error, expired, limits) from None
+        url = urljoin(url, location)
+    raise MediaError(f"{shown(url)} redirects more than {limits.redirects} times; give the final address")
+
+
+def shown(url: str) -> str:
+    """An address for people: without its query, which may hold a key."""
+    parts = urlsplit(url)
+    text = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _checked(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        raise MediaError("the address is not valid; write it as https://host/path") from None
+    if parts.scheme not in ("http", "https"):
+        raise MediaError(f"{shown(url)} is no http or https address; download the file and pass its path")
+    if not valid:
+        raise MediaError("the address is not valid; write it as https://host/path")
+    if parts.username or parts.password:
+        raise MediaError(f"{shown(url)} holds a user name; download the file and pass its path")
+    return parts
+
+
+def _address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
+    """The socket address to dial: the first that the name resolves to, all of them being allowed."""
+    assert parts.hostname is not None
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise MediaError(f"{shown(parts.geturl())} names an unknown host; check the address") from None
+    for *_, address in found:
+        if not limits.allow_private and not is_public(str(address[0])):
+            raise MediaError(
+                f"{shown(parts.geturl())} leads to the private address {address[0]}; download the file yourself, "
+                "or allow private addresses if you trust it"
+            )
+    return tuple(found[0][4])
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet, also where it is wrapped in an IPv6 address."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner = [ip]
+    if isinstance(ip, ipaddress.IPv6Address):
+        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):
+            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        inner = [found for found in wrapped if found is not None] or inner
+    return all(found.is_global and not found.is_multicast and not found.is_reserved for found in inner)
+
+
+@contextmanager
+def _connection(
+    parts: SplitResult, limits: FetchLimits, expired: threading.Event, seconds: float
+) -> Iterator[http.client.HTTPConnection]:
+    """An open connection that is cut after `seconds`, whatever the other side sends until then."""
+    address = _address(parts, limits)
+    assert parts.hostname is not None
+    connection = http.client.HTTPConnection(parts.hostname, address[1])
+    # The connection forgets its socket once the head of the response is read; the response goes on using it.
+    live: list[socket.socket] = []
+
+    def cut() -> None:
+        expired.set()
+        try:
+            for open_socket in live[-1:]:
+                open_socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # It has ended by itself.
+
+    watch = threading.Timer(max(seconds, 0), cut)
+    watch.daemon = True
+    watch.start()
+    try:
+        try:
+            connection.sock = socket.create_connection(address[:2], timeout=limits.idle_seconds)
+            live.append(connection.sock)
+            if parts.scheme == "https":
+                # Wrapping takes the socket over, and the handshake comes after, so that `cut` always finds it.
+                secure = ssl.create_default_context().wrap_socket(
+                    connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
+                )
+                connection.sock = secure
+                live.append(secure)
+                secure.do_handshake()
+        except OSError as error:
+            raise _failure(parts, error, expired, limits) from None
+        yield connection
+    finally:
+        watch.cancel()
+        connection.close()
+
+
+def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse | str:
+    """The response with the file, or where it is said to be instead."""
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if any(ord(letter) <= 32 or ord(letter) > 126 for letter in target):
+        raise MediaError(
+            f"{shown(parts.geturl())} holds blanks or letters that an address must escape; use %20 and the like"
+        )
+    headers = {"User-Agent": "keye", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
+    connection.request("GET", target, headers=headers)
+    response = connection.getresponse()
+    if response.status in _REDIRECTS and (location := response.getheader("Location")):
+        return location
+    name = shown(parts.geturl())
+    if response.status != 200:
+        # The phrase is the standard's: what a server writes there may be anything.
+        phrase = http.client.responses.get(response.status, "an unknown status")
+        raise MediaError(f"{name} answers {response.status} {phrase}; check the address")
+    if response.getheader("Content-Encoding", "identity").lower() != "identity":
+        raise MediaError(f"{name} sends the file compressed; download it and pass the file")
+    if response.getheader("Content-Type", "").lower().startswith("text/html"):
+        raise MediaError(f"{name} is a web page; give the address of the video or image itself")
+    return response
+
+
+def _save(
+    response: http.client.HTTPResponse, parts: SplitResult, most: int, expired: threading.Event, limits: FetchLimits
+) -> tuple[IO[bytes], int]:
+    name = shown(parts.geturl())
+    declared = response.length
+    if declared is not None and declared > most:
+        raise MediaError(
+            f"{name} has {declared / GIB:.2f} GiB, more than the limit of {most / GIB:g} GiB; cut it into parts"
+        )
+    file = tempfile.NamedTemporaryFile(prefix="keye-")  # noqa: SIM115 (the caller keeps it)
+    size = 0
+    try:
+        while chunk := response.read(_CHUNK):
+            size += len(chunk)
+            if size > most:
+                raise MediaError(f"{name} sends more than the limit of {most / GIB:.3g} GiB; cut it into parts")
+            file.write(chunk)
+        if expired.is_set():
+            raise TimeoutError
+        if declared is not None and size != declared:
+            raise MediaError(f"{name} ended after {size} of {declared} bytes; try again")
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file, size
+
+
+def _failure(parts: SplitResult, error: Exception, expired: threading.Event, limits: FetchLimits) -> MediaError:
+    name = shown(parts.geturl())
+    if expired.is_set():
+        return MediaError(f"{name} took more than {limits.total_seconds:g} s; download it and pass the file")
+    if isinstance(error, TimeoutError):
+        return MediaError(
+            f"{name} sent nothing for {limits.idle_seconds:g} s; try again or download it and pass the file"
+        )
+    if isinstance(error, http.client.IncompleteRead):
+        return MediaError(f"{name} broke off in the middle; try again")
+    if isinstance(error, http.client.HTTPException):
+        return MediaError(f"{name} gives no valid HTTP answer; check the address")
+    reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+    return MediaError(f"{name} cannot be fetched ({reason}); check the address and the connection")

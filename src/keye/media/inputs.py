@@ -1,0 +1,39 @@
+"""Every form in which a user may give an image or a video, told apart: files that have to be opened, and pictures that
+are in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from keye.errors import MediaError
+from keye.media.fetch import Source, fetch_source, jpeg_list
+from keye.media.image import read_image
+from keye.media.pictures import as_picture, is_array
+
+
+def as_source(value: object) -> Source:
+    """A path, URL, bytes or `Source` as a `Source`; `MediaError` for anything else."""
+    if isinstance(value, Source | str | bytes | bytearray) or hasattr(value, "__fspath__"):
+        return fetch_source(value)
+    raise MediaError(
+        f"a medium must be a path, URL, bytes, a PIL image, an array, a tensor or frames, not {type(value).__name__}"
+    )
+
+
+def open_image(value: object, *, strict_official: bool = False) -> Image.Image:
+    """The picture that a user gave as a file or in memory; `strict_official` leaves it as stored, not upright."""
+    if isinstance(value, Image.Image) or is_array(value):
+        return as_picture(value)
+    return read_image(as_source(value), strict_official=strict_official)
+
+
+def open_frames(value: Any) -> Any:
+    """The frames of a video that is given as pictures: an array or tensor, a list of pictures (files or in memory), or
+    a data URL of several JPEG images. None for a video file."""
+    if is_array(value):
+        return value
+    pictures: Sequence[Any] | None = value if isinstance(value, list | tuple) else jpeg_list(value)
+    return None if pictures is None else [open_image(picture) for picture in pictures]

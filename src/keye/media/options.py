@@ -1,0 +1,126 @@
+"""What a request may set for one image or video, in one frozen object that every planning function takes.
+
+Knows names and ranges, not what they lead to: `sampling` and `sizes` hold the rules of each generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from keye.errors import KeyeError
+
+MediumKind = Literal["image", "video"]
+
+_COUNTS = ("nframes", "min_frames", "max_frames", "resized_height", "resized_width", "video_count")
+_AMOUNTS = ("fps", "min_pixels", "max_pixels", "video_total_pixels")
+_TIMES = ("video_start", "video_end")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """Settings of one medium; None leaves the configuration's value.
+
+    fps: frames sampled per second of video; of a list of pictures, the rate at which they were taken.
+    nframes: a number of frames instead of `fps`.
+    min_frames, max_frames: limits on the number of frames.
+    min_pixels, max_pixels: limits on the area of an image or of one frame.
+    video_total_pixels: limit on the area of all frames together (Preview calls it `total_pixels`).
+    resized_height, resized_width: the size itself, rounded to whole tokens; both or neither.
+    video_start, video_end: the part of the video to use, in seconds.
+    min_frame_similarity: 1.5 only, share of similar patches below which a frame becomes a slow frame.
+    timestamps: seconds of the pictures of a list.
+    video_count: videos that share the configured budget (2.0).
+    strict_official: reproduce what the official code does where it ignores a documented option or fails.
+    """
+
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: float | None = None
+    max_pixels: float | None = None
+    video_total_pixels: float | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    video_start: float | None = None
+    video_end: float | None = None
+    min_frame_similarity: float | None = None
+    timestamps: tuple[float, ...] | None = None
+    video_count: int = 1
+    strict_official: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (*_AMOUNTS, *_COUNTS):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise KeyeError(f"{name} is {value}; it must be above 0")
+            if name in _COUNTS and value is not None and value != int(value):
+                raise KeyeError(f"{name} is {value}; it must be a whole number")
+        for name in _TIMES:
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise KeyeError(f"{name} is {value!r}; give seconds")
+        similarity = self.min_frame_similarity
+        if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
+            raise KeyeError(f"min_frame_similarity is {similarity}; it must lie between 0 and 1")
+        if self.strict_official:
+            return
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise KeyeError("resized_height and resized_width must be given together")
+        if self.fps is not None and self.nframes is not None:
+            raise KeyeError("fps and nframes exclude each other; give one of them")
+
+    @property
+    def resized(self) -> tuple[int, int] | None:
+        """The requested (height, width), if both are given."""
+        if self.resized_height is None or self.resized_width is None:
+            return None
+        return int(self.resized_height), int(self.resized_width)
+
+    def replace(self, **changes: Any) -> MediaOptions:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+
+#: Nothing set.
+DEFAULTS = MediaOptions()
+
+IMAGE_OPTIONS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width", "strict_official"})
+VIDEO_OPTIONS = frozenset(f.name for f in dataclasses.fields(MediaOptions)) - {"video_count"} | {"total_pixels"}
+
+
+def media_options(kind: MediumKind, given: Mapping[str, Any], *, video_count: int = 1) -> MediaOptions:
+    """The options of one medium from the keys of a message or a command; unknown keys are errors.
+
+    `total_pixels` is another name of `video_total_pixels`. Values of None count as not given.
+    """
+    known = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS
+    if unknown := sorted(given.keys() - known):
+        raise KeyeError(f"{unknown[0]} is no option of {kind}s; known are {', '.join(sorted(known))}")
+    values = {name: value for name, value in given.items() if value is not None}
+    if "total_pixels" in values:
+        if "video_total_pixels" in values:
+            raise KeyeError("total_pixels and video_total_pixels are the same option; give one of them")
+        values["video_total_pixels"] = values.pop("total_pixels")
+    if "timestamps" in values:
+        values["timestamps"] = _seconds(values["timestamps"])
+    return MediaOptions(**values, video_count=video_count)
+
+
+def _seconds(values: Any) -> tuple[float, ...]:
+    try:
+        seconds = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise KeyeError("timestamps must be a list of seconds, one for each frame") from None
+    if any(not math.isfinite(t) for t in seconds) or any(a > b for a, b in itertools.pairwise(seconds)):
+        raise KeyeError("timestamps must be finite and ascending, in seconds")
+    return seconds

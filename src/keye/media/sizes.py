@@ -1,0 +1,232 @@
+"""At which size pictures and frames are encoded, and how a budget of tokens is shared among frames.
+
+Integer arithmetic only: no pixels, no torch. The rules are those of each generation's own code, reproduced to the last
+integer, oddities included. Sizes are (height, width) in pixels; one visual token stands for `factor` x `factor` pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from keye.config import ProcessorConfig
+from keye.errors import KeyeError
+from keye.media.options import DEFAULTS, MediaOptions
+
+#: Longest side over shortest side that an image or frame may have.
+MAX_ASPECT_RATIO = 200
+#: Duration in seconds up to which the share of the token budget applies (option `adaptive_budget`); longer: all of it.
+ADAPTIVE_SHARES = ((259.0, 0.09), (518.0, 0.18), (1036.0, 0.36), (2016.0, 0.7))
+#: Preview: by how much the limit of one frame is at least above the minimum.
+_PREVIEW_HEADROOM = 1.05
+
+Size = tuple[int, int]
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float) -> Size:
+    """The size near the given one whose sides are multiples of `factor` and whose area fits: rule of the utilities.
+
+    Rounds each side to the nearest multiple (Python's rounding: halves to even); above `max_pixels` shrinks with
+    floor, below `min_pixels` grows with ceil. A side is never below `factor`, so a thin image may exceed
+    `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
+    """
+    _check_sides(height, width)
+    h = max(factor, round(height / factor) * factor)
+    w = max(factor, round(width / factor) * factor)
+    h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
+    return max(h, factor), max(w, factor)
+
+
+def processor_resize(
+    height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float, strict_official: bool = False
+) -> Size:
+    """The size that the image processor of Preview and 1.5 gives a picture, after the utilities have sized it.
+
+    Unlike `smart_resize` it first raises a short side to `factor`, keeping the aspect. Officially nothing keeps a side
+    from becoming 0 when a thin picture is shrunk, which fails; here the side stays at `factor` unless
+    `strict_official`. Source: `image_processing_keye.py`.
+    """
+    _check_sides(height, width, ratio=False)
+    if height < factor:
+        height, width = factor, round(width * factor / height)
+    if width < factor:
+        height, width = round(height * factor / width), factor
+    _check_sides(height, width)
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
+    if strict_official and min(h, w) < 1:
+        raise KeyeError(f"a picture of {width}x{height} pixels has no size of at most {max_pixels:g} pixels; crop it")
+    return max(h, factor), max(w, factor)
+
+
+def _into_limits(height: int, width: int, h: int, w: int, factor: int, min_pixels: float, max_pixels: float) -> Size:
+    if h * w > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        return math.floor(height / beta / factor) * factor, math.floor(width / beta / factor) * factor
+    if h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+    return h, w
+
+
+def _check_sides(height: int, width: int, *, ratio: bool = True) -> None:
+    if min(height, width) < 1:
+        raise KeyeError(f"the picture is {width}x{height} pixels; both sides must be at least 1")
+    if ratio and max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise KeyeError(
+            f"the picture is {width}x{height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}; crop it before use"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def image_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
+    """The size at which the utilities hold an image; limits default to those of the configuration.
+
+    With `resized_height` and `resized_width` that size is rounded under the configuration's limits and `min_pixels`
+    and `max_pixels` are ignored, as officially.
+    """
+    low: float = config.image_min_tokens * config.token_pixels
+    high: float = config.image_max_tokens * config.token_pixels
+    if options.resized is not None:
+        height, width = options.resized
+    else:
+        low, high = _limits(options, low, high)
+    return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
+
+
+def encoded_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
+    """The size that reaches the model of a picture which the utilities hold at height x width.
+
+    Where the configuration has limits of the processor (Preview, 1.5) a second resize brings the picture into them.
+    Officially they overrule what a request allows or demands; here a request's `max_pixels`, `min_pixels` or size
+    widens them, unless `strict_official`.
+    """
+    low, high = config.processor_min_pixels, config.processor_max_pixels
+    if low is None and high is None:
+        return height, width
+    least, most = float(low or 0), math.inf if high is None else float(high)
+    if not options.strict_official:
+        if options.resized is not None:
+            return height, width
+        least = min(least, math.inf if options.min_pixels is None else options.min_pixels)
+        most = max(most, options.max_pixels or 0, options.min_pixels or 0)
+    return processor_resize(
+        height, width, factor=config.factor, min_pixels=least, max_pixels=most, strict_official=options.strict_official
+    )
+
+
+def listed_frame_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
+    """The size at which a picture of a list that stands for a video is first held, before the video's own size.
+
+    Preview treats it as an image; 1.5 and 2.0 use the limits of a frame.
+    """
+    if config.generation == "preview" or options.resized is not None:
+        return image_size(height, width, config, options)
+    token = config.token_pixels
+    low, high = _limits(options, config.video_min_tokens * token, config.video_max_tokens * token)
+    return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
+
+
+def _limits(options: MediaOptions, low: float, high: float) -> tuple[float, float]:
+    return (
+        low if options.min_pixels is None else options.min_pixels,
+        high if options.max_pixels is None else options.max_pixels,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Frames of a video
+
+
+@dataclass(frozen=True)
+class FrameSizes:
+    """Sizes of a video's slow frames and of its fast ones; equal where there are no fast frames."""
+
+    slow: Size
+    fast: Size
+
+
+def total_pixels(
+    config: ProcessorConfig, duration: float, options: MediaOptions = DEFAULTS, *, adaptive: bool | None = None
+) -> float:
+    """Pixel budget of one video that lasts `duration` seconds.
+
+    2.0 divides the budget (the request's, else the configuration's) by the number of videos, and its adaptive option
+    gives a single short video a share of it; the older generations give every video the whole budget.
+    Source: `get_video_total_pixels_by_duration`.
+    """
+    total: float = config.video_total_tokens * config.token_pixels
+    if options.video_total_pixels is not None:
+        total = options.video_total_pixels
+    if config.generation != "2.0":
+        return float(total)
+    total /= options.video_count
+    enabled = config.adaptive_budget if adaptive is None else adaptive
+    if enabled and options.video_count == 1:
+        total *= next((share for limit, share in ADAPTIVE_SHARES if duration <= limit), 1.0)
+    return float(total)
+
+
+def frame_sizes(
+    height: int, width: int, slow: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, fast: int = 0
+) -> FrameSizes:
+    """The sizes at which `slow` slow and `fast` fast frames of height x width pixels are encoded.
+
+    `min_pixels` and `max_pixels` limit one frame, `video_total_pixels` all of them. In 1.5 and 2.0 the smallest frame
+    of the configuration is a floor for both. A fast frame (1.5) gets `fast_ratio` of the tokens that a slow frame
+    has after rounding. Sources: `fetch_video` of keye-vl-utils 1.0.0 and 1.5.2, `keye_adaptive_video.py`.
+    """
+    if config.generation == "preview":
+        size = _preview_frame_size(height, width, slow, config, options)
+        return FrameSizes(size, size)
+    token = config.token_pixels
+    least = config.video_min_tokens * token
+    low = max(least if options.min_pixels is None else int(options.min_pixels), least)
+    if options.resized is not None and not options.strict_official:
+        size = image_size(height, width, config, options)
+    else:
+        high = config.video_max_tokens * token if options.max_pixels is None else options.max_pixels
+        total = config.video_total_tokens * token
+        budget = total if options.video_total_pixels is None else options.video_total_pixels
+        tokens = tokens_per_frame(slow, low / token, high / token, budget / token, fast=fast, ratio=config.fast_ratio)
+        size = smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=tokens * token)
+    if config.generation == "2.0":
+        return FrameSizes(size, size)
+    most = max(int(size[0] * size[1] / token * config.fast_ratio) * token, least)
+    return FrameSizes(size, smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=most))
+
+
+def tokens_per_frame(slow: int, low: float, high: float, budget: float, *, fast: int = 0, ratio: float = 0.3) -> float:
+    """Tokens that each of `slow` frames may have under a budget of tokens, between `low` and `high`; each of `fast`
+    frames costs `ratio` of that, at least `low`.
+
+    The official binary search ends on the first number above the budget, one more than fits; kept for parity.
+    """
+    left, right = low, high
+    while left < right:
+        middle = int(left + right) // 2
+        if slow * middle + fast * max(int(ratio * middle), int(low)) > budget:
+            right = middle
+        else:
+            left = middle + 1
+    return left
+
+
+def _preview_frame_size(height: int, width: int, frames: int, config: ProcessorConfig, options: MediaOptions) -> Size:
+    """Preview: the budget allows `frame_factor` times its share to one frame; the maximum stays above the minimum."""
+    if options.resized is not None:
+        return image_size(height, width, config, options)
+    token = config.token_pixels
+    low = config.video_min_tokens * token if options.min_pixels is None else options.min_pixels
+    total = config.video_total_tokens * token if options.video_total_pixels is None else options.video_total_pixels
+    share = min(config.video_max_tokens * token, total / frames * config.frame_factor)
+    if options.max_pixels is not None and not options.strict_official:
+        # Officially a request cannot lift the limit of one frame, only lower it.
+        share = min(options.max_pixels, total / frames * config.frame_factor)
+    high = max(share, int(low * _PREVIEW_HEADROOM))
+    if options.max_pixels is not None:
+        high = min(options.max_pixels, high)
+    return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)

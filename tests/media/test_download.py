@@ -1,0 +1,210 @@
+"""Files behind http addresses: limits, redirects, private addresses, servers that lie."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clips import read_code, write_clip
+
+from keye.config import ProcessorConfig
+from keye.errors import MediaError
+from keye.media import fetch_source, media_kind, open_video
+from keye.media.download import FetchLimits, is_public
+
+LOCAL = FetchLimits(allow_private=True)
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers each path with the function that a test has put there."""
+
+    answers: dict[str, Answer]
+
+    def do_GET(self) -> None:
+        self.answers[self.path.partition("?")[0]](self)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, dict[str, Answer]]]:
+    """The address of a server on this machine and its table of answers."""
+    answers: dict[str, Answer] = {}
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"answers": answers})) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}", answers
+        httpd.shutdown()
+
+
+def body(data: bytes, *, length: int | None = None, status: int = 200, **headers: str) -> Answer:
+    """Sends `data`, declaring `length` bytes (its own length unless given)."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, value in headers.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+        request.wfile.write(data)
+
+    return answer
+
+
+def redirect(location: str) -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(302)
+        request.send_header("Location", location)
+        request.end_headers()
+
+    return answer
+
+
+def endless(request: BaseHTTPRequestHandler) -> None:
+    """A body without a length that goes on until the other side hangs up."""
+    request.send_response(200)
+    request.end_headers()
+    try:
+        while True:
+            request.wfile.write(b"\0" * 65536)
+    except OSError:
+        return
+
+
+def test_a_video_by_its_address(server: tuple[str, dict[str, Answer]], tmp_path: Path) -> None:
+    address, answers = server
+    data = write_clip(tmp_path / "clip.mp4").read_bytes()
+    answers["/clip.mp4"] = body(data)
+    answers["/moved"] = redirect("/clip.mp4?key=secret")
+    source = fetch_source(f"{address}/moved?token=1", limits=LOCAL)
+    assert (source.name, source.size, media_kind(source)) == ("moved", len(data), "video")
+    with open_video(source) as reader:
+        assert reader.info.frame_count == 60
+        assert read_code(next(iter(reader.frames(reader.plan(ProcessorConfig()))))) == 0
+    kept = source.path
+    assert kept is not None
+    assert kept.exists()
+    del source, reader
+    gc.collect()
+    assert not kept.exists()
+
+
+def test_private_addresses_are_refused(server: tuple[str, dict[str, Answer]]) -> None:
+    address, answers = server
+    answers["/clip.mp4"] = body(b"data")
+    for url in (f"{address}/clip.mp4", "http://localhost:1/", "http://[::1]:1/", "http://169.254.169.254/latest"):
+        with pytest.raises(MediaError, match="private address"):
+            fetch_source(url)
+
+
+def test_a_redirect_is_checked_like_the_first_address(
+    server: tuple[str, dict[str, Answer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, answers = server
+    port = int(address.rpartition(":")[2])
+    answers["/away"] = redirect("http://10.0.0.1/clip.mp4")
+    answers["/file"] = redirect("file:///etc/passwd")
+    # A public name that leads to the server of this test, since no test leaves the machine.
+    monkeypatch.setattr("keye.media.download.is_public", lambda ip: ip == "127.0.0.1")
+    resolve = socket.getaddrinfo
+
+    def resolved(host: str, *arguments: Any, **options: Any) -> Any:
+        return resolve("127.0.0.1" if host == "public.example" else host, *arguments, **options)
+
+    monkeypatch.setattr("socket.getaddrinfo", resolved)
+    with pytest.raises(MediaError, match=r"leads to the private address 10\.0\.0\.1"):
+        fetch_source(f"http://public.example:{port}/away")
+    with pytest.raises(MediaError, match="is no http or https address"):
+        fetch_source(f"http://public.example:{port}/file")
+
+
+def test_a_name_is_resolved_once(server: tuple[str, dict[str, Answer]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked is what is dialled: a second answer of the name server changes nothing."""
+    address, answers = server
+    answers["/clip.mp4"] = body(b"data")
+    port, asked = int(address.rpartition(":")[2]), []
+
+    def resolved(host: str, port: int, **_: Any) -> Any:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr("keye.media.download.socket.getaddrinfo", lambda host, port, *_, **__: resolved(host, port))
+    monkeypatch.setattr("keye.media.download.is_public", lambda ip: True)
+    assert fetch_source(f"http://rebind.example:{port}/clip.mp4").size == 4
+    assert asked.count("rebind.example") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "limits", "message"),
+    [
+        (endless, {"download_bytes": 1 << 20}, "sends more than the limit of"),
+        (endless, {"total_seconds": 0.3}, "took more than 0.3 s"),
+        (body(b"abc", length=1000), {}, "ended after 3 of 1000 bytes"),
+        (body(b"abc", length=1 << 40), {}, "more than the limit of"),
+        (body(b"gone", status=404), {}, "answers 404 Not Found"),
+        (body(b"<html>", Content_Type="text/html; charset=utf-8"), {}, "is a web page"),
+        (body(b"\x1f\x8b", Content_Encoding="gzip"), {}, "sends the file compressed"),
+        (body(b""), {}, "is empty"),
+        (redirect("/answer"), {}, "redirects more than 5 times"),
+        (lambda request: request.wfile.write(b"no http at all\r\n"), {}, "gives no valid HTTP answer"),
+    ],
+)
+def test_servers_that_misbehave(
+    server: tuple[str, dict[str, Answer]], answer: Answer, limits: dict[str, Any], message: str
+) -> None:
+    address, answers = server
+    answers["/answer"] = answer
+    with pytest.raises(MediaError, match=message) as caught:
+        fetch_source(f"{address}/answer?key=secret", limits=FetchLimits(allow_private=True, **limits))
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_silent_server(server: tuple[str, dict[str, Answer]]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(MediaError, match="sent nothing for 0.2 s"):
+            fetch_source(f"http://127.0.0.1:{port}/", limits=FetchLimits(allow_private=True, idle_seconds=0.2))
+    with pytest.raises(MediaError, match="cannot be fetched"):
+        fetch_source(f"http://127.0.0.1:{port}/", limits=LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http:///clip.mp4", "the address is not valid"),
+        ("http://host:99999/clip.mp4", "the address is not valid"),
+        ("http://[::1/clip.mp4", "the address is not valid"),
+        ("https://user:word@example.org/clip.mp4", "holds a user name"),
+    ],
+)
+def test_bad_addresses(url: str, message: str) -> None:
+    with pytest.raises(MediaError, match=message):
+        fetch_source(url)
+
+
+def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("keye.media.download.socket.getaddrinfo", fails)
+    with pytest.raises(MediaError, match="names an unknown host"):
+        fetch_source("http://no-such-host.invalid/clip.mp4")
+
+
+def test_public_addresses() -> None:
+    for address in ("93.184.216.34", "2606:2800:220:1::1"):
+        assert is_public(address)
+    for address in (
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "100.64.0.1",
+        "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::",
+    ):  # fmt: skip
+        assert not is_public(address), address

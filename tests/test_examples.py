@@ -1,0 +1,27 @@
+"""The examples run, and the pictures in the documentation are what their script draws."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_pictures_of_the_documentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/video_pictures.py"))["main"](tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (ROOT / "docs/images").iterdir()}
+    # The table in docs/video.md is what the script prints.
+    document = (ROOT / "docs/video.md").read_text()
+    for line in capsys.readouterr().out.splitlines():
+        assert line in document
+
+
+def test_the_utilities(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/utilities.py"))["main"]()
+    shown = capsys.readouterr().out
+    assert "slow frames of" in shown
+    assert "<|frame|>0.0" in shown
