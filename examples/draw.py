@@ -15,6 +15,7 @@ from keye.config import ProcessorConfig
 from keye.engine.draw import draw_regions
 from keye.hub import asset
 from keye.media.fetch import fetch_source
+from keye.media.options import MediaOptions
 from keye.media.video import open_video
 
 REPLY = (
@@ -27,7 +28,7 @@ REPLY = (
 def main(out: Path) -> None:
     """Draws on the frame at 8 seconds of the bundled video."""
     with open_video(fetch_source(asset("demo.mp4"))) as reader:
-        frames = reader.read(reader.plan(ProcessorConfig(), video_start=8.0, video_end=8.5, nframes=1))
+        frames = reader.read(reader.plan(ProcessorConfig(), MediaOptions(video_start=8.0, video_end=8.5, nframes=1)))
     reply = parse_reply(REPLY)
     for region in reply.regions:
         print(region.to_dict())
