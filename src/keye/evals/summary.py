@@ -14,7 +14,7 @@ from keye.evals.metrics import Constant
 #: Tasks whose mean is the headline accuracy: those that the model card vouches for.
 SHIPPED_TASKS = (
     "ground", "ground_text", "start", "end", "count", "count_at", "attribute_at", "list_at", "visible_at", "order",
-    "read", "presence", "color_change", "change_time", "background", "cut_time",
+    "read", "presence", "color_change", "change_time", "background",
 )  # fmt: skip
 #: Tasks whose intervals make the headline mIoU.
 GROUNDING_TASKS = ("ground", "ground_text")
