@@ -18,6 +18,7 @@ import keye
 from keye import Frames, Keye, KeyeError
 from keye.chat import Medium, parse_reply
 from keye.data.frameforge import make_clip, write_mp4
+from keye.evals.frameforge import EvalOptions, evaluate
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
 from tiny import tiny_folder
@@ -124,6 +125,8 @@ def test_a_checkpoint_of_nan_ends_with_a_sentence(own: Callable[..., Path]) -> N
     broken = keye.load(made)
     with pytest.raises(KeyeError, match="the model computes NaN"):
         broken.ask(Frames(FRAMES), "what?")
+    with pytest.raises(KeyeError, match="the model computes NaN"):
+        evaluate(broken, EvalOptions(questions=1))
 
 
 # Mistakes of a request
@@ -227,6 +230,13 @@ def test_an_image_too_large_for_the_context_is_not_decoded(model: Keye, tmp_path
 def test_pictures_in_memory_are_counted_too(model: Keye) -> None:
     with pytest.raises(KeyeError, match="takes .* of them visual.* the context holds 16384"):
         model.ask(PICTURE, "what?", max_tokens=16_384 - 25)  # 23 tokens of text fit, the 4 of the picture do not
+
+
+def test_times_of_frames_may_be_an_option(model: Keye) -> None:
+    times = [0.0, 1.0, 2.0, 3.5]
+    options = {"media_options": {"timestamps": times}, "max_tokens": 1}
+    for frames in (Frames(FRAMES), Frames(FRAMES, times)):
+        assert model.ask(frames, "what?", **options).plan[0]["timestamps"] == times
 
 
 def test_the_estimate_is_the_prompt(model: Keye, video: Path) -> None:

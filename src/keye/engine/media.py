@@ -90,7 +90,7 @@ def _options(medium: Medium, videos: int = 1) -> MediaOptions:
         raise KeyeError(f"{unknown[0]!r} is no option of {medium.kind}s; options have names such as 'fps'")
     if not isinstance(given.get("strict_official"), bool | None):
         raise KeyeError(f"strict_official is {given['strict_official']!r}; give true or false")
-    if isinstance(medium.source, Frames):
+    if isinstance(medium.source, Frames) and medium.source.timestamps is not None:
         given["timestamps"] = medium.source.timestamps
     return media_options(medium.kind, given, video_count=max(videos, 1))
 
