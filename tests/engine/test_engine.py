@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.chat import Medium, parse_reply
+from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
+from keye.engine.media import as_medium, plan_medium
 from keye.evals.frameforge import EvalOptions, evaluate
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
@@ -244,6 +246,19 @@ def test_the_estimate_is_the_prompt(model: Keye, video: Path) -> None:
     used = model.ask(video, "what?", max_tokens=1).usage.prompt_tokens
     with pytest.raises(KeyeError, match=f"takes at least {used} tokens"):
         model.ask(video, "what?", max_tokens=16_384 - used + 1)
+
+
+@pytest.mark.parametrize("generation", ["preview", "1.5", "2.0"])
+@pytest.mark.parametrize("options", [{}, {"nframes": 6}, {"max_pixels": 20_000}, {"video_total_pixels": 60_000}])
+def test_the_plan_never_counts_more_than_the_medium_takes(
+    video: Path, generation: Any, options: dict[str, Any]
+) -> None:
+    processor = Processor(ProcessorConfig.of(generation, video_min_tokens=4))
+    planned = plan_medium(as_medium(str(video), options), processor)
+    item = processor.video(planned.source, planned.options)
+    assert 0 < planned.visual_tokens <= item.visual_tokens
+    if generation != "1.5":  # whose fast frames are told apart by their pixels
+        assert planned.pieces == item.pieces
 
 
 # Streams
