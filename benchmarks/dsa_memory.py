@@ -1,14 +1,14 @@
 """Memory of the reference sparse attention: one layer of 2.0 geometry, one prefill chunk, a long context.
 
-32 query heads, 4 key/value heads, 128 dimensions, 16 indexer heads of 64, 2,048 keys kept. Each context length runs in
-its own processes, with random tensors, which is the worst case: neighbouring queries of a real model share most of
-their keys. Two measures, both beyond inputs, cache and output:
+32 query heads, 4 key/value heads, 128 dimensions, 16 indexer heads of 64, 2,048 keys kept; the chunk is as long as the
+engine's. Each context length runs in its own processes, with random tensors, which is the worst case: neighbouring
+queries of a real model share most of their keys. Two measures, both beyond inputs, cache and output:
 
 * `peak_mib`: growth of the process's resident memory (the kernel's VmHWM), libraries' scratch included;
 * `tensors_mib`: the same for torch's allocator alone, from its profiler; `seconds` is the time of this run.
 
 Prints JSON. Run:
-    python benchmarks/dsa_memory.py [--queries 256] [--contexts 32768 65536 131072] [--dtype bfloat16]
+    python benchmarks/dsa_memory.py [--queries 1024] [--contexts 32768 65536 131072] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from keye.config import SparseConfig, TextConfig
+from keye.engine.generate import PREFILL_CHUNK
 from keye.engine.kvcache import KVCache
 from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput
@@ -127,7 +128,7 @@ def in_own_process(arguments: argparse.Namespace, context: int, measure_of: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=256, help="tokens of the chunk")
+    parser.add_argument("--queries", type=int, default=PREFILL_CHUNK, help="tokens of the chunk")
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 65536, 131072], help="tokens with the chunk")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of cache and activations")
     parser.add_argument("--threads", type=int, default=1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keye.engine.engine import Answer, AnswerStream, Keye, load
-    from keye.engine.prompt import Frames
+    from keye.engine.media import Frames
     from keye.errors import KeyeError
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOME = {
     "AnswerStream": "keye.engine.engine",
     "Keye": "keye.engine.engine",
     "load": "keye.engine.engine",
-    "Frames": "keye.engine.prompt",
+    "Frames": "keye.engine.media",
     "KeyeError": "keye.errors",
 }
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from keye.checks import is_number
+from keye.config_checks import (
+    generation_problems,
+    model_problems,
+    patch_problems,
+    processor_problems,
+    text_field_problems,
+    vision_problems,
+)
 from keye.errors import KeyeError
 
 
@@ -164,6 +172,9 @@ class KeyeConfig:
 
 Generation = Literal["preview", "1.5", "2.0"]
 
+#: The file that says how a checkpoint wants its media prepared.
+PROCESSOR_FILE = "preprocessor_config.json"
+
 #: What the utilities of the older generations set otherwise than 2.0 (keye-vl-utils 1.0.0 and 1.5.2).
 _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "preview": {
@@ -233,14 +244,7 @@ class ProcessorConfig:
     def __post_init__(self) -> None:
         if self.generation not in _PROCESSOR_DEFAULTS:
             raise ConfigError(f"generation {self.generation!r} is unknown; use preview, 1.5 or 2.0")
-        if self.video_min_tokens > self.video_max_tokens or self.image_min_tokens > self.image_max_tokens:
-            raise ConfigError("the processor's minimum of tokens is above its maximum; swap min_tokens and max_tokens")
-        if self.fps <= 0:
-            raise ConfigError(f"the processor's fps is {self.fps}; it must be above 0")
-        try:
-            self.frame_text.format(seconds=0.0)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ConfigError(f"frame_text {self.frame_text!r} may only use the field {{seconds}}: {error}") from None
+        _refuse(processor_problems(self))
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,9 @@ class GenerationConfig:
         "When does this happen in the video: {event}? Answer with a list of time intervals in seconds, "
         "[[start, end], ...], or [] if it never happens."
     )
+
+    def __post_init__(self) -> None:
+        _refuse(generation_problems(self))
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of the engine's sampling parameters that the model sets."""
@@ -336,6 +343,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     _require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
     _require_whole(raw, _TEXT_SIZES, "config.json")
     _require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
+    _refuse(text_field_problems(raw))
     text = _text_config(raw, kind)
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
@@ -351,7 +359,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw[name]) for name in _TOKEN_IDS},
     )
-    _check(config)
+    _refuse(model_problems(config))
     return config
 
 
@@ -368,35 +376,48 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     limits of their own first, those of the processor's second resize. A `keye` object in the file holds our own fields
     (video budgets, `frame_text`); unknown fields in it are errors.
     """
-    generation = _generation(Path(folder))
-    path = Path(folder) / "preprocessor_config.json"
+    beside = Path(folder) / "config.json"
+    model = read_json(beside) if beside.exists() else {}
+    config = _processor_config(Path(folder) / PROCESSOR_FILE, _generation(model))
+    _refuse(patch_problems(config, model))
+    return config
+
+
+def _processor_config(path: Path, generation: Generation) -> ProcessorConfig:
     if not path.exists():
         return ProcessorConfig.of(generation)
-    raw = read_json(path)
+    raw = {name: value for name, value in read_json(path).items() if value is not None}
+    _require_whole(raw, ("patch_size", "merge_size", "min_pixels", "max_pixels"), str(path))
     values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
     for name in ("image_mean", "image_std"):
         if name in raw:
-            values[name] = tuple(raw[name])
+            values[name] = tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
     token = (values.get("patch_size", 14) * values.get("merge_size", 2)) ** 2
     for bound in ("min", "max"):
         if f"{bound}_pixels" not in raw:
             continue
-        pixels = int(raw[f"{bound}_pixels"])
+        pixels = raw[f"{bound}_pixels"]
         if generation == "2.0":
-            values[f"image_{bound}_tokens"] = pixels // token
+            values[f"image_{bound}_tokens"] = max(1, pixels // token)
         else:
             values[f"processor_{bound}_pixels"] = pixels
-    own = raw.get("keye", {})
-    fields = {f.name for f in dataclasses.fields(ProcessorConfig)}
-    if unknown := sorted(set(own) - fields):
-        raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+    own = _own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)})
     return ProcessorConfig.of(generation, **{**values, **own})
 
 
-def _generation(folder: Path) -> Generation:
-    """The generation whose rules for media a checkpoint follows; 2.0 without a config.json."""
-    path = folder / "config.json"
-    names = (read_json(path).get("architectures") or []) if path.exists() else []
+def _own_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> Mapping[str, Any]:
+    """The `keye` object of a file, whose fields must be among `known`."""
+    own = raw.get("keye", {})
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{path} has keye {own!r}; it must be an object")
+    if unknown := sorted(set(own) - set(known)):
+        raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return own
+
+
+def _generation(model: Mapping[str, Any]) -> Generation:
+    """The generation whose rules for media a checkpoint follows, by its parsed config.json; 2.0 without one."""
+    names = model.get("architectures") or []
     return next((_GENERATION_OF[name] for name in names if name in _GENERATION_OF), "2.0")
 
 
@@ -422,13 +443,8 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     values = {k: v for k, v in raw.items() if k in fields and v is not None}
     eos = raw.get("eos_token_id")
     if eos is not None:
-        values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (int(eos),)
-    own = raw.get("keye", {})
-    if unknown := sorted(set(own) - {"default_system", "ground_prompt"}):
-        raise ConfigError(
-            f"{path} has unknown keye fields {', '.join(unknown)}; known are default_system, ground_prompt"
-        )
-    return GenerationConfig(**{**values, **own})
+        values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+    return GenerationConfig(**{**values, **_own_fields(raw, path, ("default_system", "ground_prompt"))})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -468,16 +484,7 @@ def architecture_name(raw: Mapping[str, Any]) -> str:
 
 
 def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConfig:
-    scaling = raw.get("rope_scaling") or {}
-    if "mrope_section" not in scaling:
-        raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
-    section = scaling["mrope_section"]
-    if not isinstance(section, list | tuple) or len(section) != 3 or any(type(n) is not int for n in section):
-        raise ConfigError(f"rope_scaling.mrope_section is {section!r}; it must be three whole numbers")
-    if scaling.get("mrope_interleaved"):
-        raise ConfigError("rope_scaling.mrope_interleaved is true; only the contiguous M-RoPE layout is supported")
-    if raw.get("use_sliding_window"):
-        raise ConfigError("use_sliding_window is true; no Keye model uses it and it is not supported")
+    section = raw["rope_scaling"]["mrope_section"]
     sparse = None
     if architecture.sparse and raw.get("sa_config"):
         wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
@@ -504,26 +511,19 @@ def vision_config_from_dict(raw: Mapping[str, Any]) -> VisionConfig:
     preview = ARCHITECTURES[architecture_name(raw)].preview
     _require(raw, ["vision_config"], "config.json")
     vision = raw["vision_config"]
+    if not isinstance(vision, Mapping):
+        raise ConfigError(f"config.json has vision_config {vision!r}; it must be an object")
     _require(vision, _VISION_REQUIRED, "vision_config")
-    _require_whole(vision, (*_VISION_REQUIRED, "patch_size", "image_size", "spatial_merge_size"), "vision_config")
+    sizes = ("patch_size", "image_size", "num_channels", "spatial_merge_size")
+    _require_whole(vision, (*_VISION_REQUIRED, *sizes), "vision_config")
     fields = {f.name for f in dataclasses.fields(VisionConfig)} - {"whole_video_attention", "norm_before_merge"}
     config = VisionConfig(
         **{k: v for k, v in vision.items() if k in fields and v is not None},
         whole_video_attention=preview,
         norm_before_merge=preview,
     )
-    for wrong, message in _vision_problems(config):
-        if wrong:
-            raise ConfigError(message)
+    _refuse(vision_problems(config))
     return config
-
-
-def _vision_problems(vision: VisionConfig) -> list[tuple[bool, str]]:
-    return [
-        (vision.hidden_size % vision.num_attention_heads != 0 or vision.head_dim % 4 != 0,
-         f"vision hidden_size {vision.hidden_size} must be {vision.num_attention_heads} heads of a multiple of 4"),
-        (vision.hidden_act != "gelu_pytorch_tanh", f"vision hidden_act {vision.hidden_act!r} is not supported"),
-    ]  # fmt: skip
 
 
 def _tokens_per_second(vision: Mapping[str, Any]) -> float:
@@ -531,35 +531,12 @@ def _tokens_per_second(vision: Mapping[str, Any]) -> float:
     value = vision.get("tokens_per_second")
     if value is None:
         return 2.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not (is_number(value) and value > 0):
         raise ConfigError(f"vision_config.tokens_per_second is {value!r}; it must be a number above 0")
     return float(value)
 
 
-def _check(config: KeyeConfig) -> None:
-    """Raises `ConfigError` for the first contradiction between fields."""
-    text = config.text
-    problems = [
-        (sum(text.mrope_section) * 2 != text.head_dim,
-         f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.head_dim // 2}"),
-        (text.num_attention_heads % text.num_key_value_heads != 0,
-         f"num_attention_heads {text.num_attention_heads} is no multiple of "
-         f"num_key_value_heads {text.num_key_value_heads}"),
-        (text.num_experts > 0 and not 0 < text.num_experts_per_tok <= text.num_experts,
-         f"num_experts_per_tok {text.num_experts_per_tok} must lie between 1 and num_experts {text.num_experts}"),
-        (text.num_experts > 0 and text.moe_intermediate_size <= 0, "num_experts needs moe_intermediate_size"),
-        (text.hidden_act != "silu", f"hidden_act {text.hidden_act!r} is not supported; Keye decoders use silu"),
-        (any(not 0 <= i < text.num_hidden_layers for i in text.mlp_only_layers),
-         f"mlp_only_layers {list(text.mlp_only_layers)} names layers outside 0..{text.num_hidden_layers - 1}"),
-    ]  # fmt: skip
-    if text.sparse is not None:
-        dim = text.sparse.indexer_head_dim
-        problems += [
-            (dim & (dim - 1) != 0, f"sa_config.indexer_head_dim {dim} must be a power of two"),
-            (sum(text.indexer_mrope_section()) * 2 != dim,
-             f"mrope_section {list(text.mrope_section)} does not scale to sa_config.indexer_head_dim {dim}"),
-            (text.sparse.indexer_num_kv_heads != 1, "sa_config.indexer_num_kv_heads must be 1"),
-        ]  # fmt: skip
-    for wrong, message in problems:
-        if wrong:
-            raise ConfigError(message)
+def _refuse(problems: Iterable[str]) -> None:
+    """Raises `ConfigError` with the first sentence, if there is one."""
+    for problem in problems:
+        raise ConfigError(problem)

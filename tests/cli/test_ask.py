@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def test_ground_writes_clips(
     result = run(*arguments)
     assert result.code == 0
     assert "█" in result.out and "0.5 s to 2.0 s  (1.5 s)" in result.out
-    assert "1 of the intervals lie after the end" in result.err
+    assert "no clip was written of 1 interval after the end of the video" in result.err
     names = ["short-001-0.5s-2.0s.mp4", "short-002-2.8s-3.2s.mp4"]
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
     with av.open(str(tmp_path / "clips" / names[0])) as container:
@@ -171,3 +172,18 @@ def test_ground_wants_a_video_and_a_folder(run: Callable, picture: Path, video: 
     assert "is an image" in run("ground", picture, "the circle").err
     result = run("ground", video, "the circle", "--clips", picture)
     assert result.code == 2 and "give a folder for --clips" in result.err
+
+
+def test_a_single_frame_is_no_frames(run: Callable, model_folder: Path, video: Path) -> None:
+    result = run("ask", video, "what?", "--model", model_folder, "--max-tokens", 1, "--nframes", 1, "--min-frames", 1)
+    assert result.out.splitlines()[-1].startswith("1 frame · ")
+
+
+def test_what_loading_left_out_is_one_note(run: Callable, own_model: Path, picture: Path) -> None:
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps(config | {"zebra": 1}))
+    (own_model / "preprocessor_config.json").unlink()
+    result = run("ask", picture, "what?", "--model", own_model, "--max-tokens", 1, "--json")
+    assert result.code == 0 and result.data["text"] is not None
+    assert result.err.startswith("keye: config.json has keys without meaning to keye: zebra; preprocessor_config.json")
+    assert result.err.count("\n") == 1

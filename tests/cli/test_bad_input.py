@@ -105,8 +105,9 @@ def test_bad_files(
         (["--model", "nanno"], "did you mean nano"),
         (["--model", "./gone"], "does not exist"),
         (["--max-tokens", 2000], "the context holds 1024"),
-        (["--top-p", 7], "top_p is 7.0; it must be above 0 and at most 1"),
+        (["--top-p", 7], "top_p is 7.0; it must be a number above 0 and at most 1"),
         (["--device", "toaster"], "device 'toaster' cannot be used here"),
+        (["--device", "meta"], "device 'meta' cannot be used here"),
         (["--start", 10], "choose a longer range inside it"),
         (["--fps", 1, "--nframes", 2], "exclude each other"),
     ],
@@ -155,6 +156,8 @@ def test_pickles_are_refused(fails: Callable[..., str], own_model: Path, video: 
         ("config.json", "{", "cannot be read as JSON"),
         ("config.json", "{}", "architecture none is not supported"),
         ("model.safetensors", "no weights", "cannot be read as safetensors"),
+        ("preprocessor_config.json", '{"patch_size": 16}', "vision_config.patch_size is 14; they must agree"),
+        ("generation_config.json", '{"temperature": "hot"}', "temperature 'hot'; it must be a number"),
         ("preprocessor_config.json", '{"keye": {"fsp": 2}}', "unknown keye fields fsp"),
     ],
 )
@@ -207,7 +210,7 @@ def test_drawings(fails: Callable[..., str], name: str, sentence: str, video: Pa
     ("field", "value", "sentence"),
     [
         ("image_token_id", 7, "The tokenizer gives <|image_pad|> the id"),
-        ("vocab_size", 64, "config.json sets vocab_size to 64"),
+        ("vocab_size", 1760, "config.json sets vocab_size to 1760"),
         ("eos_token_id", 99_999, "config.json sets eos_token_id to 99999"),
     ],
 )

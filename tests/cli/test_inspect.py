@@ -113,12 +113,12 @@ def test_tokenizer_template_and_sampling(run: Callable, own_model: Path) -> None
     assert data["sampling"]["stop_ids"] == [1752, 1750]
     (own_model / "chat_template.jinja").write_text("{% if tools %}{{ tools }}{% endif %}{{ 1/0 }}<|image_pad|>")
     raw = json.loads((own_model / "config.json").read_text())
-    (own_model / "config.json").write_text(json.dumps(raw | {"image_token_id": 1, "vocab_size": 1000}))
+    (own_model / "config.json").write_text(json.dumps(raw | {"image_token_id": 1, "vocab_size": 1760}))
     (own_model / "model.safetensors").unlink()
     data = run("inspect", own_model, "--json").data
     assert data["template"] == {"file": "chat_template.jinja", "characters": 58, "knows": ["tools", "images"]}
     assert data["tokenizer"]["disagreements"] == [
-        "<|image_pad|> is 1756 but image_token_id is 1", "1787 tokens but vocab_size 1000",
+        "<|image_pad|> is 1756 but image_token_id is 1", "1787 tokens but vocab_size 1760",
     ]  # fmt: skip
     assert "disagrees" in run("inspect", own_model).out
 

@@ -92,3 +92,16 @@ def test_report_shows_every_task():
     print_report({**summarise(ANSWERS), **costs, "options": options}, Console(file=shown, width=120))
     for word in ("ground_text", "(caption)", "mIoU", "50.0", "k/context 0.100", ".mp4", "[]"):
         assert word in shown.getvalue()
+
+
+def test_one_clip_has_no_standard_error():
+    figures = summarise([answered(0, "count", "2", correct=True), grounded(0, "ground", 1.0, 0.6)])
+    assert figures["accuracy"] == 100.0
+    assert (figures["accuracy_error"], figures["miou_error"]) == (None, None)
+    assert figures["tasks"]["count"]["error"] is None
+    options = {"frames": [2, 2], "mode": "dense", "select": "indexer", "mp4": False, "split": "test"}
+    costs = {"k_over_context": None, "seconds": 1.0, "tokens_per_second": 1.0, "mean_context": 1.0}
+    console = Console(file=io.StringIO(), width=100)
+    print_report({**figures, **costs, "options": options}, console)
+    shown = console.file.getvalue()
+    assert "±" not in shown.replace("  ±  ", "") and "2 questions about 1 clip in 1.0 s" in shown

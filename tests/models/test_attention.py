@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from keye.ops import reference
@@ -91,14 +93,54 @@ def test_masked_rows_are_zero_not_nan(qkv: tuple[Tensor, Tensor, Tensor]) -> Non
     assert out[3].abs().max() == 0
 
 
-@pytest.mark.parametrize("budget", [reference.SCRATCH_BYTES, 1, 20_000])
-def test_dense_is_causal(qkv: tuple[Tensor, Tensor, Tensor], budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = qkv
+@given(
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 6)]),
+    queries=st.integers(1, 40),
+    first=st.integers(0, 70),
+    dim=st.sampled_from([2, 8, 16]),
+    block=st.integers(1, 50),
+    budget=st.sampled_from([1, 20_000, 60_000, reference.SCRATCH_BYTES]),
+    size=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_dense_is_causal_at_any_blocks_and_tiles(
+    heads: tuple[int, int], queries: int, first: int, dim: int, block: int, budget: int, size: float
+) -> None:
+    generator, (H, G), total = torch.Generator().manual_seed(queries), heads, first + queries
+    q, k, v = (torch.randn(*s, dim, generator=generator) for s in ((queries, H), (total, G), (total, G)))
+    k *= size  # large scores: weights that a naive exponential would overflow, and a maximum that later tiles raise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "DENSE_BLOCK", block)
+        patch.setattr(reference, "SCRATCH_BYTES", budget)
+        got = dense_attention(q, rows_of(k, v), first)
+    want = naive(q, k, v, [list(range(first + t + 1)) for t in range(queries)])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("queries", "length"), [(1, 5000), (300, 5000), (1024, 1024)])
+def test_dense_reads_keys_in_tiles_of_the_budget(queries: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, dim, budget = 4, 8, 2**20
     monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
-    first = S - T
-    got = dense_attention(q, rows_of(k, v), first)
-    want = naive(q, k, v, [list(range(first + t + 1)) for t in range(T)])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(length, 2, dim, generator=generator) for _ in range(2))
+    taken: list[int] = []
+
+    def rows(positions: Tensor) -> tuple[Tensor, Tensor]:
+        taken.append(len(positions))
+        return k[positions], v[positions]
+
+    dense_attention(torch.randn(queries, heads, dim, generator=generator), rows, length - queries)
+    block = min(queries, reference.DENSE_BLOCK)
+    scores, gathered, sums = (4 * heads * block * max(taken), 8 * heads * dim * max(taken), 8 * heads * block * dim)
+    assert 1 < max(taken) < length
+    assert scores + gathered + sums <= budget
+
+
+def test_dense_keeps_the_dtype(qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v = (x.bfloat16() for x in qkv)
+    got = dense_attention(q, rows_of(k, v), S - T)
+    want = dense_attention(q.float(), rows_of(k.float(), v.float()), S - T)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want.bfloat16())
 
 
 def test_sparse_over_all_keys_is_dense(qkv: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -265,7 +265,7 @@ def test_headers_agree_with_safetensors(tmp_path: Path, make_model: Any) -> None
 def test_bytes_that_keye_does_not_read(tmp_path: Path, make_model: Any, raw_config: Any) -> None:
     state = {**make_model().state_dict(), "lm_head.weight": torch.zeros(96, 48, dtype=torch.float8_e4m3fn)}
     write(tmp_path, raw_config, state)
-    with pytest.raises(WeightsError, match=r"lm_head\.weight is stored as F8_E4M3; keye reads F64, F32, F16, BF16"):
+    with pytest.raises(WeightsError, match=r"numbers that keye reads: lm_head\.weight is F8_E4M3$"):
         load_model(tmp_path, load_model_config(tmp_path))
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
+from keye.config import (
+    ConfigError,
+    load_generation_config,
+    load_model_config,
+    load_processor_config,
+    model_config_from_dict,
+    read_json,
+)
 from keye.hub import asset
 from keye.models.keye import KeyeModel
 
 #: Rows of the packing position table that official checkpoints hold and no forward pass reads.
 PACKING_ROWS = 32768
+MROPE = {"mrope_section": [16, 24, 24]}
+VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -113,12 +123,99 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
         ),
         ({"sa_config": {"topk": 8, "indexer_num_heads": 4, "indexer_head_dim": 64, "indexer_num_kv_heads": 2}}, "be 1"),
         ({"architectures": ["KeyeVLMoeForConditionalGeneration"]}, "is DeepSeek-V3, which keye does not run yet"),
+        ({"rope_scaling": {**MROPE, "type": "yarn", "factor": 4.0}}, "type is 'yarn'; only mrope and default are"),
+        ({"rope_scaling": {**MROPE, "rope_type": "linear"}}, "rope_type is 'linear'; only mrope and default are"),
+        ({"rope_scaling": {**MROPE, "factor": 2}}, "factor is 2, but scaled positions are not implemented"),
+        ({"rope_scaling": "mrope"}, "lacks rope_scaling.mrope_section"),
+        ({"image_token_id": 151_936}, "image_token_id 151936 is beyond the vocabulary: vocab_size is 151936"),
+        ({"image_token_id": 9, "video_token_id": 9}, "image_token_id and video_token_id are both 9"),
+        ({"vision_end_token_id": 151_655}, "image_token_id and vision_end_token_id are both 151655"),
+        ({"rope_theta": 0}, "rope_theta 0; it must be a number above 0"),
+        ({"rope_theta": -1e6}, "rope_theta -1000000.0; it must be a number above 0"),
+        ({"rope_theta": "1e6"}, "rope_theta '1e6'; it must be a number above 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps 0; it must be a number above 0"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob 'yes'; it must be true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings 1; it must be true or false"),
+        ({"mlp_only_layers": "0"}, "mlp_only_layers '0'; it must be a list of layer numbers"),
+        ({"eos_token_id": "</s>"}, "eos_token_id '</s>'; it must be a token id"),
+        ({"eos_token_id": [1, None]}, "it must be a token id"),
+        ({"pad_token_id": [1]}, "pad_token_id \\[1\\]; it must be a token id"),
+        ({"sa_config": [1]}, "sa_config \\[1\\]; it must be an object"),
+        ({"vision_config": "siglip"}, "vision_config 'siglip'; it must be an object"),
+        ({"vision_config": {**VISION, "rope_theta": 0}}, "vision_config has rope_theta 0; it must be a number above 0"),
+        ({"vision_config": {**VISION, "patch_size": 500}}, "image_size 384 holds no patch of 500 pixels"),
         ({"vision_config": {"hidden_size": 8}}, "vision_config lacks intermediate_size, num_hidden_layers"),
     ],
 )
 def test_contradictions_are_one_clear_sentence(official: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         model_config_from_dict({**official, **change})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["mrope", "default"])
+def test_rotary_types_that_change_nothing(official: dict[str, Any], name: str) -> None:
+    scaling = {**MROPE, "type": name, "rope_type": name, "factor": 1.0}
+    assert model_config_from_dict({**official, "rope_scaling": scaling}).text.mrope_section == (16, 24, 24)
+
+
+def write(folder: Path, **files: object) -> Path:
+    """A folder with these JSON files."""
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 16}, "makes patch_size 16 but vision_config.patch_size is 14; they must agree"),
+        ({"merge_size": 4}, "makes merge_size 4 but vision_config.spatial_merge_size is 2; they must agree"),
+        ({"patch_size": "x"}, "patch_size 'x'; it must be a whole number of at least 1"),
+        ({"min_pixels": "many"}, "min_pixels 'many'; it must be a whole number"),
+        ({"image_mean": 0.5}, "image_mean is 0.5; it must be three numbers"),
+        ({"image_mean": [0.5, "x", 0.5]}, "it must be three numbers"),
+        ({"image_std": [0.5, 0, 0.5]}, "all of it must be above 0"),
+        ({"keye": {"fps": "fast"}}, "fps is 'fast'; it must be a number above 0"),
+        ({"keye": {"video_max_tokens": 1.5}}, "video_max_tokens is 1.5; it must be a whole number"),
+        ({"keye": {"frame_text": "{second}"}}, "may only use the field {seconds}"),
+        ({"keye": {"frame_text": 3}}, "frame_text is 3; it must be a text"),
+        ({"keye": {"adaptive_budget": "no"}}, "adaptive_budget 'no'; it must be true or false"),
+        ({"keye": {"image_min_tokens": 9, "image_max_tokens": 4}}, "minimum of tokens is above its maximum"),
+        ({"keye": "fast"}, "has keye 'fast'; it must be an object"),
+    ],
+)
+def test_processors_that_cannot_work(
+    official: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_processor_config(write(tmp_path, config=official, preprocessor_config=change))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_processor_without_a_file_must_suit_the_vision_tower_too(official: dict[str, Any], tmp_path: Path) -> None:
+    assert load_processor_config(write(tmp_path, config=official)).patch_size == 14
+    vision = {**official["vision_config"], "patch_size": 16}
+    with pytest.raises(ConfigError, match="makes patch_size 14 but vision_config.patch_size is 16"):
+        load_processor_config(write(tmp_path, config={**official, "vision_config": vision}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": "hot"}, "temperature 'hot'; it must be a number 0 or more and at most 100"),
+        ({"top_p": 0}, "top_p 0; it must be a number above 0 and at most 1"),
+        ({"top_k": 1.5}, "top_k 1.5; it must be a whole number of at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0; it must be a whole number of at least 1"),
+        ({"do_sample": "yes"}, "do_sample 'yes'; it must be true or false"),
+        ({"eos_token_id": ["</s>"]}, "it must be token ids"),
+        ({"keye": {"default_system": 3}}, "default_system 3; it must be a text"),
+        ({"keye": {"ground_prompt": "when is {it}?"}}, "may only use the field {event}, {article}"),
+    ],
+)
+def test_sampling_that_cannot_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_generation_config(write(tmp_path, generation_config=change))
     assert "\n" not in str(raised.value)
 
 

@@ -152,3 +152,17 @@ def test_random_sets_differ_between_seeds() -> None:
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+def test_random_keys_are_drawn_where_the_generator_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+    rand = torch.rand
+
+    def watched(*size: int, **options: object) -> Tensor:
+        drawn.append(options.get("device"))
+        return rand(*size, **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(torch, "rand", watched)
+    generator = torch.Generator("cpu")
+    list(select_random(3, 0, 2, generator))
+    assert drawn == [generator.device]

@@ -169,3 +169,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, make_model: Any, monk
         save_model(make_model(seed=2), tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize("weight_map", [["lm_head.weight"], "model.safetensors", None, {"lm_head.weight": 3}])
+def test_an_index_that_maps_nothing(tmp_path: Path, make_model: Any, weight_map: object) -> None:
+    save_model(make_model(), tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WeightsError, match="has no weight_map from tensor names to files"):
+        load_model(tmp_path, make_model().config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_weights_must_be_floating_point_numbers(tmp_path: Path, make_model: Any, dtype: torch.dtype) -> None:
+    model = make_model()
+    tensors = {**model.state_dict(), "model.norm.weight": torch.ones(48).to(dtype)}
+    with pytest.raises(WeightsError, match=r"no floating-point numbers that keye reads: model\.norm\.weight is "):
+        load_tensors(model, tensors)
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(WeightsError, match=r"no floating-point numbers that keye reads: model\.norm\.weight is "):
+        load_model(tmp_path, model.config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keye.commands import options
+from keye.commands.terminal import plural
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
@@ -66,5 +67,6 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path) -
     with show.progress_bar("writing clips") as advance:
         written = cut_clips(fetch_source(medium.source), intervals, folder, progress=advance)  # type: ignore[arg-type]
     if len(written) < len(intervals):
-        inputs.note(f"{len(intervals) - len(written)} of the intervals lie after the end of the video; no clip of them")
+        beyond = plural(len(intervals) - len(written), "interval")
+        inputs.note(f"no clip was written of {beyond} after the end of the video")
     return written

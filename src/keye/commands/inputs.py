@@ -93,7 +93,7 @@ def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def load_model(options: Mapping[str, Any]) -> Keye:
-    """Loads the model of `options.running`."""
+    """Loads the model of `options.running`; what its files hold unused or lack becomes one note."""
     find_model(options["model"])
     with stderr().status(f"loading {one_line(options['model'])}"):
         import torch
@@ -102,12 +102,15 @@ def load_model(options: Mapping[str, Any]) -> Keye:
 
         if options["threads"]:
             torch.set_num_threads(options["threads"])
-        return keye.load(
+        model = keye.load(
             options["model"],
             device=options["device"],
             dtype=options["dtype"],
             template=options.get("template") or "keye",
         )
+    if model.notes:
+        note("; ".join(model.notes))
+    return model
 
 
 def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:

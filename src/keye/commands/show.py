@@ -15,7 +15,7 @@ from rich.text import Text
 
 from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
 from keye.commands.inputs import stderr
-from keye.commands.terminal import one_line, printable
+from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.engine.engine import Answer, AnswerStream, Keye
@@ -131,8 +131,8 @@ def filled_cells(intervals: Sequence[Interval], length: float, cells: int) -> li
 def usage_line(answer: Answer, topk: int | None) -> str:
     """Frames, tokens, attention and seconds of an answer on one line; `topk` keys are what the model was trained on."""
     usage, frames = answer.usage, sum(plan.get("frames", len(plan.get("timestamps", ()))) for plan in answer.plan)
-    parts = [f"{frames} frames"] if frames else []
-    parts.append(f"{usage.prompt_tokens:,} prompt tokens ({usage.media_tokens:,} visual)")
+    parts = [plural(frames, "frame")] if frames else []
+    parts.append(f"{plural(usage.prompt_tokens, 'prompt token')} ({usage.media_tokens:,} visual)")
     cut = ", cut at --max-tokens" if answer.finish_reason == "length" else ""
     parts.append(f"{usage.completion_tokens:,} generated{cut}")
     attention = f"{answer.attention} attention"
@@ -156,7 +156,7 @@ def print_plans(result: Mapping[str, Any]) -> None:
             console.print(f"{one_line(plan['name'])}: frames at {listed_times(plan['timestamps'])} s", soft_wrap=True)
     share = result["share_of_context"]
     console.print(
-        f"{result['visual_tokens']:,} visual tokens, {share:.1%} of the {result['context']:,} tokens of "
+        f"{plural(result['visual_tokens'], 'visual token')}, {share:.1%} of the {result['context']:,} tokens of "
         f"{one_line(result['model'])}'s context; the times of frames, the question and the answer come on top",
         soft_wrap=True,
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.commands.show import stdout
-from keye.commands.terminal import one_line
+from keye.commands.terminal import one_line, plural
 
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
 BAR, NARROW = 20, 64
@@ -205,10 +205,6 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def count(number: int) -> str:

@@ -15,3 +15,8 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` printable and on one line."""
     return printable(" ".join(text.split()))
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keye.engine.kvcache import KVCache
+from keye.engine.sampling import check_logits
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel
 
@@ -41,7 +42,7 @@ def greedy_branches(
     `branches` are token ids of text, at least one each; the first of each sits at `position` (text counts up by one on
     all axes). `trunk` stays as it is. Every step computes the unfinished branches as one ragged batch: first all their
     tokens, then one token each. A reply ends before a token of `stop_ids`, or after `max_tokens`. `generator` feeds
-    `select="random"`.
+    `select="random"`. `KeyeError` when the model computes NaN.
     """
     assert all(branches), "a branch needs at least one token"
     started = [_Branch(trunk.fork(), list(tokens), position) for tokens in branches]
@@ -51,7 +52,9 @@ def greedy_branches(
             break
         spans = _spans(live)
         step = CachedStep(spans, model.config.text, mode=mode, select=select, generator=generator)
-        chosen = _logits(model, live, step).argmax(-1).tolist()
+        logits = _logits(model, live, step)
+        check_logits(logits)
+        chosen = logits.argmax(-1).tolist()
         for branch, token in zip(live, chosen, strict=True):
             branch.position += len(branch.pending)
             branch.pending = [] if token in stop_ids else [token]

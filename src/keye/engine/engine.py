@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from keye.chat import (
     CheckpointTemplate,
     Message,
     Region,
+    Segment,
     ToolCall,
     load_template,
     merge_intervals,
@@ -23,21 +24,23 @@ from keye.chat import (
     template_of,
 )
 from keye.config import (
+    PROCESSOR_FILE,
     GenerationConfig,
     KeyeConfig,
     load_generation_config,
     load_model_config,
     load_processor_config,
 )
-from keye.engine.generate import Decoding, check_context, generate
-from keye.engine.prompt import Prompt, PromptBuilder, as_medium
+from keye.engine.generate import Decoding, generate
+from keye.engine.media import as_medium
+from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
 from keye.errors import KeyeError
 from keye.hub import resolve
 from keye.media.processor import MediaItem, Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
-from keye.models.weights import load_model, torch_dtype
+from keye.models.weights import LoadReport, load_model, torch_dtype
 from keye.tokenizer import StreamDecoder, Tokenizer, check_tokenizer
 
 
@@ -83,19 +86,19 @@ class Answer:
         }
 
 
-class AnswerStream:
+class AnswerStream(Iterator[str]):
     """Iterates over the text as it is generated; `answer` is there once the iteration has ended."""
 
     def __init__(self, pieces: Iterator[str | Answer]) -> None:
         self._pieces = pieces
         self.answer: Answer | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, Answer):
-                self.answer = piece
-            else:
-                yield piece
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        if isinstance(piece, Answer):  # always the last
+            self.answer = piece
+            raise StopIteration
+        return piece
 
     def finish(self) -> Answer:
         """Runs to the end and returns the answer."""
@@ -106,7 +109,10 @@ class AnswerStream:
 
 
 class Keye:
-    """A model with its tokenizer and processor. Make one with `keye.load`."""
+    """A model with its tokenizer and processor. Make one with `keye.load`.
+
+    `notes` are sentences about what loading left out or took for granted; empty where all is as it should be.
+    """
 
     def __init__(
         self,
@@ -118,7 +124,10 @@ class Keye:
         *,
         attention: AttentionMode = "sparse",
         template: ChatTemplate | CheckpointTemplate | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
+        check_attention(attention)
+        self.notes = tuple(notes)
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
         self.generation = generation or GenerationConfig()
         self.attention: AttentionMode = attention if model.config.text.sparse is not None else "dense"
@@ -145,12 +154,12 @@ class Keye:
     ) -> AnswerStream:
         """`media`: a path, data URL, bytes, PIL image or `Frames`, or a list of these. `media_options` (fps,
         max_frames, max_pixels, video_start, ...) hold for each. `options` are those of `stream`."""
-        if not question.strip():
+        if not isinstance(question, str) or not question.strip():
             raise KeyeError("the question is empty; ask something about the media")
         listed = media if isinstance(media, list | tuple) else [media]
         if not listed:
             raise KeyeError("no medium was given; pass a video or an image to ask about")
-        parts = tuple(as_medium(item, **(media_options or {})) for item in listed)
+        parts = tuple(as_medium(item, media_options) for item in listed)
         return self.stream([Message("user", (*parts, question))], **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> Answer:
@@ -158,16 +167,26 @@ class Keye:
         return self.stream(messages, **options).finish()
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
-        """Asks when an event happens; `intervals` of the answer are sorted and do not overlap."""
-        subject = event.strip()
+        """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
+        return self.stream_ground(video, event, **options).finish()
+
+    def stream_ground(
+        self, video: object, event: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> AnswerStream:
+        """`ground`, its text as it is generated. `video` is one video in any form that `stream_ask` takes."""
+        subject = event.strip() if isinstance(event, str) else ""
         if not subject:
             raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
+        listed = video if isinstance(video, list | tuple) else [video]
+        if len(listed) != 1:
+            raise KeyeError(f"{len(listed)} media were given to ground; give one video")
+        medium = as_medium(listed[0], media_options)
+        if medium.kind != "video":
+            raise KeyeError("an image was given to ground; give a video, or use ask for images")
         if "{article}" in self.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
             subject = subject.split(" ", 1)[1]
         question = self.generation.ground_prompt.format(event=subject, article="the")
-        answer = self.ask(video, question, **options)
-        merged = tuple(merge_intervals(answer.intervals))
-        return Answer(**{**_shallow(answer), "intervals": merged})
+        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
 
     def stream(
         self,
@@ -180,11 +199,15 @@ class Keye:
     ) -> AnswerStream:
         """Starts a reply. `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback;
         `tools` are functions (name, description, JSON schema of the parameters) that the model may ask to be called;
-        `sampling` are the fields of `SamplingParams`, the model's own defaults for those not given. Unknown options are
-        errors, raised here and not at the first token."""
+        `sampling` are the fields of `SamplingParams`, the model's own defaults for those not given. Mistakes in
+        messages and options are errors raised here, before any medium is opened and not at the first token."""
         params = self.sampling_params(**sampling)
         mode = self._attention_mode(attention)
-        return AnswerStream(self._reply(messages, params, mode, thinking, normalize_tools(tools)))
+        if not isinstance(thinking, bool | None):
+            raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
+        offered = normalize_tools(tools)
+        segments = self._builder.render(messages, template=self.template, thinking=thinking, tools=offered)
+        return AnswerStream(self._reply(segments, params, mode))
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The model's defaults with the given fields in their place; `None` means not given."""
@@ -200,23 +223,17 @@ class Keye:
     def _attention_mode(self, attention: AttentionMode | None) -> AttentionMode:
         if attention is None:
             return self.attention
-        if attention not in ("sparse", "dense"):
-            raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
+        check_attention(attention)
         if attention == "sparse" and self.config.text.sparse is None:
             raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
         return attention
 
     def _reply(
-        self,
-        messages: Sequence[Mapping[str, Any] | Message],
-        params: SamplingParams,
-        mode: AttentionMode,
-        thinking: bool | None,
-        tools: Sequence[Mapping[str, Any]],
+        self, segments: Sequence[Segment], params: SamplingParams, mode: AttentionMode
     ) -> Iterator[str | Answer]:
         begin = time.perf_counter()
-        prompt = self._builder.build(messages, template=self.template, thinking=thinking, tools=tools)
-        check_context(prompt, params.max_tokens, self.config.text.max_position_embeddings)
+        room = Room(self.config.text.max_position_embeddings, params.max_tokens)
+        prompt = self._builder.lay_out(segments, room=room)
         prepared = time.perf_counter()
         decoding = Decoding(self.model, mode=mode)
         decoding.prefill(prompt)
@@ -268,8 +285,26 @@ def _plan_of(item: MediaItem) -> dict[str, Any]:
     }
 
 
-def _shallow(answer: Answer) -> dict[str, Any]:
-    return {name: getattr(answer, name) for name in Answer.__dataclass_fields__}
+def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:
+    yield from stream
+    answer = stream.finish()
+    yield replace(answer, intervals=tuple(merge_intervals(answer.intervals)))
+
+
+def check_attention(attention: object) -> None:
+    """`KeyeError` for anything but "sparse" and "dense"."""
+    if attention not in get_args(AttentionMode):
+        raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
+
+
+def check_device(device: str) -> None:
+    """`KeyeError` for a device that a model cannot run on here."""
+    try:
+        kind = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise KeyeError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if kind == "meta":
+        raise KeyeError("device 'meta' cannot be used here: it holds shapes without numbers; choose cpu or cuda")
 
 
 def load(
@@ -290,25 +325,45 @@ def load(
     `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the
     checkpoint's own). `template` is "keye" for our own chat format of the model's generation, "checkpoint" for the
     template in the checkpoint's files, or a template file. Nothing in the checkpoint is executed; its template is
-    rendered in a sandbox.
+    rendered in a sandbox. `notes` of the result tell what the files hold that is not used, and what they lack.
     """
+    check_attention(attention)
+    check_device(device)
     folder = resolve(str(name_or_path), revision=revision, progress=progress)
     config = load_model_config(folder)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise KeyeError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     chosen = None if template == "keye" else load_template(folder if template == "checkpoint" else template)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
-    model, _ = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
+    processor, generation = Processor(load_processor_config(folder)), load_generation_config(folder)
+    model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
     name = str(config.raw.get("keye_name") or Path(str(name_or_path)).name)
     return Keye(
         name,
         model,
         tokenizer,
-        Processor(load_processor_config(folder)),
-        load_generation_config(folder),
+        processor,
+        generation,
         attention=attention,
         template=chosen,
+        notes=tuple(load_notes(folder, config, report)),
     )
+
+
+def load_notes(folder: Path, config: KeyeConfig, report: LoadReport) -> Iterator[str]:
+    """What a user should know of how a checkpoint was loaded, a sentence each."""
+    if config.unknown:
+        yield f"config.json has keys without meaning to keye: {_listed(config.unknown)}"
+    if not (folder / PROCESSOR_FILE).exists():
+        yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.generation}"
+    if report.lacks_indexer:
+        yield "the files hold no indexer weights: the model attends densely"
+    if report.unused:
+        yield f"the files hold tensors that this model has no place for: {_listed(report.unused)}"
+    if report.ignored:
+        yield f"the files hold tensors that no forward pass reads: {_listed(report.ignored)}"
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

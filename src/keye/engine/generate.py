@@ -9,7 +9,6 @@ import torch
 from keye.engine.kvcache import KVCache
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams
-from keye.errors import KeyeError
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel
 
@@ -57,19 +56,9 @@ class Decoding:
         return self.model(x, positions, step)
 
 
-def check_context(prompt: Prompt, max_tokens: int, limit: int) -> None:
-    """`KeyeError` when prompt and reply cannot fit in `limit` tokens; the sentence says what to change."""
-    used = prompt.token_ids.shape[0]
-    if used + max_tokens > limit:
-        media = f", {prompt.media_tokens} of them visual" if prompt.media else ""
-        raise KeyeError(
-            f"the prompt takes {used} tokens{media} and the reply up to {max_tokens}, but the context holds {limit}; "
-            "sample fewer or smaller frames (--fps, --max-frames, --max-pixels) or lower --max-tokens"
-        )
-
-
 def generate(decoding: Decoding, params: SamplingParams, eos: tuple[int, ...]) -> Iterator[int]:
-    """Yields the tokens of the reply after a prefill; ends before an end-of-sequence token or at `max_tokens`."""
+    """Yields the tokens of the reply after a prefill; ends before an end-of-sequence token or at `max_tokens`.
+    `KeyeError` when the model computes NaN."""
     sampler, reply = Sampler(params), list[int]()
     while len(reply) < params.max_tokens:
         token = sampler(decoding.logits, reply)

@@ -8,28 +8,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
-from keye.media.fetch import jpeg_list, media_kind
-from keye.media.inputs import as_source, open_frames
-from keye.media.options import media_options
+from keye.engine.media import PlannedMedium, check_medium, plan_medium
+from keye.errors import KeyeError
+from keye.media.fetch import Source
+from keye.media.inputs import open_frames
 from keye.media.patches import VisionInput
-from keye.media.pictures import is_array
+from keye.media.plan import VideoPlan
 from keye.media.positions import PreviewLayout, build_position_ids
-from keye.media.processor import MediaItem, Processor, VisualSpan
+from keye.media.processor import MediaItem, Piece, Processor, VisualSpan
 from keye.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Frames:
-    """A video in memory: an array or tensor with four axes or a list of pictures (uint8 RGB), and the second of each
-    frame if it is known."""
+class Room:
+    """A context of `limit` tokens, of which `reply` are kept for what is generated."""
 
-    frames: Any
-    timestamps: Sequence[float] | None = None
+    limit: int
+    reply: int
+
+    def check(self, tokens: int, visual: int, *, at_least: bool = False) -> None:
+        """`KeyeError` when a prompt of (at least) `tokens`, `visual` of them visual, does not fit; the sentence says
+        what to change."""
+        if tokens + self.reply > self.limit:
+            taken = f"{'at least ' if at_least else ''}{tokens} tokens"
+            seen = f", {visual} of them visual" if visual else ""
+            raise KeyeError(
+                f"the prompt takes {taken}{seen} and the reply up to {self.reply}, but the context holds {self.limit}; "
+                "sample fewer or smaller frames (--fps, --max-frames, --max-pixels) or lower --max-tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,47 +78,59 @@ class PromptBuilder:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prompt:
         """Renders, opens and decodes the media, and lays out tokens and positions."""
+        return self.lay_out(self.render(messages, template=template, thinking=thinking, tools=tools))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        template: ChatTemplate | CheckpointTemplate | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Segment]:
+        """The prompt as text with its media in their places. Their options are checked; none is opened."""
         if isinstance(template, CheckpointTemplate):
             segments = template.render(messages, thinking=thinking, tools=tools)
         else:
             segments = render(messages, template=template, thinking=thinking, tools=tools)
-        return self.lay_out(segments)
-
-    def lay_out(self, segments: Sequence[Segment]) -> Prompt:
-        """Opens and decodes the media of a rendered prompt, and gives every token its id and position."""
-        videos = sum(s.kind == "video" for s in segments)
-        ids: list[int] = []
-        items: list[MediaItem] = []
-        texts: list[tuple[str, bool]] = []
         for segment in segments:
             if isinstance(segment.value, Medium):
-                ids += self.tokenizer.encode_parts(texts)
-                texts.clear()
-                item = self.open(segment.value, videos)
-                items.append(item)
-                ids += self._media_ids(item)
-            else:
-                texts.append((segment.value, segment.kind == "template"))
-        return self._positioned(ids + self.tokenizer.encode_parts(texts), items)
+                check_medium(segment.value)
+        return segments
 
-    def open(self, medium: Medium, videos: int = 1) -> MediaItem:
-        """Fetches and processes one medium under its own options."""
-        given: dict[str, Any] = dict(medium.options)
-        source = medium.source
-        if isinstance(source, Frames):
-            given["timestamps"], source = source.timestamps, source.frames
-        options = media_options(medium.kind, given, video_count=max(videos, 1))
+    def lay_out(self, segments: Sequence[Segment], *, room: Room | None = None) -> Prompt:
+        """Opens and decodes the media of a rendered prompt, and gives every token its id and position.
+
+        With `room`, a prompt too long for the context is refused before anything is decoded, as far as its length can
+        be known by then, and in any case before it is returned.
+        """
+        media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
+        videos = sum(medium.kind == "video" for medium in media)
+        planned = [plan_medium(medium, self.processor, videos) for medium in media]
+        text = [self.tokenizer.encode_parts(run) for run in _text_runs(segments)]
+        if room is not None:
+            least = sum(len(self._piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
+            room.check(least, sum(medium.visual_tokens for medium in planned), at_least=True)
+        items = [self._decode(medium) for medium in planned]
+        ids = list(text[0])
+        for item, after in zip(items, text[1:], strict=True):
+            ids += self._piece_ids(item.pieces) + after
+        prompt = self._positioned(ids, items)
+        if room is not None:
+            room.check(len(ids), prompt.media_tokens)
+        return prompt
+
+    def _decode(self, medium: PlannedMedium) -> MediaItem:
         if medium.kind == "image":
-            in_memory = isinstance(source, Image.Image) or is_array(source)
-            return self.processor.image(source if in_memory else as_source(source), options)
-        frames = open_frames(source)
-        if frames is not None:
-            return self.processor.frames(frames, options)
-        return self.processor.video(as_source(source), options)
+            return self.processor.image(medium.source, medium.options)
+        if isinstance(medium.source, Source):
+            assert isinstance(medium.plan, VideoPlan)
+            return self.processor.video(medium.source, medium.options, plan=medium.plan)
+        return self.processor.frames(open_frames(medium.source), medium.options)
 
-    def _media_ids(self, item: MediaItem) -> list[int]:
+    def _piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
         ids: list[int] = []
-        for piece in item.pieces:
+        for piece in pieces:
             if isinstance(piece, VisualSpan):
                 ids += [self._pad[piece.kind]] * piece.tokens
             else:
@@ -134,15 +156,12 @@ class PromptBuilder:
         return PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
 
 
-def as_medium(value: object, **options: Any) -> Medium:
-    """Any medium that `ask` accepts, its kind found out by looking at it."""
-    if isinstance(value, Medium):
-        return value
-    if isinstance(value, Image.Image):
-        return Medium("image", value, options)
-    if is_array(value):
-        return Medium("video" if getattr(value, "ndim", 3) == 4 else "image", value, options)
-    if isinstance(value, Frames) or jpeg_list(value) is not None:
-        return Medium("video", value, options)
-    source = as_source(value)
-    return Medium("image" if media_kind(source) == "image" else "video", source, options)
+def _text_runs(segments: Sequence[Segment]) -> list[list[tuple[str, bool]]]:
+    """The texts before, between and after the media, each with whether the template wrote it."""
+    runs: list[list[tuple[str, bool]]] = [[]]
+    for segment in segments:
+        if isinstance(segment.value, Medium):
+            runs.append([])
+        else:
+            runs[-1].append((segment.value, segment.kind == "template"))
+    return runs

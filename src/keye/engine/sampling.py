@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keye.checks import is_number, is_whole
 from keye.errors import KeyeError
 
 MAX_SEED = 2**63 - 1
@@ -32,24 +33,38 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        number, whole = is_number, is_whole
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
-            ("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("max_tokens", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
+            ("temperature", lambda v: number(v) and 0 <= v <= 100, "a number between 0 and 100"),
+            ("top_p", lambda v: number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
+            ("top_k", lambda v: whole(v) and v >= 0, "a whole number, 0 (off) or more"),
+            ("min_p", lambda v: number(v) and 0 <= v <= 1, "a number between 0 and 1"),
+            ("repetition_penalty", lambda v: number(v) and 0 < v <= 100, "a number above 0 and at most 100"),
+            ("seed", lambda v: v is None or (whole(v) and 0 <= v <= MAX_SEED), f"a whole number from 0 to {MAX_SEED}"),
+            ("stop", _are_texts, "strings that are not empty"),
         )
         for name, fine, rule in checks:
-            if not fine:
+            if not fine(getattr(self, name)):
                 raise KeyeError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
         """Names of all settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def _are_texts(stop: object) -> bool:
+    return isinstance(stop, list | tuple) and all(isinstance(text, str) and text for text in stop)
+
+
+def check_logits(logits: Tensor) -> None:
+    """`KeyeError` where logits hold NaN: any token drawn from them would be noise."""
+    if bool(logits.isnan().any()):
+        raise KeyeError(
+            "the model computes NaN (not a number): its weights are damaged or too large for its number format; fetch "
+            "the checkpoint again, or load it with dtype float32"
+        )
 
 
 class Sampler:
@@ -64,7 +79,8 @@ class Sampler:
             self._generator.seed()
 
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
-        """`logits` float32 [V] and the tokens of the reply so far -> the next token id."""
+        """`logits` float32 [V] and the tokens of the reply so far -> the next token id; `KeyeError` for NaN."""
+        check_logits(logits)
         params = self.params
         if params.repetition_penalty != 1.0 and history:
             logits = _penalise(logits, history, params.repetition_penalty)

@@ -23,8 +23,9 @@ from keye.data import frameforge
 from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.scene import MAX_OBJECTS
 from keye.engine.branches import greedy_branches
-from keye.engine.generate import Decoding, check_context
-from keye.engine.prompt import Frames, Prompt, PromptBuilder
+from keye.engine.generate import Decoding
+from keye.engine.media import Frames
+from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.errors import KeyeError
 from keye.evals import metrics
 from keye.evals.summary import Scored, summarise
@@ -230,7 +231,8 @@ class _Examiner:
             frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
             prompt = ClipPrompt(self.builder, frames, [question.text for question in asked])
             longest = max(map(len, prompt.branches))
-            check_context(prompt.trunk, longest + options.max_tokens, self.model.config.text.max_position_embeddings)
+            room = Room(self.model.config.text.max_position_embeddings, longest + options.max_tokens)
+            room.check(prompt.trunk.token_ids.shape[0], prompt.trunk.media_tokens)
         with self._timed("prefill"):
             trunk = Decoding(self.model, mode=options.mode, select=options.select)
             trunk.prefill(prompt.trunk)

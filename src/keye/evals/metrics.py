@@ -101,10 +101,11 @@ def clustered_error(groups: Sequence[Sequence[tuple[Any, float]]]) -> float:
 
     Each group (a task) is a list of (cluster, value); a cluster is a clip, whose questions stand or fall together.
     Linearised: each value adds (value - mean of group) / (size of group * groups) to its cluster, and the error is the
-    root of the sum of the clusters' squares. NaN without values.
+    root of the sum of the clusters' squares. NaN without values, and of a single cluster: one clip says nothing of how
+    clips differ.
     """
     filled = [group for group in groups if group]
-    if not filled:
+    if len({cluster for group in filled for cluster, _ in group}) < 2:
         return math.nan
     influence: defaultdict[Any, float] = defaultdict(float)
     for group in filled:

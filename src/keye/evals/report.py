@@ -65,8 +65,9 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _costs(result: Mapping[str, Any]) -> str:
     share = result["k_over_context"]
+    asked = f"{_count(result['questions'], 'question')} about {_count(result['clips'], 'clip')}"
     parts = [
-        f"{result['questions']} questions about {result['clips']} clips in {result['seconds']:.1f} s",
+        f"{asked} in {result['seconds']:.1f} s",
         f"{result['tokens_per_second']:.0f} tokens/s",
         f"context {result['mean_context']:.0f} tokens",
     ]
@@ -78,6 +79,10 @@ def _costs(result: Mapping[str, Any]) -> str:
 def _short(answer: str) -> Text:
     """At most as much as fits a narrow terminal; as plain text, since answers may look like markup."""
     return Text(answer if len(answer) <= ANSWER_WIDTH else answer[: ANSWER_WIDTH - 1] + "…")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float | None) -> str:

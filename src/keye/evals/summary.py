@@ -51,7 +51,7 @@ def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) 
     accuracy: mean over the shipped tasks (those that were asked) of each task's accuracy, which for interval tasks is
         R1@0.5, the share of answers with IoU >= 0.5.
     miou: mean IoU over ground and ground_text. miou_with_none: also over ground_none, where `[]` scores 1.
-    *_error: standard errors with clips as clusters.
+    *_error: standard errors with clips as clusters, None for a single clip.
     grounding: R1 at three IoU levels, and the same figures for always answering with the whole video.
     tasks: for each task n, accuracy, its error, the metric, the best constant answer (majority_answer) with its
         accuracy (majority), whether it is shipped; interval tasks also miou and exact. ground and ground_none

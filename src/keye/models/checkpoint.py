@@ -34,6 +34,7 @@ SHARD_BYTES = 5_000_000_000
 #: and the file is still read nearly from front to back.
 PIECE_BYTES, READERS = 16 * 2**20, 4
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+#: Numbers that a weight may be stored as, by their names in safetensors.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -46,6 +47,10 @@ class Source(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def unreadable(self) -> str | None:
+        """Its dtype where that is none of floating-point numbers that keye reads, else None."""
 
     @property
     def place(self) -> tuple[str, int]:
@@ -64,6 +69,10 @@ class MemoryTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def unreadable(self) -> str | None:
+        return None if self.tensor.dtype in _DTYPES.values() else str(self.tensor.dtype).removeprefix("torch.")
 
     @property
     def place(self) -> tuple[str, int]:
@@ -85,13 +94,15 @@ class StoredTensor:
     nbytes: int
 
     @property
+    def unreadable(self) -> str | None:
+        return None if self.dtype in _DTYPES else self.dtype
+
+    @property
     def place(self) -> tuple[str, int]:
         return str(self.file), self.start
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
         """Pieces of `PIECE_BYTES`; a target that is not contiguous is one piece, with this one tensor as its buffer."""
-        if self.dtype not in _DTYPES:
-            raise WeightsError(f"{self.name} is stored as {self.dtype}; keye reads {', '.join(_DTYPES)}")
         dtype = _DTYPES[self.dtype]
         count = self.nbytes // dtype.itemsize
         if not count:

@@ -1,8 +1,8 @@
 """Weights between a checkpoint's files and the networks, under the official tensor names.
 
 Fused experts (`mlp.experts.gate_up_proj`) and per-expert tensors (`mlp.experts.3.up_proj.weight`) are both read; fused
-ones are written. Loading is strict: every tensor of the model must be there in its shape, and every tensor of the files
-must have a place, be known to have none, or be an error.
+ones are written. Loading is strict: every tensor of the model must be there in its shape as floating-point numbers, and
+every tensor of the files must have a place, be known to have none, or be an error.
 """
 
 from __future__ import annotations
@@ -153,8 +153,9 @@ def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> t
     state, tied = model.state_dict(), _is_tied(model)
     per_expert = {match[1] for name in tensors if (match := _EXPERT.match(name))}
     plan: _Plan = {}
-    wrong: list[str] = []
     missing: list[str] = []
+    wrong: list[str] = []
+    unreadable: list[str] = []
     for name, tensor in state.items():
         if tied and name == "lm_head.weight":
             continue
@@ -165,12 +166,17 @@ def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> t
                 missing.append(wanted)
             elif tensors[wanted].shape != shape:
                 wrong.append(f"{wanted} is {list(tensors[wanted].shape)} instead of {list(shape)}")
+            elif dtype := tensors[wanted].unreadable:
+                unreadable.append(f"{wanted} is {dtype}")
     rest = set(tensors) - set(plan)
     ignored = {name for name in rest if IGNORED.search(name)}
     dense = not any(_INDEXER in name for name in state)
     unused = {n for n in rest - ignored if (dense and _INDEXER in n) or (tied and n == "lm_head.weight")}
     unexpected = rest - ignored - unused if strict else set()
-    problems = (("missing", missing), ("mis-shaped", wrong), ("unexpected", unexpected))
+    problems = (
+        ("missing", missing), ("mis-shaped", wrong), ("no floating-point numbers that keye reads", unreadable),
+        ("unexpected", unexpected),
+    )  # fmt: skip
     if any(names for _, names in problems):
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")

@@ -25,6 +25,8 @@ from torch import Tensor
 QUERY_BLOCK = 32
 #: Keys in one scoring tile.
 KEY_TILE = 1024
+#: Queries that dense attention takes at once: enough to be worth reading a tile of keys for.
+DENSE_BLOCK = 128
 #: Bytes that one call may use for scores and gathered rows.
 SCRATCH_BYTES = 96 * 2**20
 #: The largest finite magnitude of float8 e4m3 and the floor of a block's maximum, as in the official quantiser.
@@ -109,11 +111,13 @@ def select_recent(total: int, first: int, topk: int) -> Iterator[tuple[int, Tens
 
 
 def select_random(total: int, first: int, topk: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """A control: `topk` causal positions at random, the query's own among them. Yields as `select_topk` does."""
+    """A control: `topk` causal positions at random, the query's own among them; drawn on the generator's device.
+    Yields as `select_topk` does."""
+    device = generator.device
     for start in range(0, total, QUERY_BLOCK):
-        last = first + torch.arange(start, min(total, start + QUERY_BLOCK)).unsqueeze(1)
-        columns = torch.arange(int(last.max()) + 1)
-        scores = torch.rand(last.shape[0], columns.numel(), generator=generator)
+        last = first + torch.arange(start, min(total, start + QUERY_BLOCK), device=device).unsqueeze(1)
+        columns = torch.arange(int(last.max()) + 1, device=device)
+        scores = torch.rand(last.shape[0], columns.numel(), generator=generator, device=device)
         scores = scores.masked_fill(columns > last, -torch.inf).masked_fill(columns == last, 2.0)
         width = min(topk, columns.numel())
         keep = topk_mask(scores, width)
@@ -202,20 +206,42 @@ def masked_attention(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, mask_TS: Tenso
 
 
 def dense_attention(q_THD: Tensor, rows: Rows, first: int) -> Tensor:
-    """Causal attention over every earlier key, in query blocks under the scratch budget. Returns [T, H, D]."""
-    T = q_THD.shape[0]
-    length = first + T
-    k_SGD, v_SGD = rows(torch.arange(length, device=q_THD.device))
-    step = max(1, SCRATCH_BYTES // (12 * q_THD.shape[1] * length))
+    """Causal attention over every earlier key, in float32. Returns [T, H, D] in the dtype of `q_THD`.
+
+    Queries are taken in blocks and keys in tiles of the scratch budget, so that no length makes it grow.
+    """
     out = torch.empty_like(q_THD)
-    for begin in range(0, T, step):
-        end = min(T, begin + step)
-        seen = first + end
-        causal = torch.arange(seen, device=q_THD.device) <= torch.arange(
-            first + begin, seen, device=q_THD.device
-        ).unsqueeze(1)
-        out[begin:end] = masked_attention(q_THD[begin:end], k_SGD[:seen], v_SGD[:seen], causal)
+    for begin in range(0, q_THD.shape[0], DENSE_BLOCK):
+        part = slice(begin, begin + DENSE_BLOCK)
+        out[part] = _dense_block(q_THD[part], rows, first + begin)
     return out
+
+
+def _dense_block(q_BHD: Tensor, rows: Rows, first: int) -> Tensor:
+    """One block of queries over tiles of keys: sums under a running maximum, rescaled when a tile raises it (online
+    softmax, Milakov and Gimelshein, arXiv:1805.02867). Returns float32 [B, H, D]."""
+    B, H, D = q_BHD.shape
+    length, device = first + B, q_BHD.device
+    # Bytes for each head: 20 an element of a row (as stored and as float32), 12 a score, 12 an element of the sums.
+    tile = max(1, (SCRATCH_BYTES // H - 12 * B * D) // (20 * D + 12 * B))
+    last_B1 = torch.arange(first, length, device=device).unsqueeze(1)
+    G = rows(torch.zeros(1, dtype=torch.int64, device=device))[0].shape[1]
+    q = q_BHD.float().view(B, G, H // G, D).permute(1, 2, 0, 3).reshape(G, -1, D) * D**-0.5
+    largest, total = q.new_full((*q.shape[:2], 1), -torch.inf), q.new_zeros(*q.shape[:2], 1)
+    sums = torch.zeros_like(q)
+    for start in range(0, length, tile):
+        positions_S = torch.arange(start, min(length, start + tile), device=device)
+        k_SGD, v_SGD = rows(positions_S)
+        scores = torch.matmul(q, k_SGD.float().permute(1, 2, 0))
+        scores.view(-1, B, scores.shape[-1]).masked_fill_(positions_S > last_B1, -torch.inf)
+        # Finite from the first tile on: every query sees key 0.
+        raised = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        weights, rescale = scores.sub_(raised).exp_(), (largest - raised).exp_()
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        sums = sums.mul_(rescale).add_(torch.matmul(weights, v_SGD.float().transpose(0, 1)))
+        largest = raised
+    out = (sums / total).view(G, H // G, B, D)
+    return out.permute(2, 0, 1, 3).reshape(B, H, D)
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, section: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "v2": "KeyeVL2ForConditionalGeneration",
     "v2moe": "KeyeVL2MoeForConditionalGeneration",
 }
+MEDIA_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def build_model(case: Case) -> KeyeModel:
@@ -31,7 +32,11 @@ def build_model(case: Case) -> KeyeModel:
     kind = case.meta["model_class"]
     if kind not in ARCHITECTURES:
         raise NotApplicable(f"model_class {kind!r} is unknown to this version")
-    model = KeyeModel(model_config_from_dict({**case.meta["config"], "architectures": [ARCHITECTURES[kind]]})).eval()
+    raw = {**case.meta["config"], "architectures": [ARCHITECTURES[kind]]}
+    config = model_config_from_dict(raw | {name: number for number, name in enumerate(MEDIA_TOKENS)})
+    # Cases of a decoder alone have the ids of media beyond their small vocabulary, where no token takes them for media.
+    config = replace(config, **{name: raw[name] for name in MEDIA_TOKENS})
+    model = KeyeModel(config).eval()
     weights = case.weights
     for module in ("visual.", "mlp_AR."):
         if not any(name.startswith(module) for name in weights):

@@ -1,0 +1,125 @@
+"""The media of a request, from what the user gave to what will be decoded: told apart, checked, planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from keye.chat import Medium, MediumKind
+from keye.config import ProcessorConfig
+from keye.errors import KeyeError
+from keye.media import sizes
+from keye.media.fetch import jpeg_list, media_kind
+from keye.media.image import ImagePlan, plan_image
+from keye.media.inputs import as_source
+from keye.media.options import MediaOptions, media_options
+from keye.media.pictures import is_array
+from keye.media.plan import VideoPlan
+from keye.media.processor import Piece, Processor, VisualSpan, expand_frames
+from keye.media.video import open_video
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A video in memory: an array or tensor with four axes or a list of pictures (uint8 RGB), and the second of each
+    frame if it is known."""
+
+    frames: Any
+    timestamps: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class PlannedMedium:
+    """A medium whose options are known to be right and whose file, if it is one, has been found and probed.
+
+    `source` is a `Source` for a file, else pictures in memory, or a list of pictures that may be files. `plan` and
+    `pieces` are what is known before decoding: nothing of pictures in memory or in a list; of a video for 1.5, whose
+    fast frames are not told apart yet, the least that can stand for it in the prompt; else exactly that.
+    """
+
+    kind: MediumKind
+    source: Any
+    options: MediaOptions
+    plan: VideoPlan | ImagePlan | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of `pieces`."""
+        return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
+
+
+def as_medium(value: object, options: Mapping[str, Any] | None = None) -> Medium:
+    """Any medium that `ask` accepts, its kind found out by looking at it, under `options` that suit its kind.
+
+    A `Medium` brings its own options, and none may be given beside it.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise KeyeError(f"media_options is a {type(options).__name__}; give a dictionary such as {{'fps': 1}}")
+    given = dict(options or {})
+    if isinstance(value, Medium):
+        if given:
+            raise KeyeError(f"media_options {', '.join(map(str, given))} stand beside a medium with options of its own")
+        return check_medium(value)
+    return check_medium(_told_apart(value, given))
+
+
+def _told_apart(value: object, options: dict[str, Any]) -> Medium:
+    if isinstance(value, Image.Image):
+        return Medium("image", value, options)
+    if is_array(value):
+        return Medium("video" if getattr(value, "ndim", 3) == 4 else "image", value, options)
+    if isinstance(value, Frames) or jpeg_list(value) is not None:
+        return Medium("video", value, options)
+    source = as_source(value)
+    return Medium("image" if media_kind(source) == "image" else "video", source, options)
+
+
+def check_medium(medium: Medium) -> Medium:
+    """The medium itself if its options are right; nothing is opened."""
+    _options(medium)
+    return medium
+
+
+def _options(medium: Medium, videos: int = 1) -> MediaOptions:
+    given = dict(medium.options)
+    if unknown := [name for name in given if not isinstance(name, str)]:
+        raise KeyeError(f"{unknown[0]!r} is no option of {medium.kind}s; options have names such as 'fps'")
+    if not isinstance(given.get("strict_official"), bool | None):
+        raise KeyeError(f"strict_official is {given['strict_official']!r}; give true or false")
+    if isinstance(medium.source, Frames) and medium.source.timestamps is not None:
+        given["timestamps"] = medium.source.timestamps
+    return media_options(medium.kind, given, video_count=max(videos, 1))
+
+
+def plan_medium(medium: Medium, processor: Processor, videos: int = 1) -> PlannedMedium:
+    """Fetches and probes one medium of a request with `videos` videos; of a video, one frame is decoded
+    for probing."""
+    options, config = _options(medium, videos), processor.config
+    source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
+    if isinstance(source, Image.Image) or is_array(source):
+        return PlannedMedium(medium.kind, source, options)
+    if medium.kind == "image":
+        file = as_source(source)
+        image = plan_image(file, config, options)
+        return PlannedMedium("image", file, options, image, (VisualSpan("image", image.visual_tokens),))
+    if isinstance(source, list | tuple) or jpeg_list(source) is not None:
+        return PlannedMedium("video", source, options)
+    file = as_source(source)
+    with open_video(file, processor.limits) as reader:
+        plan = reader.plan(config, options)
+    return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
+
+
+def _least_pieces(plan: VideoPlan, config: ProcessorConfig, options: MediaOptions) -> list[Piece]:
+    if config.generation == "preview":
+        return [VisualSpan("video", plan.visual_tokens)]
+    tokens = plan.tokens_per_frame
+    if config.generation == "1.5":
+        # As if all frames were fast: with slow ones among them both kinds get at least as many tokens.
+        height, width = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, config, options).fast
+        tokens = (height // config.factor) * (width // config.factor)
+    return expand_frames([tokens] * plan.frames, config, plan.timestamps)
