@@ -15,7 +15,8 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.sizes import encoded_size, image_size
+from keye.media.sizes import check_sides, encoded_size, image_size
+from keye.media.unmet import warn_of_image
 
 #: Formats that are read; of an animation or a multi-page file the first picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -54,8 +55,10 @@ def plan_image(
         if not options.strict_official and _orientation(image, source.name) in (5, 6, 7, 8):
             # The EXIF orientations that swap the axes.
             width, height = height, width
+    check_sides(height, width, source.name, ratio=options.resized is None)
     held = image_size(height, width, config, options)
     new_height, new_width = encoded_size(*held, config, options)
+    warn_of_image(source.name, (new_height, new_width), config, options)
     tokens = (new_height // config.factor) * (new_width // config.factor)
     return ImagePlan(source.name, width, height, new_width, new_height, tokens)
 
