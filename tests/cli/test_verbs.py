@@ -33,6 +33,12 @@ def test_settings_that_are_not_honoured_are_notes(run: Callable, model_folder: P
     assert result.err.count("keye: --min-frames 20 cannot be met for short.mp4: it gets 8 frames\n") == 1
 
 
+def test_a_note_comes_once(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200)).save(tmp_path / "picture.png")
+    words = [tmp_path / "picture.png", "what?", "--max-pixels", 1, "--max-tokens", 1, "--model", model_folder]
+    assert run("ask", *words).err.count("--max-pixels 1 cannot be met for picture.png") == 1
+
+
 def test_a_share_of_the_budget(run: Callable, model_folder: Path, video: Path) -> None:
     arguments = ["plan", video, "--total-pixels", 784 * 100, "--model", model_folder, "--json"]
     whole, share = (run(*arguments, *flags).data["visual_tokens"] for flags in ([], ["--adaptive-budget"]))

@@ -286,6 +286,7 @@ def test_frames_as_a_data_url(tmp_path: Path) -> None:
         ("video", {"nframes": 2.5}, "must be a whole number"),
         ("video", {"total_pixels": 1, "video_total_pixels": 1}, "are the same option"),
         ("video", {"resized_height": 5}, "must be given together"),
+        ("video", {"adaptive_budget": "yes"}, "adaptive_budget is 'yes'; give true or false"),
         ("video", {"min_frames": 10, "max_frames": 4}, "min_frames=10 is above max_frames=4"),
         ("image", {"min_pixels": 100_000, "max_pixels": 10}, "min_pixels=100000 is above max_pixels=10"),
         ("video", {"min_frame_similarity": 2}, "between 0 and 1"),

@@ -96,6 +96,8 @@ def test_images(tmp_path: Path) -> None:
     sentence = "max_pixels=1 cannot be met for a.png: it gets 28x28 pixels"
     assert told(lambda: plan_image(source, V20, small)) == [sentence]
     assert told(lambda: Processor(V20).image(source, small)) == [sentence]
+    plan = plan_image(source, V20)
+    assert told(lambda: Processor(V20).image(source, small, plan=plan)) == []
     assert told(lambda: plan_image(source, V20, MediaOptions(min_pixels=5000, max_pixels=10_000))) == []
 
 

@@ -73,6 +73,8 @@ class MediaOptions:
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise KeyeError("{} is {!r}; give seconds", Option(name), value)
+        if self.adaptive_budget not in (None, False, True):
+            raise KeyeError("{} is {!r}; give true or false", Option("adaptive_budget"), self.adaptive_budget)
         similarity = self.min_frame_similarity
         if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
             raise KeyeError("{} is {}; it must lie between 0 and 1", Option("min_frame_similarity"), similarity)

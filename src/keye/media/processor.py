@@ -84,8 +84,9 @@ class Processor:
         self.config = config
         self.limits = limits or DecodeLimits()
 
-    def image(self, source: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
-        """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`)."""
+    def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
+        """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`). With a plan made before,
+        nothing is warned of again."""
         if isinstance(source, Source):
             name, image = source.name, read_image(source, strict_official=options.strict_official)
         else:
@@ -93,7 +94,8 @@ class Processor:
         sizes.check_sides(image.height, image.width, name, ratio=options.resized is None)
         pixels = resize_image(image, self.config, options)
         height, width = pixels.shape[:2]
-        warn_of_image(name, (height, width), self.config, options)
+        if plan is None:
+            warn_of_image(name, (height, width), self.config, options)
         tokens = (height // self.config.factor) * (width // self.config.factor)
         plan = ImagePlan(name, image.width, image.height, width, height, tokens)
         vision = images_to_patches(pixels[None], self.config)
