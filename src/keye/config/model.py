@@ -1,50 +1,19 @@
-"""Every configuration of keye: model, processor, generation. Reads and validates the official files.
+"""The configuration of a model: its networks, its token ids and how it wants to be sampled. Reads the official files.
 
-Knows the field names of the official `config.json`; knows nothing of tensors. All classes are frozen: a configuration
-is read once and passed around. This module and `cli` are the only ones that read the environment.
+Knows the field names of the official `config.json`; knows nothing of tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from keye.errors import KeyeError
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What an architecture name promises, beyond the numbers of its config.
-
-    `sparse`: layers may have a DSA indexer. `moe`: layers may route to experts. `preview`: the vision tower attends
-    over all frames of a video, the projector normalises before it merges, and the time axis of a video counts seconds.
-    `runs`: whether its language model is implemented.
-    """
-
-    generation: str
-    sparse: bool = False
-    moe: bool = False
-    preview: bool = False
-    runs: bool = True
-
-
-ARCHITECTURES = {
-    "KeyeVL2MoeForConditionalGeneration": Architecture("2.0", sparse=True, moe=True),
-    "KeyeVL2ForConditionalGeneration": Architecture("2.0", sparse=True),
-    "KeyeVL1_5ForConditionalGeneration": Architecture("1.5"),
-    "KeyeForConditionalGeneration": Architecture("preview", preview=True),
-    "KeyeVLMoeForConditionalGeneration": Architecture("671B", moe=True, runs=False),
-}
-
-
-class ConfigError(KeyeError):
-    """A configuration file is missing, unreadable, incomplete or contradicts itself."""
+from keye.config.architecture import ARCHITECTURES, Architecture, architecture_name
+from keye.config.files import ConfigError, read_json, require, require_whole
 
 
 @dataclass(frozen=True)
@@ -162,87 +131,6 @@ class KeyeConfig:
         return dataclasses.replace(self, text=dataclasses.replace(self.text, sparse=None))
 
 
-Generation = Literal["preview", "1.5", "2.0"]
-
-#: What the utilities of the older generations set otherwise than 2.0 (keye-vl-utils 1.0.0 and 1.5.2).
-_PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "preview": {
-        "image_max_tokens": 16384, "video_min_tokens": 128, "video_max_tokens": 768, "video_total_tokens": 115200,
-        "min_frames": 4, "max_frames": 768, "frame_factor": 2, "frame_text": "",
-    },
-    "1.5": {"video_min_tokens": 48, "video_max_tokens": 768, "video_total_tokens": 65536, "min_frames": 1},
-    "2.0": {},
-}  # fmt: skip
-#: Architectures whose media follow the rules of another generation than 2.0. The 671B model uses those of 1.5.
-_GENERATION_OF: Mapping[str, Generation] = {
-    "KeyeForConditionalGeneration": "preview",
-    "KeyeVL1_5ForConditionalGeneration": "1.5",
-    "KeyeVLMoeForConditionalGeneration": "1.5",
-}
-
-
-@dataclass(frozen=True)
-class ProcessorConfig:
-    """How media become visual tokens. One token stands for `factor` x `factor` pixels; budgets are in tokens.
-
-    `generation` chooses the rules: Preview (absolute time, an even number of frames, a second resize by the
-    processor), 1.5 (slow and fast frames) or 2.0. `frame_factor` is what the number of frames is a multiple of.
-    `processor_min_pixels` and `processor_max_pixels` limit the second resize; None means there is none.
-    `fast_ratio` is the tokens of a fast frame over those of a slow one, `min_frame_similarity` the share of similar
-    patches below which a frame is slow.
-    `frame_text` is the text before the visual tokens of one video frame; empty means that a video is one run of tokens.
-    The text of the official 2.0 processor is not published; the default is the form of 1.5 and is our reading of it.
-    """
-
-    generation: Generation = "2.0"
-    patch_size: int = 14
-    merge_size: int = 2
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_min_tokens: int = 4
-    image_max_tokens: int = 20480
-    processor_min_pixels: int | None = None
-    processor_max_pixels: int | None = None
-    video_min_tokens: int = 64
-    video_max_tokens: int = 256
-    video_total_tokens: int = 184320
-    fps: float = 2.0
-    frame_factor: int = 1
-    min_frames: int = 2
-    max_frames: int | None = None
-    adaptive_budget: bool = False
-    fast_ratio: float = 0.3
-    min_frame_similarity: float = 0.9
-    frame_text: str = "<|frame|>{seconds:.1f}"
-
-    @classmethod
-    def of(cls, generation: Generation, **changes: Any) -> ProcessorConfig:
-        """The official values of a generation, with `changes`."""
-        return cls(**{"generation": generation, **_PROCESSOR_DEFAULTS[generation], **changes})
-
-    @property
-    def factor(self) -> int:
-        """Side of one visual token in pixels."""
-        return self.patch_size * self.merge_size
-
-    @property
-    def token_pixels(self) -> int:
-        """Pixels that one visual token stands for."""
-        return self.factor**2
-
-    def __post_init__(self) -> None:
-        if self.generation not in _PROCESSOR_DEFAULTS:
-            raise ConfigError(f"generation {self.generation!r} is unknown; use preview, 1.5 or 2.0")
-        if self.video_min_tokens > self.video_max_tokens or self.image_min_tokens > self.image_max_tokens:
-            raise ConfigError("the processor's minimum of tokens is above its maximum; swap min_tokens and max_tokens")
-        if self.fps <= 0:
-            raise ConfigError(f"the processor's fps is {self.fps}; it must be above 0")
-        try:
-            self.frame_text.format(seconds=0.0)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ConfigError(f"frame_text {self.frame_text!r} may only use the field {{seconds}}: {error}") from None
-
-
 @dataclass(frozen=True)
 class GenerationConfig:
     """`generation_config.json`: how a model wants to be sampled. Absent values leave the engine's defaults.
@@ -270,29 +158,6 @@ class GenerationConfig:
         if self.do_sample:
             values |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class HubConfig:
-    """Where checkpoints come from by name: the hub's address, the folder that keeps them, and whether to ask the hub at
-    all. `timeout` is for answers of the hub, in seconds."""
-
-    endpoint: str = "https://huggingface.co"
-    cache: Path = Path("~/.cache/huggingface/hub")
-    offline: bool = False
-    timeout: float = 20.0
-
-
-def hub_config() -> HubConfig:
-    """The settings in the environment, under the names that other programs for the hub use: HF_ENDPOINT, HF_HUB_CACHE,
-    HF_HOME, XDG_CACHE_HOME and HF_HUB_OFFLINE."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    return HubConfig(
-        endpoint=(os.environ.get("HF_ENDPOINT") or HubConfig.endpoint).rstrip("/"),
-        cache=Path(cache).expanduser(),
-        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,9 +198,9 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
             f"the language model of {architecture} (Keye-VL-{kind.generation}) is DeepSeek-V3, which keye does not run "
             "yet; `keye inspect` describes it and keye.models.weights.load_vision loads its vision tower and projector"
         )
-    _require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
-    _require_whole(raw, _TEXT_SIZES, "config.json")
-    _require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
+    require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
+    require_whole(raw, _TEXT_SIZES, "config.json")
+    require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
     text = _text_config(raw, kind)
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
@@ -360,57 +225,6 @@ def load_model_config(folder: Path) -> KeyeConfig:
     return model_config_from_dict(read_json(Path(folder) / "config.json"))
 
 
-def load_processor_config(folder: Path) -> ProcessorConfig:
-    """Reads `folder/preprocessor_config.json` if present; absent fields keep the official values of the generation,
-    which the architecture in `folder/config.json` tells.
-
-    `min_pixels`/`max_pixels` of the file are the limits of an image; for Preview and 1.5, whose utilities resize with
-    limits of their own first, those of the processor's second resize. A `keye` object in the file holds our own fields
-    (video budgets, `frame_text`); unknown fields in it are errors.
-    """
-    generation = _generation(Path(folder))
-    path = Path(folder) / "preprocessor_config.json"
-    if not path.exists():
-        return ProcessorConfig.of(generation)
-    raw = read_json(path)
-    values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
-    for name in ("image_mean", "image_std"):
-        if name in raw:
-            values[name] = tuple(raw[name])
-    token = (values.get("patch_size", 14) * values.get("merge_size", 2)) ** 2
-    for bound in ("min", "max"):
-        if f"{bound}_pixels" not in raw:
-            continue
-        pixels = int(raw[f"{bound}_pixels"])
-        if generation == "2.0":
-            values[f"image_{bound}_tokens"] = pixels // token
-        else:
-            values[f"processor_{bound}_pixels"] = pixels
-    own = raw.get("keye", {})
-    fields = {f.name for f in dataclasses.fields(ProcessorConfig)}
-    if unknown := sorted(set(own) - fields):
-        raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
-    return ProcessorConfig.of(generation, **{**values, **own})
-
-
-def _generation(folder: Path) -> Generation:
-    """The generation whose rules for media a checkpoint follows; 2.0 without a config.json."""
-    path = folder / "config.json"
-    names = (read_json(path).get("architectures") or []) if path.exists() else []
-    return next((_GENERATION_OF[name] for name in names if name in _GENERATION_OF), "2.0")
-
-
-def preview_video_max_pixels() -> int | None:
-    """VIDEO_MAX_PIXELS, with which keye-vl-utils 1.0.0 lets the environment set the pixels of all frames of a video."""
-    value = os.environ.get("VIDEO_MAX_PIXELS")
-    if value is None:
-        return None
-    try:
-        return int(float(value))
-    except (ValueError, OverflowError):
-        raise ConfigError(f"VIDEO_MAX_PIXELS is {value!r}; it must be a number of pixels") from None
-
-
 def load_generation_config(folder: Path) -> GenerationConfig:
     """Reads `folder/generation_config.json` if present. Our own fields lie in its `keye` object; unknown ones there are
     errors, unknown official ones are left alone."""
@@ -431,42 +245,6 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig(**{**values, **own})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parses a JSON object from a file; `ConfigError` with one sentence otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a checkpoint folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _require(raw: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    if missing := [name for name in names if raw.get(name) is None]:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}")
-
-
-def _require_whole(raw: Mapping[str, Any], names: Iterable[str], where: str, *, least: int = 1) -> None:
-    """Every one of `names` that is given must be a whole number of at least `least`."""
-    for name in names:
-        value = raw.get(name)
-        if value is not None and (type(value) is not int or value < least):
-            raise ConfigError(f"{where} has {name} {value!r}; it must be a whole number of at least {least}")
-
-
-def architecture_name(raw: Mapping[str, Any]) -> str:
-    """The first known name in `architectures` of a parsed config.json; `ConfigError` when there is none."""
-    names = raw.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return str(name)
-    shown = ", ".join(map(str, names)) or "none"
-    raise ConfigError(f"architecture {shown} is not supported; supported are {', '.join(ARCHITECTURES)}")
-
-
 def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConfig:
     scaling = raw.get("rope_scaling") or {}
     if "mrope_section" not in scaling:
@@ -481,8 +259,8 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
     sparse = None
     if architecture.sparse and raw.get("sa_config"):
         wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
-        _require(raw["sa_config"], wanted, "sa_config")
-        _require_whole(raw["sa_config"], [*wanted, "indexer_num_kv_heads"], "sa_config")
+        require(raw["sa_config"], wanted, "sa_config")
+        require_whole(raw["sa_config"], [*wanted, "indexer_num_kv_heads"], "sa_config")
         sparse = SparseConfig(**{name: int(raw["sa_config"][name]) for name in wanted},
                               indexer_num_kv_heads=int(raw["sa_config"].get("indexer_num_kv_heads", 1)))  # fmt: skip
     heads = int(raw["num_attention_heads"])
@@ -502,10 +280,10 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
 def vision_config_from_dict(raw: Mapping[str, Any]) -> VisionConfig:
     """The vision part of an official `config.json` (already parsed), of any known architecture."""
     preview = ARCHITECTURES[architecture_name(raw)].preview
-    _require(raw, ["vision_config"], "config.json")
+    require(raw, ["vision_config"], "config.json")
     vision = raw["vision_config"]
-    _require(vision, _VISION_REQUIRED, "vision_config")
-    _require_whole(vision, (*_VISION_REQUIRED, "patch_size", "image_size", "spatial_merge_size"), "vision_config")
+    require(vision, _VISION_REQUIRED, "vision_config")
+    require_whole(vision, (*_VISION_REQUIRED, "patch_size", "image_size", "spatial_merge_size"), "vision_config")
     fields = {f.name for f in dataclasses.fields(VisionConfig)} - {"whole_video_attention", "norm_before_merge"}
     config = VisionConfig(
         **{k: v for k, v in vision.items() if k in fields and v is not None},
