@@ -1,8 +1,9 @@
 """Slow and fast frames of Keye-VL 1.5: classification and both resizes of a clip, against a plain transcription.
 
 The transcription takes the steps of the rule one by one, frame by frame and patch by patch, as a reader of the paper
-would write them down; tests hold both to the same recorded cases. Makes its own clip, checks that types, sizes and
-pixels are equal, prints JSON. Run:
+would write them down: all frames are shrunk, then each is compared with the latest slow one, and both are turned into
+HSV for it, as officially. The resizes are torch's on both sides and more than half of what keye takes. Tests hold both
+to the same recorded cases. Makes its own clip, checks that types, sizes and pixels are equal, prints JSON. Run:
     python benchmarks/slow_fast.py [--frames 120] [--width 854] [--height 480] [--repeats 3]
 """
 
@@ -72,12 +73,12 @@ def plain_types(frames: list[Pixels], threshold: float = FRAME_THRESHOLD) -> lis
     """0 for slow and 1 for fast frames."""
     height, width = frames[0].shape[:2]
     size = smart_resize(height, width, factor=PATCH, min_pixels=48 * 784, max_pixels=256 * 784)
-    types, slow = [0], 0
-    for i in range(1, len(frames)):
-        before, now = plain_resize(frames[slow], *size), plain_resize(frames[i], *size)
-        if plain_similarity(before, now) < threshold:
+    resized = [plain_resize(frame, *size) for frame in frames]
+    types, slow = [0], resized[0]
+    for now in resized[1:]:
+        if plain_similarity(slow, now) < threshold:
             types.append(0)
-            slow = i
+            slow = now
         else:
             types.append(1)
     return types

@@ -1,9 +1,44 @@
-"""Errors that are the user's to fix. Every other exception is a bug of ours and shows its traceback."""
+"""Errors that are the user's to fix, and warnings of settings that could not be honoured.
+
+Every other exception is a bug of ours and shows its traceback. A sentence may name options; they are spelled as in
+Python unless a door says otherwise, so that the command line can speak of its own flags.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 
-class KeyeError(ValueError):
+
+@dataclass(frozen=True)
+class Option:
+    """An option that a sentence names, with a value if it is to be set to one."""
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value}"
+
+
+class _Worded(Exception):
+    """A sentence with `{}` for each of `parts`, texts or options; without parts it stands as it is."""
+
+    def __init__(self, sentence: str, *parts: object) -> None:
+        super().__init__(sentence, *parts)
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+    def worded(self, spell: Callable[[Option], str]) -> str:
+        """The sentence with its options spelled by `spell`."""
+        sentence, *parts = self.args
+        if not parts:
+            return str(sentence)
+        return str(sentence).format(*(spell(part) if isinstance(part, Option) else part for part in parts))
+
+
+class KeyeError(_Worded, ValueError):
     """A mistake in what the user gave: a file, a name, a setting.
 
     The message is one sentence that names the thing and says what to do. The command line prints it without a
@@ -13,3 +48,7 @@ class KeyeError(ValueError):
 
 class MediaError(KeyeError):
     """An image or video that cannot be used: missing, damaged, cut short, too large, or of a kind we do not read."""
+
+
+class KeyeWarning(_Worded, UserWarning):
+    """A setting that was not honoured, or only in part. The command line prints it as a note."""

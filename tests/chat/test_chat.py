@@ -1,6 +1,7 @@
 """Conversations become prompts that users cannot forge; replies come apart into answer, reasoning and intervals."""
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from keye.chat import (
     render,
     to_seconds,
 )
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -150,7 +151,10 @@ def test_checked_messages_pass_through() -> None:
         ([user({"text": "x"})], r"content\[0\] has no 'type'"),
         ([user({"type": "text", "text": 3})], "text is a int"),
         ([user({"type": "video", "video": ""})], "video is empty"),
-        ([user({"type": "video", "video": "a", "speed": 2})], "unknown key 'speed': allowed are fps, max_frames"),
+        (
+            [user({"type": "video", "video": "a", "speed": 2})],
+            "unknown key 'speed': allowed are adaptive_budget, fps, max_frames",
+        ),
         ([user({"type": "image", "image": "a", "fps": 2})], "unknown key 'fps'"),
         ([user({"type": "video", "video": "a", "fps": "fast"})], "fps is 'fast': give a number"),
         ([user({"type": "video", "video": "a", "fps": 0})], "fps is 0: give a positive number"),
@@ -258,3 +262,20 @@ def test_times_for_people_are_read_back(seconds: float) -> None:
 def test_what_is_no_time(time: str) -> None:
     with pytest.raises(KeyeError, match="is no time"):
         to_seconds(time)
+
+
+def test_the_detail_of_an_image_is_one_warning() -> None:
+    def ask(**more: Any) -> Any:
+        picture = {"type": "image_url", "image_url": {"url": "a.png", **more}}
+        return normalize([user(picture, "what?")])[0].parts[0]
+
+    with pytest.warns(KeyeWarning, match="detail has no effect") as caught:
+        assert ask(detail="high", max_pixels=5000) == Medium("image", "a.png", {"max_pixels": 5000})
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask(detail="auto") == Medium("image", "a.png", {})
+    with pytest.raises(KeyeError, match=r"messages\[0\].content\[0\].image_url.detail is 'best': use one of auto"):
+        ask(detail="best")
+    with pytest.raises(KeyeError, match="unknown key 'detail'"):
+        normalize([user({"type": "video_url", "video_url": {"url": "a.mp4", "detail": "high"}}, "what?")])

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 Run = Callable
@@ -53,6 +54,20 @@ def write_absurd_png(path: Path) -> None:
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     )
+
+
+def write_fragment(path: Path) -> Path:
+    """The first part of a video of four seconds whose container declares all of it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 112, 112, "yuvj420p"  # type: ignore[union-attr]
+        for i in range(40):
+            pixels = np.full((112, 112, 3), 6 * i, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))  # type: ignore[union-attr]
+        container.mux(stream.encode())  # type: ignore[union-attr]
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * 0.6)])
+    return path
 
 
 def make_bad_file(kind: str, folder: Path, video: Path) -> Path:
@@ -109,7 +124,10 @@ def test_bad_files(
         (["--device", "toaster"], "device 'toaster' cannot be used here"),
         (["--device", "meta"], "device 'meta' cannot be used here"),
         (["--start", 10], "choose a longer range inside it"),
-        (["--fps", 1, "--nframes", 2], "exclude each other"),
+        (["--start", 10, "--end", 12.5], "--start 10 and --end 12.5 leave fewer than two frames"),
+        (["--fps", 1, "--nframes", 2], "--fps and --nframes exclude each other"),
+        (["--min-frames", 10, "--max-frames", 4], "--min-frames 10 is above --max-frames 4"),
+        (["--total-pixels", 10], "raise --total-pixels"),
     ],
 )
 def test_bad_settings(
@@ -117,6 +135,18 @@ def test_bad_settings(
 ) -> None:
     model = [] if "--model" in arguments else ["--model", model_folder]
     assert sentence in fails("ask", video, "what happens?", *model, *arguments)
+
+
+def test_sentences_name_the_options_of_the_command_line(
+    fails: Callable[..., str], tmp_path: Path, model_folder: Path
+) -> None:
+    cut = write_fragment(tmp_path / "cut.mkv")
+    for command in (["plan", cut], ["ask", cut, "what?"], ["ground", cut, "the circle"]):
+        assert "download it again or pass --end " in fails(*command, "--model", model_folder)
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (10_000, 3)).save(thin)
+    for command in (["plan", thin], ["ask", thin, "what?"]):
+        assert "thin.png is 10000x3 pixels, an aspect ratio above 200" in fails(*command, "--model", model_folder)
 
 
 def test_bad_words(fails: Callable[..., str], video: Path, model_folder: Path) -> None:

@@ -25,6 +25,26 @@ def test_plan_of_a_video_and_an_image(run: Callable, model_folder: Path, video: 
     assert "frames at 0.0 1.0 2.5 3.5 s" in text and "76 visual tokens, 7.4% of the 1,024 tokens" in text
 
 
+def test_settings_that_are_not_honoured_are_notes(run: Callable, model_folder: Path, video: Path) -> None:
+    result = run("plan", video, "--max-pixels", 1, "--json", "--model", model_folder)
+    assert result.code == 0 and result.data["media"][0]["frames"] == 8
+    assert result.err == "keye: --max-pixels 1 cannot be met for short.mp4: it gets 56x56 pixels a frame\n"
+    result = run("ask", video, "what?", "--min-frames", 20, "--max-tokens", 1, "--model", model_folder)
+    assert result.err.count("keye: --min-frames 20 cannot be met for short.mp4: it gets 8 frames\n") == 1
+
+
+def test_a_note_comes_once(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200)).save(tmp_path / "picture.png")
+    words = [tmp_path / "picture.png", "what?", "--max-pixels", 1, "--max-tokens", 1, "--model", model_folder]
+    assert run("ask", *words).err.count("--max-pixels 1 cannot be met for picture.png") == 1
+
+
+def test_a_share_of_the_budget(run: Callable, model_folder: Path, video: Path) -> None:
+    arguments = ["plan", video, "--total-pixels", 784 * 100, "--model", model_folder, "--json"]
+    whole, share = (run(*arguments, *flags).data["visual_tokens"] for flags in ([], ["--adaptive-budget"]))
+    assert whole == run(*arguments, "--no-adaptive-budget").data["visual_tokens"] > 2 * share
+
+
 def test_plan_says_when_a_video_does_not_fit(run: Callable, own_model: Path, video: Path) -> None:
     config = json.loads((own_model / "config.json").read_text()) | {"max_position_embeddings": 100}
     (own_model / "config.json").write_text(json.dumps(config))

@@ -92,6 +92,15 @@ def test_bad_images(tmp_path: Path) -> None:
             read_image(fetch_source(claims_size(encoded(picture()), side)))
 
 
+def test_a_png_that_is_cut_short() -> None:
+    # Its EXIF may stand behind the pixels, so that a plan, which decodes nothing, meets the cut too.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    cut = fetch_source(encoded(noise)[:100_000])
+    for use in (read_image, lambda source: plan_image(source, CONFIG)):
+        with pytest.raises(MediaError, match="is damaged .*download or export it again"):
+            use(cut)
+
+
 def test_ways_to_name_a_file(tmp_path: Path) -> None:
     data = encoded(picture())
     path = tmp_path / "a picture.png"

@@ -128,7 +128,7 @@ def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, 
 def test_budget_of_several_and_short_videos() -> None:
     def budget(duration: float, count: int = 1, total: float | None = None, adaptive: bool | None = None) -> float:
         options = MediaOptions(video_count=count, video_total_pixels=total)
-        return sizes.total_pixels(CONFIG, duration, options, adaptive=adaptive)
+        return sizes.total_pixels(CONFIG, duration, options.replace(adaptive_budget=adaptive))
 
     assert budget(60.0) == 144506880.0
     assert budget(60.0, count=3) == 48168960.0

@@ -46,6 +46,12 @@ def test_hsv_of_known_colours() -> None:
     assert hsv(np.array([colours], dtype=np.uint8))[0].tolist() == [list(e) for e in expected]
 
 
+def test_hsv_of_the_colour_cube() -> None:
+    levels = np.arange(0, 256, 5, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, len(levels), 3)
+    assert np.array_equal(hsv(cube), PLAIN["plain_hsv"](cube))
+
+
 @given(st.tuples(*[st.integers(0, 255)] * 3))
 def test_hsv_is_near_the_formula(rgb: tuple[int, int, int]) -> None:
     h, s, v = (int(x) for x in hsv(np.array([[rgb]], dtype=np.uint8))[0, 0])

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
+from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError
@@ -115,6 +116,16 @@ def test_variable_rate_is_sampled_by_time(tmp_path: Path) -> None:
     gaps = np.diff(plan.timestamps)
     assert gaps.min() > 0.4
     assert gaps.max() < 1.6
+
+
+@pytest.mark.parametrize("last", [100, 5000])
+def test_the_last_frame_lasts_as_long_as_the_container_says(tmp_path: Path, last: int) -> None:
+    frames = [Image.fromarray(coded_frame(i)) for i in range(6)]
+    times = [100, 100, 900, 100, 100, last]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=times)
+    info = probe(fetch_source(tmp_path / "a.gif"))
+    assert not info.constant_rate
+    assert info.duration == pytest.approx(sum(times) / 1000)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])

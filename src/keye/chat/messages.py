@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 
 Role = Literal["system", "user", "assistant", "tool"]
 MediumKind = Literal["image", "video"]
@@ -19,7 +20,7 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 IMAGE_OPTIONS: Final = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width", "strict_official"})
 VIDEO_OPTIONS: Final = IMAGE_OPTIONS | {
     "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "total_pixels", "video_start", "video_end",
-    "min_frame_similarity", "timestamps",
+    "min_frame_similarity", "timestamps", "adaptive_budget",
 }  # fmt: skip
 _OPTIONS: Final = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
 _MAY_BE_ZERO: Final = frozenset({"video_start", "video_end", "min_frame_similarity"})
@@ -29,6 +30,8 @@ _KEYS: Final = {
     "assistant": {"role", "content", "tool_calls"},
     "tool": {"role", "content", "tool_call_id", "name"},
 }
+#: OpenAI's key beside an image's URL.
+_DETAILS: Final = ("auto", "low", "high")
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -72,7 +75,8 @@ def normalize(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
 
     Every other is `{"role": ..., "content": ...}` with content a text or a list of `{"type": "text", "text": ...}`,
     `{"type": "image", "image": SOURCE, ...}`, `{"type": "video", "video": SOURCE, ...}`, or the OpenAI forms
-    `{"type": "image_url", "image_url": {"url": SOURCE}}` and `video_url`. Options of a medium (IMAGE_OPTIONS,
+    `{"type": "image_url", "image_url": {"url": SOURCE}}` and `video_url`; `detail` beside an image's URL is checked and
+    has no effect. Options of a medium (IMAGE_OPTIONS,
     VIDEO_OPTIONS) stand beside the source, inside the `_url` object, or in a `preprocess_kwargs` object at either
     place. An assistant's message may have `tool_calls` (`{"function": {"name": ..., "arguments": ...}}`) and then needs
     no content; a message of role "tool" carries the result of a call. Raises KeyeError naming the entry at fault.
@@ -199,10 +203,23 @@ def _medium_url(where: str, kind: MediumKind, part: object) -> Medium:
     key = f"{kind}_url"
     fields = _fields(where, part, allowed={"type", key, "preprocess_kwargs", *_OPTIONS[kind]}, required=(key,))
     inner = fields[key] if isinstance(fields[key], Mapping) else {"url": fields[key]}
+    if kind == "image" and "detail" in inner:
+        inner = _without_detail(where, inner)
     outer = {name: value for name, value in fields.items() if name not in ("type", key)}
     if repeated := sorted(outer.keys() & inner.keys()):
         raise KeyeError(f"{where}.{repeated[0]} stands beside {key} and inside it: give it once.")
     return _medium(f"{where}.{key}", kind, {**inner, **outer}, source_key="url", also_allowed=set())
+
+
+def _without_detail(where: str, picture: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object without OpenAI's `detail`, which means two fixed sizes that Keye does not have."""
+    if picture["detail"] not in _DETAILS:
+        raise KeyeError(f"{where}.image_url.detail is {picture['detail']!r}: use one of {', '.join(_DETAILS)}.")
+    if picture["detail"] != "auto":
+        warnings.warn(
+            KeyeWarning("detail has no effect on images: min_pixels and max_pixels set their size"), stacklevel=2
+        )
+    return {name: value for name, value in picture.items() if name != "detail"}
 
 
 def _medium(where: str, kind: MediumKind, part: object, *, source_key: str, also_allowed: set[str]) -> Medium:
@@ -225,7 +242,7 @@ def _medium(where: str, kind: MediumKind, part: object, *, source_key: str, also
 
 
 def _check_option(where: str, name: str, value: object) -> None:
-    if name == "strict_official":
+    if name in ("strict_official", "adaptive_budget"):
         if not isinstance(value, bool):
             raise KeyeError(f"{where} is {value!r}: give true or false.")
         return

@@ -9,15 +9,18 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import click
 
+from keye.commands.options import spelled
 from keye.commands.terminal import one_line
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 
 DEFECT, MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -70,7 +73,8 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         if reconfigure is not None:  # a terminal that lacks a character shows another one
             reconfigure(errors="replace")
     try:
-        code = command.main(list(arguments), prog_name="keye", standalone_mode=False)
+        with _noted_warnings():
+            code = command.main(list(arguments), prog_name="keye", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (click.Abort, KeyboardInterrupt):
@@ -82,6 +86,25 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         return DEFECT
     except Exception as error:  # noqa: BLE001 - the last resort, where a defect becomes a sentence and an exit code
         return _explain(error, debug="--debug" in arguments)
+
+
+@contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Warnings of settings that were not honoured, as notes on standard error; others as Python shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", KeyeWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if isinstance(message, KeyeWarning):
+                from keye.commands.inputs import note
+
+                note(message.worded(spelled))
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _explain(error: Exception, *, debug: bool) -> int:
@@ -97,7 +120,7 @@ def _explain(error: Exception, *, debug: bool) -> int:
     if isinstance(error, click.ClickException):
         return _tell(error.format_message(), MISTAKE)
     if isinstance(error, KeyeError):
-        return _tell(str(error), MISTAKE)
+        return _tell(error.worded(spelled), MISTAKE)
     hint = "" if debug else "; run again with --debug to see where"
     return _tell(f"unexpected {type(error).__name__}: {one_line(str(error))[:300] or 'no message'}{hint}", DEFECT)
 

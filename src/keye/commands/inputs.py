@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from keye.chat import Medium, normalize_tools
-from keye.commands.options import IMAGE_OPTIONS, SAMPLING_OPTIONS, VIDEO_OPTIONS, given
+from keye.commands.options import IMAGE_OPTIONS, SAMPLING_OPTIONS, VIDEO_OPTIONS, flag, given
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError
 from keye.media.download import FetchLimits
@@ -134,11 +134,6 @@ def reply_options(model: Keye, options: Mapping[str, Any]) -> dict[str, Any]:
         if unused:
             note(f"{', '.join(unused)} has no effect at temperature 0")
     return {**sampling, "thinking": options["thinking"], "attention": options["attention"]}
-
-
-def flag(name: str) -> str:
-    """The option of the command line that sets `name`."""
-    return "--" + name.removeprefix("video_").replace("_", "-")
 
 
 def only_video(file: str, options: Mapping[str, Any]) -> Medium:

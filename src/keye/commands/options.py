@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from keye.errors import Option
+
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
 
@@ -18,7 +20,7 @@ CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_w
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "strict_official")
 VIDEO_OPTIONS = (
     *IMAGE_OPTIONS, "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "video_start", "video_end",
-    "min_frame_similarity",
+    "min_frame_similarity", "adaptive_budget",
 )  # fmt: skip
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
@@ -117,6 +119,12 @@ sampling_frames: Callable[[F], F] = _all(
     click.option("--max-pixels", type=COUNT, metavar="N", help="Most pixels of a frame or image."),
     click.option("--total-pixels", "video_total_pixels", type=COUNT, metavar="N", help="Most pixels of all frames."),
     click.option(
+        "--adaptive-budget/--no-adaptive-budget",
+        default=None,
+        help="Keye-VL 2.0: a single video of up to 34 minutes gets a share of --total-pixels by its length."
+        "  [default: as the model's files say]",
+    ),
+    click.option(
         "--min-frame-similarity",
         type=click.FloatRange(0, 1),
         metavar="SHARE",
@@ -146,6 +154,16 @@ sampling_text: Callable[[F], F] = _all(
         "--think/--no-think", "thinking", default=None, help="Ask for or against reasoning before the answer."
     ),
 )
+
+
+def flag(name: str) -> str:
+    """The option of the command line that sets `name`."""
+    return "--" + name.removeprefix("video_").replace("_", "-")
+
+
+def spelled(option: Option) -> str:
+    """An option that a sentence names, as the command line has it."""
+    return flag(option.name) if option.value is None else f"{flag(option.name)} {option.value}"
 
 
 def given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

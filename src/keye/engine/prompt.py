@@ -13,8 +13,9 @@ from torch import Tensor
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
 from keye.engine.media import PlannedMedium, check_medium, plan_medium
-from keye.errors import KeyeError
+from keye.errors import KeyeError, Option
 from keye.media.fetch import Source
+from keye.media.image import ImagePlan
 from keye.media.inputs import open_frames
 from keye.media.patches import VisionInput
 from keye.media.plan import VideoPlan
@@ -38,7 +39,8 @@ class Room:
             seen = f", {visual} of them visual" if visual else ""
             raise KeyeError(
                 f"the prompt takes {taken}{seen} and the reply up to {self.reply}, but the context holds {self.limit}; "
-                "sample fewer or smaller frames (--fps, --max-frames, --max-pixels) or lower --max-tokens"
+                "sample fewer or smaller frames ({}, {}, {}) or lower {}",
+                *map(Option, ("fps", "max_frames", "max_pixels", "max_tokens")),
             )
 
 
@@ -122,7 +124,8 @@ class PromptBuilder:
 
     def _decode(self, medium: PlannedMedium) -> MediaItem:
         if medium.kind == "image":
-            return self.processor.image(medium.source, medium.options)
+            plan = medium.plan if isinstance(medium.plan, ImagePlan) else None
+            return self.processor.image(medium.source, medium.options, plan=plan)
         if isinstance(medium.source, Source):
             assert isinstance(medium.plan, VideoPlan)
             return self.processor.video(medium.source, medium.options, plan=medium.plan)

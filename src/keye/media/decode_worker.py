@@ -36,7 +36,8 @@ _LATE_FRAMES = 2.5
 
 
 class WorkerError(Exception):
-    """What is wrong with the file and what to do, without its name."""
+    """What is wrong with the file and what to do, without its name: a sentence, with `{}` for each option named after
+    it, which whoever tells the user spells."""
 
 
 @dataclass
@@ -44,13 +45,15 @@ class Scan:
     """What demuxing alone tells. Times are in units of the stream's time base.
 
     `times` are the frames' presentation times in ascending order; `known` is false when the container gives none and
-    they are counted. `keys` are the times of frames where decoding can start.
+    they are counted. `keys` are the times of frames where decoding can start. `last_duration` is how long the container
+    shows the last frame, None where it does not tell.
     """
 
     times: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     known: bool = True
     first_packet: tuple[int | None, int | None] = (None, None)
+    last_duration: int | None = None
     ends: dict[int, float] = field(default_factory=dict)
     first_frame: VideoFrame | None = None
 
@@ -84,6 +87,7 @@ class Reader:
             "declared_end": None if duration is None else (duration + (self.container.start_time or 0)) / av.time_base,
             "readable_end": max(self.scan.ends.values()),
             "known_times": self.scan.known,
+            "last_duration": self.scan.last_duration,
         }
 
     def frames(self, targets: list[int], width: int, height: int) -> Iterator[bytes]:
@@ -106,7 +110,8 @@ class Reader:
                 if frame is None:
                     raise WorkerError(
                         f"is cut short or damaged: no frame at {self._seconds(targets[place]):.1f} s can be decoded; "
-                        "download it again or pass a smaller video_end"
+                        "download it again or pass a smaller {}",
+                        "video_end",
                     )
                 place += 1
                 yield frame
@@ -226,7 +231,9 @@ class Reader:
     def _damaged(self, time: int) -> WorkerError:
         return WorkerError(
             f"is damaged near {self._seconds(time):.1f} s; download it again, re-encode it, or leave that part out "
-            "with video_start and video_end"
+            "with {} and {}",
+            "video_start",
+            "video_end",
         )
 
 
@@ -264,6 +271,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
     """Reads every packet without decoding, except for the first frame, which tells the true size and the rotation."""
     found = Scan()
     entries: list[tuple[int | None, int | None, bool]] = []
+    latest: int | None = None
     started = False
     for packet in container.demux():
         if packet.size == 0 or packet.is_corrupt:
@@ -282,6 +290,8 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
         if packet.is_discard or (not entries and not packet.is_keyframe and found.first_frame is None):
             continue
         entries.append((packet.pts, packet.dts, packet.is_keyframe))
+        if packet.pts is not None and (latest is None or packet.pts >= latest):
+            latest, found.last_duration = packet.pts, packet.duration or None
     if found.first_frame is None:
         found.first_frame = _first_frame(None, stream)
     _order(found, entries, stream)
@@ -339,11 +349,11 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
                 send(out, FRAME, frame)
             send(out, END, b"")
     except WorkerError as error:
-        send(out, ERROR, str(error).encode())
+        send_error(out, *error.args)
     except MemoryError:
-        send(out, ERROR, b"needs more memory to decode than the limit allows; re-encode it smaller")
+        send_error(out, "needs more memory to decode than the limit allows; re-encode it smaller")
     except av.error.FFmpegError as error:
-        send(out, ERROR, f"is damaged ({error.strerror}); download it again or re-encode it".encode())
+        send_error(out, f"is damaged ({error.strerror}); download it again or re-encode it")
 
 
 def send(out: BinaryIO, kind: bytes, body: bytes) -> None:
@@ -351,6 +361,11 @@ def send(out: BinaryIO, kind: bytes, body: bytes) -> None:
     out.write(HEADER.pack(kind, len(body)))
     out.write(body)
     out.flush()
+
+
+def send_error(out: BinaryIO, sentence: str, *options: str) -> None:
+    """Writes the message that ends the conversation: a JSON list of a `WorkerError`'s sentence and options."""
+    send(out, ERROR, json.dumps([sentence, *options]).encode())
 
 
 def limit_process(memory_bytes: int, cpu_seconds: int) -> None:

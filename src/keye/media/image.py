@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -14,12 +15,15 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.sizes import encoded_size, image_size
+from keye.media.sizes import check_sides, encoded_size, image_size
+from keye.media.unmet import warn_of_image
 
 #: Formats that are read; of an animation or a multi-page file the first picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 #: Most pixels an image may have before it is decoded (300 MB as RGB).
 MAX_IMAGE_PIXELS = 100_000_000
+#: What Pillow raises for a file whose content is wrong.
+_DAMAGE = (OSError, ValueError, TypeError, SyntaxError, EOFError, MemoryError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ def plan_image(
     with _stream(source) as file:
         image = _open(file, source.name, pixel_limit)
         width, height = image.size
-        if not options.strict_official and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+        if not options.strict_official and _orientation(image, source.name) in (5, 6, 7, 8):
             # The EXIF orientations that swap the axes.
             width, height = height, width
+    check_sides(height, width, source.name, ratio=options.resized is None)
     held = image_size(height, width, config, options)
     new_height, new_width = encoded_size(*held, config, options)
+    warn_of_image(source.name, (new_height, new_width), config, options)
     tokens = (new_height // config.factor) * (new_width // config.factor)
     return ImagePlan(source.name, width, height, new_width, new_height, tokens)
 
@@ -68,8 +74,8 @@ def read_image(source: Source, *, pixel_limit: int = MAX_IMAGE_PIXELS, strict_of
         try:
             upright = image if strict_official else ImageOps.exif_transpose(image)
             return upright.convert("RGBA" if upright.mode == "RGBA" else "RGB")
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-            raise MediaError(f"{source.name} is damaged ({error}); download or export it again") from None
+        except _DAMAGE as error:
+            raise _damaged(source.name, error) from None
 
 
 def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
@@ -102,6 +108,19 @@ def resize_exactly(image: Image.Image, height: int, width: int) -> NDArray[np.ui
 
 def _stream(source: Source) -> BinaryIO:
     return fetch_source(source, max_bytes=MAX_IMAGE_BYTES).open()
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """The EXIF orientation, 1 if there is none. In a PNG it may stand behind the pixels, so a file that is cut short
+    fails here."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except _DAMAGE as error:
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: Exception) -> MediaError:
+    return MediaError(f"{name} is damaged ({error}); download or export it again")
 
 
 def _open(file: BinaryIO, name: str, pixel_limit: int) -> Image.Image:

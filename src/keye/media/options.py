@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keye.errors import KeyeError
+from keye.errors import KeyeError, Option
 
 MediumKind = Literal["image", "video"]
 
 _COUNTS = ("nframes", "min_frames", "max_frames", "resized_height", "resized_width", "video_count")
 _AMOUNTS = ("fps", "min_pixels", "max_pixels", "video_total_pixels")
 _TIMES = ("video_start", "video_end")
+#: Least and most of the same thing.
+_LIMITS = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"))
 
 
 def _is_number(value: object) -> bool:
@@ -36,6 +38,7 @@ class MediaOptions:
     video_total_pixels: limit on the area of all frames together (Preview calls it `total_pixels`).
     resized_height, resized_width: the size itself, rounded to whole tokens; both or neither.
     video_start, video_end: the part of the video to use, in seconds.
+    adaptive_budget: 2.0 only, a single short video gets a share of the budget by its length (`sizes.ADAPTIVE_SHARES`).
     min_frame_similarity: 1.5 only, share of similar patches below which a frame becomes a slow frame.
     timestamps: seconds of the pictures of a list.
     video_count: videos that share the configured budget (2.0).
@@ -51,6 +54,7 @@ class MediaOptions:
     video_total_pixels: float | None = None
     resized_height: int | None = None
     resized_width: int | None = None
+    adaptive_budget: bool | None = None
     video_start: float | None = None
     video_end: float | None = None
     min_frame_similarity: float | None = None
@@ -62,22 +66,28 @@ class MediaOptions:
         for name in (*_AMOUNTS, *_COUNTS):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
-                raise KeyeError(f"{name} is {value}; it must be above 0")
+                raise KeyeError("{} is {}; it must be above 0", Option(name), value)
             if name in _COUNTS and value is not None and value != int(value):
-                raise KeyeError(f"{name} is {value}; it must be a whole number")
+                raise KeyeError("{} is {}; it must be a whole number", Option(name), value)
         for name in _TIMES:
             value = getattr(self, name)
             if value is not None and not _is_number(value):
-                raise KeyeError(f"{name} is {value!r}; give seconds")
+                raise KeyeError("{} is {!r}; give seconds", Option(name), value)
+        if self.adaptive_budget not in (None, False, True):
+            raise KeyeError("{} is {!r}; give true or false", Option("adaptive_budget"), self.adaptive_budget)
         similarity = self.min_frame_similarity
         if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
-            raise KeyeError(f"min_frame_similarity is {similarity}; it must lie between 0 and 1")
+            raise KeyeError("{} is {}; it must lie between 0 and 1", Option("min_frame_similarity"), similarity)
         if self.strict_official:
             return
+        for least, most in _LIMITS:
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise KeyeError("{} is above {}; swap them or leave one out", Option(least, low), Option(most, high))
         if (self.resized_height is None) != (self.resized_width is None):
             raise KeyeError("resized_height and resized_width must be given together")
         if self.fps is not None and self.nframes is not None:
-            raise KeyeError("fps and nframes exclude each other; give one of them")
+            raise KeyeError("{} and {} exclude each other; give one of them", Option("fps"), Option("nframes"))
 
     @property
     def resized(self) -> tuple[int, int] | None:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, MediaError
+from keye.errors import KeyeError, MediaError, Option
 from keye.media import sampling, sizes
 from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.unmet import warn_of_video
 
 if TYPE_CHECKING:
     from keye.media.video import VideoInfo
@@ -89,22 +90,28 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     """
     start, end = options.video_start, options.video_end
     if options.strict_official and config.generation == "1.5" and (start is not None or end is not None):
-        raise KeyeError("the official 1.5 code does not take video_start and video_end; leave strict_official out")
+        named = map(Option, ("video_start", "video_end", "strict_official"))
+        raise KeyeError("the official 1.5 code takes neither {} nor {}; leave {} out", *named)
     if info.cut_short and (end is None or end > info.duration):
         raise MediaError(
-            f"{info.name} is cut short: {info.duration:.1f} of {info.declared_duration:.1f} s can be read; "
-            f"download it again or pass video_end={int(info.duration * 10) / 10}"
-        )
+            "{} is cut short: {:.1f} of {:.1f} s can be read; download it again or pass {}",
+            info.name, info.duration, info.declared_duration, Option("video_end", int(info.duration * 10) / 10),
+        )  # fmt: skip
+    sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
     first, last, count = _frame_range(info, start, end)
-    options = options.replace(video_total_pixels=sizes.total_pixels(config, count / info.fps, options))
+    asked, options = options, options.replace(video_total_pixels=sizes.total_pixels(config, count / info.fps, options))
     indices = sampling.sample_frames(count, info.fps, config, options, first=first)
+    sampled = len(indices)
     if not info.constant_rate and last > first:
         indices = _by_time(info, indices, first, last)
     if not indices:
-        raise MediaError(f"the token budget for {info.name} holds no frame; raise video_total_pixels")
+        raise MediaError("the token budget for {} holds no frame; raise {}", info.name, Option("video_total_pixels"))
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.generation == "preview":
         height, width = sizes.encoded_size(height, width, config, options)
+    warn_of_video(
+        info.name, len(indices), (height, width), config, asked, seconds=count / info.fps, sampled=sampled
+    )  # fmt: skip
     return VideoPlan(
         name=info.name,
         duration=info.duration,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.errors import KeyeError, Option
 from keye.media import sampling, sizes
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
@@ -26,6 +26,7 @@ from keye.media.pictures import Pixels, as_frames, as_picture
 from keye.media.plan import VideoPlan, with_frame_types
 from keye.media.resample import bicubic, bilinear
 from keye.media.slowfast import SlowFastClassifier, frame_types
+from keye.media.unmet import warn_of_image, warn_of_video
 from keye.media.video import DecodeLimits, VideoReader, open_video
 
 Kind = Literal["image", "video"]
@@ -34,6 +35,8 @@ Kind = Literal["image", "video"]
 FAST_START, FAST_END = "<|fast_start|>", "<|fast_end|>"
 #: Native frames of a video that are kept while its frames are told apart; above, they are decoded a second time.
 _KEPT_BYTES = 128 * 1024**2
+#: What sentences call a video that is given as pictures.
+_LISTED = "the list of frames"
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,18 @@ class Processor:
         self.config = config
         self.limits = limits or DecodeLimits()
 
-    def image(self, source: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
-        """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`)."""
+    def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
+        """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`). With a plan made before,
+        nothing is warned of again."""
         if isinstance(source, Source):
             name, image = source.name, read_image(source, strict_official=options.strict_official)
         else:
             name, image = "<image>", as_picture(source)
+        sizes.check_sides(image.height, image.width, name, ratio=options.resized is None)
         pixels = resize_image(image, self.config, options)
         height, width = pixels.shape[:2]
+        if plan is None:
+            warn_of_image(name, (height, width), self.config, options)
         tokens = (height // self.config.factor) * (width // self.config.factor)
         plan = ImagePlan(name, image.width, image.height, width, height, tokens)
         vision = images_to_patches(pixels[None], self.config)
@@ -133,6 +140,7 @@ class Processor:
             types = frame_types(pixels, self.config, options.min_frame_similarity)
         fast = sum(types or ())
         found = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
+        warn_of_video(_LISTED, len(pixels), found.slow, self.config, options)
         frame_sizes = [found.fast if types and types[i] else found.slow for i in range(len(pixels))]
         resize = _shrunk if self.config.generation == "2.0" else bilinear
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
@@ -167,6 +175,7 @@ class Processor:
         held = [hold_image(_picture(given[i]), self.config, options) for i in indices]
         height, width, _ = held[0].shape
         size = sizes.encoded_size(height, width, self.config, options)
+        warn_of_video(_LISTED, len(held), size, self.config, options)
         resized = (_shrunk(frame, size) for frame in held)
         vision = frames_to_patches(resized, [size] * len(held), self.config)
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
@@ -218,7 +227,7 @@ def sampled_list(
     native = options.fps or config.fps
     indices = sampling.sample_frames(len(frames), native, config, options)
     if not indices:
-        raise KeyeError("the token budget holds no frame; raise video_total_pixels")
+        raise KeyeError("the token budget holds no frame; raise {}", Option("video_total_pixels"))
     pixels = _one_size([frames[i] for i in indices], config, options, listed=True)
     if options.timestamps is not None:
         return pixels, tuple(options.timestamps[i] for i in indices)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.errors import KeyeError, Option
 from keye.media.options import DEFAULTS, MediaOptions
 
 
@@ -48,7 +48,7 @@ def _even_nframes(total: int, native_fps: float, config: ProcessorConfig, option
     factor = config.frame_factor
     if options.nframes is not None:
         if options.fps is not None:
-            raise KeyeError("fps and nframes exclude each other; give one of them")
+            raise KeyeError("{} and {} exclude each other; give one of them", Option("fps"), Option("nframes"))
         count = round(options.nframes / factor) * factor
     else:
         low = math.ceil((options.min_frames or config.min_frames) / factor) * factor
@@ -118,12 +118,12 @@ def time_range(
 def _check_range(first: int, last: int, start: float | None, end: float | None, duration: float) -> None:
     if first < last:
         return
-    begin = f"{0.0 if start is None else start:g}"
-    stop = f"{duration if end is None else end:g}"
+    begin = Option("video_start", f"{0.0 if start is None else start:g}")
+    stop = Option("video_end", f"{duration if end is None else end:g}")
     raise KeyeError(
-        f"video_start={begin} and video_end={stop} leave fewer than two frames of a video of {duration:.2f} s; "
-        "choose a longer range inside it"
-    )
+        "{} and {} leave fewer than two frames of a video of {} s; choose a longer range inside it",
+        begin, stop, f"{duration:.2f}",
+    )  # fmt: skip
 
 
 def sample_indices(first: int, last: int, count: int) -> list[int]:

@@ -30,7 +30,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max
     floor, below `min_pixels` grows with ceil. A side is never below `factor`, so a thin image may exceed
     `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
     """
-    _check_sides(height, width)
+    check_sides(height, width)
     h = max(factor, round(height / factor) * factor)
     w = max(factor, round(width / factor) * factor)
     h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
@@ -46,12 +46,12 @@ def processor_resize(
     from becoming 0 when a thin picture is shrunk, which fails; here the side stays at `factor` unless
     `strict_official`. Source: `image_processing_keye.py`.
     """
-    _check_sides(height, width, ratio=False)
+    check_sides(height, width, ratio=False)
     if height < factor:
         height, width = factor, round(width * factor / height)
     if width < factor:
         height, width = round(height * factor / width), factor
-    _check_sides(height, width)
+    check_sides(height, width)
     h, w = round(height / factor) * factor, round(width / factor) * factor
     h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
     if strict_official and min(h, w) < 1:
@@ -69,12 +69,13 @@ def _into_limits(height: int, width: int, h: int, w: int, factor: int, min_pixel
     return h, w
 
 
-def _check_sides(height: int, width: int, *, ratio: bool = True) -> None:
+def check_sides(height: int, width: int, name: str = "the picture", *, ratio: bool = True) -> None:
+    """`KeyeError` with `name` for a picture that has no sides, or is too long for its width."""
     if min(height, width) < 1:
-        raise KeyeError(f"the picture is {width}x{height} pixels; both sides must be at least 1")
+        raise KeyeError(f"{name} is {width}x{height} pixels; both sides must be at least 1")
     if ratio and max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise KeyeError(
-            f"the picture is {width}x{height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}; crop it before use"
+            f"{name} is {width}x{height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}; crop it before use"
         )
 
 
@@ -92,6 +93,7 @@ def image_size(height: int, width: int, config: ProcessorConfig, options: MediaO
     high: float = config.image_max_tokens * config.token_pixels
     if options.resized is not None:
         height, width = options.resized
+        check_sides(height, width, "the size asked for")
     else:
         low, high = _limits(options, low, high)
     return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
@@ -149,13 +151,11 @@ class FrameSizes:
     fast: Size
 
 
-def total_pixels(
-    config: ProcessorConfig, duration: float, options: MediaOptions = DEFAULTS, *, adaptive: bool | None = None
-) -> float:
+def total_pixels(config: ProcessorConfig, duration: float, options: MediaOptions = DEFAULTS) -> float:
     """Pixel budget of one video that lasts `duration` seconds.
 
-    2.0 divides the budget (the request's, else the configuration's) by the number of videos, and its adaptive option
-    gives a single short video a share of it; the older generations give every video the whole budget.
+    2.0 divides the budget (the request's, else the configuration's) by the number of videos, and with
+    `adaptive_budget` gives a single short video a share of it; the older generations give every video the whole budget.
     Source: `get_video_total_pixels_by_duration`.
     """
     total: float = config.video_total_tokens * config.token_pixels
@@ -164,8 +164,8 @@ def total_pixels(
     if config.generation != "2.0":
         return float(total)
     total /= options.video_count
-    enabled = config.adaptive_budget if adaptive is None else adaptive
-    if enabled and options.video_count == 1:
+    adaptive = config.adaptive_budget if options.adaptive_budget is None else options.adaptive_budget
+    if adaptive and options.video_count == 1:
         total *= next((share for limit, share in ADAPTIVE_SHARES if duration <= limit), 1.0)
     return float(total)
 

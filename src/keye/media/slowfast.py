@@ -31,48 +31,59 @@ SLOW, FAST = 0, 1
 _SHIFT = 12
 _HALF = 1 << (_SHIFT - 1)
 _HUES = 180
+# A colour's place in the circle, before it is divided by the chroma: from red to blue, g - b, to red, r - g + 4 chroma.
+_LEAST_PLACE, _MOST_PLACE = -255, 5 * 255
 
 
 def to_hsv(planes: Tensor) -> Tensor:
     """8-bit HSV, uint8 [3, H, W], of uint8 RGB planes: hue 0..179 (two degrees each), saturation and value 0..255.
 
     OpenCV's integer arithmetic (`COLOR_RGB2HSV`): both divisions are multiplications by rounded reciprocals with 12
-    fractional bits, so that every colour comes out the same.
+    fractional bits, so that every colour comes out the same. What they give is looked up: saturation by value and
+    chroma, hue by chroma and the place in the colour circle. Masks are factors, which costs less than choosing.
     """
     import torch
 
     red, green, blue = planes.unbind(0)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    by_value, by_chroma = _reciprocals()
-    chroma_index = chroma.int().flatten()
-    saturation = by_value.index_select(0, value.int().flatten()).mul_(chroma_index).add_(_HALF)
+    saturations, hues = _tables()
+    hsv = torch.empty_like(planes, memory_format=torch.contiguous_format)
+    hsv[2] = value
+    chroma_index = chroma.int()
+    index = value.int().mul_(256).add_(chroma_index).flatten()
+    torch.index_select(saturations, 0, index, out=hsv[1].view(-1))
     r, g, b, c = red.short(), green.short(), blue.short(), chroma.short()
-    sector = torch.where(value == green, b - r + 2 * c, r - g + 4 * c)
-    hue = torch.where(value == red, g - b, sector).flatten().int()
-    hue = hue.mul_(by_chroma.index_select(0, chroma_index)).add_(_HALF).bitwise_right_shift_(_SHIFT)
-    hue += (hue < 0) * _HUES
-    shape = value.shape
-    return torch.stack([hue.byte().view(shape), (saturation >> _SHIFT).byte().view(shape), value])
+    place = (r - g).add_(c, alpha=4)
+    place += (b - r).add_(c, alpha=2).sub_(place).mul_(value == green)
+    place += (g - b).sub_(place).mul_(value == red)
+    index = place.int().sub_(_LEAST_PLACE).mul_(256).add_(chroma_index).flatten()
+    torch.index_select(hues, 0, index, out=hsv[0].view(-1))
+    return hsv
 
 
 @lru_cache(maxsize=1)
-def _reciprocals() -> tuple[Tensor, Tensor]:
-    """int32 [256] each: what a chroma is multiplied by for the saturation, by value, and for the hue, by chroma."""
+def _tables() -> tuple[Tensor, Tensor]:
+    """uint8: the saturation at value * 256 + chroma, and the hue at (place - `_LEAST_PLACE`) * 256 + chroma."""
     import torch
 
-    level = np.maximum(np.arange(256), 1)
-    scales = np.rint((255 << _SHIFT) / level), np.rint((_HUES << _SHIFT) / (6.0 * level))
-    by_value, by_chroma = (torch.from_numpy(np.where(np.arange(256) > 0, s, 0).astype(np.int32)) for s in scales)
-    return by_value, by_chroma
+    level, place = np.arange(256), np.arange(_LEAST_PLACE, _MOST_PLACE + 1)
+    divisor = np.maximum(level, 1)
+    by_value, by_chroma = (
+        np.where(level > 0, np.rint(scale), 0).astype(np.int64)
+        for scale in ((255 << _SHIFT) / divisor, (_HUES << _SHIFT) / (6.0 * divisor))
+    )
+    saturation = (level * by_value[:, None] + _HALF) >> _SHIFT
+    hue = (place[:, None] * by_chroma + _HALF) >> _SHIFT
+    hue += (hue < 0) * _HUES
+    # Entries of a chroma above the value, or of a place too far for the chroma, are never read.
+    saturations, hues = (torch.from_numpy(table.astype(np.uint8).ravel()) for table in (saturation, hue))
+    return saturations, hues
 
 
 @dataclass(frozen=True)
 class _Patches:
-    """HSV of a frame as float32 [3, rows, side, columns, side], and the norms of its patches, float32 [rows, columns].
-
-    Sums of squares of 8-bit levels are exact to within a part in a million in float32, far from what decides.
-    """
+    """HSV of a frame, float32 [3, rows, side, columns, side], and the norms of its patches, float64 [rows, columns]."""
 
     values: Tensor
     norms: Tensor
@@ -85,7 +96,10 @@ def _patches(planes: Tensor, side: int) -> _Patches:
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((0, 2, 4))
+    """Dot products of patches, float64 [rows, columns], exact: a row of a patch of 8-bit levels stays below 2^24."""
+    import torch
+
+    return (a * b).sum(4).sum((0, 2), dtype=torch.float64)
 
 
 def similarity(before: Pixels, now: Pixels, side: int = 28) -> float:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import keye
 from keye.config import ProcessorConfig
-from keye.errors import MediaError
+from keye.errors import MediaError, Option
 from keye.media.fetch import MAX_VIDEO_BYTES, Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
@@ -59,6 +59,7 @@ class VideoInfo:
 
     `pts` are the presentation times of all frames that can be shown, ascending, in units of `time_base` seconds, the
     first one being `start_offset`. `exact_times` is false when the container has none and frames were counted.
+    `last_duration` is how long the last frame is shown, in the same units, where the container tells.
     """
 
     name: str
@@ -73,6 +74,7 @@ class VideoInfo:
     exact_times: bool
     constant_rate: bool
     declared_duration: float | None
+    last_duration: int | None = None
 
     @property
     def frame_count(self) -> int:
@@ -91,8 +93,9 @@ class VideoInfo:
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame to the end of the last, which is taken to last one average frame."""
-        return self.timestamps[-1] + 1 / self.fps
+        """Seconds from the first frame to the end of the last: as long as the container says, else an average frame."""
+        last = 1 / self.fps if self.last_duration is None else float(self.last_duration * self.time_base)
+        return self.timestamps[-1] + last
 
     @property
     def cut_short(self) -> bool:
@@ -212,7 +215,10 @@ class VideoReader:
         kind, length = _HEADER.unpack(self._read_exactly(_HEADER.size))
         body = self._read_exactly(length)
         if kind == b"E":
-            raise MediaError(f"{self.source.name} {body.decode()}")
+            sentence, *options = json.loads(bytes(body))
+            if not options:
+                raise MediaError(f"{self.source.name} {sentence}")
+            raise MediaError("{} " + sentence, self.source.name, *map(Option, options))
         return kind, body
 
     def _read_exactly(self, count: int) -> bytearray:
@@ -311,6 +317,7 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         exact_times=facts["known_times"],
         constant_rate=constant,
         declared_duration=declared - start if cut else None,
+        last_duration=facts["last_duration"] if facts["known_times"] else None,
     )
 
 

@@ -124,7 +124,9 @@ def _frame_range(case: Case, check: Check, i: int, row: Row) -> None:
 
 def _duration_budget(case: Case, check: Check, i: int, row: Row) -> None:
     options = MediaOptions(video_total_pixels=row["video_total_pixels"], video_count=row["num_videos"])
-    total = sizes.total_pixels(CONFIGS["v20"], row["duration"], options, adaptive=row["adaptive_enabled"])
+    total = sizes.total_pixels(
+        CONFIGS["v20"], row["duration"], options.replace(adaptive_budget=row["adaptive_enabled"])
+    )
     check.equal(f"row {i} {row}", total, row["out"])
 
 

@@ -1,0 +1,44 @@
+"""Every configuration of keye: model, processor, generation, environment. Reads and validates the official files.
+
+All classes are frozen: a configuration is read once and passed around.
+"""
+
+from keye.config.architecture import ARCHITECTURES, Architecture, Generation, architecture_name
+from keye.config.environment import HubConfig, hub_config, preview_video_max_pixels
+from keye.config.files import ConfigError, read_json
+from keye.config.model import (
+    GenerationConfig,
+    KeyeConfig,
+    SparseConfig,
+    TextConfig,
+    VisionConfig,
+    load_generation_config,
+    load_model_config,
+    model_config_from_dict,
+    vision_config_from_dict,
+)
+from keye.config.processor import PROCESSOR_FILE, ProcessorConfig, load_processor_config
+
+__all__ = [
+    "ARCHITECTURES",
+    "PROCESSOR_FILE",
+    "Architecture",
+    "ConfigError",
+    "Generation",
+    "GenerationConfig",
+    "HubConfig",
+    "KeyeConfig",
+    "ProcessorConfig",
+    "SparseConfig",
+    "TextConfig",
+    "VisionConfig",
+    "architecture_name",
+    "hub_config",
+    "load_generation_config",
+    "load_model_config",
+    "load_processor_config",
+    "model_config_from_dict",
+    "preview_video_max_pixels",
+    "read_json",
+    "vision_config_from_dict",
+]

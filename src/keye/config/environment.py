@@ -1,0 +1,43 @@
+"""What the environment sets. Besides `keye.cli` this is the only module that reads it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from keye.config.files import ConfigError
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Where checkpoints come from by name: the hub's address, the folder that keeps them, and whether to ask the hub at
+    all. `timeout` is for answers of the hub, in seconds."""
+
+    endpoint: str = "https://huggingface.co"
+    cache: Path = Path("~/.cache/huggingface/hub")
+    offline: bool = False
+    timeout: float = 20.0
+
+
+def hub_config() -> HubConfig:
+    """The settings in the environment, under the names that other programs for the hub use: HF_ENDPOINT, HF_HUB_CACHE,
+    HF_HOME, XDG_CACHE_HOME and HF_HUB_OFFLINE."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return HubConfig(
+        endpoint=(os.environ.get("HF_ENDPOINT") or HubConfig.endpoint).rstrip("/"),
+        cache=Path(cache).expanduser(),
+        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+    )
+
+
+def preview_video_max_pixels() -> int | None:
+    """VIDEO_MAX_PIXELS, with which keye-vl-utils 1.0.0 lets the environment set the pixels of all frames of a video."""
+    value = os.environ.get("VIDEO_MAX_PIXELS")
+    if value is None:
+        return None
+    try:
+        return int(float(value))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"VIDEO_MAX_PIXELS is {value!r}; it must be a number of pixels") from None

@@ -1,0 +1,124 @@
+"""How media become visual tokens, by generation: the official values, and those of a checkpoint's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keye.config.architecture import ARCHITECTURES, Generation
+from keye.config.files import ConfigError, own_fields, read_json, refuse, require_whole
+from keye.config.problems import patch_problems, processor_problems
+
+#: The file that says how a checkpoint wants its media prepared.
+PROCESSOR_FILE = "preprocessor_config.json"
+
+#: What the utilities of the older generations set otherwise than 2.0 (keye-vl-utils 1.0.0 and 1.5.2).
+_PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "preview": {
+        "image_max_tokens": 16384, "video_min_tokens": 128, "video_max_tokens": 768, "video_total_tokens": 115200,
+        "min_frames": 4, "max_frames": 768, "frame_factor": 2, "frame_text": "",
+    },
+    "1.5": {"video_min_tokens": 48, "video_max_tokens": 768, "video_total_tokens": 65536, "min_frames": 1},
+    "2.0": {},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """How media become visual tokens. One token stands for `factor` x `factor` pixels; budgets are in tokens.
+
+    `generation` chooses the rules: Preview (absolute time, an even number of frames, a second resize by the
+    processor), 1.5 (slow and fast frames) or 2.0. `frame_factor` is what the number of frames is a multiple of.
+    `processor_min_pixels` and `processor_max_pixels` limit the second resize; None means there is none.
+    `fast_ratio` is the tokens of a fast frame over those of a slow one, `min_frame_similarity` the share of similar
+    patches below which a frame is slow.
+    `frame_text` is the text before the visual tokens of one video frame; empty means that a video is one run of tokens.
+    The text of the official 2.0 processor is not published; the default is the form of 1.5 and is our reading of it.
+    """
+
+    generation: Generation = "2.0"
+    patch_size: int = 14
+    merge_size: int = 2
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_min_tokens: int = 4
+    image_max_tokens: int = 20480
+    processor_min_pixels: int | None = None
+    processor_max_pixels: int | None = None
+    video_min_tokens: int = 64
+    video_max_tokens: int = 256
+    video_total_tokens: int = 184320
+    fps: float = 2.0
+    frame_factor: int = 1
+    min_frames: int = 2
+    max_frames: int | None = None
+    adaptive_budget: bool = False
+    fast_ratio: float = 0.3
+    min_frame_similarity: float = 0.9
+    frame_text: str = "<|frame|>{seconds:.1f}"
+
+    @classmethod
+    def of(cls, generation: Generation, **changes: Any) -> ProcessorConfig:
+        """The official values of a generation, with `changes`."""
+        return cls(**{"generation": generation, **_PROCESSOR_DEFAULTS[generation], **changes})
+
+    @property
+    def factor(self) -> int:
+        """Side of one visual token in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels that one visual token stands for."""
+        return self.factor**2
+
+    def __post_init__(self) -> None:
+        if self.generation not in _PROCESSOR_DEFAULTS:
+            raise ConfigError(f"generation {self.generation!r} is unknown; use preview, 1.5 or 2.0")
+        refuse(processor_problems(self))
+
+
+def load_processor_config(folder: Path) -> ProcessorConfig:
+    """Reads `folder/preprocessor_config.json` if present; absent fields keep the official values of the generation,
+    which the architecture in `folder/config.json` tells.
+
+    `min_pixels`/`max_pixels` of the file are the limits of an image; for Preview and 1.5, whose utilities resize with
+    limits of their own first, those of the processor's second resize. A `keye` object in the file holds our own fields
+    (video budgets, `frame_text`); unknown fields in it are errors.
+    """
+    beside = Path(folder) / "config.json"
+    model = read_json(beside) if beside.exists() else {}
+    config = _processor_config(Path(folder) / PROCESSOR_FILE, _generation(model))
+    refuse(patch_problems(config, model))
+    return config
+
+
+def _processor_config(path: Path, generation: Generation) -> ProcessorConfig:
+    if not path.exists():
+        return ProcessorConfig.of(generation)
+    raw = {name: value for name, value in read_json(path).items() if value is not None}
+    require_whole(raw, ("patch_size", "merge_size", "min_pixels", "max_pixels"), str(path))
+    values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
+    for name in ("image_mean", "image_std"):
+        if name in raw:
+            values[name] = tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
+    token = (values.get("patch_size", 14) * values.get("merge_size", 2)) ** 2
+    for bound in ("min", "max"):
+        if f"{bound}_pixels" not in raw:
+            continue
+        pixels = raw[f"{bound}_pixels"]
+        if generation == "2.0":
+            values[f"image_{bound}_tokens"] = max(1, pixels // token)
+        else:
+            values[f"processor_{bound}_pixels"] = pixels
+    own = own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)})
+    return ProcessorConfig.of(generation, **{**values, **own})
+
+
+def _generation(model: Mapping[str, Any]) -> Generation:
+    """The generation whose rules for media a checkpoint follows, by its parsed config.json; 2.0 without one."""
+    names = model.get("architectures") or []
+    return next((ARCHITECTURES[name].media for name in names if name in ARCHITECTURES), "2.0")
