@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from torch import Tensor
 from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
 from keye.hub import asset
 from keye.models import checkpoint
-from keye.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, WeightsError, copy_all, open_checkpoint
+from keye.models.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    ask_for_huge_pages,
+    copy_all,
+    open_checkpoint,
+)
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, load_vision, save_model
 
@@ -310,3 +318,12 @@ def test_real_geometry_without_weights() -> None:
         with torch.device("meta"):
             state = KeyeModel(config).state_dict()
         assert {key: tuple(state[key].shape) for key in shapes} == shapes
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux has huge pages on request")
+def test_only_large_tensors_in_main_memory_get_huge_pages():
+    large = torch.empty(8 * 2**20, dtype=torch.uint8)
+    assert ask_for_huge_pages(large)
+    assert int(large.fill_(3).sum(dtype=torch.int64)) == 3 * 8 * 2**20
+    assert not ask_for_huge_pages(torch.empty(100))
+    assert not ask_for_huge_pages(torch.empty(8 * 2**20, device="meta"))

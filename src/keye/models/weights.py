@@ -23,6 +23,7 @@ from keye.models.checkpoint import (
     MemoryTensor,
     Source,
     WeightsError,
+    ask_for_huge_pages,
     copy_all,
     open_checkpoint,
     write_checkpoint,
@@ -205,5 +206,7 @@ def _sources(name: str, tensor: Tensor, per_expert: set[str]) -> Iterator[tuple[
 def _fill(model: nn.Module, plan: _Plan, tensors: Mapping[str, Source]) -> None:
     """Reads every planned tensor into its place, in the order in which the files hold them."""
     state = model.state_dict()
+    for tensor in state.values():
+        ask_for_huge_pages(tensor)
     order = sorted(plan, key=lambda name: tensors[name].place)
     copy_all(work for name in order for work in tensors[name].pieces(plan[name][1](state[plan[name][0]])))
