@@ -24,8 +24,12 @@ PUBLISHED: Final = {
     "preview": "Kwai-Keye/Keye-VL-8B-Preview",
     "1.5": "Kwai-Keye/Keye-VL-1_5-8B",
     "2.0": "Kwai-Keye/Keye-VL-2.0-30B-A3B",
+    "671b": "Kwai-Keye/Keye-VL-671B-A37B",
 }
 """Short names of the published checkpoints, and their names on the hub."""
+
+DESCRIBED_ONLY: Final = frozenset({"671b"})
+"""Those whose language model keye does not run: see `check_runs`."""
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -36,6 +40,14 @@ _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,199}")
 def known_names() -> list[str]:
     """Every name `resolve` accepts besides paths and other names on the hub."""
     return [*PACKAGED, *PUBLISHED, *PUBLISHED.values()]
+
+
+def check_runs(name: str) -> None:
+    """`KeyeError` for a published model that keye only describes, so that nobody downloads it in vain."""
+    for short in DESCRIBED_ONLY:
+        if name.partition("@")[0].lower() in (short, PUBLISHED[short].lower()):
+            raise KeyeError(f"the language model of {PUBLISHED[short]} is DeepSeek-V3, which keye does not run yet; "
+                            f"`keye inspect {short}` describes it")  # fmt: skip
 
 
 def asset(name: str) -> Path:

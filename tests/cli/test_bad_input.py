@@ -215,7 +215,7 @@ def test_a_template_that_loops(
 def test_templates_that_are_not_there(fails: Callable[..., str], own_model: Path, video: Path, tmp_path: Path) -> None:
     arguments = ["ask", video, "what?", "--model", own_model, "--template"]
     assert "holds no chat template" in fails(*arguments, "checkpoint")
-    assert "holds no chat template" in fails(*arguments, tmp_path / "gone.jinja")
+    assert "gone.jinja does not exist" in fails(*arguments, tmp_path / "gone.jinja")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,34 @@ def test_doctor_finds_a_missing_model(run: Callable, monkeypatch: pytest.MonkeyP
     result = run("doctor")
     assert result.code == 1
     assert "nano" in result.out and "FAILED" in result.out and "missing from this installation" in result.out
+
+
+def test_the_package_is_a_command() -> None:
+    shown = subprocess.run([sys.executable, "-m", "keye", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("keye")
+    assert subprocess.run([sys.executable, "-m", "keye", "juggle"], capture_output=True).returncode == 2
+
+
+def test_a_picture_is_not_drawn_over(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
+    before = (tmp_path / "picture.png").read_bytes()
+    result = run("ask", tmp_path / "picture.png", "where?", "--draw", tmp_path / "picture.png", "--model", model_folder)
+    assert result.code == 2
+    assert "is the picture itself" in result.err
+    assert (tmp_path / "picture.png").read_bytes() == before
+
+
+def test_the_largest_model_is_refused_without_asking_the_hub(run: Callable, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
+    for name in ("671b", "Kwai-Keye/Keye-VL-671B-A37B"):
+        result = run("ask", tmp_path / "picture.png", "what?", "--model", name)
+        assert result.code == 2
+        assert "DeepSeek-V3, which keye does not run yet" in result.err
+
+
+def test_a_template_that_is_not_there(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
+    words = [tmp_path / "picture.png", "what?", "--model", model_folder, "--template", tmp_path / "none.jinja"]
+    result = run("ask", *words)
+    assert result.code == 2
+    assert "none.jinja does not exist" in result.err

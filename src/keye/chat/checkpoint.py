@@ -235,6 +235,8 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     knows no tools (Preview's does not), the next that does is taken for conversations with tools.
     """
     path = Path(path)
+    if not path.exists():
+        raise KeyeError(f"{path} does not exist: give a chat template file, a checkpoint folder, keye or checkpoint.")
     files = [path / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
     found = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
     if not found:

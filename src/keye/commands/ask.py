@@ -72,8 +72,18 @@ def check_drawing(path: Path, media: Sequence[Medium]) -> None:
         raise KeyeError(f"{path} is no name for a picture: end it in {', '.join(PICTURE_FORMATS)}")
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise KeyeError(f"{path} cannot be written: name a file in a folder that exists")
+    if path.exists() and any(_is_file(medium.source, path) for medium in media):
+        raise KeyeError(f"{path} is the picture itself: give --draw another name, so that it is kept")
     if len(media) != 1 or media[0].kind != "image":
         raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")
+
+
+def _is_file(source: object, path: Path) -> bool:
+    """Whether a medium's source is the file at `path`, under whatever name."""
+    from keye.media.fetch import Source
+
+    where = source.path if isinstance(source, Source) else None
+    return where is not None and path.samefile(where)
 
 
 def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path) -> bool:

@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from keye.commands.machine import Memory
     from keye.models.outline import Outline
 
-#: Published models whose configuration ships with keye, by the name of its folder under assets/configs.
-DESCRIBED = {
-    "preview": "Kwai-Keye/Keye-VL-8B-Preview",
-    "1.5": "Kwai-Keye/Keye-VL-1_5-8B",
-    "2.0": "Kwai-Keye/Keye-VL-2.0-30B-A3B",
-    "671b": "Kwai-Keye/Keye-VL-671B-A37B",
-}
 #: Number formats that keye loads weights in, and the bytes of a number.
 FORMATS = {"bfloat16": 2, "float16": 2, "float32": 4}
 #: Memory left free beside weights and cache: activations, the vision tower's chunk, the program itself.
@@ -112,10 +105,10 @@ def find(model: str) -> tuple[Path, bool]:
     from huggingface_hub import try_to_load_from_cache
 
     from keye.commands.inputs import find_model
-    from keye.hub import asset
+    from keye.hub import PUBLISHED, asset
 
     lowered = model.lower()
-    for short, name in DESCRIBED.items():
+    for short, name in PUBLISHED.items():
         if lowered in (short, name.lower()):
             cached = try_to_load_from_cache(name, "config.json")
             if isinstance(cached, str):

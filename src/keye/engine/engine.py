@@ -36,7 +36,7 @@ from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
 from keye.errors import KeyeError
-from keye.hub import resolve
+from keye.hub import check_runs, resolve
 from keye.media.processor import MediaItem, Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
@@ -329,16 +329,19 @@ def load(
     """
     check_attention(attention)
     check_device(device)
-    folder = resolve(str(name_or_path), revision=revision, progress=progress)
+    name = str(name_or_path)
+    check_runs(name)
+    # The small files come first: what they refuse need not be downloaded.
+    folder = resolve(name, revision=revision, weights=False, progress=progress)
     config = load_model_config(folder)
     chosen = None if template == "keye" else load_template(folder if template == "checkpoint" else template)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     processor, generation = Processor(load_processor_config(folder)), load_generation_config(folder)
+    folder = resolve(name, revision=revision, progress=progress)
     model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
-    name = str(config.raw.get("keye_name") or Path(str(name_or_path)).name)
     return Keye(
-        name,
+        str(config.raw.get("keye_name") or Path(name).name),
         model,
         tokenizer,
         processor,
