@@ -25,3 +25,11 @@ def test_the_utilities(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "slow frames of" in shown
     assert "<|frame|>0.0" in shown
+
+
+def test_a_script_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
+    runpy.run_path(str(ROOT / "examples/transformers_script.py"))["main"]()
+    shown = capsys.readouterr().out
+    assert "<|frame|>0.5" in shown
+    assert "[[" in shown.splitlines()[-1]

@@ -1,9 +1,11 @@
 """transformers' Auto classes load Keye through keye.hf, and compute what keye computes."""
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 import keye
 from keye.config import ARCHITECTURES, model_config_from_dict
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.hub import asset
 from keye.models.keye import KeyeModel
 from keye.models.weights import save_model
@@ -182,7 +184,11 @@ def test_saving_and_loading(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"load_in_4bit": True}, "unknown option load_in_4bit"), ({"device_map": "auto"}, "one device")],
+    [
+        ({"load_in_4bit": True}, "unknown option load_in_4bit"),
+        ({"device_map": {"model": "cpu", "lm_head": "cuda"}}, "one device"),
+        ({"device_map": "nowhere"}, "cannot be used here"),
+    ],
 )
 def test_options_that_keye_does_not_know(options: dict[str, Any], sentence: str, folder: Path) -> None:
     with pytest.raises(KeyeError, match=sentence):
@@ -220,3 +226,130 @@ def test_torchvision_is_not_needed(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
     assert done.stdout == "fine\n", done.stderr
+
+
+#: By architecture: type of model, utilities of the official script, options of process_vision_info.
+SCRIPTS = {
+    "KeyeForConditionalGeneration": ("Keye", "utils_preview", {"return_video_kwargs": True}),
+    "KeyeVL1_5ForConditionalGeneration": ("KeyeVL1_5", "utils_1_5", {}),
+    "KeyeVL2MoeForConditionalGeneration": ("KeyeVL2", "utils_1_5", {}),
+}
+
+
+def generation_folder(folder: Path, to: Path, architecture: str) -> Path:
+    """A tiny folder of a generation under the official budgets of its media; 2.0 has those of keye-nano."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copyfile(folder / name, to / name)
+    if architecture != "KeyeVL2MoeForConditionalGeneration":
+        plain = {"patch_size": 14, "merge_size": 2, "min_pixels": 3136, "max_pixels": 1003520}
+        (to / "preprocessor_config.json").write_text(json.dumps(plain))
+    raw = tiny_raw() | {"architectures": [architecture], "model_type": SCRIPTS[architecture][0]}
+    (to / "config.json").write_text(json.dumps(raw))
+    save_model(fresh_model(model_config_from_dict(raw), 0), to)
+    return to
+
+
+@pytest.mark.parametrize("architecture", SCRIPTS)
+def test_the_official_script(architecture: str, folder: Path, tmp_path: Path) -> None:
+    _, utilities, extra = SCRIPTS[architecture]
+    process_vision_info = importlib.import_module(f"keye.compat.{utilities}").process_vision_info
+    model, processor = load(generation_folder(folder, tmp_path, architecture))
+    video = {"type": "video", "video": str(asset("demo.mp4")), "fps": 1, "max_frames": 8}
+    if architecture != "KeyeVL2MoeForConditionalGeneration":
+        video["max_pixels"] = 128 * 784
+    messages = [{"role": "user", "content": [video, TALK[0]["content"][0], {"type": "text", "text": "What?"}]}]  # type: ignore[index]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, videos, mm_kwargs = process_vision_info(messages, **extra)
+    inputs = processor(text=[text], images=images, videos=videos, padding=True, return_tensors="pt", **mm_kwargs)
+    own = keye.load(tmp_path)
+    prompt = own_prompt(own, messages)
+    assert inputs["input_ids"].tolist() == [prompt.token_ids.tolist()]
+    assert inputs["position_ids"][:, 0].tolist() == prompt.position_ids.tolist()
+    clip = next(item for item in prompt.media if item.kind == "video").vision.tensors()
+    assert torch.equal(inputs["video_grid_thw"], clip[1])
+    if architecture != "KeyeVL2MoeForConditionalGeneration":  # whose files are resized while they are decoded
+        assert torch.equal(inputs["pixel_values_videos"], clip[0])
+    if "timestamps" in mm_kwargs:
+        assert "<|frame|>2.0" in processor.decode(inputs["input_ids"][0], skip_special_tokens=False)
+    ids = model.generate(**inputs, max_new_tokens=3, eos_token_id=-1)
+    assert ids.shape[1] == inputs["input_ids"].shape[1] + 3
+    if architecture != "KeyeVL2MoeForConditionalGeneration":
+        assert ids[0, -3:].tolist() == greedy(own, messages, 3)
+
+
+def test_settings_of_videos_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    _, processor = load(folder)
+    frames = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    with pytest.raises(KeyeError, match="unknown option colour"):
+        processor(text="<|video_pad|>", videos=[frames], colour=[1])
+    with pytest.raises(KeyeError, match="timestamps has 2 entries for 1 videos"):
+        processor(text="<|video_pad|>", videos=[frames], timestamps=[[0.0, 1.0]] * 2)
+    preview = load(generation_folder(folder, tmp_path, "KeyeForConditionalGeneration"))[1]
+    with pytest.raises(KeyeError, match="utils_preview"):
+        preview(text="<|video_pad|>", videos=[frames], height=[56])
+    frames = torch.zeros(2, 3, 112, 112, dtype=torch.uint8)
+    small = processor(text="<|video_pad|>", videos=[frames], fps=[0.4], height=[56], width=[56])
+    assert small["video_grid_thw"].tolist() == [[1, 4, 4]] * 2
+    assert "<|frame|>2.5" in processor.decode(small["input_ids"][0], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, "cpu", torch.device("cpu"), None])
+def test_device_maps(device_map: Any, folder: Path) -> None:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, device_map=device_map)
+    assert device_map == "auto" or model.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa", "eager"])
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"])
+def test_attention_is_keyes_own(attention: str, auto: str, folder: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = getattr(transformers, auto).from_pretrained(
+            folder, attn_implementation=attention, torch_dtype=torch.float32, trust_remote_code=True
+        )
+    assert [str(w.message) for w in caught if w.category is KeyeWarning] == [
+        f"attn_implementation='{attention}' has no effect; keye chooses its own attention"
+    ]
+    assert model.dtype == torch.float32
+    assert "attn_implementation" not in model.config.to_dict()
+
+
+def test_limits_of_a_processor(folder: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(folder, min_pixels=4 * 784, max_pixels=6 * 784)
+    picture = Image.new("RGB", (336, 336))
+
+    def patches(**options: Any) -> int:
+        talk = [{"role": "user", "content": [{"type": "image", "image": picture, **options}]}]
+        return int(processor.apply_chat_template(talk, tokenize=True)["image_grid_thw"].prod())
+
+    assert patches() == 4 * 4  # a square of at most 6 tokens has 4
+    assert patches(max_pixels=9 * 784) == 4 * 9
+    given = processor(text="<|image_pad|>", images=[picture])
+    assert given["image_grid_thw"].tolist() == [[1, 4, 4]]
+    with pytest.raises(KeyeError, match="min_pixels=9 is above max_pixels=8"):
+        transformers.AutoProcessor.from_pretrained(folder, min_pixels=9, max_pixels=8)
+
+
+def test_rows_padded_at_the_right(folder: Path) -> None:
+    model, left = load(folder, dtype="float32")
+    right = transformers.AutoProcessor.from_pretrained(folder, padding_side="right")
+    texts = ["hello", "hello, what do you see there?"]
+    inputs = right(text=texts)
+    assert inputs["attention_mask"][0, 0] == 1 and inputs["attention_mask"][0, -1] == 0
+    ids = [model.generate(**one, max_new_tokens=4, eos_token_id=-1)[:, -4:] for one in (left(text=texts), inputs)]
+    assert torch.equal(*ids)
+    with pytest.raises(KeyeError, match="left or right"):
+        transformers.AutoProcessor.from_pretrained(folder, padding_side="top")
+
+
+def test_length_and_beams(folder: Path) -> None:
+    model, processor = load(folder)
+    inputs = processor(text="hello")
+    length = inputs["input_ids"].shape[1]
+    fine = {"num_beams": 1, "temperature": None, "eos_token_id": -1}
+    assert model.generate(**inputs, max_length=length + 3, **fine).shape[1] == length + 3
+    assert model.generate(**inputs, max_length=length, max_new_tokens=2, **fine).shape[1] == length + 2
+    with pytest.raises(KeyeError, match="max_length is"):
+        model.generate(**inputs, max_length=length)
+    with pytest.raises(KeyeError, match="without beams"):
+        model.generate(**inputs, num_beams=4)

@@ -14,7 +14,7 @@ from keye.hub import resolve
 
 #: Arguments of `from_pretrained` that `transformers` adds or that change nothing here.
 _WITHOUT_EFFECT = frozenset(
-    "_from_auto adapter_kwargs attn_implementation cache_dir code_revision force_download local_files_only "
+    "_from_auto _from_pipeline adapter_kwargs cache_dir code_revision force_download local_files_only "
     "low_cpu_mem_usage proxies subfolder token trust_remote_code use_fast use_safetensors".split()
 )
 
@@ -34,8 +34,9 @@ def read_official(config: Any, official: dict[str, Any]) -> None:
     config.official = {name: copy.deepcopy(value) for name, value in official.items() if not name.startswith("_")}
     for name in ("name_or_path", "attn_implementation"):
         config.official.pop(name, None)
-    if not isinstance(config.official.get("dtype", ""), str):  # a torch.dtype that a caller has set
-        config.official["dtype"] = str(config.official["dtype"]).removeprefix("torch.")
+    for name in ("dtype", "torch_dtype"):
+        if not isinstance(config.official.get(name, ""), str):  # a torch.dtype that a caller has set
+            config.official[name] = str(config.official[name]).removeprefix("torch.")
     rope = {name: official.pop(name) for name in ("rope_scaling", "rope_theta") if name in official}
     official.pop("model_type", None)
     transformers.PreTrainedConfig.__init__(config, **official)

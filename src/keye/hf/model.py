@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from keye.config import load_generation_config
+from keye.engine.engine import check_device
 from keye.engine.generate import PREFILL_CHUNK, Decoding, generate
 from keye.engine.kvcache import KVCache
 from keye.engine.sampling import SamplingParams
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.hf.config import KeyeConfigHF, KeyeVL1_5ConfigHF, KeyeVL2ConfigHF, folder_of
 from keye.media.positions import build_position_ids
 from keye.models.attention import AttentionMode, CachedStep, Span
@@ -40,14 +42,20 @@ class _Model(transformers.PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> _Model:
-        """Loads a folder, or a checkpoint by its name on the hub. `dtype` and `device_map` (one device) are honoured;
-        options that keye does not know are errors."""
+        """Loads a folder, or a checkpoint by its name on the hub. `dtype` and `device_map` are honoured, where
+        "auto" is the first GPU, if there is one; options that keye does not know are errors."""
         config = options.pop("config", None)
-        dtype, device = options.pop("dtype", None), options.pop("device_map", None) or "cpu"
+        dtype, device = options.pop("dtype", None), _one_device(options.pop("device_map", None))
         dtype = options.pop("torch_dtype", None) if dtype is None else dtype
+        attention = options.pop("attn_implementation", None)
+        if config is not None:  # the Auto classes put the option there; the library would look for its own code for it
+            attention, config._attn_implementation = attention or config._attn_implementation, None
+        if attention is not None:
+            warnings.warn(
+                KeyeWarning(f"attn_implementation={attention!r} has no effect; keye chooses its own attention"),
+                stacklevel=2,
+            )
         folder = folder_of(pretrained_model_name_or_path, options)
-        if not isinstance(device, str | torch.device) or str(device) in ("auto", "balanced", "sequential"):
-            raise KeyeError(f"device_map is {device!r}: name one device, such as cuda:0.")
         if config is None:
             config = cls.config_class.from_pretrained(str(folder))
         official = config.keye
@@ -96,21 +104,38 @@ class _Model(transformers.PreTrainedModel):
 
     @torch.inference_mode()
     def generate(
-        self, input_ids: Tensor, *, do_sample: bool | None = None, max_new_tokens: int = 512, **options: Any
+        self,
+        input_ids: Tensor,
+        *,
+        do_sample: bool | None = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        **options: Any,
     ) -> Tensor:
         """The rows with their replies behind them, int64 [B, L + n], short ones filled up with the padding token.
 
         Greedy unless `do_sample`; `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` then count,
         the model's `generation_config.json` for those not given. `eos_token_id` and `pad_token_id` replace the model's.
-        The rest are the inputs of `forward`; unknown options are errors.
+        `max_new_tokens` (512) counts before `max_length`, which includes the prompt. There is one reply for each row:
+        no beams. The rest are the inputs of `forward`; unknown options are errors.
         """
+        for name in ("num_beams", "num_return_sequences"):
+            if (number := options.pop(name, None)) not in (None, 1):
+                raise KeyeError(f"{name} is {number!r}: keye generates one reply without beams; leave it at 1.")
+        if max_new_tokens is None:
+            max_new_tokens = 512 if max_length is None else max_length - input_ids.shape[1]
+            if max_new_tokens < 1:
+                raise KeyeError(
+                    f"max_length is {max_length}, but the prompt has {input_ids.shape[1]} tokens; raise it."
+                )
         config, defaults = self.network.config, self.generation_defaults
         eos = options.pop("eos_token_id", None) or defaults.eos_token_ids or config.eos_token_ids
         eos = (eos,) if isinstance(eos, int) else tuple(eos)
         pad = options.pop("pad_token_id", None)
         pad = next(iter(value for value in (pad, config.pad_token_id, *eos) if value is not None), 0)
         do_sample = defaults.do_sample if do_sample is None else do_sample
-        settings = {name: options.pop(name) for name in SamplingParams.fields() if name in options}
+        given = {name: options.pop(name) for name in SamplingParams.fields() if name in options}
+        settings = {name: value for name, value in given.items() if value is not None}
         if do_sample:
             own = {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p")}
             settings = {"temperature": 1.0, **{k: v for k, v in own.items() if v is not None}, **settings}
@@ -204,6 +229,22 @@ class _Model(transformers.PreTrainedModel):
 
 def _among(ids: Tensor, tokens: Mapping[int, object]) -> Tensor:
     return torch.isin(ids, torch.tensor(list(tokens), device=ids.device))
+
+
+def _one_device(device_map: Any) -> str:
+    """The device that a `device_map` stands for; keye keeps a model on one."""
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(devices) != 1:
+        raise KeyeError(f"device_map is {device_map!r}: keye keeps a model on one device, such as cuda:0.")
+    device = devices.pop()
+    if device is None:
+        return "cpu"
+    if isinstance(device, int):
+        device = f"cuda:{device}"
+    elif device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    check_device(str(device))
+    return str(device)
 
 
 class _Grids:
