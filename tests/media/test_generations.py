@@ -309,3 +309,18 @@ def test_preview_counts() -> None:
     assert count(10_000_000) == 768
     assert count(41, max_frames=1) == 2
     assert DecodeLimits().threads == 1
+
+
+def test_preview_places_uneven_frames_at_their_own_times(tmp_path: Path) -> None:
+    pictures, processor = [Image.fromarray(coded_frame(i)) for i in range(5)], Processor(PREVIEW)
+    uneven = MediaOptions(timestamps=(1.0, 2.0, 3.5, 10.0, 21.0))
+    assert processor.frames(pictures, uneven).second_per_grid == (0.0, 1.0, 2.5, 9.0, 20.0, 20.0)
+    assert processor.frames(pictures, uneven.replace(strict_official=True)).second_per_grid == 5.0
+    for even in ((0.0, 0.33, 0.67, 1.0, 1.33), (3.0,) * 5):
+        assert isinstance(processor.frames(pictures, MediaOptions(timestamps=even)).second_per_grid, float)
+    times = [0, 1000, 2500, 3000, 9000, 20000]
+    source = fetch_source(write_clip(tmp_path / "uneven.mkv", frames=6, times_ms=times))
+    item = processor.video(source, MediaOptions(nframes=6))
+    assert item.second_per_grid == pytest.approx(item.timestamps)
+    assert len(set(np.diff(item.timestamps))) > 1
+    assert isinstance(processor.video(source, MediaOptions(nframes=6, strict_official=True)).second_per_grid, float)

@@ -37,6 +37,8 @@ FAST_START, FAST_END = "<|fast_start|>", "<|fast_end|>"
 _KEPT_BYTES = 128 * 1024**2
 #: What sentences call a video that is given as pictures.
 _LISTED = "the list of frames"
+#: How far from its even place a frame may lie, in steps: rounded times count as even.
+_EVEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class MediaItem:
 
     `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
-    the text; None otherwise. `plan` is None for pictures in memory that stand for a video.
+    the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is None for pictures in memory that stand for a video.
     """
 
     kind: Kind
     vision: VisionInput
     pieces: tuple[Piece, ...]
     timestamps: tuple[float, ...] = ()
-    second_per_grid: float | None = None
+    second_per_grid: float | tuple[float, ...] | None = None
     plan: VideoPlan | ImagePlan | None = None
 
     @property
@@ -115,7 +117,10 @@ class Processor:
             frame_sizes = [plan.frame_size(i) for i in range(plan.frames)]
             vision = frames_to_patches(frames, frame_sizes, self.config)
         types = None if plan.fast is None else plan.fast.types
-        return self._video_item(vision, plan.timestamps, types, plan.sample_fps, plan)
+        # The frames sampled at a constant rate are a rounded index off their even places, which the official rule is for.
+        even = plan.constant_rate or options.strict_official or _evenly_spaced(plan.timestamps)
+        seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
+        return self._video_item(vision, plan.timestamps, types, seconds, plan)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
@@ -179,22 +184,23 @@ class Processor:
         resized = (_shrunk(frame, size) for frame in held)
         vision = frames_to_patches(resized, [size] * len(held), self.config)
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
-        return self._video_item(vision, times, None, fps, None)
+        # Without the last frame's repetition, which has no time of its own.
+        even = times is None or options.strict_official or _evenly_spaced(times[: len(set(indices))])
+        return self._video_item(vision, times, None, 1 / fps if even else _since_first(times or ()), None)
 
     def _video_item(
         self,
         vision: VisionInput,
         timestamps: Sequence[float] | None,
         types: Sequence[int] | None,
-        sample_fps: float | None,
+        seconds: float | tuple[float, ...] | None,
         plan: VideoPlan | None,
     ) -> MediaItem:
         tokens = vision.grid_thw.prod(axis=1) // self.config.merge_size**2
         times = tuple(float(t) for t in timestamps or ())
         if self.config.generation == "preview":
-            assert sample_fps is not None
             span = VisualSpan("video", int(tokens.sum()))
-            return MediaItem("video", vision.as_one_video(), (span,), times, 1 / sample_fps, plan)
+            return MediaItem("video", vision.as_one_video(), (span,), times, seconds, plan)
         pieces = expand_frames(tokens.tolist(), self.config, timestamps, types)
         return MediaItem("video", vision, tuple(pieces), times, None, plan)
 
@@ -291,6 +297,16 @@ def _picture(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
 def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:
     """PIL's bicubic resize, as the image processor does it."""
     return frame if frame.shape[:2] == size else resize_exactly(Image.fromarray(frame), *size)
+
+
+def _evenly_spaced(timestamps: Sequence[float]) -> bool:
+    """Whether frames lie at equal distances, but for rounded times; also where all have one time."""
+    rate = _rate(timestamps)
+    return rate is None or all(abs((t - timestamps[0]) * rate - i) <= _EVEN for i, t in enumerate(timestamps))
+
+
+def _since_first(timestamps: Sequence[float]) -> tuple[float, ...]:
+    return tuple(t - timestamps[0] for t in timestamps)
 
 
 def _rate(timestamps: Sequence[float]) -> float | None:
