@@ -208,5 +208,5 @@ def test_preview_frames_at_uneven_times() -> None:
     positions, _ = build_position_ids(tokens, grids, preview=layout)
     assert positions[0].tolist() == [0, 1, 1, 3, 3, 6, 6, 41, 41, 42, 43, 43, 44, 44]
     for times in ((0.0, 1.0), (0.0, 3.0, 2.0, 4.0)):
-        with pytest.raises(KeyeError, match="4 ascending times"):
+        with pytest.raises(KeyeError, match="4 frames has the times"):
             build_position_ids(tokens, grids, preview=PreviewLayout(START, {VIDEO: [times, 0.5]}))

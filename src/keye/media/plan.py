@@ -76,11 +76,8 @@ class VideoPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: every field but what only decoding and positions need, and the counts."""
-        data: dict[str, Any] = {
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in asdict(self).items()
-            if k not in ("pts", "constant_rate")
-        }
+        shown = {k: v for k, v in asdict(self).items() if k not in ("pts", "constant_rate")}
+        data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
         if self.fast is not None:
             data["fast"]["types"] = list(self.fast.types)
         return {**data, "frames": self.frames, "visual_tokens": self.visual_tokens}

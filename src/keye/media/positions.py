@@ -30,8 +30,8 @@ class PreviewLayout:
 
     vision_start: the token before each medium. Placeholders beyond the media that one announces are plain text.
     seconds_per_frame: placeholder id -> seconds between two frames, one number for each grid row of that kind; 1 second
-        for a row without a number. Where frames are unevenly spaced, a list of the seconds of every frame stands instead
-        of the number. Give it for videos only: all frames of an image share one time.
+        for a row without a number. Where frames are unevenly spaced, a list of every frame's seconds stands instead of
+        the number. Give it for videos only: all frames of an image share one time.
     tokens_per_second: steps of the time axis in one second.
     """
 
@@ -270,7 +270,7 @@ def _row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> Int
         return frame_times(frames, float(seconds), preview.tokens_per_second)
     if len(seconds) != frames or (np.diff(seconds, prepend=0.0) < 0).any():
         raise KeyeError(
-            f"a video of {frames} frames needs {frames} ascending times from 0 on; got {len(seconds)} times"
+            f"a video of {frames} frames has the times {seconds.tolist()}; give one for each frame, ascending from 0"
         )
     return (seconds.astype(np.float32) * np.float32(preview.tokens_per_second)).astype(np.int64)
 

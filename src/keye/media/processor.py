@@ -59,7 +59,8 @@ class MediaItem:
 
     `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
-    the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is None for pictures in memory that stand for a video.
+    the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is None
+    for pictures in memory that stand for a video.
     """
 
     kind: Kind
@@ -117,7 +118,7 @@ class Processor:
             frame_sizes = [plan.frame_size(i) for i in range(plan.frames)]
             vision = frames_to_patches(frames, frame_sizes, self.config)
         types = None if plan.fast is None else plan.fast.types
-        # The frames sampled at a constant rate are a rounded index off their even places, which the official rule is for.
+        # At a constant rate frames are off their even places by the rounding of indices only: the official rule fits.
         even = plan.constant_rate or options.strict_official or _evenly_spaced(plan.timestamps)
         seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
         return self._video_item(vision, plan.timestamps, types, seconds, plan)
