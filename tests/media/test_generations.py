@@ -324,3 +324,13 @@ def test_preview_places_uneven_frames_at_their_own_times(tmp_path: Path) -> None
     assert item.second_per_grid == pytest.approx(item.timestamps)
     assert len(set(np.diff(item.timestamps))) > 1
     assert isinstance(processor.video(source, MediaOptions(nframes=6, strict_official=True)).second_per_grid, float)
+
+
+def test_fast_frames_are_never_larger_than_slow_ones_of_a_size_asked_for() -> None:
+    def sizes_of(height: int, width: int, *, strict: bool = False) -> sizes.FrameSizes:
+        asked = MediaOptions(resized_height=height, resized_width=width, strict_official=strict)
+        return sizes.frame_sizes(360, 640, 4, V15, asked, fast=4)
+
+    assert sizes_of(28, 28) == sizes.FrameSizes((56, 56), (56, 56))
+    assert sizes_of(280, 560) == sizes.FrameSizes((280, 560), (140, 280)), "its shape is that of the slow frame"
+    assert sizes_of(28, 28, strict=True).fast == sizes.frame_sizes(360, 640, 4, V15, STRICT, fast=4).fast

@@ -59,8 +59,8 @@ class MediaItem:
 
     `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
-    the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is None
-    for pictures in memory that stand for a video.
+    the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is
+    None for pictures in memory that stand for a video.
     """
 
     kind: Kind

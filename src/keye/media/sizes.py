@@ -186,7 +186,9 @@ def frame_sizes(
     least = config.video_min_tokens * token
     low = max(least if options.min_pixels is None else int(options.min_pixels), least)
     if options.resized is not None and not options.strict_official:
-        size = image_size(height, width, config, options)
+        size = height, width = image_size(height, width, config, options)
+        # The size asked for may be below the smallest frame; a fast frame is never larger than a slow one.
+        least = low = min(least, height * width)
     else:
         high = config.video_max_tokens * token if options.max_pixels is None else options.max_pixels
         total = config.video_total_tokens * token
