@@ -139,3 +139,18 @@ def test_mistakes() -> None:
         OfficialProcessor(ProcessorConfig.of("1.5"))("<|video_pad|>", videos=[np.zeros((2, 56, 56, 3), np.uint8)])
     with pytest.raises(KeyeError, match="is not published"):
         OfficialProcessor(ProcessorConfig())
+
+
+def test_videos_with_and_without_times_in_one_conversation(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=30)
+    listed, file = {"type": "video", "video": [picture(), picture()]}, {"type": "video", "video": str(clip)}
+    _, videos, kwargs = utils_1_5.process_vision_info(talk(listed, file))
+    assert videos is not None
+    assert all(len(values) == 2 for values in kwargs.values())
+    assert kwargs["timestamps"][0] is None
+    text = OfficialProcessor(utils_1_5.CONFIG)("<|video_pad|>/<|video_pad|>", videos=videos, **kwargs).text[0]
+    untimed, timed = text.split("/")
+    assert untimed.startswith("<|frame|><|video_pad|>")
+    assert timed.startswith("<|frame|>0.0")
+    _, _, kwargs = utils_1_5.process_vision_info(talk(listed))
+    assert "timestamps" not in kwargs

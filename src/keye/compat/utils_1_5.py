@@ -89,22 +89,25 @@ def process_vision_info(
     image_factor: int = IMAGE_FACTOR,
 ) -> tuple[list[Image.Image] | None, list[Tensor] | None, dict[str, list[Any]]]:
     """(images, videos, kwargs) of a conversation or a list of them, or of items; images and videos are None where there
-    are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor."""
+    are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor: an entry for each video, None
+    where a video lacks what another has."""
     if vision_infos is None:
         if conversations is None:
             raise KeyeError("neither conversations nor vision_infos is given; pass one of them")
         vision_infos = extract_vision_info(conversations)
     images: list[Image.Image] = []
     videos: list[Tensor] = []
-    kwargs: dict[str, list[Any]] = defaultdict(list)
+    all_facts: list[dict[str, Any]] = []
     for item in vision_infos:
         if kind_of(item) == "image":
             images.append(fetch_image(item, image_factor))
         else:
             frames, facts = fetch_video(item, image_factor)
             videos.append(frames)
-            for name, value in facts.items():
-                kwargs[name].append(value)
+            all_facts.append(facts)
+    kwargs: dict[str, list[Any]] = defaultdict(list)
+    for name in dict.fromkeys(name for facts in all_facts for name in facts):
+        kwargs[name] = [facts.get(name) for facts in all_facts]
     return images or None, videos or None, kwargs
 
 
