@@ -154,3 +154,20 @@ def test_videos_with_and_without_times_in_one_conversation(tmp_path: Path) -> No
     assert timed.startswith("<|frame|>0.0")
     _, _, kwargs = utils_1_5.process_vision_info(talk(listed))
     assert "timestamps" not in kwargs
+
+
+@pytest.mark.parametrize("utilities", [utils_preview, utils_1_5])
+def test_media_by_their_addresses(utilities: Any, tmp_path: Path) -> None:
+    clip, still = str(write_clip(tmp_path / "clip.mp4", frames=30)), tmp_path / "still.png"
+    picture().save(still)
+    for wrap in (lambda path: path, lambda path: {"url": path}):
+        items = (
+            {"type": "video_url", "video_url": wrap(clip)},
+            {"type": "image_url", "image_url": wrap(str(still))},
+        )
+        images, videos, *_ = utilities.process_vision_info(talk(*items))
+        _, named, *_ = utilities.process_vision_info(talk({"type": "video", "video": clip}))
+        assert len(images) == 1
+        assert torch.equal(videos[0], named[0])
+    with pytest.raises(KeyeError, match="the object video_url has no url"):
+        utilities.process_vision_info(talk({"type": "video_url", "video_url": {}}))
