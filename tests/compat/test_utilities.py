@@ -124,7 +124,7 @@ def test_the_budget_of_the_environment(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_mistakes() -> None:
     for utilities in (utils_preview, utils_1_5):
-        with pytest.raises(KeyeError, match="has no image, image_url or video"):
+        with pytest.raises(KeyeError, match="has none of image, image_url, video, video_url"):
             utilities.process_vision_info(talk({"type": "image"}))
         with pytest.raises(KeyeError, match="the factor is 32"):
             utilities.fetch_image({"image": picture()}, 32)
