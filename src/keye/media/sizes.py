@@ -31,10 +31,13 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max
     `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
     """
     check_sides(height, width)
-    h = max(factor, round(height / factor) * factor)
-    w = max(factor, round(width / factor) * factor)
-    h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
+    h, w = _into_limits(height, width, *whole_tokens(height, width, factor), factor, min_pixels, max_pixels)
     return max(h, factor), max(w, factor)
+
+
+def whole_tokens(height: int, width: int, factor: int) -> Size:
+    """The size with each side rounded to whole tokens, at least one."""
+    return max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
 
 
 def processor_resize(

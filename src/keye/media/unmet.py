@@ -10,7 +10,7 @@ import warnings
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, Option
 from keye.media.options import MediaOptions
-from keye.media.sizes import Size
+from keye.media.sizes import Size, whole_tokens
 
 #: Options that files, or pictures in memory, have no use for, and why.
 _FILE_ONLY = dict.fromkeys(("video_start", "video_end", "adaptive_budget"), "it is a list of pictures")
@@ -72,6 +72,9 @@ def _warn_of_no_effect(name: str, config: ProcessorConfig, options: MediaOptions
 def _warn_of_size(name: str, size: Size, config: ProcessorConfig, options: MediaOptions, each: str) -> None:
     height, width = size
     got = f"{width}x{height} pixels{each}"
+    if options.resized is not None and size != whole_tokens(*options.resized, config.factor):
+        asked = Option("resized_height", options.resized[0]), Option("resized_width", options.resized[1])
+        _warn(KeyeWarning("{} and {} cannot be met for {}: it gets {}", *asked, name, got))
     if options.max_pixels is not None and height * width > options.max_pixels:
         _unmet(name, Option("max_pixels", options.max_pixels), got)
     # Sides are whole tokens: what one token more on either side would meet is rounding.
