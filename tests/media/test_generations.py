@@ -191,8 +191,10 @@ def test_clips_on_which_the_official_code_fails(tmp_path: Path) -> None:
     short = fetch_source(write_clip(tmp_path / "short.mp4", frames=8))
     one = fetch_source(write_clip(tmp_path / "one.mp4", frames=1))
     assert plan_video(short, V15).timestamps == (0.0,)
-    with pytest.raises(KeyeError, match="holds no frame"):
+    with pytest.raises(KeyeError, match=r"short.mp4 is shorter than a sampling step of 0.5 s.* raise fps or leave"):
         plan_video(short, V15, STRICT)
+    with pytest.raises(KeyeError, match="budget for short.mp4 holds no frame; raise video_total_pixels"):
+        plan_video(short, V15, STRICT.replace(video_total_pixels=100))
     assert plan_video(one, PREVIEW).frames == 1
     with pytest.raises(KeyeError, match="at least 2 are needed"):
         plan_video(one, PREVIEW, STRICT)

@@ -106,7 +106,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if not info.constant_rate and last > first:
         indices = _by_time(info, indices, first, last)
     if not indices:
-        raise MediaError("the token budget for {} holds no frame; raise {}", info.name, Option("video_total_pixels"))
+        raise sampling.no_frame(info.name, config, options)
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.generation == "preview":
         height, width = sizes.encoded_size(height, width, config, options)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
@@ -234,7 +234,7 @@ def sampled_list(
     native = options.fps or config.fps
     indices = sampling.sample_frames(len(frames), native, config, options)
     if not indices:
-        raise KeyeError("the token budget holds no frame; raise {}", Option("video_total_pixels"))
+        raise sampling.no_frame(_LISTED, config, options)
     pixels = _one_size([frames[i] for i in indices], config, options, listed=True)
     if options.timestamps is not None:
         return pixels, tuple(options.timestamps[i] for i in indices)
