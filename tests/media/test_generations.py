@@ -336,3 +336,22 @@ def test_fast_frames_are_never_larger_than_slow_ones_of_a_size_asked_for() -> No
     assert sizes_of(28, 28) == sizes.FrameSizes((56, 56), (56, 56))
     assert sizes_of(280, 560) == sizes.FrameSizes((280, 560), (140, 280)), "its shape is that of the slow frame"
     assert sizes_of(28, 28, strict=True).fast == sizes.frame_sizes(360, 640, 4, V15, STRICT, fast=4).fast
+
+
+@pytest.mark.parametrize("config", [PREVIEW, V15, V20])
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_a_list_whose_times_are_known(config: ProcessorConfig) -> None:
+    pictures, processor = [Image.fromarray(coded_frame(i)) for i in range(9)], Processor(config)
+    timed = MediaOptions(timestamps=(0.0, 1.0, 2.0, 3.5, 5.0, 6.0, 7.0, 8.0, 9.0), video_start=1.5, video_end=6.0)
+    part, same = processor.frames(pictures, timed), MediaOptions(timestamps=(2.0, 3.5, 5.0, 6.0))
+    assert part.timestamps == (2.0, 3.5, 5.0, 6.0)
+    assert part.second_per_grid == processor.frames(pictures[2:6], same).second_per_grid
+    assert np.array_equal(part.vision.pixel_values, processor.frames(pictures[2:6], same).vision.pixel_values)
+    rated = processor.frames(pictures, MediaOptions(fps=2, video_start=1.0, video_end=2.5))
+    expected = processor.frames(pictures[2:6], MediaOptions(fps=2))
+    assert np.array_equal(rated.vision.pixel_values, expected.vision.pixel_values)
+    assert rated.timestamps == (() if config is PREVIEW else (1.0, 1.5, 2.0, 2.5))
+    strict = processor.frames(pictures, MediaOptions(fps=2, video_start=1.0, strict_official=True))
+    assert strict.frame_count == (10 if config is PREVIEW else 9)
+    with pytest.raises(KeyeError, match="leave fewer than two frames"):
+        processor.frames(pictures, timed.replace(video_end=1.9))

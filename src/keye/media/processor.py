@@ -128,16 +128,17 @@ class Processor:
 
         With `timestamps` all frames are used and take the size that a file of them would get. Without, the official
         rule for lists holds: each is sized on its own, they are sampled like frames that were taken at `fps`
-        (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given.
+        (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
+        `video_start` and `video_end` choose among the pictures.
         """
         given = as_frames(frames)
-        if options.timestamps is not None and len(given) != len(options.timestamps):
-            raise KeyeError(f"{len(given)} frames have {len(options.timestamps)} timestamps; give one for each frame")
         if self.config.generation == "preview":
             return self._preview_list(given, options)
         times = options.timestamps
         if times is not None:
-            pixels = _one_size(given, self.config, options, listed=False)
+            first, last, _ = listed_range(len(given), options)
+            times = times[first : last + 1]
+            pixels = _one_size(given[first : last + 1], self.config, options, listed=False)
         else:
             pixels, times = sampled_list(given, self.config, options)
         height, width = pixels[0].shape[:2]
@@ -206,18 +207,32 @@ class Processor:
         return MediaItem("video", vision, tuple(pieces), times, None, plan)
 
 
+def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
+    """First index, last index and number of the pictures of a list that lie in the part asked for; all of `count` where
+    no times are known. Officially a list has no parts."""
+    times = options.timestamps
+    if times is not None and len(times) != count:
+        raise KeyeError(f"{count} frames have {len(times)} timestamps; give one for each frame")
+    if times is None and options.fps is not None:
+        times = tuple(i / options.fps for i in range(count))
+    if times is None or options.strict_official:
+        return 0, count - 1, count
+    return sampling.time_range(times, video_start=options.video_start, video_end=options.video_end)
+
+
 def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
     """Preview: which of `count` listed pictures are used, the last repeated to an even number, and their average rate.
 
     Officially all are; `nframes` and `max_frames` are honoured unless `strict_official`.
     """
     fps = options.fps or config.fps
+    first, last, count = listed_range(count, options)
     if options.timestamps is not None:
-        fps = _rate(options.timestamps) or fps
+        fps = _rate(options.timestamps[first : last + 1]) or fps
     wanted = min(options.nframes or count, options.max_frames or count, count)
-    indices = list(range(count))
+    indices = list(range(first, last + 1))
     if wanted < count and not options.strict_official:
-        indices = sampling.sample_indices(0, count - 1, wanted)
+        indices = sampling.sample_indices(first, last, wanted)
         fps *= wanted / count
     return indices + indices[-1:] * (-len(indices) % config.frame_factor), fps
 
@@ -232,7 +247,8 @@ def sampled_list(
     """
     frames = as_frames(given)
     native = options.fps or config.fps
-    indices = sampling.sample_frames(len(frames), native, config, options)
+    first, _, count = listed_range(len(frames), options)
+    indices = sampling.sample_frames(count, native, config, options, first=first)
     if not indices:
         raise sampling.no_frame(_LISTED, config, options)
     pixels = _one_size([frames[i] for i in indices], config, options, listed=True)

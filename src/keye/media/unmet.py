@@ -13,7 +13,8 @@ from keye.media.options import MediaOptions
 from keye.media.sizes import Size, whole_tokens
 
 #: Options that files, or pictures in memory, have no use for, and why.
-_FILE_ONLY = dict.fromkeys(("video_start", "video_end", "adaptive_budget"), "it is a list of pictures")
+_FILE_ONLY = {"adaptive_budget": "it is a list of pictures"}
+_TIMED_ONLY = dict.fromkeys(("video_start", "video_end"), "its times are not known; give timestamps or fps")
 _LIST_ONLY = {"timestamps": "a file has times of its own"}
 
 
@@ -40,7 +41,10 @@ def warn_of_video(
     """
     if options.strict_official:
         return
-    _warn_of_no_effect(name, config, options, _FILE_ONLY if seconds is None else _LIST_ONLY)
+    useless = _FILE_ONLY if seconds is None else _LIST_ONLY
+    if seconds is None and options.timestamps is None and options.fps is None:
+        useless = {**useless, **_TIMED_ONLY}
+    _warn_of_no_effect(name, config, options, useless)
     got = f"{frames} frames"
     if options.nframes is not None and options.nframes != frames:
         _unmet(name, Option("nframes", options.nframes), got)
