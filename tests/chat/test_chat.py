@@ -4,7 +4,9 @@ import itertools
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -279,3 +281,16 @@ def test_the_detail_of_an_image_is_one_warning() -> None:
         ask(detail="best")
     with pytest.raises(KeyeError, match="unknown key 'detail'"):
         normalize([user({"type": "video_url", "video_url": {"url": "a.mp4", "detail": "high"}}, "what?")])
+
+
+def test_times_of_any_sequence_of_numbers() -> None:
+    def times(value: object) -> object:
+        part = {"type": "video", "video": ["a.png", "b.png"], "timestamps": value}
+        return normalize([user(part, "what?")])[0].parts[0].options["timestamps"]  # type: ignore[union-attr]
+
+    for value in ([0, 1.5], (0, 1.5), np.array([0, 1.5]), torch.tensor([0, 1.5]), np.array([0, 1.5], np.float32)):
+        assert times(value) == (0.0, 1.5)
+        assert all(type(second) is float for second in times(value))  # type: ignore[attr-defined]
+    for value in ("12", b"12", {0: 1}, 3, ["soon"], np.zeros((2, 2)), torch.zeros(2, 2), [None]):
+        with pytest.raises(KeyeError, match=r"timestamps is .*: give a list of seconds"):
+            times(value)

@@ -124,7 +124,7 @@ def test_the_budget_of_the_environment(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_mistakes() -> None:
     for utilities in (utils_preview, utils_1_5):
-        with pytest.raises(KeyeError, match="has no image, image_url or video"):
+        with pytest.raises(KeyeError, match="has none of image, image_url, video, video_url"):
             utilities.process_vision_info(talk({"type": "image"}))
         with pytest.raises(KeyeError, match="the factor is 32"):
             utilities.fetch_image({"image": picture()}, 32)
@@ -139,3 +139,35 @@ def test_mistakes() -> None:
         OfficialProcessor(ProcessorConfig.of("1.5"))("<|video_pad|>", videos=[np.zeros((2, 56, 56, 3), np.uint8)])
     with pytest.raises(KeyeError, match="is not published"):
         OfficialProcessor(ProcessorConfig())
+
+
+def test_videos_with_and_without_times_in_one_conversation(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=30)
+    listed, file = {"type": "video", "video": [picture(), picture()]}, {"type": "video", "video": str(clip)}
+    _, videos, kwargs = utils_1_5.process_vision_info(talk(listed, file))
+    assert videos is not None
+    assert all(len(values) == 2 for values in kwargs.values())
+    assert kwargs["timestamps"][0] is None
+    text = OfficialProcessor(utils_1_5.CONFIG)("<|video_pad|>/<|video_pad|>", videos=videos, **kwargs).text[0]
+    untimed, timed = text.split("/")
+    assert untimed.startswith("<|frame|><|video_pad|>")
+    assert timed.startswith("<|frame|>0.0")
+    _, _, kwargs = utils_1_5.process_vision_info(talk(listed))
+    assert "timestamps" not in kwargs
+
+
+@pytest.mark.parametrize("utilities", [utils_preview, utils_1_5])
+def test_media_by_their_addresses(utilities: Any, tmp_path: Path) -> None:
+    clip, still = str(write_clip(tmp_path / "clip.mp4", frames=30)), tmp_path / "still.png"
+    picture().save(still)
+    for wrap in (lambda path: path, lambda path: {"url": path}):
+        items = (
+            {"type": "video_url", "video_url": wrap(clip)},
+            {"type": "image_url", "image_url": wrap(str(still))},
+        )
+        images, videos, *_ = utilities.process_vision_info(talk(*items))
+        _, named, *_ = utilities.process_vision_info(talk({"type": "video", "video": clip}))
+        assert len(images) == 1
+        assert torch.equal(videos[0], named[0])
+    with pytest.raises(KeyeError, match="the object video_url has no url"):
+        utilities.process_vision_info(talk({"type": "video_url", "video_url": {}}))

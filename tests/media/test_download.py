@@ -16,7 +16,7 @@ from clips import read_code, write_clip
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import fetch_source, media_kind, open_video
-from keye.media.download import FetchLimits, is_public
+from keye.media.download import FetchLimits, is_public, shown
 
 LOCAL = FetchLimits(allow_private=True)
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -45,7 +45,7 @@ def server() -> Iterator[tuple[str, dict[str, Answer]]]:
         httpd.shutdown()
 
 
-def body(data: bytes, *, length: int | None = None, status: int = 200, **headers: str) -> Answer:
+def body(data: bytes, *, length: int | str | None = None, status: int = 200, **headers: str) -> Answer:
     """Sends `data`, declaring `length` bytes (its own length unless given)."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -145,7 +145,12 @@ def test_a_name_is_resolved_once(server: tuple[str, dict[str, Answer]], monkeypa
 @pytest.mark.parametrize(
     ("answer", "limits", "message"),
     [
-        (endless, {"download_bytes": 1 << 20}, "sends more than the limit of"),
+        (endless, {"download_bytes": 1 << 20}, "sends more than the limit of .* check that it is a file, not a live"),
+        (body(b"abc", length=-5), {}, "declares a length of '-5' bytes"),
+        (body(b"abc", length="many"), {}, "declares a length of 'many' bytes"),
+        (body(b"abcdef", length=4), {}, "sends more than the 4 bytes that it declares"),
+        (body(b"\0" * 600_000, length=599_999), {}, "sends more than the 599999 bytes that it declares"),
+        (body(b"\x89PNG\r\n\x1a\n" + b"\0" * 99, length=1 << 30), {}, "1.00 GiB, more than the limit of 0.5 GiB"),
         (endless, {"total_seconds": 0.3}, "took more than 0.3 s"),
         (body(b"abc", length=1000), {}, "ended after 3 of 1000 bytes"),
         (body(b"abc", length=1 << 40), {}, "more than the limit of"),
@@ -208,3 +213,44 @@ def test_public_addresses() -> None:
         "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::",
     ):  # fmt: skip
         assert not is_public(address), address
+
+
+def test_an_image_of_no_declared_length_keeps_the_limit_of_images(
+    server: tuple[str, dict[str, Answer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def still(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(b"\xff\xd8\xff" + b"\0" * 5000)
+
+    address, answers = server
+    answers["/still"] = still
+    assert fetch_source(f"{address}/still", limits=LOCAL).size == 5003
+    monkeypatch.setattr("keye.media.fetch.MAX_IMAGE_BYTES", 4000)
+    with pytest.raises(MediaError, match="sends more than the limit"):
+        fetch_source(f"{address}/still", limits=LOCAL)
+
+
+def test_a_server_that_keeps_the_connection_open(server: tuple[str, dict[str, Answer]]) -> None:
+    done = threading.Event()
+
+    def lingers(request: BaseHTTPRequestHandler) -> None:
+        body(b"abc")(request)
+        done.wait(20)
+
+    address, answers = server
+    answers["/clip"] = lingers
+    assert fetch_source(f"{address}/clip", limits=LOCAL).size == 3
+    done.set()
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://example.org:8080/a.mp4?key=1", "http://example.org:8080/a.mp4"),
+        ("https://[2001:db8::1]:8443/a.mp4", "https://[2001:db8::1]:8443/a.mp4"),
+        ("https://user:word@example.org/a.mp4#part", "https://example.org/a.mp4"),
+    ],
+)
+def test_addresses_for_people(url: str, text: str) -> None:
+    assert shown(url) == text

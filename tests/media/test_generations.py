@@ -191,8 +191,10 @@ def test_clips_on_which_the_official_code_fails(tmp_path: Path) -> None:
     short = fetch_source(write_clip(tmp_path / "short.mp4", frames=8))
     one = fetch_source(write_clip(tmp_path / "one.mp4", frames=1))
     assert plan_video(short, V15).timestamps == (0.0,)
-    with pytest.raises(KeyeError, match="holds no frame"):
+    with pytest.raises(KeyeError, match=r"short.mp4 is shorter than a sampling step of 0.5 s.* raise fps or leave"):
         plan_video(short, V15, STRICT)
+    with pytest.raises(KeyeError, match="budget for short.mp4 holds no frame; raise video_total_pixels"):
+        plan_video(short, V15, STRICT.replace(video_total_pixels=100))
     assert plan_video(one, PREVIEW).frames == 1
     with pytest.raises(KeyeError, match="at least 2 are needed"):
         plan_video(one, PREVIEW, STRICT)
@@ -309,3 +311,47 @@ def test_preview_counts() -> None:
     assert count(10_000_000) == 768
     assert count(41, max_frames=1) == 2
     assert DecodeLimits().threads == 1
+
+
+def test_preview_places_uneven_frames_at_their_own_times(tmp_path: Path) -> None:
+    pictures, processor = [Image.fromarray(coded_frame(i)) for i in range(5)], Processor(PREVIEW)
+    uneven = MediaOptions(timestamps=(1.0, 2.0, 3.5, 10.0, 21.0))
+    assert processor.frames(pictures, uneven).second_per_grid == (0.0, 1.0, 2.5, 9.0, 20.0, 20.0)
+    assert processor.frames(pictures, uneven.replace(strict_official=True)).second_per_grid == 5.0
+    for even in ((0.0, 0.33, 0.67, 1.0, 1.33), (3.0,) * 5):
+        assert isinstance(processor.frames(pictures, MediaOptions(timestamps=even)).second_per_grid, float)
+    times = [0, 1000, 2500, 3000, 9000, 20000]
+    source = fetch_source(write_clip(tmp_path / "uneven.mkv", frames=6, times_ms=times))
+    item = processor.video(source, MediaOptions(nframes=6))
+    assert item.second_per_grid == pytest.approx(item.timestamps)
+    assert len(set(np.diff(item.timestamps))) > 1
+    assert isinstance(processor.video(source, MediaOptions(nframes=6, strict_official=True)).second_per_grid, float)
+
+
+def test_fast_frames_are_never_larger_than_slow_ones_of_a_size_asked_for() -> None:
+    def sizes_of(height: int, width: int, *, strict: bool = False) -> sizes.FrameSizes:
+        asked = MediaOptions(resized_height=height, resized_width=width, strict_official=strict)
+        return sizes.frame_sizes(360, 640, 4, V15, asked, fast=4)
+
+    assert sizes_of(28, 28) == sizes.FrameSizes((56, 56), (56, 56))
+    assert sizes_of(280, 560) == sizes.FrameSizes((280, 560), (140, 280)), "its shape is that of the slow frame"
+    assert sizes_of(28, 28, strict=True).fast == sizes.frame_sizes(360, 640, 4, V15, STRICT, fast=4).fast
+
+
+@pytest.mark.parametrize("config", [PREVIEW, V15, V20])
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_a_list_whose_times_are_known(config: ProcessorConfig) -> None:
+    pictures, processor = [Image.fromarray(coded_frame(i)) for i in range(9)], Processor(config)
+    timed = MediaOptions(timestamps=(0.0, 1.0, 2.0, 3.5, 5.0, 6.0, 7.0, 8.0, 9.0), video_start=1.5, video_end=6.0)
+    part, same = processor.frames(pictures, timed), MediaOptions(timestamps=(2.0, 3.5, 5.0, 6.0))
+    assert part.timestamps == (2.0, 3.5, 5.0, 6.0)
+    assert part.second_per_grid == processor.frames(pictures[2:6], same).second_per_grid
+    assert np.array_equal(part.vision.pixel_values, processor.frames(pictures[2:6], same).vision.pixel_values)
+    rated = processor.frames(pictures, MediaOptions(fps=2, video_start=1.0, video_end=2.5))
+    expected = processor.frames(pictures[2:6], MediaOptions(fps=2))
+    assert np.array_equal(rated.vision.pixel_values, expected.vision.pixel_values)
+    assert rated.timestamps == (() if config is PREVIEW else (1.0, 1.5, 2.0, 2.5))
+    strict = processor.frames(pictures, MediaOptions(fps=2, video_start=1.0, strict_official=True))
+    assert strict.frame_count == (10 if config is PREVIEW else 9)
+    with pytest.raises(KeyeError, match="leave fewer than two frames"):
+        processor.frames(pictures, timed.replace(video_end=1.9))

@@ -199,3 +199,14 @@ def test_merge_grid_rows() -> None:
     assert merge_grid_rows([[1, 4, 6], [2, 4, 6]]).tolist() == [[3, 4, 6]]
     with pytest.raises(KeyeError, match="different sizes"):
         merge_grid_rows([[1, 4, 6], [1, 4, 4]])
+
+
+def test_preview_frames_at_uneven_times() -> None:
+    tokens = [START, *[VIDEO] * 8, START, *[VIDEO] * 4]
+    grids = {VIDEO: [[4, 2, 4], [2, 2, 4]]}
+    layout = PreviewLayout(START, {VIDEO: [(0.0, 1.0, 2.6, 20.0), 0.5]})
+    positions, _ = build_position_ids(tokens, grids, preview=layout)
+    assert positions[0].tolist() == [0, 1, 1, 3, 3, 6, 6, 41, 41, 42, 43, 43, 44, 44]
+    for times in ((0.0, 1.0), (0.0, 3.0, 2.0, 4.0)):
+        with pytest.raises(KeyeError, match="4 frames has the times"):
+            build_position_ids(tokens, grids, preview=PreviewLayout(START, {VIDEO: [times, 0.5]}))

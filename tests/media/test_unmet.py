@@ -86,7 +86,7 @@ def test_once_for_a_request(clip: Source) -> None:
     asked = MediaOptions(video_start=1.0, nframes=9)
     for config in (PREVIEW, V15, V20):
         video, count = told(lambda config=config: Processor(config).frames(frames, asked))  # type: ignore[misc]
-        assert video == "video_start has no effect on the list of frames: it is a list of pictures"
+        assert video.startswith("video_start has no effect on the list of frames: its times are not known; give")
         assert count == "nframes=9 cannot be met for the list of frames: it gets 6 frames"
 
 
@@ -120,3 +120,19 @@ def test_each_door_spells_options_in_its_own_way() -> None:
     assert error.worded(lambda option: f"--end {option.value}") == "a{}.mp4 is cut short; pass --end 2.1"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 - our own bytes, as between processes
     assert str(MediaError("a sentence with {braces}")) == "a sentence with {braces}"
+
+
+def test_a_size_that_the_limits_change(clip: Source) -> None:
+    nano = ProcessorConfig(video_min_tokens=4, video_max_tokens=16, image_max_tokens=16)
+    asked, rounded = (MediaOptions(resized_height=height, resized_width=2 * height) for height in (200, 50))
+    image, frames = Image.new("RGB", (60, 40)), np.zeros((4, 56, 56, 3), dtype=np.uint8)
+    sentence = "resized_height=200 and resized_width=400 cannot be met for {}: it gets 140x56 pixels"
+    for name, call in {
+        "clip.mp4": lambda options: plan_video(clip, nano, options),
+        "the list of frames": lambda options: Processor(nano).frames(frames, options),
+        "<image>": lambda options: Processor(nano).image(image, options),
+    }.items():
+        told_of = told(lambda call=call: call(asked))  # type: ignore[misc]
+        assert [text.removesuffix(" a frame") for text in told_of] == [sentence.format(name)]
+        assert told(lambda call=call: call(rounded)) == []  # type: ignore[misc]
+        assert told(lambda call=call: call(asked.replace(strict_official=True))) == []  # type: ignore[misc]

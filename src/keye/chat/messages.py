@@ -236,9 +236,22 @@ def _medium(where: str, kind: MediumKind, part: object, *, source_key: str, also
     if source is None or (isinstance(source, str | bytes | list | tuple) and not source):
         raise KeyeError(f"{where}.{source_key} is empty: give a file, a URL or frames.")
     options = {name: fields[name] for name in sorted(fields) if name in _OPTIONS[kind] and fields[name] is not None}
+    if "timestamps" in options:
+        options["timestamps"] = _seconds(f"{where}.timestamps", options["timestamps"])
     for name, value in options.items():
         _check_option(f"{where}.{name}", name, value)
     return Medium(kind, source, options)
+
+
+def _seconds(where: str, value: object) -> tuple[float, ...]:
+    """Seconds as plain numbers, of a list as well as of an array or a tensor."""
+    try:
+        if isinstance(value, str | bytes | Mapping):
+            raise TypeError
+        return tuple(float(second) for second in cast(Sequence[Any], value))
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: rows of a tensor with several axes
+        shown = " ".join(repr(value).split())[:200]
+        raise KeyeError(f"{where} is {shown}: give a list of seconds.") from None
 
 
 def _check_option(where: str, name: str, value: object) -> None:
@@ -247,8 +260,6 @@ def _check_option(where: str, name: str, value: object) -> None:
             raise KeyeError(f"{where} is {value!r}: give true or false.")
         return
     if name == "timestamps":
-        if not isinstance(value, list | tuple):
-            raise KeyeError(f"{where} is {value!r}: give a list of seconds.")
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise KeyeError(f"{where} is {value!r}: give a number.")

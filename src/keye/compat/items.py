@@ -11,8 +11,10 @@ from keye.media.options import IMAGE_OPTIONS, VIDEO_OPTIONS, MediaOptions, Mediu
 
 Item = Mapping[str, Any]
 
+#: Keys, and types, of items that hold a medium.
+_MEDIA = ("image", "image_url", "video", "video_url")
 #: Keys of an item that are no options.
-_OTHER_KEYS = frozenset({"type", "text", "image", "image_url", "video", "video_url"})
+_OTHER_KEYS = frozenset({"type", "text", *_MEDIA})
 #: The side of one visual token, in pixels, in every Keye-VL model.
 FACTOR = 28
 
@@ -20,7 +22,7 @@ FACTOR = 28
 def extract_vision_info(conversations: Sequence[Any]) -> list[dict[str, Any]]:
     """The items with an image or a video of a conversation, or of a list of them, in order.
 
-    An item counts by its key (`image`, `image_url`, `video`) or by its `type`.
+    An item counts by its key (`image`, `image_url`, `video`, `video_url`) or by its `type`.
     """
     several = conversations if conversations and not isinstance(conversations[0], Mapping) else [conversations]
     return [item for conversation in several for message in conversation for item in _media(message)]
@@ -31,8 +33,7 @@ def _media(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if isinstance(content, str):
         return
     for item in content:
-        named = any(key in item for key in ("image", "image_url", "video"))
-        if named or item.get("type") in ("image", "image_url", "video"):
+        if any(key in item or item.get("type") == key for key in _MEDIA):
             yield item
 
 
@@ -40,19 +41,33 @@ def kind_of(item: Item) -> MediumKind:
     """Whether an item holds an image or a video; `KeyeError` when it names neither."""
     if "image" in item or "image_url" in item:
         return "image"
-    if "video" in item:
+    if "video" in item or "video_url" in item:
         return "video"
-    raise KeyeError(f"an item of type {item.get('type')!r} has no image, image_url or video; add the medium itself")
+    raise KeyeError(f"an item of type {item.get('type')!r} has none of {', '.join(_MEDIA)}; add the medium itself")
 
 
 def picture_of(item: Item) -> Any:
     """The image of an item: `image`, or `image_url`, which may be the object of the OpenAI form."""
-    if "image" in item:
-        return item["image"]
-    if "image_url" not in item:
-        raise KeyeError("the item has neither image nor image_url; add the picture")
-    url = item["image_url"]
-    return url["url"] if isinstance(url, Mapping) and "url" in url else url
+    return _named(item, "image")
+
+
+def video_of(item: Item) -> Any:
+    """The video of an item: `video`, or `video_url`, which may be the object of the OpenAI form."""
+    return _named(item, "video")
+
+
+def _named(item: Item, kind: MediumKind) -> Any:
+    if kind in item:
+        return item[kind]
+    key = f"{kind}_url"
+    if key not in item:
+        raise KeyeError(f"the item has neither {kind} nor {key}; add the {kind}")
+    url = item[key]
+    if not isinstance(url, Mapping):
+        return url
+    if "url" not in url:
+        raise KeyeError(f"the object {key} has no url; add it")
+    return url["url"]
 
 
 def options_of(item: Item, kind: MediumKind, *, total_key: str) -> MediaOptions:

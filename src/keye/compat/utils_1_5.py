@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of
+from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sizes
@@ -62,12 +62,12 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
     `frame_types` int32 [F] (0 slow, 1 fast) and, where times are known, `timestamps` float32 [F] in seconds."""
     check_factor(image_factor)
     options = options_of(ele, "video", total_key="video_total_pixels")
-    given = open_frames(ele["video"])
+    given = open_frames(video_of(ele))
     if given is not None:
         frames, times = sampled_list(given, CONFIG, options)
         array = np.stack(list(frames))
     else:
-        array, times = _decoded(ele["video"], options)
+        array, times = _decoded(video_of(ele), options)
     types = frame_types(array, CONFIG, options.min_frame_similarity)
     fast, (_, height, width, _) = sum(types), array.shape
     found = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
@@ -89,22 +89,25 @@ def process_vision_info(
     image_factor: int = IMAGE_FACTOR,
 ) -> tuple[list[Image.Image] | None, list[Tensor] | None, dict[str, list[Any]]]:
     """(images, videos, kwargs) of a conversation or a list of them, or of items; images and videos are None where there
-    are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor."""
+    are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor: an entry for each video,
+    None where a video lacks what another has."""
     if vision_infos is None:
         if conversations is None:
             raise KeyeError("neither conversations nor vision_infos is given; pass one of them")
         vision_infos = extract_vision_info(conversations)
     images: list[Image.Image] = []
     videos: list[Tensor] = []
-    kwargs: dict[str, list[Any]] = defaultdict(list)
+    all_facts: list[dict[str, Any]] = []
     for item in vision_infos:
         if kind_of(item) == "image":
             images.append(fetch_image(item, image_factor))
         else:
             frames, facts = fetch_video(item, image_factor)
             videos.append(frames)
-            for name, value in facts.items():
-                kwargs[name].append(value)
+            all_facts.append(facts)
+    kwargs: dict[str, list[Any]] = defaultdict(list)
+    for name in dict.fromkeys(name for facts in all_facts for name in facts):
+        kwargs[name] = [facts.get(name) for facts in all_facts]
     return images or None, videos or None, kwargs
 
 

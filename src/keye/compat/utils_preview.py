@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of
+from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
 from keye.config import ProcessorConfig, preview_video_max_pixels
 from keye.media import sizes
 from keye.media.image import hold_image
@@ -63,8 +63,8 @@ def fetch_video(
     budget = preview_video_max_pixels()
     if budget is not None and options.video_total_pixels is None:
         options = options.replace(video_total_pixels=budget)
-    frames = open_frames(ele["video"])
-    video, fps = _listed(frames, options) if frames is not None else _decoded(ele["video"], options)
+    frames = open_frames(video_of(ele))
+    video, fps = _listed(frames, options) if frames is not None else _decoded(video_of(ele), options)
     return (video, fps) if return_video_sample_fps else video
 
 

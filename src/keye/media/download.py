@@ -13,7 +13,7 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -23,6 +23,10 @@ from keye.errors import MediaError
 
 GIB = 1024**3
 _CHUNK = 1 << 18
+#: Bytes that tell an image from a video.
+_HEAD = 32
+#: How long to wait for bytes beyond the declared length, in seconds: most servers close the connection at once.
+_SURPLUS_SECONDS = 0.2
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -40,9 +44,12 @@ class FetchLimits:
     allow_private: bool = False
 
 
-def download(url: str, limits: FetchLimits, max_bytes: int) -> tuple[IO[bytes], int]:
+def download(
+    url: str, limits: FetchLimits, max_bytes: int, *, max_bytes_of: Callable[[bytes], int] | None = None
+) -> tuple[IO[bytes], int]:
     """The file behind `url` as a named temporary file, which is removed when it is closed, and its size in bytes.
 
+    `max_bytes_of` tells from the first bytes how large a file of that kind may be, if that is less than `max_bytes`.
     Raises `MediaError` when it cannot be had within the limits.
     """
     most = min(limits.download_bytes, max_bytes)
@@ -50,10 +57,14 @@ def download(url: str, limits: FetchLimits, max_bytes: int) -> tuple[IO[bytes], 
     for _ in range(limits.redirects + 1):
         parts = _checked(url)
         with _connection(parts, limits, expired, end - time.monotonic()) as connection:
+            # The connection forgets its socket once the head of the response is read.
+            dialled = connection.sock
             try:
                 location = _response(connection, parts)
                 if isinstance(location, http.client.HTTPResponse):
-                    return _save(location, parts, most, expired, limits)
+                    file, size = _save(location, parts, most, expired, max_bytes_of)
+                    _check_end(location, dialled, parts, file, size)
+                    return file, size
             except (OSError, http.client.HTTPException) as error:
                 raise _failure(parts, error, expired, limits) from None
         url = urljoin(url, location)
@@ -61,9 +72,9 @@ def download(url: str, limits: FetchLimits, max_bytes: int) -> tuple[IO[bytes], 
 
 
 def shown(url: str) -> str:
-    """An address for people: without its query, which may hold a key."""
+    """An address for people: without its query, which may hold a key, and without a user's name."""
     parts = urlsplit(url)
-    text = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -170,6 +181,10 @@ def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> htt
         # The phrase is the standard's: what a server writes there may be anything.
         phrase = http.client.responses.get(response.status, "an unknown status")
         raise MediaError(f"{name} answers {response.status} {phrase}; check the address")
+    # The standard library takes a length that is no number for none at all.
+    length = response.getheader("Content-Length")
+    if length is not None and not (length.strip().isascii() and length.strip().isdigit()):
+        raise MediaError(f"{name} declares a length of {length[:40]!r} bytes; download it and pass the file")
     if response.getheader("Content-Encoding", "identity").lower() != "identity":
         raise MediaError(f"{name} sends the file compressed; download it and pass the file")
     if response.getheader("Content-Type", "").lower().startswith("text/html"):
@@ -178,21 +193,35 @@ def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> htt
 
 
 def _save(
-    response: http.client.HTTPResponse, parts: SplitResult, most: int, expired: threading.Event, limits: FetchLimits
+    response: http.client.HTTPResponse,
+    parts: SplitResult,
+    most: int,
+    expired: threading.Event,
+    max_bytes_of: Callable[[bytes], int] | None,
 ) -> tuple[IO[bytes], int]:
+    """The body, as long as it is declared to be, in a temporary file, and its size."""
     name = shown(parts.geturl())
     declared = response.length
-    if declared is not None and declared > most:
-        raise MediaError(
-            f"{name} has {declared / GIB:.2f} GiB, more than the limit of {most / GIB:g} GiB; cut it into parts"
-        )
+    _check_declared(name, declared, most)
+    if declared is not None:
+        response.length = declared + 1  # Else the response closes before the surplus can be looked for.
     file = tempfile.NamedTemporaryFile(prefix="keye-")  # noqa: SIM115 (the caller keeps it)
     size = 0
     try:
-        while chunk := response.read(_CHUNK):
+        while size != declared:
+            wanted = _CHUNK if size else _HEAD
+            chunk = response.read(wanted if declared is None else min(wanted, declared - size))
+            if not chunk:
+                break
+            if size == 0 and max_bytes_of is not None:
+                most = min(most, max_bytes_of(chunk))
+                _check_declared(name, declared, most)
             size += len(chunk)
             if size > most:
-                raise MediaError(f"{name} sends more than the limit of {most / GIB:.3g} GiB; cut it into parts")
+                raise MediaError(
+                    f"{name} sends more than the limit of {most / GIB:.3g} GiB; "
+                    "check that it is a file, not a live stream"
+                )
             file.write(chunk)
         if expired.is_set():
             raise TimeoutError
@@ -203,6 +232,32 @@ def _save(
         file.close()
         raise
     return file, size
+
+
+def _check_declared(name: str, declared: int | None, most: int) -> None:
+    if declared is not None and declared > most:
+        raise MediaError(
+            f"{name} has {declared / GIB:.2f} GiB, more than the limit of {most / GIB:g} GiB; "
+            "cut it into parts or re-encode it"
+        )
+
+
+def _check_end(
+    response: http.client.HTTPResponse, dialled: socket.socket, parts: SplitResult, file: IO[bytes], size: int
+) -> None:
+    """`MediaError` if the body goes on after its declared length: then the length or the file is wrong."""
+    if response.length is None:
+        return
+    try:
+        dialled.settimeout(_SURPLUS_SECONDS)
+        surplus = response.read(1)
+    except OSError:
+        return  # Silence: a server that keeps the connection open although it was asked not to.
+    if surplus:
+        file.close()
+        raise MediaError(
+            f"{shown(parts.geturl())} sends more than the {size} bytes that it declares; download it and pass the file"
+        )
 
 
 def _failure(parts: SplitResult, error: Exception, expired: threading.Event, limits: FetchLimits) -> MediaError:

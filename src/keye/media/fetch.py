@@ -92,7 +92,7 @@ def fetch_source(
 def media_kind(source: Source) -> str:
     """`"image"` or `"video"`, judged by the first bytes. Animated GIFs count as video; unknown bytes too."""
     head = source.head()
-    if head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+    if _is_still(head):
         return "image"
     if head.startswith((b"GIF87a", b"GIF89a")) and not _animated_gif(source):
         return "image"
@@ -118,7 +118,7 @@ def _locate(reference: str | os.PathLike[str] | bytes | Source, max_bytes: int, 
     text = os.fspath(reference)
     scheme = text.split(":", 1)[0].lower() if ":" in text else ""
     if scheme in ("http", "https"):
-        file, size = download(text, limits, max_bytes)
+        file, size = download(text, limits, max_bytes, max_bytes_of=_max_bytes_of)
         return Source(shown(text).rpartition("/")[2] or shown(text), size, path=Path(file.name), keep=file)
     if scheme in ("ftp", "rtsp", "rtmp"):
         raise MediaError(f"{_short(text)} is a {scheme} address; download it first and pass the file")
@@ -193,6 +193,15 @@ def _animated_gif(source: Source) -> bool:
             while (size := file.read(1)) and size != b"\x00":
                 file.seek(size[0], os.SEEK_CUR)
     return False
+
+
+def _is_still(head: bytes) -> bool:
+    return head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def _max_bytes_of(head: bytes) -> int:
+    """How large a file with these first bytes may be."""
+    return MAX_IMAGE_BYTES if _is_still(head) else MAX_VIDEO_BYTES
 
 
 def _skip_color_table(file: BinaryIO, flags: int) -> None:

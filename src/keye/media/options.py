@@ -37,7 +37,7 @@ class MediaOptions:
     min_pixels, max_pixels: limits on the area of an image or of one frame.
     video_total_pixels: limit on the area of all frames together (Preview calls it `total_pixels`).
     resized_height, resized_width: the size itself, rounded to whole tokens; both or neither.
-    video_start, video_end: the part of the video to use, in seconds.
+    video_start, video_end: the part of the video to use, in seconds; of a list, where `timestamps` or `fps` tell times.
     adaptive_budget: 2.0 only, a single short video gets a share of the budget by its length (`sizes.ADAPTIVE_SHARES`).
     min_frame_similarity: 1.5 only, share of similar patches below which a frame becomes a slow frame.
     timestamps: seconds of the pictures of a list.

@@ -37,7 +37,8 @@ class VideoPlan:
     `timestamps` are seconds from the first frame of the file. `width` and `height` are those of the frames the model
     sees; each becomes `tokens_per_frame` visual tokens. `sample_fps` is the average rate of the sampled frames.
     `fast` is there once the frames of a video for 1.5 have been told apart, which needs their pixels: until then
-    every frame counts as slow and the tokens are an estimate.
+    every frame counts as slow and the tokens are an estimate. `constant_rate` says whether the file's frames are evenly
+    spaced.
     """
 
     name: str
@@ -54,6 +55,7 @@ class VideoPlan:
     tokens_per_frame: int
     sample_fps: float
     fast: FastFrames | None = None
+    constant_rate: bool = field(default=True, repr=False)
 
     @property
     def frames(self) -> int:
@@ -73,10 +75,9 @@ class VideoPlan:
         return self.height, self.width
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: every field but the raw container times, and the counts."""
-        data: dict[str, Any] = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "pts"
-        }
+        """Plain data for JSON: every field but what only decoding and positions need, and the counts."""
+        shown = {k: v for k, v in asdict(self).items() if k not in ("pts", "constant_rate")}
+        data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
         if self.fast is not None:
             data["fast"]["types"] = list(self.fast.types)
         return {**data, "frames": self.frames, "visual_tokens": self.visual_tokens}
@@ -105,7 +106,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if not info.constant_rate and last > first:
         indices = _by_time(info, indices, first, last)
     if not indices:
-        raise MediaError("the token budget for {} holds no frame; raise {}", info.name, Option("video_total_pixels"))
+        raise sampling.no_frame(info.name, config, options)
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.generation == "preview":
         height, width = sizes.encoded_size(height, width, config, options)
@@ -126,6 +127,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         height=height,
         tokens_per_frame=_tokens(height, width, config),
         sample_fps=len(indices) / count * info.fps,
+        constant_rate=info.constant_rate,
     )
 
 

@@ -10,7 +10,7 @@ Preview has one grid row for a whole video, whose time axis counts `tokens_per_s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,8 @@ from keye.errors import KeyeError
 
 IntArray = NDArray[np.int64]
 Grids = Mapping[int, ArrayLike]
+#: Of each video the seconds between two frames, or where they are uneven the seconds of every frame from the first on.
+FrameSeconds = Sequence[float | Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class PreviewLayout:
 
     vision_start: the token before each medium. Placeholders beyond the media that one announces are plain text.
     seconds_per_frame: placeholder id -> seconds between two frames, one number for each grid row of that kind; 1 second
-        for a row without a number. Give it for videos only: all frames of an image share one time.
+        for a row without a number. Where frames are unevenly spaced, a list of every frame's seconds stands instead of
+        the number. Give it for videos only: all frames of an image share one time.
     tokens_per_second: steps of the time axis in one second.
     """
 
     vision_start: int
-    seconds_per_frame: Mapping[int, ArrayLike] = field(default_factory=dict)
+    seconds_per_frame: Mapping[int, ArrayLike | FrameSeconds] = field(default_factory=dict)
     tokens_per_second: float = 2.0
 
 
@@ -260,8 +263,16 @@ def _row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> Int
     """Offsets of a row's frames on the time axis."""
     if token not in preview.seconds_per_frame:
         return np.zeros(frames, dtype=np.int64)
-    seconds = np.asarray(preview.seconds_per_frame[token], dtype=np.float64).reshape(-1)
-    return frame_times(frames, float(seconds[row]) if row < len(seconds) else 1.0, preview.tokens_per_second)
+    given = preview.seconds_per_frame[token]
+    rows = given if isinstance(given, list | tuple) else np.asarray(given, dtype=np.float64).reshape(-1)
+    seconds = np.asarray(rows[row] if row < len(rows) else 1.0, dtype=np.float64)
+    if seconds.ndim == 0:
+        return frame_times(frames, float(seconds), preview.tokens_per_second)
+    if len(seconds) != frames or (np.diff(seconds, prepend=0.0) < 0).any():
+        raise KeyeError(
+            f"a video of {frames} frames has the times {seconds.tolist()}; give one for each frame, ascending from 0"
+        )
+    return (seconds.astype(np.float32) * np.float32(preview.tokens_per_second)).astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
@@ -37,6 +37,8 @@ FAST_START, FAST_END = "<|fast_start|>", "<|fast_end|>"
 _KEPT_BYTES = 128 * 1024**2
 #: What sentences call a video that is given as pictures.
 _LISTED = "the list of frames"
+#: How far from its even place a frame may lie, in steps: rounded times count as even.
+_EVEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,15 @@ class MediaItem:
 
     `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
-    the text; None otherwise. `plan` is None for pictures in memory that stand for a video.
+    the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is
+    None for pictures in memory that stand for a video.
     """
 
     kind: Kind
     vision: VisionInput
     pieces: tuple[Piece, ...]
     timestamps: tuple[float, ...] = ()
-    second_per_grid: float | None = None
+    second_per_grid: float | tuple[float, ...] | None = None
     plan: VideoPlan | ImagePlan | None = None
 
     @property
@@ -115,23 +118,27 @@ class Processor:
             frame_sizes = [plan.frame_size(i) for i in range(plan.frames)]
             vision = frames_to_patches(frames, frame_sizes, self.config)
         types = None if plan.fast is None else plan.fast.types
-        return self._video_item(vision, plan.timestamps, types, plan.sample_fps, plan)
+        # At a constant rate frames are off their even places by the rounding of indices only: the official rule fits.
+        even = plan.constant_rate or options.strict_official or _evenly_spaced(plan.timestamps)
+        seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
+        return self._video_item(vision, plan.timestamps, types, seconds, plan)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
 
         With `timestamps` all frames are used and take the size that a file of them would get. Without, the official
         rule for lists holds: each is sized on its own, they are sampled like frames that were taken at `fps`
-        (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given.
+        (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
+        `video_start` and `video_end` choose among the pictures.
         """
         given = as_frames(frames)
-        if options.timestamps is not None and len(given) != len(options.timestamps):
-            raise KeyeError(f"{len(given)} frames have {len(options.timestamps)} timestamps; give one for each frame")
         if self.config.generation == "preview":
             return self._preview_list(given, options)
         times = options.timestamps
         if times is not None:
-            pixels = _one_size(given, self.config, options, listed=False)
+            first, last, _ = listed_range(len(given), options)
+            times = times[first : last + 1]
+            pixels = _one_size(given[first : last + 1], self.config, options, listed=False)
         else:
             pixels, times = sampled_list(given, self.config, options)
         height, width = pixels[0].shape[:2]
@@ -179,24 +186,38 @@ class Processor:
         resized = (_shrunk(frame, size) for frame in held)
         vision = frames_to_patches(resized, [size] * len(held), self.config)
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
-        return self._video_item(vision, times, None, fps, None)
+        # Without the last frame's repetition, which has no time of its own.
+        even = times is None or options.strict_official or _evenly_spaced(times[: len(set(indices))])
+        return self._video_item(vision, times, None, 1 / fps if even else _since_first(times or ()), None)
 
     def _video_item(
         self,
         vision: VisionInput,
         timestamps: Sequence[float] | None,
         types: Sequence[int] | None,
-        sample_fps: float | None,
+        seconds: float | tuple[float, ...] | None,
         plan: VideoPlan | None,
     ) -> MediaItem:
         tokens = vision.grid_thw.prod(axis=1) // self.config.merge_size**2
         times = tuple(float(t) for t in timestamps or ())
         if self.config.generation == "preview":
-            assert sample_fps is not None
             span = VisualSpan("video", int(tokens.sum()))
-            return MediaItem("video", vision.as_one_video(), (span,), times, 1 / sample_fps, plan)
+            return MediaItem("video", vision.as_one_video(), (span,), times, seconds, plan)
         pieces = expand_frames(tokens.tolist(), self.config, timestamps, types)
         return MediaItem("video", vision, tuple(pieces), times, None, plan)
+
+
+def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
+    """First index, last index and number of the pictures of a list that lie in the part asked for; all of `count` where
+    no times are known. Officially a list has no parts."""
+    times = options.timestamps
+    if times is not None and len(times) != count:
+        raise KeyeError(f"{count} frames have {len(times)} timestamps; give one for each frame")
+    if times is None and options.fps is not None:
+        times = tuple(i / options.fps for i in range(count))
+    if times is None or options.strict_official:
+        return 0, count - 1, count
+    return sampling.time_range(times, video_start=options.video_start, video_end=options.video_end)
 
 
 def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
@@ -205,12 +226,13 @@ def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -
     Officially all are; `nframes` and `max_frames` are honoured unless `strict_official`.
     """
     fps = options.fps or config.fps
+    first, last, count = listed_range(count, options)
     if options.timestamps is not None:
-        fps = _rate(options.timestamps) or fps
+        fps = _rate(options.timestamps[first : last + 1]) or fps
     wanted = min(options.nframes or count, options.max_frames or count, count)
-    indices = list(range(count))
+    indices = list(range(first, last + 1))
     if wanted < count and not options.strict_official:
-        indices = sampling.sample_indices(0, count - 1, wanted)
+        indices = sampling.sample_indices(first, last, wanted)
         fps *= wanted / count
     return indices + indices[-1:] * (-len(indices) % config.frame_factor), fps
 
@@ -225,9 +247,10 @@ def sampled_list(
     """
     frames = as_frames(given)
     native = options.fps or config.fps
-    indices = sampling.sample_frames(len(frames), native, config, options)
+    first, _, count = listed_range(len(frames), options)
+    indices = sampling.sample_frames(count, native, config, options, first=first)
     if not indices:
-        raise KeyeError("the token budget holds no frame; raise {}", Option("video_total_pixels"))
+        raise sampling.no_frame(_LISTED, config, options)
     pixels = _one_size([frames[i] for i in indices], config, options, listed=True)
     if options.timestamps is not None:
         return pixels, tuple(options.timestamps[i] for i in indices)
@@ -291,6 +314,16 @@ def _picture(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
 def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:
     """PIL's bicubic resize, as the image processor does it."""
     return frame if frame.shape[:2] == size else resize_exactly(Image.fromarray(frame), *size)
+
+
+def _evenly_spaced(timestamps: Sequence[float]) -> bool:
+    """Whether frames lie at equal distances, but for rounded times; also where all have one time."""
+    rate = _rate(timestamps)
+    return rate is None or all(abs((t - timestamps[0]) * rate - i) <= _EVEN for i, t in enumerate(timestamps))
+
+
+def _since_first(timestamps: Sequence[float]) -> tuple[float, ...]:
+    return tuple(t - timestamps[0] for t in timestamps)
 
 
 def _rate(timestamps: Sequence[float]) -> float | None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError, MediaError, Option
 from keye.media.options import DEFAULTS, MediaOptions
 
 
@@ -74,6 +74,17 @@ def frame_cap(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
     if config.generation == "1.5" and options.min_pixels is not None:
         smallest = options.min_pixels
     return math.floor((config.video_total_tokens * token if total is None else total) / smallest)
+
+
+def no_frame(name: str, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> MediaError:
+    """Why no frame of a video is sampled: the budget, or (1.5 under `strict_official`) a clip that is too short."""
+    if frame_cap(config, options) < 1:
+        return MediaError("the token budget for {} holds no frame; raise {}", name, Option("video_total_pixels"))
+    return MediaError(
+        "{} is shorter than a sampling step of {:.3g} s, and the official code takes no frame of it; raise {} or "
+        "leave {} out",
+        name, 1 / (options.fps or config.fps), Option("fps"), Option("strict_official"),
+    )  # fmt: skip
 
 
 def frame_range(

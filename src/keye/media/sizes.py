@@ -31,10 +31,13 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max
     `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
     """
     check_sides(height, width)
-    h = max(factor, round(height / factor) * factor)
-    w = max(factor, round(width / factor) * factor)
-    h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
+    h, w = _into_limits(height, width, *whole_tokens(height, width, factor), factor, min_pixels, max_pixels)
     return max(h, factor), max(w, factor)
+
+
+def whole_tokens(height: int, width: int, factor: int) -> Size:
+    """The size with each side rounded to whole tokens, at least one."""
+    return max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
 
 
 def processor_resize(
@@ -186,7 +189,9 @@ def frame_sizes(
     least = config.video_min_tokens * token
     low = max(least if options.min_pixels is None else int(options.min_pixels), least)
     if options.resized is not None and not options.strict_official:
-        size = image_size(height, width, config, options)
+        size = height, width = image_size(height, width, config, options)
+        # The size asked for may be below the smallest frame; a fast frame is never larger than a slow one.
+        least = low = min(least, height * width)
     else:
         high = config.video_max_tokens * token if options.max_pixels is None else options.max_pixels
         total = config.video_total_tokens * token

@@ -10,10 +10,11 @@ import warnings
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, Option
 from keye.media.options import MediaOptions
-from keye.media.sizes import Size
+from keye.media.sizes import Size, whole_tokens
 
 #: Options that files, or pictures in memory, have no use for, and why.
-_FILE_ONLY = dict.fromkeys(("video_start", "video_end", "adaptive_budget"), "it is a list of pictures")
+_FILE_ONLY = {"adaptive_budget": "it is a list of pictures"}
+_TIMED_ONLY = dict.fromkeys(("video_start", "video_end"), "its times are not known; give timestamps or fps")
 _LIST_ONLY = {"timestamps": "a file has times of its own"}
 
 
@@ -40,7 +41,10 @@ def warn_of_video(
     """
     if options.strict_official:
         return
-    _warn_of_no_effect(name, config, options, _FILE_ONLY if seconds is None else _LIST_ONLY)
+    useless = _FILE_ONLY if seconds is None else _LIST_ONLY
+    if seconds is None and options.timestamps is None and options.fps is None:
+        useless = {**useless, **_TIMED_ONLY}
+    _warn_of_no_effect(name, config, options, useless)
     got = f"{frames} frames"
     if options.nframes is not None and options.nframes != frames:
         _unmet(name, Option("nframes", options.nframes), got)
@@ -72,6 +76,9 @@ def _warn_of_no_effect(name: str, config: ProcessorConfig, options: MediaOptions
 def _warn_of_size(name: str, size: Size, config: ProcessorConfig, options: MediaOptions, each: str) -> None:
     height, width = size
     got = f"{width}x{height} pixels{each}"
+    if options.resized is not None and size != whole_tokens(*options.resized, config.factor):
+        asked = Option("resized_height", options.resized[0]), Option("resized_width", options.resized[1])
+        _warn(KeyeWarning("{} and {} cannot be met for {}: it gets {}", *asked, name, got))
     if options.max_pixels is not None and height * width > options.max_pixels:
         _unmet(name, Option("max_pixels", options.max_pixels), got)
     # Sides are whole tokens: what one token more on either side would meet is rounding.
