@@ -4,9 +4,9 @@
 
 Writes a synthetic checkpoint in the layout of Keye-VL-2.0 (bfloat16, shards of 1 GB, as many layers as the size asks
 for) to a temporary folder, then times in turn, each with the files' page cache dropped before: reading every file from
-front to back into one buffer, and `load_model` in a fresh process. Prints one JSON object; a ratio is the rate of a
-load over that of the read before it. Targets: ratio >= 0.8, anonymous memory <= model + 300 MB. Linux only
-(posix_fadvise, /proc).
+front to back into one buffer, `load_model` in a fresh process, and filling as much fresh memory with ones in another.
+Prints one JSON object; a ratio is the rate of a load over that of the read before it. Targets: ratio >= 0.8,
+anonymous memory <= model + 300 MB. Linux only (posix_fadvise, /proc).
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of one read and one load; their median counts")
     parser.add_argument("--folder", type=Path, help="where to write the files for a while (default: the system's)")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the child process: loads this folder and reports
+    parser.add_argument("--fill", type=int, help=argparse.SUPPRESS)  # the child process: fills so many bytes
     arguments = parser.parse_args()
+    if arguments.fill is not None:
+        print(fill(arguments.fill))
+        return
     if arguments.load is not None:
         print(json.dumps(load(arguments.load)))
         return
@@ -46,12 +50,15 @@ def measure(folder: Path, gigabytes: float, repeats: int) -> dict[str, Any]:
     total = write_checkpoint(folder, gigabytes)
     reads: list[float] = []
     loads: list[dict[str, Any]] = []
+    fills: list[float] = []
     for _ in range(repeats):
         drop_cache(folder)
         reads.append(read_plainly(folder))
         drop_cache(folder)
         command = [sys.executable, __file__, "--load", str(folder)]
         loads.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        command = [sys.executable, __file__, "--fill", str(loads[0]["model_bytes"])]
+        fills.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     held, anonymous = loads[0]["model_bytes"], max(one["anonymous_peak"] for one in loads)
     read_rates = [total / seconds / 1e9 for seconds in reads]
     load_rates = [held / one["seconds"] / 1e9 for one in loads]
@@ -61,6 +68,7 @@ def measure(folder: Path, gigabytes: float, repeats: int) -> dict[str, Any]:
         "files": len(list(folder.glob("*.safetensors"))),
         "read_gb_per_s": [round(rate, 3) for rate in read_rates],
         "load_gb_per_s": [round(rate, 3) for rate in load_rates],
+        "fill_gb_per_s": [round(held / seconds / 1e9, 3) for seconds in fills],
         "ratios": [round(ratio, 3) for ratio in ratios],
         "ratio": round(statistics.median(ratios), 3),
         "ratio_target": 0.8,
@@ -157,6 +165,20 @@ def load(folder: Path) -> dict[str, Any]:
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {"seconds": seconds, "model_bytes": held, "anonymous_before": before,
             "anonymous_peak": max(*peak, anonymous_bytes())}  # fmt: skip
+
+
+def fill(size: int) -> float:
+    """Seconds to write to every page of fresh memory, with the same request for huge pages as loading."""
+    import torch
+
+    from keye.models.checkpoint import ask_for_huge_pages
+
+    torch.set_num_threads(1)
+    memory = torch.empty(size, dtype=torch.uint8)
+    ask_for_huge_pages(memory)
+    begin = time.perf_counter()
+    memory.fill_(1)
+    return time.perf_counter() - begin
 
 
 def anonymous_bytes() -> int:
