@@ -116,18 +116,5 @@ def _plan(info: VideoInfo, start: float, end: float) -> VideoPlan:
     """All frames on display between two times, at the source's size (H.264 needs even sides)."""
     first = max(bisect_right(info.timestamps, start + 1e-6) - 1, 0)
     last = max(bisect_left(info.timestamps, end - 1e-6), first + 1)
-    return VideoPlan(
-        name=info.name,
-        duration=info.duration,
-        native_fps=info.fps,
-        source_width=info.width,
-        source_height=info.height,
-        rotation=info.rotation,
-        frame_indices=tuple(range(first, last)),
-        timestamps=info.timestamps[first:last],
-        pts=info.pts[first:last],
-        width=max(2, info.width // 2 * 2),
-        height=max(2, info.height // 2 * 2),
-        tokens_per_frame=0,
-        sample_fps=info.fps,
-    )
+    size = max(2, info.height // 2 * 2), max(2, info.width // 2 * 2)
+    return VideoPlan.of(info, range(first, last), size, tokens_per_frame=0, rate=info.fps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, Option
@@ -56,6 +56,28 @@ class VideoPlan:
     sample_fps: float
     fast: FastFrames | None = None
     constant_rate: bool = field(default=True, repr=False)
+
+    @classmethod
+    def of(
+        cls, info: VideoInfo, indices: Sequence[int], size: sizes.Size, *, tokens_per_frame: int, rate: float
+    ) -> Self:
+        """The plan of frames `indices` of a probed video at `size` (height, width); `rate` is their `sample_fps`."""
+        return cls(
+            name=info.name,
+            duration=info.duration,
+            native_fps=info.fps,
+            source_width=info.width,
+            source_height=info.height,
+            rotation=info.rotation,
+            frame_indices=tuple(indices),
+            timestamps=tuple(info.timestamps[i] for i in indices),
+            pts=tuple(info.pts[i] for i in indices),
+            width=size[1],
+            height=size[0],
+            tokens_per_frame=tokens_per_frame,
+            sample_fps=rate,
+            constant_rate=info.constant_rate,
+        )
 
     @property
     def frames(self) -> int:
@@ -113,22 +135,8 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     warn_of_video(
         info.name, len(indices), (height, width), config, asked, seconds=count / info.fps, sampled=sampled
     )  # fmt: skip
-    return VideoPlan(
-        name=info.name,
-        duration=info.duration,
-        native_fps=info.fps,
-        source_width=info.width,
-        source_height=info.height,
-        rotation=info.rotation,
-        frame_indices=tuple(indices),
-        timestamps=tuple(info.timestamps[i] for i in indices),
-        pts=tuple(info.pts[i] for i in indices),
-        width=width,
-        height=height,
-        tokens_per_frame=_tokens(height, width, config),
-        sample_fps=len(indices) / count * info.fps,
-        constant_rate=info.constant_rate,
-    )
+    rate = len(indices) / count * info.fps
+    return VideoPlan.of(info, indices, (height, width), tokens_per_frame=_tokens(height, width, config), rate=rate)
 
 
 def with_frame_types(
