@@ -229,7 +229,9 @@ class VideoReader:
         view = memoryview(data)
         filled = 0
         while filled < count:
-            if not select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))[0]:
+            left = deadline - time.monotonic()
+            # Without any patience it is an error even if the answer has come already: the same on every machine.
+            if (left <= 0 and not filled) or not select.select([descriptor], [], [], max(left, 0))[0]:
                 self._process.kill()
                 raise MediaError(
                     f"{self.source.name} took more than {self.limits.wait_seconds:g} s to decode; "
