@@ -41,6 +41,9 @@ class KVCache:
         assert keys is not None and values is not None
         return keys[positions], values[positions]
 
+    def pages(self, layer: int) -> None:
+        """This store is not paged."""
+
     def fork(self) -> KVCache:
         """An independent copy: several questions may continue from one prompt."""
         copy = KVCache(len(self._lengths))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from keye.config import TextConfig
 from keye.models.indexer import Indexer, IndexerOutput
 from keye.models.layers import RMSNorm
-from keye.ops import reference
+from keye.ops import dsa, reference
+from keye.ops.dsa import Stretch
 from keye.ops.elementwise import table
+from keye.ops.pages import LayerPages
 
 #: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
 #: fallback outside Hopper GPUs, and another function once the context exceeds k.
@@ -52,6 +55,9 @@ class SequenceCache(Protocol):
 
     def rows(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `positions` (int64 [N]): two tensors [N, G, D]."""
+
+    def pages(self, layer: int) -> LayerPages | None:
+        """The same as it lies in memory, for the fast kernels; None where it does not lie in pages."""
 
 
 class Step(Protocol):
@@ -99,15 +105,18 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`."""
+    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`. `counts` int64, if given, one
+    for each position, counts how often its key was selected, over all layers."""
 
     start: int
     stop: int
     cache: SequenceCache
+    counts: Tensor | None = None
 
 
 class CachedStep:
-    """Inference: every span attends causally to its own cache, which grows by the span."""
+    """Inference: every span attends causally to its own cache, which grows by the span. `fixed` asks for results that
+    do not depend on what else is in the step."""
 
     def __init__(
         self,
@@ -117,47 +126,62 @@ class CachedStep:
         mode: AttentionMode = "sparse",
         select: Selection = "indexer",
         generator: torch.Generator | None = None,
+        fixed: bool = False,
         on_layer: Callable[[int, Tensor], None] | None = None,
         on_router: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> None:
         self.spans = spans
         self.sparse = mode == "sparse" and config.sparse is not None
         self.topk = config.sparse.topk if config.sparse is not None else 0
-        self.select, self.generator = select, generator
+        self.select, self.generator, self.fixed = select, generator, fixed
         self._on_layer, self._on_router = on_layer, on_router
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
-        outputs = [self._attend_span(span, layer, q, k, v, index) for span in self.spans]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _attend_span(
-        self, span: Span, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None
-    ) -> Tensor:
-        part, cache = slice(span.start, span.stop), span.cache
-        first, total = cache.length(layer), span.stop - span.start
-        cache.append(layer, k[part], v[part], None if index is None else index.k[part])
-
-        def rows(positions: Tensor) -> tuple[Tensor, Tensor]:
-            return cache.rows(layer, positions)
-
+        for span in self.spans:
+            part = slice(span.start, span.stop)
+            span.cache.append(layer, k[part], v[part], None if index is None else index.k[part])
+        stretches = [self._stretch(span, layer) for span in self.spans]
         # Up to k tokens the top-k is everything: dense attention is then the same function.
-        if index is None or first + total <= self.topk:
-            return reference.dense_attention(q[part], rows, first)
-        return reference.sparse_attention(q[part], self._selection(span, layer, index, first), rows)
+        dense = [stretch for stretch in stretches if index is None or stretch.length <= self.topk]
+        sparse = [stretch for stretch in stretches if index is not None and stretch.length > self.topk]
+        out = torch.empty_like(q)
+        if dense:
+            dsa.dense_attention(q, dense, out)
+        if sparse:
+            assert index is not None
+            self._attend_sparse(layer, q, index, sparse, out)
+        return out
 
-    def _selection(self, span: Span, layer: int, index: IndexerOutput, first: int) -> Iterable[tuple[int, Tensor]]:
-        total = span.stop - span.start
+    def _attend_sparse(
+        self, layer: int, q: Tensor, index: IndexerOutput, stretches: Sequence[Stretch], out: Tensor
+    ) -> None:
+        if self.select == "indexer":
+            dsa.sparse_attention(q, index.q, index.gate, stretches, self.topk, out)
+            return
+        for stretch in stretches:
+            dsa.attend_selected(q, self._control(layer, stretch), stretch, out)
+
+    def _control(self, layer: int, stretch: Stretch) -> Iterable[tuple[int, Tensor]]:
+        """Sets that no indexer chose."""
+        total = stretch.stop - stretch.start
         if self.select == "recent":
-            return reference.select_recent(total, first, self.topk)
-        if self.select == "random":
-            generator = self.generator or torch.Generator().manual_seed(layer)
-            return reference.select_random(total, first, self.topk, generator)
-        part = slice(span.start, span.stop)
+            return reference.select_recent(total, stretch.first, self.topk)
+        generator = self.generator or torch.Generator().manual_seed(layer)
+        return reference.select_random(total, stretch.first, self.topk, generator)
 
-        def key_tiles(start: int, stop: int) -> Tensor:
-            return span.cache.index_keys(layer, start, stop)
-
-        return reference.select_topk(index.q[part], index.gate[part], key_tiles, first, self.topk)
+    def _stretch(self, span: Span, layer: int) -> Stretch:
+        """The span as the kernels see it; its own keys have been stored."""
+        cache = span.cache
+        return Stretch(
+            span.start,
+            span.stop,
+            cache.length(layer) - (span.stop - span.start),
+            rows=partial(cache.rows, layer),
+            key_tiles=partial(cache.index_keys, layer),
+            pages=cache.pages(layer),
+            counts=span.counts,
+            fixed=self.fixed,
+        )
 
     def observe_layer(self, layer: int, hidden: Tensor) -> None:
         if self._on_layer is not None:
