@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
+from keye.engine.kvcache import KVCache
 from keye.engine.media import PlannedMedium, check_medium, plan_medium
 from keye.errors import KeyeError, Option
 from keye.media.fetch import Source
@@ -46,12 +47,17 @@ class Room:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`token_ids` int64 [T]; `position_ids` int64 [3, T]; `next_position` of the first generated token; the media."""
+    """`token_ids` int64 [T]; `position_ids` int64 [3, T]; `next_position` of the first generated token; the media.
+
+    `past`, if given, holds the first tokens of the prompt, computed before (an index of a video): they and the media in
+    them are not computed again. It stays as it is.
+    """
 
     token_ids: Tensor
     position_ids: Tensor
     next_position: int
     media: tuple[MediaItem, ...]
+    past: KVCache | None = None
 
     @property
     def media_tokens(self) -> int:

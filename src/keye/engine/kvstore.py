@@ -1,0 +1,213 @@
+"""Where keys, values and indexer keys of all sequences lie: slabs of blocks, a block being 64 tokens of every layer.
+
+Keys, values and indexer keys are three tensors of a slab, so that each kind can lie elsewhere: `SlabMaker` decides.
+Blocks are counted: sequences that share a prefix share its blocks. Every byte is in the ledger's account `kv`.
+Knows formats and bytes, not tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from keye.config import TextConfig
+from keye.engine.ledger import Ledger
+from keye.errors import KeyeError
+from keye.ops.pages import PAGE, RowFormat, RowKind
+
+#: How keys and values are stored, as users say it; `auto` is the model's own number format.
+KVFormat = Literal["auto", "bf16", "fp8", "int8", "int4"]
+_KINDS: Final[dict[str, RowKind]] = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
+_OF_DTYPE: Final[dict[torch.dtype, RowKind]] = {
+    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
+}  # fmt: skip
+#: Blocks that are taken from the system at once: 1,024 tokens.
+SLAB_BLOCKS: Final = 16
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The formats of one run: rows of keys, of values and, in sparse models, of indexer keys, in each of `layers`."""
+
+    layers: int
+    keys: RowFormat
+    values: RowFormat
+    index: RowFormat | None
+
+    @classmethod
+    def of(cls, config: TextConfig, dtype: torch.dtype, kv: KVFormat = "auto", index: KVFormat = "auto") -> KVLayout:
+        """The layout for a model whose activations are of `dtype`. `KeyeError` for formats that do not exist."""
+        check_kv_format(kv)
+        check_kv_format(index)
+        own = _OF_DTYPE[dtype]
+        rows = RowFormat(_KINDS.get(kv, own), config.num_key_value_heads, config.head_dim)
+        sparse = config.sparse
+        if index == "int4":
+            raise KeyeError("indexer keys cannot be stored as int4; choose auto, bf16, fp8 or int8")
+        keys = RowFormat(_KINDS.get(index, own), 1, sparse.indexer_head_dim) if sparse is not None else None
+        return cls(config.num_hidden_layers, rows, rows, keys)
+
+    @classmethod
+    def like(cls, layers: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> KVLayout:
+        """The layout that holds such tensors as they are: `k`, `v` [n, G, D], `index_k` [n, I]."""
+        index = None if index_k is None else RowFormat(_OF_DTYPE[index_k.dtype], 1, index_k.shape[1])
+        return cls(layers, _format_of(k), _format_of(v), index)
+
+    @property
+    def formats(self) -> tuple[RowFormat, RowFormat, RowFormat | None]:
+        """Of keys, values and indexer keys, in the order in which slabs hold them."""
+        return self.keys, self.values, self.index
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all layers."""
+        return self.layers * sum(f.row_bytes for f in self.formats if f is not None)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return PAGE * self.token_bytes
+
+
+def _format_of(x: Tensor) -> RowFormat:
+    return RowFormat(_OF_DTYPE[x.dtype], x.shape[1], x.shape[2])
+
+
+def check_kv_format(kv: object) -> None:
+    """`KeyeError` for anything but a `KVFormat`."""
+    if kv not in get_args(KVFormat):
+        raise KeyeError(f"the key-value format is {kv!r}; choose one of {', '.join(get_args(KVFormat))}")
+
+
+#: Keys, values and indexer keys of a slab, uint8 [layers, blocks, 64, row_bytes] each; no indexer keys in dense models.
+Kinds = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(eq=False)
+class Slab:
+    """Blocks taken together. `writable` is false for files that are only read; `held` are its bytes in the ledger."""
+
+    kinds: Kinds
+    blocks: int
+    held: int
+    writable: bool = True
+    free: list[int] = field(default_factory=list)
+
+    @property
+    def addresses(self) -> bool:
+        """Whether pages can be read by address in this process."""
+        return all(kind is None or kind.device.type == "cpu" for kind in self.kinds)
+
+
+@dataclass(eq=False)
+class Block:
+    """Block number `slot` of a slab, and how many sequences hold it."""
+
+    slab: Slab
+    slot: int
+    references: int = 1
+
+
+#: (layout, blocks) -> the tensors of a new slab, in main memory, on a device, or in a mapped file.
+SlabMaker = Callable[[KVLayout, int], Kinds]
+
+
+def memory_slabs(device: torch.device | str = "cpu") -> SlabMaker:
+    """Slabs in the memory of a device. Main memory is taken page by page as it is written."""
+
+    def make(layout: KVLayout, blocks: int) -> Kinds:
+        def empty(rows: RowFormat) -> Tensor:
+            return torch.empty(layout.layers, blocks, PAGE, rows.row_bytes, dtype=torch.uint8, device=device)
+
+        with torch.inference_mode(False):
+            index = None if layout.index is None else empty(layout.index)
+            return empty(layout.keys), empty(layout.values), index
+
+    return make
+
+
+class KVStore:
+    """Gives out blocks of one layout. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        ledger: Ledger | None = None,
+        make_slab: SlabMaker | None = None,
+        slab_blocks: int = SLAB_BLOCKS,
+    ) -> None:
+        self.layout, self.ledger = layout, ledger or Ledger()
+        self._make_slab, self._slab_blocks = make_slab or memory_slabs(), slab_blocks
+        self._slabs: list[Slab] = []
+        self._lock = threading.RLock()
+
+    def take(self, count: int) -> list[Block]:
+        """`count` new blocks, or `OutOfMemory` and none."""
+        with self._lock:
+            taken: list[Block] = []
+            try:
+                while len(taken) < count:
+                    slab = next((slab for slab in self._slabs if slab.free), None) or self._new_slab()
+                    while slab.free and len(taken) < count:
+                        taken.append(Block(slab, slab.free.pop()))
+            except KeyeError:
+                self.drop(taken)
+                raise
+            return taken
+
+    def share(self, blocks: list[Block]) -> list[Block]:
+        """The same blocks for one more holder."""
+        with self._lock:
+            for block in blocks:
+                block.references += 1
+        return list(blocks)
+
+    def drop(self, blocks: list[Block]) -> None:
+        """One holder less of each; a block without holders is free, a slab of free blocks is given back."""
+        with self._lock:
+            for block in blocks:
+                assert block.references > 0, "a block was dropped once too often"
+                block.references -= 1
+                if block.references == 0:
+                    self._free(block)
+
+    def room(self) -> int | None:
+        """Tokens that can still be stored under the budget; None without one."""
+        with self._lock:
+            left, ready = self.ledger.free(), sum(len(slab.free) for slab in self._slabs)
+            if left is None:
+                return None
+            return PAGE * (ready + left // (self._slab_blocks * self.layout.block_bytes) * self._slab_blocks)
+
+    def nbytes(self) -> int:
+        """Bytes of all slabs."""
+        with self._lock:
+            return sum(slab.held for slab in self._slabs)
+
+    def _new_slab(self) -> Slab:
+        held = self._slab_blocks * self.layout.block_bytes
+        self.ledger.reserve("kv", held)
+        try:
+            kinds = self._make_slab(self.layout, self._slab_blocks)
+        except BaseException:
+            self.ledger.release("kv", held)
+            raise
+        slab = Slab(kinds, self._slab_blocks, held, free=list(reversed(range(self._slab_blocks))))
+        self._slabs.append(slab)
+        return slab
+
+    def _free(self, block: Block) -> None:
+        slab = block.slab
+        if not slab.writable:
+            return
+        slab.free.append(block.slot)
+        slab.free.sort(reverse=True)
+        if len(slab.free) == slab.blocks:
+            self._slabs.remove(slab)
+            self.ledger.release("kv", slab.held)
