@@ -61,6 +61,23 @@ def find_model(name: str, *, weights: bool = True) -> Path:
         return resolve(name, weights=weights, progress=progress)
 
 
+def describing_folder(model: str) -> tuple[Path, bool]:
+    """The folder that describes `model`, and whether it is keye's own copy of a published configuration, because the
+    model is not on this machine. Only small files are fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from keye.hub import PUBLISHED, asset
+
+    lowered = model.lower()
+    for short, name in PUBLISHED.items():
+        if lowered in (short, name.lower()):
+            cached = try_to_load_from_cache(name, "config.json")
+            if isinstance(cached, str):
+                return Path(cached).parent, False
+            return asset(f"configs/{short}"), True
+    return find_model(model, weights=False), False
+
+
 @contextmanager
 def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error with bytes, speed and time left; one note instead where that is no terminal. It appears

@@ -55,11 +55,12 @@ def inspect(model: str, as_json: bool) -> None:
 
 def description(model: str) -> dict[str, Any]:
     """Everything that `keye inspect --json` prints."""
+    from keye.commands.inputs import describing_folder
     from keye.commands.machine import memories
     from keye.config import read_json
     from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
 
-    folder, packaged = find(model)
+    folder, packaged = describing_folder(model)
     raw = read_json(folder / "config.json")
     made = outline(raw)
     files, shapes, notes = weight_facts(folder, made)
@@ -98,23 +99,6 @@ def description(model: str) -> dict[str, Any]:
         "sampling": sampling_facts(folder),
         "notes": notes,
     }
-
-
-def find(model: str) -> tuple[Path, bool]:
-    """The folder that describes `model`, and whether it is keye's own copy of a published configuration."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from keye.commands.inputs import find_model
-    from keye.hub import PUBLISHED, asset
-
-    lowered = model.lower()
-    for short, name in PUBLISHED.items():
-        if lowered in (short, name.lower()):
-            cached = try_to_load_from_cache(name, "config.json")
-            if isinstance(cached, str):
-                return Path(cached).parent, False
-            return asset(f"configs/{short}"), True
-    return find_model(model, weights=False), False
 
 
 def weight_facts(folder: Path, made: Outline) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:

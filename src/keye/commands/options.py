@@ -103,6 +103,12 @@ prompting: Callable[[F], F] = _all(
     ),
 )
 
+kv_format: Callable[[F], F] = click.option(
+    "--kv",
+    type=click.Choice(["auto", "bf16", "fp8", "int8", "int4"]),
+    help="Number format of stored keys and values.  [default: auto, that of the weights]",
+)
+
 attention: Callable[[F], F] = click.option(
     "--attention",
     type=click.Choice(["sparse", "dense"]),

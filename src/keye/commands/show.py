@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -162,6 +163,33 @@ def print_plans(result: Mapping[str, Any]) -> None:
     )
     if share >= 1:
         console.print("This does not fit: lower --fps, --max-frames or --max-pixels.", style="bold")
+    if prediction := result.get("prediction"):
+        console.print()
+        print_prediction(prediction)
+
+
+def print_prediction(prediction: Mapping[str, Any]) -> None:
+    """What a request will take: memory by part beside what is free, seconds by phase."""
+    from keye.engine.ledger import megabytes
+
+    console = stdout()
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("memory", "left"), ("", "right"), ("  time", "left"), ("", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    memory = [*((name, megabytes(n)) for name, n in prediction["bytes"].items())]
+    memory.append(("in all", megabytes(prediction["total_bytes"])))
+    seconds = [(f"  {name}", f"{value:,.2f} s") for name, value in prediction["seconds"].items()]
+    if prediction["decode_tokens_per_second"] is not None:
+        seconds.append(("  decode rate", f"{prediction['decode_tokens_per_second']:,.1f} tokens/s"))
+    for left, right in zip_longest(memory, seconds, fillvalue=("", "")):
+        table.add_row(*left, *right)
+    console.print(table)
+    free = prediction["free_bytes"]
+    if free is not None:
+        verdict = "fits" if prediction["fits"] else f"does not fit; {prediction['what_fits']}"
+        console.print(f"{megabytes(free)} are free on {prediction['device']}: it {verdict}", soft_wrap=True)
+    for note in prediction["notes"]:
+        console.print(one_line(note), style="yellow", soft_wrap=True)
 
 
 def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:

@@ -183,7 +183,16 @@ class KVStore:
             left, ready = self.ledger.free(), sum(len(slab.free) for slab in self._slabs)
             if left is None:
                 return None
-            return PAGE * (ready + left // (self._slab_blocks * self.layout.block_bytes) * self._slab_blocks)
+            return PAGE * (ready + left // self.slab_bytes * self._slab_blocks)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes that are taken from the ledger at once."""
+        return self._slab_blocks * self.layout.block_bytes
+
+    def slabs_for(self, tokens: int) -> int:
+        """Slabs that a new sequence of `tokens` takes."""
+        return -(-tokens // (PAGE * self._slab_blocks))
 
     def nbytes(self) -> int:
         """Bytes of all slabs."""
@@ -191,7 +200,7 @@ class KVStore:
             return sum(slab.held for slab in self._slabs)
 
     def _new_slab(self) -> Slab:
-        held = self._slab_blocks * self.layout.block_bytes
+        held = self.slab_bytes
         self.ledger.reserve("kv", held)
         try:
             kinds = self._make_slab(self.layout, self._slab_blocks)
