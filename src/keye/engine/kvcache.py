@@ -6,7 +6,9 @@ Legend: n tokens, G key/value heads, D head dim, I indexer dim.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from keye.engine.kvstore import Block, KVLayout, KVStore, Slab, memory_slabs
 from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
 
+#: What slabs hold, in this order.
+KINDS: Final = ("keys", "values", "index")
 _KEYS, _VALUES, _INDEX = 0, 1, 2
 
 
@@ -90,6 +94,16 @@ class KVCache:
             assert keys is not None and values is not None
             self._pages[layer] = keys, values, index
         return LayerPages(self._lengths[layer], *self._pages[layer])
+
+    def stored_pages(self, kind: int, layer: int) -> Iterator[Tensor]:
+        """Encoded pages uint8 [64, row_bytes] of kind `KINDS[kind]`, in main memory. Rows after the last token, which
+        nobody has written, are zeros."""
+        for place, block in enumerate(self._blocks):
+            page = self._page(kind, layer, block).cpu()
+            if (rest := self._lengths[layer] - place * PAGE) < PAGE:
+                page = page.clone()
+                page[rest:] = 0
+            yield page
 
     def fork(self) -> KVCache:
         """A sequence that continues from the same tokens: full blocks are shared, the last one is copied."""
