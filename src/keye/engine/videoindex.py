@@ -208,7 +208,7 @@ class _Facts:
         names = dict.fromkeys(Fingerprint.__dataclass_fields__, str)
         model, video = _fields(file, about.get("model"), names), about.get("video")
         _fields(file, about, {"attention": str, "next_position": int, "start": int})
-        held = _fields(file, video, {"plan": dict, "pieces": list, "timestamps": list})
+        held = _fields(file, video, {"plan": dict, "options": dict, "pieces": list, "timestamps": list})
         if about["attention"] not in get_args(AttentionMode) or not 0 <= about["start"] <= file.length:
             raise damaged(file.path, "its header holds values that keye does not write")
         if not all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"]):
