@@ -29,7 +29,7 @@ from keye.engine.media import IndexedVideo
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.tiers import KVOptions
 from keye.errors import KeyeError
-from keye.media.fetch import Source
+from keye.media.fetch import Source, is_index
 from keye.media.processor import Piece, VisualSpan
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
@@ -73,6 +73,8 @@ def write_video_index(
     """Computes the prompt up to the end of a video and writes it. `KeyeError`, before anything is computed, for a video
     that does not fit the context, the memory or the disk."""
     begin = time.perf_counter()
+    if isinstance(medium.source, Source) and is_index(medium.source):
+        raise KeyeError(f"{medium.source.name} is an index already: give the video itself")
     model = owner.model
     segments = builder.render([Message("user", (medium, "."))], template=owner.template)
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
