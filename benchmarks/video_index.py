@@ -34,6 +34,8 @@ import keye
 from keye.engine.videoindex import open_video_index
 from keye.media.fetch import fetch_source
 
+#: Pixels that a visual token stands for.
+TOKEN_PIXELS = 28 * 28
 SECONDS, SIZE, QUESTION = 600, (640, 360), "at what times is the red circle shown?"
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; this is the only form")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="length of the video")
     parser.add_argument("--native-fps", type=int, default=25, help="frames a second of the file")
-    parser.add_argument("--max-pixels", type=int, default=10 * 28 * 28, help="most pixels of a frame")
+    parser.add_argument("--frame-tokens", type=int, default=10, help="most visual tokens of a frame")
     parser.add_argument("--kv", default="auto", help="format of keys and values")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fresh", type=Path, help=argparse.SUPPRESS)  # the child process: asks this index once
@@ -60,7 +62,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     video, index = folder / "video.mp4", folder / "video.keye"
     write_video(video, options.seconds, options.native_fps)
     model = keye.load("nano", kv=options.kv)
-    sampling = {"fps": 2, "max_pixels": options.max_pixels}
+    pixels, frames = options.frame_tokens * TOKEN_PIXELS, 2 * options.seconds
+    sampling = {"fps": 2, "max_frames": frames, "max_pixels": pixels, "video_total_pixels": frames * pixels}
     info = model.index(video, index, media_options=sampling)
     asked_video = [
         model.ask(video, QUESTION, media_options=sampling, max_tokens=1).seconds for _ in range(options.repeats)
