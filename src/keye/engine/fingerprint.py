@@ -16,7 +16,7 @@ from keye.models.keye import KeyeModel
 
 #: Tensors up to this size are hashed whole, of larger ones evenly spread pieces that together have this size. Training
 #: changes nearly every number of a tensor, so that any step of it shows.
-WHOLE_BYTES: Final = 1 << 20
+WHOLE_BYTES: Final = 1 << 18
 _PIECES: Final = 16
 
 
@@ -32,7 +32,7 @@ class Fingerprint:
 
 
 def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fingerprint:
-    """Of a model as it is in memory. Reads at most a MiB of each tensor."""
+    """Of a model as it is in memory. Reads at most 256 KiB of each tensor."""
     return Fingerprint(
         name,
         str(model.dtype).removeprefix("torch."),

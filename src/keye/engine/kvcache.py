@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
 import torch
@@ -147,8 +148,11 @@ class KVCache:
             grown = self._addresses.new_zeros(*self._addresses.shape[:2], max(stop, 2 * start, 8))
             grown[:, :, :start] = self._addresses[:, :, :start]
             self._addresses = grown
-        for place, block in enumerate(blocks, start):
-            self._addresses[:, :, place] = _page_addresses(block, len(self._lengths))
+        place = start
+        for _, group in groupby(blocks, key=lambda block: id(block.slab)):
+            run = list(group)
+            self._addresses[:, :, place : place + len(run)] = _page_addresses(run, len(self._lengths))
+            place += len(run)
         self._blocks += blocks
         self._changed()
 
@@ -237,13 +241,14 @@ def _own_store(layers: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> KVS
     return KVStore(KVLayout.like(layers, k, v, index_k), make_slab=memory_slabs(k.device))
 
 
-def _page_addresses(block: Block, layers: int) -> Tensor:
-    """Addresses of the pages of a block, int64 [3, layers]; 0 where they lie in another memory."""
-    out = torch.zeros(3, layers, dtype=torch.int64)
-    for kind, tensor in enumerate(block.slab.kinds):
+def _page_addresses(blocks: list[Block], layers: int) -> Tensor:
+    """Addresses of the pages of blocks of one slab, int64 [3, layers, blocks]; 0 where they lie in another memory."""
+    out = torch.zeros(3, layers, len(blocks), dtype=torch.int64)
+    slots, layer = torch.tensor([block.slot for block in blocks]), torch.arange(layers).unsqueeze(1)
+    for kind, tensor in enumerate(blocks[0].slab.kinds):
         if tensor is not None and tensor.device.type == "cpu":
-            base, (layer_step, slot_step) = tensor.data_ptr(), tensor.stride()[:2]
-            out[kind] = base + block.slot * slot_step + torch.arange(layers) * layer_step
+            layer_step, slot_step = tensor.stride()[:2]
+            out[kind] = tensor.data_ptr() + layer * layer_step + slots * slot_step
     return out
 
 

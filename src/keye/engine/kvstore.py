@@ -97,8 +97,8 @@ Kinds = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(eq=False)
 class Slab:
-    """Blocks taken together. `writable` is false for files that are only read; `held` are its bytes in the ledger, by
-    account."""
+    """Blocks taken together. `writable` is false for files that are only read, whose free blocks nobody gets again;
+    `held` are its bytes in the ledger, by account."""
 
     kinds: Kinds
     blocks: int
@@ -215,10 +215,11 @@ class KVStore:
                 block.references += 1
         return list(blocks)
 
-    def adopt(self, kinds: Kinds, blocks: int) -> list[Block]:
-        """All `blocks` of tensors that lie elsewhere already, such as an opened index: they are read only, and in no
-        account."""
-        slab = Slab(kinds, blocks, {}, writable=False)
+    def adopt(self, kinds: Kinds, blocks: int, near: int = 0) -> list[Block]:
+        """All `blocks` of tensors that exist already, such as an opened index: they are read only. `near` bytes of
+        them are in the memory that the budget is about; `OutOfMemory` when it has no room for them."""
+        self.ledger.reserve("kv", near)
+        slab = Slab(kinds, blocks, {"kv": near}, writable=False)
         return [Block(slab, slot) for slot in range(blocks)]
 
     def drop(self, blocks: list[Block]) -> None:
@@ -275,13 +276,13 @@ class KVStore:
 
     def _free(self, block: Block) -> None:
         slab = block.slab
-        if not slab.writable:
-            return
         slab.free.append(block.slot)
-        slab.free.sort(reverse=True)
         if len(slab.free) == slab.blocks:
-            self._slabs.remove(slab)
+            if slab.writable:
+                self._slabs.remove(slab)
             self._release(slab.held)
+        elif slab.writable:  # the lowest slot is given out first
+            slab.free.sort(reverse=True)
 
     def _release(self, held: Mapping[str, int]) -> None:
         for account, nbytes in held.items():

@@ -141,11 +141,12 @@ def open_video_index(owner: Indexer, config: KeyeConfig, source: Source) -> Inde
     check_same_model(source.path, facts.model, owner.fingerprint)
     _check_layout(file, config, owner.model.dtype)
     _check_tokens(file, facts, config)
-    kinds = file.kinds(mapped)
-    if kinds[2] is not None:
-        kinds = (*kinds[:2], kinds[2].to(owner.model.device))
-    store = owner.kv.store_of(file.layout, owner.model.device, owner.ledger)
-    cache = KVCache.of_blocks(store, store.adopt(kinds, file.blocks), file.length)
+    keys, values, index = file.kinds(mapped)
+    near, device = 0, owner.model.device
+    if index is not None and device.type != "cpu":
+        near, index = index.nbytes, index.to(device)
+    store = owner.kv.store_of(file.layout, device, owner.ledger)
+    cache = KVCache.of_blocks(store, store.adopt((keys, values, index), file.blocks, near), file.length)
     return IndexedVideo(
         source.name, file.tokens[0], file.tokens[1:], facts.next_position, facts.start, facts.pieces, facts.timestamps,
         facts.plan, facts.attention, cache,
