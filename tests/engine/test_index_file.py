@@ -30,7 +30,7 @@ from tiny import tiny_folder
 PRELUDE = struct.Struct("<16sIQQ32s")
 PICTURE = Image.new("RGB", (56, 56), "red")
 CLIP = make_clip(3, frames=8, objects=2, start=0.0, step=0.5)
-ASKED = [question.text for question in questions(CLIP, random.Random(0), 6)]
+ASKED = [question.text for question in questions(CLIP, random.Random(0), 4)]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_answers_are_those_of_the_video(nano: Keye, video: Path, answering: Path
         ours, theirs = (nano.ask(medium, question) for medium in (answering, video))
         assert (ours.text, ours.usage, ours.plan) == (theirs.text, theirs.usage, theirs.plan)
         told.append(ours.text)
-    assert len(set(told)) > 3, "the answers differ from one another"
+    assert len(set(told)) == 4, "the answers differ from one another"
     assert ours.usage.media_tokens == 128
     assert nano.ground(answering, "the circle").intervals == nano.ground(video, "the circle").intervals
     assert answering.read_bytes() == before and nano.ledger.used() == 0
@@ -151,7 +151,7 @@ def test_an_index_in_fewer_bits(nano: Keye, video: Path, answering: Path, tmp_pa
     small = keye.load("nano", kv=kv)
     info = small.index(video, tmp_path / "small.keye")
     assert info.kv == kv and info.bytes < 0.8 * answering.stat().st_size
-    for question in ASKED[:3]:
+    for question in ASKED[:2]:
         told = [one.ask(tmp_path / "small.keye", question).text for one in (small, nano)]
         assert told[0] == told[1] == small.ask(video, question).text
 

@@ -53,7 +53,7 @@ def fill(cache: KVCache, tokens: int) -> torch.Tensor:
 def test_a_mapped_file_gives_the_same_tokens(tmp_path: Path, kv: KVFormat) -> None:
     memory, file = keye.load("nano", kv=kv), keye.load("nano", kv=kv, kv_tier="file", kv_folder=tmp_path)
     clip = make_clip(3, frames=8, objects=2)
-    for question in questions(clip, random.Random(0), 4):
+    for question in questions(clip, random.Random(0), 2):
         told = [model.ask(Frames(render(clip), clip.timestamps), question.text).text for model in (memory, file)]
         assert told[0] == told[1] != ""
     assert file.store.layout == memory.store.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,7 @@ def inspect(model: str, as_json: bool) -> None:
     from keye.commands import inputs, show, show_model
     from keye.media.fetch import fetch_source, is_index
 
-    if Path(model).is_file() and is_index(fetch_source(model)):
+    if os.path.isfile(model) and is_index(fetch_source(model)):
         from keye.engine.videoindex import describe
 
         held = describe(Path(model))

@@ -182,6 +182,8 @@ def _pad(file: BinaryIO) -> None:
 def read_index_file(path: Path) -> IndexFile:
     """Reads the header, and checks it, the tokens and the table of checksums. `KeyeError` with one sentence for
     anything that is no sound index of this version."""
+    if path.exists() and not path.is_file():
+        raise KeyeError(f"{path} is no file: name an index of a video")
     try:
         with path.open("rb") as file:
             return _read(path, file)

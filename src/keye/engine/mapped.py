@@ -44,13 +44,21 @@ def scratch_tensor(folder: Path, shape: Sequence[int]) -> Tensor:
     check_disk(folder, nbytes)
     try:
         with tempfile.TemporaryFile(dir=folder, prefix="keye-kv-") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            _take_room(file.fileno(), nbytes)
             mapped = mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         raise OutOfMemory(f"{folder} cannot hold {megabytes(nbytes)} of keys and values ({error.strerror}); "
                           "name another folder") from None  # fmt: skip
     read_rows(mapped)
     return _tensor(mapped, 0, shape)
+
+
+def _take_room(file: int, nbytes: int) -> None:
+    fallocate = getattr(os, "posix_fallocate", None)  # not on every system
+    if fallocate is None:
+        os.ftruncate(file, nbytes)
+    else:
+        fallocate(file, 0, nbytes)
 
 
 def check_disk(folder: Path, nbytes: int) -> None:
