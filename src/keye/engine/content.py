@@ -1,7 +1,8 @@
 """What a medium is, as one short key: equal keys mean equal visual tokens of one model, whatever the files are called.
 
 The key covers the bytes of the file or the pixels in memory, the options, the plan and the processor's configuration.
-It is meant for caches of this process, so versions of decoders are not part of it.
+It is meant for caches of this process, so versions of decoders are not part of it. What reading a file showed, its hash
+and the facts about a video, is remembered while path, size, inode and time of change stay the same.
 """
 
 from __future__ import annotations
@@ -12,24 +13,33 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.engine.media import PlannedMedium
 from keye.media.fetch import Source, jpeg_list
 from keye.media.image import ImagePlan
 from keye.media.inputs import as_source
 from keye.media.pictures import is_array
 from keye.media.plan import VideoPlan
+from keye.media.video import DecodeLimits, VideoInfo, probe
+
+if TYPE_CHECKING:
+    from keye.engine.media import PlannedMedium
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 #: Files whose hash is remembered.
 REMEMBERED: Final = 4096
-#: (device, inode, size, time of change, path) of a file -> the hash of its bytes.
+#: Files whose facts are remembered: those of an hour take megabytes.
+REMEMBERED_PROBES: Final = 32
+#: Device, inode, size, time of change and path of a file.
 _Identity = tuple[int, int, int, int, str]
 _hashes: OrderedDict[_Identity, bytes] = OrderedDict()
+_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits], VideoInfo] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -51,18 +61,43 @@ def source_hash(source: Source) -> bytes:
     if source.data is not None:
         return hashlib.sha256(source.data).digest()
     with source.open() as file:
-        status = os.fstat(file.fileno())
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, str(source.path))
-        with _lock:
-            if identity in _hashes:
-                _hashes.move_to_end(identity)
-                return _hashes[identity]
+        identity = _identity(file, source)
+        if (known := _recall(_hashes, identity)) is not None:
+            return known
         found = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # a file on disk has readinto
+    return _remember(_hashes, identity, found, REMEMBERED)
+
+
+def probed(source: Source, limits: DecodeLimits) -> VideoInfo:
+    """Facts about a video file, found out once: a decode worker scans it at first."""
+    if source.data is not None:
+        key: _Identity | bytes = source_hash(source)
+    else:
+        with source.open() as file:
+            key = _identity(file, source)
+    if (known := _recall(_probes, (key, limits))) is not None:
+        return known
+    return _remember(_probes, (key, limits), probe(source, limits), REMEMBERED_PROBES)
+
+
+def _identity(file: BinaryIO, source: Source) -> _Identity:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, str(source.path)
+
+
+def _recall(memory: OrderedDict[K, V], key: K) -> V | None:
     with _lock:
-        _hashes[identity] = found
-        while len(_hashes) > REMEMBERED:
-            _hashes.popitem(last=False)
-    return found
+        if key in memory:
+            memory.move_to_end(key)
+        return memory.get(key)
+
+
+def _remember(memory: OrderedDict[K, V], key: K, value: V, most: int) -> V:
+    with _lock:
+        memory[key] = value
+        while len(memory) > most:
+            memory.popitem(last=False)
+    return value
 
 
 def _of_value(value: Any) -> bytes:

@@ -35,6 +35,7 @@ from keye.engine.generate import Decoding, generate
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
+from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
 from keye.hub import check_runs, resolve
 from keye.media.processor import MediaItem, Processor
@@ -136,6 +137,7 @@ class Keye:
         if isinstance(self.template, CheckpointTemplate):
             self.template = replace(self.template, thinking=own.thinking, default_system=self.generation.default_system)
         self._builder = PromptBuilder(self.config, tokenizer, processor)
+        self.vision_cache = VisionCache()
 
     @property
     def config(self) -> KeyeConfig:
@@ -233,10 +235,10 @@ class Keye:
     ) -> Iterator[str | Answer]:
         begin = time.perf_counter()
         room = Room(self.config.text.max_position_embeddings, params.max_tokens)
-        prompt = self._builder.lay_out(segments, room=room)
+        prompt = self._builder.lay_out(segments, room=room, stream=True)
         prepared = time.perf_counter()
         decoding = Decoding(self.model, mode=mode)
-        decoding.prefill(prompt)
+        decoding.prefill(prompt, vision=self.vision_cache)
         prefilled = time.perf_counter()
         decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
         for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from keye.chat import Medium, MediumKind
 from keye.config import ProcessorConfig
+from keye.engine.content import probed
 from keye.errors import KeyeError
 from keye.media import sizes
 from keye.media.fetch import jpeg_list, media_kind
@@ -17,9 +18,8 @@ from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
 from keye.media.options import MediaOptions, media_options
 from keye.media.pictures import is_array
-from keye.media.plan import VideoPlan
+from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Piece, Processor, VisualSpan, expand_frames
-from keye.media.video import open_video
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def _options(medium: Medium, videos: int = 1) -> MediaOptions:
 
 
 def plan_medium(medium: Medium, processor: Processor, videos: int = 1) -> PlannedMedium:
-    """Fetches and probes one medium of a request with `videos` videos; of a video, one frame is decoded
-    for probing."""
+    """Fetches and probes one medium of a request with `videos` videos; of a video that was not probed before, one
+    frame is decoded."""
     options, config = _options(medium, videos), processor.config
     source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
     if isinstance(source, Image.Image) or is_array(source):
@@ -109,8 +109,7 @@ def plan_medium(medium: Medium, processor: Processor, videos: int = 1) -> Planne
     if isinstance(source, list | tuple) or jpeg_list(source) is not None:
         return PlannedMedium("video", source, options)
     file = as_source(source)
-    with open_video(file, processor.limits) as reader:
-        plan = reader.plan(config, options)
+    plan = make_plan(probed(file, processor.limits), config, options)
     return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
 
 
