@@ -41,6 +41,7 @@ from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
 from keye.engine.tiers import KVOptions, Tier
 from keye.engine.videoindex import IndexInfo, check_attention_of, open_video_index, write_video_index
+from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
 from keye.hub import check_runs, resolve
 from keye.media.fetch import Source
@@ -146,6 +147,7 @@ class Keye:
         self._builder = PromptBuilder(self.config, tokenizer, processor, self._open_index)
         self.kv, self.ledger = kv or KVOptions(), Ledger()
         self.store = self.kv.store(self.config.text, model.dtype, model.device, self.ledger)
+        self.vision_cache = VisionCache()
 
     @property
     def config(self) -> KeyeConfig:
@@ -267,12 +269,12 @@ class Keye:
     ) -> Iterator[str | Answer]:
         begin = time.perf_counter()
         room = Room(self.config.text.max_position_embeddings, params.max_tokens)
-        prompt = self._builder.lay_out(segments, room=room)
+        prompt = self._builder.lay_out(segments, room=room, stream=True)
         if prompt.indexed is not None:
             check_attention_of(prompt.indexed, mode)
         prepared = time.perf_counter()
         decoding = Decoding(self.model, mode=mode, store=self.store)
-        decoding.prefill(prompt)
+        decoding.prefill(prompt, vision=self.vision_cache)
         prefilled = time.perf_counter()
         decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
         for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):

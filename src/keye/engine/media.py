@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keye.chat import Medium, MediumKind
 from keye.config import ProcessorConfig
+from keye.engine.content import probed
 from keye.engine.kvcache import KVCache
 from keye.errors import KeyeError, Option
 from keye.media import sizes
@@ -19,9 +20,8 @@ from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
 from keye.media.options import DEFAULTS, MediaOptions, media_options
 from keye.media.pictures import is_array
-from keye.media.plan import VideoPlan
+from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Piece, Processor, VisualSpan, expand_frames
-from keye.media.video import open_video
 from keye.models.attention import AttentionMode
 
 
@@ -131,8 +131,8 @@ def _options(medium: Medium, videos: int = 1) -> MediaOptions:
 def plan_medium(
     medium: Medium, processor: Processor, videos: int = 1, open_index: OpenIndex | None = None
 ) -> PlannedMedium:
-    """Fetches and probes one medium of a request with `videos` videos; of a video, one frame is decoded
-    for probing. Without `open_index` an index of a video is refused."""
+    """Fetches and probes one medium of a request with `videos` videos; of a video that was not probed before, one
+    frame is decoded. Without `open_index` an index of a video is refused."""
     options, config = _options(medium, videos), processor.config
     source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
     if isinstance(source, Image.Image) or is_array(source):
@@ -146,8 +146,7 @@ def plan_medium(
     file = as_source(source)
     if is_index(file):
         return _planned_index(medium, file, open_index)
-    with open_video(file, processor.limits) as reader:
-        plan = reader.plan(config, options)
+    plan = make_plan(probed(file, processor.limits), config, options)
     return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
+from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
 from keye.errors import KeyeError, Option
@@ -23,6 +25,9 @@ from keye.media.plan import VideoPlan
 from keye.media.positions import PreviewLayout, build_position_ids
 from keye.media.processor import MediaItem, Piece, Processor, VisualSpan
 from keye.tokenizer import Tokenizer
+
+#: Plans of videos whose slow and fast frames are known (1.5), so that they are told apart once.
+REMEMBERED_PLANS = 64
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class PromptBuilder:
         self, config: KeyeConfig, tokenizer: Tokenizer, processor: Processor, open_index: OpenIndex | None = None
     ) -> None:
         self.config, self.tokenizer, self.processor, self.open_index = config, tokenizer, processor, open_index
+        self._told_apart: OrderedDict[bytes, VideoPlan] = OrderedDict()
         self._pad = {"image": config.image_token_id, "video": config.video_token_id}
 
     def build(
@@ -132,9 +138,11 @@ class PromptBuilder:
                 check_medium(segment.value)
         return segments
 
-    def lay_out(self, segments: Sequence[Segment], *, room: Room | None = None) -> Prompt:
+    def lay_out(self, segments: Sequence[Segment], *, room: Room | None = None, stream: bool = False) -> Prompt:
         """Opens and decodes the media of a rendered prompt, and gives every token its id and position.
 
+        With `stream`, videos are not decoded yet: their items give pixels as they come, and every item has the key of
+        its content.
         With `room`, a prompt too long for the context is refused before anything is decoded, as far as its length can
         be known by then, and in any case before it is returned.
         """
@@ -150,7 +158,7 @@ class PromptBuilder:
         if indexed is not None:
             _check_prefix(indexed, ids)
             ids, text = [*indexed.token_ids.tolist(), *text[1]], text[1:]
-        items = [self._decode(medium) for medium in planned]
+        items = [self._stream(medium) if stream else self._decode(medium) for medium in planned]
         for item, after in zip(items, text[1:], strict=True):
             ids += self.piece_ids(item.pieces) + after
         prompt = self._positioned(ids, items, indexed)
@@ -167,6 +175,21 @@ class PromptBuilder:
             return self.processor.video(medium.source, medium.options, plan=medium.plan)
         return self.processor.frames(open_frames(medium.source), medium.options)
 
+    def _stream(self, medium: PlannedMedium) -> MediaItem:
+        """A medium with the key of its content; a video file is not decoded, but for what a plan of 1.5 needs."""
+        key = content_key(medium, medium.plan, self.processor.config)
+        if medium.kind == "image" or not isinstance(medium.source, Source):
+            return replace(self._decode(medium), key=key)
+        assert isinstance(medium.plan, VideoPlan)
+        item = self.processor.video_stream(
+            medium.source, medium.options, plan=self._told_apart.get(key, medium.plan)
+        )  # fmt: skip
+        if isinstance(item.plan, VideoPlan) and item.plan.fast is not None:
+            self._told_apart[key] = item.plan
+            while len(self._told_apart) > REMEMBERED_PLANS:
+                self._told_apart.popitem(last=False)
+        return replace(item, key=key)
+
     def piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
         """Token ids of what stands for a medium."""
         ids: list[int] = []
@@ -180,7 +203,7 @@ class PromptBuilder:
     def _positioned(self, ids: list[int], items: list[MediaItem], indexed: IndexedVideo | None = None) -> Prompt:
         grids = {}
         for kind in ("image", "video"):
-            rows = [item.vision.grid_thw for item in items if item.kind == kind]
+            rows = [item.grid_thw for item in items if item.kind == kind]
             if rows:
                 grids[self._pad[kind]] = np.concatenate(rows)
         merge, preview = self.config.vision.spatial_merge_size, self._preview_layout(items)

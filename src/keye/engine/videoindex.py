@@ -80,7 +80,7 @@ def write_video_index(
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
     layout = KVLayout.of(text, model.dtype, owner.kv.kv, owner.kv.index)
-    prompt = builder.lay_out(segments[: end + 1], room=Room(text.max_position_embeddings, 1))
+    prompt = builder.lay_out(segments[: end + 1], room=Room(text.max_position_embeddings, 1), stream=True)
     check_disk(path.absolute().parent, index_bytes(layout, prompt.token_ids.shape[0]))
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
