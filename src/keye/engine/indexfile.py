@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -211,10 +212,18 @@ def _read(path: Path, file: BinaryIO) -> IndexFile:
     if hashlib.sha256(text).digest() != digest:
         raise damaged(path, "its header differs from its checksum")
     try:
-        header = json.loads(text)
+        header = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise damaged(path, "its header is no JSON") from None
     return _checked(path, file, header, place)
+
+
+def _number(text: str) -> int | float:
+    """A number as keye writes them. JSON would also give ones that no float holds; they would fail far from here."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number if any(mark in text for mark in ".eE") else int(text)
 
 
 def _checked(path: Path, file: BinaryIO, header: Any, end: int) -> IndexFile:
