@@ -265,7 +265,7 @@ def _section(path: Path, storage: Mapping[str, Any], name: str, nbytes: int, end
     if not isinstance(given, dict) or given.get("bytes") != nbytes:
         raise damaged(path, f"its {name} have another size than its tokens need")
     offset = given.get("offset")
-    if not isinstance(offset, int) or not _PRELUDE.size <= offset <= end - nbytes or offset % ALIGN:
+    if type(offset) is not int or not _PRELUDE.size <= offset <= end - nbytes or offset % ALIGN:
         raise damaged(path, f"its {name} lie outside the file")
     return Section(offset, nbytes)
 
@@ -282,7 +282,7 @@ def _format(path: Path, given: Any) -> RowFormat:
 
 def _whole(path: Path, given: Mapping[str, Any], name: str) -> int:
     value = given.get(name)
-    if not isinstance(value, int) or not 0 < value <= _MOST:
+    if type(value) is not int or not 0 < value <= _MOST:
         raise damaged(path, f"{name} in its header is {str(value)[:40]}")
     return value
 

@@ -236,7 +236,7 @@ class _Facts:
 
 def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
     """A part of the header that has these fields."""
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), kind) for name, kind in wanted.items()):
+    if not isinstance(given, dict) or not all(type(given.get(name)) is kind for name, kind in wanted.items()):
         raise damaged(file.path, f"its header lacks one of {', '.join(wanted)}")
     return given
 
