@@ -313,13 +313,14 @@ def replaced(header: dict[str, Any], where: str, value: object) -> dict[str, Any
     [
         ("storage", None), ("storage.layers", 10**12), ("storage.layers", "2"), ("storage.layers", -1),
         ("storage.length", 10**9), ("storage.length", 1), ("storage.keys", None), ("storage.keys.kind", ["int8"]),
-        ("storage.keys.kind", "int3"), ("storage.keys.heads", 10**6), ("storage.keys.dim", 0),
+        ("storage.keys.kind", "int3"), ("storage.keys.heads", 10**6), ("storage.keys.heads", True), ("storage.keys.dim", 0),
         ("storage.keys.offset", -65536), ("storage.keys.offset", 2**62), ("storage.keys.offset", 65537),
         ("storage.values.bytes", 10), ("storage.index", None), ("storage.tokens", None),
         ("storage.tokens.sha256", None), ("storage.checksums.offset", "0"), ("storage.checksums.bytes", 0),
         ("model", None), ("model.weights", 5), ("attention", "none"), ("next_position", -5), ("start", 10**6),
         ("start", 0), ("video", []), ("video.pieces", [10**9]), ("video.pieces", [{}]), ("video.pieces", []),
-        ("video.timestamps", ["soon"]), ("video.plan", None),
+        ("video.timestamps", ["soon"]), ("video.plan", None), ("video.plan.frames", "8"), ("video.plan.duration", []),
+        ("video.plan.duration", float("inf")), ("video.plan.duration", float("nan")), ("next_position", 10**400),
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(model: Keye, own: Path, where: str, value: object) -> None:
@@ -328,7 +329,7 @@ def test_a_header_that_lies_is_refused(model: Keye, own: Path, where: str, value
         model.ask(own, "what?")
 
 
-@pytest.mark.parametrize("header", [b"", b"[]", b"{", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("header", [b"", b"[]", b"{", b"null", b"\xff", b"[" * 100_000, b'{"a": 1e999}'])
 def test_a_header_that_is_none(model: Keye, own: Path, header: bytes) -> None:
     with_header(own, header)
     with pytest.raises(KeyeError, match="own.keye is damaged"):

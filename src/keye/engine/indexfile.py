@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -211,10 +212,18 @@ def _read(path: Path, file: BinaryIO) -> IndexFile:
     if hashlib.sha256(text).digest() != digest:
         raise damaged(path, "its header differs from its checksum")
     try:
-        header = json.loads(text)
+        header = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise damaged(path, "its header is no JSON") from None
     return _checked(path, file, header, place)
+
+
+def _number(text: str) -> int | float:
+    """A number as keye writes them. JSON would also give ones that no float holds; they would fail far from here."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number if any(mark in text for mark in ".eE") else int(text)
 
 
 def _checked(path: Path, file: BinaryIO, header: Any, end: int) -> IndexFile:
@@ -256,7 +265,7 @@ def _section(path: Path, storage: Mapping[str, Any], name: str, nbytes: int, end
     if not isinstance(given, dict) or given.get("bytes") != nbytes:
         raise damaged(path, f"its {name} have another size than its tokens need")
     offset = given.get("offset")
-    if not isinstance(offset, int) or not _PRELUDE.size <= offset <= end - nbytes or offset % ALIGN:
+    if type(offset) is not int or not _PRELUDE.size <= offset <= end - nbytes or offset % ALIGN:
         raise damaged(path, f"its {name} lie outside the file")
     return Section(offset, nbytes)
 
@@ -273,7 +282,7 @@ def _format(path: Path, given: Any) -> RowFormat:
 
 def _whole(path: Path, given: Mapping[str, Any], name: str) -> int:
     value = given.get(name)
-    if not isinstance(value, int) or not 0 < value <= _MOST:
+    if type(value) is not int or not 0 < value <= _MOST:
         raise damaged(path, f"{name} in its header is {str(value)[:40]}")
     return value
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Final, Protocol, get_args
 
 import torch
 
@@ -188,6 +188,12 @@ def describe(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+#: What answers and tables show of a plan.
+_PLAN: Final[Mapping[str, Any]] = {
+    "name": str, "duration": int | float, "frames": int, "timestamps": list, "visual_tokens": int,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Facts:
     """The header of a file after its storage, checked field by field."""
@@ -212,11 +218,14 @@ class _Facts:
         model, video = _fields(file, about.get("model"), names), about.get("video")
         _fields(file, about, {"attention": str, "next_position": int, "start": int})
         held = _fields(file, video, {"plan": dict, "options": dict, "pieces": list, "timestamps": list})
-        if about["attention"] not in get_args(AttentionMode) or not 0 <= about["start"] <= file.length:
-            raise damaged(file.path, "its header holds values that keye does not write")
-        if not all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"]):
-            raise damaged(file.path, "its header holds values that keye does not write")
-        if not all(isinstance(one, int | float) for one in held["timestamps"]):
+        sound = (
+            about["attention"] in get_args(AttentionMode)
+            and 0 <= about["start"] <= file.length
+            and all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"])
+            and all(isinstance(one, int | float) for one in held["timestamps"])
+            and all(isinstance(value, _PLAN.get(name, object)) for name, value in held["plan"].items())
+        )
+        if not sound:
             raise damaged(file.path, "its header holds values that keye does not write")
         pieces = tuple(one if isinstance(one, str) else VisualSpan("video", one) for one in held["pieces"])
         return cls(
@@ -227,7 +236,7 @@ class _Facts:
 
 def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
     """A part of the header that has these fields."""
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), kind) for name, kind in wanted.items()):
+    if not isinstance(given, dict) or not all(type(given.get(name)) is kind for name, kind in wanted.items()):
         raise damaged(file.path, f"its header lacks one of {', '.join(wanted)}")
     return given
 
