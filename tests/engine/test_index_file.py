@@ -313,7 +313,8 @@ def replaced(header: dict[str, Any], where: str, value: object) -> dict[str, Any
     [
         ("storage", None), ("storage.layers", 10**12), ("storage.layers", "2"), ("storage.layers", -1),
         ("storage.length", 10**9), ("storage.length", 1), ("storage.keys", None), ("storage.keys.kind", ["int8"]),
-        ("storage.keys.kind", "int3"), ("storage.keys.heads", 10**6), ("storage.keys.heads", True), ("storage.keys.dim", 0),
+        ("storage.keys.kind", "int3"), ("storage.keys.heads", 10**6), ("storage.keys.heads", True),
+        ("storage.keys.dim", 0),
         ("storage.keys.offset", -65536), ("storage.keys.offset", 2**62), ("storage.keys.offset", 65537),
         ("storage.values.bytes", 10), ("storage.index", None), ("storage.tokens", None),
         ("storage.tokens.sha256", None), ("storage.checksums.offset", "0"), ("storage.checksums.bytes", 0),
