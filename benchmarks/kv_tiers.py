@@ -5,8 +5,9 @@
 One layer of Keye-VL-2.0 (4 heads of 128): keys of `tokens` tokens lie in a file that is mapped as an index is. A step
 gathers 2,048 rows at random places (`topk` of the model), the next one keeps 3 of 4 of them. Before the first step the
 kernel is asked to forget the file's pages. `first_read_mb` are bytes that came from the disk (/proc/self/io), medians
-of the repeats: `advised` with MADV_RANDOM, as keye maps keys and values, `plain` without, `memory` from ordinary
-memory. Linux only.
+of the repeats. `fetched` is what keye does: the map is advised that single rows are read (MADV_RANDOM), and the rows of
+a step are asked for together (MADV_WILLNEED) before they are touched; `advised` does only the first, `plain` neither.
+`memory` is ordinary memory. Linux only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from keye.config import load_model_config
 from keye.engine.kvstore import KVFormat, KVLayout
-from keye.engine.mapped import map_file, map_tensor, read_rows
+from keye.engine.mapped import fetch_rows, map_file, map_tensor, read_rows
 from keye.hub import asset
 
 TOPK, KEPT = 2048, 0.75
@@ -48,9 +49,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="keye-tiers-", dir=options.folder) as folder:
         path = Path(folder) / "keys"
         stored.numpy().tofile(path)
-        for name, advised in (("advised", True), ("plain", False)):
+        for name, advised, fetched in (("fetched", True, True), ("advised", True, False), ("plain", False, False)):
             result[name] = measure(
-                lambda advised=advised: map_keys(path, stored.shape, advised), lambda: forget(path), options.repeats
+                lambda advised=advised: map_keys(path, stored.shape, advised),
+                lambda: forget(path),
+                options.repeats,
+                fetched=fetched,
             )
     print(json.dumps(result, indent=2))
 
@@ -69,7 +73,9 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(open_keys: Callable[[], torch.Tensor], before: Callable[[], None], repeats: int) -> dict[str, float]:
+def measure(
+    open_keys: Callable[[], torch.Tensor], before: Callable[[], None], repeats: int, *, fetched: bool = False
+) -> dict[str, float]:
     """Milliseconds and megabytes read of a first step and of the next one."""
     runs = []
     for repeat in range(repeats):
@@ -78,15 +84,17 @@ def measure(open_keys: Callable[[], torch.Tensor], before: Callable[[], None], r
         places = torch.randperm(keys.shape[0], generator=generator)[:TOPK]
         others = torch.randint(0, keys.shape[0], (TOPK,), generator=generator)
         following = torch.where(torch.rand(TOPK, generator=generator) < KEPT, places, others)
-        runs.append([*gather(keys, places), *gather(keys, following)])
+        runs.append([*gather(keys, places, fetched), *gather(keys, following, fetched)])
     names = ("first_ms", "first_read_mb", "next_ms", "next_read_mb")
     return {
         name: round(statistics.median(column), 3) for name, column in zip(names, zip(*runs, strict=True), strict=True)
     }
 
 
-def gather(keys: torch.Tensor, places: torch.Tensor) -> tuple[float, float]:
+def gather(keys: torch.Tensor, places: torch.Tensor, fetched: bool) -> tuple[float, float]:
     read, begin = read_bytes(), time.perf_counter()
+    if fetched:
+        fetch_rows(keys, places)
     keys[places]
     return (time.perf_counter() - begin) * 1e3, (read_bytes() - read) / 1e6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_the_kernels_get_addresses_in_the_map(tmp_path: Path) -> None:
     for one in (pages.keys, pages.values, pages.index):
         assert one.addresses is not None
         assert (one.addresses[1] - one.addresses[0]).item() == one.format.page_bytes
+
+
+def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(mapped, "_MADVISE", lambda start, nbytes, _: asked.append((start - base, nbytes)) or 0)
+    rows = mapped.scratch_tensor(tmp_path, (400, 272))
+    base, page = rows.data_ptr(), mmap.PAGESIZE
+    assert base % page == 0
+    mapped.fetch_rows(rows, torch.tensor([0, 1, 399, page // 272]))
+    assert asked == [(0, 2 * page), (399 * 272 // page * page, page)], "a row over two pages, and one far away"
+    asked.clear()
+    mapped.fetch_rows(rows, torch.arange(400))
+    assert asked == [(0, -(-400 * 272 // page) * page)], "neighbours are one run"
 
 
 def test_a_budget_of_disk_is_one_of_its_own(tmp_path: Path) -> None:

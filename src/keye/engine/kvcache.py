@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from keye.engine.kvstore import Block, KVLayout, KVStore, Slab, memory_slabs
+from keye.engine.mapped import fetch_rows
 from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
 
 #: What slabs hold, in this order.
@@ -231,6 +232,8 @@ def _rows_of(slab: Slab, kind: int, layer: int, rows: Tensor) -> Tensor:
     tensor = slab.kinds[kind]
     assert tensor is not None
     flat, chosen = tensor[layer].flatten(0, 1), rows.to(tensor.device)
+    if slab.mapped and tensor.device.type == "cpu":
+        fetch_rows(flat, chosen)
     if not (tensor.device.type == "cpu" and rows.device.type == "cuda"):
         return flat[chosen]
     out = torch.empty(chosen.shape[0], flat.shape[1], dtype=torch.uint8, pin_memory=True)

@@ -3,11 +3,12 @@ used again. Knows bytes, not what they mean."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,6 +95,31 @@ def read_rows(mapped: mmap.mmap, start: int = 0, nbytes: int | None = None) -> N
 def read_soon(mapped: mmap.mmap, start: int, nbytes: int) -> None:
     """Tells the system that all of this will be read soon."""
     _advise(mapped, "MADV_WILLNEED", start, nbytes)
+
+
+def fetch_rows(rows: Tensor, chosen: Tensor) -> None:
+    """Asks the system for some rows (int64 [n]) of a mapped tensor [N, row_bytes] all at once: read one by one as they
+    are touched, they take several times as long. What is in memory already costs about a microsecond a row."""
+    if _MADVISE is None:
+        return
+    first = rows.data_ptr() + chosen * rows.shape[1]
+    pages = torch.cat((first, first + rows.shape[1] - 1)).div(mmap.PAGESIZE, rounding_mode="floor").unique()
+    breaks = (pages.diff() != 1).nonzero().flatten() + 1
+    for run in pages.tensor_split(breaks):
+        if len(run):
+            _MADVISE(int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE, mmap.MADV_WILLNEED)
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    """The system's function, which takes addresses; the one of `mmap` knows only single maps."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return found
+
+
+_MADVISE: Final = _find_madvise()
 
 
 def _advise(mapped: mmap.mmap, advice: str, start: int, nbytes: int) -> None:
