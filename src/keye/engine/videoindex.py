@@ -35,7 +35,7 @@ from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 
 
-class Indexer(Protocol):
+class LoadedModel(Protocol):
     """The loaded model that indexes and answers; `keye.Keye` is one."""
 
     kv: KVOptions
@@ -68,7 +68,7 @@ class IndexInfo:
 
 
 def write_video_index(
-    owner: Indexer, builder: PromptBuilder, medium: Medium, path: Path, mode: AttentionMode
+    owner: LoadedModel, builder: PromptBuilder, medium: Medium, path: Path, mode: AttentionMode
 ) -> IndexInfo:
     """Computes the prompt up to the end of a video and writes it. `KeyeError`, before anything is computed, for a video
     that does not fit the context, the memory or the disk."""
@@ -97,7 +97,7 @@ def write_video_index(
 
 
 def _about(
-    owner: Indexer, builder: PromptBuilder, prompt: Prompt, medium: Medium, mode: AttentionMode
+    owner: LoadedModel, builder: PromptBuilder, prompt: Prompt, medium: Medium, mode: AttentionMode
 ) -> dict[str, Any]:
     """The header of an index, storage excepted."""
     (item,) = prompt.media
@@ -128,7 +128,7 @@ def _file_hash(source: Any) -> str | None:
     return found.hexdigest()
 
 
-def open_video_index(owner: Indexer, config: KeyeConfig, source: Source) -> IndexedVideo:
+def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> IndexedVideo:
     """An index as the beginning of prompts of a model. `KeyeError` where the file is damaged, or is not of this model.
 
     Its pages are read only and shared by all that continue it; what they add goes to a store of the same formats in
