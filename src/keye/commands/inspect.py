@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,17 +35,26 @@ TEMPLATE_WORDS = {"tools": "tools", "thinking": "enable_thinking", "images": "im
 @options.as_json
 @options.debug
 def inspect(model: str, as_json: bool) -> None:
-    """Show what a model is made of, what it costs in memory, and what fits in this machine.
+    """Show what a model is made of, what it costs in memory, and what fits in this machine; or what an index holds.
 
     MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, or a folder with config.json. Weights are
-    neither needed nor fetched; where they are, their headers are read and compared.
+    neither needed nor fetched; where they are, their headers are read and compared. It may also be an index that keye
+    index wrote.
 
     \b
     keye inspect nano
     keye inspect 2.0 --json
+    keye inspect talk.keye
     """
     from keye.commands import inputs, show, show_model
+    from keye.media.fetch import fetch_source, is_index
 
+    if os.path.isfile(model) and is_index(fetch_source(model)):
+        from keye.engine.videoindex import describe
+
+        held = describe(Path(model))
+        show.print_json(held) if as_json else show.print_held(held)
+        return
     with inputs.stderr().status("reading"):
         result = description(model)
     if as_json:

@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
+from keye.checks import is_number
 from keye.commands.inputs import stderr
 from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.engine.engine import Answer, AnswerStream, Keye
+    from keye.engine.videoindex import IndexInfo
 
 #: Widest timeline, in characters.
 MAX_BAR = 72
@@ -220,6 +222,40 @@ def listed_times(times: Sequence[float]) -> str:
     if len(shown) > MAX_TIMES:
         shown = [*shown[: MAX_TIMES // 2], "...", *shown[-MAX_TIMES // 2 :]]
     return " ".join(shown)
+
+
+# Indexes
+
+
+def print_index(info: IndexInfo) -> None:
+    """What `keye index` wrote, in a line."""
+    frames = info.plan.get("frames", 0)
+    print_line(
+        f"wrote {info.path}: {plural(frames, 'frame')} · {plural(info.tokens, 'token')} ({info.media_tokens:,} visual)"
+        f" · {info.kv} · {info.bytes / 1e6:,.1f} MB · {sum(info.seconds.values()):.1f} s"
+    )
+
+
+def print_held(held: Mapping[str, Any]) -> None:
+    """A table of the header of an index."""
+    model, video, formats = held["model"], held["video"], held["formats"]
+    plan = video["plan"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = [
+        ("video", str(plan.get("name", "pictures in memory"))),
+        ("length", format_seconds(plan["duration"]) if is_number(plan.get("duration")) else "unknown"),
+        ("frames", f"{len(video['timestamps']):,}"),
+        ("options", ", ".join(f"{name} {value}" for name, value in video["options"].items()) or "none"),
+        ("sha256", str(video.get("sha256"))),
+        ("model", f"{model['name']}, {model['dtype']}, {held['attention']} attention"),
+        ("tokens", f"{held['tokens']:,} ({held['visual_tokens']:,} visual)"),
+        ("formats", ", ".join(f"{name} {kind}" for name, kind in formats.items())),
+        ("bytes", f"{held['bytes']:,} ({held['bytes_per_token']:,} a token)"),
+        ("keye", str(held["keye"])),
+    ]
+    for name, value in rows:
+        table.add_row(name, one_line(value))
+    stdout().print(table)
 
 
 # Progress

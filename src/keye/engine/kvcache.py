@@ -6,14 +6,20 @@ Legend: n tokens, G key/value heads, D head dim, I indexer dim.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from keye.engine.kvstore import Block, KVLayout, KVStore, Slab, memory_slabs
+from keye.engine.mapped import fetch_rows
 from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
 
+#: What slabs hold, in this order.
+KINDS: Final = ("keys", "values", "index")
 _KEYS, _VALUES, _INDEX = 0, 1, 2
 
 
@@ -91,6 +97,16 @@ class KVCache:
             self._pages[layer] = keys, values, index
         return LayerPages(self._lengths[layer], *self._pages[layer])
 
+    def stored_pages(self, kind: int, layer: int) -> Iterator[Tensor]:
+        """Encoded pages uint8 [64, row_bytes] of kind `KINDS[kind]`, in main memory. Rows after the last token, which
+        nobody has written, are zeros."""
+        for place, block in enumerate(self._blocks):
+            page = self._page(kind, layer, block).cpu()
+            if (rest := self._lengths[layer] - place * PAGE) < PAGE:
+                page = page.clone()
+                page[rest:] = 0
+            yield page
+
     def fork(self) -> KVCache:
         """A sequence that continues from the same tokens: full blocks are shared, the last one is copied."""
         copy = KVCache(len(self._lengths), self.store)
@@ -133,8 +149,11 @@ class KVCache:
             grown = self._addresses.new_zeros(*self._addresses.shape[:2], max(stop, 2 * start, 8))
             grown[:, :, :start] = self._addresses[:, :, :start]
             self._addresses = grown
-        for place, block in enumerate(blocks, start):
-            self._addresses[:, :, place] = _page_addresses(block, len(self._lengths))
+        place = start
+        for _, group in groupby(blocks, key=lambda block: id(block.slab)):
+            run = list(group)
+            self._addresses[:, :, place : place + len(run)] = _page_addresses(run, len(self._lengths))
+            place += len(run)
         self._blocks += blocks
         self._changed()
 
@@ -213,6 +232,8 @@ def _rows_of(slab: Slab, kind: int, layer: int, rows: Tensor) -> Tensor:
     tensor = slab.kinds[kind]
     assert tensor is not None
     flat, chosen = tensor[layer].flatten(0, 1), rows.to(tensor.device)
+    if slab.mapped and tensor.device.type == "cpu":
+        fetch_rows(flat, chosen)
     if not (tensor.device.type == "cpu" and rows.device.type == "cuda"):
         return flat[chosen]
     out = torch.empty(chosen.shape[0], flat.shape[1], dtype=torch.uint8, pin_memory=True)
@@ -223,13 +244,14 @@ def _own_store(layers: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> KVS
     return KVStore(KVLayout.like(layers, k, v, index_k), make_slab=memory_slabs(k.device))
 
 
-def _page_addresses(block: Block, layers: int) -> Tensor:
-    """Addresses of the pages of a block, int64 [3, layers]; 0 where they lie in another memory."""
-    out = torch.zeros(3, layers, dtype=torch.int64)
-    for kind, tensor in enumerate(block.slab.kinds):
+def _page_addresses(blocks: list[Block], layers: int) -> Tensor:
+    """Addresses of the pages of blocks of one slab, int64 [3, layers, blocks]; 0 where they lie in another memory."""
+    out = torch.zeros(3, layers, len(blocks), dtype=torch.int64)
+    slots, layer = torch.tensor([block.slot for block in blocks]), torch.arange(layers).unsqueeze(1)
+    for kind, tensor in enumerate(blocks[0].slab.kinds):
         if tensor is not None and tensor.device.type == "cpu":
-            base, (layer_step, slot_step) = tensor.data_ptr(), tensor.stride()[:2]
-            out[kind] = base + block.slot * slot_step + torch.arange(layers) * layer_step
+            layer_step, slot_step = tensor.stride()[:2]
+            out[kind] = tensor.data_ptr() + layer * layer_step + slots * slot_step
     return out
 
 

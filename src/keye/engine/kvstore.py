@@ -97,13 +97,14 @@ Kinds = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(eq=False)
 class Slab:
-    """Blocks taken together. `writable` is false for files that are only read; `held` are its bytes in the ledger, by
-    account."""
+    """Blocks taken together. `writable` is false for files that are only read, whose free blocks nobody gets again;
+    `held` are its bytes in the ledger, by account; keys and values of a `mapped` one may still be on disk."""
 
     kinds: Kinds
     blocks: int
     held: Mapping[str, int]
     writable: bool = True
+    mapped: bool = False
     free: list[int] = field(default_factory=list)
 
 
@@ -118,11 +119,12 @@ class Block:
 
 @dataclass(frozen=True)
 class SlabMaker:
-    """Makes the tensors of new slabs: `make(layout, blocks)`. `account` of the ledger pays for keys and values; indexer
-    keys are always near and in `kv`."""
+    """Makes the tensors of new slabs: `make(layout, blocks)`. `account` of the ledger pays for keys and values, which
+    may be `mapped` from a file; indexer keys are always near and in `kv`."""
 
     make: Callable[[KVLayout, int], Kinds]
     account: str = "kv"
+    mapped: bool = False
 
 
 def memory_slabs(device: torch.device | str = "cpu") -> SlabMaker:
@@ -163,7 +165,7 @@ def file_slabs(folder: Path, device: torch.device | str = "cpu") -> SlabMaker:
         keys, values = (scratch_tensor(folder, (layout.layers, blocks, PAGE, one.row_bytes)) for one in rows)
         return keys, values, _near_index(layout, blocks, device)
 
-    return SlabMaker(make, "kv-file")
+    return SlabMaker(make, "kv-file", mapped=True)
 
 
 def _empty(
@@ -215,10 +217,11 @@ class KVStore:
                 block.references += 1
         return list(blocks)
 
-    def adopt(self, kinds: Kinds, blocks: int) -> list[Block]:
-        """All `blocks` of tensors that lie elsewhere already, such as an opened index: they are read only, and in no
-        account."""
-        slab = Slab(kinds, blocks, {}, writable=False)
+    def adopt(self, kinds: Kinds, blocks: int, near: int = 0) -> list[Block]:
+        """All `blocks` of the tensors of a mapped file, such as an opened index: they are read only. `near` bytes of
+        them are in the memory that the budget is about; `OutOfMemory` when it has no room for them."""
+        self.ledger.reserve("kv", near)
+        slab = Slab(kinds, blocks, {"kv": near}, writable=False, mapped=True)
         return [Block(slab, slot) for slot in range(blocks)]
 
     def drop(self, blocks: list[Block]) -> None:
@@ -269,19 +272,20 @@ class KVStore:
         except BaseException:
             self._release(held)
             raise
-        slab = Slab(kinds, self._slab_blocks, held, free=list(reversed(range(self._slab_blocks))))
+        free = list(reversed(range(self._slab_blocks)))
+        slab = Slab(kinds, self._slab_blocks, held, mapped=self._make_slab.mapped, free=free)
         self._slabs.append(slab)
         return slab
 
     def _free(self, block: Block) -> None:
         slab = block.slab
-        if not slab.writable:
-            return
         slab.free.append(block.slot)
-        slab.free.sort(reverse=True)
         if len(slab.free) == slab.blocks:
-            self._slabs.remove(slab)
+            if slab.writable:
+                self._slabs.remove(slab)
             self._release(slab.held)
+        elif slab.writable:  # the lowest slot is given out first
+            slab.free.sort(reverse=True)
 
     def _release(self, held: Mapping[str, int]) -> None:
         for account, nbytes in held.items():

@@ -3,11 +3,12 @@ used again. Knows bytes, not what they mean."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,13 +45,21 @@ def scratch_tensor(folder: Path, shape: Sequence[int]) -> Tensor:
     check_disk(folder, nbytes)
     try:
         with tempfile.TemporaryFile(dir=folder, prefix="keye-kv-") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            _take_room(file.fileno(), nbytes)
             mapped = mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         raise OutOfMemory(f"{folder} cannot hold {megabytes(nbytes)} of keys and values ({error.strerror}); "
                           "name another folder") from None  # fmt: skip
     read_rows(mapped)
     return _tensor(mapped, 0, shape)
+
+
+def _take_room(file: int, nbytes: int) -> None:
+    fallocate = getattr(os, "posix_fallocate", None)  # not on every system
+    if fallocate is None:
+        os.ftruncate(file, nbytes)
+    else:
+        fallocate(file, 0, nbytes)
 
 
 def check_disk(folder: Path, nbytes: int) -> None:
@@ -86,6 +95,31 @@ def read_rows(mapped: mmap.mmap, start: int = 0, nbytes: int | None = None) -> N
 def read_soon(mapped: mmap.mmap, start: int, nbytes: int) -> None:
     """Tells the system that all of this will be read soon."""
     _advise(mapped, "MADV_WILLNEED", start, nbytes)
+
+
+def fetch_rows(rows: Tensor, chosen: Tensor) -> None:
+    """Asks the system for some rows (int64 [n]) of a mapped tensor [N, row_bytes] all at once: read one by one as they
+    are touched, they take several times as long. What is in memory already costs about a microsecond a row."""
+    if _MADVISE is None:
+        return
+    first = rows.data_ptr() + chosen * rows.shape[1]
+    pages = torch.cat((first, first + rows.shape[1] - 1)).div(mmap.PAGESIZE, rounding_mode="floor").unique()
+    breaks = (pages.diff() != 1).nonzero().flatten() + 1
+    for run in pages.tensor_split(breaks):
+        if len(run):
+            _MADVISE(int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE, mmap.MADV_WILLNEED)
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    """The system's function, which takes addresses; the one of `mmap` knows only single maps."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return found
+
+
+_MADVISE: Final = _find_madvise()
 
 
 def _advise(mapped: mmap.mmap, advice: str, start: int, nbytes: int) -> None:
