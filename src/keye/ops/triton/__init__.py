@@ -34,6 +34,12 @@ def status() -> str:
     return f"The Triton kernels run on {torch.cuda.get_device_name()}."
 
 
+def serves(x: torch.Tensor) -> bool:
+    """Whether kernels can read this tensor, where `make` gives a backend."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return x.device.type == ("cpu" if _interpreted() else "cuda") and x.dtype in dtypes
+
+
 def grouped_matmul(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """`keye.ops.triton.experts.grouped_matmul`; only where `make` gives a backend."""
     from keye.ops.triton import experts

@@ -23,7 +23,7 @@ from keye.ops.dsa import Stretch
 from keye.ops.pages import PAGE
 from keye.ops.reference import hadamard_transform
 from keye.ops.triton.layout import Batch, Pools, tuned
-from keye.ops.triton.rows import INTERPRETED, dot_dtype, launch_constants, load_rows, product, row_numbers
+from keye.ops.triton.rows import INTERPRETED, cast, dot_dtype, launch_constants, load_rows, product, row_numbers
 
 #: Selected keys of a tile, and of a part.
 SELECTED_TILE: Final = 64
@@ -56,8 +56,10 @@ def _online(
 
 
 @triton.jit
-def _finish(out, part_sums, part_stats, number, parts, part, at, write, largest, total, sums, SPLIT: tl.constexpr,
-            D: tl.constexpr):  # fmt: skip
+def _finish(
+    out, part_sums, part_stats, number, parts, part, at, write, largest, total, sums,
+    SPLIT: tl.constexpr, D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Writes rows [M, D]: the output at `at`, or a part of it. `number` [M] counts (query, head)."""
     dims = tl.arange(0, D)
     if SPLIT:
@@ -67,7 +69,7 @@ def _finish(out, part_sums, part_stats, number, parts, part, at, write, largest,
         tl.store(part_stats + entry * 2 + 1, total, mask=write)
     else:
         o = sums / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out + at[:, None] * D + dims[None, :], o.to(out.dtype.element_ty), mask=write[:, None])
+        tl.store(out + at[:, None] * D + dims[None, :], cast(o, out.dtype.element_ty, INTERPRETED), mask=write[:, None])
 
 
 @triton.jit
@@ -106,13 +108,16 @@ def _selected_kernel(
         keep = position >= 0
         position = tl.maximum(position, 0)
         rows = row_numbers(key_table + start, position, keep, PAGE)
-        k = load_rows(keys, key_scales, rows, keep, group, D, KKIND, KROW, KHEAD, KGROUP)
+        k = load_rows(keys, key_scales, rows, keep, group, D, KKIND, KROW, KHEAD, KGROUP, INTERPRETED)
         rows = row_numbers(value_table + start, position, keep, PAGE)
-        v = load_rows(values, value_scales, rows, keep, group, D, VKIND, VROW, VHEAD, VGROUP)
+        v = load_rows(values, value_scales, rows, keep, group, D, VKIND, VROW, VHEAD, VGROUP, INTERPRETED)
         largest, total, sums = _online(x, k, v, keep[None, :], largest, total, sums, scale, DOT, INTERPRETED)
     number = query.to(tl.int64) * heads + head
+    at = row * heads + head
     write = lane < tl.where(last >= 0, R, 0)
-    _finish(out, part_sums, part_stats, number, parts, part, row * heads + head, write, largest, total, sums, SPLIT, D)
+    _finish(
+        out, part_sums, part_stats, number, parts, part, at, write, largest, total, sums, SPLIT, D, INTERPRETED
+    )  # fmt: skip
 
 
 @triton.jit
@@ -152,21 +157,25 @@ def _dense_kernel(
         position = tile + tl.arange(0, BN)
         inside = position < limit
         rows = row_numbers(key_table + start, position, inside, PAGE)
-        k = load_rows(keys, key_scales, rows, inside, group, D, KKIND, KROW, KHEAD, KGROUP)
+        k = load_rows(keys, key_scales, rows, inside, group, D, KKIND, KROW, KHEAD, KGROUP, INTERPRETED)
         rows = row_numbers(value_table + start, position, inside, PAGE)
-        v = load_rows(values, value_scales, rows, inside, group, D, VKIND, VROW, VHEAD, VGROUP)
+        v = load_rows(values, value_scales, rows, inside, group, D, VKIND, VROW, VHEAD, VGROUP, INTERPRETED)
         keep = position[None, :] <= last[:, None]
         if MASKED:
             at = query.to(tl.int64)[:, None] * mask_width + position[None, :]
             keep = keep & (tl.load(mask + at, mask=keep, other=0) != 0)
         largest, total, sums = _online(x, k, v, keep, largest, total, sums, scale, DOT, INTERPRETED)
     number = query.to(tl.int64) * heads + head
-    _finish(out, part_sums, part_stats, number, parts, part, row * heads + head, write, largest, total, sums, SPLIT, D)
+    at = row * heads + head
+    _finish(
+        out, part_sums, part_stats, number, parts, part, at, write, largest, total, sums, SPLIT, D, INTERPRETED
+    )  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
-    part_sums, part_stats, out, row_of, last_of, heads, parts, D: tl.constexpr, PARTS: tl.constexpr
+    part_sums, part_stats, out, row_of, last_of, heads, parts,
+    D: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Adds up the parts of one (query, head), in order."""
     query = tl.program_id(0)
@@ -186,7 +195,7 @@ def _merge_kernel(
             sums += weight * tl.load(part_sums + (entry + i) * D + dims)
         row = tl.load(row_of + query).to(tl.int64)
         o = sums / tl.where(total > 0.0, total, 1.0)
-        tl.store(out + (row * heads + head) * D + dims, o.to(out.dtype.element_ty))
+        tl.store(out + (row * heads + head) * D + dims, cast(o, out.dtype.element_ty, INTERPRETED))
 
 
 _WARPS_AND_STAGES: Final = [(4, 2), (4, 3), (8, 2), (8, 1)]
@@ -308,5 +317,5 @@ def _merge(parts: _Parts, batch: Batch, out: Tensor) -> None:
     if parts.split:
         _merge_kernel[(batch.queries, out.shape[1])](
             parts.sums, parts.stats, out, batch.rows, batch.last, out.shape[1], parts.count,
-            D=out.shape[2], PARTS=triton.next_power_of_2(parts.count),
+            D=out.shape[2], PARTS=triton.next_power_of_2(parts.count), INTERPRETED=INTERPRETED,
         )  # fmt: skip

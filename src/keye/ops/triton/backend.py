@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from keye.ops.dsa import Kernel, Selected, Stretch
-from keye.ops.triton import attention, selection
+from keye.ops.triton import attention, selection, serves
 from keye.ops.triton.layout import FEW, Batch, Piece, Pools, by_pools, make_batch
-from keye.ops.triton.rows import INTERPRETED, readable
+from keye.ops.triton.rows import readable
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MASK_BYTES = selection.SCRATCH_BYTES
 
 
@@ -32,9 +31,7 @@ class TritonBackend:
 
     def takes(self, q: Tensor, stretch: Stretch) -> bool:
         pages = stretch.pages
-        if pages is None or q.dtype not in _DTYPES or (q.requires_grad and torch.is_grad_enabled()):
-            return False
-        if q.device.type != ("cpu" if INTERPRETED else "cuda"):
+        if pages is None or not serves(q) or (q.requires_grad and torch.is_grad_enabled()):
             return False
         if not (readable(pages.keys, q.device) and readable(pages.values, q.device)):
             return False
@@ -147,7 +144,9 @@ def _attend_masked(q: Tensor, chosen: Tensor, piece: Piece, pools: Pools, out: T
     most = max(block, _MASK_BYTES // width // block * block)
     for begin in range(0, chosen.shape[0], most):
         part = chosen[begin : begin + most].long()
-        batch = make_batch([Piece(piece.stretch, piece.begin + begin, piece.begin + begin + len(part))], block, q.device)
+        batch = make_batch(
+            [Piece(piece.stretch, piece.begin + begin, piece.begin + begin + len(part))], block, q.device
+        )
         mask = torch.zeros(batch.queries, width, dtype=torch.bool, device=q.device)
         mask[: len(part)].scatter_(1, part.where(part >= 0, width - 1), True)
         attention.attend_tiles(q, batch, pools, out, split=False, mask=mask)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from keye.ops.pages import RowFormat
-from keye.ops.triton.rows import hadamard
+from keye.ops.triton.rows import INTERPRETED, cast, hadamard
 
 #: Keys that one program encodes.
 BLOCK: Final = 16
@@ -26,7 +26,7 @@ BLOCK: Final = 16
 def _encode_kernel(
     x, codes, scales, count,
     D: tl.constexpr, STEPS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
-    TRANSFORM: tl.constexpr,
+    TRANSFORM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, D)
@@ -35,7 +35,9 @@ def _encode_kernel(
     y = tl.load(x + row[:, None] * D + dims[None, :], mask=keep, other=0.0).to(tl.float32)
     if TRANSFORM:
         y = hadamard(y, BLOCK, D, STEPS) * D**-0.5
-        y = y.to(x.dtype.element_ty).to(tl.float32)  # the transform of the reference has the dtype of its input
+        y = cast(y, x.dtype.element_ty, INTERPRETED).to(
+            tl.float32
+        )  # the transform of the reference has the dtype of its input
     amax = tl.max(tl.abs(y), 1)
     if FP8:
         # The power of two at or above amax / 448: the exponent, and one more where there is a mantissa.
@@ -45,15 +47,20 @@ def _encode_kernel(
         code = _to_e4m3(tl.div_rn(y, tl.broadcast_to(scale[:, None], [BLOCK, D])))
     else:
         exact = tl.maximum(tl.div_rn(amax, tl.full([BLOCK], 127.0, tl.float32)), 1e-30)
-        bits = exact.to(tl.int32, bitcast=True)
-        # To the nearest bfloat16, even ones among two; to the next one where that lies below.
-        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        scale_bits = tl.where(near.to(tl.float32, bitcast=True) < exact, near + 0x10000, near)
-        scale = scale_bits.to(tl.float32, bitcast=True)
-        z = tl.div_rn(y, tl.broadcast_to(scale[:, None], [BLOCK, D]))
+        near = _nearest_bf16(exact)
+        near = tl.where(near < exact, _nearest_bf16(near * (1 + 2**-7)), near)
+        scale_bits = near.to(tl.int32, bitcast=True)
+        z = tl.div_rn(y, tl.broadcast_to(near[:, None], [BLOCK, D]))
         code = _nearest(tl.minimum(tl.maximum(z, -127.0), 127.0))
     tl.store(codes + row[:, None] * ROW + dims[None, :], (code & 0xFF).to(tl.uint8), mask=keep)
     tl.store(scales + (row * ROW + D) // 2, (scale_bits >> 16).to(tl.int16), mask=row < count)
+
+
+@triton.jit
+def _nearest_bf16(x):
+    """float32 -> the nearest value of bfloat16, even ones among two, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -84,5 +91,6 @@ def encode_index_keys(keys: Tensor, rows: RowFormat, *, transform: bool) -> Tens
         _encode_kernel[(triton.cdiv(count, BLOCK),)](
             keys.contiguous(), out, out.view(torch.int16), count, D=dim, STEPS=dim.bit_length() - 1,
             ROW=rows.row_bytes, BLOCK=BLOCK, FP8=rows.kind == "fp8", TRANSFORM=transform,
+            INTERPRETED=INTERPRETED,
         )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from keye.ops.triton.layout import tuned
-from keye.ops.triton.rows import INTERPRETED, product
+from keye.ops.triton.rows import INTERPRETED, cast, product
 
 #: Rows of a tile, few in small steps (decoding), and outputs and inner dimensions of one.
 ROW_TILES: Final = (16, 64)
@@ -44,7 +44,7 @@ def _grouped_kernel(
         b = tl.load(weights + at, mask=real[:, None] & inside[None, :], other=0.0)
         sums += product(a, b, x.dtype.element_ty, INTERPRETED)
     at = row[:, None] * outputs + column[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=keep[:, None] & inside[None, :])
+    tl.store(out + at, cast(sums, out.dtype.element_ty, INTERPRETED), mask=keep[:, None] & inside[None, :])
 
 
 _tuned_grouped: Final = tuned(_grouped_kernel, ["BM", "inner", "outputs"], [(4, 2), (4, 3), (4, 4), (8, 3)])

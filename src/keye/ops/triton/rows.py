@@ -83,6 +83,7 @@ def row_numbers(table, positions, keep, PAGE: tl.constexpr):
 def load_rows(
     values, scales, rows, keep, head,
     D: tl.constexpr, KIND: tl.constexpr, ROW: tl.constexpr, HEAD: tl.constexpr, GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Decodes one head of pool rows `rows` int64 [N] -> [N, D], zeros where not `keep`. Formats with scales come as
     bfloat16, as `RowFormat.decode` gives them; the others as they are stored."""
@@ -92,6 +93,7 @@ def load_rows(
     if KIND == 0:
         return tl.load(values + at + dims[None, :], mask=keep, other=0.0)
     else:
+        first_scale = D
         if KIND == 3:
             inner = dims % GROUP
             byte = dims // GROUP * (GROUP // 2) + inner % (GROUP // 2)
@@ -99,16 +101,13 @@ def load_rows(
             half = tl.where(inner >= GROUP // 2, 4, 0)
             codes = (((packed >> half[None, :]) & 15) - 8).to(tl.float32)
             first_scale = D // 2
+        elif KIND == 2:
+            codes = tl.load(values + at + dims[None, :], mask=keep, other=0).to(tl.float32)
         else:
-            raw = tl.load(values + at + dims[None, :], mask=keep, other=0)
-            if KIND == 2:
-                codes = raw.to(tl.float32)
-            else:
-                codes = _e4m3(raw)
-            first_scale = D
+            codes = _e4m3(tl.load(values + at + dims[None, :], mask=keep, other=0))
         scale_at = (at + first_scale) // 2 + (dims // GROUP)[None, :]
         scale = tl.load(scales + scale_at, mask=keep, other=0.0).to(tl.float32)
-        return (codes * scale).to(tl.bfloat16)
+        return cast(codes * scale, tl.bfloat16, INTERPRETED)
 
 
 @triton.jit
@@ -122,11 +121,21 @@ def _e4m3(code):
 
 
 @triton.jit
+def cast(x, TO: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`x` rounded to a dtype as cards do it. Triton's interpreter cuts bits off on the way from float32 to bfloat16:
+    there they are rounded before."""
+    if INTERPRETED and (TO == tl.bfloat16 and x.dtype == tl.float32):
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(TO)
+
+
+@triton.jit
 def product(a, b, DOT: tl.constexpr, INTERPRETED: tl.constexpr):
     """Matrix product in DOT, summed in float32. Triton's interpreter computes garbage for bfloat16 operands: there they
     are widened after rounding, which gives the same products."""
-    a = a.to(DOT)
-    b = b.to(DOT)
+    a = cast(a, DOT, INTERPRETED)
+    b = cast(b, DOT, INTERPRETED)
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -137,8 +146,7 @@ def product(a, b, DOT: tl.constexpr, INTERPRETED: tl.constexpr):
 def hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr):
     """`reference.hadamard_transform` of float32 [ROWS, D], D = 2 ** STEPS, with the same sums in the same order."""
     for i in tl.static_range(STEPS):
-        step: tl.constexpr = 1 << i
-        pairs = tl.permute(tl.reshape(x, [ROWS, D // (2 * step), 2, step]), [0, 1, 3, 2])
+        pairs = tl.permute(tl.reshape(x, [ROWS, D // (2 << i), 2, 1 << i]), [0, 1, 3, 2])
         a, b = tl.split(pairs)
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [ROWS, D])
     return x

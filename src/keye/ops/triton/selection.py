@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from keye.ops.triton.layout import Batch, tuned
-from keye.ops.triton.rows import Operand, dot_dtype, launch_constants, load_rows, product, row_numbers
+from keye.ops.triton.rows import INTERPRETED, Operand, dot_dtype, launch_constants, load_rows, product, row_numbers
 
 #: Bytes of scores, peaks and collected keys at once.
 SCRATCH_BYTES: Final = 96 * 2**20
@@ -35,6 +35,8 @@ GROUP: Final = 16
 #: Keys that one program collects, and that it reads at once.
 CHUNK: Final = 4096
 TILE: Final = 1024
+#: Queries of one program of selection: on a card one, in the interpreter as many as make its overhead bearable.
+ROWS: Final = 32 if INTERPRETED else 1
 #: Keys of a matrix product, and keys that one program scores.
 SCORE_TILE: Final = 128
 SCORE_CHUNK: Final = 1024
@@ -80,7 +82,7 @@ def _score_kernel(
             positions = tile + tl.arange(0, BK)
             keep = positions < limit
             rows = row_numbers(pages, positions, keep, PAGE)
-            k = load_rows(values, scales, rows, keep, 0, D, KIND, ROW, HEAD, SCALES)
+            k = load_rows(values, scales, rows, keep, 0, D, KIND, ROW, HEAD, SCALES, INTERPRETED)
             s = tl.maximum(product(k, x, DOT, INTERPRETED), 0.0) * weight[None, :]
             s = tl.sum(tl.reshape(s, [BK, BQ, JP]), 2)
             s = tl.where(s == 0.0, 0.0, s)  # of the two zeros the positive one
@@ -99,108 +101,137 @@ def _score_kernel(
 
 
 @triton.jit
-def _kth_largest(row, count, topk, TILE: tl.constexpr):
-    """The topk-th largest of `count` int32 at `row`: bit by bit from the highest, the largest number that topk entries
-    reach. Where there are no more than topk, nothing has to be told apart: _NONE."""
-    found = tl.full([], _NONE, tl.int32)
-    if count > topk:
+def _kth_largest(rows, count, topk, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """The topk-th largest of the first `count` int32 [ROWS] at each of `rows`: bit by bit from the highest, the largest
+    number that topk entries reach. Where there are no more than topk, nothing has to be told apart: _NONE."""
+    stop = tl.max(count, 0)
+    found = tl.full([ROWS], _NONE, tl.int32)
+    one = tl.full([ROWS], 1, tl.int32)
+    zero = tl.zeros([ROWS, TILE], tl.int32)
+    lanes = tl.arange(0, TILE)[None, :]
+    if stop > topk:
         for i in range(32):
             # Bits of `found` that are not decided are 0 and the sign is 1: turning one around raises the number.
-            attempt = found ^ (tl.full([], 1, tl.int32) << (31 - i))
-            reached = tl.zeros([TILE], tl.int32)
-            for tile in range(0, count, TILE):
-                index = tile + tl.arange(0, TILE)
-                x = tl.load(row + index, mask=index < count, other=_NONE)
-                reached += (x >= attempt).to(tl.int32)
-            found = tl.where(tl.sum(reached, 0) >= topk, attempt, found)
-    return found
+            attempt = found ^ (one << (31 - i))
+            reached = zero
+            for tile in range(0, stop, TILE):
+                index = tile + lanes
+                x = tl.load(rows[:, None] + index, mask=index < count[:, None], other=_NONE)
+                reached += (x >= attempt[:, None]).to(tl.int32)
+            found = tl.where(tl.sum(reached, 1) >= topk, attempt, found)
+    return tl.where(count > topk, found, _NONE)
 
 
 @triton.jit
-def _floor_kernel(peaks, last_of, floors, width, topk, TILE: tl.constexpr, GROUP: tl.constexpr):
-    row = tl.program_id(0)
-    count = (tl.load(last_of + row) + GROUP) // GROUP
-    floor = _kth_largest(peaks + row.to(tl.int64) * width, count, topk, TILE)
-    tl.store(floors + row, floor)
+def _floor_kernel(
+    peaks, last_of, floors, queries, width, topk, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """A floor of the topk-th largest score of each query."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    count = (tl.load(last_of + row, mask=row < queries, other=-1) + GROUP) // GROUP
+    floor = _kth_largest(peaks + row.to(tl.int64) * width, count, topk, ROWS, TILE)
+    tl.store(floors + row, floor, mask=row < queries)
 
 
 @triton.jit
-def _count_kernel(scores, last_of, floors, above, equal, width, chunks, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def _count_kernel(
+    scores, last_of, floors, above, equal, queries, width, chunks,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """How many scores of each chunk exceed the floor of their row, and how many equal it."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(1)
-    floor = tl.load(floors + row)
-    count = tl.load(last_of + row) + 1
-    higher = tl.zeros([TILE], tl.int32)
-    same = tl.zeros([TILE], tl.int32)
-    for tile in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, count), TILE):
-        index = tile + tl.arange(0, TILE)
-        x = tl.load(scores + row.to(tl.int64) * width + index, mask=index < count, other=_NONE)
+    real = row < queries
+    floor = tl.load(floors + row, mask=real, other=0)[:, None]
+    count = tl.load(last_of + row, mask=real, other=-1) + 1
+    rows = (scores + row.to(tl.int64) * width)[:, None]
+    higher = tl.zeros([ROWS, TILE], tl.int32)
+    same = tl.zeros([ROWS, TILE], tl.int32)
+    for tile in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tl.max(count, 0)), TILE):
+        index = tile + tl.arange(0, TILE)[None, :]
+        x = tl.load(rows + index, mask=index < count[:, None], other=_NONE)
         higher += (x > floor).to(tl.int32)
         same += ((x == floor) & (x > _NONE)).to(tl.int32)
-    tl.store(above + row * chunks + chunk, tl.sum(higher, 0))
-    tl.store(equal + row * chunks + chunk, tl.sum(same, 0))
+    tl.store(above + row * chunks + chunk, tl.sum(higher, 1), mask=real)
+    tl.store(equal + row * chunks + chunk, tl.sum(same, 1), mask=real)
+
+
+@triton.jit
+def _take(x, least, seen, wanted):
+    """Which of a tile [ROWS, TILE] are kept: those above `least`, and of those that equal it the first ones, until
+    `wanted` of them were `seen`. Returns them, how many equal it, and the rank of each among those kept."""
+    equals = ((x == least[:, None]) & (x > _NONE)).to(tl.int32)
+    take = (x > least[:, None]) | ((equals > 0) & (seen[:, None] + tl.cumsum(equals, 1) <= wanted[:, None]))
+    ranks = tl.cumsum(take.to(tl.int32), 1)
+    return take, tl.sum(equals, 1), ranks
 
 
 @triton.jit
 def _collect_kernel(
-    scores, last_of, floors, above, equal, found, where, counts, width, room, chunks, topk,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    scores, last_of, floors, above, equal, found, where, counts, queries, width, room, chunks, topk,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Scores and positions of the keys that may be among the topk, in order: `found`, `where` int32 [B, room]."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(1)
-    each = tl.arange(0, CHUNKS)
-    higher = tl.load(above + row * chunks + each, mask=each < chunks, other=0)
-    same = tl.load(equal + row * chunks + each, mask=each < chunks, other=0)
-    total = tl.sum(higher, 0)
+    real = row < queries
+    each = tl.arange(0, CHUNKS)[None, :]
+    stored = real[:, None] & (each < chunks)
+    higher = tl.load(above + row[:, None] * chunks + each, mask=stored, other=0)
+    same = tl.load(equal + row[:, None] * chunks + each, mask=stored, other=0)
+    total = tl.sum(higher, 1)
     wanted = tl.maximum(topk - total, 0)
-    seen = tl.sum(tl.where(each < chunk, same, 0), 0)
-    place = tl.sum(tl.where(each < chunk, higher, 0), 0) + tl.minimum(seen, wanted)
-    if chunk == 0:
-        tl.store(counts + row, total + tl.minimum(tl.sum(same, 0), wanted))
-    floor = tl.load(floors + row)
-    count = tl.load(last_of + row) + 1
-    for tile in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, count), TILE):
-        index = tile + tl.arange(0, TILE)
-        x = tl.load(scores + row.to(tl.int64) * width + index, mask=index < count, other=_NONE)
-        equals = ((x == floor) & (x > _NONE)).to(tl.int32)
-        take = (x > floor) | ((equals > 0) & (seen + tl.cumsum(equals, 0) <= wanted))
-        at = row.to(tl.int64) * room + place + tl.cumsum(take.to(tl.int32), 0) - 1
+    seen = tl.sum(tl.where(each < chunk, same, 0), 1)
+    place = tl.sum(tl.where(each < chunk, higher, 0), 1) + tl.minimum(seen, wanted)
+    tl.store(counts + row, total + tl.minimum(tl.sum(same, 1), wanted), mask=row < tl.where(chunk == 0, queries, 0))
+    floor = tl.load(floors + row, mask=real, other=0)
+    count = tl.load(last_of + row, mask=real, other=-1) + 1
+    long_row = row.to(tl.int64)
+    for tile in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tl.max(count, 0)), TILE):
+        index = tile + tl.arange(0, TILE)[None, :]
+        x = tl.load(scores + (long_row * width)[:, None] + index, mask=index < count[:, None], other=_NONE)
+        take, equals, ranks = _take(x, floor, seen, wanted)
+        at = (long_row * room + place)[:, None] + ranks - 1
         tl.store(found + at, x, mask=take)
-        tl.store(where + at, index, mask=take)
-        seen += tl.sum(equals, 0)
-        place += tl.sum(take.to(tl.int32), 0)
+        tl.store(where + at, tl.broadcast_to(index, [ROWS, TILE]), mask=take)
+        seen += equals
+        place += tl.max(ranks, 1)
 
 
 @triton.jit
-def _keep_kernel(found, where, counts, selected, room, topk, TILE: tl.constexpr):
+def _keep_kernel(
+    found, where, counts, selected, queries, room, topk, ROWS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """The topk of the collected keys, in order, then -1: `selected` int32 [B, topk]."""
-    row = tl.program_id(0)
-    count = tl.load(counts + row)
-    found += row.to(tl.int64) * room
-    where += row.to(tl.int64) * room
-    selected += row.to(tl.int64) * topk
-    least = _kth_largest(found, count, topk, TILE)
-    higher = tl.zeros([TILE], tl.int32)
-    for tile in range(0, count, TILE):
-        index = tile + tl.arange(0, TILE)
-        higher += (tl.load(found + index, mask=index < count, other=_NONE) > least).to(tl.int32)
-    wanted = topk - tl.sum(higher, 0)
-    seen = tl.zeros([], tl.int32)
-    place = tl.zeros([], tl.int32)
-    for tile in range(0, count, TILE):
-        index = tile + tl.arange(0, TILE)
-        x = tl.load(found + index, mask=index < count, other=_NONE)
-        equals = ((x == least) & (index < count)).to(tl.int32)
-        take = (x > least) | ((equals > 0) & (seen + tl.cumsum(equals, 0) <= wanted))
-        at = place + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(selected + at, tl.load(where + index, mask=take, other=0), mask=take)
-        seen += tl.sum(equals, 0)
-        place += tl.sum(take.to(tl.int32), 0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < queries
+    count = tl.load(counts + row, mask=real, other=0)
+    stop = tl.max(count, 0)
+    long_row = row.to(tl.int64)
+    least = _kth_largest(found + long_row * room, count, topk, ROWS, TILE)
+    lanes = tl.arange(0, TILE)[None, :]
+    rows = (long_row * room)[:, None]
+    higher = tl.zeros([ROWS, TILE], tl.int32)
+    for tile in range(0, stop, TILE):
+        index = tile + lanes
+        x = tl.load(found + rows + index, mask=index < count[:, None], other=_NONE)
+        higher += (x > least[:, None]).to(tl.int32)
+    wanted = topk - tl.sum(higher, 1)
+    seen = tl.zeros([ROWS], tl.int32)
+    place = tl.zeros([ROWS], tl.int32)
+    for tile in range(0, stop, TILE):
+        index = tile + lanes
+        x = tl.load(found + rows + index, mask=index < count[:, None], other=_NONE)
+        take, equals, ranks = _take(x, least, seen, wanted)
+        at = (long_row * topk + place)[:, None] + ranks - 1
+        tl.store(selected + at, tl.load(where + rows + index, mask=take, other=0), mask=take)
+        seen += equals
+        place += tl.max(ranks, 1)
+    nothing = tl.full([ROWS, TILE], -1, tl.int32)
     for tile in range(0, topk, TILE):
-        index = tile + tl.arange(0, TILE)
-        tl.store(selected + index, tl.full([TILE], -1, tl.int32), mask=(index >= place) & (index < topk))
+        index = tile + lanes
+        fill = (index >= place[:, None]) & (index < topk) & real[:, None]
+        tl.store(selected + (long_row * topk)[:, None] + index, nothing, mask=fill)
 
 
 @triton.jit
@@ -282,15 +313,17 @@ def _topk(scores: Tensor, peaks: Tensor, batch: Batch, need: Room) -> Tensor:
     above, equal = scores.new_empty(B, chunks), scores.new_empty(B, chunks)
     found, where = scores.new_empty(B, need.room), scores.new_empty(B, need.room)
     selected = scores.new_empty(B, need.topk)
-    _floor_kernel[(B,)](peaks, batch.last, floors, need.width // GROUP, need.topk, TILE=TILE, GROUP=GROUP)
-    _count_kernel[(B, chunks)](
-        scores, batch.last, floors, above, equal, need.width, chunks, CHUNK=CHUNK, TILE=TILE
-    )
-    _collect_kernel[(B, chunks)](
-        scores, batch.last, floors, above, equal, found, where, counts, need.width, need.room, chunks, need.topk,
-        CHUNKS=triton.next_power_of_2(chunks), CHUNK=CHUNK, TILE=TILE,
+    blocks = triton.cdiv(B, ROWS)
+    tiles = {"ROWS": ROWS, "TILE": TILE}
+    _floor_kernel[(blocks,)](peaks, batch.last, floors, B, need.width // GROUP, need.topk, GROUP=GROUP, **tiles)
+    _count_kernel[(blocks, chunks)](
+        scores, batch.last, floors, above, equal, B, need.width, chunks, CHUNK=CHUNK, **tiles
     )  # fmt: skip
-    _keep_kernel[(B,)](found, where, counts, selected, need.room, need.topk, TILE=TILE)
+    _collect_kernel[(blocks, chunks)](
+        scores, batch.last, floors, above, equal, found, where, counts, B, need.width, need.room, chunks, need.topk,
+        CHUNKS=triton.next_power_of_2(chunks), CHUNK=CHUNK, **tiles,
+    )  # fmt: skip
+    _keep_kernel[(blocks,)](found, where, counts, selected, B, need.room, need.topk, **tiles)
     return selected
 
 
@@ -299,4 +332,3 @@ def tally(selected: Tensor, counts: Tensor) -> None:
     are."""
     total = selected.numel()
     _tally_kernel[(triton.cdiv(total, TILE),)](selected, counts, total, TILE=TILE)
-
