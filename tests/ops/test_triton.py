@@ -53,7 +53,7 @@ def test_attention_compiles_for_cards(capability: int) -> None:
     constants["DOT"] = rows.dot_dtype(torch.empty(0, dtype=torch.bfloat16), rows_of)
     pointers = {"q": "*bf16", "out": "*bf16", "part_sums": "*fp32", "part_stats": "*fp32", "scale": "fp32"}
     pointers |= {"keys": "*i8", "values": "*i8", "key_scales": "*bf16", "value_scales": "*bf16"}
-    pointers |= {name: "i32" for name in ("topk", "heads", "parts")}
+    pointers |= dict.fromkeys(("topk", "heads", "parts"), "i32")
     types = {n: "constexpr" if n in constants else pointers.get(n, "*i32") for n in kernel.arg_names}
     values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=values)

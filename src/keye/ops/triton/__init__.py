@@ -35,9 +35,12 @@ def status() -> str:
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether kernels can read this tensor, where `make` gives a backend."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return x.device.type == ("cpu" if _interpreted() else "cuda") and x.dtype in dtypes
+    """Whether kernels can read this tensor, where `make` gives a backend. Triton launches on the current device."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if _interpreted():
+        return x.device.type == "cpu"
+    return x.device.type == "cuda" and x.device.index == torch.cuda.current_device()
 
 
 def grouped_matmul(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -50,6 +53,10 @@ def grouped_matmul(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> 
 def _refusal() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'keye[gpu]')"
+    import triton
+
+    if not hasattr(triton, "knobs"):
+        return f"triton {triton.__version__} is too old, and they need 3.4 or newer"
     if _interpreted():
         return None
     if not torch.cuda.is_available() or torch.version.hip is not None:

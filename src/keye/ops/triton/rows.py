@@ -60,7 +60,7 @@ def readable(rows: PagedRows | None, device: torch.device) -> bool:
     if rows is None or rows.pool is None or rows.table is None or rows.pool.device != device:
         return False
     dim, head_bytes = rows.format.dim, rows.format.head_bytes
-    return rows.pool.is_contiguous() and dim in (16, 32, 64, 128, 256) and head_bytes % 2 == 0
+    return rows.pool.is_contiguous() and dim in (16, 32, 64, 128) and head_bytes % 2 == 0
 
 
 def dot_dtype(q: Tensor, rows: RowFormat) -> tl.dtype:
