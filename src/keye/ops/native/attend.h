@@ -1,0 +1,338 @@
+// Attention of queries over their selected keys: each query reads its own rows and nothing is computed that a mask
+// would throw away.
+//
+// Three passes for each group of heads: logits, softmax over the whole set, weighted values. The passes over rows walk
+// tiles of positions, all queries of the block in each tile, since neighbours select similar keys: a row comes from main
+// memory once for the block. Tiles and neighbours change only the order in which queries are visited, never the
+// arithmetic of one query, so results do not depend on them.
+#pragma once
+#include <sys/mman.h>
+#include <algorithm>
+#include "memory.h"
+#include "rows.h"
+#include "timers.h"
+
+namespace keye {
+
+constexpr int TILE_KEYS = 128;      // keys of one query that a tile should hold
+constexpr int DECODED_ROWS = 512;   // rows of a union that are decoded at a time where they cannot be read in place
+constexpr int BATCH_KEYS = 64;      // rows that a kernel is handed at once: a multiple of LANES
+constexpr int PAD_TO = 32;          // operands have a multiple of this many dimensions
+constexpr float LOG2_E = 1.4426950408889634f;
+
+struct Sets {
+    const int32_t *positions;  // [n, stride], ascending
+    int64_t stride;
+    const int *sizes;          // [n]
+};
+
+struct AttendScratch {
+    Buffer<uint16_t> queries;
+    Buffer<float> logits, out, scale;
+    Buffer<uint16_t> decoded, carry;
+    Buffer<uint64_t> bits;
+    Buffer<int32_t> rank, slots;
+    Buffer<int> cursor;
+};
+
+// Logits of HEADS heads against `count` rows: out[h * stride + i] = scale * q[h] . rows[i]. `rows` has valid pointers up
+// to a multiple of LANES, and as many entries of `out` are written.
+template <class P, int HEADS>
+inline void dot_rows(const typename P::Elem *q, int dim, const typename P::Elem *const *rows, int count, V scale,
+                     float *out, int64_t stride) {
+    constexpr int KEYS = LANES / HEADS, STEP = LANES * P::PAIR;
+    for (int i = 0; i < count; i += KEYS) {
+        V sum[LANES];
+        for (int a = 0; a < LANES; a++) sum[a] = vzero();
+        for (int d = 0; d < dim; d += STEP) {
+            V x[HEADS];
+            for (int h = 0; h < HEADS; h++) x[h] = vload((const float *)(q + h * dim + d));
+            for (int k = 0; k < KEYS; k++) {
+                V y = vload((const float *)(rows[i + k] + d));
+                for (int h = 0; h < HEADS; h++) sum[h * KEYS + k] = P::madd(sum[h * KEYS + k], x[h], y);
+            }
+        }
+        vscatter<HEADS>(vmul(vsum_each(sum), scale), out + i, stride);
+    }
+}
+
+template <class P>
+inline void dot_heads(const typename P::Elem *q, int heads, int dim, const typename P::Elem *const *rows, int count,
+                      V scale, float *out, int64_t stride) {
+    int h = 0;
+    for (; h + 4 <= heads; h += 4) dot_rows<P, 4>(q + h * dim, dim, rows, count, scale, out + h * stride, stride);
+    for (; h + 2 <= heads; h += 2) dot_rows<P, 2>(q + h * dim, dim, rows, count, scale, out + h * stride, stride);
+    for (; h < heads; h++) dot_rows<P, 1>(q + h * dim, dim, rows, count, scale, out + h * stride, stride);
+}
+
+// out[h] += sum over steps of weight[h, step] * values[step]; a step is P::PAIR rows and one unit of weights.
+template <class P, int HEADS>
+inline void add_values(const float *weights, int64_t stride, const typename P::Elem *const *rows, int steps, int dim,
+                       float *out) {
+    for (int d = 0; d < dim; d += 2 * LANES) {
+        V sum[HEADS][2];
+        for (int h = 0; h < HEADS; h++)
+            for (int c = 0; c < 2; c++) sum[h][c] = vload(out + h * dim + d + c * LANES);
+        for (int s = 0; s < steps; s++) {
+            V x, y;
+            P::expand(rows + s * P::PAIR, d, &x, &y);
+            for (int h = 0; h < HEADS; h++) {
+                V w = vset1(weights[h * stride + s]);
+                sum[h][0] = P::madd(sum[h][0], w, x);
+                sum[h][1] = P::madd(sum[h][1], w, y);
+            }
+        }
+        for (int h = 0; h < HEADS; h++)
+            for (int c = 0; c < 2; c++) vstore(out + h * dim + d + c * LANES, sum[h][c]);
+    }
+}
+
+template <class P>
+inline void add_values_heads(const float *weights, int64_t stride, int heads, const typename P::Elem *const *rows,
+                             int steps, int dim, float *out) {
+    int h = 0;
+    for (; h + VALUE_HEADS <= heads; h += VALUE_HEADS)
+        add_values<P, VALUE_HEADS>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
+    if constexpr (VALUE_HEADS > 4)
+        for (; h + 4 <= heads; h += 4)
+            add_values<P, 4>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
+    for (; h + 2 <= heads; h += 2) add_values<P, 2>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
+    for (; h < heads; h++) add_values<P, 1>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
+}
+
+// Turns logits (base 2) into weights of the product's type in place, with zeros up to a multiple of 2; returns their sum.
+template <class P> inline float softmax_row(float *logits, int count) {
+    const int padded = (int)round_up(count, LANES);
+    for (int i = count; i < padded; i++) logits[i] = -INFINITY;
+    V most = vload(logits);
+    for (int i = LANES; i < padded; i += LANES) most = vmax(most, vload(logits + i));
+    V largest = vset1(vlargest(most)), total = vzero();
+    typename P::Elem *weights = (typename P::Elem *)logits;  // never ahead of what is read
+    for (int i = 0; i < padded; i += LANES) {
+        uint32_t valid = count - i >= LANES ? (1u << LANES) - 1 : (1u << (count - i)) - 1;
+        V w = vselect(valid, vexp2(vsub(vload(logits + i), largest)), vzero());
+        total = vadd(total, w);
+        P::store(weights + i, w);
+    }
+    return vsum(total);
+}
+
+// Queries of one group of heads as operands, Hadamard transformed where the stored keys are.
+template <class P>
+inline void load_queries(const KeyeStep &step, int64_t token, int head, int heads, bool rotated, int padded,
+                         typename P::Elem *out) {
+    for (int h = 0; h < heads; h++) {
+        alignas(64) float x[MAX_DIM];
+        load_plain(step.dtype, step.q, (token * step.heads + head + h) * step.dim, step.dim, x);
+        if (rotated) hadamard(x, step.dim);
+        to_operand<P>(x, step.dim, padded, out + (int64_t)h * padded);
+    }
+}
+
+// Writes sums / total of each head, brought back to the order of dimensions and out of the Hadamard transform.
+template <class P>
+inline void write_outputs(const KeyeStep &step, int64_t token, int head, int heads, bool rotated, int padded,
+                          float *sums, const float *totals) {
+    for (int h = 0; h < heads; h++) {
+        float *x = sums + (int64_t)h * padded;
+        V scale = vset1(totals[h] > 0 ? 1.0f / totals[h] : 0.0f);
+        for (int d = 0; d < padded; d += 2 * LANES) {
+            V a = vmul(vload(x + d), scale), b = vmul(vload(x + d + LANES), scale);
+            P::finish(&a, &b);
+            vstore(x + d, a);
+            vstore(x + d + LANES, b);
+        }
+        if (rotated) hadamard(x, step.dim);
+        store_plain(step.dtype, step.out, (token * step.heads + head + h) * step.dim, step.dim, x);
+    }
+}
+
+// Hands the rows of tiles to `use(query, from, to, rows)`: entries from .. to of the query's set and pointers to their
+// rows (followed by LANES more that may be read). `from` is a multiple of P::PAIR; each entry is handed over once.
+template <class P> class RowWalk {
+  public:
+    using Elem = typename P::Elem;
+
+    RowWalk(const Source<P> &source, const Sets &sets, int n, AttendScratch &scratch)
+        : source_(source), sets_(sets), n_(n), scratch_(scratch) {}
+
+    template <class Use> void in_place(int head, Use use) const {
+        int *cursor = scratch_.cursor.get(n_);
+        std::fill(cursor, cursor + n_, 0);
+        const int lead = n_ / 2;  // its keys say where tiles end
+        const int32_t *leading = sets_.positions + lead * sets_.stride;
+        for (int at = TILE_KEYS;; at += TILE_KEYS) {
+            const bool last = at >= sets_.sizes[lead];
+            const int32_t end = last ? INT32_MAX : leading[at];
+            for (int i = 0; i < n_; i++) {
+                const int32_t *set = sets_.positions + i * sets_.stride;
+                int from = cursor[i], size = sets_.sizes[i];
+                int to = (int)(std::lower_bound(set + from, set + size, end) - set);
+                if (to < size) to = to / P::PAIR * P::PAIR;
+                if (to <= from) continue;
+                cursor[i] = to;
+                batches(from, to, [&](int k) { return source_.place(set[k], head); }, i, use);
+            }
+            if (last) return;
+        }
+    }
+
+    // Numbers the rows of the union, so that each is decoded once: slots[i, k] of entry k of query i.
+    int number_union(int64_t length) const {
+        const int64_t words = length / 64 + 1;
+        uint64_t *bits = scratch_.bits.get(words);
+        int32_t *rank = scratch_.rank.get(words);
+        const int longest = *std::max_element(sets_.sizes, sets_.sizes + n_);
+        int32_t *slots = scratch_.slots.get((int64_t)n_ * sets_.stride + longest);
+        std::fill(bits, bits + words, 0);
+        for (int i = 0; i < n_; i++)
+            for (int k = 0; k < sets_.sizes[i]; k++) {
+                int32_t p = sets_.positions[i * sets_.stride + k];
+                bits[p >> 6] |= 1ull << (p & 63);
+            }
+        int32_t total = 0;
+        for (int64_t w = 0; w < words; w++) {
+            rank[w] = total;
+            total += __builtin_popcountll(bits[w]);
+        }
+        for (int i = 0; i < n_; i++)
+            for (int k = 0; k < sets_.sizes[i]; k++) {
+                int32_t p = sets_.positions[i * sets_.stride + k];
+                uint64_t below = bits[p >> 6] & ((1ull << (p & 63)) - 1);
+                slots[i * sets_.stride + k] = rank[p >> 6] + __builtin_popcountll(below);
+            }
+        return total;
+    }
+
+    template <class Use> void decoded(int head, int total, Use use) const {
+        const int dim = source_.padded;
+        Elem *rows = (Elem *)scratch_.decoded.get((int64_t)DECODED_ROWS * dim * (int64_t)sizeof(Elem) / 2);
+        Elem *carry = (Elem *)scratch_.carry.get((int64_t)n_ * dim * (int64_t)sizeof(Elem) / 2);
+        const int32_t *slots = scratch_.slots.get(0);
+        int *cursor = scratch_.cursor.get(n_);
+        std::fill(cursor, cursor + n_, 0);
+        int64_t word = 0;
+        const uint64_t *bits = scratch_.bits.get(0);
+        uint64_t left = bits[0];
+        for (int start = 0; start < total; start += DECODED_ROWS) {
+            const int stop = std::min(total, start + DECODED_ROWS);
+            for (int slot = start; slot < stop; slot++, left &= left - 1) {
+                while (!left) left = bits[++word];
+                source_.decode(word * 64 + __builtin_ctzll(left), head, rows + (int64_t)(slot - start) * dim);
+            }
+            for (int i = 0; i < n_; i++) {
+                const int32_t *own = slots + i * sets_.stride;
+                int from = cursor[i], size = sets_.sizes[i];
+                int seen = (int)(std::lower_bound(own + from, own + size, stop) - own);
+                int to = seen < size ? seen / P::PAIR * P::PAIR : seen;
+                auto row = [&](int k) {  // an entry of the tile before was kept
+                    return own[k] < start ? carry + (int64_t)i * dim : rows + (int64_t)(own[k] - start) * dim;
+                };
+                if (to > from) batches(from, to, row, i, use);
+                if (seen > to && own[seen - 1] >= start)
+                    std::memcpy(carry + (int64_t)i * dim, row(seen - 1), (size_t)dim * sizeof(Elem));
+                cursor[i] = std::max(from, to);
+            }
+        }
+    }
+
+  private:
+    template <class Row, class Use> void batches(int from, int to, Row row, int query, Use use) const {
+        const Elem *rows[BATCH_KEYS + LANES];
+        for (int at = from; at < to; at += BATCH_KEYS) {
+            const int count = std::min(BATCH_KEYS, to - at);
+            for (int k = 0; k < count; k++) rows[k] = row(at + k);
+            for (int k = count; k < count + LANES; k++) rows[k] = rows[count - 1];
+            use(query, at, at + count, rows);
+        }
+    }
+
+    const Source<P> &source_;
+    const Sets &sets_;
+    int n_;
+    AttendScratch &scratch_;
+};
+
+inline void count_keys(const Sets &sets, int n, int64_t *counts, bool shared) {
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < sets.sizes[i]; k++) {
+            int64_t *count = counts + sets.positions[i * sets.stride + k];
+            if (shared) __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
+            else ++*count;
+        }
+}
+
+// Tells the kernel which parts of a mapped file will be read, so that it reads them together and not one fault at a time.
+inline void will_need(const KeyeRows &rows, const Sets &sets, int n) {
+    constexpr uintptr_t SYSTEM_PAGE = 4096;
+    for (int i = 0; i < n; i++) {
+        uintptr_t from = 0, to = 0;
+        for (int k = 0; k < sets.sizes[i]; k++) {
+            uintptr_t row = (uintptr_t)row_of(rows, sets.positions[i * sets.stride + k]);
+            uintptr_t begin = row / SYSTEM_PAGE * SYSTEM_PAGE;
+            uintptr_t end = round_up((int64_t)(row + rows.row_bytes), SYSTEM_PAGE);
+            if (begin > to || begin < from) {
+                if (to) madvise((void *)from, to - from, MADV_WILLNEED);
+                from = begin;
+            }
+            to = end;
+        }
+        if (to) madvise((void *)from, to - from, MADV_WILLNEED);
+    }
+}
+
+// Attention of queries begin .. begin + n of a stretch over their sets, written to step.out. A query without keys gives 0.
+// `counts`, if not null, grows by one at every key of every set.
+template <class P>
+void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, const Sets &sets,
+                  int64_t *counts, AttendScratch &scratch) {
+    using Elem = typename P::Elem;
+    Clock clock;
+    const Source<P> keys(stretch.keys, PAD_TO), values(stretch.values, PAD_TO);
+    const int groups = stretch.keys.heads, heads = step.heads / groups, dim = keys.padded;
+    const int64_t token = stretch.start + begin, length = stretch.first + begin + n;
+    int longest = 1;
+    for (int i = 0; i < n; i++) longest = std::max(longest, sets.sizes[i]);
+    const int64_t stride = round_up(longest, LANES) + LANES;
+    const int64_t block = (int64_t)heads * dim;
+    Elem *q = (Elem *)scratch.queries.get(block * n * (int64_t)sizeof(Elem) / 2);
+    float *logits = scratch.logits.get(n * heads * stride), *out = scratch.out.get(block * n);
+    float *totals = scratch.scale.get((int64_t)n * heads);
+    const V scale = vset1(LOG2_E / std::sqrt((float)step.dim));
+    if (stretch.flags & KEYE_WILL_NEED) {
+        will_need(stretch.keys, sets, n);
+        will_need(stretch.values, sets, n);
+    }
+    const RowWalk<P> key_walk(keys, sets, n, scratch), value_walk(values, sets, n, scratch);
+    const int total = keys.in_place && values.in_place ? 0 : key_walk.number_union(length);
+    for (int g = 0; g < groups; g++) {
+        for (int i = 0; i < n; i++)
+            load_queries<P>(step, token + i, g * heads, heads, stretch.keys.kind == KEYE_INT4, dim, q + i * block);
+        auto dot = [&](int i, int from, int to, const Elem *const *rows) {
+            dot_heads<P>(q + i * block, heads, dim, rows, to - from, scale, logits + i * heads * stride + from, stride);
+        };
+        if (keys.in_place) key_walk.in_place(g, dot);
+        else key_walk.decoded(g, total, dot);
+        for (int i = 0; i < n; i++)
+            for (int h = 0; h < heads; h++)
+                totals[i * heads + h] = sets.sizes[i] ? softmax_row<P>(logits + (i * heads + h) * stride, sets.sizes[i]) : 0;
+        std::fill(out, out + block * n, 0.0f);
+        alignas(64) static const Elem zeros[MAX_DIM] = {};
+        auto add = [&](int i, int from, int to, const Elem *const *given) {
+            const Elem *rows[BATCH_KEYS + LANES];
+            std::copy(given, given + (to - from), rows);
+            rows[to - from] = zeros;  // a last odd key is paired with nothing
+            const float *weights = logits + i * heads * stride + from / P::PAIR;
+            add_values_heads<P>(weights, stride, heads, rows, (to - from + P::PAIR - 1) / P::PAIR, dim, out + i * block);
+        };
+        if (values.in_place) value_walk.in_place(g, add);
+        else value_walk.decoded(g, total, add);
+        for (int i = 0; i < n; i++)
+            write_outputs<P>(step, token + i, g * heads, heads, stretch.values.kind == KEYE_INT4, dim, out + i * block,
+                             totals + i * heads);
+    }
+    if (counts) count_keys(sets, n, counts, step.threads > 1);
+    clock.add(&Phases::attend);
+}
+
+}  // namespace keye

@@ -1,0 +1,133 @@
+// Indexer scores of a block of queries against every causal key, and their top-k, in one pass over the keys.
+//
+// I[t,s] = sum_j gate[t,j] * relu(q[t,j] . k[s]). Keys lie in the lanes of vectors; each score is one chain of products
+// over dimensions and one over heads, in fixed order. It is therefore the same to the last bit in every block and tile.
+#pragma once
+#include "memory.h"
+#include "rows.h"
+#include "timers.h"
+#include "topk.h"
+
+namespace keye {
+
+constexpr int SCORE_TILE = 192;  // keys packed at once: a multiple of LANES * SCORE_PANELS that fits the first cache
+
+struct ScoreScratch {
+    Buffer<float> queries, keys, row;
+    Buffer<float> scores;
+    Buffer<int32_t> positions, ordered;
+    Buffer<Candidates> candidates;
+};
+
+// HEADS heads against PANELS panels of keys; adds gate * relu(product) to each panel's scores.
+template <class P, int HEADS, int PANELS>
+inline void score_heads(const float *q, int units, const float *keys, const float *gate, V *scores) {
+    V sum[HEADS][PANELS];
+    for (int h = 0; h < HEADS; h++)
+        for (int p = 0; p < PANELS; p++) sum[h][p] = vzero();
+    for (int u = 0; u < units; u++) {
+        V k[PANELS];
+        for (int p = 0; p < PANELS; p++) k[p] = vload(keys + ((int64_t)p * units + u) * LANES);
+        for (int h = 0; h < HEADS; h++) {
+            V x = vset1(q[h * units + u]);
+            for (int p = 0; p < PANELS; p++) sum[h][p] = P::madd(sum[h][p], x, k[p]);
+        }
+    }
+    for (int h = 0; h < HEADS; h++)
+        for (int p = 0; p < PANELS; p++)
+            scores[p] = vfma(vset1(gate[h]), vmax(vzero(), sum[h][p]), scores[p]);  // this order keeps NaN
+}
+
+// All heads of one query against SCORE_PANELS panels.
+template <class P>
+inline void score_panels(const float *q, int heads, int units, const float *keys, const float *gate, V *scores) {
+    for (int p = 0; p < SCORE_PANELS; p++) scores[p] = vzero();
+    int j = 0;
+    for (; j + SCORE_HEADS <= heads; j += SCORE_HEADS)
+        score_heads<P, SCORE_HEADS, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
+    if constexpr (SCORE_HEADS > 4)
+        for (; j + 4 <= heads; j += 4) score_heads<P, 4, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
+    for (; j < heads; j++) score_heads<P, 1, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
+}
+
+// Packs the indexer keys of positions start .. stop into panels; lanes beyond `stop` repeat the last key.
+template <class P>
+inline void pack_index_keys(const Source<P> &source, int64_t start, int64_t stop, float *rows, float *panels) {
+    const int units = source.padded / P::PAIR;
+    for (int64_t at = start; at < stop; at += LANES) {
+        const float *lanes[LANES];
+        for (int i = 0; i < LANES; i++) {
+            int64_t position = std::min(at + i, stop - 1);
+            if (source.in_place) {
+                lanes[i] = (const float *)source.place(position, 0);
+            } else {
+                source.decode(position, 0, (typename P::Elem *)(rows + i * units));
+                lanes[i] = rows + i * units;
+            }
+        }
+        pack_panel(lanes, units, panels + (at - start) * units);
+    }
+}
+
+// Sets of queries begin .. begin + n of a stretch (counted from its first): positions int32 [n, topk], ascending, -1
+// behind the last; sizes [n].
+template <class P>
+void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, ScoreScratch &scratch,
+                  int32_t *sets, int *sizes) {
+    const Source<P> source(stretch.index, 32);
+    const int heads = step.index_heads, padded = source.padded, units = padded / P::PAIR, topk = step.topk;
+    const int64_t first = stretch.first + begin, row = stretch.start + begin;
+    float *q = scratch.queries.get((int64_t)n * heads * units);
+    float *panels = scratch.keys.get((int64_t)(SCORE_TILE + LANES * SCORE_PANELS) * units);
+    float *decoded = scratch.row.get((int64_t)LANES * units);
+    const int capacity = topk_capacity(topk), stride = capacity + 2 * LANES;
+    float *scores = scratch.scores.get((int64_t)n * stride);
+    int32_t *positions = scratch.positions.get((int64_t)n * stride);
+    int32_t *ordered = scratch.ordered.get(stride);
+    Candidates *candidates = scratch.candidates.get(n);
+    Clock clock;
+    for (int i = 0; i < n; i++) {
+        candidates[i].begin(scores + (int64_t)i * stride, positions + (int64_t)i * stride, capacity);
+        for (int j = 0; j < heads; j++) {
+            alignas(64) float x[MAX_DIM];
+            load_plain(step.index_dtype, step.index_q, ((row + i) * heads + j) * step.index_dim, step.index_dim, x);
+            to_operand<P>(x, step.index_dim, padded, (typename P::Elem *)(q + ((int64_t)i * heads + j) * units));
+        }
+    }
+    const int64_t length = first + n;
+    for (int64_t tile = 0; tile < length; tile += SCORE_TILE) {
+        const int64_t stop = std::min(length, tile + SCORE_TILE);
+        pack_index_keys(source, tile, stop, decoded, panels);
+        for (int i = 0; i < n; i++) {
+            Candidates &c = candidates[i];
+            const float *gate = step.gate + (row + i) * heads;
+            const int64_t visible = std::min(stop, first + i + 1);
+            for (int64_t at = tile; at < visible; at += LANES * SCORE_PANELS) {
+                if (c.count + LANES * SCORE_PANELS > c.capacity) {
+                    clock.add(&Phases::score);
+                    keep_best(c, topk, ordered);
+                    clock.add(&Phases::select);
+                }
+                V s[SCORE_PANELS];
+                score_panels<P>(q + (int64_t)i * heads * units, heads, units, panels + (at - tile) * units, gate, s);
+                for (int p = 0; p < SCORE_PANELS; p++) {
+                    int64_t left = visible - at - p * LANES;
+                    if (left <= 0) break;
+                    uint32_t valid = left >= LANES ? (1u << LANES) - 1 : (1u << left) - 1;
+                    offer(c, s[p], (int32_t)(at + p * LANES), valid);
+                }
+            }
+        }
+    }
+    clock.add(&Phases::score);
+    for (int i = 0; i < n; i++) {
+        keep_best(candidates[i], topk, ordered);
+        sizes[i] = candidates[i].count;
+        int32_t *set = sets + (int64_t)i * topk;
+        std::copy(candidates[i].positions, candidates[i].positions + sizes[i], set);
+        std::fill(set + sizes[i], set + topk, -1);
+    }
+    clock.add(&Phases::select);
+}
+
+}  // namespace keye
