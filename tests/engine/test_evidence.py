@@ -88,7 +88,9 @@ def test_without_selection_there_is_a_reason(model: Keye, tiny: Tiny) -> None:
     decoding = Decoding(short.model, room=prompt.token_ids.shape[0] + 1)
     decoding.prefill(prompt)
     made = make_evidence(decoding.counts, decoding.counted, prompt, short.model.config)
-    assert made.reason == "the context is not longer than the 4,096 tokens that the indexer selects: every token was read"
+    assert (
+        made.reason == "the context is not longer than the 4,096 tokens that the indexer selects: every token was read"
+    )
     assert model.chat([{"role": "user", "content": "hello"}], max_tokens=1, evidence=True).evidence == Evidence(
         (), 0, "the request has no media"
     )

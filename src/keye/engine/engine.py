@@ -34,6 +34,7 @@ from keye.config import (
 )
 from keye.engine.evidence import Evidence, make_evidence
 from keye.engine.generate import Decoding, generate
+from keye.engine.live import Keep, LiveSession
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
@@ -153,6 +154,11 @@ class Keye:
         return self.model.config
 
     @property
+    def prompts(self) -> PromptBuilder:
+        """What makes this model's prompts."""
+        return self._builder
+
+    @property
     def processor_config(self) -> Any:
         return self.processor.config
 
@@ -221,6 +227,25 @@ class Keye:
         offered = normalize_tools(tools)
         segments = self._builder.render(messages, template=self.template, thinking=thinking, tools=offered)
         return AnswerStream(self._reply(segments, params, mode, evidence=evidence))
+
+    def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
+        """A session to which frames are appended while questions are asked (`keye.engine.live`). When the context is
+        full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
+        answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
+        return LiveSession(self, keep=keep, reserve=reserve, **media_options)
+
+    def continue_from(
+        self, decoding: Decoding, tail: Sequence[int], prompt: Prompt, params: SamplingParams, *, evidence: bool = False
+    ) -> AnswerStream:
+        """The reply after `tail`, the last tokens of `prompt`; all before them are stored in `decoding`."""
+
+        def pieces() -> Iterator[str | Answer]:
+            begin = time.perf_counter()
+            decoding.append(tail)
+            seconds = {"media": 0.0, "prefill": time.perf_counter() - begin}
+            yield from self._written(decoding, prompt, params, seconds, evidence=evidence)
+
+        return AnswerStream(pieces())
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The model's defaults with the given fields in their place; `None` means not given."""

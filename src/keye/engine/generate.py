@@ -74,6 +74,20 @@ class Decoding:
         self.logits = self.model.logits(hidden[-1:])[0]
         self.position = prompt.next_position
 
+    @torch.inference_mode()
+    def extend(self, token_ids: Tensor, position_ids: Tensor, visual: Tensor, next_position: int) -> None:
+        """Appends tokens int64 [n] at `position_ids` [3, n] whose visual tokens [m, d] are known, in chunks."""
+        config, device = self.model.config, self.model.device
+        is_visual = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
+        seen = 0
+        for start in range(0, token_ids.shape[0], PREFILL_CHUNK):
+            part = slice(start, start + PREFILL_CHUNK)
+            needed = seen + int(is_visual[part].sum())
+            x = self.model.embed(token_ids[part].to(device), visual[seen:needed])
+            self._forward(x, position_ids[:, part].to(device), replies=False)
+            seen = needed
+        self.position = next_position
+
     def append(self, tokens: Sequence[int]) -> None:
         """Appends tokens of text, at least one, and computes the logits after the last. That one goes alone where
         selections are counted, since it produces a token of the reply."""

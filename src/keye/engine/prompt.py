@@ -125,12 +125,12 @@ class PromptBuilder:
         planned = [plan_medium(medium, self.processor, videos) for medium in media]
         text = [self.tokenizer.encode_parts(run) for run in _text_runs(segments)]
         if room is not None:
-            least = sum(len(self._piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
+            least = sum(len(self.piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
             room.check(least, sum(medium.visual_tokens for medium in planned), at_least=True)
         items = [self._stream(medium) if stream else self._decode(medium) for medium in planned]
         ids = list(text[0])
         for item, after in zip(items, text[1:], strict=True):
-            ids += self._piece_ids(item.pieces) + after
+            ids += self.piece_ids(item.pieces) + after
         prompt = self._positioned(ids, items)
         if room is not None:
             room.check(len(ids), prompt.media_tokens)
@@ -160,7 +160,8 @@ class PromptBuilder:
                 self._told_apart.popitem(last=False)
         return replace(item, key=key)
 
-    def _piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
+    def piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids of what stands for a medium."""
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, VisualSpan):
