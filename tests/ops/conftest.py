@@ -19,7 +19,7 @@ MakeBackend = Callable[..., CpuBackend]
 def variant_backend() -> Callable[[str], CpuBackend]:
     """`variant_backend("avx2")`: the backend of one variant; the test is skipped where it cannot run."""
 
-    def make(name: str, masked_below: int = 0) -> CpuBackend:
+    def make(name: str, masked_up_to: float = 0) -> CpuBackend:
         before = os.environ.get("KEYE_CPU_VARIANT")
         os.environ["KEYE_CPU_VARIANT"] = name
         try:
@@ -32,7 +32,7 @@ def variant_backend() -> Callable[[str], CpuBackend]:
         if missing or cpu_build.compiler() is None:
             pytest.skip(status.note)
         assert status.library is not None, status.note
-        return CpuBackend(status.library, masked_below)
+        return CpuBackend(status.library, masked_up_to)
 
     return make
 
