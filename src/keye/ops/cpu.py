@@ -31,7 +31,7 @@ _CHUNK = 256
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "fp8": 3, "int8": 4, "int4": 5}
 _KERNELS: Final[dict[Kernel, int]] = {"auto": 0, "union": 1, "masked": 2}
-_FIXED, WILL_NEED = 1, 2
+_FIXED, _WILL_NEED = 1, 2
 _MAX_DIM = 256
 
 
@@ -186,7 +186,8 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
         to.counts = stretch.counts.data_ptr()
     if sets is not None:
         to.sets = sets.data_ptr()
-    to.flags = _FIXED if stretch.fixed else 0
+    mapped = pages.keys.mapped or pages.values.mapped
+    to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
     return kept
 
 
