@@ -32,14 +32,15 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
 @options.sampling_text
 @options.prompting
 @options.attention
+@options.storing
 @options.running
 @options.as_json
 @options.debug
 def ask(words: tuple[str, ...], draw: Path | None, tools: Path | None, as_json: bool, **given: Any) -> None:
     """Answer a question about videos and images.
 
-    The last argument is the question; the files before it are videos or images. The answer is printed as it is written,
-    then the time intervals in it on a timeline, then what it cost.
+    The last argument is the question; the files before it are videos, images, or an index of a video that keye index
+    wrote. The answer is printed as it is written, then the time intervals in it on a timeline, then what it cost.
 
     \b
     keye ask video.mp4 "when is the red circle visible?"

@@ -1,49 +1,91 @@
-"""`keye plan`: what a request would sample and cost, without a model and without decoding."""
+"""`keye plan`: what a request would sample and cost, without weights and without reading a whole video."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from keye.commands import options
+from keye.errors import KeyeError
 
 
 @click.command(context_settings=options.CONTEXT)
-@click.argument("files", nargs=-1, required=True)
+@click.argument("files", nargs=-1)
+@click.option(
+    "--video",
+    "imagined",
+    metavar="LENGTH[@WxH]",
+    help="Plan a video that is not there: 90s, 2h, 1:30:00, 2h@1920x1080.  [size: 1280x720]",
+)
+@click.option("--device", metavar="DEVICE", help="Also predict memory and time there: cpu, cuda, cuda:1, ...")
+@options.kv_format
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of the weights.")
+@click.option("--threads", type=options.COUNT, metavar="N", help="Processor threads for the model.")
+@click.option("--max-tokens", type=options.COUNT, default=128, show_default=True, metavar="N", help="Tokens replied.")
+@options.attention
 @options.sampling_frames
 @options.model_name
 @options.as_json
 @options.debug
-def plan(files: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
+def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None, **given: Any) -> None:
     """Show which frames would be sampled from videos and images and what they cost.
 
-    Nothing is decoded and no weights are read: the plan follows from the files' index and the model's configuration.
+    The plan follows from the files' index and the model's configuration: nothing is decoded and no weights are read.
+    With --device, one layer of the model's shapes is timed on this machine for a few seconds, and memory and time of
+    the whole request are predicted from that.
 
     \b
     keye plan video.mp4
     keye plan talk.mp4 --fps 1 --max-frames 64 --json
+    keye plan --model 2.0 --video 2h --kv int8 --device cpu
     """
     from keye.commands import inputs, show
+    from keye.commands.cost import Planned, imagine_video, predict
     from keye.config import load_model_config, load_processor_config
+    from keye.media.fetch import is_index
     from keye.media.image import plan_image
     from keye.media.options import media_options
+    from keye.media.plan import make_plan
     from keye.media.video import plan_video
 
-    media = inputs.open_media(files, given)
-    folder = inputs.find_model(model, weights=False)
-    config, context = load_processor_config(folder), load_model_config(folder).text.max_position_embeddings
+    if bool(files) == bool(imagined):
+        raise KeyeError("give FILES to plan, or a length with --video, one of the two")
+    unused = [options.flag(name) for name in ("kv", "dtype", "threads", "attention") if given[name] is not None]
+    if unused and given["device"] is None:
+        raise KeyeError(f"{', '.join(unused)} changes memory and time, which need --device, as in --device cpu")
+    media = inputs.open_media(files, {**given, "kv": None})
+    for medium in media:
+        if is_index(medium.source):  # type: ignore[arg-type]
+            raise KeyeError(f"{medium.source.name} is an index, computed already: keye inspect shows it")  # type: ignore[attr-defined]
+    folder, _ = inputs.describing_folder(model)
+    config, whole = load_processor_config(folder), load_model_config(folder)
+    context = whole.text.max_position_embeddings
     videos = sum(medium.kind == "video" for medium in media)
-    plans: list[dict[str, Any]] = []
+    planned: list[Planned] = []
+    if imagined is not None:
+        settings = media_options("video", options.given(given, options.VIDEO_OPTIONS), video_count=1)
+        planned.append(Planned("video", None, make_plan(imagine_video(imagined), config, settings)))
     for medium in media:
         source: Any = medium.source
         settings = media_options(medium.kind, medium.options, video_count=max(videos, 1))
         made = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
-        plans.append({"kind": medium.kind, **made.to_dict()})
-    total = sum(item["visual_tokens"] for item in plans)
-    result = {"media": plans, "visual_tokens": total, "context": context, "share_of_context": round(total / context, 6),
-              "model": model}  # fmt: skip
+        planned.append(Planned(medium.kind, source, made))
+    result = summary(planned, context, model)
+    if given["device"] is not None:
+        result["prediction"] = predict(whole, config, folder, planned, given)
     if as_json:
         show.print_json(result)
     else:
         show.print_plans(result)
+
+
+def summary(planned: Sequence[Any], context: int, model: str) -> dict[str, Any]:
+    """The plans and their share of the model's context, as plain data."""
+    plans: list[Mapping[str, Any]] = [{"kind": one.kind, **one.plan.to_dict()} for one in planned]
+    total = sum(one.plan.visual_tokens for one in planned)
+    return {
+        "media": plans, "visual_tokens": total, "context": context, "share_of_context": round(total / context, 6),
+        "model": model,
+    }  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
+from keye.checks import is_number
 from keye.commands.inputs import stderr
 from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.engine.engine import Answer, AnswerStream, Keye
+    from keye.engine.videoindex import IndexInfo
 
 #: Widest timeline, in characters.
 MAX_BAR = 72
@@ -162,6 +165,33 @@ def print_plans(result: Mapping[str, Any]) -> None:
     )
     if share >= 1:
         console.print("This does not fit: lower --fps, --max-frames or --max-pixels.", style="bold")
+    if prediction := result.get("prediction"):
+        console.print()
+        print_prediction(prediction)
+
+
+def print_prediction(prediction: Mapping[str, Any]) -> None:
+    """What a request will take: memory by part beside what is free, seconds by phase."""
+    from keye.engine.ledger import megabytes
+
+    console = stdout()
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("memory", "left"), ("", "right"), ("  time", "left"), ("", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    memory = [*((name, megabytes(n)) for name, n in prediction["bytes"].items())]
+    memory.append(("in all", megabytes(prediction["total_bytes"])))
+    seconds = [(f"  {name}", f"{value:,.2f} s") for name, value in prediction["seconds"].items()]
+    if prediction["decode_tokens_per_second"] is not None:
+        seconds.append(("  decode rate", f"{prediction['decode_tokens_per_second']:,.1f} tokens/s"))
+    for left, right in zip_longest(memory, seconds, fillvalue=("", "")):
+        table.add_row(*left, *right)
+    console.print(table)
+    free = prediction["free_bytes"]
+    if free is not None:
+        verdict = "fits" if prediction["fits"] else f"does not fit; {prediction['what_fits']}"
+        console.print(f"{megabytes(free)} are free on {prediction['device']}: it {verdict}", soft_wrap=True)
+    for note in prediction["notes"]:
+        console.print(one_line(note), style="yellow", soft_wrap=True)
 
 
 def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
@@ -192,6 +222,40 @@ def listed_times(times: Sequence[float]) -> str:
     if len(shown) > MAX_TIMES:
         shown = [*shown[: MAX_TIMES // 2], "...", *shown[-MAX_TIMES // 2 :]]
     return " ".join(shown)
+
+
+# Indexes
+
+
+def print_index(info: IndexInfo) -> None:
+    """What `keye index` wrote, in a line."""
+    frames = info.plan.get("frames", 0)
+    print_line(
+        f"wrote {info.path}: {plural(frames, 'frame')} · {plural(info.tokens, 'token')} ({info.media_tokens:,} visual)"
+        f" · {info.kv} · {info.bytes / 1e6:,.1f} MB · {sum(info.seconds.values()):.1f} s"
+    )
+
+
+def print_held(held: Mapping[str, Any]) -> None:
+    """A table of the header of an index."""
+    model, video, formats = held["model"], held["video"], held["formats"]
+    plan = video["plan"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = [
+        ("video", str(plan.get("name", "pictures in memory"))),
+        ("length", format_seconds(plan["duration"]) if is_number(plan.get("duration")) else "unknown"),
+        ("frames", f"{len(video['timestamps']):,}"),
+        ("options", ", ".join(f"{name} {value}" for name, value in video["options"].items()) or "none"),
+        ("sha256", str(video.get("sha256"))),
+        ("model", f"{model['name']}, {model['dtype']}, {held['attention']} attention"),
+        ("tokens", f"{held['tokens']:,} ({held['visual_tokens']:,} visual)"),
+        ("formats", ", ".join(f"{name} {kind}" for name, kind in formats.items())),
+        ("bytes", f"{held['bytes']:,} ({held['bytes_per_token']:,} a token)"),
+        ("keye", str(held["keye"])),
+    ]
+    for name, value in rows:
+        table.add_row(name, one_line(value))
+    stdout().print(table)
 
 
 # Progress

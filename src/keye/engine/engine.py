@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,13 +32,20 @@ from keye.config import (
     load_model_config,
     load_processor_config,
 )
+from keye.engine.fingerprint import Fingerprint, fingerprint
 from keye.engine.generate import Decoding, generate
-from keye.engine.media import as_medium
+from keye.engine.kvstore import KVFormat
+from keye.engine.ledger import Ledger
+from keye.engine.media import IndexedVideo, as_medium
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
+from keye.engine.tiers import KVOptions, Tier
+from keye.engine.videoindex import IndexInfo, check_attention_of, open_video_index, write_video_index
+from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
 from keye.hub import check_runs, resolve
-from keye.media.processor import MediaItem, Processor
+from keye.media.fetch import Source
+from keye.media.processor import Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, torch_dtype
@@ -124,6 +132,7 @@ class Keye:
         *,
         attention: AttentionMode = "sparse",
         template: ChatTemplate | CheckpointTemplate | None = None,
+        kv: KVOptions | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         check_attention(attention)
@@ -135,7 +144,10 @@ class Keye:
         self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
         if isinstance(self.template, CheckpointTemplate):
             self.template = replace(self.template, thinking=own.thinking, default_system=self.generation.default_system)
-        self._builder = PromptBuilder(self.config, tokenizer, processor)
+        self._builder = PromptBuilder(self.config, tokenizer, processor, self._open_index)
+        self.kv, self.ledger = kv or KVOptions(), Ledger()
+        self.store = self.kv.store(self.config.text, model.dtype, model.device, self.ledger)
+        self.vision_cache = VisionCache()
 
     @property
     def config(self) -> KeyeConfig:
@@ -144,6 +156,11 @@ class Keye:
     @property
     def processor_config(self) -> Any:
         return self.processor.config
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells this model from others. The weights are taken to stay as they were loaded."""
+        return fingerprint(self.name, self.model, self.processor.config)
 
     def ask(self, media: object, question: str, **options: Any) -> Answer:
         """Answers a question about one medium or a list of them; see `stream_ask`."""
@@ -165,6 +182,22 @@ class Keye:
     def chat(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> Answer:
         """Continues a conversation in the OpenAI message format; see `stream` for options."""
         return self.stream(messages, **options).finish()
+
+    def index(
+        self,
+        video: object,
+        path: str | Path,
+        *,
+        media_options: Mapping[str, Any] | None = None,
+        attention: AttentionMode | None = None,
+    ) -> IndexInfo:
+        """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
+        place of the video, in any process that loads the same model, and neither decode nor compute the video again.
+        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with."""
+        medium = as_medium(video, media_options)
+        if medium.kind != "video":
+            raise KeyeError("an image was given to index; give a video")
+        return write_video_index(self, self._builder, medium, Path(path), self._attention_mode(attention))
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -220,6 +253,9 @@ class Keye:
             chosen["stop"] = (chosen["stop"],)
         return SamplingParams(**chosen)
 
+    def _open_index(self, source: Source) -> IndexedVideo:
+        return open_video_index(self, self.config, source)
+
     def _attention_mode(self, attention: AttentionMode | None) -> AttentionMode:
         if attention is None:
             return self.attention
@@ -233,10 +269,12 @@ class Keye:
     ) -> Iterator[str | Answer]:
         begin = time.perf_counter()
         room = Room(self.config.text.max_position_embeddings, params.max_tokens)
-        prompt = self._builder.lay_out(segments, room=room)
+        prompt = self._builder.lay_out(segments, room=room, stream=True)
+        if prompt.indexed is not None:
+            check_attention_of(prompt.indexed, mode)
         prepared = time.perf_counter()
-        decoding = Decoding(self.model, mode=mode)
-        decoding.prefill(prompt)
+        decoding = Decoding(self.model, mode=mode, store=self.store)
+        decoding.prefill(prompt, vision=self.vision_cache)
         prefilled = time.perf_counter()
         decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
         for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):
@@ -258,13 +296,12 @@ class Keye:
         self, text: str, prompt: Prompt, count: int, mode: str, finished: str, seconds: Mapping[str, float]
     ) -> Answer:
         reply = parse_reply(text)
-        plans = tuple(_plan_of(item) for item in prompt.media)
         return Answer(
             text=reply.text,
             reasoning=reply.reasoning,
             intervals=reply.intervals,
-            usage=Usage(prompt.token_ids.shape[0], prompt.media_tokens, count),
-            plan=plans,
+            usage=Usage(prompt.token_ids.shape[0], prompt.visual_tokens, count),
+            plan=prompt.plans,
             model=self.name,
             attention=mode,
             finish_reason=finished,
@@ -272,17 +309,6 @@ class Keye:
             regions=reply.regions,
             tool_calls=reply.tool_calls,
         )
-
-
-def _plan_of(item: MediaItem) -> dict[str, Any]:
-    """The plan of a medium; frames in memory were not sampled, so theirs is what they are."""
-    if item.plan is not None:
-        return item.plan.to_dict()
-    return {
-        "frames": item.frame_count,
-        "timestamps": list(item.timestamps),
-        "visual_tokens": item.visual_tokens,
-    }
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:
@@ -313,6 +339,10 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
     attention: AttentionMode = "sparse",
+    kv: KVFormat = "auto",
+    index_kv: KVFormat = "auto",
+    kv_tier: Tier = "memory",
+    kv_folder: str | Path | None = None,
     template: str | Path = "keye",
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -326,9 +356,14 @@ def load(
     checkpoint's own). `template` is "keye" for our own chat format of the model's generation, "checkpoint" for the
     template in the checkpoint's files, or a template file. Nothing in the checkpoint is executed; its template is
     rendered in a sandbox. `notes` of the result tell what the files hold that is not used, and what they lack.
+
+    `kv` and `index_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
+    weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
+    "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped.
     """
     check_attention(attention)
     check_device(device)
+    storing = KVOptions(kv, index_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
     name = str(name_or_path)
     check_runs(name)
     # The small files come first: what they refuse need not be downloaded.
@@ -348,6 +383,7 @@ def load(
         generation,
         attention=attention,
         template=chosen,
+        kv=storing,
         notes=tuple(load_notes(folder, config, report)),
     )
 

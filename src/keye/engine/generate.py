@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from keye.engine.kvcache import KVCache
+from keye.engine.kvstore import KVStore
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams
+from keye.engine.vision import VisionJob
+from keye.engine.vision_cache import VisionCache
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel
 
@@ -17,27 +20,47 @@ PREFILL_CHUNK = 1024
 
 
 class Decoding:
-    """One sequence being continued: its cache, its position and the logits of its next token."""
+    """One sequence being continued: its cache, its position and the logits of its next token. Keys and values go to
+    `store`, or to one of its own."""
 
-    def __init__(self, model: KeyeModel, *, mode: AttentionMode = "sparse", select: Selection = "indexer") -> None:
+    def __init__(
+        self,
+        model: KeyeModel,
+        *,
+        mode: AttentionMode = "sparse",
+        select: Selection = "indexer",
+        store: KVStore | None = None,
+    ) -> None:
         self.model, self.mode, self.select = model, mode, select
-        self.cache = KVCache(model.config.text.num_hidden_layers)
+        self.cache = KVCache(model.config.text.num_hidden_layers, store)
         self.position = 0
         self.logits = torch.empty(0)
 
     @torch.inference_mode()
-    def prefill(self, prompt: Prompt) -> None:
-        """Computes the prompt in chunks; afterwards `logits` are those of the first token of the reply."""
-        vision = prompt.vision()
-        visual = None
-        if vision is not None:
-            visual = self.model.encode_vision(*(tensor.to(self.model.device) for tensor in vision))
-        x = self.model.embed(prompt.token_ids.to(self.model.device), visual)
-        positions = prompt.position_ids.to(self.model.device)
-        hidden = x
-        for start in range(0, x.shape[0], PREFILL_CHUNK):
-            part = slice(start, min(start + PREFILL_CHUNK, x.shape[0]))
-            hidden = self._forward(x[part], positions[:, part])
+    def prefill(self, prompt: Prompt, *, vision: VisionCache | None = None) -> None:
+        """Computes the prompt in chunks, what is in its past excepted, the media as they are decoded; afterwards
+        `logits` are those of the first token of the reply. `vision` has and keeps visual tokens of media with a key.
+        `OutOfMemory`, before any work, where the prompt has no room in the store."""
+        done = 0
+        if prompt.past is not None:
+            self.cache, done = prompt.past.fork(), prompt.past.length(0)
+        if self.cache.store is not None:
+            self.cache.reserve(prompt.token_ids.shape[0])
+        config, device, ids = self.model.config, self.model.device, prompt.token_ids
+        is_visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+        hidden, seen = torch.empty(0), 0
+        job = VisionJob(self.model, prompt, cache=vision)
+        try:
+            for start in range(done, ids.shape[0], PREFILL_CHUNK):
+                part = slice(start, min(start + PREFILL_CHUNK, ids.shape[0]))
+                needed = seen + int(is_visual[part].sum())
+                job.run_until(needed)
+                x = self.model.embed(ids[part].to(device), job.tokens(seen, needed))
+                job.forget(needed)
+                seen = needed
+                hidden = self._forward(x, prompt.position_ids[:, part].to(device))
+        finally:
+            job.close()
         self.logits = self.model.logits(hidden[-1:])[0]
         self.position = prompt.next_position
 

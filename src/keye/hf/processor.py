@@ -49,9 +49,9 @@ class _Builder(PromptBuilder):
                 if not isinstance(ready, MediaItem):
                     ready = self._decode(plan_medium(segment.value, self.processor))
                 items.append(ready)
-                ids += self._piece_ids(items[-1].pieces)
+                ids += self.piece_ids(items[-1].pieces)
             else:
-                ids += self._piece_ids((segment.value,))
+                ids += self.piece_ids((segment.value,))
         return self._positioned(ids, items)
 
 

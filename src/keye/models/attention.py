@@ -159,13 +159,13 @@ class CachedStep:
             dsa.sparse_attention(q, index.q, index.gate, stretches, self.topk, out)
             return
         for stretch in stretches:
-            dsa.attend_selected(q, self._control(layer, stretch), stretch, out)
+            dsa.attend_selected(q, self._control(layer, stretch, q.device), stretch, out)
 
-    def _control(self, layer: int, stretch: Stretch) -> Iterable[tuple[int, Tensor]]:
+    def _control(self, layer: int, stretch: Stretch, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """Sets that no indexer chose."""
         total = stretch.stop - stretch.start
         if self.select == "recent":
-            return reference.select_recent(total, stretch.first, self.topk)
+            return reference.select_recent(total, stretch.first, self.topk, device)
         generator = self.generator or torch.Generator().manual_seed(layer)
         return reference.select_random(total, stretch.first, self.topk, generator)
 

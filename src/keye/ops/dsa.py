@@ -124,6 +124,15 @@ def register(name: str, make: Callable[[], Backend | None]) -> None:
     _makers[name] = make
 
 
+def _make_triton() -> Backend | None:
+    from keye.ops import triton  # only where it is asked for
+
+    return triton.make()
+
+
+register("triton", _make_triton)
+
+
 def choose(name: BackendName) -> None:
     """Which backend is used from now on in this process; `auto` is the fastest that the device has."""
     global _chosen

@@ -1,0 +1,65 @@
+"""How one run stores keys and values: in which numbers, and in which memory."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+import torch
+
+from keye.config import TextConfig
+from keye.engine.kvstore import (
+    SLAB_BLOCKS,
+    KVFormat,
+    KVLayout,
+    KVStore,
+    SlabMaker,
+    check_kv_format,
+    file_slabs,
+    host_slabs,
+    memory_slabs,
+)
+from keye.engine.ledger import Ledger
+from keye.errors import KeyeError, Option
+
+#: Where keys and values lie: in the memory of the model's device, in main memory, or in a mapped file.
+Tier = Literal["memory", "host", "file"]
+#: Blocks of a slab in a file: 4,096 tokens, so that the longest context needs few files.
+FILE_BLOCKS: Final = 64
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """`kv` is the format of keys and values, `index` that of indexer keys. `folder` is where the file tier lies, the
+    system's folder for temporary files by default. KeyeError names a field out of range."""
+
+    kv: KVFormat = "auto"
+    index: KVFormat = "auto"
+    tier: Tier = "memory"
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_kv_format(self.kv)
+        check_kv_format(self.index)
+        if self.tier not in get_args(Tier):
+            raise KeyeError("{} is {!r}; choose one of {}", Option("kv_tier"), self.tier, ", ".join(get_args(Tier)))
+        if self.folder is not None and self.tier != "file":
+            raise KeyeError("{} has no effect without {}", Option("kv_folder"), Option("kv_tier", "file"))
+
+    def store(
+        self, config: TextConfig, dtype: torch.dtype, device: torch.device | str, ledger: Ledger | None = None
+    ) -> KVStore:
+        """A store for a model whose activations are of `dtype` on `device`."""
+        return self.store_of(KVLayout.of(config, dtype, self.kv, self.index), device, ledger)
+
+    def store_of(self, layout: KVLayout, device: torch.device | str, ledger: Ledger | None = None) -> KVStore:
+        """A store of a given layout in this tier."""
+        blocks = FILE_BLOCKS if self.tier == "file" else SLAB_BLOCKS
+        return KVStore(layout, ledger=ledger, make_slab=self._slabs(device), slab_blocks=blocks)
+
+    def _slabs(self, device: torch.device | str) -> SlabMaker:
+        if self.tier == "file":
+            return file_slabs(self.folder or Path(tempfile.gettempdir()), device)
+        return host_slabs(device) if self.tier == "host" else memory_slabs(device)

@@ -1,0 +1,99 @@
+"""`keye plan --device`: memory and time before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from keye.commands import cost
+from keye.commands.machine import Memory
+from keye.engine import measure
+from keye.errors import KeyeError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs for each timing, and a tenth of a second of reading."""
+    monkeypatch.setattr(measure, "SECONDS_EACH", 0.0)
+    monkeypatch.setattr(cost, "READ_SECONDS", 0.1)
+
+
+def test_memory_and_time_of_a_video(run: Callable, model_folder: Path, video: Path) -> None:
+    result = run("plan", video, "--model", model_folder, "--device", "cpu", "--json")
+    prediction = result.data["prediction"]
+    assert set(prediction["seconds"]) == {"media", "vision", "prefill", "decode"}
+    assert all(value > 0 for value in prediction["seconds"].values())
+    assert prediction["fits"] and prediction["what_fits"] is None and prediction["notes"] == []
+    assert prediction["total_bytes"] == sum(prediction["bytes"].values())
+    assert prediction["context"] == prediction["prompt_tokens"] + 128
+    text = run("plan", video, "--model", model_folder, "--device", "cpu").out
+    assert "decode rate" in text and "it fits" in text
+
+
+def test_the_prompt_is_counted_as_it_will_be(run: Callable, model_folder: Path, video: Path) -> None:
+    """But for the words of the template and the question."""
+    planned = run("plan", video, "--model", model_folder, "--device", "cpu", "--json").data["prediction"]
+    asked = run("ask", video, "what?", "--max-tokens", 1, "--model", model_folder, "--json").data["usage"]
+    assert abs(planned["prompt_tokens"] - asked["prompt_tokens"]) <= cost.WORDS
+
+
+def test_fewer_bits_take_less_room(run: Callable, model_folder: Path, video: Path) -> None:
+    held = [
+        run("plan", video, "--model", model_folder, "--device", "cpu", "--kv", kv, "--json").data["prediction"]
+        for kv in ("bf16", "int8", "int4")
+    ]
+    sizes = [prediction["bytes"]["kv"] for prediction in held]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_what_does_not_fit_is_said(
+    run: Callable, model_folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "memories", lambda: [Memory("cpu", 2**20, 2**20)])
+    prediction = run("plan", video, "--model", model_folder, "--device", "cpu", "--json").data["prediction"]
+    assert prediction["fits"] is False and "weights and scratch alone take" in prediction["what_fits"]
+    monkeypatch.setattr(cost, "memories", lambda: [Memory("cpu", 1000, 1000)])
+    prediction = run("plan", video, "--model", model_folder, "--device", "cpu", "--json").data["prediction"]
+    assert "time is not predicted" in prediction["notes"][0] and "prefill" not in prediction["seconds"]
+
+
+def test_a_video_that_is_not_there(run: Callable, model_folder: Path) -> None:
+    result = run("plan", "--video", "20s@640x360", "--model", model_folder, "--device", "cpu", "--json")
+    (medium,) = result.data["media"]
+    assert (medium["duration"], medium["source_width"], medium["frames"]) == (20.0, 640, 40)
+    assert result.data["prediction"]["seconds"]["media"] > 0
+    two_hours = run("plan", "--video", "2h", "--model", "2.0", "--json").data
+    assert two_hours["visual_tokens"] > 100_000 and "prediction" not in two_hours
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("2h", 7200), ("1h30m", 5400), ("5min", 300), ("1:30:00", 5400), ("45", 45)]
+)
+def test_lengths(text: str, seconds: int) -> None:
+    assert cost.imagine_video(text).duration == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0s", "100h", "2h@big", "-3s", "2h@1x1"])
+def test_lengths_that_are_none(text: str) -> None:
+    with pytest.raises(KeyeError, match="write a length"):
+        cost.imagine_video(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--video", "2h", "x.mp4"], "one of the two"),
+        (["--video", "2h", "--kv", "int8"], "--kv changes memory and time, which need --device"),
+        (["--video", "2h", "--device", "nowhere"], "device 'nowhere' cannot be used here"),
+    ],
+)
+def test_mistakes(run: Callable, model_folder: Path, arguments: list[str], sentence: str) -> None:
+    result = run("plan", *arguments, "--model", model_folder)
+    assert result.code == 2 and sentence in result.err
+
+
+def test_a_line_through_what_was_measured() -> None:
+    rates = measure.LayerRates(1024, (0, 4096, 8192), (1.0, 2.0, 4.0))
+    assert [rates.at(depth) for depth in (0, 2048, 4096, 6144, 16384)] == [1.0, 1.5, 2.0, 3.0, 8.0]
