@@ -10,7 +10,7 @@ import torch
 
 from keye.ops import cpu_build
 from keye.ops.cpu import CpuBackend
-from keye.ops.cpu_build import VARIANTS
+from keye.ops.cpu_build import EMULATED, VARIANTS
 
 MakeBackend = Callable[..., CpuBackend]
 
@@ -19,7 +19,7 @@ MakeBackend = Callable[..., CpuBackend]
 def variant_backend() -> Callable[[str], CpuBackend]:
     """`variant_backend("avx2")`: the backend of one variant; the test is skipped where it cannot run."""
 
-    def make(name: str, masked_below: int = 0) -> CpuBackend:
+    def make(name: str, masked_up_to: float = 0) -> CpuBackend:
         before = os.environ.get("KEYE_CPU_VARIANT")
         os.environ["KEYE_CPU_VARIANT"] = name
         try:
@@ -28,16 +28,16 @@ def variant_backend() -> Callable[[str], CpuBackend]:
             os.environ.pop("KEYE_CPU_VARIANT")
             if before is not None:
                 os.environ["KEYE_CPU_VARIANT"] = before
-        missing = next(v.needs for v in VARIANTS if v.name == name) - cpu_build.processor_flags()
+        missing = next(v.needs for v in (*VARIANTS, EMULATED) if v.name == name) - cpu_build.processor_flags()
         if missing or cpu_build.compiler() is None:
             pytest.skip(status.note)
         assert status.library is not None, status.note
-        return CpuBackend(status.library, masked_below)
+        return CpuBackend(status.library, masked_up_to)
 
     return make
 
 
-@pytest.fixture(params=[variant.name for variant in VARIANTS])
+@pytest.fixture(params=[variant.name for variant in (*VARIANTS, EMULATED)])
 def backend(request: pytest.FixtureRequest, variant_backend: MakeBackend) -> CpuBackend:
     """Each variant that this processor can run; sets are never applied as masks unless a test asks for it."""
     return variant_backend(request.param)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,7 @@ from torch import Tensor
 from keye.ops.cpu import CpuBackend
 from keye.ops.cpu_trial import Problem
 from keye.ops.dsa import REFERENCE, Stretch
-from keye.ops.pages import RowKind
+from keye.ops.pages import LayerPages, RowKind
 
 FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEEDS = st.integers(0, 2**32 - 1)
@@ -208,6 +210,21 @@ def test_sets_decoded_in_tiles_do_not_depend_on_neighbours(backend, kind: RowKin
         part = Stretch(i, i + 1, 2492 + i, stored.rows, pages=stored.pages, fixed=True)
         backend.attend(step.q, [(0, sets[i : i + 1])], part, alone)
     assert torch.equal(together, alone)
+
+
+def test_rows_in_a_mapped_file(best_backend, tmp_path):
+    stored, step = problem(5000, torch.bfloat16, 15), Step(4, 8, 64, (4, 64), torch.bfloat16, 15, whole=False)
+    paged = []
+    for rows, memory in zip((stored.pages.keys, stored.pages.values), stored.memory, strict=False):
+        path = tmp_path / f"{len(paged)}"
+        path.write_bytes(memory.numpy().tobytes())
+        mapped = torch.from_file(str(path), shared=False, size=memory.numel(), dtype=torch.uint8)
+        stored.memory.append(mapped)
+        addresses = rows.addresses - memory.data_ptr() + mapped.data_ptr()
+        paged.append(replace(rows, addresses=addresses, mapped=True))
+    stretch = stored.stretch(0, 4)
+    from_file = replace(stretch, pages=LayerPages(5000, *paged, stored.pages.index))
+    assert torch.equal(step.sparse(best_backend, [from_file], 300), step.sparse(best_backend, [stretch], 300))
 
 
 def test_two_threads_give_what_one_gives(backend):

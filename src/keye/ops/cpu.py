@@ -20,9 +20,10 @@ from keye.ops.cpu_build import Status
 from keye.ops.dsa import Kernel, Selected, Stretch
 from keye.ops.pages import PagedRows
 
-#: Below this many keys, attention of a prefill block over its sets is computed with a mask over every key: packing
-#: tiles once for all queries then beats reading each query's rows. Measured by `python -m benchmarks.attention`.
-MASKED_BELOW: Final = 4096
+#: Up to this many times k keys, attention of a prefill block over its sets is computed over every key with a mask:
+#: packing tiles once for all queries then beats reading each query's rows. `masked_crossover` of
+#: `python -m benchmarks.attention` measures it.
+MASKED_UP_TO: Final = 1.125
 #: A library that was not built before is built when a context first grows beyond this: it takes seconds.
 BUILD_ABOVE: Final = 2048
 #: Queries whose sets `select` and `attend` hold at once.
@@ -30,7 +31,7 @@ _CHUNK = 256
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "fp8": 3, "int8": 4, "int4": 5}
 _KERNELS: Final[dict[Kernel, int]] = {"auto": 0, "union": 1, "masked": 2}
-_FIXED, WILL_NEED = 1, 2
+_FIXED, _WILL_NEED = 1, 2
 _MAX_DIM = 256
 
 
@@ -68,14 +69,14 @@ class Timers(ctypes.Structure):
 
 
 class CpuBackend:
-    """`keye.ops.dsa.Backend` by one library; `masked_below` is the crossover of `kernel="auto"` in keys."""
+    """`keye.ops.dsa.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` in multiples of k."""
 
     name = "cpu"
 
-    def __init__(self, library: Path | None = None, masked_below: int = MASKED_BELOW) -> None:
+    def __init__(self, library: Path | None = None, masked_up_to: float = MASKED_UP_TO) -> None:
         self._library = None if library is None else load(library)
         self._status: Status | None = None
-        self.masked_below = masked_below
+        self.masked_up_to = masked_up_to
 
     def takes(self, q: Tensor, stretch: Stretch) -> bool:
         pages = stretch.pages
@@ -136,7 +137,7 @@ class CpuBackend:
     ) -> None:  # fmt: skip
         """One call of the library. Tensors that are not contiguous are copied."""
         step = _Step(topk=topk, kernel=_KERNELS[kernel], threads=torch.get_num_threads())
-        step.masked_below = self.masked_below
+        step.masked_below = int(topk * self.masked_up_to)
         result = out
         if q is not None:
             assert out is not None
@@ -185,7 +186,8 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
         to.counts = stretch.counts.data_ptr()
     if sets is not None:
         to.sets = sets.data_ptr()
-    to.flags = _FIXED if stretch.fixed else 0
+    mapped = pages.keys.mapped or pages.values.mapped
+    to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
     return kept
 
 
@@ -230,5 +232,5 @@ def status() -> str:
     if found.library is None:
         return f"reference, plain torch: {found.note}"
     note = f"; not better because {found.note}" if found.note else ""
-    crossover = f"sets are applied as a mask below {MASKED_BELOW} keys"
+    crossover = f"sets are applied as a mask up to {MASKED_UP_TO} k keys"
     return f"compiled core, {found.variant}, {crossover} ({found.library}){note}"

@@ -31,6 +31,7 @@ _COMMON = (
 ).split()
 _AVX2 = "-mavx2 -mfma -mf16c -mpopcnt".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -DKEYE_AVX512".split()]
+_BF16 = [*_AVX512, "-mavx512bf16", "-DKEYE_BF16"]
 #: Seconds that the compiler and the trial of a library may take.
 _BUILD_LIMIT, _TRIAL_LIMIT = 300, 300
 
@@ -46,12 +47,16 @@ class Variant:
 
 _NEEDS_AVX2 = frozenset("avx2 fma f16c popcnt".split())
 _NEEDS_AVX512 = _NEEDS_AVX2 | frozenset("avx512f avx512bw avx512dq avx512vl".split())
+_NEEDS_BF16 = _NEEDS_AVX512 | {"avx512_bf16"}
 #: Best first.
 VARIANTS: Final = (
-    Variant("avx512bf16", _NEEDS_AVX512 | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16", "-DKEYE_BF16")),
+    Variant("amx", _NEEDS_BF16 | {"amx_tile", "amx_bf16"}, (*_BF16, "-DKEYE_AMX")),
+    Variant("avx512bf16", _NEEDS_BF16, tuple(_BF16)),
     Variant("avx512", _NEEDS_AVX512, tuple(_AVX512)),
     Variant("avx2", _NEEDS_AVX2, tuple(_AVX2)),
 )
+#: The code of `amx` with its instructions in plain C: slow, for tests on other processors. Only used when named.
+EMULATED: Final = Variant("amx-emulated", _NEEDS_BF16, (*_BF16, "-DKEYE_AMX", "-DKEYE_AMX_EMULATE"))
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,11 @@ def processor_flags() -> frozenset[str]:
 def runnable() -> list[Variant]:
     """Variants whose instructions this processor has, best first; KEYE_CPU_VARIANT leaves one of them."""
     wanted = kernel_config().cpu_variant
-    if wanted is not None and wanted not in {variant.name for variant in VARIANTS}:
-        names = ", ".join(variant.name for variant in VARIANTS)
-        raise KeyeError(f"KEYE_CPU_VARIANT is {wanted!r}; it must be one of {names}")
-    return [v for v in VARIANTS if v.needs <= processor_flags() and wanted in (None, v.name)]
+    known = {variant.name: variant for variant in (*VARIANTS, EMULATED)}
+    if wanted is not None and wanted not in known:
+        raise KeyeError(f"KEYE_CPU_VARIANT is {wanted!r}; it must be one of {', '.join(known)}")
+    variants = VARIANTS if wanted is None else (known[wanted],)
+    return [variant for variant in variants if variant.needs <= processor_flags()]
 
 
 def compiler() -> list[str] | None:

@@ -167,13 +167,15 @@ class PagedRows:
 
     Token t is row t % 64 of page t // 64. `addresses` int64 [pages] are where pages begin in this process's memory
     (processor only). `pool` uint8 [pages of the pool, 64, row_bytes] with `table` int32 [pages] says the same where all
-    pages lie in one tensor of a device; None where they do not.
+    pages lie in one tensor of a device; None where they do not. `mapped`: the addresses lie in a mapped file, and rows
+    may have to be read from it first.
     """
 
     format: RowFormat
     addresses: Tensor | None
     pool: Tensor | None = None
     table: Tensor | None = None
+    mapped: bool = False
 
 
 @dataclass(frozen=True)

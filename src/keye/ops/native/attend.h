@@ -2,8 +2,7 @@
 // would throw away.
 //
 // Three passes for each group of heads: logits, softmax over the whole set, weighted values. The passes over rows walk
-// tiles of positions, all queries of the block in each tile, since neighbours select similar keys: a row comes from main
-// memory once for the block. Tiles and neighbours change only the order in which queries are visited, never the
+// the union of the block's sets in tiles, all queries in each tile, since neighbours select similar keys. Tiles and neighbours change only the order in which queries are visited, never the
 // arithmetic of one query, so results do not depend on them.
 #pragma once
 #include <sys/mman.h>
@@ -14,8 +13,8 @@
 
 namespace keye {
 
-constexpr int TILE_KEYS = 128;      // keys of one query that a tile should hold
-constexpr int DECODED_ROWS = 512;   // rows of a union that are decoded at a time where they cannot be read in place
+constexpr int TILE_ROWS = 512;      // rows of a union that are brought together at a time: they fit the second cache
+constexpr int AHEAD = 32;           // rows by which one is asked for before it is used
 constexpr int BATCH_KEYS = 64;      // rows that a kernel is handed at once: a multiple of LANES
 constexpr int PAD_TO = 32;          // operands have a multiple of this many dimensions
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -29,9 +28,9 @@ struct Sets {
 struct AttendScratch {
     Buffer<uint16_t> queries;
     Buffer<float> logits, out, scale;
-    Buffer<uint16_t> decoded, carry;
+    Buffer<uint16_t> gathered, carry;
     Buffer<uint64_t> bits;
-    Buffer<int32_t> rank, slots;
+    Buffer<int32_t> rank, slots, all;
     Buffer<int> cursor;
 };
 
@@ -147,8 +146,8 @@ inline void write_outputs(const KeyeStep &step, int64_t token, int head, int hea
     }
 }
 
-// Hands the rows of tiles to `use(query, from, to, rows)`: entries from .. to of the query's set and pointers to their
-// rows (followed by LANES more that may be read). `from` is a multiple of P::PAIR; each entry is handed over once.
+// Hands rows to `use(query, from, to, rows)`: entries from .. to of the query's set and pointers to their rows (followed
+// by LANES more that may be read). `from` is a multiple of P::PAIR; each entry is handed over once, in order.
 template <class P> class RowWalk {
   public:
     using Elem = typename P::Elem;
@@ -156,45 +155,41 @@ template <class P> class RowWalk {
     RowWalk(const Source<P> &source, const Sets &sets, int n, AttendScratch &scratch)
         : source_(source), sets_(sets), n_(n), scratch_(scratch) {}
 
+    // Each query reads its rows where they lie: best for a query alone.
     template <class Use> void in_place(int head, Use use) const {
-        int *cursor = scratch_.cursor.get(n_);
-        std::fill(cursor, cursor + n_, 0);
-        const int lead = n_ / 2;  // its keys say where tiles end
-        const int32_t *leading = sets_.positions + lead * sets_.stride;
-        for (int at = TILE_KEYS;; at += TILE_KEYS) {
-            const bool last = at >= sets_.sizes[lead];
-            const int32_t end = last ? INT32_MAX : leading[at];
-            for (int i = 0; i < n_; i++) {
-                const int32_t *set = sets_.positions + i * sets_.stride;
-                int from = cursor[i], size = sets_.sizes[i];
-                int to = (int)(std::lower_bound(set + from, set + size, end) - set);
-                if (to < size) to = to / P::PAIR * P::PAIR;
-                if (to <= from) continue;
-                cursor[i] = to;
-                batches(from, to, [&](int k) { return source_.place(set[k], head); }, i, use);
-            }
-            if (last) return;
+        for (int i = 0; i < n_; i++) {
+            const int32_t *set = sets_.positions + i * sets_.stride;
+            const int size = sets_.sizes[i];
+            auto row = [&](int k) {
+                ask_for(set[std::min(k + AHEAD, size - 1)], head);
+                return source_.place(set[k], head);
+            };
+            batches(0, size, row, i, use);
         }
     }
 
-    // Numbers the rows of the union, so that each is decoded once: slots[i, k] of entry k of query i.
+    // Numbers the rows of the union in order of position: slots[i, k] of entry k of query i. Returns how many there are.
     int number_union(int64_t length) const {
         const int64_t words = length / 64 + 1;
         uint64_t *bits = scratch_.bits.get(words);
         int32_t *rank = scratch_.rank.get(words);
-        const int longest = *std::max_element(sets_.sizes, sets_.sizes + n_);
-        int32_t *slots = scratch_.slots.get((int64_t)n_ * sets_.stride + longest);
+        int64_t most = 0;
         std::fill(bits, bits + words, 0);
-        for (int i = 0; i < n_; i++)
+        for (int i = 0; i < n_; i++) {
+            most += sets_.sizes[i];
             for (int k = 0; k < sets_.sizes[i]; k++) {
                 int32_t p = sets_.positions[i * sets_.stride + k];
                 bits[p >> 6] |= 1ull << (p & 63);
             }
-        int32_t total = 0;
+        }
+        int32_t *all = scratch_.all.get(std::min(most, length) + 1), total = 0;
         for (int64_t w = 0; w < words; w++) {
             rank[w] = total;
-            total += __builtin_popcountll(bits[w]);
+            for (uint64_t left = bits[w]; left; left &= left - 1)
+                all[total++] = (int32_t)(w * 64 + __builtin_ctzll(left));
         }
+        const int longest = *std::max_element(sets_.sizes, sets_.sizes + n_);
+        int32_t *slots = scratch_.slots.get((int64_t)n_ * sets_.stride + longest);
         for (int i = 0; i < n_; i++)
             for (int k = 0; k < sets_.sizes[i]; k++) {
                 int32_t p = sets_.positions[i * sets_.stride + k];
@@ -204,21 +199,20 @@ template <class P> class RowWalk {
         return total;
     }
 
-    template <class Use> void decoded(int head, int total, Use use) const {
+    // Rows of the union are brought together tile by tile, decoded where they must be, and every query takes its own
+    // from there: from main memory each comes once for all queries, and it lies densely in the second cache.
+    template <class Use> void gathered(int head, int total, Use use) const {
         const int dim = source_.padded;
-        Elem *rows = (Elem *)scratch_.decoded.get((int64_t)DECODED_ROWS * dim * (int64_t)sizeof(Elem) / 2);
+        Elem *rows = (Elem *)scratch_.gathered.get((int64_t)TILE_ROWS * dim * (int64_t)sizeof(Elem) / 2);
         Elem *carry = (Elem *)scratch_.carry.get((int64_t)n_ * dim * (int64_t)sizeof(Elem) / 2);
-        const int32_t *slots = scratch_.slots.get(0);
+        const int32_t *slots = scratch_.slots.get(0), *all = scratch_.all.get(0);
         int *cursor = scratch_.cursor.get(n_);
         std::fill(cursor, cursor + n_, 0);
-        int64_t word = 0;
-        const uint64_t *bits = scratch_.bits.get(0);
-        uint64_t left = bits[0];
-        for (int start = 0; start < total; start += DECODED_ROWS) {
-            const int stop = std::min(total, start + DECODED_ROWS);
-            for (int slot = start; slot < stop; slot++, left &= left - 1) {
-                while (!left) left = bits[++word];
-                source_.decode(word * 64 + __builtin_ctzll(left), head, rows + (int64_t)(slot - start) * dim);
+        for (int start = 0; start < total; start += TILE_ROWS) {
+            const int stop = std::min(total, start + TILE_ROWS);
+            for (int slot = start; slot < stop; slot++) {
+                ask_for(all[std::min(slot + AHEAD, total - 1)], head);
+                source_.decode(all[slot], head, rows + (int64_t)(slot - start) * dim);
             }
             for (int i = 0; i < n_; i++) {
                 const int32_t *own = slots + i * sets_.stride;
@@ -237,6 +231,13 @@ template <class P> class RowWalk {
     }
 
   private:
+    // Asks for a row ahead of its use: most rows lie on memory pages of their own, and finding those takes longer than
+    // computing with them.
+    void ask_for(int32_t position, int head) const {
+        const char *row = (const char *)source_.place(position, head);
+        for (int byte = 0; byte < source_.rows.head_bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
+    }
+
     template <class Row, class Use> void batches(int from, int to, Row row, int query, Use use) const {
         const Elem *rows[BATCH_KEYS + LANES];
         for (int at = from; at < to; at += BATCH_KEYS) {
@@ -304,15 +305,16 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
         will_need(stretch.values, sets, n);
     }
     const RowWalk<P> key_walk(keys, sets, n, scratch), value_walk(values, sets, n, scratch);
-    const int total = keys.in_place && values.in_place ? 0 : key_walk.number_union(length);
+    const bool in_place = n == 1 && keys.in_place && values.in_place;
+    const int total = in_place ? 0 : key_walk.number_union(length);
     for (int g = 0; g < groups; g++) {
         for (int i = 0; i < n; i++)
             load_queries<P>(step, token + i, g * heads, heads, stretch.keys.kind == KEYE_INT4, dim, q + i * block);
         auto dot = [&](int i, int from, int to, const Elem *const *rows) {
             dot_heads<P>(q + i * block, heads, dim, rows, to - from, scale, logits + i * heads * stride + from, stride);
         };
-        if (keys.in_place) key_walk.in_place(g, dot);
-        else key_walk.decoded(g, total, dot);
+        if (in_place) key_walk.in_place(g, dot);
+        else key_walk.gathered(g, total, dot);
         for (int i = 0; i < n; i++)
             for (int h = 0; h < heads; h++)
                 totals[i * heads + h] = sets.sizes[i] ? softmax_row<P>(logits + (i * heads + h) * stride, sets.sizes[i]) : 0;
@@ -325,8 +327,8 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
             const float *weights = logits + i * heads * stride + from / P::PAIR;
             add_values_heads<P>(weights, stride, heads, rows, (to - from + P::PAIR - 1) / P::PAIR, dim, out + i * block);
         };
-        if (values.in_place) value_walk.in_place(g, add);
-        else value_walk.decoded(g, total, add);
+        if (in_place) value_walk.in_place(g, add);
+        else value_walk.gathered(g, total, add);
         for (int i = 0; i < n; i++)
             write_outputs<P>(step, token + i, g * heads, heads, stretch.values.kind == KEYE_INT4, dim, out + i * block,
                              totals + i * heads);

@@ -5,11 +5,16 @@
 // the queries beside it.
 #pragma once
 #include "attend.h"
+#include "tiles.h"
 
 namespace keye {
 
 constexpr int DENSE_TILE = 192;  // keys; a multiple of LANES * SCORE_PANELS
-constexpr int DENSE_ROWS = 8;    // rows (query and head) that pass a tile together; SCORE_HEADS divides it
+#if defined(KEYE_AMX)
+constexpr int DENSE_ROWS = 16;   // rows (query and head) that pass a tile together
+#else
+constexpr int DENSE_ROWS = 8;
+#endif
 
 struct DenseScratch {
     Buffer<uint16_t> queries, row_copies;
@@ -55,6 +60,38 @@ inline void dense_values(const float *weights, const float *values, int steps, i
             for (int c = 0; c < 2; c++) vstore(out + r * dim + d + c * LANES, sum[r][c]);
     }
 }
+
+#if defined(KEYE_AMX)
+// Both products by tiles, for 16 rows.
+inline void tile_logits(const float *q, int units, const float *keys, V scale, float *out) {
+    tile_panels(q, units, keys);
+    tile_store<0>(out, DENSE_TILE * 4);
+    tile_store<1>(out + LANES, DENSE_TILE * 4);
+    tile_store<2>(out + 2 * LANES, DENSE_TILE * 4);
+    for (int r = 0; r < TILE_SIDE; r++)
+        for (int p = 0; p < SCORE_PANELS; p++) {
+            float *at = out + r * DENSE_TILE + p * LANES;
+            vstore(at, vmul(vload(at), scale));
+        }
+}
+
+inline void tile_values(const float *weights, const float *values, int steps, int dim, float *out) {
+    for (int d = 0; d < dim; d += 2 * LANES) {
+        const float *chunk = values + (int64_t)d * (DENSE_TILE / 2);
+        tile_load<0>(out + d, (int64_t)dim * 4);
+        tile_load<1>(out + d + LANES, (int64_t)dim * 4);
+        for (int s = 0; s < steps; s += TILE_SIDE) {
+            tile_load<4>(weights + s, DENSE_TILE * 4);
+            tile_load<6>(chunk + s * 2 * LANES, 2 * LANES * 4);
+            tile_product<0, 4, 6>();
+            tile_load<7>(chunk + s * 2 * LANES + LANES, 2 * LANES * 4);
+            tile_product<1, 4, 7>();
+        }
+        tile_store<0>(out + d, (int64_t)dim * 4);
+        tile_store<1>(out + d + LANES, (int64_t)dim * 4);
+    }
+}
+#endif
 
 // One row of logits of a tile: weights in place, running maximum and total; the sums so far are rescaled.
 template <class P>
@@ -149,14 +186,30 @@ inline void dense_rows(const typename P::Elem *q, int dim, DenseScratch &scratch
     alignas(64) float logits[DENSE_ROWS * DENSE_TILE];
     const int units = dim / P::PAIR;
     const float *keys = scratch.keys.get(0), *values = scratch.values.get(0);
-    for (int r = 0; r < DENSE_ROWS; r += SCORE_HEADS)
-        for (int at = 0; at < DENSE_TILE; at += LANES * SCORE_PANELS)
-            dense_logits<P, SCORE_HEADS>((const float *)(q + (int64_t)r * dim), units, keys + (int64_t)at * units, scale,
-                                         logits + r * DENSE_TILE + at);
+#if defined(KEYE_AMX)
+    constexpr bool tiles = P::PAIR == 2;
+#else
+    constexpr bool tiles = false;
+#endif
+    for (int at = 0; at < DENSE_TILE; at += LANES * SCORE_PANELS) {
+        const float *panels = keys + (int64_t)at * units;
+#if defined(KEYE_AMX)
+        if constexpr (tiles) tile_logits((const float *)q, units, panels, scale, logits + at);
+#endif
+        if constexpr (!tiles)
+            for (int r = 0; r < DENSE_ROWS; r += SCORE_HEADS)
+                dense_logits<P, SCORE_HEADS>((const float *)(q + (int64_t)r * dim), units, panels, scale,
+                                             logits + r * DENSE_TILE + at);
+    }
     for (int r = 0; r < DENSE_ROWS; r++)
         online_softmax<P>(logits + r * DENSE_TILE, masks[r], most + r, total + r, out + (int64_t)r * dim, dim);
-    for (int r = 0; r < DENSE_ROWS; r += VALUE_HEADS)
-        dense_values<P, VALUE_HEADS>(logits + r * DENSE_TILE, values, DENSE_TILE / P::PAIR, dim, out + (int64_t)r * dim);
+#if defined(KEYE_AMX)
+    if constexpr (tiles) tile_values(logits, values, DENSE_TILE / P::PAIR, dim, out);
+#endif
+    if constexpr (!tiles)
+        for (int r = 0; r < DENSE_ROWS; r += VALUE_HEADS)
+            dense_values<P, VALUE_HEADS>(logits + r * DENSE_TILE, values, DENSE_TILE / P::PAIR, dim,
+                                         out + (int64_t)r * dim);
 }
 
 // Attention of queries begin .. begin + n of a stretch; `sets` is null for every causal key.
@@ -165,6 +218,9 @@ void dense_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
                  DenseScratch &scratch) {
     using Elem = typename P::Elem;
     Clock clock;
+#if defined(KEYE_AMX)
+    tile_begin();
+#endif
     constexpr int PANELS = DENSE_TILE / LANES;
     const Source<P> keys(stretch.keys, PAD_TO), values(stretch.values, PAD_TO);
     const int groups = stretch.keys.heads, heads = step.heads / groups, dim = keys.padded;

@@ -5,11 +5,17 @@
 #pragma once
 #include "memory.h"
 #include "rows.h"
+#include "tiles.h"
 #include "timers.h"
 #include "topk.h"
 
 namespace keye {
 
+#if defined(KEYE_AMX)
+constexpr int HEAD_MULTIPLE = 16;  // heads of a query are padded to whole tiles
+#else
+constexpr int HEAD_MULTIPLE = 1;
+#endif
 constexpr int SCORE_TILE = 192;  // keys packed at once: a multiple of LANES * SCORE_PANELS that fits the first cache
 
 struct ScoreScratch {
@@ -38,10 +44,32 @@ inline void score_heads(const float *q, int units, const float *keys, const floa
             scores[p] = vfma(vset1(gate[h]), vmax(vzero(), sum[h][p]), scores[p]);  // this order keeps NaN
 }
 
+#if defined(KEYE_AMX)
+// The same by tiles of 16 heads; `q` has zeros up to a multiple of 16 heads.
+inline void score_tiles(const float *q, int heads, int units, const float *keys, const float *gate, V *scores) {
+    alignas(64) float product[SCORE_PANELS][TILE_SIDE * LANES];
+    for (int j = 0; j < heads; j += TILE_SIDE) {
+        tile_panels(q + (int64_t)j * units, units, keys);
+        tile_store<0>(product[0], 64);
+        tile_store<1>(product[1], 64);
+        tile_store<2>(product[2], 64);
+        for (int h = 0; h < std::min(TILE_SIDE, heads - j); h++)
+            for (int p = 0; p < SCORE_PANELS; p++)
+                scores[p] = vfma(vset1(gate[j + h]), vmax(vzero(), vload(product[p] + h * LANES)), scores[p]);
+    }
+}
+#endif
+
 // All heads of one query against SCORE_PANELS panels.
 template <class P>
 inline void score_panels(const float *q, int heads, int units, const float *keys, const float *gate, V *scores) {
     for (int p = 0; p < SCORE_PANELS; p++) scores[p] = vzero();
+#if defined(KEYE_AMX)
+    if constexpr (P::PAIR == 2) {
+        score_tiles(q, heads, units, keys, gate, scores);
+        return;
+    }
+#endif
     int j = 0;
     for (; j + SCORE_HEADS <= heads; j += SCORE_HEADS)
         score_heads<P, SCORE_HEADS, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
@@ -77,7 +105,9 @@ void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     const Source<P> source(stretch.index, 32);
     const int heads = step.index_heads, padded = source.padded, units = padded / P::PAIR, topk = step.topk;
     const int64_t first = stretch.first + begin, row = stretch.start + begin;
-    float *q = scratch.queries.get((int64_t)n * heads * units);
+    const int64_t stride_q = round_up(heads, HEAD_MULTIPLE) * units;
+    float *q = scratch.queries.get(n * stride_q);
+    std::fill(q, q + n * stride_q, 0.0f);
     float *panels = scratch.keys.get((int64_t)(SCORE_TILE + LANES * SCORE_PANELS) * units);
     float *decoded = scratch.row.get((int64_t)LANES * units);
     const int capacity = topk_capacity(topk), stride = capacity + 2 * LANES;
@@ -86,12 +116,15 @@ void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     int32_t *ordered = scratch.ordered.get(stride);
     Candidates *candidates = scratch.candidates.get(n);
     Clock clock;
+#if defined(KEYE_AMX)
+    tile_begin();
+#endif
     for (int i = 0; i < n; i++) {
         candidates[i].begin(scores + (int64_t)i * stride, positions + (int64_t)i * stride, capacity);
         for (int j = 0; j < heads; j++) {
             alignas(64) float x[MAX_DIM];
             load_plain(step.index_dtype, step.index_q, ((row + i) * heads + j) * step.index_dim, step.index_dim, x);
-            to_operand<P>(x, step.index_dim, padded, (typename P::Elem *)(q + ((int64_t)i * heads + j) * units));
+            to_operand<P>(x, step.index_dim, padded, (typename P::Elem *)(q + i * stride_q + (int64_t)j * units));
         }
     }
     const int64_t length = first + n;
@@ -109,7 +142,7 @@ void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
                     clock.add(&Phases::select);
                 }
                 V s[SCORE_PANELS];
-                score_panels<P>(q + (int64_t)i * heads * units, heads, units, panels + (at - tile) * units, gate, s);
+                score_panels<P>(q + i * stride_q, heads, units, panels + (at - tile) * units, gate, s);
                 for (int p = 0; p < SCORE_PANELS; p++) {
                     int64_t left = visible - at - p * LANES;
                     if (left <= 0) break;
