@@ -74,7 +74,7 @@ def marking(monkeypatch: pytest.MonkeyPatch) -> None:
         "<|point_start|>[[500, 500]]<|point_end|>"
         '<tool_call>{"name": "zoom", "arguments": {"by": 2}}</tool_call>'
     )
-    monkeypatch.setattr("keye.engine.engine.parse_reply", lambda _: parse_reply(text))
+    monkeypatch.setattr("keye.engine.answer.parse_reply", lambda _: parse_reply(text))
 
 
 @pytest.mark.usefixtures("marking")

@@ -37,6 +37,7 @@ def test_it_takes_the_place_of_the_video(run: Callable, model_folder: Path, vide
             run(command, file, words, "--model", model_folder, "--max-tokens", 4, "--json").data
             for file in (indexed, video)
         )
+        assert ours["usage"].pop("cached_tokens") > theirs["usage"].pop("cached_tokens") == 0
         assert {**ours, "seconds": None} == {**theirs, "seconds": None}
     result = run("ask", indexed, "what happens?", "--model", model_folder, "--max-tokens", 4)
     assert result.out.splitlines()[-1].startswith("8 frames · ")

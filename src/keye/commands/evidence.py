@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from keye.chat import Medium
-    from keye.engine.engine import Answer, Keye
+    from keye.engine.answer import Answer
+    from keye.engine.engine import Keye
 
 
 def check_evidence(path: Path, media: Sequence[Medium]) -> None:

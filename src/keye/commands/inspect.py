@@ -14,7 +14,7 @@ from keye.commands import options
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.commands.machine import Memory
+    from keye.machine import Memory
     from keye.models.outline import Outline
 
 #: Number formats that keye loads weights in, and the bytes of a number.
@@ -66,8 +66,8 @@ def inspect(model: str, as_json: bool) -> None:
 def description(model: str) -> dict[str, Any]:
     """Everything that `keye inspect --json` prints."""
     from keye.commands.inputs import describing_folder
-    from keye.commands.machine import memories
     from keye.config import read_json
+    from keye.machine import memories
     from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
 
     folder, packaged = describing_folder(model)

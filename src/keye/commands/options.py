@@ -24,7 +24,7 @@ VIDEO_OPTIONS = (
 )  # fmt: skip
 #: Formats, which an index has fixed; where what comes after it lies is free.
 FORMAT_OPTIONS = ("kv", "index_kv")
-STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder")
+STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder", "memory")
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
 
@@ -131,6 +131,11 @@ storing: Callable[[F], F] = _all(
         type=click.Path(path_type=Path),
         metavar="DIR",
         help="Folder of that file.  [default: the system's for temporary files]",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Most that keys, values and visual tokens take, as 8GiB.  [default: what is free]",
     ),
 )
 

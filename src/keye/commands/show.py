@@ -20,7 +20,8 @@ from keye.commands.inputs import stderr
 from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
-    from keye.engine.engine import Answer, AnswerStream, Keye
+    from keye.engine.answer import Answer, AnswerStream
+    from keye.engine.engine import Keye
     from keye.engine.evidence import Evidence, MediumEvidence
     from keye.engine.videoindex import IndexInfo
 

@@ -52,6 +52,11 @@ class KVCache:
         cache._lengths = [length] * store.layout.layers
         return cache
 
+    @property
+    def blocks(self) -> int:
+        """Blocks held."""
+        return len(self._blocks)
+
     def reserve(self, tokens: int) -> None:
         """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes."""
         assert self.store is not None

@@ -32,7 +32,8 @@ from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.video import open_video
 
 if TYPE_CHECKING:
-    from keye.engine.engine import Answer, AnswerStream, Keye
+    from keye.engine.answer import Answer, AnswerStream
+    from keye.engine.engine import Keye
 
 #: What happens when the context is full: `all` refuses more frames, `recent` forgets the oldest half.
 Keep = Literal["all", "recent"]
