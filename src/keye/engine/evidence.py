@@ -68,8 +68,8 @@ class Evidence:
 
 
 def counted_layers(layers: int) -> slice:
-    """The layers whose selections are evidence: all but the lowest third, which select before they know the question
-    well. Chosen on training clips among the choices that `benchmarks/evidence.py` compares."""
+    """The layers whose selections are evidence: all but the lowest third, whose choices are no better than chance in
+    keye-nano. Chosen on training clips among those that `benchmarks/evidence.py` compares."""
     return slice(layers // 3, layers)
 
 

@@ -95,8 +95,10 @@ def _panel(medium: MediumEvidence, intervals: Sequence[Interval], thumbnails: Ma
     height = bottom + _LABEL * 2 + (40 + below + 2 * _LABEL + _GAP if small else 0)
     panel = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(panel)
-    draw.text((_MARGIN, 4), f"{_latin(medium.name)}: {len(medium.lifts)} frames, "
-              "selections of each frame against an even spread", fill=_DIM, font=_font(16))  # fmt: skip
+    frames = f"{len(medium.lifts)} frame{'s' if len(medium.lifts) > 1 else ''}"
+    caption = f"{_latin(medium.name)}: how often each of {frames} was selected, dashed: an even spread"
+    shaded = ", shaded: the times in the answer" if intervals and chart.timed else ""
+    draw.text((_MARGIN, 4), caption + shaded, fill=_DIM, font=_font(16))
     chart.draw(draw, 2 * _LABEL, intervals, set(medium.top(THUMBNAILS)))
     row, step = bottom + _LABEL * 2 + 40, (WIDTH - 2 * _MARGIN + _GAP) // THUMBNAILS
     left = _MARGIN + (THUMBNAILS - len(small)) * step // 2
