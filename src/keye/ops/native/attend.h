@@ -7,6 +7,7 @@
 #pragma once
 #include <sys/mman.h>
 #include <algorithm>
+#include "attend_tiles.h"
 #include "memory.h"
 #include "rows.h"
 #include "timers.h"
@@ -15,7 +16,7 @@ namespace keye {
 
 constexpr int TILE_ROWS = 512;      // rows of a union that are brought together at a time: they fit the second cache
 constexpr int AHEAD = 32;           // rows by which one is asked for before it is used
-constexpr int BATCH_KEYS = 64;      // rows that a kernel is handed at once: a multiple of LANES
+constexpr int BATCH_KEYS = 128;     // rows that a kernel is handed at once: a multiple of LANES
 constexpr int PAD_TO = 32;          // operands have a multiple of this many dimensions
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -27,7 +28,7 @@ struct Sets {
 
 struct AttendScratch {
     Buffer<uint16_t> queries;
-    Buffer<float> logits, out, scale;
+    Buffer<float> logits, out, scale, panels, staging;
     Buffer<uint16_t> gathered, carry;
     Buffer<uint64_t> bits;
     Buffer<int32_t> rank, slots, all;
@@ -99,7 +100,8 @@ inline void add_values_heads(const float *weights, int64_t stride, int heads, co
     for (; h < heads; h++) add_values<P, 1>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
 }
 
-// Turns logits (base 2) into weights of the product's type in place, with zeros up to a multiple of 2; returns their sum.
+// Turns logits (base 2) into weights of the product's type in place, followed by zeros where a tile of 32 keys may still
+// read; returns their sum.
 template <class P> inline float softmax_row(float *logits, int count) {
     const int padded = (int)round_up(count, LANES);
     for (int i = count; i < padded; i++) logits[i] = -INFINITY;
@@ -113,6 +115,8 @@ template <class P> inline float softmax_row(float *logits, int count) {
         total = vadd(total, w);
         P::store(weights + i, w);
     }
+    if constexpr (P::PAIR == 2)
+        for (int i = padded; i < padded + 32; i += LANES) P::store(weights + i, vzero());
     return vsum(total);
 }
 
@@ -295,9 +299,18 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     int longest = 1;
     for (int i = 0; i < n; i++) longest = std::max(longest, sets.sizes[i]);
     const int64_t stride = round_up(longest, LANES) + LANES;
-    const int64_t block = (int64_t)heads * dim;
+#if defined(KEYE_AMX)
+    const bool tiles = P::PAIR == 2 && !(stretch.flags & KEYE_FIXED);
+    const int padded_heads = (int)round_up(heads, TILE_SIDE);
+    const int64_t panel = (int64_t)padded_heads * dim / 2;
+    float *panels = scratch.panels.get(n * panel), *staging = scratch.staging.get((int64_t)BATCH_KEYS * dim);
+    tile_begin();
+#else
+    const int padded_heads = heads;
+#endif
+    const int64_t block = (int64_t)padded_heads * dim;
     Elem *q = (Elem *)scratch.queries.get(block * n * (int64_t)sizeof(Elem) / 2);
-    float *logits = scratch.logits.get(n * heads * stride), *out = scratch.out.get(block * n);
+    float *logits = scratch.logits.get((n * heads + padded_heads - heads) * stride), *out = scratch.out.get(block * n);
     float *totals = scratch.scale.get((int64_t)n * heads);
     const V scale = vset1(LOG2_E / std::sqrt((float)step.dim));
     if (stretch.flags & KEYE_WILL_NEED) {
@@ -310,7 +323,19 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     for (int g = 0; g < groups; g++) {
         for (int i = 0; i < n; i++)
             load_queries<P>(step, token + i, g * heads, heads, stretch.keys.kind == KEYE_INT4, dim, q + i * block);
+#if defined(KEYE_AMX)
+        if constexpr (P::PAIR == 2)
+            for (int i = 0; i < n; i++) pack_heads(q + i * block, heads, dim, panels + i * panel);
+#endif
         auto dot = [&](int i, int from, int to, const Elem *const *rows) {
+#if defined(KEYE_AMX)
+            if constexpr (P::PAIR == 2)
+                if (tiles) {
+                    tile_dot(panels + i * panel, heads, dim, rows, to - from, scale,
+                             logits + i * heads * stride + from, stride, (uint16_t *)staging);
+                    return;
+                }
+#endif
             dot_heads<P>(q + i * block, heads, dim, rows, to - from, scale, logits + i * heads * stride + from, stride);
         };
         if (in_place) key_walk.in_place(g, dot);
@@ -325,6 +350,13 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
             std::copy(given, given + (to - from), rows);
             rows[to - from] = zeros;  // a last odd key is paired with nothing
             const float *weights = logits + i * heads * stride + from / P::PAIR;
+#if defined(KEYE_AMX)
+            if constexpr (P::PAIR == 2)
+                if (tiles) {
+                    tile_add(weights, stride, heads, rows, (to - from + 1) / 2, dim, out + i * block, staging);
+                    return;
+                }
+#endif
             add_values_heads<P>(weights, stride, heads, rows, (to - from + P::PAIR - 1) / P::PAIR, dim, out + i * block);
         };
         if (in_place) value_walk.in_place(g, add);
