@@ -113,7 +113,10 @@ void attend(const KeyeStep &step, const Block &block, const Sets &sets, Scratch 
 }
 
 void select(const KeyeStep &step, const Block &block, Scratch &scratch, int32_t *sets, int *sizes) {
-    with_product(step.index_dtype, [&](auto product) {
+    // Keys that are stored in more detail than bfloat16 are not rounded to it.
+    const int32_t kind = block.stretch->index.kind;
+    const bool detailed = kind == KEYE_FLOAT32 || kind == KEYE_FLOAT16;
+    with_product(detailed ? (int32_t)KEYE_FLOAT32 : step.index_dtype, [&](auto product) {
         using P = decltype(product);
         select_block<P>(step, *block.stretch, block.begin, block.n, scratch.score, sets, sizes);
     });
