@@ -370,10 +370,10 @@ template <class P> class GroupProducts {
 };
 
 // Attention of queries begin .. begin + n of a stretch over their sets, written to step.out. A query without keys gives 0.
-// `counts`, if not null, grows by one at every key of every set.
+// Only groups first_group .. last_group are computed. `counts`, if not null, grows by one at every key of every set.
 template <class P>
 void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, const Sets &sets,
-                  int64_t *counts, AttendScratch &scratch) {
+                  int first_group, int last_group, int64_t *counts, AttendScratch &scratch) {
     using Elem = typename P::Elem;
     Clock clock;
     const Source<P> keys(stretch.keys, PAD_TO), values(stretch.values, PAD_TO);
@@ -392,7 +392,7 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     const int total = in_place ? 0 : key_walk.number_union(length);
     auto dot = [&](int i, int from, int to, const Elem *const *rows) { products.dot(i, from, to, rows); };
     auto add = [&](int i, int from, int to, const Elem *const *rows) { products.add(i, from, to, rows); };
-    for (int g = 0; g < stretch.keys.heads; g++) {
+    for (int g = first_group; g < last_group; g++) {
         products.begin(step, token, n, g * heads, keys_rotated);
         if (in_place) key_walk.in_place(g, dot);
         else key_walk.gathered(g, total, dot);
