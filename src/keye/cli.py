@@ -16,6 +16,7 @@ VERBS = {
     "ask": Verb("keye.commands.ask:ask", "answer a question about videos and images"),
     "ground": Verb("keye.commands.ground:ground", "find when something happens in a video"),
     "index": Verb("keye.commands.index:index", "read a video once and keep it in a file for questions"),
+    "live": Verb("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
     "plan": Verb("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
     "inspect": Verb("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
     "train": Verb("keye.commands.train:train", "train a model by the stages of a TOML file"),

@@ -21,6 +21,7 @@ from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.engine.engine import Answer, AnswerStream, Keye
+    from keye.engine.evidence import Evidence, MediumEvidence
     from keye.engine.videoindex import IndexInfo
 
 #: Widest timeline, in characters.
@@ -75,6 +76,22 @@ def print_answer(answer: Answer, model: Keye) -> None:
             console.print(line, soft_wrap=True)
     sparse = model.config.text.sparse
     console.print(usage_line(answer, sparse.topk if sparse is not None else None), style="dim", soft_wrap=True)
+
+
+def print_evidence(evidence: Evidence) -> None:
+    """The frames of each medium that were selected most, or why none was."""
+    if evidence.reason is not None:
+        print_line(f"no evidence: {evidence.reason}")
+    for medium in evidence.media:
+        if medium.kind == "video":
+            named = [f"{_moment(medium, frame)} ({medium.lifts[frame]:.1f}x)" for frame in medium.top()]
+            print_line(f"rests on {medium.name} at {', '.join(named) or 'no frame'}")
+        else:
+            print_line(f"rests on {medium.name}: {medium.share:.0%} of what was selected")
+
+
+def _moment(medium: MediumEvidence, frame: int) -> str:
+    return f"{medium.times[frame]:.1f} s" if medium.times else f"frame {frame}"
 
 
 def call_line(call: ToolCall) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,10 +33,12 @@ from keye.config import (
     load_model_config,
     load_processor_config,
 )
+from keye.engine.evidence import Evidence, make_evidence
 from keye.engine.fingerprint import Fingerprint, fingerprint
 from keye.engine.generate import Decoding, generate
 from keye.engine.kvstore import KVFormat
 from keye.engine.ledger import Ledger
+from keye.engine.live import Keep, LiveSession
 from keye.engine.media import IndexedVideo, as_medium
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
@@ -68,7 +71,8 @@ class Answer:
     `intervals` are the (start, end) seconds written in the answer, `regions` the points, boxes, outlines and clips that
     it marks, `tool_calls` the functions that the model wants called. `plan` says for each medium what was sampled and
     what it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model
-    was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
+    was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase. `evidence`, if asked for,
+    says which frames the answer rests on.
     """
 
     text: str
@@ -82,11 +86,17 @@ class Answer:
     seconds: Mapping[str, float]
     regions: tuple[Region, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    evidence: Evidence | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, every field."""
+        """Plain data for JSON, every field; `evidence` only where it was asked for."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["evidence"]
         return {
-            **asdict(self),
+            **fields,
+            "usage": asdict(self.usage),
+            "seconds": dict(self.seconds),
+            **({} if self.evidence is None else {"evidence": self.evidence.to_dict()}),
             "intervals": [list(pair) for pair in self.intervals],
             "plan": list(self.plan),
             "regions": [region.to_dict() for region in self.regions],
@@ -152,6 +162,11 @@ class Keye:
     @property
     def config(self) -> KeyeConfig:
         return self.model.config
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        """What makes this model's prompts."""
+        return self._builder
 
     @property
     def processor_config(self) -> Any:
@@ -228,19 +243,40 @@ class Keye:
         thinking: bool | None = None,
         attention: AttentionMode | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        evidence: bool = False,
         **sampling: Any,
     ) -> AnswerStream:
         """Starts a reply. `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback;
         `tools` are functions (name, description, JSON schema of the parameters) that the model may ask to be called;
-        `sampling` are the fields of `SamplingParams`, the model's own defaults for those not given. Mistakes in
-        messages and options are errors raised here, before any medium is opened and not at the first token."""
+        `evidence` asks which frames the answer rests on (`Answer.evidence`); `sampling` are the fields of
+        `SamplingParams`, the model's own defaults for those not given. Mistakes in messages and options are errors
+        raised here, before any medium is opened and not at the first token."""
         params = self.sampling_params(**sampling)
         mode = self._attention_mode(attention)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
         offered = normalize_tools(tools)
         segments = self._builder.render(messages, template=self.template, thinking=thinking, tools=offered)
-        return AnswerStream(self._reply(segments, params, mode))
+        return AnswerStream(self._reply(segments, params, mode, evidence=evidence))
+
+    def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
+        """A session to which frames are appended while questions are asked (`keye.engine.live`). When the context is
+        full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
+        answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
+        return LiveSession(self, keep=keep, reserve=reserve, **media_options)
+
+    def continue_from(
+        self, decoding: Decoding, tail: Sequence[int], prompt: Prompt, params: SamplingParams, *, evidence: bool = False
+    ) -> AnswerStream:
+        """The reply after `tail`, the last tokens of `prompt`; all before them are stored in `decoding`."""
+
+        def pieces() -> Iterator[str | Answer]:
+            begin = time.perf_counter()
+            decoding.append(tail)
+            seconds = {"media": 0.0, "prefill": time.perf_counter() - begin}
+            yield from self._written(decoding, prompt, params, seconds, evidence=evidence)
+
+        return AnswerStream(pieces())
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The model's defaults with the given fields in their place; `None` means not given."""
@@ -265,7 +301,7 @@ class Keye:
         return attention
 
     def _reply(
-        self, segments: Sequence[Segment], params: SamplingParams, mode: AttentionMode
+        self, segments: Sequence[Segment], params: SamplingParams, mode: AttentionMode, *, evidence: bool
     ) -> Iterator[str | Answer]:
         begin = time.perf_counter()
         room = Room(self.config.text.max_position_embeddings, params.max_tokens)
@@ -273,9 +309,23 @@ class Keye:
         if prompt.indexed is not None:
             check_attention_of(prompt.indexed, mode)
         prepared = time.perf_counter()
-        decoding = Decoding(self.model, mode=mode, store=self.store)
+        length = prompt.token_ids.shape[0] + params.max_tokens
+        decoding = Decoding(self.model, mode=mode, room=length if evidence else 0, store=self.store)
         decoding.prefill(prompt, vision=self.vision_cache)
-        prefilled = time.perf_counter()
+        seconds = {"media": prepared - begin, "prefill": time.perf_counter() - prepared}
+        yield from self._written(decoding, prompt, params, seconds, evidence=evidence)
+
+    def _written(
+        self,
+        decoding: Decoding,
+        prompt: Prompt,
+        params: SamplingParams,
+        seconds: Mapping[str, float],
+        *,
+        evidence: bool = False,
+    ) -> Iterator[str | Answer]:
+        """The reply after a prefill, piece by piece, then the answer; `seconds` are those spent before it."""
+        begin = time.perf_counter()
         decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
         for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):
             count += 1
@@ -287,10 +337,13 @@ class Keye:
         if not stop.stopped and (rest := stop.push(decoder.finish()) + stop.finish()):
             shown += rest
             yield rest
-        done = time.perf_counter()
-        seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "decode": done - prefilled}
+        seconds = {**seconds, "decode": time.perf_counter() - begin}
         finished = "length" if count >= params.max_tokens and not stop.stopped else "stop"
-        yield self._answer(shown, prompt, count, mode, finished, seconds)
+        answer = self._answer(shown, prompt, count, decoding.mode, finished, seconds)
+        if evidence:
+            made = make_evidence(decoding.counts, decoding.counted, prompt, self.config)
+            answer = replace(answer, evidence=made)
+        yield answer
 
     def _answer(
         self, text: str, prompt: Prompt, count: int, mode: str, finished: str, seconds: Mapping[str, float]

@@ -121,6 +121,19 @@ class KVCache:
         copy._lengths = list(self._lengths)
         return copy
 
+    def fork_prefix(self, length: int) -> KVCache:
+        """A sequence that continues after the first `length` tokens, which all layers hold: full blocks are shared, a
+        last one in part is copied."""
+        assert self.store is not None and length <= min(self._lengths)
+        copy = KVCache(len(self._lengths), self.store)
+        full = length // PAGE
+        copy._extend(self.store.share(self._blocks[:full]))
+        if length % PAGE:
+            copy._extend(self.store.take(1))
+            _copy_block(self._blocks[full], copy._blocks[full])
+        copy._lengths = [length] * len(self._lengths)
+        return copy
+
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on, in all layers. The last block may be shared with nobody."""
         self._lengths = [min(length, n) for n in self._lengths]

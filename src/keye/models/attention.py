@@ -105,8 +105,8 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`. `counts` int64, if given, one
-    for each position, counts how often its key was selected, over all layers."""
+    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`. `counts` int64, if given, tells
+    how often the key of each position was selected: [positions] over all layers, or [layers, positions]."""
 
     start: int
     stop: int
@@ -179,7 +179,7 @@ class CachedStep:
             rows=partial(cache.rows, layer),
             key_tiles=partial(cache.index_keys, layer),
             pages=cache.pages(layer),
-            counts=span.counts,
+            counts=span.counts if span.counts is None or span.counts.ndim == 1 else span.counts[layer],
             fixed=self.fixed,
         )
 
