@@ -37,7 +37,16 @@ def variant_backend() -> Callable[[str], CpuBackend]:
     return make
 
 
-@pytest.fixture(params=[variant.name for variant in (*VARIANTS, EMULATED)])
+#: Building takes seconds. What `avx512` does, `avx512bf16` does too with float32.
+_SLOW = {"avx512"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(variant.name, marks=[pytest.mark.slow] if variant.name in _SLOW else [])
+        for variant in (*VARIANTS, EMULATED)
+    ]
+)
 def backend(request: pytest.FixtureRequest, variant_backend: MakeBackend) -> CpuBackend:
     """Each variant that this processor can run; sets are never applied as masks unless a test asks for it."""
     return variant_backend(request.param)

@@ -235,6 +235,17 @@ def test_two_threads_give_what_one_gives(backend):
     assert torch.equal(step.sparse(backend, [stretch], 100), one)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_threads_share_the_keys_of_a_single_query(best_backend, queries):
+    stored = problem(90_000, torch.float32, 16, groups=2, dim=16, index_dim=32, whole=True)
+    counts = torch.zeros(90_000, dtype=torch.int64)
+    step, stretch = Step(queries, 4, 16, (32, 32), torch.float32, 16, True), stored.stretch(0, queries, counts=counts)
+    one = step.sparse(best_backend, [stretch], 500)
+    torch.set_num_threads(3)
+    assert torch.equal(step.sparse(best_backend, [stretch], 500), one)
+    assert int(counts.max()) <= 2 * queries and int(counts.sum()) == 2 * queries * 500
+
+
 def test_what_the_core_does_not_take(best_backend: CpuBackend):
     stored, step = problem(100, torch.float32), Step(1, 4, 64, (4, 64), torch.float32, 0, whole=False)
     stretch = stored.stretch(0, 1)

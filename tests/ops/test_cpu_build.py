@@ -122,6 +122,14 @@ def test_variables_choose_kernels_and_variant(monkeypatch):
         cpu_build.runnable()
 
 
+def test_a_library_to_be_built_is_searched_for_once(empty_cache, monkeypatch):
+    searches = []
+    monkeypatch.setattr(cpu_build, "find", lambda: searches.append(1))
+    backend = CpuBackend()
+    assert [backend._loaded(100) for _ in range(3)] == [None] * 3
+    assert len(searches) == 1
+
+
 def test_nothing_is_built_for_short_contexts(empty_cache, monkeypatch):
     if not cpu_build.runnable() or cpu_build.compiler() is None:
         pytest.skip("the compiled core cannot be built here")

@@ -125,7 +125,10 @@ def check_gpu() -> Check:
 def check_attention() -> Check:
     from keye.ops import cpu
 
-    return Check("sparse attention", True, one_line(cpu.status()))
+    try:
+        return Check("sparse attention", True, one_line(cpu.status()))
+    except KeyeError as error:
+        return Check("sparse attention", False, one_line(str(error)))
 
 
 def check_limits() -> Check:

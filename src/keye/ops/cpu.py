@@ -75,7 +75,9 @@ class CpuBackend:
 
     def __init__(self, library: Path | None = None, masked_up_to: float = MASKED_UP_TO) -> None:
         self._library = None if library is None else load(library)
+        # What was found: None before the first search. A library that would have to be built is searched for only once.
         self._status: Status | None = None
+        self._searched = False
         self.masked_up_to = masked_up_to
 
     def takes(self, q: Tensor, stretch: Stretch) -> bool:
@@ -85,6 +87,8 @@ class CpuBackend:
         H, D = q.shape[1:]
         keys, values, index = pages.keys, pages.values, pages.index
         if keys.addresses is None or values.addresses is None or D % 16 or D > _MAX_DIM or H % keys.format.heads:
+            return False
+        if not keys.format.dim == values.format.dim == D:
             return False
         if index is not None and (
             index.addresses is None or index.format.dim % 16 or index.format.dim > _MAX_DIM or index.format.rotated
@@ -125,10 +129,14 @@ class CpuBackend:
 
     def _loaded(self, length: int) -> ctypes.CDLL | None:
         """The library, built first where a context of `length` is worth it; None where it cannot be used (yet)."""
-        if self._library is None and (self._status is None or self._status.library is not None):
-            self._status = cpu_build.ready() if length > BUILD_ABOVE else cpu_build.find()
-            if self._status is not None and self._status.library is not None:
-                self._library = load(self._status.library)
+        if self._library is not None or self._status is not None:
+            return self._library
+        if length > BUILD_ABOVE:
+            self._status = cpu_build.ready()
+        elif not self._searched:
+            self._status, self._searched = cpu_build.find(), True
+        if self._status is not None and self._status.library is not None:
+            self._library = load(self._status.library)
         return self._library
 
     def _call(

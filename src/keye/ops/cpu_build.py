@@ -6,7 +6,6 @@ files; what the library computes is known to `keye.ops.cpu`, and `keye.ops.cpu_t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -230,25 +229,18 @@ def _try(library: Path) -> str:
 def _cache_folder() -> tuple[Path | None, str]:
     """A folder that only this user can write, or None and why there is none: whoever can write there could have us run
     any code."""
-    folder = kernel_config().cache / "cpu"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-    except OSError as error:
-        return None, f"the cache folder {folder} cannot be made ({error.strerror})"
-    if hasattr(os, "getuid") and state.st_uid != os.getuid():
-        return None, f"the cache folder {folder} belongs to another user; set XDG_CACHE_HOME"
-    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return None, f"others may write to the cache folder {folder}; make it private with chmod 700"
+    cache = kernel_config().cache
+    for folder in (cache, cache / "cpu"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state = folder.stat()
+        except OSError as error:
+            return None, f"the cache folder {folder} cannot be made ({error.strerror})"
+        if hasattr(os, "getuid") and state.st_uid != os.getuid():
+            return None, f"the cache folder {folder} belongs to another user; set XDG_CACHE_HOME"
+        if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return None, f"others may write to the cache folder {folder}; make it private with chmod 700"
     return folder, ""
-
-
-def clear() -> None:
-    """Removes every library that was built, and every verdict."""
-    folder = _cache_folder()[0]
-    for path in folder.glob("keye-*") if folder is not None else ():
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
 
 
 def main() -> int:

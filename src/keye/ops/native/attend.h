@@ -7,6 +7,7 @@
 #pragma once
 #include <sys/mman.h>
 #include <algorithm>
+#include "attend_tiles.h"
 #include "memory.h"
 #include "rows.h"
 #include "timers.h"
@@ -15,7 +16,7 @@ namespace keye {
 
 constexpr int TILE_ROWS = 512;      // rows of a union that are brought together at a time: they fit the second cache
 constexpr int AHEAD = 32;           // rows by which one is asked for before it is used
-constexpr int BATCH_KEYS = 64;      // rows that a kernel is handed at once: a multiple of LANES
+constexpr int BATCH_KEYS = 128;     // rows that a kernel is handed at once: a multiple of LANES
 constexpr int PAD_TO = 32;          // operands have a multiple of this many dimensions
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -27,7 +28,7 @@ struct Sets {
 
 struct AttendScratch {
     Buffer<uint16_t> queries;
-    Buffer<float> logits, out, scale;
+    Buffer<float> logits, out, totals, panels, staging;
     Buffer<uint16_t> gathered, carry;
     Buffer<uint64_t> bits;
     Buffer<int32_t> rank, slots, all;
@@ -99,7 +100,8 @@ inline void add_values_heads(const float *weights, int64_t stride, int heads, co
     for (; h < heads; h++) add_values<P, 1>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
 }
 
-// Turns logits (base 2) into weights of the product's type in place, with zeros up to a multiple of 2; returns their sum.
+// Turns logits (base 2) into weights of the product's type in place, followed by zeros where a tile of 32 keys may still
+// read; returns their sum.
 template <class P> inline float softmax_row(float *logits, int count) {
     const int padded = (int)round_up(count, LANES);
     for (int i = count; i < padded; i++) logits[i] = -INFINITY;
@@ -113,6 +115,8 @@ template <class P> inline float softmax_row(float *logits, int count) {
         total = vadd(total, w);
         P::store(weights + i, w);
     }
+    if constexpr (P::PAIR == 2)
+        for (int i = padded; i < padded + 32; i += LANES) P::store(weights + i, vzero());
     return vsum(total);
 }
 
@@ -282,24 +286,103 @@ inline void will_need(const KeyeRows &rows, const Sets &sets, int n) {
     }
 }
 
+// The products of one group of heads for the queries of a block: by tiles where the processor has them.
+template <class P> class GroupProducts {
+  public:
+    using Elem = typename P::Elem;
+
+    GroupProducts(const KeyeStep &step, const KeyeStretch &stretch, int n, int dim, int longest, AttendScratch &scratch)
+        : heads(step.heads / stretch.keys.heads), dim(dim), stride(round_up(longest, LANES) + LANES) {
+#if defined(KEYE_AMX)
+        tiles_ = P::PAIR == 2 && !(stretch.flags & KEYE_FIXED);
+        padded_heads_ = (int)round_up(heads, TILE_SIDE);
+        panels_ = scratch.panels.get((int64_t)n * padded_heads_ * dim);  // as far apart as the sums
+        staging_ = scratch.staging.get((int64_t)BATCH_KEYS * dim);
+        tile_begin();
+#else
+        padded_heads_ = heads;
+#endif
+        block = (int64_t)padded_heads_ * dim;
+        queries_ = (Elem *)scratch.queries.get(n * block * (int64_t)sizeof(Elem) / 2);
+        // A tile may read beyond the heads of the last query.
+        logits_ = scratch.logits.get(((int64_t)n * heads + padded_heads_ - heads) * stride);
+        sums_ = scratch.out.get(n * block);
+        scale_ = vset1(LOG2_E / std::sqrt((float)step.dim));
+    }
+
+    // Takes the queries of one group, and clears the sums.
+    void begin(const KeyeStep &step, int64_t token, int n, int head, bool rotated) {
+        for (int i = 0; i < n; i++) load_queries<P>(step, token + i, head, heads, rotated, dim, queries_ + i * block);
+#if defined(KEYE_AMX)
+        if constexpr (P::PAIR == 2)
+            for (int i = 0; i < n; i++) pack_heads(queries_ + i * block, heads, dim, panels_ + i * block);
+#endif
+        std::fill(sums_, sums_ + n * block, 0.0f);
+    }
+
+    // Logits of query i against entries from .. to of its set.
+    void dot(int i, int from, int to, const Elem *const *rows) {
+        float *to_logits = logits(i, 0) + from;
+#if defined(KEYE_AMX)
+        if constexpr (P::PAIR == 2)
+            if (tiles_) {
+                tile_dot(panels_ + i * block, heads, dim, rows, to - from, scale_, to_logits, stride, (Elem *)staging_);
+                return;
+            }
+#endif
+        dot_heads<P>(queries_ + i * block, heads, dim, rows, to - from, scale_, to_logits, stride);
+    }
+
+    // Adds the weighted values of entries from .. to.
+    void add(int i, int from, int to, const Elem *const *given) {
+        alignas(64) static const Elem zeros[MAX_DIM] = {};
+        const Elem *rows[BATCH_KEYS + LANES];
+        std::copy(given, given + (to - from), rows);
+        rows[to - from] = zeros;  // a last odd key is paired with nothing
+        const float *weights = logits(i, 0) + from / P::PAIR;
+        const int steps = (to - from + P::PAIR - 1) / P::PAIR;
+#if defined(KEYE_AMX)
+        if constexpr (P::PAIR == 2)
+            if (tiles_) {
+                tile_add(weights, stride, heads, rows, steps, dim, sums(i), staging_);
+                return;
+            }
+#endif
+        add_values_heads<P>(weights, stride, heads, rows, steps, dim, sums(i));
+    }
+
+    float *logits(int i, int head) { return logits_ + ((int64_t)i * heads + head) * stride; }
+    float *sums(int i) { return sums_ + i * block; }
+
+    const int heads, dim;
+    const int64_t stride;  // of one head's logits
+    int64_t block;         // of one query's operands and sums
+
+  private:
+    Elem *queries_;
+    float *logits_, *sums_;
+    V scale_;
+    int padded_heads_;
+#if defined(KEYE_AMX)
+    bool tiles_;
+    float *panels_, *staging_;
+#endif
+};
+
 // Attention of queries begin .. begin + n of a stretch over their sets, written to step.out. A query without keys gives 0.
-// `counts`, if not null, grows by one at every key of every set.
+// Only groups first_group .. last_group are computed. `counts`, if not null, grows by one at every key of every set.
 template <class P>
 void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, const Sets &sets,
-                  int64_t *counts, AttendScratch &scratch) {
+                  int first_group, int last_group, int64_t *counts, AttendScratch &scratch) {
     using Elem = typename P::Elem;
     Clock clock;
     const Source<P> keys(stretch.keys, PAD_TO), values(stretch.values, PAD_TO);
-    const int groups = stretch.keys.heads, heads = step.heads / groups, dim = keys.padded;
     const int64_t token = stretch.start + begin, length = stretch.first + begin + n;
-    int longest = 1;
-    for (int i = 0; i < n; i++) longest = std::max(longest, sets.sizes[i]);
-    const int64_t stride = round_up(longest, LANES) + LANES;
-    const int64_t block = (int64_t)heads * dim;
-    Elem *q = (Elem *)scratch.queries.get(block * n * (int64_t)sizeof(Elem) / 2);
-    float *logits = scratch.logits.get(n * heads * stride), *out = scratch.out.get(block * n);
-    float *totals = scratch.scale.get((int64_t)n * heads);
-    const V scale = vset1(LOG2_E / std::sqrt((float)step.dim));
+    const int longest = std::max(1, *std::max_element(sets.sizes, sets.sizes + n));
+    const bool keys_rotated = stretch.keys.kind == KEYE_INT4, values_rotated = stretch.values.kind == KEYE_INT4;
+    GroupProducts<P> products(step, stretch, n, keys.padded, longest, scratch);
+    const int heads = products.heads;
+    float *totals = scratch.totals.get((int64_t)n * heads);
     if (stretch.flags & KEYE_WILL_NEED) {
         will_need(stretch.keys, sets, n);
         will_need(stretch.values, sets, n);
@@ -307,30 +390,19 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     const RowWalk<P> key_walk(keys, sets, n, scratch), value_walk(values, sets, n, scratch);
     const bool in_place = n == 1 && keys.in_place && values.in_place;
     const int total = in_place ? 0 : key_walk.number_union(length);
-    for (int g = 0; g < groups; g++) {
-        for (int i = 0; i < n; i++)
-            load_queries<P>(step, token + i, g * heads, heads, stretch.keys.kind == KEYE_INT4, dim, q + i * block);
-        auto dot = [&](int i, int from, int to, const Elem *const *rows) {
-            dot_heads<P>(q + i * block, heads, dim, rows, to - from, scale, logits + i * heads * stride + from, stride);
-        };
+    auto dot = [&](int i, int from, int to, const Elem *const *rows) { products.dot(i, from, to, rows); };
+    auto add = [&](int i, int from, int to, const Elem *const *rows) { products.add(i, from, to, rows); };
+    for (int g = first_group; g < last_group; g++) {
+        products.begin(step, token, n, g * heads, keys_rotated);
         if (in_place) key_walk.in_place(g, dot);
         else key_walk.gathered(g, total, dot);
         for (int i = 0; i < n; i++)
             for (int h = 0; h < heads; h++)
-                totals[i * heads + h] = sets.sizes[i] ? softmax_row<P>(logits + (i * heads + h) * stride, sets.sizes[i]) : 0;
-        std::fill(out, out + block * n, 0.0f);
-        alignas(64) static const Elem zeros[MAX_DIM] = {};
-        auto add = [&](int i, int from, int to, const Elem *const *given) {
-            const Elem *rows[BATCH_KEYS + LANES];
-            std::copy(given, given + (to - from), rows);
-            rows[to - from] = zeros;  // a last odd key is paired with nothing
-            const float *weights = logits + i * heads * stride + from / P::PAIR;
-            add_values_heads<P>(weights, stride, heads, rows, (to - from + P::PAIR - 1) / P::PAIR, dim, out + i * block);
-        };
+                totals[i * heads + h] = sets.sizes[i] ? softmax_row<P>(products.logits(i, h), sets.sizes[i]) : 0;
         if (in_place) value_walk.in_place(g, add);
         else value_walk.gathered(g, total, add);
         for (int i = 0; i < n; i++)
-            write_outputs<P>(step, token + i, g * heads, heads, stretch.values.kind == KEYE_INT4, dim, out + i * block,
+            write_outputs<P>(step, token + i, g * heads, heads, values_rotated, keys.padded, products.sums(i),
                              totals + i * heads);
     }
     if (counts) count_keys(sets, n, counts, step.threads > 1);

@@ -97,11 +97,11 @@ inline void pack_index_keys(const Source<P> &source, int64_t start, int64_t stop
     }
 }
 
-// Sets of queries begin .. begin + n of a stretch (counted from its first): positions int32 [n, topk], ascending, -1
-// behind the last; sizes [n].
+// Leaves in scratch.candidates the best of the keys from .. to for queries begin .. begin + n of a stretch (counted from
+// its first).
 template <class P>
-void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, ScoreScratch &scratch,
-                  int32_t *sets, int *sizes) {
+void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, int64_t from, int64_t to,
+                 ScoreScratch &scratch) {
     const Source<P> source(stretch.index, 32);
     const int heads = step.index_heads, padded = source.padded, units = padded / P::PAIR, topk = step.topk;
     const int64_t first = stretch.first + begin, row = stretch.start + begin;
@@ -127,9 +127,9 @@ void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
             to_operand<P>(x, step.index_dim, padded, (typename P::Elem *)(q + i * stride_q + (int64_t)j * units));
         }
     }
-    const int64_t length = first + n;
-    for (int64_t tile = 0; tile < length; tile += SCORE_TILE) {
-        const int64_t stop = std::min(length, tile + SCORE_TILE);
+    to = std::min(to, first + n);
+    for (int64_t tile = from; tile < to; tile += SCORE_TILE) {
+        const int64_t stop = std::min(to, tile + SCORE_TILE);
         pack_index_keys(source, tile, stop, decoded, panels);
         for (int i = 0; i < n; i++) {
             Candidates &c = candidates[i];
@@ -153,14 +153,15 @@ void select_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
         }
     }
     clock.add(&Phases::score);
-    for (int i = 0; i < n; i++) {
-        keep_best(candidates[i], topk, ordered);
-        sizes[i] = candidates[i].count;
-        int32_t *set = sets + (int64_t)i * topk;
-        std::copy(candidates[i].positions, candidates[i].positions + sizes[i], set);
-        std::fill(set + sizes[i], set + topk, -1);
-    }
+    for (int i = 0; i < n; i++) keep_best(candidates[i], topk, ordered);
     clock.add(&Phases::select);
+}
+
+// Writes a query's candidates as its set: positions int32 [topk], ascending, -1 behind the last. Returns how many.
+inline int write_set(const Candidates &c, int topk, int32_t *set) {
+    std::copy(c.positions, c.positions + c.count, set);
+    std::fill(set + c.count, set + topk, -1);
+    return c.count;
 }
 
 }  // namespace keye
