@@ -37,7 +37,7 @@ def share_out(waiting: Sequence[tuple[int, int]], budget: int) -> dict[int, int]
     """Equal shares of `budget`; what one does not need goes to the others, the oldest first. Whoever is there gets at
     least one token if the budget has one for each."""
     left, shares = budget, dict[int, int]()
-    by_need = sorted(reversed(waiting), key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
+    by_need = sorted(waiting[::-1], key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
     for place, (number, need) in enumerate(by_need):
         share = min(need, left // (len(by_need) - place))
         shares[number] = share
