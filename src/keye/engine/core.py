@@ -122,8 +122,9 @@ class EngineCore:
             self._sweep()
             self._prepare()
             self._admit()
+            begin = time.perf_counter()
             encoded = self._encode()
-            return self._compute() or encoded
+            return self._compute(time.perf_counter() - begin) or encoded
 
     # ---------------------------------------------------------------------------------------------------- coming in
 
@@ -252,14 +253,14 @@ class EngineCore:
             self.tasks.remove(task)
             self.tasks.append(task)
 
-    def _compute(self) -> bool:
-        """One pass over every reply and shares of the prompts."""
+    def _compute(self, spent: float) -> bool:
+        """One pass over every reply and shares of the prompts; `spent` seconds of the step are gone."""
         begin = time.perf_counter()
         writing = [task for task in self.tasks if task.stage is Stage.DECODING]
         replies = sum(len(task.live) for task in writing)
         open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
         waiting = [(task.number, n) for task in open_prompts if (n := self._computable(task))]
-        plan = plan_step(replies, waiting, self.pace.budget(replies))
+        plan = plan_step(replies, waiting, self.pace.budget(replies, spent))
         slices: list[tuple[Task, Slice]] = []
         for task in [*writing, *open_prompts]:
             if task.stage is Stage.DECODING:

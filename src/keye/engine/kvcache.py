@@ -183,7 +183,8 @@ class KVCache:
     def _paged(self, kind: int, layer: int, rows: RowFormat) -> PagedRows:
         tensors = {id(block.slab): self._kind(kind, block) for block in self._blocks}
         if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-            return PagedRows(rows, self._addresses[kind, layer, : len(self._blocks)])
+            mapped = kind != _INDEX and any(block.slab.mapped for block in self._blocks)
+            return PagedRows(rows, self._addresses[kind, layer, : len(self._blocks)], mapped=mapped)
         if len(tensors) != 1:
             return PagedRows(rows, None)
         (tensor,) = tensors.values()

@@ -14,7 +14,7 @@ from typing import Final
 ALONE_TOKENS: Final = 1024
 LEAST_TOKENS: Final = 16
 #: How much longer than a step of writing alone one with prompts in it may take, as a factor.
-STRETCH: Final = 2.2
+STRETCH: Final = 1.8
 #: Weight of the newest measurement.
 _NEWEST: Final = 0.2
 
@@ -37,7 +37,8 @@ def share_out(waiting: Sequence[tuple[int, int]], budget: int) -> dict[int, int]
     """Equal shares of `budget`; what one does not need goes to the others, the oldest first. Whoever is there gets at
     least one token if the budget has one for each."""
     left, shares = budget, dict[int, int]()
-    by_need = sorted(waiting[::-1], key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
+    youngest_first = [*reversed(waiting)]
+    by_need = sorted(youngest_first, key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
     for place, (number, need) in enumerate(by_need):
         share = min(need, left // (len(by_need) - place))
         shares[number] = share
@@ -59,13 +60,13 @@ class Pace:
     patch: float | None = None
     _alone: bool = field(default=False, repr=False)
 
-    def budget(self, writing: int) -> int:
-        """Prompt tokens of the next step."""
+    def budget(self, writing: int, spent: float = 0.0) -> int:
+        """Prompt tokens of the next step, of whose time `spent` seconds are gone."""
         if not writing:
             return ALONE_TOKENS
         if self.step is None or not self.token:
             return LEAST_TOKENS * 4
-        spare = (STRETCH - 1) * self.step
+        spare = (STRETCH - 1) * self.step - spent
         return max(LEAST_TOKENS, min(ALONE_TOKENS, int(spare / self.token)))
 
     def patches(self, writing: int) -> int:

@@ -23,8 +23,9 @@ from keye.media.processor import MediaItem
 from keye.models.keye import KeyeModel
 from keye.models.vision import PATCHES_PER_CHUNK
 
-#: Patches that are encoded at once in main memory: more do not make a core faster. Other devices take whole chunks.
-GROUP_PATCHES = 2048
+#: Patches that are encoded at once in main memory: more do not make a core faster, and would keep those waiting who
+#: write meanwhile. Other devices take whole chunks.
+GROUP_PATCHES = 256
 #: The ledger's account.
 ACCOUNT = "vision"
 
