@@ -53,6 +53,11 @@ class ReplyStream:
         self._ended = False
         self.calls = 0
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the reply is inside its reasoning."""
+        return self._mode == self._reasoning
+
     def push(self, text: str) -> list[ReplyPiece]:
         """Adds text; returns what is certain now."""
         self._held += text

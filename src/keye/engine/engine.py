@@ -33,11 +33,11 @@ from keye.config import (
 )
 from keye.engine.generate import Decoding, generate
 from keye.engine.media import as_medium
-from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.prompt import Measured, Prompt, PromptBuilder, Room
 from keye.engine.sampling import SamplingParams, StopText
 from keye.errors import KeyeError
 from keye.hub import check_runs, resolve
-from keye.media.processor import MediaItem, Processor
+from keye.media.processor import Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, torch_dtype
@@ -174,19 +174,37 @@ class Keye:
         self, video: object, event: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
     ) -> AnswerStream:
         """`ground`, its text as it is generated. `video` is one video in any form that `stream_ask` takes."""
-        subject = event.strip() if isinstance(event, str) else ""
-        if not subject:
-            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
+        question = self.ground_question(event)
         listed = video if isinstance(video, list | tuple) else [video]
         if len(listed) != 1:
             raise KeyeError(f"{len(listed)} media were given to ground; give one video")
         medium = as_medium(listed[0], media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to ground; give a video, or use ask for images")
+        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
+
+    def ground_question(self, event: str) -> str:
+        """The question by which this model is asked when `event` happens."""
+        subject = event.strip() if isinstance(event, str) else ""
+        if not subject:
+            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
         if "{article}" in self.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
             subject = subject.split(" ", 1)[1]
-        question = self.generation.ground_prompt.format(event=subject, article="the")
-        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
+        return self.generation.ground_prompt.format(event=subject, article="the")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Segment]:
+        """The prompt of a conversation under this model's template, its media in their places and not yet opened."""
+        return self._builder.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
+
+    def measure(self, segments: Sequence[Segment]) -> Measured:
+        """What a rendered prompt would cost: its media are probed and not decoded."""
+        return self._builder.measure(segments)
 
     def stream(
         self,
@@ -205,8 +223,7 @@ class Keye:
         mode = self._attention_mode(attention)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
-        offered = normalize_tools(tools)
-        segments = self._builder.render(messages, template=self.template, thinking=thinking, tools=offered)
+        segments = self.render(messages, thinking=thinking, tools=tools)
         return AnswerStream(self._reply(segments, params, mode))
 
     def sampling_params(self, **given: Any) -> SamplingParams:
@@ -258,7 +275,7 @@ class Keye:
         self, text: str, prompt: Prompt, count: int, mode: str, finished: str, seconds: Mapping[str, float]
     ) -> Answer:
         reply = parse_reply(text)
-        plans = tuple(_plan_of(item) for item in prompt.media)
+        plans = tuple(item.plan_dict() for item in prompt.media)
         return Answer(
             text=reply.text,
             reasoning=reply.reasoning,
@@ -272,17 +289,6 @@ class Keye:
             regions=reply.regions,
             tool_calls=reply.tool_calls,
         )
-
-
-def _plan_of(item: MediaItem) -> dict[str, Any]:
-    """The plan of a medium; frames in memory were not sampled, so theirs is what they are."""
-    if item.plan is not None:
-        return item.plan.to_dict()
-    return {
-        "frames": item.frame_count,
-        "timestamps": list(item.timestamps),
-        "visual_tokens": item.visual_tokens,
-    }
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:

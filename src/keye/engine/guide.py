@@ -7,8 +7,7 @@ does the work; here are its limits, and the tokens that no form may hold.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -27,18 +26,18 @@ MAX_DEPTH: Final = 32
 MAX_NODES: Final = 5_000
 MAX_PATTERN: Final = 2_000
 _OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
-_NAMES_IN_LARK: Final = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
 class Form:
     """What a reply must look like: `value` is a schema, a pattern, a grammar, or texts to choose from; for "calls", the
     functions (`{"function": {"name": ..., "parameters": ...}}`) of which at least one must be called, and only one
-    unless `several`."""
+    unless `several`. With `otherwise`, a JSON schema, an answer of that form may stand in place of the calls."""
 
     kind: FormKind
     value: Any
     several: bool = False
+    otherwise: Mapping[str, Any] | None = None
 
 
 class Guide:
@@ -117,7 +116,7 @@ class GuideFactory:
             check_schema(value)
             return str(matcher.grammar_from_json_schema(value))
         if form.kind == "calls":
-            return str(matcher.grammar_from_lark(self._calls(value, form.several)))
+            return str(matcher.grammar_from_lark(self._calls(form)))
         if form.kind == "choice":
             value = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
         if len(str(value).encode("utf-8", "replace")) > MAX_BYTES:
@@ -128,16 +127,24 @@ class GuideFactory:
             return str(matcher.grammar_from_regex(value))
         return str(matcher.grammar_from_lark(value))
 
-    def _calls(self, tools: Sequence[Mapping[str, Any]], several: bool) -> str:
+    def _calls(self, form: Form) -> str:
         """A grammar of calls of functions as the chat format writes them."""
         for mark in (_OPEN_CALL, _CLOSE_CALL):
             if mark not in self._tokenizer.added_tokens:
                 raise KeyeError(f"the model has no token {mark}, so calls of tools cannot be required of it")
-        schemas = [_call_schema(tool["function"]) for tool in tools]
-        rules = [f"call_{i}: %json {json.dumps(schema, ensure_ascii=False)}" for i, schema in enumerate(schemas)]
+        schemas = [_call_schema(tool["function"]) for tool in form.value]
+        rules = [f"call_{i}: {_json_rule(schema)}" for i, schema in enumerate(schemas)]
         either = " | ".join(f"call_{i}" for i in range(len(rules)))
-        more = f' ("\\n" {_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL})*' if several else ""
-        return "\n".join([f'start: {_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL}{more}', f"any: {either}", *rules])
+        one = f'{_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL}'
+        start = f'{one} ("\\n" {one})*' if form.several else one
+        if form.otherwise is not None:
+            check_schema(form.otherwise)
+            start, rules = f"calls | answer\ncalls: {start}", [*rules, f"answer: {_json_rule(form.otherwise)}"]
+        return "\n".join([f"start: {start}", f"any: {either}", *rules])
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 
 def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +210,9 @@ class _Vocabulary:
         self.eos_token_id, self.bos_token_id = min(eos), None
         self.special_token_ids = sorted(added)
         self.tokens = [
-            tokenizer.token_bytes(i) or b"\xff" + f"<unused_{i}>".encode() if i not in added else tokenizer.token_bytes(i)
+            tokenizer.token_bytes(i) or b"\xff" + f"<unused_{i}>".encode()
+            if i not in added
+            else tokenizer.token_bytes(i)
             for i in range(vocab_size)
         ]
 

@@ -79,6 +79,16 @@ class MediaItem:
         """Frames of a video, 1 for an image."""
         return int(self.vision.grid_thw[:, 0].sum())
 
+    def plan_dict(self) -> dict[str, Any]:
+        """The plan as plain data; frames in memory were not sampled, so theirs is what they are."""
+        if self.plan is not None:
+            return self.plan.to_dict()
+        return {
+            "frames": self.frame_count,
+            "timestamps": list(self.timestamps),
+            "visual_tokens": self.visual_tokens,
+        }
+
 
 class Processor:
     """Turns media into `MediaItem`s under one configuration."""

@@ -1,0 +1,68 @@
+"""The application: routes, errors, start and end. `create_app` makes it around a loaded model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from fastapi import FastAPI
+
+import keye
+from keye.engine.engine import Keye
+from keye.engine.guide import GuideFactory
+from keye.errors import KeyeError
+from keye.server import chat, completions, errors, extras, files, pages, responses, video
+from keye.server.backend import SerialEngine
+from keye.server.context import Context
+from keye.server.metrics import Metrics
+from keye.server.prepare import collect_warnings
+from keye.server.settings import Settings
+from keye.server.store import FileStore
+
+log: Final = logging.getLogger("keye.server")
+_ROUTERS: Final = (chat.router, completions.router, responses.router, files.router, video.router, extras.router)
+
+
+def create_app(model: Keye, settings: Settings | None = None) -> FastAPI:
+    """The ASGI application that serves `model`. The engine starts and ends with the application's lifespan."""
+    settings = settings or Settings()
+    engine = SerialEngine(model)
+    store = FileStore(settings)
+    metrics = Metrics(engine.gauges)
+    context = Context(
+        model, engine, settings, store, _guides(model), metrics, salt=lambda owner: owner.encode(), download=None
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        collect_warnings()
+        engine.start()
+        try:
+            yield
+        finally:
+            await engine.drain(settings.drain_seconds)
+            engine.close()
+            context.threads.shutdown(wait=False, cancel_futures=True)
+            store.close()
+
+    app = FastAPI(
+        title="keye", version=keye.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.state.keye = context
+    errors.install(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    pages.install(app)
+    return app
+
+
+def _guides(model: Keye) -> GuideFactory | None:
+    eos = model.generation.eos_token_ids or model.config.eos_token_ids
+    try:
+        return GuideFactory(model.tokenizer, eos, model.config.text.vocab_size)
+    except KeyeError as error:
+        log.warning("%s", error)
+        return None
