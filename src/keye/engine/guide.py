@@ -163,9 +163,7 @@ def check_schema(schema: object) -> None:
     """`KeyeError` for a JSON schema that is no object, too large, too deep, or refers to anything outside itself."""
     if not isinstance(schema, Mapping):
         raise KeyeError(f"the JSON schema is a {type(schema).__name__}; give an object")
-    nodes = 0
-    for depth, name, value in _walk(schema):
-        nodes += 1
+    for nodes, (depth, name, value) in enumerate(_walk(schema), 1):
         if depth > MAX_DEPTH:
             raise KeyeError(f"the JSON schema is nested more than {MAX_DEPTH} deep; make it flatter")
         if nodes > MAX_NODES:
@@ -209,12 +207,7 @@ class _Vocabulary:
         added = set(tokenizer.added_tokens.values())
         self.eos_token_id, self.bos_token_id = min(eos), None
         self.special_token_ids = sorted(added)
-        self.tokens = [
-            tokenizer.token_bytes(i) or b"\xff" + f"<unused_{i}>".encode()
-            if i not in added
-            else tokenizer.token_bytes(i)
-            for i in range(vocab_size)
-        ]
+        self.tokens = [tokenizer.token_bytes(i) or b"\xff" + f"<unused_{i}>".encode() for i in range(vocab_size)]
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

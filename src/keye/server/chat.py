@@ -47,7 +47,7 @@ async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dic
     return {
         **head("chatcmpl", "chat.completion", context.name),
         "choices": [_choice(index, choice, prepared) for index, choice in enumerate(choices)],
-        "usage": usage_of(finished, choices),
+        "usage": usage_of(finished, choices, prepared.job),
         "keye": findings_of(finished, choices[0].text, prepared.notes),
     }
 
@@ -106,7 +106,7 @@ async def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> As
                     yield event({**begin, "choices": [], "keye": {"progress": progress}})
             elif wants_usage:
                 findings = findings_of(one, choices[0].text, prepared.notes)
-                yield event({**begin, "choices": [], "usage": usage_of(one, choices), "keye": findings})
+                yield event({**begin, "choices": [], "usage": usage_of(one, choices, prepared.job), "keye": findings})
 
 
 def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:

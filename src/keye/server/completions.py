@@ -14,7 +14,7 @@ from keye.chat import Segment
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.jobs import Delta, Ended, Finished, Job, TokenProb
-from keye.server.prepare import check_text, form_of, job_of
+from keye.server.prepare import check_text, form_of, guide_of, job_of
 from keye.server.replies import events_of, head
 from keye.server.schemas import CompletionRequest
 from keye.server.sse import event, streamed, until_gone
@@ -52,17 +52,13 @@ def _jobs(context: Context, owner: str, body: CompletionRequest, prompts: Sequen
     if body.max_tokens is None:
         raise ApiError(400, "max_tokens is null; give a number", param="max_tokens")
     form = form_of(None, body.structured_outputs)
-    if form is not None and context.guides is None:
-        raise ApiError(
-            400, "this server cannot hold replies to a form; install keye[serve]", param="structured_outputs"
-        )
     jobs = []
     for prompt in prompts:
         if not prompt:
             raise ApiError(400, "prompt is empty; give a text to continue", param="prompt")
         segment = Segment("text", check_text(prompt))
         job = job_of(context, owner, [segment], body, body.max_tokens)
-        guide = context.guides.guide(form) if form is not None and context.guides is not None else None
+        guide = guide_of(context, form, body)
         jobs.append(replace(job, n=body.n or 1, logprobs=body.logprobs, guide=guide))
     return jobs
 

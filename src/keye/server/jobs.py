@@ -54,7 +54,7 @@ class TokenProb:
 
 @dataclass(frozen=True)
 class Delta:
-    """More of choice `index`: text, and the tokens it comes from if probabilities were asked for. `tokens` counts them."""
+    """More of choice `index`: text, and its tokens if probabilities were asked for. `tokens` counts them."""
 
     index: int
     text: str

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, named as vLLM names its own with another prefix. No label holds anything that a user wrote."""
+"""Numbers for Prometheus, named as vLLM names its own. No label holds anything that a user wrote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -31,6 +31,7 @@ class Metrics:
     """The counters of one server."""
 
     def __init__(self, gauges: Callable[[], Mapping[str, float]]) -> None:
+        disable_created_metrics()
         registry = self._registry = CollectorRegistry()
         registry.register(_EngineGauges(gauges))
         self.requests = Counter("keye:request", "Requests by how they ended", ["outcome"], registry=registry)

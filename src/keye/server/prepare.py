@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keye.chat import Message, Segment, normalize_tools
-from keye.engine.guide import ANY_OBJECT, Form
+from keye.engine.guide import ANY_OBJECT, Form, Guide
 from keye.engine.sampling import MAX_SEED
 from keye.errors import KeyeError, KeyeWarning
 from keye.server.context import Context
 from keye.server.errors import ApiError, spelled
 from keye.server.jobs import Job
 from keye.server.media_parts import media_of, open_sources, to_messages
-from keye.server.schemas import ChatRequest, Sampling, StructuredOutputs
+from keye.server.schemas import ChatRequest, Sampling, StructuredOutputs, TemplateFields
 
 _SWITCHES: Final = {"/think": True, "/no_think": False}
 #: Sentences on settings of the request at hand that were not honoured.
@@ -75,18 +75,21 @@ def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     offered, form = _tools(wanted)
     segments = context.model.render(open_sources(messages, openers), thinking=thinking, tools=offered)
     reasoning = opens_reasoning(segments)
-    guide = None
-    if form is not None:
-        if context.guides is None:
-            raise ApiError(
-                400, "this server cannot hold replies to a form; install keye[serve]", param="response_format"
-            )
-        if wanted.sampling.ignore_eos:
-            raise ApiError(400, "ignore_eos cannot be used with a form of the reply", param="ignore_eos")
-        guide = context.guides.guide(form, after_reasoning=reasoning)
+    guide = guide_of(context, form, wanted.sampling, after_reasoning=reasoning)
     job = job_of(context, owner, segments, wanted.sampling, wanted.max_tokens)
     job = replace(job, n=wanted.n, logprobs=wanted.logprobs, guide=guide, evidence=wanted.evidence)
     return Prepared(job, bool(offered), reasoning)
+
+
+def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_reasoning: bool = False) -> Guide | None:
+    """What holds a reply to a form; None where there is none. Blocks for the time it takes to read the form."""
+    if form is None:
+        return None
+    if context.guides is None:
+        raise ApiError(400, "response_format needs llguidance, which this server lacks", param="response_format")
+    if sampling.ignore_eos:
+        raise ApiError(400, "ignore_eos cannot be used with a form of the reply", param="ignore_eos")
+    return context.guides.guide(form, after_reasoning=after_reasoning)
 
 
 def job_of(context: Context, owner: str, prompt: Sequence[Segment], sampling: Sampling, max_tokens: int | None) -> Job:
@@ -134,16 +137,15 @@ def chat_wanted(body: ChatRequest) -> Wanted:
         tool_choice=body.tool_choice,
         several_calls=body.parallel_tool_calls is not False,
         form=form_of(body.response_format, body.structured_outputs),
-        thinking=thinking_of(
-            body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking, body.reasoning_effort
-        ),
+        thinking=thinking_of(body.chat_template_kwargs, body.reasoning_effort),
         media_defaults=body.preprocess_kwargs,
         evidence=body.keye.evidence,
     )
 
 
-def thinking_of(switch: bool | None, effort: str | None) -> bool | None:
+def thinking_of(template: TemplateFields | None, effort: str | None) -> bool | None:
     """Whether reasoning is asked for; the template's own switch goes before the effort."""
+    switch = template.enable_thinking if template is not None else None
     if switch is not None or effort is None:
         return switch
     return effort not in ("none", "minimal")

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from keye.chat import ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
+from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
 from keye.errors import KeyeError
 from keye.server.context import Context
 from keye.server.errors import ApiError
@@ -80,15 +80,16 @@ class Choice:
         return pieces
 
 
-def usage_of(finished: Finished, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Usage as OpenAI has it, and the plans of the media."""
+def usage_of(finished: Finished, choices: Sequence[Choice], job: Job) -> dict[str, Any]:
+    """Usage as OpenAI has it, and of each medium its plan and the settings that it came with."""
+    asked = [segment.value.options for segment in job.prompt if isinstance(segment.value, Medium)]
     return {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
         "total_tokens": finished.prompt_tokens + finished.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": finished.cached_tokens, "media_tokens": finished.media_tokens},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
-        "media": [dict(plan) for plan in finished.media],
+        "media": [{**plan, "options": dict(own)} for plan, own in zip(finished.media, asked, strict=True)],
     }
 
 

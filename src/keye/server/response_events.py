@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from keye.chat import ReplyPiece
 from keye.server.replies import Choice, prob_object
 from keye.server.sse import event
 
 Kind = Literal["reasoning", "message", "function_call"]
-_PREFIX = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+_PREFIX: Final[dict[Kind, str]] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+_KIND: Final[dict[str, Kind]] = {"reasoning": "reasoning", "content": "message", "arguments": "function_call"}
+#: What the text of an item is called in the names of events.
+_DELTA: Final[dict[Kind, str]] = {
+    "reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments",
+}  # fmt: skip
 
 
 def items_of(choice: Choice, status: str) -> list[dict[str, Any]]:
@@ -41,6 +46,13 @@ def _text_part(text: str, choice: Choice | None = None) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": probs}
 
 
+def _within(kind: Kind) -> dict[str, Any]:
+    """Where in an item its text stands."""
+    if kind == "function_call":
+        return {}
+    return {"content_index": 0, "logprobs": []} if kind == "message" else {"content_index": 0}
+
+
 class ResponseWriter:
     """Writes the events of one response; `items` are those that are complete."""
 
@@ -67,18 +79,12 @@ class ResponseWriter:
             number, name, _ = self._choice.calls[piece.index]
             yield from self._open_item("function_call", {"call_id": number, "name": name, "arguments": ""})
             return
-        kind: Kind = {"arguments": "function_call", "content": "message"}.get(piece.kind, "reasoning")  # type: ignore[assignment]
+        kind = _KIND[piece.kind]
         if self._open is None or self._open["type"] != kind:
             yield from self._close_item()
             yield from self._open_item(kind, {})
         self._text += piece.text
-        name = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}[
-            kind
-        ]
-        more = {} if kind == "function_call" else {"content_index": 0}
-        if kind == "message":
-            more["logprobs"] = []  # type: ignore[assignment]
-        yield self.event(f"response.{name}.delta", **self._place(), **more, delta=piece.text)
+        yield self.event(f"response.{_DELTA[kind]}.delta", **self._place(), **_within(kind), delta=piece.text)
 
     def close(self) -> Iterator[bytes]:
         """The end of the last item; a reply of nothing has one empty message."""
@@ -105,19 +111,16 @@ class ResponseWriter:
     def _close_item(self) -> Iterator[bytes]:
         if self._open is None:
             return
-        kind = self._open["type"]
+        kind: Kind = self._open["type"]
         if kind == "function_call":
             done = {**self._open, "status": "completed", "arguments": self._text}
-            yield self.event(
-                "response.function_call_arguments.done", **self._place(), name=done["name"], arguments=self._text
-            )
+            told: dict[str, Any] = {"name": done["name"], "arguments": self._text}
         else:
-            part = self._part()
-            done = {**self._open, "status": "completed", "content": [part]}
-            name = "reasoning_text" if kind == "reasoning" else "output_text"
-            more = {} if kind == "reasoning" else {"logprobs": []}
-            yield self.event(f"response.{name}.done", **self._place(), content_index=0, text=self._text, **more)
-            yield self.event("response.content_part.done", **self._place(), content_index=0, part=part)
+            done = {**self._open, "status": "completed", "content": [self._part()]}
+            told = {**_within(kind), "text": self._text}
+        yield self.event(f"response.{_DELTA[kind]}.done", **self._place(), **told)
+        if kind != "function_call":
+            yield self.event("response.content_part.done", **self._place(), content_index=0, part=self._part())
         yield self.event("response.output_item.done", output_index=len(self.items), item=done)
         self.items.append(done)
         self._open = None

@@ -120,7 +120,7 @@ def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[s
 
 def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prepared: Prepared) -> dict[str, Any]:
     """The response object with its output and its usage."""
-    usage = usage_of(finished, [choice])
+    usage = usage_of(finished, [choice], prepared.job)
     cut = choice.reason == "length"
     return {
         **head,

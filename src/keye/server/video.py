@@ -96,7 +96,7 @@ async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str
     findings = findings_of(finished, choice.text, prepared.notes, merged=True)
     return {
         "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
-        "usage": usage_of(finished, [choice]), "keye": findings,
+        "usage": usage_of(finished, [choice], prepared.job), "keye": findings,
     }  # fmt: skip
 
 
