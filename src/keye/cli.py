@@ -16,6 +16,7 @@ VERBS = {
     "ask": Verb("keye.commands.ask:ask", "answer a question about videos and images"),
     "ground": Verb("keye.commands.ground:ground", "find when something happens in a video"),
     "plan": Verb("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
+    "serve": Verb("keye.commands.serve:serve", "serve a model over HTTP, for OpenAI clients and the browser"),
     "inspect": Verb("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
     "train": Verb("keye.commands.train:train", "train a model by the stages of a TOML file"),
     "eval": Verb("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),

@@ -32,6 +32,11 @@ def hub_config() -> HubConfig:
     )
 
 
+def api_key() -> str | None:
+    """KEYE_API_KEY, the key that clients of `keye serve` must show where no file of keys is given."""
+    return os.environ.get("KEYE_API_KEY") or None
+
+
 def preview_video_max_pixels() -> int | None:
     """VIDEO_MAX_PIXELS, with which keye-vl-utils 1.0.0 lets the environment set the pixels of all frames of a video."""
     value = os.environ.get("VIDEO_MAX_PIXELS")
