@@ -25,6 +25,7 @@ MAX_BYTES: Final = 64 * 1024
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 5_000
 MAX_PATTERN: Final = 2_000
+_WHITE_SPACE: Final = r"[ \n\t]{0,16}"
 _OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
 
 
@@ -114,7 +115,7 @@ class GuideFactory:
         matcher, value = self._library.LLMatcher, form.value
         if form.kind == "json_schema":
             check_schema(value)
-            return str(matcher.grammar_from_json_schema(value))
+            return str(matcher.grammar_from_json_schema(_bounded(value)))
         if form.kind == "calls":
             return str(matcher.grammar_from_lark(self._calls(form)))
         if form.kind == "choice":
@@ -144,7 +145,12 @@ class GuideFactory:
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+    return f"%json {json.dumps(_bounded(schema), ensure_ascii=False)}"
+
+
+def _bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with a limit on white space between its values, or a weak model would write nothing else."""
+    return {**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
 
 
 def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:

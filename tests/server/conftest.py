@@ -1,0 +1,131 @@
+"""A server around a tiny random model: in this process, and behind a real socket for real clients."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+import uvicorn
+from openai import OpenAI
+from starlette.testclient import TestClient
+
+import keye
+from keye.data.frameforge import make_clip, write_mp4
+from keye.server.app import create_app
+from keye.server.settings import Settings
+
+NANO = Path(__file__).parents[2] / "configs/nano"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> keye.Keye:
+    """Two small layers with random weights: it answers at once, and nonsense."""
+    from keye.config import model_config_from_dict
+    from keye.models.weights import save_model
+    from keye.train.initialise import fresh_model
+
+    config = json.loads((NANO / "config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 1, "num_experts": 2, "moe_intermediate_size": 32, "max_position_embeddings": 2048}
+    config["sa_config"] |= {"indexer_num_heads": 2}
+    config["vision_config"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(NANO, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_model(fresh_model(model_config_from_dict(config), 0).bfloat16(), folder)
+    return keye.load(folder)
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight frames in four seconds, 112 x 112 pixels."""
+    path = tmp_path_factory.mktemp("media") / "short.mp4"
+    write_mp4(make_clip(3, frames=8, objects=2, start=0.0, step=0.5), path, (112, 112))
+    return path
+
+
+@pytest.fixture(scope="session")
+def http(model: keye.Keye) -> Iterator[TestClient]:
+    """The application, called without a socket."""
+    with TestClient(create_app(model, Settings()), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def file_id(http: TestClient, video: Path) -> str:
+    """The video, uploaded."""
+    return upload(http, video)["id"]
+
+
+def upload(http: TestClient, path: Path) -> dict[str, Any]:
+    answer = http.post("/v1/files", files={"file": (path.name, path.read_bytes())}, data={"purpose": "media"})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+class Running:
+    """An application behind a socket, in a thread."""
+
+    def __init__(self, model: keye.Keye, settings: Settings) -> None:
+        self.app = create_app(model, settings)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="on"))
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self._thread.join(30)
+        self.socket.close()
+
+
+@pytest.fixture(scope="session")
+def running(model: keye.Keye) -> Iterator[Running]:
+    server = Running(model, Settings())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def client(running: Running) -> OpenAI:
+    """The official client, as it comes."""
+    return OpenAI(base_url=f"{running.url}/v1", api_key="none needed here", max_retries=0)
+
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def ask(http: TestClient) -> Ask:
+    """Posts a chat and returns the whole answer."""
+
+    def post(content: Any = "hello", **fields: Any) -> dict[str, Any]:
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, **fields}
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    return post
+
+
+def error_of(answer: Any, status: int = 400) -> dict[str, Any]:
+    """The error object of an answer that must be one."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
