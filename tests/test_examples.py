@@ -33,3 +33,15 @@ def test_a_script_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "<|frame|>0.5" in shown
     assert "[[" in shown.splitlines()[-1]
+
+
+def test_a_live_session(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/live.py"))["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[1] for line in lines] == [" 8 frames", " 16 frames", " 24 frames", " 32 frames"]
+
+
+def test_evidence_of_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/evidence.py"))["main"](tmp_path / "evidence.png")
+    assert "demo.mp4 at 8.5 s: " in capsys.readouterr().out
+    assert (tmp_path / "evidence.png").stat().st_size > 1000

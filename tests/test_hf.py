@@ -41,7 +41,7 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def own_prompt(model: keye.Keye, messages: Any) -> Any:
-    return model._builder.build(messages, template=model.template)
+    return model.prompts.build(messages, template=model.template)
 
 
 def greedy(model: keye.Keye, messages: Any, tokens: int) -> list[int]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keye.engine.engine import Answer, AnswerStream, Keye, load
+    from keye.engine.answer import Answer, AnswerStream
+    from keye.engine.engine import Keye, load
     from keye.engine.media import Frames
     from keye.errors import KeyeError
 
@@ -22,8 +23,8 @@ __version__ = "0.1.0"
 __all__ = ["Answer", "AnswerStream", "Frames", "Keye", "KeyeError", "__version__", "load"]
 
 _HOME = {
-    "Answer": "keye.engine.engine",
-    "AnswerStream": "keye.engine.engine",
+    "Answer": "keye.engine.answer",
+    "AnswerStream": "keye.engine.answer",
     "Keye": "keye.engine.engine",
     "load": "keye.engine.engine",
     "Frames": "keye.engine.media",

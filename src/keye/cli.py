@@ -15,6 +15,8 @@ from keye.commands.group import LazyGroup, Verb, run
 VERBS = {
     "ask": Verb("keye.commands.ask:ask", "answer a question about videos and images"),
     "ground": Verb("keye.commands.ground:ground", "find when something happens in a video"),
+    "index": Verb("keye.commands.index:index", "read a video once and keep it in a file for questions"),
+    "live": Verb("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
     "plan": Verb("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
     "serve": Verb("keye.commands.serve:serve", "serve a model over HTTP, for OpenAI clients and the browser"),
     "inspect": Verb("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),

@@ -74,7 +74,7 @@ def marking(monkeypatch: pytest.MonkeyPatch) -> None:
         "<|point_start|>[[500, 500]]<|point_end|>"
         '<tool_call>{"name": "zoom", "arguments": {"by": 2}}</tool_call>'
     )
-    monkeypatch.setattr("keye.engine.engine.parse_reply", lambda _: parse_reply(text))
+    monkeypatch.setattr("keye.engine.answer.parse_reply", lambda _: parse_reply(text))
 
 
 @pytest.mark.usefixtures("marking")
@@ -187,3 +187,42 @@ def test_what_loading_left_out_is_one_note(run: Callable, own_model: Path, pictu
     assert result.code == 0 and result.data["text"] is not None
     assert result.err.startswith("keye: config.json has keys without meaning to keye: zebra; preprocessor_config.json")
     assert result.err.count("\n") == 1
+
+
+def test_evidence_as_a_picture(run: Callable, model_folder: Path, video: Path, picture: Path, tmp_path: Path) -> None:
+    arguments = ["ask", video, picture, "what?", "--model", model_folder, "--max-tokens", 2]
+    result = run(*arguments, "--evidence", tmp_path / "out.png")
+    assert result.code == 0 and result.out.endswith(f"wrote {tmp_path / 'out.png'}\n")
+    assert "rests on short.mp4 at " in result.out and "rests on picture.png: " in result.out
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.width == 1200 and drawn.height > 400
+
+
+def test_evidence_as_data(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
+    arguments = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 2, "--json"]
+    data = run(*arguments, "--evidence", tmp_path / "out.json").data
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["media"] == data["evidence"]["media"] and written["question"] == "what?"
+    assert sum(written["media"][0]["shares"]) == pytest.approx(1, abs=1e-3) and written["steps"] == 2
+    dense = run(*arguments, "--evidence", tmp_path / "out.json", "--attention", "dense").data
+    assert "attention was dense" in dense["evidence"]["reason"] and dense["evidence"]["media"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("out.txt", "no name for evidence: end it in .png"), ("no/out.png", "name a file in a folder that exists")],
+)
+def test_evidence_that_cannot_be_written(
+    run: Callable, model_folder: Path, video: Path, tmp_path: Path, name: str, sentence: str
+) -> None:
+    result = run("ask", video, "what?", "--model", model_folder, "--evidence", tmp_path / name)
+    assert result.code == 2 and sentence in result.err
+
+
+def test_a_file_played_as_if_it_were_live(run: Callable, model_folder: Path, video: Path) -> None:
+    arguments = ["live", video, "what?", "--model", model_folder, "--max-tokens", 2, "--every", 1.5]
+    result = run(*arguments, "--json")
+    moments = [json.loads(line) for line in result.out.splitlines()]
+    assert [(moment["time"], moment["frames"]) for moment in moments] == [(1.0, 3), (2.5, 6), (3.5, 8)]
+    assert [moment["plan"][0]["timestamps"][-1] for moment in moments] == [1.0, 2.5, 3.5]
+    assert len(run(*arguments).out.splitlines()) == 3

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from keye.commands import cost
-from keye.commands.machine import Memory
 from keye.engine import measure
 from keye.errors import KeyeError
+from keye.machine import Memory
 
 
 @pytest.fixture(autouse=True)

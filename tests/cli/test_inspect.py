@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from keye.commands import show_model
 from keye.commands.inspect import RESERVE_BYTES, fit
-from keye.commands.machine import Memory, main_memory
 from keye.config import read_json
 from keye.hub import asset
+from keye.machine import Memory, main_memory
 from keye.models.outline import outline
 
 
@@ -137,7 +137,7 @@ def test_text_fits_the_terminal(run: Callable, model: str, width: int, monkeypat
 
 def test_text_says_what_the_data_says(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = [Memory("cpu", 80 * 10**9, 70 * 10**9), Memory("cuda:0", 24 * 10**9, 24 * 10**9)]
-    monkeypatch.setattr("keye.commands.machine.memories", lambda: memory)
+    monkeypatch.setattr("keye.machine.memories", lambda: memory)
     monkeypatch.setenv("COLUMNS", "100")
     out = " ".join(run("inspect", "2.0").out.split())
     assert "16 indexer heads of 64 choose 2,048 keys" in out

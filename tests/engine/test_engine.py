@@ -276,7 +276,7 @@ def test_a_stream_is_an_iterator(model: Keye) -> None:
 
 
 def test_grounding_streams_and_merges(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keye.engine.engine.parse_reply", lambda _: parse_reply("[[5.0, 7.0], [1.0, 2.0], [6.0, 9.0]]"))
+    monkeypatch.setattr("keye.engine.answer.parse_reply", lambda _: parse_reply("[[5.0, 7.0], [1.0, 2.0], [6.0, 9.0]]"))
     stream = model.stream_ground(Frames(FRAMES, [0.0, 1.0, 2.0, 3.0]), "the circle", max_tokens=4)
     assert "".join(stream)
     assert stream.finish().intervals == ((1.0, 2.0), (5.0, 9.0))

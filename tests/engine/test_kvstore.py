@@ -114,6 +114,24 @@ def test_zeros_and_large_numbers_survive(kind: RowKind) -> None:
     torch.testing.assert_close(back[1], x[1], rtol=0.05, atol=0)
 
 
+def test_int4_uses_all_sixteen_codes_and_scales_of_either_sign() -> None:
+    rows = RowFormat("int4", 2, 64)
+    x = torch.randn(500, 2, 64, generator=torch.Generator().manual_seed(0))
+    encoded = rows.encode(x)
+    heads = encoded.unflatten(1, (2, rows.head_bytes))
+    codes = torch.cat((heads[..., :32] & 15, heads[..., :32] >> 4), dim=-1)
+    assert codes.unique().tolist() == list(range(16))
+    scales = heads[..., 32:].contiguous().view(torch.bfloat16)
+    assert 0.4 < (scales < 0).float().mean() < 0.6
+    assert (rows.decode(encoded, torch.float32) - x).norm() / x.norm() < 0.092, "largest number over 7 gives 0.108"
+
+
+def test_int4_rows_do_not_depend_on_their_neighbours() -> None:
+    rows = RowFormat("int4", 2, 64)
+    x = torch.randn(600, 2, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(rows.encode(x)[300:], rows.encode(x[300:]))
+
+
 def test_int4_takes_little_room() -> None:
     assert RowFormat("bfloat16", 4, 128).row_bytes / RowFormat("int4", 4, 128).row_bytes >= 3.6
 

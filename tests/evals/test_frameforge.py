@@ -14,6 +14,7 @@ from keye.chat import Medium, Message
 from keye.data.frameforge import Question, make_clip, picture_questions, render
 from keye.engine.branches import greedy_branches
 from keye.engine.generate import Decoding, generate
+from keye.engine.kvstore import KVLayout
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
@@ -60,6 +61,7 @@ def clip_prompt(tiny, clip, texts):
         ("questions", 0, "n is 0"),
         ("mode", "fast", "mode is 'fast'"),
         ("select", "best", "select is 'best'"),
+        ("kv", "int3", "the key-value format is 'int3'; choose one of auto, bf16"),
         ("max_tokens", 0, "max_tokens is 0"),
     ],
 )
@@ -114,6 +116,15 @@ def test_evaluation_is_deterministic(tiny):
     for select in ("indexer", "random"):
         options = EvalOptions(**SMALL, select=select)
         assert figures(evaluate(tiny, options)) == figures(evaluate(tiny, options))
+
+
+def test_keys_and_values_are_stored_as_asked(tiny, monkeypatch):
+    stores = []
+    of = KVLayout.of
+    monkeypatch.setattr(KVLayout, "of", lambda *given: stores.append(of(*given)) or stores[-1])
+    result = evaluate(tiny, EvalOptions(kv="int4", **SMALL))
+    assert result["options"]["kv"] == "int4"
+    assert [layout.keys.kind for layout in stores] == ["int4"]
 
 
 def test_sparse_is_dense_while_k_holds_the_context():

@@ -28,23 +28,38 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
     metavar="FILE",
     help="Write the picture with the places that the answer marks (.png, .jpg, .webp).",
 )
+@click.option(
+    "--evidence",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.",
+)
 @options.sampling_frames
 @options.sampling_text
 @options.prompting
 @options.attention
+@options.storing
 @options.running
 @options.as_json
 @options.debug
-def ask(words: tuple[str, ...], draw: Path | None, tools: Path | None, as_json: bool, **given: Any) -> None:
+def ask(
+    words: tuple[str, ...],
+    draw: Path | None,
+    evidence: Path | None,
+    tools: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Answer a question about videos and images.
 
-    The last argument is the question; the files before it are videos or images. The answer is printed as it is written,
-    then the time intervals in it on a timeline, then what it cost.
+    The last argument is the question; the files before it are videos, images, or an index of a video that keye index
+    wrote. The answer is printed as it is written, then the time intervals in it on a timeline, then what it cost.
 
     \b
     keye ask video.mp4 "when is the red circle visible?"
     keye ask before.png after.png "what is different?"
     keye ask talk.mp4 "what is on the board?" --start 12:30 --end 14:00 --fps 1
+    keye ask lecture.mp4 "when is the second proof?" --evidence proof.png
     keye ask street.jpg "where are the signs, and what do they say?" --model 1.5 --draw signs.png
     """
     files, question = split_words(words)
@@ -54,31 +69,45 @@ def ask(words: tuple[str, ...], draw: Path | None, tools: Path | None, as_json: 
     offered = inputs.read_tools(tools) if tools is not None else ()
     if draw is not None:
         check_drawing(draw, media)
+    if evidence is not None:
+        from keye.commands.evidence import check_evidence, write_evidence
+
+        check_evidence(evidence, media)
     model = inputs.load_model(given)
-    stream = model.stream_ask(media, question, tools=offered, **inputs.reply_options(model, given))
+    settings = inputs.reply_options(model, given)
+    stream = model.stream_ask(media, question, tools=offered, evidence=evidence is not None, **settings)
     answer = show.run_quietly(stream) if as_json else show.print_stream(stream)
     written = write_picture(media, answer.regions, draw) if draw is not None else False
+    if evidence is not None:
+        write_evidence(model, media, question, answer, evidence)
     if as_json:
         show.print_json({**answer.to_dict(), **({"drawn": str(draw) if written else None} if draw else {})})
         return
     show.print_answer(answer, model)
-    if written:
-        show.print_line(f"wrote {draw}")
+    if answer.evidence is not None:
+        show.print_evidence(answer.evidence)
+    for path in ([draw] if written else []) + ([evidence] if evidence is not None else []):
+        show.print_line(f"wrote {path}")
 
 
 def check_drawing(path: Path, media: Sequence[Medium]) -> None:
     """`KeyeError` where `--draw` cannot work, before a model is loaded."""
     if path.suffix.lower() not in PICTURE_FORMATS:
         raise KeyeError(f"{path} is no name for a picture: end it in {', '.join(PICTURE_FORMATS)}")
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise KeyeError(f"{path} cannot be written: name a file in a folder that exists")
-    if path.exists() and any(_is_file(medium.source, path) for medium in media):
+    check_writable(path)
+    if path.exists() and any(is_file(medium.source, path) for medium in media):
         raise KeyeError(f"{path} is the picture itself: give --draw another name, so that it is kept")
     if len(media) != 1 or media[0].kind != "image":
         raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")
 
 
-def _is_file(source: object, path: Path) -> bool:
+def check_writable(path: Path) -> None:
+    """`KeyeError` for a path at which no file can be written."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise KeyeError(f"{path} cannot be written: name a file in a folder that exists")
+
+
+def is_file(source: object, path: Path) -> bool:
     """Whether a medium's source is the file at `path`, under whatever name."""
     from keye.media.fetch import Source
 

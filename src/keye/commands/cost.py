@@ -11,9 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keye.commands.machine import Memory, memories
 from keye.config import KeyeConfig, ProcessorConfig
 from keye.errors import KeyeError
+from keye.machine import Memory, memories
 from keye.media.fetch import Source, fetch_source
 from keye.media.image import ImagePlan
 from keye.media.options import MediaOptions

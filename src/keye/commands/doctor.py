@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 
 from keye.commands import options
-from keye.commands.machine import main_memory
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError
+from keye.machine import main_memory
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -123,7 +123,12 @@ def check_gpu() -> Check:
 
 
 def check_attention() -> Check:
-    return Check("sparse attention", True, "reference, plain torch on any device")
+    from keye.ops import cpu
+
+    try:
+        return Check("sparse attention", True, one_line(cpu.status()))
+    except KeyeError as error:
+        return Check("sparse attention", False, one_line(str(error)))
 
 
 def check_limits() -> Check:

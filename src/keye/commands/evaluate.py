@@ -25,12 +25,13 @@ def evaluate() -> None:
               help="How the decoder attends.")  # fmt: skip
 @click.option("--select", type=click.Choice(["indexer", "random", "recent"]), default="indexer", show_default=True,
               help="Which keys sparse attention reads; random and recent are controls.")  # fmt: skip
+@options.kv_format
 @click.option("--mp4", is_flag=True, help="Write each clip to a video file and read it back.")
 @options.running
 @options.as_json
 @options.debug
 def frameforge(
-    split: str, frames: str, objects: int, seed: int, questions: int, mode: str, select: str, mp4: bool,
+    split: str, frames: str, objects: int, seed: int, questions: int, mode: str, select: str, kv: str | None, mp4: bool,
     as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Ask about generated videos whose answers are known exactly.
@@ -46,7 +47,7 @@ def frameforge(
 
     settings = EvalOptions(
         split=split, frames=parse_frames(frames), objects=objects, seed=seed, questions=questions,
-        mode=mode, select=select, mp4=mp4,  # type: ignore[arg-type]
+        mode=mode, select=select, kv=kv or "auto", mp4=mp4,  # type: ignore[arg-type]
     )  # fmt: skip
     model = inputs.load_model(given)
     with show.progress_bar("asking") as advance:

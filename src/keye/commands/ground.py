@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 @options.sampling_frames
 @options.sampling_text
 @options.attention
+@options.storing
 @options.running
 @options.as_json
 @options.debug
 def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: Any) -> None:
-    """Find when something happens in a video.
+    """Find when something happens in a video, or in one that keye index has read.
 
     Prints the intervals and a timeline. Exit code 0 also when nothing was found.
 
@@ -37,10 +38,13 @@ def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: A
     keye ground video.mp4 "the red circle" --clips found
     """
     from keye.commands import inputs, show
+    from keye.media.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():
         raise KeyeError(f"{clips} is a file: give a folder for --clips")
     medium = inputs.only_video(video, given)
+    if clips is not None and is_index(medium.source):  # type: ignore[arg-type]
+        raise KeyeError(f"{video} is an index and holds no frames: give the video itself for --clips")
     model = inputs.load_model(given)
     with inputs.stderr().status("watching the video"):
         answer = model.ground(medium, event, **inputs.reply_options(model, given))

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from keye.chat import Medium, normalize_tools
-from keye.commands.options import IMAGE_OPTIONS, SAMPLING_OPTIONS, VIDEO_OPTIONS, flag, given
+from keye.commands.options import (
+    FORMAT_OPTIONS,
+    IMAGE_OPTIONS,
+    SAMPLING_OPTIONS,
+    STORING_OPTIONS,
+    VIDEO_OPTIONS,
+    flag,
+    given,
+)
 from keye.commands.terminal import one_line
-from keye.errors import KeyeError
+from keye.errors import KeyeError, Option
 from keye.media.download import FetchLimits
-from keye.media.fetch import fetch_source, media_kind
+from keye.media.fetch import fetch_source, is_index, media_kind
 
 if TYPE_CHECKING:
     from keye.engine.engine import Keye
@@ -37,12 +45,15 @@ def note(sentence: str) -> None:
 
 def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]:
     """The named files as media, each with those options that its kind knows; http addresses are downloaded. Raises
-    `MediaError` for a file that cannot be read; nothing is decoded yet."""
+    `MediaError` for a file that cannot be read; nothing is decoded yet. An index of a video takes no options."""
     media = []
     limits = FetchLimits(allow_private=bool(options.get("allow_private_urls")))
     for file in files:
         source = fetch_source(file, limits=limits)
-        if media_kind(source) == "image":
+        if is_index(source):
+            _check_index_options(source.name, options)
+            media.append(Medium("video", source))
+        elif media_kind(source) == "image":
             media.append(Medium("image", source, given(options, IMAGE_OPTIONS)))
         else:
             media.append(Medium("video", source, given(options, VIDEO_OPTIONS)))
@@ -51,6 +62,13 @@ def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]
         names = ", ".join(sorted(flag(name) for name in unused))
         note(f"{names} has no effect on images")
     return media
+
+
+def _check_index_options(name: str, options: Mapping[str, Any]) -> None:
+    fixed = [one for one in (*VIDEO_OPTIONS, *FORMAT_OPTIONS) if options.get(one) is not None]
+    if fixed:
+        raise KeyeError("{} is an index, whose frames and formats were chosen when it was made; leave {} out",
+                        name, Option(fixed[0]))  # fmt: skip
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
@@ -128,6 +146,7 @@ def load_model(options: Mapping[str, Any]) -> Keye:
             options["model"],
             device=options["device"],
             dtype=options["dtype"],
+            **given({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
             template=options.get("template") or "keye",
         )
     if model.notes:
@@ -159,7 +178,7 @@ def reply_options(model: Keye, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def only_video(file: str, options: Mapping[str, Any]) -> Medium:
-    """The one video of a command that takes no images."""
+    """The one video, or index of one, of a command that takes no images."""
     (medium,) = open_media([file], options)
     if medium.kind != "video":
         raise KeyeError(f"{file} is an image: give a video, or use keye ask for images")

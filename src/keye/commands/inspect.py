@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from keye.commands import options
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.commands.machine import Memory
+    from keye.machine import Memory
     from keye.models.outline import Outline
 
 #: Number formats that keye loads weights in, and the bytes of a number.
@@ -34,17 +35,26 @@ TEMPLATE_WORDS = {"tools": "tools", "thinking": "enable_thinking", "images": "im
 @options.as_json
 @options.debug
 def inspect(model: str, as_json: bool) -> None:
-    """Show what a model is made of, what it costs in memory, and what fits in this machine.
+    """Show what a model is made of, what it costs in memory, and what fits in this machine; or what an index holds.
 
     MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, or a folder with config.json. Weights are
-    neither needed nor fetched; where they are, their headers are read and compared.
+    neither needed nor fetched; where they are, their headers are read and compared. It may also be an index that keye
+    index wrote.
 
     \b
     keye inspect nano
     keye inspect 2.0 --json
+    keye inspect talk.keye
     """
     from keye.commands import inputs, show, show_model
+    from keye.media.fetch import fetch_source, is_index
 
+    if os.path.isfile(model) and is_index(fetch_source(model)):
+        from keye.engine.videoindex import describe
+
+        held = describe(Path(model))
+        show.print_json(held) if as_json else show.print_held(held)
+        return
     with inputs.stderr().status("reading"):
         result = description(model)
     if as_json:
@@ -56,8 +66,8 @@ def inspect(model: str, as_json: bool) -> None:
 def description(model: str) -> dict[str, Any]:
     """Everything that `keye inspect --json` prints."""
     from keye.commands.inputs import describing_folder
-    from keye.commands.machine import memories
     from keye.config import read_json
+    from keye.machine import memories
     from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
 
     folder, packaged = describing_folder(model)

@@ -23,6 +23,9 @@ VIDEO_OPTIONS = (
     *IMAGE_OPTIONS, "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "video_start", "video_end",
     "min_frame_similarity", "adaptive_budget",
 )  # fmt: skip
+#: Formats, which an index has fixed; where what comes after it lies is free.
+FORMAT_OPTIONS = ("kv", "index_kv")
+STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder", "memory")
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
 
@@ -105,7 +108,7 @@ running_device: Callable[[F], F] = _all(
 
 running: Callable[[F], F] = _all(model_name, running_device)
 
-prompting_template: Callable[[F], F] = click.option(
+template: Callable[[F], F] = click.option(
     "--template",
     metavar="keye|checkpoint|FILE",
     default="keye",
@@ -114,7 +117,7 @@ prompting_template: Callable[[F], F] = click.option(
 )
 
 prompting: Callable[[F], F] = _all(
-    prompting_template,
+    template,
     click.option(
         "--tools",
         type=click.Path(path_type=Path),
@@ -127,6 +130,31 @@ kv_format: Callable[[F], F] = click.option(
     "--kv",
     type=click.Choice(["auto", "bf16", "fp8", "int8", "int4"]),
     help="Number format of stored keys and values.  [default: auto, that of the weights]",
+)
+
+storing: Callable[[F], F] = _all(
+    kv_format,
+    click.option(
+        "--index-kv",
+        type=click.Choice(["auto", "bf16", "fp8", "int8"]),
+        help="The same of indexer keys.",
+    ),
+    click.option(
+        "--kv-tier",
+        type=click.Choice(["memory", "host", "file"]),
+        help="Where keys and values lie: with the model, in main memory, or in a mapped file.  [default: memory]",
+    ),
+    click.option(
+        "--kv-folder",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder of that file.  [default: the system's for temporary files]",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Most that keys, values and visual tokens take, as 8GiB.  [default: what is free]",
+    ),
 )
 
 attention: Callable[[F], F] = click.option(

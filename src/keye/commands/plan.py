@@ -44,6 +44,7 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None
     from keye.commands import inputs, show
     from keye.commands.cost import Planned, imagine_video, predict
     from keye.config import load_model_config, load_processor_config
+    from keye.media.fetch import is_index
     from keye.media.image import plan_image
     from keye.media.options import media_options
     from keye.media.plan import make_plan
@@ -54,7 +55,10 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None
     unused = [options.flag(name) for name in ("kv", "dtype", "threads", "attention") if given[name] is not None]
     if unused and given["device"] is None:
         raise KeyeError(f"{', '.join(unused)} changes memory and time, which need --device, as in --device cpu")
-    media = inputs.open_media(files, given)
+    media = inputs.open_media(files, {**given, "kv": None})
+    for medium in media:
+        if is_index(medium.source):  # type: ignore[arg-type]
+            raise KeyeError(f"{medium.source.name} is an index, computed already: keye inspect shows it")  # type: ignore[attr-defined]
     folder, _ = inputs.describing_folder(model)
     config, whole = load_processor_config(folder), load_model_config(folder)
     context = whole.text.max_position_embeddings

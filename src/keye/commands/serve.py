@@ -38,7 +38,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
-@options.prompting_template
+@options.template
 @options.running_device
 @options.debug
 def serve(model: str, api_key_file: Path | None, **given: Any) -> None:

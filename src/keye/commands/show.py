@@ -15,11 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
+from keye.checks import is_number
 from keye.commands.inputs import stderr
 from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
-    from keye.engine.engine import Answer, AnswerStream, Keye
+    from keye.engine.answer import Answer, AnswerStream
+    from keye.engine.engine import Keye
+    from keye.engine.evidence import Evidence, MediumEvidence
+    from keye.engine.videoindex import IndexInfo
 
 #: Widest timeline, in characters.
 MAX_BAR = 72
@@ -73,6 +77,22 @@ def print_answer(answer: Answer, model: Keye) -> None:
             console.print(line, soft_wrap=True)
     sparse = model.config.text.sparse
     console.print(usage_line(answer, sparse.topk if sparse is not None else None), style="dim", soft_wrap=True)
+
+
+def print_evidence(evidence: Evidence) -> None:
+    """The frames of each medium that were selected most, or why none was."""
+    if evidence.reason is not None:
+        print_line(f"no evidence: {evidence.reason}")
+    for medium in evidence.media:
+        if medium.kind == "video":
+            named = [f"{_moment(medium, frame)} ({medium.lifts[frame]:.1f}x)" for frame in medium.top()]
+            print_line(f"rests on {medium.name} at {', '.join(named) or 'no frame'}")
+        else:
+            print_line(f"rests on {medium.name}: {medium.share:.0%} of what was selected")
+
+
+def _moment(medium: MediumEvidence, frame: int) -> str:
+    return f"{medium.times[frame]:.1f} s" if medium.times else f"frame {frame}"
 
 
 def call_line(call: ToolCall) -> str:
@@ -220,6 +240,40 @@ def listed_times(times: Sequence[float]) -> str:
     if len(shown) > MAX_TIMES:
         shown = [*shown[: MAX_TIMES // 2], "...", *shown[-MAX_TIMES // 2 :]]
     return " ".join(shown)
+
+
+# Indexes
+
+
+def print_index(info: IndexInfo) -> None:
+    """What `keye index` wrote, in a line."""
+    frames = info.plan.get("frames", 0)
+    print_line(
+        f"wrote {info.path}: {plural(frames, 'frame')} · {plural(info.tokens, 'token')} ({info.media_tokens:,} visual)"
+        f" · {info.kv} · {info.bytes / 1e6:,.1f} MB · {sum(info.seconds.values()):.1f} s"
+    )
+
+
+def print_held(held: Mapping[str, Any]) -> None:
+    """A table of the header of an index."""
+    model, video, formats = held["model"], held["video"], held["formats"]
+    plan = video["plan"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = [
+        ("video", str(plan.get("name", "pictures in memory"))),
+        ("length", format_seconds(plan["duration"]) if is_number(plan.get("duration")) else "unknown"),
+        ("frames", f"{len(video['timestamps']):,}"),
+        ("options", ", ".join(f"{name} {value}" for name, value in video["options"].items()) or "none"),
+        ("sha256", str(video.get("sha256"))),
+        ("model", f"{model['name']}, {model['dtype']}, {held['attention']} attention"),
+        ("tokens", f"{held['tokens']:,} ({held['visual_tokens']:,} visual)"),
+        ("formats", ", ".join(f"{name} {kind}" for name, kind in formats.items())),
+        ("bytes", f"{held['bytes']:,} ({held['bytes_per_token']:,} a token)"),
+        ("keye", str(held["keye"])),
+    ]
+    for name, value in rows:
+        table.add_row(name, one_line(value))
+    stdout().print(table)
 
 
 # Progress

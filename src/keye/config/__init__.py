@@ -4,7 +4,7 @@ All classes are frozen: a configuration is read once and passed around.
 """
 
 from keye.config.architecture import ARCHITECTURES, Architecture, Generation, architecture_name
-from keye.config.environment import HubConfig, hub_config, preview_video_max_pixels
+from keye.config.environment import HubConfig, KernelConfig, hub_config, kernel_config, preview_video_max_pixels
 from keye.config.files import ConfigError, read_json
 from keye.config.model import (
     GenerationConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "HubConfig",
+    "KernelConfig",
     "KeyeConfig",
     "ProcessorConfig",
     "SparseConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "VisionConfig",
     "architecture_name",
     "hub_config",
+    "kernel_config",
     "load_generation_config",
     "load_model_config",
     "load_processor_config",

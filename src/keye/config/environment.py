@@ -46,3 +46,26 @@ def preview_video_max_pixels() -> int | None:
         return int(float(value))
     except (ValueError, OverflowError):
         raise ConfigError(f"VIDEO_MAX_PIXELS is {value!r}; it must be a number of pixels") from None
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which kernels compute attention: `kernels` is auto, reference, cpu or triton (KEYE_KERNELS); `cpu_variant`, if
+    given, the only variant of the compiled core that may be used (KEYE_CPU_VARIANT). `cache` is where it is kept, and
+    `compiler` the C++ compiler that builds it, if CXX names one."""
+
+    kernels: str = "auto"
+    cpu_variant: str | None = None
+    cache: Path = Path("~/.cache/keye")
+    compiler: str | None = None
+
+
+def kernel_config() -> KernelConfig:
+    """The settings in the environment: KEYE_KERNELS, KEYE_CPU_VARIANT, XDG_CACHE_HOME and CXX."""
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "keye")
+    return KernelConfig(
+        kernels=os.environ.get("KEYE_KERNELS") or KernelConfig.kernels,
+        cpu_variant=os.environ.get("KEYE_CPU_VARIANT") or None,
+        cache=Path(cache).expanduser(),
+        compiler=os.environ.get("CXX") or None,
+    )

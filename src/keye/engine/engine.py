@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,13 +15,10 @@ from keye.chat import (
     ChatTemplate,
     CheckpointTemplate,
     Message,
-    Region,
     Segment,
-    ToolCall,
     load_template,
     merge_intervals,
     normalize_tools,
-    parse_reply,
     template_of,
 )
 from keye.config import (
@@ -31,81 +29,29 @@ from keye.config import (
     load_model_config,
     load_processor_config,
 )
+from keye.engine.answer import Answer, AnswerStream, Collector, Usage
+from keye.engine.core import EngineCore, Parts
+from keye.engine.evidence import make_evidence
+from keye.engine.fingerprint import Fingerprint, fingerprint
 from keye.engine.generate import Decoding, generate
-from keye.engine.media import as_medium
-from keye.engine.prompt import Measured, Prompt, PromptBuilder, Room
+from keye.engine.kvstore import KVFormat
+from keye.engine.live import Keep, LiveSession
+from keye.engine.media import IndexedVideo, as_medium
+from keye.engine.prefix import PrefixCache
+from keye.engine.prompt import Measured, Prompt, PromptBuilder
+from keye.engine.request import Inbox, Request, Stage
 from keye.engine.sampling import SamplingParams, StopText
+from keye.engine.tiers import KVOptions, Tier, byte_count, free_memory
+from keye.engine.videoindex import IndexInfo, open_video_index, write_video_index
+from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
 from keye.hub import check_runs, resolve
+from keye.media.fetch import Source
 from keye.media.processor import Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, torch_dtype
 from keye.tokenizer import StreamDecoder, Tokenizer, check_tokenizer
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a request: `media_tokens` of the `prompt_tokens` are visual."""
-
-    prompt_tokens: int
-    media_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished reply.
-
-    `intervals` are the (start, end) seconds written in the answer, `regions` the points, boxes, outlines and clips that
-    it marks, `tool_calls` the functions that the model wants called. `plan` says for each medium what was sampled and
-    what it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model
-    was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
-    """
-
-    text: str
-    reasoning: str | None
-    intervals: tuple[tuple[float, float], ...]
-    usage: Usage
-    plan: tuple[Mapping[str, Any], ...]
-    model: str
-    attention: str
-    finish_reason: str
-    seconds: Mapping[str, float]
-    regions: tuple[Region, ...] = ()
-    tool_calls: tuple[ToolCall, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, every field."""
-        return {
-            **asdict(self),
-            "intervals": [list(pair) for pair in self.intervals],
-            "plan": list(self.plan),
-            "regions": [region.to_dict() for region in self.regions],
-            "tool_calls": [asdict(call) for call in self.tool_calls],
-        }
-
-
-class AnswerStream(Iterator[str]):
-    """Iterates over the text as it is generated; `answer` is there once the iteration has ended."""
-
-    def __init__(self, pieces: Iterator[str | Answer]) -> None:
-        self._pieces = pieces
-        self.answer: Answer | None = None
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        if isinstance(piece, Answer):  # always the last
-            self.answer = piece
-            raise StopIteration
-        return piece
-
-    def finish(self) -> Answer:
-        """Runs to the end and returns the answer."""
-        for _ in self:
-            pass
-        assert self.answer is not None
-        return self.answer
 
 
 class Keye:
@@ -124,6 +70,7 @@ class Keye:
         *,
         attention: AttentionMode = "sparse",
         template: ChatTemplate | CheckpointTemplate | None = None,
+        kv: KVOptions | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         check_attention(attention)
@@ -135,7 +82,11 @@ class Keye:
         self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
         if isinstance(self.template, CheckpointTemplate):
             self.template = replace(self.template, thinking=own.thinking, default_system=self.generation.default_system)
-        self._builder = PromptBuilder(self.config, tokenizer, processor)
+        self.prompts = PromptBuilder(self.config, tokenizer, processor, self._open_index)
+        self.kv = kv or KVOptions()
+        self.ledger = self.kv.ledger()
+        self.store = self.kv.store(self.config.text, model.dtype, model.device, self.ledger)
+        self.vision_cache, self.prefixes = VisionCache(ledger=self.ledger), PrefixCache()
 
     @property
     def config(self) -> KeyeConfig:
@@ -144,6 +95,11 @@ class Keye:
     @property
     def processor_config(self) -> Any:
         return self.processor.config
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells this model from others. The weights are taken to stay as they were loaded."""
+        return fingerprint(self.name, self.model, self.processor.config)
 
     def ask(self, media: object, question: str, **options: Any) -> Answer:
         """Answers a question about one medium or a list of them; see `stream_ask`."""
@@ -165,6 +121,22 @@ class Keye:
     def chat(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> Answer:
         """Continues a conversation in the OpenAI message format; see `stream` for options."""
         return self.stream(messages, **options).finish()
+
+    def index(
+        self,
+        video: object,
+        path: str | Path,
+        *,
+        media_options: Mapping[str, Any] | None = None,
+        attention: AttentionMode | None = None,
+    ) -> IndexInfo:
+        """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
+        place of the video, in any process that loads the same model, and neither decode nor compute the video again.
+        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with."""
+        medium = as_medium(video, media_options)
+        if medium.kind != "video":
+            raise KeyeError("an image was given to index; give a video")
+        return write_video_index(self, self.prompts, medium, Path(path), self.attention_of(attention))
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -200,31 +172,103 @@ class Keye:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
         """The prompt of a conversation under this model's template, its media in their places and not yet opened."""
-        return self._builder.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
+        return self.prompts.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
 
     def measure(self, segments: Sequence[Segment]) -> Measured:
         """What a rendered prompt would cost: its media are probed and not decoded."""
-        return self._builder.measure(segments)
+        return self.prompts.measure(segments)
 
-    def stream(
+    def stream(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> AnswerStream:
+        """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
+        at the first token. Options, all with a default:
+
+        `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback; `tools` are functions
+        (name, description, JSON schema of the parameters) that the model may ask to be called; `n` replies are written,
+        the others in `Answer.alternatives`; `logprobs` gives each token's probability beside those of so many others,
+        `prompt_logprobs` those of the prompt; `ignore_eos` goes on to `max_tokens`; `evidence` asks which frames the
+        answer rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost. All
+        others are fields of `SamplingParams`, the model's own defaults for those not given."""
+        request = self.request(messages, **options)
+        return AnswerStream(self._reply(request, self.attention_of(request.attention)))
+
+    def request(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
         *,
         thinking: bool | None = None,
-        attention: AttentionMode | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        attention: AttentionMode | None = None,
+        n: int = 1,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        ignore_eos: bool = False,
+        evidence: bool = False,
+        deterministic: bool = False,
         **sampling: Any,
-    ) -> AnswerStream:
-        """Starts a reply. `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback;
-        `tools` are functions (name, description, JSON schema of the parameters) that the model may ask to be called;
-        `sampling` are the fields of `SamplingParams`, the model's own defaults for those not given. Mistakes in
-        messages and options are errors raised here, before any medium is opened and not at the first token."""
+    ) -> Request:
+        """What `stream` asks of the engine; its options are explained there."""
         params = self.sampling_params(**sampling)
-        mode = self._attention_mode(attention)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
         segments = self.render(messages, thinking=thinking, tools=tools)
-        return AnswerStream(self._reply(segments, params, mode))
+        return Request(
+            segments, params, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos,
+            attention=self.attention_of(attention), evidence=evidence, deterministic=deterministic,
+        )  # fmt: skip
+
+    def batch(self, conversations: Sequence[Sequence[Mapping[str, Any] | Message]], **options: Any) -> list[Answer]:
+        """Continues many conversations at once, which costs far less than one after another; see `stream` for options.
+        Answers are in the order of the conversations. The first mistake in any of them is raised, and ends all."""
+        requests = [self.request(messages, **options) for messages in conversations]
+        inboxes, collectors = [Inbox() for _ in requests], [Collector(one, self.name) for one in requests]
+        tasks = [
+            self.core.add(one, self.attention_of(one.attention), inbox)
+            for one, inbox in zip(requests, inboxes, strict=True)
+        ]
+        try:
+            for inbox, collector in zip(inboxes, collectors, strict=True):
+                while collector.answer is None:
+                    self.core.run_until(inbox)
+                    while inbox.events:
+                        collector.take(inbox.events.popleft())
+        finally:
+            for task in tasks:
+                if task.stage is not Stage.ENDED:
+                    self.core.abort(task)
+        return [collector.answer for collector in collectors if collector.answer is not None]
+
+    def clear_caches(self) -> None:
+        """Gives back what is kept for later requests: prompts computed before, visual tokens of media."""
+        self.prefixes.clear()
+        self.vision_cache.give_back(self.vision_cache.nbytes())
+
+    @cached_property
+    def core(self) -> EngineCore:
+        """The engine that all requests of this model share; made when it is first needed."""
+        parts = Parts(
+            self.model, self.tokenizer, self.generation, self.prompts, self.store, self.ledger, self.vision_cache,
+            self.prefixes,
+        )  # fmt: skip
+        return EngineCore(parts)
+
+    def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
+        """A session to which frames are appended while questions are asked (`keye.engine.live`). When the context is
+        full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
+        answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
+        return LiveSession(self, keep=keep, reserve=reserve, **media_options)
+
+    def continue_from(
+        self, decoding: Decoding, tail: Sequence[int], prompt: Prompt, params: SamplingParams, *, evidence: bool = False
+    ) -> AnswerStream:
+        """The reply after `tail`, the last tokens of `prompt`; all before them are stored in `decoding`."""
+
+        def pieces() -> Iterator[str | Answer]:
+            begin = time.perf_counter()
+            decoding.append(tail)
+            seconds = {"media": 0.0, "prefill": time.perf_counter() - begin}
+            yield from self._written(decoding, prompt, params, seconds, evidence=evidence)
+
+        return AnswerStream(pieces())
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The model's defaults with the given fields in their place; `None` means not given."""
@@ -237,7 +281,10 @@ class Keye:
             chosen["stop"] = (chosen["stop"],)
         return SamplingParams(**chosen)
 
-    def _attention_mode(self, attention: AttentionMode | None) -> AttentionMode:
+    def _open_index(self, source: Source) -> IndexedVideo:
+        return open_video_index(self, self.config, source)
+
+    def attention_of(self, attention: AttentionMode | None) -> AttentionMode:
         if attention is None:
             return self.attention
         check_attention(attention)
@@ -245,16 +292,32 @@ class Keye:
             raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
         return attention
 
-    def _reply(
-        self, segments: Sequence[Segment], params: SamplingParams, mode: AttentionMode
+    def _reply(self, request: Request, mode: AttentionMode) -> Iterator[str | Answer]:
+        """One request on the engine, stepped by whoever reads; given up when the reader goes."""
+        inbox, collector = Inbox(), Collector(request, self.name)
+        task = self.core.add(request, mode, inbox)
+        try:
+            while collector.answer is None:
+                self.core.run_until(inbox)
+                while inbox.events:
+                    if text := collector.take(inbox.events.popleft()):
+                        yield text
+            yield collector.answer
+        finally:
+            if task.stage is not Stage.ENDED:
+                self.core.abort(task)
+
+    def _written(
+        self,
+        decoding: Decoding,
+        prompt: Prompt,
+        params: SamplingParams,
+        seconds: Mapping[str, float],
+        *,
+        evidence: bool = False,
     ) -> Iterator[str | Answer]:
+        """The reply after a prefill, piece by piece, then the answer; `seconds` are those spent before it."""
         begin = time.perf_counter()
-        room = Room(self.config.text.max_position_embeddings, params.max_tokens)
-        prompt = self._builder.lay_out(segments, room=room)
-        prepared = time.perf_counter()
-        decoding = Decoding(self.model, mode=mode)
-        decoding.prefill(prompt)
-        prefilled = time.perf_counter()
         decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
         for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):
             count += 1
@@ -266,29 +329,14 @@ class Keye:
         if not stop.stopped and (rest := stop.push(decoder.finish()) + stop.finish()):
             shown += rest
             yield rest
-        done = time.perf_counter()
-        seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "decode": done - prefilled}
+        seconds = {**seconds, "decode": time.perf_counter() - begin}
         finished = "length" if count >= params.max_tokens and not stop.stopped else "stop"
-        yield self._answer(shown, prompt, count, mode, finished, seconds)
-
-    def _answer(
-        self, text: str, prompt: Prompt, count: int, mode: str, finished: str, seconds: Mapping[str, float]
-    ) -> Answer:
-        reply = parse_reply(text)
-        plans = tuple(item.plan_dict() for item in prompt.media)
-        return Answer(
-            text=reply.text,
-            reasoning=reply.reasoning,
-            intervals=reply.intervals,
-            usage=Usage(prompt.token_ids.shape[0], prompt.media_tokens, count),
-            plan=plans,
-            model=self.name,
-            attention=mode,
-            finish_reason=finished,
+        made = make_evidence(decoding.counts, decoding.counted, prompt, self.config) if evidence else None
+        yield Answer.of(
+            shown, prompt, Usage(prompt.token_ids.shape[0], prompt.visual_tokens, count), model=self.name,
+            attention=decoding.mode, finish_reason=finished, evidence=made,
             seconds={name: round(value, 4) for name, value in seconds.items()},
-            regions=reply.regions,
-            tool_calls=reply.tool_calls,
-        )
+        )  # fmt: skip
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:
@@ -319,6 +367,11 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
     attention: AttentionMode = "sparse",
+    kv: KVFormat = "auto",
+    index_kv: KVFormat = "auto",
+    kv_tier: Tier = "memory",
+    kv_folder: str | Path | None = None,
+    memory: str | int | None = None,
     template: str | Path = "keye",
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -332,9 +385,16 @@ def load(
     checkpoint's own). `template` is "keye" for our own chat format of the model's generation, "checkpoint" for the
     template in the checkpoint's files, or a template file. Nothing in the checkpoint is executed; its template is
     rendered in a sandbox. `notes` of the result tell what the files hold that is not used, and what they lack.
+
+    `kv` and `index_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
+    weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
+    "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped. `memory` bytes ("8GiB") may be taken for
+    keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
     """
     check_attention(attention)
     check_device(device)
+    storing = KVOptions(kv, index_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
+    limit = None if memory is None else byte_count(memory)
     name = str(name_or_path)
     check_runs(name)
     # The small files come first: what they refuse need not be downloaded.
@@ -354,6 +414,7 @@ def load(
         generation,
         attention=attention,
         template=chosen,
+        kv=replace(storing, memory=limit or free_memory(device)),
         notes=tuple(load_notes(folder, config, report)),
     )
 

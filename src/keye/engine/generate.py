@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from keye.engine.kvcache import KVCache
+from keye.engine.kvstore import KVStore
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams
+from keye.engine.vision import VisionJob
+from keye.engine.vision_cache import VisionCache
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel
 
@@ -17,41 +22,108 @@ PREFILL_CHUNK = 1024
 
 
 class Decoding:
-    """One sequence being continued: its cache, its position and the logits of its next token."""
+    """One sequence being continued: its cache, its position and the logits of its next token. Keys and values go to
+    `cache`, or to a new one in `store`, or to one of its own.
 
-    def __init__(self, model: KeyeModel, *, mode: AttentionMode = "sparse", select: Selection = "indexer") -> None:
+    With `room` for so many tokens, `counts` int64 [layers, room] counts which keys were selected in the steps that
+    produced a token of the reply, and `counted` those steps that had more than k tokens before them (`evidence`).
+    """
+
+    def __init__(
+        self,
+        model: KeyeModel,
+        *,
+        mode: AttentionMode = "sparse",
+        select: Selection = "indexer",
+        cache: KVCache | None = None,
+        store: KVStore | None = None,
+        room: int = 0,
+    ) -> None:
         self.model, self.mode, self.select = model, mode, select
-        self.cache = KVCache(model.config.text.num_hidden_layers)
+        text = model.config.text
+        self.cache = KVCache(text.num_hidden_layers, store) if cache is None else cache
+        sparse = room > 0 and mode == "sparse" and text.sparse is not None
+        self.counts: Tensor | None = None
+        if sparse:
+            self.counts = torch.zeros(text.num_hidden_layers, room, dtype=torch.int64, device=model.device)
+        self.counted = 0
         self.position = 0
         self.logits = torch.empty(0)
 
     @torch.inference_mode()
-    def prefill(self, prompt: Prompt) -> None:
-        """Computes the prompt in chunks; afterwards `logits` are those of the first token of the reply."""
-        vision = prompt.vision()
-        visual = None
-        if vision is not None:
-            visual = self.model.encode_vision(*(tensor.to(self.model.device) for tensor in vision))
-        x = self.model.embed(prompt.token_ids.to(self.model.device), visual)
-        positions = prompt.position_ids.to(self.model.device)
-        hidden = x
-        for start in range(0, x.shape[0], PREFILL_CHUNK):
-            part = slice(start, min(start + PREFILL_CHUNK, x.shape[0]))
-            hidden = self._forward(x[part], positions[:, part])
+    def prefill(self, prompt: Prompt, *, vision: VisionCache | None = None) -> None:
+        """Computes the prompt in chunks, what is in its past excepted, the media as they are decoded; afterwards
+        `logits` are those of the first token of the reply. `vision` has and keeps visual tokens of media with a key.
+        `OutOfMemory`, before any work, where the prompt has no room in the store."""
+        done = 0
+        if prompt.past is not None:
+            self.cache, done = prompt.past.fork(), prompt.past.length(0)
+        if self.cache.store is not None:
+            self.cache.reserve(prompt.token_ids.shape[0])
+        config, device, ids = self.model.config, self.model.device, prompt.token_ids
+        is_visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+        hidden, seen = torch.empty(0), 0
+        job = VisionJob(self.model, prompt, cache=vision)
+        try:
+            # The step that produces the first token of the reply is that of the last token of the prompt: if selections
+            # are counted, it goes alone.
+            ends = {*range(done + PREFILL_CHUNK, ids.shape[0], PREFILL_CHUNK), ids.shape[0]}
+            if self.counts is not None and ids.shape[0] > done + 1:
+                ends.add(ids.shape[0] - 1)
+            for start, end in pairwise([done, *sorted(ends)]):
+                part = slice(start, end)
+                needed = seen + int(is_visual[part].sum())
+                job.run_until(needed)
+                x = self.model.embed(ids[part].to(device), job.tokens(seen, needed))
+                job.forget(needed)
+                seen = needed
+                hidden = self._forward(x, prompt.position_ids[:, part].to(device), replies=end == ids.shape[0])
+        finally:
+            job.close()
         self.logits = self.model.logits(hidden[-1:])[0]
         self.position = prompt.next_position
 
     @torch.inference_mode()
+    def extend(self, token_ids: Tensor, position_ids: Tensor, visual: Tensor, next_position: int) -> None:
+        """Appends tokens int64 [n] at `position_ids` [3, n] whose visual tokens [m, d] are known, in chunks."""
+        config, device = self.model.config, self.model.device
+        is_visual = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
+        seen = 0
+        for start in range(0, token_ids.shape[0], PREFILL_CHUNK):
+            part = slice(start, start + PREFILL_CHUNK)
+            needed = seen + int(is_visual[part].sum())
+            x = self.model.embed(token_ids[part].to(device), visual[seen:needed])
+            self._forward(x, position_ids[:, part].to(device), replies=False)
+            seen = needed
+        self.position = next_position
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Appends tokens of text, at least one, and computes the logits after the last. That one goes alone where
+        selections are counted, since it produces a token of the reply."""
+        if self.counts is not None and len(tokens) > 1:
+            self._append(tokens[:-1], replies=False)
+            tokens = tokens[-1:]
+        self._append(tokens, replies=True)
+
     def feed(self, token: int) -> None:
         """Appends one token and computes the logits after it."""
-        device = self.model.device
-        x = self.model.model.embed_tokens(torch.tensor([token], device=device))
-        position = torch.full((3, 1), self.position, dtype=torch.int64, device=device)
-        self.logits = self.model.logits(self._forward(x, position))[0]
-        self.position += 1
+        self._append([token], replies=True)
 
-    def _forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        span = Span(0, x.shape[0], self.cache)
+    @torch.inference_mode()
+    def _append(self, tokens: Sequence[int], *, replies: bool) -> None:
+        device = self.model.device
+        x = self.model.model.embed_tokens(torch.tensor(tokens, device=device))
+        places = torch.arange(self.position, self.position + len(tokens), device=device).expand(3, -1)
+        hidden = self._forward(x, places, replies=replies)
+        self.logits = self.model.logits(hidden[-1:])[0]
+        self.position += len(tokens)
+
+    def _forward(self, x: Tensor, positions: Tensor, *, replies: bool) -> Tensor:
+        """`replies` says that the step produces a token of the reply."""
+        counts, sparse = self.counts if replies else None, self.model.config.text.sparse
+        if counts is not None and sparse is not None and self.cache.length(0) + x.shape[0] > sparse.topk:
+            self.counted += 1
+        span = Span(0, x.shape[0], self.cache, counts)
         step = CachedStep([span], self.model.config.text, mode=self.mode, select=self.select)
         return self.model(x, positions, step)
 

@@ -6,13 +6,20 @@ Legend: n tokens, G key/value heads, D head dim, I indexer dim.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from keye.engine.kvstore import Block, KVLayout, KVStore, memory_slabs
+from keye.engine.kvstore import Block, KVLayout, KVStore, Slab, memory_slabs
+from keye.engine.mapped import fetch_rows
 from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
 
+#: What slabs hold, in this order.
+KINDS: Final = ("keys", "values", "index")
 _KEYS, _VALUES, _INDEX = 0, 1, 2
 
 
@@ -31,10 +38,24 @@ class KVCache:
         #: Where the pages of each kind, layer and block begin; int64 [3, layers, blocks and room to grow].
         self._addresses = torch.zeros(3, layers, 0, dtype=torch.int64)
         self._pages: dict[int, tuple[PagedRows, PagedRows, PagedRows | None]] = {}
+        self._places: _Places | None = None
 
     def length(self, layer: int) -> int:
         """Tokens stored for `layer`."""
         return self._lengths[layer]
+
+    @classmethod
+    def of_blocks(cls, store: KVStore, blocks: list[Block], length: int) -> KVCache:
+        """A sequence of `length` tokens that are in `blocks` already."""
+        cache = cls(store.layout.layers, store)
+        cache._extend(blocks)
+        cache._lengths = [length] * store.layout.layers
+        return cache
+
+    @property
+    def blocks(self) -> int:
+        """Blocks held."""
+        return len(self._blocks)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes."""
@@ -81,6 +102,16 @@ class KVCache:
             self._pages[layer] = keys, values, index
         return LayerPages(self._lengths[layer], *self._pages[layer])
 
+    def stored_pages(self, kind: int, layer: int) -> Iterator[Tensor]:
+        """Encoded pages uint8 [64, row_bytes] of kind `KINDS[kind]`, in main memory. Rows after the last token, which
+        nobody has written, are zeros."""
+        for place, block in enumerate(self._blocks):
+            page = self._page(kind, layer, block).cpu()
+            if (rest := self._lengths[layer] - place * PAGE) < PAGE:
+                page = page.clone()
+                page[rest:] = 0
+            yield page
+
     def fork(self) -> KVCache:
         """A sequence that continues from the same tokens: full blocks are shared, the last one is copied."""
         copy = KVCache(len(self._lengths), self.store)
@@ -95,13 +126,26 @@ class KVCache:
         copy._lengths = list(self._lengths)
         return copy
 
+    def fork_prefix(self, length: int) -> KVCache:
+        """A sequence that continues after the first `length` tokens, which all layers hold: full blocks are shared, a
+        last one in part is copied."""
+        assert self.store is not None and length <= min(self._lengths)
+        copy = KVCache(len(self._lengths), self.store)
+        full = length // PAGE
+        copy._extend(self.store.share(self._blocks[:full]))
+        if length % PAGE:
+            copy._extend(self.store.take(1))
+            _copy_block(self._blocks[full], copy._blocks[full])
+        copy._lengths = [length] * len(self._lengths)
+        return copy
+
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on, in all layers. The last block may be shared with nobody."""
         self._lengths = [min(length, n) for n in self._lengths]
         keep = -(-max(self._lengths) // PAGE)
         dropped, self._blocks = self._blocks[keep:], self._blocks[:keep]
         if dropped:
-            self._pages.clear()
+            self._changed()
             assert self.store is not None
             self.store.drop(dropped)
 
@@ -123,28 +167,37 @@ class KVCache:
             grown = self._addresses.new_zeros(*self._addresses.shape[:2], max(stop, 2 * start, 8))
             grown[:, :, :start] = self._addresses[:, :, :start]
             self._addresses = grown
-        for place, block in enumerate(blocks, start):
-            if block.slab.addresses:
-                self._addresses[:, :, place] = _page_addresses(block, len(self._lengths))
+        place = start
+        for _, group in groupby(blocks, key=lambda block: id(block.slab)):
+            run = list(group)
+            self._addresses[:, :, place : place + len(run)] = _page_addresses(run, len(self._lengths))
+            place += len(run)
         self._blocks += blocks
+        self._changed()
+
+    def _changed(self) -> None:
+        """Forgets what was worked out about the blocks."""
         self._pages.clear()
+        self._places = None
 
     def _paged(self, kind: int, layer: int, rows: RowFormat) -> PagedRows:
-        blocks = len(self._blocks)
-        tensors = {id(block.slab): block.slab.kinds[kind] for block in self._blocks}
-        near = all(block.slab.addresses for block in self._blocks)
-        addresses = self._addresses[kind, layer, :blocks] if near else None
-        if near or len(tensors) != 1:
-            return PagedRows(rows, addresses)
+        tensors = {id(block.slab): self._kind(kind, block) for block in self._blocks}
+        if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+            return PagedRows(rows, self._addresses[kind, layer, : len(self._blocks)])
+        if len(tensors) != 1:
+            return PagedRows(rows, None)
         (tensor,) = tensors.values()
-        assert tensor is not None
         table = torch.tensor([block.slot for block in self._blocks], dtype=torch.int32, device=tensor.device)
         return PagedRows(rows, None, tensor[layer], table)
 
-    def _page(self, kind: int, layer: int, block: Block) -> Tensor:
+    @staticmethod
+    def _kind(kind: int, block: Block) -> Tensor:
         tensor = block.slab.kinds[kind]
         assert tensor is not None
-        return tensor[layer, block.slot]
+        return tensor
+
+    def _page(self, kind: int, layer: int, block: Block) -> Tensor:
+        return self._kind(kind, block)[layer, block.slot]
 
     def _write(self, kind: int, layer: int, start: int, rows: Tensor) -> None:
         """Puts encoded rows uint8 [n, row_bytes] at positions from `start` on."""
@@ -153,8 +206,8 @@ class KVCache:
             place, offset = divmod(start + done, PAGE)
             count, block = min(PAGE - offset, rows.shape[0] - done), self._blocks[place]
             assert block.slab.writable and block.references == 1, "a shared block is written"
-            if block.slab.addresses and rows.device.type == "cpu":  # a tenth of the time of a copy by torch
-                target = int(self._addresses[kind, layer, place]) + offset * width
+            target = int(self._addresses[kind, layer, place]) + offset * width
+            if target > offset * width and rows.device.type == "cpu":  # a tenth of the time of a copy by torch
                 ctypes.memmove(target, rows.data_ptr() + done * width, count * width)
             else:
                 self._page(kind, layer, block)[offset : offset + count].copy_(rows[done : done + count])
@@ -162,34 +215,61 @@ class KVCache:
 
     def _gather(self, kind: int, layer: int, positions: Tensor, rows: RowFormat) -> Tensor:
         """Encoded rows uint8 [N, row_bytes] of positions, on their device."""
-        places = positions // PAGE
-        slabs = list({id(block.slab): block.slab for block in self._blocks}.values())
-        number = {id(slab): i for i, slab in enumerate(slabs)}
-        where = torch.tensor([(number[id(b.slab)], b.slot) for b in self._blocks], device=positions.device)
-        slab_of, row_of = where[places, 0], where[places, 1] * PAGE + positions % PAGE
+        if self._places is None or self._places.number.device != positions.device:
+            self._places = _Places.of(self._blocks, positions.device)
+        block, places = positions // PAGE, self._places
+        slab_of, row_of = places.number[block], places.slot[block] * PAGE + positions % PAGE
+        if len(places.slabs) == 1:
+            return _rows_of(places.slabs[0], kind, layer, row_of).to(positions.device)
         out = torch.empty(positions.shape[0], rows.row_bytes, dtype=torch.uint8, device=positions.device)
-        for i, slab in enumerate(slabs):
-            tensor = slab.kinds[kind]
-            assert tensor is not None
-            flat = tensor[layer].flatten(0, 1)
-            if len(slabs) == 1:
-                return flat[row_of.to(flat.device)].to(out.device)
-            mine = (slab_of == i).nonzero().squeeze(1)
-            out[mine] = flat[row_of[mine].to(flat.device)].to(out.device)
+        for number in slab_of.unique().tolist():
+            mine = (slab_of == number).nonzero().squeeze(1)
+            out[mine] = _rows_of(places.slabs[number], kind, layer, row_of[mine]).to(positions.device)
         return out
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the blocks of a sequence lie: `number` of the slab and `slot` in it, int64 [blocks] each."""
+
+    slabs: tuple[Slab, ...]
+    number: Tensor
+    slot: Tensor
+
+    @classmethod
+    def of(cls, blocks: list[Block], device: torch.device) -> _Places:
+        slabs = list({id(block.slab): block.slab for block in blocks}.values())
+        numbers = {id(slab): i for i, slab in enumerate(slabs)}
+        where = torch.tensor([(numbers[id(b.slab)], b.slot) for b in blocks], dtype=torch.int64, device=device)
+        return cls(tuple(slabs), where[:, 0], where[:, 1])
+
+
+def _rows_of(slab: Slab, kind: int, layer: int, rows: Tensor) -> Tensor:
+    """Rows int64 [n] of a slab, its blocks counted through. Those of page-locked memory are gathered there, and move to
+    the GPU in one copy."""
+    tensor = slab.kinds[kind]
+    assert tensor is not None
+    flat, chosen = tensor[layer].flatten(0, 1), rows.to(tensor.device)
+    if slab.mapped and tensor.device.type == "cpu":
+        fetch_rows(flat, chosen)
+    if not (tensor.device.type == "cpu" and rows.device.type == "cuda"):
+        return flat[chosen]
+    out = torch.empty(chosen.shape[0], flat.shape[1], dtype=torch.uint8, pin_memory=True)
+    return torch.index_select(flat, 0, chosen, out=out)
 
 
 def _own_store(layers: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> KVStore:
     return KVStore(KVLayout.like(layers, k, v, index_k), make_slab=memory_slabs(k.device))
 
 
-def _page_addresses(block: Block, layers: int) -> Tensor:
-    """Addresses of the pages of a block, int64 [3, layers]."""
-    out = torch.zeros(3, layers, dtype=torch.int64)
-    for kind, tensor in enumerate(block.slab.kinds):
-        if tensor is not None:
-            base, (layer_step, slot_step) = tensor.data_ptr(), tensor.stride()[:2]
-            out[kind] = base + block.slot * slot_step + torch.arange(layers) * layer_step
+def _page_addresses(blocks: list[Block], layers: int) -> Tensor:
+    """Addresses of the pages of blocks of one slab, int64 [3, layers, blocks]; 0 where they lie in another memory."""
+    out = torch.zeros(3, layers, len(blocks), dtype=torch.int64)
+    slots, layer = torch.tensor([block.slot for block in blocks]), torch.arange(layers).unsqueeze(1)
+    for kind, tensor in enumerate(blocks[0].slab.kinds):
+        if tensor is not None and tensor.device.type == "cpu":
+            layer_step, slot_step = tensor.stride()[:2]
+            out[kind] = tensor.data_ptr() + layer * layer_step + slots * slot_step
     return out
 
 

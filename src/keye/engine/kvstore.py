@@ -1,15 +1,16 @@
 """Where keys, values and indexer keys of all sequences lie: slabs of blocks, a block being 64 tokens of every layer.
 
 Keys, values and indexer keys are three tensors of a slab, so that each kind can lie elsewhere: `SlabMaker` decides.
-Blocks are counted: sequences that share a prefix share its blocks. Every byte is in the ledger's account `kv`.
-Knows formats and bytes, not tokens.
+Blocks are counted: sequences that share a prefix share its blocks. Every byte is in the ledger: those near the model in
+the account `kv`, keys and values that lie elsewhere in `kv-host` or `kv-file`. Knows formats and bytes, not tokens.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from keye.config import TextConfig
 from keye.engine.ledger import Ledger
+from keye.engine.mapped import scratch_tensor
 from keye.errors import KeyeError
 from keye.ops.pages import PAGE, RowFormat, RowKind
 
@@ -73,6 +75,11 @@ class KVLayout:
         """Bytes of a block."""
         return PAGE * self.token_bytes
 
+    @property
+    def index_block_bytes(self) -> int:
+        """Those of them that are indexer keys."""
+        return 0 if self.index is None else self.layers * self.index.page_bytes
+
 
 def _format_of(x: Tensor) -> RowFormat:
     return RowFormat(_OF_DTYPE[x.dtype], x.shape[1], x.shape[2])
@@ -90,18 +97,15 @@ Kinds = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(eq=False)
 class Slab:
-    """Blocks taken together. `writable` is false for files that are only read; `held` are its bytes in the ledger."""
+    """Blocks taken together. `writable` is false for files that are only read, whose free blocks nobody gets again;
+    `held` are its bytes in the ledger, by account; keys and values of a `mapped` one may still be on disk."""
 
     kinds: Kinds
     blocks: int
-    held: int
+    held: Mapping[str, int]
     writable: bool = True
+    mapped: bool = False
     free: list[int] = field(default_factory=list)
-
-    @property
-    def addresses(self) -> bool:
-        """Whether pages can be read by address in this process."""
-        return all(kind is None or kind.device.type == "cpu" for kind in self.kinds)
 
 
 @dataclass(eq=False)
@@ -113,22 +117,67 @@ class Block:
     references: int = 1
 
 
-#: (layout, blocks) -> the tensors of a new slab, in main memory, on a device, or in a mapped file.
-SlabMaker = Callable[[KVLayout, int], Kinds]
+@dataclass(frozen=True)
+class SlabMaker:
+    """Makes the tensors of new slabs: `make(layout, blocks)`. `account` of the ledger pays for keys and values, which
+    may be `mapped` from a file; indexer keys are always near and in `kv`."""
+
+    make: Callable[[KVLayout, int], Kinds]
+    account: str = "kv"
+    mapped: bool = False
 
 
 def memory_slabs(device: torch.device | str = "cpu") -> SlabMaker:
     """Slabs in the memory of a device. Main memory is taken page by page as it is written."""
 
     def make(layout: KVLayout, blocks: int) -> Kinds:
-        def empty(rows: RowFormat) -> Tensor:
-            return torch.empty(layout.layers, blocks, PAGE, rows.row_bytes, dtype=torch.uint8, device=device)
+        return (
+            _empty(layout, layout.keys, blocks, device),
+            _empty(layout, layout.values, blocks, device),
+            _near_index(layout, blocks, device),
+        )
 
-        with torch.inference_mode(False):
-            index = None if layout.index is None else empty(layout.index)
-            return empty(layout.keys), empty(layout.values), index
+    return SlabMaker(make)
 
-    return make
+
+def host_slabs(device: torch.device | str) -> SlabMaker:
+    """Keys and values in page-locked main memory beside a model on a GPU, indexer keys on the GPU. For a model in main
+    memory this is `memory_slabs`."""
+    if torch.device(device).type == "cpu":
+        return memory_slabs()
+
+    def make(layout: KVLayout, blocks: int) -> Kinds:
+        return (
+            _empty(layout, layout.keys, blocks, "cpu", pinned=True),
+            _empty(layout, layout.values, blocks, "cpu", pinned=True),
+            _near_index(layout, blocks, device),
+        )
+
+    return SlabMaker(make, "kv-host")
+
+
+def file_slabs(folder: Path, device: torch.device | str = "cpu") -> SlabMaker:
+    """Keys and values in mapped files of `folder` that have no name and vanish with the process, indexer keys near the
+    model. The system keeps recently used pages in memory as far as there is room."""
+
+    def make(layout: KVLayout, blocks: int) -> Kinds:
+        rows = (layout.keys, layout.values)
+        keys, values = (scratch_tensor(folder, (layout.layers, blocks, PAGE, one.row_bytes)) for one in rows)
+        return keys, values, _near_index(layout, blocks, device)
+
+    return SlabMaker(make, "kv-file", mapped=True)
+
+
+def _empty(
+    layout: KVLayout, rows: RowFormat, blocks: int, device: torch.device | str, *, pinned: bool = False
+) -> Tensor:
+    with torch.inference_mode(False):
+        shape = (layout.layers, blocks, PAGE, rows.row_bytes)
+        return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+def _near_index(layout: KVLayout, blocks: int, device: torch.device | str) -> Tensor | None:
+    return None if layout.index is None else _empty(layout, layout.index, blocks, device)
 
 
 class KVStore:
@@ -168,6 +217,13 @@ class KVStore:
                 block.references += 1
         return list(blocks)
 
+    def adopt(self, kinds: Kinds, blocks: int, near: int = 0) -> list[Block]:
+        """All `blocks` of the tensors of a mapped file, such as an opened index: they are read only. `near` bytes of
+        them are in the memory that the budget is about; `OutOfMemory` when it has no room for them."""
+        self.ledger.reserve("kv", near)
+        slab = Slab(kinds, blocks, {"kv": near}, writable=False, mapped=True)
+        return [Block(slab, slot) for slot in range(blocks)]
+
     def drop(self, blocks: list[Block]) -> None:
         """One holder less of each; a block without holders is free, a slab of free blocks is given back."""
         with self._lock:
@@ -178,12 +234,12 @@ class KVStore:
                     self._free(block)
 
     def room(self) -> int | None:
-        """Tokens that can still be stored under the budget; None without one."""
+        """Tokens that can still be stored under the budgets; None without any."""
         with self._lock:
-            left, ready = self.ledger.free(), sum(len(slab.free) for slab in self._slabs)
-            if left is None:
-                return None
-            return PAGE * (ready + left // self.slab_bytes * self._slab_blocks)
+            ready = sum(len(slab.free) for slab in self._slabs)
+            left = [(self.ledger.free(account), n) for account, n in self._costs().items() if n]
+            slabs = [free // n for free, n in left if free is not None]
+            return PAGE * (ready + min(slabs) * self._slab_blocks) if slabs else None
 
     @property
     def slab_bytes(self) -> int:
@@ -197,26 +253,40 @@ class KVStore:
     def nbytes(self) -> int:
         """Bytes of all slabs."""
         with self._lock:
-            return sum(slab.held for slab in self._slabs)
+            return sum(sum(slab.held.values()) for slab in self._slabs)
+
+    def _costs(self) -> dict[str, int]:
+        """Bytes of a new slab by the account that they are taken from."""
+        near = self._slab_blocks * self.layout.index_block_bytes
+        costs = {"kv": near}
+        costs[self._make_slab.account] = costs.get(self._make_slab.account, 0) + self.slab_bytes - near
+        return costs
 
     def _new_slab(self) -> Slab:
-        held = self.slab_bytes
-        self.ledger.reserve("kv", held)
+        held: dict[str, int] = {}
         try:
-            kinds = self._make_slab(self.layout, self._slab_blocks)
+            for account, nbytes in self._costs().items():
+                self.ledger.reserve(account, nbytes)
+                held[account] = nbytes
+            kinds = self._make_slab.make(self.layout, self._slab_blocks)
         except BaseException:
-            self.ledger.release("kv", held)
+            self._release(held)
             raise
-        slab = Slab(kinds, self._slab_blocks, held, free=list(reversed(range(self._slab_blocks))))
+        free = list(reversed(range(self._slab_blocks)))
+        slab = Slab(kinds, self._slab_blocks, held, mapped=self._make_slab.mapped, free=free)
         self._slabs.append(slab)
         return slab
 
     def _free(self, block: Block) -> None:
         slab = block.slab
-        if not slab.writable:
-            return
         slab.free.append(block.slot)
-        slab.free.sort(reverse=True)
         if len(slab.free) == slab.blocks:
-            self._slabs.remove(slab)
-            self.ledger.release("kv", slab.held)
+            if slab.writable:
+                self._slabs.remove(slab)
+            self._release(slab.held)
+        elif slab.writable:  # the lowest slot is given out first
+            slab.free.sort(reverse=True)
+
+    def _release(self, held: Mapping[str, int]) -> None:
+        for account, nbytes in held.items():
+            self.ledger.release(account, nbytes)

@@ -6,8 +6,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Final
 
 from keye.errors import KeyeError
+
+#: Accounts that do not count against the memory budget but each against one of its own, and what that one is about:
+#: keys and values in a mapped file, and in main memory beside a model on a GPU.
+ASIDE: Final[Mapping[str, str]] = {"kv-file": "disk", "kv-host": "host memory"}
 
 
 class OutOfMemory(KeyeError):
@@ -15,10 +20,15 @@ class OutOfMemory(KeyeError):
 
 
 class Ledger:
-    """Bytes by account (`kv`, `vision`, ...) under one budget, None for no limit. Safe to share by threads."""
+    """Bytes by account (`kv`, `vision`, ...) under one budget, None for no limit. Safe to share by threads.
 
-    def __init__(self, budget: int | None = None) -> None:
+    `aside` are budgets of the accounts in `ASIDE`; one that is not named has no limit.
+    """
+
+    def __init__(self, budget: int | None = None, *, aside: Mapping[str, int] | None = None) -> None:
+        assert set(aside or ()) <= set(ASIDE)
         self.budget = budget
+        self._aside = dict(aside or {})
         self._held: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.peak = 0
@@ -27,16 +37,12 @@ class Ledger:
         """Takes `nbytes`; `OutOfMemory` says what is held by whom when they are not there."""
         assert nbytes >= 0
         with self._lock:
-            used = self._held.total()
-            if self.budget is not None and used + nbytes > self.budget:
-                held = ", ".join(f"{name} {megabytes(n)}" for name, n in sorted(self._held.items()) if n) or "nothing"
-                raise OutOfMemory(
-                    f"{megabytes(nbytes)} more are needed for {account}, but the memory budget is "
-                    f"{megabytes(self.budget)} and holds {held}; raise the budget, store keys and values in "
-                    "fewer bits, or ask about fewer frames"
-                )
+            used, budget = self._used_beside(account), self._budget_of(account)
+            if budget is not None and used + nbytes > budget:
+                raise OutOfMemory(self._refusal(account, nbytes, budget))
             self._held[account] += nbytes
-            self.peak = max(self.peak, used + nbytes)
+            if account not in ASIDE:
+                self.peak = max(self.peak, used + nbytes)
 
     def release(self, account: str, nbytes: int) -> None:
         """Gives back what `reserve` took."""
@@ -54,19 +60,40 @@ class Ledger:
             self.release(account, nbytes)
 
     def used(self, account: str | None = None) -> int:
-        """Bytes held by one account, or by all."""
+        """Bytes held by one account, or by all, those aside included."""
         with self._lock:
             return self._held.total() if account is None else self._held[account]
 
-    def free(self) -> int | None:
-        """Bytes that can still be taken; None without a budget."""
+    def free(self, account: str = "kv") -> int | None:
+        """Bytes that an account can still take; None without a budget."""
         with self._lock:
-            return None if self.budget is None else self.budget - self._held.total()
+            budget = self._budget_of(account)
+            return None if budget is None else budget - self._used_beside(account)
 
     def accounts(self) -> Mapping[str, int]:
         """Bytes of every account that holds any."""
         with self._lock:
             return {name: n for name, n in sorted(self._held.items()) if n}
+
+    def _budget_of(self, account: str) -> int | None:
+        return self._aside.get(account) if account in ASIDE else self.budget
+
+    def _used_beside(self, account: str) -> int:
+        """Bytes that count against the same budget."""
+        return sum(self._held[name] for name in self._sharing(account))
+
+    def _sharing(self, account: str) -> list[str]:
+        """Accounts under the same budget."""
+        return [account] if account in ASIDE else sorted(name for name in self._held if name not in ASIDE)
+
+    def _refusal(self, account: str, nbytes: int, budget: int) -> str:
+        what = ASIDE.get(account, "memory")
+        held = ", ".join(f"{name} {megabytes(self._held[name])}" for name in self._sharing(account) if self._held[name])
+        return (
+            f"{megabytes(nbytes)} more are needed for {account}, but the {what} budget is {megabytes(budget)} and "
+            f"holds {held or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about fewer "
+            "frames"
+        )
 
 
 def megabytes(nbytes: int) -> str:

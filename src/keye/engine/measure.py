@@ -67,7 +67,7 @@ def measure_layer(
     one = replace(text, num_hidden_layers=1, vocab_size=8, mlp_only_layers=(), decoder_sparse_step=1)
     with torch.device("meta"):
         decoder = Decoder(one)
-    _fill(decoder.to_empty(device=device).to(dtype))
+    fill_with_noise(decoder.to_empty(device=device).to(dtype))
     unit = text.sparse.topk if text.sparse is not None else 2048
     depths = (0, *(factor * unit for factor in DEPTHS))
     made = []
@@ -133,7 +133,7 @@ def measure_frame(
     for layers in (1, 2):
         with torch.device("meta"):
             tower = VisionTower(replace(vision, num_hidden_layers=layers), hidden)
-        _fill(tower.to_empty(device=device).to(dtype))
+        fill_with_noise(tower.to_empty(device=device).to(dtype))
 
         def run(tower: VisionTower = tower) -> None:
             encode_vision(tower.visual, tower.mlp_AR, pixels, grids)
@@ -164,7 +164,8 @@ def layer_bytes(text: TextConfig, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in decoder.parameters()) * dtype.itemsize
 
 
-def _fill(module: nn.Module) -> None:
+def fill_with_noise(module: nn.Module) -> None:
+    """Small random numbers in every weight of a module."""
     tensors: Sequence[torch.Tensor] = [*module.parameters(), *module.buffers()]
     for tensor in tensors:
         _fill_tensor(tensor.detach())

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from keye.chat import Medium, MediumKind
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.engine.content import probed
+from keye.engine.kvcache import KVCache
+from keye.errors import KeyeError, Option
 from keye.media import sizes
-from keye.media.fetch import jpeg_list, media_kind
+from keye.media.fetch import Source, is_index, jpeg_list, media_kind
 from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
-from keye.media.options import MediaOptions, media_options
+from keye.media.options import DEFAULTS, MediaOptions, media_options
 from keye.media.pictures import is_array
-from keye.media.plan import VideoPlan
+from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Piece, Processor, VisualSpan, expand_frames
-from keye.media.video import open_video
+from keye.models.attention import AttentionMode
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,40 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class IndexedVideo:
+    """A video that was read before: the first tokens of a prompt up to its end, computed. There are no pixels.
+
+    `token_ids` int64 [P] and `position_ids` int64 [3, P] are what `cache` holds, `next_position` that of the token
+    after them. Those from `start` on stand for the video: `pieces`, whose frames were shown at `timestamps`.
+    `attention` is the mode that they were computed in.
+    """
+
+    name: str
+    token_ids: Tensor
+    position_ids: Tensor
+    next_position: int
+    start: int
+    pieces: tuple[Piece, ...]
+    timestamps: tuple[float, ...]
+    plan: Mapping[str, Any]
+    attention: AttentionMode
+    cache: KVCache
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
+
+
+#: Opens an index for a model.
+OpenIndex = Callable[[Source], IndexedVideo]
+
+
+@dataclass(frozen=True)
 class PlannedMedium:
     """A medium whose options are known to be right and whose file, if it is one, has been found and probed.
 
-    `source` is a `Source` for a file, else pictures in memory, or a list of pictures that may be files. `plan` and
+    `source` is a `Source` for a file, an `IndexedVideo`, or pictures in memory or a list of pictures that may be files.
+    `plan` and
     `pieces` are what is known before decoding: nothing of pictures in memory or in a list; of a video for 1.5, whose
     fast frames are not told apart yet, the least that can stand for it in the prompt; else exactly that.
     """
@@ -95,9 +128,11 @@ def _options(medium: Medium, videos: int = 1) -> MediaOptions:
     return media_options(medium.kind, given, video_count=max(videos, 1))
 
 
-def plan_medium(medium: Medium, processor: Processor, videos: int = 1) -> PlannedMedium:
-    """Fetches and probes one medium of a request with `videos` videos; of a video, one frame is decoded
-    for probing."""
+def plan_medium(
+    medium: Medium, processor: Processor, videos: int = 1, open_index: OpenIndex | None = None
+) -> PlannedMedium:
+    """Fetches and probes one medium of a request with `videos` videos; of a video that was not probed before, one
+    frame is decoded. Without `open_index` an index of a video is refused."""
     options, config = _options(medium, videos), processor.config
     source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
     if isinstance(source, Image.Image) or is_array(source):
@@ -109,9 +144,26 @@ def plan_medium(medium: Medium, processor: Processor, videos: int = 1) -> Planne
     if isinstance(source, list | tuple) or jpeg_list(source) is not None:
         return PlannedMedium("video", source, options)
     file = as_source(source)
-    with open_video(file, processor.limits) as reader:
-        plan = reader.plan(config, options)
+    if is_index(file):
+        return _planned_index(medium, file, open_index)
+    plan = make_plan(probed(file, processor.limits), config, options)
     return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
+
+
+def _planned_index(medium: Medium, file: Source, open_index: OpenIndex | None) -> PlannedMedium:
+    check_index_options(file.name, {name for name, value in medium.options.items() if value is not None})
+    if open_index is None:
+        raise KeyeError(f"{file.name} is an index of a video: give the video itself here")
+    indexed = open_index(file)
+    return PlannedMedium("video", indexed, DEFAULTS, None, indexed.pieces)
+
+
+def check_index_options(name: str, options: Collection[str]) -> None:
+    """`KeyeError` for options beside an index: its frames were chosen when it was made."""
+    if options:
+        listed = " and ".join(["{}"] * len(options))
+        raise KeyeError(f"{{}} is an index, whose frames were chosen when it was made; leave {listed} out",
+                        name, *map(Option, sorted(options)))  # fmt: skip
 
 
 def _least_pieces(plan: VideoPlan, config: ProcessorConfig, options: MediaOptions) -> list[Piece]:

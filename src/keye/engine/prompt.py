@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
 from keye.config import KeyeConfig
+from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
-from keye.engine.media import PlannedMedium, check_medium, plan_medium
+from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
 from keye.errors import KeyeError, Option
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan
@@ -23,6 +25,9 @@ from keye.media.plan import VideoPlan
 from keye.media.positions import PreviewLayout, build_position_ids
 from keye.media.processor import MediaItem, Piece, Processor, VisualSpan
 from keye.tokenizer import Tokenizer
+
+#: Plans of videos whose slow and fast frames are known (1.5), so that they are told apart once.
+REMEMBERED_PLANS = 64
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Room:
 class Prompt:
     """`token_ids` int64 [T]; `position_ids` int64 [3, T]; `next_position` of the first generated token; the media.
 
-    `past`, if given, holds the first tokens of the prompt, computed before (an index of a video): they and the media in
-    them are not computed again. It stays as it is.
+    `past`, if given, holds the first tokens of the prompt, computed before: they and the media in them are not computed
+    again, and `media` are those after it. It stays as it is. `indexed` is the video in it where it is an index of one.
     """
 
     token_ids: Tensor
@@ -58,16 +63,40 @@ class Prompt:
     next_position: int
     media: tuple[MediaItem, ...]
     past: KVCache | None = None
+    indexed: IndexedVideo | None = None
 
     @property
     def media_tokens(self) -> int:
+        """Visual tokens that have to be encoded."""
         return sum(item.visual_tokens for item in self.media)
 
+    @property
+    def visual_tokens(self) -> int:
+        """All visual tokens, those of an index among them."""
+        return self.media_tokens + (0 if self.indexed is None else self.indexed.visual_tokens)
+
+    @property
+    def plans(self) -> tuple[Mapping[str, Any], ...]:
+        """What was sampled of each medium and what it cost, as plain data."""
+        indexed = () if self.indexed is None else (self.indexed.plan,)
+        return (*indexed, *map(plan_of, self.media))
+
     def vision(self) -> tuple[Tensor, Tensor] | None:
-        """Patches and grids of all media in order, or None without media."""
+        """Patches and grids of all media to be encoded, in order; None without any."""
         if not self.media:
             return None
         return VisionInput.concatenate([item.vision for item in self.media]).tensors()
+
+
+def plan_of(item: MediaItem) -> dict[str, Any]:
+    """The plan of a medium; frames in memory were not sampled, so theirs is what they are."""
+    if item.plan is not None:
+        return item.plan.to_dict()
+    return {
+        "frames": item.frame_count,
+        "timestamps": list(item.timestamps),
+        "visual_tokens": item.visual_tokens,
+    }
 
 
 @dataclass(frozen=True)
@@ -80,10 +109,13 @@ class Measured:
 
 
 class PromptBuilder:
-    """Builds prompts for one model."""
+    """Builds prompts for one model. `open_index` opens indexes of videos for it; without, they are refused."""
 
-    def __init__(self, config: KeyeConfig, tokenizer: Tokenizer, processor: Processor) -> None:
-        self.config, self.tokenizer, self.processor = config, tokenizer, processor
+    def __init__(
+        self, config: KeyeConfig, tokenizer: Tokenizer, processor: Processor, open_index: OpenIndex | None = None
+    ) -> None:
+        self.config, self.tokenizer, self.processor, self.open_index = config, tokenizer, processor, open_index
+        self._told_apart: OrderedDict[bytes, VideoPlan] = OrderedDict()
         self._pad = {"image": config.image_token_id, "video": config.video_token_id}
 
     def build(
@@ -115,26 +147,32 @@ class PromptBuilder:
                 check_medium(segment.value)
         return segments
 
-    def lay_out(self, segments: Sequence[Segment], *, room: Room | None = None) -> Prompt:
+    def lay_out(self, segments: Sequence[Segment], *, room: Room | None = None, stream: bool = False) -> Prompt:
         """Opens and decodes the media of a rendered prompt, and gives every token its id and position.
 
+        With `stream`, videos are not decoded yet: their items give pixels as they come, and every item has the key of
+        its content.
         With `room`, a prompt too long for the context is refused before anything is decoded, as far as its length can
         be known by then, and in any case before it is returned.
         """
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
-        planned = [plan_medium(medium, self.processor, videos) for medium in media]
+        planned = [plan_medium(medium, self.processor, videos, self.open_index) for medium in media]
         text = [self.tokenizer.encode_parts(run) for run in _text_runs(segments)]
         if room is not None:
-            least = sum(len(self._piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
+            least = sum(len(self.piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
             room.check(least, sum(medium.visual_tokens for medium in planned), at_least=True)
-        items = [self._decode(medium) for medium in planned]
+        indexed, planned = _split_index(planned)
         ids = list(text[0])
+        if indexed is not None:
+            _check_prefix(indexed, ids)
+            ids, text = [*indexed.token_ids.tolist(), *text[1]], text[1:]
+        items = [self._stream(medium) if stream else self._decode(medium) for medium in planned]
         for item, after in zip(items, text[1:], strict=True):
-            ids += self._piece_ids(item.pieces) + after
-        prompt = self._positioned(ids, items)
+            ids += self.piece_ids(item.pieces) + after
+        prompt = self._positioned(ids, items, indexed)
         if room is not None:
-            room.check(len(ids), prompt.media_tokens)
+            room.check(len(ids), prompt.visual_tokens)
         return prompt
 
     def measure(self, segments: Sequence[Segment]) -> Measured:
@@ -144,17 +182,17 @@ class PromptBuilder:
         videos = sum(medium.kind == "video" for medium in media)
         plans, pieces = [], []
         for medium in media:
-            planned = plan_medium(medium, self.processor, videos)
+            planned = plan_medium(medium, self.processor, videos, self.open_index)
             if planned.plan is not None:
                 plans.append({"kind": medium.kind, **planned.plan.to_dict()})
                 pieces.append(planned.pieces)
                 continue
             item = self._decode(planned)
-            plans.append({"kind": medium.kind, **item.plan_dict()})
+            plans.append({"kind": medium.kind, **plan_of(item)})
             pieces.append(item.pieces)
         text = sum(len(self.tokenizer.encode_parts(run)) for run in _text_runs(segments))
         tokens = sum(plan["visual_tokens"] for plan in plans)
-        return Measured(text + sum(len(self._piece_ids(one)) for one in pieces), tokens, tuple(plans))
+        return Measured(text + sum(len(self.piece_ids(one)) for one in pieces), tokens, tuple(plans))
 
     def _decode(self, medium: PlannedMedium) -> MediaItem:
         if medium.kind == "image":
@@ -165,7 +203,23 @@ class PromptBuilder:
             return self.processor.video(medium.source, medium.options, plan=medium.plan)
         return self.processor.frames(open_frames(medium.source), medium.options)
 
-    def _piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
+    def _stream(self, medium: PlannedMedium) -> MediaItem:
+        """A medium with the key of its content; a video file is not decoded, but for what a plan of 1.5 needs."""
+        key = content_key(medium, medium.plan, self.processor.config)
+        if medium.kind == "image" or not isinstance(medium.source, Source):
+            return replace(self._decode(medium), key=key)
+        assert isinstance(medium.plan, VideoPlan)
+        item = self.processor.video_stream(
+            medium.source, medium.options, plan=self._told_apart.get(key, medium.plan)
+        )  # fmt: skip
+        if isinstance(item.plan, VideoPlan) and item.plan.fast is not None:
+            self._told_apart[key] = item.plan
+            while len(self._told_apart) > REMEMBERED_PLANS:
+                self._told_apart.popitem(last=False)
+        return replace(item, key=key)
+
+    def piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids of what stands for a medium."""
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, VisualSpan):
@@ -174,15 +228,23 @@ class PromptBuilder:
                 ids += self.tokenizer.encode(piece, special=True)
         return ids
 
-    def _positioned(self, ids: list[int], items: list[MediaItem]) -> Prompt:
+    def _positioned(self, ids: list[int], items: list[MediaItem], indexed: IndexedVideo | None = None) -> Prompt:
         grids = {}
         for kind in ("image", "video"):
-            rows = [item.vision.grid_thw for item in items if item.kind == kind]
+            rows = [item.grid_thw for item in items if item.kind == kind]
             if rows:
                 grids[self._pad[kind]] = np.concatenate(rows)
         merge, preview = self.config.vision.spatial_merge_size, self._preview_layout(items)
-        positions, delta = build_position_ids(ids, grids, merge_size=merge, preview=preview)
-        return Prompt(torch.tensor(ids), torch.from_numpy(positions), len(ids) + delta, tuple(items))
+        new = ids if indexed is None else ids[len(indexed.token_ids) :]
+        array, delta = build_position_ids(new, grids, merge_size=merge, preview=preview)
+        positions, next_position = torch.from_numpy(array), len(new) + delta
+        if indexed is None:
+            return Prompt(torch.tensor(ids), positions, next_position, tuple(items))
+        first = indexed.next_position  # positions of what follows do not depend on where it begins
+        return Prompt(
+            torch.tensor(ids), torch.cat((indexed.position_ids, positions + first), dim=1), first + next_position,
+            tuple(items), indexed.cache, indexed,
+        )  # fmt: skip
 
     def _preview_layout(self, items: list[MediaItem]) -> PreviewLayout | None:
         """How Preview places media; None for the other generations. A video of unknown rate has a second a frame."""
@@ -191,6 +253,24 @@ class PromptBuilder:
         seconds = [item.second_per_grid or 1.0 for item in items if item.kind == "video"]
         rates = {self.config.video_token_id: seconds}
         return PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
+
+
+def _split_index(planned: list[PlannedMedium]) -> tuple[IndexedVideo | None, list[PlannedMedium]]:
+    """The index that a prompt begins with, and the other media. `KeyeError` for one at another place."""
+    indexes = [medium.source for medium in planned if isinstance(medium.source, IndexedVideo)]
+    if not indexes:
+        return None, planned
+    if len(indexes) > 1 or planned[0].source is not indexes[0]:
+        raise KeyeError(f"{indexes[-1].name} is an index, which can only be the first medium of a prompt: put it "
+                        "before the others, or give the video itself")  # fmt: skip
+    return indexes[0], planned[1:]
+
+
+def _check_prefix(indexed: IndexedVideo, before: list[int]) -> None:
+    """`KeyeError` where a prompt does not begin as the one that was indexed."""
+    if indexed.token_ids[: len(before)].tolist() != before or indexed.start != len(before):
+        raise KeyeError(f"{indexed.name} was indexed with another text before the video: leave out system messages, "
+                        "tools and other templates, or index the video again with them")  # fmt: skip
 
 
 def _text_runs(segments: Sequence[Segment]) -> list[list[tuple[str, bool]]]:

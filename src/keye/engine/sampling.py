@@ -13,6 +13,8 @@ from keye.checks import is_number, is_whole
 from keye.errors import KeyeError
 
 MAX_SEED = 2**63 - 1
+#: What parts the seeds of the choices of one request: an odd number far from any that people choose.
+_CHOICE_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,20 @@ def check_logits(logits: Tensor) -> None:
 
 
 class Sampler:
-    """Draws tokens under fixed settings; the same seed and logits give the same tokens."""
+    """Draws tokens under fixed settings; the same seed, index and logits give the same tokens. `index` parts the
+    choices of one request."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, index: int = 0) -> None:
         self.params = params
         self._generator = torch.Generator()
         if params.seed is not None:
-            self._generator.manual_seed(params.seed)
+            self._generator.manual_seed((params.seed + index * _CHOICE_STEP) & MAX_SEED)
         else:
             self._generator.seed()
+
+    def takes_best(self, history: Sequence[int]) -> bool:
+        """Whether the next token is simply the likeliest."""
+        return self.params.temperature == 0 and (self.params.repetition_penalty == 1.0 or not history)
 
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
         """`logits` float32 [V] and the tokens of the reply so far -> the next token id; `KeyeError` for NaN."""

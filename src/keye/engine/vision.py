@@ -1,60 +1,242 @@
-"""Visual tokens of a prompt, encoded piece by piece, so that other requests decode in between (Chunk ViT)."""
+"""Visual tokens of a prompt, encoded piece by piece while frames are still being decoded (Chunk ViT).
+
+Frames are encoded in groups that the media alone decide, so the tokens are the same to the last bit whatever the steps
+are and whenever frames arrive. Knows patches and visual tokens; scheduling is the caller's.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from keye.engine.ledger import Ledger, OutOfMemory
 from keye.engine.prompt import Prompt
+from keye.engine.vision_cache import VisionCache
+from keye.media.frame_stream import PixelReader
+from keye.media.processor import MediaItem
 from keye.models.keye import KeyeModel
+from keye.models.vision import PATCHES_PER_CHUNK
+
+#: Patches that are encoded at once in main memory: more do not make a core faster. Other devices take whole chunks.
+GROUP_PATCHES = 2048
+#: The ledger's account.
+ACCOUNT = "vision"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of one medium that are encoded together, in patches and in visual tokens."""
+
+    rows: int
+    patches: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Visual tokens `start .. start + len(tokens)` of the prompt. `held` are their bytes in the ledger; `key` that of
+    the cache, which holds them instead."""
+
+    start: int
+    tokens: Tensor
+    held: int = 0
+    key: bytes | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tokens.shape[0]
 
 
 class VisionJob:
     """The visual tokens of one prompt, in order. `ready` of `total` are there; each call of `step` makes some more.
 
-    The result does not depend on how the steps are cut: frames attend only to themselves.
+    With `first`, the media that end before visual token `first` are left out: their keys and values are stored already.
+    A medium that `cache` knows is neither decoded nor encoded, others are added to it. Tokens held here count in the
+    account `vision` of `ledger`. Close a job that is not needed any more: it may have a decode worker.
     """
 
-    def __init__(self, model: KeyeModel, prompt: Prompt) -> None:
-        self._model = model
-        self.total = prompt.media_tokens
-        self.ready = 0
-        self._parts: list[Tensor] = []
-        self._inputs = [row for item in prompt.media for row in _rows(*item.vision.tensors())]
+    def __init__(
+        self,
+        model: KeyeModel,
+        prompt: Prompt,
+        *,
+        first: int = 0,
+        cache: VisionCache | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._model, self._cache, self._ledger = model, cache, ledger or Ledger()
+        self.total, self.ready = prompt.media_tokens, 0
+        self._parts: list[_Part] = []
+        self._forgotten = 0
+        self._media = _needed(prompt.media, first)
+        self._groups: list[_Group] = []
+        self._reader: PixelReader | None = None
+        self._item_start = 0
+        if self._media:
+            self.ready = self._media[0][0]
+        self._next_medium()
+        if not self._media:
+            self.ready = self.total
+
+    @property
+    def done(self) -> bool:
+        """Whether all visual tokens are ready."""
+        return self.ready == self.total
 
     @property
     def waiting(self) -> bool:
-        """Whether the next patches are still being decoded."""
-        return False
+        """Whether the next patches are still being decoded; `step` does nothing then."""
+        return bool(self._groups) and self._reader is not None and not self._reader.has(self._groups[0].rows)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleeps while `waiting`, at most `timeout` seconds; returns whether `step` has something to do."""
+        return bool(self._groups) and self._reader is not None and self._reader.wait(self._groups[0].rows, timeout)
 
     @torch.inference_mode()
     def step(self, patches: int) -> int:
-        """Encodes about `patches` patches, at least one frame; returns how many it encoded, 0 when all are done or the
-        next are not decoded yet."""
-        taken: list[tuple[Tensor, Tensor]] = []
+        """Encodes about `patches` patches, at least one group; returns how many it encoded, 0 when all are done or the
+        next are not decoded yet. Raises what went wrong with a medium, and `OutOfMemory`; after either only `close`
+        makes sense."""
         count = 0
-        while self._inputs and (not taken or count + self._inputs[0][0].shape[0] <= patches):
-            taken.append(self._inputs.pop(0))
-            count += taken[-1][0].shape[0]
-        if not taken:
-            return 0
-        device = self._model.device
-        pixels, grids = (torch.cat(column).to(device) for column in zip(*taken, strict=True))
-        self._parts.append(self._model.encode_vision(pixels, grids))
-        self.ready += self._parts[-1].shape[0]
+        while self._groups and not self.waiting and (not count or count + self._groups[0].patches <= patches):
+            group = self._groups.pop(0)
+            assert self._reader is not None
+            pixels, grids = self._reader.take(group.rows).tensors()
+            device = self._model.device
+            self._add(self._model.encode_vision(pixels.to(device), grids))
+            count += group.patches
+            if not self._groups:
+                self._finish_medium()
         return count
 
+    def run_until(self, tokens: int) -> None:
+        """Steps, and waits for frames, until so many visual tokens are ready."""
+        while self.ready < tokens:
+            self.wait()
+            self.step(GROUP_PATCHES)
+
     def tokens(self, start: int, stop: int) -> Tensor:
-        """Visual tokens start .. stop, [stop - start, d]; they must be ready."""
-        assert stop <= self.ready
-        return torch.cat(self._parts)[start:stop] if self._parts else torch.empty(0)
+        """Visual tokens start .. stop, [stop - start, d]; they must be ready and not forgotten."""
+        assert self._forgotten <= start <= stop <= self.ready
+        if start == stop:
+            return torch.empty(0, self._model.config.text.hidden_size, dtype=self._model.dtype)
+        place = bisect_right(self._parts, start, key=lambda part: part.start) - 1
+        found: list[Tensor] = []
+        while start < stop:
+            part = self._parts[place]
+            found.append(part.tokens[start - part.start : stop - part.start])
+            start, place = part.stop, place + 1
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def forget(self, before: int) -> None:
+        """Frees visual tokens before this one; a medium on its way to the cache is kept until it is complete."""
+        self._forgotten = max(self._forgotten, before)
+        kept = self._item_start if self._keeps else self._forgotten
+        count = bisect_right(self._parts, min(self._forgotten, kept), key=lambda part: part.stop)
+        self._free(self._parts[:count])
+        self._parts = self._parts[count:]
 
     def close(self) -> None:
-        """Frees everything; may be called at any time, and twice."""
-        self._inputs.clear()
-        self._parts.clear()
+        """Frees everything and ends the decode worker; may be called at any time, and twice."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        self._media, self._groups = [], []
+        self._free(self._parts)
+        self._parts = []
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the medium being encoded will go into the cache."""
+        if not self._media or self._cache is None or self._media[0][1].key is None:
+            return False
+        item, model = self._media[0][1], self._model
+        return self._cache.accepts(item.visual_tokens * model.config.text.hidden_size * model.dtype.itemsize)
+
+    def _next_medium(self) -> None:
+        """Starts the next medium that has to be encoded; takes those before it from the cache."""
+        while self._media:
+            self._item_start, item = self._media[0]
+            cached = None
+            if self._cache is not None and item.key is not None:
+                cached = self._cache.acquire(item.key)
+            if cached is None:
+                self._reader = item.pixels.open()
+                limit = GROUP_PATCHES if self._model.device.type == "cpu" else PATCHES_PER_CHUNK
+                self._groups = list(_groups(item.grid_thw, limit, self._model.config.vision.spatial_merge_size))
+                return
+            self._parts.append(_Part(self._item_start, cached, key=item.key))
+            self.ready = self._parts[-1].stop
+            self._media.pop(0)
+
+    def _add(self, tokens: Tensor) -> None:
+        held = tokens.numel() * tokens.element_size()
+        try:
+            self._ledger.reserve(ACCOUNT, held)
+        except OutOfMemory:
+            if self._cache is None or not self._cache.give_back(held):
+                raise
+            self._ledger.reserve(ACCOUNT, held)
+        self._parts.append(_Part(self.ready, tokens, held))
+        self.ready += tokens.shape[0]
+
+    def _finish_medium(self) -> None:
+        """Gives a whole medium to the cache, and turns to the next."""
+        assert self._reader is not None
+        self._reader.close()
+        self._reader = None
+        start, item = self._media[0]
+        if self._keeps:
+            own = [part for part in self._parts if part.start >= start]
+            self._to_cache(item, start, own)
+        self._media.pop(0)
+        self._next_medium()
+
+    def _to_cache(self, item: MediaItem, start: int, own: Sequence[_Part]) -> None:
+        assert self._cache is not None and item.key is not None
+        joined = torch.cat([part.tokens for part in own])
+        # The parts go first: for a moment nobody counts the tokens, else they would be counted twice.
+        self._free(own)
+        del self._parts[len(self._parts) - len(own) :]
+        if (shared := self._cache.put(item.key, joined)) is not None:
+            self._parts.append(_Part(start, shared, key=item.key))
+            return
+        held = joined.numel() * joined.element_size()
+        self._ledger.reserve(ACCOUNT, held)
+        self._parts.append(_Part(start, joined, held))
+
+    def _free(self, parts: Sequence[_Part]) -> None:
+        for part in parts:
+            self._ledger.release(ACCOUNT, part.held)
+            if part.key is not None:
+                assert self._cache is not None
+                self._cache.release(part.key)
 
 
-def _rows(pixels: Tensor, grids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The patches of each grid row, with the row."""
-    return list(zip(pixels.split(grids.prod(1).tolist()), grids.split(1), strict=True))
+def _needed(media: Sequence[MediaItem], first: int) -> list[tuple[int, MediaItem]]:
+    """The media that end after visual token `first`, each with its own first token."""
+    needed, start = [], 0
+    for item in media:
+        if start + item.visual_tokens > first:
+            needed.append((start, item))
+        start += item.visual_tokens
+    return needed
+
+
+def _groups(grid_thw: NDArray[np.int64], limit: int, merge: int) -> Iterator[_Group]:
+    """Consecutive rows of one size, as many as `limit` patches hold, at least one."""
+    sizes = grid_thw.prod(axis=1).tolist()
+    row = 0
+    while row < len(sizes):
+        most, count = max(1, limit // sizes[row]), 1
+        while count < most and row + count < len(sizes) and (grid_thw[row + count] == grid_thw[row]).all():
+            count += 1
+        patches = count * sizes[row]
+        yield _Group(count, patches, patches // merge**2)
+        row += count

@@ -24,6 +24,7 @@ from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.scene import MAX_OBJECTS
 from keye.engine.branches import greedy_branches
 from keye.engine.generate import Decoding
+from keye.engine.kvstore import KVFormat, KVLayout, KVStore, check_kv_format, memory_slabs
 from keye.engine.media import Frames
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.errors import KeyeError
@@ -68,7 +69,8 @@ class EvalOptions:
     """What is asked and how the model runs. KeyeError names a field out of range.
 
     `frames` are the fewest and the most frames of a clip, drawn evenly; `objects` the most objects. `mode` and `select`
-    say how the decoder attends (see `keye.models.attention`). `mp4` writes each clip to a video file and reads it back.
+    say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored. `mp4` writes each
+    clip to a video file and reads it back.
     `max_tokens` is the longest reply.
     """
 
@@ -79,6 +81,7 @@ class EvalOptions:
     questions: int = 2000
     mode: AttentionMode = "sparse"
     select: Selection = "indexer"
+    kv: KVFormat = "auto"
     mp4: bool = False
     max_tokens: int = 96
 
@@ -98,6 +101,7 @@ class EvalOptions:
             raise KeyeError(f"select is {self.select!r}; choose one of {', '.join(get_args(Selection))}")
         if self.mode == "dense" and self.select != "indexer":
             raise KeyeError(f"select is {self.select!r} but dense attention selects nothing; use mode sparse")
+        check_kv_format(self.kv)
         if self.max_tokens < 1:
             raise KeyeError(f"max_tokens is {self.max_tokens}; a reply needs at least 1")
 
@@ -219,6 +223,8 @@ class _Examiner:
         processor = Processor(evaluated.processor_config)
         self.builder = PromptBuilder(self.model.config, self.tokenizer, processor)
         self.stop_ids = set(self.model.config.eos_token_ids) | {self.tokenizer.token_id("<|im_end|>")}
+        layout = KVLayout.of(self.model.config.text, self.model.dtype, options.kv)
+        self.store = KVStore(layout, make_slab=memory_slabs(self.model.device))
         self.generator = torch.Generator(self.model.device).manual_seed(options.seed)
         self.begin = time.perf_counter()
         self.seconds = {"media": 0.0, "prefill": 0.0, "decode": 0.0}
@@ -234,7 +240,7 @@ class _Examiner:
             room = Room(self.model.config.text.max_position_embeddings, longest + options.max_tokens)
             room.check(prompt.trunk.token_ids.shape[0], prompt.trunk.media_tokens)
         with self._timed("prefill"):
-            trunk = Decoding(self.model, mode=options.mode, select=options.select)
+            trunk = Decoding(self.model, mode=options.mode, select=options.select, store=self.store)
             trunk.prefill(prompt.trunk)
         with self._timed("decode"):
             replies = greedy_branches(

@@ -49,9 +49,9 @@ class _Builder(PromptBuilder):
                 if not isinstance(ready, MediaItem):
                     ready = self._decode(plan_medium(segment.value, self.processor))
                 items.append(ready)
-                ids += self._piece_ids(items[-1].pieces)
+                ids += self.piece_ids(items[-1].pieces)
             else:
-                ids += self._piece_ids((segment.value,))
+                ids += self.piece_ids((segment.value,))
         return self._positioned(ids, items)
 
 
@@ -82,7 +82,7 @@ class KeyeProcessor:
         config, generation = load_model_config(folder), load_generation_config(folder)
         self._tokenizer = Tokenizer.from_file(folder)
         check_tokenizer(self._tokenizer, config)
-        self._builder = _Builder(config, self._tokenizer, Processor(load_processor_config(folder)))
+        self.prompts = _Builder(config, self._tokenizer, Processor(load_processor_config(folder)))
         self._template = template_of(config.architecture, generation.default_system)
         pads = (config.pad_token_id, *generation.eos_token_ids, *config.eos_token_ids)
         self.pad_token_id = next((value for value in pads if value is not None), 0)
@@ -130,7 +130,7 @@ class KeyeProcessor:
             texts = ["".join(pads.get(part.kind) or str(part.value) for part in prompt) for prompt in prompts]
             return texts if many else texts[0]
         limited = [[self._limited(segment) for segment in prompt] for prompt in prompts]
-        batch = self._batch([self._builder.lay_out(prompt) for prompt in limited], return_tensors)
+        batch = self._batch([self.prompts.lay_out(prompt) for prompt in limited], return_tensors)
         return batch if return_dict else batch["input_ids"]
 
     def __call__(
@@ -154,7 +154,7 @@ class KeyeProcessor:
         if settings := {name: value for name, value in settings.items() if value is not None}:
             media = self._sampled_videos(media, settings)
         waiting = {"image": _listed(images), "video": media}
-        laid_out = self._builder.lay_out_ready if settings else self._builder.lay_out
+        laid_out = self.prompts.lay_out_ready if settings else self.prompts.lay_out
         prompts = [laid_out([self._limited(part) for part in _segments(one, waiting)]) for one in _listed(text)]
         if left := [kind for kind, rest in waiting.items() if rest]:
             raise KeyeError(f"there are more {left[0]}s than {left[0]} placeholders in the text.")
@@ -172,7 +172,7 @@ class KeyeProcessor:
 
     def _sampled_videos(self, videos: Sequence[Any], settings: Mapping[str, Any]) -> list[MediaItem]:
         """Videos that the official utilities have sampled, by what these say of them."""
-        config, count = self._builder.processor.config, len(videos)
+        config, count = self.prompts.processor.config, len(videos)
         if unknown := sorted(settings.keys() - {*_FRAME_SETTINGS, "fps"}):
             raise KeyeError(
                 f"unknown option {', '.join(unknown)} of the processor; it takes what process_vision_info returns."
@@ -191,7 +191,7 @@ class KeyeProcessor:
 
     def _sampled_video(self, video: Any, row: Mapping[str, Any], count: int) -> MediaItem:
         """One of `count` videos; `row` holds its own settings."""
-        config = self._builder.processor.config
+        config = self.prompts.processor.config
         rate, times = row.get("fps"), row.get("timestamps")
         if config.generation == "2.0":
             return self._frames_of_2_0(video, row, count)
@@ -215,7 +215,7 @@ class KeyeProcessor:
 
     def _frames_of_2_0(self, video: Any, row: Mapping[str, Any], count: int) -> MediaItem:
         """By the sizes of the checkpoint; a frame larger than the utilities allow takes their size."""
-        processor, frames, times = self._builder.processor, as_frames(video), row.get("timestamps")
+        processor, frames, times = self.prompts.processor, as_frames(video), row.get("timestamps")
         if times is None and row.get("fps"):
             times = [index / row["fps"] for index in range(len(frames))]
         options = MediaOptions(**self._limits, timestamps=None if times is None else tuple(times))

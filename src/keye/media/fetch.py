@@ -25,6 +25,9 @@ MAX_VIDEO_BYTES = 64 * GIB
 #: Largest image file, in bytes.
 MAX_IMAGE_BYTES = GIB // 2
 
+#: The first bytes of an index of a video, which `keye index` writes. Its second half finds files copied as text.
+INDEX_MAGIC = b"\x89KEYE INDEX\r\n\x1a\n\x00"
+
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
 
 
@@ -97,6 +100,11 @@ def media_kind(source: Source) -> str:
     if head.startswith((b"GIF87a", b"GIF89a")) and not _animated_gif(source):
         return "image"
     return "video"
+
+
+def is_index(source: Source) -> bool:
+    """Whether this is an index of a video instead of a medium, judged by the first bytes."""
+    return source.head(len(INDEX_MAGIC)) == INDEX_MAGIC
 
 
 def jpeg_list(reference: object) -> list[bytes] | None:

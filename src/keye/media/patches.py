@@ -43,10 +43,37 @@ class VisionInput:
             np.concatenate([i.pixel_values for i in inputs]), np.concatenate([i.grid_thw for i in inputs])
         )
 
+    def open(self) -> HeldPatches:
+        """The rows one after another, as a video that is still being decoded gives them (`frame_stream`)."""
+        return HeldPatches(self)
+
     def as_one_video(self) -> VisionInput:
         """The same patches, frames of one size, under a single grid row (t, h, w)."""
         t, h, w = len(self.grid_thw), *self.grid_thw[0, 1:]
         return VisionInput(self.pixel_values, np.array([[t, h, w]], dtype=np.int64))
+
+
+class HeldPatches:
+    """A reader of patches that are all there."""
+
+    def __init__(self, vision: VisionInput) -> None:
+        self._vision, self._row, self._patch = vision, 0, 0
+
+    def has(self, rows: int) -> bool:
+        return True
+
+    def wait(self, rows: int, timeout: float | None = None) -> bool:
+        return True
+
+    def take(self, rows: int) -> VisionInput:
+        """The next `rows` rows; a view."""
+        grid = self._vision.grid_thw[self._row : self._row + rows]
+        start, stop = self._patch, self._patch + int(grid.prod(axis=1).sum())
+        self._row, self._patch = self._row + rows, stop
+        return VisionInput(self._vision.pixel_values[start:stop], grid)
+
+    def close(self) -> None:
+        """Nothing is held beside what the prompt holds."""
 
 
 def images_to_patches(images: NDArray[np.uint8], config: ProcessorConfig) -> VisionInput:
@@ -63,13 +90,7 @@ def frames_to_patches(
 ) -> VisionInput:
     """`images_to_patches` of frames that come one at a time and may differ in size, uint8 RGB [H, W, 3]; their sizes
     (H, W) are known before. Only one frame is held beside the result."""
-    side = config.patch_size
-    for height, width in set(frame_sizes):
-        if height % config.factor or width % config.factor:
-            raise KeyeError(
-                f"pictures of {width}x{height} pixels are no multiple of {config.factor}; resize them first"
-            )
-    grid = np.array([(1, height // side, width // side) for height, width in frame_sizes], dtype=np.int64)
+    side, grid = config.patch_size, frame_grids(frame_sizes, config)
     counts = grid.prod(axis=1)
     values = np.empty((int(counts.sum()), 3, side, side), dtype=np.float32)
     table = _normalised_levels(config.image_mean, config.image_std)
@@ -82,6 +103,18 @@ def frames_to_patches(
             target[:, :, channel] = table[channel][patches[:, :, channel]]
         done += count
     return VisionInput(values, grid)
+
+
+def frame_grids(frame_sizes: Sequence[Size], config: ProcessorConfig) -> NDArray[np.int64]:
+    """The grid row (1, h, w) of each frame of these sizes (H, W), int64 [frames, 3]; `KeyeError` for sizes that are no
+    multiple of `config.factor`."""
+    side = config.patch_size
+    for height, width in set(frame_sizes):
+        if height % config.factor or width % config.factor:
+            raise KeyeError(
+                f"pictures of {width}x{height} pixels are no multiple of {config.factor}; resize them first"
+            )
+    return np.array([(1, height // side, width // side) for height, width in frame_sizes], dtype=np.int64)
 
 
 @lru_cache(maxsize=8)

@@ -19,6 +19,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.fetch import Source
+from keye.media.frame_stream import FileFrames, FrameShape, HeldFrames, PixelSource
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.patches import VisionInput, frames_to_patches, images_to_patches
@@ -55,8 +56,10 @@ Piece = str | VisualSpan
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One medium, ready for the prompt: its patches, the pieces of its expansion, and its plan.
+    """One medium, ready for the prompt: its pixels, the pieces of its expansion, and its plan.
 
+    `pixels` are the patches, or what gives them while they are decoded (`frame_stream`). `key`, if known, names the
+    content: media of one model with equal keys have equal visual tokens.
     `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
     the text; where they are unevenly spaced, the seconds of every frame from the first on; None otherwise. `plan` is
@@ -64,11 +67,28 @@ class MediaItem:
     """
 
     kind: Kind
-    vision: VisionInput
+    pixels: VisionInput | PixelSource
     pieces: tuple[Piece, ...]
     timestamps: tuple[float, ...] = ()
     second_per_grid: float | tuple[float, ...] | None = None
     plan: VideoPlan | ImagePlan | None = None
+    key: bytes | None = None
+
+    @property
+    def vision(self) -> VisionInput:
+        """All patches at once; waits for those that are not decoded yet."""
+        if isinstance(self.pixels, VisionInput):
+            return self.pixels
+        reader = self.pixels.open()
+        try:
+            return reader.take(len(self.grid_thw))
+        finally:
+            reader.close()
+
+    @property
+    def grid_thw(self) -> NDArray[np.int64]:
+        """Grid rows, int64 [rows, 3]; known before any pixel is."""
+        return self.pixels.grid_thw
 
     @property
     def visual_tokens(self) -> int:
@@ -77,17 +97,7 @@ class MediaItem:
     @property
     def frame_count(self) -> int:
         """Frames of a video, 1 for an image."""
-        return int(self.vision.grid_thw[:, 0].sum())
-
-    def plan_dict(self) -> dict[str, Any]:
-        """The plan as plain data; frames in memory were not sampled, so theirs is what they are."""
-        if self.plan is not None:
-            return self.plan.to_dict()
-        return {
-            "frames": self.frame_count,
-            "timestamps": list(self.timestamps),
-            "visual_tokens": self.visual_tokens,
-        }
+        return int(self.grid_thw[:, 0].sum())
 
 
 class Processor:
@@ -115,23 +125,31 @@ class Processor:
         return MediaItem("image", vision, (VisualSpan("image", tokens),), plan=plan)
 
     def video(self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None) -> MediaItem:
-        """A video file, by a plan made before or by a new one."""
+        """A video file, by a plan made before or by a new one; all its frames are decoded."""
         with open_video(source, self.limits) as reader:
-            plan = plan or reader.plan(self.config, options)
-            if self.config.generation == "2.0":
-                frames: Iterable[Pixels] = reader.frames(plan)
-            elif self.config.generation == "1.5":
-                plan, native = self._tell_apart(reader, plan, options)
-                frames = (bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(native))
-            else:
-                frames = self._preview_frames(reader, plan, options)
-            frame_sizes = [plan.frame_size(i) for i in range(plan.frames)]
-            vision = frames_to_patches(frames, frame_sizes, self.config)
-        types = None if plan.fast is None else plan.fast.types
-        # At a constant rate frames are off their even places by the rounding of indices only: the official rule fits.
-        even = plan.constant_rate or options.strict_official or _evenly_spaced(plan.timestamps)
-        seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
-        return self._video_item(vision, plan.timestamps, types, seconds, plan)
+            plan, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
+            shape = self._shape(plan)
+            frames = self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
+            vision = frames_to_patches(frames, shape.sizes, self.config)
+        return self._of_plan(vision.as_one_video() if shape.one_row else vision, plan, options)
+
+    def video_stream(
+        self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
+    ) -> MediaItem:
+        """The same medium before its frames are decoded: its `pixels` give them as they come, in bounded memory but for
+        Preview, which attends over a whole video. Frames of 1.5 are told apart first, which decodes them once."""
+        kept = None
+        if plan is None or (self.config.generation == "1.5" and plan.fast is None):
+            with open_video(source, self.limits) as reader:
+                plan, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
+        made, shape = plan, self._shape(plan)
+        pixels: PixelSource
+        if kept is not None:
+            pixels = HeldFrames(lambda: _at_size(kept, made), shape)
+        else:
+            decode = lambda reader: self._planned_frames(reader, made, options)  # noqa: E731 (a method with its arguments)
+            pixels = FileFrames(source, self.limits, decode, shape)
+        return self._of_plan(pixels, plan, options)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
@@ -163,13 +181,32 @@ class Processor:
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
         return self._video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
 
+    def _shape(self, plan: VideoPlan) -> FrameShape:
+        sizes_of = [plan.frame_size(i) for i in range(plan.frames)]
+        return FrameShape(sizes_of, self.config, one_row=self.config.generation == "preview")
+
+    def _planned_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
+        """Frames of an open file at the sizes of a plan in which they are told apart."""
+        if self.config.generation == "2.0":
+            return reader.frames(plan)
+        if self.config.generation == "1.5":
+            return _at_size(reader.frames(plan, native=True), plan)
+        return self._preview_frames(reader, plan, options)
+
+    def _of_plan(self, pixels: VisionInput | PixelSource, plan: VideoPlan, options: MediaOptions) -> MediaItem:
+        types = None if plan.fast is None else plan.fast.types
+        # At a constant rate frames are off their even places by the rounding of indices only: the official rule fits.
+        even = plan.constant_rate or options.strict_official or _evenly_spaced(plan.timestamps)
+        seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
+        return self._video_item(pixels, plan.timestamps, types, seconds, plan)
+
     def _tell_apart(
         self, reader: VideoReader, plan: VideoPlan, options: MediaOptions
-    ) -> tuple[VideoPlan, Iterable[Pixels]]:
-        """The plan with slow and fast frames (1.5), and the frames at the file's own size: kept from the first pass if
-        they are few, decoded again if not, so that memory does not grow with the video."""
-        if plan.fast is not None:
-            return plan, reader.frames(plan, native=True)
+    ) -> tuple[VideoPlan, list[Pixels] | None]:
+        """The plan with slow and fast frames (1.5), and the frames at the file's own size if they are few; many are
+        decoded again, so that memory does not grow with the video."""
+        if plan.fast is not None or self.config.generation != "1.5":
+            return plan, None
         keep = plan.frames * plan.source_height * plan.source_width * 3 <= _KEPT_BYTES
         classifier = SlowFastClassifier(self.config, options.min_frame_similarity)
         types, kept = [], []
@@ -177,8 +214,7 @@ class Processor:
             types.append(classifier.push(frame))
             if keep:
                 kept.append(frame)
-        plan = with_frame_types(plan, types, self.config, options)
-        return plan, kept if keep else reader.frames(plan, native=True)
+        return with_frame_types(plan, types, self.config, options), kept if keep else None
 
     def _preview_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
         """Preview resizes twice: the utilities by the video's budget, the processor by its own limits."""
@@ -194,7 +230,7 @@ class Processor:
         size = sizes.encoded_size(height, width, self.config, options)
         warn_of_video(_LISTED, len(held), size, self.config, options)
         resized = (_shrunk(frame, size) for frame in held)
-        vision = frames_to_patches(resized, [size] * len(held), self.config)
+        vision = frames_to_patches(resized, [size] * len(held), self.config).as_one_video()
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
         # Without the last frame's repetition, which has no time of its own.
         even = times is None or options.strict_official or _evenly_spaced(times[: len(set(indices))])
@@ -202,19 +238,19 @@ class Processor:
 
     def _video_item(
         self,
-        vision: VisionInput,
+        pixels: VisionInput | PixelSource,
         timestamps: Sequence[float] | None,
         types: Sequence[int] | None,
         seconds: float | tuple[float, ...] | None,
         plan: VideoPlan | None,
     ) -> MediaItem:
-        tokens = vision.grid_thw.prod(axis=1) // self.config.merge_size**2
+        tokens = pixels.grid_thw.prod(axis=1) // self.config.merge_size**2
         times = tuple(float(t) for t in timestamps or ())
         if self.config.generation == "preview":
             span = VisualSpan("video", int(tokens.sum()))
-            return MediaItem("video", vision.as_one_video(), (span,), times, seconds, plan)
+            return MediaItem("video", pixels, (span,), times, seconds, plan)
         pieces = expand_frames(tokens.tolist(), self.config, timestamps, types)
-        return MediaItem("video", vision, tuple(pieces), times, None, plan)
+        return MediaItem("video", pixels, tuple(pieces), times, None, plan)
 
 
 def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
@@ -319,6 +355,11 @@ def _one_size(
 
 def _picture(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
     return Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+
+
+def _at_size(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:
+    """Frames at the file's own size (1.5), resized to those of the plan."""
+    return (bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(frames))
 
 
 def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:

@@ -105,8 +105,8 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`. `counts` int64, if given, one
-    for each position, counts how often its key was selected, over all layers."""
+    """Tokens start .. stop of the step belong to the sequence whose past is in `cache`. `counts` int64, if given, tells
+    how often the key of each position was selected: [positions] over all layers, or [layers, positions]."""
 
     start: int
     stop: int
@@ -159,13 +159,13 @@ class CachedStep:
             dsa.sparse_attention(q, index.q, index.gate, stretches, self.topk, out)
             return
         for stretch in stretches:
-            dsa.attend_selected(q, self._control(layer, stretch), stretch, out)
+            dsa.attend_selected(q, self._control(layer, stretch, q.device), stretch, out)
 
-    def _control(self, layer: int, stretch: Stretch) -> Iterable[tuple[int, Tensor]]:
+    def _control(self, layer: int, stretch: Stretch, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """Sets that no indexer chose."""
         total = stretch.stop - stretch.start
         if self.select == "recent":
-            return reference.select_recent(total, stretch.first, self.topk)
+            return reference.select_recent(total, stretch.first, self.topk, device)
         generator = self.generator or torch.Generator().manual_seed(layer)
         return reference.select_random(total, stretch.first, self.topk, generator)
 
@@ -179,7 +179,7 @@ class CachedStep:
             rows=partial(cache.rows, layer),
             key_tiles=partial(cache.index_keys, layer),
             pages=cache.pages(layer),
-            counts=span.counts,
+            counts=span.counts if span.counts is None or span.counts.ndim == 1 else span.counts[layer],
             fixed=self.fixed,
         )
 

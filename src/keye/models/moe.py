@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye.config import TextConfig
+from keye.ops import grouped
 from keye.ops.elementwise import table
 
 #: Rows of one expert's matrix product are padded to a multiple of this in large steps: CPU libraries build a kernel for
@@ -30,6 +31,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
+        if grouped.fast(x, self.gate_up_proj):
+            gate_up = grouped.matmul(x, self.gate_up_proj, sizes)
+            return grouped.matmul(table.swiglu(gate_up), self.down_proj, sizes)
         weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         return torch.cat([table.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
 

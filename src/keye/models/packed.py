@@ -69,7 +69,7 @@ class PackedStep:
         self.batch, self.tail = branch.shape
         self.branch = branch
         windows = branch.unflatten(1, (-1, window))
-        order = torch.arange(window)
+        order = torch.arange(window, device=branch.device)
         same = (windows[..., :, None] == windows[..., None, :]) & (order <= order[:, None])
         seen = (windows >= 0)[..., None].expand(*windows.shape, trunk)
         self.window_mask = torch.cat((seen, same), dim=3)  # [B, M, W, P + W]
@@ -167,7 +167,7 @@ class PackedStep:
 def _attend_causally(q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Iterator[Tensor]:
     """Causal grouped attention, block by block of queries: yields [B, G, R, block, D]."""
     length, scale, R = q_BGRTD.shape[3], q_BGRTD.shape[4] ** -0.5, q_BGRTD.shape[2]
-    order = torch.arange(length)
+    order = torch.arange(length, device=q_BGRTD.device)
     for start in range(0, length, TRUNK_BLOCK):
         stop = min(length, start + TRUNK_BLOCK)
         logits = torch.matmul(q_BGRTD[..., start:stop, :].flatten(2, 3), k_BGTD[:, :, :stop].mT)

@@ -15,6 +15,7 @@ from typing import Final, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from keye.config import kernel_config
 from keye.errors import KeyeError
 from keye.ops import reference
 from keye.ops.pages import LayerPages
@@ -115,7 +116,7 @@ def _counted(selected: Selected, counts: Tensor | None) -> Iterator[tuple[int, T
 REFERENCE: Final = ReferenceBackend()
 _makers: dict[str, Callable[[], Backend | None]] = {}
 _made: dict[str, Backend | None] = {}
-_chosen: BackendName = "auto"
+_chosen: BackendName | None = None  # None: what the environment says
 
 
 def register(name: str, make: Callable[[], Backend | None]) -> None:
@@ -123,21 +124,46 @@ def register(name: str, make: Callable[[], Backend | None]) -> None:
     _makers[name] = make
 
 
+def _make_triton() -> Backend | None:
+    from keye.ops import triton  # only where it is asked for
+
+    return triton.make()
+
+
+register("triton", _make_triton)
+
+
 def choose(name: BackendName) -> None:
     """Which backend is used from now on in this process; `auto` is the fastest that the device has."""
     global _chosen
-    if name not in get_args(BackendName):
-        raise KeyeError(f"the kernels {name!r} are not known; choose one of {', '.join(get_args(BackendName))}")
+    _chosen = _checked(name)
+
+
+def _checked(name: str) -> BackendName:
+    known: dict[str, BackendName] = {known: known for known in get_args(BackendName)}
+    if name not in known:
+        raise KeyeError(f"the kernels {name!r} are not known; choose one of {', '.join(known)}")
     if name not in ("auto", "reference") and _get(name) is None:
         raise KeyeError(f"the {name} kernels cannot run here; `keye doctor` says why, and 'reference' always can")
-    _chosen = name
+    return known[name]
 
 
 def backend_of(device: torch.device) -> Backend:
-    """The backend in use for tensors of a device."""
-    if _chosen != "auto":
+    """The backend in use for tensors of a device: what was chosen, else what KEYE_KERNELS says."""
+    if _chosen is None:
+        choose(_checked(kernel_config().kernels))
+    if _chosen is not None and _chosen != "auto":
         return _get(_chosen) or REFERENCE
     return _get("cpu" if device.type == "cpu" else "triton") or REFERENCE
+
+
+def _make_cpu() -> Backend | None:
+    from keye.ops.cpu import make  # imported when first needed: it imports this module
+
+    return make()
+
+
+register("cpu", _make_cpu)
 
 
 def _get(name: str) -> Backend | None:

@@ -101,12 +101,14 @@ def select_topk(
         start = stop
 
 
-def select_recent(total: int, first: int, topk: int) -> Iterator[tuple[int, Tensor]]:
+def select_recent(
+    total: int, first: int, topk: int, device: torch.device | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """A control without learning: the `topk` most recent positions. Yields as `select_topk` does."""
     for start in range(0, total, QUERY_BLOCK):
-        last = first + torch.arange(start, min(total, start + QUERY_BLOCK)).unsqueeze(1)
+        last = first + torch.arange(start, min(total, start + QUERY_BLOCK), device=device).unsqueeze(1)
         begin = (last + 1 - topk).clamp_min(0)
-        positions = begin + torch.arange(topk)
+        positions = begin + torch.arange(topk, device=device)
         yield start, positions.masked_fill(positions > last, -1)
 
 

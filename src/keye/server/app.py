@@ -10,11 +10,11 @@ from typing import Final
 from fastapi import FastAPI
 
 import keye
+from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
 from keye.server import chat, completions, errors, extras, files, pages, responses, video
-from keye.server.backend import SerialEngine
 from keye.server.context import Context
 from keye.server.metrics import Metrics
 from keye.server.prepare import collect_warnings
@@ -28,7 +28,7 @@ _ROUTERS: Final = (chat.router, completions.router, responses.router, files.rout
 def create_app(model: Keye, settings: Settings | None = None) -> FastAPI:
     """The ASGI application that serves `model`. The engine starts and ends with the application's lifespan."""
     settings = settings or Settings()
-    engine = SerialEngine(model)
+    engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
     metrics = Metrics(engine.gauges)
     context = Context(

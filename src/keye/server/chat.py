@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat import ReplyPiece
+from keye.engine.request import Delta, Ended, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
-from keye.server.jobs import Delta, Ended, Finished, Progress, TokenProb
 from keye.server.prepare import Prepared, chat_wanted, prepare
 from keye.server.replies import Choice, events_of, findings_of, head, prob_object, usage_of
 from keye.server.schemas import ChatRequest
@@ -47,7 +47,7 @@ async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dic
     return {
         **head("chatcmpl", "chat.completion", context.name),
         "choices": [_choice(index, choice, prepared) for index, choice in enumerate(choices)],
-        "usage": usage_of(finished, choices, prepared.job),
+        "usage": usage_of(finished, choices, prepared),
         "keye": findings_of(finished, choices[0].text, prepared.notes),
     }
 
@@ -104,9 +104,9 @@ async def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> As
                 if body.keye.progress:
                     progress = {"phase": one.phase, "done": one.done, "total": one.total}
                     yield event({**begin, "choices": [], "keye": {"progress": progress}})
-            elif wants_usage:
+            elif isinstance(one, Finished) and wants_usage:
                 findings = findings_of(one, choices[0].text, prepared.notes)
-                yield event({**begin, "choices": [], "usage": usage_of(one, choices, prepared.job), "keye": findings})
+                yield event({**begin, "choices": [], "usage": usage_of(one, choices, prepared), "keye": findings})
 
 
 def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat import Segment
+from keye.engine.request import Delta, Ended, Finished, TokenProb
+from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
-from keye.server.jobs import Delta, Ended, Finished, Job, TokenProb
 from keye.server.prepare import check_text, form_of, guide_of, job_of
 from keye.server.replies import events_of, head
 from keye.server.schemas import CompletionRequest

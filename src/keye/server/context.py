@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.media.fetch import Source
 from keye.server.errors import ApiError
-from keye.server.jobs import Engine
 from keye.server.media_parts import Openers
 from keye.server.metrics import Metrics
 from keye.server.settings import Settings
@@ -31,7 +31,7 @@ class Context:
     one owner from those of all others."""
 
     model: Keye
-    engine: Engine
+    engine: AsyncEngine
     settings: Settings
     files: FileStore
     guides: GuideFactory | None

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from keye.engine.async_engine import Overloaded
 from keye.errors import KeyeError, Option
 
 log: Final = logging.getLogger("keye.server")
@@ -76,6 +77,8 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
     """The answer to anything that was raised while a request was served."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Overloaded):
+        return ApiError(429, str(error), code="overloaded", retry=1)
     if isinstance(error, KeyeError):
         return of_mistake(error, fields=fields)
     return of_bug(error)
@@ -103,7 +106,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(KeyeError)
     async def mistake(request: Request, error: KeyeError) -> JSONResponse:
-        return of_mistake(error).response()
+        return of_exception(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from keye.server.jobs import Delta, Event, Finished
+from keye.engine.request import Delta, Event, Finished
 
 _SECONDS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _TOKENS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -78,7 +78,7 @@ class RequestWatch:
             elif event.index in self._last:
                 self._metrics.between_tokens.observe(now - self._last[event.index])
             self._last[event.index] = now
-            self._metrics.generation_tokens.inc(event.tokens)
+            self._metrics.generation_tokens.inc(len(event.tokens))
         elif isinstance(event, Finished):
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
             self._metrics.media_tokens.inc(event.media_tokens)

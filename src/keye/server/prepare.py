@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from keye.chat import Message, Segment, normalize_tools
 from keye.engine.guide import ANY_OBJECT, Form, Guide
+from keye.engine.request import Request as Job
 from keye.engine.sampling import MAX_SEED
 from keye.errors import KeyeError, KeyeWarning
 from keye.server.context import Context
 from keye.server.errors import ApiError, spelled
-from keye.server.jobs import Job
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.schemas import ChatRequest, Sampling, StructuredOutputs, TemplateFields
 
@@ -28,10 +28,11 @@ notes_of_request: ContextVar[list[str] | None] = ContextVar("notes_of_request", 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job, and what the reply needs to be read: whether tools were offered, and whether the prompt has opened the
-    block of reasoning. `notes` are sentences on settings that are not honoured."""
+    """A job with its rendered prompt, and what the reply needs to be read: whether tools were offered, and whether the
+    prompt has opened the block of reasoning. `notes` are sentences on settings that are not honoured."""
 
     job: Job
+    prompt: Sequence[Segment]
     tools: bool = False
     reasoning: bool = False
     notes: Sequence[str] = ()
@@ -78,7 +79,7 @@ def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     guide = guide_of(context, form, wanted.sampling, after_reasoning=reasoning)
     job = job_of(context, owner, segments, wanted.sampling, wanted.max_tokens)
     job = replace(job, n=wanted.n, logprobs=wanted.logprobs, guide=guide, evidence=wanted.evidence)
-    return Prepared(job, bool(offered), reasoning)
+    return Prepared(job, segments, bool(offered), reasoning)
 
 
 def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_reasoning: bool = False) -> Guide | None:

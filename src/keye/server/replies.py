@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
+from keye.engine.evidence import Evidence
+from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
+from keye.engine.request import Request as Job
 from keye.errors import KeyeError
 from keye.server.context import Context
 from keye.server.errors import ApiError
-from keye.server.jobs import Delta, Ended, Event, Finished, Job, TokenProb
 from keye.server.prepare import Prepared
 
 
@@ -57,7 +59,7 @@ class Choice:
     def add(self, delta: Delta) -> list[ReplyPiece]:
         """Takes a delta of the engine; returns the pieces that are certain now."""
         if self.stream.reasons:
-            self.reasoning_tokens += delta.tokens
+            self.reasoning_tokens += len(delta.tokens)
         self.probs += delta.probs
         return self._keep(self.stream.push(delta.text))
 
@@ -80,9 +82,9 @@ class Choice:
         return pieces
 
 
-def usage_of(finished: Finished, choices: Sequence[Choice], job: Job) -> dict[str, Any]:
+def usage_of(finished: Finished, choices: Sequence[Choice], prepared: Prepared) -> dict[str, Any]:
     """Usage as OpenAI has it, and of each medium its plan and the settings that it came with."""
-    asked = [segment.value.options for segment in job.prompt if isinstance(segment.value, Medium)]
+    asked = [segment.value.options for segment in prepared.prompt if isinstance(segment.value, Medium)]
     return {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
@@ -103,10 +105,24 @@ def findings_of(finished: Finished, text: str, notes: Sequence[str], *, merged: 
         "attention": finished.attention,
     }
     if finished.evidence is not None:
-        found["evidence"] = [dict(one) for one in finished.evidence]
+        found["evidence"] = _evidence_objects(finished.evidence, len(finished.media))
     if notes:
         found["notes"] = list(notes)
     return found
+
+
+def _evidence_objects(evidence: Evidence, media: int) -> list[dict[str, Any]]:
+    """One object for each medium; without any selection all of them give the reason."""
+    if evidence.reason is not None:
+        nothing: dict[str, Any] = {"times": [], "share": [], "lift": [], "top": [], "reason": evidence.reason}
+        return [nothing] * media
+    return [
+        {
+            "kind": one.kind, "name": one.name, "times": list(one.times), "share": list(one.shares),
+            "lift": list(one.lifts), "top": one.top(), "share_of_media": one.share, "reason": None,
+        }
+        for one in evidence.media
+    ]  # fmt: skip
 
 
 def prob_object(prob: TokenProb, *, top: bool = True) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from keye.engine.request import Delta, Ended, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
-from keye.server.jobs import Delta, Ended, Finished
 from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of
 from keye.server.replies import Choice, events_of, findings_of, usage_of
 from keye.server.response_events import ResponseWriter, items_of
@@ -120,7 +120,7 @@ def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[s
 
 def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prepared: Prepared) -> dict[str, Any]:
     """The response object with its output and its usage."""
-    usage = usage_of(finished, [choice], prepared.job)
+    usage = usage_of(finished, [choice], prepared)
     cut = choice.reason == "length"
     return {
         **head,

@@ -15,12 +15,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.background import BackgroundTask
 
+from keye.engine.request import Delta, Ended, Finished
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips
 from keye.media.fetch import Source
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
-from keye.server.jobs import Delta, Ended, Finished
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.prepare import Wanted, prepare
 from keye.server.replies import Choice, events_of, findings_of, usage_of
@@ -80,7 +80,7 @@ async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str
         messages, body, body.max_tokens, media_defaults=body.preprocess_kwargs, evidence=body.evidence, thinking=None
     )
     prepared = await prepare(context, owner, wanted)
-    media = [segment.kind for segment in prepared.job.prompt if segment.kind in ("image", "video")]
+    media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]
     if media != ["video"]:
         raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
     choice, finished = Choice.of(prepared), None
@@ -96,7 +96,7 @@ async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str
     findings = findings_of(finished, choice.text, prepared.notes, merged=True)
     return {
         "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
-        "usage": usage_of(finished, [choice], prepared.job), "keye": findings,
+        "usage": usage_of(finished, [choice], prepared), "keye": findings,
     }  # fmt: skip
 
 

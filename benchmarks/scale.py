@@ -1,0 +1,199 @@
+"""256K tokens on one machine: the memory bound, end to end, at the real width of Keye-VL-2.0-30B-A3B.
+
+    python -m benchmarks.scale prefill --json     # all tokens through 2 layers of real width
+    python -m benchmarks.scale decode --json      # one token after another through all 48 layers, K/V in a mapped file
+
+Weights are random (one layer's, shared by all layers of the decode: 48 of them would not fit), keys and values of the
+decode are noise. Decode writes its store first and asks for the room on disk that it needs. Prints JSON: seconds,
+tokens a second, and the process's anonymous memory (which cannot be given back) beside its mapped pages of files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import nn
+
+from keye.config import TextConfig, load_model_config
+from keye.engine.generate import PREFILL_CHUNK
+from keye.engine.kvcache import KVCache
+from keye.engine.kvstore import KVLayout, KVStore, file_slabs
+from keye.engine.measure import fill_with_noise
+from keye.hub import asset
+from keye.models.attention import CachedStep, Span
+from keye.models.keye import Decoder
+from keye.ops.pages import PAGE
+
+GIB = 2**30
+DTYPE = torch.bfloat16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prefill", "decode"])
+    parser.add_argument("--length", type=int, default=262144, help="tokens of context")
+    parser.add_argument("--layers", type=int, help="default: 2 for prefill, 48 for decode")
+    parser.add_argument("--steps", type=int, default=8, help="tokens to decode")
+    parser.add_argument("--kv", default="auto", help="auto (bf16), fp8, int8 or int4")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where the store of the decode is written")
+    parser.add_argument("--json", action="store_true", help="one JSON object at the end, progress to standard error")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    whole = load_model_config(asset("configs/2.0")).text
+    with torch.inference_mode():
+        result = (prefill if options.what == "prefill" else decode)(whole, options)
+    result |= {"what": options.what, "length": options.length, "kv": options.kv, "threads": options.threads}
+    print(json.dumps({**result, **memory(), "machine": machine()}))
+
+
+def prefill(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Every token through `layers` layers of their own weights, in the engine's chunks."""
+    text = replace(whole, num_hidden_layers=options.layers or 2, vocab_size=8)
+    decoder = random_decoder(text)
+    store = KVStore(KVLayout.of(text, DTYPE, options.kv))
+    cache = KVCache(text.num_hidden_layers, store)
+    weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize
+    held, begin, seconds = memory()["anonymous_gib"], time.perf_counter(), list[float]()
+    for start in range(0, options.length, PREFILL_CHUNK):
+        n = min(PREFILL_CHUNK, options.length - start)
+        chunk = time.perf_counter()
+        x = torch.randn(n, text.hidden_size).to(DTYPE)
+        positions = torch.arange(start, start + n).expand(3, -1)
+        decoder(x, positions, CachedStep([Span(0, n, cache)], text))
+        seconds.append(time.perf_counter() - chunk)
+        tell(f"{start + n:,} tokens, {seconds[-1]:.2f} s for the last {n:,}")
+    total = time.perf_counter() - begin
+    stored = store.nbytes() / GIB
+    return {
+        "layers": text.num_hidden_layers, "seconds": round(total, 1),
+        "tokens_per_second": round(options.length / total, 1),
+        "chunk_seconds": {"first": round(seconds[0], 3), "middle": round(seconds[len(seconds) // 2], 3),
+                          "last": round(seconds[-1], 3)},
+        "weights_gib": round(weights / GIB, 2), "store_gib": round(stored, 2),
+        "scratch_mib": round((peak_gib() - held - stored) * 1024, 1),
+    }  # fmt: skip
+
+
+def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """`steps` tokens after a full context whose keys and values lie in a mapped file."""
+    text = replace(whole, num_hidden_layers=options.layers or whole.num_hidden_layers, vocab_size=8)
+    decoder = shared_decoder(text)
+    layout = KVLayout.of(text, DTYPE, options.kv)
+    need = -(-options.length // PAGE) * layout.block_bytes
+    free = shutil.disk_usage(options.folder).free
+    if need * 1.05 > free:
+        sys.exit(f"the store takes {need / GIB:.1f} GiB, but {options.folder} has {free / GIB:.1f} GiB free; "
+                 "name another --folder, a smaller --length, or --kv int4")  # fmt: skip
+    store = KVStore(layout, make_slab=file_slabs(options.folder), slab_blocks=64)
+    cache = KVCache(text.num_hidden_layers, store)
+    begin = time.perf_counter()
+    fill(cache, options.length)
+    filled = time.perf_counter() - begin
+    x, seconds = torch.randn(1, text.hidden_size), list[float]()
+    for step in range(options.steps):
+        # Neighbouring tokens resemble one another, and so do the keys that they select.
+        x = 0.9 * x + 0.19**0.5 * torch.randn_like(x)
+        position = torch.full((3, 1), options.length + step)
+        start = time.perf_counter()
+        decoder(x.to(DTYPE), position, CachedStep([Span(0, 1, cache)], text))
+        seconds.append(time.perf_counter() - start)
+        tell(f"token {step + 1}: {seconds[-1]:.2f} s")
+    later = sorted(seconds[1:])
+    return {
+        "layers": text.num_hidden_layers, "store_gib": round(need / GIB, 2), "fill_seconds": round(filled, 1),
+        "first_token_seconds": round(seconds[0], 3), "median_token_seconds": round(later[len(later) // 2], 3),
+        "fastest_token_seconds": round(later[0], 3), "slowest_token_seconds": round(later[-1], 3),
+    }  # fmt: skip
+
+
+def random_decoder(text: TextConfig) -> Decoder:
+    """A decoder without vocabulary, its weights noise."""
+    with torch.device("meta"):
+        decoder = Decoder(text)
+    decoder.to_empty(device="cpu").to(DTYPE)
+    fill_with_noise(decoder)
+    return decoder
+
+
+def shared_decoder(text: TextConfig) -> Decoder:
+    """All layers with the weights of one: they differ by their number alone."""
+    decoder = random_decoder(replace(text, num_hidden_layers=1))
+    (first,) = decoder.layers
+    decoder.layers = nn.ModuleList(_renumbered(first, i) for i in range(text.num_hidden_layers))
+    return decoder
+
+
+def _renumbered(layer: Any, number: int) -> Any:
+    clone, attention = copy.copy(layer), copy.copy(layer.self_attn)
+    clone._modules = {**layer._modules, "self_attn": attention}
+    clone.layer = attention.layer = number
+    return clone
+
+
+def fill(cache: KVCache, length: int) -> None:
+    """Noise in every page: a block of each kind is drawn once for each layer, and shifted from block to block."""
+    store = cache.store
+    assert store is not None
+    layout = store.layout
+    cache.reserve(length + 64)
+    noise = [
+        None if rows is None else rows.encode(torch.randn(4 * PAGE, rows.heads, rows.dim).to(DTYPE))
+        for rows in layout.formats
+    ]
+    for number, block in enumerate(cache._blocks):
+        for kind, rows in zip(block.slab.kinds, noise, strict=True):
+            if kind is not None and rows is not None:
+                for layer in range(layout.layers):
+                    at = (number * 29 + layer * 7) % (3 * PAGE)
+                    kind[layer, block.slot].copy_(rows[at : at + PAGE])
+        if number % 256 == 255:
+            tell(f"{(number + 1) * PAGE:,} tokens stored")
+    cache._lengths = [length] * layout.layers
+
+
+def memory() -> dict[str, float]:
+    """GiB of this process: anonymous memory, and mapped pages of files, which the system may take back."""
+    status = dict(_status())
+    return {"anonymous_gib": round(status["RssAnon"] / GIB, 3), "mapped_gib": round(status["RssFile"] / GIB, 3)}
+
+
+def peak_gib() -> float:
+    """The most that the process has held, files included; of a process that maps few files, its anonymous memory."""
+    return dict(_status())["VmHWM"] / GIB
+
+
+def _status() -> Iterator[tuple[str, int]]:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith("kB"):
+            yield name, int(value.split()[0]) * 1024
+
+
+def machine() -> str:
+    """The processor, as Linux names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

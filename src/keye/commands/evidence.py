@@ -1,0 +1,66 @@
+"""`keye ask --evidence`: which frames an answer rests on, as a picture or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keye.commands.ask import PICTURE_FORMATS, check_writable, is_file
+from keye.errors import KeyeError
+from keye.files import complete_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from keye.chat import Medium
+    from keye.engine.answer import Answer
+    from keye.engine.engine import Keye
+
+
+def check_evidence(path: Path, media: Sequence[Medium]) -> None:
+    """`KeyeError` where `--evidence` cannot work, before a model is loaded."""
+    known = (*PICTURE_FORMATS, ".json")
+    if path.suffix.lower() not in known:
+        raise KeyeError(f"{path} is no name for evidence: end it in {', '.join(known)}")
+    check_writable(path)
+    if path.exists() and any(is_file(medium.source, path) for medium in media):
+        raise KeyeError(f"{path} is one of the media: give --evidence another name, so that it is kept")
+
+
+def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: Answer, path: Path) -> None:
+    """Writes the evidence of an answer; a picture shows the frames that were selected most, decoded again."""
+    assert answer.evidence is not None
+    if path.suffix.lower() == ".json":
+        data = {"question": question, "answer": answer.text, "intervals": answer.intervals, **answer.evidence.to_dict()}
+        with complete_file(path) as draft:
+            draft.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
+    from keye.engine.evidence_picture import THUMBNAILS, draw_evidence
+
+    thumbnails = {
+        place: _thumbnails(model, media, place, made.top(THUMBNAILS))
+        for place, made in enumerate(answer.evidence.media)
+        if made.kind == "video"
+    }
+    picture = draw_evidence(answer.evidence, question, answer.text, answer.intervals, thumbnails)
+    with complete_file(path) as draft:
+        picture.save(draft, PICTURE_FORMATS[path.suffix.lower()])
+
+
+def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:
+    """Pictures of frames of the medium at `place`, twice as large as they are shown at most."""
+    from keye.engine.evidence_picture import read_thumbnails
+    from keye.engine.media import plan_medium
+    from keye.media.fetch import Source
+    from keye.media.plan import VideoPlan
+
+    videos = sum(medium.kind == "video" for medium in media)
+    planned = plan_medium(media[place], model.processor, videos)
+    assert isinstance(planned.source, Source) and isinstance(planned.plan, VideoPlan)
+    plan = planned.plan
+    scale = min(1.0, 400 / plan.source_width)
+    plan = replace(plan, width=round(plan.source_width * scale), height=round(plan.source_height * scale))
+    return read_thumbnails(planned.source, plan, frames, model.processor.limits)

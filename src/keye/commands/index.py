@@ -1,0 +1,77 @@
+"""`keye index`: a video read once, kept in a file that questions start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from keye.commands import options
+from keye.errors import KeyeError
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("video", metavar="VIDEO")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="The index to write.")
+@click.option(
+    "--check", is_flag=True, help="Compare every page of an index, named in place of VIDEO, with its checksum."
+)
+@options.sampling_frames
+@options.template
+@options.attention
+@options.storing
+@options.running
+@options.as_json
+@options.debug
+def index(video: str, output: Path | None, check: bool, as_json: bool, **given: Any) -> None:
+    """Read a video once and keep what the model stored of it in a file.
+
+    keye ask and keye ground take the file in place of the video and answer at once, again and again. It suits only the
+    model that wrote it, and keeps frames and number formats as they were chosen here. keye inspect shows what is in it.
+
+    \b
+    keye index talk.mp4 -o talk.keye
+    keye index talk.mp4 -o talk.keye --fps 1 --kv int8
+    keye ask talk.keye "what is on the board?"
+    keye index --check talk.keye
+    """
+    if check:
+        _check(Path(video), output, as_json)
+        return
+    if output is None:
+        raise KeyeError("name the index to write with -o, as in: keye index talk.mp4 -o talk.keye")
+    from keye.commands import inputs, show
+
+    medium = inputs.only_video(video, given)
+    _check_output(output, medium.source)
+    model = inputs.load_model(given)
+    with inputs.stderr().status("watching the video"):
+        info = model.index(medium, output, attention=given["attention"])
+    if as_json:
+        show.print_json(info.to_dict())
+    else:
+        show.print_index(info)
+
+
+def _check_output(output: Path, source: Any) -> None:
+    """`KeyeError` where `-o` cannot work, before a model is loaded."""
+    if not output.absolute().parent.is_dir() or output.is_dir():
+        raise KeyeError(f"{output} cannot be written: name a file in a folder that exists")
+    where = getattr(source, "path", None)
+    if output.exists() and where is not None and output.samefile(where):
+        raise KeyeError(f"{output} is the video itself: give -o another name, so that it is kept")
+
+
+def _check(file: Path, output: Path | None, as_json: bool) -> None:
+    from keye.commands import show
+    from keye.engine.indexfile import check_whole
+
+    if output is not None:
+        raise KeyeError("--check reads an index and writes none: leave -o out")
+    with show.progress_bar("checking") as advance:
+        checked = check_whole(file, advance)
+    if as_json:
+        show.print_json({"index": str(file), "tokens": checked.length, "bytes": checked.size, "sound": True})
+    else:
+        show.print_line(f"{file} is sound: {checked.length:,} tokens, {checked.size / 1e6:,.1f} MB")

@@ -1,0 +1,157 @@
+"""A finished reply, and how it is put together from the engine's events."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from keye.chat import Region, ToolCall, parse_reply
+from keye.engine.evidence import Evidence
+from keye.engine.prompt import Prompt
+from keye.engine.request import Delta, Ended, Event, Failed, Finished, Request, TokenProb
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request: `media_tokens` of the `prompt_tokens` are visual, `cached_tokens` were computed before."""
+
+    prompt_tokens: int
+    media_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished reply.
+
+    `intervals` are the (start, end) seconds written in the answer, `regions` the points, boxes, outlines and clips that
+    it marks, `tool_calls` the functions that the model wants called. `plan` says for each medium what was sampled and
+    what it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model
+    was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
+    Where they were asked for: `evidence` says which frames the answer rests on, `logprobs` has the probability of each
+    token of the reply, `prompt_logprobs` of each of the prompt but the first, `alternatives` are the other choices.
+    """
+
+    text: str
+    reasoning: str | None
+    intervals: tuple[tuple[float, float], ...]
+    usage: Usage
+    plan: tuple[Mapping[str, Any], ...]
+    model: str
+    attention: str
+    finish_reason: str
+    seconds: Mapping[str, float]
+    regions: tuple[Region, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    evidence: Evidence | None = None
+    logprobs: tuple[TokenProb, ...] | None = None
+    prompt_logprobs: tuple[TokenProb, ...] | None = None
+    alternatives: tuple[Answer, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, prompt: Prompt, usage: Usage, **fields: Any) -> Answer:
+        """The answer with `text` taken apart."""
+        reply = parse_reply(text)
+        return cls(
+            text=reply.text, reasoning=reply.reasoning, intervals=reply.intervals, regions=reply.regions,
+            tool_calls=reply.tool_calls, usage=usage, plan=prompt.plans, **fields,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: every field, those that have to be asked for only where they were."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        asked = {
+            "evidence": None if self.evidence is None else self.evidence.to_dict(),
+            "logprobs": _plain_probs(fields.pop("logprobs")),
+            "prompt_logprobs": _plain_probs(fields.pop("prompt_logprobs")),
+            "alternatives": [answer.to_dict() for answer in fields.pop("alternatives")] or None,
+        }
+        del fields["evidence"]
+        return {
+            **fields,
+            "usage": asdict(self.usage),
+            "seconds": dict(self.seconds),
+            "intervals": [list(pair) for pair in self.intervals],
+            "plan": list(self.plan),
+            "regions": [region.to_dict() for region in self.regions],
+            "tool_calls": [asdict(call) for call in self.tool_calls],
+            **{name: value for name, value in asked.items() if value is not None},
+        }
+
+
+def _plain_probs(probs: tuple[TokenProb, ...] | None) -> list[dict[str, Any]] | None:
+    if probs is None:
+        return None
+    return [
+        {"token": one.token, "text": one.text, "logprob": round(one.logprob, 6),
+         "top": [{"token": o.token, "text": o.text, "logprob": round(o.logprob, 6)} for o in one.top]}
+        for one in probs
+    ]  # fmt: skip
+
+
+class AnswerStream(Iterator[str]):
+    """Iterates over the text as it is generated; `answer` is there once the iteration has ended. Closing it, or letting
+    it go, gives the request up."""
+
+    def __init__(self, pieces: Iterator[str | Answer]) -> None:
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        if isinstance(piece, Answer):  # always the last
+            self.answer = piece
+            raise StopIteration
+        return piece
+
+    def finish(self) -> Answer:
+        """Runs to the end and returns the answer."""
+        for _ in self:
+            pass
+        assert self.answer is not None
+        return self.answer
+
+    def close(self) -> None:
+        """Ends the iteration now."""
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+
+
+class Collector:
+    """Puts an `Answer` together from the events of one request; `answer` is there after the last one."""
+
+    def __init__(self, request: Request, model: str) -> None:
+        self._model = model
+        self._texts: list[list[str]] = [[] for _ in range(request.n)]
+        self._probs: list[list[TokenProb]] = [[] for _ in range(request.n)]
+        self._reasons = ["stop"] * request.n
+        self.answer: Answer | None = None
+
+    def take(self, event: Event) -> str:
+        """More of the first choice's text, if the event has any; raises what made the request fail."""
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Delta):
+            self._texts[event.index].append(event.text)
+            self._probs[event.index] += event.probs
+            return event.text if event.index == 0 else ""
+        if isinstance(event, Ended):
+            self._reasons[event.index] = event.reason
+        elif isinstance(event, Finished):
+            self.answer = self._finish(event)
+        return ""
+
+    def _finish(self, event: Finished) -> Answer:
+        usage = Usage(event.prompt_tokens, event.media_tokens, event.completion_tokens, event.cached_tokens)
+        first, *others = (
+            Answer.of(
+                "".join(text), event.prompt, usage, model=self._model, attention=event.attention, finish_reason=reason,
+                seconds=event.seconds, evidence=event.evidence, logprobs=tuple(probs) or None,
+            )
+            for text, reason, probs in zip(self._texts, self._reasons, self._probs, strict=True)
+        )  # fmt: skip
+        return replace(first, alternatives=tuple(others), prompt_logprobs=event.prompt_probs)

@@ -1,0 +1,66 @@
+"""What a model is, in a few hashes: whether keys and values that one model computed suit another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from keye.config import ProcessorConfig
+from keye.models.keye import KeyeModel
+
+#: Tensors up to this size are hashed whole, of larger ones evenly spread pieces that together have this size. Training
+#: changes nearly every number of a tensor, so that any step of it shows.
+WHOLE_BYTES: Final = 1 << 18
+_PIECES: Final = 16
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`config`, `processor` and `weights` are SHA-256 in hexadecimal; `dtype` is that of the weights in memory."""
+
+    name: str
+    dtype: str
+    config: str
+    processor: str
+    weights: str
+
+
+def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fingerprint:
+    """Of a model as it is in memory. Reads at most 256 KiB of each tensor."""
+    return Fingerprint(
+        name,
+        str(model.dtype).removeprefix("torch."),
+        _hash_of(model.config.raw),
+        _hash_of(asdict(processor)),
+        weights_hash(model.state_dict()),
+    )
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and numbers of tensors, large ones in pieces."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for piece in _pieces(tensor):
+            found.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    flat = tensor.flatten()
+    if tensor.nbytes <= WHOLE_BYTES:
+        return [flat]
+    width = WHOLE_BYTES // _PIECES // tensor.element_size()
+    last = flat.shape[0] - width
+    return [flat[last * i // (_PIECES - 1) :][:width] for i in range(_PIECES)]
+
+
+def _hash_of(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(data), sort_keys=True, default=str).encode()).hexdigest()

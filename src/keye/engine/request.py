@@ -1,0 +1,209 @@
+"""A request and what comes back while it is worked on: plain data, the same for every front.
+
+`Request` is what is asked, the events are what is told; `Task` and `Choice` are how far it has come, for the engine
+alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from keye.chat import Segment
+from keye.engine.evidence import Evidence
+from keye.engine.kvcache import KVCache
+from keye.engine.prompt import Prompt
+from keye.engine.sampling import Sampler, SamplingParams, StopText
+from keye.engine.vision import VisionJob
+from keye.errors import KeyeError
+from keye.models.attention import AttentionMode
+from keye.tokenizer import StreamDecoder
+
+#: Most choices of one request, and most alternatives told beside a token.
+MAX_CHOICES, MAX_LOGPROBS = 128, 20
+
+
+class Guide(Protocol):
+    """What holds a reply to a form: which tokens may come next (bool [V], None for all), told of each that came."""
+
+    def mask(self) -> Tensor | None: ...
+
+    def advance(self, token: int) -> None: ...
+
+    def fork(self) -> Guide: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rendered prompt (or one laid out before), and how to continue it, `n` times.
+
+    `logprobs` is the number of alternatives wanted beside each token, None for no probabilities; `prompt_logprobs` asks
+    for the probability of each token of the prompt. `ignore_eos` goes on to `max_tokens`. `skip_special` leaves control
+    tokens out of the text. `deterministic` makes the tokens independent of whatever else is computed, at a cost.
+    `salt` keeps what is cached for one owner from all others. `seconds` is the longest the request may take.
+    """
+
+    prompt: Sequence[Segment] | Prompt
+    params: SamplingParams
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    ignore_eos: bool = False
+    skip_special: bool = True
+    guide: Guide | None = None
+    attention: AttentionMode | None = None
+    evidence: bool = False
+    deterministic: bool = False
+    salt: bytes = b""
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise KeyeError(f"n is {self.n}; choose 1 to {MAX_CHOICES}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise KeyeError(f"logprobs is {self.logprobs}; choose 0 to {MAX_LOGPROBS}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request has come before its first token: `phase` is queue, decode, encode or prefill."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TokenProb:
+    """A token that was drawn or could have been, with its natural log-probability."""
+
+    token: int
+    text: str
+    raw: bytes
+    logprob: float
+    top: tuple[TokenProb, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More of choice `index`: text, and the tokens of it; `probs` if they were asked for."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    probs: tuple[TokenProb, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Choice `index` is complete: `reason` is "stop" or "length"."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole request is complete. `media` are the plans, `seconds` wall time by phase. `prompt_probs` has one entry
+    for each token of the prompt but the first."""
+
+    prompt_tokens: int
+    media_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    media: tuple[Mapping[str, Any], ...]
+    seconds: Mapping[str, float]
+    attention: AttentionMode
+    prompt: Prompt
+    evidence: Evidence | None = None
+    prompt_probs: tuple[TokenProb, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request ended with an error; nothing more comes."""
+
+    error: BaseException
+
+
+Event = Progress | Delta | Ended | Finished | Failed
+
+
+class Stage(Enum):
+    """Where a task stands. WAITING: not begun; PREPARING: its media are opened in a thread; READY: laid out, waits for
+    room; PREFILLING: its prompt is being computed, media encoded; DECODING: it writes; ENDED: it holds nothing."""
+
+    WAITING = "waiting"
+    PREPARING = "preparing"
+    READY = "ready"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class Choice:
+    """One continuation: `pending` tokens are not computed yet; the first of them sits at `position`."""
+
+    index: int
+    sampler: Sampler
+    decoder: StreamDecoder
+    stop: StopText
+    guide: Guide | None
+    cache: KVCache | None = None
+    pending: list[int] = field(default_factory=list)
+    position: int = 0
+    reply: list[int] = field(default_factory=list)
+    reason: str | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Task:
+    """A request on its way. `done` tokens of the prompt are in `cache`, of which `cached` were there before. `tell` is
+    called with every event, in the thread that steps."""
+
+    number: int
+    request: Request
+    mode: AttentionMode
+    tell: Callable[[Event], None]
+    created: float
+    stage: Stage = Stage.WAITING
+    prompt: Prompt | None = None
+    cache: KVCache | None = None
+    vision: VisionJob | None = None
+    visual: Tensor | None = None
+    done: int = 0
+    cached: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    counts: Tensor | None = None
+    counted: int = 0
+    prompt_probs: list[TokenProb] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    aborted: bool = False
+
+    @property
+    def live(self) -> list[Choice]:
+        """Choices that still write."""
+        return [choice for choice in self.choices if choice.reason is None]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        assert self.prompt is not None
+        return self.prompt.token_ids.shape[0]
+
+
+class Inbox:
+    """Events for one reader, in order. Filled in the engine's thread, read in any."""
+
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)

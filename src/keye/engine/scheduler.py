@@ -1,0 +1,91 @@
+"""What a step computes: pure decisions over numbers. Knows no tensors.
+
+Everything that writes goes on in every step. What is left of the step's time goes to prompts, in equal shares, so that
+a long prompt delays neither those that write nor short prompts behind it, and is itself never passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+#: Prompt tokens of a step in which nothing is written, and the fewest of one in which something is.
+ALONE_TOKENS: Final = 1024
+LEAST_TOKENS: Final = 16
+#: How much longer than a step of writing alone one with prompts in it may take, as a factor.
+STRETCH: Final = 2.2
+#: Weight of the newest measurement.
+_NEWEST: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompt tokens for each task, by its number."""
+
+    prefill: Mapping[int, int]
+
+
+def plan_step(writing: int, waiting: Sequence[tuple[int, int]], budget: int) -> Plan:
+    """`waiting` are (number, tokens that could be computed) of prompts, the oldest first; `budget` tokens in all."""
+    if not waiting or budget <= 0:
+        return Plan({})
+    return Plan(share_out(waiting, budget))
+
+
+def share_out(waiting: Sequence[tuple[int, int]], budget: int) -> dict[int, int]:
+    """Equal shares of `budget`; what one does not need goes to the others, the oldest first. Whoever is there gets at
+    least one token if the budget has one for each."""
+    left, shares = budget, dict[int, int]()
+    by_need = sorted(waiting[::-1], key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
+    for place, (number, need) in enumerate(by_need):
+        share = min(need, left // (len(by_need) - place))
+        shares[number] = share
+        left -= share
+    for number, need in waiting:
+        more = min(need - shares[number], left)
+        shares[number] += more
+        left -= more
+    return {number: share for number, share in shares.items() if share}
+
+
+@dataclass
+class Pace:
+    """Measured times of steps, from which the budget follows: `step` seconds of a step of writing alone, `token`
+    seconds that a prompt token adds, `patch` seconds of a patch."""
+
+    step: float | None = None
+    token: float | None = None
+    patch: float | None = None
+    _alone: bool = field(default=False, repr=False)
+
+    def budget(self, writing: int) -> int:
+        """Prompt tokens of the next step."""
+        if not writing:
+            return ALONE_TOKENS
+        if self.step is None or not self.token:
+            return LEAST_TOKENS * 4
+        spare = (STRETCH - 1) * self.step
+        return max(LEAST_TOKENS, min(ALONE_TOKENS, int(spare / self.token)))
+
+    def patches(self, writing: int) -> int:
+        """Patches to encode in the next step; the encoder takes whole groups."""
+        if not writing or self.step is None or not self.patch:
+            return 1 << 14 if not writing else 1
+        return max(1, int((STRETCH - 1) * self.step / self.patch))
+
+    def saw_step(self, seconds: float, writing: int, prompt: int) -> None:
+        """A step with `writing` tokens of replies and `prompt` tokens of prompts took so long."""
+        if writing and not prompt:
+            self.step = _mixed(self.step, seconds)
+        elif prompt >= LEAST_TOKENS:
+            beside = (self.step or 0.0) if writing else 0.0
+            self.token = _mixed(self.token, max(1e-7, seconds - beside) / prompt)
+
+    def saw_patches(self, seconds: float, patches: int) -> None:
+        """Encoding `patches` took so long."""
+        self.patch = _mixed(self.patch, seconds / patches)
+
+
+def _mixed(old: float | None, new: float) -> float:
+    return new if old is None else (1 - _NEWEST) * old + _NEWEST * new

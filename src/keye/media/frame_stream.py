@@ -1,0 +1,237 @@
+"""Pixels of a medium that are not there yet: frames that are decoded while the first of them are being encoded.
+
+A source says which grid rows will come and can be opened again and again; a reader gives the rows in order, once.
+Waiting frames are kept as bytes, a quarter of their size as patches, and under a limit, so memory does not grow with
+the video. Knows frames and rows, not networks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keye.config import ProcessorConfig
+from keye.media.fetch import Source
+from keye.media.patches import VisionInput, frame_grids, frames_to_patches
+from keye.media.pictures import Pixels
+from keye.media.sizes import Size
+from keye.media.video import DecodeLimits, VideoReader
+
+#: Decoded frames of one video that wait to be encoded.
+BUFFER_BYTES: Final = 32 << 20
+
+
+class PixelReader(Protocol):
+    """The rows of one medium in order. Closing may happen at any time, from any thread, and twice."""
+
+    def has(self, rows: int) -> bool:
+        """Whether `take(rows)` would answer at once, be it with an error."""
+
+    def wait(self, rows: int, timeout: float | None = None) -> bool:
+        """Waits until `has(rows)`, at most `timeout` seconds; returns it."""
+
+    def take(self, rows: int) -> VisionInput:
+        """The next `rows` rows, waiting for them. Raises what went wrong with the medium."""
+
+    def close(self) -> None:
+        """Frees what the reader holds and ends what works for it."""
+
+
+class PixelSource(Protocol):
+    """The rows of a medium, read as often as needed."""
+
+    @property
+    def grid_thw(self) -> NDArray[np.int64]:
+        """[rows, 3], known before any pixel is."""
+
+    def open(self) -> PixelReader:
+        """A reader at the first row."""
+
+
+@dataclass(frozen=True)
+class FrameShape:
+    """How the frames of a video become rows: sizes (H, W) of all frames, and whether they are one row (Preview)."""
+
+    sizes: Sequence[Size]
+    config: ProcessorConfig
+    one_row: bool = False
+
+    @property
+    def grid_thw(self) -> NDArray[np.int64]:
+        """[rows, 3]."""
+        grids = frame_grids(self.sizes, self.config)
+        return np.array([[len(grids), *grids[0, 1:]]], dtype=np.int64) if self.one_row else grids
+
+    def frames(self, rows: int) -> int:
+        """Frames that `rows` rows hold."""
+        return len(self.sizes) if self.one_row and rows else rows
+
+    def patches(self, frames: Sequence[Pixels], first: int) -> VisionInput:
+        """Patches of frames `first`, first + 1, ..."""
+        vision = frames_to_patches(frames, self.sizes[first : first + len(frames)], self.config)
+        return vision.as_one_video() if self.one_row else vision
+
+
+@dataclass(frozen=True)
+class HeldFrames:
+    """Frames in memory, made into patches when they are read. `frames` begins anew at each call."""
+
+    frames: Callable[[], Iterator[Pixels]]
+    shape: FrameShape
+
+    @property
+    def grid_thw(self) -> NDArray[np.int64]:
+        return self.shape.grid_thw
+
+    def open(self) -> PixelReader:
+        return _HeldFramesReader(self.frames(), self.shape)
+
+
+class _HeldFramesReader:
+    def __init__(self, frames: Iterator[Pixels], shape: FrameShape) -> None:
+        self._frames, self._shape, self._taken = frames, shape, 0
+
+    def has(self, rows: int) -> bool:
+        return True
+
+    def wait(self, rows: int, timeout: float | None = None) -> bool:
+        return True
+
+    def take(self, rows: int) -> VisionInput:
+        frames = list(islice(self._frames, self._shape.frames(rows)))
+        self._taken += len(frames)
+        return self._shape.patches(frames, self._taken - len(frames))
+
+    def close(self) -> None:
+        self._frames = iter(())
+
+
+@dataclass(frozen=True)
+class FileFrames:
+    """Frames of a video file. `frames` gives those of an open file at the sizes of `shape`; a thread runs it."""
+
+    source: Source
+    limits: DecodeLimits
+    frames: Callable[[VideoReader], Iterator[Pixels]]
+    shape: FrameShape
+    buffer_bytes: int = BUFFER_BYTES
+
+    @property
+    def grid_thw(self) -> NDArray[np.int64]:
+        return self.shape.grid_thw
+
+    def open(self) -> PixelReader:
+        return _FileFramesReader(self)
+
+
+class _Queue:
+    """Frames between the thread that decodes and the one that encodes."""
+
+    def __init__(self, buffer_bytes: int) -> None:
+        self.buffer_bytes = buffer_bytes
+        self.frames: deque[Pixels] = deque()
+        self.held, self.wanted = 0, 1
+        self.error: Exception | None = None
+        self.ended, self.closed = False, False
+        self.changed = threading.Condition()
+
+    def put(self, frame: Pixels) -> bool:
+        """Adds a frame when there is room: below the limit, or while fewer are here than are asked for. False when
+        nobody wants it any more."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.closed or self.held < self.buffer_bytes or len(self.frames) < self.wanted
+            )
+            if self.closed:
+                return False
+            self.frames.append(frame)
+            self.held += frame.nbytes
+            self.changed.notify_all()
+            return True
+
+    def end(self, error: Exception | None = None) -> None:
+        """No more frames will come."""
+        with self.changed:
+            self.ended, self.error = True, error
+            self.changed.notify_all()
+
+    def wait(self, frames: int, timeout: float | None) -> bool:
+        """Waits for frames, the end, or the closing."""
+        with self.changed:
+            self.wanted = max(self.wanted, frames)
+            self.changed.notify_all()
+            return self.changed.wait_for(lambda: self.ended or self.closed or len(self.frames) >= frames, timeout)
+
+    def take(self, frames: int) -> list[Pixels]:
+        """The next frames, waited for; raises the error that came instead."""
+        self.wait(frames, None)
+        with self.changed:
+            assert not self.closed, "a closed reader is read"
+            if len(self.frames) < frames:
+                assert self.error is not None, "a video gave fewer frames than its plan"
+                raise self.error
+            taken = [self.frames.popleft() for _ in range(frames)]
+            self.held -= sum(frame.nbytes for frame in taken)
+            self.wanted = 1
+            self.changed.notify_all()
+            return taken
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.frames.clear()
+            self.held = 0
+            self.changed.notify_all()
+
+
+class _FileFramesReader:
+    """Owns a decode worker and the thread that reads it. The thread knows the queue but not this object, so that a
+    reader that nobody holds any more ends both."""
+
+    def __init__(self, file: FileFrames) -> None:
+        self._shape, self._taken = file.shape, 0
+        self._queue = _Queue(file.buffer_bytes)
+        self._video = VideoReader(file.source, file.limits, wait=False)
+        arguments = (self._video, file.frames, self._queue)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="keye-frames", daemon=True)
+        self._thread.start()
+
+    def has(self, rows: int) -> bool:
+        return self._queue.wait(self._shape.frames(rows), 0)
+
+    def wait(self, rows: int, timeout: float | None = None) -> bool:
+        return self._queue.wait(self._shape.frames(rows), timeout)
+
+    def take(self, rows: int) -> VisionInput:
+        frames = self._queue.take(self._shape.frames(rows))
+        self._taken += len(frames)
+        return self._shape.patches(frames, self._taken - len(frames))
+
+    def close(self) -> None:
+        self._queue.close()
+        self._video.stop()
+        self._thread.join()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_thread"):  # not where starting the worker failed
+            self._queue.close()
+            self._video.stop()
+
+
+def _fill(video: VideoReader, frames: Callable[[VideoReader], Iterator[Pixels]], queue: _Queue) -> None:
+    """What the thread does: frames into the queue until they end, fail, or nobody wants them."""
+    try:
+        with video:
+            for frame in frames(video):
+                if not queue.put(frame):
+                    break
+        queue.end()
+    except Exception as error:  # noqa: BLE001 - raised again where the frames are taken
+        queue.end(error)

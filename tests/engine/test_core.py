@@ -1,0 +1,446 @@
+"""The engine against one sequence at a time: together, cut up, preempted or cached, requests get the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import keye
+from keye import Frames, Keye, KeyeError
+from keye.chat import Medium, Message
+from keye.engine import core as core_module
+from keye.engine.async_engine import AsyncEngine, Overloaded
+from keye.engine.generate import Decoding, generate
+from keye.engine.ledger import OutOfMemory
+from keye.engine.request import Delta, Finished, Inbox, Progress, Stage
+from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
+from keye.media.processor import Processor
+from keye.models.keye import KeyeModel
+from tiny import tiny_folder
+
+WORDS = ("what", "red circle", "when is it visible", "how many", "blue", "the left square and the right one")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def load(folder: Path) -> Callable[..., Keye]:
+    return lambda **options: keye.load(folder, dtype="float32", **options)
+
+
+@pytest.fixture
+def model(load: Callable[..., Keye]) -> Keye:
+    return load()
+
+
+def clip(seed: int, frames: int = 6) -> Frames:
+    pixels = np.random.default_rng(seed).integers(0, 255, (frames, 56, 56, 3), dtype=np.uint8)
+    return Frames(pixels, tuple(i / 2 for i in range(frames)))
+
+
+def conversation(seed: int) -> list[Message]:
+    """A question of some length, about a clip of some length or about nothing."""
+    rng = random.Random(seed)
+    question = " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 30)))
+    media = (Medium("video", clip(seed, rng.randint(2, 12))),) if seed % 3 else ()
+    return [Message("user", (*media, question))]
+
+
+def alone(model: Keye, messages: list[Message], max_tokens: int) -> list[int]:
+    """Greedy tokens of the reference: one sequence, nothing cached."""
+    request = model.request(messages, max_tokens=max_tokens, ignore_eos=True)
+    decoding = Decoding(model.model)
+    decoding.prefill(model.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
+    return list(generate(decoding, request.params, ()))
+
+
+def together(model: Keye, requests: list[Any]) -> tuple[list[list[int]], list[Finished]]:
+    """Tokens of the first choice of requests that run at once, and how each finished."""
+    inboxes = [Inbox() for _ in requests]
+    for request, inbox in zip(requests, inboxes, strict=True):
+        model.core.add(request, model.attention_of(request.attention), inbox)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    events = [list(inbox.events) for inbox in inboxes]
+    tokens = [[t for e in told if isinstance(e, Delta) and e.index == 0 for t in e.tokens] for told in events]
+    ends = [told[-1] for told in events]
+    assert all(isinstance(end, Finished) for end in ends), ends
+    return tokens, ends  # type: ignore[return-value]
+
+
+def greedy(model: Keye, messages: list[Message], max_tokens: int = 12, **options: Any) -> Any:
+    return model.request(messages, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
+    asked = [conversation(seed) for seed in range(8)]
+    got, ends = together(model, [greedy(model, messages) for messages in asked])
+    assert got == [alone(model, messages, 12) for messages in asked]
+    assert [end.completion_tokens for end in ends] == [12] * 8
+    model.clear_caches()
+    assert model.ledger.used() == 0
+
+
+@pytest.mark.parametrize("alone_tokens", [1, 7, 64])
+def test_prompts_may_be_cut_anywhere(model: Keye, monkeypatch: pytest.MonkeyPatch, alone_tokens: int) -> None:
+    monkeypatch.setattr(Pace, "budget", lambda *_: alone_tokens)
+    asked = [conversation(seed) for seed in (1, 2, 3)]
+    got, _ = together(model, [greedy(model, messages, 4) for messages in asked])
+    assert got == [alone(model, messages, 4) for messages in asked]
+
+
+def test_too_little_memory_delays_and_loses_nothing(load: Callable[..., Keye]) -> None:
+    model = load()
+    slab = model.store.slab_bytes
+    model.ledger.budget = 3 * slab + (1 << 20)
+    long = [[Message("user", ("word " * 700 + str(i),))] for i in range(4)]
+    sampled = [greedy(model, messages, 8, temperature=1.0, seed=3) for messages in long]
+    got, _ = together(model, sampled)
+    model.ledger.budget = None
+    model.clear_caches()
+    free, _ = together(load(), sampled)
+    assert got == free
+    assert model.ledger.used() == 0
+
+
+def test_preempted_requests_go_on_where_they_were(model: Keye) -> None:
+    asked = [conversation(seed) for seed in range(4)]
+    inboxes = [Inbox() for _ in asked]
+    tasks = [
+        model.core.add(greedy(model, messages, 10), "sparse", inbox)
+        for messages, inbox in zip(asked, inboxes, strict=True)
+    ]
+    steps = 0
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+        steps += 1
+        writing = [task for task in tasks if task.stage is Stage.DECODING]
+        if steps % 3 == 0 and writing:
+            model.core._preempt(writing[steps % len(writing)])
+    got = [[t for e in inbox.events if isinstance(e, Delta) for t in e.tokens] for inbox in inboxes]
+    assert got == [alone(model, messages, 10) for messages in asked]
+    assert model.core.preemptions > 3
+
+
+def test_what_never_fits_is_refused_with_what_would(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.ledger.budget = model.store.slab_bytes
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(KeyeModel, "encode_vision", fail)
+    with pytest.raises(OutOfMemory, match=r"memory budget is \d+ MiB, enough for 1,024 tokens.*max_frames.*kv=int4"):
+        model.chat([Message("user", ("word " * 3000,))], max_tokens=4)
+    assert model.ledger.used() == 0
+
+
+def test_draws_depend_on_the_seed_alone(model: Keye) -> None:
+    messages = conversation(1)
+    drawn = greedy(model, messages, 12, temperature=1.5, seed=11)
+    (first,), _ = together(model, [drawn])
+    company, _ = together(model, [greedy(model, conversation(s), 12, temperature=1.0) for s in (2, 3)] + [drawn])
+    assert company[-1] == first
+
+
+def test_choices_differ_and_the_first_is_that_of_one(model: Keye) -> None:
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.5, "seed": 5}
+    answer = model.chat(conversation(1), n=3, **options)
+    one = model.chat(conversation(1), **options)
+    told = [answer.text, *(other.text for other in answer.alternatives)]
+    assert answer.text == one.text and len(set(told)) == 3
+    assert answer.usage.completion_tokens > one.usage.completion_tokens
+
+
+def test_probabilities_are_those_of_the_model(model: Keye) -> None:
+    messages = conversation(1)
+    answer = model.chat(messages, max_tokens=3, logprobs=2, prompt_logprobs=True, ignore_eos=True)
+    prompt = model.prompts.lay_out(model.request(messages).prompt)  # type: ignore[arg-type]
+    decoding = Decoding(model.model)
+    decoding.prefill(prompt)
+    assert answer.logprobs is not None and answer.prompt_logprobs is not None
+    for one in answer.logprobs:
+        logs = decoding.logits.log_softmax(-1)
+        assert one.logprob == pytest.approx(float(logs[one.token]), abs=1e-4)
+        assert [other.token for other in one.top] == logs.topk(2).indices.tolist()
+        decoding.feed(one.token)
+    assert [one.token for one in answer.prompt_logprobs] == prompt.token_ids[1:].tolist()
+    first = Decoding(model.model)
+    first.prefill(keye.engine.prompt.Prompt(prompt.token_ids[:1], prompt.position_ids[:, :1], 1, ()))
+    expected = first.logits.log_softmax(-1)[int(prompt.token_ids[1])]
+    assert answer.prompt_logprobs[0].logprob == pytest.approx(float(expected), abs=1e-4)
+    assert "logprobs" in answer.to_dict()
+
+
+# Prefixes
+
+
+def test_the_same_video_is_computed_once(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = clip(1, 10)
+    first = model.ask(video, "what is it?", max_tokens=4)
+    calls: list[int] = []
+    encode = KeyeModel.encode_vision
+    monkeypatch.setattr(KeyeModel, "encode_vision", lambda *given: calls.append(1) or encode(*given))  # type: ignore[func-returns-value]
+    second = model.ask(video, "when does it end, and how?", max_tokens=4)
+    assert (first.usage.cached_tokens, calls) == (0, [])
+    assert second.usage.media_tokens < second.usage.cached_tokens < second.usage.prompt_tokens
+    model.clear_caches()
+    assert model.ask(video, "when does it end, and how?", max_tokens=4).text == second.text
+
+
+def test_another_video_or_owner_or_mode_shares_nothing(model: Keye) -> None:
+    model.ask(clip(1), "what?", max_tokens=1)
+    for video, options in ((clip(2), {}), (clip(1), {"attention": "dense"})):
+        assert model.ask(video, "what?", max_tokens=1, **options).usage.cached_tokens < 20
+    request = model.request([Message("user", (Medium("video", clip(1)), "what?"))], max_tokens=1)
+    from dataclasses import replace
+
+    _, (end,) = together(model, [replace(request, salt=b"someone else")])
+    assert end.cached_tokens == 0
+
+
+def test_prefixes_are_given_up_for_those_who_need_the_room(model: Keye) -> None:
+    for seed in range(6):
+        model.chat([Message("user", ("word " * 300 + str(seed),))], max_tokens=1)
+    assert len(model.prefixes) == 6
+    model.ledger.budget = model.ledger.used()
+    model.chat([Message("user", ("other " * 250,))], max_tokens=1)
+    assert len(model.prefixes) < 6
+
+
+# Determinism
+
+
+def test_deterministic_tokens_do_not_depend_on_company(folder: Path) -> None:
+    """In bfloat16, where the shape of a product decides its last bits."""
+    model = keye.load(folder)
+    fixed = [greedy(model, conversation(s), 24, deterministic=True, logprobs=0) for s in (1, 2)]
+
+    def probabilities(company: list[Any]) -> list[list[float]]:
+        inboxes = [Inbox() for _ in fixed]
+        for request in company:
+            model.core.add(request, "sparse", Inbox())
+        for request, inbox in zip(fixed, inboxes, strict=True):
+            model.core.add(request, "sparse", inbox)
+        while not model.core.idle():
+            if not model.core.step():
+                model.core.rest()
+        return [[p.logprob for e in i.events if isinstance(e, Delta) for p in e.probs] for i in inboxes]
+
+    by_themselves = probabilities([])
+    in_company = probabilities([greedy(model, conversation(s), 30) for s in range(3, 9)])
+    assert by_themselves == in_company
+
+
+# Going away
+
+
+def test_requests_dropped_at_any_stage_leave_nothing(model: Keye) -> None:
+    rng, open_tasks = random.Random(0), list[Any]()
+    for number in range(1000):
+        messages = conversation(1 + number % 2) if number % 50 == 0 else [Message("user", (f"q {number % 7}",))]
+        open_tasks.append(model.core.add(greedy(model, messages, 6), "sparse", Inbox()))
+        for _ in range(rng.randint(0, 1)):
+            model.core.step()
+        if rng.random() < 0.9:
+            model.core.abort(open_tasks.pop(rng.randrange(len(open_tasks))))
+    for task in open_tasks:
+        model.core.abort(task)
+    model.core.step()
+    assert model.core.idle()
+    model.clear_caches()
+    assert model.ledger.used() == 0 and model.ledger.accounts() == {}
+
+
+def test_a_stream_that_is_let_go_ends_its_request(model: Keye) -> None:
+    stream = model.stream(conversation(1), max_tokens=50, ignore_eos=True)
+    next(stream)
+    assert not model.core.idle()
+    stream.close()
+    assert model.core.idle()
+
+
+def test_one_that_fails_leaves_the_others_alone(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = Inbox(), Inbox()
+    model.core.add(greedy(model, conversation(3), 4), "sparse", good)
+    frames = Processor.frames
+
+    def broken(self: Processor, *given: Any) -> Any:
+        if threading.current_thread().name.startswith("keye-media"):
+            raise KeyeError("the decode worker died; try the file again")
+        return frames(self, *given)
+
+    monkeypatch.setattr(Processor, "frames", broken)
+    model.core.add(greedy(model, conversation(1), 4), "sparse", bad)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    assert isinstance(good.events[-1], Finished)
+    assert "decode worker died" in str(bad.events[-1].error)  # type: ignore[union-attr]
+
+
+def test_a_device_that_fails_ends_what_was_on_it(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory on the device")
+
+    monkeypatch.setattr(core_module, "run", fail)
+    with pytest.raises(RuntimeError, match="out of memory on the device"):
+        model.chat(conversation(3), max_tokens=2)
+    monkeypatch.undo()
+    assert model.chat(conversation(3), max_tokens=2).usage.completion_tokens > 0
+
+
+def test_a_request_out_of_time_says_so(model: Keye) -> None:
+    from dataclasses import replace
+
+    request = replace(greedy(model, conversation(3), 500), seconds=0.0)
+    inbox = Inbox()
+    model.core.add(request, "sparse", inbox)
+    model.core.run_until(inbox)
+    assert "took longer than 0 s" in str(inbox.events[-1].error)  # type: ignore[union-attr]
+
+
+def test_threads_share_the_engine(model: Keye) -> None:
+    expected = [model.chat(conversation(s), max_tokens=6).text for s in range(4)]
+    got: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda s=s: got.update({s: model.chat(conversation(s), max_tokens=6).text}))  # type: ignore[misc]
+        for s in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[s] for s in range(4)] == expected
+
+
+def test_a_batch_is_answered_in_order(model: Keye) -> None:
+    asked = [conversation(s) for s in range(5)]
+    answers = model.batch(asked, max_tokens=5)
+    assert [a.text for a in answers] == [model.chat(messages, max_tokens=5).text for messages in asked]
+
+
+# The asynchronous front
+
+
+def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
+    engine = AsyncEngine(model)
+    engine.start()
+    try:
+        return asyncio.run(work(engine))
+    finally:
+        engine.close()
+
+
+def test_many_clients_at_once(model: Keye) -> None:
+    asked = [conversation(s) for s in range(6)]
+
+    async def client(engine: AsyncEngine, messages: list[Message]) -> list[int]:
+        tokens: list[int] = []
+        async for event in engine.run(greedy(model, messages, 8)):
+            if isinstance(event, Delta):
+                tokens += event.tokens
+        return tokens
+
+    async def all_clients(engine: AsyncEngine) -> list[list[int]]:
+        return await asyncio.gather(*(client(engine, messages) for messages in asked))
+
+    assert run_async(model, all_clients) == [alone(model, messages, 8) for messages in asked]
+
+
+def test_a_client_that_goes_gives_everything_back(model: Keye) -> None:
+    async def leave(engine: AsyncEngine) -> None:
+        events = engine.run(greedy(model, conversation(1), 400))
+        async for event in events:
+            if isinstance(event, Delta):
+                break
+        await events.aclose()
+        task = asyncio.create_task(anext(engine.run(greedy(model, conversation(2), 400))))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await engine.drain(5.0)
+        with pytest.raises(Overloaded, match="stopping"):
+            await anext(engine.run(greedy(model, conversation(2), 4)))
+
+    run_async(model, leave)
+    model.clear_caches()
+    assert model.ledger.used() == 0
+
+
+def test_too_many_are_refused_and_progress_is_told(model: Keye) -> None:
+    async def crowd(engine: AsyncEngine) -> list[Any]:
+        engine.most_requests = 1
+        first = engine.run(greedy(model, conversation(1), 4))
+        told = [await anext(first)]
+        with pytest.raises(Overloaded, match="1 requests are waiting or running"):
+            await anext(engine.run(greedy(model, conversation(2), 4)))
+        told += [event async for event in first]
+        assert engine.gauges()["generation_tokens_total"] >= 3
+        return told
+
+    phases = [event.phase for event in run_async(model, crowd) if isinstance(event, Progress)]
+    assert phases[0] == "decode" and "encode" in phases and phases[-1] == "prefill"
+
+
+# The scheduler
+
+
+def test_shares_are_equal_and_nothing_is_wasted() -> None:
+    assert share_out([(1, 1000), (2, 10), (3, 1000)], 100) == {1: 45, 2: 10, 3: 45}
+    assert share_out([(1, 5), (2, 5)], 100) == {1: 5, 2: 5}
+    assert share_out([(1, 50), (2, 50)], 1) == {1: 1}
+    rng = random.Random(0)
+    for _ in range(200):
+        waiting = [(i, rng.randint(1, 300)) for i in range(rng.randint(1, 9))]
+        budget = rng.randint(1, 400)
+        shares = share_out(waiting, budget)
+        assert sum(shares.values()) == min(budget, sum(need for _, need in waiting))
+        assert all(shares.get(i, 0) <= need for i, need in waiting)
+        if budget >= len(waiting):
+            assert set(shares) == {i for i, _ in waiting}, "everyone gets on"
+
+
+def test_prompts_get_what_those_who_write_can_spare() -> None:
+    pace = Pace()
+    assert pace.budget(0) > pace.budget(4)
+    pace.saw_step(0.010, 4, 0)
+    pace.saw_step(0.110, 4, 100)
+    assert LEAST_TOKENS <= pace.budget(4) < 100
+    pace.saw_step(5.0, 4, 100)
+    assert pace.budget(4) == LEAST_TOKENS
+
+
+def test_nan_fails_only_its_request(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = core_module.run
+    good, bad = Inbox(), Inbox()
+    model.core.add(greedy(model, conversation(3), 4), "sparse", good)
+    spoiled = model.core.add(greedy(model, conversation(6), 4), "sparse", bad)
+
+    def poisoned(given: KeyeModel, slices: Any) -> Any:
+        out = run(given, slices)
+        mine = {id(spoiled.cache), *(id(choice.cache) for choice in spoiled.choices)}
+        return [
+            torch.full_like(logits, torch.nan) if logits is not None and id(one.cache) in mine else logits
+            for one, logits in zip(slices, out, strict=True)
+        ]
+
+    monkeypatch.setattr(core_module, "run", poisoned)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    assert isinstance(good.events[-1], Finished)
+    assert "computes NaN" in str(bad.events[-1].error)  # type: ignore[union-attr]

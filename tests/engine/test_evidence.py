@@ -1,0 +1,129 @@
+"""Evidence: which frames were selected while an answer was written, and what is said when nothing was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import keye
+from keye import Frames, Keye
+from keye.chat import Message
+from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame_spans, make_evidence
+from keye.engine.evidence_picture import WIDTH, draw_evidence
+from keye.engine.generate import Decoding
+from keye.engine.media import as_medium
+from keye.engine.prompt import Prompt, PromptBuilder
+from keye.media.processor import Processor
+from tiny import Tiny, tiny_folder, tiny_model
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
+TIMES = [0.5 * i for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return tiny_model(topk=16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Keye:
+    return keye.load(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"), dtype="float32")
+
+
+def prompt_of(tiny: Tiny, *media: object) -> Prompt:
+    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor_config))
+    return builder.build([Message("user", (*map(as_medium, media), "what?"))])
+
+
+def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Tiny) -> None:
+    prompt = prompt_of(tiny, Frames(FRAMES, TIMES), Image.new("RGB", (56, 56)))
+    video, image = frame_spans(prompt, tiny.model.config)
+    counts = torch.zeros(2, prompt.token_ids.shape[0] + 5, dtype=torch.int64)
+    counts[:, video[2][0]] = 6
+    counts[:, video[5][1] - 1] = 2
+    counts[:, video[5][1]] = 100  # the text of the next frame
+    counts[:, image[0][0]] = 8
+    made = make_evidence(counts, 3, prompt, tiny.model.config)
+    frames, picture = made.media
+    assert made.reason is None and made.steps == 3
+    assert frames.shares == (0, 0, 0.75, 0, 0, 0.25, 0, 0) and frames.times == tuple(TIMES)
+    assert frames.lifts[2] == 6.0 and frames.top() == [2, 5] and frames.top(1) == [2]
+    assert picture.shares == (1.0,) and picture.share == frames.share == 0.5
+    assert made.to_dict()["media"][0]["top"] == [2, 5]
+
+
+def test_counts_are_those_of_the_steps_that_write_the_reply(tiny: Tiny) -> None:
+    """What is counted for the first token is what the last token of the prompt selects, k keys in every layer."""
+    prompt = prompt_of(tiny, Frames(FRAMES, TIMES))
+    plain, counting = Decoding(tiny.model), Decoding(tiny.model, room=prompt.token_ids.shape[0] + 4)
+    for decoding in (plain, counting):
+        decoding.prefill(prompt)
+    assert counting.counts is not None and plain.counts is None
+    assert counting.counts.sum(1).tolist() == [16, 16] and counting.counts.max() == 1 and counting.counted == 1
+    assert torch.allclose(counting.logits, plain.logits, atol=1e-5)
+    counting.feed(int(counting.logits.argmax()))
+    assert counting.counts.sum(1).tolist() == [32, 32] and counting.counted == 2
+    counting.append([1, 2])  # a question: only its last token produces a reply
+    assert counting.counted == 3
+
+
+def test_an_answer_carries_evidence_on_request(model: Keye) -> None:
+    assert model.ask(Frames(FRAMES, TIMES), "what?", max_tokens=3).evidence is None
+    answer = model.ask(Frames(FRAMES, TIMES), "what?", max_tokens=3, evidence=True)
+    assert answer.evidence is not None and answer.evidence.reason is None and answer.evidence.steps == 3
+    (medium,) = answer.evidence.media
+    assert sum(medium.shares) == pytest.approx(1.0) and len(medium.lifts) == 8
+    assert answer.to_dict()["evidence"] == answer.evidence.to_dict()
+
+
+def test_without_selection_there_is_a_reason(model: Keye, tiny: Tiny) -> None:
+    dense = model.ask(Frames(FRAMES), "what?", max_tokens=1, attention="dense", evidence=True).evidence
+    assert dense is not None and dense.media == () and "attention was dense" in str(dense.reason)
+    short = tiny_model(topk=4096)
+    prompt = prompt_of(short, Frames(FRAMES))
+    decoding = Decoding(short.model, room=prompt.token_ids.shape[0] + 1)
+    decoding.prefill(prompt)
+    made = make_evidence(decoding.counts, decoding.counted, prompt, short.model.config)
+    assert (
+        made.reason == "the context is not longer than the 4,096 tokens that the indexer selects: every token was read"
+    )
+    assert model.chat([{"role": "user", "content": "hello"}], max_tokens=1, evidence=True).evidence == Evidence(
+        (), 0, "the request has no media"
+    )
+
+
+def test_the_lowest_third_of_the_layers_is_left_out() -> None:
+    assert [counted_layers(n).start for n in (1, 2, 6, 48)] == [0, 0, 2, 16]
+
+
+# The picture
+
+
+def evidence_of(frames: int) -> Evidence:
+    lifts = [0.5] * frames
+    lifts[frames // 2] = frames / 2
+    shares = tuple(lift / frames for lift in lifts)
+    times = tuple(0.5 * i for i in range(frames))
+    return Evidence((MediumEvidence("video", "clip.mp4", times, shares, tuple(lifts), 1.0),), 3)
+
+
+def colours(picture: Image.Image) -> set[object]:
+    return {colour for _, colour in picture.getcolors(1 << 20) or []}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 2000])
+def test_a_timeline_of_any_length(frames: int) -> None:
+    thumbnails = {0: {frames // 2: Image.new("RGB", (64, 36), (1, 2, 3))}}
+    picture = draw_evidence(evidence_of(frames), "when?", "[[1.0, 2.0]]", [(1.0, 2.0)], thumbnails)
+    assert picture.width == WIDTH and picture.height < 800
+    assert (1, 2, 3) in colours(picture) or frames == 1
+
+
+def test_a_picture_tells_why_there_is_no_evidence(tmp_path: Path) -> None:
+    plain = draw_evidence(Evidence((), 0), "when?", "now", [])
+    told = draw_evidence(Evidence((), 0, "attention was dense"), "when? 日本", "", [])
+    assert told.height > plain.height and (213, 94, 0) in colours(told)

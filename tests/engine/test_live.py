@@ -1,0 +1,153 @@
+"""Live sessions: frames that come one by one give what one video of all of them gives; what happens when it is full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import keye
+from keye import Frames, Keye, KeyeError
+from keye.chat import Message
+from keye.config import ProcessorConfig
+from keye.data.frameforge import make_clip, write_mp4
+from keye.engine.generate import Decoding
+from keye.engine.live import LiveSession
+from keye.engine.media import as_medium
+from keye.media.processor import Processor
+from tiny import tiny_folder
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (40, 56, 56, 3), dtype=np.uint8)
+TIMES = [0.5 * i for i in range(40)]
+SIZE = {"resized_height": 56, "resized_width": 56}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Keye:
+    return keye.load(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"), dtype="float32")
+
+
+def logits_of(session: LiveSession, question: str) -> torch.Tensor:
+    """Logits of the first token of an answer."""
+    _, tail = session._around(question)
+    fork = Decoding(session._model.model, cache=session._trunk.cache.fork())
+    fork.position = session._trunk.position
+    fork.append(tail)
+    return fork.logits
+
+
+def logits_of_video(model: Keye, frames: NDArray[np.uint8], times: list[float], question: str) -> torch.Tensor:
+    decoding = Decoding(model.model)
+    decoding.prefill(model.prompts.build([Message("user", (as_medium(Frames(frames, times), SIZE), question))]))
+    return decoding.logits
+
+
+def test_frames_one_by_one_are_one_video(model: Keye) -> None:
+    session = model.live(**SIZE)
+    for start, stop in ((0, 1), (1, 4), (4, 40)):
+        session.append(FRAMES[start:stop], TIMES[start:stop])
+        one = logits_of_video(model, FRAMES[:stop], TIMES[:stop], "what is this?")
+        assert torch.allclose(logits_of(session, "what is this?"), one, atol=1e-5)
+    assert session.frames == 40 and session.times == tuple(TIMES)
+
+
+def test_answers_do_not_disturb_the_stream(model: Keye) -> None:
+    asked, silent = model.live(**SIZE), model.live(**SIZE)
+    for start in range(0, 12, 3):
+        for session in (asked, silent):
+            session.append(FRAMES[start : start + 3], TIMES[start : start + 3])
+        stream = asked.stream_ask("what?", max_tokens=5)
+        next(stream, None)  # left in the middle
+        answer = asked.ask("what?", max_tokens=5)
+    assert asked.tokens == silent.tokens
+    assert torch.equal(logits_of(asked, "when?"), logits_of(silent, "when?"))
+    whole = model.ask(Frames(FRAMES[:12], TIMES[:12]), "what?", media_options=SIZE, max_tokens=5)
+    assert (answer.text, answer.usage) == (whole.text, whole.usage)
+    assert answer.plan == whole.plan
+
+
+def test_an_answer_has_evidence(model: Keye) -> None:
+    session = model.live(**SIZE)
+    session.append(FRAMES[:8], TIMES[:8])
+    evidence = session.ask("what?", max_tokens=3, evidence=True).evidence
+    whole = model.ask(Frames(FRAMES[:8], TIMES[:8]), "what?", media_options=SIZE, max_tokens=3, evidence=True).evidence
+    assert evidence is not None and evidence == whole
+
+
+def test_a_file_is_appended_with_its_times(model: Keye, tmp_path: Path) -> None:
+    write_mp4(make_clip(3, frames=8, objects=2, start=0.0, step=0.5), tmp_path / "short.mp4", (112, 112))
+    session = model.live(fps=2)
+    session.append_video(tmp_path / "short.mp4")
+    session.append_video(tmp_path / "short.mp4", offset=60.0)
+    assert session.times == tuple(start + 0.5 * i for start in (0.0, 60.0) for i in range(8))
+
+
+def small(model: Keye, context: int) -> Keye:
+    """The same model with room for few tokens."""
+    import copy
+    import dataclasses
+
+    other = copy.copy(model)
+    network = copy.copy(model.model)
+    text = dataclasses.replace(model.config.text, max_position_embeddings=context)
+    network.config = dataclasses.replace(model.config, text=text)
+    other.model = network
+    return other
+
+
+def test_a_full_context_is_told_and_nothing_is_lost(model: Keye) -> None:
+    session = small(model, 200).live(reserve=50, **SIZE)
+    room = (150 - session.tokens) // 10  # a frame is a label of six tokens and four visual ones
+    session.append(FRAMES[:room], TIMES[:room])
+    with pytest.raises(KeyeError, match=r"the context is full: it holds \d+ frames in \d+ of 200 tokens, and 50 are"):
+        session.append(FRAMES[room:], TIMES[room:])
+    assert 0 < session.tokens <= 150
+    before = session.frames
+    assert session.ask("what?", max_tokens=2).usage.completion_tokens <= 2 and session.frames == before
+
+
+def test_recent_frames_are_as_if_the_video_began_with_them(model: Keye) -> None:
+    session = small(model, 200).live(keep="recent", reserve=50, **SIZE)
+    for frame, time in zip(FRAMES, TIMES, strict=True):
+        session.append(frame[None], [time])
+        assert session.tokens <= 150
+    assert session.dropped > 0 and session.dropped + session.frames == 40
+    first = session.dropped
+    assert session.times == tuple(TIMES[first:])
+    one = logits_of_video(model, FRAMES[first:], TIMES[first:], "what?")
+    assert torch.allclose(logits_of(session, "what?"), one, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames", "times", "sentence"),
+    [
+        (FRAMES[:2], [2.0], "2 frames have 1 timestamps"),
+        (FRAMES[:2], [3.0, 3.0], "timestamps must ascend"),
+        (FRAMES[:1], [0.5], "timestamps must ascend"),
+        ([], [], "frames must be an array"),
+    ],
+)
+def test_frames_that_cannot_be_appended(model: Keye, frames: Any, times: list[float], sentence: str) -> None:
+    session = model.live(**SIZE)
+    session.append(FRAMES[:2], [0.0, 1.0])
+    with pytest.raises(KeyeError, match=sentence):
+        session.append(frames, times)
+    assert session.frames == 2
+
+
+def test_sessions_that_cannot_be(model: Keye) -> None:
+    with pytest.raises(KeyeError, match="keep is 'some'; choose one of all, recent"):
+        model.live(keep="some")  # type: ignore[arg-type]
+    with pytest.raises(KeyeError, match="foo is no option of videos"):
+        model.live(foo=1)
+    with pytest.raises(KeyeError, match="reserve is 0"):
+        model.live(reserve=0)
+    with pytest.raises(KeyeError, match="no frame was appended yet"):
+        model.live().ask("what?")
+    other = keye.Keye(model.name, model.model, model.tokenizer, Processor(ProcessorConfig.of("1.5")))
+    with pytest.raises(KeyeError, match="live sessions need a model of Keye-VL 2.0"):
+        other.live()

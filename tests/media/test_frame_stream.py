@@ -1,0 +1,122 @@
+"""Frames that are decoded while the first are used: the same patches as all at once, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keye.config import ProcessorConfig
+from keye.data.frameforge import make_clip, write_mp4
+from keye.errors import MediaError
+from keye.media.fetch import Source, fetch_source
+from keye.media.frame_stream import FileFrames, FrameShape, _FileFramesReader
+from keye.media.options import MediaOptions
+from keye.media.patches import VisionInput
+from keye.media.pictures import Pixels
+from keye.media.processor import Processor
+from keye.media.video import DecodeLimits, VideoReader
+
+FRAME = np.zeros((28, 28, 3), dtype=np.uint8)
+CONFIG = ProcessorConfig.of("2.0", video_min_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    path = tmp_path_factory.mktemp("media") / "short.mp4"
+    write_mp4(make_clip(3, frames=8, objects=2, start=0.0, step=0.5), path, (112, 112))
+    return fetch_source(path)
+
+
+@pytest.mark.parametrize("generation", ["preview", "1.5", "2.0"])
+def test_a_stream_gives_what_the_whole_gives(source: Source, generation: Any) -> None:
+    processor = Processor(ProcessorConfig.of(generation, video_min_tokens=4))
+    whole, streamed = processor.video(source), processor.video_stream(source)
+    assert streamed.pieces == whole.pieces and streamed.plan == whole.plan
+    assert streamed.timestamps == whole.timestamps and streamed.second_per_grid == whole.second_per_grid
+    assert np.array_equal(streamed.grid_thw, whole.grid_thw)
+    for _ in range(2):  # it can be read again
+        assert np.array_equal(streamed.vision.pixel_values, whole.vision.pixel_values)
+    reader = streamed.pixels.open()
+    rows = [reader.take(1) for _ in range(len(whole.grid_thw))]
+    reader.close()
+    assert np.array_equal(VisionInput.concatenate(rows).pixel_values, whole.vision.pixel_values)
+
+
+def test_nothing_is_decoded_before_a_stream_is_opened(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Processor(CONFIG).video(source).plan
+    monkeypatch.setattr(VideoReader, "__init__", lambda *_, **__: pytest.fail("a worker was started"))
+    item = Processor(CONFIG).video_stream(source, plan=plan)  # type: ignore[arg-type]
+    assert item.frame_count == 8 and item.visual_tokens == 8 * 16
+
+
+def endless(source: Source, made: list[int], *, buffer_bytes: int) -> _FileFramesReader:
+    """A reader whose frames never end; `made` counts them."""
+
+    def frames(_: VideoReader) -> Iterator[Pixels]:
+        while True:
+            made.append(len(made))
+            yield FRAME
+
+    shape = FrameShape([(28, 28)] * 100, CONFIG)
+    reader = FileFrames(source, DecodeLimits(), frames, shape, buffer_bytes).open()
+    assert isinstance(reader, _FileFramesReader)
+    return reader
+
+
+def test_decoding_waits_for_encoding(source: Source) -> None:
+    made: list[int] = []
+    reader = endless(source, made, buffer_bytes=3 * FRAME.nbytes)
+    assert reader.wait(3) and len(made) <= 4  # three wait, the next is in the thread's hand
+    reader.take(2)
+    assert reader.wait(3) and len(made) <= 6
+    assert reader.wait(10) and len(made) <= 13  # who asks for more than the limit gets it
+    assert len(reader.take(10).grid_thw) == 10
+    reader.close()
+
+
+def test_closing_ends_worker_and_thread(source: Source) -> None:
+    reader = endless(source, [], buffer_bytes=FRAME.nbytes)
+    worker, thread = reader._video._process, reader._thread
+    reader.close()
+    reader.close()
+    assert worker.poll() is not None and not thread.is_alive()
+
+
+def test_a_reader_that_nobody_holds_ends_too(source: Source) -> None:
+    reader = endless(source, [], buffer_bytes=FRAME.nbytes)
+    worker, thread = reader._video._process, reader._thread
+    del reader
+    thread.join()
+    assert worker.poll() is not None
+
+
+def test_closing_does_not_wait_for_a_worker_that_hangs(source: Source) -> None:
+    reached = threading.Event()
+
+    def frames(video: VideoReader) -> Iterator[Pixels]:
+        assert video.info.frame_count == 8
+        reached.set()
+        yield from (np.frombuffer(video._read_exactly(3), np.uint8) for _ in range(1))  # nothing was asked for
+
+    reader = FileFrames(source, DecodeLimits(), frames, FrameShape([(28, 28)], CONFIG)).open()
+    reached.wait()
+    assert not reader.has(1)
+    reader.close()
+
+
+def test_what_is_wrong_with_a_file_is_told_when_its_frames_are_taken(tmp_path: Path, source: Source) -> None:
+    assert source.path is not None
+    plan = Processor(CONFIG).video(source).plan
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(source.path.read_bytes()[:3000])
+    item = Processor(CONFIG).video_stream(fetch_source(broken), MediaOptions(), plan=plan)  # type: ignore[arg-type]
+    reader = item.pixels.open()
+    assert reader.wait(1)
+    with pytest.raises(MediaError, match=r"broken.mp4 "):
+        reader.take(1)
+    reader.close()

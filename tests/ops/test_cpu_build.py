@@ -1,0 +1,141 @@
+"""How the compiled core comes to be, and what happens where it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from keye.errors import KeyeError
+from keye.ops import cpu, cpu_build, cpu_trial, dsa
+from keye.ops.cpu import CpuBackend
+from keye.ops.cpu_build import Status, Variant
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No choice of an earlier test, and none that a test makes stays."""
+    monkeypatch.setattr(dsa, "_made", {})
+    monkeypatch.setattr(dsa, "_chosen", None)
+    for name in ("KEYE_KERNELS", "KEYE_CPU_VARIANT", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder without libraries."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "keye" / "cpu"
+
+
+@pytest.fixture
+def good_library() -> Status:
+    """The library in the user's cache."""
+    if not cpu_build.runnable() or cpu_build.compiler() is None:
+        pytest.skip("the compiled core cannot be built here")
+    return cpu_build.ready()
+
+
+def test_without_a_compiler_the_reference_is_used(empty_cache, monkeypatch, tmp_path):
+    if not cpu_build.runnable():
+        pytest.skip("no variant runs on this processor")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cpu_build.ready() == Status(
+        None, None, "no C++ compiler was found; install g++ or clang++, or name one in CXX"
+    )
+    assert cpu.make() is None
+    assert dsa.backend_of(torch.device("cpu")).name == "reference"
+    assert cpu.status().startswith("reference, plain torch: no C++ compiler")
+    with pytest.raises(KeyeError, match="cpu kernels cannot run here"):
+        dsa.choose("cpu")
+
+
+def test_without_the_instruction_sets_the_reference_is_used(empty_cache, monkeypatch):
+    monkeypatch.setattr(cpu_build, "processor_flags", lambda: frozenset(["sse2"]))
+    assert "instruction sets" in cpu_build.ready().note
+
+
+def test_a_compiler_that_fails_is_named(empty_cache, monkeypatch):
+    if not cpu_build.runnable():
+        pytest.skip("no variant runs on this processor")
+    monkeypatch.setenv("CXX", "false")
+    status = cpu_build.ready()
+    assert status.library is None and "the compiler false failed" in status.note
+    assert list(empty_cache.glob("*.so")) == []
+
+
+def test_a_library_that_crashes_gives_way_to_the_next_variant(good_library, empty_cache, monkeypatch, tmp_path):
+    """The best variant ends its trial with a signal; the next one is a library that works."""
+    source = tmp_path / "crash.cpp"
+    source.write_text("#include <cstdlib>\n__attribute__((constructor)) static void fail() { std::abort(); }\n")
+    compiler = cpu_build.compiler()
+    assert compiler is not None and good_library.library is not None
+    best = cpu_build.runnable()[0]
+    monkeypatch.setattr(cpu_build, "runnable", lambda: [best, Variant("plain", frozenset(), ("-DPLAIN",))])
+
+    def build(library: Path, command: list[str], variant: Variant) -> None:
+        if variant == best:
+            subprocess.run([*compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        else:
+            shutil.copy(good_library.library, library)
+
+    monkeypatch.setattr(cpu_build, "_compile", build)
+    status = cpu_build.ready()
+    assert status.variant == "plain"
+    assert status.note == f"{best.name}: its trial was ended by signal 6"
+    assert len(list(empty_cache.glob("*.so"))) == 1
+
+
+def test_the_trial_finds_wrong_numbers(good_library, monkeypatch):
+    backend = CpuBackend(good_library.library)
+    cpu_trial.check(backend, torch.float32, None)
+    monkeypatch.setattr(CpuBackend, "dense", lambda self, q, stretches, out: out.zero_())
+    with pytest.raises(AssertionError, match="dense attention differs from the reference by"):
+        cpu_trial.check(backend, torch.float32, None)
+
+
+def test_the_verdict_is_kept(good_library, monkeypatch):
+    monkeypatch.setattr(cpu_build, "_build_and_try", lambda *_: pytest.fail("built again"))
+    assert cpu_build.ready() == good_library == cpu_build.find()
+    assert json.loads(good_library.library.with_suffix(".json").read_text()) == {"verdict": "good"}
+
+
+def test_a_cache_that_others_can_write_is_not_trusted(empty_cache):
+    empty_cache.mkdir(parents=True)
+    empty_cache.chmod(0o777)
+    assert "others may write" in cpu_build.ready().note
+
+
+def test_variables_choose_kernels_and_variant(monkeypatch):
+    monkeypatch.setenv("KEYE_KERNELS", "reference")
+    assert dsa.backend_of(torch.device("cpu")).name == "reference"
+    monkeypatch.setattr(dsa, "_chosen", None)
+    monkeypatch.setenv("KEYE_KERNELS", "fast")
+    with pytest.raises(KeyeError, match="'fast' are not known"):
+        dsa.backend_of(torch.device("cpu"))
+    monkeypatch.setenv("KEYE_CPU_VARIANT", "sse")
+    with pytest.raises(KeyeError, match="KEYE_CPU_VARIANT is 'sse'"):
+        cpu_build.runnable()
+
+
+def test_a_library_to_be_built_is_searched_for_once(empty_cache, monkeypatch):
+    searches = []
+    monkeypatch.setattr(cpu_build, "find", lambda: searches.append(1))
+    backend = CpuBackend()
+    assert [backend._loaded(100) for _ in range(3)] == [None] * 3
+    assert len(searches) == 1
+
+
+def test_nothing_is_built_for_short_contexts(empty_cache, monkeypatch):
+    if not cpu_build.runnable() or cpu_build.compiler() is None:
+        pytest.skip("the compiled core cannot be built here")
+    built = []
+    monkeypatch.setattr(cpu_build, "_build_and_try", lambda *arguments: built.append(arguments) or "not wanted here")
+    backend = cpu.make()
+    assert backend is not None
+    assert backend._loaded(cpu.BUILD_ABOVE) is None and not built
+    assert backend._loaded(cpu.BUILD_ABOVE + 1) is None and built
