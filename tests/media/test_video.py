@@ -211,7 +211,7 @@ def test_closing_the_iterator_ends_the_worker(tmp_path: Path) -> None:
     with pytest.raises(StopIteration):
         next(frames)
     with open_video(source) as reader:
-        process = reader._process
+        process = reader._worker.process
     assert process.poll() is not None
 
 

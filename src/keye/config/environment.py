@@ -41,3 +41,9 @@ def preview_video_max_pixels() -> int | None:
         return int(float(value))
     except (ValueError, OverflowError):
         raise ConfigError(f"VIDEO_MAX_PIXELS is {value!r}; it must be a number of pixels") from None
+
+
+def worker_environment() -> dict[str, str]:
+    """What a process that reads strangers' files gets of the environment: where the system's loader finds libraries, if
+    they lie in unusual places. Everything else may hold secrets."""
+    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}

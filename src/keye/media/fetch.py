@@ -25,6 +25,8 @@ MAX_VIDEO_BYTES = 64 * GIB
 #: Largest image file, in bytes.
 MAX_IMAGE_BYTES = GIB // 2
 
+#: Blocks of a GIF, of at most 255 bytes each, that are walked to tell an animation from a picture.
+_MAX_GIF_BLOCKS = 200_000
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
 
 
@@ -32,7 +34,8 @@ _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x
 class Source:
     """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`).
 
-    `keep` holds a temporary file at `path`, which is removed when the last source of it is gone.
+    `keep` holds a temporary file at `path`, which is removed when the last source of it is gone. With `untrusted`, for
+    what a stranger sent, images too are decoded in a confined process, as videos always are.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Source:
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
     keep: object = field(default=None, repr=False, compare=False)
+    untrusted: bool = False
 
     def open(self) -> BinaryIO:
         """A new seekable binary stream at the beginning."""
@@ -171,13 +175,14 @@ def _base64(text: str) -> bytes:
 
 
 def _animated_gif(source: Source) -> bool:
-    """Whether a GIF has a second image: walks its blocks without decoding."""
+    """Whether a GIF has a second image: walks its blocks without decoding. One with too many counts as animated."""
     with source.open() as file:
         header = file.read(13)
         if len(header) < 13:
             return False
         _skip_color_table(file, header[10])
         images = 0
+        blocks = 0
         while introducer := file.read(1):
             if introducer == b"\x2c":
                 images += 1
@@ -192,6 +197,9 @@ def _animated_gif(source: Source) -> bool:
                 return False
             while (size := file.read(1)) and size != b"\x00":
                 file.seek(size[0], os.SEEK_CUR)
+                blocks += 1
+                if blocks > _MAX_GIF_BLOCKS:
+                    return True
     return False
 
 

@@ -1,0 +1,290 @@
+"""What decode workers are kept from: each layer is tried, and so is a worker that lies."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clips import write_clip
+from PIL import Image
+
+from keye.config import ProcessorConfig
+from keye.errors import MediaError
+from keye.media import DecodeLimits, MediaOptions, Source, fetch_source, media_kind, open_video, plan_image, read_image
+from keye.media.confinement import Confinement, held
+from keye.media.inputs import open_frames
+from keye.media.sandbox import _DENIED, call_filter
+from keye.media.wire import END, ERROR, FRAME, HEADER, INFO
+from keye.media.workers import Worker
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
+CONFIG = ProcessorConfig()
+_CONFINED = """
+import os, socket, sys, threading
+sys.path.insert(0, sys.argv[1])
+from keye.media.sandbox import confine
+confine(1 << 30, 5)
+try:
+    exec(sys.argv[2])
+except (OSError, MemoryError, ValueError, RuntimeError) as error:
+    os.write(1, f"refused: {type(error).__name__}".encode())
+else:
+    os.write(1, b"done")
+"""
+
+
+def confined(code: str) -> subprocess.CompletedProcess[bytes]:
+    """A process that confines itself and then runs `code`."""
+    root = str(Path(__file__).parents[2] / "src")
+    return subprocess.run([sys.executable, "-c", _CONFINED, root, code], capture_output=True, check=False, timeout=60)
+
+
+def stranger(data: bytes) -> Source:
+    return replace(fetch_source(data), untrusted=True)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@linux
+def test_all_layers_hold_or_are_named() -> None:
+    found = held()
+    assert found.memory
+    assert found.reading
+    assert found.writing
+    assert found.network
+    assert found.processes == ("processes" not in found.sentence().partition("not on this system")[2])
+    some = Confinement(True, True, True, False, True, True, True)
+    assert not some.complete
+    assert some.sentence().endswith("not on this system: network")
+
+
+@linux
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open('/etc/passwd')",
+        "open('/proc/self/environ')",
+        "open('/tmp/keye-escape', 'w')",
+        "os.listdir('/')",
+        "os.mkdir('/tmp/keye-escape')",
+        "socket.socket()",
+        "socket.socketpair()",
+        "socket.create_connection(('127.0.0.1', 9))",
+        "os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "os.memfd_create('x')",
+        "os.dup(1)",
+        "bytearray(2 << 30)",
+        "os.setuid(12345)",
+        "os.chroot('/tmp')",
+    ],
+)
+def test_a_confined_process_cannot(code: str) -> None:
+    assert confined(code).stdout.startswith(b"refused: ")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("code", "layer"),
+    [("open('/etc/passwd')", "Landlock"), ("socket.socket()", "the filter of system calls"), ("os.fork()", "the same")],
+)
+def test_more_than_the_limit_of_descriptors_holds(code: str, layer: str) -> None:
+    # That limit alone would raise OSError (too many open files); these layers come before it.
+    said = confined(code).stdout.decode()
+    if said == "refused: OSError":
+        pytest.skip(f"this system has not {layer}")
+    assert said == "refused: PermissionError"
+
+
+@linux
+def test_a_confined_process_can_compute_and_use_threads() -> None:
+    assert confined("t = threading.Thread(target=sum, args=([1, 2],)); t.start(); t.join()").stdout == b"done"
+
+
+@linux
+def test_a_confined_process_that_spins_is_stopped() -> None:
+    code = "import keye.media.sandbox as s, resource; resource.setrlimit(resource.RLIMIT_CPU, (0, 1))\nwhile True: pass"
+    assert confined(code).returncode == -24  # SIGXCPU
+
+
+@linux
+def test_the_filter_of_system_calls_is_well_formed() -> None:
+    code = [struct.unpack_from("<HBBI", call_filter(column, 7), at) for column in (0, 1) for at in (0, 8, 16)]
+    assert code[1] == (0x15, 1, 0, 7)
+    for column in (0, 1):
+        numbers = [pair[column] for pair in _DENIED.values() if pair[column] is not None]
+        assert len(numbers) == len(set(numbers))
+        program = call_filter(column, 7)
+        jumps = [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]
+        # Wherever a denied number jumps to, it is the last instruction, which refuses.
+        assert {at + 1 + jump for at, (op, jump, _, k) in enumerate(jumps) if op == 0x15 and k in numbers} == {
+            len(jumps) - 1
+        }
+
+
+def test_a_worker_sees_nothing_of_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    kept = socket.socket()  # A descriptor that must not be inherited.
+    with kept, open_video(fetch_source(write_clip(tmp_path / "clip.mp4"))) as reader:
+        process = Path(f"/proc/{reader._worker.process.pid}")
+        if not process.exists():
+            pytest.skip("no /proc here")
+        assert b"hunter2" not in (process / "environ").read_bytes()
+        assert (process / "cwd").resolve() == Path("/")
+        assert not any("socket:" in os.readlink(entry) for entry in (process / "fd").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_strangers_images_come_out_the_same(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    data = encoded(Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), kind)
+    ours, theirs = read_image(fetch_source(data)), read_image(stranger(data))
+    assert (theirs.mode, theirs.size) == (ours.mode, ours.size)
+    assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+    assert plan_image(stranger(data), CONFIG) == plan_image(fetch_source(data), CONFIG)
+
+
+def test_a_strangers_list_of_pictures_shares_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    start = Worker.__init__
+    monkeypatch.setattr(Worker, "__init__", lambda self, *a, **k: (started.append(self), start(self, *a, **k))[1])
+    pictures = [encoded(Image.new("RGB", (32 + i, 32), (i, 0, 0))) for i in range(4)]
+    found = open_frames([stranger(picture) for picture in pictures])
+    assert [picture.size for picture in found] == [(32 + i, 32) for i in range(4)]
+    assert [picture.getpixel((0, 0))[0] for picture in found] == [0, 1, 2, 3]
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("cut", [20, 60, 0.5])
+def test_what_a_stranger_is_told_of_a_bad_image(cut: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    data = encoded(noise)
+    for use in (read_image, lambda source: plan_image(source, CONFIG)):
+        with pytest.raises(MediaError, match="<bytes> is (damaged; download|no image that can be read)") as error:
+            use(stranger(data[: cut if isinstance(cut, int) else int(len(data) * cut)]))
+        for leak in ("0x", "/", "Traceback", "PIL", "Error", "object"):
+            assert leak not in str(error.value)
+
+
+def test_limits_of_what_a_file_holds(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    with open_video(source, DecodeLimits(frames=60, duration=2.0)) as reader:
+        assert reader.info.frame_count == 60
+    with pytest.raises(MediaError, match="has 60 frames, more than the limit of 59"):
+        open_video(source, DecodeLimits(frames=59))
+    with pytest.raises(MediaError, match="lasts 2 s, more than the limit of 1.5 s"):
+        open_video(source, DecodeLimits(duration=1.5))
+
+
+def test_the_time_of_all_waits_is_limited(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    with open_video(source) as reader:
+        reader._worker.limits = DecodeLimits(total_seconds=0.0)
+        with pytest.raises(MediaError, match="took more than 0 s to decode"):
+            next(reader.frames(reader.plan(CONFIG, MediaOptions(nframes=2))))
+
+
+def message(kind: bytes, body: bytes) -> bytes:
+    return HEADER.pack(kind, len(body)) + body
+
+
+FACTS = {"format": "mp4", "codec": "h264", "width": 4, "height": 4, "rotation": 0, "rate": [1, 1], "time_base": [1, 1],
+         "declared_end": None, "readable_end": 1.0, "known_times": True, "last_duration": 1}  # fmt: skip
+
+
+def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
+    words = json.dumps(facts).encode()
+    return message(INFO, struct.pack("<Q", len(words)) + words + times)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        HEADER.pack(INFO, 1 << 60),  # a length that would fill the parent's memory
+        message(b"?", b""),
+        message(FRAME, b"abc"),
+        message(ERROR, b'["{0.__class__} {}", "a"]'),
+        message(ERROR, b'["{} {} {}", "a"]'),
+        message(ERROR, b'["clears the screen \\u001b[2J"]'),
+        message(ERROR, b"[" * 5000),
+        message(INFO, b"no facts"),
+        told(FACTS | {"time_base": [1, 0]}),
+        told(FACTS | {"width": -4}),
+        told(FACTS | {"rotation": "nan"}),
+        told(FACTS, times=struct.pack("<qq", 5, 5)),
+        told(FACTS, times=b""),
+        told({}),
+    ],
+)
+def test_a_worker_that_lies_ends_its_own_job_only(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(said, monkeypatch)
+    with pytest.raises(MediaError, match="broke the video decoder"):
+        open_video(fetch_source(b"video"))
+
+
+def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(told(FACTS | {"width": 64, "height": 64}) + message(FRAME, b"abc") + message(END, b""), monkeypatch)
+    with open_video(fetch_source(b"video")) as reader:
+        plan = reader.plan(CONFIG)
+        with pytest.raises(MediaError, match="broke the video decoder"):
+            reader.read(plan)
+
+
+def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(told(FACTS), monkeypatch)
+    with open_video(fetch_source(b"video")) as reader:
+        reader._worker.limits = DecodeLimits(wait_seconds=0.01)
+        with pytest.raises(MediaError, match="took more than 0.01 s"):
+            reader._worker.request({"targets": list(range(1_000_000))})
+
+
+def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a program that says `said` and then waits in the worker's place."""
+    program = "import os, signal, sys; os.write(1, bytes.fromhex(sys.argv[1])); signal.pause()"
+    monkeypatch.setattr("keye.media.workers._BOOT", program)
+    monkeypatch.setattr("keye.media.workers._PACKAGE_ROOT", "")
+    real = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return real([*command[:5], said.hex()], **options)
+
+    monkeypatch.setattr("keye.media.workers.subprocess.Popen", start)
+
+
+def test_a_gif_of_endless_blocks_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    gif = encoded(Image.new("P", (2, 2)), "GIF")
+    source = fetch_source(gif[:-2] + b"\x01\x00" * 50 + gif[-2:])
+    assert media_kind(source) == "image"
+    monkeypatch.setattr("keye.media.fetch._MAX_GIF_BLOCKS", 0)
+    assert media_kind(source) == "video"
+
+
+def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
+    source, found = fetch_source(write_clip(tmp_path / "clip.mp4")), []
+
+    def read() -> None:
+        with open_video(source) as reader:
+            found.append(reader.info.frame_count)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [60] * 4
