@@ -1,0 +1,1 @@
+"""`keye serve`: the OpenAI-compatible HTTP interface of the engine."""
