@@ -22,6 +22,7 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import DecodeLimits, MediaOptions, Source, fetch_source, media_kind, open_video, plan_image, read_image
 from keye.media.confinement import Confinement, held
+from keye.media.fetch import untrusted
 from keye.media.inputs import open_frames
 from keye.media.sandbox import _DENIED, call_filter
 from keye.media.wire import END, ERROR, FRAME, HEADER, INFO
@@ -288,3 +289,19 @@ def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == [60] * 4
+
+
+def test_of_strangers_only_common_containers_are_read(tmp_path: Path) -> None:
+    for name, codec in (("clip.mp4", "libx264"), ("clip.webm", "libvpx-vp9"), ("clip.avi", "mpeg4")):
+        with open_video(untrusted(fetch_source(write_clip(tmp_path / name, frames=5, codec=codec)))) as reader:
+            assert reader.info.frame_count == 5
+    rare = fetch_source(write_clip(tmp_path / "clip.nut", frames=5))
+    with open_video(rare) as reader:
+        assert reader.info.format == "nut"
+    with pytest.raises(MediaError, match="is no video that can be read"):
+        open_video(untrusted(rare))
+    odd = fetch_source(write_clip(tmp_path / "clip.mkv", frames=5, codec="huffyuv", pix_fmt="yuv422p"))
+    with open_video(odd) as reader:
+        assert reader.info.codec == "huffyuv"
+    with pytest.raises(MediaError, match="is in the codec huffyuv, which is not read here"):
+        open_video(untrusted(odd))

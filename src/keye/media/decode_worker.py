@@ -32,6 +32,13 @@ from keye.media.wire import END, FRAME, INFO, WorkerError, report_crashes, send,
 #: Codecs in which frames that the decoder calls non-reference are needed by no other frame, so that leaving them out
 #: changes no pixel. HEVC is not one: its sub-layer non-reference frames may serve higher layers.
 _SKIPPABLE = frozenset({"h264", "mpeg2video"})
+#: What strangers' files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
+#: seldom used and seldom tested.
+_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,yuv4mpegpipe,mxf"
+_CODECS = frozenset(
+    "h264 hevc av1 libdav1d vp8 vp9 libvpx libvpx-vp9 mpeg4 mpeg2video mpeg1video mjpeg gif h263 flv prores wmv1 wmv2 "
+    "wmv3 vc1 msmpeg4v2 msmpeg4 theora dvvideo vvc rawvideo png ffv1".split()
+)
 #: Parts of PyAV that it imports only when a file needs them, which is too late for a confined process. Which of them
 #: exist depends on its version.
 _LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
@@ -59,12 +66,13 @@ class Scan:
 
 
 class Reader:
-    """One video file, opened, with its scan."""
+    """One video file, opened, with its scan; with `common_only` of the common containers and codecs alone."""
 
-    def __init__(self, file: BinaryIO, threads: int, pixel_limit: int, frame_limit: int) -> None:
+    def __init__(self, file: BinaryIO, threads: int, pixel_limit: int, frame_limit: int, common_only: bool) -> None:
         self.file = file
         self.threads = threads
         self.pixel_limit = pixel_limit
+        self.common_only = common_only
         self.container, self.stream = self._open()
         self.scan = scan(self.container, self.stream)
         if not self.scan.times or self.scan.first_frame is None:
@@ -199,7 +207,8 @@ class Reader:
             container = av.open(
                 self.file,
                 mode="r",
-                container_options={"protocol_whitelist": "none"},
+                container_options={"protocol_whitelist": "none"}
+                | ({"format_whitelist": _FORMATS} if self.common_only else {}),
                 io_open=_refuse,
                 buffer_size=1 << 18,
             )
@@ -215,6 +224,10 @@ class Reader:
         context = stream.codec_context
         if context is None:
             raise WorkerError("is in a video codec that is not supported; re-encode it, for example as H.264")
+        if self.common_only and context.codec.name not in _CODECS:
+            raise WorkerError(
+                f"is in the video codec {context.codec.name}, which is not read here; re-encode it as H.264"
+            )
         if context.width * context.height > self.pixel_limit:
             raise WorkerError(
                 f"has frames of {context.width}x{context.height} pixels, more than the limit of "
@@ -344,7 +357,9 @@ def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
     try:
-        reader = Reader(file, options["threads"], options["pixel_limit"], options["frame_limit"])
+        reader = Reader(
+            file, options["threads"], options["pixel_limit"], options["frame_limit"], options["common_only"]
+        )
         facts = json.dumps(reader.info()).encode()
         send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.scan.times).tobytes())
         for line in requests:

@@ -151,7 +151,10 @@ class VideoReader:
 
     def _start(self) -> Worker:
         limits = self.limits
-        options = {"threads": limits.threads, "pixel_limit": limits.frame_pixels, "frame_limit": limits.frames}
+        options = {
+            "threads": limits.threads, "pixel_limit": limits.frame_pixels, "frame_limit": limits.frames,
+            "common_only": self.source.untrusted,
+        }  # fmt: skip
         with self.source.open_file() as file:
             return Worker(
                 "keye.media.decode_worker",

@@ -50,7 +50,9 @@ class Exchange:
         limits, received = self._limits, self.record.bytes_in
         in_time = self._begin + limits.grace_seconds + received / self._rate - self._clock()
         try:
-            async with asyncio.timeout(max(min(limits.idle_seconds, in_time), 0)):
+            if in_time <= 0:
+                raise TimeoutError
+            async with asyncio.timeout(min(limits.idle_seconds, in_time)):
                 message = await self._receive()
         except TimeoutError:
             raise Refusal(408, "the body comes too slowly; send it again", "slow_body") from None
