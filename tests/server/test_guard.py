@@ -105,7 +105,8 @@ def test_hosts_that_are_this_server(host: str) -> None:
 @pytest.mark.parametrize(
     ("host", "status"),
     [("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example:8000", 403), ("2130706433", 403),
-     ("0x7f.1", 403), ("", 400), ("localhost:8000@evil", 400), ("local host", 400), ("a:b:c", 400), ("localhost:", 400)],
+     ("0x7f.1", 403), ("", 400), ("localhost:8000@evil", 400), ("local host", 400), ("a:b:c", 400),
+     ("localhost:", 400)],
 )  # fmt: skip
 def test_other_hosts_are_refused(host: str, status: int) -> None:
     assert send(guard(hosts=("box",)), Ask(headers=(("Host", host),))).status == status
@@ -339,8 +340,11 @@ def test_too_many_at_once() -> None:
 def test_a_thousand_clients_that_leave() -> None:
     async def crowd() -> None:
         app = guard(limits=Limits(requests_per_second=1e6, burst=1e6))
-        asks = [post(HELLO, leaves=True), Ask("POST", "/v1/chat/completions", body=[b'{"a'], length=50, leaves=True),
-                Ask("POST", "/v1/files", body=[b"x"], length=50, leaves=True, content_type="multipart/form-data")]  # fmt: skip
+        asks = [
+            post(HELLO, leaves=True),
+            Ask("POST", "/v1/chat/completions", body=[b'{"a'], length=50, leaves=True),
+            Ask("POST", "/v1/files", body=[b"x"], length=50, leaves=True, content_type="multipart/form-data"),
+        ]
         for i in range(1000):
             await asked(app, asks[i % 3])
         assert app._running.total == 0
