@@ -1,4 +1,4 @@
-"""API keys: read, compared in constant time, and turned into salts that keep the caches of their owners apart.
+"""API keys: compared in constant time, and salts that keep the caches of their owners apart.
 
 Holds digests of keys, never the keys.
 """
@@ -58,22 +58,6 @@ class Keyring:
     def salt(self, owner: str) -> bytes:
         """32 bytes with which prefixes and media of this owner are cached; of no other owner, and of no other run."""
         return hmac.new(self.secret, owner.encode(), hashlib.sha256).digest()
-
-
-def parse_keys(text: str) -> dict[str, str]:
-    """Keys of a file with one `name:key`, or a bare key, on each line; empty lines and those with # are passed over.
-    A bare key is called `key-1`, `key-2` and so on."""
-    keys: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, colon, key = line.partition(":")
-        name, key = (name.strip(), key.strip()) if colon else (f"key-{len(keys) + 1}", line)
-        if name in keys:
-            raise KeyeError(f"line {number} of the keys names {name!r} again; give each key a name of its own")
-        keys[name] = key
-    return keys
 
 
 def _digest(key: bytes) -> bytes:
