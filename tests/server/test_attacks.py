@@ -39,7 +39,7 @@ def check_refused(case: Case, reply: Reply) -> None:
     if reply.status >= 400 and case.attack.method != "HEAD":
         error = reply.error
         assert error["message"]
-        assert len(error["message"]) < 2000
+        assert len(error["message"]) <= 2000
 
 
 def check_passed(reply: Reply) -> None:

@@ -207,6 +207,7 @@ class Reader:
             container = av.open(
                 self.file,
                 mode="r",
+                metadata_errors="replace",  # Titles and the like may be in any encoding; none of them is used.
                 container_options={"protocol_whitelist": "none"}
                 | ({"format_whitelist": _FORMATS} if self.common_only else {}),
                 io_open=_refuse,

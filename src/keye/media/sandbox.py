@@ -17,23 +17,38 @@ if sys.platform != "win32":
     import resource  # Here, since nothing can be imported once files are denied.
 
 #: System call numbers, x86-64 and aarch64, of what a decoder never needs; None where the machine has no such call.
-#: io_uring is among them because its operations pass by any filter of system calls.
+#: io_uring is among them because its operations pass by any filter of system calls. Those on open files are there
+#: because the media file is open: its mode and attributes are not the decoder's to change. Those on processes reach
+#: the parent, which runs as the same user.
 _DENIED: dict[str, tuple[int | None, int | None]] = {
+    # The network.
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
     "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
+    # Programs and processes.
     "execve": (59, 221), "execveat": (322, 281), "fork": (57, None), "vfork": (58, None),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "kill": (62, 129), "tkill": (200, 130), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
-    "pidfd_send_signal": (424, 424), "unshare": (272, 97), "setns": (308, 268),
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "process_mrelease": (448, 448), "kcmp": (312, 272),
+    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424), "prlimit64": (302, 261),
+    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "ioprio_set": (251, 30), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "unshare": (272, 97), "setns": (308, 268), "personality": (135, 92),
+    # Files.
+    "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+    "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "mknod": (133, None), "mknodat": (259, 33),
+    "link": (86, None), "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "truncate": (76, 45),
+    "ftruncate": (77, 46), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
+    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "memfd_create": (319, 279), "open_by_handle_at": (304, 265),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442),
-    "open_by_handle_at": (304, 265), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "memfd_create": (319, 279),
-    "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104), "personality": (135, 92),
+    # The kernel.
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "keyctl": (250, 219), "add_key": (248, 217),
+    "request_key": (249, 218), "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104),
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat2": (316, 276), "chmod": (90, None),
-    "fchmodat": (268, 53), "mkdirat": (258, 34), "mknodat": (259, 33), "linkat": (265, 37), "symlinkat": (266, 36),
 }  # fmt: skip
 _CLONE, _CLONE3, _CAPSET = (56, 220), (435, 435), (126, 91)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -65,18 +80,34 @@ def confine(memory_bytes: int, cpu_seconds: int) -> None:
 
     `memory_bytes` limits the address space, `cpu_seconds` the processor time. What the system refuses is left out.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        # None of the parent's privileges, and none to be gained: only so may an ordinary user apply the other layers.
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-        _deny_files(libc)
+    if sys.platform != "linux":
+        _limit(memory_bytes, cpu_seconds)
+        return
+    libc = _system()
+    # None of the parent's privileges, and none to be gained: only so may an ordinary user apply the other layers.
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _deny_files(libc)
     _limit(memory_bytes, cpu_seconds)
-    if sys.platform == "linux":
-        machine = _ARCHITECTURES.get(os.uname().machine)
-        if machine is not None:
-            _drop_capabilities(libc, _CAPSET[machine[0]])
-            _filter_calls(libc, *machine)
+    machine = _ARCHITECTURES.get(os.uname().machine)
+    if machine is not None:
+        _drop_capabilities(libc, _CAPSET[machine[0]])
+        _filter_calls(libc, *machine)
+
+
+def _system() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+    libc.syscall.restype = ctypes.c_long
+    return libc
+
+
+def _call(libc: ctypes.CDLL, number: int, *arguments: int | bytes | None) -> int:
+    """A system call, with whole words for numbers: what is narrower may arrive with rubbish in its upper half."""
+    words = [
+        ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in (number, *arguments)
+    ]
+    return int(libc.syscall(*words))
 
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
@@ -102,7 +133,7 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
 
 def _deny_files(libc: ctypes.CDLL) -> None:
     """Landlock: no path can be read, written, made or removed, no TCP port used, no outside process signalled."""
-    version = libc.syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
+    version = _call(libc, _LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
     if version < 1:
         return
     files = (1 << _FILE_RIGHTS.get(version, _FILE_RIGHTS_NOW)) - 1
@@ -111,22 +142,22 @@ def _deny_files(libc: ctypes.CDLL) -> None:
         rules += struct.pack("<Q", _TCP_RIGHTS)
     if version >= 6:
         rules += struct.pack("<Q", _SCOPES)
-    ruleset = libc.syscall(_LANDLOCK_CREATE, ctypes.c_char_p(rules), ctypes.c_size_t(len(rules)), 0)
+    ruleset = _call(libc, _LANDLOCK_CREATE, rules, len(rules), 0)
     if ruleset >= 0:
-        libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0)
-        # Kept open: the process ends soon, and closing it here would need `os`, whose mistakes raise.
+        _call(libc, _LANDLOCK_RESTRICT, ruleset, 0)
+        os.close(ruleset)
 
 
 def _drop_capabilities(libc: ctypes.CDLL, capset: int) -> None:
     """Gives up what makes root more than a user, also the right to raise one's limits again."""
     header, nothing = struct.pack("<Ii", 0x20080522, 0), bytes(24)
-    libc.syscall(capset, ctypes.c_char_p(header), ctypes.c_char_p(nothing))
+    _call(libc, capset, header, nothing)
 
 
 def _filter_calls(libc: ctypes.CDLL, column: int, architecture: int) -> None:
     code = call_filter(column, architecture)
     program = _Program(len(code) // 8, code)
-    libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
+    libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
 
 
 def call_filter(column: int, architecture: int) -> bytes:
