@@ -64,10 +64,10 @@ def encoded(kind: str, size: tuple[int, int] = (56, 56), **options: Any) -> byte
     return out.getvalue()
 
 
-def clip(suffix: str = "mp4", **options: Any) -> bytes:
+def clip(suffix: str = "mp4", frames: int = 15, **options: Any) -> bytes:
     """A clip of half a second."""
     with tempfile.TemporaryDirectory() as folder:
-        return write_clip(Path(folder) / f"clip.{suffix}", frames=15, **options).read_bytes()
+        return write_clip(Path(folder) / f"clip.{suffix}", frames=frames, **options).read_bytes()
 
 
 def patched(data: bytes, marker: bytes, offset: int, value: bytes) -> bytes:
@@ -179,6 +179,15 @@ def _videos() -> Iterator[Case]:
     }
     for name, data in bombs.items():
         yield Case(9, name, chat(video(data_url(data, "video/mp4"))), good)
+    for name, data in {
+        "a GIF of 65,535 a side": patched(clip("gif", codec="gif", pix_fmt="rgb8"), b"GIF8", 6, b"\xff" * 4),
+        "twenty thousand seconds between two frames": clip("mkv", frames=2, times_ms=[0, 20_000_000]),
+        "a hundred hours in two frames": clip("mkv", frames=2, times_ms=[0, 360_000_000]),
+        "a thousand frames a second": clip("mp4", frames=100, times_ms=list(range(100))),
+    }.items():
+        # Long or dense videos are sampled, not refused, unless they break a limit of the server.
+        odd = chat(video(data_url(data, "image/gif" if data[:3] == b"GIF" else "video/mp4")))
+        yield Case(9, name, odd, good, REFUSED if "GIF" in name else REFUSED | {200})
     # Frames that a table promises and the file does not hold are not counted, so this one may well be read.
     promising = patched(mp4, b"stts", 12, struct.pack(">II", 1_000_000_000, 1))
     yield Case(9, "a thousand million frames", chat(video(data_url(promising, "video/mp4"))), good, REFUSED | {200})

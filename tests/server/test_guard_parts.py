@@ -75,7 +75,7 @@ def test_bodies_that_pass(body: bytes) -> None:
         ('{"a": 1}'.encode("utf-16-le"), "no JSON in UTF-8"),
         (b'{"a": "no end}', "a string does not end"),
         (rb'{"a": "no end\"}', "a string does not end"),
-        (b'"line\nbreak"', "no valid JSON at character"),
+        (b'"line\nbreak"', "no valid JSON"),
         (b"{'a': 1}", "no valid JSON"),
         (b"[1, 2,]", "no valid JSON"),
         (b"{} {}", "no valid JSON"),
@@ -93,6 +93,25 @@ def test_bodies_that_do_not(body: bytes, sentence: str) -> None:
 )
 def test_long_strings_cost_no_recursion(body: bytes) -> None:
     check_json(body, LIMITS)
+
+
+def test_long_strings_are_passed_over_and_what_is_around_them_is_not() -> None:
+    long = b'"' + b"a" * 100_000 + b'"'
+    check_json(b'{"a": %b, "b": [%b, 1]}' % (long, long), LIMITS)
+    for body in (b'{"a": %b, "a": 1}' % long, b"[%b" % long, b'{"a": %b "b": 1}' % long, b'{"a": %b, "b": NaN}' % long):
+        with pytest.raises(BadJson):
+            check_json(body, LIMITS)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 16])
+def test_where_a_body_is_cut_into_pieces_does_not_matter(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keye.server.json_shape._PIECE", piece)
+    pairs = rb'{"a\\\\": "\\\"[[[[[[[[[[[[", "b": "\ud83d\ude00\ud83d\ude00", "c": "\\ud83d"}'
+    for body in (pairs, b'"' + b"\\" * 64 + b'"'):
+        check_json(body, LIMITS)
+    for body in (rb'"\ud83d\\\ude00"', rb'"\ude00"', rb'"aaa\ud83d\u0041"', rb'{"a": "\\\\", "b": [[[[[[[[[]]]]]]]]]}'):
+        with pytest.raises(BadJson, match=r"surrogate|nested"):
+            check_json(body, LIMITS)
 
 
 @given(st.binary(max_size=200))

@@ -26,7 +26,7 @@ from keye.server.throttle import Buckets, Running, client_of, whole_seconds
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 #: Bodies beyond this many bytes are checked in a thread, so that the loop goes on serving others.
-_LOOP_BYTES = 256 * 1024
+_LOOP_BYTES = 64 * 1024
 _UPLOADS = ("/v1/files",)
 _LIVE = "/v1/live/"
 _HEALTH = "/health"

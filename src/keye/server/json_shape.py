@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from keye.errors import KeyeError
 from keye.server.limits import Limits
 
-#: What stands for an escaped backslash while quotes and surrogates are looked for: as long, and neither of them.
+#: What stands for an escaped backslash or quote while quotes and surrogates are looked for: as long, and neither.
 _STAND_IN = b"__"
+#: How many bytes are searched or replaced at a time.
+_PIECE = 1 << 20
+#: A string of more bytes is not looked into; whoever parses the body finds out whether its characters are right.
+_LONG_STRING = 1 << 16
 _BRACKET = re.compile(rb"[][{}]")
 _NOT_JSON = re.compile(rb"NaN|Infinity")
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -29,7 +33,8 @@ class BadJson(KeyeError):
 
 def check_json(body: bytes, limits: Limits) -> None:
     """Raises `BadJson` unless `body` is one JSON value within `limits`, in UTF-8, with no key given twice, no number
-    that JSON lacks and no half of a surrogate pair. Time is linear in the body's length."""
+    that JSON lacks and no half of a surrogate pair. Time is linear in the body's length, and short where most of it is
+    a few long strings, which are not looked into."""
     if not body.isascii():
         try:
             body.decode("utf-8")
@@ -37,32 +42,60 @@ def check_json(body: bytes, limits: Limits) -> None:
             raise BadJson("the body is not UTF-8; send JSON in UTF-8") from None
     if b"\0" in body or body.startswith(b"\xef\xbb\xbf"):
         raise BadJson("the body is no JSON in UTF-8 without a byte order mark")
+    unescaped = body
     if b"\\" in body:
-        body_without = body.replace(b"\\\\", _STAND_IN)
-        if _LONE_SURROGATE.search(body_without):
-            raise BadJson("the body has half of a surrogate pair; send whole characters")
-    else:
-        body_without = body
-    _check_counts(_without_strings(body_without.replace(b'\\"', _STAND_IN), limits), limits)
-    _parse(body)
+        unescaped = b"".join(map(_unescaped, _pieces(body)))
+        _check_surrogates(unescaped)
+    skeleton, short = _taken_apart(body, unescaped, limits)
+    _check_counts(skeleton, limits)
+    _parse(short)
 
 
-def _without_strings(body: bytes, limits: Limits) -> bytes:
-    """The body with each string reduced to its two quotes; no quote in it is escaped."""
-    most = 2 * (limits.json_values + limits.json_keys)
-    if body.count(b'"') > most:
-        raise BadJson(f"the body has more than {most // 2:,} strings")
-    pieces: list[bytes] = []
+def _pieces(body: bytes) -> Iterator[bytes]:
+    """The body in pieces, none of which ends within an escape: other threads go on between them."""
     at = 0
-    while (begin := body.find(b'"', at)) >= 0:
-        end = body.find(b'"', begin + 1)
+    while at < len(body):
+        piece = body[at : at + _PIECE]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            piece = body[at : at + len(piece) + 1]
+        yield piece
+        at += len(piece)
+
+
+def _unescaped(piece: bytes) -> bytes:
+    """The piece, as long as before, without escaped backslashes and quotes."""
+    return piece.replace(b"\\\\", _STAND_IN).replace(b'\\"', _STAND_IN)
+
+
+def _check_surrogates(unescaped: bytes) -> None:
+    for at in range(0, len(unescaped), _PIECE):
+        # Twelve bytes more hold a pair that begins at the end; what begins behind it is for the next round.
+        for match in _LONE_SURROGATE.finditer(unescaped, at, at + _PIECE + 12):
+            if match.start() < at + _PIECE:
+                raise BadJson("the body has half of a surrogate pair; send whole characters")
+
+
+def _taken_apart(body: bytes, unescaped: bytes, limits: Limits) -> tuple[bytes, bytes]:
+    """The body with each string reduced to its quotes, and the body with long strings reduced so, as those hold media
+    and would keep the interpreter busy. `unescaped` is the body at the same places, with no escaped quote in it."""
+    most = 2 * (limits.json_values + limits.json_keys)
+    if unescaped.count(b'"') > most:
+        raise BadJson(f"the body has more than {most // 2:,} strings")
+    skeleton: list[bytes] = []
+    short: list[bytes] = []
+    at = kept = 0
+    while (begin := unescaped.find(b'"', at)) >= 0:
+        end = unescaped.find(b'"', begin + 1)
         if end < 0:
             raise BadJson("the body is no valid JSON: a string does not end")
-        pieces.append(body[at : begin + 1])
-        pieces.append(b'"')
+        skeleton += (unescaped[at : begin + 1], b'"')
         at = end + 1
-    pieces.append(body[at:])
-    return b"".join(pieces)
+        if end - begin > _LONG_STRING:
+            short.append(body[kept : begin + 1])
+            kept = end
+    skeleton.append(unescaped[at:])
+    short.append(body[kept:])
+    return b"".join(skeleton), b"".join(short)
 
 
 def _check_counts(skeleton: bytes, limits: Limits) -> None:
@@ -88,9 +121,8 @@ def _parse(body: bytes) -> None:
         json.loads(
             body.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite
         )
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise BadJson(f"the body is no valid JSON{where}; send one JSON object") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise BadJson("the body is no valid JSON; send one JSON object") from None
 
 
 def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class Limits:
     json_values: int = 500_000
     number_digits: int = 40
 
-    requests_per_second: float = 50.0
-    burst: float = 200.0
+    requests_per_second: float = 200.0
+    burst: float = 400.0
     attempt_cost: float = 10.0
     running: int = 512
     running_per_key: int = 256
