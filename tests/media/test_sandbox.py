@@ -224,6 +224,16 @@ def test_limits_of_what_a_file_holds(tmp_path: Path) -> None:
         open_video(source, DecodeLimits(duration=1.5))
 
 
+def test_strangers_files_have_tighter_limits(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mkv", frames=2, times_ms=[0, 90_000_000]))
+    with open_video(source) as reader:
+        assert reader.info.duration > 24 * 3600
+    with pytest.raises(MediaError, match="lasts .* more than the limit of 86400 s"):
+        open_video(untrusted(source))
+    with open_video(untrusted(source), DecodeLimits()) as reader:
+        assert reader.limits == DecodeLimits()
+
+
 def test_the_time_of_all_waits_is_limited(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mp4"))
     with open_video(source) as reader:

@@ -441,12 +441,12 @@ def test_websockets_are_closed_and_the_lifespan_passes() -> None:
 def address() -> Iterator[tuple[str, int]]:
     """A real server whose connections must send a head at once."""
     uvicorn = pytest.importorskip("uvicorn")
-    from keye.server.protocol import guarded_protocol
+    from keye.server.protocol import uvicorn_options
 
     limits = Limits(head_seconds=0.2, connections_per_address=50)
     config = uvicorn.Config(
-        guard(limits=limits), port=0, http=guarded_protocol(limits), log_level="critical", access_log=False,
-        server_header=False, lifespan="off", timeout_keep_alive=1, h11_max_incomplete_event_size=limits.header_bytes,
+        guard(limits=limits), port=0, log_level="critical", lifespan="off", timeout_keep_alive=1,
+        **uvicorn_options(limits),
     )  # fmt: skip
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
+from keye.server.edge import FORM_BYTES, fetch_policy, guard_settings
 from keye.server.json_shape import BadJson, check_json
 from keye.server.keys import LOCAL, Keyring
 from keye.server.limits import Limits
@@ -196,3 +199,30 @@ def test_whom_an_address_stands_for() -> None:
     assert client_of("::ffff:10.0.0.1") == "10.0.0.1"
     assert client_of("fe80::1%eth0") == "fe80::"
     assert client_of(None) == client_of("unix:") == "unknown"
+
+
+@dataclass(frozen=True)
+class Given:
+    """The settings of a server, as far as its edge needs them."""
+
+    host: str = "127.0.0.1"
+    keys: Mapping[str, str] = field(default_factory=dict)
+    allow_urls: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    upload_bytes: int = 1000
+    body_bytes: int = 500
+    pictures: int = 7
+
+
+def test_from_settings_to_defences() -> None:
+    guard = guard_settings(Given("Video.example", {"ann": "a" * 20}, allowed_hosts=("BOX",)))
+    assert guard.hosts == ("video.example", "box")
+    assert guard.keys.owner(b"Bearer " + b"a" * 20) == "ann"
+    assert (guard.limits.json_bytes, guard.limits.upload_bytes) == (500, 1000 + FORM_BYTES)
+    assert guard_settings(Given("0.0.0.0")).hosts == guard_settings(Given("::1")).hosts == ()
+    policy = fetch_policy(Given(allow_urls=("Media.Example", "*.cdn.example")))
+    assert (policy.hosts, policy.video_bytes, policy.list_frames) == (("media.example", "*.cdn.example"), 1000, 7)
+    with pytest.raises(KeyeError, match="no host that can be allowed"):
+        fetch_policy(Given(allow_urls=("http://a",)))
+    with pytest.raises(KeyeError, match="is not safe"):
+        guard_settings(Given(keys={"ann": "short"}))

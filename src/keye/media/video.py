@@ -26,8 +26,8 @@ from keye.media.fetch import Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.wire import END, FRAME, INFO
+from keye.media.workers import STRANGERS, Worker
 from keye.media.workers import DecodeLimits as DecodeLimits
-from keye.media.workers import Worker
 
 #: Longest description of a file, in bytes, without its frames' times.
 _MAX_FACTS = 1 << 16
@@ -94,11 +94,12 @@ class VideoInfo:
 class VideoReader:
     """An open video with its worker process. Use as a context manager; closing kills the worker.
 
-    Raises `MediaError` on opening when the file is no readable video or breaks a limit.
+    Without `limits`, those of strangers (`workers.STRANGERS`) hold for an untrusted source. Raises `MediaError` on
+    opening when the file is no readable video or breaks a limit.
     """
 
     def __init__(self, source: Source, limits: DecodeLimits | None = None) -> None:
-        self.limits = limits or DecodeLimits()
+        self.limits = limits or (STRANGERS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
         self._worker = self._start()
         try:

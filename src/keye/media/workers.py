@@ -52,6 +52,13 @@ class DecodeLimits:
     duration: float = math.inf
 
 
+#: For files of strangers.
+STRANGERS = DecodeLimits(
+    memory_bytes=2 * 1024**3, cpu_seconds=900, wait_seconds=60.0, total_seconds=900.0, frames=5_000_000,
+    duration=24 * 3600.0,
+)  # fmt: skip
+
+
 class Worker:
     """A running worker. `name` is the medium, for sentences; `what` the program, such as "video decoder".
 

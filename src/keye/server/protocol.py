@@ -1,6 +1,6 @@
 """Connections, before there is a request that the guard could see: how many, and how long a head may take to arrive.
 
-For uvicorn, as `Config(http=guarded_protocol(limits))`; its own timers begin only after the first answer.
+For uvicorn, as `Config(app, **uvicorn_options(limits))`; its own timers begin only after the first answer.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from ipaddress import ip_address
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,9 +17,21 @@ from keye.server.limits import Limits
 from keye.server.throttle import client_of
 
 
+def uvicorn_options(limits: Limits) -> dict[str, Any]:
+    """What uvicorn must be told: our protocol and the size of a head; nothing about itself in answers; no log of its
+    own, which would hold query strings; no belief in X-Forwarded-For; no websockets."""
+    return {
+        "http": guarded_protocol(limits),
+        "h11_max_incomplete_event_size": limits.header_bytes,
+        "server_header": False,
+        "access_log": False,
+        "proxy_headers": False,
+        "ws": "none",
+    }
+
+
 def guarded_protocol(limits: Limits) -> type[H11Protocol]:
-    """A protocol class whose connections share one count. Its `Config` should also set `h11_max_incomplete_event_size`
-    to `limits.header_bytes`, `server_header=False`, `access_log=False` and `proxy_headers=False`."""
+    """A protocol class whose connections share one count."""
     by_address: Counter[str] = Counter()
 
     class Guarded(H11Protocol):
