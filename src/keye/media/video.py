@@ -95,18 +95,24 @@ class VideoReader:
     """An open video with its worker process. Use as a context manager; closing kills the worker.
 
     Without `limits`, those of strangers (`workers.STRANGERS`) hold for an untrusted source. Raises `MediaError` on
-    opening when the file is no readable video or breaks a limit.
+    opening when the file is no readable video or breaks a limit; without `wait`, when its facts or frames are read.
     """
 
-    def __init__(self, source: Source, limits: DecodeLimits | None = None) -> None:
+    def __init__(self, source: Source, limits: DecodeLimits | None = None, *, wait: bool = True) -> None:
         self.limits = limits or (STRANGERS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
         self._worker = self._start()
         try:
-            self.info = self._read_info()
+            if wait:
+                _ = self.info
         except BaseException:
             self.close()
             raise
+
+    @cached_property
+    def info(self) -> VideoInfo:
+        """Facts about the file, which the worker sends first of all."""
+        return self._read_info()
 
     def __enter__(self) -> VideoReader:
         return self
@@ -120,6 +126,10 @@ class VideoReader:
         """Ends the worker. May be called more than once."""
         self._worker.close()
 
+    def stop(self) -> None:
+        """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
+        self._worker.stop()
+
     def plan(self, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
         """Which frames would be sampled and what they would cost."""
         return make_plan(self.info, config, options)
@@ -129,6 +139,7 @@ class VideoReader:
 
         They come at the planned size, shrunk by the worker while it decodes, or at the file's own size if `native`.
         """
+        _ = self.info  # comes before any frame
         turned = plan.rotation % 180 != 0
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
         if turned:

@@ -85,11 +85,15 @@ class Worker:
             self._log.close()
             raise
 
+    def stop(self) -> None:
+        """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
+        if self.process.poll() is None:
+            self.process.kill()
+
     def close(self) -> None:
         """Ends the worker. May be called more than once."""
+        self.stop()
         process = self.process
-        if process.poll() is None:
-            process.kill()
         process.wait()
         for stream in (process.stdin, process.stdout, self._log):
             if stream is not None:
