@@ -26,9 +26,9 @@ MAX_VIDEO_BYTES = 64 * GIB
 #: Largest image file, in bytes.
 MAX_IMAGE_BYTES = GIB // 2
 
+_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
 #: Blocks of a GIF, of at most 255 bytes each, that are walked to tell an animation from a picture.
 _MAX_GIF_BLOCKS = 200_000
-_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
 
 
 @dataclass(frozen=True)
