@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import socket
 import struct
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import write_clip
+from clips import read_code, write_clip
 from PIL import Image
 
 from keye.config import ProcessorConfig
@@ -315,6 +317,25 @@ def test_a_gif_of_endless_blocks_is_not_walked_through(monkeypatch: pytest.Monke
     assert media_kind(source) == "image"
     monkeypatch.setattr("keye.media.fetch._MAX_GIF_BLOCKS", 0)
     assert media_kind(source) == "video"
+
+
+@linux
+def test_a_reader_in_a_process_with_very_many_open_files(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this system does not allow so many")
+    opened: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+        with open_video(source) as reader:
+            assert read_code(next(reader.frames(reader.plan(CONFIG)))) == 0
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ _BOOT = (
 )
 _PACKAGE_ROOT = str(Path(keye.__path__[0]).resolve().parent)
 _SIGXCPU = 24
+#: In seconds; the system takes milliseconds in 32 bits.
+_LONGEST_POLL = 1e6
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Worker:
         descriptor, data = self.process.stdin.fileno(), json.dumps(request).encode() + b"\n"
         begin = time.monotonic()
         while data:
-            if not select.select([], [descriptor], [], max(self._patience(begin), 0))[1]:
+            if not _ready(descriptor, select.POLLOUT, self._patience(begin)):
                 self._give_up()
             try:
                 data = data[os.write(descriptor, data) :]
@@ -166,7 +168,7 @@ class Worker:
         while filled < count:
             left = self._patience(begin)
             # Without any patience it is an error even if the answer has come already: the same on every machine.
-            if (left <= 0 and not filled) or not select.select([descriptor], [], [], max(min(left, 1e6), 0))[0]:
+            if (left <= 0 and not filled) or not _ready(descriptor, select.POLLIN, left):
                 self._give_up()
             chunk = os.readv(descriptor, [view[filled:]])
             if chunk == 0:
@@ -194,6 +196,14 @@ class Worker:
         if code < 0 or "MemoryError" in log or (self.untrusted and not log):
             return self.broken()
         return RuntimeError(f"the {self.what} failed with code {code}: {log or 'no message'}")
+
+
+def _ready(descriptor: int, event: int, seconds: float) -> bool:
+    """Whether a pipe can be used, or has ended, within a time. `select` would refuse descriptors above 1023, which a
+    server with many connections reaches."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    return bool(poll.poll(math.ceil(1000 * max(min(seconds, _LONGEST_POLL), 0))))
 
 
 def _process_limits(limits: DecodeLimits) -> dict[str, int]:
