@@ -20,6 +20,12 @@ class HubConfig:
     timeout: float = 20.0
 
 
+def worker_environment() -> dict[str, str]:
+    """What a process that reads strangers' files gets of the environment: where the system's loader finds libraries, if
+    they lie in unusual places. Everything else may hold secrets."""
+    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
+
+
 def hub_config() -> HubConfig:
     """The settings in the environment, under the names that other programs for the hub use: HF_ENDPOINT, HF_HUB_CACHE,
     HF_HOME, XDG_CACHE_HOME and HF_HUB_OFFLINE."""
