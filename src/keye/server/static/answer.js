@@ -118,7 +118,7 @@ export class AnswerView {
     }
     if (turn.answer) tools.push(button("Copy answer", (event) => copyText(turn.answer, event.currentTarget)));
     if (turn.request) tools.push(button("Copy as curl", (event) => copyText(handlers.curl(turn), event.currentTarget)));
-    if (turn.note && turn.request) tools.push(button("Try again", () => handlers.again(turn), { class: "primary" }));
+    if (turn.note && turn.request) tools.unshift(button("Try again", () => handlers.again(turn), { class: "primary" }));
     const show = turn.intervals?.length || turn.evidence || turn.regions?.length;
     if (show) tools.push(button("Show on timeline", () => handlers.focus(turn)));
     return tools.length ? [element("div", { class: "tools" }, ...tools)] : [];
@@ -154,6 +154,6 @@ function usageLine({ plan, usage, attention, seconds }) {
   if (usage?.prompt !== null && usage?.prompt !== undefined) parts.push(`${usage.prompt.toLocaleString("en")} prompt tokens`);
   if (usage?.generated) parts.push(`${usage.generated.toLocaleString("en")} generated`);
   if (attention) parts.push(`${attention} attention`);
-  if (seconds) parts.push(`${seconds.toFixed(1)} s`);
+  if (seconds && parts.length) parts.push(`${seconds.toFixed(1)} s`);
   return parts.join(" · ");
 }

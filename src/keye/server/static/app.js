@@ -110,16 +110,16 @@ async function send() {
 async function run(turn, view) {
   running = new AbortController();
   const mine = conversation;
+  mine.media = [...media.items];
   showRunning();
-  stage.show(null);
   await (turn.mode === "find" ? findTurn : askTurn)(turn, view, running.signal);
   running = null;
   showRunning();
-  mine.media = mine === conversation ? [...media.items] : mine.media;
   keep(mine);
   if (mine !== conversation) return;
-  stage.show(turn);
-  if (turn.failed && !turn.answer && !byId("question").value) byId("question").value = turn.question;
+  // The marks of the answer before stay where this one brought nothing, and the question can be changed and sent again.
+  if (turn.answer) stage.show(turn);
+  else if (turn.failed && !byId("question").value) byId("question").value = turn.question;
 }
 
 function showRunning() {
@@ -244,7 +244,9 @@ function startDropping() {
       document.body.classList.add("dropping");
     });
   }
-  window.addEventListener("dragleave", (event) => event.relatedTarget ?? document.body.classList.remove("dropping"));
+  window.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dropping");
+  });
   window.addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dropping");
@@ -281,7 +283,10 @@ function startAsking() {
 
 function startKeys() {
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.abort();
+    if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+      if (running) running.abort();
+      else byId("question").blur();
+    }
     const typing = event.target instanceof Element && event.target.closest("input, textarea, select, dialog");
     if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
     const [start, end] = sampling.range;

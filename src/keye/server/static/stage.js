@@ -19,6 +19,7 @@ export class Stage {
   #overlay = new RegionOverlay();
   #thumbnails = null;
   #shown = null;
+  #turn = null;
   #preview = byId("preview");
 
   constructor(media) {
@@ -42,6 +43,7 @@ export class Stage {
 
   /** Shows a turn's intervals, evidence and places; null for none. */
   show(turn) {
+    this.#turn = turn;
     const labels = pieces(turn?.answer ?? "").filter((piece) => piece.kind === "interval");
     const label = ([start, end]) => labels.find((one) => one.start === start && one.end === end)?.label ?? "";
     this.timeline.setIntervals((turn?.intervals ?? []).map(([start, end]) => ({ start, end, label: label([start, end]) })));
@@ -65,6 +67,7 @@ export class Stage {
     byId("picture").hidden = !item || video || !item.url;
     byId("strange").hidden = true;
     this.timeline.reset(0, null);
+    this.timeline.setFrames([]);
     if (video && item.url) this.player.load(item.url);
     else this.player.clear();
     if (item?.kind === "image" && item.url) Object.assign(byId("image"), { src: item.url, alt: item.name });
@@ -75,6 +78,7 @@ export class Stage {
   #measured(duration, playable) {
     this.#thumbnails = playable ? new Thumbnails(this.#shown.url) : null;
     this.timeline.reset(duration, this.#thumbnails);
+    this.show(this.#turn);
   }
 
   #unplayable() {

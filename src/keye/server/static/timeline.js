@@ -6,8 +6,8 @@
 import { byId, element } from "./dom.js";
 import { clock, span } from "./times.js";
 
-/** Thumbnails are about this wide, in CSS pixels, and there are 12 to 24 of them. */
-const THUMBNAIL_WIDTH = 56;
+/** Thumbnails are about this wide, in CSS pixels, and there are 8 to 24 of them. */
+const THUMBNAIL_WIDTH = 44;
 const MAX_LANES = 4;
 /** A pointer that moves less far than this clicks; one that moves further drags. */
 const DRAG_PIXELS = 5;
@@ -55,15 +55,13 @@ export class Timeline extends EventTarget {
     return this.#view;
   }
 
-  /** Begins anew with a video of `duration` seconds; `thumbnails` may be null. */
+  /** Shows the whole of a video of `duration` seconds, without intervals; `thumbnails` may be null. */
   reset(duration, thumbnails) {
     this.#duration = duration;
     this.#now = 0;
     this.#thumbnails = thumbnails;
     this.#intervals = [];
-    this.#frames = [];
     this.#box.hidden = !(duration > 0);
-    this.setRange(null, null);
     this.#see(0, duration);
   }
 
@@ -216,7 +214,7 @@ export class Timeline extends EventTarget {
     const width = this.#track.clientWidth;
     this.#thumbnails?.forget();
     if (!this.#thumbnails || !width) return this.#thumbs.replaceChildren();
-    const count = Math.min(24, Math.max(12, Math.round(width / THUMBNAIL_WIDTH)));
+    const count = Math.min(24, Math.max(8, Math.round(width / THUMBNAIL_WIDTH)));
     const ratio = Math.min(2, window.devicePixelRatio || 1);
     const [start, end] = this.#view;
     const cells = Array.from({ length: count }, (_, i) => {
@@ -283,7 +281,7 @@ export class Timeline extends EventTarget {
     for (let time = Math.ceil(start / step) * step; time <= end && end > start; time += step) {
       const label = element("span", { text: clock(time, step < 1 ? 1 : 0) });
       label.style.left = `${this.#percent(time)}%`;
-      if (this.#percent(time) > 95) label.className = "last";
+      if ((1 - this.#percent(time) / 100) * this.#track.clientWidth < 44) label.className = "last";
       labels.push(label);
     }
     this.#axis.replaceChildren(...labels);
