@@ -39,8 +39,8 @@ def server() -> Iterator[MockServer]:
 
 @pytest.fixture
 def page(browser: Any, server: MockServer) -> Iterator[Any]:
-    """The page, freshly opened. After the test no script of it has failed, none was smuggled in, and no request has left
-    the host."""
+    """The page, freshly opened. After the test none of its scripts has failed, none was smuggled in, and no request has
+    left the host."""
     context = browser.new_context(viewport={"width": 1280, "height": 850}, accept_downloads=True)
     opened = context.new_page()
     opened.set_default_timeout(20_000)

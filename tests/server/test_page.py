@@ -1,4 +1,4 @@
-"""The page in a real browser, against a mock server: from a dropped video to a clip, and everything that can go wrong."""
+"""The page in a real browser, against a mock server: from a dropped video to a clip, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ def test_a_question_is_answered_with_marks_evidence_and_clips(page: Any, server:
     assert "32 frames · 620 tokens · 7.6 % of the context of 8,192" in page.inner_text("#plan-summary")
     page.wait_for_selector(THUMBNAILS_DRAWN)
     turn = ask(page, "When is the red circle visible?")
-    assert turn.locator(".answer-text").inner_text() == (
-        "The red circle is visible at 0:03.0 to 0:08.5 and from 0:12 on: 0:12.0 to 0:15.5 red circle again; it moves up."
-    )
+    shown = CIRCLE.replace("[[3.0, 8.5]]", "0:03.0 to 0:08.5").replace("[[12.0, 15.5]]", "0:12.0 to 0:15.5")
+    assert turn.locator(".answer-text").inner_text() == shown
     assert page.locator(".bar").count() == 2
     assert page.locator(".bar").last.get_attribute("aria-label") == "Jump to 0:12.0 to 0:15.5: red circle again"
     turn.locator(".answer-text .mark").first.click()
@@ -158,14 +157,14 @@ def test_the_key_is_asked_for_once_and_kept_in_the_tab(page: Any, server: MockSe
     assert page.evaluate("JSON.stringify(localStorage)").find("secret") == -1
 
 
-@pytest.mark.parametrize("question", ["hostile", "hostile evil"])
-def test_hostile_answers_stay_text(page: Any, question: str) -> None:
+@pytest.mark.parametrize(("question", "bars"), [("hostile", 2), ("hostile evil", 1)])
+def test_hostile_answers_stay_text(page: Any, question: str, bars: int) -> None:
     open_sample(page)
     turn = ask(page, f"{question} <img src=x onerror=window.hacked=1>")
     shown = turn.locator(".answer-text").inner_text()
     assert shown == HOSTILE.replace("[[3.0, 8.5]]", "0:03.0 to 0:08.5")
     assert turn.locator("img, script, svg, a, b").count() == 0
-    assert page.locator(".bar").count() == 1, "only the interval that is one is drawn"
+    assert page.locator(".bar").count() == bars, "what is no interval is not drawn"
 
 
 def test_hostile_file_names_stay_text(page: Any) -> None:
@@ -216,7 +215,7 @@ def test_every_control_has_a_name(page: Any) -> None:
     ask(page, "When is the red circle visible?")
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("button, input, select, textarea, [role=slider], canvas[role=img]")]
-            .filter((node) => !(node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.[0]?.textContent))
+            .filter((node) => !(node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.length))
             .map((node) => node.outerHTML)"""
     )
     assert nameless == []
@@ -235,10 +234,11 @@ def test_texts_stand_out_from_their_ground(page: Any, theme: str) -> None:
                 const [r, g, b] = parts.map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
                 return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
             };
-            const pairs = [["text", "ground"], ["soft", "ground"], ["soft", "surface"], ["soft", "raised"], ["text", "tint"],
-                ["accent", "surface"], ["accent", "tint"], ["soft", "tint"], ["on-accent", "accent"],
+            const pairs = [["text", "ground"], ["soft", "ground"], ["soft", "surface"], ["soft", "raised"],
+                ["text", "tint"], ["accent", "surface"], ["accent", "tint"], ["soft", "tint"], ["on-accent", "accent"],
                 ["wrong", "wrong-tint"], ["wrong", "ground"]];
-            return pairs.map(([a, b]) => [`${a} on ${b}`, light(a) > light(b) ? light(a) / light(b) : light(b) / light(a)]);
+            const ratio = (a, b) => Math.max(light(a), light(b)) / Math.min(light(a), light(b));
+            return pairs.map(([a, b]) => [`${a} on ${b}`, ratio(a, b)]);
         }"""
     )
     assert [pair for pair, ratio in ratios if ratio < 4.5] == []
