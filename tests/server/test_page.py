@@ -113,6 +113,47 @@ def test_find_marks_the_moments_of_an_event(page: Any, server: MockServer) -> No
     assert page.locator(".bar").count() == 1
 
 
+def test_the_timeline_shows_a_part_larger(page: Any) -> None:
+    open_sample(page)
+    ask(page, "When is the red circle visible?")
+    page.fill("#start", "0:02")
+    page.fill("#end", "6")
+    page.click("#zoom-in")
+    left = page.locator(".bar").evaluate_all("(bars) => bars.map((bar) => bar.style.left)")
+    assert left == ["25%"], "3.0 s of the part from 2 to 6 s; the other interval is outside"
+    page.click("#zoom-all")
+    assert page.locator(".bar").count() == 2 and page.locator("#zoom-out").is_disabled()
+
+
+def test_a_request_is_copied_as_a_command_line_without_the_key(page: Any, server: MockServer) -> None:
+    server.key = "secret"
+    page.evaluate("sessionStorage.setItem('keye.key', 'secret')")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_sample(page)
+    turn = ask(page, "What's in it?")
+    turn.get_by_role("button", name="Copy as curl").click()
+    turn.get_by_role("button", name="Copied").wait_for()
+    line = page.evaluate("navigator.clipboard.readText()")
+    assert line.startswith(f"curl -N '{server.address}v1/chat/completions'")
+    assert "Bearer $KEYE_API_KEY" in line and "secret" not in line and "What'\\''s in it?" in line
+
+
+def test_settings_are_sent_and_kept(page: Any, server: MockServer) -> None:
+    page.click("#open-settings")
+    page.fill("#temperature", "0.5")
+    page.select_option("#thinking", "off")
+    page.uncheck("#want-evidence")
+    page.select_option("#theme", "dark")
+    page.get_by_role("button", name="Done").click()
+    page.reload()
+    open_sample(page)
+    ask(page, "When?")
+    request = server.sent("/v1/chat/completions")[0]
+    assert request["temperature"] == 0.5 and request["keye"] == {"evidence": False, "progress": True}
+    assert request["chat_template_kwargs"] == {"enable_thinking": False}
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
 def test_stop_ends_the_request_and_keeps_what_came(page: Any, server: MockServer) -> None:
     open_sample(page)
     page.fill("#question", "a slow one")

@@ -21,7 +21,7 @@ export class AnswerView {
 
   /**
    * `handlers`: `jump(seconds)`, `focus(turn)` to show a turn's marks, `region(index)`, `clips(intervals, button)`,
-   * `curl(turn)` which returns a text, `again(turn)`; `hasMedia()` says whether there is a video.
+   * `curl(turn)` which returns a text, `again(turn)`.
    */
   constructor(turn, handlers) {
     this.turn = turn;
@@ -80,6 +80,7 @@ export class AnswerView {
     this.#reasoning.hidden = !turn.reasoning;
     this.#note.textContent = turn.note ?? "";
     this.#note.hidden = !turn.note;
+    this.#note.classList.toggle("calm", !turn.failed);
     this.#foot.replaceChildren(...this.#tools(), element("p", { class: "usage", text: usageLine(turn) }));
     this.article.setAttribute("aria-busy", "false");
   }

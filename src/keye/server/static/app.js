@@ -112,7 +112,9 @@ async function run(turn, view) {
   const mine = conversation;
   mine.media = [...media.items];
   showRunning();
+  const release = follow(view.node);
   await (turn.mode === "find" ? findTurn : askTurn)(turn, view, running.signal);
+  release();
   running = null;
   showRunning();
   keep(mine);
@@ -122,6 +124,21 @@ async function run(turn, view) {
   else if (turn.failed && !byId("question").value) byId("question").value = turn.question;
 }
 
+/** Keeps the end of a growing node in sight until the user scrolls or the returned function is called. */
+function follow(node) {
+  let follows = true;
+  const stop = () => (follows = false);
+  const show = () => follows && node.scrollIntoView({ block: node.clientHeight > 400 ? "end" : "nearest" });
+  const watch = new ResizeObserver(show);
+  watch.observe(node);
+  for (const type of ["wheel", "touchmove"]) window.addEventListener(type, stop, { passive: true });
+  return () => {
+    show();
+    watch.disconnect();
+    for (const type of ["wheel", "touchmove"]) window.removeEventListener(type, stop);
+  };
+}
+
 function showRunning() {
   byId("send").hidden = running !== null;
   byId("stop").hidden = running === null;
@@ -129,7 +146,11 @@ function showRunning() {
 
 function addView(turn) {
   const view = new AnswerView(turn, {
-    jump: (seconds) => stage.jump(seconds),
+    jump: (seconds) => {
+      stage.jump(seconds);
+      // On a phone the answer stands below the player.
+      byId("player").scrollIntoView({ block: "nearest" });
+    },
     focus: (focused) => stage.show(focused),
     region: (focused, index) => {
       stage.show(focused);
@@ -140,7 +161,6 @@ function addView(turn) {
     again: (failed) => again(failed, view),
   });
   byId("turns").append(view.node);
-  view.node.scrollIntoView({ block: "nearest" });
   return view;
 }
 

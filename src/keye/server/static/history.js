@@ -45,6 +45,7 @@ function bounded(conversation) {
   const turns = conversation.turns.slice(-MAX_TURNS).map((turn) => ({
     mode: turn.mode, question: cut(turn.question), answer: cut(turn.answer), reasoning: cut(turn.reasoning),
     intervals: turn.intervals, regions: turn.regions, plan: turn.plan, usage: turn.usage, note: cut(turn.note),
+    failed: turn.failed === true,
   }));
   const media = conversation.media.map(({ id, name, kind, bytes, duration }) => ({ id, name, kind, bytes, duration }));
   return { id: conversation.id, created: conversation.created, title: cut(conversation.title).slice(0, 120), media, turns };

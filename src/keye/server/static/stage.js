@@ -123,8 +123,12 @@ export class Stage {
     const half = this.#preview.offsetWidth / 2;
     this.#preview.style.left = `${Math.min(box.width - half, Math.max(half, x - box.left))}px`;
     byId("preview-text").textContent = [clock(time), this.#evidence.describe(time)].filter(Boolean).join(" · ");
-    byId("preview-canvas").hidden = !this.#thumbnails;
-    this.#thumbnails?.request(time, byId("preview-canvas"), { first: true });
+    const canvas = byId("preview-canvas");
+    canvas.hidden = !this.#thumbnails?.aspect;
+    if (canvas.hidden) return;
+    const height = Math.round(canvas.width / Math.min(4, Math.max(0.75, this.#thumbnails.aspect)));
+    if (canvas.height !== height) canvas.height = height;
+    this.#thumbnails.request(time, canvas, { first: true });
   }
 
   // Keys that work wherever nothing is typed
