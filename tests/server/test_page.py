@@ -198,6 +198,36 @@ def test_the_key_is_asked_for_once_and_kept_in_the_tab(page: Any, server: MockSe
     assert page.evaluate("JSON.stringify(localStorage)").find("secret") == -1
 
 
+def test_a_key_can_be_given_later_in_the_settings(page: Any, server: MockServer) -> None:
+    server.key = "secret"
+    page.click("#sample")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Upload again").wait_for()
+    page.fill("#question", "When?")
+    page.click("#send")
+    assert "Enter the key under Settings." in page.inner_text("#notice")
+    page.click("#open-settings")
+    page.fill("#key-field", "secret")
+    page.get_by_role("button", name="Done").click()
+    page.wait_for_selector("#plan-meter:not([hidden])")
+    assert page.input_value("#question") == "When?"
+
+
+def test_a_dropped_video_is_played_and_uploaded(page: Any, server: MockServer) -> None:
+    data = page.evaluate_handle(
+        """async () => {
+            const data = new DataTransfer();
+            const clip = await (await fetch("static/sample.mp4")).blob();
+            data.items.add(new File([clip], "dropped.mp4", {type: "video/mp4"}));
+            return data;
+        }"""
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": data})
+    page.wait_for_selector("#plan-meter:not([hidden])")
+    assert page.inner_text("#tray .name") == "dropped.mp4"
+    assert server.contents["file-0"] == SAMPLE.read_bytes()
+
+
 @pytest.mark.parametrize(("question", "bars"), [("hostile", 2), ("hostile evil", 1)])
 def test_hostile_answers_stay_text(page: Any, question: str, bars: int) -> None:
     open_sample(page)

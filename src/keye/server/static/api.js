@@ -110,7 +110,8 @@ export async function* chat(request, signal) {
   const response = await call("v1/chat/completions", { method: "POST", json: request, signal });
   for await (const event of events(response.body)) {
     const chunk = readChunk(event);
-    if (chunk?.error) throw serverError(chunk.error.code === 429 ? 429 : 500, event, null);
+    // Inside a stream there is no status of its own; the type tells mistakes of the user from failures.
+    if (chunk?.error) throw serverError(chunk.error.type === "invalid_request_error" ? 400 : 500, event, null);
     yield chunk;
   }
 }

@@ -97,6 +97,7 @@ function whyNot(mode) {
 }
 
 async function send() {
+  if (!model()) await loadModels();
   if (running) return;
   const turn = readTurn();
   if (!turn) return;
@@ -260,6 +261,7 @@ async function loadModels() {
 function startDropping() {
   for (const type of ["dragenter", "dragover"]) {
     window.addEventListener(type, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return;
       event.preventDefault();
       document.body.classList.add("dropping");
     });
@@ -268,9 +270,10 @@ function startDropping() {
     if (!event.relatedTarget) document.body.classList.remove("dropping");
   });
   window.addEventListener("drop", (event) => {
-    event.preventDefault();
     document.body.classList.remove("dropping");
-    if (event.dataTransfer.files.length) addFiles(event.dataTransfer.files);
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    addFiles(event.dataTransfer.files);
   });
   window.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) addFiles(event.clipboardData.files);
@@ -352,6 +355,11 @@ function start() {
     openHistory();
   });
   byId("notice-close").addEventListener("click", clearNotice);
+  document.addEventListener("key", async () => {
+    clearNotice();
+    await loadModels();
+    media.items.filter((item) => item.error && item.file).forEach((item) => media.start(item));
+  });
   for (const close of document.querySelectorAll("[data-close]")) {
     close.addEventListener("click", () => close.closest("dialog").close());
   }

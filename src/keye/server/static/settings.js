@@ -24,7 +24,7 @@ export function number(id) {
   return field.value.trim() === "" || !field.checkValidity() ? null : Number(field.value);
 }
 
-/** Connects the drawer, fills it with what was kept and sets the theme. */
+/** Connects the drawer, fills it with what was kept and sets the theme. The document fires `theme` and `key` on changes. */
 export function startSettings() {
   const kept = readKept();
   for (const id of ["temperature", "max-tokens", "thinking"]) {
@@ -34,7 +34,10 @@ export function startSettings() {
   setTheme(THEMES.includes(kept.theme) ? kept.theme : "auto");
   byId("settings").addEventListener("change", save);
   byId("theme").addEventListener("change", (event) => setTheme(event.target.value));
-  byId("key-field").addEventListener("change", (event) => storeKey(event.target.value.trim()));
+  byId("key-field").addEventListener("change", (event) => {
+    storeKey(event.target.value.trim());
+    document.dispatchEvent(new Event("key"));
+  });
   byId("open-settings").addEventListener("click", () => {
     byId("key-field").value = storedKey();
     byId("settings").showModal();
