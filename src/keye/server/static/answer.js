@@ -89,7 +89,9 @@ export class AnswerView {
     let region = -1;
     return pieces(text.trim()).map((piece) => {
       if (piece.kind === "text") return piece.text;
-      if (piece.kind === "interval") return this.#mark(span([piece.start, piece.end]), piece.start, "mark", piece.label);
+      if (piece.kind === "interval") {
+        return this.#mark(span([piece.start, piece.end]), piece.start, "mark", piece.label);
+      }
       if (piece.kind === "moment") return this.#mark(piece.text, piece.at, "moment", "");
       region += 1;
       const index = region;
@@ -113,12 +115,13 @@ export class AnswerView {
     if (turn.intervals?.length) {
       tools.push(
         button("Copy times", (event) => copyText(timesAsText(turn), event.currentTarget)),
-        button("Save all clips", (event) => handlers.clips(turn.intervals, event.currentTarget), { "data-clip": "all" }),
+        button("Save all clips", (event) => handlers.clips(turn.intervals, event.currentTarget)),
         this.#clipList(),
       );
     }
-    if (turn.answer) tools.push(button("Copy answer", (event) => copyText(turn.answer, event.currentTarget)));
-    if (turn.request) tools.push(button("Copy as curl", (event) => copyText(handlers.curl(turn), event.currentTarget)));
+    const copier = (label, text) => button(label, (event) => copyText(text(), event.currentTarget));
+    if (turn.answer) tools.push(copier("Copy answer", () => turn.answer));
+    if (turn.request) tools.push(copier("Copy as curl", () => handlers.curl(turn)));
     if (turn.note && turn.request) tools.unshift(button("Try again", () => handlers.again(turn), { class: "primary" }));
     const show = turn.intervals?.length || turn.evidence || turn.regions?.length;
     if (show) tools.push(button("Show on timeline", () => handlers.focus(turn)));
@@ -136,9 +139,9 @@ export class AnswerView {
         }),
       );
     });
+    const title = `${rows.length} ${rows.length === 1 ? "moment" : "moments"}`;
     return element(
-      "details", { class: "clips" }, element("summary", { text: `${rows.length} ${rows.length === 1 ? "moment" : "moments"}` }),
-      element("ul", {}, ...rows),
+      "details", { class: "clips" }, element("summary", { text: title }), element("ul", {}, ...rows),
     );
   }
 }
@@ -152,7 +155,7 @@ function usageLine({ plan, usage, attention, seconds }) {
   const parts = [];
   const frames = (plan ?? []).reduce((sum, one) => sum + one.frames, 0);
   if (frames) parts.push(`${frames.toLocaleString("en")} ${frames === 1 ? "frame" : "frames"}`);
-  if (usage?.prompt !== null && usage?.prompt !== undefined) parts.push(`${usage.prompt.toLocaleString("en")} prompt tokens`);
+  if (usage?.prompt) parts.push(`${usage.prompt.toLocaleString("en")} prompt tokens`);
   if (usage?.generated) parts.push(`${usage.generated.toLocaleString("en")} generated`);
   if (attention) parts.push(`${attention} attention`);
   if (seconds && parts.length) parts.push(`${seconds.toFixed(1)} s`);

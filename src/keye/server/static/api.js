@@ -59,13 +59,16 @@ export function serverError(status, body, retryAfter) {
   }
   const seconds = Number(retryAfter);
   const wait = retryAfter !== null && Number.isFinite(seconds) && seconds >= 0 ? Math.ceil(seconds) : null;
-  return new ServerError(typeof message === "string" && message ? message : `The server answered ${status}.`, status, wait);
+  const told = typeof message === "string" && message;
+  return new ServerError(told || `The server answered ${status}.`, status, wait);
 }
 
 /** What went wrong, and what the user can do about it, as two sentences. */
 export function explain(error) {
   if (error instanceof StreamCut) return [error.message, "What came is kept; ask again for the rest."];
-  if (!(error instanceof ServerError)) return ["The server cannot be reached.", "See whether keye serve is still running."];
+  if (!(error instanceof ServerError)) {
+    return ["The server cannot be reached.", "See whether keye serve is still running."];
+  }
   const advice = {
     401: "Enter the key under Settings.",
     404: "Drop the file again if it is no longer on the server.",

@@ -32,7 +32,9 @@ function model() {
 
 function addFiles(files) {
   const usable = [...files].filter((file) => kindOf(file));
-  if (!usable.length) return notice("This is neither a video nor a picture that keye knows.", "Drop an mp4, mov, mkv or webm, or a picture.");
+  if (!usable.length) {
+    return notice("This is neither a video nor a picture that keye knows.", "Drop an mp4, mov, mkv or webm file.");
+  }
   const missing = media.items.find((item) => item.error && !item.file);
   if (missing && kindOf(usable[0]) === missing.kind) {
     media.attach(missing, usable[0]);
@@ -90,7 +92,10 @@ function readTurn() {
 /** Why nothing can be asked now, as a sentence and what to do; null where it can. */
 function whyNot(mode) {
   const failed = media.items.find((item) => item.error);
-  if (failed) return [`${failed.name} is not on the server.`, failed.file ? explain(failed.error).join(" ") : "Drop the file again."];
+  if (failed) {
+    const advice = failed.file ? explain(failed.error).join(" ") : "Drop the file again.";
+    return [`${failed.name} is not on the server.`, advice];
+  }
   if (mode === "find" && !media.video) return ["There is no video to find anything in.", "Drop one."];
   if (!media.ready) return ["The upload is not done.", "Send the question again in a moment; it stays here."];
   return null;
@@ -158,7 +163,10 @@ function addView(turn) {
       stage.chooseRegion(index);
     },
     clips: saveClips,
-    curl: ({ mode, request }) => curl(new URL(mode === "find" ? "v1/video/ground" : "v1/chat/completions", location.href).href, request, storedKey() !== ""),
+    curl: ({ mode, request }) => {
+      const path = mode === "find" ? "v1/video/ground" : "v1/chat/completions";
+      return curl(new URL(path, location.href).href, request, storedKey() !== "");
+    },
     again: (failed) => again(failed, view),
   });
   byId("turns").append(view.node);
@@ -171,7 +179,8 @@ async function again(turn, view) {
   if (byId("question").value === turn.question) byId("question").value = "";
   conversation.turns = conversation.turns.filter((other) => other !== turn);
   view.node.remove();
-  const fresh = { ...turn, answer: "", reasoning: "", note: "", intervals: null, regions: [], evidence: null, failed: false };
+  const empty = { answer: "", reasoning: "", note: "", intervals: null, regions: [], evidence: null, failed: false };
+  const fresh = { ...turn, ...empty };
   conversation.turns.push(fresh);
   await run(fresh, addView(fresh));
 }
@@ -194,11 +203,15 @@ async function saveClips(intervals, source) {
 
 // History
 
+function names(kept) {
+  return kept.media.map(({ name }) => name);
+}
+
 function openHistory() {
   const rows = conversations().map((kept) => element(
     "li", {},
     button(kept.title || "Conversation", () => reopen(kept), { class: "name" }),
-    element("span", { class: "state", text: `${new Date(kept.created).toLocaleString()} · ${kept.media.map(({ name }) => name).join(", ")}` }),
+    element("span", { class: "state", text: [new Date(kept.created).toLocaleString(), ...names(kept)].join(" · ") }),
     button("Delete", () => {
       forget(kept.id);
       openHistory();
@@ -250,7 +263,8 @@ async function loadModels() {
     const found = (await models()).filter((one) => words(one?.id));
     byId("model").replaceChildren(...found.map((one) => {
       const context = amount(one.keye?.context);
-      return element("option", { value: one.id, text: context ? `${one.id} (${context.toLocaleString("en")} tokens)` : one.id });
+      const size = context ? ` (${context.toLocaleString("en")} tokens)` : "";
+      return element("option", { value: one.id, text: one.id + size });
     }));
     byId("model").disabled = found.length < 2;
   } catch (error) {

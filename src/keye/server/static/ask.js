@@ -21,7 +21,7 @@ export async function findTurn(turn, view, signal) {
     takeUsage(turn, result?.usage);
     takeExtras(turn, result?.keye ?? {});
     turn.intervals = data.intervals(result?.intervals);
-    if (!turn.intervals.length) turn.note = "The model found no such moment. Other words, or a shorter range, may help.";
+    if (!turn.intervals.length) turn.note = "The model found no such moment. Other words or a shorter range may help.";
   });
 }
 

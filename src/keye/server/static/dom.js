@@ -37,7 +37,7 @@ export function button(label, listener, options = {}) {
 
 /** Whether keys typed now belong to a field. */
 export function isTyping(target) {
-  return target instanceof HTMLElement && (target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName));
+  return target instanceof HTMLElement && /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName);
 }
 
 /** Offers `blob` as a download called `name`. */

@@ -15,7 +15,8 @@ const MAX_ALL = 2_000_000;
 export function conversations() {
   try {
     const kept = JSON.parse(localStorage.getItem(STORE) ?? "[]");
-    return Array.isArray(kept) ? kept.filter((entry) => Array.isArray(entry?.turns) && Array.isArray(entry?.media)) : [];
+    const whole = (entry) => Array.isArray(entry?.turns) && Array.isArray(entry?.media);
+    return Array.isArray(kept) ? kept.filter(whole) : [];
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
     return [];
@@ -37,7 +38,8 @@ export function forgetAll() {
 }
 
 export function newConversation() {
-  return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), created: Date.now(), title: "", media: [], turns: [] };
+  const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
+  return { id, created: Date.now(), title: "", media: [], turns: [] };
 }
 
 function bounded(conversation) {
@@ -48,7 +50,8 @@ function bounded(conversation) {
     failed: turn.failed === true,
   }));
   const media = conversation.media.map(({ id, name, kind, bytes, duration }) => ({ id, name, kind, bytes, duration }));
-  return { id: conversation.id, created: conversation.created, title: cut(conversation.title).slice(0, 120), media, turns };
+  const { id, created, title } = conversation;
+  return { id, created, title: cut(title).slice(0, 120), media, turns };
 }
 
 function write(list) {

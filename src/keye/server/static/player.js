@@ -22,8 +22,9 @@ export class Player extends EventTarget {
     this.#mute.addEventListener("click", () => (video.muted = !video.muted));
     byId("speed").addEventListener("change", (event) => (video.playbackRate = Number(event.target.value)));
     byId("fullscreen").addEventListener("click", () => this.#fullscreen());
-    for (const type of ["play", "pause", "ended", "volumechange"]) video.addEventListener(type, () => this.#showState());
-    for (const type of ["timeupdate", "seeked"]) video.addEventListener(type, () => this.#moved());
+    const on = (types, listener) => types.forEach((type) => video.addEventListener(type, listener));
+    on(["play", "pause", "ended", "volumechange"], () => this.#showState());
+    on(["timeupdate", "seeked"], () => this.#moved());
     video.addEventListener("loadedmetadata", () => {
       this.#moved();
       this.dispatchEvent(new Event("ready"));

@@ -24,7 +24,7 @@ export function number(id) {
   return field.value.trim() === "" || !field.checkValidity() ? null : Number(field.value);
 }
 
-/** Connects the drawer, fills it with what was kept and sets the theme. The document fires `theme` and `key` on changes. */
+/** Connects the drawer, fills it with what was kept, sets the theme. The document fires `theme` and `key` on changes. */
 export function startSettings() {
   const kept = readKept();
   for (const id of ["temperature", "max-tokens", "thinking"]) {
@@ -55,7 +55,8 @@ function readKept() {
 }
 
 function save() {
-  const values = Object.fromEntries(["temperature", "max-tokens", "thinking", "theme"].map((id) => [id, byId(id).value]));
+  const fields = ["temperature", "max-tokens", "thinking", "theme"];
+  const values = Object.fromEntries(fields.map((id) => [id, byId(id).value]));
   localStorage.setItem(STORE, JSON.stringify({ ...values, "want-evidence": byId("want-evidence").checked }));
 }
 

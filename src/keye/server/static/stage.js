@@ -46,7 +46,8 @@ export class Stage {
     this.#turn = turn;
     const labels = pieces(turn?.answer ?? "").filter((piece) => piece.kind === "interval");
     const label = ([start, end]) => labels.find((one) => one.start === start && one.end === end)?.label ?? "";
-    this.timeline.setIntervals((turn?.intervals ?? []).map(([start, end]) => ({ start, end, label: label([start, end]) })));
+    const intervals = turn?.intervals ?? [];
+    this.timeline.setIntervals(intervals.map(([start, end]) => ({ start, end, label: label([start, end]) })));
     const at = this.media.items.indexOf(this.media.video);
     const found = turn?.evidence ?? [];
     this.#evidence.show(found.length ? found[found.length === this.media.items.length ? Math.max(0, at) : 0] : null);
@@ -112,7 +113,8 @@ export class Stage {
     if (state) row.append(element("span", { class: item.error ? "state wrong" : "state", text: state }));
     if (!item.id && !item.error) row.append(element("progress", { max: 1, value: item.share, "aria-label": "Upload" }));
     if (item.error && item.file) row.append(button("Upload again", () => this.media.start(item)));
-    row.append(button("Remove", () => this.media.remove(item), { "aria-label": `Remove ${item.name}`, class: "quiet" }));
+    const look = { "aria-label": `Remove ${item.name}`, class: "quiet" };
+    row.append(button("Remove", () => this.media.remove(item), look));
     return row;
   }
 

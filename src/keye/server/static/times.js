@@ -12,7 +12,9 @@ const COMMA = /^\s{0,4},\s{0,4}$/;
 const CLOSING = /^\s{0,4}(?:\]|<\|clip_time_end\|>)/;
 const COORDINATES = /<\|(point|box|quad|polygon)_start\|>([\s\S]{0,65536}?)<\|\1_end\|>/g;
 const LABELS = /<\|(?:object_ref|ocr_text)_(?:start|end)\|>/g;
-const MOMENT = /\b(?:[0-9]{1,2}:)?[0-9]{1,2}:[0-9]{2}(?:\.[0-9]{1,3})?\b|\b[0-9]{1,6}(?:\.[0-9]{1,3})? ?(?:seconds|secs?|s)\b/g;
+const CLOCK = String.raw`\b(?:[0-9]{1,2}:)?[0-9]{1,2}:[0-9]{2}(?:\.[0-9]{1,3})?\b`;
+const SECONDS = String.raw`\b[0-9]{1,6}(?:\.[0-9]{1,3})? ?(?:seconds|secs?|s)\b`;
+const MOMENT = new RegExp(`${CLOCK}|${SECONDS}`, "g");
 const MAX_LABEL = 80;
 
 /** Seconds of "75.5", "1:15.5" or "0:01:15.5"; null for anything else. */
@@ -100,14 +102,15 @@ function moments(text) {
   return found;
 }
 
-/** Gives each interval the words that follow its list up to the end of the phrase, as in "[[2, 3]] a red circle; ...". */
+/** Gives each interval the words after its list up to the end of the phrase, as in "[[2, 3]] a red circle; ...". */
 function withLabels(found) {
   let label = "";
   for (let i = found.length - 1; i >= 0; i--) {
     const piece = found[i];
     if (piece.kind === "interval") piece.label = label;
     else if (piece.kind === "text" && piece.text.trim()) {
-      label = /^ {0,2}[\p{L}\p{N}]/u.test(piece.text) ? piece.text.split(/[;\n.]/, 1)[0].trim().slice(0, MAX_LABEL) : "";
+      const names = /^ {0,2}[\p{L}\p{N}]/u.test(piece.text);
+      label = names ? piece.text.split(/[;\n.]/, 1)[0].trim().slice(0, MAX_LABEL) : "";
     } else if (piece.kind !== "text") label = "";
   }
   return found;
