@@ -279,6 +279,9 @@ def test_a_phone_shows_everything_without_scrolling_sideways(page: Any) -> None:
     open_sample(page)
     ask(page, "When is the red circle visible?")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    note = ask(page, "busy?").locator(".note").bounding_box()
+    composer = page.locator("#composer").bounding_box()
+    assert note["y"] > 0 and note["y"] + note["height"] <= composer["y"], "the error is not hidden by the field below"
 
 
 def test_every_control_has_a_name(page: Any) -> None:
