@@ -1,28 +1,34 @@
-"""A server around a tiny random model: in this process, and behind a real socket for real clients."""
+"""A server around a tiny random model, in this process and behind a real socket; for the page a mock server beside this
+file, and a real browser."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
 pytest.importorskip("fastapi")
 
 import uvicorn
+from mock_server import MockServer
 from openai import OpenAI
 from starlette.testclient import TestClient
 
 import keye
 from keye.data.frameforge import make_clip, write_mp4
-from keye.server.app import create_app
+from keye.server.app import guarded_app
 from keye.server.settings import Settings
 
+CHROMIUM = shutil.which("chromium")
 NANO = Path(__file__).parents[2] / "configs/nano"
 
 
@@ -61,7 +67,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def http(model: keye.Keye) -> Iterator[TestClient]:
     """The application, called without a socket."""
-    with TestClient(create_app(model, Settings()), base_url="http://127.0.0.1") as client:
+    with TestClient(guarded_app(model, Settings()), base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -81,7 +87,7 @@ class Running:
     """An application behind a socket, in a thread."""
 
     def __init__(self, model: keye.Keye, settings: Settings) -> None:
-        self.app = create_app(model, settings)
+        self.app = guarded_app(model, settings)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="on"))
@@ -129,3 +135,45 @@ def error_of(answer: Any, status: int = 400) -> dict[str, Any]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     return error
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; the test is skipped where it or playwright is not installed."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with driver.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def server() -> Iterator[MockServer]:
+    running = MockServer()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: MockServer) -> Iterator[Any]:
+    """The page, freshly opened. After the test none of its scripts has failed, none was smuggled in, and no request has
+    left the host."""
+    context = browser.new_context(viewport={"width": 1280, "height": 850}, accept_downloads=True)
+    opened = context.new_page()
+    opened.set_default_timeout(20_000)
+    failures: list[str] = []
+    asked: list[str] = []
+    opened.on("pageerror", lambda error: failures.append(str(error)))
+    opened.on("console", lambda line: failures.append(line.text) if "Content Security Policy" in line.text else None)
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(server.address)
+    opened.wait_for_selector("body[data-ready]")
+    yield opened
+    smuggled = opened.evaluate("window.hacked")
+    context.close()
+    assert failures == [] and smuggled is None
+    assert [url for url in asked if not url.startswith((server.address, f"blob:{server.address}", "data:"))] == []

@@ -112,10 +112,9 @@ def served() -> Iterator[Served]:
     """The application with keye-nano, behind the guard."""
     if find_spec("keye.server.app") is None:
         pytest.skip("keye.server.app is not here yet")
+    import keye
     from keye.server.app import create_app
     from keye.server.settings import Settings
-
-    import keye
 
     served = Served(guarded(create_app(keye.load("nano"), Settings(keys={"tests": KEY}))))
     yield served

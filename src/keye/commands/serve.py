@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from keye.commands import options
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
+    from keye.server.audit import Audit
     from keye.server.settings import Settings
 
 #: Largest file of keys.
@@ -38,10 +40,11 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
+@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
 @options.template
 @options.running_device
 @options.debug
-def serve(model: str, api_key_file: Path | None, **given: Any) -> None:
+def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: Any) -> None:
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
     Listens on this machine alone unless --host says otherwise, which needs a key. Media at addresses are fetched only
@@ -62,7 +65,8 @@ def serve(model: str, api_key_file: Path | None, **given: Any) -> None:
             from keye.server.run import run_server
         except ModuleNotFoundError as error:
             raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
-        run_server(loaded, settings, listening)
+        with audit_log(audit) as log:
+            run_server(loaded, settings, listening, log)
 
 
 def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings:
@@ -121,6 +125,22 @@ def read_keys(file: Path) -> dict[str, str]:
     if not keys:
         raise KeyeError(f"{file} holds no key: write one a line, as KEY or NAME:KEY")
     return keys
+
+
+@contextmanager
+def audit_log(file: Path | None) -> Iterator[Audit | None]:
+    """The log of who did how much when, appended to `file`; None without one."""
+    from keye.server.audit import Audit
+
+    if file is None:
+        yield None
+        return
+    try:
+        opened = file.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise KeyeError(f"{file} cannot be written ({error.strerror}): choose another file for --audit") from None
+    with opened:
+        yield Audit(opened.write)
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -68,7 +68,7 @@ def source_hash(source: Source) -> bytes:
     return _remember(_hashes, identity, found, REMEMBERED)
 
 
-def probed(source: Source, limits: DecodeLimits) -> VideoInfo:
+def probed(source: Source, limits: DecodeLimits | None) -> VideoInfo:
     """Facts about a video file, found out once: a decode worker scans it at first."""
     if source.data is not None:
         key: _Identity | bytes = source_hash(source)

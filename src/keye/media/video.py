@@ -130,11 +130,6 @@ class VideoReader:
         """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
         self._worker.stop()
 
-    def stop(self) -> None:
-        """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
-        if self._process.poll() is None:
-            self._process.kill()
-
     def plan(self, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
         """Which frames would be sampled and what they would cost."""
         return make_plan(self.info, config, options)

@@ -1,1 +1,1 @@
-"""`keye serve`: the OpenAI-compatible HTTP interface of the engine."""
+"""The HTTP server: OpenAI's interface, keye's extensions, and the page."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -15,7 +15,10 @@ from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
 from keye.server import chat, completions, errors, extras, files, pages, responses, video
+from keye.server.audit import Audit
 from keye.server.context import Context
+from keye.server.edge import fetch_policy, guard_settings
+from keye.server.guard import Guard
 from keye.server.metrics import Metrics
 from keye.server.prepare import collect_warnings
 from keye.server.settings import Settings
@@ -25,15 +28,21 @@ log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (chat.router, completions.router, responses.router, files.router, video.router, extras.router)
 
 
-def create_app(model: Keye, settings: Settings | None = None) -> FastAPI:
-    """The ASGI application that serves `model`. The engine starts and ends with the application's lifespan."""
+def guarded_app(model: Keye, settings: Settings, audit: Audit | None = None) -> Guard:
+    """The application behind its defences: what a socket may be given to."""
+    guard = guard_settings(settings)
+    return Guard(create_app(model, settings, salt=guard.keys.salt), guard, audit=audit)
+
+
+def create_app(model: Keye, settings: Settings | None = None, *, salt: Callable[[str], bytes] = str.encode) -> FastAPI:
+    """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
+    gives what keeps the caches of one owner from those of all others."""
     settings = settings or Settings()
+    policy = fetch_policy(settings)
     engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
     metrics = Metrics(engine.gauges)
-    context = Context(
-        model, engine, settings, store, _guides(model), metrics, salt=lambda owner: owner.encode(), download=None
-    )
+    context = Context(model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

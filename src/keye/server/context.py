@@ -15,7 +15,7 @@ from fastapi import Request
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
-from keye.media.fetch import Source
+from keye.media.fetch import FetchPolicy
 from keye.server.errors import ApiError
 from keye.server.media_parts import Openers
 from keye.server.metrics import Metrics
@@ -37,7 +37,7 @@ class Context:
     guides: GuideFactory | None
     metrics: Metrics
     salt: Callable[[str], bytes]
-    download: Callable[[str], Source] | None
+    policy: FetchPolicy
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
 
@@ -48,7 +48,7 @@ class Context:
 
     def openers(self, owner: str) -> Openers:
         """What opens the media of a request of this owner."""
-        return Openers(OwnedFiles(self.files, owner), self.download, self.settings.pictures)
+        return Openers(OwnedFiles(self.files, owner), self.policy)
 
     @property
     def name(self) -> str:

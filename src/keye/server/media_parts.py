@@ -7,13 +7,13 @@ URLs and downloads what may be downloaded; it blocks and belongs into a thread. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, cast
 
 from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, Message, normalize
 from keye.errors import KeyeError
-from keye.media.fetch import Source, fetch_source, jpeg_list, media_kind
+from keye.media.fetch import FetchPolicy, Source, media_kind
 from keye.server.errors import ApiError
 
 #: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
@@ -39,12 +39,10 @@ class Uploads(Protocol):
 
 @dataclass(frozen=True)
 class Openers:
-    """What opens the media of one request: `uploads`, and `download` for http(s) addresses, None where they are off.
-    `pictures` is the most that a list of frames may have."""
+    """What opens the media of one request: `uploads`, and `policy` for data URLs and addresses."""
 
     uploads: Uploads
-    download: Callable[[str], Source] | None
-    pictures: int
+    policy: FetchPolicy
 
 
 def to_messages(
@@ -78,13 +76,15 @@ def open_medium(medium: Medium, openers: Openers) -> Medium:
     value = medium.source
     if isinstance(value, Source):
         return medium
-    if isinstance(value, str) and (frames := jpeg_list(value)) is not None:
-        _check_count(len(frames), openers)
-        return replace(medium, source=[Source("<data URL>", len(frame), data=frame) for frame in frames])
+    if isinstance(value, str) and not value.startswith("file-"):
+        pictures = openers.policy.fetch_list(value)
+        if pictures is not None:
+            return replace(medium, source=pictures)
     if isinstance(value, list):
-        _check_count(len(value), openers)
-        return replace(medium, source=[_open(picture, openers) for picture in value])
-    source = _open(value, openers)
+        if len(value) > openers.policy.list_frames:
+            raise KeyeError(f"a list of frames has more than {openers.policy.list_frames:,} pictures; send fewer")
+        return replace(medium, source=[_open(picture, "image", openers) for picture in value])
+    source = _open(value, medium.kind, openers)
     found = media_kind(source)
     if medium.kind == "image" and found != "image" and not source.head().startswith(b"GIF8"):
         raise KeyeError(f"{source.name} is no image that keye reads; send a video as video_url")
@@ -93,24 +93,10 @@ def open_medium(medium: Medium, openers: Openers) -> Medium:
     return replace(medium, source=source)
 
 
-def _check_count(count: int, openers: Openers) -> None:
-    if count > openers.pictures:
-        raise KeyeError(f"a list of frames has {count:,} pictures, more than {openers.pictures:,}; send fewer")
-
-
-def _open(value: object, openers: Openers) -> Source:
-    if not isinstance(value, str):
-        raise KeyeError(f"a medium's url is a {type(value).__name__}; give a file id, a data: URL or an address")
-    scheme = value.split(":", 1)[0].lower() if ":" in value[:16] else ""
-    if scheme == "data":
-        return fetch_source(value)
-    if scheme in ("http", "https"):
-        if openers.download is None:
-            raise KeyeError("this server fetches no addresses; upload the file to /v1/files, or send a data: URL")
-        return openers.download(value)
-    if value.startswith("file-"):
+def _open(value: object, kind: MediumKind, openers: Openers) -> Source:
+    if isinstance(value, str) and value.startswith("file-"):
         return openers.uploads.source(value)
-    raise KeyeError("a medium's url must be the id of an upload (file-...), a data: URL or an http address")
+    return openers.policy.fetch(value, kind)
 
 
 def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:

@@ -9,21 +9,23 @@ from typing import Any
 import uvicorn
 
 from keye.engine.engine import Keye
-from keye.server.app import create_app
+from keye.server.app import guarded_app
+from keye.server.audit import Audit
+from keye.server.limits import Limits
+from keye.server.protocol import uvicorn_options
 from keye.server.settings import Settings
 
 
-def run_server(model: Keye, settings: Settings, listening: socket.socket) -> None:
+def run_server(model: Keye, settings: Settings, listening: socket.socket, audit: Audit | None = None) -> None:
     """Serves on a bound socket. SIGTERM stops listening, lets running requests end for `drain_seconds`, and returns."""
     config = uvicorn.Config(
-        create_app(model, settings),
+        guarded_app(model, settings, audit),
         log_level="warning",
-        access_log=False,
-        server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=round(settings.drain_seconds),
         timeout_keep_alive=75,
         backlog=2048,
+        **uvicorn_options(Limits()),
     )
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it is done
     try:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from keye.chat import MediumKind
 from keye.errors import KeyeError
-from keye.media.fetch import Source, media_kind
+from keye.media.fetch import Source, media_kind, untrusted
 from keye.media.image import plan_image
 from keye.media.video import probe
 from keye.server.errors import ApiError
@@ -39,7 +39,7 @@ class StoredFile:
 
     def source(self) -> Source:
         """Something to open; it goes on working after the upload is deleted if it is open by then."""
-        return Source(self.name, self.size, path=self.path)
+        return untrusted(Source(self.name, self.size, path=self.path))
 
     def to_dict(self) -> dict[str, Any]:
         """The file object of the API."""
@@ -91,7 +91,7 @@ class FileStore:
             size = self._arriving[path]
         if size == 0:
             raise KeyeError("file: the upload is empty; send the bytes of a video or an image")
-        facts = look_into(Source(name, size, path=path))
+        facts = look_into(untrusted(Source(name, size, path=path)))
         file = StoredFile(f"file-{secrets.token_hex(16)}", owner, name, size, time.time(), path, facts)
         with self._lock:
             del self._arriving[path]
