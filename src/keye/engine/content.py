@@ -39,7 +39,7 @@ REMEMBERED_PROBES: Final = 32
 #: Device, inode, size, time of change and path of a file.
 _Identity = tuple[int, int, int, int, str]
 _hashes: OrderedDict[_Identity, bytes] = OrderedDict()
-_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits], VideoInfo] = OrderedDict()
+_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None], VideoInfo] = OrderedDict()
 _lock = threading.Lock()
 
 
