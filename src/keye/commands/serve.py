@@ -43,6 +43,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
 @options.template
 @options.running_device
+@options.storing
 @options.debug
 def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: Any) -> None:
     """Serve a model over HTTP, for OpenAI clients and for the browser.
