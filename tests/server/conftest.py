@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-import uvicorn
 from mock_server import MockServer
 from openai import OpenAI
+from serving import Ask, Running
 from starlette.testclient import TestClient
 
 import keye
@@ -83,23 +81,6 @@ def upload(http: TestClient, path: Path) -> dict[str, Any]:
     return answer.json()
 
 
-class Running:
-    """An application behind a socket, in a thread."""
-
-    def __init__(self, model: keye.Keye, settings: Settings) -> None:
-        self.app = guarded_app(model, settings)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="on"))
-        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self._thread.join(30)
-        self.socket.close()
-
-
 @pytest.fixture(scope="session")
 def running(model: keye.Keye) -> Iterator[Running]:
     server = Running(model, Settings())
@@ -113,9 +94,6 @@ def client(running: Running) -> OpenAI:
     return OpenAI(base_url=f"{running.url}/v1", api_key="none needed here", max_retries=0)
 
 
-Ask = Callable[..., dict[str, Any]]
-
-
 @pytest.fixture(scope="session")
 def ask(http: TestClient) -> Ask:
     """Posts a chat and returns the whole answer."""
@@ -127,14 +105,6 @@ def ask(http: TestClient) -> Ask:
         return answer.json()
 
     return post
-
-
-def error_of(answer: Any, status: int = 400) -> dict[str, Any]:
-    """The error object of an answer that must be one."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    return error
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
+from serving import Ask, Running, error_of
 from starlette.testclient import TestClient
-
-from conftest import Ask, Running, error_of
 
 HELLO = [{"role": "user", "content": "hello"}]
 
