@@ -19,6 +19,7 @@ from keye.media import (
     MediaOptions,
     VideoInfo,
     VideoPlan,
+    VideoReader,
     fetch_source,
     iter_frames,
     open_video,
@@ -211,8 +212,20 @@ def test_closing_the_iterator_ends_the_worker(tmp_path: Path) -> None:
     with pytest.raises(StopIteration):
         next(frames)
     with open_video(source) as reader:
-        process = reader._process
+        process = reader._worker.process
     assert process.poll() is not None
+
+
+def test_a_reader_that_does_not_wait_for_the_scan(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    plan = plan_video(source, CONFIG)
+    with VideoReader(source, wait=False) as reader:
+        assert read_code(next(reader.frames(plan))) == 0
+        assert reader.info.frame_count == 60
+    with VideoReader(source, wait=False) as reader:
+        reader.stop()
+        with pytest.raises(MediaError, match="broke the video decoder"):
+            next(reader.frames(plan))
 
 
 def test_truncated(tmp_path: Path) -> None:

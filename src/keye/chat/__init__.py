@@ -19,6 +19,7 @@ from keye.chat.messages import (
 )
 from keye.chat.prompt import CHATML, PREVIEW_CHATML, ChatTemplate, Segment, render, template_of
 from keye.chat.replies import Reply, parse_reply
+from keye.chat.stream import ReplyPiece, ReplyStream, joined_reply
 from keye.chat.times import Interval, format_seconds, merge_intervals, parse_intervals, to_seconds
 
 __all__ = [
@@ -34,10 +35,13 @@ __all__ = [
     "Message",
     "Region",
     "Reply",
+    "ReplyPiece",
+    "ReplyStream",
     "Role",
     "Segment",
     "ToolCall",
     "format_seconds",
+    "joined_reply",
     "load_template",
     "merge_intervals",
     "normalize",

@@ -64,7 +64,7 @@ def _split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     kept, calls = [before], []
     for block in blocks:
         body, closed, after = block.partition(_CLOSE_CALL)
-        call = _read_call(body) if closed else None
+        call = read_call(body) if closed else None
         if call is None:
             kept.append(_OPEN_CALL + block)
         else:
@@ -73,8 +73,8 @@ def _split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     return "".join(kept), tuple(calls)
 
 
-def _read_call(body: str) -> ToolCall | None:
-    """`{"name": ..., "arguments": {...}}`, or None if it is anything else."""
+def read_call(body: str) -> ToolCall | None:
+    """The call in `{"name": ..., "arguments": {...}}`, or None if it is anything else."""
     try:
         call = json.loads(body)
         arguments = call["arguments"]

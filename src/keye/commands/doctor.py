@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,17 +19,6 @@ from keye.machine import main_memory
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-
-_TRY_LIMIT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from keye.media.decode_worker import limit_process
-limit_process(1 << 30, 60)
-try:
-    bytearray(2 << 30)
-except MemoryError:
-    print("held")
-"""
 
 
 @dataclass(frozen=True)
@@ -132,17 +120,14 @@ def check_attention() -> Check:
 
 
 def check_limits() -> Check:
-    """Starts a process under the decode worker's limits and lets it ask for more memory than they allow."""
-    import keye
+    """Starts a process like those that decode and lets it try what it must not be able to do."""
+    from keye.media.confinement import held
 
-    command = [sys.executable, "-P", "-c", _TRY_LIMIT, str(Path(keye.__path__[0]).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        reason = one_line(done.stderr)[-200:] or f"it ended with code {done.returncode}"
-        return Check("decode limits", False, f"the decode worker cannot start: {reason}")
-    if "held" not in done.stdout:
-        return Check("decode limits", None, "memory of the decode worker is not limited on this system")
-    return Check("decode limits", True, "memory and time of the decode worker are limited")
+    try:
+        found = held()
+    except RuntimeError as error:
+        return Check("decode limits", False, f"the decode worker cannot start: {one_line(str(error))[-200:]}")
+    return Check("decode limits", True if found.complete else None, found.sentence())
 
 
 def check_demo() -> Check:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -59,6 +60,22 @@ class Positive(click.ParamType):
         return number
 
 
+class Bytes(click.ParamType):
+    """A number of bytes: 8GiB, 500MB, 4096."""
+
+    name = "size"
+    _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+                     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s?([A-Za-z]{0,3})", value.strip())
+        if match is None or match[2].upper() not in self._UNITS or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size such as 8GiB or 500MB.", param, ctx)
+        return round(float(match[1]) * self._UNITS[match[2].upper()])
+
+
 COUNT = click.IntRange(min=1)
 
 
@@ -79,8 +96,7 @@ model_name: Callable[[F], F] = click.option(
     "--model", default="nano", show_default=True, help="A name (nano, 2.0), a name on the hub, or a folder."
 )
 
-running: Callable[[F], F] = _all(
-    model_name,
+running_device: Callable[[F], F] = _all(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option(
         "--dtype",
@@ -89,6 +105,8 @@ running: Callable[[F], F] = _all(
     ),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
 )
+
+running: Callable[[F], F] = _all(model_name, running_device)
 
 template: Callable[[F], F] = click.option(
     "--template",

@@ -20,6 +20,12 @@ class HubConfig:
     timeout: float = 20.0
 
 
+def worker_environment() -> dict[str, str]:
+    """What a process that reads strangers' files gets of the environment: where the system's loader finds libraries, if
+    they lie in unusual places. Everything else may hold secrets."""
+    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
+
+
 def hub_config() -> HubConfig:
     """The settings in the environment, under the names that other programs for the hub use: HF_ENDPOINT, HF_HUB_CACHE,
     HF_HOME, XDG_CACHE_HOME and HF_HUB_OFFLINE."""
@@ -30,6 +36,11 @@ def hub_config() -> HubConfig:
         cache=Path(cache).expanduser(),
         offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
     )
+
+
+def api_key() -> str | None:
+    """KEYE_API_KEY, the key that clients of `keye serve` must show where no file of keys is given."""
+    return os.environ.get("KEYE_API_KEY") or None
 
 
 def preview_video_max_pixels() -> int | None:

@@ -39,7 +39,7 @@ REMEMBERED_PROBES: Final = 32
 #: Device, inode, size, time of change and path of a file.
 _Identity = tuple[int, int, int, int, str]
 _hashes: OrderedDict[_Identity, bytes] = OrderedDict()
-_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits], VideoInfo] = OrderedDict()
+_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None], VideoInfo] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -68,7 +68,7 @@ def source_hash(source: Source) -> bytes:
     return _remember(_hashes, identity, found, REMEMBERED)
 
 
-def probed(source: Source, limits: DecodeLimits) -> VideoInfo:
+def probed(source: Source, limits: DecodeLimits | None) -> VideoInfo:
     """Facts about a video file, found out once: a decode worker scans it at first."""
     if source.data is not None:
         key: _Identity | bytes = source_hash(source)

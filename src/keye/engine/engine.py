@@ -15,6 +15,7 @@ from keye.chat import (
     ChatTemplate,
     CheckpointTemplate,
     Message,
+    Segment,
     load_template,
     merge_intervals,
     normalize_tools,
@@ -37,7 +38,7 @@ from keye.engine.kvstore import KVFormat
 from keye.engine.live import Keep, LiveSession
 from keye.engine.media import IndexedVideo, as_medium
 from keye.engine.prefix import PrefixCache
-from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.prompt import Measured, Prompt, PromptBuilder
 from keye.engine.request import Inbox, Request, Stage
 from keye.engine.sampling import SamplingParams, StopText
 from keye.engine.tiers import KVOptions, Tier, byte_count, free_memory
@@ -145,19 +146,37 @@ class Keye:
         self, video: object, event: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
     ) -> AnswerStream:
         """`ground`, its text as it is generated. `video` is one video in any form that `stream_ask` takes."""
-        subject = event.strip() if isinstance(event, str) else ""
-        if not subject:
-            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
+        question = self.ground_question(event)
         listed = video if isinstance(video, list | tuple) else [video]
         if len(listed) != 1:
             raise KeyeError(f"{len(listed)} media were given to ground; give one video")
         medium = as_medium(listed[0], media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to ground; give a video, or use ask for images")
+        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
+
+    def ground_question(self, event: str) -> str:
+        """The question by which this model is asked when `event` happens."""
+        subject = event.strip() if isinstance(event, str) else ""
+        if not subject:
+            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
         if "{article}" in self.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
             subject = subject.split(" ", 1)[1]
-        question = self.generation.ground_prompt.format(event=subject, article="the")
-        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
+        return self.generation.ground_prompt.format(event=subject, article="the")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Segment]:
+        """The prompt of a conversation under this model's template, its media in their places and not yet opened."""
+        return self.prompts.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
+
+    def measure(self, segments: Sequence[Segment]) -> Measured:
+        """What a rendered prompt would cost: its media are probed and not decoded."""
+        return self.prompts.measure(segments)
 
     def stream(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> AnswerStream:
         """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
@@ -191,9 +210,7 @@ class Keye:
         params = self.sampling_params(**sampling)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
-        segments = self.prompts.render(
-            messages, template=self.template, thinking=thinking, tools=normalize_tools(tools)
-        )  # fmt: skip
+        segments = self.render(messages, thinking=thinking, tools=tools)
         return Request(
             segments, params, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos,
             attention=self.attention_of(attention), evidence=evidence, deterministic=deterministic,

@@ -99,6 +99,15 @@ def plan_of(item: MediaItem) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a prompt costs, known before it is decoded. `media` are the plans, each with its `kind`."""
+
+    prompt_tokens: int
+    media_tokens: int
+    media: tuple[Mapping[str, Any], ...]
+
+
 class PromptBuilder:
     """Builds prompts for one model. `open_index` opens indexes of videos for it; without, they are refused."""
 
@@ -165,6 +174,25 @@ class PromptBuilder:
         if room is not None:
             room.check(len(ids), prompt.visual_tokens)
         return prompt
+
+    def measure(self, segments: Sequence[Segment]) -> Measured:
+        """What a rendered prompt costs, at least (see `PlannedMedium`). Videos are probed; lists of pictures, which
+        have no plan, are opened and their sizes found."""
+        media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
+        videos = sum(medium.kind == "video" for medium in media)
+        plans, pieces = [], []
+        for medium in media:
+            planned = plan_medium(medium, self.processor, videos, self.open_index)
+            if planned.plan is not None:
+                plans.append({"kind": medium.kind, **planned.plan.to_dict()})
+                pieces.append(planned.pieces)
+                continue
+            item = self._decode(planned)
+            plans.append({"kind": medium.kind, **plan_of(item)})
+            pieces.append(item.pieces)
+        text = sum(len(self.tokenizer.encode_parts(run)) for run in _text_runs(segments))
+        tokens = sum(plan["visual_tokens"] for plan in plans)
+        return Measured(text + sum(len(self.piece_ids(one)) for one in pieces), tokens, tuple(plans))
 
     def _decode(self, medium: PlannedMedium) -> MediaItem:
         if medium.kind == "image":

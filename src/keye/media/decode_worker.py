@@ -3,8 +3,7 @@
 Started by `keye.media.video` with an open file; it opens nothing else, so a playlist inside the file leads nowhere.
 It imports neither numpy nor torch. Conversation: on start it sends one INFO message; then, for each request line
 (JSON) on standard input, one FRAME message per target in ascending order and an END message. An ERROR message ends it.
-
-A message on standard output is a header (one byte of kind, eight bytes of length, little endian) and a body.
+`keye.media.wire` has the form of messages, `keye.media.sandbox` what the process may not do.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, BinaryIO
 
 import av
@@ -25,19 +26,25 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-HEADER = struct.Struct("<cQ")
-INFO, FRAME, END, ERROR = b"I", b"F", b"N", b"E"
+from keye.media.sandbox import confine
+from keye.media.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
 
 #: Codecs in which frames that the decoder calls non-reference are needed by no other frame, so that leaving them out
 #: changes no pixel. HEVC is not one: its sub-layer non-reference frames may serve higher layers.
 _SKIPPABLE = frozenset({"h264", "mpeg2video"})
+#: What strangers' files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
+#: seldom used and seldom tested.
+_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,yuv4mpegpipe,mxf"
+_CODECS = frozenset(
+    "h264 hevc av1 libdav1d vp8 vp9 libvpx libvpx-vp9 mpeg4 mpeg2video mpeg1video mjpeg gif h263 flv prores wmv1 wmv2 "
+    "wmv3 vc1 msmpeg4v2 msmpeg4 theora dvvideo vvc rawvideo png ffv1".split()
+)
+#: Parts of PyAV that it imports only when a file needs them, which is too late for a confined process. Which of them
+#: exist depends on its version.
+_LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
+              for part in ("stream", "codeccontext"))  # fmt: skip
 #: How far, in frame intervals, a decoded frame may lie behind the time it was asked for.
 _LATE_FRAMES = 2.5
-
-
-class WorkerError(Exception):
-    """What is wrong with the file and what to do, without its name: a sentence, with `{}` for each option named after
-    it, which whoever tells the user spells."""
 
 
 @dataclass
@@ -59,16 +66,21 @@ class Scan:
 
 
 class Reader:
-    """One video file, opened, with its scan."""
+    """One video file, opened, with its scan; with `common_only` of the common containers and codecs alone."""
 
-    def __init__(self, file: BinaryIO, threads: int, pixel_limit: int) -> None:
+    def __init__(self, file: BinaryIO, threads: int, pixel_limit: int, frame_limit: int, common_only: bool) -> None:
         self.file = file
         self.threads = threads
         self.pixel_limit = pixel_limit
+        self.common_only = common_only
         self.container, self.stream = self._open()
         self.scan = scan(self.container, self.stream)
         if not self.scan.times or self.scan.first_frame is None:
             raise WorkerError("holds no frame that can be decoded; re-encode it")
+        if len(self.scan.times) > frame_limit:
+            raise WorkerError(
+                f"has {len(self.scan.times):,} frames, more than the limit of {frame_limit:,}; cut it into parts"
+            )
 
     def info(self) -> dict[str, Any]:
         """Facts for `keye.media.video.VideoInfo`; seconds count from the container's own zero."""
@@ -195,7 +207,9 @@ class Reader:
             container = av.open(
                 self.file,
                 mode="r",
-                container_options={"protocol_whitelist": "none"},
+                metadata_errors="replace",  # Titles and the like may be in any encoding; none of them is used.
+                container_options={"protocol_whitelist": "none"}
+                | ({"format_whitelist": _FORMATS} if self.common_only else {}),
                 io_open=_refuse,
                 buffer_size=1 << 18,
             )
@@ -211,6 +225,10 @@ class Reader:
         context = stream.codec_context
         if context is None:
             raise WorkerError("is in a video codec that is not supported; re-encode it, for example as H.264")
+        if self.common_only and context.codec.name not in _CODECS:
+            raise WorkerError(
+                f"is in the video codec {context.codec.name}, which is not read here; re-encode it as H.264"
+            )
         if context.width * context.height > self.pixel_limit:
             raise WorkerError(
                 f"has frames of {context.width}x{context.height} pixels, more than the limit of "
@@ -340,7 +358,9 @@ def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
     try:
-        reader = Reader(file, options["threads"], options["pixel_limit"])
+        reader = Reader(
+            file, options["threads"], options["pixel_limit"], options["frame_limit"], options["common_only"]
+        )
         facts = json.dumps(reader.info()).encode()
         send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.scan.times).tobytes())
         for line in requests:
@@ -356,50 +376,22 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
         send_error(out, f"is damaged ({error.strerror}); download it again or re-encode it")
 
 
-def send(out: BinaryIO, kind: bytes, body: bytes) -> None:
-    """Writes one message."""
-    out.write(HEADER.pack(kind, len(body)))
-    out.write(body)
-    out.flush()
-
-
-def send_error(out: BinaryIO, sentence: str, *options: str) -> None:
-    """Writes the message that ends the conversation: a JSON list of a `WorkerError`'s sentence and options."""
-    send(out, ERROR, json.dumps([sentence, *options]).encode())
-
-
-def limit_process(memory_bytes: int, cpu_seconds: int) -> None:
-    """Caps address space and CPU time of this process, and forbids it to write files. No-op where unsupported."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for kind, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, cpu_seconds),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-
-
 def _refuse(url: str, flags: int, options: object) -> None:
     raise PermissionError("a media file may not open other files")
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments: the inherited descriptor of the media file, and the options as JSON."""
-    options = json.loads(arguments[1])
-    limit_process(options["memory_bytes"], options["cpu_seconds"])
+    """Arguments: the options as JSON, and the inherited descriptor of the media file."""
+    options = json.loads(arguments[0])
+    for name in _LAZY:
+        with suppress(ImportError):
+            import_module(name)
     av.logging.set_level(av.logging.PANIC)
-    with os.fdopen(int(arguments[0]), "rb", buffering=0) as file:
+    confine(options["memory_bytes"], options["cpu_seconds"])
+    report_crashes(sys.stdout.buffer)
+    with os.fdopen(int(arguments[1]), "rb", buffering=0) as file:
         try:
             serve(file, sys.stdin.buffer, sys.stdout.buffer, options)
         except BrokenPipeError:
             # The reader has gone away; leave without the interpreter's own flush of standard output.
             os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -20,6 +20,7 @@ from typing import IO, Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from keye.errors import MediaError
+from keye.media.hosts import check_address
 
 GIB = 1024**3
 _CHUNK = 1 << 18
@@ -35,6 +36,8 @@ class FetchLimits:
     """What a download may cost. `idle_seconds` is the longest silence, `total_seconds` the whole time.
 
     `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
+    With `hosts` only those may be asked, at first and by redirect, and addresses must be written so that all programs
+    read them alike (`hosts.check_address`); what they resolve to is then not told.
     """
 
     download_bytes: int = 4 * GIB
@@ -42,6 +45,7 @@ class FetchLimits:
     idle_seconds: float = 30.0
     redirects: int = 5
     allow_private: bool = False
+    hosts: tuple[str, ...] | None = None
 
 
 def download(
@@ -55,7 +59,7 @@ def download(
     most = min(limits.download_bytes, max_bytes)
     expired, end = threading.Event(), time.monotonic() + limits.total_seconds
     for _ in range(limits.redirects + 1):
-        parts = _checked(url)
+        parts = _checked(url, limits)
         with _connection(parts, limits, expired, end - time.monotonic()) as connection:
             # The connection forgets its socket once the head of the response is read.
             dialled = connection.sock
@@ -78,7 +82,9 @@ def shown(url: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _checked(url: str) -> SplitResult:
+def _checked(url: str, limits: FetchLimits) -> SplitResult:
+    if limits.hosts is not None:
+        check_address(url, limits.hosts)
     try:
         parts = urlsplit(url)
         valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
@@ -103,6 +109,8 @@ def _address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
         raise MediaError(f"{shown(parts.geturl())} names an unknown host; check the address") from None
     for *_, address in found:
         if not limits.allow_private and not is_public(str(address[0])):
+            if limits.hosts is not None:
+                raise MediaError(f"{shown(parts.geturl())} leads to a private address; send the file itself")
             raise MediaError(
                 f"{shown(parts.geturl())} leads to the private address {address[0]}; download the file yourself, "
                 "or allow private addresses if you trust it"

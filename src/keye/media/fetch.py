@@ -11,7 +11,7 @@ import io
 import os
 import stat
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -19,6 +19,7 @@ from urllib.request import url2pathname
 
 from keye.errors import MediaError
 from keye.media.download import GIB, FetchLimits, download, shown
+from keye.media.hosts import check_address
 
 #: Largest video file, in bytes.
 MAX_VIDEO_BYTES = 64 * GIB
@@ -29,13 +30,16 @@ MAX_IMAGE_BYTES = GIB // 2
 INDEX_MAGIC = b"\x89KEYE INDEX\r\n\x1a\n\x00"
 
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
+#: Blocks of a GIF, of at most 255 bytes each, that are walked to tell an animation from a picture.
+_MAX_GIF_BLOCKS = 200_000
 
 
 @dataclass(frozen=True)
 class Source:
     """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`).
 
-    `keep` holds a temporary file at `path`, which is removed when the last source of it is gone.
+    `keep` holds a temporary file at `path`, which is removed when the last source of it is gone. With `untrusted`, for
+    what a stranger sent, images too are decoded in a confined process, as videos always are.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Source:
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
     keep: object = field(default=None, repr=False, compare=False)
+    untrusted: bool = False
 
     def open(self) -> BinaryIO:
         """A new seekable binary stream at the beginning."""
@@ -90,6 +95,64 @@ def fetch_source(
             "cut it into parts or re-encode it"
         )
     return source
+
+
+_STRANGERS = FetchLimits(download_bytes=2 * GIB, total_seconds=120.0, idle_seconds=10.0, redirects=3)
+
+
+@dataclass(frozen=True)
+class FetchPolicy:
+    """What somebody who is not trusted with this machine may name: `data:` URLs, and http(s) addresses of `hosts`
+    (`keye.media.hosts.parse_host_rule`), which are none unless given. Never a path, a file: URL or another scheme.
+
+    `video_bytes` and `image_bytes` limit one file, `list_frames` the pictures in one data URL. `limits` is for
+    addresses; its `hosts` are replaced by these.
+    """
+
+    hosts: tuple[str, ...] = ()
+    video_bytes: int = 2 * GIB
+    image_bytes: int = GIB // 16
+    list_frames: int = 1024
+    limits: FetchLimits = _STRANGERS
+
+    def fetch(self, reference: object, kind: str = "video") -> Source:
+        """The file that a request names by a `data:` URL or an address; `kind` is `"image"` or `"video"`."""
+        text = self._checked(reference)
+        most = self.image_bytes if kind == "image" else self.video_bytes
+        if text[:5].lower() == "data:":
+            _check_data(text, kind, most)
+        return untrusted(fetch_source(text, max_bytes=most, limits=replace(self.limits, hosts=self.hosts)))
+
+    def fetch_list(self, reference: object) -> list[Source] | None:
+        """The pictures in a data URL that holds several (see `jpeg_list`); None for any other reference."""
+        text = self._checked(reference)
+        if text[:5].lower() != "data:" or text.count(",") < 1:
+            return None
+        count = text.count(",")
+        if count > self.list_frames:
+            raise MediaError(
+                f"the data: URL holds {count:,} pictures, more than the limit of {self.list_frames:,}; "
+                "send fewer, or a video file"
+            )
+        pictures = jpeg_list(text)
+        if pictures is None:
+            return None
+        return [untrusted(fetch_source(picture, max_bytes=self.image_bytes)) for picture in pictures]
+
+    def _checked(self, reference: object) -> str:
+        if not isinstance(reference, str):
+            raise MediaError("a medium is named by a file id, a data: URL or an address, as text")
+        scheme = reference.partition(":")[0].lower() if ":" in reference else ""
+        if scheme not in ("data", "http", "https"):
+            raise MediaError("files of the server cannot be named; upload the file, or send it as a data: URL")
+        if scheme != "data":
+            check_address(reference, self.hosts)
+        return reference
+
+
+def untrusted(source: Source) -> Source:
+    """A source whose content came from a stranger, such as an uploaded file: decoded in confined processes only."""
+    return replace(source, untrusted=True)
 
 
 def media_kind(source: Source) -> str:
@@ -171,6 +234,23 @@ def _data_url(text: str) -> bytes:
     return _base64(body)
 
 
+def _check_data(text: str, kind: str, most: int) -> None:
+    """A `data:` URL of a picture or video, in base64, of at most `most` bytes: found out before it is decoded."""
+    header, _, body = text[5:].partition(",")
+    declared, *parameters = header.lower().split(";")
+    animation = kind == "video" and declared == "image/gif"
+    if declared and declared.partition("/")[0] not in (kind, "application") and not animation:
+        raise MediaError(f"the data: URL does not say that it holds {_an(kind)}; write data:{kind}/...;base64,...")
+    if "base64" not in parameters:
+        raise MediaError("the data: URL must be in base64; write data:<type>;base64,<data>")
+    if len(body) // 4 * 3 > most + 2:
+        raise MediaError(f"the data: URL holds more than the limit of {most / GIB:.3g} GiB; upload the file instead")
+
+
+def _an(kind: str) -> str:
+    return "an image" if kind == "image" else "a video"
+
+
 def _base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
@@ -179,13 +259,14 @@ def _base64(text: str) -> bytes:
 
 
 def _animated_gif(source: Source) -> bool:
-    """Whether a GIF has a second image: walks its blocks without decoding."""
+    """Whether a GIF has a second image: walks its blocks without decoding. One with too many counts as animated."""
     with source.open() as file:
         header = file.read(13)
         if len(header) < 13:
             return False
         _skip_color_table(file, header[10])
         images = 0
+        blocks = 0
         while introducer := file.read(1):
             if introducer == b"\x2c":
                 images += 1
@@ -200,6 +281,9 @@ def _animated_gif(source: Source) -> bool:
                 return False
             while (size := file.read(1)) and size != b"\x00":
                 file.seek(size[0], os.SEEK_CUR)
+                blocks += 1
+                if blocks > _MAX_GIF_BLOCKS:
+                    return True
     return False
 
 

@@ -118,7 +118,7 @@ class FileFrames:
     """Frames of a video file. `frames` gives those of an open file at the sizes of `shape`; a thread runs it."""
 
     source: Source
-    limits: DecodeLimits
+    limits: DecodeLimits | None
     frames: Callable[[VideoReader], Iterator[Pixels]]
     shape: FrameShape
     buffer_bytes: int = BUFFER_BYTES

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import struct
-import warnings
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
+from keye.media.image_reader import ImageReader
 from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.picture import MAX_IMAGE_PIXELS, open_picture, orientation, upright
 from keye.media.sizes import check_sides, encoded_size, image_size
 from keye.media.unmet import warn_of_image
+from keye.media.wire import WorkerError
 
-#: Formats that are read; of an animation or a multi-page file the first picture.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-#: Most pixels an image may have before it is decoded (300 MB as RGB).
-MAX_IMAGE_PIXELS = 100_000_000
-#: What Pillow raises for a file whose content is wrong.
-_DAMAGE = (OSError, ValueError, TypeError, SyntaxError, EOFError, MemoryError, struct.error)
+#: The EXIF orientations that swap the axes.
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,9 @@ def plan_image(
     pixel_limit: int = MAX_IMAGE_PIXELS,
 ) -> ImagePlan:
     """Reads only the header. Raises `MediaError` for a file that is no image we read, or an image too large."""
-    with _stream(source) as file:
-        image = _open(file, source.name, pixel_limit)
-        width, height = image.size
-        if not options.strict_official and _orientation(image, source.name) in (5, 6, 7, 8):
-            # The EXIF orientations that swap the axes.
-            width, height = height, width
+    width, height, turn = _header(source, pixel_limit)
+    if not options.strict_official and turn in _SIDEWAYS:
+        width, height = height, width
     check_sides(height, width, source.name, ratio=options.resized is None)
     held = image_size(height, width, config, options)
     new_height, new_width = encoded_size(*held, config, options)
@@ -69,13 +63,15 @@ def read_image(source: Source, *, pixel_limit: int = MAX_IMAGE_PIXELS, strict_of
 
     Raises `MediaError` for a file that is no image we read, has more than `pixel_limit` pixels, or is damaged.
     """
-    with _stream(source) as file:
-        image = _open(file, source.name, pixel_limit)
-        try:
-            upright = image if strict_official else ImageOps.exif_transpose(image)
-            return upright.convert("RGBA" if upright.mode == "RGBA" else "RGB")
-        except _DAMAGE as error:
-            raise _damaged(source.name, error) from None
+    source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
+    if source.untrusted:
+        with ImageReader([source]) as reader:
+            return reader.picture(0, pixel_limit, strict_official=strict_official)
+    try:
+        with source.open() as file, open_picture(file, pixel_limit) as image:
+            return upright(image, strict_official=strict_official)
+    except WorkerError as error:
+        _explain(source.name, error)
 
 
 def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
@@ -106,34 +102,21 @@ def resize_exactly(image: Image.Image, height: int, width: int) -> NDArray[np.ui
     return np.asarray(image)
 
 
-def _stream(source: Source) -> BinaryIO:
-    return fetch_source(source, max_bytes=MAX_IMAGE_BYTES).open()
-
-
-def _orientation(image: Image.Image, name: str) -> int:
-    """The EXIF orientation, 1 if there is none. In a PNG it may stand behind the pixels, so a file that is cut short
-    fails here."""
+def _header(source: Source, pixel_limit: int) -> tuple[int, int, int]:
+    """Width and height as stored, and the EXIF orientation."""
+    source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
+    if source.untrusted:
+        with ImageReader([source]) as reader:
+            return reader.header(0, pixel_limit)
     try:
-        return int(image.getexif().get(0x0112, 1))
-    except _DAMAGE as error:
-        raise _damaged(name, error) from None
+        with source.open() as file, open_picture(file, pixel_limit) as image:
+            return *image.size, orientation(image)
+    except WorkerError as error:
+        _explain(source.name, error)
 
 
-def _damaged(name: str, error: Exception) -> MediaError:
-    return MediaError(f"{name} is damaged ({error}); download or export it again")
-
-
-def _open(file: BinaryIO, name: str, pixel_limit: int) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # Our own limit replaces Pillow's warning; its hard limit still raises.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise MediaError(f"{name} has more than {pixel_limit:,} pixels; shrink it first") from None
-    except (OSError, ValueError, SyntaxError, EOFError):
-        raise MediaError(f"{name} is no image that can be read; use one of {', '.join(FORMATS)}") from None
-    width, height = image.size
-    if width * height > pixel_limit:
-        raise MediaError(f"{name} has {width}x{height} pixels, more than the limit of {pixel_limit:,}; shrink it first")
-    return image
+def _explain(name: str, error: WorkerError) -> NoReturn:
+    """Raises the sentence with the file's name and, for a file of one's own, with Pillow's words."""
+    if error.__cause__ is not None:
+        raise MediaError(f"{name} is damaged ({error.__cause__}); download or export it again") from None
+    raise MediaError(f"{name} {error}") from None

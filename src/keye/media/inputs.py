@@ -9,8 +9,9 @@ from typing import Any
 from PIL import Image
 
 from keye.errors import MediaError
-from keye.media.fetch import Source, fetch_source, jpeg_list
+from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source, jpeg_list
 from keye.media.image import read_image
+from keye.media.image_reader import ImageReader
 from keye.media.pictures import as_picture, is_array
 
 
@@ -36,4 +37,11 @@ def open_frames(value: Any) -> Any:
     if is_array(value):
         return value
     pictures: Sequence[Any] | None = value if isinstance(value, list | tuple) else jpeg_list(value)
-    return None if pictures is None else [open_image(picture) for picture in pictures]
+    if pictures is None:
+        return None
+    strangers = [picture for picture in pictures if isinstance(picture, Source) and picture.untrusted]
+    if strangers and len(strangers) == len(pictures):
+        # One confined process for all of them; a picture of its own for each would start as many.
+        with ImageReader([fetch_source(picture, max_bytes=MAX_IMAGE_BYTES) for picture in strangers]) as reader:
+            return reader.pictures()
+    return [open_image(picture) for picture in pictures]

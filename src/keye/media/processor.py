@@ -105,7 +105,7 @@ class Processor:
 
     def __init__(self, config: ProcessorConfig, *, limits: DecodeLimits | None = None) -> None:
         self.config = config
-        self.limits = limits or DecodeLimits()
+        self.limits = limits
 
     def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
         """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`). With a plan made before,

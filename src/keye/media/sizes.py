@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.errors import KeyeError, MediaError
 from keye.media.options import DEFAULTS, MediaOptions
 
 #: Longest side over shortest side that an image or frame may have.
@@ -73,11 +73,11 @@ def _into_limits(height: int, width: int, h: int, w: int, factor: int, min_pixel
 
 
 def check_sides(height: int, width: int, name: str = "the picture", *, ratio: bool = True) -> None:
-    """`KeyeError` with `name` for a picture that has no sides, or is too long for its width."""
+    """`MediaError` with `name` for a picture that has no sides, or is too long for its width."""
     if min(height, width) < 1:
-        raise KeyeError(f"{name} is {width}x{height} pixels; both sides must be at least 1")
+        raise MediaError(f"{name} is {width}x{height} pixels; both sides must be at least 1")
     if ratio and max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise KeyeError(
+        raise MediaError(
             f"{name} is {width}x{height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}; crop it before use"
         )
 

@@ -6,51 +6,31 @@ seconds from the first frame: the container's own presentation times with the st
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import select
 import struct
-import subprocess
-import sys
-import tempfile
-import time
 from array import array
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import keye
 from keye.config import ProcessorConfig
-from keye.errors import MediaError, Option
-from keye.media.fetch import MAX_VIDEO_BYTES, Source, fetch_source
+from keye.errors import MediaError
+from keye.media.fetch import Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
+from keye.media.wire import END, FRAME, INFO
+from keye.media.workers import STRANGERS, Worker
+from keye.media.workers import DecodeLimits as DecodeLimits
 
-_HEADER = struct.Struct("<cQ")
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from keye.media.decode_worker import main; main(sys.argv[2:])"
-_PACKAGE_ROOT = str(Path(keye.__path__[0]).parent)
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """What a video may cost its decode worker. The pixel limit is checked before anything is decoded.
-
-    `wait_seconds` is the longest wait for the next frame (or for the scan of the file), in wall time.
-    """
-
-    memory_bytes: int = 3 * 1024**3
-    cpu_seconds: int = 3600
-    wait_seconds: float = 600.0
-    frame_pixels: int = 40_000_000
-    file_bytes: int = MAX_VIDEO_BYTES
-    threads: int = 1
+#: Longest description of a file, in bytes, without its frames' times.
+_MAX_FACTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -114,15 +94,14 @@ class VideoInfo:
 class VideoReader:
     """An open video with its worker process. Use as a context manager; closing kills the worker.
 
-    Raises `MediaError` on opening when the file is no readable video or breaks a limit; without `wait` when its facts
-    or frames are first read.
+    Without `limits`, those of strangers (`workers.STRANGERS`) hold for an untrusted source. Raises `MediaError` on
+    opening when the file is no readable video or breaks a limit; without `wait`, when its facts or frames are read.
     """
 
     def __init__(self, source: Source, limits: DecodeLimits | None = None, *, wait: bool = True) -> None:
-        self.limits = limits or DecodeLimits()
+        self.limits = limits or (STRANGERS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
-        self._process = self._start()
+        self._worker = self._start()
         try:
             if wait:
                 _ = self.info
@@ -145,22 +124,11 @@ class VideoReader:
 
     def close(self) -> None:
         """Ends the worker. May be called more than once."""
-        process = self._process
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, self._log):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    # Closing flushes; the killed worker no longer reads.
-                    continue
+        self._worker.close()
 
     def stop(self) -> None:
         """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
-        if self._process.poll() is None:
-            self._process.kill()
+        self._worker.stop()
 
     def plan(self, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
         """Which frames would be sampled and what they would cost."""
@@ -176,12 +144,15 @@ class VideoReader:
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
         if turned:
             width, height = height, width
-        self._request({"targets": plan.pts, "width": width, "height": height})
+        self._worker.request({"targets": plan.pts, "width": width, "height": height})
         for _ in range(plan.frames):
-            _, body = self._receive()
+            kind, body = self._worker.receive(height * width * 3)
+            if kind != FRAME or len(body) != height * width * 3:
+                raise self._worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
             yield np.ascontiguousarray(np.rot90(frame, plan.rotation // 90)) if plan.rotation else frame
-        self._receive()
+        if self._worker.receive(0)[0] != END:
+            raise self._worker.broken()
 
     def read(self, plan: VideoPlan) -> NDArray[np.uint8]:
         """All planned frames, uint8 RGB [frames, height, width, 3]."""
@@ -190,85 +161,36 @@ class VideoReader:
             frames[i] = frame
         return frames
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Worker:
         limits = self.limits
         options = {
-            "threads": limits.threads,
-            "pixel_limit": limits.frame_pixels,
-            "memory_bytes": limits.memory_bytes,
-            "cpu_seconds": limits.cpu_seconds,
-        }
+            "threads": limits.threads, "pixel_limit": limits.frame_pixels, "frame_limit": limits.frames,
+            "common_only": self.source.untrusted,
+        }  # fmt: skip
         with self.source.open_file() as file:
-            descriptor = file.fileno()
-            return subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, str(descriptor), json.dumps(options)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                pass_fds=(descriptor,),
-                bufsize=0,
+            return Worker(
+                "keye.media.decode_worker",
+                file,
+                options,
+                limits,
+                name=self.source.name,
+                what="video decoder",
+                untrusted=self.source.untrusted,
             )
-
-    def _request(self, request: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        except (BrokenPipeError, ValueError):
-            raise self._death() from None
 
     def _read_info(self) -> VideoInfo:
-        _, body = self._receive()
-        (length,) = struct.unpack_from("<Q", body)
-        facts = json.loads(bytes(body[8 : 8 + length]))
-        times = array("q")
-        times.frombytes(body[8 + length :])
-        return _info(self.source.name, facts, tuple(times))
-
-    def _receive(self) -> tuple[bytes, bytearray]:
-        kind, length = _HEADER.unpack(self._read_exactly(_HEADER.size))
-        body = self._read_exactly(length)
-        if kind == b"E":
-            sentence, *options = json.loads(bytes(body))
-            if not options:
-                raise MediaError(f"{self.source.name} {sentence}")
-            raise MediaError("{} " + sentence, self.source.name, *map(Option, options))
-        return kind, body
-
-    def _read_exactly(self, count: int) -> bytearray:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        deadline = time.monotonic() + self.limits.wait_seconds
-        data = bytearray(count)
-        view = memoryview(data)
-        filled = 0
-        while filled < count:
-            left = deadline - time.monotonic()
-            # Without any patience it is an error even if the answer has come already: the same on every machine.
-            if (left <= 0 and not filled) or not select.select([descriptor], [], [], max(left, 0))[0]:
-                self._process.kill()
-                raise MediaError(
-                    f"{self.source.name} took more than {self.limits.wait_seconds:g} s to decode; "
-                    "re-encode it smaller or cut it into parts"
-                )
-            chunk = os.readv(descriptor, [view[filled:]])
-            if chunk == 0:
-                raise self._death()
-            filled += chunk
-        return data
-
-    def _death(self) -> Exception:
-        """Why the worker ended without a word: a limit (the file's fault) or a defect (ours)."""
-        code = self._process.wait()
-        if code == -24:  # SIGXCPU
-            return MediaError(
-                f"{self.source.name} needs more than {self.limits.cpu_seconds} s of processor time to decode; "
-                "re-encode it smaller or cut it into parts"
+        kind, body = self._worker.receive(_MAX_FACTS + 8 * self.limits.frames)
+        try:
+            info = _parse_info(self.source.name, kind, body)
+        except (ValueError, TypeError, LookupError, ArithmeticError, struct.error):
+            # Our own worker sends none such, but one that a file has taken over may.
+            raise self._worker.broken() from None
+        if info.duration > self.limits.duration:
+            raise MediaError(
+                f"{self.source.name} lasts {info.duration:.0f} s, more than the limit of {self.limits.duration:g} s; "
+                "cut it into parts"
             )
-        self._log.seek(0)
-        log = self._log.read().decode(errors="replace").strip()
-        if code < 0 or "MemoryError" in log:
-            return MediaError(f"{self.source.name} broke the video decoder or its memory limit; re-encode it")
-        return RuntimeError(f"the decode worker failed with code {code}: {log or 'no message'}")
+        return info
 
 
 def open_video(source: Source, limits: DecodeLimits | None = None) -> VideoReader:
@@ -305,6 +227,19 @@ def read_frames(plan: VideoPlan, source: Source, *, limits: DecodeLimits | None 
     """All planned frames, uint8 RGB [frames, height, width, 3]."""
     with VideoReader(source, limits) as reader:
         return reader.read(plan)
+
+
+def _parse_info(name: str, kind: bytes, body: bytearray) -> VideoInfo:
+    """The facts in an INFO message; `ValueError` and its like where they cannot be."""
+    if kind != INFO:
+        raise ValueError("no INFO message")
+    (length,) = struct.unpack_from("<Q", body)
+    facts = json.loads(bytes(body[8 : 8 + length]))
+    times = array("q")
+    times.frombytes(body[8 + length :])
+    if min(facts["width"], facts["height"]) < 1 or any(a >= b for a, b in itertools.pairwise(times)):
+        raise ValueError("impossible facts")
+    return _info(name, facts, tuple(times))
 
 
 def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:

@@ -1,0 +1,236 @@
+"""A reply taken apart while it is written: reasoning, answer and calls of tools, piece by piece.
+
+Cuts where `replies.parse_reply` cuts, in time linear in the text, and never takes back what it gave out. Knows no
+transport.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from keye.chat.messages import to_json, tool_name
+from keye.chat.replies import read_call
+
+#: The head of a call, up to where its arguments begin, as the models write it.
+_HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,128})"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_OPEN_CALL: Final = "<tool_call>"
+_CLOSE_CALL: Final = "</tool_call>"
+#: A head that is not complete within this many characters is read with the whole call.
+_MAX_HEAD: Final = 512
+#: A call whose end does not come within this many characters is text.
+_MAX_CALL: Final = 65536
+_REASONING: Final = {"<think>": "</think>", "<analysis>": "</analysis>"}
+_WRAPPING: Final = ("<answer>", "</answer>")
+
+Kind = Literal["reasoning", "content", "call", "arguments"]
+
+
+@dataclass(frozen=True)
+class ReplyPiece:
+    """What has been added to a reply: `text` of the reasoning or of the answer; the name of a new call (`call`), or
+    some more of the JSON text of its arguments. `index` counts the calls of the reply."""
+
+    kind: Kind
+    text: str
+    index: int = 0
+
+
+class ReplyStream:
+    """Takes the text of one reply in any pieces. `tools` says whether calls are looked for; `reasoning` that the prompt
+    has opened the reasoning block. White space around reasoning and answer is left out."""
+
+    def __init__(self, *, tools: bool = False, reasoning: bool = False) -> None:
+        self._tools = tools
+        self._held = ""
+        self._blank = {"reasoning": "", "content": ""}
+        self._begun = {"reasoning": False, "content": False}
+        self._close = "</think>" if reasoning else ""
+        self._mode = self._reasoning if reasoning else self._start
+        self._arguments = _Arguments()
+        self._searched = 0
+        self._ended = False
+        self.calls = 0
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the reply is inside its reasoning."""
+        return self._mode == self._reasoning
+
+    def push(self, text: str) -> list[ReplyPiece]:
+        """Adds text; returns what is certain now."""
+        self._held += text
+        return self._run()
+
+    def finish(self) -> list[ReplyPiece]:
+        """The reply has ended: returns what was held back."""
+        self._ended = True
+        pieces = self._run()
+        if self._mode == self._whole_call or self._mode == self._head:
+            pieces += self._shown("content", _OPEN_CALL + self._held)
+        elif self._mode not in (self._call_arguments, self._tail):
+            pieces += self._shown("reasoning" if self._mode == self._reasoning else "content", self._held)
+        self._held = ""
+        return pieces
+
+    def _run(self) -> list[ReplyPiece]:
+        pieces: list[ReplyPiece] = []
+        while True:
+            mode, before = self._mode, len(self._held)
+            pieces += mode()
+            if self._mode == mode and len(self._held) == before:
+                return pieces
+
+    def _start(self) -> list[ReplyPiece]:
+        """Before anything but white space: a block of reasoning may come."""
+        rest = self._held.lstrip()
+        for opening, closing in _REASONING.items():
+            if rest.startswith(opening):
+                self._held, self._close, self._mode = rest[len(opening) :], closing, self._reasoning
+                return []
+        if self._ended or (rest and not any(opening.startswith(rest) for opening in _REASONING)):
+            self._mode = self._content
+        return []
+
+    def _reasoning(self) -> list[ReplyPiece]:
+        inside, closed, rest = self._held.partition(self._close)
+        if closed:
+            pieces = self._shown("reasoning", inside)
+            self._held, self._mode = rest, self._start
+            self._blank["reasoning"] = "\n\n" if self._begun["reasoning"] else ""
+            return pieces
+        return self._shown("reasoning", self._take(self._close))
+
+    def _content(self) -> list[ReplyPiece]:
+        marks = (*_WRAPPING, _OPEN_CALL) if self._tools else _WRAPPING
+        found = min(((at, mark) for mark in marks if (at := self._held.find(mark)) >= 0), default=None)
+        if found is None:
+            return self._shown("content", self._take(*marks))
+        at, mark = found
+        pieces = self._shown("content", self._held[:at])
+        self._held = self._held[at + len(mark) :]
+        if mark == _OPEN_CALL:
+            self._mode = self._head
+        return pieces
+
+    def _head(self) -> list[ReplyPiece]:
+        """Inside a call: its name, if the text begins as models write it."""
+        match = _HEAD.match(self._held)
+        if match is not None and _callable(match.group(1)):
+            self._held, self._mode = self._held[match.end() :], self._call_arguments
+            self._arguments = _Arguments()
+            self.calls += 1
+            return [ReplyPiece("call", match.group(1), self.calls - 1)]
+        if match is not None or len(self._held) > _MAX_HEAD or _CLOSE_CALL in self._held:
+            self._mode, self._searched = self._whole_call, 0
+        return []
+
+    def _call_arguments(self) -> list[ReplyPiece]:
+        """Inside the arguments: their JSON text as it comes, to its closing bracket."""
+        end = self._arguments.end(self._held)
+        text, self._held = self._held[:end], self._held[end:]
+        if self._arguments.closed:
+            self._mode = self._tail
+        return [ReplyPiece("arguments", text, self.calls - 1)] if text else []
+
+    def _tail(self) -> list[ReplyPiece]:
+        """After the arguments: nothing counts up to the end of the call."""
+        _, closed, rest = self._held.partition(_CLOSE_CALL)
+        if closed:
+            self._held, self._mode = rest.lstrip("\n"), self._content
+        else:
+            self._take(_CLOSE_CALL)
+        return []
+
+    def _whole_call(self) -> list[ReplyPiece]:
+        """A call in another order: read when it is complete, or text if it is none."""
+        at = self._held.find(_CLOSE_CALL, self._searched)
+        if at < 0:
+            self._searched = max(0, len(self._held) - len(_CLOSE_CALL) + 1)
+            if len(self._held) > _MAX_CALL:
+                text, self._held, self._mode = self._held, "", self._content
+                return self._shown("content", _OPEN_CALL + text)
+            return []
+        body, self._held = self._held[:at], self._held[at + len(_CLOSE_CALL) :]
+        self._mode = self._content
+        call = read_call(body)
+        if call is None:
+            return self._shown("content", _OPEN_CALL + body + _CLOSE_CALL)
+        self.calls += 1
+        name, arguments = call.name, to_json(call.arguments)
+        return [ReplyPiece("call", name, self.calls - 1), ReplyPiece("arguments", arguments, self.calls - 1)]
+
+    def _take(self, *marks: str) -> str:
+        """The held text but for an end that may be the beginning of a mark."""
+        longest = max(map(len, marks)) - 1
+        tail = self._held[-longest:]
+        keep = max((n for n in range(1, len(tail) + 1) if any(m.startswith(tail[-n:]) for m in marks)), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def _shown(self, kind: Literal["reasoning", "content"], text: str) -> list[ReplyPiece]:
+        """`text` without the white space at the beginning and, until more comes, at the end."""
+        text = self._blank[kind] + text
+        if not self._begun[kind]:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._blank[kind] = text[len(shown) :]
+        if not shown:
+            return []
+        self._begun[kind] = True
+        return [ReplyPiece(kind, shown)]
+
+
+class _Arguments:
+    """Follows the brackets of a JSON object that comes in pieces, each character once."""
+
+    def __init__(self) -> None:
+        self._depth, self._in_string, self._escaped, self.closed = 0, False, False, False
+
+    def end(self, text: str) -> int:
+        """How much of `text` belongs to the object; sets `closed` at its last bracket."""
+        for at, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = character == "\\", character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.closed = True
+                    return at + 1
+        return len(text)
+
+
+@dataclass(frozen=True)
+class StreamedReply:
+    """A whole reply, put together from its pieces."""
+
+    text: str
+    reasoning: str | None
+    calls: tuple[tuple[str, str], ...]
+
+
+def joined_reply(pieces: list[ReplyPiece]) -> StreamedReply:
+    """Answer, reasoning, and the name and the JSON text of the arguments of each call."""
+    calls: list[list[str]] = []
+    for piece in pieces:
+        if piece.kind == "call":
+            calls.append([piece.text, ""])
+        elif piece.kind == "arguments":
+            calls[piece.index][1] += piece.text
+    text, reasoning = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning"))
+    return StreamedReply(text, reasoning or None, tuple((name, arguments) for name, arguments in calls))
+
+
+def _callable(name: str) -> bool:
+    try:
+        return bool(tool_name("tool_call", name))
+    except ValueError:
+        return False

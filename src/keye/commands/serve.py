@@ -1,0 +1,164 @@
+"""`keye serve`: the model behind an OpenAI-compatible HTTP interface, and the page."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keye.commands import options
+from keye.errors import KeyeError
+
+if TYPE_CHECKING:
+    from keye.server.audit import Audit
+    from keye.server.settings import Settings
+
+#: Largest file of keys.
+_MAX_KEYS_BYTES = 1 << 20
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("model", default="nano")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keys that clients must show, one a line: KEY or NAME:KEY.  [default: KEYE_API_KEY]",
+)
+@click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch media from HOST, or *.HOST; may be repeated.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server in the Host header.")
+@click.option("--name", metavar="NAME", help="What clients call the model.  [default: its own name]")
+@click.option("--max-upload", type=options.Bytes(), metavar="SIZE", help="Largest upload, as 500MB.  [default: 4GiB]")
+@click.option("--max-stored", type=options.Bytes(), metavar="SIZE", help="Most bytes of all uploads.  [default: 16GiB]")
+@click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
+@click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
+@click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
+@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
+@options.template
+@options.running_device
+@options.storing
+@options.debug
+def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: Any) -> None:
+    """Serve a model over HTTP, for OpenAI clients and for the browser.
+
+    Listens on this machine alone unless --host says otherwise, which needs a key. Media at addresses are fetched only
+    from hosts that --allow-url names. SIGTERM ends the server when the running requests are done.
+
+    \b
+    keye serve
+    keye serve 2.0 --port 9000 --name keye
+    keye serve --host 0.0.0.0 --api-key-file keys.txt
+    """
+    from keye.commands import inputs
+
+    settings = settings_of(api_key_file, given)
+    listening = listen(settings)
+    with listening:
+        loaded = inputs.load_model({**given, "model": model})
+        try:
+            from keye.server.run import run_server
+        except ModuleNotFoundError as error:
+            raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
+        with audit_log(audit) as log:
+            run_server(loaded, settings, listening, log)
+
+
+def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of the command line and of the environment."""
+    from keye.config.environment import api_key
+    from keye.server.settings import Settings
+
+    keys = read_keys(api_key_file) if api_key_file is not None else {}
+    if api_key_file is None and (key := api_key()):
+        keys = {"environment": key}
+    names = {
+        "max_upload": "upload_bytes",
+        "max_stored": "stored_bytes",
+        "max_queue": "queue",
+        "max_seconds": "request_seconds",
+    }
+    limits = {field: given[name] for name, field in names.items() if given[name] is not None}
+    if given["keep_files"] is not None:
+        limits["file_seconds"] = given["keep_files"] * 3600
+    return Settings(
+        host=given["host"],
+        port=given["port"],
+        keys=keys,
+        allow_urls=given["allow_url"],
+        allowed_hosts=given["allow_host"],
+        served_name=given["name"],
+        **limits,
+    )
+
+
+def read_keys(file: Path) -> dict[str, str]:
+    """The keys in a file by their names; a key without one is called after its line."""
+    try:
+        status = file.stat()
+        if status.st_size > _MAX_KEYS_BYTES:
+            raise KeyeError(f"{file} has more than {_MAX_KEYS_BYTES:,} bytes: give one key a line")
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise KeyeError(f"{file} cannot be read ({error.strerror}): give a file with one key a line") from None
+    except UnicodeDecodeError:
+        raise KeyeError(f"{file} is no text: give a file with one key a line") from None
+    if status.st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        from keye.commands.inputs import note
+
+        note(f"{file} can be read by other users of this machine: chmod 600 {file}")
+    keys: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        name, _, key = text.rpartition(":")
+        name = name.strip() or f"line-{number}"
+        if name in keys:
+            raise KeyeError(f"{file} has the name {name!r} twice: give each key its own")
+        keys[name] = key.strip()
+    if not keys:
+        raise KeyeError(f"{file} holds no key: write one a line, as KEY or NAME:KEY")
+    return keys
+
+
+@contextmanager
+def audit_log(file: Path | None) -> Iterator[Audit | None]:
+    """The log of who did how much when, appended to `file`; None without one."""
+    from keye.server.audit import Audit
+
+    if file is None:
+        yield None
+        return
+    try:
+        opened = file.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise KeyeError(f"{file} cannot be written ({error.strerror}): choose another file for --audit") from None
+    with opened:
+        yield Audit(opened.write)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that is bound to the address, before the model is loaded: a port in use is told at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise KeyeError(f"{settings.host} is no address to listen on ({error.strerror}): check --host") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise KeyeError(
+            f"port {settings.port} of {settings.host} cannot be used ({error.strerror}): choose another with --port"
+        ) from None
+    return listening

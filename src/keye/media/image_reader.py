@@ -1,0 +1,115 @@
+"""Strangers' images, decoded by a confined process (`image_worker`); this side asks and checks what comes back."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from keye.errors import MediaError
+from keye.media.fetch import Source
+from keye.media.picture import MAX_IMAGE_PIXELS
+from keye.media.wire import FRAME, INFO
+from keye.media.workers import DecodeLimits, Worker
+
+#: What the images of one request may cost their worker.
+IMAGE_LIMITS = DecodeLimits(memory_bytes=2 * 1024**3, cpu_seconds=60, wait_seconds=60.0, total_seconds=120.0)
+#: Most pixels of the pictures of one list together: 1.2 GB as RGB.
+MAX_LIST_PIXELS = 400_000_000
+_CHANNELS = {"RGB": 3, "RGBA": 4}
+_MAX_FACTS = 1 << 10
+
+
+class ImageReader:
+    """Open images with their worker. Use as a context manager; closing kills the worker."""
+
+    def __init__(self, sources: Sequence[Source], limits: DecodeLimits = IMAGE_LIMITS) -> None:
+        assert sources
+        self.sources = sources
+        self._offsets = [0]
+        for source in sources:
+            self._offsets.append(self._offsets[-1] + source.size)
+        with _joined(sources) as file:
+            self._worker = Worker(
+                "keye.media.image_worker", file, {}, limits,
+                name=sources[0].name, what="image decoder", untrusted=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.close()
+
+    def header(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS) -> tuple[int, int, int]:
+        """Width and height as stored, and the EXIF orientation, of one image."""
+        facts = self._ask(index, pixel_limit, ("width", "height", "orientation"), pixels=False)
+        width, height, turn = (facts[name] for name in ("width", "height", "orientation"))
+        if not self._fits(width, height, pixel_limit) or not isinstance(turn, int):
+            raise self._worker.broken()
+        return width, height, turn
+
+    def picture(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS, *, strict_official: bool = False) -> Image.Image:
+        """One image, decoded, upright unless `strict_official`, RGB or RGBA."""
+        facts = self._ask(index, pixel_limit, ("width", "height", "mode"), pixels=True, strict_official=strict_official)
+        width, height, mode = (facts[name] for name in ("width", "height", "mode"))
+        if mode not in _CHANNELS or not self._fits(width, height, pixel_limit):
+            raise self._worker.broken()
+        size = width * height * _CHANNELS[mode]
+        kind, body = self._worker.receive(size)
+        if kind != FRAME or len(body) != size:
+            raise self._worker.broken()
+        return Image.frombuffer(mode, (width, height), body, "raw", mode, 0, 1)
+
+    def pictures(self, total: int = MAX_LIST_PIXELS) -> list[Image.Image]:
+        """All images, of at most `total` pixels together."""
+        made: list[Image.Image] = []
+        for index in range(len(self.sources)):
+            made.append(self.picture(index))
+            total -= made[-1].width * made[-1].height
+            if total < 0:
+                raise MediaError(
+                    f"the pictures of {self.sources[index].name} have too many pixels together; "
+                    "shrink them or send a video file"
+                )
+        return made
+
+    def _ask(self, index: int, pixel_limit: int, names: tuple[str, ...], **request: object) -> dict[str, Any]:
+        self._worker.name = self.sources[index].name
+        place = {"offset": self._offsets[index], "length": self.sources[index].size, "pixel_limit": pixel_limit}
+        self._worker.request(place | request)
+        kind, body = self._worker.receive(_MAX_FACTS)
+        try:
+            facts = json.loads(bytes(body))
+        except (ValueError, RecursionError):
+            raise self._worker.broken() from None
+        if kind != INFO or not isinstance(facts, dict) or set(facts) != set(names):
+            raise self._worker.broken()
+        return facts
+
+    @staticmethod
+    def _fits(width: object, height: object, pixel_limit: int) -> bool:
+        return isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 \
+            and width * height <= pixel_limit  # fmt: skip
+
+
+@contextmanager
+def _joined(sources: Sequence[Source]) -> Iterator[BinaryIO]:
+    """One open file with the bytes of all sources, one after the other."""
+    if len(sources) == 1:
+        with sources[0].open_file() as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as whole:
+        for source in sources:
+            with source.open() as file:
+                whole.write(file.read())
+        whole.seek(0)
+        yield whole

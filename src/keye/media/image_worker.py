@@ -1,0 +1,77 @@
+"""The process that touches strangers' images: reads the header, or decodes, under limits. Standard library and Pillow.
+
+Started by `keye.media.image_reader` with an open file that holds one or more images. Each request line (JSON) names the
+bytes of one by `offset` and `length`, and `pixel_limit`. With `pixels` false the answer is an INFO message with the
+stored size and the EXIF orientation; with `pixels` true (and `strict_official`) it is an INFO message with size and
+mode and a FRAME message with the pixels. An ERROR message ends the conversation.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from importlib import import_module
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from keye.media.picture import FORMATS, open_picture, orientation, upright
+from keye.media.sandbox import confine
+from keye.media.wire import FRAME, INFO, WorkerError, report_crashes, send, send_error
+
+#: Parts of Pillow that a format imports only when a file needs them, which is too late for a confined process.
+_LAZY = ("Jpeg", "Mpo", "Png", "WebP", "Gif", "Bmp", "Tiff")
+
+
+def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO) -> None:
+    """Answers requests until standard input ends. See the module's docstring."""
+    try:
+        for line in requests:
+            request = json.loads(line)
+            file.seek(request["offset"])
+            with open_picture(io.BytesIO(file.read(request["length"])), request["pixel_limit"]) as image:
+                _answer(image, request, out)
+    except WorkerError as error:
+        send_error(out, *error.args)
+    except MemoryError:
+        send_error(out, "needs more memory to decode than the limit allows; shrink it first")
+
+
+def _answer(image: Image.Image, request: dict[str, Any], out: BinaryIO) -> None:
+    if not request["pixels"]:
+        facts = {"width": image.width, "height": image.height, "orientation": orientation(image)}
+        send(out, INFO, json.dumps(facts).encode())
+        return
+    picture = upright(image, strict_official=request["strict_official"])
+    send(out, INFO, json.dumps({"width": picture.width, "height": picture.height, "mode": picture.mode}).encode())
+    send(out, FRAME, picture.tobytes())
+
+
+def _preload() -> None:
+    """Everything that decoding may import, and the decoders of all formats that are read."""
+    for name in _LAZY:
+        import_module(f"PIL.{name}ImagePlugin")
+    for name in ("ImageSequence", "ImageMath", "ImageChops", "ImageColor", "ImagePalette", "ImageFile", "TiffTags"):
+        import_module(f"PIL.{name}")
+    # Converting once loads what converting needs; a format that the installed Pillow lacks stays unread.
+    for name in FORMATS:
+        if name in Image.SAVE and name in Image.OPEN:
+            drawn = io.BytesIO()
+            Image.new("P", (8, 8)).convert("RGB").save(drawn, name)
+            upright(open_picture(drawn, 64))
+
+
+def main(arguments: list[str]) -> None:
+    """Arguments: the options as JSON, and the inherited descriptor of the file."""
+    options = json.loads(arguments[0])
+    _preload()
+    confine(options["memory_bytes"], options["cpu_seconds"])
+    report_crashes(sys.stdout.buffer)
+    with os.fdopen(int(arguments[1]), "rb", buffering=0) as file:
+        try:
+            serve(file, sys.stdin.buffer, sys.stdout.buffer)
+        except BrokenPipeError:
+            # The reader has gone away; leave without the interpreter's own flush of standard output.
+            os._exit(0)

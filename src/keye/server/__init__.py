@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's interface, keye's extensions, and the page."""

@@ -1,0 +1,77 @@
+"""The application: routes, errors, start and end. `create_app` makes it around a loaded model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from fastapi import FastAPI
+
+import keye
+from keye.engine.async_engine import AsyncEngine
+from keye.engine.engine import Keye
+from keye.engine.guide import GuideFactory
+from keye.errors import KeyeError
+from keye.server import chat, completions, errors, extras, files, pages, responses, video
+from keye.server.audit import Audit
+from keye.server.context import Context
+from keye.server.edge import fetch_policy, guard_settings
+from keye.server.guard import Guard
+from keye.server.metrics import Metrics
+from keye.server.prepare import collect_warnings
+from keye.server.settings import Settings
+from keye.server.store import FileStore
+
+log: Final = logging.getLogger("keye.server")
+_ROUTERS: Final = (chat.router, completions.router, responses.router, files.router, video.router, extras.router)
+
+
+def guarded_app(model: Keye, settings: Settings, audit: Audit | None = None) -> Guard:
+    """The application behind its defences: what a socket may be given to."""
+    guard = guard_settings(settings)
+    return Guard(create_app(model, settings, salt=guard.keys.salt), guard, audit=audit)
+
+
+def create_app(model: Keye, settings: Settings | None = None, *, salt: Callable[[str], bytes] = str.encode) -> FastAPI:
+    """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
+    gives what keeps the caches of one owner from those of all others."""
+    settings = settings or Settings()
+    policy = fetch_policy(settings)
+    engine = AsyncEngine(model, most_requests=settings.queue)
+    store = FileStore(settings)
+    metrics = Metrics(engine.gauges)
+    context = Context(model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        collect_warnings()
+        engine.start()
+        try:
+            yield
+        finally:
+            await engine.drain(settings.drain_seconds)
+            engine.close()
+            context.threads.shutdown(wait=False, cancel_futures=True)
+            store.close()
+
+    app = FastAPI(
+        title="keye", version=keye.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.state.keye = context
+    errors.install(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    pages.install(app)
+    return app
+
+
+def _guides(model: Keye) -> GuideFactory | None:
+    eos = model.generation.eos_token_ids or model.config.eos_token_ids
+    try:
+        return GuideFactory(model.tokenizer, eos, model.config.text.vocab_size)
+    except KeyeError as error:
+        log.warning("%s", error)
+        return None

@@ -1,0 +1,51 @@
+"""The audit log: one line of JSON for each request, of who did how much when. Never of what: no content, no key, no
+query string, no file name. Whatever a client chose is escaped and cut, so that no line can pose as another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+_MAX_TEXT = 128
+
+
+@dataclass
+class Record:
+    """One request. The application finds it as `scope["keye.request"]` and fills in the tokens.
+
+    `request_id` is ours, `key` the name of the key, `path` without a query; sizes in bytes, `seconds` until the end of
+    the answer; `code` says why the guard refused it, if it did.
+    """
+
+    time: str
+    request_id: str
+    key: str = ""
+    address: str = ""
+    method: str = ""
+    path: str = ""
+    status: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    code: str = ""
+
+
+class Audit:
+    """Writes records by `write`, which gets whole lines that end with a line break."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+
+    def log(self, record: Record) -> None:
+        fields = {name: _safe(value) for name, value in asdict(record).items()}
+        self._write(json.dumps(fields, ensure_ascii=True, separators=(",", ":")) + "\n")
+
+
+def _safe(value: object) -> object:
+    """Text cut to a length; numbers as they are, times rounded to a tenth of a millisecond."""
+    if isinstance(value, str):
+        return value if len(value) <= _MAX_TEXT else value[:_MAX_TEXT] + "..."
+    return round(value, 4) if isinstance(value, float) else value

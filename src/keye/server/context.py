@@ -1,0 +1,78 @@
+"""What the routes share: the model, the engine, the files, and threads for whatever blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from keye.engine.async_engine import AsyncEngine
+from keye.engine.engine import Keye
+from keye.engine.guide import GuideFactory
+from keye.media.fetch import FetchPolicy
+from keye.server.errors import ApiError
+from keye.server.media_parts import Openers
+from keye.server.metrics import Metrics
+from keye.server.settings import Settings
+from keye.server.store import FileStore, OwnedFiles
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Made once at start-up. `guides` is None where llguidance is not installed; `salt` gives what keeps the caches of
+    one owner from those of all others."""
+
+    model: Keye
+    engine: AsyncEngine
+    settings: Settings
+    files: FileStore
+    guides: GuideFactory | None
+    metrics: Metrics
+    salt: Callable[[str], bytes]
+    policy: FetchPolicy
+    started: float = field(default_factory=time.time)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs what blocks in a thread; notes of settings that are not honoured still reach the request."""
+        context = copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function, *arguments)
+
+    def openers(self, owner: str) -> Openers:
+        """What opens the media of a request of this owner."""
+        return Openers(OwnedFiles(self.files, owner), self.policy)
+
+    @property
+    def name(self) -> str:
+        """What the model is called here."""
+        return self.settings.served_name or self.model.name
+
+    def check_model(self, name: str | None) -> None:
+        """`ApiError` 404 for a model that is not served."""
+        if name is not None and name not in (self.name, self.model.name):
+            raise ApiError(
+                404,
+                f"the model {name[:100]!r} is not served here; use {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def context_of(request: Request) -> Context:
+    """The context that `create_app` made."""
+    context = request.app.state.keye
+    assert isinstance(context, Context)
+    return context
+
+
+def owner_of(request: Request) -> str:
+    """The name of the key that the client has shown; "local" where none is needed."""
+    return str(request.scope.get("keye.key") or "local")

@@ -1,0 +1,55 @@
+"""From the server's settings to its defences: which guard stands before the application, and what may be fetched.
+
+Knows the names of a few settings, not where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from keye.media.fetch import FetchPolicy
+from keye.media.hosts import parse_host_rule
+from keye.server.guard import GuardSettings
+from keye.server.heads import is_ip
+from keye.server.keys import Keyring
+from keye.server.limits import Limits
+
+#: What a form adds to the file in it, in bytes.
+FORM_BYTES = 64 * 1024
+
+
+class Edges(Protocol):
+    """The settings that the edge of the server needs. `keys` are secrets by their names, `allow_urls` the rules of
+    `keye.media.hosts.parse_host_rule`, `allowed_hosts` further names of this server; the rest are bytes and counts."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def keys(self) -> Mapping[str, str]: ...
+    @property
+    def allow_urls(self) -> tuple[str, ...]: ...
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]: ...
+    @property
+    def upload_bytes(self) -> int: ...
+    @property
+    def body_bytes(self) -> int: ...
+    @property
+    def pictures(self) -> int: ...
+
+
+def guard_settings(settings: Edges, limits: Limits | None = None) -> GuardSettings:
+    """What the guard needs. Raises `KeyeError` for keys that are not safe. Made once: its keyring also salts caches."""
+    own = () if settings.host in ("", "localhost") or is_ip(settings.host.strip("[]")) else (settings.host,)
+    sizes = replace(limits or Limits(), upload_bytes=settings.upload_bytes + FORM_BYTES, json_bytes=settings.body_bytes)
+    names = tuple(name.lower().rstrip(".") for name in (*own, *settings.allowed_hosts))
+    return GuardSettings(Keyring.of(settings.keys), names, limits=sizes)
+
+
+def fetch_policy(settings: Edges) -> FetchPolicy:
+    """What a request may name. Raises `KeyeError` for a rule that is none."""
+    hosts = tuple(parse_host_rule(rule) for rule in settings.allow_urls)
+    return FetchPolicy(hosts, video_bytes=min(settings.upload_bytes, FetchPolicy.video_bytes),
+                       list_frames=settings.pictures)  # fmt: skip

@@ -1,0 +1,122 @@
+"""Errors as OpenAI clients read them: `{"error": {"message", "type", "param", "code"}}`. A bug of ours shows nothing of
+itself but a number under which it is in the log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from keye.engine.async_engine import Overloaded
+from keye.errors import KeyeError, Option
+
+log: Final = logging.getLogger("keye.server")
+
+_TYPES: Final = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+#: The field that a sentence begins with, such as `messages[0].content[1]` or `top_p`.
+_FIELD: Final = re.compile(r"(?:the )?([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=[ :.])")
+_MAX_MESSAGE: Final = 2_000
+
+
+class ApiError(Exception):
+    """An answer with an error: a sentence, and the field of the request it is about."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+
+    def response(self) -> JSONResponse:
+        headers = None if self.retry is None else {"Retry-After": str(self.retry)}
+        body = error_body(self.status, self.message, self.param, self.code)
+        return JSONResponse(body, self.status, headers)
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The object that clients read; text that is no Unicode is made readable."""
+    readable = message[:_MAX_MESSAGE].encode("utf-8", "replace").decode()
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": readable, "type": kind, "param": param, "code": code}}
+
+
+def spelled(option: Option) -> str:
+    """An option that a sentence names, as a field of JSON."""
+    return option.name if option.value is None else f'"{option.name}": {option.value}'
+
+
+def of_mistake(error: KeyeError, param: str | None = None, fields: Sequence[str] = ()) -> ApiError:
+    """The answer to a user's mistake; `fields` are those that the sentence may begin with."""
+    sentence = error.worded(spelled)
+    found = _FIELD.match(sentence)
+    if param is None and found and (not fields or found.group(1).split(".")[0].split("[")[0] in fields):
+        param = found.group(1)
+    if param is None:
+        param = next((part.name for part in error.args[1:] if isinstance(part, Option)), None)
+    return ApiError(400, sentence, param=param)
+
+
+def of_bug(error: BaseException) -> ApiError:
+    """The answer to a bug of ours, which is logged under a number."""
+    number = secrets.token_hex(4)
+    log.error("unexpected error %s", number, exc_info=error)
+    return ApiError(500, f"the server failed; its log tells more under {number}", code="internal_error")
+
+
+def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
+    """The answer to anything that was raised while a request was served."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Overloaded):
+        return ApiError(429, str(error), code="overloaded", retry=1)
+    if isinstance(error, KeyeError):
+        return of_mistake(error, fields=fields)
+    return of_bug(error)
+
+
+def _of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first thing that a schema found wrong."""
+    first = errors[0]
+    where = [part for part in first.get("loc", ()) if part not in ("body", "query", "path")]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
+    if first.get("type") == "extra_forbidden":
+        return ApiError(400, f"{param} is no field that keye knows; leave it out", param=param, code="unknown_field")
+    if first.get("type") == "json_invalid":
+        return ApiError(400, "the body is no valid JSON; send one JSON object", code="invalid_json")
+    told = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {told}" if param else told, param=param)
+
+
+def install(app: FastAPI) -> None:
+    """Every way in which a request can fail gives an error object."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(KeyeError)
+    async def mistake(request: Request, error: KeyeError) -> JSONResponse:
+        return of_exception(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _of_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = {404: "there is nothing at this address; see /openapi.json", 405: "this address has other methods"}
+        return ApiError(error.status_code, message.get(error.status_code, str(error.detail))).response()
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        return of_bug(error).response()

@@ -1,0 +1,78 @@
+"""Small routes: what is served, how it feels, and how a text is cut into tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from keye.server.context import Context, context_of, owner_of
+from keye.server.errors import ApiError
+from keye.server.media_parts import media_of, to_messages
+from keye.server.prepare import check_text
+from keye.server.schemas import TokenizeRequest
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """Whether the server lives; needs no key."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> JSONResponse:
+    """The one model that is served."""
+    return JSONResponse({"object": "list", "data": [_model(context_of(request))]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> JSONResponse:
+    """One model by its name."""
+    context = context_of(request)
+    context.check_model(name)
+    return JSONResponse(_model(context))
+
+
+def _model(context: Context) -> dict[str, Any]:
+    config = context.model.config
+    facts = {
+        "context": config.text.max_position_embeddings,
+        "generation": config.generation,
+        "attention": context.model.attention,
+    }
+    return {
+        "id": context.name, "object": "model", "created": int(context.started), "owned_by": "keye",
+        "max_model_len": config.text.max_position_embeddings, "keye": facts,
+    }  # fmt: skip
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    context = context_of(request)
+    return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
+    """The tokens of a text, or of the prompt that messages without media become."""
+    context = context_of(request)
+    context.check_model(body.model)
+    tokens = await context.in_thread(_tokens, context, owner_of(request), body)
+    limit = context.model.config.text.max_position_embeddings
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
+
+
+def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
+    tokenizer = context.model.tokenizer
+    if body.prompt is not None:
+        return tokenizer.encode(check_text(body.prompt))
+    messages = to_messages(body.messages or (), context.openers(owner).uploads)
+    if media_of(messages):
+        raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
+    thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+    segments = context.model.render(messages, thinking=thinking, tools=body.tools or ())
+    return tokenizer.encode_parts([(str(segment.value), segment.kind == "template") for segment in segments])

@@ -1,0 +1,210 @@
+"""The messages of a request, in every form that clients send, to the messages of `keye.chat`; and the media in them to
+files that may be opened.
+
+Two steps. `to_messages` checks and converts, touches no file and is quick. `open_sources` finds uploads, decodes data
+URLs and downloads what may be downloaded; it blocks and belongs into a thread. A path on the server is never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol, cast
+
+from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, Message, normalize
+from keye.errors import KeyeError
+from keye.media.fetch import FetchPolicy, Source, media_kind
+from keye.server.errors import ApiError
+
+#: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
+_IGNORED: Final = {
+    "system": {"name"},
+    "user": {"name"},
+    "assistant": {"name", "refusal", "annotations", "audio", "function_call"},
+    "tool": set[str](),
+}
+_SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
+_PLAIN_TEXT: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+class Uploads(Protocol):
+    """The uploads of one owner; `ApiError` 404 for an id that is none of them."""
+
+    def kind(self, file_id: str) -> MediumKind:
+        """What an upload is."""
+
+    def source(self, file_id: str) -> Source:
+        """The file of an upload."""
+
+
+@dataclass(frozen=True)
+class Openers:
+    """What opens the media of one request: `uploads`, and `policy` for data URLs and addresses."""
+
+    uploads: Uploads
+    policy: FetchPolicy
+
+
+def to_messages(
+    messages: Sequence[Mapping[str, Any]], uploads: Uploads, defaults: Mapping[str, Any] | None = None
+) -> list[Message]:
+    """The messages of a chat; `defaults` are settings of media that have none of their own. The sources of media are
+    still what the client sent; `uploads` only tells what kind of medium a file is."""
+    plain = [_message(f"messages[{index}]", message, uploads) for index, message in enumerate(messages)]
+    checked = normalize(_one_system(plain))
+    return [_with_defaults(message, defaults or {}) for message in checked]
+
+
+def media_of(messages: Sequence[Message]) -> list[Medium]:
+    """All media, in their order."""
+    return [part for message in messages for part in message.parts if isinstance(part, Medium)]
+
+
+def open_sources(messages: Sequence[Message], openers: Openers) -> list[Message]:
+    """The same messages with files in the place of what the client named. Blocks."""
+    return [
+        replace(
+            message,
+            parts=tuple(open_medium(part, openers) if isinstance(part, Medium) else part for part in message.parts),
+        )
+        for message in messages
+    ]
+
+
+def open_medium(medium: Medium, openers: Openers) -> Medium:
+    """One medium with its file, or its list of pictures. Blocks."""
+    value = medium.source
+    if isinstance(value, Source):
+        return medium
+    if isinstance(value, str) and not value.startswith("file-"):
+        pictures = openers.policy.fetch_list(value)
+        if pictures is not None:
+            return replace(medium, source=pictures)
+    if isinstance(value, list):
+        if len(value) > openers.policy.list_frames:
+            raise KeyeError(f"a list of frames has more than {openers.policy.list_frames:,} pictures; send fewer")
+        return replace(medium, source=[_open(picture, "image", openers) for picture in value])
+    source = _open(value, medium.kind, openers)
+    found = media_kind(source)
+    if medium.kind == "image" and found != "image" and not source.head().startswith(b"GIF8"):
+        raise KeyeError(f"{source.name} is no image that keye reads; send a video as video_url")
+    if medium.kind == "video" and found == "image":
+        raise KeyeError(f"{source.name} is an image; send it as image_url")
+    return replace(medium, source=source)
+
+
+def _open(value: object, kind: MediumKind, openers: Openers) -> Source:
+    if isinstance(value, str) and value.startswith("file-"):
+        return openers.uploads.source(value)
+    return openers.policy.fetch(value, kind)
+
+
+def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
+    fields = {key: value for key, value in message.items() if value is not None or key == "role"}
+    role = fields.get("role")
+    if role == "developer":
+        role = fields["role"] = "system"
+    ignored = _IGNORED.get(role, set()) if isinstance(role, str) else set[str]()
+    if fields.get("function_call") is not None or fields.get("audio") is not None:
+        raise ApiError(400, f"{where}: function_call and audio cannot be read; use tool_calls and text", param=where)
+    fields = {key: value for key, value in fields.items() if key not in ignored}
+    thought = fields.pop("reasoning_content", None) or fields.pop("reasoning", None) if role == "assistant" else None
+    content = fields.get("content")
+    if isinstance(content, list):
+        fields["content"] = [_part(f"{where}.content[{index}]", part, uploads) for index, part in enumerate(content)]
+    if role == "assistant" and content in ("", []) and fields.get("tool_calls"):
+        del fields["content"]
+    if thought is not None:
+        fields["content"] = _with_thought(where, thought, fields.get("content", ""))
+    return fields
+
+
+def _with_thought(where: str, thought: object, content: object) -> list[Any]:
+    """The reasoning that an earlier reply had, in front of it as the model wrote it."""
+    if not isinstance(thought, str):
+        raise ApiError(400, f"{where}.reasoning_content is no text", param=f"{where}.reasoning_content")
+    said = [content] if isinstance(content, str) else list(cast(list[Any], content))
+    return [f"<think>\n{thought}\n</think>\n\n", *(part for part in said if part != "")]
+
+
+def _part(where: str, part: object, uploads: Uploads) -> object:
+    """A part of a message in the forms of `keye.chat`."""
+    if not isinstance(part, Mapping):
+        return part
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in _PLAIN_TEXT:
+        text = part.get(_PLAIN_TEXT[kind])
+        extra = part.keys() - {"type", _PLAIN_TEXT[kind], "annotations", "logprobs", "prompt_cache_breakpoint"}
+        return {"type": "text", "text": text, **{key: part[key] for key in extra}}
+    if kind in ("input_video", "file", "input_image", "input_file"):
+        return _named_file(where, cast(str, kind), part, uploads)
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
+    """A part that names an upload or holds a file; its settings beside it or inside it."""
+    inner = part.get(kind, {})
+    if isinstance(inner, str):
+        inner = {"url": inner}
+    if not isinstance(inner, Mapping):
+        raise ApiError(400, f"{where}.{kind} is a {type(inner).__name__}; give an object", param=f"{where}.{kind}")
+    outer = {key: value for key, value in part.items() if key not in ("type", kind) and value is not None}
+    fields = {key: value for key, value in inner.items() if value is not None}
+    if repeated := sorted(outer.keys() & fields.keys()):
+        raise ApiError(400, f"{where}.{repeated[0]} stands beside {kind} and inside it; give it once", param=where)
+    fields |= outer
+    fields.pop("filename", None)
+    fields.pop("format", None)
+    if fields.get("detail") in ("auto", "low", "high", "original"):
+        del fields["detail"]
+    named = [key for key in _SOURCES if key in fields]
+    if len(named) != 1:
+        raise ApiError(400, f"{where}: give one of file_id, url and data", param=where)
+    value = fields.pop(named[0])
+    if isinstance(value, Mapping) and set(value) == {"url"}:
+        value = value["url"]
+    medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, uploads)
+    return {"type": medium, medium: _as_data_url(named[0], value), **fields}
+
+
+def _as_data_url(name: str, value: object) -> object:
+    """`data` and `file_data` may be base64 without the head of a data URL."""
+    if name not in ("data", "file_data") or not isinstance(value, str) or value[:5].lower() == "data:":
+        return value
+    return f"data:application/octet-stream;base64,{value}"
+
+
+def _kind_of(value: object, uploads: Uploads) -> MediumKind:
+    """What the file of a part that does not say it is: of an upload that is known, else it is taken for a video unless
+    a data URL says image."""
+    head = value[:32].lower() if isinstance(value, str) else ""
+    if head.startswith("file-"):
+        return uploads.kind(cast(str, value))
+    return "image" if head.startswith("data:image/") and not head.startswith("data:image/gif") else "video"
+
+
+def _one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring messages of the system (and developer) at the beginning as one."""
+    count = next((i for i, message in enumerate(messages) if message.get("role") != "system"), len(messages))
+    if count < 2:
+        return list(messages)
+    parts: list[Any] = []
+    for message in messages[:count]:
+        content = message.get("content")
+        parts += ["\n\n"] if parts else []
+        parts += content if isinstance(content, list) else [content]
+    return [{"role": "system", "content": parts}, *messages[count:]]
+
+
+def _with_defaults(message: Message, defaults: Mapping[str, Any]) -> Message:
+    """Settings given for all media, where a medium has none of that name and knows it."""
+    if unknown := sorted(set(defaults) - VIDEO_OPTIONS):
+        raise ApiError(400, f"preprocess_kwargs.{unknown[0]} is no setting of media", param="preprocess_kwargs")
+    known = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
+    parts = tuple(
+        replace(part, options={**{k: v for k, v in defaults.items() if k in known[part.kind]}, **part.options})
+        if isinstance(part, Medium)
+        else part
+        for part in message.parts
+    )
+    return replace(message, parts=parts)

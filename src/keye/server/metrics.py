@@ -1,0 +1,96 @@
+"""Numbers for Prometheus, named as vLLM names its own. No label holds anything that a user wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from keye.engine.request import Delta, Event, Finished
+
+_SECONDS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_TOKENS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+
+
+class _EngineGauges(Collector):
+    """What the engine tells of itself, asked for when Prometheus asks."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, value in self._read().items():
+            yield GaugeMetricFamily(f"keye:{name}", name.replace("_", " "), value=value)
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self, gauges: Callable[[], Mapping[str, float]]) -> None:
+        disable_created_metrics()
+        registry = self._registry = CollectorRegistry()
+        registry.register(_EngineGauges(gauges))
+        self.requests = Counter("keye:request", "Requests by how they ended", ["outcome"], registry=registry)
+        self.prompt_tokens = Counter("keye:prompt_tokens", "Tokens of prompts", registry=registry)
+        self.media_tokens = Counter("keye:media_tokens", "Visual tokens of prompts", registry=registry)
+        self.cached_tokens = Counter("keye:cached_tokens", "Tokens of prompts not computed again", registry=registry)
+        self.generation_tokens = Counter("keye:generation_tokens", "Tokens generated", registry=registry)
+        self.first_token = Histogram(
+            "keye:time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
+        )
+        self.between_tokens = Histogram(
+            "keye:inter_token_latency_seconds", "Between tokens of one reply", buckets=_SECONDS, registry=registry
+        )
+        self.whole_request = Histogram(
+            "keye:e2e_request_latency_seconds", "From request to end", buckets=_SECONDS, registry=registry
+        )
+        self.prompt_length = Histogram(
+            "keye:request_prompt_tokens", "Tokens of a prompt", buckets=_TOKENS, registry=registry
+        )
+        self.active = Gauge("keye:num_requests_active", "Requests being served", registry=registry)
+
+    def text(self) -> bytes:
+        """The page that Prometheus reads."""
+        return generate_latest(self._registry)
+
+    def watch(self) -> RequestWatch:
+        """Follows one request from now on."""
+        return RequestWatch(self)
+
+
+class RequestWatch:
+    """One request's share of the metrics. `see` takes every event, `end` how it ended."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics, self._start, self._ended = metrics, time.perf_counter(), False
+        self._last: dict[int, float] = {}
+        metrics.active.inc()
+
+    def see(self, event: Event) -> None:
+        now = time.perf_counter()
+        if isinstance(event, Delta) and event.tokens:
+            if not self._last:
+                self._metrics.first_token.observe(now - self._start)
+            elif event.index in self._last:
+                self._metrics.between_tokens.observe(now - self._last[event.index])
+            self._last[event.index] = now
+            self._metrics.generation_tokens.inc(len(event.tokens))
+        elif isinstance(event, Finished):
+            self._metrics.prompt_tokens.inc(event.prompt_tokens)
+            self._metrics.media_tokens.inc(event.media_tokens)
+            self._metrics.cached_tokens.inc(event.cached_tokens)
+            self._metrics.prompt_length.observe(event.prompt_tokens)
+            self.end("finished")
+
+    def end(self, outcome: str) -> None:
+        """`outcome` is "finished", "refused", "failed" or "cancelled"; only the first call counts."""
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics.active.dec()
+        self._metrics.requests.labels(outcome).inc()
+        self._metrics.whole_request.observe(time.perf_counter() - self._start)

@@ -1,0 +1,174 @@
+"""POST /v1/responses, without a memory: every request brings the whole conversation."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from keye.engine.request import Delta, Ended, Finished
+from keye.server.context import Context, context_of, owner_of
+from keye.server.errors import ApiError
+from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of
+from keye.server.replies import Choice, events_of, findings_of, usage_of
+from keye.server.response_events import ResponseWriter, items_of
+from keye.server.schemas import ResponseRequest
+from keye.server.sse import streamed, until_gone
+
+router = APIRouter()
+
+_ITEMS: Final = ("message", "function_call", "function_call_output", "reasoning")
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request, body: ResponseRequest) -> Response:
+    """Continues a conversation about text, images and videos, in the form of OpenAI's newer interface."""
+    context = context_of(request)
+    prepared = await until_gone(request, prepare(context, owner_of(request), _wanted(body)))
+    if body.stream:
+        events = _events(context, prepared, body)
+        return await streamed(request, events, alive=context.settings.keep_alive_seconds, tail=b"")
+    return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
+
+
+def _wanted(body: ResponseRequest) -> Wanted:
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        messages.append({"role": "user", "content": body.input})
+    else:
+        messages += _messages(body.input)
+    text = body.text or {}
+    if unknown := sorted(text.keys() - {"format", "verbosity"}):
+        raise ApiError(400, f"text.{unknown[0]} is no field that keye knows; leave it out", param=f"text.{unknown[0]}")
+    return Wanted(
+        messages=messages,
+        sampling=body,
+        max_tokens=body.max_output_tokens,
+        logprobs=body.top_logprobs,
+        tools=[_tool(index, tool) for index, tool in enumerate(body.tools or ())],
+        tool_choice=body.tool_choice,
+        several_calls=body.parallel_tool_calls is not False,
+        form=form_of(text.get("format"), None),
+        thinking=thinking_of(None, body.reasoning.effort if body.reasoning else None),
+        media_defaults=body.preprocess_kwargs,
+    )
+
+
+def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The items of an input as messages of a chat; calls join the assistant's message before them."""
+    messages: list[dict[str, Any]] = []
+    thought = ""
+    for index, item in enumerate(items):
+        where, kind = f"input[{index}]", item.get("type") or "message"
+        if kind not in _ITEMS:
+            raise ApiError(400, f"{where}.type is {kind!r}; use one of {', '.join(_ITEMS)}", param=f"{where}.type")
+        if kind == "reasoning":
+            thought = _thought(item)
+        elif kind == "function_call_output":
+            output = item.get("output")
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+        elif kind == "function_call":
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": "", "tool_calls": []})
+            call = {"name": item.get("name"), "arguments": item.get("arguments")}
+            messages[-1].setdefault("tool_calls", []).append({"id": item.get("call_id"), "function": call})
+        else:
+            fields = {key: value for key, value in item.items() if key not in ("type", "id", "status", "phase")}
+            messages.append({"role": None, **fields})
+        if thought and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
+            messages[-1]["reasoning_content"], thought = thought, ""
+    return messages
+
+
+def _thought(item: Mapping[str, Any]) -> str:
+    """The text of an item of reasoning that an earlier response gave out."""
+    content = item.get("content") or ()
+    parts = content if isinstance(content, list) else ()
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
+
+
+def _tool(index: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    if tool.get("type", "function") != "function":
+        raise ApiError(400, f"tools[{index}].type: only functions can be offered", param=f"tools[{index}].type")
+    if "function" in tool:
+        return tool
+    inner = {key: value for key, value in tool.items() if key != "type" and value is not None}
+    return {"type": "function", "function": inner}
+
+
+def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
+    """The response object before it has any output."""
+    params = prepared.job.params
+    return {
+        "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
+        "model": context.name, "status": "in_progress", "error": None, "incomplete_details": None,
+        "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None, "store": False,
+        "temperature": params.temperature, "top_p": params.top_p, "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [], "text": body.text or {"format": {"type": "text"}}, "truncation": "disabled",
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "metadata": {}, "usage": None,
+    }  # fmt: skip
+
+
+def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prepared: Prepared) -> dict[str, Any]:
+    """The response object with its output and its usage."""
+    usage = usage_of(finished, [choice], prepared)
+    cut = choice.reason == "length"
+    return {
+        **head,
+        "status": "incomplete" if cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "usage": {
+            "input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+            "total_tokens": usage["total_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens_details": usage["completion_tokens_details"], "media": usage["media"],
+        },
+        "keye": findings_of(finished, choice.text, prepared.notes),
+    }  # fmt: skip
+
+
+async def _whole(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
+    choice, finished = Choice.of(prepared), None
+    async with aclosing(events_of(context, prepared.job)) as events:
+        async for one in events:
+            if isinstance(one, Delta):
+                choice.add(one)
+            elif isinstance(one, Ended):
+                choice.end(one)
+            elif isinstance(one, Finished):
+                finished = one
+    assert finished is not None
+    complete = _completed(_head(context, prepared, body), choice, finished, prepared)
+    return {**complete, "output": items_of(choice, complete["status"])}
+
+
+async def _events(context: Context, prepared: Prepared, body: ResponseRequest) -> AsyncGenerator[bytes, None]:
+    choice, head = Choice.of(prepared), _head(context, prepared, body)
+    writer = ResponseWriter(choice)
+    async with aclosing(events_of(context, prepared.job)) as events:
+        async for one in events:
+            if isinstance(one, Delta | Ended) and not writer.begun:
+                for kind in ("created", "in_progress"):
+                    yield writer.event(f"response.{kind}", response=head)
+            if isinstance(one, Delta):
+                for piece in choice.add(one):
+                    for told in writer.piece(piece):
+                        yield told
+            elif isinstance(one, Ended):
+                for piece in choice.end(one):
+                    for told in writer.piece(piece):
+                        yield told
+                for told in writer.close():
+                    yield told
+            elif isinstance(one, Finished):
+                complete = _completed(head, choice, one, prepared)
+                complete["output"] = writer.items
+                yield writer.event(f"response.{complete['status']}", response=complete)

@@ -1,0 +1,64 @@
+"""All settings of the server in one frozen object. Knows names, defaults and ranges; reads nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from keye.errors import KeyeError, Option
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server listens and what a client may ask of it.
+
+    `keys` maps a name, under which use is counted, to the secret of its owner; empty only on the loopback interface.
+    `allow_urls` are hosts whose media may be fetched: a name, or `*.name` for all below it. Sizes are bytes, times
+    seconds; `file_seconds` is how long an upload is kept, `drain_seconds` how long running requests may go on after
+    SIGTERM. `allowed_hosts` are names in the Host header beside the address that is listened on.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    allow_urls: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    served_name: str | None = None
+    upload_bytes: int = 4 * GIB
+    stored_bytes: int = 16 * GIB
+    stored_files: int = 256
+    file_seconds: float = 24 * 3600.0
+    body_bytes: int = 64 * 1024**2
+    messages: int = 1024
+    media: int = 64
+    pictures: int = 2048
+    queue: int = 256
+    request_seconds: float = 900.0
+    drain_seconds: float = 30.0
+    keep_alive_seconds: float = 15.0
+    clip_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise KeyeError("{} is {}; it must be between 0 and 65535", Option("port"), self.port)
+        if not self.keys and not is_loopback(self.host):
+            raise KeyeError(
+                "{} is reachable from other machines, so clients must show a key; set one with {} or KEYE_API_KEY",
+                self.host, Option("api_key_file"),
+            )  # fmt: skip
+        for name, key in self.keys.items():
+            if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
+                raise KeyeError(f"the key {name!r} is not safe; take 16 or more printable ASCII characters")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,160 @@
+/**
+ * Calls of the server's interface. It knows addresses, the key and errors; it draws nothing.
+ *
+ * The key lives in this tab's session storage only. Addresses are relative, so that the page works behind a prefix.
+ */
+
+import { events, StreamCut } from "./sse.js";
+
+const KEY = "keye.key";
+
+/** An answer of the server that is an error: its sentence, the HTTP status, seconds to wait or null. */
+export class ServerError extends Error {
+  constructor(message, status, retryAfter = null) {
+    super(message);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
+}
+
+let askForKey = async () => false;
+
+/** Sets what is called when the server wants a key; it resolves to whether the call should be tried again. */
+export function onKeyNeeded(ask) {
+  askForKey = ask;
+}
+
+export function storedKey() {
+  return sessionStorage.getItem(KEY) ?? "";
+}
+
+export function storeKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+function authorization() {
+  return storedKey() ? { Authorization: `Bearer ${storedKey()}` } : {};
+}
+
+/** The response to a call. Throws ServerError for an error of the server, TypeError where it cannot be reached. */
+async function call(path, { method = "GET", json, signal } = {}) {
+  for (;;) {
+    const headers = { ...authorization(), ...(json === undefined ? {} : { "Content-Type": "application/json" }) };
+    const body = json === undefined ? undefined : JSON.stringify(json);
+    const response = await fetch(path, { method, headers, body, signal });
+    if (response.ok) return response;
+    if (response.status === 401 && (await askForKey(storedKey() !== ""))) continue;
+    throw serverError(response.status, await response.text(), response.headers.get("Retry-After"));
+  }
+}
+
+/** The error in the body of an answer, however it looks. */
+export function serverError(status, body, retryAfter) {
+  let message = "";
+  try {
+    message = JSON.parse(body)?.error?.message;
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+  }
+  const seconds = Number(retryAfter);
+  const wait = retryAfter !== null && Number.isFinite(seconds) && seconds >= 0 ? Math.ceil(seconds) : null;
+  const told = typeof message === "string" && message;
+  return new ServerError(told || `The server answered ${status}.`, status, wait);
+}
+
+/** What went wrong, and what the user can do about it, as two sentences. */
+export function explain(error) {
+  if (error instanceof StreamCut) return [error.message, "What came is kept; ask again for the rest."];
+  if (!(error instanceof ServerError)) {
+    return ["The server cannot be reached.", "See whether keye serve is still running."];
+  }
+  const advice = {
+    401: "Enter the key under Settings.",
+    404: "Drop the file again if it is no longer on the server.",
+    413: "Ask about a shorter range, fewer frames or a smaller file.",
+    429: error.retryAfter === null ? "Try again in a moment." : `Try again in ${error.retryAfter} s.`,
+    503: "Try again in a moment.",
+  };
+  return [error.message, advice[error.status] ?? (error.status >= 500 ? "Try again; the server's log has more." : "")];
+}
+
+export async function models(signal) {
+  const list = await (await call("v1/models", { signal })).json();
+  return Array.isArray(list?.data) ? list.data : [];
+}
+
+export async function fileInfo(id) {
+  return (await call(`v1/files/${encodeURIComponent(id)}`)).json();
+}
+
+export async function fileContent(id) {
+  return (await call(`v1/files/${encodeURIComponent(id)}/content`)).blob();
+}
+
+export async function sampleFile() {
+  return new File([await (await call("static/sample.mp4")).blob()], "sample.mp4", { type: "video/mp4" });
+}
+
+export async function plan(request, signal) {
+  return (await call("v1/media/plan", { method: "POST", json: request, signal })).json();
+}
+
+export async function ground(request, signal) {
+  return (await call("v1/video/ground", { method: "POST", json: request, signal })).json();
+}
+
+export async function clips(fileId, intervals) {
+  return (await call("v1/clips", { method: "POST", json: { file_id: fileId, intervals } })).blob();
+}
+
+/** The chunks of a streamed answer as objects. An error inside the stream is thrown as ServerError. */
+export async function* chat(request, signal) {
+  const response = await call("v1/chat/completions", { method: "POST", json: request, signal });
+  for await (const event of events(response.body)) {
+    const chunk = readChunk(event);
+    // Inside a stream there is no status of its own; the type tells mistakes of the user from failures.
+    if (chunk?.error) throw serverError(chunk.error.type === "invalid_request_error" ? 400 : 500, event, null);
+    yield chunk;
+  }
+}
+
+function readChunk(event) {
+  try {
+    return JSON.parse(event);
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new StreamCut("The server sent a part of the answer that cannot be read.");
+  }
+}
+
+/**
+ * Uploads a file; `onProgress` gets the share that is sent, 0 to 1. Resolves to the server's file object.
+ *
+ * XMLHttpRequest, because fetch does not report the progress of an upload.
+ */
+export async function upload(file, onProgress, signal) {
+  for (;;) {
+    const request = await send(file, onProgress, signal);
+    if (request.status >= 200 && request.status < 300) return JSON.parse(request.responseText);
+    if (request.status === 401 && (await askForKey(storedKey() !== ""))) continue;
+    throw serverError(request.status, request.responseText, request.getResponseHeader("Retry-After"));
+  }
+}
+
+function send(file, onProgress, signal) {
+  const form = new FormData();
+  form.append("purpose", "media");
+  form.append("file", file, file.name);
+  const request = new XMLHttpRequest();
+  request.open("POST", "v1/files");
+  for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
+  return new Promise((resolve, reject) => {
+    request.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
+    request.onload = () => resolve(request);
+    request.onerror = () => reject(new TypeError("The connection failed."));
+    request.onabort = () => reject(new DOMException("The upload was stopped.", "AbortError"));
+    signal?.addEventListener("abort", () => request.abort());
+    request.send(form);
+  });
+}

@@ -1,0 +1,154 @@
+"""keye's own routes for media: the plan of a request, when something happens in a video, and clips that show it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.background import BackgroundTask
+
+from keye.engine.request import Delta, Ended, Finished
+from keye.errors import KeyeError
+from keye.media.clips import cut_clips
+from keye.media.fetch import Source
+from keye.server.context import Context, context_of, owner_of
+from keye.server.errors import ApiError
+from keye.server.media_parts import media_of, open_sources, to_messages
+from keye.server.prepare import Wanted, prepare
+from keye.server.replies import Choice, events_of, findings_of, usage_of
+from keye.server.schemas import ClipsRequest, GroundRequest, PlanRequest
+from keye.server.sse import until_gone
+
+router = APIRouter()
+
+
+@router.post("/v1/media/plan")
+async def plan(request: Request, body: PlanRequest) -> JSONResponse:
+    """Which frames would be sampled and what they would cost. Only the index of a video is read; frames given as
+    pictures are opened."""
+    context = context_of(request)
+    context.check_model(body.model)
+    return JSONResponse(await until_gone(request, context.in_thread(_plan, context, owner_of(request), body)))
+
+
+def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
+    openers = context.openers(owner)
+    messages = to_messages([{"role": "user", "content": body.content}], openers.uploads, body.preprocess_kwargs)
+    if not media_of(messages):
+        raise ApiError(400, "content holds no medium; give a video_url or an image_url", param="content")
+    if (count := len(media_of(messages))) > context.settings.media:
+        raise ApiError(400, f"content holds {count} media, more than {context.settings.media}", param="content")
+    model = context.model
+    segments = model.render(open_sources(messages, openers))
+    measured = model.measure(segments)
+    limit = model.config.text.max_position_embeddings
+    return {
+        "media": [plan_object(one) for one in measured.media],
+        "visual_tokens": measured.media_tokens,
+        "prompt_tokens": measured.prompt_tokens,
+        "context": limit,
+        "fits": measured.prompt_tokens < limit,
+    }
+
+
+def plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with the fields that images lack."""
+    return {
+        "frames": 1, "timestamps": [], "duration": None, "tokens_per_frame": plan["visual_tokens"], **plan,
+    }  # fmt: skip
+
+
+@router.post("/v1/video/ground")
+async def ground(request: Request, body: GroundRequest) -> JSONResponse:
+    """When an event happens in a video, as intervals of seconds."""
+    context = context_of(request)
+    return JSONResponse(await until_gone(request, _ground(context, owner_of(request), body)))
+
+
+async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str, Any]:
+    question = context.model.ground_question(body.event)
+    messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
+    wanted = Wanted(
+        messages, body, body.max_tokens, media_defaults=body.preprocess_kwargs, evidence=body.evidence, thinking=None
+    )
+    prepared = await prepare(context, owner, wanted)
+    media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]
+    if media != ["video"]:
+        raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
+    choice, finished = Choice.of(prepared), None
+    async with aclosing(events_of(context, prepared.job)) as events:
+        async for one in events:
+            if isinstance(one, Delta):
+                choice.add(one)
+            elif isinstance(one, Ended):
+                choice.end(one)
+            elif isinstance(one, Finished):
+                finished = one
+    assert finished is not None
+    findings = findings_of(finished, choice.text, prepared.notes, merged=True)
+    return {
+        "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
+        "usage": usage_of(finished, [choice], prepared), "keye": findings,
+    }  # fmt: skip
+
+
+@router.post("/v1/clips", response_class=FileResponse)
+async def clips(request: Request, body: ClipsRequest) -> FileResponse:
+    """One interval as an MP4 file, several as a ZIP of them."""
+    context = context_of(request)
+    seconds = sum(max(0.0, end - start) for start, end in body.intervals)
+    if seconds > context.settings.clip_seconds:
+        raise ApiError(
+            400, f"the clips are longer than {context.settings.clip_seconds:g} s together", param="intervals"
+        )
+    if any(start > end for start, end in body.intervals):
+        raise ApiError(400, "an interval ends before it starts", param="intervals")
+    file = context.files.get(body.file_id, owner_of(request))
+    if file.kind != "video":
+        raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
+    folder, given_up = Path(tempfile.mkdtemp(prefix="keye-clips-")), threading.Event()
+    try:
+        cutting = context.in_thread(_cut, file.source(), body.intervals, folder, Path(file.name).stem, given_up)
+        path = await until_gone(request, cutting)
+    except BaseException:
+        given_up.set()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    kind = "video/mp4" if path.suffix == ".mp4" else "application/zip"
+    cleanup = BackgroundTask(shutil.rmtree, folder, ignore_errors=True)
+    return FileResponse(path, media_type=kind, filename=path.name, background=cleanup)
+
+
+class _GivenUp(KeyeError):
+    """Nobody waits for these clips any more."""
+
+
+def _cut(
+    source: Source, intervals: Sequence[Sequence[float]], folder: Path, stem: str, given_up: threading.Event
+) -> Path:
+    """The file to send."""
+
+    def progress(done: int, total: int) -> None:
+        if given_up.is_set():
+            raise _GivenUp("the clips are not wanted any more")
+
+    pairs = [(float(start), float(end)) for start, end in intervals]
+    written = cut_clips(source, pairs, folder, progress=progress)
+    if not written:
+        raise ApiError(400, "all intervals lie after the end of the video", param="intervals")
+    named = [path.rename(folder / f"{stem}-{path.name.split('-', 1)[1]}") for path in written]
+    if len(named) == 1:
+        return named[0]
+    archive = folder / f"{stem}-clips.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as bundle:
+        for path in named:
+            bundle.write(path, path.name)
+    return archive

@@ -1,0 +1,369 @@
+"""What decode workers are kept from: each layer is tried, and so is a worker that lies."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clips import read_code, write_clip
+from PIL import Image
+
+from keye.config import ProcessorConfig
+from keye.errors import MediaError
+from keye.media import DecodeLimits, MediaOptions, Source, fetch_source, media_kind, open_video, plan_image, read_image
+from keye.media.confinement import Confinement, held
+from keye.media.fetch import untrusted
+from keye.media.inputs import open_frames
+from keye.media.sandbox import _DENIED, call_filter
+from keye.media.wire import END, ERROR, FRAME, HEADER, INFO
+from keye.media.workers import Worker
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
+CONFIG = ProcessorConfig()
+_TRIES = """
+import os, resource, signal, socket, sys, threading
+sys.path.insert(0, sys.argv[1])
+from keye.media import sandbox
+from keye.media.sandbox import confine
+libc = sandbox._system()
+exec(sys.argv[2])
+try:
+    exec(sys.argv[3])
+except (OSError, MemoryError, ValueError, RuntimeError) as error:
+    os.write(1, f"refused: {type(error).__name__}".encode())
+else:
+    os.write(1, b"done")
+"""
+
+
+def confined(code: str, layers: str = "confine(1 << 30, 5)") -> subprocess.CompletedProcess[bytes]:
+    """A process that confines itself by `layers` and then runs `code`."""
+    command = [sys.executable, "-c", _TRIES, str(Path(__file__).parents[2] / "src"), layers, code]
+    return subprocess.run(command, capture_output=True, check=False, timeout=60)
+
+
+def stranger(data: bytes) -> Source:
+    return replace(fetch_source(data), untrusted=True)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@linux
+def test_all_layers_hold_or_are_named() -> None:
+    found = held()
+    assert found.memory
+    assert found.reading
+    assert found.writing
+    assert found.network
+    assert found.processes == ("processes" not in found.sentence().partition("not on this system")[2])
+    some = Confinement(True, True, True, False, True, True, True)
+    assert not some.complete
+    assert some.sentence().endswith("not on this system: network")
+
+
+@linux
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open('/etc/passwd')",
+        "open('/proc/self/environ')",
+        "open('/tmp/keye-escape', 'w')",
+        "os.listdir('/')",
+        "os.mkdir('/tmp/keye-escape')",
+        "socket.socket()",
+        "socket.socketpair()",
+        "socket.create_connection(('127.0.0.1', 9))",
+        "os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "os.memfd_create('x')",
+        "os.dup(1)",
+        "bytearray(2 << 30)",
+        "os.setuid(12345)",
+        "os.chroot('/tmp')",
+        "os.fchmod(0, 0o777)",
+        "os.utime(0)",
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
+        "signal.pthread_kill(threading.get_ident(), 0)",
+    ],
+)
+def test_a_confined_process_cannot(code: str) -> None:
+    assert confined(code).stdout.startswith(b"refused: ")
+
+
+_NO_PRIVILEGES = "libc.prctl(38, 1, 0, 0, 0)"
+_LANDLOCK = f"{_NO_PRIVILEGES}; sandbox._deny_files(libc)"
+_FILTER = f"{_NO_PRIVILEGES}; sandbox._filter_calls(libc, *sandbox._ARCHITECTURES[os.uname().machine])"
+_LIMITS = "sandbox._limit(1 << 30, 5)"
+
+
+@linux
+@pytest.mark.parametrize(
+    ("layers", "code", "error"),
+    [
+        (_LANDLOCK, "open('/etc/passwd')", "PermissionError"),
+        (_LANDLOCK, "os.mkdir('/tmp/keye-escape')", "PermissionError"),
+        (_LANDLOCK, "open('/tmp/keye-escape', 'w')", "PermissionError"),
+        (_FILTER, "socket.socket()", "PermissionError"),
+        (_FILTER, "os.fork()", "PermissionError"),
+        (_FILTER, "os.execv('/bin/true', ['true'])", "PermissionError"),
+        (_LIMITS, "open('/etc/passwd')", "OSError"),
+        (_LIMITS, "socket.socket()", "OSError"),
+        (_LIMITS, "bytearray(2 << 30)", "MemoryError"),
+    ],
+)
+def test_each_layer_by_itself(layers: str, code: str, error: str) -> None:
+    said = confined(code, layers).stdout.decode()
+    if layers != _LIMITS and said == "done":
+        pytest.skip("this system has not that layer")
+    assert said == f"refused: {error}"
+    assert confined("os.getpid(), threading.Thread(target=sum, args=([1],)).start()", layers).stdout == b"done"
+
+
+@linux
+def test_a_confined_process_can_compute_and_use_threads() -> None:
+    assert confined("t = threading.Thread(target=sum, args=([1, 2],)); t.start(); t.join()").stdout == b"done"
+
+
+@linux
+def test_a_confined_process_that_spins_is_stopped() -> None:
+    assert confined("while True: pass", "confine(1 << 30, 1)").returncode == -24  # SIGXCPU
+
+
+@linux
+def test_the_filter_of_system_calls_is_well_formed() -> None:
+    code = [struct.unpack_from("<HBBI", call_filter(column, 7777), at) for column in (0, 1) for at in (0, 8, 16)]
+    assert code[1] == (0x15, 1, 0, 7777)
+    for column in (0, 1):
+        numbers = [pair[column] for pair in _DENIED.values() if pair[column] is not None]
+        assert len(numbers) == len(set(numbers))
+        program = call_filter(column, 7777)
+        jumps = [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]
+        # Wherever a denied number jumps to, it is the last instruction, which refuses.
+        assert {at + 1 + jump for at, (op, jump, _, k) in enumerate(jumps) if op == 0x15 and k in numbers} == {
+            len(jumps) - 1
+        }
+
+
+_LOOKS_AROUND = """
+import json, os, sys
+links = [f"/proc/self/fd/{number}" for number in range(256)]
+fds = [os.readlink(link) for link in links if os.path.lexists(link)]
+seen = json.dumps({"environment": dict(os.environ), "folder": os.getcwd(), "files": fds}).encode()
+os.write(1, b"I" + len(seen).to_bytes(8, "little") + seen)
+"""
+
+
+def test_a_worker_sees_nothing_of_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    monkeypatch.setattr("keye.media.workers._BOOT", _LOOKS_AROUND)
+    with socket.socket(), (tmp_path / "clip").open("wb+") as file:  # The socket must not be inherited, the file must.
+        worker = Worker("unused", file, {}, DecodeLimits(), name="clip", what="test")
+        seen = json.loads(bytes(worker.receive(1 << 16)[1]))
+        worker.close()
+    assert seen["environment"].keys() <= {"LC_CTYPE", "LD_LIBRARY_PATH"}  # Python itself sets LC_CTYPE.
+    assert seen["folder"] == "/"
+    assert not any("socket:" in name for name in seen["files"])
+    assert str(tmp_path / "clip") in seen["files"] or not seen["files"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_strangers_images_come_out_the_same(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    data = encoded(Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), kind)
+    ours, theirs = read_image(fetch_source(data)), read_image(stranger(data))
+    assert (theirs.mode, theirs.size) == (ours.mode, ours.size)
+    assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+    assert plan_image(stranger(data), CONFIG) == plan_image(fetch_source(data), CONFIG)
+
+
+def test_a_strangers_list_of_pictures_shares_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    start = Worker.__init__
+    monkeypatch.setattr(Worker, "__init__", lambda self, *a, **k: (started.append(self), start(self, *a, **k))[1])
+    pictures = [encoded(Image.new("RGB", (32 + i, 32), (i, 0, 0))) for i in range(4)]
+    found = open_frames([stranger(picture) for picture in pictures])
+    assert [picture.size for picture in found] == [(32 + i, 32) for i in range(4)]
+    assert [picture.getpixel((0, 0))[0] for picture in found] == [0, 1, 2, 3]
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("cut", [20, 60, 0.5])
+def test_what_a_stranger_is_told_of_a_bad_image(cut: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    data = encoded(noise)
+    for use in (read_image, lambda source: plan_image(source, CONFIG)):
+        with pytest.raises(MediaError, match="<bytes> is (damaged; download|no image that can be read)") as error:
+            use(stranger(data[: cut if isinstance(cut, int) else int(len(data) * cut)]))
+        for leak in ("0x", "/", "Traceback", "PIL", "Error", "object"):
+            assert leak not in str(error.value)
+
+
+def test_limits_of_what_a_file_holds(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    with open_video(source, DecodeLimits(frames=60, duration=2.0)) as reader:
+        assert reader.info.frame_count == 60
+    with pytest.raises(MediaError, match="has 60 frames, more than the limit of 59"):
+        open_video(source, DecodeLimits(frames=59))
+    with pytest.raises(MediaError, match="lasts 2 s, more than the limit of 1.5 s"):
+        open_video(source, DecodeLimits(duration=1.5))
+
+
+def test_strangers_files_have_tighter_limits(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mkv", frames=2, times_ms=[0, 90_000_000]))
+    with open_video(source) as reader:
+        assert reader.info.duration > 24 * 3600
+    with pytest.raises(MediaError, match="lasts .* more than the limit of 86400 s"):
+        open_video(untrusted(source))
+    with open_video(untrusted(source), DecodeLimits()) as reader:
+        assert reader.limits == DecodeLimits()
+
+
+def test_the_time_of_all_waits_is_limited(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    with open_video(source) as reader:
+        reader._worker.limits = DecodeLimits(total_seconds=0.0)
+        with pytest.raises(MediaError, match="took more than 0 s to decode"):
+            next(reader.frames(reader.plan(CONFIG, MediaOptions(nframes=2))))
+
+
+def message(kind: bytes, body: bytes) -> bytes:
+    return HEADER.pack(kind, len(body)) + body
+
+
+FACTS = {"format": "mp4", "codec": "h264", "width": 4, "height": 4, "rotation": 0, "rate": [1, 1], "time_base": [1, 1],
+         "declared_end": None, "readable_end": 1.0, "known_times": True, "last_duration": 1}  # fmt: skip
+
+
+def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
+    words = json.dumps(facts).encode()
+    return message(INFO, struct.pack("<Q", len(words)) + words + times)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        HEADER.pack(INFO, 1 << 60),  # a length that would fill the parent's memory
+        message(b"?", b""),
+        message(FRAME, b"abc"),
+        message(ERROR, b'["{0.__class__} {}", "a"]'),
+        message(ERROR, b'["{} {} {}", "a"]'),
+        message(ERROR, b'["clears the screen \\u001b[2J"]'),
+        message(ERROR, b"[" * 5000),
+        message(INFO, b"no facts"),
+        told(FACTS | {"time_base": [1, 0]}),
+        told(FACTS | {"width": -4}),
+        told(FACTS | {"rotation": "nan"}),
+        told(FACTS, times=struct.pack("<qq", 5, 5)),
+        told(FACTS, times=b""),
+        told({}),
+    ],
+)
+def test_a_worker_that_lies_ends_its_own_job_only(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(said, monkeypatch)
+    with pytest.raises(MediaError, match="broke the video decoder"):
+        open_video(fetch_source(b"video"))
+
+
+def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(told(FACTS | {"width": 64, "height": 64}) + message(FRAME, b"abc") + message(END, b""), monkeypatch)
+    with open_video(fetch_source(b"video")) as reader:
+        plan = reader.plan(CONFIG)
+        with pytest.raises(MediaError, match="broke the video decoder"):
+            reader.read(plan)
+
+
+def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(told(FACTS), monkeypatch)
+    with open_video(fetch_source(b"video")) as reader:
+        reader._worker.limits = DecodeLimits(wait_seconds=0.01)
+        with pytest.raises(MediaError, match="took more than 0.01 s"):
+            reader._worker.request({"targets": list(range(1_000_000))})
+
+
+def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a program that says `said` and then waits in the worker's place."""
+    program = "import os, signal, sys; os.write(1, bytes.fromhex(sys.argv[1])); signal.pause()"
+    monkeypatch.setattr("keye.media.workers._BOOT", program)
+    monkeypatch.setattr("keye.media.workers._PACKAGE_ROOT", "")
+    real = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return real([*command[:5], said.hex()], **options)
+
+    monkeypatch.setattr("keye.media.workers.subprocess.Popen", start)
+
+
+def test_a_gif_of_endless_blocks_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    gif = encoded(Image.new("P", (2, 2)), "GIF")
+    source = fetch_source(gif[:-2] + b"\x01\x00" * 50 + gif[-2:])
+    assert media_kind(source) == "image"
+    monkeypatch.setattr("keye.media.fetch._MAX_GIF_BLOCKS", 0)
+    assert media_kind(source) == "video"
+
+
+@linux
+def test_a_reader_in_a_process_with_very_many_open_files(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this system does not allow so many")
+    opened: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+        with open_video(source) as reader:
+            assert read_code(next(reader.frames(reader.plan(CONFIG)))) == 0
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
+    source, found = fetch_source(write_clip(tmp_path / "clip.mp4")), []
+
+    def read() -> None:
+        with open_video(source) as reader:
+            found.append(reader.info.frame_count)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [60] * 4
+
+
+def test_of_strangers_only_common_containers_are_read(tmp_path: Path) -> None:
+    for name, codec in (("clip.mp4", "libx264"), ("clip.webm", "libvpx-vp9"), ("clip.avi", "mpeg4")):
+        with open_video(untrusted(fetch_source(write_clip(tmp_path / name, frames=5, codec=codec)))) as reader:
+            assert reader.info.frame_count == 5
+    rare = fetch_source(write_clip(tmp_path / "clip.nut", frames=5))
+    with open_video(rare) as reader:
+        assert reader.info.format == "nut"
+    with pytest.raises(MediaError, match="is no video that can be read"):
+        open_video(untrusted(rare))
+    odd = fetch_source(write_clip(tmp_path / "odd.avi", frames=5, codec="huffyuv", pix_fmt="yuv422p"))
+    with open_video(odd) as reader:
+        assert reader.info.codec == "huffyuv"
+    with pytest.raises(MediaError, match="is in the video codec huffyuv, which is not read here"):
+        open_video(untrusted(odd))

@@ -1,0 +1,221 @@
+"""A server that looks like `keye serve` to its page: the package's static files and canned answers, some hostile.
+
+It follows the HTTP interface as far as the page uses it and runs no model. The answer is chosen by the question's text.
+Everything that was requested is kept in `requests` for the tests to look at.
+"""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import keye.server
+
+STATIC = Path(keye.server.__file__).parent / "static"
+SAMPLE = STATIC.parents[1] / "assets" / "demo.mp4"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".mp4": "video/mp4",
+}
+HOSTILE = (
+    "<img src=x onerror=window.hacked=1><script>window.hacked=1</script><svg onload=window.hacked=1> "
+    "[a](javascript:window.hacked=1) [[3.0, 8.5]] <b onclick=window.hacked=1>label</b>"
+)
+PLAN = {
+    "kind": "video", "name": "demo.mp4", "frames": 32, "timestamps": [i / 2 for i in range(32)], "width": 224,
+    "height": 224, "tokens_per_frame": 16, "visual_tokens": 512, "duration": 16.0,
+}  # fmt: skip
+EVIDENCE = {
+    "times": [i / 2 for i in range(32)],
+    "share": [0.09 if 6 <= i <= 16 else 0.002 for i in range(32)],
+    "lift": [2.9 if 6 <= i <= 16 else 0.1 for i in range(32)],
+    "top": [7, 12, 15],
+    "reason": None,
+}
+EVIL_EVIDENCE = {
+    "times": [0, -5, 1e9, "3", None, {"a": 1}, *range(30_000)],
+    "share": [1e9, 0.5, 0.1, -4, "<b>", 0.2, *([0.1] * 30_000)],
+    "lift": "none",
+    "top": [10**9, -1, 0, "x"],
+    "reason": "<img src=x onerror=window.hacked=1>",
+}
+CIRCLE = "The red circle is visible at [[3.0, 8.5]] and from 0:12 on: [[12.0, 15.5]] red circle again; it moves up."
+
+
+@dataclass
+class MockServer:
+    """Runs until `close`. With `key` every call under /v1 needs it. `release` lets a held-back answer go on."""
+
+    key: str | None = None
+    requests: list[tuple[str, str, Any]] = field(default_factory=list)
+    release: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event = field(default_factory=threading.Event)
+    busy: int = 0
+
+    def __post_init__(self) -> None:
+        handler = type("Handler", (_Handler,), {"mock": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.files: dict[str, dict[str, Any]] = {}
+        self.contents: dict[str, bytes] = {}
+        self.address = f"http://127.0.0.1:{self._server.server_port}/"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def sent(self, path: str) -> list[Any]:
+        """The JSON bodies that were sent to `path`."""
+        return [body for _, where, body in self.requests if where == path]
+
+
+def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
+    """What a streamed answer to a question is made of."""
+    for phase, total in (("queue", 1), ("decode", 32), ("encode", 32), ("prefill", 636)):
+        for done in (total // 2, total):
+            yield {"choices": [], "keye": {"progress": {"phase": phase, "done": done, "total": total}}}
+    text = HOSTILE if "hostile" in question else CIRCLE
+    text = "A dog <|box_start|>[[100, 200, 500, 700]]<|box_end|>." if "box" in question else text
+    yield _delta(reasoning_content="First the start, then the end. <b onclick=window.hacked=1>")
+    yield from (_delta(content=text[i : i + 9]) for i in range(0, len(text), 9))
+    evil = "evil" in question
+    box = {"kind": "box", "points": [[100, 200], [500, 700]], "label": "<b>dog</b>", "label_kind": "object"}
+    yield {
+        "choices": [],
+        "usage": {"prompt_tokens": 636, "completion_tokens": 24, "total_tokens": 660, "media": [PLAN]},
+        "keye": {
+            "intervals": [[-1, 5], [2, "x"], None, [1e9, 2e9], [3.0, 8.5]] if evil else [[3.0, 8.5], [12.0, 15.5]],
+            "regions": [{"kind": "box", "points": [[-4, 1e9]]}, 7] if evil else [box] if "box" in question else [],
+            "evidence": [EVIL_EVIDENCE if evil else EVIDENCE],
+            "attention": "sparse",
+        },
+    }
+
+
+def _delta(**content: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": content}]}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    mock: MockServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is printed."""
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.mock.requests.append(("GET", path, None))
+        if not path.startswith("/v1/"):
+            return self._static(path)
+        if not self._allowed():
+            return None
+        if path == "/v1/models":
+            return self._json({"data": [{"id": "keye-nano", "keye": {"context": 8192, "attention": "sparse"}}]})
+        name, _, content = path.removeprefix("/v1/files/").partition("/")
+        if name not in self.mock.files:
+            return self._error(404, "There is no such file.")
+        return self._send(200, self.mock.contents[name], "video/mp4") if content else self._json(self.mock.files[name])
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        is_json = self.headers["Content-Type"].startswith("application/json")
+        body = json.loads(raw) if is_json else None
+        self.mock.requests.append(("POST", self.path, body))
+        if not self._allowed():
+            return
+        if self.path == "/v1/files":
+            self._upload(raw)
+        elif self.path == "/v1/media/plan":
+            self._json({"media": [PLAN], "visual_tokens": 512, "prompt_tokens": 620, "context": 8192, "fits": True})
+        elif self.path == "/v1/video/ground":
+            keye = {"intervals": [[3.0, 8.5]], "regions": [], "evidence": [EVIDENCE], "attention": "sparse"}
+            usage = {"prompt_tokens": 636, "completion_tokens": 7, "media": [PLAN]}
+            self._json({"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye})
+        elif self.path == "/v1/clips":
+            self._send(200, SAMPLE.read_bytes(), "video/mp4")
+        else:
+            self._chat(body)
+
+    def _chat(self, body: dict[str, Any]) -> None:
+        content = body["messages"][-1]["content"]
+        question = content if isinstance(content, str) else content[-1]["text"]
+        if "busy" in question and self.mock.busy == 0:
+            self.mock.busy = 1
+            return self._error(429, "32 requests wait already.", {"Retry-After": "7"})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            for count, chunk in enumerate(answer_chunks(question)):
+                if "cut" in question and count == 12:
+                    return None
+                if "slow" in question and count == 12:
+                    self._hold()
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                self.wfile.flush()
+            self.wfile.write(b"data: [DONE]\n\n")
+        except (BrokenPipeError, ConnectionResetError):
+            self.mock.gone.set()
+        return None
+
+    def _hold(self) -> None:
+        """Keeps the stream open with comments, as a slow model would, until the test says so or the client is gone."""
+        while not self.mock.release.wait(0.05):
+            self.wfile.write(b": still here\n\n")
+            self.wfile.flush()
+
+    def _upload(self, raw: bytes) -> None:
+        head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+        message = email.message_from_bytes(head + raw, policy=email.policy.HTTP)
+        part = next(part for part in message.iter_parts() if part.get_filename())  # type: ignore[attr-defined]
+        name, content = f"file-{len(self.mock.files)}", part.get_payload(decode=True)
+        video = part.get_content_type().startswith("video/")
+        keye = {"kind": "video", "duration": 16.0, "fps": 2.0} if video else {"kind": "image"}
+        self.mock.contents[name] = content
+        self.mock.files[name] = {
+            "id": name, "object": "file", "bytes": len(content), "filename": part.get_filename(), "purpose": "media",
+            "keye": {**keye, "width": 448, "height": 448},
+        }  # fmt: skip
+        self._json(self.mock.files[name])
+
+    def _allowed(self) -> bool:
+        if self.mock.key is None or self.headers["Authorization"] == f"Bearer {self.mock.key}":
+            return True
+        self._error(401, "This server needs a key.")
+        return False
+
+    def _static(self, path: str) -> None:
+        name = "index.html" if path == "/" else path.removeprefix("/static/")
+        file = SAMPLE if name == "sample.mp4" else STATIC / name
+        if "/" in name or not file.is_file():
+            return self._error(404, "There is no such page.")
+        return self._send(200, file.read_bytes(), TYPES[file.suffix], {"Content-Security-Policy": POLICY})
+
+    def _error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        error = {"message": message, "type": "error", "param": None, "code": None}
+        self._send(status, json.dumps({"error": error}).encode(), "application/json", headers)
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), "application/json")
+
+    def _send(self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)

@@ -1,0 +1,96 @@
+"""Requests to the server as it stands behind its guard: settings of media, thinking, mistakes, clients that leave."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from serving import Ask, Running, error_of
+from starlette.testclient import TestClient
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def medium(file_id: str, **settings: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": file_id, **settings}}
+
+
+def test_settings_of_media_are_honoured_and_echoed(ask: Ask, file_id: str) -> None:
+    inside = medium(file_id, max_frames=4)
+    beside = {"type": "video_url", "video_url": {"url": file_id}, "preprocess_kwargs": {"nframes": 2}}
+    first, second = ask([inside, beside, {"type": "text", "text": "?"}])["usage"]["media"]
+    assert (first["frames"], first["options"]) == (4, {"max_frames": 4})
+    assert (second["frames"], second["options"]) == (2, {"nframes": 2})
+
+
+def test_a_plan_costs_what_the_request_costs(http: TestClient, ask: Ask, file_id: str) -> None:
+    content = [medium(file_id, max_frames=4), {"type": "text", "text": "hello"}]
+    plan = http.post("/v1/media/plan", json={"content": content}).json()
+    usage = ask(content)["usage"]
+    assert plan["fits"] and plan["prompt_tokens"] == usage["prompt_tokens"]
+    assert plan["visual_tokens"] == usage["prompt_tokens_details"]["media_tokens"]
+
+
+def test_ground_and_clips(http: TestClient, file_id: str) -> None:
+    found = http.post("/v1/video/ground", json={"video": medium(file_id), "event": "the red circle", "max_tokens": 2})
+    assert found.status_code == 200 and isinstance(found.json()["intervals"], list)
+    one = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1]]})
+    assert (one.headers["content-type"], one.content[4:8]) == ("video/mp4", b"ftyp")
+    two = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1], [2, 3]]})
+    assert (two.headers["content-type"], two.content[:2]) == ("application/zip", b"PK")
+
+
+def test_progress_comes_before_the_answer(http: TestClient, file_id: str) -> None:
+    body = {"messages": [{"role": "user", "content": [medium(file_id)]}], "max_tokens": 2, "stream": True}
+    answer = http.post("/v1/chat/completions", json={**body, "keye": {"progress": True, "evidence": True}})
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert lines[-1] == "[DONE]" and "progress" in chunks[0]["keye"]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["keye"]["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": HELLO, "temperature": -1}, "temperature"),
+        ({"messages": HELLO, "n": 1000}, "n"),
+        ({"messages": HELLO, "nonsense": 1}, "nonsense"),
+        ({"messages": HELLO, "stream_options": {"nonsense": True}}, "stream_options.nonsense"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "king", "content": "hello"}]}, "messages[0].role"),
+        ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
+        ({"messages": HELLO, "max_tokens": "many"}, "max_tokens"),
+    ],
+)
+def test_mistakes_name_their_field(http: TestClient, body: dict[str, Any], param: str) -> None:
+    assert error_of(http.post("/v1/chat/completions", json=body))["param"] == param
+
+
+@pytest.mark.parametrize("url", ["/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/x.mp4", "file-unknown"])
+def test_nothing_else_is_opened(http: TestClient, url: str) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [medium(url)]}]})
+    assert answer.status_code in (400, 404) and "root:" not in answer.text
+
+
+def test_a_client_that_leaves_gives_everything_back(running: Running) -> None:
+    body = {"messages": HELLO, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    core = running.app._app.state.keye.model.core
+    with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+        assert not core.idle()
+    for _ in range(500):
+        if core.idle():
+            break
+        httpx.get(f"{running.url}/health")
+    assert core.idle()
+
+
+def test_small_routes(http: TestClient) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert "keye:prompt_tokens_total" in http.get("/metrics").text
+    assert http.post("/tokenize", json={"prompt": "hello"}).json()["count"] > 0
+    assert http.get("/openapi.json").json()["info"]["title"] == "keye"
+    assert error_of(http.get("/nothing"), 404)
