@@ -14,7 +14,7 @@ from typing import Final
 ALONE_TOKENS: Final = 1024
 LEAST_TOKENS: Final = 16
 #: How much longer than a step of writing alone one with prompts in it may take, as a factor.
-STRETCH: Final = 1.8
+STRETCH: Final = 1.6
 #: Weight of the newest measurement.
 _NEWEST: Final = 0.2
 
