@@ -81,7 +81,7 @@ def test_decoding_waits_for_encoding(source: Source) -> None:
 
 def test_closing_ends_worker_and_thread(source: Source) -> None:
     reader = endless(source, [], buffer_bytes=FRAME.nbytes)
-    worker, thread = reader._video._process, reader._thread
+    worker, thread = reader._video._worker.process, reader._thread
     reader.close()
     reader.close()
     assert worker.poll() is not None and not thread.is_alive()
@@ -89,7 +89,7 @@ def test_closing_ends_worker_and_thread(source: Source) -> None:
 
 def test_a_reader_that_nobody_holds_ends_too(source: Source) -> None:
     reader = endless(source, [], buffer_bytes=FRAME.nbytes)
-    worker, thread = reader._video._process, reader._thread
+    worker, thread = reader._video._worker.process, reader._thread
     del reader
     thread.join()
     assert worker.poll() is not None

@@ -15,7 +15,7 @@ from keye.engine.kvcache import KVCache
 from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput, Numerics
 from keye.models.keye import KeyeModel
-from keye.ops import reference
+from keye.ops import dsa, reference
 from parity_harness.cases import FLOAT_TOLERANCE, LOGIT_TOLERANCE, Case, Check, NotApplicable
 from parity_harness.networks import build_model
 
@@ -195,6 +195,8 @@ class _Calls:
             self.selected.append(positions.masked_fill(positions > last, -1))
             return dense(q, rows, first)
 
+        # The compiled kernels choose and attend in one call, where nothing can be watched.
+        self._patch.setattr(dsa, "backend_of", lambda _: dsa.REFERENCE)
         self._patch.setattr(reference, "sparse_attention", watch_sparse)
         self._patch.setattr(reference, "dense_attention", watch_dense)
         return self
