@@ -58,7 +58,7 @@ def main() -> None:
     with torch.inference_mode():
         result = (prefill if options.what == "prefill" else decode)(whole, options)
     result |= {"what": options.what, "length": options.length, "kv": options.kv, "threads": options.threads}
-    print(json.dumps({**result, **memory(), "machine": machine()}))
+    print(json.dumps({**result, "machine": machine()}))
 
 
 def prefill(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     fill(cache, options.length)
     filled = time.perf_counter() - begin
-    x, seconds = torch.randn(1, text.hidden_size), list[float]()
+    x, seconds, held = torch.randn(1, text.hidden_size), list[float](), 0.0
     for step in range(options.steps):
         # Neighbouring tokens resemble one another, and so do the keys that they select.
         x = 0.9 * x + 0.19**0.5 * torch.randn_like(x)
@@ -112,9 +112,13 @@ def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         decoder(x.to(DTYPE), position, CachedStep([Span(0, 1, cache)], text))
         seconds.append(time.perf_counter() - start)
-        tell(f"token {step + 1}: {seconds[-1]:.2f} s")
+        held = max(held, memory()["anonymous_gib"])
+        tell(f"token {step + 1}: {seconds[-1]:.2f} s, {held:.2f} GiB of anonymous memory")
     later = sorted(seconds[1:])
+    near = cache.blocks * layout.index_block_bytes / GIB
+    weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize / GIB
     return {
+        "weights_gib": round(weights, 2), "indexer_keys_gib": round(near, 2), "anonymous_gib_while_decoding": held,
         "layers": text.num_hidden_layers, "store_gib": round(need / GIB, 2), "fill_seconds": round(filled, 1),
         "first_token_seconds": round(seconds[0], 3), "median_token_seconds": round(later[len(later) // 2], 3),
         "fastest_token_seconds": round(later[0], 3), "slowest_token_seconds": round(later[-1], 3),
