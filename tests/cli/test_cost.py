@@ -97,3 +97,11 @@ def test_mistakes(run: Callable, model_folder: Path, arguments: list[str], sente
 def test_a_line_through_what_was_measured() -> None:
     rates = measure.LayerRates(1024, (0, 4096, 8192), (1.0, 2.0, 4.0))
     assert [rates.at(depth) for depth in (0, 2048, 4096, 6144, 16384)] == [1.0, 1.5, 2.0, 3.0, 8.0]
+
+
+def test_a_question_tells_how_far_the_prediction_was_off(run: Callable, model_folder: Path, video: Path) -> None:
+    words = ["ask", video, "what?", "--max-tokens", 4, "--model", model_folder, "--estimate"]
+    told = run(*words, "--json").data["estimate"]
+    assert told["errors"]["first_token"] < 1 and told["prompt_tokens"] > 64
+    text = run(*words).out
+    assert "decode rate" in text and "against the prediction: time to the first token" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
     metavar="FILE",
     help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.",
 )
+@click.option("--estimate", is_flag=True, help="First predict memory and time; afterwards tell how far that was off.")
 @options.sampling_frames
 @options.sampling_text
 @options.prompting
@@ -46,6 +47,7 @@ def ask(
     words: tuple[str, ...],
     draw: Path | None,
     evidence: Path | None,
+    estimate: bool,
     tools: Path | None,
     as_json: bool,
     **given: Any,
@@ -73,6 +75,7 @@ def ask(
         from keye.commands.evidence import check_evidence, write_evidence
 
         check_evidence(evidence, media)
+    prediction = predicted(media, {**given, "as_json": as_json}) if estimate else None
     model = inputs.load_model(given)
     settings = inputs.reply_options(model, given)
     stream = model.stream_ask(media, question, tools=offered, evidence=evidence is not None, **settings)
@@ -80,14 +83,36 @@ def ask(
     written = write_picture(media, answer.regions, draw) if draw is not None else False
     if evidence is not None:
         write_evidence(model, media, question, answer, evidence)
+    extra: dict[str, Any] = {"drawn": str(draw) if written else None} if draw else {}
+    if prediction is not None:
+        from keye.commands.cost import errors_of
+
+        extra["estimate"] = {**prediction, "errors": errors_of(prediction, answer)}
     if as_json:
-        show.print_json({**answer.to_dict(), **({"drawn": str(draw) if written else None} if draw else {})})
+        show.print_json({**answer.to_dict(), **extra})
         return
     show.print_answer(answer, model)
     if answer.evidence is not None:
         show.print_evidence(answer.evidence)
+    if prediction is not None:
+        show.print_errors(extra["estimate"]["errors"])
     for path in ([draw] if written else []) + ([evidence] if evidence is not None else []):
         show.print_line(f"wrote {path}")
+
+
+def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction, also told where people read."""
+    from keye.commands import show
+    from keye.commands.cost import predict_question
+    from keye.media.fetch import Source, is_index
+
+    for medium in media:
+        if isinstance(medium.source, Source) and is_index(medium.source):
+            raise KeyeError(f"{medium.source.name} is an index, computed already: leave --estimate out")
+    prediction = predict_question(media, given)
+    if not given.get("as_json"):
+        show.print_prediction(prediction)
+    return prediction
 
 
 def check_drawing(path: Path, media: Sequence[Medium]) -> None:

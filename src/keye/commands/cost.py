@@ -15,18 +15,22 @@ from keye.config import KeyeConfig, ProcessorConfig
 from keye.errors import KeyeError
 from keye.machine import Memory, memories
 from keye.media.fetch import Source, fetch_source
-from keye.media.image import ImagePlan
-from keye.media.options import MediaOptions
+from keye.media.image import ImagePlan, plan_image
+from keye.media.options import MediaOptions, media_options
 from keye.media.plan import VideoPlan
 from keye.media.processor import VisualSpan, expand_frames
-from keye.media.video import VideoInfo, open_video
+from keye.media.video import VideoInfo, open_video, plan_video
 
 if TYPE_CHECKING:
+    from keye.chat import Medium
+    from keye.engine.answer import Answer
     from keye.engine.kvstore import KVFormat
     from keye.models.attention import AttentionMode
 
 #: Tokens that the template and a short question take, where the tokenizer is not here to count them.
 WORDS = 40
+#: Tokens of a reply where none are asked for.
+REPLY = 128
 #: Frames of the clip that stands for a video that is not there, and seconds for which a real one is read.
 CLIP_FRAMES, READ_SECONDS = 24, 1.0
 #: Rate of a video that is not there.
@@ -68,6 +72,42 @@ def _seconds(length: str) -> float | None:
         return to_seconds(length)
     except KeyeError:
         return None
+
+
+def plan_media(media: Sequence[Medium], config: ProcessorConfig) -> list[Planned]:
+    """The plans of opened media, in order."""
+    videos = max(1, sum(medium.kind == "video" for medium in media))
+    planned = []
+    for medium in media:
+        source: Any = medium.source
+        settings = media_options(medium.kind, medium.options, video_count=videos)
+        made = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
+        planned.append(Planned(medium.kind, source, made))
+    return planned
+
+
+def predict_question(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What asking about opened media will take, before the model is loaded."""
+    from keye.commands.inputs import find_model
+    from keye.config import load_model_config, load_processor_config
+
+    folder = find_model(given["model"], weights=False)
+    config = load_processor_config(folder)
+    asked = {**given, "max_tokens": given["max_tokens"] or REPLY}
+    return predict(load_model_config(folder), config, folder, plan_media(media, config), asked)
+
+
+def errors_of(prediction: Mapping[str, Any], answer: Answer) -> dict[str, float]:
+    """How far the prediction was off: 0.25 is a quarter too short, -0.25 a quarter too long. `first_token` is all that
+    comes before the reply, `token` one token of it."""
+    seconds, tokens = prediction["seconds"], answer.usage.completion_tokens
+    if "prefill" not in seconds:
+        return {}
+    before = sum(seconds[name] for name in ("media", "vision", "prefill") if name in seconds)
+    pairs = {"first_token": (before, answer.seconds["media"] + answer.seconds["prefill"])}
+    if tokens > 1:
+        pairs["token"] = (1 / prediction["decode_tokens_per_second"], answer.seconds["decode"] / (tokens - 1))
+    return {name: round((taken - told) / taken, 3) for name, (told, taken) in pairs.items() if taken > 0}
 
 
 def predict(

@@ -42,13 +42,11 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None
     keye plan --model 2.0 --video 2h --kv int8 --device cpu
     """
     from keye.commands import inputs, show
-    from keye.commands.cost import Planned, imagine_video, predict
+    from keye.commands.cost import Planned, imagine_video, plan_media, predict
     from keye.config import load_model_config, load_processor_config
     from keye.media.fetch import is_index
-    from keye.media.image import plan_image
     from keye.media.options import media_options
     from keye.media.plan import make_plan
-    from keye.media.video import plan_video
 
     if bool(files) == bool(imagined):
         raise KeyeError("give FILES to plan, or a length with --video, one of the two")
@@ -62,16 +60,11 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None
     folder, _ = inputs.describing_folder(model)
     config, whole = load_processor_config(folder), load_model_config(folder)
     context = whole.text.max_position_embeddings
-    videos = sum(medium.kind == "video" for medium in media)
     planned: list[Planned] = []
     if imagined is not None:
         settings = media_options("video", options.given(given, options.VIDEO_OPTIONS), video_count=1)
         planned.append(Planned("video", None, make_plan(imagine_video(imagined), config, settings)))
-    for medium in media:
-        source: Any = medium.source
-        settings = media_options(medium.kind, medium.options, video_count=max(videos, 1))
-        made = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
-        planned.append(Planned(medium.kind, source, made))
+    planned += plan_media(media, config)
     result = summary(planned, context, model)
     if given["device"] is not None:
         result["prediction"] = predict(whole, config, folder, planned, given)

@@ -212,6 +212,13 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
         console.print(one_line(note), style="yellow", soft_wrap=True)
 
 
+def print_errors(errors: Mapping[str, float]) -> None:
+    """How far a prediction was off."""
+    names = {"first_token": "time to the first token", "token": "time of a token"}
+    told = [f"{names[name]} {abs(error):.0%} {'longer' if error > 0 else 'shorter'}" for name, error in errors.items()]
+    stdout().print(f"against the prediction: {', '.join(told) or 'nothing was predicted'}", soft_wrap=True)
+
+
 def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each medium."""
     table = Table(box=None, pad_edge=False)

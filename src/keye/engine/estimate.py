@@ -49,14 +49,6 @@ class Estimate:
     def total(self) -> int:
         return sum(self.bytes.values())
 
-    def errors(self, taken: Mapping[str, float]) -> dict[str, float]:
-        """How far each predicted phase was from what it took: 0.25 is a quarter too short, -0.25 a quarter too long."""
-        return {
-            name: round((taken[name] - predicted) / taken[name], 3)
-            for name, predicted in self.seconds.items()
-            if taken.get(name)
-        }
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "total_bytes": self.total}
