@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import keye
+from keye import Keye
 from keye.engine.videoindex import open_video_index
 from keye.media.fetch import fetch_source
 
@@ -66,7 +67,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     sampling = {"fps": 2, "max_frames": frames, "max_pixels": pixels, "video_total_pixels": frames * pixels}
     info = model.index(video, index, media_options=sampling)
     asked_video = [
-        model.ask(video, QUESTION, media_options=sampling, max_tokens=1).seconds for _ in range(options.repeats)
+        cold(model).ask(video, QUESTION, media_options=sampling, max_tokens=1).seconds for _ in range(options.repeats)
     ]
     video_times = [seconds["media"] + seconds["prefill"] for seconds in asked_video]
     source = fetch_source(index)
@@ -97,6 +98,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "same_text": model.ask(index, QUESTION).text == model.ask(video, QUESTION, media_options=sampling).text,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def cold(model: Keye) -> Keye:
+    """The model with nothing left in its caches."""
+    model.clear_caches()
+    return model
 
 
 def times_of(run: Callable[[], object], repeats: int) -> list[float]:
