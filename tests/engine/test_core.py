@@ -444,3 +444,36 @@ def test_nan_fails_only_its_request(model: Keye, monkeypatch: pytest.MonkeyPatch
             model.core.rest()
     assert isinstance(good.events[-1], Finished)
     assert "computes NaN" in str(bad.events[-1].error)  # type: ignore[union-attr]
+
+
+def test_a_bug_in_a_step_ends_requests_and_not_the_engine(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise LookupError("a bug")
+
+    async def ask_twice(engine: AsyncEngine) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(core_module, "plan_step", broken)
+            with pytest.raises(LookupError, match="a bug"):
+                async for _ in engine.run(greedy(model, conversation(3), 4)):
+                    pass
+        events = [event async for event in engine.run(greedy(model, conversation(3), 4))]
+        return type(events[-1]).__name__
+
+    assert run_async(model, ask_twice) == "Finished"
+
+
+def test_an_abort_while_another_thread_steps_is_cleaned_up(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox = Inbox()
+    task = model.core.add(greedy(model, conversation(3), 50), "sparse", inbox)
+    run = core_module.run
+
+    def abort_meanwhile(*given: Any) -> Any:
+        threading.Thread(target=model.core.abort, args=(task,)).run()
+        return run(*given)
+
+    monkeypatch.setattr(core_module, "run", abort_meanwhile)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    model.clear_caches()
+    assert model.ledger.used() == 0 and not any(isinstance(event, Finished) for event in inbox.events)

@@ -11,9 +11,11 @@ Closing the iterator, at any stage and however that comes about, gives the reque
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 
 from keye.engine.core import EngineCore
 from keye.engine.engine import Keye
@@ -52,11 +54,12 @@ class AsyncEngine:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def tell(event: Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
+        mode = self.model.attention_of(request.attention)
         self._open += 1
-        task = self.core.add(request, self.model.attention_of(request.attention), tell)
+        task = self.core.add(request, mode, tell)
         try:
             while True:
                 event = await queue.get()
@@ -111,5 +114,10 @@ class AsyncEngine:
                 with core.wake:
                     if core.idle() and not self._closing:
                         core.wake.wait(1.0)
-            elif not core.step():
-                core.rest()
+                continue
+            try:
+                if not core.step():
+                    core.rest()
+            except Exception as error:
+                logging.getLogger("keye").exception("the engine failed in a step")
+                core.fail_all(error)

@@ -87,11 +87,7 @@ class EngineCore:
         with self.wake:
             task.aborted = True
             self.wake.notify_all()
-        if self.stepping.acquire(blocking=False):  # nobody steps: clean up at once
-            try:
-                self._sweep()
-            finally:
-                self.stepping.release()
+        self._tidy()
 
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -124,7 +120,24 @@ class EngineCore:
             self._admit()
             begin = time.perf_counter()
             encoded = self._encode()
-            return self._compute(time.perf_counter() - begin) or encoded
+            computed = self._compute(time.perf_counter() - begin)
+        self._tidy()
+        return computed or encoded
+
+    def fail_all(self, error: BaseException) -> None:
+        """Ends every request with an error that is nobody's own."""
+        with self.stepping:
+            for task in list(self.tasks):
+                self._fail(task, error)
+
+    def _tidy(self) -> None:
+        """Ends what was aborted, unless somebody steps, who will do it afterwards. Never waits: an iterator that is let
+        go may abort in the middle of a step of the same thread."""
+        while any(task.aborted for task in list(self.tasks)) and self.stepping.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self.stepping.release()
 
     # ---------------------------------------------------------------------------------------------------- coming in
 
@@ -168,10 +181,10 @@ class EngineCore:
 
     def _take_prompt(self, task: Task) -> None:
         future = self._preparing.pop(task.number)
-        try:
-            self._laid_out(task, future.result())
-        except (KeyeError, OSError) as error:
+        if (error := future.exception()) is not None:
             self._fail(task, error)
+        else:
+            self._laid_out(task, future.result())
 
     def _laid_out(self, task: Task, prompt: Prompt) -> None:
         task.prompt, task.stage = prompt, Stage.READY
@@ -219,7 +232,11 @@ class EngineCore:
         first = 0
         if prompt.past is None and task.done and spans is not None:
             first = spans.visual_before(task.done, prompt)
-        task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
+        try:
+            task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
+        except (KeyeError, OSError) as error:  # a file that has vanished since it was probed
+            self._fail(task, error)
+            return
         ids, config = prompt.token_ids, parts.model.config
         task.visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).cumsum(0)
         if prompt.past is not None:
@@ -237,7 +254,7 @@ class EngineCore:
             begin = time.perf_counter()
             try:
                 patches = job.step(self.pace.patches(writing))
-            except (KeyeError, OSError) as error:
+            except (KeyeError, OSError, RuntimeError, MemoryError) as error:
                 self._fail(task, error)
                 return True
             if patches:
