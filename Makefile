@@ -50,10 +50,13 @@ $(BIN)/python:
 
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
+	# The compiled kernels. Without a compiler this says so, and plain torch is used.
+	$(BIN)/python -m keye.ops.cpu_build || :
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
+	$(BIN)/python -m keye.ops.cpu_build || :
 	touch $@ $(VENV)/.base
 
 clean:

@@ -21,6 +21,7 @@ from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
 from keye.engine.request import Delta, Finished, Inbox, Progress, Stage
+from keye.engine.runner import scratch_bytes
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
@@ -84,6 +85,12 @@ def greedy(model: Keye, messages: list[Message], max_tokens: int = 12, **options
     return model.request(messages, max_tokens=max_tokens, ignore_eos=True, **options)
 
 
+def budget(model: Keye, slabs: int) -> int:
+    """Memory for so many slabs, and for the smallest step."""
+    text, size = model.config.text, model.model.dtype.itemsize
+    return slabs * model.store.slab_bytes + scratch_bytes(text, LEAST_TOKENS, 1, size)
+
+
 def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
     asked = [conversation(seed) for seed in range(8)]
     got, ends = together(model, [greedy(model, messages) for messages in asked])
@@ -103,8 +110,7 @@ def test_prompts_may_be_cut_anywhere(model: Keye, monkeypatch: pytest.MonkeyPatc
 
 def test_too_little_memory_delays_and_loses_nothing(load: Callable[..., Keye]) -> None:
     model = load()
-    slab = model.store.slab_bytes
-    model.ledger.budget = 3 * slab + (1 << 20)
+    model.ledger.budget = budget(model, 3)
     long = [[Message("user", ("word " * 700 + str(i),))] for i in range(4)]
     sampled = [greedy(model, messages, 8, temperature=1.0, seed=3) for messages in long]
     got, _ = together(model, sampled)
@@ -136,13 +142,15 @@ def test_preempted_requests_go_on_where_they_were(model: Keye) -> None:
 
 
 def test_what_never_fits_is_refused_with_what_would(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.ledger.budget = model.store.slab_bytes
+    model.ledger.budget = budget(model, 1)
 
     def fail(*_: Any) -> None:
         raise AssertionError("something was computed")
 
     monkeypatch.setattr(KeyeModel, "encode_vision", fail)
-    with pytest.raises(OutOfMemory, match=r"memory budget is \d+ MiB, enough for 1,024 tokens.*max_frames.*kv=int4"):
+    with pytest.raises(
+        OutOfMemory, match=r"memory budget leaves \d+ MiB, enough for 1,024 tokens.*max_frames.*kv=int4"
+    ):
         model.chat([Message("user", ("word " * 3000,))], max_tokens=4)
     assert model.ledger.used() == 0
 
@@ -212,12 +220,13 @@ def test_another_video_or_owner_or_mode_shares_nothing(model: Keye) -> None:
 
 
 def test_prefixes_are_given_up_for_those_who_need_the_room(model: Keye) -> None:
-    for seed in range(6):
+    for seed in range(12):
         model.chat([Message("user", ("word " * 300 + str(seed),))], max_tokens=1)
-    assert len(model.prefixes) == 6
-    model.ledger.budget = model.ledger.used()
-    model.chat([Message("user", ("other " * 250,))], max_tokens=1)
-    assert len(model.prefixes) < 6
+    assert len(model.prefixes) == 12
+    slabs = model.store.nbytes() // model.store.slab_bytes
+    model.ledger.budget = budget(model, slabs)
+    model.chat([Message("user", ("other " * 300,))], max_tokens=1)
+    assert len(model.prefixes) < 13 and model.store.nbytes() <= slabs * model.store.slab_bytes
 
 
 # Determinism
@@ -377,6 +386,23 @@ def test_a_client_that_goes_gives_everything_back(model: Keye) -> None:
             await anext(engine.run(greedy(model, conversation(2), 4)))
 
     run_async(model, leave)
+    model.clear_caches()
+    assert model.ledger.used() == 0
+
+
+def test_what_is_submitted_can_be_aborted_and_let_go(model: Keye) -> None:
+    async def submit(engine: AsyncEngine) -> None:
+        running = engine.submit(greedy(model, conversation(1), 400))
+        await anext(running)
+        running.abort()
+        running.abort()
+        with pytest.raises(StopAsyncIteration):
+            await anext(running)
+        del running
+        engine.submit(greedy(model, conversation(2), 400))  # let go at once
+        assert await engine.drain(5.0)
+
+    run_async(model, submit)
     model.clear_caches()
     assert model.ledger.used() == 0
 

@@ -12,6 +12,7 @@ from PIL import Image
 import keye
 from keye import Frames, Keye
 from keye.chat import Message
+from keye.data.frameforge import make_clip, render
 from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame_spans, make_evidence
 from keye.engine.evidence_picture import WIDTH, draw_evidence
 from keye.engine.generate import Decoding
@@ -127,3 +128,17 @@ def test_a_picture_tells_why_there_is_no_evidence(tmp_path: Path) -> None:
     plain = draw_evidence(Evidence((), 0), "when?", "now", [])
     told = draw_evidence(Evidence((), 0, "attention was dense"), "when? 日本", "", [])
     assert told.height > plain.height and (213, 94, 0) in colours(told)
+
+
+def test_an_indexed_video_has_the_evidence_of_the_video(tmp_path: Path) -> None:
+    model, clip = keye.load("nano"), make_clip(3, frames=16, objects=2)
+    video = Frames(render(clip), clip.timestamps)
+    model.index(video, tmp_path / "clip.keye")
+    told = [
+        model.ask(medium, "when is the first object visible?", evidence=True, max_tokens=6).evidence
+        for medium in (tmp_path / "clip.keye", video)
+    ]
+    assert told[0] is not None and told[1] is not None
+    ours, theirs = told[0].media[0], told[1].media[0]
+    assert (ours.times, ours.kind) == (theirs.times, "video") and len(ours.shares) == 16
+    assert max(abs(a - b) for a, b in zip(ours.shares, theirs.shares, strict=True)) < 0.02

@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from keye.engine.core import EngineCore
 from keye.engine.engine import Keye
-from keye.engine.request import Event, Failed, Finished, Request, Stage
+from keye.engine.request import Event, Failed, Finished, Request, Stage, Task
 from keye.errors import KeyeError
 
 #: Requests that may wait or run at once.
@@ -28,6 +28,40 @@ MOST_REQUESTS = 1024
 
 class Overloaded(KeyeError):
     """There are too many requests, or the engine is stopping; nothing was taken."""
+
+
+class Running:
+    """A request on its way: iterate over its events once. Aborted when it is let go."""
+
+    def __init__(self, engine: AsyncEngine, task: Task, queue: asyncio.Queue[Event]) -> None:
+        self._engine, self._task, self._queue, self._counted = engine, task, queue, True
+
+    def __aiter__(self) -> Running:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._counted:
+            raise StopAsyncIteration
+        event = await self._queue.get()
+        if isinstance(event, Finished | Failed):
+            self._leave()
+        if isinstance(event, Failed):
+            raise event.error
+        return event
+
+    def abort(self) -> None:
+        """Gives the request up, at whatever stage it is; nothing happens to one that has ended."""
+        self._leave()
+        if self._task.stage is not Stage.ENDED:
+            self._engine.core.abort(self._task)
+
+    def __del__(self) -> None:
+        self.abort()
+
+    def _leave(self) -> None:
+        if self._counted:
+            self._counted = False
+            self._engine._open -= 1
 
 
 class AsyncEngine:
@@ -44,34 +78,30 @@ class AsyncEngine:
         """Begins to compute."""
         self._thread.start()
 
-    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Works on a request and yields its events, `Finished` last; raises what made it fail. `Overloaded`, at once,
-        when too many are there."""
+    def submit(self, request: Request) -> Running:
+        """Takes a request, from the event loop's thread; `Overloaded`, and nothing taken, when too many are there."""
         if self._draining or self._closing:
             raise Overloaded("the engine is stopping and takes no more requests; try another, or later")
         if self._open >= self.most_requests:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
+        mode = self.model.attention_of(request.attention)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def tell(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        mode = self.model.attention_of(request.attention)
         self._open += 1
-        task = self.core.add(request, mode, tell)
+        return Running(self, self.core.add(request, mode, tell), queue)
+
+    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Works on a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""
+        running = self.submit(request)
         try:
-            while True:
-                event = await queue.get()
-                if isinstance(event, Failed):
-                    raise event.error
+            async for event in running:
                 yield event
-                if isinstance(event, Finished):
-                    return
         finally:
-            self._open -= 1
-            if task.stage is not Stage.ENDED:
-                self.core.abort(task)
+            running.abort()
 
     async def drain(self, seconds: float) -> bool:
         """Refuses new requests and waits for those that are there, at most so long; whether all have ended."""

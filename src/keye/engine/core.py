@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,8 @@ from keye.engine.prefix import PrefixCache, Spans, cut_points
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.replies import Writer
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
-from keye.engine.runner import Slice, Wanted, run
-from keye.engine.scheduler import Pace, plan_step
+from keye.engine.runner import Slice, Wanted, run, scratch_bytes
+from keye.engine.scheduler import LEAST_TOKENS, Pace, plan_step
 from keye.engine.videoindex import check_attention_of
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
@@ -193,12 +193,15 @@ class EngineCore:
         assert store is not None
         budget, tokens = self.parts.ledger.budget, prompt.token_ids.shape[0] + 1
         new = tokens - (0 if prompt.past is None else prompt.past.length(0))
-        if budget is not None and (need := store.slabs_for(new) * store.slab_bytes) > budget:
-            most = budget // store.slab_bytes * store.slab_bytes // store.layout.token_bytes
+        if budget is None:
+            return
+        budget -= scratch_bytes(self.parts.model.config.text, LEAST_TOKENS, 1, self.parts.model.dtype.itemsize)
+        if (need := store.slabs_for(new) * store.slab_bytes) > budget:
+            most = max(0, budget) // store.slab_bytes * store.slab_bytes // store.layout.token_bytes
             self._fail(task, OutOfMemory(
-                "the prompt of {} tokens takes {} of keys and values, but the memory budget is {}, enough for {} "
+                "the prompt of {} tokens takes {} of keys and values, but the memory budget leaves {}, enough for {} "
                 "tokens; sample fewer or smaller frames ({}, {}), store fewer bits ({}), or raise the budget",
-                f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
+                f"{tokens - 1:,}", megabytes(need), megabytes(max(0, budget)), f"{most:,}",
                 Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
             ))  # fmt: skip
 
@@ -277,7 +280,7 @@ class EngineCore:
         replies = sum(len(task.live) for task in writing)
         open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
         waiting = [(task.number, n) for task in open_prompts if (n := self._computable(task))]
-        plan = plan_step(replies, waiting, self.pace.budget(replies, spent))
+        plan = plan_step(replies, waiting, self._affordable(self.pace.budget(replies, spent)))
         slices: list[tuple[Task, Slice]] = []
         for task in [*writing, *open_prompts]:
             if task.stage is Stage.DECODING:
@@ -288,12 +291,18 @@ class EngineCore:
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         if not slices:
             return False
+        scratch = self._scratch([one for _, one in slices])
+        if not self._make_room(partial(_taken, self.parts.ledger, scratch), slices[0][0]):
+            return False
+        slices = [(task, one) for task, one in slices if one.cache.blocks]
         try:
             computed = run(self.parts.model, [one for _, one in slices])
         except (RuntimeError, MemoryError) as error:  # what torch raises when a device fails or is full
             for task in {task.number: task for task, _ in slices}.values():
                 self._fail(task, error)
             return True
+        finally:
+            self.parts.ledger.release("scratch", scratch)
         for (task, one), logits in zip(slices, computed, strict=True):
             if task.stage is Stage.PREFILLING:
                 self._prompt_computed(task, one, logits)
@@ -308,6 +317,21 @@ class EngineCore:
         self._write()
         self.pace.saw_step(time.perf_counter() - begin, replies, prompt)
         return True
+
+    def _affordable(self, tokens: int) -> int:
+        """Prompt tokens of a step for which there is scratch: fewer where memory is short, but some in any case."""
+        free, model = self.parts.ledger.free(), self.parts.model
+        while free is not None and tokens > LEAST_TOKENS:
+            if scratch_bytes(model.config.text, tokens, 1, model.dtype.itemsize) <= free:
+                break
+            tokens = max(LEAST_TOKENS, tokens // 2)
+        return tokens
+
+    def _scratch(self, slices: Sequence[Slice]) -> int:
+        """Bytes that a pass over the slices may take."""
+        model, rows = self.parts.model, [one.token_ids.shape[0] for one in slices]
+        wanted = sum(n if one.wanted == "all" else one.wanted == "last" for n, one in zip(rows, slices, strict=True))
+        return scratch_bytes(model.config.text, sum(rows), wanted, model.dtype.itemsize)
 
     def _computable(self, task: Task) -> int:
         """Tokens of a prompt that can be computed now: those before the first visual token that is not ready."""
@@ -485,6 +509,11 @@ class EngineCore:
 
 def _reserved(cache: KVCache, tokens: int) -> bool:
     cache.reserve(tokens)
+    return True
+
+
+def _taken(ledger: Ledger, nbytes: int) -> bool:
+    ledger.reserve("scratch", nbytes)
     return True
 
 

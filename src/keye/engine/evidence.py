@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,8 @@ def make_evidence(counts: Tensor | None, steps: int, prompt: Prompt, config: Key
     `counts` int64 [layers, positions >= T] of the counted steps (`keye.models.attention.Span`), None where attention
     was dense; `steps` is how many there were with more than k tokens before them.
     """
-    if not prompt.media:
+    seen = list(_media(prompt))
+    if not seen:
         return Evidence((), 0, "the request has no media")
     if config.text.sparse is None or counts is None:
         return Evidence((), 0, "attention was dense: every token was read, none selected")
@@ -93,10 +94,29 @@ def make_evidence(counts: Tensor | None, steps: int, prompt: Prompt, config: Key
     per_frame = [_per_frame(selected, spans) for spans in frame_spans(prompt, config)]
     total = max(1, sum(int(found.sum()) for found, _ in per_frame))
     made = [
-        _of_medium(item, found, sizes, int(found.sum()) / total)
-        for item, (found, sizes) in zip(prompt.media, per_frame, strict=True)
+        _of_medium(one, found, sizes, int(found.sum()) / total)
+        for one, (found, sizes) in zip(seen, per_frame, strict=True)
     ]
     return Evidence(tuple(made), steps)
+
+
+class _Seen(NamedTuple):
+    """What evidence needs of a medium: its frames' tokens and times."""
+
+    kind: Kind
+    name: str
+    frame_tokens: list[int]
+    times: tuple[float, ...]
+
+
+def _media(prompt: Prompt) -> Iterator[_Seen]:
+    """The media of a prompt in order, that of an index first."""
+    if (video := prompt.indexed) is not None:
+        tokens = [piece.tokens for piece in video.pieces if isinstance(piece, VisualSpan)]
+        yield _Seen("video", str(video.plan.get("name", video.name)), tokens, video.timestamps)
+    for item in prompt.media:
+        name = item.plan.name if item.plan is not None else "<memory>"
+        yield _Seen(item.kind, name, _tokens_per_frame(item), item.timestamps)
 
 
 def frame_spans(prompt: Prompt, config: KeyeConfig) -> Iterator[list[tuple[int, int]]]:
@@ -105,12 +125,12 @@ def frame_spans(prompt: Prompt, config: KeyeConfig) -> Iterator[list[tuple[int, 
     places = {kind: np.flatnonzero(ids == token) for kind, token in
               (("image", config.image_token_id), ("video", config.video_token_id))}  # fmt: skip
     done = {"image": 0, "video": 0}
-    for item in prompt.media:
+    for one in _media(prompt):
         spans = []
-        for tokens in _tokens_per_frame(item):
-            first = int(places[item.kind][done[item.kind]])
+        for tokens in one.frame_tokens:
+            first = int(places[one.kind][done[one.kind]])
             spans.append((first, first + tokens))
-            done[item.kind] += tokens
+            done[one.kind] += tokens
         yield spans
 
 
@@ -130,8 +150,7 @@ def _per_frame(
     return sums[stops] - sums[starts], stops - starts
 
 
-def _of_medium(item: MediaItem, found: NDArray[np.int64], sizes: NDArray[np.int64], share: float) -> MediumEvidence:
+def _of_medium(one: _Seen, found: NDArray[np.int64], sizes: NDArray[np.int64], share: float) -> MediumEvidence:
     shares = found / max(1, found.sum())
     lifts = shares * sizes.sum() / sizes
-    name = item.plan.name if item.plan is not None else "<memory>"
-    return MediumEvidence(item.kind, name, item.timestamps, tuple(shares.tolist()), tuple(lifts.tolist()), share)
+    return MediumEvidence(one.kind, one.name, one.times, tuple(shares.tolist()), tuple(lifts.tolist()), share)

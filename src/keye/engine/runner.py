@@ -9,9 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from keye.config import TextConfig
 from keye.engine.kvcache import KVCache
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
+
+#: Scratch of the attention kernels for a chunk: the compiled ones take a few MiB at any context.
+SCRATCH_BYTES = 8 << 20
 
 #: Which logits of a slice are wanted: none, those after its last token, or those after each.
 Wanted = Literal["none", "last", "all"]
@@ -30,6 +34,16 @@ class Slice:
     mode: AttentionMode = "sparse"
     counts: Tensor | None = None
     alone: bool = False
+
+
+def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> int:
+    """An upper estimate of what a pass over `rows` tokens takes beyond weights and cache: the activations of one layer,
+    twice over for what the allocator keeps, `wanted` rows of logits, and the scratch of attention."""
+    d, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
+    experts = max(1, config.num_experts_per_tok if config.num_experts else 1)
+    inner = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    per_row = itemsize * (4 * d + 2 * heads * config.head_dim + experts * (3 * inner + 2 * d)) + 4 * (2 + experts) * d
+    return 2 * rows * per_row + 4 * wanted * config.vocab_size + (SCRATCH_BYTES if rows > 1 else 1 << 20)
 
 
 @torch.inference_mode()
