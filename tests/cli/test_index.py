@@ -97,3 +97,12 @@ def test_what_an_index_is_not_for(
     assert result.code == 2 and result.err.count("\n") == 1
     assert re.search(sentence, result.err), result.err
     assert video.read_bytes()[4:8] == b"ftyp"
+
+
+def test_evidence_of_an_index_is_drawn_without_pictures(
+    run: Callable, indexed: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "evidence.png"
+    words = ["ask", indexed, "what happens?", "--model", model_folder, "--max-tokens", 4, "--evidence", path, "--json"]
+    evidence = run(*words).data["evidence"]
+    assert len(evidence["media"][0]["shares"]) == 8 and path.stat().st_size > 1000

@@ -51,12 +51,15 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
 
 
 def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:
-    """Pictures of frames of the medium at `place`, twice as large as they are shown at most."""
+    """Pictures of frames of the medium at `place`, twice as large as they are shown at most; none of an index."""
     from keye.engine.evidence_picture import read_thumbnails
     from keye.engine.media import plan_medium
-    from keye.media.fetch import Source
+    from keye.media.fetch import Source, is_index
     from keye.media.plan import VideoPlan
 
+    source = media[place].source
+    if isinstance(source, Source) and is_index(source):
+        return {}  # it holds no pixels
     videos = sum(medium.kind == "video" for medium in media)
     planned = plan_medium(media[place], model.processor, videos)
     assert isinstance(planned.source, Source) and isinstance(planned.plan, VideoPlan)
