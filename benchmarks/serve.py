@@ -1,0 +1,245 @@
+"""`keye serve` under load: what HTTP costs, how soon the first token comes, whether it stays up.
+
+    python -m benchmarks.serve throughput --json   # tokens a second over HTTP against AsyncEngine in process
+    python -m benchmarks.serve first-token --json  # a warm question about a video seen before
+    python -m benchmarks.serve soak --minutes 5 --clients 64 --json  # mixed media, random disconnects
+
+keye-nano in a server process of its own; clients are in this one. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import httpx
+
+STREAMS, TOKENS, PORT = 32, 64, 8991
+URL = f"http://127.0.0.1:{PORT}"
+DEMO = Path(__file__).parents[1] / "src/keye/assets/demo.mp4"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["throughput", "first-token", "soak"])
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1, help="threads of the model")
+    parser.add_argument("--json", action="store_true", help="(the output is always JSON)")
+    options = parser.parse_args()
+    measure = {"throughput": throughput, "first-token": first_token, "soak": soak}[options.what]
+    print(json.dumps({"what": options.what, **measure(options)}))
+
+
+@contextmanager
+def server(options: argparse.Namespace) -> Any:
+    """A running `keye serve`, ended by SIGTERM."""
+    command = [sys.executable, "-m", "keye", "serve", "--port", str(PORT), "--threads", str(options.threads)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            try:
+                httpx.get(f"{URL}/health")
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def body(number: int, *, tokens: int = TOKENS, ignore_eos: bool = True) -> dict[str, Any]:
+    """A short question in words, each its own."""
+    return {
+        "model": "nano", "stream": True, "max_tokens": tokens, "ignore_eos": ignore_eos,
+        "messages": [{"role": "user", "content": f"question {number}: what is seen?"}],
+    }  # fmt: skip
+
+
+async def stream(client: httpx.AsyncClient, asked: dict[str, Any]) -> int:
+    """Events with a choice in them."""
+    count = 0
+    async with client.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            count += '"delta"' in line
+    return count
+
+
+def throughput(options: argparse.Namespace) -> dict[str, Any]:
+    """Both ways in turn, three times; the middle ratio."""
+
+    async def over_http() -> float:
+        limits = httpx.Limits(max_connections=STREAMS)
+        async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+            await asyncio.gather(*(stream(client, body(i, tokens=4)) for i in range(STREAMS)))
+            begin = time.perf_counter()
+            await asyncio.gather(*(stream(client, body(i)) for i in range(STREAMS)))
+            return STREAMS * TOKENS / (time.perf_counter() - begin)
+
+    rates, cpu = [], resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(3):
+        command = [sys.executable, __file__, "in-process", str(options.threads)]
+        inside = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        with server(options):
+            begin = resource.getrusage(resource.RUSAGE_SELF)
+            rate = asyncio.run(over_http())
+            cpu = resource.getrusage(resource.RUSAGE_SELF)
+        rates.append((rate, inside, cpu.ru_utime + cpu.ru_stime - begin.ru_utime - begin.ru_stime))
+    ratios = sorted(rate / inside for rate, inside, _ in rates)
+    return {
+        "streams": STREAMS, "tokens_each": TOKENS,
+        "http_tokens_per_second": round(max(rate for rate, _, _ in rates), 1),
+        "in_process_tokens_per_second": round(max(inside for _, inside, _ in rates), 1),
+        "ratio": round(ratios[1], 3), "ratios": [round(ratio, 3) for ratio in ratios],
+        "client_cpu_seconds": round(statistics.median(seconds for _, _, seconds in rates), 2),
+    }  # fmt: skip
+
+
+def in_process(threads: int) -> float:
+    """Tokens a second of the same requests on AsyncEngine."""
+    import torch
+
+    import keye
+    from keye.engine.async_engine import AsyncEngine
+
+    torch.set_num_threads(threads)
+    model = keye.load("nano")
+    engine = AsyncEngine(model)
+
+    async def one(number: int, tokens: int) -> None:
+        request = model.request(body(number)["messages"], max_tokens=tokens, ignore_eos=True)
+        async for _ in engine.run(request):
+            pass
+
+    async def every() -> float:
+        await asyncio.gather(*(one(i, 4) for i in range(STREAMS)))
+        begin = time.perf_counter()
+        await asyncio.gather(*(one(i, TOKENS) for i in range(STREAMS)))
+        return STREAMS * TOKENS / (time.perf_counter() - begin)
+
+    engine.start()
+    try:
+        return asyncio.run(every())
+    finally:
+        engine.close()
+
+
+def first_token(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds to the first event with text, of questions about an uploaded video that was asked about before."""
+    times = []
+    with server(options), httpx.Client(timeout=60) as client:
+        uploaded = client.post(f"{URL}/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}).json()
+        for number in range(12):
+            content = [
+                {"type": "file", "file": {"file_id": uploaded["id"]}},
+                {"type": "text", "text": f"when is the {('red circle', 'cyan triangle', 'star')[number % 3]} visible?"},
+            ]
+            asked = {"model": "nano", "stream": True, "messages": [{"role": "user", "content": content}]}
+            begin = time.perf_counter()
+            with client.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+                for line in response.iter_lines():
+                    if '"content":"' in line and '"content":""' not in line:
+                        times.append(1000 * (time.perf_counter() - begin))
+                        break
+    warm = sorted(times[3:])
+    return {"first_ms": round(times[0], 1), "warm_ms": round(warm[len(warm) // 2], 1), "slowest_ms": round(warm[-1], 1)}
+
+
+def soak(options: argparse.Namespace) -> dict[str, Any]:
+    """Clients that ask about words, pictures and a video, and often leave early."""
+    counts: Counter[str] = Counter()
+    picture = "data:image/png;base64," + base64.b64encode(_png()).decode()
+
+    async def client_of(number: int, end: float, http: httpx.AsyncClient, file_id: str) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < end:
+            kind = rng.choice(["text", "image", "video"])
+            content: list[dict[str, Any]] = [{"type": "text", "text": f"what is seen? {rng.randint(0, 50)}"}]
+            if kind == "image":
+                content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+            elif kind == "video":
+                content.insert(
+                    0, {"type": "video_url", "video_url": {"url": file_id, "max_frames": rng.randint(2, 32)}}
+                )
+            asked = {**body(0, tokens=rng.randint(1, 64)), "messages": [{"role": "user", "content": content}]}
+            leave = rng.random() < 0.3
+            try:
+                async with http.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+                    if response.status_code != 200:
+                        counts[str(response.status_code)] += 1
+                        await asyncio.sleep(0.2)
+                        continue
+                    async for line in response.aiter_lines():
+                        if '"error"' in line:
+                            counts["error event"] += 1
+                        if leave and rng.random() < 0.1:
+                            counts["left"] += 1
+                            break
+                    else:
+                        counts["ok"] += 1
+            except httpx.TransportError as error:
+                counts[type(error).__name__] += 1
+
+    async def everyone(file_id: str, seconds: float) -> None:
+        limits = httpx.Limits(max_connections=options.clients)
+        async with httpx.AsyncClient(limits=limits, timeout=120) as http:
+            end = time.monotonic() + seconds
+            await asyncio.gather(*(client_of(n, end, http, file_id) for n in range(options.clients)))
+
+    with server(options) as process:
+        uploaded = httpx.post(f"{URL}/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}, timeout=60).json()
+        asyncio.run(everyone(uploaded["id"], 45))
+        warm, counts_warm = _rss(process.pid), dict(counts)
+        counts.clear()
+        asyncio.run(everyone(uploaded["id"], 60 * options.minutes))
+        time.sleep(2)
+        late, metrics = _rss(process.pid), httpx.get(f"{URL}/metrics").text
+    held = {
+        line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if "bytes_" in line and line[0] != "#"
+    }
+    return {
+        "clients": options.clients, "minutes": options.minutes, "outcomes": dict(counts), "while_warming": counts_warm,
+        "rss_mib_warm": round(warm / 2**20), "rss_mib_end": round(late / 2**20), "growth": round(late / warm - 1, 3),
+        "ledger_at_the_end": held,
+    }  # fmt: skip
+
+
+def _rss(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmRSS")
+
+
+def _png() -> bytes:
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (112, 112), "navy").save(out, "PNG")
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["in-process"]:
+        print(in_process(int(sys.argv[2])))
+    else:
+        main()
