@@ -14,7 +14,7 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
-from keye.server import chat, completions, errors, extras, files, pages, responses, video
+from keye.server import chat, completions, errors, extras, files, indexes, pages, responses, video
 from keye.server.audit import Audit
 from keye.server.context import Context
 from keye.server.edge import fetch_policy, guard_settings
@@ -25,7 +25,8 @@ from keye.server.settings import Settings
 from keye.server.store import FileStore
 
 log: Final = logging.getLogger("keye.server")
-_ROUTERS: Final = (chat.router, completions.router, responses.router, files.router, video.router, extras.router)
+_ROUTERS: Final = (chat.router, completions.router, responses.router, files.router, video.router, indexes.router,
+            extras.router)  # fmt: skip
 
 
 def guarded_app(model: Keye, settings: Settings, audit: Audit | None = None) -> Guard:

@@ -24,6 +24,8 @@ _IGNORED: Final = {
     "tool": set[str](),
 }
 _SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
+#: How the ids of uploads and of indexes begin.
+_KEPT: Final = ("file-", "index-")
 _PLAIN_TEXT: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -76,7 +78,7 @@ def open_medium(medium: Medium, openers: Openers) -> Medium:
     value = medium.source
     if isinstance(value, Source):
         return medium
-    if isinstance(value, str) and not value.startswith("file-"):
+    if isinstance(value, str) and not value.startswith(_KEPT):
         pictures = openers.policy.fetch_list(value)
         if pictures is not None:
             return replace(medium, source=pictures)
@@ -94,7 +96,7 @@ def open_medium(medium: Medium, openers: Openers) -> Medium:
 
 
 def _open(value: object, kind: MediumKind, openers: Openers) -> Source:
-    if isinstance(value, str) and value.startswith("file-"):
+    if isinstance(value, str) and value.startswith(_KEPT):
         return openers.uploads.source(value)
     return openers.policy.fetch(value, kind)
 
@@ -178,7 +180,7 @@ def _kind_of(value: object, uploads: Uploads) -> MediumKind:
     """What the file of a part that does not say it is: of an upload that is known, else it is taken for a video unless
     a data URL says image."""
     head = value[:32].lower() if isinstance(value, str) else ""
-    if head.startswith("file-"):
+    if head.startswith(_KEPT):
         return uploads.kind(cast(str, value))
     return "image" if head.startswith("data:image/") and not head.startswith("data:image/gif") else "video"
 

@@ -192,6 +192,12 @@ class ClipsRequest(Body):
     intervals: Annotated[list[Interval], Field(min_length=1, max_length=100)]
 
 
+class IndexRequest(Body):
+    model: Name | None = None
+    file_id: Name
+    preprocess_kwargs: Object | None = None
+
+
 class TokenizeRequest(Body):
     model: Name | None = None
     prompt: Text | None = None

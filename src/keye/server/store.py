@@ -20,10 +20,13 @@ from keye.media.video import probe
 from keye.server.errors import ApiError
 from keye.server.settings import Settings
 
+#: How ids begin, of uploads and of indexes made from them.
+FILE, INDEX = "file-", "index-"
+
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One upload: `facts` are what was found in it (kind, duration, width, height, fps)."""
+    """One upload, or an index made from one: `facts` are what was found in it (kind, duration, width, height, fps)."""
 
     id: str
     owner: str
@@ -38,8 +41,10 @@ class StoredFile:
         return cast(MediumKind, self.facts["kind"])
 
     def source(self) -> Source:
-        """Something to open; it goes on working after the upload is deleted if it is open by then."""
-        return untrusted(Source(self.name, self.size, path=self.path))
+        """Something to open; it goes on working after the upload is deleted if it is open by then. An index was written
+        here, and is what it is."""
+        source = Source(self.name, self.size, path=self.path)
+        return source if self.id.startswith(INDEX) else untrusted(source)
 
     def to_dict(self) -> dict[str, Any]:
         """The file object of the API."""
@@ -59,14 +64,27 @@ class FileStore:
         self._arriving: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def begin(self, owner: str) -> Path:
-        """A new empty file for an upload; `ApiError` where there is no room for one more."""
+    def check_room(self, owner: str) -> None:
+        """`ApiError` where an owner has as many files as may be kept."""
         with self._lock:
             mine = sum(file.owner == owner for file in self._files.values())
             if mine + len(self._arriving) >= self._settings.stored_files:
                 raise ApiError(
                     429, "too many files are kept; delete some of them first", code="too_many_files", retry=60
                 )
+
+    def keep(self, file: StoredFile) -> None:
+        """Takes a file that lies in the folder already; `ApiError` where it is too much."""
+        with self._lock:
+            kept = sum(one.size for one in self._files.values()) + sum(self._arriving.values())
+            if kept + file.size > self._settings.stored_bytes:
+                raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
+            self._files[file.id] = file
+
+    def begin(self, owner: str) -> Path:
+        """A new empty file for an upload; `ApiError` where there is no room for one more."""
+        self.check_room(owner)
+        with self._lock:
             path = self.folder / secrets.token_hex(16)
             self._arriving[path] = 0
         path.touch(mode=0o600)
@@ -92,7 +110,7 @@ class FileStore:
         if size == 0:
             raise KeyeError("file: the upload is empty; send the bytes of a video or an image")
         facts = look_into(untrusted(Source(name, size, path=path)))
-        file = StoredFile(f"file-{secrets.token_hex(16)}", owner, name, size, time.time(), path, facts)
+        file = StoredFile(FILE + secrets.token_hex(16), owner, name, size, time.time(), path, facts)
         with self._lock:
             del self._arriving[path]
             self._files[file.id] = file
@@ -115,11 +133,11 @@ class FileStore:
             )
         return file
 
-    def list(self, owner: str) -> list[StoredFile]:
-        """All uploads of an owner, the newest first."""
+    def list(self, owner: str, kind: str = FILE) -> list[StoredFile]:
+        """All uploads (or indexes) of an owner, the newest first."""
         self.sweep()
         with self._lock:
-            mine = [file for file in self._files.values() if file.owner == owner]
+            mine = [file for file in self._files.values() if file.owner == owner and file.id.startswith(kind)]
         return sorted(mine, key=lambda file: file.created, reverse=True)
 
     def delete(self, file_id: str, owner: str) -> None:
