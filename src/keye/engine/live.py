@@ -154,12 +154,13 @@ class LiveSession:
 
     def close(self) -> None:
         """Frees what is stored; the session is empty and can be used again."""
+        self._trunk.cache.free()
         self._frames, self.dropped, self._size = [], 0, None
         self._start()
 
     def _start(self) -> None:
         """A past of nothing but what comes before the video."""
-        self._trunk = Decoding(self._model.model, mode=self._model.attention)
+        self._trunk = Decoding(self._model.model, mode=self._model.attention, store=self._model.store)
         self._trunk.append(self._head)
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:

@@ -14,7 +14,7 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
-from keye.server import chat, completions, errors, extras, files, indexes, pages, responses, video
+from keye.server import chat, completions, errors, extras, files, indexes, live, pages, responses, video
 from keye.server.audit import Audit
 from keye.server.context import Context
 from keye.server.edge import fetch_policy, guard_settings
@@ -25,8 +25,10 @@ from keye.server.settings import Settings
 from keye.server.store import FileStore
 
 log: Final = logging.getLogger("keye.server")
-_ROUTERS: Final = (chat.router, completions.router, responses.router, files.router, video.router, indexes.router,
-            extras.router)  # fmt: skip
+_ROUTERS: Final = (
+    chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
+    extras.router,
+)  # fmt: skip
 
 
 def guarded_app(model: Keye, settings: Settings, audit: Audit | None = None) -> Guard:
@@ -43,7 +45,9 @@ def create_app(model: Keye, settings: Settings | None = None, *, salt: Callable[
     engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
     metrics = Metrics(engine.gauges)
-    context = Context(model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy)
+    context = Context(
+        model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy, live=live.LiveStore()
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -21,6 +21,9 @@ from keye.server.media_parts import Openers
 from keye.server.metrics import Metrics
 from keye.server.settings import Settings
 from keye.server.store import FileStore, OwnedFiles
+
+if TYPE_CHECKING:
+    from keye.server.live import LiveStore
 
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ class Context:
     metrics: Metrics
     salt: Callable[[str], bytes]
     policy: FetchPolicy
+    live: LiveStore
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
 

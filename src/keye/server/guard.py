@@ -28,7 +28,6 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 #: Bodies beyond this many bytes are checked in a thread, so that the loop goes on serving others.
 _LOOP_BYTES = 64 * 1024
 _UPLOADS = ("/v1/files",)
-_LIVE = "/v1/live/"
 _HEALTH = "/health"
 
 
@@ -180,7 +179,7 @@ def _is_page(path: str) -> bool:
 
 
 def _takes_files(path: str) -> bool:
-    return path in _UPLOADS or (path.startswith(_LIVE) and path.endswith("/frames"))
+    return path in _UPLOADS
 
 
 def _retry(seconds: float) -> list[tuple[bytes, bytes]]:

@@ -198,6 +198,29 @@ class IndexRequest(Body):
     preprocess_kwargs: Object | None = None
 
 
+class LiveRequest(Body):
+    model: Name | None = None
+    keep: Literal["all", "recent"] = "all"
+    preprocess_kwargs: Object | None = None
+
+
+class LiveAppend(Body):
+    frames: (
+        Annotated[list[Annotated[str, Field(max_length=50_000_000)]], Field(min_length=1, max_length=256)] | None
+    ) = None
+    timestamps: Annotated[list[Annotated[float, Field(ge=0, le=1e7)]], Field(max_length=256)] | None = None
+    file_id: Name | None = None
+    offset: Annotated[float, Field(ge=0, le=1e7)] = 0.0
+
+
+class LiveAsk(Body):
+    question: Annotated[str, Field(min_length=1, max_length=100_000)]
+    max_tokens: TokenCount | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    evidence: bool = False
+
+
 class TokenizeRequest(Body):
     model: Name | None = None
     prompt: Text | None = None

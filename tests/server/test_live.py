@@ -1,0 +1,64 @@
+"""/v1/live: frames are added while questions are asked; sessions are their owner's, and end."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+from serving import error_of
+from starlette.testclient import TestClient
+
+from keye.server.live import MOST_SESSIONS, LiveStore
+
+
+def picture(colour: str) -> str:
+    out = io.BytesIO()
+    Image.new("RGB", (56, 56), colour).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+@pytest.fixture
+def session(http: TestClient) -> Iterator[str]:
+    name = http.post("/v1/live", json={}).json()["id"]
+    yield name
+    http.delete(f"/v1/live/{name}")
+
+
+def test_frames_and_questions_in_turn(http: TestClient, session: str, file_id: str) -> None:
+    frames = {"frames": [picture("red"), picture("blue")], "timestamps": [0.0, 0.5]}
+    told = http.post(f"/v1/live/{session}/frames", json=frames).json()
+    assert (told["frames"], told["dropped"]) == (2, 0)
+    answer = http.post(f"/v1/live/{session}/ask", json={"question": "what is seen?", "max_tokens": 2})
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] <= 2
+    more = http.post(f"/v1/live/{session}/frames", json={"file_id": file_id, "offset": 1.0}).json()
+    assert more["frames"] == 10 and more["tokens"] > told["tokens"]
+    late = {"frames": [picture("red")], "timestamps": [0.1]}
+    assert "ascend" in error_of(http.post(f"/v1/live/{session}/frames", json=late))["message"]
+
+
+def test_mistakes(http: TestClient, session: str, file_id: str) -> None:
+    error_of(http.post(f"/v1/live/{session}/frames", json={}))
+    error_of(http.post(f"/v1/live/{session}/frames", json={"frames": [picture("red")], "file_id": file_id}))
+    error_of(http.post(f"/v1/live/{session}/frames", json={"frames": ["/etc/passwd"], "timestamps": [0.0]}))
+    error_of(http.post(f"/v1/live/{session}/ask", json={"question": "what?"}))
+    error_of(http.post("/v1/live/live-none/ask", json={"question": "what?"}), 404)
+    error_of(http.post("/v1/live", json={"preprocess_kwargs": {"nonsense": 1}}))
+
+
+def test_sessions_are_counted_and_end(http: TestClient) -> None:
+    opened = [http.post("/v1/live", json={}).json()["id"] for _ in range(MOST_SESSIONS)]
+    answer = http.post("/v1/live", json={})
+    assert "end one first" in error_of(answer, 429)["message"]
+    for name in opened:
+        assert http.delete(f"/v1/live/{name}").json()["deleted"]
+    error_of(http.delete(f"/v1/live/{opened[0]}"), 404)
+
+
+def test_one_that_nobody_uses_ends_by_itself(http: TestClient) -> None:
+    store: LiveStore = http.app._app.state.keye.live  # type: ignore[attr-defined]
+    name = http.post("/v1/live", json={}).json()["id"]
+    store.sweep(idle=0.0)
+    error_of(http.delete(f"/v1/live/{name}"), 404)
