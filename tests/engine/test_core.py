@@ -367,6 +367,8 @@ def test_many_clients_at_once(model: Keye) -> None:
         return await asyncio.gather(*(client(engine, messages) for messages in asked))
 
     assert run_async(model, all_clients) == [alone(model, messages, 8) for messages in asked]
+    assert model.chat(asked[0], max_tokens=2).usage.completion_tokens > 0, "the model outlives the engine"
+    assert run_async(model, all_clients) == [alone(model, messages, 8) for messages in asked]
 
 
 def test_a_client_that_goes_gives_everything_back(model: Keye) -> None:

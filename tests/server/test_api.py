@@ -10,6 +10,11 @@ import pytest
 from serving import Ask, Running, error_of
 from starlette.testclient import TestClient
 
+import keye
+from keye.server.app import guarded_app
+from keye.server.audit import Audit
+from keye.server.settings import Settings
+
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -76,7 +81,7 @@ def test_nothing_else_is_opened(http: TestClient, url: str) -> None:
 
 
 def test_a_client_that_leaves_gives_everything_back(running: Running) -> None:
-    body = {"messages": HELLO, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    body = {"messages": HELLO, "n": 16, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     core = running.app._app.state.keye.model.core
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
@@ -94,3 +99,15 @@ def test_small_routes(http: TestClient) -> None:
     assert http.post("/tokenize", json={"prompt": "hello"}).json()["count"] > 0
     assert http.get("/openapi.json").json()["info"]["title"] == "keye"
     assert error_of(http.get("/nothing"), 404)
+
+
+def test_the_audit_log_counts_tokens_and_tells_no_words(model: keye.Keye) -> None:
+    lines: list[str] = []
+    with TestClient(guarded_app(model, Settings(), Audit(lines.append)), base_url="http://127.0.0.1") as client:
+        for stream in (False, True):
+            body = {"messages": HELLO, "max_tokens": 3, "ignore_eos": True, "stream": stream}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+        assert client.head("/").status_code == 200
+    records = [json.loads(line) for line in lines]
+    assert [(one["completion_tokens"], one["prompt_tokens"] > 3) for one in records[:2]] == [(3, True)] * 2
+    assert not any("hello" in line.lower() for line in lines)

@@ -61,7 +61,7 @@ class Running:
     def _leave(self) -> None:
         if self._counted:
             self._counted = False
-            self._engine._open -= 1
+            self._engine._open.discard(self._task)
 
 
 class AsyncEngine:
@@ -72,7 +72,7 @@ class AsyncEngine:
         self.core: EngineCore = model.core
         self._thread = threading.Thread(target=self._work, name="keye-engine", daemon=True)
         self._closing, self._draining = False, False
-        self._open = 0
+        self._open: set[Task] = set()
 
     def start(self) -> None:
         """Begins to compute."""
@@ -82,7 +82,7 @@ class AsyncEngine:
         """Takes a request, from the event loop's thread; `Overloaded`, and nothing taken, when too many are there."""
         if self._draining or self._closing:
             raise Overloaded("the engine is stopping and takes no more requests; try another, or later")
-        if self._open >= self.most_requests:
+        if len(self._open) >= self.most_requests:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
         mode = self.model.attention_of(request.attention)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
@@ -91,8 +91,9 @@ class AsyncEngine:
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        self._open += 1
-        return Running(self, self.core.add(request, mode, tell), queue)
+        task = self.core.add(request, mode, tell)
+        self._open.add(task)
+        return Running(self, task, queue)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Works on a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""
@@ -107,18 +108,25 @@ class AsyncEngine:
         """Refuses new requests and waits for those that are there, at most so long; whether all have ended."""
         self._draining = True
         end = time.monotonic() + seconds
-        while not self.core.idle() and time.monotonic() < end:
+        while self._running() and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        return self.core.idle()
+        return not self._running()
 
     def close(self) -> None:
-        """Gives up what is left and ends the thread."""
+        """Gives up what is left of its requests and ends the thread; the model goes on without it."""
         self._closing = True
         with self.core.wake:
             self.core.wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        self.core.close()
+        for task in list(self._open):
+            self.core.abort(task)
+
+    def _running(self) -> bool:
+        """Whether a request of this engine holds anything still, also one that was given up in the running step."""
+        return any(task.stage is not Stage.ENDED for task in self._open) or any(
+            t.aborted for t in list(self.core.tasks)
+        )
 
     def gauges(self) -> Mapping[str, float]:
         """Numbers for monitoring: requests by stage, tokens computed, what the caches did, bytes by account."""

@@ -104,14 +104,6 @@ class EngineCore:
         with self.wake:
             self.wake.wait(0.003)
 
-    def close(self) -> None:
-        """Fails what is there, and ends the threads."""
-        for task in list(self.tasks):
-            self.abort(task)
-        with self.stepping:
-            self._sweep()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
     def step(self) -> bool:
         """One step: media, prompts, replies. Returns whether anything was computed."""
         with self.stepping:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
 _MAX_TEXT = 128
+#: The record of the request that the running task works for; None outside the guard.
+CURRENT: ContextVar[Record | None] = ContextVar("keye.request", default=None)
 
 
 @dataclass
 class Record:
-    """One request. The application finds it as `scope["keye.request"]` and fills in the tokens.
+    """One request. The application finds it as `CURRENT` and fills in the tokens.
 
     `request_id` is ours, `key` the name of the key, `path` without a query; sizes in bytes, `seconds` until the end of
     the answer; `code` says why the guard refused it, if it did.

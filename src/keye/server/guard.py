@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from keye.server.audit import Audit, Record
+from keye.server.audit import CURRENT, Audit, Record
 from keye.server.exchange import Exchange, Receive, Send
 from keye.server.heads import Head, Refusal, check_host, check_origin, preflight, read_head
 from keye.server.json_shape import BadJson, check_json
@@ -105,6 +105,7 @@ class Guard:
             return
         record.key = self._owner(head, record)
         scope["keye.key"], scope["keye.request"] = record.key, record
+        CURRENT.set(record)
         if head.path in (_HEALTH, "/metrics") or _is_page(head.path):
             # Answered whatever else goes on; they cost next to nothing.
             if head.method not in ("GET", "HEAD"):

@@ -38,15 +38,15 @@ def install(app: FastAPI) -> None:
             return Response(status_code=304, headers=headers)
         return Response(page.body, media_type=page.kind, headers=headers)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:
         return answer(request, "index.html")
 
-    @app.get("/static/sample.mp4", include_in_schema=False)
+    @app.api_route("/static/sample.mp4", methods=["GET", "HEAD"], include_in_schema=False)
     async def sample(request: Request) -> Response:
         return FileResponse(_SAMPLE, media_type="video/mp4")
 
-    @app.get("/static/{name:path}", include_in_schema=False)
+    @app.api_route("/static/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
     async def static(request: Request, name: str) -> Response:
         return answer(request, name)
 

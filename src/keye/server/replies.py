@@ -17,6 +17,7 @@ from keye.engine.evidence import Evidence
 from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.errors import KeyeError
+from keye.server.audit import CURRENT
 from keye.server.context import Context
 from keye.server.errors import ApiError
 from keye.server.prepare import Prepared
@@ -29,6 +30,9 @@ async def events_of(context: Context, job: Job) -> AsyncGenerator[Event, None]:
         async with aclosing(context.engine.run(job)) as events:
             async for event in events:
                 watch.see(event)
+                if isinstance(event, Finished) and (record := CURRENT.get()) is not None:
+                    record.prompt_tokens += event.prompt_tokens
+                    record.completion_tokens += event.completion_tokens
                 yield event
     except (KeyeError, ApiError):
         watch.end("refused")

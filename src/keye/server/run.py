@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from keye.engine.engine import Keye
+from keye.media.confinement import held
 from keye.server.app import guarded_app
 from keye.server.audit import Audit
 from keye.server.limits import Limits
@@ -44,7 +45,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and sockets:
-            print(start_block(self._model, self._settings, sockets[0].getsockname()), flush=True)
+            block = start_block(self._model, self._settings, sockets[0].getsockname())
+            print(f"{block}\n{'sandbox':<10} {_confined()}", flush=True)
 
 
 def start_block(model: Keye, settings: Settings, address: Any) -> str:
@@ -64,6 +66,14 @@ def start_block(model: Keye, settings: Settings, address: Any) -> str:
         "requests": f"{settings.queue} at once, {settings.request_seconds:g} s each",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+
+
+def _confined() -> str:
+    """Which limits of the decode workers hold on this system."""
+    try:
+        return held().sentence()
+    except RuntimeError as error:
+        return f"decode workers cannot start: {error}"
 
 
 def _size(nbytes: int) -> str:
