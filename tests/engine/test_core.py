@@ -16,13 +16,16 @@ import torch
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.chat import Medium, Message
+from keye.data.frameforge import make_clip, write_mp4
 from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
-from keye.engine.request import Delta, Finished, Inbox, Progress, Stage
+from keye.engine.request import Delta, Failed, Finished, Inbox, Progress, Stage
 from keye.engine.runner import scratch_bytes
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
+from keye.media import frame_stream
+from keye.media.fetch import fetch_source
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
 from tiny import tiny_folder
@@ -505,3 +508,30 @@ def test_an_abort_while_another_thread_steps_is_cleaned_up(model: Keye, monkeypa
             model.core.rest()
     model.clear_caches()
     assert model.ledger.used() == 0 and not any(isinstance(event, Finished) for event in inbox.events)
+
+
+def test_a_decode_worker_that_is_killed_fails_its_request_alone(
+    model: Keye, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "video.mp4"
+    write_mp4(make_clip(1, frames=60, objects=2), path, (112, 112))
+    monkeypatch.setattr(frame_stream, "BUFFER_BYTES", 4 * 112 * 112 * 3)
+    good, bad = Inbox(), Inbox()
+    video = Medium("video", fetch_source(path), {"fps": 2, "max_frames": 60})
+    task = model.core.add(greedy(model, [Message("user", (video, "what?"))], 4), "sparse", bad)
+    while task.vision is None:
+        if not model.core.step():
+            model.core.rest()
+    reader = task.vision._reader
+    assert reader is not None
+    reader._video._worker.process.kill()  # type: ignore[attr-defined]
+    model.core.add(greedy(model, conversation(3), 4), "sparse", good)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    assert isinstance(good.events[-1], Finished)
+    failed = bad.events[-1]
+    assert isinstance(failed, Failed) and isinstance(failed.error, KeyeError)
+    assert "video.mp4" in str(failed.error)
+    model.clear_caches()
+    assert model.ledger.used() == 0
