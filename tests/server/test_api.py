@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -80,17 +81,30 @@ def test_nothing_else_is_opened(http: TestClient, url: str) -> None:
     assert answer.status_code in (400, 404) and "root:" not in answer.text
 
 
-def test_a_client_that_leaves_gives_everything_back(running: Running) -> None:
-    body = {"messages": HELLO, "n": 16, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    core = running.app._app.state.keye.model.core
+def test_a_client_that_leaves_gives_everything_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is held after a few tokens until the server has noticed that the client is gone."""
+    body = {"messages": HELLO, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    core, noticed = running.app._app.state.keye.model.core, threading.Event()
+    write, before = core.writer.write, core.computed["reply"]
+
+    def held(tasks: Any) -> Any:
+        if any(len(choice.reply) >= 5 for task in tasks for choice in task.choices):
+            noticed.wait(20)
+        return write(tasks)
+
+    monkeypatch.setattr(core.writer, "write", held)
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
-        assert not core.idle()
-    for _ in range(500):
+    for _ in range(2000):
+        if core.idle() or any(task.aborted for task in list(core.tasks)):
+            break
+        httpx.get(f"{running.url}/health")
+    noticed.set()
+    for _ in range(2000):
         if core.idle():
             break
         httpx.get(f"{running.url}/health")
-    assert core.idle()
+    assert core.idle() and core.computed["reply"] - before < 20
 
 
 def test_small_routes(http: TestClient) -> None:
