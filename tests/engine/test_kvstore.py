@@ -141,3 +141,22 @@ def test_formats_that_do_not_exist_are_named() -> None:
         RowFormat("int4", 1, 24)
     with pytest.raises(KeyeError, match="'int3'.*choose one of"):
         RowFormat("int3", 1, 8)  # type: ignore[arg-type]
+
+
+def test_a_cache_collected_in_the_middle_of_an_entry_does_not_lock_up() -> None:
+    store = make_store()
+    cache = KVCache(LAYERS, store)
+    fill(cache, PAGE)
+
+    class Budget(int):
+        """Collects the cache while the ledger reads its budget."""
+
+        def __lt__(self, other: object) -> bool:
+            nonlocal cache
+            cache = KVCache(LAYERS, store)
+            return False
+
+    store.ledger.budget = Budget(1 << 30)
+    store.ledger.reserve("vision", 10)
+    store.ledger.release("vision", 10)
+    assert store.ledger.used() == 0

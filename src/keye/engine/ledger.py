@@ -30,7 +30,8 @@ class Ledger:
         self.budget = budget
         self._aside = dict(aside or {})
         self._held: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        # Reentrant: collecting garbage in the middle of an entry may free a cache, which gives its bytes back.
+        self._lock = threading.RLock()
         self.peak = 0
 
     def reserve(self, account: str, nbytes: int) -> None:
