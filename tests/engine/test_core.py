@@ -535,3 +535,30 @@ def test_a_decode_worker_that_is_killed_fails_its_request_alone(
     assert "video.mp4" in str(failed.error)
     model.clear_caches()
     assert model.ledger.used() == 0
+
+
+def test_a_tiny_temperature_is_greedy(model: Keye) -> None:
+    messages = conversation(3)
+    assert (
+        model.chat(messages, max_tokens=4, temperature=1e-320, seed=1).text == model.chat(messages, max_tokens=4).text
+    )
+
+
+def test_choices_that_take_room_from_another_in_the_same_step(model: Keye) -> None:
+    """The prompt of several choices ends beside a reply of a younger request, which has to go for them."""
+    many, one = Inbox(), Inbox()
+    old = model.core.add(greedy(model, conversation(1), 6, n=6, temperature=1.0, seed=1), "sparse", many)
+    young = model.core.add(greedy(model, conversation(2), 30), "sparse", one)
+    fork_choices = model.core._fork_choices
+
+    def preempting(task: Any, logits: Any) -> None:
+        if task is old and young.stage in (Stage.PREFILLING, Stage.DECODING):
+            model.core._preempt(young)
+        fork_choices(task, logits)
+
+    model.core._fork_choices = preempting  # type: ignore[method-assign]
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    assert isinstance(many.events[-1], Finished) and isinstance(one.events[-1], Finished)
+    assert [t for e in one.events if isinstance(e, Delta) for t in e.tokens] == alone(model, conversation(2), 30)

@@ -120,7 +120,9 @@ class AsyncEngine:
         if self._thread.is_alive():
             self._thread.join()
         for task in list(self._open):
-            self.core.abort(task)
+            if task.stage is not Stage.ENDED:
+                task.tell(Failed(Overloaded("the engine was closed before the request was complete; try again")))
+                self.core.abort(task)
 
     def _running(self) -> bool:
         """Whether a request of this engine holds anything still, also one that was given up in the running step."""

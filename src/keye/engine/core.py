@@ -296,6 +296,8 @@ class EngineCore:
         finally:
             self.parts.ledger.release("scratch", scratch)
         for (task, one), logits in zip(slices, computed, strict=True):
+            if not one.cache.blocks:  # preempted meanwhile, for the choices of another: it will be computed again
+                continue
             if task.stage is Stage.PREFILLING:
                 self._prompt_computed(task, one, logits)
             else:

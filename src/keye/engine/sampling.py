@@ -13,6 +13,8 @@ from keye.checks import is_number, is_whole
 from keye.errors import KeyeError
 
 MAX_SEED = 2**63 - 1
+#: Temperatures below this are greedy: dividing by them would leave the range of numbers.
+GREEDY_BELOW = 1e-5
 #: What parts the seeds of the choices of one request: an odd number far from any that people choose.
 _CHOICE_STEP = 0x9E3779B97F4A7C15
 
@@ -83,7 +85,7 @@ class Sampler:
 
     def takes_best(self, history: Sequence[int]) -> bool:
         """Whether the next token is simply the likeliest."""
-        return self.params.temperature == 0 and (self.params.repetition_penalty == 1.0 or not history)
+        return self.params.temperature < GREEDY_BELOW and (self.params.repetition_penalty == 1.0 or not history)
 
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
         """`logits` float32 [V] and the tokens of the reply so far -> the next token id; `KeyeError` for NaN."""
@@ -91,7 +93,7 @@ class Sampler:
         params = self.params
         if params.repetition_penalty != 1.0 and history:
             logits = _penalise(logits, history, params.repetition_penalty)
-        if params.temperature == 0:
+        if params.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         probabilities = filtered_probabilities(logits.cpu(), params)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
