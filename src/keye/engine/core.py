@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -28,6 +29,7 @@ from keye.engine.replies import Writer
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
 from keye.engine.runner import Slice, Wanted, run, scratch_bytes
 from keye.engine.scheduler import LEAST_TOKENS, Pace, plan_step
+from keye.engine.turns import FairLock
 from keye.engine.videoindex import check_attention_of
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
@@ -67,7 +69,7 @@ class EngineCore:
         self.pace = Pace()
         self.tasks: list[Task] = []
         self.wake = threading.Condition()
-        self.stepping = threading.Lock()
+        self.stepping = FairLock()
         self._numbers = count()
         self._threads = ThreadPoolExecutor(PREPARING, "keye-media")
         self._preparing: dict[int, Future[Prompt]] = {}
@@ -115,6 +117,14 @@ class EngineCore:
             computed = self._compute(time.perf_counter() - begin)
         self._tidy()
         return computed or encoded
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Entered around a piece of work on the model that is no step: it waits for the step that is running, and the
+        next one for it."""
+        with self.stepping:
+            yield
+        self._tidy()
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with an error that is nobody's own."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -29,19 +29,18 @@ from keye.config import (
     load_model_config,
     load_processor_config,
 )
-from keye.engine.answer import Answer, AnswerStream, Collector, Usage
+from keye.engine.answer import Answer, AnswerStream, Collector
 from keye.engine.core import EngineCore, Parts
-from keye.engine.evidence import make_evidence
 from keye.engine.fingerprint import Fingerprint, fingerprint
-from keye.engine.generate import Decoding, generate
 from keye.engine.kvstore import KVFormat
 from keye.engine.live import Keep, LiveSession
 from keye.engine.media import IndexedVideo, as_medium
 from keye.engine.prefix import PrefixCache
-from keye.engine.prompt import Measured, Prompt, PromptBuilder
+from keye.engine.prompt import Measured, PromptBuilder
 from keye.engine.request import Inbox, Request, Stage
-from keye.engine.sampling import SamplingParams, StopText
+from keye.engine.sampling import SamplingParams
 from keye.engine.tiers import KVOptions, Tier, byte_count, free_memory
+from keye.engine.turns import Turn
 from keye.engine.videoindex import IndexInfo, open_video_index, write_video_index
 from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
@@ -51,7 +50,7 @@ from keye.media.processor import Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, torch_dtype
-from keye.tokenizer import StreamDecoder, Tokenizer, check_tokenizer
+from keye.tokenizer import Tokenizer, check_tokenizer
 
 
 class Keye:
@@ -129,14 +128,17 @@ class Keye:
         *,
         media_options: Mapping[str, Any] | None = None,
         attention: AttentionMode | None = None,
+        turn: Turn | None = None,
     ) -> IndexInfo:
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
-        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with."""
+        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. Requests that
+        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising."""
         medium = as_medium(video, media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
-        return write_video_index(self, self.prompts, medium, Path(path), self.attention_of(attention))
+        mode = self.attention_of(attention)
+        return write_video_index(self, self.prompts, medium, Path(path), mode, turn=turn or self.turn)
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -189,7 +191,7 @@ class Keye:
         answer rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost. All
         others are fields of `SamplingParams`, the model's own defaults for those not given."""
         request = self.request(messages, **options)
-        return AnswerStream(self._reply(request, self.attention_of(request.attention)))
+        return AnswerStream(self.reply(request, self.attention_of(request.attention)))
 
     def request(
         self,
@@ -251,24 +253,15 @@ class Keye:
         )  # fmt: skip
         return EngineCore(parts)
 
+    def turn(self) -> AbstractContextManager[object]:
+        """Entered around each piece of work on the model that is no step of the engine."""
+        return self.core.beside()
+
     def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
         """A session to which frames are appended while questions are asked (`keye.engine.live`). When the context is
         full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
         answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
         return LiveSession(self, keep=keep, reserve=reserve, **media_options)
-
-    def continue_from(
-        self, decoding: Decoding, tail: Sequence[int], prompt: Prompt, params: SamplingParams, *, evidence: bool = False
-    ) -> AnswerStream:
-        """The reply after `tail`, the last tokens of `prompt`; all before them are stored in `decoding`."""
-
-        def pieces() -> Iterator[str | Answer]:
-            begin = time.perf_counter()
-            decoding.append(tail)
-            seconds = {"media": 0.0, "prefill": time.perf_counter() - begin}
-            yield from self._written(decoding, prompt, params, seconds, evidence=evidence)
-
-        return AnswerStream(pieces())
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The model's defaults with the given fields in their place; `None` means not given."""
@@ -292,8 +285,8 @@ class Keye:
             raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
         return attention
 
-    def _reply(self, request: Request, mode: AttentionMode) -> Iterator[str | Answer]:
-        """One request on the engine, stepped by whoever reads; given up when the reader goes."""
+    def reply(self, request: Request, mode: AttentionMode) -> Iterator[str | Answer]:
+        """One request on the engine: its text, then the answer. Stepped by who reads, given up when the reader goes."""
         inbox, collector = Inbox(), Collector(request, self.name)
         task = self.core.add(request, mode, inbox)
         try:
@@ -306,37 +299,6 @@ class Keye:
         finally:
             if task.stage is not Stage.ENDED:
                 self.core.abort(task)
-
-    def _written(
-        self,
-        decoding: Decoding,
-        prompt: Prompt,
-        params: SamplingParams,
-        seconds: Mapping[str, float],
-        *,
-        evidence: bool = False,
-    ) -> Iterator[str | Answer]:
-        """The reply after a prefill, piece by piece, then the answer; `seconds` are those spent before it."""
-        begin = time.perf_counter()
-        decoder, stop, shown, count = StreamDecoder(self.tokenizer), StopText(params.stop), "", 0
-        for token in generate(decoding, params, self.generation.eos_token_ids or self.config.eos_token_ids):
-            count += 1
-            if piece := stop.push(decoder.push(token)):
-                shown += piece
-                yield piece
-            if stop.stopped:
-                break
-        if not stop.stopped and (rest := stop.push(decoder.finish()) + stop.finish()):
-            shown += rest
-            yield rest
-        seconds = {**seconds, "decode": time.perf_counter() - begin}
-        finished = "length" if count >= params.max_tokens and not stop.stopped else "stop"
-        made = make_evidence(decoding.counts, decoding.counted, prompt, self.config) if evidence else None
-        yield Answer.of(
-            shown, prompt, Usage(prompt.token_ids.shape[0], prompt.visual_tokens, count), model=self.name,
-            attention=decoding.mode, finish_reason=finished, evidence=made,
-            seconds={name: round(value, 4) for name, value in seconds.items()},
-        )  # fmt: skip
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams
+from keye.engine.turns import Turn
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
@@ -51,10 +53,11 @@ class Decoding:
         self.logits = torch.empty(0)
 
     @torch.inference_mode()
-    def prefill(self, prompt: Prompt, *, vision: VisionCache | None = None) -> None:
+    def prefill(self, prompt: Prompt, *, vision: VisionCache | None = None, turn: Turn = nullcontext) -> None:
         """Computes the prompt in chunks, what is in its past excepted, the media as they are decoded; afterwards
         `logits` are those of the first token of the reply. `vision` has and keeps visual tokens of media with a key.
-        `OutOfMemory`, before any work, where the prompt has no room in the store."""
+        `turn` is entered for each piece of work on the model. `OutOfMemory`, before any work, where the prompt has no
+        room in the store."""
         done = 0
         if prompt.past is not None:
             self.cache, done = prompt.past.fork(), prompt.past.length(0)
@@ -73,27 +76,41 @@ class Decoding:
             for start, end in pairwise([done, *sorted(ends)]):
                 part = slice(start, end)
                 needed = seen + int(is_visual[part].sum())
-                job.run_until(needed)
-                x = self.model.embed(ids[part].to(device), job.tokens(seen, needed))
-                job.forget(needed)
-                seen = needed
-                hidden = self._forward(x, prompt.position_ids[:, part].to(device), replies=end == ids.shape[0])
+                job.run_until(needed, turn)
+                with turn():
+                    x = self.model.embed(ids[part].to(device), job.tokens(seen, needed))
+                    job.forget(needed)
+                    seen = needed
+                    hidden = self._forward(x, prompt.position_ids[:, part].to(device), replies=end == ids.shape[0])
         finally:
             job.close()
-        self.logits = self.model.logits(hidden[-1:])[0]
+        with turn():
+            self.logits = self.model.logits(hidden[-1:])[0]
         self.position = prompt.next_position
 
     @torch.inference_mode()
-    def extend(self, token_ids: Tensor, position_ids: Tensor, visual: Tensor, next_position: int) -> None:
-        """Appends tokens int64 [n] at `position_ids` [3, n] whose visual tokens [m, d] are known, in chunks."""
+    def extend(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        visual: Tensor,
+        next_position: int,
+        *,
+        turn: Turn = nullcontext,
+    ) -> None:
+        """Appends tokens int64 [n] at `position_ids` [3, n] whose visual tokens [m, d] are known, in chunks, each in a
+        turn of its own. `OutOfMemory`, before any work, where they have no room in the store."""
+        if self.cache.store is not None:
+            self.cache.reserve(self.cache.length(0) + token_ids.shape[0])
         config, device = self.model.config, self.model.device
         is_visual = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
         seen = 0
         for start in range(0, token_ids.shape[0], PREFILL_CHUNK):
             part = slice(start, start + PREFILL_CHUNK)
             needed = seen + int(is_visual[part].sum())
-            x = self.model.embed(token_ids[part].to(device), visual[seen:needed])
-            self._forward(x, position_ids[:, part].to(device), replies=False)
+            with turn():
+                x = self.model.embed(token_ids[part].to(device), visual[seen:needed])
+                self._forward(x, position_ids[:, part].to(device), replies=False)
             seen = needed
         self.position = next_position
 

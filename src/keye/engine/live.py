@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from keye.chat import Medium, Message
+from keye.engine.answer import Answer, AnswerStream
 from keye.engine.generate import Decoding
-from keye.engine.media import Frames
-from keye.engine.prompt import Prompt, Room
+from keye.engine.media import Frames, IndexedVideo
+from keye.engine.prompt import Prompt, Room, plan_of
+from keye.engine.request import Request
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError
 from keye.media import sizes
@@ -32,7 +34,6 @@ from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.video import open_video
 
 if TYPE_CHECKING:
-    from keye.engine.answer import Answer, AnswerStream
     from keye.engine.engine import Keye
 
 #: What happens when the context is full: `all` refuses more frames, `recent` forgets the oldest half.
@@ -134,19 +135,17 @@ class LiveSession:
         **sampling: Any,
     ) -> AnswerStream:
         """Asks about all that was seen so far; the stream stays as it is. Options are those of `Keye.stream`; the mode
-        of attention is the model's, since the past was computed in it."""
+        of attention is the model's, since the past was computed in it. The engine writes the reply; frames may be
+        appended meanwhile."""
         if not isinstance(question, str) or not question.strip():
             raise KeyeError("the question is empty; ask something about the video")
         if not self._frames:
             raise KeyeError("no frame was appended yet; append frames before asking")
         params = self._model.sampling_params(**sampling)
-        _, tail = self._around(question, thinking)
-        prompt = self._prompt(tail)
-        Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.media_tokens)
-        room = prompt.token_ids.shape[0] + params.max_tokens if evidence else 0
-        fork = Decoding(self._model.model, mode=self._trunk.mode, cache=self._trunk.cache.fork(), room=room)
-        fork.position = self._trunk.position
-        return self._model.continue_from(fork, tail, prompt, params, evidence=evidence)
+        prompt = self._prompt(self._around(question, thinking)[1])
+        Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
+        mode = self._trunk.mode
+        return AnswerStream(self._model.reply(Request(prompt, params, attention=mode, evidence=evidence), mode))
 
     def ask(self, question: str, **options: Any) -> Answer:
         """The whole answer; see `stream_ask`."""
@@ -161,7 +160,8 @@ class LiveSession:
     def _start(self) -> None:
         """A past of nothing but what comes before the video."""
         self._trunk = Decoding(self._model.model, mode=self._model.attention, store=self._model.store)
-        self._trunk.append(self._head)
+        with self._model.turn():
+            self._trunk.append(self._head)
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
         """Token ids before the video, and those after it with the question."""
@@ -194,7 +194,7 @@ class LiveSession:
         empty = torch.empty(0, dtype=torch.int64)
         job = VisionJob(self._model.model, Prompt(empty, empty.expand(3, 0), 0, (item,)))
         try:
-            job.run_until(job.total)
+            job.run_until(job.total, self._model.turn)
             return job.tokens(0, job.total)
         finally:
             job.close()
@@ -222,7 +222,8 @@ class LiveSession:
         visual = torch.cat([frame.visual for frame in frames if frame.visual is not None])
         start = self._trunk.position
         self._trunk.extend(
-            torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta
+            torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
+            turn=self._model.turn,
         )  # fmt: skip
 
     def _make_room(self, tokens: int) -> None:
@@ -260,9 +261,20 @@ class LiveSession:
         return MediaItem("video", HeldFrames(lambda: iter(()), shape), pieces, self.times)
 
     def _prompt(self, tail: list[int]) -> Prompt:
-        """The prompt of a question, for what an answer tells of it; its positions are not needed any more."""
-        ids = [*self._head, *(token for frame in self._frames for token in frame.token_ids), *tail]
-        return Prompt(torch.tensor(ids), torch.empty(3, 0, dtype=torch.int64), self._trunk.position, (self._item(),))
+        """The prompt of a question. Its past is a fork of the stream in the form of an index, so that the engine
+        goes on from there; the positions in it are in what is stored, and not needed any more."""
+        item, begin = self._item(), self._trunk.position
+        seen = torch.tensor([*self._head, *(token for frame in self._frames for token in frame.token_ids)])
+        stored = torch.zeros(3, len(seen), dtype=torch.int64)
+        with self._model.turn():
+            cache = self._trunk.cache.fork()
+        past = IndexedVideo(
+            "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, plan_of(item), self._trunk.mode,
+            cache,
+        )  # fmt: skip
+        after = torch.arange(begin, begin + len(tail)).expand(3, -1)
+        ids = torch.cat((seen, torch.tensor(tail)))
+        return Prompt(ids, torch.cat((stored, after), dim=1), begin + len(tail), (), cache, past)
 
     def _frame_size(self, height: int, width: int) -> sizes.Size:
         """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""

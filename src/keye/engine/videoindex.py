@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, get_args
@@ -28,6 +29,7 @@ from keye.engine.mapped import check_disk
 from keye.engine.media import IndexedVideo
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.tiers import KVOptions
+from keye.engine.turns import Turn
 from keye.errors import KeyeError
 from keye.media.fetch import Source, is_index
 from keye.media.processor import Piece, VisualSpan
@@ -68,9 +70,16 @@ class IndexInfo:
 
 
 def write_video_index(
-    owner: LoadedModel, builder: PromptBuilder, medium: Medium, path: Path, mode: AttentionMode
+    owner: LoadedModel,
+    builder: PromptBuilder,
+    medium: Medium,
+    path: Path,
+    mode: AttentionMode,
+    *,
+    turn: Turn = nullcontext,
 ) -> IndexInfo:
-    """Computes the prompt up to the end of a video and writes it. `KeyeError`, before anything is computed, for a video
+    """Computes the prompt up to the end of a video and writes it; `turn` is entered for each piece of work on the
+    model. `KeyeError`, before anything is computed, for a video
     that does not fit the context, the memory or the disk."""
     begin = time.perf_counter()
     if isinstance(medium.source, Source) and is_index(medium.source):
@@ -84,7 +93,7 @@ def write_video_index(
     check_disk(path.absolute().parent, index_bytes(layout, prompt.token_ids.shape[0]))
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
-    decoding.prefill(prompt)
+    decoding.prefill(prompt, turn=turn)
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
     write_index_file(path, decoding.cache, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from keye.engine.ledger import Ledger, OutOfMemory
 from keye.engine.prompt import Prompt
+from keye.engine.turns import Turn
 from keye.engine.vision_cache import VisionCache
 from keye.media.frame_stream import PixelReader
 from keye.media.processor import MediaItem
@@ -116,11 +118,12 @@ class VisionJob:
                 self._finish_medium()
         return count
 
-    def run_until(self, tokens: int) -> None:
-        """Steps, and waits for frames, until so many visual tokens are ready."""
+    def run_until(self, tokens: int, turn: Turn = nullcontext) -> None:
+        """Steps, each in a turn of its own, and waits for frames, until so many visual tokens are ready."""
         while self.ready < tokens:
             self.wait()
-            self.step(GROUP_PATCHES)
+            with turn():
+                self.step(GROUP_PATCHES)
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """Visual tokens start .. stop, [stop - start, d]; they must be ready and not forgotten."""
