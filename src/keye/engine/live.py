@@ -125,7 +125,7 @@ class LiveSession:
             plan = reader.plan(processor.config, self._options)
             yield from zip(reader.frames(plan, native=True), plan.timestamps, strict=True)
 
-    def stream_ask(
+    def request(
         self,
         question: str,
         *,
@@ -133,10 +133,10 @@ class LiveSession:
         thinking: bool | None = None,
         evidence: bool = False,
         **sampling: Any,
-    ) -> AnswerStream:
-        """Asks about all that was seen so far; the stream stays as it is. Options are those of `Keye.stream`; the mode
-        of attention is the model's, since the past was computed in it. The engine writes the reply; frames may be
-        appended meanwhile."""
+    ) -> Request:
+        """A question about all that was seen so far, for the engine; the stream stays as it is, and frames may be
+        appended before it is answered. Options are those of `Keye.stream`; the mode of attention is the model's, since
+        the past was computed in it."""
         if not isinstance(question, str) or not question.strip():
             raise KeyeError("the question is empty; ask something about the video")
         if not self._frames:
@@ -144,8 +144,12 @@ class LiveSession:
         params = self._model.sampling_params(**sampling)
         prompt = self._prompt(self._around(question, thinking)[1])
         Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
-        mode = self._trunk.mode
-        return AnswerStream(self._model.reply(Request(prompt, params, attention=mode, evidence=evidence), mode))
+        return Request(prompt, params, attention=self._trunk.mode, evidence=evidence)
+
+    def stream_ask(self, question: str, **options: Any) -> AnswerStream:
+        """Asks a question, with the options of `request`; the engine writes the reply."""
+        request = self.request(question, **options)
+        return AnswerStream(self._model.reply(request, self._trunk.mode))
 
     def ask(self, question: str, **options: Any) -> Answer:
         """The whole answer; see `stream_ask`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from keye.server.prepare import collect_warnings
 from keye.server.settings import Settings
 from keye.server.store import FileStore
 
+#: Seconds between looks for what is too old.
+_TIDY_SECONDS: Final = 30.0
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
@@ -53,9 +56,12 @@ def create_app(model: Keye, settings: Settings | None = None, *, salt: Callable[
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         collect_warnings()
         engine.start()
+        tidying = asyncio.create_task(_tidy(context))
         try:
             yield
         finally:
+            tidying.cancel()
+            context.live.close()
             await engine.drain(settings.drain_seconds)
             engine.close()
             context.threads.shutdown(wait=False, cancel_futures=True)
@@ -71,6 +77,14 @@ def create_app(model: Keye, settings: Settings | None = None, *, salt: Callable[
         app.include_router(router)
     pages.install(app)
     return app
+
+
+async def _tidy(context: Context) -> None:
+    """Lets go of what has outlived its time, also when nobody asks."""
+    while True:
+        await asyncio.sleep(_TIDY_SECONDS)
+        context.live.sweep()
+        await context.in_thread(context.files.sweep)
 
 
 def _guides(model: Keye) -> GuideFactory | None:

@@ -42,6 +42,8 @@ class Context:
     salt: Callable[[str], bytes]
     policy: FetchPolicy
     live: LiveStore
+    #: Indexes are made one at a time: each takes a core for as long as its video needs.
+    indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
 

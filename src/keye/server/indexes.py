@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -18,8 +19,6 @@ from keye.server.sse import until_gone
 from keye.server.store import INDEX, StoredFile
 
 router = APIRouter()
-#: One index is computed at a time: it takes a core for as long as the video needs.
-_computing = threading.Lock()
 
 
 @router.post("/v1/indexes")
@@ -33,7 +32,7 @@ async def create(request: Request, body: IndexRequest) -> JSONResponse:
         raise ApiError(400, "file_id is no video; indexes are made of videos", param="file_id")
     given_up = threading.Event()
     try:
-        made = await until_gone(request, context.in_thread(_build, context, file, body, given_up))
+        made = await until_gone(request, _in_turn(context, file, body, given_up))
     except BaseException:
         given_up.set()
         raise
@@ -75,27 +74,43 @@ def _index(request: Request, index_id: str) -> StoredFile:
     return context_of(request).files.get(index_id, owner_of(request))
 
 
+class _GivenUp(KeyeError):
+    """Nobody waits for this index any more, or it took too long."""
+
+
+async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, given_up: threading.Event) -> StoredFile:
+    """Waits here and not in a thread, of which there are few."""
+    async with context.indexing:
+        return await context.in_thread(_build, context, file, body, given_up)
+
+
 def _build(context: Context, file: StoredFile, body: IndexRequest, given_up: threading.Event) -> StoredFile:
-    """Computes and keeps an index. Blocks for as long as the video takes."""
+    """Computes and keeps an index. Blocks for as long as the video takes, by turns with the engine."""
     store, path = context.files, context.files.folder / secrets.token_hex(16)
+    seconds = context.settings.request_seconds
+    end = time.monotonic() + seconds
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        if given_up.is_set():
+            raise _GivenUp("the index is not wanted any more")
+        if time.monotonic() > end:
+            raise _GivenUp(f"the index took longer than {seconds:g} s, and was given up; sample fewer frames")
+        with context.model.turn():
+            yield
+
     store.check_room(file.owner)
     try:
-        while not _computing.acquire(timeout=0.2):
-            if given_up.is_set():
-                raise KeyeError("the index is not wanted any more")
-        try:
-            info = context.model.index(file.source(), path, media_options=body.preprocess_kwargs or {})
-        finally:
-            _computing.release()
-        if given_up.is_set():
-            raise KeyeError("the index is not wanted any more")
+        info = context.model.index(file.source(), path, media_options=body.preprocess_kwargs or {}, turn=turn)
         facts = {
             "kind": "video", "file_id": file.id, "tokens": info.tokens, "frames": info.plan["frames"], "kv": info.kv,
             "seconds": round(sum(info.seconds.values()), 3),
         }  # fmt: skip
         made = StoredFile(INDEX + secrets.token_hex(16), file.owner, file.name, info.bytes, time.time(), path, facts)
+        if given_up.is_set():
+            raise _GivenUp("the index is not wanted any more")
         store.keep(made)
     except BaseException:
-        Path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
     return made

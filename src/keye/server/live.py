@@ -3,22 +3,26 @@ used."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from keye.engine.answer import Collector
 from keye.engine.live import LiveSession
-from keye.media.fetch import Source
-from keye.media.image import read_image
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.replies import events_of
 from keye.server.schemas import LiveAppend, LiveAsk, LiveRequest
+from keye.server.sse import until_gone
 
 T = TypeVar("T")
 router = APIRouter()
@@ -29,57 +33,72 @@ IDLE_SECONDS: Final = 600.0
 
 @dataclass
 class _Session:
+    """`line` is where requests wait for one another, `lock` is held while a thread works on the session."""
+
     owner: str
     live: LiveSession
     used: float
+    line: asyncio.Lock = field(default_factory=asyncio.Lock)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class LiveStore:
-    """The sessions of all owners. Safe to share by threads; each session works for one request at a time."""
+    """The sessions of all owners; each works for one request at a time. One that is let go gives back what it holds."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, _Session] = {}
-        self._lock = threading.Lock()
+        self._opening: Counter[str] = Counter()
 
-    def open(self, owner: str, make: Callable[[], LiveSession]) -> str:
+    async def open(self, context: Context, owner: str, make: Callable[[], LiveSession]) -> str:
         """A new session's id; `ApiError` 429 where the owner has too many."""
         self.sweep()
-        with self._lock:
-            if sum(session.owner == owner for session in self._sessions.values()) >= MOST_SESSIONS:
-                raise ApiError(429, f"{MOST_SESSIONS} live sessions are open; end one first", code="too_many", retry=60)
-            name = f"live-{secrets.token_hex(16)}"
-            self._sessions[name] = _Session(owner, make(), time.monotonic())
+        mine = sum(session.owner == owner for session in self._sessions.values())
+        if mine + self._opening[owner] >= MOST_SESSIONS:
+            raise ApiError(429, f"{MOST_SESSIONS} live sessions are open; end one first", code="too_many", retry=60)
+        self._opening[owner] += 1
+        try:
+            live = await context.in_thread(make)
+        finally:
+            self._opening[owner] -= 1
+        name = f"live-{secrets.token_hex(16)}"
+        self._sessions[name] = _Session(owner, live, time.monotonic())
         return name
 
-    def work(self, name: str, owner: str, what: Callable[[LiveSession], T]) -> T:
-        """Does something with a session; `ApiError` 404 for one that is not this owner's, or has ended."""
+    async def work(self, context: Context, name: str, owner: str, what: Callable[[LiveSession], T]) -> T:
+        """Does something with a session, in a thread; `ApiError` 404 for one that is not this owner's, or has ended."""
         session = self._get(name, owner)
-        with session.lock:
-            session.used = time.monotonic()
-            return what(session.live)
+
+        def locked() -> T:
+            # Whoever gives up waiting leaves the line; its thread still has to end.
+            with session.lock:
+                session.used = time.monotonic()
+                try:
+                    return what(session.live)
+                finally:
+                    session.used = time.monotonic()
+
+        async with session.line:
+            return await context.in_thread(locked)
 
     def end(self, name: str, owner: str) -> None:
-        """Ends a session and frees what it holds."""
-        session = self._get(name, owner)
-        with self._lock:
-            self._sessions.pop(name, None)
-        with session.lock:
-            session.live.close()
+        """Ends a session; a request that still works on it goes on."""
+        self._get(name, owner)
+        del self._sessions[name]
 
     def sweep(self, idle: float = IDLE_SECONDS) -> None:
         """Ends sessions that nobody has used for a while."""
         oldest = time.monotonic() - idle
-        with self._lock:
-            late = [name for name, session in self._sessions.items() if session.used < oldest]
-            ended = [self._sessions.pop(name) for name in late]
-        for session in ended:
-            with session.lock:
-                session.live.close()
+        for name, session in list(self._sessions.items()):
+            if session.used < oldest and not session.lock.locked():
+                del self._sessions[name]
+
+    def close(self) -> None:
+        """Ends all sessions."""
+        self._sessions.clear()
 
     def _get(self, name: str, owner: str) -> _Session:
-        with self._lock:
-            session = self._sessions.get(name)
+        self.sweep()
+        session = self._sessions.get(name)
         if session is None or session.owner != owner:
             raise ApiError(404, "there is no live session of this id; open one", param="session_id", code="not_found")
         return session
@@ -94,7 +113,7 @@ async def create(request: Request, body: LiveRequest) -> JSONResponse:
     def make() -> LiveSession:
         return context.model.live(keep=body.keep, **(body.preprocess_kwargs or {}))
 
-    name = await context.in_thread(context.live.open, owner, make)
+    name = await context.live.open(context, owner, make)
     return JSONResponse({"id": name, "object": "keye.live", "idle_seconds": IDLE_SECONDS})
 
 
@@ -104,39 +123,38 @@ async def append(request: Request, session_id: str, body: LiveAppend) -> JSONRes
     context, owner = context_of(request), owner_of(request)
     if (body.file_id is None) == (body.frames is None):
         raise ApiError(400, "give frames with timestamps, or the file_id of a clip", param="frames")
-    told = await context.in_thread(
-        context.live.work, session_id, owner, lambda live: _append(context, owner, live, body)
-    )
-    return JSONResponse(told)
+    adding = context.live.work(context, session_id, owner, lambda live: _append(context, owner, live, body))
+    return JSONResponse(await until_gone(request, adding))
 
 
 def _append(context: Context, owner: str, live: LiveSession, body: LiveAppend) -> dict[str, Any]:
     if body.file_id is not None:
         live.append_video(context.files.get(body.file_id, owner).source(), offset=body.offset)
     else:
-        policy = context.policy
-        pictures = [policy.fetch(frame, "image") for frame in body.frames or ()]
-        assert all(isinstance(picture, Source) for picture in pictures)
-        live.append([read_image(picture).convert("RGB") for picture in pictures], body.timestamps or [])
+        live.append([context.policy.fetch(frame, "image") for frame in body.frames or ()], body.timestamps or [])
     return {"object": "keye.live", "frames": live.frames, "tokens": live.tokens, "dropped": live.dropped}
 
 
 @router.post("/v1/live/{session_id}/ask")
 async def ask(request: Request, session_id: str, body: LiveAsk) -> JSONResponse:
-    """Answers a question about all that was seen so far."""
-    context, owner = context_of(request), owner_of(request)
-    options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "seed")}
+    """Answers a question about all that was seen so far; frames may be added meanwhile."""
+    return JSONResponse(await until_gone(request, _answer(context_of(request), owner_of(request), session_id, body)))
 
-    def work(live: LiveSession) -> dict[str, Any]:
-        return live.ask(body.question, evidence=body.evidence, **options).to_dict()
 
-    answer = await context.in_thread(context.live.work, session_id, owner, work)
-    return JSONResponse({"object": "keye.live.answer", **answer})
+async def _answer(context: Context, owner: str, session_id: str, body: LiveAsk) -> dict[str, Any]:
+    options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "seed", "evidence")}
+    job = await context.live.work(context, session_id, owner, lambda live: live.request(body.question, **options))
+    job = replace(job, salt=context.salt(owner), seconds=context.settings.request_seconds)
+    collector = Collector(job, context.name)
+    async with aclosing(events_of(context, job)) as events:
+        async for event in events:
+            collector.take(event)
+    assert collector.answer is not None
+    return {"object": "keye.live.answer", **collector.answer.to_dict()}
 
 
 @router.delete("/v1/live/{session_id}")
 async def end(request: Request, session_id: str) -> JSONResponse:
     """Ends a session."""
-    context = context_of(request)
-    await context.in_thread(context.live.end, session_id, owner_of(request))
+    context_of(request).live.end(session_id, owner_of(request))
     return JSONResponse({"id": session_id, "object": "keye.live", "deleted": True})

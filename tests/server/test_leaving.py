@@ -1,0 +1,114 @@
+"""Clients that leave: at whatever stage their request is, it ends, and nothing is held for it any more."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from serving import Running
+
+from keye.engine.request import Stage, Task
+from keye.server.store import INDEX
+
+Reached = Callable[[Task], bool]
+
+
+def wait_until(running: Running, reached: Callable[[], bool]) -> None:
+    """Asks the server for its health, which shows that its loop is free, until something is the case."""
+    for _ in range(2000):
+        if reached():
+            return
+        assert httpx.get(f"{running.url}/health").status_code == 200
+    raise AssertionError("it did not come to that")
+
+
+def hold(core: Any, stage: str, patch: pytest.MonkeyPatch) -> Reached:
+    """Keeps requests at a stage; returns whether one is there."""
+    if stage == "queue":
+        patch.setattr(core, "most_running", 0)
+        return lambda task: task.stage is Stage.READY
+    if stage == "decode":
+        opened, lay_out = threading.Event(), core.parts.builder.lay_out
+
+        def slow(*given: Any, **options: Any) -> Any:
+            opened.wait(20)
+            return lay_out(*given, **options)
+
+        patch.setattr(core.parts.builder, "lay_out", slow)
+        patch.setattr(core, "close_held", opened.set, raising=False)
+        return lambda task: task.stage is Stage.PREPARING
+    if stage == "encode":
+        patch.setattr(core, "_encode", lambda: False)
+        return lambda task: task.vision is not None and not task.vision.done
+    if stage == "prefill":
+        patch.setattr(core, "_prompt_slice", lambda task, share: [])
+        return lambda task: task.vision is not None and task.vision.done
+    write = core.writer.write
+    patch.setattr(core.writer, "write", lambda tasks: write([task for task in tasks if not written(task)]))
+    return written
+
+
+def written(task: Task) -> bool:
+    return any(len(choice.reply) >= 3 for choice in task.choices)
+
+
+@pytest.mark.parametrize("stage", ["queue", "decode", "encode", "prefill", "stream"])
+def test_who_leaves_gives_everything_back(
+    running: Running, video: Any, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    model = running.app._app.state.keye.model
+    core = model.core
+    gc.collect()
+    model.clear_caches()
+    before = model.ledger.accounts()
+    uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
+    content = [{"type": "video_url", "video_url": {"url": uploaded}}, {"type": "text", "text": f"what is {stage}?"}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with monkeypatch.context() as patch:
+        reached = hold(core, stage, patch)
+        with httpx.stream(
+            "POST", f"{running.url}/v1/chat/completions", json={**body, "keye": {"progress": True}}
+        ) as answer:
+            assert answer.status_code == 200
+            wait_until(running, lambda: any(map(reached, list(core.tasks))))
+        wait_until(running, core.idle)
+        getattr(core, "close_held", lambda: None)()
+    gc.collect()
+    model.clear_caches()
+    assert core.idle() and model.ledger.accounts() == before
+    httpx.delete(f"{running.url}/v1/files/{uploaded}")
+
+
+def test_an_index_that_nobody_waits_for_is_given_up(
+    running: Running, video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = running.app._app.state.keye
+    uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
+    kept, started, go_on, turn = context.files.used(), threading.Event(), threading.Event(), context.model.turn
+
+    def slow() -> Any:
+        started.set()
+        go_on.wait(20)
+        return turn()
+
+    monkeypatch.setattr(context.model, "turn", slow)
+
+    def ask() -> None:
+        try:
+            httpx.post(f"{running.url}/v1/indexes", json={"file_id": uploaded}, timeout=httpx.Timeout(5, read=0.3))
+        except httpx.ReadTimeout:
+            return
+        raise AssertionError("an index was made")
+
+    ask()
+    assert started.is_set()
+    wait_until(running, lambda: not context.indexing.locked())
+    go_on.set()
+    context.threads.submit(lambda: None).result()
+    assert context.files.used() == kept
+    assert not any(file.id.startswith(INDEX) and file.owner == "local" for file in context.files.list("local", INDEX))
+    httpx.delete(f"{running.url}/v1/files/{uploaded}")
