@@ -2,6 +2,8 @@
 
     python -m benchmarks.serve throughput --json   # tokens a second over HTTP against AsyncEngine in process
     python -m benchmarks.serve first-token --json  # a warm question about a video seen before
+    python -m benchmarks.serve indexed --json      # the same about an index of it
+    python -m benchmarks.serve health --videos 20 --json  # /health while long videos are decoded
     python -m benchmarks.serve soak --minutes 5 --clients 64 --json  # mixed media, random disconnects
 
 keye-nano in a server process of its own; clients are in this one. Prints JSON.
@@ -19,6 +21,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -36,13 +39,17 @@ DEMO = Path(__file__).parents[1] / "src/keye/assets/demo.mp4"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["throughput", "first-token", "soak"])
+    parser.add_argument("what", choices=["throughput", "first-token", "indexed", "health", "soak"])
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="threads of the model")
     parser.add_argument("--json", action="store_true", help="(the output is always JSON)")
+    parser.add_argument("--videos", type=int, default=20, help="videos that are decoded at once")
     options = parser.parse_args()
-    measure = {"throughput": throughput, "first-token": first_token, "soak": soak}[options.what]
+    measures = {
+        "throughput": throughput, "first-token": first_token, "indexed": indexed, "health": health, "soak": soak,
+    }  # fmt: skip
+    measure = measures[options.what]
     print(json.dumps({"what": options.what, **measure(options)}))
 
 
@@ -143,23 +150,88 @@ def in_process(threads: int) -> float:
 
 def first_token(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds to the first event with text, of questions about an uploaded video that was asked about before."""
-    times = []
     with server(options), httpx.Client(timeout=60) as client:
         uploaded = client.post(f"{URL}/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}).json()
-        for number in range(12):
-            content = [
-                {"type": "file", "file": {"file_id": uploaded["id"]}},
-                {"type": "text", "text": f"when is the {('red circle', 'cyan triangle', 'star')[number % 3]} visible?"},
-            ]
-            asked = {"model": "nano", "stream": True, "messages": [{"role": "user", "content": content}]}
-            begin = time.perf_counter()
-            with client.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
-                for line in response.iter_lines():
-                    if '"content":"' in line and '"content":""' not in line:
-                        times.append(1000 * (time.perf_counter() - begin))
-                        break
+        return first_tokens(client, uploaded["id"])
+
+
+def indexed(options: argparse.Namespace) -> dict[str, Any]:
+    """The same about an index of the video."""
+    with server(options), httpx.Client(timeout=60) as client:
+        uploaded = client.post(f"{URL}/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}).json()
+        made = client.post(f"{URL}/v1/indexes", json={"file_id": uploaded["id"]}).json()
+        return {"index_tokens": made["keye"]["tokens"], "build_seconds": made["keye"]["seconds"],
+                **first_tokens(client, made["id"])}  # fmt: skip
+
+
+def first_tokens(client: httpx.Client, medium: str) -> dict[str, Any]:
+    """Milliseconds to the first text of twelve questions, one after another."""
+    times = []
+    for number in range(12):
+        content = [
+            {"type": "file", "file": {"file_id": medium}},
+            {"type": "text", "text": f"when is the {('red circle', 'cyan triangle', 'star')[number % 3]} visible?"},
+        ]
+        asked = {"model": "nano", "stream": True, "messages": [{"role": "user", "content": content}]}
+        begin = time.perf_counter()
+        with client.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+            for line in response.iter_lines():
+                if '"content":"' in line and '"content":""' not in line:
+                    times.append(1000 * (time.perf_counter() - begin))
+                    break
     warm = sorted(times[3:])
     return {"first_ms": round(times[0], 1), "warm_ms": round(warm[len(warm) // 2], 1), "slowest_ms": round(warm[-1], 1)}
+
+
+def health(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds that /health takes, asked again and again while videos of ten minutes are decoded for as many
+    requests, each cut elsewhere so that none is known before."""
+    times: list[float] = []
+
+    async def ask(client: httpx.AsyncClient, file_id: str, number: int) -> int:
+        video = {"url": file_id, "max_frames": 256, "max_pixels": 28 * 28 * 4, "video_start": float(number)}
+        content = [{"type": "video_url", "video_url": video}, {"type": "text", "text": "what is seen?"}]
+        asked = {"max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+        return (await client.post(f"{URL}/v1/chat/completions", json=asked)).status_code
+
+    async def everything(file_id: str) -> tuple[list[int], float]:
+        async with httpx.AsyncClient(timeout=600) as client, httpx.AsyncClient() as other:
+            begin = time.perf_counter()
+            videos = [asyncio.ensure_future(ask(client, file_id, number)) for number in range(options.videos)]
+            while not all(video.done() for video in videos):
+                start = time.perf_counter()
+                (await other.get(f"{URL}/health", timeout=60)).raise_for_status()
+                times.append(1000 * (time.perf_counter() - start))
+                await asyncio.sleep(0.02)
+            return [video.result() for video in videos], time.perf_counter() - begin
+
+    with tempfile.TemporaryDirectory() as folder, server(options):
+        path = Path(folder) / "long.mp4"
+        write_long(path)
+        uploaded = httpx.post(f"{URL}/v1/files", files={"file": path.open("rb")}, timeout=120).json()
+        statuses, seconds = asyncio.run(everything(uploaded["id"]))
+    times.sort()
+    return {
+        "videos": options.videos, "statuses": dict(Counter(statuses)), "seconds": round(seconds, 1),
+        "asked": len(times), "median_ms": round(times[len(times) // 2], 1),
+        "p99_ms": round(times[len(times) * 99 // 100], 1), "slowest_ms": round(times[-1], 1),
+    }  # fmt: skip
+
+
+def write_long(path: Path, seconds: int = 600, size: tuple[int, int] = (640, 360)) -> None:
+    """Moving rectangles, 25 frames a second, H.264."""
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number in range(25 * seconds):
+            pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+            place = number * 3 % (size[0] - 80)
+            pixels[100:200, place : place + 80] = (number % 256, 200, 50)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:

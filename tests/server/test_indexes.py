@@ -32,6 +32,17 @@ def test_an_index_takes_the_place_of_its_video(http: TestClient, ask: Ask, file_
     assert http.post("/v1/chat/completions", json={**asked, "max_tokens": 1}).status_code == 200
 
 
+def test_a_plan_with_an_index_costs_what_the_request_costs(
+    http: TestClient, ask: Ask, file_id: str, index: dict[str, Any]
+) -> None:
+    parts = [{"type": "video_url", "video_url": {"url": one}} for one in (index["id"], file_id)]
+    content = [*parts, {"type": "text", "text": "what is seen?"}]
+    plan = http.post("/v1/media/plan", json={"content": content}).json()
+    usage = ask(content)["usage"]
+    assert [one["frames"] for one in plan["media"]] == [one["frames"] for one in usage["media"]]
+    assert plan["prompt_tokens"] == usage["prompt_tokens"]
+
+
 def test_indexes_are_listed_apart_from_files_and_removed(http: TestClient, index: dict[str, Any]) -> None:
     assert index["id"] in [one["id"] for one in http.get("/v1/indexes").json()["data"]]
     assert index["id"] not in [one["id"] for one in http.get("/v1/files").json()["data"]]

@@ -187,6 +187,10 @@ class PromptBuilder:
                 plans.append({"kind": medium.kind, **planned.plan.to_dict()})
                 pieces.append(planned.pieces)
                 continue
+            if isinstance(planned.source, IndexedVideo):
+                plans.append({"kind": medium.kind, **planned.source.plan})
+                pieces.append(planned.pieces)
+                continue
             item = self._decode(planned)
             plans.append({"kind": medium.kind, **plan_of(item)})
             pieces.append(item.pieces)
