@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["throughput", "first-token", "indexed", "health", "soak"])
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--warm", type=float, default=45, help="seconds before the soak in which memory may grow")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="threads of the model")
     parser.add_argument("--json", action="store_true", help="(the output is always JSON)")
@@ -269,18 +270,26 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             except httpx.TransportError as error:
                 counts[type(error).__name__] += 1
 
-    async def everyone(file_id: str, seconds: float) -> None:
+    sizes: list[int] = []
+
+    async def watch(pid: int, end: float) -> None:
+        while time.monotonic() < end:
+            sizes.append(round(_rss(pid) / 2**20))
+            await asyncio.sleep(15)
+
+    async def everyone(file_id: str, seconds: float, pid: int) -> None:
         limits = httpx.Limits(max_connections=options.clients)
         async with httpx.AsyncClient(limits=limits, timeout=120) as http:
             end = time.monotonic() + seconds
-            await asyncio.gather(*(client_of(n, end, http, file_id) for n in range(options.clients)))
+            clients = (client_of(n, end, http, file_id) for n in range(options.clients))
+            await asyncio.gather(watch(pid, end), *clients)
 
     with server(options) as process:
         uploaded = httpx.post(f"{URL}/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}, timeout=60).json()
-        asyncio.run(everyone(uploaded["id"], 45))
+        asyncio.run(everyone(uploaded["id"], options.warm, process.pid))
         warm, counts_warm = _rss(process.pid), dict(counts)
         counts.clear()
-        asyncio.run(everyone(uploaded["id"], 60 * options.minutes))
+        asyncio.run(everyone(uploaded["id"], 60 * options.minutes, process.pid))
         time.sleep(2)
         late, metrics = _rss(process.pid), httpx.get(f"{URL}/metrics").text
     held = {
@@ -289,6 +298,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "clients": options.clients, "minutes": options.minutes, "outcomes": dict(counts), "while_warming": counts_warm,
         "rss_mib_warm": round(warm / 2**20), "rss_mib_end": round(late / 2**20), "growth": round(late / warm - 1, 3),
+        "rss_mib_every_15_s": sizes,
         "ledger_at_the_end": held,
     }  # fmt: skip
 
