@@ -2,10 +2,10 @@
 
     python -m benchmarks.api_fuzz --cases 2000
 
-`keye serve` with keye-nano in a process of its own. At most two thirds of the cases are schemathesis' over /openapi.json,
-half of them meant to be valid; the others are real requests in which one to three values were replaced. No answer may have
-a status of 500 or more (503 with Retry-After is the server's own), each error is an error object, and the server lives at
-the end. Prints JSON; the exit status is 1 where any of that does not hold.
+`keye serve` with keye-nano in a process of its own. At most two thirds of the cases are schemathesis' over the server's
+schema, half of them meant to be valid; the others are real requests in which one to three values were replaced. No
+answer may have a status of 500 or more (503 with Retry-After is the server's own), each error is an error object, and
+the server lives at the end. Prints JSON; the exit status is 1 where any of that does not hold.
 """
 
 from __future__ import annotations

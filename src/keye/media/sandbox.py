@@ -50,6 +50,9 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "request_key": (249, 218), "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104),
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
 }  # fmt: skip
+#: What a worker adds to its nice value.
+NICENESS = 5
+
 _CLONE, _CLONE3, _CAPSET = (56, 220), (435, 435), (126, 91)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _CLONE_THREAD = 0x10000
@@ -78,8 +81,11 @@ class _Program(ctypes.Structure):
 def confine(memory_bytes: int, cpu_seconds: int) -> None:
     """Applies every layer that the system offers; call it while the process has one thread.
 
-    `memory_bytes` limits the address space, `cpu_seconds` the processor time. What the system refuses is left out.
+    `memory_bytes` limits the address space, `cpu_seconds` the processor time. What the system refuses is left out. The
+    process also gives way to those that serve: many decoders at once would keep the server from its processor.
     """
+    if sys.platform != "win32":
+        os.nice(NICENESS)
     if sys.platform != "linux":
         _limit(memory_bytes, cpu_seconds)
         return
