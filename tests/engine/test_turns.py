@@ -39,8 +39,8 @@ def test_the_lock_goes_to_who_waited_longest() -> None:
         for number in range(5):
             threads.append(threading.Thread(target=work, args=(number,)))
             threads[-1].start()
-            while len(lock._waiting) <= number:  # it stands in the line
-                threading.Event().wait(0.001)
+            while len(lock._waiting) <= number:
+                pass  # until it stands in the line
         assert not lock.acquire(blocking=False)
     # Released and taken again at once, as the engine does from step to step: those in the line come first.
     with lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from serving import Running
 
 from keye.engine.request import Stage, Task
-from keye.server.store import INDEX
+from keye.server import indexes
 
 Reached = Callable[[Task], bool]
 
@@ -26,20 +27,19 @@ def wait_until(running: Running, reached: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
-def hold(core: Any, stage: str, patch: pytest.MonkeyPatch) -> Reached:
-    """Keeps requests at a stage; returns whether one is there."""
+def hold(core: Any, stage: str, patch: pytest.MonkeyPatch, go_on: threading.Event) -> Reached:
+    """Keeps requests at a stage, threads that work for them until `go_on`; returns whether one is there."""
     if stage == "queue":
         patch.setattr(core, "most_running", 0)
         return lambda task: task.stage is Stage.READY
     if stage == "decode":
-        opened, lay_out = threading.Event(), core.parts.builder.lay_out
+        lay_out = core.parts.builder.lay_out
 
         def slow(*given: Any, **options: Any) -> Any:
-            opened.wait(20)
+            go_on.wait(20)
             return lay_out(*given, **options)
 
         patch.setattr(core.parts.builder, "lay_out", slow)
-        patch.setattr(core, "close_held", opened.set, raising=False)
         return lambda task: task.stage is Stage.PREPARING
     if stage == "encode":
         patch.setattr(core, "_encode", lambda: False)
@@ -69,14 +69,15 @@ def test_who_leaves_gives_everything_back(
     content = [{"type": "video_url", "video_url": {"url": uploaded}}, {"type": "text", "text": f"what is {stage}?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1000, "ignore_eos": True, "stream": True}
     with monkeypatch.context() as patch:
-        reached = hold(core, stage, patch)
+        go_on = threading.Event()
+        reached = hold(core, stage, patch, go_on)
         with httpx.stream(
             "POST", f"{running.url}/v1/chat/completions", json={**body, "keye": {"progress": True}}
         ) as answer:
             assert answer.status_code == 200
             wait_until(running, lambda: any(map(reached, list(core.tasks))))
         wait_until(running, core.idle)
-        getattr(core, "close_held", lambda: None)()
+        go_on.set()
     gc.collect()
     model.clear_caches()
     assert core.idle() and model.ledger.accounts() == before
@@ -88,27 +89,34 @@ def test_an_index_that_nobody_waits_for_is_given_up(
 ) -> None:
     context = running.app._app.state.keye
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
-    kept, started, go_on, turn = context.files.used(), threading.Event(), threading.Event(), context.model.turn
+    kept, build, turn = context.files.used(), indexes._build, context.model.turn
+    started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def slow() -> Any:
         started.set()
         go_on.wait(20)
         return turn()
 
-    monkeypatch.setattr(context.model, "turn", slow)
-
-    def ask() -> None:
+    def watched(*given: Any) -> Any:
         try:
-            httpx.post(f"{running.url}/v1/indexes", json={"file_id": uploaded}, timeout=httpx.Timeout(5, read=0.3))
-        except httpx.ReadTimeout:
-            return
-        raise AssertionError("an index was made")
+            return build(*given)
+        finally:
+            ended.set()
 
-    ask()
-    assert started.is_set()
+    monkeypatch.setattr(context.model, "turn", slow)
+    monkeypatch.setattr(indexes, "_build", watched)
+    body = f'{{"file_id": "{uploaded}"}}'
+    head = (
+        "POST /v1/indexes HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+    with socket.create_connection(running.socket.getsockname()) as client:
+        client.sendall("\r\n".join((*head, "", body)).encode())
+        assert started.wait(20)
     wait_until(running, lambda: not context.indexing.locked())
+    assert httpx.get(f"{running.url}/health").status_code == 200
     go_on.set()
-    context.threads.submit(lambda: None).result()
-    assert context.files.used() == kept
-    assert not any(file.id.startswith(INDEX) and file.owner == "local" for file in context.files.list("local", INDEX))
+    assert ended.wait(20) and context.files.used() == kept
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
