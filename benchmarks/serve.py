@@ -42,7 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["throughput", "first-token", "indexed", "health", "soak"])
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--warm", type=float, default=45, help="seconds before the soak in which memory may grow")
+    parser.add_argument(
+        "--warm", type=float, default=150, help="seconds before the soak: memory grows until caches are full"
+    )
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="threads of the model")
     parser.add_argument("--json", action="store_true", help="(the output is always JSON)")
