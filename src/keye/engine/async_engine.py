@@ -14,6 +14,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 
 from keye.engine.core import EngineCore
 from keye.engine.engine import Keye
@@ -52,11 +53,11 @@ class AsyncEngine:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def tell(event: Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed, and its reader with it
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        self._open += 1
         task = self.core.add(request, self.model.attention_of(request.attention), tell)
+        self._open += 1
         try:
             while True:
                 event = await queue.get()
@@ -79,7 +80,7 @@ class AsyncEngine:
         return self.core.idle()
 
     def close(self) -> None:
-        """Gives up what is left and ends the thread."""
+        """Fails what is left, and ends the thread and the engine of the model, which takes no requests any more."""
         self._closing = True
         with self.core.wake:
             self.core.wake.notify_all()
@@ -111,5 +112,12 @@ class AsyncEngine:
                 with core.wake:
                     if core.idle() and not self._closing:
                         core.wake.wait(1.0)
-            elif not core.step():
-                core.rest()
+            else:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            if not self.core.step():
+                self.core.rest()
+        except Exception as error:  # noqa: BLE001 - a defect: those who wait are told, and the thread lives on
+            self.core.fail_all(error)

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from keye.chat import Medium
 from keye.config import GenerationConfig
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
@@ -40,6 +41,8 @@ T = TypeVar("T")
 
 #: Prompt tokens at once where logits of all of them are wanted, and in deterministic requests.
 PROBED_TOKENS, FIXED_TOKENS = 128, 256
+#: Tokens of a reply at once that are computed again after a preemption.
+AGAIN_TOKENS = 256
 #: Requests whose media are opened at the same time.
 PREPARING = 4
 
@@ -70,13 +73,19 @@ class EngineCore:
         self.stepping = threading.Lock()
         self._numbers = count()
         self._threads = ThreadPoolExecutor(PREPARING, "keye-media")
+        #: Prompts without media do not wait behind files that are slow to come.
+        self._text_thread = ThreadPoolExecutor(1, "keye-text")
+        self._closed = False
         self._preparing: dict[int, Future[Prompt]] = {}
         self.computed = {"prompt": 0, "reply": 0}
         self.preemptions = 0
 
     def add(self, request: Request, mode: AttentionMode, tell: Callable[[Event], None]) -> Task:
-        """Takes a request; `tell` is called with its events, the last being `Finished` or `Failed`."""
+        """Takes a request; `tell` is called with its events, the last being `Finished` or `Failed`. `KeyeError` when
+        the engine is closed."""
         with self.wake:
+            if self._closed:
+                raise KeyeError("the engine is closed; load the model again")
             task = Task(next(self._numbers), request, mode, tell, time.perf_counter())
             self.tasks.append(task)
             self.wake.notify_all()
@@ -87,7 +96,11 @@ class EngineCore:
         with self.wake:
             task.aborted = True
             self.wake.notify_all()
-        if self.stepping.acquire(blocking=False):  # nobody steps: clean up at once
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Ends what was aborted, at once if nobody steps; whoever steps looks again when the step is over."""
+        while any(task.aborted for task in list(self.tasks)) and self.stepping.acquire(blocking=False):
             try:
                 self._sweep()
             finally:
@@ -110,11 +123,18 @@ class EngineCore:
 
     def close(self) -> None:
         """Fails what is there, and ends the threads."""
-        for task in list(self.tasks):
-            self.abort(task)
+        with self.wake:
+            self._closed = True
+        self.fail_all(KeyeError("the engine was closed before the request was complete"))
+        for threads in (self._threads, self._text_thread):
+            threads.shutdown(wait=True, cancel_futures=True)
+
+    def fail_all(self, error: BaseException) -> None:
+        """Ends every request with an error."""
         with self.stepping:
             self._sweep()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+            for task in list(self.tasks):
+                self._fail(task, error)
 
     def step(self) -> bool:
         """One step: media, prompts, replies. Returns whether anything was computed."""
@@ -124,7 +144,9 @@ class EngineCore:
             self._admit()
             begin = time.perf_counter()
             encoded = self._encode()
-            return self._compute(time.perf_counter() - begin) or encoded
+            worked = self._compute(time.perf_counter() - begin) or encoded
+        self._tidy()
+        return worked
 
     # ---------------------------------------------------------------------------------------------------- coming in
 
@@ -142,13 +164,16 @@ class EngineCore:
     def _prepare(self) -> None:
         """Opens the media of new requests in threads; takes those that are laid out."""
         for task in list(self.tasks):
-            if task.stage is Stage.WAITING and len(self._preparing) < 2 * PREPARING:
+            if task.stage is Stage.WAITING:
                 task.stage = Stage.PREPARING
-                if isinstance(task.request.prompt, Prompt):
-                    self._laid_out(task, task.request.prompt)
-                else:
-                    task.tell(Progress("decode", 0, 1))
-                    self._preparing[task.number] = self._threads.submit(self._lay_out, task)
+                given = task.request.prompt
+                if isinstance(given, Prompt):
+                    self._laid_out(task, given)
+                    continue
+                task.tell(Progress("decode", 0, 1))
+                seen = any(isinstance(segment.value, Medium) for segment in given)
+                threads = self._threads if seen else self._text_thread
+                self._preparing[task.number] = threads.submit(self._lay_out, task)
             elif task.stage is Stage.PREPARING and self._preparing[task.number].done():
                 self._take_prompt(task)
 
@@ -168,31 +193,33 @@ class EngineCore:
 
     def _take_prompt(self, task: Task) -> None:
         future = self._preparing.pop(task.number)
-        try:
-            self._laid_out(task, future.result())
-        except (KeyeError, OSError) as error:
+        if (error := future.exception()) is not None:  # whatever it is, it is that of this request
             self._fail(task, error)
+        else:
+            self._laid_out(task, future.result())
 
     def _laid_out(self, task: Task, prompt: Prompt) -> None:
         task.prompt, task.stage = prompt, Stage.READY
         task.times["laid out"] = time.perf_counter()
         store = prompt.past.store if prompt.past is not None else self.parts.store
         assert store is not None
-        budget, tokens = self.parts.ledger.budget, prompt.token_ids.shape[0] + 1
-        new = tokens - (0 if prompt.past is None else prompt.past.length(0))
-        if budget is not None and (need := store.slabs_for(new) * store.slab_bytes) > budget:
-            most = budget // store.slab_bytes * store.slab_bytes // store.layout.token_bytes
+        tokens = prompt.token_ids.shape[0] + 1
+        if (short := store.shortage(tokens - (0 if prompt.past is None else prompt.past.length(0)))) is not None:
+            need, budget, most = short
             self._fail(task, OutOfMemory(
                 "the prompt of {} tokens takes {} of keys and values, but the memory budget is {}, enough for {} "
                 "tokens; sample fewer or smaller frames ({}, {}), store fewer bits ({}), or raise the budget",
                 f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
                 Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
             ))  # fmt: skip
+        elif prompt.past is not None and task.request.prompt_logprobs:
+            self._fail(task, KeyeError("the prompt begins with an index, whose tokens are computed already: leave out "
+                                       "prompt_logprobs, or give the video itself"))  # fmt: skip
 
     def _admit(self) -> None:
         """Starts prompts, the oldest first, as long as few enough are running."""
         running = sum(task.stage in (Stage.PREFILLING, Stage.DECODING) for task in self.tasks)
-        for task in self.tasks:
+        for task in list(self.tasks):
             if task.stage is Stage.READY and running < self.most_running:
                 self._start(task)
                 running += 1
@@ -219,7 +246,11 @@ class EngineCore:
         first = 0
         if prompt.past is None and task.done and spans is not None:
             first = spans.visual_before(task.done, prompt)
-        task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
+        try:
+            task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
+        except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
+            self._fail(task, error)
+            return
         ids, config = prompt.token_ids, parts.model.config
         task.visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).cumsum(0)
         if prompt.past is not None:
@@ -236,8 +267,8 @@ class EngineCore:
                 continue
             begin = time.perf_counter()
             try:
-                patches = job.step(self.pace.patches(writing))
-            except (KeyeError, OSError) as error:
+                patches = self._encode_some(task, job, self.pace.patches(writing))
+            except Exception as error:  # noqa: BLE001 - whatever went wrong in a decoder is told to who gave the file
                 self._fail(task, error)
                 return True
             if patches:
@@ -246,6 +277,15 @@ class EngineCore:
                 self._rotate(task)
                 return True
         return False
+
+    def _encode_some(self, task: Task, job: VisionJob, patches: int) -> int:
+        """Patches encoded; 0 where the memory is full and what is ready has to be computed first."""
+        try:
+            return job.step(patches)
+        except OutOfMemory:
+            if self._computable(task):
+                return 0
+        return self._make_room(partial(job.step, patches), task) or 0
 
     def _rotate(self, task: Task) -> None:
         """Lets others encode before this one does again: their order is that of the list."""
@@ -278,13 +318,12 @@ class EngineCore:
                 self._fail(task, error)
             return True
         for (task, one), logits in zip(slices, computed, strict=True):
+            if not one.cache.blocks:
+                continue  # the choices of another took its room just now
             if task.stage is Stage.PREFILLING:
                 self._prompt_computed(task, one, logits)
             else:
-                choice = next(c for c in task.live if c.cache is one.cache)
-                assert logits is not None
-                choice.logits, choice.position = logits[-1], choice.position + len(choice.pending)
-                choice.pending = []
+                self._reply_computed(task, one, logits)
         prompt = sum(plan.prefill.values())
         self.computed["prompt"] += prompt
         self.computed["reply"] += replies
@@ -322,7 +361,7 @@ class EngineCore:
         ids = prompt.token_ids[task.done : stop]
         last = stop == task.length
         wanted: Wanted = "all" if task.request.prompt_logprobs else "last" if last else "none"
-        counts = self.writer.counts(task) if last and task.request.evidence else None
+        counts = self.writer.counts(task, stop, 1) if last and task.request.evidence else None
         return [(task, Slice(
             cache, ids, prompt.position_ids[:, task.done : stop],
             task.vision.tokens(before, after) if after > before else None,
@@ -362,19 +401,30 @@ class EngineCore:
             choice.position = task.prompt.next_position
             choice.pending, choice.logits = list(choice.reply), None if choice.reply else logits
 
+    @staticmethod
+    def _reply_computed(task: Task, one: Slice, logits: torch.Tensor | None) -> None:
+        choice = next(c for c in task.live if c.cache is one.cache)
+        assert logits is not None
+        n = one.token_ids.shape[0]
+        choice.position, choice.pending = choice.position + n, choice.pending[n:]
+        choice.logits = None if choice.pending else logits[-1]
+
     def _reply_slices(self, task: Task) -> list[tuple[Task, Slice]]:
         found = []
+        most = 1 if task.request.deterministic else AGAIN_TOKENS
         for choice in task.live:
-            cache, n = choice.cache, len(choice.pending)
+            cache, n = choice.cache, min(most, len(choice.pending))
             if not n:
                 continue
             assert cache is not None
             if not self._make_room(partial(_reserved, cache, cache.length(0) + n), task):
                 return []
             places = torch.arange(choice.position, choice.position + n).expand(3, -1)
-            counts = self.writer.counts(task) if task.request.evidence and choice.index == 0 else None
+            counts = None
+            if task.request.evidence and choice.index == 0:
+                counts = self.writer.counts(task, cache.length(0) + n, n)
             found.append((task, Slice(
-                cache, torch.tensor(choice.pending), places, None, "last", task.mode, counts,
+                cache, torch.tensor(choice.pending[:n]), places, None, "last", task.mode, counts,
                 task.request.deterministic,
             )))  # fmt: skip
         return found
@@ -421,6 +471,7 @@ class EngineCore:
         """Takes the blocks of a task; it will compute its prompt and what it wrote again, and loses nothing."""
         self._release(task)
         task.stage, task.done = Stage.READY, 0
+        task.prompt_probs, task.counts, task.counted = [], None, 0  # they come again with the tokens
         self.preemptions += 1
         for choice in task.live:
             choice.pending, choice.logits = [], None

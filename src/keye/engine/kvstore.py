@@ -241,6 +241,16 @@ class KVStore:
             slabs = [free // n for free, n in left if free is not None]
             return PAGE * (ready + min(slabs) * self._slab_blocks) if slabs else None
 
+    def shortage(self, tokens: int) -> tuple[int, int, int] | None:
+        """None if a new sequence of `tokens` has room when all others are gone; else the bytes that it takes of a
+        budget, that budget, and the tokens that it is enough for."""
+        slabs = self.slabs_for(tokens)
+        for account, cost in self._costs().items():
+            budget = self.ledger.limit(account)
+            if budget is not None and slabs * cost > budget:
+                return slabs * cost, budget, budget // cost * self._slab_blocks * PAGE
+        return None
+
     @property
     def slab_bytes(self) -> int:
         """Bytes that are taken from the ledger at once."""

@@ -221,6 +221,7 @@ class _Facts:
         sound = (
             about["attention"] in get_args(AttentionMode)
             and 0 <= about["start"] <= file.length
+            and any(type(one) is int for one in held["pieces"])
             and all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"])
             and all(isinstance(one, int | float) for one in held["timestamps"])
             and all(isinstance(value, _PLAN.get(name, object)) for name, value in held["plan"].items())
