@@ -35,7 +35,10 @@ def plan_step(writing: int, waiting: Sequence[tuple[int, int]], budget: int) -> 
 
 def share_out(waiting: Sequence[tuple[int, int]], budget: int) -> dict[int, int]:
     """Equal shares of `budget`; what one does not need goes to the others, the oldest first. Whoever is there gets at
-    least one token if the budget has one for each."""
+    least one token if the budget has one for each; if not, the oldest and those who need least."""
+    if budget < len(waiting):
+        oldest, *others = waiting
+        return {number: 1 for number, _ in [oldest, *sorted(others, key=lambda one: one[1])[: budget - 1]]}
     left, shares = budget, dict[int, int]()
     youngest_first = [*reversed(waiting)]
     by_need = sorted(youngest_first, key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
