@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, get_args
+from typing import Any, Final, Protocol, TypeVar, get_args
 
 import torch
 
@@ -34,6 +35,8 @@ from keye.media.processor import Piece, VisualSpan
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 
+T = TypeVar("T")
+
 
 class LoadedModel(Protocol):
     """The loaded model that indexes and answers; `keye.Keye` is one."""
@@ -47,6 +50,8 @@ class LoadedModel(Protocol):
 
     @property
     def fingerprint(self) -> Fingerprint: ...
+
+    def with_room(self, take: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def write_video_index(
     check_disk(path.absolute().parent, index_bytes(layout, prompt.token_ids.shape[0]))
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
+    owner.with_room(partial(decoding.cache.reserve, prompt.token_ids.shape[0]))
     decoding.prefill(prompt)
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
