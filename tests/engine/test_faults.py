@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import keye
 from keye import Frames, Keye, KeyeError
@@ -23,7 +24,8 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding, generate
 from keye.engine.media import as_medium
-from keye.engine.request import Delta, Failed, Finished, Inbox, Request, Stage
+from keye.engine.replies import Writer
+from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request, Stage, Task
 from keye.engine.scheduler import STRETCH, Pace, plan_step, share_out
 from keye.engine.vision import VisionJob
 from keye.media import frame_stream
@@ -81,6 +83,12 @@ def run(model: Keye) -> None:
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
+
+
+def ran(model: Keye, request: Request) -> Inbox:
+    inbox = add(model, request)
+    run(model)
+    return inbox
 
 
 def tokens(inbox: Inbox) -> list[int]:
@@ -339,6 +347,21 @@ def test_a_stream_that_is_dropped_leaves_nothing(model: Keye) -> None:
 def test_options_out_of_range(model: Keye, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(KeyeError, match=sentence):
         model.chat(TEXT, **options)
+
+
+def test_probabilities_that_are_none_fail_their_request_alone(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tokens(ran(model, greedy(model, TEXT, temperature=1e-320))) == alone(model, TEXT)
+    write = Writer._next
+
+    def spoiled(self: Writer, task: Task, choice: Choice, best: int) -> None:
+        if task.request.params.temperature and choice.logits is not None:
+            choice.logits = torch.full_like(choice.logits, torch.inf)
+        write(self, task, choice, best)
+
+    monkeypatch.setattr(Writer, "_next", spoiled)
+    bad, good = add(model, greedy(model, TEXT, temperature=1.0)), add(model, greedy(model, TEXT))
+    run(model)
+    assert "probability" in failure(bad) and tokens(good) == alone(model, TEXT)
 
 
 # Fairness

@@ -20,9 +20,10 @@ import torch
 
 from keye.chat import Medium
 from keye.config import GenerationConfig
+from keye.engine.admission import refusal
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
-from keye.engine.ledger import Ledger, OutOfMemory, megabytes
+from keye.engine.ledger import Ledger, OutOfMemory
 from keye.engine.prefix import PrefixCache, Spans, cut_points
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.replies import Writer
@@ -32,7 +33,7 @@ from keye.engine.scheduler import Pace, plan_step
 from keye.engine.videoindex import check_attention_of
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.tokenizer import Tokenizer
@@ -203,18 +204,8 @@ class EngineCore:
         task.times["laid out"] = time.perf_counter()
         store = prompt.past.store if prompt.past is not None else self.parts.store
         assert store is not None
-        tokens = prompt.token_ids.shape[0] + 1
-        if (short := store.shortage(tokens - (0 if prompt.past is None else prompt.past.length(0)))) is not None:
-            need, budget, most = short
-            self._fail(task, OutOfMemory(
-                "the prompt of {} tokens takes {} of keys and values, but the memory budget is {}, enough for {} "
-                "tokens; sample fewer or smaller frames ({}, {}), store fewer bits ({}), or raise the budget",
-                f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
-                Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
-            ))  # fmt: skip
-        elif prompt.past is not None and task.request.prompt_logprobs:
-            self._fail(task, KeyeError("the prompt begins with an index, whose tokens are computed already: leave out "
-                                       "prompt_logprobs, or give the video itself"))  # fmt: skip
+        if (error := refusal(prompt, task.request, store)) is not None:
+            self._fail(task, error)
 
     def _admit(self) -> None:
         """Starts prompts, the oldest first, as long as few enough are running."""

@@ -50,7 +50,7 @@ class Writer:
         task.counted += min(new, max(0, length - sparse.topk))
         return task.counts
 
-    def write(self, tasks: Sequence[Task]) -> list[tuple[Task, KeyeError]]:
+    def write(self, tasks: Sequence[Task]) -> list[tuple[Task, Exception]]:
         """Draws the next token of every choice that has logits and tells of it; returns the tasks that cannot go on."""
         rows = [(task, choice) for task in tasks for choice in task.live if choice.logits is not None]
         if not rows:
@@ -58,7 +58,7 @@ class Writer:
         stacked = torch.stack([choice.logits for _, choice in rows])  # type: ignore[misc]
         broken = stacked.isnan().any(-1).tolist()
         best = stacked.argmax(-1).tolist()
-        failed: dict[int, tuple[Task, KeyeError]] = {}
+        failed: dict[int, tuple[Task, Exception]] = {}
         for (task, choice), bad, token in zip(rows, broken, best, strict=True):
             if task.number in failed:
                 continue
@@ -66,7 +66,7 @@ class Writer:
                 if bad:
                     check_logits(choice.logits)  # type: ignore[arg-type]
                 self._next(task, choice, token)
-            except KeyeError as error:
+            except (KeyeError, RuntimeError) as error:  # RuntimeError: torch, of probabilities that are none
                 failed[task.number] = task, error
         return list(failed.values())
 

@@ -1,0 +1,27 @@
+"""Which prompts are refused once they are laid out: those that cannot be computed whatever else is given up."""
+
+from __future__ import annotations
+
+from keye.engine.kvstore import KVStore
+from keye.engine.ledger import OutOfMemory, megabytes
+from keye.engine.prompt import Prompt
+from keye.engine.request import Request
+from keye.errors import KeyeError, Option
+
+
+def refusal(prompt: Prompt, request: Request, store: KVStore) -> KeyeError | None:
+    """Why `prompt` cannot be computed in `store`; None where it can."""
+    if prompt.past is not None and request.prompt_logprobs:
+        return KeyeError("the prompt begins with an index, whose tokens are computed already: leave out "
+                         "prompt_logprobs, or give the video itself")  # fmt: skip
+    tokens = prompt.token_ids.shape[0] + 1
+    short = store.shortage(tokens - (0 if prompt.past is None else prompt.past.length(0)))
+    if short is None:
+        return None
+    need, budget, most = short
+    return OutOfMemory(
+        "the prompt of {} tokens takes {} of keys and values, but the memory budget is {}, enough for {} tokens; "
+        "sample fewer or smaller frames ({}, {}), store fewer bits ({}), or raise the budget",
+        f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
+        Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
+    )  # fmt: skip
