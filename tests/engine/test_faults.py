@@ -20,9 +20,11 @@ import keye
 from keye import Frames, Keye, KeyeError
 from keye.chat import Message
 from keye.data.frameforge import make_clip, write_mp4
+from keye.engine.admission import scattered
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding, generate
+from keye.engine.ledger import OutOfMemory
 from keye.engine.media import as_medium
 from keye.engine.replies import Writer
 from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request, Stage, Task
@@ -195,6 +197,34 @@ def test_visual_tokens_wait_for_room(model: Keye) -> None:
     assert nothing_held(model)
 
 
+def test_one_whose_blocks_are_scattered_begins_anew_before_it_fails(model: Keye) -> None:
+    """Its blocks lie in two slabs because another was there first; in one it has room."""
+    messages = [Message("user", ("word " * 500,))]
+    other = add(model, greedy(model, [Message("user", ("a " * 700,))], 30))
+    while not any(task.stage is Stage.DECODING for task in model.core.tasks):
+        if not model.core.step():
+            model.core.rest()
+    inbox = add(model, greedy(model, messages, 12))
+    while not any(task.stage is Stage.DECODING and task.number == 1 for task in model.core.tasks):
+        if not model.core.step():
+            model.core.rest()
+    model.core.abort(model.core.tasks[0])
+    model.clear_caches()
+    task = model.core.tasks[0]
+    held = model.store.nbytes() // model.store.slab_bytes
+    assert scattered(task) and held == 2 and not isinstance(other.events[-1], Finished)
+    model.ledger.budget = model.store.slab_bytes
+
+    def full() -> None:
+        if not task.retried:
+            raise OutOfMemory("full")
+
+    assert model.core._make_room(full, task) is None and task.retried
+    run(model)
+    assert tokens(inbox) == alone(model, messages, 12)
+    assert nothing_held(model)
+
+
 def test_the_choices_of_one_may_take_the_room_of_a_younger_prompt(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
     """The older's prompt is complete in the very step that computes a part of the younger's."""
     old, young = [Message("user", ("word " * 60,))], [Message("user", ("other " * 30,))]
@@ -248,7 +278,31 @@ def test_what_is_told_of_a_preempted_request_is_told_once(model: Keye) -> None:
     assert len(again.prompt_probs or ()) == len(plain.prompt_probs or ()) == plain.prompt_tokens - 1
 
 
+def test_deterministic_replies_survive_a_preemption_to_the_last_bit(folder: Path) -> None:
+    """In bfloat16, where the shape of a product decides its last bits."""
+    model = keye.load(folder)
+
+    def probabilities(disturbed: bool) -> list[float]:
+        inbox = add(model, greedy(model, about(clip(1, 30)), 16, deterministic=True, logprobs=0))
+        steps = 0
+        while not model.core.idle():
+            if not model.core.step():
+                model.core.rest()
+            steps += 1
+            for task in model.core.tasks if disturbed and steps >= 7 and writes(model) else ():
+                model.core._preempt(task)
+                disturbed = False
+        return [prob.logprob for event in inbox.events if isinstance(event, Delta) for prob in event.probs]
+
+    plain = probabilities(disturbed=False)
+    assert probabilities(disturbed=True) == plain and len(plain) == 16 and model.core.preemptions == 1
+
+
 # Ends
+
+
+def writes(model: Keye) -> bool:
+    return any(task.stage is Stage.DECODING for task in model.core.tasks)
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:

@@ -1,12 +1,13 @@
-"""Which prompts are refused once they are laid out: those that cannot be computed whatever else is given up."""
+"""Which prompts can never be computed, whatever else is given up, and which could after beginning anew."""
 
 from __future__ import annotations
 
 from keye.engine.kvstore import KVStore
 from keye.engine.ledger import OutOfMemory, megabytes
 from keye.engine.prompt import Prompt
-from keye.engine.request import Request
+from keye.engine.request import Request, Task
 from keye.errors import KeyeError, Option
+from keye.ops.pages import PAGE
 
 
 def refusal(prompt: Prompt, request: Request, store: KVStore) -> KeyeError | None:
@@ -25,3 +26,12 @@ def refusal(prompt: Prompt, request: Request, store: KVStore) -> KeyeError | Non
         f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
         Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
     )  # fmt: skip
+
+
+def scattered(task: Task) -> bool:
+    """Whether the blocks of a task lie in more slabs than they need, among what others have left."""
+    held = [cache for cache in (task.cache, *(choice.cache for choice in task.choices)) if cache is not None]
+    store = held[0].store if held else None
+    return store is not None and store.nbytes() > store.slab_bytes * store.slabs_for(
+        PAGE * sum(cache.blocks for cache in held)
+    )

@@ -20,7 +20,7 @@ import torch
 
 from keye.chat import Medium
 from keye.config import GenerationConfig
-from keye.engine.admission import refusal
+from keye.engine.admission import refusal, scattered
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
 from keye.engine.ledger import Ledger, OutOfMemory
@@ -440,7 +440,7 @@ class EngineCore:
 
     def _make_room(self, take: Callable[[], T], task: Task) -> T | None:
         """What `take` gives. Where the store is full, caches are given back, then others preempted, the newest first; a
-        task that cannot even run alone fails. None when `task` itself had to go."""
+        task that cannot even run alone fails, one in pieces after it began anew. None when `task` itself had to go."""
         while True:
             try:
                 return take()
@@ -451,7 +451,8 @@ class EngineCore:
                 younger = [t for t in others if t.created > task.created]
                 if younger:
                     self._preempt(max(younger, key=lambda t: t.created))
-                elif others:
+                elif others or (not task.retried and scattered(task)):
+                    task.retried = not others
                     self._preempt(task)
                     return None
                 else:

@@ -186,6 +186,8 @@ class Task:
     prompt_probs: list[TokenProb] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     aborted: bool = False
+    #: Whether it began anew although nobody else was there, because its blocks lay scattered.
+    retried: bool = False
 
     @property
     def live(self) -> list[Choice]:
