@@ -22,7 +22,7 @@ from keye.chat import Message
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.admission import scattered
 from keye.engine.async_engine import AsyncEngine
-from keye.engine.core import EngineCore
+from keye.engine.core import AHEAD, EngineCore
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
 from keye.engine.media import as_medium
@@ -175,10 +175,21 @@ def test_media_that_do_not_come_hold_up_nobody_else(model: Keye, monkeypatch: py
     while not (words.events and isinstance(words.events[-1], Finished | Failed)):
         if not model.core.step():
             model.core.rest()
-    assert tokens(words) and not any(isinstance(inbox.events[-1], Finished) for inbox in waiting)
+    assert tokens(words) and not any(isinstance(event, Finished) for inbox in waiting for event in inbox.events)
     come.set()
     run(model)
     assert [len(tokens(inbox)) for inbox in waiting] == [6] * 12
+
+
+def test_few_media_are_open_before_their_turn(model: Keye) -> None:
+    """Pictures that wait are held in memory."""
+    model.core.most_running, most = 1, 0
+    inboxes = [add(model, greedy(model, about(clip(seed % 3)), 2)) for seed in range(30)]
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+        most = max(most, sum(task.stage in (Stage.PREPARING, Stage.READY) for task in model.core.tasks))
+    assert most == AHEAD and all(len(tokens(inbox)) == 2 for inbox in inboxes)
 
 
 # Memory

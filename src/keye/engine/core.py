@@ -44,8 +44,9 @@ T = TypeVar("T")
 PROBED_TOKENS, FIXED_TOKENS = 128, 256
 #: Tokens of a reply at once that are computed again after a preemption.
 AGAIN_TOKENS = 256
-#: Requests whose media are opened at the same time.
-PREPARING = 4
+#: Requests whose media are opened at the same time; and how many may be open before their turn has come, since
+#: pictures are held in memory.
+PREPARING, AHEAD = 4, 8
 
 
 @dataclass(frozen=True)
@@ -164,15 +165,19 @@ class EngineCore:
 
     def _prepare(self) -> None:
         """Opens the media of new requests in threads; takes those that are laid out."""
+        ahead = sum(task.stage in (Stage.PREPARING, Stage.READY) for task in self.tasks)
         for task in list(self.tasks):
             if task.stage is Stage.WAITING:
-                task.stage = Stage.PREPARING
                 given = task.request.prompt
                 if isinstance(given, Prompt):
                     self._laid_out(task, given)
                     continue
-                task.tell(Progress("decode", 0, 1))
                 seen = any(isinstance(segment.value, Medium) for segment in given)
+                if seen and ahead >= AHEAD:
+                    continue
+                ahead += seen
+                task.stage = Stage.PREPARING
+                task.tell(Progress("decode", 0, 1))
                 threads = self._threads if seen else self._text_thread
                 self._preparing[task.number] = threads.submit(self._lay_out, task)
             elif task.stage is Stage.PREPARING and self._preparing[task.number].done():
