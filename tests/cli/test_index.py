@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,14 @@ def test_it_takes_the_place_of_the_video(run: Callable, model_folder: Path, vide
         assert {**ours, "seconds": None} == {**theirs, "seconds": None}
     result = run("ask", indexed, "what happens?", "--model", model_folder, "--max-tokens", 4)
     assert result.out.splitlines()[-1].startswith("8 frames · ")
+
+
+def test_its_evidence_is_drawn_without_thumbnails(
+    run: Callable, model_folder: Path, indexed: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "evidence.png"
+    result = run("ask", indexed, "what?", "--model", model_folder, "--max-tokens", 2, "--evidence", picture)
+    assert result.code == 0 and Image.open(picture).width == 1200
 
 
 def test_inspect_and_check(run: Callable, indexed: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
 from keye.engine.request import Delta, Failed, Finished, Inbox, Progress, Stage
-from keye.engine.runner import scratch_bytes
+from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.media import frame_stream
 from keye.media.fetch import fetch_source
@@ -90,8 +90,7 @@ def greedy(model: Keye, messages: list[Message], max_tokens: int = 12, **options
 
 def budget(model: Keye, slabs: int) -> int:
     """Memory for so many slabs, and for the smallest step."""
-    text, size = model.config.text, model.model.dtype.itemsize
-    return slabs * model.store.slab_bytes + scratch_bytes(text, LEAST_TOKENS, 1, size)
+    return slabs * model.store.slab_bytes + smallest_scratch(model.model)
 
 
 def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
@@ -483,7 +482,7 @@ def test_a_bug_in_a_step_ends_requests_and_not_the_engine(model: Keye, monkeypat
 
     async def ask_twice(engine: AsyncEngine) -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(core_module, "plan_step", broken)
+            patch.setattr(core_module, "share_out", broken)
             with pytest.raises(LookupError, match="a bug"):
                 async for _ in engine.run(greedy(model, conversation(3), 4)):
                     pass
@@ -562,3 +561,14 @@ def test_choices_that_take_room_from_another_in_the_same_step(model: Keye) -> No
             model.core.rest()
     assert isinstance(many.events[-1], Finished) and isinstance(one.events[-1], Finished)
     assert [t for e in one.events if isinstance(e, Delta) for t in e.tokens] == alone(model, conversation(2), 30)
+
+
+def test_tokens_that_were_computed_are_those_that_are_counted(model: Keye) -> None:
+    """Also of deterministic prompts, whose slices are what they are, whatever share a step has for them."""
+    writer = greedy(model, conversation(3), 20)
+    for deterministic in (False, True):
+        before = dict(model.core.computed)
+        prompt = greedy(model, [Message("user", ("word " * 200,))], 1, deterministic=deterministic)
+        _, ends = together(model, [writer, prompt])
+        fresh = sum(end.prompt_tokens - end.cached_tokens for end in ends)
+        assert model.core.computed["prompt"] - before["prompt"] == fresh

@@ -157,6 +157,28 @@ def test_positions_go_on_after_it(model: Keye, video: Path, index: Path) -> None
     assert [item.kind for item in continued.media] == ["image"], "the video is not encoded again"
 
 
+def test_evidence_tells_the_frames_of_the_index(model: Keye, video: Path, index: Path) -> None:
+    """An indexed video comes first, media beside it after; the picture goes without thumbnails."""
+    told = []
+    for path in (index, video):
+        answer = model.ask([path, PICTURE], "what?", max_tokens=3, ignore_eos=True, evidence=True)
+        assert answer.evidence is not None and answer.evidence.steps == 3
+        told.append(answer.evidence.media)
+    ours, theirs = told
+    assert [medium.kind for medium in ours] == ["video", "image"]
+    assert ours[0].name.endswith("short.keye") and ours[0].times == theirs[0].times == CLIP.timestamps
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.shares == pytest.approx(other.shares) and mine.share == pytest.approx(other.share)
+    assert sum(ours[0].shares) == pytest.approx(1.0)
+    model.clear_caches()
+    assert model.ledger.used() == 0
+
+
+def test_an_index_has_no_probabilities_of_its_prompt(model: Keye, index: Path) -> None:
+    with pytest.raises(KeyeError, match="begins with an index, .* leave out prompt_logprobs"):
+        model.ask(index, "what?", max_tokens=1, prompt_logprobs=True)
+
+
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 def test_an_index_in_fewer_bits(nano: Keye, video: Path, answering: Path, tmp_path: Path, kv: Any) -> None:
     small = keye.load("nano", kv=kv)

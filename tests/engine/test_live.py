@@ -28,8 +28,13 @@ SIZE = {"resized_height": 56, "resized_width": 56}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Keye:
-    return keye.load(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"), dtype="float32")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Keye:
+    return keye.load(folder, dtype="float32")
 
 
 def logits_of(session: LiveSession, question: str) -> torch.Tensor:
@@ -122,6 +127,22 @@ def test_recent_frames_are_as_if_the_video_began_with_them(model: Keye) -> None:
     assert session.times == tuple(TIMES[first:])
     one = logits_of_video(model, FRAMES[first:], TIMES[first:], "what?")
     assert torch.allclose(logits_of(session, "what?"), one, atol=1e-5)
+
+
+def test_the_past_is_in_the_ledger_of_the_model(folder: Path) -> None:
+    """In the formats of the model, and under its budget; what is kept for later requests goes first."""
+    model = keye.load(folder, dtype="float32", kv="int8")
+    model.chat([Message("user", ("word " * 200,))], max_tokens=1)
+    model.ledger.budget = model.ledger.used() + model.store.slab_bytes // 2
+    session = model.live(**SIZE)
+    session.append(FRAMES[:2], TIMES[:2])
+    assert session._trunk.cache.store is model.store
+    assert len(model.prefixes) > 0
+    with pytest.raises(KeyeError, match="more are needed for kv"):
+        session.append(np.concatenate([FRAMES] * 20), [100.0 + i for i in range(800)])
+    assert len(model.prefixes) == 0 and 2 < session.frames < 802
+    del session
+    assert model.ledger.used() == 0
 
 
 @pytest.mark.parametrize(

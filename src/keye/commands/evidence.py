@@ -51,19 +51,21 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
 
 
 def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:
-    """Pictures of frames of the medium at `place`, twice as large as they are shown at most; none of an index."""
+    """Pictures of frames of the medium at `place`, twice as large as they are shown at most. An index has none,
+    nor has a list of pictures."""
     from keye.engine.evidence_picture import read_thumbnails
     from keye.engine.media import plan_medium
     from keye.media.fetch import Source, is_index
     from keye.media.plan import VideoPlan
 
     source = media[place].source
-    if isinstance(source, Source) and is_index(source):
-        return {}  # it holds no pixels
+    if not isinstance(source, Source) or is_index(source):
+        return {}
     videos = sum(medium.kind == "video" for medium in media)
     planned = plan_medium(media[place], model.processor, videos)
-    assert isinstance(planned.source, Source) and isinstance(planned.plan, VideoPlan)
     plan = planned.plan
+    if not isinstance(planned.source, Source) or not isinstance(plan, VideoPlan):
+        return {}
     scale = min(1.0, 400 / plan.source_width)
     plan = replace(plan, width=round(plan.source_width * scale), height=round(plan.source_height * scale))
     return read_thumbnails(planned.source, plan, frames, model.processor.limits)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,20 +19,21 @@ from typing import TypeVar
 import torch
 
 from keye.config import GenerationConfig
+from keye.engine.admission import refusal, scattered
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
-from keye.engine.ledger import Ledger, OutOfMemory, megabytes
+from keye.engine.ledger import Ledger, OutOfMemory
 from keye.engine.prefix import PrefixCache, Spans, cut_points
-from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.preparation import Preparation
+from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.replies import Writer
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
-from keye.engine.runner import Slice, Wanted, run, scratch_bytes
-from keye.engine.scheduler import LEAST_TOKENS, Pace, plan_step
+from keye.engine.runner import Slice, Wanted, run, scratch_bytes, smallest_scratch
+from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.engine.turns import FairLock
-from keye.engine.videoindex import check_attention_of
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.tokenizer import Tokenizer
@@ -42,8 +42,8 @@ T = TypeVar("T")
 
 #: Prompt tokens at once where logits of all of them are wanted, and in deterministic requests.
 PROBED_TOKENS, FIXED_TOKENS = 128, 256
-#: Requests whose media are opened at the same time.
-PREPARING = 4
+#: Tokens of a reply at once that are computed again after a preemption.
+AGAIN_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,14 @@ class EngineCore:
         self.wake = threading.Condition()
         self.stepping = FairLock()
         self._numbers = count()
-        self._threads = ThreadPoolExecutor(PREPARING, "keye-media")
-        self._preparing: dict[int, Future[Prompt]] = {}
+        self.preparation = Preparation(parts.builder, parts.model.config.text.max_position_embeddings, self.wake)
         self.computed = {"prompt": 0, "reply": 0}
         self.preemptions = 0
+        self._encoded = False
+        #: Scratch of the smallest step, in the ledger as long as anything runs: keys and values never take its place.
+        self._scratch, self._holding = smallest_scratch(parts.model), False
+        #: Requests that have ended: one that found no room looks again when this has grown.
+        self.ended = 0
 
     def add(self, request: Request, mode: AttentionMode, tell: Callable[[Event], None]) -> Task:
         """Takes a request; `tell` is called with its events, the last being `Finished` or `Failed`."""
@@ -112,9 +116,10 @@ class EngineCore:
             self._sweep()
             self._prepare()
             self._admit()
-            begin = time.perf_counter()
-            encoded = self._encode()
-            computed = self._compute(time.perf_counter() - begin)
+            writing = any(task.stage is Stage.DECODING for task in self.tasks)
+            # Beside those who write, a step either encodes or computes prompts, in turn: both would take too long.
+            encoded = self._encoded = not (writing and self._encoded) and self._encode()
+            computed = self._compute(prompts=not (writing and encoded))
         self._tidy()
         return computed or encoded
 
@@ -155,62 +160,30 @@ class EngineCore:
                 )
 
     def _prepare(self) -> None:
-        """Opens the media of new requests in threads; takes those that are laid out."""
-        for task in list(self.tasks):
-            if task.stage is Stage.WAITING and len(self._preparing) < 2 * PREPARING:
-                task.stage = Stage.PREPARING
-                if isinstance(task.request.prompt, Prompt):
-                    self._laid_out(task, task.request.prompt)
-                else:
-                    task.tell(Progress("decode", 0, 1))
-                    self._preparing[task.number] = self._threads.submit(self._lay_out, task)
-            elif task.stage is Stage.PREPARING and self._preparing[task.number].done():
-                self._take_prompt(task)
-
-    def _lay_out(self, task: Task) -> Prompt:
-        """In a thread: the prompt with its media probed, and their pixels on the way."""
-        request = task.request
-        assert not isinstance(request.prompt, Prompt)
-        room = Room(self.parts.model.config.text.max_position_embeddings, request.params.max_tokens)
-        try:
-            prompt = self.parts.builder.lay_out(request.prompt, room=room, stream=True)
-        finally:
-            with self.wake:
-                self.wake.notify_all()
-        if prompt.indexed is not None:
-            check_attention_of(prompt.indexed, task.mode)
-        return prompt
-
-    def _take_prompt(self, task: Task) -> None:
-        future = self._preparing.pop(task.number)
-        if (error := future.exception()) is not None:
-            self._fail(task, error)
-        else:
-            self._laid_out(task, future.result())
+        """Has the media of new requests opened; takes those that are laid out."""
+        for task in self.preparation.begin(list(self.tasks)):
+            if isinstance(given := task.request.prompt, Prompt):
+                self._laid_out(task, given)
+        for task, done in self.preparation.ready(list(self.tasks)):
+            if (error := done.exception()) is not None:  # whatever it is, it is that of this request
+                self._fail(task, error)
+            else:
+                self._laid_out(task, done.result())
 
     def _laid_out(self, task: Task, prompt: Prompt) -> None:
         task.prompt, task.stage = prompt, Stage.READY
         task.times["laid out"] = time.perf_counter()
         store = prompt.past.store if prompt.past is not None else self.parts.store
         assert store is not None
-        budget, tokens = self.parts.ledger.budget, prompt.token_ids.shape[0] + 1
-        new = tokens - (0 if prompt.past is None else prompt.past.length(0))
-        if budget is None:
-            return
-        budget -= scratch_bytes(self.parts.model.config.text, LEAST_TOKENS, 1, self.parts.model.dtype.itemsize)
-        if (need := store.slabs_for(new) * store.slab_bytes) > budget:
-            most = max(0, budget) // store.slab_bytes * store.slab_bytes // store.layout.token_bytes
-            self._fail(task, OutOfMemory(
-                "the prompt of {} tokens takes {} of keys and values, but the memory budget leaves {}, enough for {} "
-                "tokens; sample fewer or smaller frames ({}, {}), store fewer bits ({}), or raise the budget",
-                f"{tokens - 1:,}", megabytes(need), megabytes(max(0, budget)), f"{most:,}",
-                Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
-            ))  # fmt: skip
+        if (error := refusal(prompt, task.request, store, self._scratch)) is not None:
+            self._fail(task, error)
 
     def _admit(self) -> None:
         """Starts prompts, the oldest first, as long as few enough are running."""
         running = sum(task.stage in (Stage.PREFILLING, Stage.DECODING) for task in self.tasks)
-        for task in self.tasks:
+        for task in list(self.tasks):
+            if running and task.waits_since == self.ended:
+                continue  # nothing has changed since it found no room
             if task.stage is Stage.READY and running < self.most_running:
                 self._start(task)
                 running += 1
@@ -220,6 +193,10 @@ class EngineCore:
         prompt, parts = task.prompt, self.parts
         assert prompt is not None
         task.stage = Stage.PREFILLING
+        if not self._holding:
+            if not self._make_room(partial(_taken, parts.ledger, self._scratch), task):
+                return
+            self._holding = True
         spans = None if task.request.deterministic else Spans.of(prompt, parts.model.config)
         found: KVCache | None = None
         if prompt.past is not None:
@@ -233,13 +210,14 @@ class EngineCore:
         if not self._make_room(partial(_reserved, task.cache, task.length + 1), task):
             return
         task.done = task.cache.length(0)
-        task.cached = max(task.cached, task.done)
+        if "started" not in task.times:  # after a preemption what is known is its own
+            task.times["started"], task.cached = time.perf_counter(), task.done
         first = 0
         if prompt.past is None and task.done and spans is not None:
             first = spans.visual_before(task.done, prompt)
         try:
             task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
-        except (KeyeError, OSError) as error:  # a file that has vanished since it was probed
+        except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
             self._fail(task, error)
             return
         ids, config = prompt.token_ids, parts.model.config
@@ -258,8 +236,8 @@ class EngineCore:
                 continue
             begin = time.perf_counter()
             try:
-                patches = job.step(self.pace.patches(writing))
-            except (KeyeError, OSError, RuntimeError, MemoryError) as error:
+                patches = self._encode_some(task, job, self.pace.patches(writing))
+            except Exception as error:  # noqa: BLE001 - whatever went wrong in a decoder is told to who gave the file
                 self._fail(task, error)
                 return True
             if patches:
@@ -269,32 +247,41 @@ class EngineCore:
                 return True
         return False
 
+    def _encode_some(self, task: Task, job: VisionJob, patches: int) -> int:
+        """Patches encoded; 0 where the memory is full and what is ready has to be computed first."""
+        try:
+            return job.step(patches)
+        except OutOfMemory:
+            if self._computable(task):
+                return 0
+        return self._make_room(partial(job.step, patches), task) or 0
+
     def _rotate(self, task: Task) -> None:
         """Lets others encode before this one does again: their order is that of the list."""
         with self.wake:
             self.tasks.remove(task)
             self.tasks.append(task)
 
-    def _compute(self, spent: float) -> bool:
-        """One pass over every reply and shares of the prompts; `spent` seconds of the step are gone."""
+    def _compute(self, *, prompts: bool) -> bool:
+        """One pass over every reply and, with `prompts`, shares of the prompts."""
         begin = time.perf_counter()
         writing = [task for task in self.tasks if task.stage is Stage.DECODING]
         replies = sum(len(task.live) for task in writing)
         open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
         waiting = [(task.number, n) for task in open_prompts if (n := self._computable(task))]
-        plan = plan_step(replies, waiting, self._affordable(self.pace.budget(replies, spent)))
+        shares = share_out(waiting, self._affordable(self.pace.budget(replies)) if prompts else 0)
         slices: list[tuple[Task, Slice]] = []
         for task in [*writing, *open_prompts]:
             if task.stage is Stage.DECODING:
                 slices += self._reply_slices(task)
-            elif task.stage is Stage.PREFILLING and task.number in plan.prefill:
-                slices += self._prompt_slice(task, plan.prefill[task.number])
+            elif task.stage is Stage.PREFILLING and task.number in shares:
+                slices += self._prompt_slice(task, shares[task.number])
         # Making room for one may have taken it from another.
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         if not slices:
             return False
-        scratch = self._scratch([one for _, one in slices])
-        if not self._make_room(partial(_taken, self.parts.ledger, scratch), slices[0][0]):
+        more = self._scratch_beyond([one for _, one in slices])
+        if not self._make_room(partial(_taken, self.parts.ledger, more), slices[0][0]):
             return False
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         try:
@@ -304,18 +291,15 @@ class EngineCore:
                 self._fail(task, error)
             return True
         finally:
-            self.parts.ledger.release("scratch", scratch)
+            self.parts.ledger.release("scratch", more)
+        prompt = sum(one.token_ids.shape[0] for task, one in slices if task.stage is Stage.PREFILLING)
         for (task, one), logits in zip(slices, computed, strict=True):
-            if not one.cache.blocks:  # preempted meanwhile, for the choices of another: it will be computed again
-                continue
+            if not one.cache.blocks:
+                continue  # the choices of another took its room just now
             if task.stage is Stage.PREFILLING:
                 self._prompt_computed(task, one, logits)
             else:
-                choice = next(c for c in task.live if c.cache is one.cache)
-                assert logits is not None
-                choice.logits, choice.position = logits[-1], choice.position + len(choice.pending)
-                choice.pending = []
-        prompt = sum(plan.prefill.values())
+                self._reply_computed(task, one, logits)
         self.computed["prompt"] += prompt
         self.computed["reply"] += replies
         self._write()
@@ -326,16 +310,16 @@ class EngineCore:
         """Prompt tokens of a step for which there is scratch: fewer where memory is short, but some in any case."""
         free, model = self.parts.ledger.free(), self.parts.model
         while free is not None and tokens > LEAST_TOKENS:
-            if scratch_bytes(model.config.text, tokens, 1, model.dtype.itemsize) <= free:
+            if scratch_bytes(model.config.text, tokens, 1, model.dtype.itemsize) <= free + self._scratch:
                 break
             tokens = max(LEAST_TOKENS, tokens // 2)
         return tokens
 
-    def _scratch(self, slices: Sequence[Slice]) -> int:
-        """Bytes that a pass over the slices may take."""
+    def _scratch_beyond(self, slices: Sequence[Slice]) -> int:
+        """Bytes that a pass over the slices may take beyond those of the smallest step, which are held."""
         model, rows = self.parts.model, [one.token_ids.shape[0] for one in slices]
         wanted = sum(n if one.wanted == "all" else one.wanted == "last" for n, one in zip(rows, slices, strict=True))
-        return scratch_bytes(model.config.text, sum(rows), wanted, model.dtype.itemsize)
+        return max(0, scratch_bytes(model.config.text, sum(rows), wanted, model.dtype.itemsize) - self._scratch)
 
     def _computable(self, task: Task) -> int:
         """Tokens of a prompt that can be computed now: those before the first visual token that is not ready."""
@@ -367,7 +351,7 @@ class EngineCore:
         ids = prompt.token_ids[task.done : stop]
         last = stop == task.length
         wanted: Wanted = "all" if task.request.prompt_logprobs else "last" if last else "none"
-        counts = self.writer.counts(task) if last and task.request.evidence else None
+        counts = self.writer.counts(task, stop, 1) if last and task.request.evidence else None
         return [(task, Slice(
             cache, ids, prompt.position_ids[:, task.done : stop],
             task.vision.tokens(before, after) if after > before else None,
@@ -407,19 +391,30 @@ class EngineCore:
             choice.position = task.prompt.next_position
             choice.pending, choice.logits = list(choice.reply), None if choice.reply else logits
 
+    @staticmethod
+    def _reply_computed(task: Task, one: Slice, logits: torch.Tensor | None) -> None:
+        choice = next(c for c in task.live if c.cache is one.cache)
+        assert logits is not None
+        n = one.token_ids.shape[0]
+        choice.position, choice.pending = choice.position + n, choice.pending[n:]
+        choice.logits = None if choice.pending else logits[-1]
+
     def _reply_slices(self, task: Task) -> list[tuple[Task, Slice]]:
         found = []
+        most = 1 if task.request.deterministic else AGAIN_TOKENS
         for choice in task.live:
-            cache, n = choice.cache, len(choice.pending)
+            cache, n = choice.cache, min(most, len(choice.pending))
             if not n:
                 continue
             assert cache is not None
             if not self._make_room(partial(_reserved, cache, cache.length(0) + n), task):
                 return []
             places = torch.arange(choice.position, choice.position + n).expand(3, -1)
-            counts = self.writer.counts(task) if task.request.evidence and choice.index == 0 else None
+            counts = None
+            if task.request.evidence and choice.index == 0:
+                counts = self.writer.counts(task, cache.length(0) + n, n)
             found.append((task, Slice(
-                cache, torch.tensor(choice.pending), places, None, "last", task.mode, counts,
+                cache, torch.tensor(choice.pending[:n]), places, None, "last", task.mode, counts,
                 task.request.deterministic,
             )))  # fmt: skip
         return found
@@ -444,7 +439,7 @@ class EngineCore:
 
     def _make_room(self, take: Callable[[], T], task: Task) -> T | None:
         """What `take` gives. Where the store is full, caches are given back, then others preempted, the newest first; a
-        task that cannot even run alone fails. None when `task` itself had to go."""
+        task that cannot even run alone fails, one in pieces after it began anew. None when `task` itself had to go."""
         while True:
             try:
                 return take()
@@ -455,8 +450,10 @@ class EngineCore:
                 younger = [t for t in others if t.created > task.created]
                 if younger:
                     self._preempt(max(younger, key=lambda t: t.created))
-                elif others:
+                elif others or (not task.retried and scattered(task)):
+                    task.retried = not others
                     self._preempt(task)
+                    task.waits_since = self.ended
                     return None
                 else:
                     self._fail(task, error)
@@ -466,6 +463,7 @@ class EngineCore:
         """Takes the blocks of a task; it will compute its prompt and what it wrote again, and loses nothing."""
         self._release(task)
         task.stage, task.done = Stage.READY, 0
+        task.prompt_probs, task.counts, task.counted = [], None, 0  # they come again with the tokens
         self.preemptions += 1
         for choice in task.live:
             choice.pending, choice.logits = [], None
@@ -478,9 +476,10 @@ class EngineCore:
         spans = Spans.of(task.prompt, self.parts.model.config)
         if spans is None:
             return
-        points = [n for n in cut_points(length, spans) if n > task.cached]
         try:
-            self.parts.prefixes.keep(task.prompt.token_ids, spans, _secret(task), cache, points)
+            self.parts.prefixes.keep(
+                task.prompt.token_ids, spans, _secret(task), cache, cut_points(length, spans)
+            )  # fmt: skip
         except OutOfMemory:
             return  # there is no room to keep it
 
@@ -490,13 +489,16 @@ class EngineCore:
 
     def _end(self, task: Task) -> None:
         self._release(task)
-        if (future := self._preparing.pop(task.number, None)) is not None:
-            future.cancel()  # one that runs ends by itself: what it lays out holds no worker yet
+        self.preparation.drop(task)
         task.stage = Stage.ENDED
+        self.ended += 1
         with self.wake:
             if task in self.tasks:
                 self.tasks.remove(task)
             self.wake.notify_all()
+        if self._holding and not self.tasks:
+            self._holding = False
+            self.parts.ledger.release("scratch", self._scratch)
 
     def _release(self, task: Task) -> None:
         """Gives back all that a task holds."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -33,6 +33,7 @@ from keye.engine.answer import Answer, AnswerStream, Collector
 from keye.engine.core import EngineCore, Parts
 from keye.engine.fingerprint import Fingerprint, fingerprint
 from keye.engine.kvstore import KVFormat
+from keye.engine.ledger import OutOfMemory
 from keye.engine.live import Keep, LiveSession
 from keye.engine.media import IndexedVideo, as_medium
 from keye.engine.prefix import PrefixCache
@@ -51,6 +52,8 @@ from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, torch_dtype
 from keye.tokenizer import Tokenizer, check_tokenizer
+
+T = TypeVar("T")
 
 
 class Keye:
@@ -243,6 +246,16 @@ class Keye:
         """Gives back what is kept for later requests: prompts computed before, visual tokens of media."""
         self.prefixes.clear()
         self.vision_cache.give_back(self.vision_cache.nbytes())
+
+    def with_room(self, take: Callable[[], T]) -> T:
+        """What `take` gives. Where the memory is full, what is kept for later requests is given back; `OutOfMemory`
+        where that is not enough."""
+        while True:
+            try:
+                return take()
+            except OutOfMemory:
+                if not self.prefixes.give_back() and not self.vision_cache.give_back(1 << 20):
+                    raise
 
     @cached_property
     def core(self) -> EngineCore:

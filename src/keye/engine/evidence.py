@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keye.config import KeyeConfig
 from keye.engine.prompt import Prompt
-from keye.media.processor import Kind, MediaItem, VisualSpan
+from keye.media.processor import Kind, Piece, VisualSpan
 
 #: Frames that a summary names.
 TOP_FRAMES: Final = 5
@@ -79,8 +79,7 @@ def make_evidence(counts: Tensor | None, steps: int, prompt: Prompt, config: Key
     `counts` int64 [layers, positions >= T] of the counted steps (`keye.models.attention.Span`), None where attention
     was dense; `steps` is how many there were with more than k tokens before them.
     """
-    seen = list(_media(prompt))
-    if not seen:
+    if not prompt.media and prompt.indexed is None:
         return Evidence((), 0, "the request has no media")
     if config.text.sparse is None or counts is None:
         return Evidence((), 0, "attention was dense: every token was read, none selected")
@@ -94,51 +93,33 @@ def make_evidence(counts: Tensor | None, steps: int, prompt: Prompt, config: Key
     per_frame = [_per_frame(selected, spans) for spans in frame_spans(prompt, config)]
     total = max(1, sum(int(found.sum()) for found, _ in per_frame))
     made = [
-        _of_medium(one, found, sizes, int(found.sum()) / total)
-        for one, (found, sizes) in zip(seen, per_frame, strict=True)
+        _of_medium(named, found, sizes, int(found.sum()) / total)
+        for named, (found, sizes) in zip(_named(prompt), per_frame, strict=True)
     ]
     return Evidence(tuple(made), steps)
 
 
-class _Seen(NamedTuple):
-    """What evidence needs of a medium: its frames' tokens and times."""
-
-    kind: Kind
-    name: str
-    frame_tokens: list[int]
-    times: tuple[float, ...]
-
-
-def _media(prompt: Prompt) -> Iterator[_Seen]:
-    """The media of a prompt in order, that of an index first."""
-    if (video := prompt.indexed) is not None:
-        tokens = [piece.tokens for piece in video.pieces if isinstance(piece, VisualSpan)]
-        yield _Seen("video", str(video.plan.get("name", video.name)), tokens, video.timestamps)
-    for item in prompt.media:
-        name = item.plan.name if item.plan is not None else "<memory>"
-        yield _Seen(item.kind, name, _tokens_per_frame(item), item.timestamps)
-
-
 def frame_spans(prompt: Prompt, config: KeyeConfig) -> Iterator[list[tuple[int, int]]]:
-    """Of each medium the first and one past the last visual token of every frame, as positions in the prompt."""
+    """Of each medium, an indexed video first, the first and one past the last visual token of every frame, as positions
+    in the prompt."""
     ids = prompt.token_ids.numpy()
-    places = {kind: np.flatnonzero(ids == token) for kind, token in
-              (("image", config.image_token_id), ("video", config.video_token_id))}  # fmt: skip
-    done = {"image": 0, "video": 0}
-    for one in _media(prompt):
+    places, done = np.flatnonzero((ids == config.image_token_id) | (ids == config.video_token_id)), 0
+    media = [(item.pieces, item.frame_count) for item in prompt.media]
+    if prompt.indexed is not None:
+        media.insert(0, (prompt.indexed.pieces, prompt.indexed.plan.get("frames", 1)))
+    for pieces, frames in media:
         spans = []
-        for tokens in one.frame_tokens:
-            first = int(places[one.kind][done[one.kind]])
+        for tokens in _tokens_per_frame(pieces, frames):
+            first = int(places[done])
             spans.append((first, first + tokens))
-            done[one.kind] += tokens
+            done += tokens
         yield spans
 
 
-def _tokens_per_frame(item: MediaItem) -> list[int]:
+def _tokens_per_frame(pieces: Sequence[Piece], frames: int) -> list[int]:
     """Preview has one span for all frames of a video, which are of one size."""
-    spans = [piece.tokens for piece in item.pieces if isinstance(piece, VisualSpan)]
-    frames = item.frame_count
-    return spans if len(spans) == frames else [spans[0] // frames] * frames
+    spans = [piece.tokens for piece in pieces if isinstance(piece, VisualSpan)]
+    return [spans[0] // frames] * frames if len(spans) == 1 and 1 < frames <= spans[0] else spans
 
 
 def _per_frame(
@@ -150,7 +131,18 @@ def _per_frame(
     return sums[stops] - sums[starts], stops - starts
 
 
-def _of_medium(one: _Seen, found: NDArray[np.int64], sizes: NDArray[np.int64], share: float) -> MediumEvidence:
+def _named(prompt: Prompt) -> Iterator[tuple[Kind, str, tuple[float, ...]]]:
+    """Kind, name and times of each medium, an indexed video first."""
+    if prompt.indexed is not None:
+        yield "video", prompt.indexed.name, prompt.indexed.timestamps
+    for item in prompt.media:
+        yield item.kind, item.plan.name if item.plan is not None else "<memory>", item.timestamps
+
+
+def _of_medium(
+    named: tuple[Kind, str, tuple[float, ...]], found: NDArray[np.int64], sizes: NDArray[np.int64], share: float
+) -> MediumEvidence:
+    kind, name, times = named
     shares = found / max(1, found.sum())
     lifts = shares * sizes.sum() / sizes
-    return MediumEvidence(one.kind, one.name, one.times, tuple(shares.tolist()), tuple(lifts.tolist()), share)
+    return MediumEvidence(kind, name, times, tuple(shares.tolist()), tuple(lifts.tolist()), share)

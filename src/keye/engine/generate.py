@@ -99,9 +99,7 @@ class Decoding:
         turn: Turn = nullcontext,
     ) -> None:
         """Appends tokens int64 [n] at `position_ids` [3, n] whose visual tokens [m, d] are known, in chunks, each in a
-        turn of its own. `OutOfMemory`, before any work, where they have no room in the store."""
-        if self.cache.store is not None:
-            self.cache.reserve(self.cache.length(0) + token_ids.shape[0])
+        turn of its own."""
         config, device = self.model.config, self.model.device
         is_visual = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
         seen = 0

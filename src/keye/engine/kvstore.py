@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from keye.config import TextConfig
-from keye.engine.ledger import Ledger
+from keye.engine.ledger import ASIDE, Ledger
 from keye.engine.mapped import scratch_tensor
 from keye.errors import KeyeError
 from keye.ops.pages import PAGE, RowFormat, RowKind
@@ -240,6 +240,19 @@ class KVStore:
             left = [(self.ledger.free(account), n) for account, n in self._costs().items() if n]
             slabs = [free // n for free, n in left if free is not None]
             return PAGE * (ready + min(slabs) * self._slab_blocks) if slabs else None
+
+    def shortage(self, tokens: int, scratch: int = 0) -> tuple[int, int, int] | None:
+        """None if a new sequence of `tokens` has room when all others are gone, beside `scratch` bytes of memory; else
+        the bytes that it takes of a budget, what that leaves for it, and the tokens that this is enough for."""
+        slabs = self.slabs_for(tokens)
+        for account, cost in self._costs().items():
+            budget = self.ledger.limit(account)
+            if budget is None or not cost:
+                continue
+            budget = max(0, budget - (0 if account in ASIDE else scratch))
+            if slabs * cost > budget:
+                return slabs * cost, budget, budget // cost * self._slab_blocks * PAGE
+        return None
 
     @property
     def slab_bytes(self) -> int:

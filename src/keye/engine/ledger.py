@@ -38,7 +38,7 @@ class Ledger:
         """Takes `nbytes`; `OutOfMemory` says what is held by whom when they are not there."""
         assert nbytes >= 0
         with self._lock:
-            used, budget = self._used_beside(account), self._budget_of(account)
+            used, budget = self._used_beside(account), self.limit(account)
             if budget is not None and used + nbytes > budget:
                 raise OutOfMemory(self._refusal(account, nbytes, budget))
             self._held[account] += nbytes
@@ -68,7 +68,7 @@ class Ledger:
     def free(self, account: str = "kv") -> int | None:
         """Bytes that an account can still take; None without a budget."""
         with self._lock:
-            budget = self._budget_of(account)
+            budget = self.limit(account)
             return None if budget is None else budget - self._used_beside(account)
 
     def accounts(self) -> Mapping[str, int]:
@@ -76,7 +76,8 @@ class Ledger:
         with self._lock:
             return {name: n for name, n in sorted(self._held.items()) if n}
 
-    def _budget_of(self, account: str) -> int | None:
+    def limit(self, account: str) -> int | None:
+        """Bytes of the budget that an account counts against; None without one."""
         return self._aside.get(account) if account in ASIDE else self.budget
 
     def _used_beside(self, account: str) -> int:

@@ -38,16 +38,16 @@ class Writer:
             for index in range(request.n)
         ]
 
-    def counts(self, task: Task) -> Tensor | None:
-        """Where selections are counted for evidence; None where nothing is selected."""
+    def counts(self, task: Task, length: int, new: int) -> Tensor | None:
+        """Where the selections of `new` tokens, the last of the first `length`, are counted for evidence; None where
+        nothing is selected."""
         sparse = self.config.text.sparse
         if sparse is None or task.mode == "dense":
             return None
         if task.counts is None:
             size = task.length + task.request.params.max_tokens
             task.counts = torch.zeros(self.config.text.num_hidden_layers, size, dtype=torch.int64)
-        written = len(task.choices[0].reply) if task.choices else 0
-        task.counted += task.length + written > sparse.topk
+        task.counted += min(new, max(0, length - sparse.topk))
         return task.counts
 
     def write(self, tasks: Sequence[Task]) -> list[tuple[Task, Exception]]:
@@ -66,7 +66,7 @@ class Writer:
                 if bad:
                     check_logits(choice.logits)  # type: ignore[arg-type]
                 self._next(task, choice, token)
-            except (KeyeError, RuntimeError) as error:  # torch refuses probabilities that are none
+            except (KeyeError, RuntimeError) as error:  # RuntimeError: torch, of probabilities that are none
                 failed[task.number] = task, error
         return list(failed.values())
 

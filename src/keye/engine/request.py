@@ -63,15 +63,15 @@ class Request:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= MAX_CHOICES:
-            raise KeyeError(f"n is {self.n}; choose 1 to {MAX_CHOICES}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise KeyeError(f"logprobs is {self.logprobs}; choose 0 to {MAX_LOGPROBS}")
+        if type(self.n) is not int or not 1 <= self.n <= MAX_CHOICES:
+            raise KeyeError(f"n is {self.n!r}; choose 1 to {MAX_CHOICES}")
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise KeyeError(f"logprobs is {self.logprobs!r}; choose 0 to {MAX_LOGPROBS}")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request has come before its first token: `phase` is queue, decode, encode or prefill."""
+    """How far a request has come before its first token: `phase` is decode, encode or prefill."""
 
     phase: str
     done: int
@@ -186,6 +186,10 @@ class Task:
     prompt_probs: list[TokenProb] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     aborted: bool = False
+    #: Whether it began anew although nobody else was there, because its blocks lay scattered.
+    retried: bool = False
+    #: How many requests had ended when it found no room.
+    waits_since: int | None = None
 
     @property
     def live(self) -> list[Choice]:

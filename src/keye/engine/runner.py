@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keye.config import TextConfig
 from keye.engine.kvcache import KVCache
+from keye.engine.scheduler import LEAST_TOKENS
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
 
@@ -44,6 +45,11 @@ def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> 
     inner = config.moe_intermediate_size if config.num_experts else config.intermediate_size
     per_row = itemsize * (4 * d + 2 * heads * config.head_dim + experts * (3 * inner + 2 * d)) + 4 * (2 + experts) * d
     return 2 * rows * per_row + 4 * wanted * config.vocab_size + (SCRATCH_BYTES if rows > 1 else 1 << 20)
+
+
+def smallest_scratch(model: KeyeModel) -> int:
+    """What the smallest step takes: the engine keeps so much free of keys and values."""
+    return scratch_bytes(model.config.text, LEAST_TOKENS, LEAST_TOKENS, model.dtype.itemsize)
 
 
 @torch.inference_mode()

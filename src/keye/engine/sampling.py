@@ -101,7 +101,9 @@ class Sampler:
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities [V] after temperature, top-k, min-p and top-p, in this order; they sum to 1."""
-    probs = (logits.double() / params.temperature).softmax(-1)
+    scores = logits.double()
+    # Without the shift a temperature near 0 would make infinite scores of the likeliest tokens.
+    probs = ((scores - scores.max()) / params.temperature).softmax(-1)
     if 0 < params.top_k < probs.numel():
         kth = probs.topk(params.top_k).values[-1]
         probs = probs.masked_fill(probs < kth, 0.0)

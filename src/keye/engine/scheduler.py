@@ -6,36 +6,28 @@ a long prompt delays neither those that write nor short prompts behind it, and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 #: Prompt tokens of a step in which nothing is written, and the fewest of one in which something is.
 ALONE_TOKENS: Final = 1024
-LEAST_TOKENS: Final = 16
+LEAST_TOKENS: Final = 32
 #: How much longer than a step of writing alone one with prompts in it may take, as a factor.
 STRETCH: Final = 1.6
 #: Weight of the newest measurement.
 _NEWEST: Final = 0.2
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Prompt tokens for each task, by its number."""
-
-    prefill: Mapping[int, int]
-
-
-def plan_step(writing: int, waiting: Sequence[tuple[int, int]], budget: int) -> Plan:
-    """`waiting` are (number, tokens that could be computed) of prompts, the oldest first; `budget` tokens in all."""
-    if not waiting or budget <= 0:
-        return Plan({})
-    return Plan(share_out(waiting, budget))
-
-
 def share_out(waiting: Sequence[tuple[int, int]], budget: int) -> dict[int, int]:
-    """Equal shares of `budget`; what one does not need goes to the others, the oldest first. Whoever is there gets at
-    least one token if the budget has one for each."""
+    """Prompt tokens of a step for each of `waiting`: (number, tokens that could be computed) of prompts, the oldest
+    first. Equal shares of `budget`; what one does not need goes to the others, the oldest first. Whoever is there gets
+    at least one token if the budget has one for each; if not, the oldest and those who need least."""
+    if budget <= 0:
+        return {}
+    if budget < len(waiting):
+        oldest, *others = waiting
+        return {number: 1 for number, _ in [oldest, *sorted(others, key=lambda one: one[1])[: budget - 1]]}
     left, shares = budget, dict[int, int]()
     youngest_first = [*reversed(waiting)]
     by_need = sorted(youngest_first, key=lambda one: one[1])  # of equals the oldest comes last, and gets the rest
@@ -60,13 +52,13 @@ class Pace:
     patch: float | None = None
     _alone: bool = field(default=False, repr=False)
 
-    def budget(self, writing: int, spent: float = 0.0) -> int:
-        """Prompt tokens of the next step, of whose time `spent` seconds are gone."""
+    def budget(self, writing: int) -> int:
+        """Prompt tokens of the next step."""
         if not writing:
             return ALONE_TOKENS
         if self.step is None or not self.token:
             return LEAST_TOKENS * 4
-        spare = (STRETCH - 1) * self.step - spent
+        spare = (STRETCH - 1) * self.step
         return max(LEAST_TOKENS, min(ALONE_TOKENS, int(spare / self.token)))
 
     def patches(self, writing: int) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, get_args
+from typing import Any, Final, Protocol, TypeVar, get_args
 
 import torch
 
@@ -36,6 +37,8 @@ from keye.media.processor import Piece, VisualSpan
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 
+T = TypeVar("T")
+
 
 class LoadedModel(Protocol):
     """The loaded model that indexes and answers; `keye.Keye` is one."""
@@ -49,6 +52,8 @@ class LoadedModel(Protocol):
 
     @property
     def fingerprint(self) -> Fingerprint: ...
+
+    def with_room(self, take: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def write_video_index(
     check_disk(path.absolute().parent, index_bytes(layout, prompt.token_ids.shape[0]))
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
+    owner.with_room(partial(decoding.cache.reserve, prompt.token_ids.shape[0]))
     decoding.prefill(prompt, turn=turn)
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
@@ -230,6 +236,7 @@ class _Facts:
         sound = (
             about["attention"] in get_args(AttentionMode)
             and 0 <= about["start"] <= file.length
+            and any(type(one) is int for one in held["pieces"])
             and all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"])
             and all(isinstance(one, int | float) for one in held["timestamps"])
             and all(isinstance(value, _PLAN.get(name, object)) for name, value in held["plan"].items())

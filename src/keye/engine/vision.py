@@ -77,6 +77,8 @@ class VisionJob:
         self.total, self.ready = prompt.media_tokens, 0
         self._parts: list[_Part] = []
         self._forgotten = 0
+        #: Whether the memory was full once: then nothing is kept for the cache any more.
+        self._scarce = False
         self._media = _needed(prompt.media, first)
         self._groups: list[_Group] = []
         self._reader: PixelReader | None = None
@@ -104,15 +106,19 @@ class VisionJob:
     @torch.inference_mode()
     def step(self, patches: int) -> int:
         """Encodes about `patches` patches, at least one group; returns how many it encoded, 0 when all are done or the
-        next are not decoded yet. Raises what went wrong with a medium, and `OutOfMemory`; after either only `close`
-        makes sense."""
+        next are not decoded yet. `OutOfMemory` where there is room for none; then nothing has changed. Raises what went
+        wrong with a medium; after that only `close` makes sense."""
         count = 0
         while self._groups and not self.waiting and (not count or count + self._groups[0].patches <= patches):
+            held = self._bytes_of(self._groups[0].tokens)
+            try:
+                self._reserve(held)
+            except OutOfMemory:
+                if count:
+                    return count
+                raise
             group = self._groups.pop(0)
-            assert self._reader is not None
-            pixels, grids = self._reader.take(group.rows).tensors()
-            device = self._model.device
-            self._add(self._model.encode_vision(pixels.to(device), grids))
+            self._add(self._encode(group, held), held)
             count += group.patches
             if not self._groups:
                 self._finish_medium()
@@ -160,8 +166,11 @@ class VisionJob:
         """Whether the medium being encoded will go into the cache."""
         if not self._media or self._cache is None or self._media[0][1].key is None:
             return False
-        item, model = self._media[0][1], self._model
-        return self._cache.accepts(item.visual_tokens * model.config.text.hidden_size * model.dtype.itemsize)
+        return not self._scarce and self._cache.accepts(self._bytes_of(self._media[0][1].visual_tokens))
+
+    def _bytes_of(self, tokens: int) -> int:
+        """Bytes of visual tokens."""
+        return tokens * self._model.config.text.hidden_size * self._model.dtype.itemsize
 
     def _next_medium(self) -> None:
         """Starts the next medium that has to be encoded; takes those before it from the cache."""
@@ -179,14 +188,36 @@ class VisionJob:
             self.ready = self._parts[-1].stop
             self._media.pop(0)
 
-    def _add(self, tokens: Tensor) -> None:
-        held = tokens.numel() * tokens.element_size()
+    def _reserve(self, held: int) -> None:
+        """Takes bytes in the ledger; where they are missing, gives up the cache, and what was kept for it."""
+        for free in (self._give_back_cached, self._stop_keeping):
+            try:
+                self._ledger.reserve(ACCOUNT, held)
+            except OutOfMemory:
+                free(held)
+            else:
+                return
+        self._ledger.reserve(ACCOUNT, held)
+
+    def _give_back_cached(self, nbytes: int) -> None:
+        if self._cache is not None:
+            self._cache.give_back(nbytes)
+
+    def _stop_keeping(self, _: int) -> None:
+        self._scarce = True
+        self.forget(self._forgotten)
+
+    def _encode(self, group: _Group, held: int) -> Tensor:
+        """The visual tokens of the next rows, for which `held` bytes are reserved."""
+        assert self._reader is not None
         try:
-            self._ledger.reserve(ACCOUNT, held)
-        except OutOfMemory:
-            if self._cache is None or not self._cache.give_back(held):
-                raise
-            self._ledger.reserve(ACCOUNT, held)
+            pixels, grids = self._reader.take(group.rows).tensors()
+            return self._model.encode_vision(pixels.to(self._model.device), grids)
+        except BaseException:
+            self._ledger.release(ACCOUNT, held)
+            raise
+
+    def _add(self, tokens: Tensor, held: int) -> None:
         self._parts.append(_Part(self.ready, tokens, held))
         self.ready += tokens.shape[0]
 

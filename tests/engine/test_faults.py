@@ -1,0 +1,475 @@
+"""What goes wrong in the engine ends the request that it concerns, and no other; nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import keye
+from keye import Frames, Keye, KeyeError
+from keye.chat import Message
+from keye.data.frameforge import make_clip, write_mp4
+from keye.engine.admission import scattered
+from keye.engine.async_engine import AsyncEngine
+from keye.engine.core import EngineCore
+from keye.engine.generate import Decoding, generate
+from keye.engine.ledger import OutOfMemory
+from keye.engine.media import as_medium
+from keye.engine.preparation import AHEAD
+from keye.engine.replies import Writer
+from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request, Stage, Task
+from keye.engine.runner import smallest_scratch
+from keye.engine.scheduler import STRETCH, Pace, share_out
+from keye.engine.vision import VisionJob
+from keye.media import frame_stream
+from keye.media.processor import Processor
+from tiny import tiny_folder
+
+TEXT = [Message("user", ("what is red?",))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def model(folder: Path) -> Keye:
+    return keye.load(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight frames in four seconds."""
+    path = tmp_path_factory.mktemp("media") / "short.mp4"
+    write_mp4(make_clip(3, frames=8, objects=2, start=0.0, step=0.5), path, (112, 112))
+    return path
+
+
+def about(medium: object, question: str = "what is red?") -> list[Message]:
+    return [Message("user", (as_medium(medium), question))]
+
+
+def clip(seed: int, frames: int = 8) -> Frames:
+    return Frames(np.random.default_rng(seed).integers(0, 255, (frames, 56, 56, 3), dtype=np.uint8))
+
+
+def greedy(model: Keye, messages: list[Message], max_tokens: int = 6, **options: Any) -> Request:
+    return model.request(messages, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def alone(model: Keye, messages: list[Message], max_tokens: int = 6) -> list[int]:
+    """Greedy tokens of the reference: one sequence, nothing cached."""
+    request = greedy(model, messages, max_tokens)
+    decoding = Decoding(model.model)
+    decoding.prefill(model.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
+    return list(generate(decoding, request.params, ()))
+
+
+def add(model: Keye, request: Request) -> Inbox:
+    inbox = Inbox()
+    model.core.add(request, model.attention_of(request.attention), inbox)
+    return inbox
+
+
+def run(model: Keye) -> None:
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+
+
+def ran(model: Keye, request: Request) -> Inbox:
+    inbox = add(model, request)
+    run(model)
+    return inbox
+
+
+def tokens(inbox: Inbox) -> list[int]:
+    assert isinstance(inbox.events[-1], Finished), inbox.events[-1]
+    return [token for event in inbox.events if isinstance(event, Delta) and event.index == 0 for token in event.tokens]
+
+
+def failure(inbox: Inbox) -> str:
+    last = inbox.events[-1]
+    assert isinstance(last, Failed)
+    return str(last.error)
+
+
+def nothing_held(model: Keye) -> bool:
+    model.clear_caches()
+    return model.ledger.accounts() == {}
+
+
+# Media
+
+
+def test_a_decode_worker_killed_in_the_middle_fails_its_request_alone(
+    model: Keye, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = frame_stream._fill
+
+    def killed(reader: Any, frames: Callable[[Any], Iterator[Any]], queue: Any) -> None:
+        def some(opened: Any) -> Iterator[Any]:
+            for number, frame in enumerate(frames(opened)):
+                if number == 1:
+                    os.kill(opened._worker.process.pid, signal.SIGKILL)
+                yield frame
+
+        fill(reader, some, queue)
+
+    bad_request, good_request = greedy(model, about(video)), greedy(model, TEXT)
+    monkeypatch.setattr(frame_stream, "_fill", killed)
+    bad, good = add(model, bad_request), add(model, good_request)
+    run(model)
+    assert "short.mp4 broke the video decoder or its memory limit; re-encode it" in failure(bad)
+    assert tokens(good) == alone(model, TEXT)
+    monkeypatch.undo()
+    assert model.ask(video, "what is red?", max_tokens=2).usage.media_tokens == 8 * 16
+    assert nothing_held(model)
+
+
+@pytest.mark.parametrize("where", ["frames", "open", "lay out"])
+def test_a_defect_in_media_is_told_to_who_asked(
+    model: Keye, video: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A defect is no `KeyeError`; the engine lives on all the same."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the video decoder failed with code 1")
+
+    if where == "frames":
+        monkeypatch.setattr(VisionJob, "step", fail)
+    elif where == "open":
+        monkeypatch.setattr(frame_stream.FileFrames, "open", fail)
+    else:
+        monkeypatch.setattr(Processor, "video_stream", fail)
+    bad, good = add(model, greedy(model, about(video))), add(model, greedy(model, TEXT))
+    run(model)
+    assert "failed with code 1" in failure(bad)
+    assert tokens(good) == alone(model, TEXT)
+    assert nothing_held(model)
+
+
+def test_media_that_do_not_come_hold_up_nobody_else(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a prompt of words behind more slow media than there are threads for them."""
+    come = threading.Event()
+    frames = Processor.frames
+
+    def slow(self: Processor, *given: Any) -> Any:
+        if threading.current_thread().name.startswith("keye-media"):
+            come.wait()
+        return frames(self, *given)
+
+    monkeypatch.setattr(Processor, "frames", slow)
+    waiting = [add(model, greedy(model, about(clip(seed)))) for seed in range(12)]
+    words = add(model, greedy(model, TEXT))
+    while not (words.events and isinstance(words.events[-1], Finished | Failed)):
+        if not model.core.step():
+            model.core.rest()
+    assert tokens(words) and not any(isinstance(event, Finished) for inbox in waiting for event in inbox.events)
+    come.set()
+    run(model)
+    assert [len(tokens(inbox)) for inbox in waiting] == [6] * 12
+
+
+def test_few_media_are_open_before_their_turn(model: Keye) -> None:
+    """Pictures that wait are held in memory."""
+    model.core.most_running, most = 1, 0
+    inboxes = [add(model, greedy(model, about(clip(seed % 3)), 2)) for seed in range(30)]
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+        most = max(most, sum(task.stage in (Stage.PREPARING, Stage.READY) for task in model.core.tasks))
+    assert most == AHEAD and all(len(tokens(inbox)) == 2 for inbox in inboxes)
+
+
+# Memory
+
+
+def test_visual_tokens_wait_for_room(model: Keye) -> None:
+    """Two clips whose visual tokens do not fit beside each other, nor beside all keys and values."""
+    model.vision_cache.budget = 0
+    asked = [about(clip(seed, 60)) for seed in range(3)]
+    expected = [alone(model, messages) for messages in asked]
+    one = 60 * 4 * model.config.text.hidden_size * 4  # bytes of the visual tokens of a clip
+    model.ledger.budget = 2 * model.store.slab_bytes + one // 2 + smallest_scratch(model.model)
+    inboxes = [add(model, greedy(model, messages)) for messages in asked]
+    run(model)
+    assert [tokens(inbox) for inbox in inboxes] == expected
+    assert nothing_held(model)
+
+
+def test_one_whose_blocks_are_scattered_begins_anew_before_it_fails(model: Keye) -> None:
+    """Its blocks lie in two slabs because another was there first; in one it has room."""
+    messages = [Message("user", ("word " * 500,))]
+    other = add(model, greedy(model, [Message("user", ("a " * 700,))], 30))
+    while not any(task.stage is Stage.DECODING for task in model.core.tasks):
+        if not model.core.step():
+            model.core.rest()
+    inbox = add(model, greedy(model, messages, 12))
+    while not any(task.stage is Stage.DECODING and task.number == 1 for task in model.core.tasks):
+        if not model.core.step():
+            model.core.rest()
+    model.core.abort(model.core.tasks[0])
+    model.clear_caches()
+    task = model.core.tasks[0]
+    held = model.store.nbytes() // model.store.slab_bytes
+    assert scattered(task) and held == 2 and not isinstance(other.events[-1], Finished)
+    model.ledger.budget = model.store.slab_bytes + smallest_scratch(model.model)
+
+    def full() -> None:
+        if not task.retried:
+            raise OutOfMemory("full")
+
+    assert model.core._make_room(full, task) is None and task.retried
+    run(model)
+    assert tokens(inbox) == alone(model, messages, 12)
+    assert nothing_held(model)
+
+
+def test_the_choices_of_one_may_take_the_room_of_a_younger_prompt(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older's prompt is complete in the very step that computes a part of the younger's."""
+    old, young = [Message("user", ("word " * 60,))], [Message("user", ("other " * 30,))]
+    expected = alone(model, old), alone(model, young)
+    monkeypatch.setattr(Pace, "budget", lambda *_: 120)
+    model.ledger.budget = model.store.slab_bytes + smallest_scratch(model.model)
+    first, second = add(model, greedy(model, old, n=13)), add(model, greedy(model, young))
+    run(model)
+    assert model.core.preemptions > 0
+    assert (tokens(first), tokens(second)) == expected
+    assert nothing_held(model)
+
+
+def test_a_mapped_store_is_not_bound_by_the_memory_budget(folder: Path, tmp_path: Path) -> None:
+    """Only the indexer keys are in memory; keys and values lie on the disk."""
+    model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
+    text = [Message("user", ("word " * 300,))]
+    near = model.store._costs()["kv"]
+    model.ledger.budget = near + smallest_scratch(model.model)
+    assert near < model.store.slab_bytes
+    inbox = add(model, greedy(model, text, 2))
+    run(model)
+    assert len(tokens(inbox)) == 2
+    model.clear_caches()
+    model.ledger.budget = near - 1 + smallest_scratch(model.model)
+    with pytest.raises(KeyeError, match="enough for 0 tokens"):
+        model.chat(text, max_tokens=2)
+
+
+def test_what_is_told_of_a_preempted_request_is_told_once(model: Keye) -> None:
+    """Evidence and the probabilities of the prompt are those of an undisturbed run."""
+
+    def asked(disturbed: bool) -> Finished:
+        inbox = add(model, replace(greedy(model, about(clip(1)), 8, evidence=True), prompt_logprobs=True))
+        steps = 0
+        while not model.core.idle():
+            if not model.core.step():
+                model.core.rest()
+            steps += 1
+            for task in model.core.tasks if disturbed and steps in (4, 9) else ():
+                model.core._preempt(task)
+        return inbox.events[-1]  # type: ignore[return-value]
+
+    plain = asked(disturbed=False)
+    model.clear_caches()
+    again = asked(disturbed=True)
+    assert model.core.preemptions >= 1
+    assert plain.evidence is not None and again.evidence is not None
+    assert again.evidence.steps == plain.evidence.steps == 8
+    assert again.evidence.media[0].shares == pytest.approx(plain.evidence.media[0].shares)
+    assert len(again.prompt_probs or ()) == len(plain.prompt_probs or ()) == plain.prompt_tokens - 1
+
+
+def test_deterministic_replies_survive_a_preemption_to_the_last_bit(folder: Path) -> None:
+    """In bfloat16, where the shape of a product decides its last bits."""
+    model = keye.load(folder)
+
+    def probabilities(disturbed: bool) -> list[float]:
+        inbox = add(model, greedy(model, about(clip(1, 30)), 16, deterministic=True, logprobs=0))
+        steps = 0
+        while not model.core.idle():
+            if not model.core.step():
+                model.core.rest()
+            steps += 1
+            for task in model.core.tasks if disturbed and steps >= 7 and writes(model) else ():
+                model.core._preempt(task)
+                disturbed = False
+        return [prob.logprob for event in inbox.events if isinstance(event, Delta) for prob in event.probs]
+
+    plain = probabilities(disturbed=False)
+    assert probabilities(disturbed=True) == plain and len(plain) == 16 and model.core.preemptions == 1
+
+
+# Ends
+
+
+def writes(model: Keye) -> bool:
+    return any(task.stage is Stage.DECODING for task in model.core.tasks)
+
+
+def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
+    engine = AsyncEngine(model)
+    engine.start()
+    try:
+        return asyncio.run(work(engine))
+    finally:
+        engine.close()
+
+
+def test_closing_tells_those_who_still_wait(model: Keye) -> None:
+    async def closed(engine: AsyncEngine) -> None:
+        events = engine.run(greedy(model, about(clip(1)), 4000))
+        await anext(events)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(KeyeError, match="engine was closed before the request was complete"):
+            async for _ in events:
+                pass
+
+    run_async(model, closed)
+    assert nothing_held(model)
+    assert model.chat(TEXT, max_tokens=1).usage.completion_tokens <= 1, "the model goes on without that engine"
+
+
+def test_a_defect_in_a_step_is_told_and_the_thread_goes_on(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = EngineCore._compute
+    broken = iter([True])
+
+    def once(self: EngineCore, *, prompts: bool) -> bool:
+        if self.tasks and next(broken, False):
+            raise AssertionError("a defect")
+        return compute(self, prompts=prompts)
+
+    monkeypatch.setattr(EngineCore, "_compute", once)
+
+    async def both(engine: AsyncEngine) -> list[Any]:
+        with pytest.raises(AssertionError, match="a defect"):
+            async for _ in engine.run(greedy(model, TEXT)):
+                pass
+        return [event async for event in engine.run(greedy(model, TEXT))]
+
+    assert isinstance(run_async(model, both)[-1], Finished)
+
+
+def test_a_request_that_cannot_run_counts_as_none(model: Keye) -> None:
+    async def wrong(engine: AsyncEngine) -> None:
+        engine.most_requests = 1
+        for _ in range(2):
+            with pytest.raises(KeyeError, match="choose sparse or dense"):
+                await anext(engine.run(replace(greedy(model, TEXT), attention="spares")))  # type: ignore[arg-type]
+        assert [event async for event in engine.run(greedy(model, TEXT, 1))]
+
+    run_async(model, wrong)
+
+
+def test_an_abort_during_the_last_step_is_cleaned_up(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives up while another thread steps does not clean up itself; nobody may step afterwards."""
+    task = model.core.add(greedy(model, about(clip(1)), 50), "sparse", Inbox())
+    while task.stage is not Stage.DECODING:
+        if not model.core.step():
+            model.core.rest()
+    compute = EngineCore._compute
+
+    def aborted_meanwhile(self: EngineCore, *, prompts: bool) -> bool:
+        other = threading.Thread(target=self.abort, args=(task,))
+        other.start()
+        other.join()
+        return compute(self, prompts=prompts)
+
+    monkeypatch.setattr(EngineCore, "_compute", aborted_meanwhile)
+    model.core.step()
+    assert model.core.idle() and task.stage is Stage.ENDED
+    assert nothing_held(model)
+
+
+def test_a_stream_that_is_dropped_leaves_nothing(model: Keye) -> None:
+    stream = model.stream_ask(clip(1), "what?", max_tokens=50, ignore_eos=True)
+    next(stream)
+    assert not model.core.idle()
+    del stream
+    assert model.core.idle() and nothing_held(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"n": 0}, "n is 0; choose 1 to 128"),
+        ({"n": "2"}, "n is '2'; choose 1 to 128"),
+        ({"n": 2.5}, "n is 2.5; choose"),
+        ({"logprobs": 21}, "logprobs is 21; choose 0 to 20"),
+        ({"logprobs": True}, "logprobs is True; choose 0 to 20"),
+    ],
+)
+def test_options_out_of_range(model: Keye, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(KeyeError, match=sentence):
+        model.chat(TEXT, **options)
+
+
+def test_probabilities_that_are_none_fail_their_request_alone(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tokens(ran(model, greedy(model, TEXT, temperature=1e-320))) == alone(model, TEXT)
+    write = Writer._next
+
+    def spoiled(self: Writer, task: Task, choice: Choice, best: int) -> None:
+        if task.request.params.temperature and choice.logits is not None:
+            choice.logits = torch.full_like(choice.logits, torch.inf)
+        write(self, task, choice, best)
+
+    monkeypatch.setattr(Writer, "_next", spoiled)
+    bad, good = add(model, greedy(model, TEXT, temperature=1.0)), add(model, greedy(model, TEXT))
+    run(model)
+    assert "probability" in failure(bad) and tokens(good) == alone(model, TEXT)
+
+
+# Fairness
+
+
+def test_nobody_starves_whatever_the_steps_take() -> None:
+    """Prompts come all the time while others write, on a machine of changing speed: each is complete in time."""
+    rng = random.Random(0)
+    pace, waiting, begun, number = Pace(), dict[int, int](), dict[int, int](), 0
+    total, longest = 0, 0
+    for step in range(4000):
+        if rng.random() < 0.02 and len(waiting) < 40:
+            waiting[number], begun[number] = rng.choice([3, 40, 400, 4000]), step
+            number += 1
+        writing = rng.choice([0, 1, 8, 32])
+        budget = pace.budget(writing)
+        shares = share_out(list(waiting.items()), budget)
+        assert not waiting or sum(shares.values()) == min(budget, sum(waiting.values())) > 0
+        for who, share in shares.items():
+            waiting[who] -= share
+            if not waiting[who]:
+                longest = max(longest, step - begun[who])
+                total += 1
+                del waiting[who]
+        prompt = sum(shares.values())
+        slow = rng.choice([1.0, 1.0, 3.0])
+        pace.saw_step(slow * (0.010 + 0.0001 * writing + 0.0002 * prompt), writing, prompt)
+    assert total > 50 and number - total < 15
+    assert longest < 2000
+
+
+def test_a_step_with_prompts_is_not_much_longer_than_one_without() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.saw_step(0.020, 4, 0)
+        budget = pace.budget(4)
+        pace.saw_step(0.020 + 0.0001 * budget, 4, budget)
+    assert 0.020 + 0.0001 * pace.budget(4) <= STRETCH * 0.020 * 1.01
+
+
+def test_where_there_is_not_a_token_for_each_short_prompts_do_not_wait_for_long_ones() -> None:
+    """Nor do long ones wait for ever: the oldest always goes on."""
+    waiting = [*((number, 100_000) for number in range(20)), (20, 3), (21, 2)]
+    assert share_out(waiting, 4) == {0: 1, 21: 1, 20: 1, 1: 1}
+    assert share_out(waiting, 1) == {0: 1} and share_out(waiting, 0) == {}
