@@ -8,7 +8,7 @@ import pytest
 
 from keye.commands.show import filled_cells, listed_times, timeline, usage_line, video_length
 from keye.commands.terminal import one_line, printable
-from keye.engine.engine import Answer, Usage
+from keye.engine.answer import Answer, Usage
 
 
 def answer(**changed: Any) -> Answer:

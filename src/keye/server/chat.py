@@ -13,7 +13,7 @@ from keye.chat import ReplyPiece
 from keye.engine.request import Delta, Ended, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
 from keye.server.prepare import Prepared, chat_wanted, prepare
-from keye.server.replies import Choice, events_of, findings_of, head, prob_object, usage_of
+from keye.server.replies import Choice, events_of, findings_of, head, prob_object, usage_of, whole
 from keye.server.schemas import ChatRequest
 from keye.server.sse import event, streamed, until_gone
 
@@ -33,17 +33,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 
 
 async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
-    choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
-    finished: Finished | None = None
-    async with aclosing(events_of(context, prepared.job)) as events:
-        async for one in events:
-            if isinstance(one, Delta):
-                choices[one.index].add(one)
-            elif isinstance(one, Ended):
-                choices[one.index].end(one)
-            elif isinstance(one, Finished):
-                finished = one
-    assert finished is not None
+    choices, finished = await whole(context, prepared)
     return {
         **head("chatcmpl", "chat.completion", context.name),
         "choices": [_choice(index, choice, prepared) for index, choice in enumerate(choices)],

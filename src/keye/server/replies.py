@@ -86,6 +86,22 @@ class Choice:
         return pieces
 
 
+async def whole(context: Context, prepared: Prepared) -> tuple[list[Choice], Finished]:
+    """All choices of a request, complete, and how it finished."""
+    choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
+    finished: Finished | None = None
+    async with aclosing(events_of(context, prepared.job)) as events:
+        async for one in events:
+            if isinstance(one, Delta):
+                choices[one.index].add(one)
+            elif isinstance(one, Ended):
+                choices[one.index].end(one)
+            elif isinstance(one, Finished):
+                finished = one
+    assert finished is not None
+    return choices, finished
+
+
 def usage_of(finished: Finished, choices: Sequence[Choice], prepared: Prepared) -> dict[str, Any]:
     """Usage as OpenAI has it, and of each medium its plan and the settings that it came with."""
     asked = [segment.value.options for segment in prepared.prompt if isinstance(segment.value, Medium)]

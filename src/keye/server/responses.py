@@ -15,7 +15,7 @@ from keye.engine.request import Delta, Ended, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of
-from keye.server.replies import Choice, events_of, findings_of, usage_of
+from keye.server.replies import Choice, events_of, findings_of, usage_of, whole
 from keye.server.response_events import ResponseWriter, items_of
 from keye.server.schemas import ResponseRequest
 from keye.server.sse import streamed, until_gone
@@ -136,16 +136,7 @@ def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prep
 
 
 async def _whole(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
-    choice, finished = Choice.of(prepared), None
-    async with aclosing(events_of(context, prepared.job)) as events:
-        async for one in events:
-            if isinstance(one, Delta):
-                choice.add(one)
-            elif isinstance(one, Ended):
-                choice.end(one)
-            elif isinstance(one, Finished):
-                finished = one
-    assert finished is not None
+    (choice,), finished = await whole(context, prepared)
     complete = _completed(_head(context, prepared, body), choice, finished, prepared)
     return {**complete, "output": items_of(choice, complete["status"])}
 

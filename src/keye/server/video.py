@@ -7,7 +7,6 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.background import BackgroundTask
 
-from keye.engine.request import Delta, Ended, Finished
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips
 from keye.media.fetch import Source
@@ -23,7 +21,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.prepare import Wanted, prepare
-from keye.server.replies import Choice, events_of, findings_of, usage_of
+from keye.server.replies import findings_of, usage_of, whole
 from keye.server.schemas import ClipsRequest, GroundRequest, PlanRequest
 from keye.server.sse import until_gone
 
@@ -83,16 +81,7 @@ async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str
     media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]
     if media != ["video"]:
         raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
-    choice, finished = Choice.of(prepared), None
-    async with aclosing(events_of(context, prepared.job)) as events:
-        async for one in events:
-            if isinstance(one, Delta):
-                choice.add(one)
-            elif isinstance(one, Ended):
-                choice.end(one)
-            elif isinstance(one, Finished):
-                finished = one
-    assert finished is not None
+    (choice,), finished = await whole(context, prepared)
     findings = findings_of(finished, choice.text, prepared.notes, merged=True)
     return {
         "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
