@@ -226,3 +226,18 @@ def test_a_file_played_as_if_it_were_live(run: Callable, model_folder: Path, vid
     assert [(moment["time"], moment["frames"]) for moment in moments] == [(1.0, 3), (2.5, 6), (3.5, 8)]
     assert [moment["plan"][0]["timestamps"][-1] for moment in moments] == [1.0, 2.5, 3.5]
     assert len(run(*arguments).out.splitlines()) == 3
+
+
+def test_several_replies_and_their_probabilities(run: Callable, model_folder: Path, video: Path) -> None:
+    words = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 4, "--n", 2, "--seed", 1]
+    data = run(*words, "--temperature", 2, "--logprobs", 1, "--json").data
+    assert len(data["alternatives"]) == 1 and data["alternatives"][0]["text"] != data["text"]
+    assert all(one["logprob"] < 0 and len(one["top"]) == 1 for one in data["logprobs"])
+    assert "\n2: " in run(*words, "--temperature", 2).out
+    assert "add --temperature 1" in run(*words).err
+    assert "add --json" in run(*words, "--temperature", 2, "--logprobs", 1).err
+
+
+def test_deterministic_tokens(run: Callable, model_folder: Path, video: Path) -> None:
+    words = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 4, "--json"]
+    assert run(*words, "--deterministic").data["text"] == run(*words, "--deterministic").data["text"]

@@ -15,6 +15,7 @@ from keye.files import complete_file
 
 if TYPE_CHECKING:
     from keye.chat import Medium, Region
+    from keye.engine.engine import Keye
 
 #: Formats that a picture with marks can be written in, by the end of the file's name.
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -34,6 +35,14 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
     metavar="FILE",
     help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.",
 )
+@click.option("--n", "choices", type=options.COUNT, metavar="N", help="Write so many replies; needs a temperature.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, 20),
+    metavar="N",
+    help="With --json: the probability of each token, beside those of N others.",
+)
+@click.option("--deterministic", is_flag=True, help="The same tokens whatever else is computed with them.")
 @click.option("--estimate", is_flag=True, help="First predict memory and time; afterwards tell how far that was off.")
 @options.sampling_frames
 @options.sampling_text
@@ -48,6 +57,9 @@ def ask(
     draw: Path | None,
     evidence: Path | None,
     estimate: bool,
+    choices: int | None,
+    logprobs: int | None,
+    deterministic: bool,
     tools: Path | None,
     as_json: bool,
     **given: Any,
@@ -65,6 +77,8 @@ def ask(
     keye ask street.jpg "where are the signs, and what do they say?" --model 1.5 --draw signs.png
     """
     files, question = split_words(words)
+    if logprobs is not None and not as_json:
+        raise KeyeError("--logprobs gives numbers for programs: add --json")
     from keye.commands import inputs, show
 
     media = inputs.open_media(files, given)
@@ -77,7 +91,10 @@ def ask(
         check_evidence(evidence, media)
     prediction = predicted(media, {**given, "as_json": as_json}) if estimate else None
     model = inputs.load_model(given)
-    settings = inputs.reply_options(model, given)
+    settings = {
+        **inputs.reply_options(model, given), "n": choices or 1, "logprobs": logprobs, "deterministic": deterministic,
+    }  # fmt: skip
+    check_choices(model, settings)
     stream = model.stream_ask(media, question, tools=offered, evidence=evidence is not None, **settings)
     answer = show.run_quietly(stream) if as_json else show.print_stream(stream)
     written = write_picture(media, answer.regions, draw) if draw is not None else False
@@ -91,6 +108,7 @@ def ask(
     if as_json:
         show.print_json({**answer.to_dict(), **extra})
         return
+    show.print_alternatives(answer)
     show.print_answer(answer, model)
     if answer.evidence is not None:
         show.print_evidence(answer.evidence)
@@ -98,6 +116,12 @@ def ask(
         show.print_errors(extra["estimate"]["errors"])
     for path in ([draw] if written else []) + ([evidence] if evidence is not None else []):
         show.print_line(f"wrote {path}")
+
+
+def check_choices(model: Keye, settings: Mapping[str, Any]) -> None:
+    """`KeyeError` for several replies that would all be the same."""
+    if settings["n"] > 1 and model.sampling_params(temperature=settings.get("temperature")).temperature == 0:
+        raise KeyeError(f"--n {settings['n']} writes the same reply each time at temperature 0: add --temperature 1")
 
 
 def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -212,6 +212,12 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
         console.print(one_line(note), style="yellow", soft_wrap=True)
 
 
+def print_alternatives(answer: Answer) -> None:
+    """The other replies, where several were asked for."""
+    for number, other in enumerate(answer.alternatives, 2):
+        stdout().print(f"{number}: {printable(other.text)}", soft_wrap=True)
+
+
 def print_errors(errors: Mapping[str, float]) -> None:
     """How far a prediction was off."""
     names = {"first_token": "time to the first token", "token": "time of a token"}
