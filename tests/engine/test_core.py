@@ -16,16 +16,13 @@ import torch
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.chat import Medium, Message
-from keye.data.frameforge import make_clip, write_mp4
 from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
-from keye.engine.request import Delta, Failed, Finished, Inbox, Progress, Stage
+from keye.engine.request import Delta, Finished, Inbox, Progress, Stage
 from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
-from keye.media import frame_stream
-from keye.media.fetch import fetch_source
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
 from tiny import tiny_folder
@@ -474,93 +471,6 @@ def test_nan_fails_only_its_request(model: Keye, monkeypatch: pytest.MonkeyPatch
             model.core.rest()
     assert isinstance(good.events[-1], Finished)
     assert "computes NaN" in str(bad.events[-1].error)  # type: ignore[union-attr]
-
-
-def test_a_bug_in_a_step_ends_requests_and_not_the_engine(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
-        raise LookupError("a bug")
-
-    async def ask_twice(engine: AsyncEngine) -> str:
-        with monkeypatch.context() as patch:
-            patch.setattr(core_module, "share_out", broken)
-            with pytest.raises(LookupError, match="a bug"):
-                async for _ in engine.run(greedy(model, conversation(3), 4)):
-                    pass
-        events = [event async for event in engine.run(greedy(model, conversation(3), 4))]
-        return type(events[-1]).__name__
-
-    assert run_async(model, ask_twice) == "Finished"
-
-
-def test_an_abort_while_another_thread_steps_is_cleaned_up(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    inbox = Inbox()
-    task = model.core.add(greedy(model, conversation(3), 50), "sparse", inbox)
-    run = core_module.run
-
-    def abort_meanwhile(*given: Any) -> Any:
-        threading.Thread(target=model.core.abort, args=(task,)).run()
-        return run(*given)
-
-    monkeypatch.setattr(core_module, "run", abort_meanwhile)
-    while not model.core.idle():
-        if not model.core.step():
-            model.core.rest()
-    model.clear_caches()
-    assert model.ledger.used() == 0 and not any(isinstance(event, Finished) for event in inbox.events)
-
-
-def test_a_decode_worker_that_is_killed_fails_its_request_alone(
-    model: Keye, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "video.mp4"
-    write_mp4(make_clip(1, frames=60, objects=2), path, (112, 112))
-    monkeypatch.setattr(frame_stream, "BUFFER_BYTES", 4 * 112 * 112 * 3)
-    good, bad = Inbox(), Inbox()
-    video = Medium("video", fetch_source(path), {"fps": 2, "max_frames": 60})
-    task = model.core.add(greedy(model, [Message("user", (video, "what?"))], 4), "sparse", bad)
-    while task.vision is None:
-        if not model.core.step():
-            model.core.rest()
-    reader = task.vision._reader
-    assert reader is not None
-    reader._video._worker.process.kill()  # type: ignore[attr-defined]
-    model.core.add(greedy(model, conversation(3), 4), "sparse", good)
-    while not model.core.idle():
-        if not model.core.step():
-            model.core.rest()
-    assert isinstance(good.events[-1], Finished)
-    failed = bad.events[-1]
-    assert isinstance(failed, Failed) and isinstance(failed.error, KeyeError)
-    assert "video.mp4" in str(failed.error)
-    model.clear_caches()
-    assert model.ledger.used() == 0
-
-
-def test_a_tiny_temperature_is_greedy(model: Keye) -> None:
-    messages = conversation(3)
-    assert (
-        model.chat(messages, max_tokens=4, temperature=1e-320, seed=1).text == model.chat(messages, max_tokens=4).text
-    )
-
-
-def test_choices_that_take_room_from_another_in_the_same_step(model: Keye) -> None:
-    """The prompt of several choices ends beside a reply of a younger request, which has to go for them."""
-    many, one = Inbox(), Inbox()
-    old = model.core.add(greedy(model, conversation(1), 6, n=6, temperature=1.0, seed=1), "sparse", many)
-    young = model.core.add(greedy(model, conversation(2), 30), "sparse", one)
-    fork_choices = model.core._fork_choices
-
-    def preempting(task: Any, logits: Any) -> None:
-        if task is old and young.stage in (Stage.PREFILLING, Stage.DECODING):
-            model.core._preempt(young)
-        fork_choices(task, logits)
-
-    model.core._fork_choices = preempting  # type: ignore[method-assign]
-    while not model.core.idle():
-        if not model.core.step():
-            model.core.rest()
-    assert isinstance(many.events[-1], Finished) and isinstance(one.events[-1], Finished)
-    assert [t for e in one.events if isinstance(e, Delta) for t in e.tokens] == alone(model, conversation(2), 30)
 
 
 def test_tokens_that_were_computed_are_those_that_are_counted(model: Keye) -> None:

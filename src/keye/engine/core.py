@@ -28,8 +28,9 @@ from keye.engine.preparation import Preparation
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.replies import Writer
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
-from keye.engine.runner import Slice, Wanted, run, scratch_bytes, smallest_scratch
+from keye.engine.runner import Slice, run, scratch_bytes, smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
+from keye.engine.slices import computable, prompt_slice, reply_slice
 from keye.engine.turns import FairLock
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
@@ -40,8 +41,6 @@ from keye.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-#: Prompt tokens at once where logits of all of them are wanted, and in deterministic requests.
-PROBED_TOKENS, FIXED_TOKENS = 128, 256
 #: Tokens of a reply at once that are computed again after a preemption.
 AGAIN_TOKENS = 256
 
@@ -252,7 +251,7 @@ class EngineCore:
         try:
             return job.step(patches)
         except OutOfMemory:
-            if self._computable(task):
+            if computable(task):
                 return 0
         return self._make_room(partial(job.step, patches), task) or 0
 
@@ -268,7 +267,7 @@ class EngineCore:
         writing = [task for task in self.tasks if task.stage is Stage.DECODING]
         replies = sum(len(task.live) for task in writing)
         open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
-        waiting = [(task.number, n) for task in open_prompts if (n := self._computable(task))]
+        waiting = [(task.number, n) for task in open_prompts if (n := computable(task))]
         shares = share_out(waiting, self._affordable(self.pace.budget(replies)) if prompts else 0)
         slices: list[tuple[Task, Slice]] = []
         for task in [*writing, *open_prompts]:
@@ -321,42 +320,15 @@ class EngineCore:
         wanted = sum(n if one.wanted == "all" else one.wanted == "last" for n, one in zip(rows, slices, strict=True))
         return max(0, scratch_bytes(model.config.text, sum(rows), wanted, model.dtype.itemsize) - self._scratch)
 
-    def _computable(self, task: Task) -> int:
-        """Tokens of a prompt that can be computed now: those before the first visual token that is not ready."""
-        assert task.vision is not None and task.visual is not None
-        stop, request = task.length, task.request
-        if request.evidence and task.done < stop - 1:
-            stop -= 1  # the last token goes alone: it produces the first of the reply
-        if request.prompt_logprobs:
-            stop = min(stop, task.done + PROBED_TOKENS)
-        if request.deterministic:
-            stop = min(stop, task.done + FIXED_TOKENS)
-        ready = stop
-        if not task.vision.done:
-            ready = min(stop, int(torch.searchsorted(task.visual, task.vision.ready, right=True)))
-        if request.deterministic and ready < stop:
-            return 0  # its slices are always cut at the same places
-        return max(0, ready - task.done)
-
     def _prompt_slice(self, task: Task, share: int) -> list[tuple[Task, Slice]]:
-        prompt, cache = task.prompt, task.cache
-        assert prompt is not None and cache is not None and task.vision is not None and task.visual is not None
-        n = self._computable(task)
-        n = n if task.request.deterministic else min(share, n)
-        stop = task.done + n
-        if not self._make_room(partial(_reserved, cache, stop), task):
+        assert task.cache is not None
+        n = computable(task)
+        stop = task.done + (n if task.request.deterministic else min(share, n))
+        if not self._make_room(partial(_reserved, task.cache, stop), task):
             return []
-        before = int(task.visual[task.done - 1]) if task.done else 0
-        after = int(task.visual[stop - 1])
-        ids = prompt.token_ids[task.done : stop]
         last = stop == task.length
-        wanted: Wanted = "all" if task.request.prompt_logprobs else "last" if last else "none"
         counts = self.writer.counts(task, stop, 1) if last and task.request.evidence else None
-        return [(task, Slice(
-            cache, ids, prompt.position_ids[:, task.done : stop],
-            task.vision.tokens(before, after) if after > before else None,
-            wanted, task.mode, counts, task.request.deterministic,
-        ))]  # fmt: skip
+        return [(task, prompt_slice(task, stop, counts))]
 
     def _prompt_computed(self, task: Task, one: Slice, logits: torch.Tensor | None) -> None:
         assert task.cache is not None and task.vision is not None and task.visual is not None
@@ -409,14 +381,9 @@ class EngineCore:
             assert cache is not None
             if not self._make_room(partial(_reserved, cache, cache.length(0) + n), task):
                 return []
-            places = torch.arange(choice.position, choice.position + n).expand(3, -1)
-            counts = None
-            if task.request.evidence and choice.index == 0:
-                counts = self.writer.counts(task, cache.length(0) + n, n)
-            found.append((task, Slice(
-                cache, torch.tensor(choice.pending[:n]), places, None, "last", task.mode, counts,
-                task.request.deterministic,
-            )))  # fmt: skip
+            counted = task.request.evidence and choice.index == 0
+            counts = self.writer.counts(task, cache.length(0) + n, n) if counted else None
+            found.append((task, reply_slice(task, choice, n, counts)))
         return found
 
     def _write(self) -> None:
