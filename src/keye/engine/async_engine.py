@@ -14,6 +14,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
@@ -73,6 +74,8 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="keye-engine", daemon=True)
         self._closing, self._draining = False, False
         self._open: set[Task] = set()
+        self._told: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._waking = False
 
     def start(self) -> None:
         """Begins to compute."""
@@ -88,12 +91,22 @@ class AsyncEngine:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def tell(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+            self._told.append((queue, event))
+            if not self._waking:  # one call for all that a step tells: each costs the loop a system call
+                self._waking = True
+                with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                    loop.call_soon_threadsafe(self._hand_out)
 
         task = self.core.add(request, mode, tell)
         self._open.add(task)
         return Running(self, task, queue)
+
+    def _hand_out(self) -> None:
+        """In the event loop: gives what was told to those who wait for it."""
+        self._waking = False
+        while self._told:
+            queue, event = self._told.popleft()
+            queue.put_nowait(event)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Works on a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""

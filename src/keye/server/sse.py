@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,6 +16,8 @@ from keye.server.errors import ApiError, error_body, of_exception
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+#: Events that are read before they can be sent.
+_AHEAD = 64
 _ALIVE = b": keep-alive\n\n"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 #: Status of an answer that nobody is there to read (as nginx logs it).
@@ -80,35 +83,49 @@ async def _body(source: _Pulled, alive: float, tail: bytes) -> AsyncIterator[byt
 
 
 class _Pulled:
-    """An async generator that can be waited for with a time limit without losing its next item."""
+    """An async generator, read ahead a little by a task of its own, that can be waited for with a time limit."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         self._events = events
-        self._next: asyncio.Task[bytes | None] | None = None
+        self._items: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(_AHEAD)
+        self._reading: asyncio.Task[None] | None = None
+        self._found: list[bytes | BaseException | None] = []
 
     async def peek(self, seconds: float) -> bool:
         """Whether the next item, or the end, is there within `seconds`; raises what the generator raised."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(_next_or_none(self._events))
-        await asyncio.wait((self._next,), timeout=seconds)
-        if self._next.done() and (error := self._next.exception()) is not None:
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._read())
+        if not self._found:
+            try:
+                async with asyncio.timeout(seconds):
+                    self._found.append(await self._items.get())
+            except TimeoutError:
+                return False
+        if isinstance(error := self._found[0], BaseException):
             raise error
-        return self._next.done()
+        return True
 
     def take(self) -> bytes | None:
-        """The item that `peek` has found; None at the end."""
-        assert self._next is not None
-        item, self._next = self._next.result(), None
-        return item
+        """The items that are there, at least the one that `peek` has found, as one; None at the end."""
+        while not self._items.empty():
+            self._found.append(self._items.get_nowait())
+        taken = list(takewhile(lambda item: isinstance(item, bytes), self._found))
+        del self._found[: len(taken)]
+        return b"".join(taken) if taken else None  # type: ignore[arg-type]
 
     async def close(self) -> None:
         """Ends the generator at whatever it is doing."""
-        if self._next is not None:
-            self._next.cancel()
-            await asyncio.gather(self._next, return_exceptions=True)
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
         async with aclosing(self._events):
             pass
 
-
-async def _next_or_none(events: AsyncGenerator[bytes, None]) -> bytes | None:
-    return await anext(events, None)
+    async def _read(self) -> None:
+        try:
+            async for item in self._events:
+                await self._items.put(item)
+        except Exception as error:  # noqa: BLE001 - raised again where it is waited for
+            await self._items.put(error)
+        else:
+            await self._items.put(None)
