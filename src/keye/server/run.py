@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 from typing import Any
@@ -44,6 +45,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # What is here stays: searching it for rubbish again and again would stop the server for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         if self.started and sockets:
             block = start_block(self._model, self._settings, sockets[0].getsockname())
             print(f"{block}\n{'sandbox':<10} {_confined()}", flush=True)
