@@ -27,7 +27,7 @@ from keye.errors import KeyeError
 MOST_REQUESTS = 1024
 #: Where replies grow faster than anybody reads, what comes within so many seconds is handed over together: waking the
 #: event loop for each token takes the processor, and Python's one lock, from the model.
-TOGETHER_SECONDS = 0.03
+TOGETHER_SECONDS = 0.05
 
 
 class Overloaded(KeyeError):
