@@ -179,9 +179,9 @@ class Keye:
         """The prompt of a conversation under this model's template, its media in their places and not yet opened."""
         return self.prompts.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
 
-    def measure(self, segments: Sequence[Segment]) -> Measured:
+    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt would cost: its media are probed and not decoded."""
-        return self.prompts.measure(segments)
+        return self.prompts.measure(segments, salt)
 
     def stream(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> AnswerStream:
         """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not

@@ -35,7 +35,7 @@ async def plan(request: Request, body: PlanRequest) -> JSONResponse:
     pictures are opened."""
     context = context_of(request)
     context.check_model(body.model)
-    return JSONResponse(await until_gone(request, context.in_thread(_plan, context, owner_of(request), body)))
+    return JSONResponse(await until_gone(request, context.decode(_plan, context, owner_of(request), body)))
 
 
 def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
         raise ApiError(400, f"content holds {count} media, more than {context.settings.media}", param="content")
     model = context.model
     segments = model.render(open_sources(messages, openers))
-    measured = model.measure(segments)
+    measured = model.measure(segments, context.salt(owner))
     limit = model.config.text.max_position_embeddings
     return {
         "media": [plan_object(one) for one in measured.media],
@@ -116,7 +116,7 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
         raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
     folder, given_up = Path(tempfile.mkdtemp(prefix="keye-clips-")), threading.Event()
     try:
-        cutting = context.in_thread(_cut, file.source(), body.intervals, folder, Path(file.name).stem, given_up)
+        cutting = context.decode(_cut, file.source(), body.intervals, folder, Path(file.name).stem, given_up)
         path = await until_gone(request, cutting)
     except BaseException:
         given_up.set()
