@@ -3,6 +3,7 @@
 The decode service turns video files into planned frames in many workers:
 
     from keye.cluster.decode import Priority, open_service
+    from keye.cluster.decode_reader import ServiceDecoder
     from keye.cluster.decode_work import CallWork, VideoWork
 
     with open_service("local:4") as service:                  # or local, ray, ray://host:port
@@ -10,7 +11,7 @@ The decode service turns video files into planned frames in many workers:
         frames = future.result()                              # PlannedFrames: plan, uint8 frames; the same bits as here
         service.gauges()                                      # numbers for a metrics page
         service.poisoned                                      # files that killed worker after worker, and their error
-        keye.load("nano", decode=service)                     # the media of every request go through it
+        keye.load("nano", decoder=ServiceDecoder(service))    # the videos of every request go through it
 
 `future` is a `concurrent.futures.Future`: `asyncio.wrap_future` awaits it. A file's mistake is the future's
 `MediaError`. Results that nobody has taken yet are bounded in bytes, so take them in order or as they are completed.
