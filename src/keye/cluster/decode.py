@@ -179,16 +179,23 @@ class DecodeService:
 
     def _serve(self, place: int, worker: PoolWorker | None) -> None:
         """What the thread of a worker does."""
+        job: Job | None = None
         try:
             while worker is not None and (job := self._next(place, worker)) is not None:
+                begun = False
                 try:
+                    worker.check()
+                    begun = True
                     self._do(job, worker)
                 except WorkerDied:
-                    self._mourn(job, worker)
+                    self._mourn(job, worker, begun)
                     worker = self._replaced(place, worker)
-                del job  # a result that nobody holds has to be let go while this thread waits
+                job = None  # a result that nobody holds has to be let go while this thread waits
         except BaseException as error:
-            self._end(KeyeError(f"the decode service failed ({error}); start again"))
+            reason = KeyeError(f"the decode service failed ({error}); start again")
+            if job is not None:
+                self._fail(job, reason)
+            self._end(reason)
             raise
         finally:
             self._leave(place)
@@ -201,7 +208,7 @@ class DecodeService:
                 nodes = {one.node for one in self._workers.values()}
                 job = self._queue.take(worker.node, set(self._idle.values()), nodes)
                 if job is not None:
-                    if not job.died and not job.absent and not job.future.set_running_or_notify_cancel():
+                    if not job.future.running() and not job.future.set_running_or_notify_cancel():
                         continue
                     del self._idle[place]
                     self._budget.enter(job.rank)
@@ -276,14 +283,15 @@ class DecodeService:
             return
         self._fail(job, said if kind == REFUSED else RuntimeError(f"a decode worker failed:\n{said}"))
 
-    def _mourn(self, job: Job, worker: PoolWorker) -> None:
-        """The worker died over this job: it is done again, or set aside."""
+    def _mourn(self, job: Job, worker: PoolWorker, begun: bool) -> None:
+        """The worker died: the job is done again, or set aside where it had `begun` too often."""
         with self._changed:
             if self._closed is not None:
                 self._fail(job, self._closed)
                 return
             self._counts["deaths"] += 1
-            job.died.append(worker.node)
+            if begun:
+                job.died.append(worker.node)
             if len(job.died) < DEATHS:
                 self._counts["retried"] += 1
                 self._again(job)

@@ -48,6 +48,9 @@ class PoolWorker(Protocol):
     def hello(self) -> Answer:
         """Waits until it has started."""
 
+    def check(self) -> None:
+        """`WorkerDied` where it ended while it had nothing to do."""
+
     def begin(self, work: Work) -> Answer: ...
 
     def finish(self, buffer_bytes: int) -> tuple[Answer, Pixels]:
@@ -107,6 +110,10 @@ class LocalWorker:
 
     def hello(self) -> Answer:
         return self._answer()
+
+    def check(self) -> None:
+        if self.process.poll() is not None:
+            raise WorkerDied
 
     def begin(self, work: Work) -> Answer:
         self._send("begin", work)

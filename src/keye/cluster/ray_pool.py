@@ -14,8 +14,10 @@ from keye.cluster.pool_worker import DONE, REFUSED, Answer, Desk
 from keye.cluster.ray_cluster import connect
 from keye.media.pictures import Pixels
 
-#: Seconds in which an actor must have found a free processor and started.
+#: Seconds in which an actor must have found a free processor and started; how often its node is looked for meanwhile,
+#: since Ray would wait for one that has gone.
 START_SECONDS: Final = 60.0
+LOOK_SECONDS: Final = 1.0
 
 
 class RayPool:
@@ -27,15 +29,14 @@ class RayPool:
 
     def start(self) -> list[RayWorker]:
         return [
-            RayWorker(self, node["NodeID"])
-            for node in self._nodes()
-            for _ in range(int(node["Resources"].get("CPU", 0)))
+            RayWorker(self, node)
+            for node, resources in self.nodes().items()
+            for _ in range(int(resources.get("CPU", 0)))
         ]
 
     def replace(self, worker: PoolWorker) -> RayWorker | None:
         """On the same node; None where that is gone."""
-        alive = any(node["NodeID"] == worker.node for node in self._nodes())
-        return RayWorker(self, worker.node) if alive else None
+        return RayWorker(self, worker.node) if worker.node in self.nodes() else None
 
     def close(self) -> None:
         if self._own:
@@ -48,23 +49,32 @@ class RayPool:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
         return self._actor.options(num_cpus=1, scheduling_strategy=place).remote()
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        return [node for node in self.ray.nodes() if node["Alive"]]
+    def nodes(self) -> dict[str, dict[str, float]]:
+        """The resources of all nodes that are alive, by their ids."""
+        return {node["NodeID"]: node["Resources"] for node in self.ray.nodes() if node["Alive"]}
 
 
 class RayWorker:
     """An actor. `node` is the id that Ray gave to its node."""
 
     def __init__(self, pool: RayPool, node: str) -> None:
-        self.node, self._ray = node, pool.ray
+        self.node, self._pool, self._ray = node, pool, pool.ray
         self._actor, self._end = pool.actor(node), time.monotonic() + START_SECONDS
 
     def hello(self) -> Answer:
         asked = self._actor.hello.remote()
-        ready, _ = self._ray.wait([asked], timeout=max(0.0, self._end - time.monotonic()))
-        if not ready:
-            return REFUSED, f"node {self.node[:12]} had no free processor for a decode worker in {START_SECONDS:g} s"
+        while not self._ray.wait([asked], timeout=LOOK_SECONDS)[0]:
+            if self.node not in self._pool.nodes():
+                raise WorkerDied
+            if time.monotonic() > self._end:
+                return (
+                    REFUSED,
+                    f"node {self.node[:12]} had no free processor for a decode worker in {START_SECONDS:g} s",
+                )
         return self._get(asked)
+
+    def check(self) -> None:
+        self._get(self._actor.hello.remote())
 
     def begin(self, work: Work) -> Answer:
         return self._get(self._actor.begin.remote(work))
