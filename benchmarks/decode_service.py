@@ -4,13 +4,13 @@
     python benchmarks/decode_service.py --address ray --rounds 3
 
 Writes moving rectangles in H.264 (a few different files, copied), and decodes all of them in each round in three ways
-by turns: here, one after another, as a request does; by a service of one worker; by one of two. `wall` is seconds of the
-videos alone, the service being open; `cpu` seconds of processor time of this process and all below it, the start of
-the service (`start_cpu`, measured with no work) taken off. Each figure is the median of the rounds, with the lowest and
-highest. `speedup` is wall here over wall of two workers, round by round; `overhead_wall` and `overhead_cpu` are those
-of one worker over those here, less one. On a machine that others use, the first two need free processors to mean
-something; `overhead_cpu` depends on them less. With `--address ray` the service's workers are those of the cluster, in
-place of two; processor time on a cluster is not measured.
+by turns: here, one after another, as a request does; by a service of one worker; by one of two. `wall` is seconds of
+the videos alone, the service being open; `cpu` seconds of processor time of this process and all below it, the start
+of the service (`start_cpu`, measured with no work) taken off. Each figure is the median of the rounds, with the
+lowest and highest. `speedup` is wall here over wall of two workers, round by round; `overhead_wall` and
+`overhead_cpu` are those of one worker over those here, less one. On a machine that others use, the first two need
+free processors to mean something; `overhead_cpu` depends on them less. With `--address ray` the service's workers are
+those of the cluster, in place of two; processor time on a cluster is not measured.
 """
 
 from __future__ import annotations

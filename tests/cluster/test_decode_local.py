@@ -134,6 +134,12 @@ def test_a_defect_is_told_as_one(service: DecodeService) -> None:
     assert service.submit(CallWork(divmod, (7, 2))).result(60) == (3, 1)
 
 
+def test_work_that_cannot_travel_is_its_own_mistake(service: DecodeService) -> None:
+    with pytest.raises((AttributeError, TypeError), match="pickle|local object"):
+        service.submit(CallWork(lambda: 1)).result(60)
+    assert service.submit(CallWork(divmod, (7, 2))).result(60) == (3, 1)
+
+
 def test_warnings_come_back(service: DecodeService, clips: list[Source]) -> None:
     options = MediaOptions(nframes=500)
     with pytest.warns(keye.errors.KeyeWarning) as here:

@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final
 
-from keye.cluster.decode_queue import ByteBudget, Job, JobQueue, Priority
+from keye.cluster.decode_queue import ByteBudget, Job, JobQueue
+from keye.cluster.decode_queue import Priority as Priority
 from keye.cluster.decode_work import Work
 from keye.cluster.pool import LocalPool, Pool, PoolWorker, WorkerDied
 from keye.cluster.pool_worker import ABSENT, DONE, REFUSED
@@ -219,14 +220,18 @@ class DecodeService:
             return None
 
     def _do(self, job: Job, worker: PoolWorker) -> None:
-        """One job: begun, given room, done."""
+        """One job, whose every mistake is its own and not the service's."""
         try:
-            work = self._work_for(job, worker)
-        except KeyeError as error:
+            self._attempt(job, worker)
+        except WorkerDied:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised again where the result is taken
+            worker.drop()
             self._fail(job, error)
-            return
-        kind, said = worker.begin(work)
-        del work
+
+    def _attempt(self, job: Job, worker: PoolWorker) -> None:
+        """One job: begun, given room, done."""
+        kind, said = worker.begin(self._work_for(job, worker))
         if kind != DONE:
             self._not_done(job, worker, kind, said)
             return
@@ -235,12 +240,7 @@ class DecodeService:
             worker.drop()
             self._fail(job, self._closed or KeyeError(f"{job.work.name} is not wanted any more"))
             return
-        try:
-            (kind, rest), buffer = worker.finish(buffer_bytes)
-        except KeyeError as error:
-            worker.drop()
-            self._fail(job, error)
-            return
+        (kind, rest), buffer = worker.finish(buffer_bytes)
         if kind != DONE:
             self._not_done(job, worker, kind, rest)
             return

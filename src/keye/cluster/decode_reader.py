@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
+from dataclasses import replace
 from typing import Final
 
 from keye.cluster.decode import DecodeService, Result
@@ -45,11 +46,8 @@ class ServiceDecoder:
     def open(
         self, source: Source, options: MediaOptions, plan: VideoPlan, processor: Processor, shape: FrameShape
     ) -> PartReader:
-        config, limits = processor.config, processor.limits
-        works = [
-            VideoWork(source, config, options, plan, limits, first, stop)
-            for first, stop in parts(plan, whole=shape.one_row)
-        ]
+        work = VideoWork(source, processor.config, options, plan, processor.limits)
+        works = [replace(work, first=first, stop=stop) for first, stop in parts(plan, whole=shape.one_row)]
         return PartReader(self.service, self.priority, works, shape)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from keye.cluster.decode_work import Work
 from keye.cluster.pool import PoolWorker, WorkerDied
-from keye.cluster.pool_worker import DONE, REFUSED, Answer, Desk
+from keye.cluster.pool_worker import DEFECT, DONE, REFUSED, Answer, Desk
 from keye.cluster.ray_cluster import connect
 from keye.media.pictures import Pixels
 
@@ -100,6 +100,8 @@ class RayWorker:
             ConnectionError,
         ):
             raise WorkerDied from None
+        except self._ray.exceptions.RayTaskError as error:  # what it did could not be sent back
+            return DEFECT, str(error)
 
 
 class _Actor:
