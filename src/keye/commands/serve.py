@@ -41,11 +41,12 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
+@options.decode
 @options.template
 @options.running_device
 @options.storing
 @options.debug
-def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: Any) -> None:
+def serve(model: str, api_key_file: Path | None, audit: Path | None, decode: str | None, **given: Any) -> None:
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
     Listens on this machine alone unless --host says otherwise, which needs a key. Media at addresses are fetched only
@@ -60,14 +61,14 @@ def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: An
 
     settings = settings_of(api_key_file, given)
     listening = listen(settings)
-    with listening:
-        loaded = inputs.load_model({**given, "model": model})
+    with listening, inputs.decode_service(decode) as service:
+        loaded = inputs.load_model({**given, "model": model}, decoder=inputs.decoder_of(service))
         try:
             from keye.server.run import run_server
         except ModuleNotFoundError as error:
             raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
         with audit_log(audit) as log:
-            run_server(loaded, settings, listening, log)
+            run_server(loaded, settings, listening, log, gauges=None if service is None else service.gauges)
 
 
 def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings:

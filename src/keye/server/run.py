@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import socket
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import uvicorn
@@ -18,10 +19,18 @@ from keye.server.protocol import uvicorn_options
 from keye.server.settings import Settings
 
 
-def run_server(model: Keye, settings: Settings, listening: socket.socket, audit: Audit | None = None) -> None:
-    """Serves on a bound socket. SIGTERM stops listening, lets running requests end for `drain_seconds`, and returns."""
+def run_server(
+    model: Keye,
+    settings: Settings,
+    listening: socket.socket,
+    audit: Audit | None = None,
+    *,
+    gauges: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    """Serves on a bound socket. SIGTERM stops listening, lets running requests end for `drain_seconds`, and returns.
+    `gauges` are numbers of the decode service for /metrics."""
     config = uvicorn.Config(
-        guarded_app(model, settings, audit),
+        guarded_app(model, settings, audit, decode_gauges=gauges),
         log_level="warning",
         lifespan="on",
         timeout_graceful_shutdown=round(settings.drain_seconds),
