@@ -20,7 +20,7 @@ from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
-from keye.engine.request import Delta, Finished, Inbox, Progress, Stage
+from keye.engine.request import Delta, Finished, Inbox, Progress, Stage, Task
 from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.media.processor import Processor
@@ -83,6 +83,10 @@ def together(model: Keye, requests: list[Any]) -> tuple[list[list[int]], list[Fi
 
 def greedy(model: Keye, messages: list[Message], max_tokens: int = 12, **options: Any) -> Any:
     return model.request(messages, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def tokens_of(inbox: Inbox) -> list[int]:
+    return [token for event in inbox.events if isinstance(event, Delta) for token in event.tokens]
 
 
 def budget(model: Keye, slabs: int) -> int:
@@ -406,6 +410,54 @@ def test_what_is_submitted_can_be_aborted_and_let_go(model: Keye) -> None:
     run_async(model, submit)
     model.clear_caches()
     assert model.ledger.used() == 0
+
+
+def ready(model: Keye, asked: list[list[Message]]) -> tuple[list[Inbox], list[Task]]:
+    """Requests that are laid out and not started."""
+    inboxes = [Inbox() for _ in asked]
+    tasks = [
+        model.core.add(greedy(model, messages), model.attention_of(None), inbox)
+        for messages, inbox in zip(asked, inboxes, strict=True)
+    ]
+    while any(task.stage in (Stage.WAITING, Stage.PREPARING) for task in tasks):
+        model.core._prepare()
+        model.core.rest()
+    assert {task.stage for task in tasks} == {Stage.READY}
+    return inboxes, tasks
+
+
+def finish_all(model: Keye) -> None:
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+
+
+@pytest.mark.parametrize("cache", [1 << 20, 0])
+def test_a_video_that_several_ask_about_at_once_is_encoded_once(
+    model: Keye, monkeypatch: pytest.MonkeyPatch, cache: int
+) -> None:
+    """But for where the cache has no place for it: then nobody waits, and each encodes its own."""
+    encoded: list[int] = []
+    monkeypatch.setattr(Pace, "saw_patches", lambda self, seconds, patches: encoded.append(patches))
+    model.vision_cache.budget = cache
+    # What stands before the video differs, so that stored prefixes are of no use.
+    asked = [[Message("user", (f"the {word}", Medium("video", clip(77, 12)), "?"))] for word in WORDS[:4]]
+    expected = [alone(model, messages, 12) for messages in asked]
+    inboxes, _ = ready(model, asked)
+    finish_all(model)
+    assert [tokens_of(inbox) for inbox in inboxes] == expected
+    patches = 12 * 4 * 4
+    assert sum(encoded) == (patches if cache else 4 * patches)
+
+
+def test_who_waits_for_anothers_video_goes_on_when_that_one_leaves(model: Keye) -> None:
+    asked = [[Message("user", (f"the {word}", Medium("video", clip(78, 12)), "?"))] for word in WORDS[:2]]
+    (_, second), (leaving, waiting) = ready(model, asked)
+    model.core._admit()
+    assert (leaving.stage, waiting.stage) == (Stage.PREFILLING, Stage.READY)
+    model.core.abort(leaving)
+    finish_all(model)
+    assert tokens_of(second) == alone(model, asked[1], 12)
 
 
 def test_too_many_are_refused_and_progress_is_told(model: Keye) -> None:

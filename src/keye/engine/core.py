@@ -32,7 +32,7 @@ from keye.engine.runner import Slice, run, scratch_bytes, smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.engine.slices import computable, prompt_slice, reply_slice
 from keye.engine.turns import FairLock
-from keye.engine.vision import VisionJob
+from keye.engine.vision import VisionJob, being_encoded
 from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
@@ -184,6 +184,10 @@ class EngineCore:
             if running and task.waits_since == self.ended:
                 continue  # nothing has changed since it found no room
             if task.stage is Stage.READY and running < self.most_running:
+                assert task.prompt is not None
+                jobs = (other.vision for other in self.tasks if other.stage is Stage.PREFILLING)
+                if being_encoded(task.prompt.media, jobs):
+                    continue  # another reads the same video just now: it will be in the cache in a moment
                 self._start(task)
                 running += 1
 

@@ -7,7 +7,7 @@ are and whenever frames arrive. Knows patches and visual tokens; scheduling is t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -99,6 +99,10 @@ class VisionJob:
         """Whether the next patches are still being decoded; `step` does nothing then."""
         return bool(self._groups) and self._reader is not None and not self._reader.has(self._groups[0].rows)
 
+    def will_keep(self, key: bytes) -> bool:
+        """Whether a medium of this key is still to be encoded and will go into the cache then."""
+        return not self._scarce and any(item.key == key and self._has_place(item) for _, item in self._media)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps while `waiting`, at most `timeout` seconds; returns whether `step` has something to do."""
         return bool(self._groups) and self._reader is not None and self._reader.wait(self._groups[0].rows, timeout)
@@ -164,9 +168,13 @@ class VisionJob:
     @property
     def _keeps(self) -> bool:
         """Whether the medium being encoded will go into the cache."""
-        if not self._media or self._cache is None or self._media[0][1].key is None:
+        return bool(self._media) and not self._scarce and self._has_place(self._media[0][1])
+
+    def _has_place(self, item: MediaItem) -> bool:
+        """Whether the cache can hold a medium."""
+        if self._cache is None or item.key is None:
             return False
-        return not self._scarce and self._cache.accepts(self._bytes_of(self._media[0][1].visual_tokens))
+        return self._cache.accepts(self._bytes_of(item.visual_tokens))
 
     def _bytes_of(self, tokens: int) -> int:
         """Bytes of visual tokens."""
@@ -252,6 +260,12 @@ class VisionJob:
             if part.key is not None:
                 assert self._cache is not None
                 self._cache.release(part.key)
+
+
+def being_encoded(media: Sequence[MediaItem], jobs: Iterable[VisionJob | None]) -> bool:
+    """Whether one of the jobs is about to bring one of these media into the cache."""
+    keys = {item.key for item in media if item.key is not None}
+    return any(job is not None and job.will_keep(key) for job in jobs for key in keys)
 
 
 def _needed(media: Sequence[MediaItem], first: int) -> list[tuple[int, MediaItem]]:
