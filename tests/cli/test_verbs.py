@@ -63,7 +63,8 @@ def test_plan_reads_no_weights(run: Callable, own_model: Path, video: Path) -> N
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration, and a trainer that reports twice."""
 
-    def fake(config: Any, *, resume: bool, report: Callable[[dict[str, Any]], None]) -> Path:
+    def fake(config: Any, *, resume: bool, report: Callable[[dict[str, Any]], None], decode: str | None = None) -> Path:
+        assert decode is None, "batches are made by a process of the run's own unless an address is given"
         for step in (1, 2):
             report({"stage": config.stages[0].name, "step": step, "minutes": 0.5, "loss": 1 / step, "resume": resume})
         return Path(config.output)

@@ -171,6 +171,13 @@ def test_a_worker_without_codecs_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         open_service("local:1")
 
 
+def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("keye.cluster.pool._BOOT", "raise SystemExit('no keye here')  # {}")
+    with pytest.raises(KeyeError, match="ended while it started .see what it wrote above.: this version of keye"):
+        open_service("local:2")
+    assert "no keye here" in capfd.readouterr().err
+
+
 def test_shared_memory_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     with shared_file(1000) as file:
         assert os.fstat(file.fileno()).st_size == 1000

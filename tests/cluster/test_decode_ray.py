@@ -74,7 +74,7 @@ def test_a_cluster_does_what_this_process_does(cluster: Any, clips: list[Source]
         with pytest.raises(Poisoned, match="set aside"):
             service.submit(CallWork(os._exit, (1,))).result(120)
         kill_one(service)
-        results = [service.submit(VideoWork(clips[i % 4], CONFIG), Priority.BATCH) for i in range(40)]
+        results = [service.submit(VideoWork(clips[i % 4], CONFIG), Priority.BATCH) for i in range(16)]
         results[4].result(60)
         cluster.remove_node(cluster.second)
         found = [result.result(120) for result in results]

@@ -118,12 +118,13 @@ def test_submitting_waits_while_too_many_wait_but_not_for_a_person() -> None:
         queued = [service.submit(Item(str(number)), Priority.BATCH) for number in range(2)]
         with pytest.raises(TimeoutError):
             service.submit(Item("too many"), Priority.BATCH, timeout=0)
+        queued.append(service.submit(Item("2"), Priority.BATCH, limited=False, timeout=0))
         others = [service.submit(Item(f"asked {number}")) for number in range(5)]
         service.submit(Item("a batch to train on"), Priority.TRAINING, timeout=0).give_up()
         permits.release(100)
         assert [result.result(30) for result in [first, *queued, *others]]
     order = [name for name, _ in pool.done]
-    assert order == ["first", *(f"asked {number}" for number in range(5)), "0", "1"]
+    assert order == ["first", *(f"asked {number}" for number in range(5)), "0", "1", "2"]
 
 
 def test_an_event_loop_can_wait_for_results() -> None:

@@ -99,12 +99,21 @@ class DecodeService:
         with self._changed:
             return {name.rpartition("\0")[2]: sentence for name, sentence in self._poisoned.items()}
 
-    def submit(self, work: Work, priority: Priority = Priority.INTERACTIVE, *, timeout: float | None = None) -> Result:
+    def submit(
+        self,
+        work: Work,
+        priority: Priority = Priority.INTERACTIVE,
+        *,
+        limited: bool = True,
+        timeout: float | None = None,
+    ) -> Result:
         """Has work done. Where too many of its priority wait already, this waits until there is room (`TimeoutError`
-        after so many seconds), but for interactive work, whose number its server limits. The future raises `KeyeError`
-        for a mistake in the work, `Poisoned` for what was set aside."""
+        after so many seconds), but for interactive work, whose number its server limits, and for callers that limit
+        themselves (not `limited`). The future raises `KeyeError` for a mistake in the work, `Poisoned` for what was set
+        aside."""
+        waits = limited and priority is not Priority.INTERACTIVE
         with self._changed:
-            if priority is not Priority.INTERACTIVE and not self._changed.wait_for(
+            if waits and not self._changed.wait_for(
                 lambda: self._closed is not None or self._queue.waiting(priority) < self._most, timeout
             ):
                 raise TimeoutError(f"{self._most} pieces of work wait already")
@@ -150,8 +159,12 @@ class DecodeService:
         for worker in pool.start():
             try:
                 answer, said = worker.hello()
-            except WorkerDied:
-                answer, said = REFUSED, "a decode worker ended while it started; see what it wrote above"
+            except WorkerDied as death:
+                reason = str(death).strip().rpartition("\n")[2] or "see what it wrote above"
+                answer, said = (
+                    REFUSED,
+                    (f"a decode worker ended while it started ({reason}): this version of keye must be on every node"),
+                )
             if answer == DONE:
                 fit.append(worker)
             else:

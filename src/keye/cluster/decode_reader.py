@@ -40,7 +40,7 @@ class ServiceDecoder:
         self, source: Source, options: MediaOptions, plan: VideoPlan | None, processor: Processor
     ) -> tuple[VideoPlan, Sequence[Pixels]]:
         work = VideoWork(source, processor.config, options, plan, processor.limits)
-        found: PlannedFrames = self.service.submit(work, self.priority).result()
+        found: PlannedFrames = self.service.submit(work, self.priority, limited=False).result()
         return found.plan, found.frames
 
     def open(
@@ -90,7 +90,7 @@ class PartReader:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                if self._closed or self._error is not None or len(self._frames) >= needed:
+                if self._closed or self._error is not None or len(self._frames) >= needed or not self._asked:
                     return True
                 first = self._asked[0]
             left = None if end is None else max(0.0, end - time.monotonic())
@@ -139,11 +139,12 @@ class PartReader:
         self._ask()
 
     def _ask(self) -> None:
-        """Asks for parts ahead of their time."""
+        """Asks for parts ahead of their time. Never waits: whoever would have to make room may be who asks."""
         with self._lock:
             while self._works and len(self._asked) < _AHEAD:
                 try:
-                    self._asked.append(self._service.submit(self._works.popleft(), self._priority))
+                    work = self._works.popleft()
+                    self._asked.append(self._service.submit(work, self._priority, limited=False))
                 except KeyeError as error:
                     self._error = error
                     return

@@ -36,7 +36,7 @@ HERE = "local"
 
 
 class WorkerDied(Exception):
-    """A worker ended, or its node did, in the middle of its work."""
+    """A worker ended, or its node did, in the middle of its work; the last line says why, where that is known."""
 
 
 class PoolWorker(Protocol):

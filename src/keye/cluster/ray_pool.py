@@ -98,8 +98,8 @@ class RayWorker:
             self._ray.exceptions.ObjectLostError,
             self._ray.exceptions.NodeDiedError,
             ConnectionError,
-        ):
-            raise WorkerDied from None
+        ) as error:
+            raise WorkerDied(str(error)) from None
         except self._ray.exceptions.RayTaskError as error:  # what it did could not be sent back
             return DEFECT, str(error)
 
