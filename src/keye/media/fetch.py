@@ -150,6 +150,22 @@ class FetchPolicy:
         return reference
 
 
+@dataclass(frozen=True)
+class OwnersPolicy(FetchPolicy):
+    """What somebody may name to whom this machine belongs: whatever `fetch_source` opens, by `limits`."""
+
+    limits: FetchLimits = FetchLimits()
+
+    def fetch(self, reference: object, kind: str = "video") -> Source:
+        most = MAX_IMAGE_BYTES if kind == "image" else MAX_VIDEO_BYTES
+        return fetch_source(self._checked(reference), max_bytes=most, limits=self.limits)
+
+    def _checked(self, reference: object) -> str:
+        if not isinstance(reference, str):
+            raise MediaError("a medium is named by a path, a data: URL or an address, as text")
+        return reference
+
+
 def untrusted(source: Source) -> Source:
     """A source whose content came from a stranger, such as an uploaded file: decoded in confined processes only."""
     return replace(source, untrusted=True)

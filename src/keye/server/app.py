@@ -15,6 +15,7 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
+from keye.media.fetch import FetchPolicy
 from keye.server import chat, completions, errors, extras, files, indexes, live, pages, responses, video
 from keye.server.audit import Audit
 from keye.server.context import Context
@@ -40,11 +41,18 @@ def guarded_app(model: Keye, settings: Settings, audit: Audit | None = None) -> 
     return Guard(create_app(model, settings, salt=guard.keys.salt), guard, audit=audit)
 
 
-def create_app(model: Keye, settings: Settings | None = None, *, salt: Callable[[str], bytes] = str.encode) -> FastAPI:
+def create_app(
+    model: Keye,
+    settings: Settings | None = None,
+    *,
+    salt: Callable[[str], bytes] = str.encode,
+    policy: FetchPolicy | None = None,
+) -> FastAPI:
     """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
-    gives what keeps the caches of one owner from those of all others."""
+    gives what keeps the caches of one owner from those of all others, `policy` says what requests may name where that is
+    not left to the settings."""
     settings = settings or Settings()
-    policy = fetch_policy(settings)
+    policy = policy or fetch_policy(settings)
     engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
     metrics = Metrics(engine.gauges)
