@@ -1,8 +1,8 @@
-"""The output of a batch, which is its memory too: a file of JSON lines to which whole records are appended, one for each
-item, and from which a batch that was killed goes on. Knows ids and digests, not what an answer is.
+"""The output of a batch, which is its memory too: a file of JSON lines to which whole records are appended, one for
+each item, and from which a batch that was killed goes on. Knows ids and digests, not what an answer is.
 
-A record has its id under `custom_id` or `id`, the digest of the line that it answers under `line_digest`, and an `error`
-that is null or missing where all went well.
+A record has its id under `custom_id` or `id`, the digest of the line that it answers under `line_digest`, and an
+`error` that is null or missing where all went well.
 """
 
 from __future__ import annotations

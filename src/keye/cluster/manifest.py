@@ -1,5 +1,5 @@
-"""The questions of a batch: a file of JSON lines or CSV, each line one question about media, or a line of OpenAI's batch
-format. Whatever a line says becomes the body of one chat completion; a line that cannot becomes `Refused`, with the reason.
+"""The questions of a batch: a file of JSON lines or CSV, each line one question about media, or a line of OpenAI's
+batch format. Whatever a line says becomes the body of one chat completion; one that cannot becomes `Refused`.
 
 Opens no medium; of those whose kind the line leaves open it reads the first bytes.
 """
@@ -41,8 +41,9 @@ _KEPT: Final = ("file-", "index-")
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `body` is that of a chat completion in which media are named by absolute paths or URLs, `media` those
-    names; `digest` tells whether a line asks the same as before. `openai` says in which form the answer is written."""
+    """One question. `body` is that of a chat completion in which media are named by absolute paths or URLs, `media`
+    those names; `digest` tells whether a line asks the same as before. `openai` says in which form the answer is
+    written."""
 
     id: str
     line: int
@@ -113,7 +114,7 @@ def _csv_lines(path: Path, data: bytes) -> Iterator[tuple[int, bytes, object]]:
     try:
         rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
         for row in rows:
-            surplus = row.pop(None, None)  # type: ignore[call-overload]
+            surplus = row.pop(None, None)
             fields = {name: _cell(name, value) for name, value in row.items() if value not in (None, "")}
             raw = json.dumps(row, sort_keys=True).encode()
             yield rows.line_num, raw, "the row has more cells than the first row has names" if surplus else fields

@@ -97,6 +97,7 @@ def fetch_source(
     return source
 
 
+_OWNERS = FetchLimits()
 _STRANGERS = FetchLimits(download_bytes=2 * GIB, total_seconds=120.0, idle_seconds=10.0, redirects=3)
 
 
@@ -154,7 +155,7 @@ class FetchPolicy:
 class OwnersPolicy(FetchPolicy):
     """What somebody may name to whom this machine belongs: whatever `fetch_source` opens, by `limits`."""
 
-    limits: FetchLimits = FetchLimits()
+    limits: FetchLimits = _OWNERS
 
     def fetch(self, reference: object, kind: str = "video") -> Source:
         most = MAX_IMAGE_BYTES if kind == "image" else MAX_VIDEO_BYTES

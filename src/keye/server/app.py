@@ -49,8 +49,8 @@ def create_app(
     policy: FetchPolicy | None = None,
 ) -> FastAPI:
     """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
-    gives what keeps the caches of one owner from those of all others, `policy` says what requests may name where that is
-    not left to the settings."""
+    gives what keeps the caches of one owner from those of all others, `policy` says what requests may name where that
+    is not left to the settings."""
     settings = settings or Settings()
     policy = policy or fetch_policy(settings)
     engine = AsyncEngine(model, most_requests=settings.queue)
