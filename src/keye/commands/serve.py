@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping
@@ -41,11 +42,16 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
+@click.option("--replicas", type=options.COUNT, metavar="N", help="Answer by N servers, those about one video by one.")
 @options.template
 @options.running_device
 @options.storing
 @options.debug
-def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: Any) -> None:
+@click.pass_context
+def serve(
+    context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
+    **given: Any,
+) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
     Listens on this machine alone unless --host says otherwise, which needs a key. Media at addresses are fetched only
@@ -55,11 +61,16 @@ def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: An
     keye serve
     keye serve 2.0 --port 9000 --name keye
     keye serve --host 0.0.0.0 --api-key-file keys.txt
+    keye serve --replicas 2
     """
     from keye.commands import inputs
 
     settings = settings_of(api_key_file, given)
     listening = listen(settings)
+    if replicas is not None:
+        with listening, audit_log(audit) as log:
+            serve_replicas(context, replicas, settings, listening, log)
+        return
     with listening:
         loaded = inputs.load_model({**given, "model": model})
         try:
@@ -68,6 +79,41 @@ def serve(model: str, api_key_file: Path | None, audit: Path | None, **given: An
             raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
         with audit_log(audit) as log:
             run_server(loaded, settings, listening, log)
+
+
+def serve_replicas(
+    context: click.Context, count: int, settings: Settings, listening: socket.socket, log: Audit | None
+) -> None:
+    """Serves by children that run this command with the same options."""
+    from keye.commands import inputs
+    from keye.hub import check_runs
+
+    check_runs(context.params["model"])
+    inputs.find_model(context.params["model"])
+    try:
+        from keye.cluster.replicas import LocalReplica
+        from keye.cluster.replicas_proxy import proxy_app
+        from keye.server.run import run_app
+    except ModuleNotFoundError as error:
+        raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
+    arguments = arguments_of(context)
+    if context.params["threads"] is None:
+        arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // count))]
+    app = proxy_app([LocalReplica(str(number), arguments) for number in range(count)])
+    rows = {"replicas": f"{count}, each a server of its own", "model": settings.served_name or context.params["model"]}
+    run_app(app, settings, listening, rows, log)
+
+
+def arguments_of(context: click.Context) -> list[str]:
+    """The command line of a replica: what was given here, but for what belongs to the server in front."""
+    found = [context.params["model"]]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        own = parameter.name in ("model", "host", "port", "replicas", "audit")
+        if isinstance(parameter, click.Option) and not own and value is not None:
+            for one in value if parameter.multiple else [value]:
+                found += [parameter.opts[-1], str(one)]
+    return found
 
 
 def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings:

@@ -1,0 +1,57 @@
+"""Which of several replicas answers a request: the one that has met its media, unless that one has too much to do.
+
+Rendezvous hashing (Thaler and Ravishankar, 1998): each key ranks all replicas by a hash of both, so that a replica that
+comes or goes moves only its own keys. With bounded load (Mirrokni, Thorup and Zadimoghaddam, 2018): a replica that has
+more than its share of the requests under way is passed over, and the next in the key's ranking takes it. Knows names
+and numbers; sends nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+#: What one replica may have, in parts of an even share.
+SLACK: Final = 1.25
+#: Keys of a message's part under which a medium, or its name, stands.
+_MEDIA: Final = (
+    "video", "image", "video_url", "image_url", "input_video", "input_image", "input_file", "file", "file_id"
+)  # fmt: skip
+
+
+def choose(key: str | None, loads: Mapping[str, int], *, slack: float = SLACK) -> str:
+    """A replica for a request about the media of `key`: `loads` are the requests under way at each. Without a key the
+    one that has least to do. No replica gets more than `slack` times an even share, rounded up."""
+    assert loads and slack >= 1
+    if key is None:
+        return min(loads, key=lambda name: (loads[name], name))
+    most = math.ceil(slack * (sum(loads.values()) + 1) / len(loads))
+    return next(name for name in ranking(key, loads) if loads[name] < most)
+
+
+def ranking(key: str, replicas: Collection[str]) -> list[str]:
+    """The replicas in the order in which this key prefers them; the same on every machine."""
+    return sorted(replicas, key=lambda name: hashlib.sha256(f"{name}\0{key}".encode()).digest())
+
+
+def media_key(body: Mapping[str, Any]) -> str | None:
+    """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
+    known by what the client sends: the same file under two names has two keys."""
+    found = [json.dumps(value, sort_keys=True) for value in media_in(body)]
+    return hashlib.sha256("\0".join(found).encode()).hexdigest() if found else None
+
+
+def media_in(value: object) -> Iterator[object]:
+    """The media of a body of any route, in their order."""
+    if isinstance(value, list):
+        for one in value:
+            yield from media_in(one)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            if name in _MEDIA and one is not None:
+                yield one
+            elif isinstance(one, dict | list):
+                yield from media_in(one)
