@@ -77,9 +77,9 @@ class LocalReplica:
 
     async def start(self) -> None:
         await self.close()
-        command = [sys.executable, "-m", "keye.cluster.replica_child", "serve", *self._arguments]
+        command = [sys.executable, "-m", "keye", "serve", *self._arguments]
         self._process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", "0"],
+            [*command, "--host", "127.0.0.1", "--port", "0", "--with-parent"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         address = await asyncio.to_thread(self._read_address, self._process)

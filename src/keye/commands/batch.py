@@ -137,23 +137,13 @@ def open_workers(given: Mapping[str, Any], todo: Sequence[Item]) -> list[Worker]
     from keye.hub import check_runs
 
     check_runs(named["model"])
-    settings = engine_settings(named)
+    settings = options.engine_settings(named)
     if given["ray"] is not None:
         from keye.cluster.batch_ray import ray_workers
 
         return ray_workers(given["ray"], settings, count=given["workers"], slots=slots)
     inputs.find_model(named["model"])
     return [kinds.ProcessWorker(settings, slots=slots, name=f"engine {number}") for number in range(given["workers"])]
-
-
-def engine_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `keye.load`, and `threads`, as plain data."""
-    names = ("model", "device", "dtype", "threads", "template", *options.STORING_OPTIONS)
-    found = options.given(given, names)
-    model = Path(found["model"])
-    if model.is_dir():
-        found["model"] = str(model.absolute())  # other processes may have other folders
-    return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
 
 def check_engine() -> None:

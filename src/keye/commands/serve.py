@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +46,8 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Answer by N servers, those about one video by one.")
+@click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: HOST:PORT, auto or local.")
+@click.option("--with-parent", is_flag=True, hidden=True, help="End when standard input does, as replicas must.")
 @options.template
 @options.running_device
 @options.storing
@@ -50,7 +55,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.pass_context
 def serve(
     context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
-    **given: Any,
+    ray: str | None, with_parent: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
@@ -65,11 +70,13 @@ def serve(
     """
     from keye.commands import inputs
 
+    if with_parent:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     settings = settings_of(api_key_file, given)
     listening = listen(settings)
-    if replicas is not None:
+    if replicas is not None or ray is not None:
         with listening, audit_log(audit) as log:
-            serve_replicas(context, replicas, settings, listening, log)
+            serve_replicas(context, replicas or 1, settings, listening, log)
         return
     with listening:
         loaded = inputs.load_model({**given, "model": model})
@@ -81,25 +88,38 @@ def serve(
             run_server(loaded, settings, listening, log)
 
 
+def end_with_parent() -> None:
+    """Ends as by SIGTERM when whoever holds the other end of standard input has ended."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def serve_replicas(
     context: click.Context, count: int, settings: Settings, listening: socket.socket, log: Audit | None
 ) -> None:
-    """Serves by children that run this command with the same options."""
+    """Serves by children that run this command with the same options, or by replicas on a cluster."""
     from keye.commands import inputs
     from keye.hub import check_runs
 
     check_runs(context.params["model"])
     inputs.find_model(context.params["model"])
     try:
-        from keye.cluster.replicas import LocalReplica
+        from keye.cluster.replicas import LocalReplica, Replica
         from keye.cluster.replicas_proxy import proxy_app
         from keye.server.run import run_app
     except ModuleNotFoundError as error:
         raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
-    arguments = arguments_of(context)
-    if context.params["threads"] is None:
-        arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // count))]
-    app = proxy_app([LocalReplica(str(number), arguments) for number in range(count)])
+    replicas: Sequence[Replica]
+    if (address := context.params["ray"]) is not None:
+        from keye.cluster.replicas_ray import ray_replicas
+
+        replicas = ray_replicas(address, count, options.engine_settings(context.params), settings)
+    else:
+        arguments = arguments_of(context)
+        if context.params["threads"] is None:
+            arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // count))]
+        replicas = [LocalReplica(str(number), arguments) for number in range(count)]
+    app = proxy_app(replicas)
     rows = {"replicas": f"{count}, each a server of its own", "model": settings.served_name or context.params["model"]}
     run_app(app, settings, listening, rows, log)
 
@@ -109,7 +129,7 @@ def arguments_of(context: click.Context) -> list[str]:
     found = [context.params["model"]]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        own = parameter.name in ("model", "host", "port", "replicas", "audit")
+        own = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "with_parent")
         if isinstance(parameter, click.Option) and not own and value is not None:
             for one in value if parameter.multiple else [value]:
                 found += [parameter.opts[-1], str(one)]
