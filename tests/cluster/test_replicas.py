@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,16 +22,21 @@ pytestmark = pytest.mark.slow
 QUESTION = "at what times is the red circle shown?"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+@pytest.fixture(scope="module", params=["processes", "ray"])
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`keye serve --replicas 2`, and its address."""
     command = [sys.executable, "-m", "keye", "serve", "nano", "--port", "0", "--threads", "1", "--replicas", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    if request.param == "ray":
+        if not all(importlib.util.find_spec(name) for name in ("ray", "grpc")):
+            pytest.skip("needs the extra: pip install keye[ray]")
+        command += ["--ray", "local"]
+    environment = {**os.environ, "RAY_worker_niceness": "0"}  # beside other tests it would hardly run
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
+            found = next((one for line in process.stdout if (one := re.search(r"^address +(http://\S+)", line))), None)
             assert found is not None
-            yield found[0], process
+            yield found[1], process
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
@@ -54,8 +60,18 @@ def ask(http: Any, *ids: str, **fields: Any) -> Any:
     return http.post("/v1/chat/completions", json=body)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def replicas(pid: int) -> list[int]:
+    """Processes below this one that have a model."""
+    commands = {one: Path(f"/proc/{one}/cmdline").read_bytes() for one in descendants(pid)}
+    return [one for one, command in commands.items() if b"--with-parent" in command or b"ray::ServeReplica" in command]
 
 
 def samples(http: Any, name: str) -> dict[str, float]:
@@ -107,7 +123,7 @@ def test_errors_are_those_of_a_replica(http: Any) -> None:
 
 def test_a_replica_that_is_killed_is_started_anew(http: Any, server: tuple[str, Any], clips: list[Path]) -> None:
     kept = [upload(http, clip) for clip in clips[:2]]  # one at each
-    os.kill(children(server[1].pid)[0], signal.SIGKILL)
+    os.kill(replicas(server[1].pid)[0], signal.SIGKILL)
     # The other one goes on meanwhile, and what the victim kept is gone.
     assert http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
                      ).status_code == 200  # fmt: skip

@@ -5,6 +5,7 @@ and starts anew. Requests reach them by Serve's handles, not over HTTP: no port 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
@@ -46,11 +47,13 @@ class Server:
 
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> AsyncGenerator[tuple[int, dict[str, str]] | bytes, None]:
-        """Status and headers of the answer, then its body in pieces."""
+    ) -> AsyncGenerator[tuple[int, dict[str, str], str] | bytes, None]:
+        """Status and headers of the answer with the name of who answers, then its body in pieces."""
+        name = await self.name()  # Serve may have started it anew just now
         async for message in called(self._app, method, path, headers, body):
             if message["type"] == "http.response.start":
-                yield message["status"], {key.decode(): value.decode("latin-1") for key, value in message["headers"]}
+                head = {key.decode(): value.decode("latin-1") for key, value in message["headers"]}
+                yield message["status"], head, name
             elif message.get("body"):
                 yield message["body"]
 
@@ -144,16 +147,23 @@ class RayReplica:
         body = content if isinstance(content, bytes) else await _joined(content)
         pieces = self._handle.options(stream=True).send.remote(method, path, dict(headers), body)
         try:
-            status, told = await anext(pieces)
+            status, told, instance = await anext(pieces)
         except (self._ray.exceptions.RayError, StopAsyncIteration) as error:
-            self._instance = None
-            self._lost.set()
+            self._forget()
             raise ReplicaLost(f"{self.name}: {error}") from None
+
+        if instance != self._instance:
+            self._forget()
 
         async def close() -> None:
             pieces.cancel()
 
         return Reply(status, told, pieces, close)
+
+    def _forget(self) -> None:
+        """It has ended, or another has taken its place; `start` finds out which."""
+        self._instance = None
+        self._lost.set()
 
     async def close(self) -> None:
         if self._handle is not None:
@@ -170,6 +180,7 @@ def ray_replicas(address: str, count: int, settings: Mapping[str, Any], serving:
         from ray import serve
     except ModuleNotFoundError as error:
         raise KeyeError(f"{error.name} is not installed, which Ray Serve needs; install keye[ray]") from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     return [RayReplica(ray, str(number), settings, serving) for number in range(count)]
 
