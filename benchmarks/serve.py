@@ -26,6 +26,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import httpx
 
-STREAMS, TOKENS, PORT = 32, 64, 8991
+STREAMS, PORT = 32, 8991
 URL = f"http://127.0.0.1:{PORT}"
 DEMO = Path(__file__).parents[1] / "src/keye/assets/demo.mp4"
 
@@ -46,6 +47,7 @@ def main() -> None:
         "--warm", type=float, default=150, help="seconds before the soak: memory grows until caches are full"
     )
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each reply")
     parser.add_argument("--threads", type=int, default=1, help="threads of the model")
     parser.add_argument("--json", action="store_true", help="(the output is always JSON)")
     parser.add_argument("--videos", type=int, default=20, help="videos that are decoded at once")
@@ -75,10 +77,10 @@ def server(options: argparse.Namespace) -> Any:
         process.wait(30)
 
 
-def body(number: int, *, tokens: int = TOKENS, ignore_eos: bool = True) -> dict[str, Any]:
-    """A short question in words, each its own."""
+def body(number: int, *, tokens: int = 64, ignore_eos: bool = True) -> dict[str, Any]:
+    """A short question in words, each its own. Special tokens are written out, so that every token is an event."""
     return {
-        "model": "nano", "stream": True, "max_tokens": tokens, "ignore_eos": ignore_eos,
+        "model": "nano", "stream": True, "max_tokens": tokens, "ignore_eos": ignore_eos, "skip_special_tokens": False,
         "messages": [{"role": "user", "content": f"question {number}: what is seen?"}],
     }  # fmt: skip
 
@@ -101,12 +103,14 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         async with httpx.AsyncClient(limits=limits, timeout=120) as client:
             await asyncio.gather(*(stream(client, body(i, tokens=4)) for i in range(STREAMS)))
             begin = time.perf_counter()
-            await asyncio.gather(*(stream(client, body(i)) for i in range(STREAMS)))
-            return STREAMS * TOKENS / (time.perf_counter() - begin)
+            events = await asyncio.gather(*(stream(client, body(i, tokens=options.tokens)) for i in range(STREAMS)))
+            seconds = time.perf_counter() - begin
+            assert min(events) >= options.tokens, "a token came without an event of its own"
+            return STREAMS * options.tokens / seconds
 
     rates, cpu = [], resource.getrusage(resource.RUSAGE_SELF)
     for _ in range(3):
-        command = [sys.executable, __file__, "in-process", str(options.threads)]
+        command = [sys.executable, __file__, "in-process", str(options.threads), str(options.tokens)]
         inside = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         with server(options):
             begin = resource.getrusage(resource.RUSAGE_SELF)
@@ -115,7 +119,7 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         rates.append((rate, inside, cpu.ru_utime + cpu.ru_stime - begin.ru_utime - begin.ru_stime))
     ratios = sorted(rate / inside for rate, inside, _ in rates)
     return {
-        "streams": STREAMS, "tokens_each": TOKENS,
+        "streams": STREAMS, "tokens_each": options.tokens,
         "http_tokens_per_second": round(max(rate for rate, _, _ in rates), 1),
         "in_process_tokens_per_second": round(max(inside for _, inside, _ in rates), 1),
         "ratio": round(ratios[1], 3), "ratios": [round(ratio, 3) for ratio in ratios],
@@ -123,8 +127,8 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_process(threads: int) -> float:
-    """Tokens a second of the same requests on AsyncEngine."""
+def in_process(threads: int, each: int) -> float:
+    """Tokens a second of the same requests on AsyncEngine, all there at once."""
     import torch
 
     import keye
@@ -135,15 +139,17 @@ def in_process(threads: int) -> float:
     engine = AsyncEngine(model)
 
     async def one(number: int, tokens: int) -> None:
-        request = model.request(body(number)["messages"], max_tokens=tokens, ignore_eos=True)
+        request = replace(
+            model.request(body(number)["messages"], max_tokens=tokens, ignore_eos=True), skip_special=False
+        )
         async for _ in engine.run(request):
             pass
 
     async def every() -> float:
         await asyncio.gather(*(one(i, 4) for i in range(STREAMS)))
         begin = time.perf_counter()
-        await asyncio.gather(*(one(i, TOKENS) for i in range(STREAMS)))
-        return STREAMS * TOKENS / (time.perf_counter() - begin)
+        await asyncio.gather(*(one(i, each) for i in range(STREAMS)))
+        return STREAMS * each / (time.perf_counter() - begin)
 
     engine.start()
     try:
@@ -336,6 +342,6 @@ def _png() -> bytes:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["in-process"]:
-        print(in_process(int(sys.argv[2])))
+        print(in_process(int(sys.argv[2]), int(sys.argv[3])))
     else:
         main()

@@ -30,7 +30,7 @@ from keye.engine.preparation import AHEAD
 from keye.engine.replies import Writer
 from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request, Stage, Task
 from keye.engine.runner import smallest_scratch
-from keye.engine.scheduler import STRETCH, Pace, share_out
+from keye.engine.scheduler import MOST_STRETCH, STRETCH, Pace, share_out
 from keye.engine.vision import VisionJob
 from keye.media import frame_stream
 from keye.media.processor import Processor
@@ -443,7 +443,7 @@ def test_nobody_starves_whatever_the_steps_take() -> None:
             waiting[number], begun[number] = rng.choice([3, 40, 400, 4000]), step
             number += 1
         writing = rng.choice([0, 1, 8, 32])
-        budget = pace.budget(writing)
+        budget = pace.budget(writing, len(waiting))
         shares = share_out(list(waiting.items()), budget)
         assert not waiting or sum(shares.values()) == min(budget, sum(waiting.values())) > 0
         for who, share in shares.items():
@@ -466,6 +466,15 @@ def test_a_step_with_prompts_is_not_much_longer_than_one_without() -> None:
         budget = pace.budget(4)
         pace.saw_step(0.020 + 0.0001 * budget, 4, budget)
     assert 0.020 + 0.0001 * pace.budget(4) <= STRETCH * 0.020 * 1.01
+
+
+def test_where_prompts_outnumber_replies_a_step_is_longer_but_bounded() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.saw_step(0.020, 4, 0)
+        pace.saw_step(0.020 + 0.0001 * 100, 4, 100)
+    assert pace.budget(4, 4) == pace.budget(4, 1) < pace.budget(4, 8) < pace.budget(4, 1000)
+    assert 0.020 + 0.0001 * pace.budget(4, 1000) <= MOST_STRETCH * 0.020 * 1.01
 
 
 def test_where_there_is_not_a_token_for_each_short_prompts_do_not_wait_for_long_ones() -> None:

@@ -10,7 +10,7 @@ import email
 import email.policy
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,7 +86,7 @@ class MockServer:
 
 def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
     """What a streamed answer to a question is made of."""
-    for phase, total in (("queue", 1), ("decode", 32), ("encode", 32), ("prefill", 636)):
+    for phase, total in (("decode", 32), ("encode", 32), ("prefill", 636)):
         for done in (total // 2, total):
             yield {"choices": [], "keye": {"progress": {"phase": phase, "done": done, "total": total}}}
     text = HOSTILE if "hostile" in question else CIRCLE
@@ -145,7 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/video/ground":
             keye = {"intervals": [[3.0, 8.5]], "regions": [], "evidence": [EVIDENCE], "attention": "sparse"}
             usage = {"prompt_tokens": 636, "completion_tokens": 7, "media": [PLAN]}
-            self._json({"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye})
+            found = {"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye}
+            steps = [{"keye": {"progress": {"phase": "decode", "done": done, "total": 32}}} for done in (16, 32)]
+            self._stream(
+                body["event"],
+                [*steps, {"delta": {"content": "[[3.0, 8.5]]"}}, {"object": "keye.ground", **found}],
+                hold=2,
+            )
         elif self.path == "/v1/clips":
             self._send(200, SAMPLE.read_bytes(), "video/mp4")
         else:
@@ -157,21 +163,24 @@ class _Handler(BaseHTTPRequestHandler):
         if "busy" in question and self.mock.busy == 0:
             self.mock.busy = 1
             return self._error(429, "32 requests wait already.", {"Retry-After": "7"})
+        return self._stream(question, answer_chunks(question), hold=12)
+
+    def _stream(self, question: str, chunks: Iterable[dict[str, Any]], *, hold: int) -> None:
+        """The chunks, broken off or held back at the one numbered `hold` where the question says so."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         try:
-            for count, chunk in enumerate(answer_chunks(question)):
-                if "cut" in question and count == 12:
-                    return None
-                if "slow" in question and count == 12:
+            for count, chunk in enumerate(chunks):
+                if "cut" in question and count == hold:
+                    return
+                if "slow" in question and count == hold:
                     self._hold()
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
                 self.wfile.flush()
             self.wfile.write(b"data: [DONE]\n\n")
         except (BrokenPipeError, ConnectionResetError):
             self.mock.gone.set()
-        return None
 
     def _hold(self) -> None:
         """Keeps the stream open with comments, as a slow model would, until the test says so or the client is gone."""

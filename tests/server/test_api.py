@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Ask, Running, error_of
+from serving import Ask, Running, error_of, told
 from starlette.testclient import TestClient
 
 import keye
@@ -48,12 +48,26 @@ def test_ground_and_clips(http: TestClient, file_id: str) -> None:
     assert (two.headers["content-type"], two.content[:2]) == ("application/zip", b"PK")
 
 
+def test_ground_as_a_stream_ends_with_the_whole(http: TestClient, file_id: str) -> None:
+    asked = {"video": medium(file_id, max_frames=4), "event": "the red circle", "max_tokens": 8}
+    whole = http.post("/v1/video/ground", json=asked).json()
+    *chunks, last = told(http.post("/v1/video/ground", json={**asked, "stream": True}))
+    phases = [chunk["keye"]["progress"]["phase"] for chunk in chunks if "keye" in chunk]
+    assert phases[0] == "decode" and phases[-1] == "prefill"
+    assert "".join(chunk.get("delta", {}).get("content", "") for chunk in chunks) == whole["text"] == last["text"]
+    assert last["intervals"] == whole["intervals"] and last["usage"]["media"] == whole["usage"]["media"]
+
+
+def test_what_goes_wrong_in_a_stream_of_ground_is_its_last_event(http: TestClient, file_id: str) -> None:
+    late = {"video": medium(file_id, video_start=1e6), "event": "the red circle", "stream": True}
+    answer = http.post("/v1/video/ground", json=late)
+    assert told(answer)[-1]["error"]["type"] == "invalid_request_error"
+
+
 def test_progress_comes_before_the_answer(http: TestClient, file_id: str) -> None:
     body = {"messages": [{"role": "user", "content": [medium(file_id)]}], "max_tokens": 2, "stream": True}
-    answer = http.post("/v1/chat/completions", json={**body, "keye": {"progress": True, "evidence": True}})
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
-    chunks = [json.loads(line) for line in lines[:-1]]
-    assert lines[-1] == "[DONE]" and "progress" in chunks[0]["keye"]
+    chunks = told(http.post("/v1/chat/completions", json={**body, "keye": {"progress": True, "evidence": True}}))
+    assert "progress" in chunks[0]["keye"]
     assert chunks[-1]["choices"] == [] and chunks[-1]["keye"]["evidence"]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from serving import Running
 
-from keye.cluster.batch import Batch
-from keye.cluster.batch_workers import ServerWorker
-from keye.cluster.journal import Journal
-from keye.cluster.manifest import read_manifest
+from keye.dispatch.batch import Batch
+from keye.dispatch.batch_workers import ServerWorker
+from keye.dispatch.journal import Journal
+from keye.dispatch.manifest import read_manifest
 
 
 def test_questions_about_a_file_over_http(running: Running, video: Path, tmp_path: Path) -> None:

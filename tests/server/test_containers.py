@@ -33,3 +33,23 @@ def test_compose_runs_what_parses_and_mounts_what_exists() -> None:
     assert all((ROOT / path).exists() for path in re.findall(r"file: (\S+)", text))
     assert "KEYE_API_KEY:?" in text, "it does not start without a key"
     assert 'ports: ["127.0.0.1:8000:8000"]' in text
+
+
+@pytest.mark.parametrize("name", ["keye", "decode", "vllm"])
+def test_manifests_for_kubernetes_name_what_they_hold(name: str) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    objects = list(yaml.safe_load_all((ROOT / "examples" / "kubernetes" / f"{name}.yaml").read_text()))
+    for one in objects:
+        if one["kind"] == "Deployment":
+            pod, labels = one["spec"]["template"], one["spec"]["selector"]["matchLabels"]
+            assert labels.items() <= pod["metadata"]["labels"].items()
+            (container,) = pod["spec"]["containers"]
+            assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
+            ports = [port["containerPort"] for port in container["ports"]]
+            assert str(ports[0]) in container["args"] and container["readinessProbe"]["httpGet"]["port"] == ports[0]
+            if name == "keye":
+                assert serve.make_context("keye serve", list(container["args"])).params["host"] == "0.0.0.0"
+                assert container["env"][0]["name"] == "KEYE_API_KEY", "it does not start without a key"
+        elif one["kind"] == "Service":
+            deployment = next(other for other in objects if other["kind"] == "Deployment")
+            assert one["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]

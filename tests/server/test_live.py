@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from PIL import Image
-from serving import error_of
+from serving import error_of, told
 from starlette.testclient import TestClient
 
 from keye.server.live import MOST_SESSIONS, LiveStore
@@ -37,6 +37,15 @@ def test_frames_and_questions_in_turn(http: TestClient, session: str, file_id: s
     assert more["frames"] == 10 and more["tokens"] > told["tokens"]
     late = {"frames": [picture("red")], "timestamps": [0.1]}
     assert "ascend" in error_of(http.post(f"/v1/live/{session}/frames", json=late))["message"]
+
+
+def test_an_answer_can_be_read_while_it_is_written(http: TestClient, session: str, file_id: str) -> None:
+    http.post(f"/v1/live/{session}/frames", json={"file_id": file_id})
+    asked = {"question": "what is seen?", "max_tokens": 30, "temperature": 2.0, "seed": 1}
+    whole = http.post(f"/v1/live/{session}/ask", json=asked).json()
+    *chunks, last = told(http.post(f"/v1/live/{session}/ask", json={**asked, "stream": True}))
+    assert last["object"] == "keye.live.answer" and last["text"] == whole["text"]
+    assert "".join(chunk.get("delta", {}).get("content", "") for chunk in chunks) == whole["text"] != ""
 
 
 def test_mistakes(http: TestClient, session: str, file_id: str) -> None:

@@ -108,9 +108,20 @@ def test_find_marks_the_moments_of_an_event(page: Any, server: MockServer) -> No
     ask(page, "the red circle")
     assert server.sent("/v1/video/ground") == [
         {"model": "keye-nano", "video": {"type": "video_url", "video_url": {"url": "file-0"}},
-         "event": "the red circle", "evidence": True},
+         "event": "the red circle", "stream": True, "evidence": True},
     ]  # fmt: skip
     assert page.locator(".bar").count() == 1
+
+
+def test_find_says_how_far_it_has_come(page: Any, server: MockServer) -> None:
+    open_sample(page)
+    page.get_by_text("Find", exact=True).click()
+    page.fill("#question", "the slow red circle")
+    page.keyboard.press("Enter")
+    page.get_by_text("32 of 32").wait_for()
+    assert page.get_by_role("progressbar", name="Reading the video").is_visible()
+    server.release.set()
+    page.locator(".bar").wait_for()
 
 
 def test_the_timeline_shows_a_part_larger(page: Any) -> None:

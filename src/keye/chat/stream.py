@@ -15,6 +15,7 @@ from keye.chat.replies import read_call
 
 #: The head of a call, up to where its arguments begin, as the models write it.
 _HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,128})"\s*,\s*"arguments"\s*:\s*(?=\{)')
+#: Marks in replies; each begins with "<" and has no other, upon which the search for them rests.
 _OPEN_CALL: Final = "<tool_call>"
 _CLOSE_CALL: Final = "</tool_call>"
 #: A head that is not complete within this many characters is read with the whole call.
@@ -103,6 +104,9 @@ class ReplyStream:
         return self._shown("reasoning", self._take(self._close))
 
     def _content(self) -> list[ReplyPiece]:
+        if "<" not in self._held:  # most of the time: every mark begins so
+            text, self._held = self._held, ""
+            return self._shown("content", text) if text else []
         marks = (*_WRAPPING, _OPEN_CALL) if self._tools else _WRAPPING
         found = min(((at, mark) for mark in marks if (at := self._held.find(mark)) >= 0), default=None)
         if found is None:
@@ -163,10 +167,11 @@ class ReplyStream:
 
     def _take(self, *marks: str) -> str:
         """The held text but for an end that may be the beginning of a mark."""
-        longest = max(map(len, marks)) - 1
-        tail = self._held[-longest:]
-        keep = max((n for n in range(1, len(tail) + 1) if any(m.startswith(tail[-n:]) for m in marks)), default=0)
-        cut = len(self._held) - keep
+        cut = self._held.find("<", max(0, len(self._held) - max(map(len, marks)) + 1))
+        while cut >= 0 and not any(mark.startswith(self._held[cut:]) for mark in marks):
+            cut = self._held.find("<", cut + 1)
+        if cut < 0:
+            cut = len(self._held)
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 

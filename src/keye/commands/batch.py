@@ -14,8 +14,8 @@ from keye.commands import options
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.cluster.batch_workers import Worker
-    from keye.cluster.manifest import Item, Refused
+    from keye.dispatch.batch_workers import Worker
+    from keye.dispatch.manifest import Item, Refused
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
               help="Where answers are appended; what it holds already is not asked again.")  # fmt: skip
 @click.option("--server", "servers", metavar="URL[,URL...]", help="Ask these OpenAI-compatible servers instead.")
 @click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")
-@click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: HOST:PORT, auto or local.")
+@click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
 @click.option("--concurrency", type=options.COUNT, default=8, show_default=True, metavar="N",
               help="Questions under way at once, at each worker.")  # fmt: skip
 @click.option("--tries", type=options.COUNT, default=6, show_default=True, metavar="N",
@@ -54,10 +54,10 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
     keye batch questions.csv -o answers.jsonl --workers 2 --fps 1
     keye batch questions.jsonl -o answers.jsonl --server http://one:8000,http://two:8000
     """
-    from keye.cluster.batch import Batch, unknown_ids
-    from keye.cluster.journal import Journal
-    from keye.cluster.manifest import read_manifest
     from keye.commands import inputs, show
+    from keye.dispatch.batch import Batch, unknown_ids
+    from keye.dispatch.journal import Journal
+    from keye.dispatch.manifest import read_manifest
 
     check_workers(given)
     lines = read_manifest(manifest, defaults_of(given))
@@ -84,7 +84,7 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
 
 def pending(lines: Sequence[Item | Refused], done: Mapping[str, Any], retry_errors: bool) -> list[Item]:
     """The questions for which workers are needed, as far as is known before the batch begins."""
-    from keye.cluster.manifest import Item
+    from keye.dispatch.manifest import Item
 
     return [
         line for line in lines if isinstance(line, Item)
@@ -104,7 +104,7 @@ def check_workers(given: Mapping[str, Any]) -> None:
 
 def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that hold for lines without their own, under the names that lines have them."""
-    from keye.cluster.manifest import SAMPLING
+    from keye.dispatch.manifest import SAMPLING
 
     found = options.given(given, (*options.VIDEO_OPTIONS, *SAMPLING))
     if "stop" in found:
@@ -120,7 +120,7 @@ def open_workers(given: Mapping[str, Any], todo: Sequence[Item]) -> list[Worker]
     from keye.config.environment import api_key
 
     try:
-        from keye.cluster import batch_workers as kinds
+        from keye.dispatch import batch_workers as kinds
     except ModuleNotFoundError as error:
         raise KeyeError(f"{error.name} is not installed, which keye batch needs; install keye[serve]") from None
     slots = given["concurrency"]
@@ -139,7 +139,7 @@ def open_workers(given: Mapping[str, Any], todo: Sequence[Item]) -> list[Worker]
     check_runs(named["model"])
     settings = options.engine_settings(named)
     if given["ray"] is not None:
-        from keye.cluster.batch_ray import ray_workers
+        from keye.dispatch.batch_ray import ray_workers
 
         return ray_workers(given["ray"], settings, count=given["workers"], slots=slots)
     inputs.find_model(named["model"])

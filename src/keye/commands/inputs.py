@@ -27,7 +27,9 @@ from keye.media.download import FetchLimits
 from keye.media.fetch import fetch_source, is_index, media_kind
 
 if TYPE_CHECKING:
+    from keye.cluster.decode import DecodeService
     from keye.engine.engine import Keye
+    from keye.media.processor import Decoder
 
 #: Largest file of functions.
 MAX_TOOLS_BYTES = 4 << 20
@@ -127,7 +129,7 @@ def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         bar.stop()
 
 
-def load_model(options: Mapping[str, Any]) -> Keye:
+def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) -> Keye:
     """Loads the model of `options.running`; what its files hold unused or lack becomes one note."""
     from keye.config import load_model_config
     from keye.hub import check_runs
@@ -148,10 +150,33 @@ def load_model(options: Mapping[str, Any]) -> Keye:
             dtype=options["dtype"],
             **given({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
             template=options.get("template") or "keye",
+            decoder=decoder,
         )
     if model.notes:
         note("; ".join(model.notes))
     return model
+
+
+@contextmanager
+def decode_service(address: str | None) -> Iterator[DecodeService | None]:
+    """The decode service at an address, for as long as it is needed; None without one."""
+    if address is None:
+        yield None
+        return
+    from keye.cluster.decode import open_service
+
+    with open_service(address) as service:
+        note(f"{service.gauges()['workers']:.0f} decode workers on {address}")
+        yield service
+
+
+def decoder_of(service: DecodeService | None) -> Decoder | None:
+    """The service as what decodes the videos of a model."""
+    if service is None:
+        return None
+    from keye.cluster.decode_reader import ServiceDecoder
+
+    return ServiceDecoder(service)
 
 
 def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:

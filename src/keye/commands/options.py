@@ -157,6 +157,12 @@ storing: Callable[[F], F] = _all(
     ),
 )
 
+decode: Callable[[F], F] = click.option(
+    "--decode",
+    metavar="ADDRESS",
+    help="Have other processes decode: local, local:N, ray or ray://HOST:PORT.  [default: one for each video]",
+)
+
 attention: Callable[[F], F] = click.option(
     "--attention",
     type=click.Choice(["sparse", "dense"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,13 @@ from keye.errors import KeyeError
     metavar="LENGTH[@WxH]",
     help="Plan a video that is not there: 90s, 2h, 1:30:00, 2h@1920x1080.  [size: 1280x720]",
 )
+@click.option(
+    "--fleet",
+    "fleet_file",
+    metavar="TOML",
+    type=click.Path(path_type=Path),
+    help="Also size a fleet of decode nodes and engines for many such videos a day.",
+)
 @click.option("--device", metavar="DEVICE", help="Also predict memory and time there: cpu, cuda, cuda:1, ...")
 @options.kv_format
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of the weights.")
@@ -29,17 +37,21 @@ from keye.errors import KeyeError
 @options.model_name
 @options.as_json
 @options.debug
-def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None, **given: Any) -> None:
+def plan(
+    files: tuple[str, ...], model: str, as_json: bool, imagined: str | None, fleet_file: Path | None, **given: Any
+) -> None:
     """Show which frames would be sampled from videos and images and what they cost.
 
     The plan follows from the files' index and the model's configuration: nothing is decoded and no weights are read.
     With --device, one layer of the model's shapes is timed on this machine for a few seconds, and memory and time of
-    the whole request are predicted from that.
+    the whole request are predicted from that. With --fleet, a file says how many such videos come a day and how soon
+    they must be answered; how many nodes that takes, the bytes they move and what they cost is simulated.
 
     \b
     keye plan video.mp4
     keye plan talk.mp4 --fps 1 --max-frames 64 --json
     keye plan --model 2.0 --video 2h --kv int8 --device cpu
+    keye plan --model 2.0 --video 2m --fleet configs/fleet.toml
     """
     from keye.commands import inputs, show
     from keye.commands.cost import Planned, imagine_video, plan_media, predict
@@ -68,10 +80,18 @@ def plan(files: tuple[str, ...], model: str, as_json: bool, imagined: str | None
     result = summary(planned, context, model)
     if given["device"] is not None:
         result["prediction"] = predict(whole, config, folder, planned, given)
+    if fleet_file is not None:
+        from keye.commands.fleet import plan_fleet
+
+        result["fleet"] = plan_fleet(fleet_file, planned, result.get("prediction"))
     if as_json:
         show.print_json(result)
-    else:
-        show.print_plans(result)
+        return
+    show.print_plans(result)
+    if fleet_file is not None:
+        from keye.commands.fleet import print_fleet
+
+        print_fleet(result["fleet"])
 
 
 def summary(planned: Sequence[Any], context: int, model: str) -> dict[str, Any]:

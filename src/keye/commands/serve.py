@@ -46,8 +46,9 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Answer by N servers, those about one video by one.")
-@click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: HOST:PORT, auto or local.")
+@click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
 @click.option("--with-parent", is_flag=True, hidden=True, help="End when standard input does, as replicas must.")
+@options.decode
 @options.template
 @options.running_device
 @options.storing
@@ -55,7 +56,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.pass_context
 def serve(
     context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
-    ray: str | None, with_parent: bool, **given: Any,
+    ray: str | None, with_parent: bool, decode: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
@@ -74,18 +75,20 @@ def serve(
         threading.Thread(target=end_with_parent, daemon=True).start()
     settings = settings_of(api_key_file, given)
     listening = listen(settings)
+    if ray is not None and decode is not None:
+        raise KeyeError("--decode cannot be used with --ray: the nodes of the replicas decode for themselves")
     if replicas is not None or ray is not None:
         with listening, audit_log(audit) as log:
             serve_replicas(context, replicas or 1, settings, listening, log)
         return
-    with listening:
-        loaded = inputs.load_model({**given, "model": model})
+    with listening, inputs.decode_service(decode) as service:
+        loaded = inputs.load_model({**given, "model": model}, decoder=inputs.decoder_of(service))
         try:
             from keye.server.run import run_server
         except ModuleNotFoundError as error:
             raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
         with audit_log(audit) as log:
-            run_server(loaded, settings, listening, log)
+            run_server(loaded, settings, listening, log, gauges=None if service is None else service.gauges)
 
 
 def end_with_parent() -> None:
@@ -104,14 +107,14 @@ def serve_replicas(
     check_runs(context.params["model"])
     inputs.find_model(context.params["model"])
     try:
-        from keye.cluster.replicas import LocalReplica, Replica
-        from keye.cluster.replicas_proxy import proxy_app
+        from keye.dispatch.replicas import LocalReplica, Replica
+        from keye.dispatch.replicas_proxy import proxy_app
         from keye.server.run import run_app
     except ModuleNotFoundError as error:
         raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
     replicas: Sequence[Replica]
     if (address := context.params["ray"]) is not None:
-        from keye.cluster.replicas_ray import ray_replicas
+        from keye.dispatch.replicas_ray import ray_replicas
 
         replicas = ray_replicas(address, count, options.engine_settings(context.params), settings)
     else:

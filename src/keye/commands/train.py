@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     help="Go on at the last checkpoint of the output folder; --no-resume refuses a folder that holds a run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON, the output folder last.")
+@click.option(
+    "--decode", metavar="ADDRESS", help="Have a decode service make the batches: local:N, ray or ray://HOST:PORT."
+)
 @options.debug
-def train(config: Path, resume: bool, as_json: bool) -> None:
+def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None:
     """Train a model by the stages of a TOML file.
 
     An interrupted run (Ctrl-C) goes on where it was last saved when the command is given again.
@@ -36,11 +39,13 @@ def train(config: Path, resume: bool, as_json: bool) -> None:
 
     settings = load_train_config(config)
     if as_json:
-        folder = run(settings, resume=resume, report=lambda figures: print(json.dumps(figures), flush=True))
+        folder = run(
+            settings, resume=resume, report=lambda figures: print(json.dumps(figures), flush=True), decode=decode
+        )
         print(json.dumps({"output": str(folder)}))
         return
     with Reports(settings.stages) as reports:
-        folder = run(settings, resume=resume, report=reports)
+        folder = run(settings, resume=resume, report=reports, decode=decode)
     click.echo(f"The model is in {folder}.")
 
 

@@ -20,22 +20,57 @@ from contextlib import suppress
 
 from keye.engine.core import EngineCore
 from keye.engine.engine import Keye
-from keye.engine.request import Event, Failed, Finished, Request, Stage, Task
+from keye.engine.request import Delta, Event, Failed, Finished, Request, Stage, Task
 from keye.errors import KeyeError
 
 #: Requests that may wait or run at once.
 MOST_REQUESTS = 1024
+#: Where replies grow faster than anybody reads, what comes within so many seconds is handed over together: waking the
+#: event loop for each token takes the processor, and Python's one lock, from the model.
+TOGETHER_SECONDS = 0.05
 
 
 class Overloaded(KeyeError):
     """There are too many requests, or the engine is stopping; nothing was taken."""
 
 
-class Running:
-    """A request on its way: iterate over its events once. Aborted when it is let go."""
+class _Mailbox:
+    """Events of one request, on their way to the one who waits for them in the event loop."""
 
-    def __init__(self, engine: AsyncEngine, task: Task, queue: asyncio.Queue[Event]) -> None:
-        self._engine, self._task, self._queue, self._counted = engine, task, queue, True
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        self.events.append(event)
+        _wake(self._waiting)
+
+    async def wait(self, seconds: float | None = None) -> None:
+        """Returns when there is an event, or after so many seconds."""
+        if self.events:
+            return
+        loop = asyncio.get_running_loop()
+        self._waiting = waiting = loop.create_future()
+        timer = None if seconds is None else loop.call_later(seconds, _wake, waiting)
+        try:
+            await waiting
+        finally:
+            self._waiting = None
+            if timer is not None:
+                timer.cancel()
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
+
+
+class Running:
+    """A request on its way: iterate over its events once, or take them as they come by `some`. Aborted when it is let
+    go."""
+
+    def __init__(self, engine: AsyncEngine, task: Task, mailbox: _Mailbox) -> None:
+        self._engine, self._task, self._mailbox, self._counted = engine, task, mailbox, True
 
     def __aiter__(self) -> Running:
         return self
@@ -43,12 +78,19 @@ class Running:
     async def __anext__(self) -> Event:
         if not self._counted:
             raise StopAsyncIteration
-        event = await self._queue.get()
-        if isinstance(event, Finished | Failed):
-            self._leave()
-        if isinstance(event, Failed):
-            raise event.error
-        return event
+        await self._mailbox.wait()
+        return self._take()
+
+    async def some(self, seconds: float | None = None) -> list[Event] | None:
+        """All events that are there, waiting for the first of them; none when nothing came for so many seconds, None
+        after the last. Raises what made the request fail, after the events before that."""
+        if not self._counted:
+            return None
+        await self._mailbox.wait(seconds)
+        taken: list[Event] = []
+        while self._mailbox.events and not (taken and isinstance(self._mailbox.events[0], Failed)):
+            taken.append(self._take())
+        return taken
 
     def abort(self) -> None:
         """Gives the request up, at whatever stage it is; nothing happens to one that has ended."""
@@ -58,6 +100,14 @@ class Running:
 
     def __del__(self) -> None:
         self.abort()
+
+    def _take(self) -> Event:
+        event = self._mailbox.events.popleft()
+        if isinstance(event, Finished | Failed):
+            self._leave()
+        if isinstance(event, Failed):
+            raise event.error
+        return event
 
     def _leave(self) -> None:
         if self._counted:
@@ -74,8 +124,8 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="keye-engine", daemon=True)
         self._closing, self._draining = False, False
         self._open: set[Task] = set()
-        self._told: deque[tuple[asyncio.Queue[Event], Event]] = deque()
-        self._waking = False
+        self._told: deque[tuple[_Mailbox, Event]] = deque()
+        self._waking, self._due, self._handed = False, False, 0.0
 
     def start(self) -> None:
         """Begins to compute."""
@@ -88,25 +138,37 @@ class AsyncEngine:
         if len(self._open) >= self.most_requests:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
         mode = self.model.attention_of(request.attention)
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, mailbox = asyncio.get_running_loop(), _Mailbox()
+
+        begun: set[int] = set()
 
         def tell(event: Event) -> None:
-            self._told.append((queue, event))
-            if not self._waking:  # one call for all that a step tells: each costs the loop a system call
-                self._waking = True
-                with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            # Called by the engine's thread. More of a reply may wait for what follows it; all else is urgent.
+            growth = isinstance(event, Delta) and event.index in begun
+            if isinstance(event, Delta):
+                begun.add(event.index)
+            self._told.append((mailbox, event))
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                if growth and not (self._due or self._waking):
+                    self._due = True
+                    loop.call_soon_threadsafe(self._hand_out_later, loop)
+                elif not growth and not self._waking:
+                    self._waking = True
                     loop.call_soon_threadsafe(self._hand_out)
 
         task = self.core.add(request, mode, tell)
         self._open.add(task)
-        return Running(self, task, queue)
+        return Running(self, task, mailbox)
+
+    def _hand_out_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_later(max(0.0, self._handed + TOGETHER_SECONDS - time.monotonic()), self._hand_out)
 
     def _hand_out(self) -> None:
         """In the event loop: gives what was told to those who wait for it."""
-        self._waking = False
+        self._waking, self._due, self._handed = False, False, time.monotonic()
         while self._told:
-            queue, event = self._told.popleft()
-            queue.put_nowait(event)
+            mailbox, event = self._told.popleft()
+            mailbox.put(event)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Works on a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""

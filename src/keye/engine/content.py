@@ -39,16 +39,19 @@ REMEMBERED_PROBES: Final = 32
 #: Device, inode, size, time of change and path of a file.
 _Identity = tuple[int, int, int, int, str]
 _hashes: OrderedDict[_Identity, bytes] = OrderedDict()
-_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None], VideoInfo] = OrderedDict()
+_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None, bytes], VideoInfo] = OrderedDict()
 _lock = threading.Lock()
 
 
-def content_key(medium: PlannedMedium, plan: VideoPlan | ImagePlan | None, config: ProcessorConfig) -> bytes:
+def content_key(
+    medium: PlannedMedium, plan: VideoPlan | ImagePlan | None, config: ProcessorConfig, salt: bytes = b""
+) -> bytes:
     """32 bytes that name the visual tokens of a medium; `plan` is the medium's own, or a later one with more in it.
+    Who brings another `salt` has another name for the same medium, and so nothing in common in any cache.
 
     Reading a file of hours takes seconds; its hash is remembered by path, size, inode and time of change.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(hashlib.sha256(salt).digest())
     facts = {} if plan is None else {k: v for k, v in asdict(plan).items() if k != "name"}
     described = {"kind": medium.kind, "options": asdict(medium.options), "config": asdict(config), "plan": facts}
     digest.update(json.dumps(described, sort_keys=True, default=_plain).encode())
@@ -68,16 +71,16 @@ def source_hash(source: Source) -> bytes:
     return _remember(_hashes, identity, found, REMEMBERED)
 
 
-def probed(source: Source, limits: DecodeLimits | None) -> VideoInfo:
-    """Facts about a video file, found out once: a decode worker scans it at first."""
+def probed(source: Source, limits: DecodeLimits | None, salt: bytes = b"") -> VideoInfo:
+    """Facts about a video file, found out once for each `salt`: a decode worker scans it at first."""
     if source.data is not None:
         key: _Identity | bytes = source_hash(source)
     else:
         with source.open() as file:
             key = _identity(file, source)
-    if (known := _recall(_probes, (key, limits))) is not None:
+    if (known := _recall(_probes, (key, limits, salt))) is not None:
         return known
-    return _remember(_probes, (key, limits), probe(source, limits), REMEMBERED_PROBES)
+    return _remember(_probes, (key, limits, salt), probe(source, limits), REMEMBERED_PROBES)
 
 
 def _identity(file: BinaryIO, source: Source) -> _Identity:

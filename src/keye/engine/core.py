@@ -268,7 +268,7 @@ class EngineCore:
         replies = sum(len(task.live) for task in writing)
         open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
         waiting = [(task.number, n) for task in open_prompts if (n := computable(task))]
-        shares = share_out(waiting, self._affordable(self.pace.budget(replies)) if prompts else 0)
+        shares = share_out(waiting, self._affordable(self.pace.budget(replies, len(waiting))) if prompts else 0)
         slices: list[tuple[Task, Slice]] = []
         for task in [*writing, *open_prompts]:
             if task.stage is Stage.DECODING:

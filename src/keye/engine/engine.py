@@ -47,7 +47,7 @@ from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeError
 from keye.hub import check_runs, resolve
 from keye.media.fetch import Source
-from keye.media.processor import Processor
+from keye.media.processor import Decoder, Processor
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.weights import LoadReport, load_model, torch_dtype
@@ -179,9 +179,9 @@ class Keye:
         """The prompt of a conversation under this model's template, its media in their places and not yet opened."""
         return self.prompts.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
 
-    def measure(self, segments: Sequence[Segment]) -> Measured:
+    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt would cost: its media are probed and not decoded."""
-        return self.prompts.measure(segments)
+        return self.prompts.measure(segments, salt)
 
     def stream(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> AnswerStream:
         """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
@@ -350,6 +350,7 @@ def load(
     template: str | Path = "keye",
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    decoder: Decoder | None = None,
 ) -> Keye:
     """Loads a model by name ("nano", a hub name) or from a folder.
 
@@ -365,6 +366,8 @@ def load(
     weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
     "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped. `memory` bytes ("8GiB") may be taken for
     keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
+
+    `decoder` decodes video files elsewhere, to the same frames: `keye.cluster.decode_reader.ServiceDecoder`.
     """
     check_attention(attention)
     check_device(device)
@@ -378,7 +381,8 @@ def load(
     chosen = None if template == "keye" else load_template(folder if template == "checkpoint" else template)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
-    processor, generation = Processor(load_processor_config(folder)), load_generation_config(folder)
+    processor = Processor(load_processor_config(folder), decoder=decoder)
+    generation = load_generation_config(folder)
     folder = resolve(name, revision=revision, progress=progress)
     model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
     return Keye(

@@ -129,10 +129,10 @@ def _options(medium: Medium, videos: int = 1) -> MediaOptions:
 
 
 def plan_medium(
-    medium: Medium, processor: Processor, videos: int = 1, open_index: OpenIndex | None = None
+    medium: Medium, processor: Processor, videos: int = 1, open_index: OpenIndex | None = None, salt: bytes = b""
 ) -> PlannedMedium:
-    """Fetches and probes one medium of a request with `videos` videos; of a video that was not probed before, one
-    frame is decoded. Without `open_index` an index of a video is refused."""
+    """Fetches and probes one medium of a request with `videos` videos; of a video that was not probed before under
+    `salt`, one frame is decoded. Without `open_index` an index of a video is refused."""
     options, config = _options(medium, videos), processor.config
     source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
     if isinstance(source, Image.Image) or is_array(source):
@@ -146,7 +146,7 @@ def plan_medium(
     file = as_source(source)
     if is_index(file):
         return _planned_index(medium, file, open_index)
-    plan = make_plan(probed(file, processor.limits), config, options)
+    plan = make_plan(probed(file, processor.limits, salt), config, options)
     return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
 
 

@@ -64,7 +64,7 @@ class Preparation:
         assert not isinstance(request.prompt, Prompt)
         try:
             room = Room(self._limit, request.params.max_tokens)
-            prompt = self._builder.lay_out(request.prompt, room=room, stream=True)
+            prompt = self._builder.lay_out(request.prompt, room=room, stream=True, salt=request.salt)
         finally:
             with self._wake:
                 self._wake.notify_all()

@@ -147,17 +147,19 @@ class PromptBuilder:
                 check_medium(segment.value)
         return segments
 
-    def lay_out(self, segments: Sequence[Segment], *, room: Room | None = None, stream: bool = False) -> Prompt:
+    def lay_out(
+        self, segments: Sequence[Segment], *, room: Room | None = None, stream: bool = False, salt: bytes = b""
+    ) -> Prompt:
         """Opens and decodes the media of a rendered prompt, and gives every token its id and position.
 
         With `stream`, videos are not decoded yet: their items give pixels as they come, and every item has the key of
-        its content.
+        its content, under `salt`: what one owner's media are called says nothing of another's.
         With `room`, a prompt too long for the context is refused before anything is decoded, as far as its length can
         be known by then, and in any case before it is returned.
         """
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
-        planned = [plan_medium(medium, self.processor, videos, self.open_index) for medium in media]
+        planned = [plan_medium(medium, self.processor, videos, self.open_index, salt) for medium in media]
         text = [self.tokenizer.encode_parts(run) for run in _text_runs(segments)]
         if room is not None:
             least = sum(len(self.piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
@@ -167,7 +169,7 @@ class PromptBuilder:
         if indexed is not None:
             _check_prefix(indexed, ids)
             ids, text = [*indexed.token_ids.tolist(), *text[1]], text[1:]
-        items = [self._stream(medium) if stream else self._decode(medium) for medium in planned]
+        items = [self._stream(medium, salt) if stream else self._decode(medium) for medium in planned]
         for item, after in zip(items, text[1:], strict=True):
             ids += self.piece_ids(item.pieces) + after
         prompt = self._positioned(ids, items, indexed)
@@ -175,14 +177,14 @@ class PromptBuilder:
             room.check(len(ids), prompt.visual_tokens)
         return prompt
 
-    def measure(self, segments: Sequence[Segment]) -> Measured:
+    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt costs, at least (see `PlannedMedium`). Videos are probed; lists of pictures, which
         have no plan, are opened and their sizes found."""
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
         plans, pieces = [], []
         for medium in media:
-            planned = plan_medium(medium, self.processor, videos, self.open_index)
+            planned = plan_medium(medium, self.processor, videos, self.open_index, salt)
             if planned.plan is not None:
                 plans.append({"kind": medium.kind, **planned.plan.to_dict()})
                 pieces.append(planned.pieces)
@@ -207,9 +209,9 @@ class PromptBuilder:
             return self.processor.video(medium.source, medium.options, plan=medium.plan)
         return self.processor.frames(open_frames(medium.source), medium.options)
 
-    def _stream(self, medium: PlannedMedium) -> MediaItem:
+    def _stream(self, medium: PlannedMedium, salt: bytes) -> MediaItem:
         """A medium with the key of its content; a video file is not decoded, but for what a plan of 1.5 needs."""
-        key = content_key(medium, medium.plan, self.processor.config)
+        key = content_key(medium, medium.plan, self.processor.config, salt)
         if medium.kind == "image" or not isinstance(medium.source, Source):
             return replace(self._decode(medium), key=key)
         assert isinstance(medium.plan, VideoPlan)

@@ -13,8 +13,10 @@ from typing import Final
 #: Prompt tokens of a step in which nothing is written, and the fewest of one in which something is.
 ALONE_TOKENS: Final = 1024
 LEAST_TOKENS: Final = 32
-#: How much longer than a step of writing alone one with prompts in it may take, as a factor.
+#: How much longer than a step of writing alone one with prompts in it may take, as a factor: for one prompt beside any
+#: number of replies, and at most, where the prompts outnumber the replies.
 STRETCH: Final = 1.6
+MOST_STRETCH: Final = 3.0
 #: Weight of the newest measurement.
 _NEWEST: Final = 0.2
 
@@ -52,13 +54,15 @@ class Pace:
     patch: float | None = None
     _alone: bool = field(default=False, repr=False)
 
-    def budget(self, writing: int) -> int:
-        """Prompt tokens of the next step."""
+    def budget(self, writing: int, prompts: int = 1) -> int:
+        """Prompt tokens of the next step, beside `writing` replies. The more of the `prompts` wait for each reply, the
+        longer it may be: of many that come together the first would otherwise hold up all others."""
         if not writing:
             return ALONE_TOKENS
         if self.step is None or not self.token:
             return LEAST_TOKENS * 4
-        spare = (STRETCH - 1) * self.step
+        stretch = min(1 + (STRETCH - 1) * max(1.0, prompts / writing), MOST_STRETCH)
+        spare = (stretch - 1) * self.step
         return max(LEAST_TOKENS, min(ALONE_TOKENS, int(spare / self.token)))
 
     def patches(self, writing: int) -> int:

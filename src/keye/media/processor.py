@@ -7,9 +7,10 @@ needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.fetch import Source
-from keye.media.frame_stream import FileFrames, FrameShape, HeldFrames, PixelSource
+from keye.media.frame_stream import FileFrames, FrameShape, HeldFrames, PixelReader, PixelSource
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.patches import VisionInput, frames_to_patches, images_to_patches
@@ -100,12 +101,49 @@ class MediaItem:
         return int(self.grid_thw[:, 0].sum())
 
 
-class Processor:
-    """Turns media into `MediaItem`s under one configuration."""
+class Decoder(Protocol):
+    """Decodes videos somewhere else, such as on other machines (`keye.cluster`), to the same frames."""
 
-    def __init__(self, config: ProcessorConfig, *, limits: DecodeLimits | None = None) -> None:
+    def decode(
+        self, source: Source, options: MediaOptions, plan: VideoPlan | None, processor: Processor
+    ) -> tuple[VideoPlan, Sequence[Pixels]]:
+        """What `Processor.decoding` gives, all frames at once; waits for them."""
+
+    def open(
+        self, source: Source, options: MediaOptions, plan: VideoPlan, processor: Processor, shape: FrameShape
+    ) -> PixelReader:
+        """The frames of a plan that is complete, as they come."""
+
+
+@dataclass(frozen=True)
+class _DecoderFrames:
+    """Frames that a decoder gives, each time they are read."""
+
+    decoder: Decoder
+    source: Source
+    options: MediaOptions
+    plan: VideoPlan
+    processor: Processor
+    shape: FrameShape
+
+    @property
+    def grid_thw(self) -> NDArray[np.int64]:
+        return self.shape.grid_thw
+
+    def open(self) -> PixelReader:
+        return self.decoder.open(self.source, self.options, self.plan, self.processor, self.shape)
+
+
+class Processor:
+    """Turns media into `MediaItem`s under one configuration. With a `decoder`, it and not a process of our own decodes
+    video files."""
+
+    def __init__(
+        self, config: ProcessorConfig, *, limits: DecodeLimits | None = None, decoder: Decoder | None = None
+    ) -> None:
         self.config = config
         self.limits = limits
+        self.decoder = decoder
 
     def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
         """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`). With a plan made before,
@@ -126,26 +164,38 @@ class Processor:
 
     def video(self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None) -> MediaItem:
         """A video file, by a plan made before or by a new one; all its frames are decoded."""
+        if self.decoder is not None:
+            item = self.video_stream(source, options, plan=plan)
+            return replace(item, pixels=item.vision)
+        with self.decoding(source, options, plan=plan) as (made, frames):
+            shape = self._shape(made)
+            vision = frames_to_patches(frames, shape.sizes, self.config)
+        return self._of_plan(vision.as_one_video() if shape.one_row else vision, made, options)
+
+    @contextmanager
+    def decoding(
+        self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
+    ) -> Iterator[tuple[VideoPlan, Iterator[Pixels]]]:
+        """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: frames are told
+        apart), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
         with open_video(source, self.limits) as reader:
             plan, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
-            shape = self._shape(plan)
-            frames = self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
-            vision = frames_to_patches(frames, shape.sizes, self.config)
-        return self._of_plan(vision.as_one_video() if shape.one_row else vision, plan, options)
+            yield plan, self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
 
     def video_stream(
         self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
     ) -> MediaItem:
         """The same medium before its frames are decoded: its `pixels` give them as they come, in bounded memory but for
         Preview, which attends over a whole video. Frames of 1.5 are told apart first, which decodes them once."""
-        kept = None
+        frames: Callable[[], Iterator[Pixels]] | None = None
         if plan is None or (self.config.generation == "1.5" and plan.fast is None):
-            with open_video(source, self.limits) as reader:
-                plan, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
+            plan, frames = self._complete(source, options, plan)
         made, shape = plan, self._shape(plan)
         pixels: PixelSource
-        if kept is not None:
-            pixels = HeldFrames(lambda: _at_size(kept, made), shape)
+        if frames is not None:
+            pixels = HeldFrames(frames, shape)
+        elif self.decoder is not None:
+            pixels = _DecoderFrames(self.decoder, source, options, plan, self, shape)
         else:
             decode = lambda reader: self._planned_frames(reader, made, options)  # noqa: E731 (a method with its arguments)
             pixels = FileFrames(source, self.limits, decode, shape)
@@ -180,6 +230,17 @@ class Processor:
         resize = _shrunk if self.config.generation == "2.0" else bilinear
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
         return self._video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
+
+    def _complete(
+        self, source: Source, options: MediaOptions, plan: VideoPlan | None
+    ) -> tuple[VideoPlan, Callable[[], Iterator[Pixels]] | None]:
+        """A complete plan, and the frames where finding it has decoded them and they are few."""
+        if self.decoder is not None:
+            made, decoded = self.decoder.decode(source, options, plan, self)
+            return made, lambda: iter(decoded)
+        with open_video(source, self.limits) as reader:
+            made, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
+        return made, None if kept is None else lambda: _at_size(kept, made)
 
     def _shape(self, plan: VideoPlan) -> FrameShape:
         sizes_of = [plan.frame_size(i) for i in range(plan.frames)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -28,6 +28,7 @@ from keye.server.store import FileStore
 
 #: Seconds between looks for what is too old.
 _TIDY_SECONDS: Final = 30.0
+Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
@@ -35,10 +36,13 @@ _ROUTERS: Final = (
 )  # fmt: skip
 
 
-def guarded_app(model: Keye, settings: Settings, audit: Audit | None = None) -> Guard:
+def guarded_app(
+    model: Keye, settings: Settings, audit: Audit | None = None, *, decode_gauges: Gauges | None = None
+) -> Guard:
     """The application behind its defences: what a socket may be given to."""
     guard = guard_settings(settings)
-    return Guard(create_app(model, settings, salt=guard.keys.salt), guard, audit=audit)
+    app = create_app(model, settings, salt=guard.keys.salt, decode_gauges=decode_gauges)
+    return Guard(app, guard, audit=audit)
 
 
 def create_app(
@@ -47,15 +51,17 @@ def create_app(
     *,
     salt: Callable[[str], bytes] = str.encode,
     policy: FetchPolicy | None = None,
+    decode_gauges: Gauges | None = None,
 ) -> FastAPI:
     """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
-    gives what keeps the caches of one owner from those of all others, `policy` says what requests may name where that
-    is not left to the settings."""
+    gives what keeps the caches of one owner from those of all others; `policy` says what requests may name where that
+    is not left to the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
+    in front."""
     settings = settings or Settings()
     policy = policy or fetch_policy(settings)
     engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
-    metrics = Metrics(engine.gauges)
+    metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})
     context = Context(
         model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy, live=live.LiveStore()
     )
@@ -85,6 +91,10 @@ def create_app(
         app.include_router(router)
     pages.install(app)
     return app
+
+
+def _decode_numbers(gauges: Gauges | None) -> dict[str, float]:
+    return {} if gauges is None else {f"decode_{name}": value for name, value in gauges().items()}
 
 
 async def _tidy(context: Context) -> None:

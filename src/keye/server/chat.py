@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat import ReplyPiece
-from keye.engine.request import Delta, Ended, Finished, Progress, TokenProb
+from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
 from keye.server.prepare import Prepared, chat_wanted, prepare
-from keye.server.replies import Choice, events_of, findings_of, head, prob_object, usage_of, whole
+from keye.server.replies import Choice, findings_of, head, prob_object, progress_of, usage_of, whole, written
 from keye.server.schemas import ChatRequest
 from keye.server.sse import event, streamed, until_gone
 
@@ -27,8 +26,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     prepared = await until_gone(request, prepare(context, owner_of(request), chat_wanted(body)))
     if body.stream:
         events = _chunks(context, prepared, body)
-        alive = context.settings.keep_alive_seconds
-        return await streamed(request, events, alive=alive, at_once=body.keye.progress)
+        return await streamed(request, events, at_once=body.keye.progress)
     return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
 
 
@@ -64,7 +62,7 @@ def _probs(probs: Sequence[TokenProb]) -> dict[str, Any]:
     return {"content": [prob_object(prob) for prob in probs], "refusal": None}
 
 
-async def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGenerator[bytes, None]:
+def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The events of a stream, the last of them with usage and findings where they are asked for."""
     choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
     begin = head("chatcmpl", "chat.completion.chunk", context.name)
@@ -75,28 +73,27 @@ async def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> As
         choice = {"index": index, "delta": delta, "logprobs": _probs(probs) if probs else None, "finish_reason": end}
         return event({**begin, "choices": [choice]})
 
-    async with aclosing(events_of(context, prepared.job)) as events:
-        async for one in events:
-            if isinstance(one, Delta | Ended) and one.index not in begun:
-                begun.add(one.index)
-                yield chunk(one.index, {"role": "assistant", "content": ""})
-            if isinstance(one, Delta):
-                deltas = [_delta(choices[one.index], piece) for piece in choices[one.index].add(one)]
-                if one.probs and not deltas:
-                    deltas = [{}]
-                for place, delta in enumerate(deltas):
-                    yield chunk(one.index, delta, one.probs if place == 0 else ())
-            elif isinstance(one, Ended):
-                for piece in choices[one.index].end(one):
-                    yield chunk(one.index, _delta(choices[one.index], piece))
-                yield chunk(one.index, {}, end=choices[one.index].reason)
-            elif isinstance(one, Progress):
-                if body.keye.progress:
-                    progress = {"phase": one.phase, "done": one.done, "total": one.total}
-                    yield event({**begin, "choices": [], "keye": {"progress": progress}})
-            elif isinstance(one, Finished) and wants_usage:
-                findings = findings_of(one, choices[0].text, prepared.notes)
-                yield event({**begin, "choices": [], "usage": usage_of(one, choices, prepared), "keye": findings})
+    def told(one: Event) -> Iterator[bytes]:
+        if isinstance(one, Delta | Ended) and one.index not in begun:
+            begun.add(one.index)
+            yield chunk(one.index, {"role": "assistant", "content": ""})
+        if isinstance(one, Delta):
+            deltas = [_delta(choices[one.index], piece) for piece in choices[one.index].add(one)]
+            if one.probs and not deltas:
+                deltas = [{}]
+            for place, delta in enumerate(deltas):
+                yield chunk(one.index, delta, one.probs if place == 0 else ())
+        elif isinstance(one, Ended):
+            for piece in choices[one.index].end(one):
+                yield chunk(one.index, _delta(choices[one.index], piece))
+            yield chunk(one.index, {}, end=choices[one.index].reason)
+        elif isinstance(one, Progress) and body.keye.progress:
+            yield event({**begin, "choices": [], "keye": progress_of(one)})
+        elif isinstance(one, Finished) and wants_usage:
+            findings = findings_of(one, choices[0].text, prepared.notes)
+            yield event({**begin, "choices": [], "usage": usage_of(one, choices, prepared), "keye": findings})
+
+    return written(context, prepared.job, told)
 
 
 def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat import Segment
-from keye.engine.request import Delta, Ended, Finished, TokenProb
+from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.prepare import check_text, form_of, guide_of, job_of
-from keye.server.replies import events_of, head
+from keye.server.replies import each, head, written
 from keye.server.schemas import CompletionRequest
 from keye.server.sse import event, streamed, until_gone
 
@@ -40,7 +41,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     jobs = await until_gone(request, context.in_thread(_jobs, context, owner_of(request), body, prompts))
     if body.stream:
         events = _chunks(context, jobs, prompts, body)
-        return await streamed(request, events, alive=context.settings.keep_alive_seconds)
+        return await streamed(request, events)
     return JSONResponse(await until_gone(request, _whole(context, jobs, prompts, body)))
 
 
@@ -72,7 +73,7 @@ async def _whole(
     for job, prompt in zip(jobs, prompts, strict=True):
         mine = [_Text(prompt if body.echo else "") for _ in range(job.n)]
         texts += mine
-        async with aclosing(events_of(context, job)) as events:
+        async with aclosing(each(context, job)) as events:
             async for one in events:
                 if isinstance(one, Delta):
                     mine[one.index].text += one.text
@@ -101,22 +102,24 @@ async def _chunks(
         choice = {"index": index, "text": text, "logprobs": probs, "finish_reason": end}
         return event({**begin, "choices": [choice]})
 
+    def told(one: Event, first: int, offsets: list[int]) -> Iterator[bytes]:
+        if isinstance(one, Delta) and (one.text or one.probs):
+            probs = _probs(one.probs, offsets[one.index]) if one.probs else None
+            offsets[one.index] += len(one.text)
+            yield chunk(first + one.index, one.text, probs)
+        elif isinstance(one, Ended):
+            yield chunk(first + one.index, "", end=one.reason)
+        elif isinstance(one, Finished):
+            ends.append(one)
+
     first = 0
     for job, prompt in zip(jobs, prompts, strict=True):
-        offsets = [0] * job.n
         if body.echo:
             for index in range(job.n):
                 yield chunk(first + index, prompt)
-        async with aclosing(events_of(context, job)) as events:
-            async for one in events:
-                if isinstance(one, Delta) and (one.text or one.probs):
-                    probs = _probs(one.probs, offsets[one.index]) if one.probs else None
-                    offsets[one.index] += len(one.text)
-                    yield chunk(first + one.index, one.text, probs)
-                elif isinstance(one, Ended):
-                    yield chunk(first + one.index, "", end=one.reason)
-                elif isinstance(one, Finished):
-                    ends.append(one)
+        async with aclosing(written(context, job, partial(told, first=first, offsets=[0] * job.n))) as pieces:
+            async for piece in pieces:
+                yield piece
         first += job.n
     if body.stream_options is not None and body.stream_options.include_usage:
         yield event({**begin, "choices": [], "usage": _usage(ends)})

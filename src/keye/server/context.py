@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+#: Uploads probed, plans made and clips cut at once.
+MOST_DECODING = 4
+
+
 @dataclass(frozen=True)
 class Context:
     """Made once at start-up. `guides` is None where llguidance is not installed; `salt` gives what keeps the caches of
@@ -44,6 +49,7 @@ class Context:
     live: LiveStore
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_DECODING))
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
 
@@ -51,6 +57,20 @@ class Context:
         """Runs what blocks in a thread; notes of settings that are not honoured still reach the request."""
         context = copy_context()
         return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function, *arguments)
+
+    async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The same for what reads media itself, outside the engine: so many at once, each with a decode worker. Who is
+        given up while at work keeps its place until it has ended."""
+        loop, context = asyncio.get_running_loop(), copy_context()
+        await self.decoding.acquire()
+        working = self.threads.submit(context.run, function, *arguments)
+
+        def leave(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self.decoding.release)
+
+        working.add_done_callback(leave)
+        return await asyncio.wrap_future(working)
 
     def openers(self, owner: str) -> Openers:
         """What opens the media of a request of this owner."""

@@ -56,7 +56,7 @@ async def upload(request: Request) -> JSONResponse:
             raise ApiError(400, "the form has no field called file; send the video or image in it", param="file")
         if form.purpose not in _PURPOSES:
             raise ApiError(400, f"purpose must be one of {', '.join(_PURPOSES)}", param="purpose")
-        stored = await context.in_thread(context.files.complete, path, owner, safe_name(form.filename))
+        stored = await context.decode(context.files.complete, path, owner, safe_name(form.filename))
     finally:
         await context.in_thread(context.files.drop, path)
     return JSONResponse(stored.to_dict())

@@ -8,7 +8,6 @@ form of the head, Host, Origin, key, rate, number of running requests, length an
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from keye.server.heads import Head, Refusal, check_host, check_origin, preflight
 from keye.server.json_shape import BadJson, check_json
 from keye.server.keys import Keyring
 from keye.server.limits import Limits
+from keye.server.names import unique
 from keye.server.throttle import Buckets, Running, client_of, whole_seconds
 
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
@@ -75,7 +75,7 @@ class Guard:
         client = scope.get("client")
         record = Record(
             datetime.now(UTC).isoformat(timespec="milliseconds"),
-            f"req-{secrets.token_hex(12)}",
+            unique("req-"),
             address=client_of(client[0] if client else None),
             method=scope["method"][:16],
             path=scope["path"],

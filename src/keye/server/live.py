@@ -8,21 +8,24 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from keye.chat import ReplyStream
 from keye.engine.answer import Collector
 from keye.engine.live import LiveSession
+from keye.engine.request import Event
+from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
-from keye.server.replies import events_of
+from keye.server.replies import Choice, each, growing, written
 from keye.server.schemas import LiveAppend, LiveAsk, LiveRequest
-from keye.server.sse import until_gone
+from keye.server.sse import streamed, until_gone
 
 T = TypeVar("T")
 router = APIRouter()
@@ -136,19 +139,43 @@ def _append(context: Context, owner: str, live: LiveSession, body: LiveAppend) -
 
 
 @router.post("/v1/live/{session_id}/ask")
-async def ask(request: Request, session_id: str, body: LiveAsk) -> JSONResponse:
-    """Answers a question about all that was seen so far; frames may be added meanwhile."""
-    return JSONResponse(await until_gone(request, _answer(context_of(request), owner_of(request), session_id, body)))
+async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
+    """Answers a question about all that was seen so far; frames may be added meanwhile. With `stream` as server-sent
+    events, the answer last."""
+    context = context_of(request)
+    job = await until_gone(request, _job(context, owner_of(request), session_id, body))
+    if body.stream:
+        return await streamed(request, _written(context, job), at_once=True)
+    return JSONResponse(await until_gone(request, _answer(context, job)))
 
 
-async def _answer(context: Context, owner: str, session_id: str, body: LiveAsk) -> dict[str, Any]:
+async def _job(context: Context, owner: str, session_id: str, body: LiveAsk) -> Job:
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "seed", "evidence")}
     job = await context.live.work(context, session_id, owner, lambda live: live.request(body.question, **options))
-    job = replace(job, salt=context.salt(owner), seconds=context.settings.request_seconds)
+    return replace(job, salt=context.salt(owner), seconds=context.settings.request_seconds)
+
+
+async def _answer(context: Context, job: Job) -> dict[str, Any]:
     collector = Collector(job, context.name)
-    async with aclosing(events_of(context, job)) as events:
+    async with aclosing(each(context, job)) as events:
         async for event in events:
             collector.take(event)
+    return _answer_object(collector)
+
+
+def _written(context: Context, job: Job) -> AsyncGenerator[bytes, None]:
+    collector, choice = Collector(job, context.name), Choice(ReplyStream())
+    begin = {"object": "keye.live.answer.chunk", "model": context.name}
+    growth = growing(choice, begin, lambda _: _answer_object(collector))
+
+    def told(event: Event) -> Iterator[bytes]:
+        collector.take(event)
+        yield from growth(event)
+
+    return written(context, job, told)
+
+
+def _answer_object(collector: Collector) -> dict[str, Any]:
     assert collector.answer is not None
     return {"object": "keye.live.answer", **collector.answer.to_dict()}
 

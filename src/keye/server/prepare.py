@@ -26,6 +26,10 @@ _SWITCHES: Final = {"/think": True, "/no_think": False}
 notes_of_request: ContextVar[list[str] | None] = ContextVar("notes_of_request", default=None)
 
 
+#: Messages, and characters of each, that are prepared in the event loop.
+_SHORT_MESSAGES, _SHORT_TEXT = 4, 1000
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A job with its rendered prompt, and what the reply needs to be read: whether tools were offered, and whether the
@@ -63,7 +67,17 @@ async def prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
         raise ApiError(400, f"messages: more than {context.settings.messages:,} cannot be read", param="messages")
     notes: list[str] = []
     notes_of_request.set(notes)
+    if _is_short(wanted):
+        return replace(_prepare(context, owner, wanted), notes=notes)
     return replace(await context.in_thread(_prepare, context, owner, wanted), notes=notes)
+
+
+def _is_short(wanted: Wanted) -> bool:
+    """Whether preparing takes less time than handing it to a thread: a few words, without media, tools or a form."""
+    if wanted.tools or wanted.form is not None or len(wanted.messages) > _SHORT_MESSAGES:
+        return False
+    contents = [message.get("content") for message in wanted.messages]
+    return all(isinstance(one, str) and len(one) <= _SHORT_TEXT for one in contents)
 
 
 def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:

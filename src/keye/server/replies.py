@@ -5,35 +5,42 @@ The same for every route that has a chat behind it; what a route's objects look 
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
 from keye.engine.evidence import Evidence
-from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
+from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.engine.request import Request as Job
 from keye.errors import KeyeError
 from keye.server.audit import CURRENT
 from keye.server.context import Context
 from keye.server.errors import ApiError
+from keye.server.names import unique
 from keye.server.prepare import Prepared
+from keye.server.sse import event
 
 
-async def events_of(context: Context, job: Job) -> AsyncGenerator[Event, None]:
-    """The events of a job, counted in the metrics. Closing this at any time gives the job up."""
+async def events_of(context: Context, job: Job) -> AsyncGenerator[list[Event], None]:
+    """The events of a job, those that are there together, counted in the metrics; an empty list says that nothing has
+    come for as long as clients should wait without a word. Closing this at any time gives the job up."""
     watch = context.metrics.watch()
     try:
-        async with aclosing(context.engine.run(job)) as events:
-            async for event in events:
-                watch.see(event)
-                if isinstance(event, Finished) and (record := CURRENT.get()) is not None:
-                    record.prompt_tokens += event.prompt_tokens
-                    record.completion_tokens += event.completion_tokens
-                yield event
+        running = context.engine.submit(job)
+        try:
+            while (events := await running.some(context.settings.keep_alive_seconds)) is not None:
+                for event in events:
+                    watch.see(event)
+                    if isinstance(event, Finished) and (record := CURRENT.get()) is not None:
+                        record.prompt_tokens += event.prompt_tokens
+                        record.completion_tokens += event.completion_tokens
+                yield events
+        finally:
+            running.abort()
     except (KeyeError, ApiError):
         watch.end("refused")
         raise
@@ -42,6 +49,24 @@ async def events_of(context: Context, job: Job) -> AsyncGenerator[Event, None]:
         raise
     finally:
         watch.end("cancelled")
+
+
+async def each(context: Context, job: Job) -> AsyncGenerator[Event, None]:
+    """The events of a job one by one."""
+    async with aclosing(events_of(context, job)) as batches:
+        async for batch in batches:
+            for event in batch:
+                yield event
+
+
+async def written(context: Context, job: Job, told: Callable[[Event], Iterable[bytes]]) -> AsyncGenerator[bytes, None]:
+    """What `told` makes of the events of a job: those that are there together as one piece, an empty one where clients
+    should hear that the job lives."""
+    async with aclosing(events_of(context, job)) as batches:
+        async for batch in batches:
+            piece = b"".join(chain.from_iterable(map(told, batch)))
+            if piece or not batch:
+                yield piece
 
 
 @dataclass
@@ -80,7 +105,7 @@ class Choice:
             elif piece.kind == "reasoning":
                 self.reasoning += piece.text
             elif piece.kind == "call":
-                self.calls.append([f"call_{secrets.token_hex(12)}", piece.text, ""])
+                self.calls.append([unique("call_"), piece.text, ""])
             else:
                 self.calls[piece.index][2] += piece.text
         return pieces
@@ -90,7 +115,7 @@ async def whole(context: Context, prepared: Prepared) -> tuple[list[Choice], Fin
     """All choices of a request, complete, and how it finished."""
     choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
     finished: Finished | None = None
-    async with aclosing(events_of(context, prepared.job)) as events:
+    async with aclosing(each(context, prepared.job)) as events:
         async for one in events:
             if isinstance(one, Delta):
                 choices[one.index].add(one)
@@ -153,6 +178,31 @@ def prob_object(prob: TokenProb, *, top: bool = True) -> dict[str, Any]:
     return data
 
 
+def progress_of(step: Progress) -> dict[str, Any]:
+    """How far a request has come before it writes, in keye's own field."""
+    return {"progress": {"phase": step.phase, "done": step.done, "total": step.total}}
+
+
+def growing(
+    choice: Choice, begin: Mapping[str, Any], finish: Callable[[Finished], Mapping[str, Any]]
+) -> Callable[[Event], Iterator[bytes]]:
+    """What keye's own streams tell of a reply: how far the request has come, more of the reasoning and of the text, at
+    last the whole that the same request has without a stream."""
+
+    def told(one: Event) -> Iterator[bytes]:
+        if isinstance(one, Progress):
+            yield event({**begin, "keye": progress_of(one)})
+        elif isinstance(one, Delta | Ended):
+            for piece in choice.add(one) if isinstance(one, Delta) else choice.end(one):
+                if piece.kind in ("content", "reasoning"):
+                    name = "content" if piece.kind == "content" else "reasoning_content"
+                    yield event({**begin, "delta": {name: piece.text}})
+        elif isinstance(one, Finished):
+            yield event(finish(one))
+
+    return told
+
+
 def head(prefix: str, kind: str, model: str) -> Mapping[str, Any]:
     """The fields that every object of a reply begins with."""
-    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
+    return {"id": unique(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": model}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 from keye.chat import ReplyPiece
+from keye.server.names import unique
 from keye.server.replies import Choice, prob_object
 from keye.server.sse import event
 
@@ -35,7 +35,7 @@ def items_of(choice: Choice, status: str) -> list[dict[str, Any]]:
 
 def _new(kind: Kind, status: str) -> dict[str, Any]:
     """An item without its content."""
-    item: dict[str, Any] = {"id": f"{_PREFIX[kind]}_{secrets.token_hex(12)}", "type": kind, "status": status}
+    item: dict[str, Any] = {"id": unique(f"{_PREFIX[kind]}_"), "type": kind, "status": status}
     if kind == "message":
         return item | {"role": "assistant", "content": []}
     return item | {"summary": [], "content": []} if kind == "reasoning" else item

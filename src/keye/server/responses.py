@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from keye.engine.request import Delta, Ended, Finished
+from keye.engine.request import Delta, Ended, Event, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.names import unique
 from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of
-from keye.server.replies import Choice, events_of, findings_of, usage_of, whole
+from keye.server.replies import Choice, findings_of, usage_of, whole, written
 from keye.server.response_events import ResponseWriter, items_of
 from keye.server.schemas import ResponseRequest
 from keye.server.sse import streamed, until_gone
@@ -32,7 +31,7 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
     prepared = await until_gone(request, prepare(context, owner_of(request), _wanted(body)))
     if body.stream:
         events = _events(context, prepared, body)
-        return await streamed(request, events, alive=context.settings.keep_alive_seconds, tail=b"")
+        return await streamed(request, events, tail=b"")
     return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
 
 
@@ -107,7 +106,7 @@ def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[s
     """The response object before it has any output."""
     params = prepared.job.params
     return {
-        "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
+        "id": unique("resp_"), "object": "response", "created_at": int(time.time()),
         "model": context.name, "status": "in_progress", "error": None, "incomplete_details": None,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None, "store": False,
@@ -141,25 +140,22 @@ async def _whole(context: Context, prepared: Prepared, body: ResponseRequest) ->
     return {**complete, "output": items_of(choice, complete["status"])}
 
 
-async def _events(context: Context, prepared: Prepared, body: ResponseRequest) -> AsyncGenerator[bytes, None]:
+def _events(context: Context, prepared: Prepared, body: ResponseRequest) -> AsyncGenerator[bytes, None]:
     choice, head = Choice.of(prepared), _head(context, prepared, body)
     writer = ResponseWriter(choice)
-    async with aclosing(events_of(context, prepared.job)) as events:
-        async for one in events:
-            if isinstance(one, Delta | Ended) and not writer.begun:
-                for kind in ("created", "in_progress"):
-                    yield writer.event(f"response.{kind}", response=head)
-            if isinstance(one, Delta):
-                for piece in choice.add(one):
-                    for told in writer.piece(piece):
-                        yield told
-            elif isinstance(one, Ended):
-                for piece in choice.end(one):
-                    for told in writer.piece(piece):
-                        yield told
-                for told in writer.close():
-                    yield told
-            elif isinstance(one, Finished):
-                complete = _completed(head, choice, one, prepared)
-                complete["output"] = writer.items
-                yield writer.event(f"response.{complete['status']}", response=complete)
+
+    def told(one: Event) -> Iterator[bytes]:
+        if isinstance(one, Delta | Ended) and not writer.begun:
+            for kind in ("created", "in_progress"):
+                yield writer.event(f"response.{kind}", response=head)
+        if isinstance(one, Delta | Ended):
+            for piece in choice.add(one) if isinstance(one, Delta) else choice.end(one):
+                yield from writer.piece(piece)
+        if isinstance(one, Ended):
+            yield from writer.close()
+        elif isinstance(one, Finished):
+            complete = _completed(head, choice, one, prepared)
+            complete["output"] = writer.items
+            yield writer.event(f"response.{complete['status']}", response=complete)
+
+    return written(context, prepared.job, told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -20,9 +21,17 @@ from keye.server.protocol import uvicorn_options
 from keye.server.settings import Settings
 
 
-def run_server(model: Keye, settings: Settings, listening: socket.socket, audit: Audit | None = None) -> None:
-    """Serves a model on a bound socket; see `_run`."""
-    _run(guarded_app(model, settings, audit), settings, listening, lambda address: _block(model, settings, address))
+def run_server(
+    model: Keye,
+    settings: Settings,
+    listening: socket.socket,
+    audit: Audit | None = None,
+    *,
+    gauges: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    """Serves a model on a bound socket; see `_run`. `gauges` are numbers of the decode service for /metrics."""
+    app = guarded_app(model, settings, audit, decode_gauges=gauges)
+    _run(app, settings, listening, lambda address: _block(model, settings, address))
 
 
 def run_app(
@@ -63,6 +72,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # What is here stays: searching it for rubbish again and again would stop the server for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         if self.started and sockets:
             print(self._block(sockets[0].getsockname()), flush=True)
 

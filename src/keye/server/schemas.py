@@ -183,6 +183,7 @@ class GroundRequest(Sampling):
     video: Object
     event: Annotated[str, Field(min_length=1, max_length=10_000)]
     max_tokens: TokenCount | None = None
+    stream: bool | None = None
     evidence: bool = False
     preprocess_kwargs: Object | None = None
 
@@ -218,6 +219,7 @@ class LiveAsk(Body):
     max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    stream: bool | None = None
     evidence: bool = False
 
 

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
+from keye.engine.request import Finished
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips
 from keye.media.fetch import Source
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.media_parts import media_of, open_sources, to_messages
-from keye.server.prepare import Wanted, prepare
-from keye.server.replies import findings_of, usage_of, whole
+from keye.server.prepare import Prepared, Wanted, prepare
+from keye.server.replies import Choice, findings_of, growing, usage_of, whole, written
 from keye.server.schemas import ClipsRequest, GroundRequest, PlanRequest
-from keye.server.sse import until_gone
+from keye.server.sse import streamed, until_gone
 
 router = APIRouter()
 
@@ -34,7 +35,7 @@ async def plan(request: Request, body: PlanRequest) -> JSONResponse:
     pictures are opened."""
     context = context_of(request)
     context.check_model(body.model)
-    return JSONResponse(await until_gone(request, context.in_thread(_plan, context, owner_of(request), body)))
+    return JSONResponse(await until_gone(request, context.decode(_plan, context, owner_of(request), body)))
 
 
 def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
         raise ApiError(400, f"content holds {count} media, more than {context.settings.media}", param="content")
     model = context.model
     segments = model.render(open_sources(messages, openers))
-    measured = model.measure(segments)
+    measured = model.measure(segments, context.salt(owner))
     limit = model.config.text.max_position_embeddings
     return {
         "media": [plan_object(one) for one in measured.media],
@@ -65,13 +66,20 @@ def plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @router.post("/v1/video/ground")
-async def ground(request: Request, body: GroundRequest) -> JSONResponse:
-    """When an event happens in a video, as intervals of seconds."""
+async def ground(request: Request, body: GroundRequest) -> Response:
+    """When an event happens in a video, in seconds; with `stream` as server-sent events, the answer last."""
     context = context_of(request)
-    return JSONResponse(await until_gone(request, _ground(context, owner_of(request), body)))
+    prepared = await until_gone(request, _prepare_ground(context, owner_of(request), body))
+    if body.stream:
+        choice = Choice.of(prepared)
+        begin = {"object": "keye.ground.chunk", "model": context.name}
+        told = growing(choice, begin, lambda finished: _found(context, prepared, choice, finished))
+        return await streamed(request, written(context, prepared.job, told), at_once=True)
+    choices, finished = await until_gone(request, whole(context, prepared))
+    return JSONResponse(_found(context, prepared, choices[0], finished))
 
 
-async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str, Any]:
+async def _prepare_ground(context: Context, owner: str, body: GroundRequest) -> Prepared:
     question = context.model.ground_question(body.event)
     messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
     wanted = Wanted(
@@ -81,7 +89,10 @@ async def _ground(context: Context, owner: str, body: GroundRequest) -> dict[str
     media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]
     if media != ["video"]:
         raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
-    (choice,), finished = await whole(context, prepared)
+    return prepared
+
+
+def _found(context: Context, prepared: Prepared, choice: Choice, finished: Finished) -> dict[str, Any]:
     findings = findings_of(finished, choice.text, prepared.notes, merged=True)
     return {
         "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
@@ -105,7 +116,7 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
         raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
     folder, given_up = Path(tempfile.mkdtemp(prefix="keye-clips-")), threading.Event()
     try:
-        cutting = context.in_thread(_cut, file.source(), body.intervals, folder, Path(file.name).stem, given_up)
+        cutting = context.decode(_cut, file.source(), body.intervals, folder, Path(file.name).stem, given_up)
         path = await until_gone(request, cutting)
     except BaseException:
         given_up.set()

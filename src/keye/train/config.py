@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from keye.config import ConfigError
+from keye.config.toml import build, check_keys, check_types, is_number, read_toml
 from keye.data.frameforge import SPLITS, TASKS
 from keye.data.frameforge.scene import MAX_OBJECTS
 
@@ -114,7 +111,7 @@ class StageConfig:
             raise ConfigError(f'{where}: dense attention gives the indexer nothing to learn; set attention = "warmup"')
         if unknown := sorted(set(self.task_weights) - set(TASKS)):
             raise ConfigError(f"{where}: unknown tasks {', '.join(unknown)}; known are {', '.join(TASKS)}")
-        if wrong := [task for task, weight in self.task_weights.items() if not (_is_number(weight) and weight >= 0)]:
+        if wrong := [task for task, weight in self.task_weights.items() if not (is_number(weight) and weight >= 0)]:
             raise ConfigError(
                 f"{where}: the weight of {wrong[0]} in task_weights must be a number that is not negative"
             )
@@ -153,55 +150,28 @@ class TrainConfig:
 
 def load_train_config(path: Path) -> TrainConfig:
     """Reads a TOML file; relative `model` and `output` are relative to the file's folder. Unknown keys are errors."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a training configuration such as configs/nano.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is no readable TOML: {error}") from None
+    raw = read_toml(path, "a training configuration such as configs/nano.toml")
     stages = tuple(_stage(item, path) for item in _tables(raw.pop("stage", []), f"{path}: stage"))
     if not stages:
         raise ConfigError(f"{path} has no [[stage]]; a run needs at least one")
-    _check_keys(raw, TrainConfig, str(path))
+    check_keys(raw, TrainConfig, str(path))
     for key in ("model", "output"):
         if key not in raw:
             raise ConfigError(f"{path} lacks {key!r}")
         if not isinstance(raw[key], str):
             raise ConfigError(f"{path}: {key} is {raw[key]!r}; it must be a path in quotes")
         raw[key] = (path.parent / raw[key]).resolve()
-    return _build(TrainConfig, {**raw, "stages": stages}, str(path))
+    return build(TrainConfig, {**raw, "stages": stages}, str(path))
 
 
 def _stage(raw: dict[str, Any], path: Path) -> StageConfig:
     where = f"{path}, stage {raw.get('name', '?')!r}"
-    _check_keys(raw, StageConfig, where)
+    check_keys(raw, StageConfig, where)
     mix = []
     for item in _tables(raw.get("mix", []), where + ": mix"):
-        _check_keys(item, Mix, where + ", mix")
-        mix.append(_build(Mix, item, where + ", mix"))
-    return _build(StageConfig, {**raw, "mix": tuple(mix)}, where)
-
-
-def check_types(config: Any, where: str) -> None:
-    """ConfigError for the first field of a dataclass whose value does not have the annotated type. Whole numbers pass
-    for fractions; booleans pass for neither."""
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        for kind, (fits, words) in _PLAIN_TYPES.items():
-            if kind in kinds and not (fits(value) or (value is None and NoneType in kinds)):
-                raise ConfigError(f"{where}: {name} is {value!r}; it must be {words}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_PLAIN_TYPES: Mapping[type, tuple[Callable[[object], bool], str]] = {
-    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
-    float: (_is_number, "a number"),
-    str: (lambda value: isinstance(value, str), "text in quotes"),
-    bool: (lambda value: isinstance(value, bool), "true or false"),
-}
+        check_keys(item, Mix, where + ", mix")
+        mix.append(build(Mix, item, where + ", mix"))
+    return build(StageConfig, {**raw, "mix": tuple(mix)}, where)
 
 
 def _check_shares(config: Any, where: str, *names: str) -> None:
@@ -215,16 +185,3 @@ def _tables(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ConfigError(f"{where} must be a list of tables")
     return value
-
-
-def _check_keys(raw: Mapping[str, Any], cls: type, where: str) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := sorted(set(raw) - set(known)):
-        raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
-
-
-def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None

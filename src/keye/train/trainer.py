@@ -8,9 +8,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,14 @@ from keye.models.keye import KeyeModel
 from keye.models.weights import load_model, save_model
 from keye.ops.elementwise import table
 from keye.tokenizer import Tokenizer
-from keye.train.batches import derived_seed, make_batch
+from keye.train.batches import derived_seed
 from keye.train.config import StageConfig, TrainConfig
 from keye.train.initialise import fresh_model, number_tokens, order_numbers
+from keye.train.makers import BatchProcess, BatchService
 from keye.train.optim import Optimizer
-from keye.train.parallel import Group, end_with_parent, processes
+from keye.train.parallel import Group, processes
 from keye.train.stages import Stage, make_stage, trainable
 
-#: Batches that the worker makes ahead.
-PREFETCH = 3
 STATE_FILE, PROGRESS_FILE, LOG_FILE = "resume/state.safetensors", "progress.json", "log.jsonl"
 #: Files of the model folder that go along with the weights.
 COMPANIONS = ("config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json",
@@ -43,17 +41,19 @@ COMPANIONS = ("config.json", "preprocessor_config.json", "generation_config.json
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(config: TrainConfig, *, resume: bool = True, report: Report | None = None) -> Path:
+def train(config: TrainConfig, *, resume: bool = True, report: Report | None = None, decode: str | None = None) -> Path:
     """Runs every stage that is not done yet and returns the output folder, which is a loadable model.
 
     With `resume`, a run that was interrupted goes on at its last checkpoint; without, an existing output is an error.
+    `decode` is the address of a decode service (`keye.cluster.decode.open_service`) whose workers make the batches; on
+    a cluster they read the tokenizer in the output folder, which must be on a disk that all nodes share.
     """
     fresh = _check_output(config, resume)
     load_model_config(config.model)  # a mistake there is told before anything is written
     config.output.mkdir(parents=True, exist_ok=True)
     try:
-        with processes(config.processes, config.output, partial(_train, config, _silent)) as group:
-            _train(config, report or _silent, group)
+        with processes(config.processes, config.output, partial(_train, config, _silent, decode)) as group:
+            _train(config, report or _silent, decode, group)
     except KeyeError:
         if fresh and not (config.output / PROGRESS_FILE).exists():
             shutil.rmtree(config.output)
@@ -80,12 +80,12 @@ def _silent(figures: dict[str, Any]) -> None:
     """The report of a process that nobody watches."""
 
 
-def _train(config: TrainConfig, report: Report, group: Group) -> None:
+def _train(config: TrainConfig, report: Report, decode: str | None, group: Group) -> None:
     """Every stage that is not done yet, in one of the run's processes."""
     torch.set_num_threads(config.threads)
     if config.fused and not table.fuse():
         warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
-    run = Run(config, report, group)
+    run = Run(config, report, group, decode)
     try:
         for number in range(run.stage, len(config.stages)):
             run.train_stage(number)
@@ -96,14 +96,14 @@ def _train(config: TrainConfig, report: Report, group: Group) -> None:
 class Run:
     """One training run: the model, where it stands, and its files."""
 
-    def __init__(self, config: TrainConfig, report: Report, group: Group) -> None:
+    def __init__(self, config: TrainConfig, report: Report, group: Group, decode: str | None = None) -> None:
         self.config, self.report, self.group = config, report, group
         self.out = config.output
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self._state: dict[str, torch.Tensor] | None = None
         self.model = self._start()
         group.agree(0.0)  # nobody goes on before the files of the output folder are there
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+        self.makers: BatchProcess | BatchService = BatchProcess() if decode is None else BatchService(decode)
 
     def _start(self) -> KeyeModel:
         model_config = load_model_config(self.config.model)
@@ -148,7 +148,7 @@ class Run:
         return json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds, "names": names})
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.makers.close()
 
     def train_stage(self, number: int) -> None:
         """Runs stage `number` to its end and saves."""
@@ -191,13 +191,13 @@ class Run:
                          weight_decay=config.weight_decay)  # fmt: skip
 
     def _batches(self, number: int) -> Iterator[Any]:
-        """Batches of step, step + 1, ... made ahead in the worker."""
+        """Batches of step, step + 1, ... made ahead in other processes."""
         waiting: deque[Future[Any]] = deque()
         config, step = self.config.stages[number], self.step
         while True:
-            while len(waiting) < PREFETCH:
+            while len(waiting) < self.makers.ahead:
                 seed = derived_seed(self.config.seed, number, config.name, step, self.group.rank)
-                waiting.append(self.pool.submit(make_batch, config, self.out, seed))
+                waiting.append(self.makers.submit(config, self.out, seed))
                 step += 1
             yield waiting.popleft().result()
 

@@ -8,7 +8,7 @@
 import { button, copyText, element } from "./dom.js";
 import { clock, pieces, span } from "./times.js";
 
-const PHASES = { queue: "Waiting", decode: "Reading the video", encode: "Looking at frames", prefill: "Taking it in" };
+const PHASES = { decode: "Reading the video", encode: "Looking at frames", prefill: "Taking it in" };
 
 export class AnswerView {
   #text = element("div", { class: "answer-text" });

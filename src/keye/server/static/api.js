@@ -100,17 +100,21 @@ export async function plan(request, signal) {
   return (await call("v1/media/plan", { method: "POST", json: request, signal })).json();
 }
 
-export async function ground(request, signal) {
-  return (await call("v1/video/ground", { method: "POST", json: request, signal })).json();
-}
-
 export async function clips(fileId, intervals) {
   return (await call("v1/clips", { method: "POST", json: { file_id: fileId, intervals } })).blob();
 }
 
+export function chat(request, signal) {
+  return chunks("v1/chat/completions", request, signal);
+}
+
+export function ground(request, signal) {
+  return chunks("v1/video/ground", request, signal);
+}
+
 /** The chunks of a streamed answer as objects. An error inside the stream is thrown as ServerError. */
-export async function* chat(request, signal) {
-  const response = await call("v1/chat/completions", { method: "POST", json: request, signal });
+async function* chunks(path, request, signal) {
+  const response = await call(path, { method: "POST", json: request, signal });
   for await (const event of events(response.body)) {
     const chunk = readChunk(event);
     // Inside a stream there is no status of its own; the type tells mistakes of the user from failures.

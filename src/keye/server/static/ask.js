@@ -4,6 +4,7 @@
 
 import { chat, explain, ground } from "./api.js";
 import * as data from "./data.js";
+import { StreamCut } from "./sse.js";
 import { parseIntervals } from "./times.js";
 
 /** Asks a question as a stream. The turn holds what came, also when it was stopped or broke off. */
@@ -16,11 +17,18 @@ export async function askTurn(turn, view, signal) {
 /** Looks for an event in the video. */
 export async function findTurn(turn, view, signal) {
   await guarded(turn, view, signal, async () => {
-    const result = await ground(turn.request, signal);
-    turn.answer = data.words(result?.text, 100_000);
-    takeUsage(turn, result?.usage);
-    takeExtras(turn, result?.keye ?? {});
-    turn.intervals = data.intervals(result?.intervals);
+    let result = null;
+    for await (const chunk of ground(turn.request, signal)) {
+      const step = data.progress(chunk?.keye?.progress);
+      if (step) view.progress(step);
+      takeDelta(turn, view, chunk?.delta);
+      if (chunk?.object === "keye.ground") result = chunk;
+    }
+    if (!result) throw new StreamCut("The answer broke off before its end.");
+    turn.answer = data.words(result.text, 100_000);
+    takeUsage(turn, result.usage);
+    takeExtras(turn, result.keye ?? {});
+    turn.intervals = data.intervals(result.intervals);
     if (!turn.intervals.length) turn.note = "The model found no such moment. Other words or a shorter range may help.";
   });
 }
@@ -44,7 +52,13 @@ async function guarded(turn, view, signal, work) {
 function takeChunk(turn, view, chunk) {
   const step = data.progress(chunk?.keye?.progress);
   if (step) view.progress(step);
-  const delta = chunk?.choices?.[0]?.delta;
+  takeDelta(turn, view, chunk?.choices?.[0]?.delta);
+  if (chunk?.choices?.[0]?.finish_reason === "length") turn.note = "Cut at the most tokens; raise them under Settings.";
+  if (chunk?.usage) takeUsage(turn, chunk.usage);
+  if (chunk?.keye && !chunk.keye.progress) takeExtras(turn, chunk.keye);
+}
+
+function takeDelta(turn, view, delta) {
   if (typeof delta?.reasoning_content === "string") {
     turn.reasoning += delta.reasoning_content;
     view.think(delta.reasoning_content);
@@ -53,9 +67,6 @@ function takeChunk(turn, view, chunk) {
     turn.answer += delta.content;
     view.write(delta.content);
   }
-  if (chunk?.choices?.[0]?.finish_reason === "length") turn.note = "Cut at the most tokens; raise them under Settings.";
-  if (chunk?.usage) takeUsage(turn, chunk.usage);
-  if (chunk?.keye && !chunk.keye.progress) takeExtras(turn, chunk.keye);
 }
 
 function takeUsage(turn, usage) {

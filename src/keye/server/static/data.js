@@ -10,7 +10,7 @@ const MAX_REGIONS = 200;
 const MAX_CORNERS = 500;
 const SCALE = 1000;
 const KINDS = new Set(["point", "box", "quad", "polygon"]);
-const PHASES = ["queue", "decode", "encode", "prefill"];
+const PHASES = ["decode", "encode", "prefill"];
 
 function list(value, most) {
   return Array.isArray(value) ? value.slice(0, most) : [];

@@ -40,7 +40,7 @@ export function chatRequest({ model, media, turns, question, sampling, options }
 
 /** The body of `/v1/video/ground`. */
 export function groundRequest({ model, video, event, sampling, options }) {
-  return { model, video: mediaPart(video, sampling), event, evidence: options.evidence };
+  return { model, video: mediaPart(video, sampling), event, stream: true, evidence: options.evidence };
 }
 
 /** The body of `/v1/media/plan`. */

@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-from keye.cluster.batch_ray import connect
-from keye.cluster.replicas import ReplicaLost, Reply
+from keye.cluster.ray_cluster import connect
+from keye.dispatch.replicas import ReplicaLost, Reply
 from keye.errors import KeyeError
 from keye.server.errors import ApiError
 from keye.server.settings import Settings
@@ -27,7 +27,7 @@ class Server:
     `batch_child.load_engine`."""
 
     def __init__(self, settings: Mapping[str, Any], serving: Settings) -> None:
-        from keye.cluster.batch_child import load_engine
+        from keye.dispatch.batch_child import load_engine
         from keye.server.app import create_app
         from keye.server.edge import guard_settings
         from keye.server.guard import Guard
@@ -174,8 +174,8 @@ class RayReplica:
 
 
 def ray_replicas(address: str, count: int, settings: Mapping[str, Any], serving: Settings) -> list[RayReplica]:
-    """`count` replicas on the cluster at `address` (see `batch_ray.connect`); `KeyeError` where that cannot be."""
-    ray = connect(address)
+    """`count` replicas on the cluster at `address` (see `ray_cluster.connect`); `KeyeError` where that cannot be."""
+    ray, _ = connect(address)
     try:
         from ray import serve
     except ModuleNotFoundError as error:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.cluster.batch import Agenda, Batch, Report
-from keye.cluster.batch_workers import Answer, WorkerLost
-from keye.cluster.journal import Journal
-from keye.cluster.manifest import Item, Refused
+from keye.dispatch.batch import Agenda, Batch, Report
+from keye.dispatch.batch_workers import Answer, WorkerLost
+from keye.dispatch.journal import Journal
+from keye.dispatch.manifest import Item, Refused
 from keye.errors import KeyeError
 
 

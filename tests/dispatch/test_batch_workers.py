@@ -15,8 +15,8 @@ httpx = pytest.importorskip("httpx")
 
 from PIL import Image
 
-from keye.cluster import batch_workers
-from keye.cluster.batch_workers import Answer, Client, ServerWorker, WorkerLost, with_files
+from keye.dispatch import batch_workers
+from keye.dispatch.batch_workers import Answer, Client, ServerWorker, WorkerLost, with_files
 from keye.errors import KeyeError
 
 FINE = {"choices": [{"message": {"content": "yes"}}]}

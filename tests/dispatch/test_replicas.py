@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -27,11 +26,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, subprocess.Pop
     """`keye serve --replicas 2`, and its address."""
     command = [sys.executable, "-m", "keye", "serve", "nano", "--port", "0", "--threads", "1", "--replicas", "2"]
     if request.param == "ray":
-        if not all(importlib.util.find_spec(name) for name in ("ray", "grpc")):
-            pytest.skip("needs the extra: pip install keye[ray]")
-        command += ["--ray", "local"]
-    environment = {**os.environ, "RAY_worker_niceness": "0"}  # beside other tests it would hardly run
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        command += ["--ray", request.getfixturevalue("ray_address")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             found = next((one for line in process.stdout if (one := re.search(r"^address +(http://\S+)", line))), None)
@@ -60,18 +56,19 @@ def ask(http: Any, *ids: str, **fields: Any) -> Any:
     return http.post("/v1/chat/completions", json=body)
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
-
-
 def replicas(pid: int) -> list[int]:
-    """Processes below this one that have a model."""
-    commands = {one: Path(f"/proc/{one}/cmdline").read_bytes() for one in descendants(pid)}
-    return [one for one, command in commands.items() if b"--with-parent" in command or b"ray::ServeReplica" in command]
+    """Processes of this server that have a model."""
+    with_ray = [int(one.parent.name) for one in Path("/proc").glob("[0-9]*/cmdline") if is_actor(one)]
+    return with_ray or [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def is_actor(command: Path) -> bool:
+    try:
+        return command.read_bytes().startswith(b"ray::ServeReplica:keye-")
+    except OSError:  # it has ended meanwhile
+        return False
 
 
 def samples(http: Any, name: str) -> dict[str, float]:

@@ -23,7 +23,11 @@ def test_every_item_is_there_once_whoever_is_killed(engines: str) -> None:
     command = [sys.executable, "-m", "benchmarks.batch_kill", "--items", "60", "--videos", "4", "--workers", "2"]
     environment = {**os.environ, "RAY_worker_niceness": "0"}  # beside other tests they would hardly run
     done = subprocess.run(
-        [*command, *(["--ray"] if engines == "ray" else [])], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        [*command, *(["--ray"] if engines == "ray" else [])],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert done.returncode == 0
     runs = json.loads(done.stdout)["runs"]

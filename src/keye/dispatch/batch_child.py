@@ -19,7 +19,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     model = load_engine(told["settings"])
 
-    from keye.cluster.batch_workers import local_app
+    from keye.dispatch.batch_workers import local_app
 
     app = local_app(model, told["slots"])
     _Server(uvicorn.Config(app, uds=told["socket"], log_level="warning", access_log=False, lifespan="on")).run()

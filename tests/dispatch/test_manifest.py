@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from keye.cluster.manifest import Item, Refused, by_media, read_manifest
+from keye.dispatch.manifest import Item, Refused, by_media, read_manifest
 from keye.errors import KeyeError
 
 QUESTION = {"video": "a.mp4", "question": "what happens?"}

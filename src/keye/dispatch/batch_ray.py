@@ -5,25 +5,22 @@ its nodes, which have keye installed.
 from __future__ import annotations
 
 import asyncio
-import re
-import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
-from keye.cluster.batch_workers import Answer, EngineWorker, Worker, WorkerLost, own_model
-from keye.cluster.manifest import Item
+from keye.cluster.ray_cluster import connect
+from keye.dispatch.batch_workers import Answer, EngineWorker, Worker, WorkerLost, own_model
+from keye.dispatch.manifest import Item
 from keye.errors import KeyeError
 
-#: Seconds in which the port of a cluster must answer.
-_REACH_SECONDS: Final = 5.0
 #: Seconds in which a cluster must find room for an engine and the engine must load its model.
 _READY_SECONDS: Final = 1800.0
 
 
 def ray_workers(address: str, settings: Mapping[str, Any], *, count: int | None, slots: int) -> list[Worker]:
-    """`count` workers on the cluster at `address` (see `connect`): by default one for each GPU where engines run on
-    GPUs, else one for each node."""
-    ray = connect(address)
+    """`count` workers on the cluster at `address` (see `ray_cluster.connect`): by default one for each GPU where
+    engines run on GPUs, else one for each node."""
+    ray, _ = connect(address)
     gpus = str(settings.get("device", "cpu")).startswith("cuda")
     if count is None:
         count = int(ray.cluster_resources().get("GPU", 0)) if gpus else len(ray.nodes())
@@ -32,41 +29,11 @@ def ray_workers(address: str, settings: Mapping[str, Any], *, count: int | None,
     return [RayWorker(ray, settings, slots=slots, gpus=int(gpus), name=f"actor {number}") for number in range(count)]
 
 
-def connect(address: str) -> Any:
-    """The module `ray`, connected: to HOST:PORT or ray://HOST:PORT, to the cluster of this machine ("auto"), or to one
-    that lives in processes of this program ("local"). `KeyeError` where there is none."""
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise KeyeError("ray is not installed, which --ray needs; install keye[ray]") from None
-    if ray.is_initialized():
-        return ray
-    if address not in ("auto", "local"):
-        _reach(address)
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise KeyeError(f"no Ray cluster can be used at {address} ({told}): check --ray") from None
-    return ray
-
-
-def _reach(address: str) -> None:
-    """Ray itself waits for minutes where nobody answers."""
-    match = re.fullmatch(r"(?:ray://)?(\[[0-9A-Fa-f:]+\]|[^:/\s]+):(\d{1,5})", address)
-    if match is None:
-        raise KeyeError(f"{address!r} is no address of a Ray cluster: give HOST:PORT, ray://HOST:PORT, auto or local")
-    try:
-        socket.create_connection((match[1].strip("[]"), int(match[2])), _REACH_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise KeyeError(f"nothing answers at {address} ({error}): check --ray, and that the cluster runs") from None
-
-
 class Engine:
     """What runs on the cluster: the worker of one process, asked from elsewhere."""
 
     def __init__(self, settings: Mapping[str, Any], slots: int) -> None:
-        from keye.cluster.batch_child import load_engine
+        from keye.dispatch.batch_child import load_engine
 
         self._worker = EngineWorker(load_engine(dict(settings)), slots=slots)
 

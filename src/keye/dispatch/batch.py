@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from keye.cluster.batch_workers import Answer, Worker, WorkerLost
-from keye.cluster.journal import Journal, check_same
-from keye.cluster.manifest import Item, Refused, by_media, key_of
+from keye.dispatch.batch_workers import Answer, Worker, WorkerLost
+from keye.dispatch.journal import Journal, check_same
+from keye.dispatch.manifest import Item, Refused, by_media, key_of
 from keye.errors import KeyeError
 
 #: Workers that an item may lose before it is asked alone.

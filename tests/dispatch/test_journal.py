@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.cluster.journal import Done, Journal, check_same
+from keye.dispatch.journal import Done, Journal, check_same
 from keye.errors import KeyeError
 
 

@@ -1,4 +1,4 @@
-"""One server in front of several: each request goes to the replica that has met its media (`keye.cluster.routing`).
+"""One server in front of several: each request goes to the replica that has met its media (`keye.dispatch.routing`).
 
 Uploads, indexes and live sessions live at one replica each; the proxy knows which. A question about files of several
 replicas goes to that of the first, to which the others are copied before. What a replica kept is lost with it.
@@ -18,8 +18,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 import keye
-from keye.cluster.replicas import Replica, ReplicaLost, Reply, close_all, keep_alive, start_all
-from keye.cluster.routing import choose, media_key
+from keye.dispatch.replicas import Replica, ReplicaLost, Reply, close_all, keep_alive, start_all
+from keye.dispatch.routing import choose, media_key
 from keye.server.errors import ApiError, install
 from keye.server.sse import until_gone
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from keye.cluster.manifest import Item, media_places
+from keye.dispatch.manifest import Item, media_places
 from keye.errors import KeyeError
 from keye.media.fetch import fetch_source
 
@@ -177,7 +177,7 @@ class EngineWorker:
 
 
 class ProcessWorker:
-    """An engine in a process of its own (`keye.cluster.batch_child`), which is started anew when it is lost and ends
+    """An engine in a process of its own (`keye.dispatch.batch_child`), which is started anew when it is lost and ends
     with this one. `settings` are arguments of `keye.load`, `model` among them, and `threads`."""
 
     def __init__(self, settings: Mapping[str, Any], *, slots: int, name: str) -> None:
@@ -194,7 +194,7 @@ class ProcessWorker:
         await self._stop()
         socket = self._folder / "engine"
         socket.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "keye.cluster.batch_child"]
+        command = [sys.executable, "-m", "keye.dispatch.batch_child"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )  # Ctrl-C in the terminal is ours to handle

@@ -1,0 +1,282 @@
+"""What a decode worker is told to do and gives back: plain data that travels, and how it is done at the worker.
+
+Work is done in two steps, so that a result has a place before it is made: `begin` finds out how many bytes it will
+have, `write` makes it. Knows media, no processes and no machines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keye.config import ProcessorConfig
+from keye.errors import KeyeWarning, MediaError
+from keye.media.fetch import Source, fetch_source
+from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.pictures import Pixels
+from keye.media.plan import VideoPlan
+from keye.media.processor import Processor
+from keye.media.workers import DecodeLimits
+
+#: Takes the bytes of a result, piece by piece.
+Sink = Callable[[Pixels], None]
+#: Bytes at each end of a file that tell whether a file of the same path on another machine is the same.
+_ENDS: Final = 1 << 16
+
+
+class Absent(Exception):
+    """The file of a piece of work is not on this node. No error of the user's yet: another node may have it."""
+
+
+class Begun(Protocol):
+    """Work of which everything but the result is known: that has `nbytes` bytes, `buffer_bytes` of which go to the
+    sink of `write`, which returns the rest. Close it in any case."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def buffer_bytes(self) -> int: ...
+
+    def write(self, sink: Sink) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class Work(Protocol):
+    """A piece of work. `name` is for sentences; equal `key`s mean the same file; `node` is where it is known to be."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def key(self) -> str | None: ...
+
+    @property
+    def node(self) -> str | None: ...
+
+    def begin(self) -> Begun:
+        """At the worker. Raises `Absent`, or what is wrong with the work."""
+
+    def result(self, rest: Any, buffer: Pixels) -> Any:
+        """At home: the result, of what `write` returned and of what its sink was given, uint8 [buffer_bytes]."""
+
+    def carried(self) -> Work | None:
+        """At home: the same work with its file in it, for nodes that have none; None where it has none here either."""
+
+
+@dataclass(frozen=True)
+class PlannedFrames:
+    """Frames `first`, `first` + 1, ... of a complete plan: uint8 RGB [H, W, 3], at the sizes of the plan, read-only."""
+
+    plan: VideoPlan
+    frames: tuple[Pixels, ...]
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class VideoWork:
+    """The planned frames of a video: a `Source`, or a path or address that the worker opens and this machine need not
+    have. By `plan`, or by a new one; with a complete plan, frames first .. stop alone (not for Preview, where sizes
+    depend on how many there are). `node` names where the file is known to lie (Ray's node id)."""
+
+    source: Source | str
+    config: ProcessorConfig
+    options: MediaOptions = DEFAULTS
+    plan: VideoPlan | None = None
+    limits: DecodeLimits | None = None
+    first: int = 0
+    stop: int | None = None
+    node: str | None = None
+    #: What tells the file from others of its path.
+    ends: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        part = self.first or self.stop is not None
+        assert not part or (self.plan is not None and self.config.generation != "preview"), "no part can be taken"
+        if isinstance(self.source, Source) and self.source.path is not None and self.ends is None:
+            object.__setattr__(self, "ends", _ends(self.source))
+
+    @property
+    def name(self) -> str:
+        return self.source.name if isinstance(self.source, Source) else self.source
+
+    @property
+    def key(self) -> str:
+        if isinstance(self.source, str):
+            return self.source
+        if self.source.path is None:
+            return hashlib.sha256(self.source.data or b"").hexdigest()
+        return f"{self.source.path}\0{self.ends}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the temporary file that a source may keep: it stays with whoever sends."""
+        state = dict(self.__dict__)
+        if isinstance(self.source, Source):
+            state["source"] = dataclasses.replace(self.source, keep=None)
+        return state
+
+    def begin(self) -> BegunVideo:
+        source = self._found()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", KeyeWarning)
+            begun = BegunVideo(self, source)
+        begun.notes = tuple(one.message.args for one in caught if isinstance(one.message, KeyeWarning))
+        return begun
+
+    def result(self, rest: Any, buffer: Pixels) -> PlannedFrames:
+        plan, notes = rest
+        for note in notes:
+            warnings.warn(KeyeWarning(*note), stacklevel=2)
+        frames, place = [], 0
+        for height, width in _sizes(plan, self.first, self.stop):
+            end = place + height * width * 3
+            frames.append(buffer[place:end].reshape(height, width, 3))
+            place = end
+        return PlannedFrames(plan, tuple(frames), self.first)
+
+    def carried(self) -> VideoWork | None:
+        source = self.source
+        if isinstance(source, str) or source.path is None:
+            return None
+        with source.open() as file:
+            data = file.read()
+        return dataclasses.replace(self, source=dataclasses.replace(source, path=None, data=data, keep=None))
+
+    def _found(self) -> Source:
+        """The file on this node."""
+        if isinstance(self.source, str):
+            if "://" not in self.source and not self.source.startswith("data:") and not os.path.exists(self.source):
+                raise Absent
+            return fetch_source(self.source)
+        if self.source.path is not None:
+            try:
+                same = self.source.path.stat().st_size == self.source.size and _ends(self.source) == self.ends
+            except (OSError, MediaError):
+                same = False
+            if not same:
+                raise Absent
+        return self.source
+
+
+class BegunVideo:
+    """A video whose plan is complete and whose decoder waits to be asked for frames."""
+
+    def __init__(self, work: VideoWork, source: Source) -> None:
+        self.notes: tuple[Any, ...] = ()
+        self._work, self._open = work, ExitStack()
+        part = bool(work.first) or work.stop is not None
+        plan = _part(work.plan, work.first, work.stop) if part and work.plan is not None else work.plan
+        processor = Processor(work.config, limits=work.limits)
+        try:
+            made, self._frames = self._open.enter_context(processor.decoding(source, work.options, plan=plan))
+        except BaseException:
+            self._open.close()
+            raise
+        #: The whole plan goes back, not that of a part.
+        self.plan = work.plan if part and work.plan is not None else made
+        self.buffer_bytes = sum(height * width * 3 for height, width in _sizes(made, 0, None))
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer_bytes
+
+    def write(self, sink: Sink) -> Any:
+        for frame in self._frames:
+            sink(frame)
+        return self.plan, self.notes
+
+    def close(self) -> None:
+        self._open.close()
+
+
+@dataclass(frozen=True)
+class CallWork:
+    """A call of a function that workers can import, such as one that makes a training batch. Its result travels as it
+    is; the arrays in it count."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    node: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__name__}{self.arguments!r:.60}"
+
+    @property
+    def key(self) -> str | None:
+        return None
+
+    def begin(self) -> BegunCall:
+        return BegunCall(self.function(*self.arguments))
+
+    def result(self, rest: Any, buffer: Pixels) -> Any:
+        return rest
+
+    def carried(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class BegunCall:
+    """A call that is over, since nobody can know before how large its result will be."""
+
+    value: Any
+    buffer_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in _arrays(self.value))
+
+    def write(self, sink: Sink) -> Any:
+        return self.value
+
+    def close(self) -> None:
+        return None
+
+
+def _arrays(value: Any) -> Iterator[NDArray[Any]]:
+    """The arrays in a value, in lists, tuples, mappings and dataclasses."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, dict):
+        yield from (array for one in value.values() for array in _arrays(one))
+    elif isinstance(value, list | tuple):
+        yield from (array for one in value for array in _arrays(one))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (array for one in dataclasses.fields(value) for array in _arrays(getattr(value, one.name)))
+
+
+def _part(plan: VideoPlan, first: int, stop: int | None) -> VideoPlan:
+    """The plan of frames first .. stop of a plan, as it is needed to decode them."""
+    fast = plan.fast
+    return dataclasses.replace(
+        plan,
+        frame_indices=plan.frame_indices[first:stop],
+        timestamps=plan.timestamps[first:stop],
+        pts=plan.pts[first:stop],
+        fast=None if fast is None else dataclasses.replace(fast, types=fast.types[first:stop]),
+    )
+
+
+def _sizes(plan: VideoPlan, first: int, stop: int | None) -> Sequence[tuple[int, int]]:
+    """(height, width) of frames first .. stop."""
+    return [plan.frame_size(i) for i in range(plan.frames)[first:stop]]
+
+
+def _ends(source: Source) -> str:
+    """A short hash of both ends of a file."""
+    with source.open() as file:
+        digest = hashlib.sha256(file.read(_ENDS))
+        file.seek(max(source.size - _ENDS, 0))
+        digest.update(file.read(_ENDS))
+    return digest.hexdigest()[:32]

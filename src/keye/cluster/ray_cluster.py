@@ -1,0 +1,60 @@
+"""The one place that connects to a Ray cluster. Ray is an extra; what is wrong with it is said in one sentence."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from typing import Any, Final
+
+from keye.errors import KeyeError
+
+#: Seconds in which the host of a cluster must answer at all.
+KNOCK_SECONDS: Final = 10.0
+_INSTALL: Final = "ray is not installed, which {} needs; install keye[ray]"
+
+
+def connect(address: str) -> tuple[Any, bool]:
+    """The module `ray`, connected, and whether this call has connected it: then `ray.shutdown` is its caller's.
+
+    `address` is "ray", the cluster that this process is connected to or this machine belongs to, "ray://host:port", or
+    what else `ray.init` takes. `KeyeError` without Ray, and where no cluster answers.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise KeyeError(_INSTALL.format(address)) from None
+    if ray.is_initialized():
+        return ray, False
+    try:
+        _knock(address)
+        ray.init("auto" if address == "ray" else address, log_to_driver=False, logging_level=logging.ERROR)
+    except ImportError as error:  # the client for ray:// has needs of its own
+        raise KeyeError(f"{address} needs {error.name or 'more of ray'}: install keye[ray]") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise KeyeError(
+            f"no Ray cluster can be reached at {address} ({reason}): start one with `ray start --head`, or check the "
+            "address"
+        ) from None
+    return ray, True
+
+
+def _knock(address: str) -> None:
+    """`OSError` where nothing listens: Ray itself would find that out in half a minute or in several, and could not
+    connect to anything else afterwards."""
+    place = _last_cluster() if address == "ray" else re.split("[/?]", address.removeprefix("ray://"))[0]
+    host, _, port = place.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    elif address != "ray":
+        raise ValueError("write it as ray://host:port")
+
+
+def _last_cluster() -> str:
+    """Where Ray would look for the cluster of this machine, which may have ended since; empty if that is not known."""
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+    except ImportError:  # not promised to be there
+        return ""
+    return canonicalize_bootstrap_address("auto") or ""
