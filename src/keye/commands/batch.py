@@ -16,6 +16,7 @@ from keye.errors import KeyeError
 if TYPE_CHECKING:
     from keye.dispatch.batch_workers import Worker
     from keye.dispatch.manifest import Item, Refused
+    from keye.media.processor import Decoder
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
               help="Tries of a request to a server that is full, fails or does not answer.")  # fmt: skip
 @click.option("--retry-errors", is_flag=True, help="Ask again what the output has errors of.")
 @click.option("--model", help="The model, or with --server what the servers call it.  [default: nano, the server's]")
+@options.decode
 @options.running_device
 @options.template
 @options.storing
@@ -67,8 +69,8 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
         if others := unknown_ids(lines, journal):
             inputs.note(f"{output} holds {others:,} answers to questions that {manifest} does not have; they are kept")
         todo = pending(lines, journal.done, retry_errors)
-        workers = open_workers(given, todo) if todo else []
-        with progress("asking") as advance:
+        with inputs.decode_service(given["decode"] if todo else None) as service, progress("asking") as advance:
+            workers = open_workers(given, inputs.decoder_of(service)) if todo else []
             report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
     data = {**report.to_dict(), "workers": len(workers), "output": str(output)}
     if as_json:
@@ -96,6 +98,8 @@ def check_workers(given: Mapping[str, Any]) -> None:
     """`KeyeError` for options that exclude one another."""
     if given["servers"] and (given["workers"] or given["ray"]):
         raise KeyeError("--server asks servers, and --workers and --ray start engines: give one of them")
+    if given["decode"] and (given["servers"] or given["workers"] or given["ray"]):
+        raise KeyeError("--decode serves the engine of this process: leave it out with --server, --workers and --ray")
     if given["servers"]:
         engines = ("dtype", "threads", *options.STORING_OPTIONS)
         if unused := [options.flag(name) for name in engines if given[name] is not None]:
@@ -114,7 +118,7 @@ def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def open_workers(given: Mapping[str, Any], todo: Sequence[Item]) -> list[Worker]:
+def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Worker]:
     """Whoever is to answer; engines in other processes are not started yet."""
     from keye.commands import inputs
     from keye.config.environment import api_key
@@ -133,7 +137,7 @@ def open_workers(given: Mapping[str, Any], todo: Sequence[Item]) -> list[Worker]
     check_engine()
     named = {**given, "model": given["model"] or "nano"}
     if given["ray"] is None and given["workers"] is None:
-        return [kinds.EngineWorker(inputs.load_model(named), slots=slots)]
+        return [kinds.EngineWorker(inputs.load_model(named, decoder=decoder), slots=slots)]
     from keye.hub import check_runs
 
     check_runs(named["model"])
