@@ -148,7 +148,7 @@ def main() -> int:
     if given.ray:
         import ray
 
-        ray.init(num_cpus=given.workers, log_to_driver=False, include_dashboard=False)
+        ray.init("local", num_cpus=given.workers, log_to_driver=False, include_dashboard=False)
         options += ["--ray", ray.get_runtime_context().gcs_address]
     result: dict[str, Any] = {"items": given.items, "videos": given.videos, "workers": given.workers, "runs": {}}
     with tempfile.TemporaryDirectory() as name:

@@ -26,6 +26,6 @@ def ray_address() -> Iterator[str]:
     pytest.importorskip("ray.serve", reason="needs the extra: pip install keye[ray]")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # beside other tests its workers would hardly run
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()

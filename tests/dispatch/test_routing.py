@@ -49,7 +49,12 @@ def test_questions_about_one_video_have_one_key() -> None:
     assert media_key(chat("https://a/1.mp4", "who?")) == media_key(chat("https://a/1.mp4", "when?"))
     assert media_key(chat("https://a/1.mp4", "who?")) != media_key(chat("https://a/2.mp4", "who?"))
     assert media_key({"messages": [{"role": "user", "content": "hello"}]}) is None
-    assert media_key({"video": {"url": "https://a/1.mp4"}, "event": "a door opens"}) is not None
+    same = [
+        chat("https://a/1.mp4", "who?"), {"video": {"url": "https://a/1.mp4"}, "event": "a door opens"},
+        {"content": [{"type": "input_video", "url": "https://a/1.mp4", "fps": 2}]},
+        {"content": [{"type": "video", "video": "https://a/1.mp4"}]},
+    ]  # fmt: skip
+    assert len({media_key(body) for body in same}) == 1
 
 
 def test_metrics_of_several_replicas_are_told_apart() -> None:

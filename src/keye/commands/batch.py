@@ -69,9 +69,10 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
         if others := unknown_ids(lines, journal):
             inputs.note(f"{output} holds {others:,} answers to questions that {manifest} does not have; they are kept")
         todo = pending(lines, journal.done, retry_errors)
-        with inputs.decode_service(given["decode"] if todo else None) as service, progress("asking") as advance:
+        with inputs.decode_service(given["decode"] if todo else None) as service:
             workers = open_workers(given, inputs.decoder_of(service)) if todo else []
-            report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
+            with progress("asking") as advance:
+                report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
     data = {**report.to_dict(), "workers": len(workers), "output": str(output)}
     if as_json:
         show.print_json(data)
@@ -104,6 +105,8 @@ def check_workers(given: Mapping[str, Any]) -> None:
         engines = ("dtype", "threads", *options.STORING_OPTIONS)
         if unused := [options.flag(name) for name in engines if given[name] is not None]:
             raise KeyeError(f"{', '.join(unused)} cannot be set with --server: the server has its own")
+        if given["allow_private_urls"]:
+            raise KeyeError("--allow-private-urls cannot be set with --server: the server opens addresses, or does not")
 
 
 def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
         from keye.dispatch import batch_workers as kinds
     except ModuleNotFoundError as error:
         raise KeyeError(f"{error.name} is not installed, which keye batch needs; install keye[serve]") from None
-    slots = given["concurrency"]
+    slots, private = given["concurrency"], given["allow_private_urls"]
     if given["servers"]:
         urls = list(dict.fromkeys(url.strip() for url in given["servers"].split(",") if url.strip()))
         return [
@@ -137,7 +140,7 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     check_engine()
     named = {**given, "model": given["model"] or "nano"}
     if given["ray"] is None and given["workers"] is None:
-        return [kinds.EngineWorker(inputs.load_model(named, decoder=decoder), slots=slots)]
+        return [kinds.EngineWorker(inputs.load_model(named, decoder=decoder), slots=slots, private=private)]
     from keye.hub import check_runs
 
     check_runs(named["model"])
@@ -145,9 +148,12 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     if given["ray"] is not None:
         from keye.dispatch.batch_ray import ray_workers
 
-        return ray_workers(given["ray"], settings, count=given["workers"], slots=slots)
+        return ray_workers(given["ray"], settings, count=given["workers"], slots=slots, private=private)
     inputs.find_model(named["model"])
-    return [kinds.ProcessWorker(settings, slots=slots, name=f"engine {number}") for number in range(given["workers"])]
+    return [
+        kinds.ProcessWorker({**settings, **own}, slots=slots, private=private, name=f"engine {number}")
+        for number, own in enumerate(inputs.shares(named, given["workers"]))
+    ]
 
 
 def check_engine() -> None:

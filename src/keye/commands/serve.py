@@ -118,22 +118,22 @@ def serve_replicas(
 
         replicas = ray_replicas(address, count, options.engine_settings(context.params), settings)
     else:
-        arguments = arguments_of(context)
-        if context.params["threads"] is None:
-            arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // count))]
-        replicas = [LocalReplica(str(number), arguments) for number in range(count)]
+        own = inputs.shares(context.params, count)
+        replicas = [LocalReplica(str(number), arguments_of(context, one)) for number, one in enumerate(own)]
     app = proxy_app(replicas)
     rows = {"replicas": f"{count}, each a server of its own", "model": settings.served_name or context.params["model"]}
     run_app(app, settings, listening, rows, log)
 
 
-def arguments_of(context: click.Context) -> list[str]:
-    """The command line of a replica: what was given here, but for what belongs to the server in front."""
+def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:
+    """The command line of a replica: its own share, and what was given here but for what belongs to the server in
+    front."""
+    given = {**context.params, **own}
     found = [context.params["model"]]
     for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        own = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "with_parent")
-        if isinstance(parameter, click.Option) and not own and value is not None:
+        value = given.get(parameter.name or "")
+        ours = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "with_parent")
+        if isinstance(parameter, click.Option) and not ours and value is not None:
             for one in value if parameter.multiple else [value]:
                 found += [parameter.opts[-1], str(one)]
     return found

@@ -21,7 +21,7 @@ def main() -> None:
 
     from keye.dispatch.batch_workers import local_app
 
-    app = local_app(model, told["slots"])
+    app = local_app(model, told["slots"], private=told["private"])
     _Server(uvicorn.Config(app, uds=told["socket"], log_level="warning", access_log=False, lifespan="on")).run()
 
 

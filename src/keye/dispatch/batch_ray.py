@@ -17,7 +17,9 @@ from keye.errors import KeyeError
 _READY_SECONDS: Final = 1800.0
 
 
-def ray_workers(address: str, settings: Mapping[str, Any], *, count: int | None, slots: int) -> list[Worker]:
+def ray_workers(
+    address: str, settings: Mapping[str, Any], *, count: int | None, slots: int, private: bool = False
+) -> list[Worker]:
     """`count` workers on the cluster at `address` (see `ray_cluster.connect`): by default one for each GPU where
     engines run on GPUs, else one for each node."""
     ray, _ = connect(address)
@@ -26,16 +28,19 @@ def ray_workers(address: str, settings: Mapping[str, Any], *, count: int | None,
         count = int(ray.cluster_resources().get("GPU", 0)) if gpus else len(ray.nodes())
     if count == 0:
         raise KeyeError(f"the cluster at {address} has no GPU: add nodes that have one, or give --device cpu")
-    return [RayWorker(ray, settings, slots=slots, gpus=int(gpus), name=f"actor {number}") for number in range(count)]
+    return [
+        RayWorker(ray, settings, slots=slots, private=private, gpus=int(gpus), name=f"actor {number}")
+        for number in range(count)
+    ]
 
 
 class Engine:
     """What runs on the cluster: the worker of one process, asked from elsewhere."""
 
-    def __init__(self, settings: Mapping[str, Any], slots: int) -> None:
+    def __init__(self, settings: Mapping[str, Any], slots: int, private: bool) -> None:
         from keye.dispatch.batch_child import load_engine
 
-        self._worker = EngineWorker(load_engine(dict(settings)), slots=slots)
+        self._worker = EngineWorker(load_engine(dict(settings)), slots=slots, private=private)
 
     async def start(self) -> int:
         """Makes it ready; the number of its process."""
@@ -52,8 +57,10 @@ class Engine:
 class RayWorker:
     """One engine on a cluster, placed anew when it is lost."""
 
-    def __init__(self, ray: Any, settings: Mapping[str, Any], *, slots: int, gpus: int, name: str) -> None:
-        self.name, self.slots, self._ray, self._settings = name, slots, ray, settings
+    def __init__(
+        self, ray: Any, settings: Mapping[str, Any], *, slots: int, private: bool, gpus: int, name: str
+    ) -> None:
+        self.name, self.slots, self._ray, self._settings, self._private = name, slots, ray, settings, private
         # One more call than questions, for `start`.
         self._made = ray.remote(Engine).options(num_cpus=1, num_gpus=gpus, max_concurrency=slots + 1)
         self._actor: Any = None
@@ -61,7 +68,7 @@ class RayWorker:
 
     async def start(self) -> None:
         await self.close()
-        self._actor = self._made.remote(dict(self._settings), self.slots)
+        self._actor = self._made.remote(dict(self._settings), self.slots, self._private)
         try:
             async with asyncio.timeout(_READY_SECONDS):
                 self.pid = await self._actor.start.remote()

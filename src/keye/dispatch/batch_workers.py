@@ -148,17 +148,17 @@ class ServerWorker:
 
 
 class EngineWorker:
-    """The engine in this process, which opens the files of its owner."""
+    """The engine in this process, which opens the files of its owner; `private` addresses too."""
 
-    def __init__(self, model: Keye, *, slots: int, name: str = "engine") -> None:
-        self.name, self.slots, self._model = name, slots, model
+    def __init__(self, model: Keye, *, slots: int, private: bool = False, name: str = "engine") -> None:
+        self.name, self.slots, self._model, self._private = name, slots, model, private
         self._open = AsyncExitStack()
         self._client: Client | None = None
 
     async def start(self) -> None:
         if self._client is not None:
             return
-        app = local_app(self._model, self.slots)
+        app = local_app(self._model, self.slots, private=self._private)
         await self._open.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None)
@@ -180,8 +180,8 @@ class ProcessWorker:
     """An engine in a process of its own (`keye.dispatch.batch_child`), which is started anew when it is lost and ends
     with this one. `settings` are arguments of `keye.load`, `model` among them, and `threads`."""
 
-    def __init__(self, settings: Mapping[str, Any], *, slots: int, name: str) -> None:
-        self.name, self.slots, self._settings = name, slots, settings
+    def __init__(self, settings: Mapping[str, Any], *, slots: int, private: bool = False, name: str) -> None:
+        self.name, self.slots, self._settings, self._private = name, slots, settings, private
         self._folder = Path(tempfile.mkdtemp(prefix="keye-batch-"))  # only this user may enter it, and use the socket
         self._process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
@@ -199,9 +199,11 @@ class ProcessWorker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )  # Ctrl-C in the terminal is ours to handle
         assert self._process.stdin is not None and self._process.stdout is not None
-        told = json.dumps({"settings": dict(self._settings), "slots": self.slots, "socket": str(socket)})
+        told = {
+            "settings": dict(self._settings), "slots": self.slots, "private": self._private, "socket": str(socket),
+        }  # fmt: skip
         try:
-            self._process.stdin.write(told.encode() + b"\n")
+            self._process.stdin.write(json.dumps(told).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass
@@ -233,15 +235,17 @@ class ProcessWorker:
             self._process = None
 
 
-def local_app(model: Keye, slots: int) -> FastAPI:
-    """The application of `keye serve` for the owner of this machine: it opens files by their paths. Whoever reaches it
-    can read what this user can, so it must not listen where others are."""
+def local_app(model: Keye, slots: int, *, private: bool = False) -> FastAPI:
+    """The application of `keye serve` for the owner of this machine: it opens files by their paths, and addresses of
+    local networks where they are `private`. Whoever reaches it can read what this user can, so it must not listen where
+    others are."""
+    from keye.media.download import FetchLimits
     from keye.media.fetch import OwnersPolicy
     from keye.server.app import create_app
     from keye.server.settings import Settings
 
     settings = Settings(queue=max(slots, 1), request_seconds=_REQUEST_SECONDS, drain_seconds=0.0)
-    return create_app(model, settings, policy=OwnersPolicy())
+    return create_app(model, settings, policy=OwnersPolicy(limits=FetchLimits(allow_private=private)))
 
 
 def own_model(body: Mapping[str, Any]) -> Mapping[str, Any]:

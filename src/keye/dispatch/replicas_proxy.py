@@ -31,6 +31,8 @@ _TOLD: Final = (
 )  # fmt: skip
 _ID: Final = re.compile(r"(?:file|index|live)-[0-9a-f]{32}")
 _MAKERS: Final = ("/v1/files", "/v1/indexes", "/v1/live")
+#: Ids whose replica is remembered; more than replicas keep.
+_MOST_IDS: Final = 100_000
 _METHODS: Final = ["GET", "HEAD", "POST", "DELETE"]
 _BOUNDARY: Final = "keye-copy-of-an-upload"
 
@@ -131,6 +133,8 @@ class Proxy:
         if request.method == "POST" and request.url.path in _MAKERS and reply.status == 200:
             whole = await _whole(reply)
             self.homes[str(_object(whole).get("id"))] = name
+            if len(self.homes) > _MOST_IDS:
+                del self.homes[next(iter(self.homes))]
             return Response(whole, reply.status, headers)
         if request.method == "DELETE" and reply.status == 200:
             await self._drop(request, request.url.path.rpartition("/")[2])
@@ -145,20 +149,23 @@ class Proxy:
             home = self.homes.get(one)
             if home in (None, name) or not one.startswith("file-"):
                 continue
-            if (one, name) not in self.copies:
-                self.copies[one, name] = await self._copy(request, one, str(home), name)
-            renamed[one] = self.copies[one, name]
+            copy = self.copies.get((one, name)) or await self._copy(request, one, str(home), name)
+            if copy is not None:
+                self.copies[one, name] = renamed[one] = copy
         return json.dumps(with_names(body, renamed)).encode() if renamed else content
 
-    async def _copy(self, request: Request, file_id: str, home: str, to: str) -> str:
-        """Sends an upload from one replica to another, under the key of who asks; its id there."""
+    async def _copy(self, request: Request, file_id: str, home: str, to: str) -> str | None:
+        """Sends an upload from one replica to another, under the key of who asks; its id there. None for what is not
+        theirs or gone: the answer is then that of a replica that does not have it."""
         headers = {key: request.headers[key] for key in ("authorization",) if key in request.headers}
         source = await self.replicas[home].send("GET", f"/v1/files/{file_id}/content", headers, b"")
-        if source.status != 200:  # another's, or gone: the answer is that of a replica that does not have it
+        try:
+            if source.status != 200:
+                return None
+            headers["content-type"] = f"multipart/form-data; boundary={_BOUNDARY}"
+            reply = await self.replicas[to].send("POST", "/v1/files", headers, _form(source.pieces))
+        finally:
             await source.close()
-            return file_id
-        headers["content-type"] = f"multipart/form-data; boundary={_BOUNDARY}"
-        reply = await self.replicas[to].send("POST", "/v1/files", headers, _form(source.pieces))
         copied = _object(await _whole(reply))
         if reply.status != 200:
             raise ApiError(reply.status, str(copied.get("error", {}).get("message", "a file could not be copied")))

@@ -9,16 +9,15 @@ and numbers; sends nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 #: What one replica may have, in parts of an even share.
 SLACK: Final = 1.25
-#: Keys of a message's part under which a medium, or its name, stands.
-_MEDIA: Final = (
-    "video", "image", "video_url", "image_url", "input_video", "input_image", "input_file", "file", "file_id"
+#: Keys of requests under which the name of a medium stands, or its bytes.
+_NAMES: Final = (
+    "video", "image", "url", "video_url", "image_url", "file_url", "file_id", "data", "file_data"
 )  # fmt: skip
 
 
@@ -40,18 +39,18 @@ def ranking(key: str, replicas: Collection[str]) -> list[str]:
 def media_key(body: Mapping[str, Any]) -> str | None:
     """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
     known by what the client sends: the same file under two names has two keys."""
-    found = [json.dumps(value, sort_keys=True) for value in media_in(body)]
-    return hashlib.sha256("\0".join(found).encode()).hexdigest() if found else None
+    found = list(media_in(body))
+    return hashlib.sha256("\0".join(found).encode("utf-8", "replace")).hexdigest() if found else None
 
 
-def media_in(value: object) -> Iterator[object]:
-    """The media of a body of any route, in their order."""
-    if isinstance(value, list):
+def media_in(value: object, name: str = "") -> Iterator[str]:
+    """The names of media in a body of any route, in their order; `name` is the key under which `value` stands."""
+    if isinstance(value, str):
+        if name in _NAMES:
+            yield value
+    elif isinstance(value, list):
         for one in value:
-            yield from media_in(one)
+            yield from media_in(one, name)
     elif isinstance(value, dict):
-        for name, one in value.items():
-            if name in _MEDIA and one is not None:
-                yield one
-            elif isinstance(one, dict | list):
-                yield from media_in(one)
+        for key, one in value.items():
+            yield from media_in(one, key)
