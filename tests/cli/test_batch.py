@@ -98,3 +98,22 @@ def test_a_cluster_that_is_not_there(run: Callable, manifest: Path, tmp_path: Pa
     result = run("batch", manifest, "-o", tmp_path / "out.jsonl", "--ray", "127.0.0.1:9")
     assert result.code == 2
     assert "nothing answers at 127.0.0.1:9" in result.err or "ray is not installed" in result.err
+
+
+def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from keye.commands.inputs import shares
+
+    given = {"device": "cuda", "threads": None, "memory": None}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr("keye.engine.tiers.free_memory", lambda device: 8 << 30)
+    assert shares(given, 3) == [
+        {"device": "cuda:0", "threads": 2, "memory": "4096MiB"},
+        {"device": "cuda:1", "threads": 2, "memory": "8192MiB"},
+        {"device": "cuda:0", "threads": 2, "memory": "4096MiB"},
+    ]
+    assert shares({"device": "cpu", "threads": 3, "memory": "1GiB"}, 1) == [
+        {"device": "cpu", "threads": 3, "memory": "1GiB"}
+    ]

@@ -176,8 +176,8 @@ def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _part(nbytes: int | None, count: int) -> int | None:
-    return None if nbytes is None else nbytes // count
+def _part(nbytes: int | None, count: int) -> str | None:
+    return None if nbytes is None else f"{max(nbytes // count >> 20, 1)}MiB"
 
 
 @contextmanager

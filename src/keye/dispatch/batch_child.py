@@ -12,12 +12,17 @@ from typing import Any
 
 import uvicorn
 
+from keye.errors import KeyeError
+
 
 def main() -> None:
     """Reads what to do, and does it until the end."""
     told = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    model = load_engine(told["settings"])
+    try:
+        model = load_engine(told["settings"])
+    except KeyeError as error:
+        sys.exit(f"keye: {error}")
 
     from keye.dispatch.batch_workers import local_app
 
