@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -45,3 +46,17 @@ def test_evidence_of_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str
     runpy.run_path(str(ROOT / "examples/evidence.py"))["main"](tmp_path / "evidence.png")
     assert "demo.mp4 at 8.5 s: " in capsys.readouterr().out
     assert (tmp_path / "evidence.png").stat().st_size > 1000
+
+
+def test_the_manifest_of_a_batch(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra: pip install keye[serve]")
+    from keye.cli import main
+
+    out = tmp_path / "answers.jsonl"
+    assert main(["batch", str(ROOT / "examples/questions.jsonl"), "-o", str(out)]) == 0
+    records = {
+        record.get("custom_id", record["id"]): record for record in map(json.loads, out.read_text().splitlines())
+    }
+    assert records["red"]["text"] == "[[3.0, 8.5]]"
+    told = records["red, in the form of OpenAI's batches"]["response"]
+    assert told["body"]["choices"][0]["message"]["content"] == "[[3.0, 8.5]]"

@@ -18,6 +18,7 @@ VERBS = {
     "index": Verb("keye.commands.index:index", "read a video once and keep it in a file for questions"),
     "live": Verb("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
     "plan": Verb("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
+    "batch": Verb("keye.commands.batch:batch", "answer the questions of a file, once each, by many workers"),
     "serve": Verb("keye.commands.serve:serve", "serve a model over HTTP, for OpenAI clients and the browser"),
     "inspect": Verb("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
     "train": Verb("keye.commands.train:train", "train a model by the stages of a TOML file"),

@@ -157,6 +157,29 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
     return model
 
 
+def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The device, threads and memory of each of `count` engines on this machine, where the user has not said: with
+    --device cuda its GPUs in turn, and equal parts of the processor's threads and of the memory that is free."""
+    import torch
+
+    from keye.engine.tiers import free_memory
+
+    cards = torch.cuda.device_count() if options["device"] == "cuda" else 0
+    devices = [f"cuda:{number % cards}" if cards else options["device"] for number in range(count)]
+    return [
+        {
+            "device": device,
+            "threads": options["threads"] or max(1, torch.get_num_threads() // count),
+            "memory": options["memory"] or _part(free_memory(device), devices.count(device)),
+        }
+        for device in devices
+    ]
+
+
+def _part(nbytes: int | None, count: int) -> str | None:
+    return None if nbytes is None else f"{max(nbytes // count >> 20, 1)}MiB"
+
+
 @contextmanager
 def decode_service(address: str | None) -> Iterator[DecodeService | None]:
     """The decode service at an address, for as long as it is needed; None without one."""

@@ -229,3 +229,13 @@ def spelled(option: Option) -> str:
 def given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Those of `names` that the user has set."""
     return {name: options[name] for name in names if options[name] is not None and options[name] != ()}
+
+
+def engine_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `keye.load`, and `threads`, as plain data."""
+    names = ("model", "device", "dtype", "threads", "template", *STORING_OPTIONS)
+    found = {name: given[name] for name in names if given[name] is not None}
+    model = Path(found["model"])
+    if model.is_dir():
+        found["model"] = str(model.absolute())  # other processes may have other folders
+    return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}

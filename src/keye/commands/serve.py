@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +45,19 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
+@click.option("--replicas", type=options.COUNT, metavar="N", help="Answer by N servers, those about one video by one.")
+@click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
+@click.option("--with-parent", is_flag=True, hidden=True, help="End when standard input does, as replicas must.")
 @options.decode
 @options.template
 @options.running_device
 @options.storing
 @options.debug
-def serve(model: str, api_key_file: Path | None, audit: Path | None, decode: str | None, **given: Any) -> None:
+@click.pass_context
+def serve(
+    context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
+    ray: str | None, with_parent: bool, decode: str | None, **given: Any,
+) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
     Listens on this machine alone unless --host says otherwise, which needs a key. Media at addresses are fetched only
@@ -56,11 +67,20 @@ def serve(model: str, api_key_file: Path | None, audit: Path | None, decode: str
     keye serve
     keye serve 2.0 --port 9000 --name keye
     keye serve --host 0.0.0.0 --api-key-file keys.txt
+    keye serve --replicas 2
     """
     from keye.commands import inputs
 
+    if with_parent:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     settings = settings_of(api_key_file, given)
     listening = listen(settings)
+    if ray is not None and decode is not None:
+        raise KeyeError("--decode cannot be used with --ray: the nodes of the replicas decode for themselves")
+    if replicas is not None or ray is not None:
+        with listening, audit_log(audit) as log:
+            serve_replicas(context, replicas or 1, settings, listening, log)
+        return
     with listening, inputs.decode_service(decode) as service:
         loaded = inputs.load_model({**given, "model": model}, decoder=inputs.decoder_of(service))
         try:
@@ -69,6 +89,54 @@ def serve(model: str, api_key_file: Path | None, audit: Path | None, decode: str
             raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
         with audit_log(audit) as log:
             run_server(loaded, settings, listening, log, gauges=None if service is None else service.gauges)
+
+
+def end_with_parent() -> None:
+    """Ends as by SIGTERM when whoever holds the other end of standard input has ended."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def serve_replicas(
+    context: click.Context, count: int, settings: Settings, listening: socket.socket, log: Audit | None
+) -> None:
+    """Serves by children that run this command with the same options, or by replicas on a cluster."""
+    from keye.commands import inputs
+    from keye.hub import check_runs
+
+    check_runs(context.params["model"])
+    inputs.find_model(context.params["model"])
+    try:
+        from keye.dispatch.replicas import LocalReplica, Replica
+        from keye.dispatch.replicas_proxy import proxy_app
+        from keye.server.run import run_app
+    except ModuleNotFoundError as error:
+        raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
+    replicas: Sequence[Replica]
+    if (address := context.params["ray"]) is not None:
+        from keye.dispatch.replicas_ray import ray_replicas
+
+        replicas = ray_replicas(address, count, options.engine_settings(context.params), settings)
+    else:
+        own = inputs.shares(context.params, count)
+        replicas = [LocalReplica(str(number), arguments_of(context, one)) for number, one in enumerate(own)]
+    app = proxy_app(replicas)
+    rows = {"replicas": f"{count}, each a server of its own", "model": settings.served_name or context.params["model"]}
+    run_app(app, settings, listening, rows, log)
+
+
+def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:
+    """The command line of a replica: its own share, and what was given here but for what belongs to the server in
+    front."""
+    given = {**context.params, **own}
+    found = [context.params["model"]]
+    for parameter in context.command.params:
+        value = given.get(parameter.name or "")
+        ours = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "with_parent")
+        if isinstance(parameter, click.Option) and not ours and value is not None:
+            for one in value if parameter.multiple else [value]:
+                found += [parameter.opts[-1], str(one)]
+    return found
 
 
 def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings:

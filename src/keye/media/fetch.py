@@ -97,6 +97,7 @@ def fetch_source(
     return source
 
 
+_OWNERS = FetchLimits()
 _STRANGERS = FetchLimits(download_bytes=2 * GIB, total_seconds=120.0, idle_seconds=10.0, redirects=3)
 
 
@@ -147,6 +148,22 @@ class FetchPolicy:
             raise MediaError("files of the server cannot be named; upload the file, or send it as a data: URL")
         if scheme != "data":
             check_address(reference, self.hosts)
+        return reference
+
+
+@dataclass(frozen=True)
+class OwnersPolicy(FetchPolicy):
+    """What somebody may name to whom this machine belongs: whatever `fetch_source` opens, by `limits`."""
+
+    limits: FetchLimits = _OWNERS
+
+    def fetch(self, reference: object, kind: str = "video") -> Source:
+        most = MAX_IMAGE_BYTES if kind == "image" else MAX_VIDEO_BYTES
+        return fetch_source(self._checked(reference), max_bytes=most, limits=self.limits)
+
+    def _checked(self, reference: object) -> str:
+        if not isinstance(reference, str):
+            raise MediaError("a medium is named by a path, a data: URL or an address, as text")
         return reference
 
 

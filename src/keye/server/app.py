@@ -15,6 +15,7 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
+from keye.media.fetch import FetchPolicy
 from keye.server import chat, completions, errors, extras, files, indexes, live, pages, responses, video
 from keye.server.audit import Audit
 from keye.server.context import Context
@@ -49,13 +50,15 @@ def create_app(
     settings: Settings | None = None,
     *,
     salt: Callable[[str], bytes] = str.encode,
+    policy: FetchPolicy | None = None,
     decode_gauges: Gauges | None = None,
 ) -> FastAPI:
     """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
-    gives what keeps the caches of one owner from those of all others; `decode_gauges` are numbers of a decode service
-    for /metrics, whose names get `decode_` in front."""
+    gives what keeps the caches of one owner from those of all others; `policy` says what requests may name where that
+    is not left to the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
+    in front."""
     settings = settings or Settings()
-    policy = fetch_policy(settings)
+    policy = policy or fetch_policy(settings)
     engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
     metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})

@@ -14,6 +14,8 @@ from keye.engine.engine import Keye
 from keye.media.confinement import held
 from keye.server.app import guarded_app
 from keye.server.audit import Audit
+from keye.server.edge import guard_settings
+from keye.server.guard import App, Guard
 from keye.server.limits import Limits
 from keye.server.protocol import uvicorn_options
 from keye.server.settings import Settings
@@ -27,10 +29,26 @@ def run_server(
     *,
     gauges: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
-    """Serves on a bound socket. SIGTERM stops listening, lets running requests end for `drain_seconds`, and returns.
-    `gauges` are numbers of the decode service for /metrics."""
+    """Serves a model on a bound socket; see `_run`. `gauges` are numbers of the decode service for /metrics."""
+    app = guarded_app(model, settings, audit, decode_gauges=gauges)
+    _run(app, settings, listening, lambda address: _block(model, settings, address))
+
+
+def run_app(
+    app: App, settings: Settings, listening: socket.socket, rows: Mapping[str, str], audit: Audit | None = None
+) -> None:
+    """Serves any application behind the guard in the same way; `rows` tell at start-up what it is."""
+
+    def block(address: Any) -> str:
+        return "\n".join(f"{name:<10} {value}" for name, value in {"address": _address(address), **rows}.items())
+
+    _run(Guard(app, guard_settings(settings), audit=audit), settings, listening, block)
+
+
+def _run(app: App, settings: Settings, listening: socket.socket, block: Callable[[Any], str]) -> None:
+    """SIGTERM stops listening, lets running requests end for `drain_seconds`, and returns."""
     config = uvicorn.Config(
-        guarded_app(model, settings, audit, decode_gauges=gauges),
+        app,
         log_level="warning",
         lifespan="on",
         timeout_graceful_shutdown=round(settings.drain_seconds),
@@ -40,7 +58,7 @@ def run_server(
     )
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it is done
     try:
-        _Server(config, model, settings).run(sockets=[listening])
+        _Server(config, block).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -48,9 +66,9 @@ def run_server(
 class _Server(uvicorn.Server):
     """Prints the start-up block when requests are taken."""
 
-    def __init__(self, config: uvicorn.Config, model: Keye, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, block: Callable[[Any], str]) -> None:
         super().__init__(config)
-        self._model, self._settings = model, settings
+        self._block = block
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -58,18 +76,25 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         if self.started and sockets:
-            block = start_block(self._model, self._settings, sockets[0].getsockname())
-            print(f"{block}\n{'sandbox':<10} {_confined()}", flush=True)
+            print(self._block(sockets[0].getsockname()), flush=True)
+
+
+def _block(model: Keye, settings: Settings, address: Any) -> str:
+    return f"{start_block(model, settings, address)}\n{'sandbox':<10} {_confined()}"
+
+
+def _address(address: Any) -> str:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{host}:{address[1]}"
 
 
 def start_block(model: Keye, settings: Settings, address: Any) -> str:
     """What someone who starts the server wants to know: where it is, what it serves, and which limits hold."""
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
     config = model.config
     keys = f"{len(settings.keys)} of them may ask" if settings.keys else "none needed: only this machine can ask"
     urls = ", ".join(settings.allow_urls) or "none are fetched; upload files or send data: URLs"
     rows = {
-        "address": f"http://{host}:{address[1]}",
+        "address": _address(address),
         "model": f"{settings.served_name or model.name}, Keye-VL {config.generation}, {model.attention} attention",
         "context": f"{config.text.max_position_embeddings:,} tokens",
         "keys": keys,

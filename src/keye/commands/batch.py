@@ -1,0 +1,213 @@
+"""`keye batch`: the questions of a manifest, by whoever can answer them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from keye.commands import options
+from keye.errors import KeyeError
+
+if TYPE_CHECKING:
+    from keye.dispatch.batch_workers import Worker
+    from keye.dispatch.manifest import Item, Refused
+    from keye.media.processor import Decoder
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.jsonl",
+              help="Where answers are appended; what it holds already is not asked again.")  # fmt: skip
+@click.option("--server", "servers", metavar="URL[,URL...]", help="Ask these OpenAI-compatible servers instead.")
+@click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")
+@click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
+@click.option("--concurrency", type=options.COUNT, default=8, show_default=True, metavar="N",
+              help="Questions under way at once, at each worker.")  # fmt: skip
+@click.option("--tries", type=options.COUNT, default=6, show_default=True, metavar="N",
+              help="Tries of a request to a server that is full, fails or does not answer.")  # fmt: skip
+@click.option("--retry-errors", is_flag=True, help="Ask again what the output has errors of.")
+@click.option("--model", help="The model, or with --server what the servers call it.  [default: nano, the server's]")
+@options.decode
+@options.running_device
+@options.template
+@options.storing
+@options.attention
+@options.sampling_frames
+@options.sampling_text
+@options.as_json
+@options.debug
+def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **given: Any) -> int:
+    """Answer the questions of MANIFEST, a file of JSON lines or CSV, one question a line.
+
+    Answers are appended to the output as they come, each once. A line that cannot be answered gets an error there and
+    stops nothing. After a kill the same command goes on where it was. Settings of the command hold for lines that give
+    none of their own.
+
+    \b
+    {"video": "talk.mp4", "question": "who speaks?"}
+    {"id": "b", "image": ["a.png", "b.png"], "question": "what differs?", "max_tokens": 50}
+    \b
+    keye batch questions.jsonl -o answers.jsonl
+    keye batch questions.csv -o answers.jsonl --workers 2 --fps 1
+    keye batch questions.jsonl -o answers.jsonl --server http://one:8000,http://two:8000
+    """
+    from keye.commands import inputs, show
+    from keye.dispatch.batch import Batch, unknown_ids
+    from keye.dispatch.journal import Journal
+    from keye.dispatch.manifest import read_manifest
+
+    check_workers(given)
+    lines = read_manifest(manifest, defaults_of(given))
+    if output.exists() and output.samefile(manifest):
+        raise KeyeError(f"{output} is the manifest: choose another file with -o")
+    with Journal(output) as journal:
+        if others := unknown_ids(lines, journal):
+            inputs.note(f"{output} holds {others:,} answers to questions that {manifest} does not have; they are kept")
+        todo = pending(lines, journal.done, retry_errors)
+        with inputs.decode_service(given["decode"] if todo else None) as service:
+            workers = open_workers(given, inputs.decoder_of(service)) if todo else []
+            with progress("asking") as advance:
+                report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
+    data = {**report.to_dict(), "workers": len(workers), "output": str(output)}
+    if as_json:
+        show.print_json(data)
+    else:
+        show.print_line(told(data))
+    failures = sum(not journal.done[line.id].ok for line in lines)
+    if failures:
+        again = "correct their lines, or add --retry-errors, and run the same command again"
+        inputs.note(f"{failures:,} of {len(lines):,} items have an error in {output}: {again}")
+    return 2 if failures else 0
+
+
+def pending(lines: Sequence[Item | Refused], done: Mapping[str, Any], retry_errors: bool) -> list[Item]:
+    """The questions for which workers are needed, as far as is known before the batch begins."""
+    from keye.dispatch.manifest import Item
+
+    return [
+        line for line in lines if isinstance(line, Item)
+        and not (line.id in done and (done[line.id].ok or (not retry_errors and done[line.id].digest == line.digest)))
+    ]  # fmt: skip
+
+
+def check_workers(given: Mapping[str, Any]) -> None:
+    """`KeyeError` for options that exclude one another."""
+    if given["servers"] and (given["workers"] or given["ray"]):
+        raise KeyeError("--server asks servers, and --workers and --ray start engines: give one of them")
+    if given["decode"] and (given["servers"] or given["workers"] or given["ray"]):
+        raise KeyeError("--decode serves the engine of this process: leave it out with --server, --workers and --ray")
+    if given["servers"]:
+        engines = ("dtype", "threads", *options.STORING_OPTIONS)
+        if unused := [options.flag(name) for name in engines if given[name] is not None]:
+            raise KeyeError(f"{', '.join(unused)} cannot be set with --server: the server has its own")
+        if given["allow_private_urls"]:
+            raise KeyeError("--allow-private-urls cannot be set with --server: the server opens addresses, or does not")
+
+
+def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that hold for lines without their own, under the names that lines have them."""
+    from keye.dispatch.manifest import SAMPLING
+
+    found = options.given(given, (*options.VIDEO_OPTIONS, *SAMPLING))
+    if "stop" in found:
+        found["stop"] = list(found["stop"])
+    if given["thinking"] is not None:
+        found["think"] = given["thinking"]
+    return found
+
+
+def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Worker]:
+    """Whoever is to answer; engines in other processes are not started yet."""
+    from keye.commands import inputs
+    from keye.config.environment import api_key
+
+    try:
+        from keye.dispatch import batch_workers as kinds
+    except ModuleNotFoundError as error:
+        raise KeyeError(f"{error.name} is not installed, which keye batch needs; install keye[serve]") from None
+    slots, private = given["concurrency"], given["allow_private_urls"]
+    if given["servers"]:
+        urls = list(dict.fromkeys(url.strip() for url in given["servers"].split(",") if url.strip()))
+        return [
+            kinds.ServerWorker(url, model=given["model"], key=api_key(), slots=slots, tries=given["tries"])
+            for url in urls
+        ]
+    check_engine()
+    named = {**given, "model": given["model"] or "nano"}
+    if given["ray"] is None and given["workers"] is None:
+        return [kinds.EngineWorker(inputs.load_model(named, decoder=decoder), slots=slots, private=private)]
+    from keye.hub import check_runs
+
+    check_runs(named["model"])
+    settings = options.engine_settings(named)
+    if given["ray"] is not None:
+        from keye.dispatch.batch_ray import ray_workers
+
+        return ray_workers(given["ray"], settings, count=given["workers"], slots=slots, private=private)
+    inputs.find_model(named["model"])
+    return [
+        kinds.ProcessWorker({**settings, **own}, slots=slots, private=private, name=f"engine {number}")
+        for number, own in enumerate(inputs.shares(named, given["workers"]))
+    ]
+
+
+def check_engine() -> None:
+    """`KeyeError` where the parts that answer chats are not installed."""
+    try:
+        import keye.server.app  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise KeyeError(f"{error.name} is not installed, which keye batch needs; install keye[serve]") from None
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with what is done, the rate and the time left on a terminal; elsewhere a note for each tenth."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from keye.commands.inputs import note, stderr
+
+    console, tenth = stderr(), 0
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal tenth
+            if bar.tasks[0].total is None:
+                tenth = done * 10 // total if total else 0  # what an earlier run has done is no news
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and total and done * 10 // total > tenth:
+                tenth = done * 10 // total
+                note(f"{done:,} of {total:,}{_left(bar)}")
+
+        yield advance
+
+
+def _left(bar: Any) -> str:
+    remaining = bar.tasks[0].time_remaining
+    return "" if not remaining else f", {remaining:,.0f} s left"
+
+
+def told(data: Mapping[str, Any]) -> str:
+    """The report in words."""
+    from keye.commands.terminal import plural
+
+    done = data["ok"] + data["errors"]
+    if not done:
+        return f"nothing was left to do: {data['output']} holds all {plural(data['items'], 'item')}"
+    parts = [f"{plural(data['ok'], 'answer')} and {plural(data['errors'], 'error')} in {data['seconds']:,.1f} s"]
+    parts.append(f"{data['items_per_second']:,.2f} a second from {plural(data['workers'], 'worker')}")
+    if data["video_seconds"]:
+        parts.append(f"{data['video_seconds'] / 3600:,.2f} h of video")
+    parts.append(f"{data['prompt_tokens']:,} tokens read, {data['cached_tokens']:,} of them known")
+    parts.append(f"{data['completion_tokens']:,} written")
+    if data["skipped"]:
+        parts.append(f"{data['skipped']:,} were answered before")
+    if data["losses"]:
+        parts.append(f"workers were lost {data['losses']:,} times")
+    return f"{'; '.join(parts)}; all in {data['output']}"

@@ -1,0 +1,181 @@
+"""The output of a batch, which is its memory too: a file of JSON lines to which whole records are appended, one for
+each item, and from which a batch that was killed goes on. Knows ids and digests, not what an answer is.
+
+A record has its id under `custom_id` or `id`, the digest of the line that it answers under `line_digest`, and an
+`error` that is null or missing where all went well.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from keye.errors import KeyeError
+from keye.files import complete_file
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a record says of its item."""
+
+    digest: str
+    ok: bool
+
+
+class Journal:
+    """The output file, opened by one process at a time and until `close`. `done` are the items that it has, by id.
+
+    A last line without its end, which a kill leaves, is cut off. `KeyeError` for a file that another batch writes to,
+    that cannot be written, or that holds anything but records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = _open_locked(path)
+        try:
+            self.done = self._recover()
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._unsynced = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one whole record. What cannot be written leaves nothing of itself behind."""
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        name, done = _read(line)
+        assert name not in self.done, f"{name} has a record already"
+        begin = os.lseek(self._fd, 0, os.SEEK_END)
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            os.ftruncate(self._fd, begin)
+            raise _unwritable(self.path, error) from None
+        self.done[name] = done
+        self._unsynced = True
+
+    def sync(self) -> None:
+        """Waits until what was appended is on the disk."""
+        if self._unsynced:
+            self._unsynced = False
+            os.fsync(self._fd)
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Takes the records of these items out, in one step: a kill leaves the file as it was, or without them."""
+        if not ids:
+            return
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        with complete_file(self.path) as draft:
+            fd = _open_locked(draft)
+            try:
+                with os.fdopen(os.dup(self._fd), "rb") as old, os.fdopen(os.dup(fd), "wb") as new:
+                    new.writelines(line for line in old if _read(line)[0] not in ids)
+                os.fsync(fd)
+            except OSError as error:
+                os.close(fd)
+                raise _unwritable(self.path, error) from None
+        os.close(self._fd)  # whoever waits for the old file finds that it is no longer the one of this name
+        self._fd = fd
+        self.done = {name: done for name, done in self.done.items() if name not in ids}
+
+    def close(self) -> None:
+        """Writes to the disk what is not there yet, and lets others in."""
+        if self._fd >= 0:
+            self.sync()
+            os.close(self._fd)
+            self._fd = -1
+
+    def _recover(self) -> dict[str, Done]:
+        done: dict[str, Done] = {}
+        whole = 0
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    name, one = _read(line)
+                except ValueError:
+                    raise KeyeError(
+                        f"line {number} of {self.path} is no record of keye batch: choose another file with -o"
+                    ) from None
+                if name in done:
+                    raise KeyeError(f"{self.path} has two records of {name[:100]!r}: choose another file with -o")
+                done[name] = one
+                whole += len(line)
+        if whole < os.fstat(self._fd).st_size:
+            self._check_torn(whole)
+            os.ftruncate(self._fd, whole)
+        return done
+
+    def _check_torn(self, begin: int) -> None:
+        """A file of another kind, whose only line has no end, is not cut."""
+        head = os.pread(self._fd, 2, begin)
+        if not b'{"'.startswith(head):
+            raise KeyeError(f"{self.path} is no output of keye batch: choose another file with -o")
+
+
+def check_same(items: Iterable[tuple[str, str]], done: Mapping[str, Done], path: Path) -> list[str]:
+    """Ids of those (id, digest) that failed and ask something else now, which are to be asked again. `KeyeError` where
+    one that was answered asks something else: its answer would stand for a question that nobody asked."""
+    changed = [(name, done[name].ok) for name, digest in items if name in done and done[name].digest != digest]
+    answered = [name for name, ok in changed if ok]
+    if answered:
+        others = f" and {len(answered) - 1} others" if len(answered) > 1 else ""
+        raise KeyeError(
+            f"{path} answers {answered[0][:100]!r}{others} as the manifest or the options were before: "
+            "restore them, or choose another file with -o"
+        )
+    return [name for name, _ in changed]
+
+
+def _read(line: bytes) -> tuple[str, Done]:
+    """Id and state of a record; `ValueError` for anything else."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    name, digest = record.get("custom_id", record.get("id")), record.get("line_digest")
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise ValueError("no record")
+    return name, Done(digest, record.get("error") is None)
+
+
+def _open_locked(path: Path) -> int:
+    """The file of this name, made if need be, that nobody else holds."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise KeyeError(
+                f"another keye batch writes to {path}: wait for it, or choose another file with -o"
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # another took its place between opening and locking
+
+
+def _unwritable(path: Path, error: OSError) -> KeyeError:
+    if error.errno == errno.ENOSPC:
+        return KeyeError(f"no room is left to write {path}: free some and run the same command again, which goes on")
+    return KeyeError(f"{path} cannot be written ({error.strerror}): choose another file with -o")

@@ -1,0 +1,56 @@
+"""Which of several replicas answers a request: the one that has met its media, unless that one has too much to do.
+
+Rendezvous hashing (Thaler and Ravishankar, 1998): each key ranks all replicas by a hash of both, so that a replica that
+comes or goes moves only its own keys. With bounded load (Mirrokni, Thorup and Zadimoghaddam, 2018): a replica that has
+more than its share of the requests under way is passed over, and the next in the key's ranking takes it. Knows names
+and numbers; sends nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+#: What one replica may have, in parts of an even share.
+SLACK: Final = 1.25
+#: Keys of requests under which the name of a medium stands, or its bytes.
+_NAMES: Final = (
+    "video", "image", "url", "video_url", "image_url", "file_url", "file_id", "data", "file_data"
+)  # fmt: skip
+
+
+def choose(key: str | None, loads: Mapping[str, int], *, slack: float = SLACK) -> str:
+    """A replica for a request about the media of `key`: `loads` are the requests under way at each. Without a key the
+    one that has least to do. No replica gets more than `slack` times an even share, rounded up."""
+    assert loads and slack >= 1
+    if key is None:
+        return min(loads, key=lambda name: (loads[name], name))
+    most = math.ceil(slack * (sum(loads.values()) + 1) / len(loads))
+    return next(name for name in ranking(key, loads) if loads[name] < most)
+
+
+def ranking(key: str, replicas: Collection[str]) -> list[str]:
+    """The replicas in the order in which this key prefers them; the same on every machine."""
+    return sorted(replicas, key=lambda name: hashlib.sha256(f"{name}\0{key}".encode()).digest())
+
+
+def media_key(body: Mapping[str, Any]) -> str | None:
+    """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
+    known by what the client sends: the same file under two names has two keys."""
+    found = list(media_in(body))
+    return hashlib.sha256("\0".join(found).encode("utf-8", "replace")).hexdigest() if found else None
+
+
+def media_in(value: object, name: str = "") -> Iterator[str]:
+    """The names of media in a body of any route, in their order; `name` is the key under which `value` stands."""
+    if isinstance(value, str):
+        if name in _NAMES:
+            yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from media_in(one, name)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from media_in(one, key)

@@ -1,0 +1,31 @@
+"""Short clips, and a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from keye.data.frameforge import make_clip, write_mp4
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four videos of eight frames, 112 x 112 pixels."""
+    folder = tmp_path_factory.mktemp("clips")
+    for seed in range(4):
+        write_mp4(make_clip(seed, frames=8, objects=2, start=0.0, step=0.5), folder / f"{seed}.mp4", (112, 112))
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """A cluster of this machine for the tests of one module."""
+    ray = pytest.importorskip("ray", reason="needs the extra: pip install keye[ray]")
+    pytest.importorskip("ray.serve", reason="needs the extra: pip install keye[ray]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # beside other tests its workers would hardly run
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()

@@ -1,0 +1,198 @@
+"""A batch asks every item until it has one record, whatever happens to workers; media are met in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keye.dispatch.batch import Agenda, Batch, Report
+from keye.dispatch.batch_workers import Answer, WorkerLost
+from keye.dispatch.journal import Journal
+from keye.dispatch.manifest import Item, Refused
+from keye.errors import KeyeError
+
+
+def item(name: str, video: str = "v") -> Item:
+    return Item(name, 1, f"d{name}", {"messages": []}, (video,))
+
+
+def reply(text: str) -> Answer:
+    usage = {"prompt_tokens": 10, "completion_tokens": 2, "media": [{"kind": "video", "duration": 5.0}]}
+    choice = {"message": {"content": text}, "finish_reason": "stop"}
+    return Answer(200, {"choices": [choice], "usage": usage, "model": "m"})
+
+
+class Fake:
+    """Answers with what `act` gives for an item; counts what it was asked, and its starts."""
+
+    def __init__(
+        self, act: Callable[[Item], Answer] = lambda one: reply(one.id), slots: int = 2, name: str = "w"
+    ) -> None:
+        self.name, self.slots, self._act = name, slots, act
+        self.asked: list[str] = []
+        self.starts = 0
+
+    async def start(self) -> None:
+        self.starts += 1
+
+    async def ask(self, item: Item) -> Answer:
+        self.asked.append(item.id)
+        await asyncio.sleep(0)
+        return self._act(item)
+
+    async def close(self) -> None: ...
+
+
+def run(out: Path, workers: Sequence[Fake], lines: Sequence[Item | Refused], *, retry_errors: bool = False) -> Report:
+    with Journal(out) as journal:
+        return asyncio.run(Batch(workers, journal).run(lines, retry_errors=retry_errors))
+
+
+def records(out: Path) -> dict[str, dict]:
+    """By id; each must be there once."""
+    read = [json.loads(line) for line in out.read_text().splitlines()]
+    named = {record["id"]: record for record in read}
+    assert len(named) == len(read)
+    return named
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def test_every_item_is_answered_once_and_never_again(out: Path) -> None:
+    items = [item(str(number), f"v{number % 3}") for number in range(20)]
+    worker = Fake()
+    report = run(out, [worker], items)
+    assert Counter(worker.asked) == Counter(one.id for one in items)
+    assert (report.ok, report.errors, report.prompt_tokens, report.video_seconds) == (20, 0, 200, 100.0)
+    assert {name: record["text"] for name, record in records(out).items()} == {one.id: one.id for one in items}
+    again = Fake()
+    report = run(out, [again], items)
+    assert again.asked == [] and (report.skipped, report.ok) == (20, 0)
+
+
+def test_errors_are_records_and_stop_nothing(out: Path) -> None:
+    def act(one: Item) -> Answer:
+        if one.id == "bad":
+            return Answer(400, {"error": {"code": "unknown_field", "message": "no such field"}})
+        if one.id == "missing":
+            raise KeyeError("a.mp4 does not exist; check the path")
+        return reply("fine")
+
+    lines = [item("bad"), Refused("line-2", 2, "x", "the line is no JSON"), item("missing"), item("good")]
+    report = run(out, [Fake(act, slots=1)], lines)
+    found = records(out)
+    assert (report.ok, report.errors) == (1, 3) and found["good"]["error"] is None
+    assert found["bad"]["error"] == {"code": "unknown_field", "message": "no such field"}
+    assert found["line-2"]["error"] == {"code": "bad_line", "message": "line 2: the line is no JSON"}
+    assert found["missing"]["error"]["message"] == "line 1: a.mp4 does not exist; check the path"
+
+
+def test_errors_are_asked_again_only_on_demand(out: Path) -> None:
+    run(out, [Fake(lambda one: Answer(400, {"error": {"message": "no"}}))], [item("a")])
+    run(out, [Fake()], [item("a")])
+    assert records(out)["a"]["error"] is not None
+    report = run(out, [Fake()], [item("a")], retry_errors=True)
+    assert records(out)["a"]["error"] is None and (report.skipped, report.ok) == (0, 1)
+
+
+def test_a_lost_worker_starts_anew_and_its_questions_are_asked_again(out: Path) -> None:
+    lost: set[str] = set()
+
+    def act(one: Item) -> Answer:
+        if one.id in ("3", "4") and one.id not in lost:
+            lost.add(one.id)
+            raise WorkerLost("gone")
+        return reply("yes")
+
+    workers = [Fake(act, name="one"), Fake(act, name="two")]
+    report = run(out, workers, [item(str(number), f"v{number % 4}") for number in range(12)])
+    assert report.ok == 12 and lost == {"3", "4"} and len(records(out)) == 12
+    assert report.losses == sum(worker.starts for worker in workers) - 2 > 0
+
+
+def test_a_question_that_ends_workers_gets_an_error_and_the_others_their_answers(out: Path) -> None:
+    def act(one: Item) -> Answer:
+        if one.id == "poison":
+            raise WorkerLost("killed")
+        return reply("yes")
+
+    report = run(out, [Fake(act, slots=3)], [item("poison"), *(item(str(n), f"v{n}") for n in range(8))])
+    assert (report.ok, report.errors) == (8, 1)
+    assert records(out)["poison"]["error"]["code"] == "lost"
+
+
+def test_no_worker_left_keeps_what_is_there(out: Path) -> None:
+    def act(one: Item) -> Answer:
+        if one.id != "0":
+            raise WorkerLost("the server is gone", during=False)
+        return reply("yes")
+
+    with pytest.raises(KeyeError, match=r"no worker is left \(.*\), and 2 of the items wait; .* goes on"):
+        run(out, [Fake(act, slots=1)], [item(str(number)) for number in range(3)])
+    assert list(records(out)) == ["0"]
+    assert run(out, [Fake()], [item(str(number)) for number in range(3)]).ok == 2
+
+
+def test_a_mistake_in_starting_is_told_as_it_is(out: Path) -> None:
+    class Locked(Fake):
+        async def start(self) -> None:
+            raise KeyeError("the server wants another key")
+
+    with pytest.raises(KeyeError, match="^the server wants another key$"):
+        run(out, [Locked()], [item("a")])
+
+
+def test_the_first_question_about_a_video_goes_alone() -> None:
+    agenda = Agenda([item("a1", "a"), item("a2", "a"), item("a3", "a"), item("b1", "b"), item("b2", "b")])
+    first = agenda.take("one")
+    assert first is not None and first.id == "a1"
+    other = agenda.take("two")
+    assert other is not None and other.id == "b1"
+    assert agenda.take("one") is None  # both videos are being met
+    agenda.answered(first, "one")
+    taken = [agenda.take("one"), agenda.take("two"), agenda.take("two")]
+    assert [one and one.id for one in taken] == ["a2", "a3", None]
+    agenda.answered(other, "two")
+    agenda.forget("two")  # lost: its video has to be met anew, by anyone
+    again = agenda.take("one")
+    assert again is not None and again.id == "b2"
+
+
+@given(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.sampled_from(["one", "two"]), st.sampled_from(["answer", "lose", "drop", "hold"])), max_size=40
+    ),
+)
+def test_an_agenda_gives_out_everything_whatever_happens(videos: list[str], steps: list[tuple[str, str]]) -> None:
+    items = [item(str(number), video) for number, video in enumerate(videos)]
+    agenda, held, finished = Agenda(items), list[tuple[Item, str]](), set[str]()
+
+    def end(one: Item, worker: str, how: str) -> None:
+        if how == "lose":
+            agenda.put_back(one)
+            agenda.forget(worker)
+            return
+        agenda.answered(one, worker) if how == "answer" else agenda.drop(one)
+        assert one.id not in finished
+        finished.add(one.id)
+
+    for worker, how in steps:
+        one = agenda.take(worker)
+        if one is not None:
+            held.append((one, worker))
+        if how != "hold" and held:
+            end(*held.pop(0), how)
+    while held or (one := agenda.take("one")) is not None:
+        end(*(held.pop() if held else (one, "one")), "answer")
+    assert finished == {one.id for one in items}

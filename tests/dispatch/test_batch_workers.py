@@ -1,0 +1,134 @@
+"""What a server gets, what it is asked again, and what its answers become."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+
+from PIL import Image
+
+from keye.dispatch import batch_workers
+from keye.dispatch.batch_workers import Answer, Client, ServerWorker, WorkerLost, with_files
+from keye.errors import KeyeError
+
+FINE = {"choices": [{"message": {"content": "yes"}}]}
+
+
+def client(handler: Callable[[Any], Any], **options: Any) -> Client:
+    http = httpx.AsyncClient(transport=httpx.MockTransport(handler), base_url="http://server")
+    return Client(http, "http://server", **options)
+
+
+def answers(*statuses: int) -> Callable[[Any], Any]:
+    """A server that answers with these in turn, and wants no waiting."""
+    left = list(statuses)
+
+    def handle(request: Any) -> Any:
+        status = left.pop(0)
+        return httpx.Response(status, json=FINE if status == 200 else {"error": {}}, headers={"retry-after": "0"})
+
+    return handle
+
+
+def post(one: Client, body: dict[str, Any] | None = None) -> Answer:
+    return asyncio.run(one.post(body or {"messages": []}))
+
+
+def test_a_full_or_failing_server_is_asked_again() -> None:
+    assert post(client(answers(429, 503, 500, 200), tries=4)) == Answer(200, FINE)
+    assert post(client(answers(503, 503), tries=2)).status == 503
+    assert post(client(answers(400, 200), tries=2)).status == 400
+
+
+def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(attempt: int, told: str | None) -> None: ...
+
+    monkeypatch.setattr(batch_workers, "_wait", at_once)
+    asked: list[int] = []
+
+    def refuse(request: Any) -> Any:
+        asked.append(1)
+        raise httpx.ConnectError("refused")
+
+    def break_off(request: Any) -> Any:
+        raise httpx.ReadError("reset")
+
+    with pytest.raises(WorkerLost, match=r"http://server does not answer \(refused\)") as lost:
+        post(client(refuse, tries=3))
+    assert len(asked) == 3 and not lost.value.during
+    with pytest.raises(WorkerLost) as lost:
+        post(client(break_off))
+    assert lost.value.during
+
+
+def test_an_answer_that_is_no_json() -> None:
+    answer = post(client(lambda request: httpx.Response(200, text="<html>")))
+    assert answer.body["error"]["message"] == "the server answered 200 with something that is no JSON object"
+
+
+def test_files_travel_in_the_question_and_addresses_do_not(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    content = [
+        {"type": "image", "image": str(tmp_path / "a.png"), "max_pixels": 4096},
+        {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4", "fps": 1}},
+        {"type": "text", "text": "what?"},
+    ]
+    body = {"messages": [{"role": "user", "content": content}]}
+    before = json.dumps(body)
+    sent = with_files(body)["messages"][0]["content"]
+    url = sent[0]["image_url"].pop("url")
+    assert base64.b64decode(url.removeprefix("data:image/png;base64,")) == (tmp_path / "a.png").read_bytes()
+    assert sent[0] == {"type": "image_url", "image_url": {"max_pixels": 4096}}
+    assert sent[1:] == content[1:] and json.dumps(body) == before
+
+
+def test_a_file_that_is_too_large_to_send(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    with path.open("wb") as file:
+        file.truncate(batch_workers.INLINE_BYTES + 1)
+    body = {"messages": [{"role": "user", "content": [{"type": "video", "video": str(path)}]}]}
+    with pytest.raises(KeyeError, match="long.mp4 has 45 MiB, more than the 45 MiB that are sent"):
+        with_files(body)
+
+
+def started(handler: Callable[[Any], Any], **options: Any) -> ServerWorker:
+    """A worker on a server that `handler` plays, started."""
+    worker = ServerWorker("http://server/v1/", **{"model": None, "key": "secret", "slots": 2, "tries": 2, **options})
+    worker._http._transport = httpx.MockTransport(handler)
+    asyncio.run(worker.start())
+    return worker
+
+
+def test_a_server_is_asked_for_its_model_with_the_key() -> None:
+    def handle(request: Any) -> Any:
+        assert (request.url.path, request.headers["authorization"]) == ("/v1/models", "Bearer secret")
+        return httpx.Response(200, json={"data": [{"id": "keye"}]})
+
+    assert started(handle).model == "keye"
+    assert started(handle, model="mine").model == "mine"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "sentence"),
+    [
+        (401, {}, "wants another key: set KEYE_API_KEY"),
+        (200, {"data": []}, "lists no models at /v1/models"),
+        (404, {}, "lists no models at /v1/models"),
+    ],
+)
+def test_a_server_that_cannot_be_used(status: int, body: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(KeyeError, match=sentence):
+        started(lambda request: httpx.Response(status, json=body))
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(KeyeError, match="'localhost:8000' is no address of a server"):
+        ServerWorker("localhost:8000", model=None, key=None, slots=1, tries=1)

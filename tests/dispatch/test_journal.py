@@ -1,0 +1,119 @@
+"""The output of a batch holds whole records, each once, whatever happens to whoever writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keye.dispatch.journal import Done, Journal, check_same
+from keye.errors import KeyeError
+
+
+def record(name: str, *, ok: bool = True, text: str = "yes") -> dict[str, Any]:
+    return {"id": name, "line_digest": f"d{name}", "text": text, "error": None if ok else {"message": "no"}}
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def test_what_was_written_is_known_again(out: Path) -> None:
+    with Journal(out) as journal:
+        journal.append(record("a"))
+        journal.append(record("b", ok=False))
+    with Journal(out) as journal:
+        assert journal.done == {"a": Done("da", True), "b": Done("db", False)}
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=5), st.data())
+def test_a_kill_at_any_byte_loses_at_most_the_last_record(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], data: st.DataObject
+) -> None:
+    out = tmp_path_factory.mktemp("kill") / "out.jsonl"
+    with Journal(out) as journal:
+        for number, text in enumerate(texts):
+            journal.append(record(str(number), text=text))
+    whole = out.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    out.write_bytes(whole[:cut])
+    with Journal(out) as journal:
+        kept = whole[:cut].count(b"\n")
+        assert list(journal.done) == [str(number) for number in range(kept)]
+        for number in range(kept, len(texts)):
+            journal.append(record(str(number), text=texts[number]))
+    assert out.read_bytes() == whole
+
+
+def test_two_batches_never_write_to_one_file(out: Path) -> None:
+    with Journal(out), pytest.raises(KeyeError, match="another keye batch writes to"):
+        Journal(out)
+    with Journal(out) as journal:
+        journal.append(record("a"))
+        journal.forget({"a"})  # another file of the same name now, which is held as well
+        with pytest.raises(KeyeError, match="another keye batch writes to"):
+            Journal(out)
+
+
+def test_records_are_taken_out_in_one_step(out: Path) -> None:
+    with Journal(out) as journal:
+        for name in "abc":
+            journal.append(record(name))
+        journal.forget({"b"})
+        journal.append(record("d"))
+    assert ids(out) == ["a", "c", "d"] and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("text", ["notes of mine", "notes\n", '{"id": "a"}\n', "[1]\n", '{"a": 1}\n{"b": 2}\n'])
+def test_a_file_of_another_kind_is_left_alone(out: Path, text: str) -> None:
+    out.write_text(text)
+    with pytest.raises(KeyeError, match="choose another file with -o"):
+        Journal(out)
+    assert out.read_text() == text
+
+
+def test_a_file_with_a_record_twice_is_refused(out: Path) -> None:
+    out.write_text((json.dumps(record("a")) + "\n") * 2)
+    with pytest.raises(KeyeError, match="two records of 'a'"):
+        Journal(out)
+
+
+def test_a_full_disk_leaves_whole_records(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    write = os.write
+
+    def full(fd: int, data: Any) -> int:
+        if len(data) > 5:
+            return write(fd, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with Journal(out) as journal:
+        journal.append(record("a"))
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(KeyeError, match="no room is left"):
+            journal.append(record("b"))
+        assert list(journal.done) == ["a"]
+    assert ids(out) == ["a"]
+
+
+def test_a_folder_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(KeyeError, match="cannot be written"):
+        Journal(tmp_path / "missing" / "out.jsonl")
+
+
+def test_an_answer_to_another_question_is_refused_and_an_error_asked_again() -> None:
+    done = {"a": Done("1", True), "b": Done("1", False)}
+    assert check_same([("a", "1"), ("b", "1"), ("c", "9")], done, Path("out")) == []
+    assert check_same([("a", "1"), ("b", "2")], done, Path("out")) == ["b"]
+    with pytest.raises(KeyeError, match="out answers 'a' as the manifest or the options were before"):
+        check_same([("a", "2"), ("b", "2")], done, Path("out"))

@@ -1,0 +1,149 @@
+"""Lines of a manifest become questions; one that cannot becomes a sentence, and the others stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from keye.dispatch.manifest import Item, Refused, by_media, read_manifest
+from keye.errors import KeyeError
+
+QUESTION = {"video": "a.mp4", "question": "what happens?"}
+
+
+def read(folder: Path, *lines: Any, **defaults: Any) -> list[Item | Refused]:
+    """A manifest of these lines, objects or texts."""
+    path = folder / "manifest.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return read_manifest(path, defaults)
+
+
+def only(folder: Path, line: Any, **defaults: Any) -> Item:
+    (found,) = read(folder, line, **defaults)
+    assert isinstance(found, Item), found
+    return found
+
+
+def test_a_line_is_the_body_of_a_chat(tmp_path: Path) -> None:
+    item = only(tmp_path, {"id": "a", **QUESTION, "system": "Be brief.", "fps": 1, "start": 3, "max_tokens": 9})
+    content = [
+        {"type": "video", "video": str(tmp_path / "a.mp4"), "video_start": 3, "fps": 1},
+        {"type": "text", "text": "what happens?"},
+    ]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    assert item.body == {"messages": messages, "max_tokens": 9}
+    assert (item.id, item.line, item.media) == ("a", 1, (str(tmp_path / "a.mp4"),))
+
+
+def test_schema_thinking_and_evidence(tmp_path: Path) -> None:
+    body = only(tmp_path, {**QUESTION, "schema": {"type": "object"}, "think": False, "evidence": True}).body
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert body["chat_template_kwargs"] == {"enable_thinking": False} and body["keye"] == {"evidence": True}
+
+
+def test_media_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.bin", "PNG")
+    (tmp_path / "clip").write_bytes(b"any bytes")
+    item = only(tmp_path, {"media": ["picture.bin", "clip"], "question": "what?", "fps": 2})
+    image, video, _ = item.body["messages"][0]["content"]
+    assert (image["type"], "fps" in image) == ("image", False)
+    assert (video["type"], video["fps"]) == ("video", 2)
+
+
+def test_defaults_give_way_to_lines(tmp_path: Path) -> None:
+    defaults = {"fps": 2, "max_frames": 8, "max_tokens": 5, "think": True}
+    item = only(tmp_path, {**QUESTION, "fps": 1, "max_tokens": 7}, **defaults)
+    part = item.body["messages"][0]["content"][0]
+    assert (part["fps"], part["max_frames"], item.body["max_tokens"]) == (1, 8, 7)
+    assert item.body["chat_template_kwargs"] == {"enable_thinking": True}
+    image = only(tmp_path, {"image": "a.png", "question": "what?"}, **defaults).body["messages"][0]["content"][0]
+    assert "fps" not in image
+
+
+def openai(**body: Any) -> dict[str, Any]:
+    part = {"type": "video_url", "video_url": {"url": "a.mp4", "fps": 1}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}]
+    return {
+        "custom_id": "x", "method": "POST", "url": "/v1/chat/completions",
+        "body": {"model": "gpt", "messages": messages, **body},
+    }  # fmt: skip
+
+
+def test_lines_of_openais_batch_format(tmp_path: Path) -> None:
+    item = only(tmp_path, openai(max_completion_tokens=3), max_tokens=5, max_frames=4)
+    assert (item.id, item.openai, item.media) == ("x", True, (str(tmp_path / "a.mp4"),))
+    held = item.body["messages"][0]["content"][0]["video_url"]
+    assert held == {"url": str(tmp_path / "a.mp4"), "fps": 1, "max_frames": 4}
+    assert "max_tokens" not in item.body
+
+
+def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
+    names = ["https://example.org/a.mp4", "data:video/mp4;base64,AAAA", "file-1234"]
+    assert only(tmp_path, {"video": names, "question": "what?"}).media == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{broken", "the line is no JSON"),
+        ("[1]", "the line is no JSON object"),
+        ({"video": "a.mp4"}, "the question is missing or empty"),
+        ({"question": "what?"}, "there is no medium to ask about"),
+        ({**QUESTION, "frames": 3}, "'frames' is no key of a line; keys are adaptive_budget, "),
+        ({"video": 3, "question": "what?"}, "video must be a path or an address"),
+        ({"media": "nothing.mp4", "question": "what?"}, "does not exist"),
+        ({"media": "https://example.org/a", "question": "what?"}, "name it video or image"),
+        ({**QUESTION, "id": ["a"]}, "the id is no text"),
+        ({**QUESTION, "id": "line-9"}, "is that of a line without one"),
+        ({**openai(), "url": "/v1/embeddings"}, "method and url must be POST and /v1/chat/completions"),
+        (openai(stream=True), "stream cannot be used"),
+        ({**openai(), "extra": 1}, "'extra' is no key of a batch line"),
+    ],
+)
+def test_a_bad_line_is_told_and_the_next_is_read(tmp_path: Path, line: Any, sentence: str) -> None:
+    refused, item = read(tmp_path, line, QUESTION)
+    assert isinstance(refused, Refused) and sentence in refused.reason and refused.id == "line-1"
+    assert isinstance(item, Item) and item.id == "line-2"
+
+
+def test_the_second_of_two_lines_with_one_id_is_refused(tmp_path: Path) -> None:
+    first, second = read(tmp_path, {**QUESTION, "id": 7}, {**QUESTION, "id": "7"})
+    assert isinstance(first, Item) and first.id == "7"
+    assert isinstance(second, Refused) and second.reason.startswith("the id '7' stands on line 1 already")
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text('id,video,question,fps\n1,a.mp4,"who, and when?",0.5\n2,"[""a.mp4"", ""b.mp4""]",what?,\n')
+    first, second = read_manifest(path)
+    assert isinstance(first, Item) and first.id == "1"
+    video, text = first.body["messages"][0]["content"]
+    assert (video["fps"], text["text"]) == (0.5, "who, and when?")
+    assert isinstance(second, Item) and len(second.media) == 2
+
+
+def test_a_digest_tells_what_is_asked(tmp_path: Path) -> None:
+    asked = [
+        only(tmp_path, QUESTION).digest,
+        only(tmp_path, {**QUESTION, "question": "why?"}).digest,
+        only(tmp_path, QUESTION, fps=1).digest,
+    ]
+    assert len(set(asked)) == 3 and only(tmp_path, QUESTION).digest == asked[0]
+
+
+def test_questions_about_one_video_stand_together(tmp_path: Path) -> None:
+    items = read(tmp_path, QUESTION, {**QUESTION, "video": "b.mp4"}, QUESTION)
+    groups = by_media([item for item in items if isinstance(item, Item)])
+    assert [[item.line for item in group] for group in groups.values()] == [[1, 3], [2]]
+
+
+def test_a_manifest_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(KeyeError, match="cannot be read"):
+        read_manifest(tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("# nothing\n\n")
+    with pytest.raises(KeyeError, match="has no lines"):
+        read_manifest(tmp_path / "empty.jsonl")

@@ -1,0 +1,162 @@
+"""What the server in front sends where, with replicas that are functions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from starlette.testclient import TestClient
+
+from keye.dispatch.replicas import ReplicaLost, Reply
+from keye.dispatch.replicas_proxy import Proxy, proxy_app
+
+NUMBERS = itertools.count(1)
+
+
+class Fake:
+    """A server with uploads of owners. It notes what it is asked; `broken` ends it before it answers."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.alive, self.broken = name, False, False
+        self.asked: list[tuple[str, str, Any]] = []
+        self.files: dict[str, tuple[str | None, bytes]] = {}
+
+    async def start(self) -> None:
+        self.alive = True
+
+    async def ended(self) -> None:
+        import asyncio
+
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.alive = False
+
+    async def send(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
+    ) -> Reply:
+        if self.broken:
+            raise ReplicaLost(self.name)
+        body = content if isinstance(content, bytes) else b"".join([piece async for piece in content])
+        self.asked.append((method, path, body))
+        status, answer = self.answer(method, path, headers.get("authorization"), body)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+        async def close() -> None: ...
+
+        return Reply(status, {"content-type": "application/json"}, pieces(), close)
+
+    def answer(self, method: str, path: str, owner: str | None, body: bytes) -> tuple[int, Any]:
+        if (method, path) == ("POST", "/v1/files"):
+            name = f"file-{next(NUMBERS):032x}"
+            self.files[name] = (owner, body)
+            return 200, {"id": name, "created_at": 1}
+        named = [part for part in path.split("/") if part.startswith("file-")]
+        if named:
+            if self.files.get(named[0], (None, b""))[0] != owner or named[0] not in self.files:
+                return 404, {"error": {"message": "no file"}}
+            if method == "DELETE":
+                del self.files[named[0]]
+            return 200, self.files.get(named[0], (owner, b""))[1]
+        if path == "/v1/files":
+            return 200, {
+                "data": [{"id": name, "created_at": 1} for name, (who, _) in self.files.items() if who == owner]
+            }
+        return 200, {"at": self.name}
+
+
+@pytest.fixture
+def fakes() -> list[Fake]:
+    return [Fake("a"), Fake("b"), Fake("c")]
+
+
+@pytest.fixture
+def http(fakes: list[Fake]) -> Any:
+    with TestClient(proxy_app(fakes)) as client:  # type: ignore[arg-type]
+        yield client
+
+
+def upload(http: Any, key: str = "one") -> str:
+    return str(http.post("/v1/files", content=b"bytes", headers={"authorization": key}).json()["id"])
+
+
+def ask(http: Any, *media: str, key: str = "one") -> Any:
+    parts = [{"type": "input_video", "file_id" if one.startswith("file-") else "url": one} for one in media]
+    return http.post("/v1/chat/completions", json={"messages": [{"content": parts}]}, headers={"authorization": key})
+
+
+def test_questions_about_one_address_go_to_one_replica(http: Any) -> None:
+    asked = {url: {ask(http, url).json()["at"] for _ in range(3)} for url in (f"https://e/{n}" for n in range(30))}
+    assert all(len(at) == 1 for at in asked.values())
+    assert set.union(*asked.values()) == {"a", "b", "c"}
+
+
+def test_uploads_are_spread_and_asked_where_they_lie(http: Any, fakes: list[Fake]) -> None:
+    ids = [upload(http) for _ in range(3)]
+    assert [len(fake.files) for fake in fakes] == [1, 1, 1]
+    for one in ids:
+        (home,) = [fake.name for fake in fakes if one in fake.files]
+        assert ask(http, one).json()["at"] == home
+
+
+def test_files_of_two_replicas_are_brought_together_once(http: Any, fakes: list[Fake]) -> None:
+    first, second = upload(http), upload(http)
+    for _ in range(2):
+        assert ask(http, first, second).json() == {"at": "a"}
+    assert [len(fake.files) for fake in fakes] == [2, 1, 0]
+    sent = json.loads(fakes[0].asked[-1][2])["messages"][0]["content"]
+    assert sent[0]["file_id"] == first and sent[1]["file_id"] in fakes[0].files
+    listed = http.get("/v1/files", headers={"authorization": "one"}).json()["data"]
+    assert sorted(one["id"] for one in listed) == sorted([first, second])
+    assert http.delete(f"/v1/files/{second}", headers={"authorization": "one"}).status_code == 200
+    assert [len(fake.files) for fake in fakes] == [1, 0, 0]
+
+
+def test_a_stranger_gets_no_copy_and_spoils_none(http: Any, fakes: list[Fake]) -> None:
+    first, second = upload(http), upload(http)
+    ask(http, first, second, key="other")
+    assert json.loads(fakes[0].asked[-1][2])["messages"][0]["content"][1]["file_id"] == second  # its replica says no
+    ask(http, first, second)
+    assert len(fakes[0].files) == 2
+
+
+def test_a_replica_that_ends_is_passed_over(http: Any, fakes: list[Fake]) -> None:
+    fakes[0].broken = True
+    assert {ask(http, f"https://e/{number}").json()["at"] for number in range(20)} == {"b", "c"}
+    for fake in fakes:
+        fake.broken = True
+    answer = ask(http, "https://e/1")
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    for fake in fakes:
+        fake.alive = False
+    assert ask(http, "https://e/1").json()["error"]["code"] == "no_replica"
+    assert http.get("/health").status_code == 503
+
+
+def test_load_is_given_back(http: Any, fakes: list[Fake]) -> None:
+    proxy = http.app.state.proxy
+    assert isinstance(proxy, Proxy)
+    upload(http)
+    ask(http, "https://e/1")
+    http.get("/v1/models")
+    http.get("/v1/files")
+    fakes[1].broken = True
+    ask(http, "https://e/2")
+    assert set(proxy.loads.values()) == {0}
+
+
+def test_indexes_of_two_replicas_cannot_be_asked_together(http: Any) -> None:
+    proxy = http.app.state.proxy
+    ids = [f"index-{number:032x}" for number in (1, 2)]
+    proxy.homes |= dict(zip(ids, "ab", strict=True))
+    body = {"messages": [{"content": [{"type": "video", "file_id": one} for one in ids]}]}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and "lie at different replicas" in answer.json()["error"]["message"]
