@@ -97,7 +97,7 @@ def test_the_output_is_never_the_manifest(run: Callable, manifest: Path) -> None
 def test_a_cluster_that_is_not_there(run: Callable, manifest: Path, tmp_path: Path) -> None:
     result = run("batch", manifest, "-o", tmp_path / "out.jsonl", "--ray", "127.0.0.1:9")
     assert result.code == 2
-    assert "nothing answers at 127.0.0.1:9" in result.err or "ray is not installed" in result.err
+    assert "no Ray cluster can be reached at 127.0.0.1:9" in result.err or "ray is not installed" in result.err
 
 
 def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
