@@ -29,7 +29,7 @@ def main() -> None:
     app = local_app(model, told["slots"], private=told["private"])
     config = uvicorn.Config(
         app, uds=told["socket"], log_level="warning", access_log=False, lifespan="on",
-        timeout_keep_alive=24 * 3600,  # an idle connection that closes as it is used again would look like a lost worker
+        timeout_keep_alive=24 * 3600,  # one that closes just when it is used again would look like a lost worker
     )  # fmt: skip
     _Server(config).run()
 
