@@ -161,9 +161,9 @@ class Batch:
     async def run(self, lines: Sequence[Item | Refused], *, retry_errors: bool = False) -> Report:
         """Asks whatever the output does not hold yet. `KeyeError` where no worker is left; what was answered stays."""
         begin = time.monotonic()
-        todo = self._resume(lines, retry_errors)
         syncing = asyncio.create_task(self._sync())
         try:
+            todo = self._resume(lines, retry_errors)
             for line in todo:
                 if isinstance(line, Refused):
                     self._write(line, failed(line, line.reason, "bad_line"), None)

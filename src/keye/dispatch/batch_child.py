@@ -27,7 +27,11 @@ def main() -> None:
     from keye.dispatch.batch_workers import local_app
 
     app = local_app(model, told["slots"], private=told["private"])
-    _Server(uvicorn.Config(app, uds=told["socket"], log_level="warning", access_log=False, lifespan="on")).run()
+    config = uvicorn.Config(
+        app, uds=told["socket"], log_level="warning", access_log=False, lifespan="on",
+        timeout_keep_alive=24 * 3600,  # one that closes just when it is used again would look like a lost worker
+    )  # fmt: skip
+    _Server(config).run()
 
 
 def load_engine(settings: dict[str, Any]) -> Any:
