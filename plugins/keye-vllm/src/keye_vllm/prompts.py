@@ -23,9 +23,9 @@ from keye_vllm.media import as_medium
 
 _KINDS: dict[str, MediumKind] = {"image_url": "image", "input_image": "image", "image_pil": "image",
                                  "video_url": "video"}  # fmt: skip
-#: What vLLM puts into `chat_template_kwargs` by itself and what has a meaning here.
-_KNOWN = {"tools", "documents", "tokenize", "enable_thinking", "add_generation_prompt",
-          "continue_final_message"}  # fmt: skip
+#: What a request may say of the format, and what vLLM adds to that for the formats of others.
+_SETTINGS = {"tools", "enable_thinking", "add_generation_prompt"}
+_OF_VLLM = {"documents", "reasoning_effort", "continue_final_message", "cohere_format", "tokenize"}
 
 #: Where `keye.chat` wants a source and vLLM holds it.
 _NO_SOURCE = "data:,"
@@ -65,7 +65,7 @@ class KeyeRenderer(HfRenderer):
 
     def _prompt(self, conversation: Sequence[Any], params: ChatParams, media: Any, uuids: Any) -> dict[str, Any]:
         settings = {name: value for name, value in params.chat_template_kwargs.items() if value is not None}
-        if unknown := sorted(settings.keys() - _KNOWN):
+        if unknown := sorted(settings.keys() - _SETTINGS - _OF_VLLM):
             raise KeyeError(f"chat_template_kwargs.{unknown[0]} is not known to keye's own format of prompts; use a "
                             "chat template that knows it (--chat-template)")  # fmt: skip
         for name in ("documents", "continue_final_message"):
