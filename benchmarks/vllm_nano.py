@@ -39,6 +39,8 @@ PORT = 8993
 #: Difference of log-probabilities below which two tokens are a near tie: bfloat16 has 8 bits, and logits of 16 to 32 are
 #: rounded to an eighth.
 TIE = 0.25
+#: Tokens of which servers tell how likely they were in a place.
+LIKELIEST = 5
 #: Seconds until a server must answer; vLLM compiles its graph before.
 START_SECONDS = 600
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -47,7 +49,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply, the text of each token, and the two likeliest tokens in its place with their log-probabilities."""
+    """A reply, the text of each token, and the likeliest tokens in its place with their log-probabilities."""
 
     text: str
     tokens: tuple[str, ...]
@@ -96,7 +98,7 @@ def ask(client: OpenAI, video: str, question: str, **video_options: Any) -> Repl
     answer = client.chat.completions.create(
         model="nano",
         messages=[{"role": "user", "content": [part, {"type": "text", "text": question}]}],  # type: ignore[misc,list-item]
-        max_tokens=96, temperature=0, logprobs=True, top_logprobs=2,
+        max_tokens=96, temperature=0, logprobs=True, top_logprobs=LIKELIEST,
     ).choices[0]  # fmt: skip
     steps = (answer.logprobs.content if answer.logprobs else None) or []
     return Reply(
@@ -130,7 +132,7 @@ def sampling(clip: Clip) -> dict[str, Any]:
 
 def gap(one: Reply, other: Reply) -> float:
     """By how much the servers prefer their own token where two different replies part, in nats: the larger of both.
-    Infinite where a server does not count the other's token among its two likeliest."""
+    Infinite where a server does not count the other's token among its `LIKELIEST`."""
     pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
     place = next((i for i, (ours, theirs) in pairs if ours != theirs), None)
     if place is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from keye.config import KeyeConfig, model_config_from_dict
@@ -47,9 +48,13 @@ class Settings(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Pages of 64 tokens, plain numbers in them, and graphs that are cut around attention. `KeyeError` for settings
         that sparse attention cannot honour."""
-        if vllm_config.model_config.hf_config.keye.text.sparse is None:
-            return
+        text = vllm_config.model_config.hf_config.keye.text
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+        if text.num_experts and parallel.enable_expert_parallel and current_platform.is_cpu():
+            raise KeyeError("vLLM's experts on CPUs compute every expert as their own, and so wrong answers, with "
+                            "--enable-expert-parallel; use tensor parallelism alone")  # fmt: skip
+        if text.sparse is None:
+            return
         if cache.user_specified_block_size and cache.block_size != PAGE:
             raise KeyeError(f"--block-size is {cache.block_size}: sparse attention has pages of {PAGE} tokens")
         cache.block_size, cache.user_specified_block_size = PAGE, True

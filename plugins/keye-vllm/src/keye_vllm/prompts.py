@@ -119,22 +119,24 @@ def _listed(value: Any) -> list[Any]:
 def options_of(messages: Sequence[Any]) -> dict[str, list[Mapping[str, Any]]]:
     """The options of each medium of a conversation, by kind and in order: beside its address, inside the object that
     holds it, or as `preprocess_kwargs` in either place."""
-    found: dict[str, list[Mapping[str, Any]]] = {"image": [], "video": []}
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            name = _name_of(part)
-            if name is None:
-                continue
-            kind = _KINDS[name]
-            inner = part[name] if isinstance(part[name], Mapping) else {}
-            outer = {key: value for key, value in part.items() if key not in (name, "type", "uuid") and value is not None}
-            own = {**outer, **inner, "url": _NO_SOURCE}
-            form = {"type": f"{kind}_url", f"{kind}_url": own}
-            medium = normalize([{"role": "user", "content": [form]}])[0].parts[0]
-            assert isinstance(medium, Medium)
-            found[kind].append(medium.options)
-    return found
+    asked = [{"role": "user", "content": _only_media(message.get("content"))} for message in messages]
+    media = [part for turn in normalize(asked) for part in turn.parts if isinstance(part, Medium)]
+    return {kind: [medium.options for medium in media if medium.kind == kind] for kind in ("image", "video")}
+
+
+def _only_media(content: Any) -> list[Any]:
+    """The parts of a message in their places, those that hold no medium as any text, sources left out."""
+    parts: list[Any] = []
+    for part in content if isinstance(content, list) else ():
+        name = _name_of(part)
+        if name is None:
+            parts.append("text")
+            continue
+        inner = part[name] if isinstance(part[name], Mapping) else {}
+        outer = {key: value for key, value in part.items() if key not in (name, "type", "uuid") and value is not None}
+        form = f"{_KINDS[name]}_url"
+        parts.append({"type": form, form: {**inner, "url": _NO_SOURCE}, **outer})
+    return parts or ["text"]
 
 
 def _name_of(part: Any) -> str | None:
