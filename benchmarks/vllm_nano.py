@@ -36,8 +36,8 @@ from keye.evals.summary import summarise
 from keye.hub import asset
 
 PORT = 8993
-#: Difference of log-probabilities below which two tokens are a near tie: bfloat16 has 8 bits, and logits of 16 to 32 are
-#: rounded to an eighth.
+#: Difference of log-probabilities up to which two tokens are a near tie: bfloat16 has 8 bits, so that logits of 16 to
+#: 32 are rounded to an eighth.
 TIE = 0.25
 #: Tokens of which servers tell how likely they were in a place.
 LIKELIEST = 5
@@ -159,10 +159,10 @@ def compare(count: int, log: Path, *vllm_options: str) -> dict[str, Any]:
     differing = [pair for pair in pairs if pair[0].text != pair[1].text]
     gaps = sorted(gap(*pair) for pair in differing)
     flat = [(number, clip, one) for number, clip, _, own in asked for one in own]
-    results = {
-        name: summarise([score(clip, one, reply.text, number) for (number, clip, one), reply in zip(flat, own, strict=True)])
+    scored = {
+        name: [score(clip, one, reply.text, number) for (number, clip, one), reply in zip(flat, own, strict=True)]
         for name, own in replies.items()
-    }  # fmt: skip
+    }
     return {
         "questions": count,
         "same": len(pairs) - len(gaps),
@@ -170,7 +170,7 @@ def compare(count: int, log: Path, *vllm_options: str) -> dict[str, Any]:
         "other": sum(size > TIE for size in gaps),
         "gaps": [round(size, 3) for size in gaps],
         "differing": [{"keye": ours.text, "vllm": theirs.text} for ours, theirs in differing],
-        "accuracy": {name: result["accuracy"] for name, result in results.items()},
+        "accuracy": {name: summarise(own)["accuracy"] for name, own in scored.items()},
         "seconds": seconds,
     }
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import log_probabilities
 from PIL import Image
 from vllm import SamplingParams
 
 import keye
+from checkpoints import log_probabilities
 from keye.hub import asset
 
 #: Largest difference of a log-probability; observed are differences of 2e-6.
@@ -66,7 +66,7 @@ CONVERSATIONS = {
     "video": user(
         {"type": "video_url", "video_url": {"url": CLIP, "preprocess_kwargs": {"fps": 1}}}, text("when does it move?")
     ),
-    "videos": user(video(CLIP, nframes=4), text("and"), video(CLIP, video_start=1, video_end=4), text("are they alike?")),
+    "videos": user(video(CLIP, nframes=4), text("and"), video(CLIP, video_start=1, video_end=4), text("alike?")),
     "frames": user(video(FRAMES), image(PICTURE), text("is the picture among the frames?")),
 }  # fmt: skip
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CLIP, CONVERSATIONS, PICTURE, TOLERANCE, check, data_url, greedy, image, noise, text, user, video
-from checkpoints import TOPK, random_checkpoint
 from PIL import Image
 from vllm import LLM
 
 import keye
+from cases import CLIP, CONVERSATIONS, PICTURE, TOLERANCE, check, data_url, greedy, image, noise, text, user, video
+from checkpoints import TOPK, random_checkpoint
 from conftest import StartEngine
 from keye.chat import Medium, Segment
 from keye.errors import KeyeError
@@ -88,11 +88,16 @@ def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
 @pytest.mark.parametrize(
     ("messages", "options", "sentence"),
     [
-        (user(video(CLIP, preprocess_kwargs={"fsp": 1}), text("?")), {}, r"messages\[0\].content\[0\].* unknown key 'fsp'"),
+        (
+            user(video(CLIP, preprocess_kwargs={"fsp": 1}), text("?")),
+            {},
+            r"messages\[0\].content\[0\].* unknown key 'fsp'",
+        ),
         (user(image(PICTURE, preprocess_kwargs={"fps": 1}), text("?")), {}, "unknown key 'fps'"),
         (user(video(CLIP), text("?")), {"fsp": 1}, "mm_processor_kwargs.fsp is no option of media"),
         (user(video(CLIP), text("?")), {"videos_kwargs": {"size": 1}}, "videos_kwargs.size is no option of videos"),
         (user(video(CLIP, preprocess_kwargs={"fps": -1}), text("?")), {}, "fps is -1: give a positive number"),
+        (user(video(CLIP, min_pixels=784000, max_pixels=784000, nframes=3), text("?")), {}, "the context holds 2048"),
         (user(video(data_url("video/mp4", b"nonsense")), text("?")), {}, "<bytes>"),
     ],
 )

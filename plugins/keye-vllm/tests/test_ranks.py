@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
+import keye
 from cases import CONVERSATIONS, TOLERANCE, check, greedy
 from checkpoints import random_checkpoint
 from conftest import StartEngine
-
-import keye
 
 
 @pytest.mark.slow

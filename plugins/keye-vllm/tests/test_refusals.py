@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_checkpoint
-from conftest import StartEngine
 from safetensors.torch import load_file, save_file
 
 import keye_vllm
+from checkpoints import random_checkpoint
+from conftest import StartEngine
 from keye.errors import KeyeError
 from keye_vllm.media import WholeFile
 
@@ -44,7 +44,10 @@ def test_a_checkpoint_without_another_tensor(tmp_path: Path, start_engine: Start
     [
         ({"block_size": 32}, "--block-size is 32: sparse attention has pages of 64 tokens"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype is fp8: the plug-in stores plain numbers"),
-        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "experts on CPUs .* use tensor parallelism alone"),
+        (
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+            "experts on CPUs .* use tensor parallelism alone",
+        ),
     ],
 )
 def test_settings(options: dict[str, Any], sentence: str, folder: Path, start_engine: StartEngine) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import CONVERSATIONS, check, greedy
-from checkpoints import random_checkpoint
 
 import keye
+from cases import CONVERSATIONS, check, greedy
+from checkpoints import random_checkpoint
 from conftest import StartEngine
 
 

@@ -1,7 +1,7 @@
 """Sparse attention of one layer over vLLM's pages, by the same functions as everywhere in keye.
 
-`keye.ops.dsa` chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled core or
-plain torch elsewhere. A sequence of more than k tokens is never attended densely.
+`keye.ops.dsa` chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled core
+or plain torch elsewhere. A sequence of more than k tokens is never attended densely.
 """
 
 from __future__ import annotations

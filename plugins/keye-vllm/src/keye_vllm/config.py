@@ -65,7 +65,9 @@ class Settings(VerifyAndUpdateConfig):
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise KeyeError("context parallelism is not supported by sparse attention; use tensor parallelism")
         if vllm_config.kv_transfer_config is not None:
-            raise KeyeError("transfer of KV caches was not tested with sparse attention; leave --kv-transfer-config out")
+            raise KeyeError(
+                "transfer of KV caches was not tested with sparse attention; leave --kv-transfer-config out"
+            )
         compilation = vllm_config.compilation_config
         if compilation.splitting_ops is None:
             compilation.splitting_ops = [*CompilationConfig._attention_ops, f"vllm::{ATTENTION_OP}"]

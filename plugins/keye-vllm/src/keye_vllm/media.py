@@ -1,8 +1,8 @@
 """Images and videos of a prompt: opened, sampled, resized and laid out by `keye.media`, so that they are the same
 everywhere.
 
-Inside, a medium is a `keye.chat.Medium`: its kind, its source and its own options. vLLM decodes no video before: `WholeFile`
-hands the bytes through, and for images the bytes that vLLM read are taken.
+Inside, a medium is a `keye.chat.Medium`: its kind, its source and its own options. vLLM decodes no video before:
+`WholeFile` hands the bytes through. Of images the bytes are taken that vLLM has read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vllm.multimodal.video import VideoLoader
 from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind
 from keye.config import load_processor_config
 from keye.engine.media import Frames, check_medium, plan_medium
-from keye.engine.prompt import PromptBuilder
+from keye.engine.prompt import PromptBuilder, Room
 from keye.errors import KeyeError
 from keye.hub import resolve
 from keye.media.fetch import Source, fetch_source, jpeg_list, untrusted
@@ -165,9 +165,14 @@ def _times(known: Mapping[str, Any]) -> tuple[float, ...] | None:
 class _Opener(PromptBuilder):
     """Opens media one by one: vLLM lays out prompts itself."""
 
-    def open(self, medium: Medium, videos: int) -> MediaItem:
-        """The medium with its pixels, one of `videos` in its prompt."""
-        return self._decode(plan_medium(medium, self.processor, videos))
+    def open(self, medium: Medium, videos: int, context: int) -> MediaItem:
+        """The medium with its pixels, one of `videos` in its prompt. `KeyeError` for one that no context of so many
+        tokens holds; where its size can be planned, before anything of it is decoded."""
+        planned, room = plan_medium(medium, self.processor, videos), Room(context, reply=1)
+        room.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
+        item = self._decode(planned)
+        room.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
+        return item
 
 
 class MediaInfo(BaseProcessingInfo):
@@ -204,7 +209,9 @@ class DummyMedia(BaseDummyInputsBuilder[MediaInfo]):
         image = Image.new("RGB", (side, side))
         side = isqrt(min(config.video_max_tokens, seq_len)) * config.factor
         count = max(1, min(_DUMMY_FRAMES, seq_len // config.video_max_tokens))
-        video = Medium("video", Frames(np.zeros((count, side, side, 3), dtype=np.uint8), [float(i) for i in range(count)]))
+        video = Medium(
+            "video", Frames(np.zeros((count, side, side, 3), dtype=np.uint8), [float(i) for i in range(count)])
+        )
         return {"image": [image] * mm_counts.get("image", 0), "video": [video] * mm_counts.get("video", 0)}
 
 
@@ -224,12 +231,13 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
         return super()._get_hf_mm_inputs(MultiModalDataItems(), hf_kwargs)._replace(hf_data=media)
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """Opens all media, those given more than once only once."""
+        """Opens the media that are not in vLLM's cache."""
+        opener, context = self.info.opener, self.info.ctx.model_config.max_model_len
         given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         videos = int(given.pop(_VIDEOS, 1))
         defaults, output = defaults_of(given), {}
         for kind, media in hf_data.items():
-            items = [self.info.opener.open(_with_defaults(medium, defaults[kind]), videos) for medium in media]
+            items = [opener.open(_with_defaults(medium, defaults[kind]), videos, context) for medium in media]
             output |= self._fields(FIELDS[kind], items)
         return BatchFeature(output)
 
@@ -295,7 +303,9 @@ def defaults_of(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         defaults[kind] |= {name: value for name, value in flat.items() if name in known}
     for scope, kind in _SCOPES.items():
         if unknown := sorted(given.get(scope, {}).keys() - _OPTIONS[kind]):
-            raise KeyeError(f"{scope}.{unknown[0]} is no option of {kind}s; known are {', '.join(sorted(_OPTIONS[kind]))}")
+            raise KeyeError(
+                f"{scope}.{unknown[0]} is no option of {kind}s; known are {', '.join(sorted(_OPTIONS[kind]))}"
+            )
         defaults[kind] |= given.get(scope, {})
     return defaults
 

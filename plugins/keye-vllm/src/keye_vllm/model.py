@@ -65,7 +65,9 @@ class KeyeVL2MoeForConditionalGeneration(nn.Module, SupportsMultiModal, Supports
                 rows = fields[names.grid]
                 encoded = encode_vision(self.visual, self.mlp_AR, fields[names.pixels], rows)
                 sizes = rows.prod(-1) // self.config.vision.spatial_merge_size**2
-                tokens += encoded.split([int(part.sum()) for part in sizes.split(fields[names.rows].flatten().tolist())])
+                tokens += encoded.split(
+                    [int(part.sum()) for part in sizes.split(fields[names.rows].flatten().tolist())]
+                )
         return tokens
 
     def get_mrope_input_positions(

@@ -1,8 +1,8 @@
 """How keys, values and indexer keys lie in vLLM's memory, and where those of a step's sequences are.
 
-vLLM allocates, shares and frees the pages; a page holds 64 tokens, as `keye.ops.pages` wants it, so that every kernel of
-keye reads them where they are. A layer has a page of keys and one of values behind one another, and in a cache of its
-own a page of indexer keys.
+vLLM allocates, shares and frees the pages; a page holds 64 tokens, as `keye.ops.pages` wants it, so that every kernel
+of keye reads them where they are. A layer has a page of keys and one of values behind one another, and in a cache of
+its own a page of indexer keys.
 """
 
 from __future__ import annotations

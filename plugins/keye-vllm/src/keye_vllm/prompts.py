@@ -1,5 +1,5 @@
-"""Conversations to prompts as keye writes them: `keye.chat`'s format, in which special tokens that a user types are plain
-text, and options of media beside each of them (`preprocess_kwargs`).
+"""Conversations to prompts as keye writes them: `keye.chat`'s format, in which special tokens that a user types are
+plain text, and options of media beside each of them (`preprocess_kwargs`).
 
 vLLM chooses this by the tokenizer mode `keye`, which is the default for these models. A chat template that is asked for
 (`--chat-template`, or `chat_template` of a request) is used instead, as vLLM does it.
