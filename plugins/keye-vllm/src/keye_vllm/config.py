@@ -69,5 +69,6 @@ class Settings(VerifyAndUpdateConfig):
                 "transfer of KV caches was not tested with sparse attention; leave --kv-transfer-config out"
             )
         compilation = vllm_config.compilation_config
-        if compilation.splitting_ops is None:
-            compilation.splitting_ops = [*CompilationConfig._attention_ops, f"vllm::{ATTENTION_OP}"]
+        ops = list(CompilationConfig._attention_ops) if compilation.splitting_ops is None else compilation.splitting_ops
+        if ops:  # an empty list asks for no cuts
+            compilation.splitting_ops = [*ops, f"vllm::{ATTENTION_OP}"]

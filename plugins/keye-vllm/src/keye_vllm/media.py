@@ -102,7 +102,7 @@ def _hashable(source: object) -> object:
         assert source.path is not None
         status = source.path.stat()
         return [str(source.path), status.st_size, status.st_mtime_ns]
-    return str(source) if isinstance(source, Path) else source
+    return source
 
 
 class MediaParser(MultiModalDataParser):
@@ -137,7 +137,16 @@ def as_medium(kind: MediumKind, given: Any, options: Mapping[str, Any] | None = 
         return check_medium(Medium(kind, _stranger(given), dict(options or {})))
     if kind == "video" and isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
         given = Frames(given[0], _times(given[1]))
+    elif isinstance(given, list | tuple):
+        given = [_opened(picture) for picture in given]
+    else:
+        given = _opened(given)
     return check_medium(Medium(kind, given, dict(options or {})))
+
+
+def _opened(given: Any) -> Any:
+    """The file that a path names, so that one which was changed is another medium; anything else as it is."""
+    return fetch_source(given) if isinstance(given, str | Path | bytes) and jpeg_list(given) is None else given
 
 
 def _is_picture(value: object) -> bool:
