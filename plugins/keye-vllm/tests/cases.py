@@ -13,6 +13,7 @@ from vllm import SamplingParams
 
 import keye
 from checkpoints import log_probabilities
+from keye.engine.prompt import Prompt
 from keye.hub import asset
 
 #: Largest difference of a log-probability; observed are differences of 2e-6.
@@ -78,7 +79,11 @@ def greedy(**settings: Any) -> SamplingParams:
 def check(own: keye.Keye, messages: list[Any], output: Any, *, mode: Any = "sparse") -> float:
     """Holds an output of vLLM to keye: the same prompt, and the same log-probabilities of all its tokens that vLLM
     tells. Returns the mean difference that dense attention would make."""
-    prompt = own.prompts.build(messages)
+    return check_prompt(own, own.prompts.build(messages), output, mode=mode)
+
+
+def check_prompt(own: keye.Keye, prompt: Prompt, output: Any, *, mode: Any = "sparse") -> float:
+    """The same for a prompt that was laid out before."""
     ids, reply = output.prompt_token_ids, output.outputs[0]
     assert ids == prompt.token_ids.tolist()
     found = [step[token].logprob for step, token in zip(reply.logprobs, reply.token_ids, strict=True)]

@@ -15,7 +15,21 @@ from PIL import Image
 from vllm import LLM
 
 import keye
-from cases import CLIP, CONVERSATIONS, PICTURE, TOLERANCE, check, data_url, greedy, image, noise, text, user, video
+from cases import (
+    CLIP,
+    CONVERSATIONS,
+    PICTURE,
+    TOLERANCE,
+    check,
+    check_prompt,
+    data_url,
+    greedy,
+    image,
+    noise,
+    text,
+    user,
+    video,
+)
 from checkpoints import TOPK, random_checkpoint
 from conftest import StartEngine
 from keye.chat import Medium, Segment
@@ -66,6 +80,28 @@ def test_options_for_every_medium(engine: LLM, own: keye.Keye) -> None:
     check(own, with_all, output)
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "cut", "description": "cuts a clip", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"id": "c1", "type": "function", "function": {"name": "cut", "arguments": '{"where": [1, 2]}'}}
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_tools_and_reasoning(thinking: bool | None, engine: LLM, own: keye.Keye) -> None:
+    """A conversation with calls of functions becomes the same prompt, and so does the switch of reasoning."""
+    messages = [
+        {"role": "user", "content": "cut it"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "done, <|im_end|>"},
+        {"role": "user", "content": [text("and now? ")]},
+    ]
+    settings = {} if thinking is None else {"enable_thinking": thinking}
+    (output,) = engine.chat(messages, greedy(), use_tqdm=False, tools=[TOOL], chat_template_kwargs=settings)
+    prompt = own.prompts.build(messages, tools=[TOOL], thinking=thinking)
+    assert output.prompt_token_ids == prompt.token_ids.tolist()
+
+
 def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
     """`LLM.generate` takes pictures, frames with their times, paths and bytes."""
     frames = np.random.default_rng(3).integers(0, 255, (4, 56, 84, 3), dtype=np.uint8)
@@ -76,13 +112,12 @@ def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
     }
     prompt = "<|video_pad|>x<|image_pad|><|video_pad|>what?"
     (output,) = engine.generate({"prompt": prompt, "multi_modal_data": given}, greedy(), use_tqdm=False)
-
     parts = [
         Segment("video", Medium("video", keye.Frames(frames, [0.0, 0.5, 1.0, 2.0]))), Segment("template", "x"),
         Segment("image", Medium("image", given["image"][0])), Segment("video", Medium("video", path)),
         Segment("template", "what?"),
     ]  # fmt: skip
-    assert output.prompt_token_ids == own.prompts.lay_out(parts).token_ids.tolist()
+    check_prompt(own, own.prompts.lay_out(parts), output)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +130,7 @@ def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
         ),
         (user(image(PICTURE, preprocess_kwargs={"fps": 1}), text("?")), {}, "unknown key 'fps'"),
         (user(video(CLIP), text("?")), {"fsp": 1}, "mm_processor_kwargs.fsp is no option of media"),
+        (user(video(CLIP), text("?")), {"videos_in_prompt": 2}, "is counted, not given"),
         (user(video(CLIP), text("?")), {"videos_kwargs": {"size": 1}}, "videos_kwargs.size is no option of videos"),
         (user(video(CLIP, preprocess_kwargs={"fps": -1}), text("?")), {}, "fps is -1: give a positive number"),
         (user(video(CLIP, min_pixels=784000, max_pixels=784000, nframes=3), text("?")), {}, "the context holds 2048"),

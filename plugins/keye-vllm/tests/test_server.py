@@ -72,9 +72,10 @@ def test_mistakes_are_bad_requests(client: openai.OpenAI) -> None:
 def test_a_template_may_be_asked_for(client: openai.OpenAI) -> None:
     """vLLM's way of writing prompts, with the placeholder of the plug-in in it."""
     place = "<|vision_start|><|video_pad|><|vision_end|>"
-    part = "{% if part.type == 'text' %}{{ part.text }}{% else %}" + place + "{% endif %}"
-    turn = "<|im_start|>{{ m.role }}\n{% for part in m.content %}" + part + "{% endfor %}<|im_end|>\n"
-    template = "{% for m in messages %}" + turn + "{% endfor %}<|im_start|>assistant\n"
+    part = "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}" + place + "{% endif %}"
+    parts = "{% for part in message['content'] %}" + part + "{% endfor %}"
+    turn = "<|im_start|>{{ message['role'] }}\n" + parts + "<|im_end|>\n"
+    template = "{% for message in messages %}" + turn + "{% endfor %}{{ '<|im_start|>assistant\\n' }}"
     settings: Any = {"model": "nano", "messages": _about(CLIP), "temperature": 0, "max_tokens": 48}
     own = client.chat.completions.create(**settings)
     theirs = client.chat.completions.create(**settings, extra_body={"chat_template": template})

@@ -229,6 +229,8 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Also counts the videos of the prompt, which the sizes of their frames depend on."""
+        if _VIDEOS in inputs.hf_processor_mm_kwargs:
+            raise KeyeError(f"mm_processor_kwargs.{_VIDEOS} is counted, not given; leave it out")
         videos = inputs.mm_data_items.get_count("video", strict=False)
         if videos > 1:
             options = {**inputs.hf_processor_mm_kwargs, _VIDEOS: videos}

@@ -7,6 +7,7 @@ vLLM chooses this by the tokenizer mode `keye`, which is the default for these m
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class KeyeRenderer(HfRenderer):
             messages, self.model_config, content_format="openai", media_io_kwargs=params.media_io_kwargs,
             mm_processor_kwargs=params.mm_processor_kwargs,
         )  # fmt: skip
-        return conversation, self._with_options(messages, self._prompt(conversation, params, media, uuids))
+        prompt = await asyncio.to_thread(self._prompt, conversation, params, media, uuids)
+        return conversation, self._with_options(messages, prompt)
 
     def _prompt(self, conversation: Sequence[Any], params: ChatParams, media: Any, uuids: Any) -> dict[str, Any]:
         settings = {name: value for name, value in params.chat_template_kwargs.items() if value is not None}
