@@ -23,7 +23,7 @@ help:
 	@echo "make check   lint, types, import order and the slow tests"
 	@echo "make lint    lint, types and import order"
 	@echo "make format  rewrite the sources in the project's format"
-	@echo "make test-vllm  the vLLM plug-in, in an environment of its own (3.4 GB)"
+	@echo "make test-vllm  the vLLM plug-in, in an environment of its own (3.5 GB)"
 	@echo "make clean   remove the virtual environment and all caches"
 
 demo: $(VENV)/.base
