@@ -31,7 +31,7 @@ class KeyeVL2Config(KeyeVL2ConfigHF):
 
     @property
     def keye(self) -> KeyeConfig:
-        """The checked configuration; fields that `--hf-overrides` set count."""
+        """The checked configuration; what `--hf-overrides` makes of fields of the file counts."""
         return model_config_from_dict({name: getattr(self, name, value) for name, value in self.official.items()})
 
 
