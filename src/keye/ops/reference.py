@@ -251,10 +251,8 @@ def rope_angles(positions: Tensor, inv_freq: Tensor, section: tuple[int, ...]) -
 
     `positions` int [3, T]; `inv_freq` float32 [D/2]; `section` sums to D/2.
     """
-    axis = torch.repeat_interleave(
-        torch.arange(len(section), device=positions.device), torch.tensor(section, device=positions.device)
-    )
-    angles = positions.float().t()[:, axis] * inv_freq
+    parts = zip(positions.float(), inv_freq.split(section), strict=True)
+    angles = torch.cat([axis.unsqueeze(1) * frequencies for axis, frequencies in parts], dim=1)
     return angles.cos(), angles.sin()
 
 

@@ -1,0 +1,101 @@
+"""Sparse attention of one layer over vLLM's pages, by the same functions as everywhere in keye.
+
+`keye.ops.dsa` chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled core
+or plain torch elsewhere. A sequence of more than k tokens is never attended densely.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from keye.config import TextConfig
+from keye.models.indexer import IndexerOutput
+from keye.ops import dsa
+from keye.ops.dsa import Stretch
+from keye.ops.pages import LayerPages
+from keye_vllm.config import ATTENTION_OP
+from keye_vllm.pages import Cache, Span, StepPages
+
+_KEYS, _VALUES = 0, 1
+
+
+class SparseAttention(nn.Module):
+    """The caches of a layer, and attention of each query over the k keys that the indexer scores highest."""
+
+    def __init__(self, config: TextConfig, kv_heads: int, prefix: str) -> None:
+        super().__init__()
+        assert config.sparse is not None
+        self.topk, self.name = config.sparse.topk, f"{prefix}.sparse_attn"
+        self.rows = Cache(kv_heads, config.head_dim, planes=2, name=f"{prefix}.attn")
+        self.index = Cache(1, config.sparse.indexer_head_dim, planes=1, name=f"{prefix}.sa_indexer.cache")
+        get_current_vllm_config().compilation_config.static_forward_context[self.name] = self
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput) -> Tensor:
+        """Rotated `q` [T, H, D], `k`, `v` [T, G, D] -> [T, H, D]."""
+        out = torch.empty_like(q)
+        torch.ops.vllm.keye_dsa(q, k, v, index.q, index.k, index.gate, out, self.name)
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput, out: Tensor) -> None:
+        """Stores the step's rows and writes attention of its tokens to `out`."""
+        steps = get_forward_context().attn_metadata
+        if not isinstance(steps, dict):  # memory is measured before there are caches
+            out.zero_()
+            return
+        step, index_step = steps[self.rows.name], steps[self.index.name]
+        assert isinstance(step, StepPages) and isinstance(index_step, StepPages)
+        n = step.tokens
+        self.rows.write(_KEYS, step.slots, k[:n])
+        self.rows.write(_VALUES, step.slots, v[:n])
+        self.index.write(0, index_step.slots, index.k[:n].unsqueeze(1))
+        stretches = [self._stretch(*pair) for pair in zip(step.spans, index_step.spans, strict=True)]
+        # Up to k tokens the top-k is everything: dense attention is then the same function.
+        short = [stretch for stretch in stretches if stretch.length <= self.topk]
+        long = [stretch for stretch in stretches if stretch.length > self.topk]
+        if short:
+            dsa.dense_attention(q, short, out)
+        if long:
+            dsa.sparse_attention(q, index.q, index.gate, long, self.topk, out)
+        out[n:].zero_()
+
+    def _stretch(self, span: Span, index_span: Span) -> Stretch:
+        rows, index, table = self.rows, self.index, span.table
+        pages = LayerPages(
+            span.length,
+            rows.pages(_KEYS, table),
+            rows.pages(_VALUES, table),
+            index.pages(0, index_span.table),
+        )
+        return Stretch(
+            span.start,
+            span.stop,
+            span.length - (span.stop - span.start),
+            rows=lambda positions: (rows.read(_KEYS, table, positions), rows.read(_VALUES, table, positions)),
+            key_tiles=partial(self._key_tile, index_span.table),
+            pages=pages,
+        )
+
+    def _key_tile(self, table: Tensor, start: int, stop: int) -> Tensor:
+        return self.index.read(0, table, torch.arange(start, stop, device=table.device)).squeeze(1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, gate: Tensor, out: Tensor, name: str
+) -> None:
+    get_forward_context().no_compile_layers[name].attend(q, k, v, IndexerOutput(index_q, index_k, gate), out)
+
+
+def _attend_fake(
+    q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, gate: Tensor, out: Tensor, name: str
+) -> None:
+    """Shapes only."""
+
+
+# One operation for torch.compile, which does not look into it.
+direct_register_custom_op(ATTENTION_OP, _attend, mutates_args=["out"], fake_impl=_attend_fake)

@@ -1,0 +1,326 @@
+"""Images and videos of a prompt: opened, sampled, resized and laid out by `keye.media`, so that they are the same
+everywhere.
+
+Inside, a medium is a `keye.chat.Medium`: its kind, its source and its own options. vLLM decodes no video before:
+`WholeFile` hands the bytes through. Of images the bytes are taken that vLLM has read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
+from vllm.multimodal.video import VideoLoader
+
+from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind
+from keye.config import load_processor_config
+from keye.engine.media import Frames, check_medium, plan_medium
+from keye.engine.prompt import PromptBuilder, Room
+from keye.errors import KeyeError
+from keye.hub import resolve
+from keye.media.fetch import Source, fetch_source, jpeg_list, untrusted
+from keye.media.pictures import is_array
+from keye.media.processor import MediaItem, Processor
+from keye.tokenizer import Tokenizer
+
+#: The name of the way in which vLLM loads a video of 2.0.
+VIDEO_LOADER = "keye"
+_OPTIONS = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
+_SCOPES = {"images_kwargs": "image", "videos_kwargs": "video"}
+#: Set by the processor itself: the videos of a prompt share the budget of 2.0.
+_VIDEOS = "videos_in_prompt"
+#: Frames of the video that memory is measured with: the tower takes eight of them at once, whatever their number.
+_DUMMY_FRAMES = 32
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of what a kind of medium gives the model: patches [P, 3, 14, 14], grids [rows, 3], the rows of each medium
+    [media], the token ids of its expansion, and how many they are [media]."""
+
+    pixels: str
+    grid: str
+    rows: str
+    ids: str
+    count: str
+
+
+FIELDS = {
+    "image": Fields("pixel_values", "image_grid_thw", "image_rows", "image_ids", "image_id_count"),
+    "video": Fields("pixel_values_videos", "video_grid_thw", "video_rows", "video_ids", "video_id_count"),
+}
+
+
+class WholeFile(VideoLoader):
+    """Loads a video without decoding it."""
+
+    @classmethod
+    def load_bytes(cls, data: bytes, num_frames: int = -1, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """Stands in for frames; vLLM keeps `data` beside it. `num_frames` is vLLM's default and means nothing here."""
+        if options:
+            raise KeyeError(f"media_io_kwargs has {min(options)}: give options of videos as mm_processor_kwargs or "
+                            "preprocess_kwargs, by which keye samples them")  # fmt: skip
+        return np.zeros((1, 1, 1, 3), dtype=np.uint8), {"video_backend": VIDEO_LOADER}
+
+
+class MediaItems(ProcessorBatchItems[Medium]):
+    """Media of one kind in a prompt."""
+
+    def get_item_for_hash(self, index: int) -> object:
+        medium = self.data[index]
+        return [_hashable(medium.source), sorted(medium.options.items())]
+
+
+def _hashable(source: object) -> object:
+    """What decides the pixels of a source, in forms that vLLM takes into a hash."""
+    if isinstance(source, Frames):
+        return [_hashable(source.frames), source.timestamps]
+    if isinstance(source, list | tuple):
+        return [_hashable(part) for part in source]
+    if isinstance(source, Source):
+        if source.data is not None:
+            return source.data
+        assert source.path is not None
+        status = source.path.stat()
+        return [str(source.path), status.st_size, status.st_mtime_ns]
+    return source
+
+
+class MediaParser(MultiModalDataParser):
+    """Media in every form that vLLM or a caller of `LLM.generate` gives them, to `keye.chat.Medium`."""
+
+    def _get_subparsers(self) -> Mapping[str, Any]:
+        return {"image": self._images, "video": self._videos}
+
+    def _images(self, given: Any) -> ModalityDataItems[Any, Any] | None:
+        return self._items("image", given, single=is_array(given) and given.ndim == 3)
+
+    def _videos(self, given: Any) -> ModalityDataItems[Any, Any] | None:
+        frames = isinstance(given, list | tuple) and bool(given) and all(map(_is_picture, given))
+        return self._items("video", given, single=frames or (is_array(given) and given.ndim == 4))
+
+    def _items(self, kind: MediumKind, given: Any, *, single: bool) -> MediaItems | None:
+        if given is None:
+            return None
+        listed = isinstance(given, list | tuple) or (is_array(given) and not single)
+        # A pair of frames and what is known of them is one video.
+        pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
+        media = list(given) if listed and not single and not pair else [given]
+        return MediaItems([as_medium(kind, medium) for medium in media], kind)
+
+
+def as_medium(kind: MediumKind, given: Any, options: Mapping[str, Any] | None = None) -> Medium:
+    """One medium: a `Medium`, a path or bytes, pictures, frames with what vLLM knows of them, or what vLLM read from an
+    address. `KeyeError` for options that its kind does not have."""
+    if isinstance(given, Medium):
+        return check_medium(given)
+    if isinstance(given, MediaWithBytes):
+        return check_medium(Medium(kind, _stranger(given), dict(options or {})))
+    if kind == "video" and isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+        given = Frames(given[0], _times(given[1]))
+    elif isinstance(given, list | tuple):
+        given = [_opened(picture) for picture in given]
+    else:
+        given = _opened(given)
+    return check_medium(Medium(kind, given, dict(options or {})))
+
+
+def _opened(given: Any) -> Any:
+    """The file that a path names, so that one which was changed is another medium; anything else as it is."""
+    return fetch_source(given) if isinstance(given, str | Path | bytes) and jpeg_list(given) is None else given
+
+
+def _is_picture(value: object) -> bool:
+    return isinstance(value, Image.Image) or (is_array(value) and getattr(value, "ndim", 0) == 3)
+
+
+def _stranger(given: MediaWithBytes[Any]) -> object:
+    """The file that a request named, or the pictures in it."""
+    content = given.media
+    if isinstance(content, tuple) and content[1].get("video_backend") == "jpeg_sequence":
+        pictures = jpeg_list(f"data:video/jpeg;base64,{given.original_bytes.decode()}")
+        return [untrusted(fetch_source(picture)) for picture in pictures or ()]
+    return untrusted(fetch_source(given.original_bytes))
+
+
+def _times(known: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Seconds of frames by what vLLM knows of a video."""
+    if known.get("timestamps") is not None:
+        return tuple(known["timestamps"])
+    if known.get("fps") and known.get("frames_indices") is not None:
+        return tuple(index / known["fps"] for index in known["frames_indices"])
+    return None
+
+
+class _Opener(PromptBuilder):
+    """Opens media one by one: vLLM lays out prompts itself."""
+
+    def open(self, medium: Medium, videos: int, context: int) -> MediaItem:
+        """The medium with its pixels, one of `videos` in its prompt. `KeyeError` for one that no context of so many
+        tokens holds; where its size can be planned, before anything of it is decoded."""
+        planned, room = plan_medium(medium, self.processor, videos), Room(context, reply=1)
+        room.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
+        item = self._decode(planned)
+        room.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
+        return item
+
+
+class MediaInfo(BaseProcessingInfo):
+    """The checkpoint's own rules for media, and how many tokens they can take."""
+
+    @cached_property
+    def opener(self) -> _Opener:
+        folder = resolve(self.model_id, revision=self.ctx.model_config.revision, weights=False)
+        return _Opener(self.ctx.model_config.hf_config.keye, Tokenizer.from_file(folder),
+                       Processor(load_processor_config(folder)))  # fmt: skip
+
+    def get_data_parser(self) -> MultiModalDataParser:
+        return MediaParser()
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None, "video": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """By the limits of the checkpoint; an option of a request may ask for more, up to the length of the context."""
+        config = self.opener.processor.config
+        most = {"image": config.image_max_tokens, "video": config.video_total_tokens}
+        return {kind: min(seq_len, most[kind]) for kind in most if mm_counts.get(kind, 0)}
+
+
+class DummyMedia(BaseDummyInputsBuilder[MediaInfo]):
+    """Media that memory is measured with."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return "".join(f"<|{kind}_pad|>" * count for kind, count in mm_counts.items())
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+        config = self.info.opener.processor.config
+        side = isqrt(min(config.image_max_tokens, seq_len)) * config.factor
+        image = Image.new("RGB", (side, side))
+        side = isqrt(min(config.video_max_tokens, seq_len)) * config.factor
+        count = max(1, min(_DUMMY_FRAMES, seq_len // config.video_max_tokens))
+        video = Medium(
+            "video", Frames(np.zeros((count, side, side, 3), dtype=np.uint8), [float(i) for i in range(count)])
+        )
+        return {"image": [image] * mm_counts.get("image", 0), "video": [video] * mm_counts.get("video", 0)}
+
+
+class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
+    """Media to patches, grids and token ids."""
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Also counts the videos of the prompt, which the sizes of their frames depend on."""
+        if _VIDEOS in inputs.hf_processor_mm_kwargs:
+            raise KeyeError(f"mm_processor_kwargs.{_VIDEOS} is counted, not given; leave it out")
+        videos = inputs.mm_data_items.get_count("video", strict=False)
+        if videos > 1:
+            options = {**inputs.hf_processor_mm_kwargs, _VIDEOS: videos}
+            inputs = replace(inputs, hf_processor_mm_kwargs=options)
+        return super().apply(inputs, timing_ctx)
+
+    def _get_hf_mm_inputs(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> Any:
+        media = {kind: items.get_all() for kind, items in mm_items.items() if items}
+        return super()._get_hf_mm_inputs(MultiModalDataItems(), hf_kwargs)._replace(hf_data=media)
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        """Opens the media that are not in vLLM's cache."""
+        opener, context = self.info.opener, self.info.ctx.model_config.max_model_len
+        given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        videos = int(given.pop(_VIDEOS, 1))
+        defaults, output = defaults_of(given), {}
+        for kind, media in hf_data.items():
+            items = [opener.open(_with_defaults(medium, defaults[kind]), videos, context) for medium in media]
+            output |= self._fields(FIELDS[kind], items)
+        return BatchFeature(output)
+
+    def _fields(self, names: Fields, items: Sequence[MediaItem]) -> dict[str, Any]:
+        ids = [self.info.opener.piece_ids(item.pieces) for item in items]
+        vision = [item.vision for item in items]
+        pixels = torch.from_numpy(np.concatenate([one.pixel_values for one in vision]))
+        return {
+            names.pixels: pixels.to(self.info.ctx.model_config.dtype),
+            names.grid: torch.from_numpy(np.concatenate([one.grid_thw for one in vision])),
+            names.rows: torch.tensor([len(one.grid_thw) for one in vision]),
+            names.ids: torch.tensor([token for part in ids for token in part]),
+            names.count: torch.tensor([len(part) for part in ids]),
+        }
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        config: dict[str, MultiModalFieldConfig] = {}
+        for kind, names in FIELDS.items():
+            if names.rows not in hf_inputs:
+                continue
+            rows, flat = hf_inputs[names.rows], MultiModalFieldConfig.flat_from_sizes
+            patches = torch.stack([part.prod(-1).sum() for part in hf_inputs[names.grid].split(rows.tolist())])
+            config |= {
+                names.pixels: flat(kind, patches),
+                names.grid: flat(kind, rows, keep_on_cpu=True),
+                names.rows: MultiModalFieldConfig.batched(kind, keep_on_cpu=True),
+                names.ids: flat(kind, hf_inputs[names.count], keep_on_cpu=True),
+                names.count: MultiModalFieldConfig.batched(kind, keep_on_cpu=True),
+            }
+        return config
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        """A placeholder becomes what stands for its medium: visual tokens, and the marks and times of frames."""
+        config = self.info.opener.config
+        pads = {"image": config.image_token_id, "video": config.video_token_id}
+
+        def expansion(kind: str, item: int) -> PromptUpdateDetails:
+            ids = out_mm_kwargs[kind][item][FIELDS[kind].ids].data.tolist()
+            return PromptUpdateDetails.select_token_id(ids, pads[kind])
+
+        return [
+            PromptReplacement(kind, [pads[kind]], lambda item, kind=kind: expansion(kind, item))  # type: ignore[misc]
+            for kind in mm_items
+        ]
+
+
+def defaults_of(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options for all media of a prompt, by kind: `mm_processor_kwargs`, flat or in `images_kwargs` and
+    `videos_kwargs`. `KeyeError` for one that no medium has."""
+    defaults: dict[str, dict[str, Any]] = {"image": {}, "video": {}}
+    flat = {name: value for name, value in given.items() if name not in _SCOPES}
+    if unknown := sorted(flat.keys() - VIDEO_OPTIONS):
+        raise KeyeError(f"mm_processor_kwargs.{unknown[0]} is no option of media; known are "
+                        f"{', '.join(sorted(VIDEO_OPTIONS))}")  # fmt: skip
+    for kind, known in _OPTIONS.items():
+        defaults[kind] |= {name: value for name, value in flat.items() if name in known}
+    for scope, kind in _SCOPES.items():
+        if unknown := sorted(given.get(scope, {}).keys() - _OPTIONS[kind]):
+            raise KeyeError(
+                f"{scope}.{unknown[0]} is no option of {kind}s; known are {', '.join(sorted(_OPTIONS[kind]))}"
+            )
+        defaults[kind] |= given.get(scope, {})
+    return defaults
+
+
+def _with_defaults(medium: Medium, defaults: Mapping[str, Any]) -> Medium:
+    own = {name: value for name, value in medium.options.items() if value is not None}
+    return replace(medium, options={**defaults, **own}) if defaults else medium
