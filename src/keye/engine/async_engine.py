@@ -139,7 +139,6 @@ class AsyncEngine:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
         mode = self.model.attention_of(request.attention)
         loop, mailbox = asyncio.get_running_loop(), _Mailbox()
-
         begun: set[int] = set()
 
         def tell(event: Event) -> None:
