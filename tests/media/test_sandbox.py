@@ -249,7 +249,8 @@ def message(kind: bytes, body: bytes) -> bytes:
 
 
 FACTS = {"format": "mp4", "codec": "h264", "width": 4, "height": 4, "rotation": 0, "rate": [1, 1], "time_base": [1, 1],
-         "declared_end": None, "readable_end": 1.0, "known_times": True, "last_duration": 1}  # fmt: skip
+         "container_start": 0.0, "declared_end": None, "readable_end": 1.0, "known_times": True,
+         "last_duration": 1}  # fmt: skip
 
 
 def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:

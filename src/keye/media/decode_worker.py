@@ -87,7 +87,8 @@ class Reader:
         frame, stream = self.scan.first_frame, self.stream
         assert frame is not None and stream.time_base is not None
         rate = stream.average_rate or stream.guessed_rate
-        duration = self.container.duration
+        duration, start = self.container.duration, self.container.start_time
+        first = float(self.scan.times[0] * stream.time_base)
         return {
             "format": self.container.format.name,
             "codec": stream.codec_context.name,
@@ -96,7 +97,9 @@ class Reader:
             "rotation": round(frame.rotation),
             "rate": [rate.numerator, rate.denominator] if rate else None,
             "time_base": [stream.time_base.numerator, stream.time_base.denominator],
-            "declared_end": None if duration is None else (duration + (self.container.start_time or 0)) / av.time_base,
+            # Where sound begins first, the clock of players runs before the first picture is shown.
+            "container_start": first if start is None else min(start / av.time_base, first),
+            "declared_end": None if duration is None else (duration + (start or 0)) / av.time_base,
             "readable_end": max(self.scan.ends.values()),
             "known_times": self.scan.known,
             "last_duration": self.scan.last_duration,
