@@ -13,7 +13,7 @@ from clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, writ
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, MediaError
+from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media import (
     DecodeLimits,
     MediaOptions,
@@ -238,8 +238,11 @@ def test_truncated(tmp_path: Path) -> None:
     assert info.duration < 4.5
     with pytest.raises(MediaError, match=r"clip.mp4 is cut short: .* of 5.0 s can be read; .* video_end="):
         plan_video(source, CONFIG)
-    _, plan, codes = sample(path, video_end=int(info.duration * 10) / 10)
+    with pytest.warns(KeyeWarning, match=r"^clip.mp4: .* of the 5.0 s that the file declares can be read$") as caught:
+        _, plan, codes = sample(path, video_end=int(info.duration * 10) / 10)
     assert codes == [round(time * 30) for time in plan.timestamps]
+    assert len(caught) == 1
+    assert plan.to_dict()["notes"] == info.to_dict()["notes"] == [str(caught[0].message).removeprefix("clip.mp4: ")]
 
 
 def test_sound_longer_than_pictures_is_not_truncated(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, Option
-from keye.media import sampling, sizes
+from keye.media import notes, sampling, sizes
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.unmet import warn_of_video
 
@@ -38,7 +38,7 @@ class VideoPlan:
     sees; each becomes `tokens_per_frame` visual tokens. `sample_fps` is the average rate of the sampled frames.
     `fast` is there once the frames of a video for 1.5 have been told apart, which needs their pixels: until then
     every frame counts as slow and the tokens are an estimate. `constant_rate` says whether the file's frames are evenly
-    spaced.
+    spaced. `notes` are sentences about how the file was read (`VideoInfo.notes`).
     """
 
     name: str
@@ -56,6 +56,7 @@ class VideoPlan:
     sample_fps: float
     fast: FastFrames | None = None
     constant_rate: bool = field(default=True, repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(
@@ -77,6 +78,7 @@ class VideoPlan:
             tokens_per_frame=tokens_per_frame,
             sample_fps=rate,
             constant_rate=info.constant_rate,
+            notes=tuple(map(str, info.notes)),
         )
 
     @property
@@ -135,6 +137,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     warn_of_video(
         info.name, len(indices), (height, width), config, asked, seconds=count / info.fps, sampled=sampled
     )  # fmt: skip
+    notes.emit(info.name, info.notes)
     rate = len(indices) / count * info.fps
     return VideoPlan.of(info, indices, (height, width), tokens_per_frame=_tokens(height, width, config), rate=rate)
 

@@ -6,6 +6,7 @@ seconds from the first frame: the container's own presentation times with the st
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import Source, fetch_source
+from keye.media.notes import Note
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.wire import END, FRAME, INFO
@@ -39,7 +41,8 @@ class VideoInfo:
 
     `pts` are the presentation times of all frames that can be shown, ascending, in units of `time_base` seconds, the
     first one being `start_offset`. `exact_times` is false when the container has none and frames were counted.
-    `last_duration` is how long the last frame is shown, in the same units, where the container tells.
+    `last_duration` is how long the last frame is shown, in the same units, where the container tells. `notes` say where
+    what is read differs from what the container declares; every plan passes them on.
     """
 
     name: str
@@ -55,6 +58,7 @@ class VideoInfo:
     constant_rate: bool
     declared_duration: float | None
     last_duration: int | None = None
+    notes: tuple[Note, ...] = ()
 
     @property
     def frame_count(self) -> int:
@@ -87,7 +91,7 @@ class VideoInfo:
             "name": self.name, "format": self.format, "codec": self.codec, "width": self.width, "height": self.height,
             "rotation": self.rotation, "fps": self.fps, "frame_count": self.frame_count, "duration": self.duration,
             "start_offset": self.start_offset, "exact_times": self.exact_times, "constant_rate": self.constant_rate,
-            "cut_short": self.cut_short,
+            "cut_short": self.cut_short, "notes": [str(note) for note in self.notes],
         }  # fmt: skip
 
 
@@ -254,7 +258,7 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares.
     slack = max(0.5, 2 / fps)
     cut = declared is not None and declared - max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps) > slack
-    return VideoInfo(
+    info = VideoInfo(
         name=name,
         format=facts["format"],
         codec=facts["codec"],
@@ -269,6 +273,13 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         declared_duration=declared - start if cut else None,
         last_duration=facts["last_duration"] if facts["known_times"] else None,
     )
+    return dataclasses.replace(info, notes=tuple(_notes(info, facts)))
+
+
+def _notes(info: VideoInfo, facts: dict[str, Any]) -> Iterator[Note]:
+    """Where what is read of a file differs from what the container declares; `facts` are those of the worker."""
+    if info.cut_short:
+        yield Note(f"{info.duration:.1f} of the {info.declared_duration:.1f} s that the file declares can be read")
 
 
 def _frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:
