@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import keye
 from keye.config import load_processor_config, model_config_from_dict
 from keye.engine.prompt import PromptBuilder
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.media import VisionInput, VisualSpan
 from keye.media.processor import MediaItem, Processor
 from keye.models.weights import WEIGHTS_FILE, save_model
@@ -44,6 +44,41 @@ def test_every_generation_answers(architecture: str, attention: str, tmp_path: P
     assert answer.attention == attention
     assert answer.usage.media_tokens == 2 * 8
     assert 0 <= answer.usage.completion_tokens <= 4
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+def prompt_text(model: keye.Keye, **options: object) -> str:
+    return "".join(str(segment.value) for segment in model.render([{"role": "user", "content": "hi"}], **options))
+
+
+def test_a_checkpoint_is_used_with_its_own_formats(tmp_path: Path) -> None:
+    """Chat template and frame text where the checkpoint brings them, keye's own where not; the notes tell which."""
+    folder = checkpoint(tmp_path / "model", V2)
+    (folder / "preprocessor_config.json").unlink()
+    notes = " ".join(keye.load(folder).notes)
+    assert "brings no chat template" in notes and "brings no frame_text" in notes
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "video_preprocessor_config.json").write_text('{"frame_text": "<{seconds:.2f}>"}')
+    model = keye.load(folder)
+    assert prompt_text(model) == "[user]hi[assistant]"
+    assert model.processor.config.frame_text == "<{seconds:.2f}>"
+    notes = " ".join(model.notes)
+    assert "checkpoint's own chat template" in notes and "labelled by the frame_text of the checkpoint" in notes
+    ours = keye.load(folder, template="keye")
+    assert prompt_text(ours) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert not any("template" in note for note in ours.notes), "it was asked for"
+
+
+def test_tools_where_the_template_of_a_checkpoint_has_no_place_for_them(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", V1_5)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    tools = [{"name": "look"}]
+    with pytest.warns(KeyeWarning, match="keye's own template is used with tools"):
+        assert "<tools>" in prompt_text(keye.load(folder), tools=tools)
+    with pytest.raises(KeyeError, match="has no place for tools"):
+        prompt_text(keye.load(folder, template="checkpoint"), tools=tools)
 
 
 def test_a_checkpoint_without_indexer_answers_densely_and_says_so(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keye.chat import PREVIEW_CHATML, CheckpointTemplate, Medium, Segment, checkpoint, load_template, render
+from keye.chat import PREVIEW_CHATML, CheckpointTemplate, Medium, Segment, load_template, render
 from keye.chat.checkpoint import TemplateLimits, _Hidden
 from keye.chat.template_worker import render as render_here
 from keye.errors import KeyeError
@@ -199,11 +199,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-def test_recorded_prompts_of_preview(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    def render_in_this_process(name: str, text: str, variables: Any, nonce: str, limits: TemplateLimits) -> str:
-        return render_here(text, variables, nonce, limits.max_chars)
-
-    monkeypatch.setattr(checkpoint, "_run", render_in_this_process)
+def test_recorded_prompts_of_preview(shared: Shared) -> None:
     official = load_template(shared("checkpoints/keye-vl-8b-preview"))
     tokenizer = Tokenizer.from_file(shared("checkpoints/keye-vl-8b-preview"))
     refused = set()

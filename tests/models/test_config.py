@@ -159,6 +159,24 @@ def test_rotary_types_that_change_nothing(official: dict[str, Any], name: str) -
     assert model_config_from_dict({**official, "rope_scaling": scaling}).text.mrope_section == (16, 24, 24)
 
 
+def test_rope_parameters_as_transformers_5_saves_them(official: dict[str, Any]) -> None:
+    saved = {name: value for name, value in official.items() if name not in ("rope_scaling", "rope_theta")}
+    joined = {**MROPE, "rope_type": "mrope", "type": "mrope", "rope_theta": official["rope_theta"]}
+    config = model_config_from_dict({**saved, "rope_parameters": joined})
+    assert config == model_config_from_dict(official)
+    assert config.unknown == () and config.raw["rope_parameters"] == joined
+    assert model_config_from_dict({**official, "rope_parameters": joined}) == config
+    for wrong, sentence in (
+        ({**joined, "rope_theta": 5.0}, "remove one of them"),
+        ({**joined, "partial_rotary_factor": 0.5}, "rotates whole heads"),
+        ("mrope", "must be an object"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            model_config_from_dict({**official, "rope_parameters": wrong})
+    with pytest.raises(ConfigError, match="type is 'yarn'"):
+        model_config_from_dict({**saved, "rope_parameters": {**joined, "rope_type": "yarn"}})
+
+
 def write(folder: Path, **files: object) -> Path:
     """A folder with these JSON files."""
     for name, value in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from keye.errors import KeyeWarning
 from keye.models.keye import KeyeModel
 from keye.models.weights import INDEX_FILE, WEIGHTS_FILE, WeightsError, load_model, load_tensors, save_model
 
@@ -115,6 +117,23 @@ def test_parts_that_no_model_reads_are_ignored(make_model: Any) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16),
     }
     assert set(load_tensors(model, {**model.state_dict(), **extra}).ignored) == set(extra)
+
+
+def test_tensors_that_only_other_loaders_read_are_saved_again(tmp_path: Path, make_model: Any) -> None:
+    model = make_model()
+    table = "visual.vision_model.embeddings.packing_position_embedding.weight"
+    extra = {table: torch.arange(288.0).reshape(9, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    (tmp_path / "official").mkdir()
+    save_file({**model.state_dict(), **extra}, tmp_path / "official" / WEIGHTS_FILE)
+    loaded, _ = load_model(tmp_path / "official", model.config, dtype=torch.float32)
+    save_model(loaded, tmp_path / "saved", shard_bytes=20_000)
+    again, report = load_model(tmp_path / "saved", model.config, dtype=torch.float32)
+    assert report.ignored == (table,), "rotary buffers are no parameters"
+    save_model(again, tmp_path / "saved")  # over the files that it came from
+    assert torch.equal(load_file(tmp_path / "saved" / WEIGHTS_FILE)[table], extra[table])
+    shutil.rmtree(tmp_path / "official")
+    with pytest.warns(KeyeWarning, match="cannot be copied"):
+        save_model(loaded, tmp_path / "third")
 
 
 def test_indexer_weights_are_unused_by_a_dense_config(make_model: Any) -> None:

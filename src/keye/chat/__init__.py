@@ -4,7 +4,7 @@ Knows the chat format and nothing of media, tokens or models: a medium is a plac
 user wrote stays apart from the template's own, so that a special token typed by a user is never one.
 """
 
-from keye.chat.checkpoint import CheckpointTemplate, load_template
+from keye.chat.checkpoint import CheckpointTemplate, find_template, load_template
 from keye.chat.grounding import Region, parse_regions
 from keye.chat.messages import (
     IMAGE_OPTIONS,
@@ -40,6 +40,7 @@ __all__ = [
     "Role",
     "Segment",
     "ToolCall",
+    "find_template",
     "format_seconds",
     "joined_reply",
     "load_template",

@@ -10,33 +10,31 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import subprocess
-import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from keye.chat.messages import Medium, Message, normalize_tools, to_json
-from keye.chat.prompt import Segment, checked_turns, joined, last_of_user, reply_pieces, with_suffix
-from keye.errors import KeyeError
+from keye.chat.prompt import (
+    ChatTemplate,
+    Segment,
+    checked_turns,
+    joined,
+    last_of_user,
+    reply_pieces,
+    with_suffix,
+)
+from keye.chat.template_process import TemplateLimits, templates
+from keye.errors import KeyeError, KeyeWarning
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
-_WORKER: Final = Path(__file__).with_name("template_worker.py")
+#: Files of a checkpoint that may hold a chat template; the first that does counts.
+_FILES: Final = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _PADS: Final = re.compile(r"<\|(image|video)_pad\|>")
 _RISKY: Final = re.compile(r"[<|>]")
 """Characters without which no special token can be written."""
-
-
-@dataclass(frozen=True)
-class TemplateLimits:
-    """What rendering a template may take. Processor time is the limit that counts, since a busy machine is no fault of
-    a template; `wait_seconds` holds where processor time cannot be limited."""
-
-    cpu_seconds: int = 5
-    wait_seconds: float = 120.0
-    memory_bytes: int = 1 << 29
-    max_chars: int = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class CheckpointTemplate:
 
     `name` is for messages to people. `thinking` says how reasoning is switched, as in `ChatTemplate`: by a suffix of
     the last user text, or by the template's variable `enable_thinking`. `default_system` comes first where a
-    conversation has no system message; None leaves that to the template.
+    conversation has no system message; None leaves that to the template. `fallback` renders what this template has no
+    place for: conversations with tools where it offers none.
     """
 
     name: str
@@ -54,6 +53,7 @@ class CheckpointTemplate:
     default_system: str | None = None
     thinking: Literal["prefill", "suffix"] = "prefill"
     limits: TemplateLimits = field(default_factory=TemplateLimits)
+    fallback: ChatTemplate | None = None
 
     def render(
         self,
@@ -66,6 +66,12 @@ class CheckpointTemplate:
     ) -> list[Segment]:
         """The prompt as segments, like `keye.chat.render`. Raises KeyeError also for a template that fails, goes on
         for ever, or leaves out the user's words or media."""
+        if tools and self.tool_text is None and self.fallback is not None:
+            warnings.warn(
+                KeyeWarning(f"{self.name} has no place for tools; keye's own template is used with tools"), stacklevel=2
+            )
+            return self.fallback.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking,
+                                        tools=tools, add_vision_id=add_vision_id)  # fmt: skip
         turns = checked_turns(messages, add_generation_prompt)
         if turns[0].role != "system" and self.default_system is not None:
             turns = [Message("system", (self.default_system,)), *turns]
@@ -85,10 +91,19 @@ class CheckpointTemplate:
         }
         if thinking is not None and self.thinking == "prefill":
             variables["enable_thinking"] = thinking
-        written = _run(self.name, template, variables, hidden.nonce, self.limits)
+        written = templates.render(self.name, template, variables, hidden.nonce, self.limits)
         segments = list(hidden.restore(self.name, written))
         _check_last_words(self.name, turns, segments)
         return joined(_with_media(self.name, turns, segments))
+
+    def for_model(
+        self, own: ChatTemplate, default_system: str | None, *, fall_back: bool = False
+    ) -> CheckpointTemplate:
+        """This template for a model whose own template of keye is `own`: reasoning is switched as there, and with
+        `fall_back` `own` renders conversations with tools that this one has no place for."""
+        return replace(
+            self, thinking=own.thinking, default_system=default_system, fallback=own if fall_back else self.fallback
+        )
 
 
 class _Hidden:
@@ -161,37 +176,6 @@ class _Hidden:
         return Segment("template", text)
 
 
-def _run(name: str, template: str, variables: Mapping[str, Any], nonce: str, limits: TemplateLimits) -> str:
-    """The text that the template writes, rendered in another process."""
-    request = {"template": template, "variables": variables, "nonce": nonce, "max_chars": limits.max_chars,
-               "memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds}  # fmt: skip
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(_WORKER)],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=limits.wait_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise _too_long(name) from None
-    if done.returncode < 0:
-        raise _too_long(name)
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        reason = (done.stderr.strip().splitlines() or ["its process ended without an answer"])[-1][:200]
-        raise KeyeError(f"{name} cannot be rendered ({reason}): use keye's own template.") from None
-    if "error" in answer:
-        raise KeyeError(f"{name} cannot be rendered ({answer['error']}): use keye's own template or correct it.")
-    return str(answer["text"])
-
-
-def _too_long(name: str) -> KeyeError:
-    return KeyeError(f"{name} does not come to an end (it may loop for ever): use keye's own template or correct it.")
-
-
 def _check_last_words(name: str, turns: Sequence[Message], segments: Sequence[Segment]) -> None:
     """The last text of the user must be in the prompt: a template that cannot read a message drops it silently."""
     index = last_of_user(turns)
@@ -228,6 +212,11 @@ def _with_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]
         raise KeyeError(f"{name} leaves out {len(media) - placed} of {len(media)} media: use keye's own template.")
 
 
+def find_template(folder: Path) -> CheckpointTemplate | None:
+    """The template that a checkpoint folder brings, None if it brings none; as `load_template` finds it."""
+    return load_template(folder) if any(_templates(folder / name) for name in _FILES) else None
+
+
 def load_template(path: str | Path) -> CheckpointTemplate:
     """The template of a checkpoint folder, or of one file (`.jinja`, or `.json` with a `chat_template`).
 
@@ -237,7 +226,7 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     path = Path(path)
     if not path.exists():
         raise KeyeError(f"{path} does not exist: give a chat template file, a checkpoint folder, keye or checkpoint.")
-    files = [path / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
+    files = [path / name for name in _FILES]
     found = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
     if not found:
         raise KeyeError(f"{path} holds no chat template: use keye's own template (leave --template out).")

@@ -25,6 +25,10 @@ class ChatTemplate:
     default_system: str | None = None
     thinking: Literal["prefill", "suffix"] = "prefill"
 
+    def render(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> list[Segment]:
+        """The prompt of a conversation: `render` with this template and its other options."""
+        return render(messages, template=self, **options)
+
 
 CHATML: Final = ChatTemplate()
 """2.0 and keye-nano. The template of 2.0 was never seen; this is the format of the model it was built from."""

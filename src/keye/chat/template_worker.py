@@ -1,13 +1,14 @@
-"""The program that renders a checkpoint's chat template, in a process of its own that may be killed.
+"""The program that renders a checkpoint's chat templates, in a process of its own that may be killed.
 
-Reads one JSON object from standard input, writes one to standard output: `{"text": ...}` or `{"error": ...}`. Imports
-nothing of keye. A template is a program from a stranger: the sandbox keeps it from reaching Python, and the limits of
-this process end one that loops, counts or doubles its text for ever.
+For each line of standard input, one JSON object, it writes a line to standard output: `{"text": ...}` or
+`{"error": ...}`. Imports nothing of keye. A template is a program from a stranger: the sandbox keeps it from reaching
+Python, and the limits of this process end one that loops, counts or doubles its text for ever.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from datetime import datetime
@@ -18,15 +19,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    _limit(request["memory_bytes"], request["cpu_seconds"])
-    try:
-        answer = {"text": render(request["template"], request["variables"], request["nonce"], request["max_chars"])}
-    except MemoryError:
-        answer = {"error": "needs too much memory"}
-    except Exception as error:  # noqa: BLE001 - a template can raise anything, and all of it is its own fault
-        answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-    json.dump(answer, sys.stdout)
+    for line in sys.stdin:
+        request = json.loads(line)
+        _limit(request["memory_bytes"], request["cpu_seconds"])
+        try:
+            answer = {"text": render(request["template"], request["variables"], request["nonce"], request["max_chars"])}
+            written = json.dumps(answer)
+        except MemoryError:
+            written = json.dumps({"error": "needs too much memory"})
+        except Exception as error:  # noqa: BLE001 - a template can raise anything, and all of it is its own fault
+            written = json.dumps({"error": f"{type(error).__name__}: {error}"[:300]})
+        print(written, flush=True)
 
 
 def render(template: str, variables: dict[str, Any], nonce: str, max_chars: int) -> str:
@@ -64,17 +67,20 @@ def _raise(message: object) -> NoReturn:
 
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
-    """Caps address space and CPU time of this process, and forbids it to write files. No-op where unsupported."""
+    """Caps address space and CPU time of this process from now on, and forbids it to write files. No-op where
+    unsupported."""
     try:
         import resource
     except ImportError:
         return
-    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_FSIZE: 0,
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = math.ceil(usage.ru_utime + usage.ru_stime)
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: used + cpu_seconds, resource.RLIMIT_FSIZE: 0,
               resource.RLIMIT_CORE: 0}  # fmt: skip
     for kind, value in limits.items():
+        # The soft limit alone, which the next request raises again: a template cannot reach it from the sandbox.
         hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 if __name__ == "__main__":

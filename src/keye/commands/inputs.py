@@ -149,7 +149,7 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
             device=options["device"],
             dtype=options["dtype"],
             **given({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
-            template=options.get("template") or "keye",
+            template=options.get("template") or "auto",
             decoder=decoder,
         )
     if model.notes:

@@ -110,10 +110,10 @@ running: Callable[[F], F] = _all(model_name, running_device)
 
 template: Callable[[F], F] = click.option(
     "--template",
-    metavar="keye|checkpoint|FILE",
-    default="keye",
+    metavar="auto|keye|checkpoint|FILE",
+    default="auto",
     show_default=True,
-    help="Chat template: ours, the checkpoint's own, or a file.",
+    help="Chat template: the checkpoint's own where it brings one (auto), always keye's, always its own, or a file.",
 )
 
 prompting: Callable[[F], F] = _all(

@@ -17,7 +17,13 @@ from keye.config.model import (
     model_config_from_dict,
     vision_config_from_dict,
 )
-from keye.config.processor import PROCESSOR_FILE, ProcessorConfig, load_processor_config
+from keye.config.processor import (
+    PROCESSOR_FILE,
+    ProcessorConfig,
+    frame_text_of,
+    has_keye_fields,
+    load_processor_config,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -34,6 +40,8 @@ __all__ = [
     "TextConfig",
     "VisionConfig",
     "architecture_name",
+    "frame_text_of",
+    "has_keye_fields",
     "hub_config",
     "kernel_config",
     "load_generation_config",

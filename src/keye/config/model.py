@@ -185,7 +185,7 @@ _INERT = frozenset(
     "architectures model_type auto_map bos_token_id eos_token_id pad_token_id vision_token_id initializer_range "
     "initializer_factor max_window_layers sliding_window use_sliding_window transformers_version use_cache torch_dtype "
     "dtype attention_dropout vision_config rope_scaling sa_config mlp_only_layers head_dim router_aux_loss_coef "
-    "output_router_logits fast_video_token_id".split()
+    "output_router_logits fast_video_token_id rope_parameters".split()
 )
 
 
@@ -195,6 +195,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     Raises `ConfigError` naming every missing field at once, an architecture that is not supported, or the first
     contradiction between fields. Keys without meaning here are kept in `raw` and named in `unknown`.
     """
+    raw, official = _with_rope_scaling(raw), raw
     architecture = architecture_name(raw)
     kind = ARCHITECTURES[architecture]
     if not kind.runs:
@@ -216,13 +217,38 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),)),
         pad_token_id=raw.get("pad_token_id"),
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
-        raw=dict(raw),
+        raw=dict(official),
         tokens_per_second=_tokens_per_second(raw["vision_config"]) if kind.preview else None,
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw[name]) for name in _TOKEN_IDS},
     )
     refuse(model_problems(config))
     return config
+
+
+def _with_rope_scaling(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json with `rope_scaling` and `rope_theta` also where transformers 5 saved it, which writes both as
+    `rope_parameters`. `ConfigError` where a file has both and they differ."""
+    joined = raw.get("rope_parameters")
+    if joined is None:
+        return raw
+    if not isinstance(joined, Mapping):
+        raise ConfigError(f"config.json has rope_parameters {joined!r}; it must be an object")
+    if joined.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError("rope_parameters.partial_rotary_factor is not 1; keye rotates whole heads")
+    theta = joined.get("rope_theta")
+    scaling = {name: value for name, value in joined.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    old = raw.get("rope_scaling")
+    section = old.get("mrope_section") if isinstance(old, Mapping) else None
+    for was, now in ((raw.get("rope_theta"), theta), (section, scaling.get("mrope_section"))):
+        if was is not None and now is not None and was != now:
+            raise ConfigError(f"config.json has {was!r} in rope_scaling or rope_theta and {now!r} in rope_parameters; "
+                              "remove one of them")  # fmt: skip
+    return {
+        **raw,
+        "rope_scaling": old or scaling,
+        "rope_theta": theta if raw.get("rope_theta") is None else raw["rope_theta"],
+    }
 
 
 def load_model_config(folder: Path) -> KeyeConfig:

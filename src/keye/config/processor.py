@@ -12,8 +12,10 @@ from keye.config.architecture import ARCHITECTURES, Generation
 from keye.config.files import ConfigError, own_fields, read_json, refuse, require_whole
 from keye.config.problems import patch_problems, processor_problems
 
-#: The file that says how a checkpoint wants its media prepared.
+#: The file that says how a checkpoint wants its media prepared, and the one that newer versions of transformers write
+#: for videos alone.
 PROCESSOR_FILE = "preprocessor_config.json"
+VIDEO_PROCESSOR_FILE = "video_preprocessor_config.json"
 
 #: What the utilities of the older generations set otherwise than 2.0 (keye-vl-utils 1.0.0 and 1.5.2).
 _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -87,18 +89,36 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
 
     `min_pixels`/`max_pixels` of the file are the limits of an image; for Preview and 1.5, whose utilities resize with
     limits of their own first, those of the processor's second resize. A `keye` object in the file holds our own fields
-    (video budgets, `frame_text`); unknown fields in it are errors.
+    (video budgets, `frame_text`); unknown fields in it are errors. A `frame_text` beside the official fields, in this
+    file or in `video_preprocessor_config.json`, is the checkpoint's own text before a frame.
     """
     beside = Path(folder) / "config.json"
     model = read_json(beside) if beside.exists() else {}
-    config = _processor_config(Path(folder) / PROCESSOR_FILE, _generation(model))
+    config = _processor_config(Path(folder) / PROCESSOR_FILE, _generation(model), frame_text_of(Path(folder)))
     refuse(patch_problems(config, model))
     return config
 
 
-def _processor_config(path: Path, generation: Generation) -> ProcessorConfig:
+def frame_text_of(folder: Path) -> str | None:
+    """The text before a video frame that a checkpoint's own files give, None if they give none."""
+    for name in (VIDEO_PROCESSOR_FILE, PROCESSOR_FILE):
+        raw = read_json(folder / name) if (folder / name).exists() else {}
+        for fields in (raw, raw.get("keye") or {}):
+            if isinstance(fields, Mapping) and fields.get("frame_text") is not None:
+                return fields["frame_text"]  # checked with the other fields
+    return None
+
+
+def has_keye_fields(folder: Path) -> bool:
+    """Whether the processor file has a `keye` object: then the checkpoint was made for keye, in keye's formats."""
+    path = folder / PROCESSOR_FILE
+    return path.exists() and "keye" in read_json(path)
+
+
+def _processor_config(path: Path, generation: Generation, frame_text: str | None) -> ProcessorConfig:
+    brought = {} if frame_text is None else {"frame_text": frame_text}
     if not path.exists():
-        return ProcessorConfig.of(generation)
+        return ProcessorConfig.of(generation, **brought)
     raw = {name: value for name, value in read_json(path).items() if value is not None}
     require_whole(raw, ("patch_size", "merge_size", "min_pixels", "max_pixels"), str(path))
     values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
@@ -115,7 +135,7 @@ def _processor_config(path: Path, generation: Generation) -> ProcessorConfig:
         else:
             values[f"processor_{bound}_pixels"] = pixels
     own = own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)})
-    return ProcessorConfig.of(generation, **{**values, **own})
+    return ProcessorConfig.of(generation, **{**values, **brought, **own})
 
 
 def _generation(model: Mapping[str, Any]) -> Generation:

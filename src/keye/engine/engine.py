@@ -16,6 +16,7 @@ from keye.chat import (
     CheckpointTemplate,
     Message,
     Segment,
+    find_template,
     load_template,
     merge_intervals,
     normalize_tools,
@@ -25,6 +26,8 @@ from keye.config import (
     PROCESSOR_FILE,
     GenerationConfig,
     KeyeConfig,
+    frame_text_of,
+    has_keye_fields,
     load_generation_config,
     load_model_config,
     load_processor_config,
@@ -83,7 +86,7 @@ class Keye:
         own = template_of(model.config.architecture, self.generation.default_system)
         self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
         if isinstance(self.template, CheckpointTemplate):
-            self.template = replace(self.template, thinking=own.thinking, default_system=self.generation.default_system)
+            self.template = self.template.for_model(own, self.generation.default_system)
         self.prompts = PromptBuilder(self.config, tokenizer, processor, self._open_index)
         self.kv = kv or KVOptions()
         self.ledger = self.kv.ledger()
@@ -347,7 +350,7 @@ def load(
     kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None,
     memory: str | int | None = None,
-    template: str | Path = "keye",
+    template: str | Path = "auto",
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     decoder: Decoder | None = None,
@@ -357,10 +360,11 @@ def load(
     `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of
     all files while a model is fetched from there.
 
-    `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the
-    checkpoint's own). `template` is "keye" for our own chat format of the model's generation, "checkpoint" for the
-    template in the checkpoint's files, or a template file. Nothing in the checkpoint is executed; its template is
-    rendered in a sandbox. `notes` of the result tell what the files hold that is not used, and what they lack.
+    `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the checkpoint's own). `template` is
+    "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the model's
+    generation; "keye" or "checkpoint" for one of the two, or a template file. Nothing in the checkpoint is executed;
+    its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
+    lack, and whose formats are used.
 
     `kv` and `index_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
     weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
@@ -378,7 +382,7 @@ def load(
     # The small files come first: what they refuse need not be downloaded.
     folder = resolve(name, revision=revision, weights=False, progress=progress)
     config = load_model_config(folder)
-    chosen = None if template == "keye" else load_template(folder if template == "checkpoint" else template)
+    chosen = _template(template, folder, config.architecture)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     processor = Processor(load_processor_config(folder), decoder=decoder)
@@ -394,8 +398,37 @@ def load(
         attention=attention,
         template=chosen,
         kv=replace(storing, memory=limit or free_memory(device)),
-        notes=tuple(load_notes(folder, config, report)),
+        notes=(*load_notes(folder, config, report), *format_notes(folder, config, chosen, asked=template != "auto")),
     )
+
+
+def _template(asked: str | Path, folder: Path, architecture: str) -> CheckpointTemplate | None:
+    """The template that is asked for; None for keye's own."""
+    if asked == "keye":
+        return None
+    if asked == "auto":
+        found = find_template(folder)
+        return None if found is None else found.for_model(template_of(architecture), None, fall_back=True)
+    return load_template(folder if asked == "checkpoint" else asked)
+
+
+def format_notes(
+    folder: Path, config: KeyeConfig, template: CheckpointTemplate | None, *, asked: bool
+) -> Iterator[str]:
+    """Which chat template and which text before frames a checkpoint is used with, a sentence each. Nothing where a
+    template was asked for, nor of checkpoints that keye wrote: their formats are keye's."""
+    if asked or has_keye_fields(folder):
+        return
+    if template is not None:
+        yield f"prompts follow the checkpoint's own chat template; template keye chooses that of keye ({template.name})"
+    else:
+        yield f"the checkpoint brings no chat template: prompts follow keye's own for Keye-VL {config.generation}"
+    if config.generation == "2.0":
+        yield (
+            "frames are labelled by the frame_text of the checkpoint"
+            if frame_text_of(folder) is not None
+            else "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it"
+        )
 
 
 def load_notes(folder: Path, config: KeyeConfig, report: LoadReport) -> Iterator[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message, Segment, render
+from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment
 from keye.config import KeyeConfig
 from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
@@ -138,10 +138,7 @@ class PromptBuilder:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
         """The prompt as text with its media in their places. Their options are checked; none is opened."""
-        if isinstance(template, CheckpointTemplate):
-            segments = template.render(messages, thinking=thinking, tools=tools)
-        else:
-            segments = render(messages, template=template, thinking=thinking, tools=tools)
+        segments = (template or CHATML).render(messages, thinking=thinking, tools=tools)
         for segment in segments:
             if isinstance(segment.value, Medium):
                 check_medium(segment.value)

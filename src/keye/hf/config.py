@@ -38,9 +38,11 @@ def read_official(config: Any, official: dict[str, Any]) -> None:
         if not isinstance(config.official.get(name, ""), str):  # a torch.dtype that a caller has set
             config.official[name] = str(config.official[name]).removeprefix("torch.")
     rope = {name: official.pop(name) for name in ("rope_scaling", "rope_theta") if name in official}
+    joined = official.pop("rope_parameters", None) or {}
     official.pop("model_type", None)
     transformers.PreTrainedConfig.__init__(config, **official)
-    config.rope_parameters = {**(rope.get("rope_scaling") or {}), "rope_theta": rope.get("rope_theta")}
+    theta = rope.get("rope_theta", joined.get("rope_theta"))
+    config.rope_parameters = {**joined, **(rope.get("rope_scaling") or {}), "rope_theta": theta}
 
 
 class _Official(transformers.PreTrainedConfig):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from keye.chat import Medium, Segment, render, template_of
+from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Segment, find_template, template_of
 from keye.compat.processor import VIDEO_PAD, OfficialProcessor
 from keye.config import load_generation_config, load_model_config, load_processor_config
 from keye.engine.media import plan_medium
@@ -83,7 +83,11 @@ class KeyeProcessor:
         self._tokenizer = Tokenizer.from_file(folder)
         check_tokenizer(self._tokenizer, config)
         self.prompts = _Builder(config, self._tokenizer, Processor(load_processor_config(folder)))
-        self._template = template_of(config.architecture, generation.default_system)
+        own = template_of(config.architecture, generation.default_system)
+        brought = find_template(folder)
+        self._template: ChatTemplate | CheckpointTemplate = own
+        if brought is not None:
+            self._template = brought.for_model(own, generation.default_system, fall_back=True)
         pads = (config.pad_token_id, *generation.eos_token_ids, *config.eos_token_ids)
         self.pad_token_id = next((value for value in pads if value is not None), 0)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
@@ -121,8 +125,8 @@ class KeyeProcessor:
         """
         many = bool(conversation) and isinstance(conversation[0], list | tuple)
         prompts = [
-            render(messages, template=self._template, add_generation_prompt=add_generation_prompt,
-                   thinking=enable_thinking, tools=tools)
+            self._template.render(messages, add_generation_prompt=add_generation_prompt, thinking=enable_thinking,
+                                  tools=tools)
             for messages in (conversation if many else [conversation])
         ]  # fmt: skip
         if not tokenize:

@@ -117,6 +117,10 @@ class StoredTensor:
         for begin in range(0, count, step):
             yield partial(self._fill, flat[begin : begin + step], begin * dtype.itemsize, dtype)
 
+    def read(self) -> Tensor:
+        """The whole tensor in memory, in the dtype of the file."""
+        return self._read(0, torch.empty(self.shape, dtype=_DTYPES[self.dtype]))
+
     def _fill(self, part: Tensor, start: int, dtype: torch.dtype) -> None:
         """Reads straight into `part` where its dtype and device are the file's, else through a buffer of its size."""
         if part.device.type == "cpu" and part.dtype == dtype:

@@ -5,6 +5,8 @@ Legend: T tokens of a ragged step, d model width, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,7 +77,12 @@ class Decoder(nn.Module):
 
 
 class KeyeModel(nn.Module):
-    """Keye-VL as one module; built on any device, including `meta`."""
+    """Keye-VL as one module; built on any device, including `meta`.
+
+    `origin` is the folder it was loaded from if that holds tensors which no forward pass reads and saving must keep.
+    """
+
+    origin: Path | None = None
 
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ every tensor of the files must have a place, be known to have none, or be an err
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.config import KeyeConfig, read_json, vision_config_from_dict
+from keye.errors import KeyeError, KeyeWarning
 from keye.models.checkpoint import (
     INDEX_FILE,
     SHARD_BYTES,
@@ -40,6 +42,9 @@ __all__ = [
 IGNORED = re.compile(
     r"visual\.vision_model\.head\.|\.packing_position_embedding\.|\.rotary_emb\.inv_freq$|\.position_ids$"
 )
+#: Those of them that are parameters of the official modules: other loaders (vLLM's) miss them in a checkpoint, so that
+#: saving copies them from the files that the model was loaded from.
+CARRIED = re.compile(r"visual\.vision_model\.head\.|\.packing_position_embedding\.")
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _INDEXER = ".sa_indexer."
 
@@ -78,6 +83,7 @@ def load_model(
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     _fill(model, plan, tensors)
+    model.origin = Path(folder) if any(CARRIED.search(name) for name in report.ignored) else None
     return model.eval(), report
 
 
@@ -119,10 +125,28 @@ def save_model(
     model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Path:
     """Writes the weights under the official names: `model.safetensors`, or shards with an index if there are more than
-    `shard_bytes`. Returns the path of the file or index; see `checkpoint.write_checkpoint`."""
+    `shard_bytes`. Tensors of the official files that no forward pass reads (`CARRIED`) are copied from the folder
+    that the model was loaded from. Returns the path of the file or index; see `checkpoint.write_checkpoint`."""
     tied = model.config.text.tie_word_embeddings
     state = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    return write_checkpoint(state, folder, dtype=dtype, shard_bytes=shard_bytes)
+    return write_checkpoint({**state, **_carried(model)}, folder, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def _carried(model: KeyeModel) -> dict[str, Tensor]:
+    """Tensors to save that the model itself does not hold; none, with a warning, where their files are gone."""
+    if model.origin is None:
+        return {}
+    try:
+        tensors = open_checkpoint(model.origin, lambda name: CARRIED.search(name) is not None)
+        return {name: tensor.read() for name, tensor in tensors.items() if tensor.unreadable is None}
+    except KeyeError as error:
+        warnings.warn(
+            KeyeWarning(
+                f"the packing table of {model.origin} cannot be copied, which vLLM's loader will miss ({error})"
+            ),
+            stacklevel=3,
+        )
+        return {}
 
 
 def torch_dtype(name: str) -> torch.dtype:

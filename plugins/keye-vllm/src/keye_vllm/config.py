@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+from transformers import PreTrainedConfig
 from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -11,7 +13,6 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from keye.config import KeyeConfig, model_config_from_dict
 from keye.errors import KeyeError
-from keye.hf.config import KeyeVL2ConfigHF
 from keye.ops.pages import PAGE
 
 #: The name under which prompts are written as keye writes them (`--tokenizer-mode`).
@@ -20,14 +21,36 @@ TOKENIZER_MODE = "keye"
 ATTENTION_OP = "keye_dsa"
 
 
-class KeyeVL2Config(KeyeVL2ConfigHF):
-    """The official `config.json` with defaults that vLLM's layers ask for."""
+class KeyeVL2Config(PreTrainedConfig):
+    """The official `config.json` with defaults that vLLM's layers ask for.
+
+    A class of its own: importing `keye.hf` would replace the Auto classes of Preview and 1.5, which vLLM's own models
+    use.
+    """
+
+    model_type = "KeyeVL2"
 
     def __init__(self, **official: Any) -> None:
+        # Kept beside the attributes, since `transformers` renames fields.
+        self.official = {name: copy.deepcopy(value) for name, value in official.items() if not name.startswith("_")}
+        dtype = self.official.get("dtype")
+        if dtype is not None and not isinstance(dtype, str):  # a torch.dtype
+            self.official["dtype"] = str(dtype).removeprefix("torch.")
+        rope = {"rope_theta": official.pop("rope_theta", None), **(official.pop("rope_scaling", None) or {})}
+        rope |= official.pop("rope_parameters", None) or {}
+        official.pop("model_type", None)
         super().__init__(**official)
+        self.rope_parameters = rope
         for name, default in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("num_experts", 0)):
             if getattr(self, name, None) is None:
                 setattr(self, name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official `config.json`."""
+        return {**copy.deepcopy(self.official), "model_type": self.model_type}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
 
     @property
     def keye(self) -> KeyeConfig:

@@ -1,5 +1,6 @@
-"""Conversations to prompts as keye writes them: `keye.chat`'s format, in which special tokens that a user types are
-plain text, and options of media beside each of them (`preprocess_kwargs`).
+"""Conversations to prompts as keye writes them: by the checkpoint's own chat template where it brings one and else by
+that of keye, with special tokens that a user types as plain text, and options of media beside each of them
+(`preprocess_kwargs`).
 
 vLLM chooses this by the tokenizer mode `keye`, which is the default for these models. A chat template that is asked for
 (`--chat-template`, or `chat_template` of a request) is used instead, as vLLM does it.
@@ -15,7 +16,16 @@ from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_a
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 
-from keye.chat import Medium, MediumKind, Segment, normalize, render, template_of
+from keye.chat import (
+    ChatTemplate,
+    CheckpointTemplate,
+    Medium,
+    MediumKind,
+    Segment,
+    find_template,
+    normalize,
+    template_of,
+)
 from keye.config import load_generation_config
 from keye.errors import KeyeError
 from keye.hub import resolve
@@ -42,7 +52,11 @@ class KeyeRenderer(HfRenderer):
         self._own, keye_config = Tokenizer.from_file(folder), model.hf_config.keye
         check_tokenizer(self._own, keye_config)
         self._pads = {"image": keye_config.image_token_id, "video": keye_config.video_token_id}
-        self._format = template_of(keye_config.architecture, load_generation_config(folder).default_system)
+        default_system = load_generation_config(folder).default_system
+        own, brought = template_of(keye_config.architecture, default_system), find_template(folder)
+        self._format: ChatTemplate | CheckpointTemplate = own
+        if brought is not None:
+            self._format = brought.for_model(own, default_system, fall_back=True)
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> Any:
         if params.chat_template is not None:
@@ -73,9 +87,8 @@ class KeyeRenderer(HfRenderer):
         for name in ("documents", "continue_final_message"):
             if settings.get(name):
                 raise KeyeError(f"{name} is not known to keye's own format of prompts; leave it out")
-        segments = render(
+        segments = self._format.render(
             [_message(turn) for turn in conversation],
-            template=self._format,
             add_generation_prompt=settings.get("add_generation_prompt", True),
             thinking=settings.get("enable_thinking"),
             tools=settings.get("tools") or (),
