@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from keye.config import KeyeConfig, load_model_config
+from keye.config import KeyeConfig, load_model_config, model_config_from_dict
 from keye.data.nano_tokenizer import MAX_VOCAB, build_nano_tokenizer, save_nano_tokenizer
 from keye.errors import KeyeError
 from keye.tokenizer import (
     CONTROL_TOKENS,
     FRAME_TOKENS,
+    IDS_OF_1_5,
     MARKUP_TOKENS,
     POLYGON_TOKENS,
     StreamDecoder,
@@ -36,6 +37,26 @@ awkward_text = st.lists(
 
 def pieces(text: str) -> list[str]:
     return [NANO.decode([index]) for index in NANO.encode(text)]
+
+
+def test_the_tokens_that_1_5_adds() -> None:
+    """Six ids in a row after Preview's last; a config.json that says otherwise of the fast frames is refused."""
+    assert sorted(IDS_OF_1_5.values()) == list(range(151675, 151681))
+    assert set(FRAME_TOKENS) | set(POLYGON_TOKENS) < set(IDS_OF_1_5)
+    backend = build_nano_tokenizer(WORDS)
+    backend.add_tokens(["<|fast_video_pad|>"])
+    tokenizer = Tokenizer(backend)
+    fast = tokenizer.added_tokens["<|fast_video_pad|>"]
+    raw = json.loads((Path(__file__).parents[1] / "configs" / "nano" / "config.json").read_text())
+    for kind in ("image", "video"):
+        raw[f"{kind}_token_id"] = tokenizer.added_tokens[f"<|{kind}_pad|>"]
+    for place in ("start", "end"):
+        raw[f"vision_{place}_token_id"] = tokenizer.added_tokens[f"<|vision_{place}|>"]
+    raw |= {"eos_token_id": tokenizer.added_tokens["<|im_end|>"], "fast_video_token_id": fast}
+    check_tokenizer(tokenizer, model_config_from_dict(raw))
+    wrong = model_config_from_dict(raw | {"fast_video_token_id": fast - 1})
+    with pytest.raises(KeyeError, match="fast_video_token_id"):
+        check_tokenizer(tokenizer, wrong)
 
 
 @given(awkward_text)

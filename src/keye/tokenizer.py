@@ -63,6 +63,17 @@ FRAME_TOKENS: Final = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
 POLYGON_TOKENS: Final = ("<|polygon_start|>", "<|polygon_end|>")
 """Grounding marks of the 1.5 report (table 1)."""
 
+IDS_OF_1_5: Final = {
+    "<|polygon_start|>": 151675,
+    "<|polygon_end|>": 151676,
+    "<|frame|>": 151677,
+    "<|fast_video_pad|>": 151678,
+    "<|fast_start|>": 151679,
+    "<|fast_end|>": 151680,
+}
+"""Ids of the tokens that 1.5 adds after Preview's last, 151674. The first two and the order of the last two are inferred
+from the ids around them; the others were seen in official logs."""
+
 
 _MEDIA_TOKENS: Final = {
     "image_token_id": "<|image_pad|>",
@@ -71,6 +82,8 @@ _MEDIA_TOKENS: Final = {
     "vision_end_token_id": "<|vision_end|>",
 }
 """Fields of config.json, and the tokens whose ids they name."""
+
+_FAST_VIDEO: Final = "<|fast_video_pad|>"
 
 
 def byte_characters() -> list[str]:
@@ -226,6 +239,12 @@ def check_tokenizer(tokenizer: Tokenizer, config: KeyeConfig) -> None:
             raise KeyeError(f"The tokenizer has no token {token}, but config.json sets {field} to {wanted}: {fix}.")
         if index != wanted:
             raise KeyeError(f"The tokenizer gives {token} the id {index}, config.json sets {field} to {wanted}: {fix}.")
+    fast = config.raw.get("fast_video_token_id")
+    if fast is not None and tokenizer.added_tokens.get(_FAST_VIDEO, fast) != fast:
+        index = tokenizer.added_tokens[_FAST_VIDEO]
+        raise KeyeError(
+            f"The tokenizer gives {_FAST_VIDEO} the id {index}, config.json sets fast_video_token_id to {fast}: {fix}."
+        )
     largest, size = tokenizer.largest_id, config.text.vocab_size
     if largest >= size:
         raise KeyeError(f"The tokenizer has ids up to {largest}, config.json sets vocab_size to {size}: {fix}.")

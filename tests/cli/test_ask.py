@@ -106,7 +106,6 @@ def test_nothing_to_draw_is_told(run: Callable, model_folder: Path, picture: Pat
 def test_tools_and_templates_change_the_prompt(run: Callable, own_model: Path, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_text('[{"name": "zoom", "parameters": {"type": "object"}}]')
     (tmp_path / "short.jinja").write_text("{{ messages[0].content }}{{ tools }}")
-    (own_model / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content }}!{# image_pad #}"}')
 
     def tokens(*arguments: object) -> int:
         result = run("ask", picture, "what?", "--model", own_model, "--max-tokens", 1, "--json", *arguments)
@@ -114,6 +113,9 @@ def test_tools_and_templates_change_the_prompt(run: Callable, own_model: Path, p
 
     plain = tokens()
     assert tokens("--template", "keye") == plain
+    own = "{% for part in messages[0].content %}{{ part.text or '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}"
+    (own_model / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+    assert tokens() == tokens("--template", "checkpoint") < tokens("--template", "keye") == plain
     assert tokens("--tools", tmp_path / "tools.json") > plain + 100
     assert tokens("--template", tmp_path / "short.jinja") < plain
     assert tokens("--template", tmp_path / "short.jinja", "--tools", tmp_path / "tools.json") > plain

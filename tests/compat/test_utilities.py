@@ -15,7 +15,8 @@ from PIL import Image
 from keye.compat import utils_1_5, utils_preview
 from keye.compat.processor import OfficialProcessor
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
+from keye.hub import asset
 
 
 def talk(*items: dict[str, Any]) -> list[dict[str, Any]]:
@@ -36,7 +37,10 @@ def picture(width: int = 60, height: int = 40) -> Image.Image:
         (utils_preview.fetch_video, {"image_factor": 28, "return_video_sample_fps": False}),
         (utils_1_5.fetch_video, {"image_factor": 28}),
         (utils_preview.process_vision_info, {"return_video_kwargs": False}),
-        (utils_1_5.process_vision_info, {"conversations": None, "vision_infos": None, "image_factor": 28}),
+        (
+            utils_1_5.process_vision_info,
+            {"conversations": None, "vision_infos": None, "image_factor": 28, "return_video_kwargs": None},
+        ),
     ],
 )
 def test_defaults(function: Any, parameters: dict[str, Any]) -> None:
@@ -85,6 +89,16 @@ def test_1_5_from_a_message_to_the_processor(tmp_path: Path) -> None:
 def _saved(folder: Path) -> Path:
     picture().save(folder / "picture.png")
     return folder / "picture.png"
+
+
+def test_the_call_of_the_model_card_of_1_5() -> None:
+    """The card passes an argument of Preview's utilities, which keye-vl-utils 1.5.2 ends with a TypeError."""
+    messages = [{"role": "user", "content": [{"type": "video", "video": str(asset("demo.mp4")), "max_frames": 2}]}]
+    with pytest.warns(KeyeWarning, match="1.5.2 itself refuses return_video_kwargs"):
+        images, videos, kwargs = utils_1_5.process_vision_info(messages, return_video_kwargs=True)
+    assert images is None and len(videos[0]) == 2 and len(kwargs["timestamps"][0]) == 2
+    with pytest.warns(KeyeWarning):
+        assert len(utils_1_5.process_vision_info(messages, return_video_kwargs=False)) == 2
 
 
 def test_lists_of_frames() -> None:

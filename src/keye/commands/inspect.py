@@ -156,7 +156,8 @@ def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, An
 
 def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """Size and marks of `tokenizer.json`; None without one. `disagreements` are ids that config.json says otherwise."""
-    from keye.tokenizer import FRAME_TOKENS, Tokenizer
+    from keye.config import architecture_name
+    from keye.tokenizer import FRAME_TOKENS, IDS_OF_1_5, Tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         return None
@@ -164,6 +165,9 @@ def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | No
     added = tokenizer.added_tokens
     wrong = [f"{mark} is {added.get(mark)} but {field} is {raw.get(field)}"
              for mark, field in MARKS.items() if added.get(mark) != raw.get(field)]  # fmt: skip
+    if architecture_name(raw) == "KeyeVL1_5ForConditionalGeneration":
+        wrong += [f"{mark} is {added[mark]} but {index} in the official 1.5" for mark, index in IDS_OF_1_5.items()
+                  if added.get(mark, index) != index]  # fmt: skip
     if (rows := raw.get("vocab_size")) is not None and tokenizer.vocab_size > rows:
         wrong.append(f"{tokenizer.vocab_size} tokens but vocab_size {rows}")
     return {

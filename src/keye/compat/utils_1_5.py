@@ -9,6 +9,7 @@ brings the original's behaviour back.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.media import sizes
 from keye.media.image import hold_image
 from keye.media.inputs import as_source, open_frames, open_image
@@ -87,10 +88,23 @@ def process_vision_info(
     conversations: Sequence[Any] | None = None,
     vision_infos: Sequence[Item] | None = None,
     image_factor: int = IMAGE_FACTOR,
-) -> tuple[list[Image.Image] | None, list[Tensor] | None, dict[str, list[Any]]]:
+    *,
+    return_video_kwargs: bool | None = None,
+) -> tuple[Any, ...]:
     """(images, videos, kwargs) of a conversation or a list of them, or of items; images and videos are None where there
     are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor: an entry for each video,
-    None where a video lacks what another has."""
+    None where a video lacks what another has.
+
+    `return_video_kwargs` is an argument of Preview's utilities that the model card of 1.5 passes and 1.5.2 itself does
+    not take: True changes nothing, and False leaves `kwargs` out.
+    """
+    if return_video_kwargs is not None:
+        warnings.warn(
+            KeyeWarning(
+                "keye-vl-utils 1.5.2 itself refuses return_video_kwargs: it always returns (images, videos, kwargs)"
+            ),
+            stacklevel=2,
+        )
     if vision_infos is None:
         if conversations is None:
             raise KeyeError("neither conversations nor vision_infos is given; pass one of them")
@@ -108,7 +122,8 @@ def process_vision_info(
     kwargs: dict[str, list[Any]] = defaultdict(list)
     for name in dict.fromkeys(name for facts in all_facts for name in facts):
         kwargs[name] = [facts.get(name) for facts in all_facts]
-    return images or None, videos or None, kwargs
+    found = (images or None, videos or None)
+    return found if return_video_kwargs is False else (*found, kwargs)
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:

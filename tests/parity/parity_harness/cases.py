@@ -59,6 +59,11 @@ class Case:
         patterns = [name.strip() for name in listed.split("/")]
         return {name for name in self.tensors if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
+    @property
+    def is_informative(self) -> bool:
+        """Whether the whole case only records a property of the official code: it is marked, but names no tensors."""
+        return bool(self.meta.get("informative")) and not self.informative
+
     def tolerance(self, default: float = FLOAT_TOLERANCE) -> float:
         """The first number of the case's own tolerance text."""
         found = re.search(r"\d+(?:\.\d+)?e-\d+", str(self.meta.get("tolerance", "")))

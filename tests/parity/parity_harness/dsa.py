@@ -156,7 +156,7 @@ class _ObservedStep(CachedStep):
         with calls:
             out = super().attend(layer, q, k, v, index)
         self._got[f"L{layer}.sparse_attn"] = out.flatten(1)
-        self._got[f"L{layer}.topk_sorted"] = torch.cat(calls.selected)
+        self._got[f"L{layer}.topk_sorted"] = calls.by_span()
         self._got[f"L{layer}.scores"] = self._scores(layer, index)
         return out
 
@@ -174,25 +174,29 @@ class _ObservedStep(CachedStep):
 
 @dataclass
 class _Calls:
-    """Positions [T, K] that each call of the reference attention used, in order, while it is entered."""
+    """Positions [T, K] that the reference attention used while it is entered, for the queries of each of its calls."""
 
     topk: int
 
+    def by_span(self) -> Tensor:
+        """The positions in the order of the queries: dense and sparse spans of a step are attended apart."""
+        return torch.cat([positions for _, positions in sorted(self.calls, key=lambda call: call[0])])
+
     def __enter__(self) -> _Calls:
-        self.selected: list[Tensor] = []
+        self.calls: list[tuple[int, Tensor]] = []  # where the queries lie in memory, and their positions
         self._patch = pytest.MonkeyPatch()
         sparse, dense = reference.sparse_attention, reference.dense_attention
 
         def watch_sparse(q: Tensor, selection: Iterable[tuple[int, Tensor]], rows: Any) -> Tensor:
             blocks = list(selection)
-            self.selected.append(torch.cat([positions for _, positions in blocks]))
+            self.calls.append((q.data_ptr(), torch.cat([positions for _, positions in blocks])))
             return sparse(q, blocks, rows)
 
         def watch_dense(q: Tensor, rows: Any, first: int) -> Tensor:
             last = first + torch.arange(q.shape[0]).unsqueeze(1)
             positions = torch.arange(self.topk).expand(q.shape[0], -1)
             assert int(last.max()) < self.topk, "dense attention beyond topk keys"
-            self.selected.append(positions.masked_fill(positions > last, -1))
+            self.calls.append((q.data_ptr(), positions.masked_fill(positions > last, -1)))
             return dense(q, rows, first)
 
         # The compiled kernels choose and attend in one call, where nothing can be watched.

@@ -25,8 +25,8 @@ from parity_harness.preprocess import Row, outcome, picture
 PREVIEW_LIMITS = {"processor_min_pixels": 3136, "processor_max_pixels": 1_003_520}
 PATCH_TOLERANCE, OTHER_PILLOW_TOLERANCE, RATE_TOLERANCE = 1e-5, 2e-2, 1e-6
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-#: Where the official tokenizer of Preview may lie: beside the recorded cases, or beside the checkout.
-TOKENIZER = Path("checkpoints") / "keye-vl-8b-preview"
+#: Where the official tokenizer of Preview may lie in or above the folder of recorded cases, or beside the checkout.
+TOKENIZERS = tuple(Path(*parts) / "keye-vl-8b-preview" for parts in ((), ("checkpoints",), ("shared", "checkpoints")))
 
 
 def run_processor(case: Case, check: Check) -> None:
@@ -153,15 +153,17 @@ def _tokens(case: Case, check: Check, i: int, row: Row) -> None:
 
 
 def _tokenizer(case: Case) -> Tokenizer:
-    return _load_tokenizer(case.path.parents[2])
+    return load_tokenizer(case.path.resolve().parents[1])
 
 
 @cache
-def _load_tokenizer(beside: Path) -> Tokenizer:
-    for folder in (beside, Path(__file__).parents[4] / "shared"):
-        if (folder / TOKENIZER / "tokenizer.json").exists():
-            return Tokenizer.from_file(folder / TOKENIZER)
-    raise NotApplicable(f"the tokenizer of Preview is not here; put it at {beside / TOKENIZER}")
+def load_tokenizer(golden: Path) -> Tokenizer:
+    """The official tokenizer of Preview, found in or above the folder `golden` of recorded cases or of this file."""
+    for above in (golden, *golden.parents, *Path(__file__).resolve().parents):
+        for place in TOKENIZERS:
+            if (above / place / "tokenizer.json").exists():
+                return Tokenizer.from_file(above / place)
+    raise NotApplicable(f"the tokenizer of Preview is not here; put it at {golden.parent / TOKENIZERS[1]}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
