@@ -71,8 +71,8 @@ IDS_OF_1_5: Final = {
     "<|fast_start|>": 151679,
     "<|fast_end|>": 151680,
 }
-"""Ids of the tokens that 1.5 adds after Preview's last, 151674. The first two and the order of the last two are inferred
-from the ids around them; the others were seen in official logs."""
+"""Ids of the tokens that 1.5 adds after Preview's last, 151674. The first two, and the order of the last two, are
+inferred from the ids around them; the others were seen in official logs."""
 
 
 _MEDIA_TOKENS: Final = {

@@ -113,7 +113,8 @@ def test_tools_and_templates_change_the_prompt(run: Callable, own_model: Path, p
 
     plain = tokens()
     assert tokens("--template", "keye") == plain
-    own = "{% for part in messages[0].content %}{{ part.text or '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}"
+    medium = "'<|vision_start|><|image_pad|><|vision_end|>'"
+    own = "{% for part in messages[0].content %}{{ part.text or " + medium + " }}{% endfor %}"
     (own_model / "chat_template.json").write_text(json.dumps({"chat_template": own}))
     assert tokens() == tokens("--template", "checkpoint") < tokens("--template", "keye") == plain
     assert tokens("--tools", tmp_path / "tools.json") > plain + 100
