@@ -30,7 +30,7 @@ async def stub_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
             status, answer = 400, {"error": {"message": str(error), "type": "invalid_request_error"}}
     elif path == "/v1/files" and method == "POST":
         answer["bytes"] = len(await body_of(receive))
-    elif path not in ("/", "/health", "/metrics", "/v1/models", "/static/app.js", "/openapi.json"):
+    elif path not in ("/", "/health", "/ping", "/metrics", "/v1/models", "/static/app.js", "/openapi.json"):
         status, answer = 404, {"error": {"message": "there is nothing at this address"}}
     body = json.dumps(answer).encode()
     headers = [(b"content-type", b"application/json"), (b"server", b"stub/1.0"), (b"x-powered-by", b"stubs")]

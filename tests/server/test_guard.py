@@ -53,13 +53,14 @@ def test_a_request_with_a_key_passes() -> None:
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/v1/chat/completions", "/v1/files", "/metrics", "/openapi.json", "/docs", "/tokenize",
              "/v1/models/", "/healthy", "/health/", "/static", "/staticfiles/x", "/v1/files/../../health", "//health",
-             "/v1/live/x/frames", "/anything"],
+             "/v1/live/x/frames", "/anything", "/v1/messages", "/v1/responses/resp_1", "/generate", "/ping/",
+             "/version", "/get_model_info", "/health_generate", "/load"],
 )  # fmt: skip
 def test_every_path_needs_a_key(path: str, method: str) -> None:
     assert send(guard(), Ask(method, path, key=None)).status in (400, 401)
 
 
-@pytest.mark.parametrize("path", ["/health", "/", "/static/app.js"])
+@pytest.mark.parametrize("path", ["/health", "/ping", "/", "/static/app.js"])
 def test_the_page_and_the_health_check_do_not(path: str) -> None:
     assert send(guard(), Ask("GET", path, key=None)).status == 200
     assert send(guard(), Ask("HEAD", path, key=None)).status == 200
@@ -78,12 +79,27 @@ def test_wrong_keys(authorization: str) -> None:
     assert reply.error["code"] == "invalid_api_key"
 
 
+def test_a_key_may_stand_in_the_header_of_anthropics_clients() -> None:
+    for key, status in ((KEY, 200), (KEY[:-1], 401), ("", 401)):
+        assert send(guard(), Ask(headers=(("X-Api-Key", key),), key=None)).status == status
+    twice = Ask(headers=(("x-api-key", KEY), ("x-api-key", f"{KEY}x")), key=None)
+    assert send(guard(), twice).status == 400
+    wrong_first = Ask(headers=(("authorization", "Bearer wrong"), ("x-api-key", KEY)))
+    assert send(guard(), wrong_first).status == 401
+
+
+def test_refusals_below_v1_messages_have_anthropics_shape() -> None:
+    reply = send(guard(), post({}, path="/v1/messages", key=None))
+    assert reply.status == 401 and reply.json()["type"] == "error"
+    assert reply.error["type"] == "authentication_error" and reply.error["message"]
+
+
 def test_the_scheme_of_a_key_may_be_written_in_any_case() -> None:
     assert send(guard(), Ask(headers=(("authorization", f"bearer {KEY}"),))).status == 200
 
 
 def test_a_key_elsewhere_does_not_count() -> None:
-    for ask in (Ask(key=None, query=f"api_key={KEY}"), Ask(key=None, headers=(("x-api-key", KEY),))):
+    for ask in (Ask(key=None, query=f"api_key={KEY}"), Ask(key=None, headers=(("api-key", KEY),))):
         assert send(guard(), ask).status == 401
 
 

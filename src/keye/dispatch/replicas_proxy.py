@@ -24,7 +24,7 @@ from keye.server.errors import ApiError, install
 from keye.server.sse import until_gone
 
 #: Headers that are passed on, to replicas and back; others belong to one connection, or are the guard's.
-_ASKED: Final = ("authorization", "content-type", "accept", "range")
+_ASKED: Final = ("authorization", "x-api-key", "content-type", "accept", "range")
 _TOLD: Final = (
     "content-type", "content-length", "content-disposition", "content-range", "accept-ranges", "cache-control", "etag",
     "last-modified", "retry-after", "x-accel-buffering",
@@ -157,7 +157,7 @@ class Proxy:
     async def _copy(self, request: Request, file_id: str, home: str, to: str) -> str | None:
         """Sends an upload from one replica to another, under the key of who asks; its id there. None for what is not
         theirs or gone: the answer is then that of a replica that does not have it."""
-        headers = {key: request.headers[key] for key in ("authorization",) if key in request.headers}
+        headers = {key: request.headers[key] for key in ("authorization", "x-api-key") if key in request.headers}
         source = await self.replicas[home].send("GET", f"/v1/files/{file_id}/content", headers, b"")
         try:
             if source.status != 200:

@@ -174,6 +174,18 @@ class PromptBuilder:
             room.check(len(ids), prompt.visual_tokens)
         return prompt
 
+    def of_tokens(self, ids: Sequence[int]) -> Prompt:
+        """A prompt of text given as token ids. `KeyeError` for ids that the model does not have, and for those that
+        stand for media."""
+        if not ids:
+            raise KeyeError("the prompt has no tokens; give at least one")
+        if min(ids) < 0 or max(ids) >= self.config.text.vocab_size:
+            wrong = next(one for one in ids if not 0 <= one < self.config.text.vocab_size)
+            raise KeyeError(f"the prompt has the token {wrong}; this model has {self.config.text.vocab_size:,}")
+        if not set(self._pad.values()).isdisjoint(ids):
+            raise KeyeError("the prompt has tokens that stand for media; give text and the media themselves")
+        return self._positioned(list(ids), [])
+
     def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt costs, at least (see `PlannedMedium`). Videos are probed; lists of pictures, which
         have no plan, are opened and their sizes found."""

@@ -16,7 +16,21 @@ from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
 from keye.media.fetch import FetchPolicy
-from keye.server import chat, completions, errors, extras, files, indexes, live, pages, responses, video
+from keye.server import (
+    chat,
+    completions,
+    errors,
+    extras,
+    facts,
+    files,
+    indexes,
+    live,
+    messages,
+    native,
+    pages,
+    responses,
+    video,
+)  # fmt: skip
 from keye.server.audit import Audit
 from keye.server.context import Context
 from keye.server.edge import fetch_policy, guard_settings
@@ -32,7 +46,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
-    extras.router,
+    extras.router, messages.router, native.router, facts.router,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from keye.engine.async_engine import Overloaded
 from keye.errors import KeyeError, Option
+from keye.server.dialect import translate_error
 
 log: Final = logging.getLogger("keye.server")
 
@@ -37,10 +38,14 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str = "") -> JSONResponse:
+        """The answer to a client of `path`."""
         headers = None if self.retry is None else {"Retry-After": str(self.retry)}
-        body = error_body(self.status, self.message, self.param, self.code)
-        return JSONResponse(body, self.status, headers)
+        return JSONResponse(self.body(path), self.status, headers)
+
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The error object that clients of `path` read."""
+        return translate_error(path, self.status, error_body(self.status, self.message, self.param, self.code))
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
     return of_bug(error)
 
 
-def _of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that a schema found wrong."""
     first = errors[0]
     where = [part for part in first.get("loc", ()) if part not in ("body", "query", "path")]
@@ -102,21 +107,21 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return error.response(request.url.path)
 
     @app.exception_handler(KeyeError)
     async def mistake(request: Request, error: KeyeError) -> JSONResponse:
-        return of_exception(error).response()
+        return of_exception(error).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_validation(error.errors()).response()
+        return of_validation(error.errors()).response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         message = {404: "there is nothing at this address; see /openapi.json", 405: "this address has other methods"}
-        return ApiError(error.status_code, message.get(error.status_code, str(error.detail))).response()
+        return ApiError(error.status_code, message.get(error.status_code, str(error.detail))).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        return of_bug(error).response()
+        return of_bug(error).response(request.url.path)

@@ -95,7 +95,7 @@ class Exchange:
     async def refuse(self, refusal: Refusal) -> None:
         """Answers in the application's place; the connection ends with it, since the body may still be on its way."""
         self.record.code = refusal.code
-        body = refusal.body()
+        body = refusal.body(self.record.path)
         await self.answer(
             refusal.status,
             [(b"content-type", b"application/json"), (b"connection", b"close"), *refusal.headers],

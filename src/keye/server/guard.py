@@ -28,7 +28,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 #: Bodies beyond this many bytes are checked in a thread, so that the loop goes on serving others.
 _LOOP_BYTES = 64 * 1024
 _UPLOADS = ("/v1/files",)
-_HEALTH = "/health"
+#: Whether the server lives; nobody needs a key to ask.
+_HEALTH = ("/health", "/ping")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Guard:
         record.key = self._owner(head, record)
         scope["keye.key"], scope["keye.request"] = record.key, record
         CURRENT.set(record)
-        if head.path in (_HEALTH, "/metrics") or _is_page(head.path):
+        if head.path in (*_HEALTH, "/metrics") or _is_page(head.path):
             # Answered whatever else goes on; they cost next to nothing.
             if head.method not in ("GET", "HEAD"):
                 raise Refusal(405, "this address is only read", "bad_method", [(b"allow", b"GET, HEAD")])
@@ -121,9 +122,9 @@ class Guard:
             self._running.leave(record.key)
 
     def _owner(self, head: Head, record: Record) -> str:
-        if head.path == _HEALTH or _is_page(head.path):
+        if head.path in _HEALTH or _is_page(head.path):
             return ""
-        owner = self._settings.keys.owner(head.headers.get(b"authorization"))
+        owner = self._settings.keys.owner(head.credentials)
         if owner is None:
             if wait := self._attempts.take(record.address, self._settings.limits.attempt_cost):
                 raise Refusal(429, "too many wrong keys from this address", "too_many_attempts", _retry(wait))

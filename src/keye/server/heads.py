@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from keye.server.dialect import translate_error
 from keye.server.limits import Limits
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -30,6 +31,8 @@ _TYPES: Final = {
     408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
     431: "invalid_request_error", 503: "overloaded_error",
 }  # fmt: skip
+#: Headers that decide something, and may stand once only: programs differ on which of two counts.
+_ONCE: Final = (b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"content-type")
 _PLAIN_PATH: Final = re.compile(r"/(?:[A-Za-z0-9_~:@!$&'()*+,;=.-]+(?:/[A-Za-z0-9_~:@!$&'()*+,;=.-]+)*/?)?")
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _ASKED_HEADERS: Final = re.compile(r"[A-Za-z0-9, -]{0,1024}")
@@ -42,11 +45,11 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, tuple(headers)
 
-    def body(self) -> bytes:
-        """The error object that OpenAI's clients read."""
+    def body(self, path: str = "") -> bytes:
+        """The error object that clients of `path` read."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": None, "code": self.code}
-        return json.dumps({"error": error}).encode()
+        return json.dumps(translate_error(path, self.status, {"error": error})).encode()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ class Head:
     @property
     def has_body(self) -> bool:
         return self.length != 0
+
+    @property
+    def credentials(self) -> bytes | None:
+        """The key that was shown, as in an Authorization header: `x-api-key` is how Anthropic's clients send it."""
+        shown = self.headers.get(b"authorization")
+        if shown is None and (key := self.headers.get(b"x-api-key")) is not None:
+            return b"Bearer " + key
+        return shown
 
     @property
     def media_type(self) -> str:
@@ -82,14 +93,14 @@ def read_head(scope: dict[str, Any], limits: Limits) -> Head:
 
 
 def _single_headers(headers: Iterable[tuple[bytes, bytes]], limits: Limits) -> dict[bytes, bytes]:
-    """Headers by lower-case name. Those that decide something may stand once only: programs differ on which counts."""
+    """Headers by lower-case name."""
     pairs = list(headers)
     if len(pairs) > limits.header_count or sum(len(name) + len(value) for name, value in pairs) > limits.header_bytes:
         raise Refusal(431, "the request has too many or too long headers", "headers_too_large")
     found: dict[bytes, bytes] = {}
     for name, value in pairs:
         name = name.lower()
-        if name in found and name in (b"host", b"authorization", b"origin", b"content-length", b"content-type"):
+        if name in found and name in _ONCE:
             raise Refusal(400, f"the request has the header {name.decode()} twice", "repeated_header")
         found[name] = value
     return found

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from keye.chat import Message, Segment, normalize_tools
 from keye.engine.guide import ANY_OBJECT, Form, Guide
+from keye.engine.prompt import Prompt
 from keye.engine.request import Request as Job
 from keye.engine.sampling import MAX_SEED
 from keye.errors import KeyeError, KeyeWarning
@@ -80,15 +81,21 @@ def _is_short(wanted: Wanted) -> bool:
     return all(isinstance(one, str) and len(one) <= _SHORT_TEXT for one in contents)
 
 
-def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
+def prompt_of(context: Context, owner: str, wanted: Wanted) -> list[Segment]:
+    """The rendered prompt of a chat, its media opened and not decoded. Blocks."""
     openers = context.openers(owner)
     messages = to_messages(wanted.messages, openers.uploads, wanted.media_defaults)
     if (count := len(media_of(messages))) > context.settings.media:
         raise ApiError(400, f"messages hold {count} media, more than {context.settings.media}", param="messages")
     messages, typed = _without_switch(messages)
     thinking = typed if wanted.thinking is None else wanted.thinking
+    offered, _ = _tools(wanted)
+    return context.model.render(open_sources(messages, openers), thinking=thinking, tools=offered)
+
+
+def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
+    segments = prompt_of(context, owner, wanted)
     offered, form = _tools(wanted)
-    segments = context.model.render(open_sources(messages, openers), thinking=thinking, tools=offered)
     reasoning = opens_reasoning(segments)
     guide = guide_of(context, form, wanted.sampling, after_reasoning=reasoning)
     job = job_of(context, owner, segments, wanted.sampling, wanted.max_tokens)
@@ -107,7 +114,9 @@ def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_r
     return context.guides.guide(form, after_reasoning=after_reasoning)
 
 
-def job_of(context: Context, owner: str, prompt: Sequence[Segment], sampling: Sampling, max_tokens: int | None) -> Job:
+def job_of(
+    context: Context, owner: str, prompt: Sequence[Segment] | Prompt, sampling: Sampling, max_tokens: int | None
+) -> Job:
     """A job with the settings of sampling; what is not given is the model's own."""
     params = context.model.sampling_params(
         max_tokens=max_tokens,

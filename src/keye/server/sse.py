@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from keye.server.errors import ApiError, error_body, of_exception
+from keye.server.dialect import speaks_anthropic
+from keye.server.errors import ApiError, of_exception
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -59,10 +60,12 @@ async def streamed(
         except BaseException:
             await events.aclose()
             raise
-    return StreamingResponse(_body(first, events, tail), media_type="text/event-stream", headers=_HEADERS)
+    return StreamingResponse(
+        _body(first, events, tail, request.url.path), media_type="text/event-stream", headers=_HEADERS
+    )
 
 
-async def _body(first: bytes, events: AsyncGenerator[bytes, None], tail: bytes) -> AsyncIterator[bytes]:
+async def _body(first: bytes, events: AsyncGenerator[bytes, None], tail: bytes, path: str) -> AsyncIterator[bytes]:
     try:
         async with aclosing(events):
             if first:
@@ -70,6 +73,5 @@ async def _body(first: bytes, events: AsyncGenerator[bytes, None], tail: bytes) 
             async for piece in events:
                 yield piece or _ALIVE
     except Exception as error:  # noqa: BLE001 - the response has begun: an error can only be an event now
-        told = of_exception(error)
-        yield event(error_body(told.status, told.message, told.param, told.code))
+        yield event(of_exception(error).body(path), "error" if speaks_anthropic(path) else None)
     yield tail

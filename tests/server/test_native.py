@@ -1,0 +1,123 @@
+"""SGLang's generate, and the small routes that tools ask first."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import error_of, told
+from starlette.testclient import TestClient
+
+import keye
+
+
+def generate(http: TestClient, **fields: Any) -> Any:
+    params = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True, **fields.pop("sampling_params", {})}
+    answer = http.post("/generate", json={"sampling_params": params, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_text_goes_on_as_in_completions(http: TestClient) -> None:
+    reply = generate(http, text="hello", rid="mine")
+    other = http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4, "temperature": 0,
+                                               "ignore_eos": True}).json()  # fmt: skip
+    assert reply["text"] == other["choices"][0]["text"] and len(reply["output_ids"]) == 4
+    meta = reply["meta_info"]
+    assert meta["id"] == "mine" and meta["finish_reason"] == {"type": "length", "length": 4}
+    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (other["usage"]["prompt_tokens"], 4)
+
+
+def test_token_ids_are_the_same_prompt(http: TestClient) -> None:
+    ids = http.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+    assert generate(http, input_ids=ids)["output_ids"] == generate(http, text="hello")["output_ids"]
+    replies = generate(http, input_ids=[ids, ids])
+    assert [reply["text"] for reply in replies] == [generate(http, text="hello")["text"]] * 2
+    assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "hello", "text": "hello"}
+
+
+def test_special_tokens_of_the_text_count(http: TestClient) -> None:
+    chat = http.post("/v1/chat/completions", json={
+        "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0, "ignore_eos": True,
+    }).json()  # fmt: skip
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    reply = generate(http, text=text)
+    assert reply["meta_info"]["prompt_tokens"] == chat["usage"]["prompt_tokens"]
+    assert reply["text"].strip() == chat["choices"][0]["message"]["content"]
+
+
+def test_a_stream_has_the_whole_text_in_each_event(http: TestClient) -> None:
+    body = {"text": ["hello", "bye"], "stream": True,
+            "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True, "n": 2}}  # fmt: skip
+    events = told(http.post("/generate", json=body))
+    ends = [one for one in events if one["meta_info"]["finish_reason"]]
+    assert [one["index"] for one in ends] == [0, 1, 2, 3]
+    for end in ends:
+        texts = [one["text"] for one in events if one["index"] == end["index"]]
+        assert all(end["text"].startswith(text) for text in texts)
+    assert ends[0]["text"] == generate(http, text="hello")["text"]
+
+
+def test_probabilities(http: TestClient) -> None:
+    reply = generate(http, text="hello", return_logprob=True, top_logprobs_num=2)
+    meta = reply["meta_info"]
+    assert [token for _, token, _ in meta["output_token_logprobs"]] == reply["output_ids"]
+    assert all(logprob <= 0 for logprob, _, _ in meta["output_token_logprobs"])
+    assert [len(top) for top in meta["output_top_logprobs"]] == [2, 2, 2, 2]
+
+
+def test_a_form(http: TestClient) -> None:
+    params = {"regex": "[ab]{3}", "max_new_tokens": 8, "ignore_eos": False}
+    text = generate(http, text="x", sampling_params=params)["text"]
+    assert len(text) == 3 and set(text) <= set("ab")
+    schema = '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": false}'
+    params = {"json_schema": schema, "max_new_tokens": 40, "ignore_eos": False}
+    assert '"a"' in generate(http, text="x", sampling_params=params)["text"]
+
+
+def test_media_stand_where_their_marks_are(http: TestClient, video: Path) -> None:
+    data = base64.b64encode(video.read_bytes()).decode()
+    alone = generate(http, text="what is it?", video_data=data)["meta_info"]["prompt_tokens"]
+    marked = generate(http, text="<|vision_start|><|video_pad|><|vision_end|>what is it?", video_data=[data])
+    assert marked["meta_info"]["prompt_tokens"] == alone > 30
+    url = f"data:video/mp4;base64,{data}"
+    assert generate(http, text="what is it?", video_data=url)["meta_info"]["prompt_tokens"] == alone
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({}, "text"),
+        ({"text": "x", "input_ids": [1]}, "text"),
+        ({"text": ""}, "text"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [9_999_999]}, "token"),
+        ({"text": "x<|image_pad|>"}, "image"),
+        ({"text": "x", "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens"),
+        ({"text": "x", "sampling_params": {"n": 99}}, "n must"),
+        ({"text": "x", "sampling_params": {"temperature": -1}}, "temperature"),
+        ({"text": "x", "sampling_params": {"json_schema": "{"}}, "json_schema"),
+        ({"text": ["x", "y"], "sampling_params": [{}]}, "sampling_params"),
+        ({"text": ["x", "y"], "rid": ["a"]}, "rid"),
+        ({"text": "x", "image_data": "/etc/passwd"}, ""),
+    ],
+)
+def test_mistakes(http: TestClient, body: dict[str, Any], sentence: str) -> None:
+    assert sentence in error_of(http.post("/generate", json=body))["message"]
+
+
+def test_tokens_that_stand_for_media_are_refused(http: TestClient, model: keye.Keye) -> None:
+    error = error_of(http.post("/generate", json={"input_ids": [1, model.config.image_token_id]}))
+    assert "media" in error["message"]
+
+
+def test_small_routes(http: TestClient) -> None:
+    assert http.get("/ping").status_code == http.get("/health_generate").status_code == 200
+    assert http.get("/version").json() == {"version": keye.__version__}
+    assert http.get("/load").json() == {"server_load": 0}
+    for path in ("/get_model_info", "/model_info", "/get_server_info", "/server_info"):
+        info = http.get(path).json()
+        assert info["model_path"] == "tiny" and info["is_generation"] is True
+    assert error_of(http.post("/detokenize", json={"tokens": [9_999_999]}))["param"] == "tokens"
