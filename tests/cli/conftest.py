@@ -16,6 +16,7 @@ from keye.cli import main
 from keye.data.frameforge import make_clip, write_mp4
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests of this folder import help_blocks
+sys.path.insert(0, str(Path(__file__).parents[1] / "media"))  # and clips
 NANO = Path(__file__).parents[2] / "configs/nano"
 
 

@@ -163,7 +163,7 @@ def test_ground_writes_clips(
     result = run(*arguments)
     assert result.code == 0
     assert "█" in result.out and "0.5 s to 2.0 s  (1.5 s)" in result.out
-    assert "no clip was written of 1 interval after the end of the video" in result.err
+    assert "no clip was written of 1 interval outside the video" in result.err
     names = ["short-001-0.5s-2.0s.mp4", "short-002-2.8s-3.2s.mp4"]
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
     with av.open(str(tmp_path / "clips" / names[0])) as container:

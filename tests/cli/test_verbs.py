@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clips import write_with_sound
 from PIL import Image
 
 from keye.commands import doctor
@@ -39,6 +40,24 @@ def test_a_note_comes_once(run: Callable, model_folder: Path, tmp_path: Path) ->
     Image.new("RGB", (300, 200)).save(tmp_path / "picture.png")
     words = [tmp_path / "picture.png", "what?", "--max-pixels", 1, "--max-tokens", 1, "--model", model_folder]
     assert run("ask", *words).err.count("--max-pixels 1 cannot be met for picture.png") == 1
+
+
+def test_a_late_first_frame(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    """Times are those of players in plans, parts and live replay; the note comes with each, also from an index."""
+    late = write_with_sound(tmp_path / "late.mp4", video_start=1.5)
+    note = (
+        "keye: late.mp4: its first frame is shown at 1.5 s; all times count from the start of the file, as players do\n"
+    )
+    result = run("plan", late, "--start", 2, "--end", 3, "--model", model_folder, "--json")
+    (plan,) = result.data["media"]
+    assert (plan["timestamps"], plan["start_offset"], plan["duration"]) == ([2.0, 3.0], 1.5, 5.5)
+    assert result.err == note
+    assert run("ask", late, "what?", "--max-tokens", 1, "--model", model_folder).err.count(note) == 1
+    words = ["live", late, "what?", "--every", 2, "--max-tokens", 1, "--model", model_folder, "--json"]
+    assert [json.loads(line)["time"] for line in run(*words).out.splitlines()] == [1.5, 3.7, 5.4]
+    assert run("index", late, "-o", tmp_path / "late.keye", "--model", model_folder).err.count(note) == 1
+    asked = run("ask", tmp_path / "late.keye", "what?", "--max-tokens", 1, "--model", model_folder)
+    assert asked.err.count(note.replace("late.mp4", "late.keye")) == 1
 
 
 def test_a_share_of_the_budget(run: Callable, model_folder: Path, video: Path) -> None:

@@ -363,6 +363,14 @@ def test_a_header_that_lies_is_refused(model: Keye, own: Path, where: str, value
         model.ask(own, "what?")
 
 
+def test_an_index_whose_times_count_otherwise_is_refused(model: Keye, own: Path) -> None:
+    header = header_of(own)
+    del header["video"]["plan"]["start_offset"]
+    with_header(own, header)
+    with pytest.raises(KeyeError, match=r"own.keye was made by an older keye, .*: index the video again$"):
+        model.ask(own, "what?")
+
+
 @pytest.mark.parametrize("header", [b"", b"[]", b"{", b"null", b"\xff", b"[" * 100_000, b'{"a": 1e999}'])
 def test_a_header_that_is_none(model: Keye, own: Path, header: bytes) -> None:
     with_header(own, header)

@@ -108,3 +108,41 @@ def trim_mp4(path: Path, frames: int, fps: int = 30) -> Path:
     change(data.index(b"elst") + 4 + 12, frames * scale(b"mdhd") // fps)
     path.write_bytes(bytes(data))
     return path
+
+
+def write_with_sound(
+    path: Path,
+    *,
+    frames: int = 40,
+    fps: int = 10,
+    video_start: float = 0.0,
+    sound_start: float | None = 0.0,
+    sound_seconds: float = 5.0,
+    size: tuple[int, int] = (160, 96),
+) -> Path:
+    """A clip whose picture and sound begin at these seconds of the file's clock; no sound where its start is None."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=fps, options={"bf": "2"})
+        assert isinstance(video, av.VideoStream)
+        video.width, video.height, video.pix_fmt = *size, "yuv420p"
+        video.codec_context.time_base = MILLI
+        audio = None
+        if sound_start is not None:
+            audio = container.add_stream("aac", rate=16000)
+            assert isinstance(audio, av.AudioStream)
+            audio.layout = "mono"
+        packets = []
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(coded_frame(index, *size), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * (video_start + index / fps)), MILLI
+            packets += video.encode(frame)
+        packets += video.encode()
+        if audio is not None and sound_start is not None:
+            for start in range(0, int(16000 * sound_seconds), 1024):
+                sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+                sound.sample_rate, sound.pts = 16000, start + int(16000 * sound_start)
+                packets += audio.encode(sound)
+            packets += audio.encode()
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    return path

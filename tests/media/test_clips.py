@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from clips import read_code, write_clip
+from clips import read_code, write_clip, write_with_sound
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
@@ -64,11 +64,25 @@ def test_odd_sizes_lose_a_line(tmp_path: Path) -> None:
     ],
 )
 def test_intervals_are_fitted(interval: tuple[float, float], expected: tuple[float, float] | None) -> None:
-    assert fit_interval(interval, 10.0) == expected
+    assert fit_interval(interval, 0.0, 10.0) == expected
 
 
 def test_a_video_shorter_than_a_clip_is_taken_whole() -> None:
-    assert fit_interval((0.1, 0.1), 0.3) == (0.0, 0.3)
+    assert fit_interval((0.1, 0.1), 0.0, 0.3) == (0.0, 0.3)
+
+
+def test_intervals_before_the_first_picture() -> None:
+    assert fit_interval((0.0, 3.0), 5.0, 10.0) is None
+    assert fit_interval((3.0, 7.0), 5.0, 10.0) == (5.0, 7.0)
+    assert fit_interval((4.9, 5.1), 5.0, 10.0) == (5.0, 5.5)
+
+
+def test_clips_are_cut_by_the_clock_of_players(tmp_path: Path) -> None:
+    source = fetch_source(write_with_sound(tmp_path / "late.mp4", video_start=1.5))
+    first, second = cut_clips(source, [(0.0, 2.0), (3.0, 4.0), (0.2, 1.0)], tmp_path)
+    assert (first.name, second.name) == ("late-001-1.5s-2.0s.mp4", "late-002-3.0s-4.0s.mp4")
+    assert codes_and_times(first)[0] == [0, 1, 2, 3, 4]
+    assert codes_and_times(second)[0] == list(range(15, 25))
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:

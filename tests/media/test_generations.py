@@ -342,7 +342,7 @@ def test_fast_frames_are_never_larger_than_slow_ones_of_a_size_asked_for() -> No
 @pytest.mark.filterwarnings("error")
 def test_a_part_of_a_list_whose_times_are_known(config: ProcessorConfig) -> None:
     pictures, processor = [Image.fromarray(coded_frame(i)) for i in range(9)], Processor(config)
-    timed = MediaOptions(timestamps=(0.0, 1.0, 2.0, 3.5, 5.0, 6.0, 7.0, 8.0, 9.0), video_start=1.5, video_end=6.0)
+    timed = MediaOptions(timestamps=(0.0, 1.0, 2.0, 3.5, 5.0, 6.0, 7.0, 8.0, 9.0), video_start=2.0, video_end=6.0)
     part, same = processor.frames(pictures, timed), MediaOptions(timestamps=(2.0, 3.5, 5.0, 6.0))
     assert part.timestamps == (2.0, 3.5, 5.0, 6.0)
     assert part.second_per_grid == processor.frames(pictures[2:6], same).second_per_grid
@@ -353,5 +353,7 @@ def test_a_part_of_a_list_whose_times_are_known(config: ProcessorConfig) -> None
     assert rated.timestamps == (() if config is PREVIEW else (1.0, 1.5, 2.0, 2.5))
     strict = processor.frames(pictures, MediaOptions(fps=2, video_start=1.0, strict_official=True))
     assert strict.frame_count == (10 if config is PREVIEW else 9)
-    with pytest.raises(KeyeError, match="leave fewer than two frames"):
-        processor.frames(pictures, timed.replace(video_end=1.9))
+    between = processor.frames(pictures, timed.replace(video_start=2.5, video_end=3.0))
+    assert set(between.timestamps) == {2.0}, "the picture on display"
+    with pytest.raises(KeyeError, match=r"video_start=10.5 lies after the end of the video at 10.12 s"):
+        processor.frames(pictures, timed.replace(video_start=10.5, video_end=None))

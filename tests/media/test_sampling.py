@@ -101,6 +101,46 @@ def test_frame_range_refuses() -> None:
             sampling.frame_range(total, fps, video_start=start, video_end=end)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (None, None, (0, 3, 4)),
+        (12.0, 18.0, (1, 1, 1)),
+        (12.0, 22.0, (1, 2, 2)),
+        (10.0, 20.0, (1, 2, 2)),
+        (10.0004, 19.9, (1, 1, 1)),
+        (9.9995, None, (1, 3, 3)),
+        (0.0, 7.0, (0, 0, 1)),
+        (39.0, 80.0, (3, 3, 1)),
+        (-5.0, 5.0, (0, 0, 1)),
+        (15.0, 15.0, (1, 1, 1)),
+    ],
+)
+def test_time_range_is_what_is_on_display(
+    start: float | None, end: float | None, expected: tuple[int, int, int]
+) -> None:
+    times = (5.0, 10.0, 20.0, 30.0)
+    assert sampling.time_range(times, 40.0, video_start=start, video_end=end) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "sentence"),
+    [
+        (8.0, 3.0, "video_end=3 lies before video_start=8; swap them or leave one out"),
+        (40.0, None, "video_start=40 lies after the end of the video at 40.00 s; choose an earlier time"),
+        (
+            0.0,
+            3.0,
+            "video_end=3 lies before the first frame of the video, which is shown at 5.00 s; choose a later time",
+        ),
+    ],
+)
+def test_time_range_says_what_is_wrong(start: float | None, end: float | None, sentence: str) -> None:
+    with pytest.raises(KeyeError) as error:
+        sampling.time_range((5.0, 10.0, 20.0, 30.0), 40.0, video_start=start, video_end=end)
+    assert str(error.value) == sentence
+
+
 @given(
     st.lists(st.floats(0, 3600), min_size=2, max_size=200, unique=True).map(sorted),
     st.lists(st.floats(0, 3600), min_size=1, max_size=50).map(sorted),

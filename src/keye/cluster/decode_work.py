@@ -263,6 +263,7 @@ def _part(plan: VideoPlan, first: int, stop: int | None) -> VideoPlan:
         plan,
         frame_indices=plan.frame_indices[first:stop],
         timestamps=plan.timestamps[first:stop],
+        label_times=None if plan.label_times is None else plan.label_times[first:stop],
         pts=plan.pts[first:stop],
         fast=None if fast is None else dataclasses.replace(fast, types=fast.types[first:stop]),
     )

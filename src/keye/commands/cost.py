@@ -167,7 +167,7 @@ def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned
             frames += 1
             continue
         frames += plan.frames
-        pieces = expand_frames([plan.tokens_per_frame] * plan.frames, config, plan.timestamps)
+        pieces = expand_frames([plan.tokens_per_frame] * plan.frames, config, plan.labels)
         if config.generation != "preview":
             text += sum(count(piece) for piece in pieces if not isinstance(piece, VisualSpan))
     return Request(frames, grid, visual + text, reply, media_seconds(planned))
@@ -219,7 +219,7 @@ def _imagined_seconds(plan: VideoPlan) -> float:
             begin = time.perf_counter()
             reader.read(made)
             each = (time.perf_counter() - begin) / CLIP_FRAMES
-    return each * plan.duration * plan.native_fps
+    return each * (plan.duration - plan.start_offset) * plan.native_fps
 
 
 def memory_on(device: Any) -> Memory | None:

@@ -72,5 +72,5 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path) -
         written = cut_clips(fetch_source(medium.source), intervals, folder, progress=advance)  # type: ignore[arg-type]
     if len(written) < len(intervals):
         beyond = plural(len(intervals) - len(written), "interval")
-        inputs.note(f"no clip was written of {beyond} after the end of the video")
+        inputs.note(f"no clip was written of {beyond} outside the video")
     return written

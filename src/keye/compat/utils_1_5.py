@@ -129,4 +129,10 @@ def process_vision_info(
 def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
     with open_video(as_source(value)) as reader:
         plan = reader.plan(CONFIG, options)
-        return np.stack(list(reader.frames(plan, native=True))), plan.timestamps
+        times = plan.label_times or _since(plan.start_offset, plan.timestamps)
+        return np.stack(list(reader.frames(plan, native=True))), times
+
+
+def _since(first: float, times: tuple[float, ...]) -> tuple[float, ...]:
+    """Seconds from the first frame of the file, as the original counts."""
+    return tuple(round(time - first, 6) for time in times) if first else times

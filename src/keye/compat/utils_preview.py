@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
 from keye.config import ProcessorConfig, preview_video_max_pixels
+from keye.errors import KeyeError
 from keye.media import sizes
 from keye.media.image import hold_image
 from keye.media.inputs import as_source, open_frames, open_image
@@ -24,7 +25,8 @@ from keye.media.options import MediaOptions
 from keye.media.pictures import as_frames
 from keye.media.processor import listed_indices
 from keye.media.resample import bicubic
-from keye.media.video import open_video
+from keye.media.sampling import frame_range
+from keye.media.video import VideoInfo, open_video
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
 
@@ -93,8 +95,24 @@ def _listed(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], floa
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Tensor, float]:
     with open_video(as_source(value)) as reader:
-        plan = reader.plan(CONFIG, options)
+        plan = reader.plan(CONFIG, _official_range(reader.info, options))
         video = torch.empty((plan.frames, 3, plan.height, plan.width))
         for i, frame in enumerate(reader.frames(plan, native=True)):
             video[i] = torch.from_numpy(bicubic(frame, (plan.height, plan.width))).permute(2, 0, 1)
     return video, plan.sample_fps
+
+
+def _official_range(info: VideoInfo, options: MediaOptions) -> MediaOptions:
+    """The options with the borders that the original gives a part of a video: frames after its start, not the one that
+    is on display then, counted from the first. Where the original finds none, the options as they are."""
+    start, end = options.video_start, options.video_end
+    if options.strict_official or not info.constant_rate or (start is None and end is None):
+        return options
+    try:
+        first, last, _ = frame_range(info.frame_count, info.fps, video_start=start, video_end=end)
+    except KeyeError:
+        return options
+    return options.replace(
+        video_start=None if start is None else info.timestamps[first],
+        video_end=None if end is None else info.timestamps[last],
+    )

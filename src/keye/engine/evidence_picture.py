@@ -36,6 +36,7 @@ def read_thumbnails(
     part = replace(
         plan,
         fast=None,
+        label_times=None,
         frame_indices=tuple(plan.frame_indices[i] for i in chosen),
         timestamps=tuple(plan.timestamps[i] for i in chosen),
         pts=tuple(plan.pts[i] for i in chosen),

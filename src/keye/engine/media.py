@@ -18,6 +18,7 @@ from keye.media import sizes
 from keye.media.fetch import Source, is_index, jpeg_list, media_kind
 from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
+from keye.media.notes import Note, emit
 from keye.media.options import DEFAULTS, MediaOptions, media_options
 from keye.media.pictures import is_array
 from keye.media.plan import VideoPlan, make_plan
@@ -155,6 +156,7 @@ def _planned_index(medium: Medium, file: Source, open_index: OpenIndex | None) -
     if open_index is None:
         raise KeyeError(f"{file.name} is an index of a video: give the video itself here")
     indexed = open_index(file)
+    emit(file.name, [Note(note) for note in indexed.plan.get("notes", ()) if isinstance(note, str)])
     return PlannedMedium("video", indexed, DEFAULTS, None, indexed.pieces)
 
 
@@ -174,4 +176,4 @@ def _least_pieces(plan: VideoPlan, config: ProcessorConfig, options: MediaOption
         # As if all frames were fast: with slow ones among them both kinds get at least as many tokens.
         height, width = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, config, options).fast
         tokens = (height // config.factor) * (width // config.factor)
-    return expand_frames([tokens] * plan.frames, config, plan.timestamps)
+    return expand_frames([tokens] * plan.frames, config, plan.labels)

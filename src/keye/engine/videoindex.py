@@ -154,6 +154,9 @@ def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> 
     file, mapped = open_mapped(source.path)
     facts = _Facts.read(file)
     check_same_model(source.path, facts.model, owner.fingerprint)
+    if "native_fps" in facts.plan and "start_offset" not in facts.plan:
+        raise KeyeError(f"{source.path} was made by an older keye, whose times counted from the first picture and not "
+                        "from the start of the file: index the video again")  # fmt: skip
     _check_layout(file, config, owner.model.dtype)
     _check_tokens(file, facts, config)
     keys, values, index = file.kinds(mapped)
@@ -206,6 +209,7 @@ def describe(path: Path) -> dict[str, Any]:
 #: What answers and tables show of a plan.
 _PLAN: Final[Mapping[str, Any]] = {
     "name": str, "duration": int | float, "frames": int, "timestamps": list, "visual_tokens": int,
+    "start_offset": int | float, "notes": list,
 }  # fmt: skip
 
 

@@ -180,9 +180,8 @@ def frames_through_mp4(clip: Clip, config: ProcessorConfig) -> Frames:
         path = Path(folder) / "clip.mp4"
         frameforge.write_mp4(clip, path, FILE_SIZE)
         with open_video(fetch_source(path)) as reader:
-            # A clip that begins later has a lead-in frame at 0, which is left out: begin between it and the first one.
-            start = clip.timestamps[0]
-            begin = max(start / 2, start - clip.step / 2) if start > 0 else None
+            # A clip that begins later has a lead-in frame at 0, which is left out.
+            begin = clip.timestamps[0] or None
             plan = reader.plan(config, MediaOptions(nframes=clip.frames, video_start=begin))
             frames = reader.read(plan)
     assert len(plan.timestamps) == clip.frames, "the plan takes every frame of the clip"

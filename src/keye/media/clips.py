@@ -39,14 +39,16 @@ def cut_clips(
     """Writes a clip for each interval of (start, end) seconds and returns the paths, in the intervals' order.
 
     Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times. A clip shows
-    what is on display from `start` on and lasts exactly until `end`; intervals are clamped to the video, shorter ones
-    than `MIN_CLIP` extended, those after its end left out. A file appears only when it is complete and replaces one of
-    the same name. Raises `MediaError` when the video cannot be read or the folder not be written.
+    what is on display from `start` on and lasts exactly until `end`; times are those that players show. Intervals are
+    clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. A file appears
+    only when it is complete and replaces one of the same name. Raises `MediaError`
+    when the video cannot be read or the folder not be written.
     """
     stem = (source.path.stem if source.path is not None else "clip")[:_MAX_STEM]
     written = []
     with VideoReader(source, limits) as reader:
-        spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, reader.info.duration))}
+        shown = reader.info.start_offset, reader.info.duration
+        spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *shown))}
         meter = _Meter(sum(end - start for start, end in spans.values()), progress)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,16 +63,17 @@ def cut_clips(
     return written
 
 
-def fit_interval(interval: tuple[float, float], duration: float) -> tuple[float, float] | None:
-    """The interval inside 0..duration, at least `MIN_CLIP` long where the video is; None if it lies after the end."""
-    start, end = max(interval[0], 0.0), min(interval[1], duration)
-    if start >= duration:
+def fit_interval(interval: tuple[float, float], begin: float, end: float) -> tuple[float, float] | None:
+    """The interval inside begin..end, where pictures are shown, at least `MIN_CLIP` long if that is; None if it lies
+    outside."""
+    start, stop = max(interval[0], begin), min(interval[1], end)
+    if start >= end or interval[1] < begin:
         return None
-    if end - start < MIN_CLIP:
-        middle = (start + end) / 2
-        start = max(0.0, min(middle - MIN_CLIP / 2, duration - MIN_CLIP))
-        end = min(duration, start + MIN_CLIP)
-    return start, end
+    if stop - start < MIN_CLIP:
+        middle = (start + stop) / 2
+        start = max(begin, min(middle - MIN_CLIP / 2, end - MIN_CLIP))
+        stop = min(end, start + MIN_CLIP)
+    return start, stop
 
 
 class _Meter:

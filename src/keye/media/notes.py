@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from keye.errors import KeyeWarning
 
+#: Seconds by which times may differ without a note: they are shown with one decimal.
+VISIBLE = 0.1
+
 
 @dataclass(frozen=True)
 class Note:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, Option
-from keye.media import notes, sampling, sizes
+from keye.media import sampling, sizes
+from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.unmet import warn_of_video
 
@@ -34,7 +35,10 @@ class FastFrames:
 class VideoPlan:
     """What will be sampled from a video and what it costs, known before anything is decoded.
 
-    `timestamps` are seconds from the first frame of the file. `width` and `height` are those of the frames the model
+    Times are seconds on the clock that players show, which counts from the container's start: the first frame of the
+    file comes at `start_offset`, later than 0 where sound begins first, and the last one ends at `duration`.
+    `timestamps` are those of the sampled frames; `label_times` those in their labels where they differ, as the official
+    code counts them (`strict_official`). `width` and `height` are those of the frames the model
     sees; each becomes `tokens_per_frame` visual tokens. `sample_fps` is the average rate of the sampled frames.
     `fast` is there once the frames of a video for 1.5 have been told apart, which needs their pixels: until then
     every frame counts as slow and the tokens are an estimate. `constant_rate` says whether the file's frames are evenly
@@ -57,6 +61,8 @@ class VideoPlan:
     fast: FastFrames | None = None
     constant_rate: bool = field(default=True, repr=False)
     notes: tuple[str, ...] = field(default=(), repr=False)
+    start_offset: float = 0.0
+    label_times: tuple[float, ...] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -79,11 +85,17 @@ class VideoPlan:
             sample_fps=rate,
             constant_rate=info.constant_rate,
             notes=tuple(map(str, info.notes)),
+            start_offset=info.start_offset,
         )
 
     @property
     def frames(self) -> int:
         return len(self.frame_indices)
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """The seconds in the frames' labels."""
+        return self.timestamps if self.label_times is None else self.label_times
 
     @property
     def visual_tokens(self) -> int:
@@ -110,8 +122,9 @@ class VideoPlan:
 def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
     """The plan for a probed video: the official rules for the number of frames, their places and their size.
 
-    At a constant frame rate the official indices are taken as they are. At a variable rate they are turned into times
-    spread evenly over the chosen range, and the frame on display at each is taken once.
+    At a constant frame rate the official indices are taken as they are. At a variable rate as many times are spread
+    evenly over the chosen range, and the frame on display at each is taken once; under `strict_official` indices are
+    taken there too.
     """
     start, end = options.video_start, options.video_end
     if options.strict_official and config.generation == "1.5" and (start is not None or end is not None):
@@ -123,23 +136,19 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
             info.name, info.duration, info.declared_duration, Option("video_end", int(info.duration * 10) / 10),
         )  # fmt: skip
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
-    first, last, count = _frame_range(info, start, end)
-    asked, options = options, options.replace(video_total_pixels=sizes.total_pixels(config, count / info.fps, options))
-    indices = sampling.sample_frames(count, info.fps, config, options, first=first)
-    sampled = len(indices)
-    if not info.constant_rate and last > first:
-        indices = _by_time(info, indices, first, last)
+    part = (_official_part if options.strict_official else _part)(info, start, end)
+    asked, options = options, options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options))
+    indices, sampled = _sample(info, part, config, options)
     if not indices:
         raise sampling.no_frame(info.name, config, options)
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.generation == "preview":
         height, width = sizes.encoded_size(height, width, config, options)
-    warn_of_video(
-        info.name, len(indices), (height, width), config, asked, seconds=count / info.fps, sampled=sampled
-    )  # fmt: skip
-    notes.emit(info.name, info.notes)
-    rate = len(indices) / count * info.fps
-    return VideoPlan.of(info, indices, (height, width), tokens_per_frame=_tokens(height, width, config), rate=rate)
+    warn_of_video(info.name, len(indices), (height, width), config, asked, seconds=part.seconds, sampled=sampled)
+    emit(info.name, info.notes)
+    rate = len(indices) / part.count * part.fps
+    plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=_tokens(height, width, config), rate=rate)
+    return _with_labels(plan, info, config, options)
 
 
 def with_frame_types(
@@ -164,15 +173,72 @@ def _tokens(height: int, width: int, config: ProcessorConfig) -> int:
     return (height // config.factor) * (width // config.factor)
 
 
-def _frame_range(info: VideoInfo, start: float | None, end: float | None) -> tuple[int, int, int]:
-    if info.constant_rate:
-        return sampling.frame_range(info.frame_count, info.fps, video_start=start, video_end=end)
-    return sampling.time_range(info.timestamps, video_start=start, video_end=end)
+@dataclass(frozen=True)
+class _Part:
+    """The frames `first` to `last` of a video, on display for `seconds`, and the times between which they are sampled.
+    `fps` is their rate."""
+
+    first: int
+    last: int
+    fps: float
+    seconds: float
+    begin: float
+    end: float
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first + 1
 
 
-def _by_time(info: VideoInfo, indices: list[int], first: int, last: int) -> list[int]:
-    """The frames on display at the times that the indices would have if frames were evenly spaced."""
-    begin, end = info.timestamps[first], info.timestamps[last]
-    scale = (end - begin) / (last - first)
-    targets = [begin + (i - first) * scale for i in indices]
-    return sampling.displayed_frames(info.timestamps, targets, tolerance=1e-3)
+def _part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
+    """What is on display between two times. At a variable rate its own rate counts, not that of the whole file."""
+    times = info.timestamps
+    first, last, count = sampling.time_range(times, info.duration, video_start=start, video_end=end)
+    begin = max(times[first], start or 0.0)
+    stop = max(begin, times[-1] if end is None else min(times[-1], end))
+    fps, seconds = info.fps, count / info.fps
+    if not info.constant_rate and count < info.frame_count:
+        shown = (info.duration if end is None else min(info.duration, end)) - begin
+        if shown > sampling.SAME_TIME:
+            fps, seconds = count / shown, shown
+    return _Part(first, last, fps, seconds, begin, stop)
+
+
+def _official_part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
+    """The official rule: frames are counted from the first at the container's average rate, whatever their times."""
+    fps = info.declared_fps or info.fps
+    first, last, count = sampling.frame_range(info.frame_count, fps, video_start=start, video_end=end)
+    return _Part(first, last, fps, count / fps, first / fps, last / fps)
+
+
+def _sample(info: VideoInfo, part: _Part, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], int]:
+    """The frames taken from a part, and the number of times at which frames were looked up."""
+    if info.constant_rate or options.strict_official:
+        indices = sampling.sample_frames(part.count, part.fps, config, options, first=part.first)
+        return indices, len(indices)
+    targets = sampling.sample_times(part.count, part.seconds, part.begin, part.end, config, options)
+    return sampling.displayed_frames(info.timestamps, targets, tolerance=sampling.SAME_TIME), len(targets)
+
+
+def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, options: MediaOptions) -> VideoPlan:
+    """The plan with the times that the model is told where they are not those of players, and a note of it."""
+    if config.generation == "preview":
+        first = plan.timestamps[0]
+        text = f"Preview is told no times: those in its answers count from the first sampled frame, at {first:.1f} s"
+        return _noted(plan, Note(text)) if first >= VISIBLE else plan
+    if not options.strict_official:
+        return plan
+    fps = info.declared_fps or info.fps
+    labels = tuple(i / fps for i in plan.frame_indices)
+    off = max(abs(label - time) for label, time in zip(labels, plan.timestamps, strict=True))
+    text = (
+        "frames are labelled as the official code counts, by index from the first frame: up to "
+        f"{off:.1f} s from what players show, as are times in an answer; leave {{}} out to avoid it"
+    )
+    plan = dataclasses.replace(plan, label_times=labels)
+    return _noted(plan, Note(text, (Option("strict_official"),))) if off >= VISIBLE else plan
+
+
+def _noted(plan: VideoPlan, note: Note) -> VideoPlan:
+    emit(plan.name, (note,))
+    return dataclasses.replace(plan, notes=(*plan.notes, str(note)))

@@ -310,7 +310,8 @@ class Processor:
         if self.config.generation == "preview":
             span = VisualSpan("video", int(tokens.sum()))
             return MediaItem("video", pixels, (span,), times, seconds, plan)
-        pieces = expand_frames(tokens.tolist(), self.config, timestamps, types)
+        labels = timestamps if plan is None else plan.labels
+        pieces = expand_frames(tokens.tolist(), self.config, labels, types)
         return MediaItem("video", pixels, tuple(pieces), times, None, plan)
 
 
@@ -322,9 +323,13 @@ def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
         raise KeyeError(f"{count} frames have {len(times)} timestamps; give one for each frame")
     if times is None and options.fps is not None:
         times = tuple(i / options.fps for i in range(count))
-    if times is None or options.strict_official:
+    if not times or options.strict_official:
         return 0, count - 1, count
-    return sampling.time_range(times, video_start=options.video_start, video_end=options.video_end)
+    # The last picture is on display as long as the others are on average.
+    step = (times[-1] - times[0]) / max(count - 1, 1)
+    return sampling.time_range(
+        times, times[-1] + step, video_start=options.video_start, video_end=options.video_end
+    )  # fmt: skip
 
 
 def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:

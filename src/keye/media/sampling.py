@@ -8,7 +8,7 @@ and of `keye_adaptive_video.py` in Kwai-Keye/sglang (2.0).
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +16,11 @@ import numpy as np
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.options import DEFAULTS, MediaOptions
+
+#: Times that differ by less, in seconds, are the same: containers round to milliseconds.
+SAME_TIME = 1e-3
+#: Most times at which frames are looked up in a video of few frames, whatever rate is asked for.
+_MAX_LOOKUPS = 1 << 16
 
 
 def smart_nframes(
@@ -90,7 +95,8 @@ def no_frame(name: str, config: ProcessorConfig, options: MediaOptions = DEFAULT
 def frame_range(
     total_frames: int, native_fps: float, *, video_start: float | None = None, video_end: float | None = None
 ) -> tuple[int, int, int]:
-    """First index, last index and count of the frames between two times in seconds (None: the whole video).
+    """The official rule: first index, last index and count of the frames between two times in seconds from the first
+    frame (None: the whole video).
 
     Times are clamped to the video; the first frame at or after `video_start`, the last at or before `video_end`.
     Raises `KeyeError` when fewer than two frames are left. Source: `calculate_video_frame_range`.
@@ -107,34 +113,48 @@ def frame_range(
         first = math.ceil(min(max(video_start, 0.0), duration) * native_fps)
     if video_end is not None:
         last = min(math.floor(min(max(video_end, 0.0), duration) * native_fps), total_frames - 1)
-    _check_range(first, last, video_start, video_end, duration)
+    if first >= last:
+        begin = Option("video_start", f"{0.0 if video_start is None else video_start:g}")
+        stop = Option("video_end", f"{duration if video_end is None else video_end:g}")
+        raise KeyeError(
+            "{} and {} leave fewer than two frames of a video of {} s; choose a longer range inside it",
+            begin, stop, f"{duration:.2f}",
+        )  # fmt: skip
     return first, last, last - first + 1
 
 
 def time_range(
-    timestamps: Sequence[float], *, video_start: float | None = None, video_end: float | None = None
+    timestamps: Sequence[float],
+    duration: float,
+    *,
+    video_start: float | None = None,
+    video_end: float | None = None,
 ) -> tuple[int, int, int]:
-    """`frame_range` for frames at irregular times: `timestamps` in seconds, ascending, one for each frame."""
+    """First index, last index and count of the frames that are on display between two times (None: to the end).
+
+    `timestamps` are the seconds of all frames, ascending; each is on display until the next, the last until `duration`.
+    Raises `KeyeError` where nothing is: a range that ends before it starts, or lies before the first frame or after the
+    last.
+    """
     first, last = 0, len(timestamps) - 1
-    if video_start is None and video_end is None:
-        return first, last, len(timestamps)
+    start, end = Option("video_start", _shown(video_start)), Option("video_end", _shown(video_end))
+    if video_start is not None and video_end is not None and video_end < video_start:
+        raise KeyeError("{} lies before {}; swap them or leave one out", end, start)
     if video_start is not None:
-        first = bisect_left(timestamps, video_start)
+        if video_start >= max(duration - SAME_TIME, timestamps[-1] + SAME_TIME):
+            raise KeyeError("{} lies after the end of the video at {} s; choose an earlier time",
+                            start, f"{duration:.2f}")  # fmt: skip
+        first = max(bisect_right(timestamps, video_start + SAME_TIME) - 1, 0)
     if video_end is not None:
-        last = bisect_right(timestamps, video_end) - 1
-    _check_range(first, last, video_start, video_end, timestamps[-1])
+        if video_end < timestamps[0] - SAME_TIME:
+            raise KeyeError("{} lies before the first frame of the video, which is shown at {} s; choose a later time",
+                            end, f"{timestamps[0]:.2f}")  # fmt: skip
+        last = bisect_right(timestamps, video_end + SAME_TIME) - 1
     return first, last, last - first + 1
 
 
-def _check_range(first: int, last: int, start: float | None, end: float | None, duration: float) -> None:
-    if first < last:
-        return
-    begin = Option("video_start", f"{0.0 if start is None else start:g}")
-    stop = Option("video_end", f"{duration if end is None else end:g}")
-    raise KeyeError(
-        "{} and {} leave fewer than two frames of a video of {} s; choose a longer range inside it",
-        begin, stop, f"{duration:.2f}",
-    )  # fmt: skip
+def _shown(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:g}"
 
 
 def sample_indices(first: int, last: int, count: int) -> list[int]:
@@ -167,6 +187,30 @@ def sample_frames(
     """Indices of the sampled frames among `total_frames` frames that begin at index `first`."""
     count = smart_nframes(total_frames, native_fps, config, options)
     return sample_indices(first, first + total_frames - 1, count)
+
+
+def sample_times(
+    count: int,
+    seconds: float,
+    begin: float,
+    end: float,
+    config: ProcessorConfig,
+    options: MediaOptions = DEFAULTS,
+) -> list[float]:
+    """Times evenly spread over begin..end, both included, at which `count` frames of a variable rate are sampled, which
+    last `seconds`.
+
+    There are as many as `smart_nframes` says; where there are fewer frames a second than are asked for, as many as it
+    says of a denser part, since frames that are rare on the whole may lie close together somewhere.
+    """
+    lookups = count
+    if options.nframes is None:
+        most = max(64 * count, _MAX_LOOKUPS)
+        lookups = max(count, math.ceil(min(seconds * (options.fps or config.fps), most)))
+    wanted = smart_nframes(lookups, lookups / seconds, config, options)
+    if wanted == 1:
+        return [begin]
+    return [begin + (end - begin) * i / (wanted - 1) for i in range(wanted)]
 
 
 def displayed_frames(timestamps: Sequence[float], targets: Sequence[float], *, tolerance: float) -> list[int]:

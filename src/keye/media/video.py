@@ -1,7 +1,7 @@
 """Video files: what is in them, which frames are taken and what they cost, and the frames themselves.
 
 All decoding happens in a worker process (`decode_worker`) under limits; this side plans and receives. Times are
-seconds from the first frame: the container's own presentation times with the start offset removed.
+seconds on the clock that players show: the container's own presentation times, counted from the container's start.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from numpy.typing import NDArray
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import Source, fetch_source
-from keye.media.notes import Note
+from keye.media.notes import VISIBLE, Note
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.wire import END, FRAME, INFO
 from keye.media.workers import STRANGERS, Worker
 from keye.media.workers import DecodeLimits as DecodeLimits
 
+#: Containers whose declared duration is when they end, which may begin later than at 0, and not how long they are.
+_COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
 #: Longest description of a file, in bytes, without its frames' times.
 _MAX_FACTS = 1 << 16
 
@@ -39,10 +41,12 @@ _MAX_FACTS = 1 << 16
 class VideoInfo:
     """Facts about a video file. `width` and `height` are upright, after `rotation` (degrees counter-clockwise).
 
-    `pts` are the presentation times of all frames that can be shown, ascending, in units of `time_base` seconds, the
-    first one being `start_offset`. `exact_times` is false when the container has none and frames were counted.
-    `last_duration` is how long the last frame is shown, in the same units, where the container tells. `notes` say where
-    what is read differs from what the container declares; every plan passes them on.
+    `pts` are the presentation times of all frames that can be shown, ascending, in units of `time_base` seconds;
+    `container_start` is the second among them at which the clock of players begins, None: with the first frame.
+    `exact_times` is false when the container has none and frames were counted. `fps` is the average rate,
+    `declared_fps` what the container says of it. `last_duration` is how long the last frame is shown, in units of
+    `time_base`, where the container tells. `notes` say where what is read differs from what the container declares;
+    every plan passes them on.
     """
 
     name: str
@@ -59,6 +63,8 @@ class VideoInfo:
     declared_duration: float | None
     last_duration: int | None = None
     notes: tuple[Note, ...] = ()
+    container_start: float | None = None
+    declared_fps: float | None = None
 
     @property
     def frame_count(self) -> int:
@@ -66,18 +72,24 @@ class VideoInfo:
 
     @property
     def start_offset(self) -> float:
-        """Container time of the first frame, in seconds."""
-        return float(self.pts[0] * self.time_base)
+        """When players show the first frame, in seconds: later than 0 where sound begins first."""
+        if self.container_start is None:
+            return 0.0
+        # Containers' starts are rounded to microseconds.
+        return max(round(float(self.pts[0] * self.time_base) - self.container_start, 5), 0.0)
 
     @cached_property
     def timestamps(self) -> tuple[float, ...]:
-        """Time of every frame in seconds from the first."""
+        """When players show each frame, in seconds."""
         numerator, denominator = self.time_base.as_integer_ratio()
-        return tuple((p - self.pts[0]) * numerator / denominator for p in self.pts)
+        first, offset = self.pts[0], self.start_offset
+        if offset:
+            return tuple(round(offset + (p - first) * numerator / denominator, 6) for p in self.pts)
+        return tuple((p - first) * numerator / denominator for p in self.pts)
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame to the end of the last: as long as the container says, else an average frame."""
+        """When the last frame ends, in seconds: it lasts as long as the container says, else an average frame."""
         last = 1 / self.fps if self.last_duration is None else float(self.last_duration * self.time_base)
         return self.timestamps[-1] + last
 
@@ -253,8 +265,9 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     if rotation % 180:
         width, height = height, width
     fps, constant = _frame_rate(pts, time_base, facts["rate"])
-    start = float(pts[0] * time_base)
-    declared = facts["declared_end"]
+    declared, start = facts["declared_end"], facts["container_start"] if facts["known_times"] else None
+    if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
+        declared -= max(facts["container_start"], 0.0)
     # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares.
     slack = max(0.5, 2 / fps)
     cut = declared is not None and declared - max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps) > slack
@@ -270,8 +283,10 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         pts=pts,
         exact_times=facts["known_times"],
         constant_rate=constant,
-        declared_duration=declared - start if cut else None,
+        declared_duration=declared - facts["container_start"] if cut else None,
         last_duration=facts["last_duration"] if facts["known_times"] else None,
+        container_start=start,
+        declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1],
     )
     return dataclasses.replace(info, notes=tuple(_notes(info, facts)))
 
@@ -280,6 +295,11 @@ def _notes(info: VideoInfo, facts: dict[str, Any]) -> Iterator[Note]:
     """Where what is read of a file differs from what the container declares; `facts` are those of the worker."""
     if info.cut_short:
         yield Note(f"{info.duration:.1f} of the {info.declared_duration:.1f} s that the file declares can be read")
+    if info.start_offset >= VISIBLE:
+        yield Note(
+            f"its first frame is shown at {info.start_offset:.1f} s; all times count from the start of the file, as "
+            "players do"
+        )
 
 
 def _frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:

@@ -143,7 +143,7 @@ def _cut(
     pairs = [(float(start), float(end)) for start, end in intervals]
     written = cut_clips(source, pairs, folder, progress=progress)
     if not written:
-        raise ApiError(400, "all intervals lie after the end of the video", param="intervals")
+        raise ApiError(400, "all intervals lie outside the pictures of the video", param="intervals")
     named = [path.rename(folder / f"{stem}-{path.name.split('-', 1)[1]}") for path in written]
     if len(named) == 1:
         return named[0]
