@@ -66,6 +66,8 @@ class Fake:
             if method == "DELETE":
                 del self.files[named[0]]
             return 200, self.files.get(named[0], (owner, b""))[1]
+        if (method, path) == ("POST", "/v1/responses"):
+            return 200, {"id": f"resp_{next(NUMBERS):032x}", "at": self.name}
         if path == "/v1/files":
             return 200, {
                 "data": [{"id": name, "created_at": 1} for name, (who, _) in self.files.items() if who == owner]
@@ -118,6 +120,19 @@ def test_files_of_two_replicas_are_brought_together_once(http: Any, fakes: list[
     assert sorted(one["id"] for one in listed) == sorted([first, second])
     assert http.delete(f"/v1/files/{second}", headers={"authorization": "one"}).status_code == 200
     assert [len(fake.files) for fake in fakes] == [1, 0, 0]
+
+
+def test_a_response_is_followed_and_read_where_it_was_stored(http: Any, fakes: list[Fake]) -> None:
+    for fake in fakes:
+        for other in fakes:
+            other.alive = other is fake  # so that each makes one
+        made = http.post("/v1/responses", json={"input": "x"}).json()
+        assert made["at"] == fake.name
+        for other in fakes:
+            other.alive = True
+        body = {"input": "y", "previous_response_id": made["id"]}
+        assert {http.post("/v1/responses", json=body).json()["at"] for _ in range(3)} == {fake.name}
+        assert http.get(f"/v1/responses/{made['id']}").json() == {"at": fake.name}
 
 
 def test_a_stranger_gets_no_copy_and_spoils_none(http: Any, fakes: list[Fake]) -> None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -29,8 +30,12 @@ _TOLD: Final = (
     "content-type", "content-length", "content-disposition", "content-range", "accept-ranges", "cache-control", "etag",
     "last-modified", "retry-after", "x-accel-buffering",
 )  # fmt: skip
-_ID: Final = re.compile(r"(?:file|index|live)-[0-9a-f]{32}")
+_ID: Final = re.compile(r"(?:(?:file|index|live)-|resp_)[0-9a-f]{32}")
+_RESPONSES: Final = "/v1/responses"
 _MAKERS: Final = ("/v1/files", "/v1/indexes", "/v1/live")
+_RESPONSE_ID: Final = re.compile(rb'"id": ?"(resp_[0-9a-f]{32})"')
+#: How far the id of a response is looked for.
+_BEGIN_BYTES: Final = 4096
 #: Ids whose replica is remembered; more than replicas keep.
 _MOST_IDS: Final = 100_000
 _METHODS: Final = ["GET", "HEAD", "POST", "DELETE"]
@@ -132,13 +137,29 @@ class Proxy:
         headers = {key: reply.headers[key] for key in _TOLD if key in reply.headers}
         if request.method == "POST" and request.url.path in _MAKERS and reply.status == 200:
             whole = await _whole(reply)
-            self.homes[str(_object(whole).get("id"))] = name
-            if len(self.homes) > _MOST_IDS:
-                del self.homes[next(iter(self.homes))]
+            self._remember(str(_object(whole).get("id")), name)
             return Response(whole, reply.status, headers)
+        if request.method == "POST" and request.url.path == _RESPONSES and reply.status == 200:
+            reply = replace(reply, pieces=self._read_response(reply.pieces, name))
         if request.method == "DELETE" and reply.status == 200:
             await self._drop(request, request.url.path.rpartition("/")[2])
         return _Passed(reply, headers)
+
+    async def _read_response(self, pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+        """The pieces of a response, whole or as events; the first id in it is its own."""
+        begin = b""
+        async for piece in pieces:
+            if len(begin) < _BEGIN_BYTES:
+                begin += piece
+                if (found := _RESPONSE_ID.search(begin)) is not None:
+                    self._remember(found[1].decode(), name)
+                    begin = b" " * _BEGIN_BYTES
+            yield piece
+
+    def _remember(self, one: str, name: str) -> None:
+        self.homes[one] = name
+        if len(self.homes) > _MOST_IDS:
+            del self.homes[next(iter(self.homes))]
 
     async def _with_copies(
         self, request: Request, name: str, content: bytes, body: dict[str, Any], ids: Sequence[str]

@@ -28,6 +28,7 @@ from keye.server import (
     messages,
     native,
     pages,
+    response_items,
     responses,
     video,
 )  # fmt: skip
@@ -37,6 +38,7 @@ from keye.server.edge import fetch_policy, guard_settings
 from keye.server.guard import Guard
 from keye.server.metrics import Metrics
 from keye.server.prepare import collect_warnings
+from keye.server.response_store import ResponseStore
 from keye.server.settings import Settings
 from keye.server.store import FileStore
 
@@ -46,7 +48,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
-    extras.router, messages.router, native.router, facts.router,
+    extras.router, messages.router, native.router, facts.router, response_items.router,
 )  # fmt: skip
 
 
@@ -77,8 +79,9 @@ def create_app(
     store = FileStore(settings)
     metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})
     context = Context(
-        model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy, live=live.LiveStore()
-    )
+        model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy, live=live.LiveStore(),
+        responses=ResponseStore(store, settings.file_seconds),
+    )  # fmt: skip
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -117,6 +120,7 @@ async def _tidy(context: Context) -> None:
         await asyncio.sleep(_TIDY_SECONDS)
         context.live.sweep()
         await context.in_thread(context.files.sweep)
+        await context.in_thread(context.responses.sweep)
 
 
 def _guides(model: Keye) -> GuideFactory | None:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from keye.chat import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
-from keye.server.prepare import Prepared, chat_wanted, prepare
+from keye.server.prepare import Prepared, chat_wanted, prepare, tokens_of
 from keye.server.replies import Choice, findings_of, head, prob_object, progress_of, usage_of, whole, written
 from keye.server.schemas import ChatRequest
 from keye.server.sse import event, streamed, until_gone
@@ -28,6 +28,15 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         events = _chunks(context, prepared, body)
         return await streamed(request, events, at_once=body.keye.progress)
     return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
+
+
+@router.post("/v1/chat/completions/input_tokens")
+async def count_tokens(request: Request, body: ChatRequest) -> JSONResponse:
+    """How many tokens the prompt of a chat takes. Media are looked into, and not decoded."""
+    context = context_of(request)
+    context.check_model(body.model)
+    count = await until_gone(request, context.decode(tokens_of, context, owner_of(request), chat_wanted(body)))
+    return JSONResponse({"object": "chat.completion.input_tokens", "input_tokens": count})
 
 
 async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:

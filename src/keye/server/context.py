@@ -20,6 +20,7 @@ from keye.media.fetch import FetchPolicy
 from keye.server.errors import ApiError
 from keye.server.media_parts import Openers
 from keye.server.metrics import Metrics
+from keye.server.response_store import ResponseStore
 from keye.server.settings import Settings
 from keye.server.store import FileStore, OwnedFiles
 
@@ -47,6 +48,7 @@ class Context:
     salt: Callable[[str], bytes]
     policy: FetchPolicy
     live: LiveStore
+    responses: ResponseStore
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_DECODING))

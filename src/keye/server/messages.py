@@ -10,10 +10,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from keye.server.context import Context, context_of, owner_of
+from keye.server.context import context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.message_events import message_object, stream_message
-from keye.server.prepare import Wanted, form_of, prepare, prompt_of
+from keye.server.prepare import Wanted, form_of, prepare, tokens_of
 from keye.server.replies import whole
 from keye.server.schemas_peers import CountTokensRequest, MessagesRequest
 from keye.server.sse import streamed, until_gone
@@ -47,12 +47,8 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> JSONRespon
     context = context_of(request)
     context.check_model(body.model)
     wanted = _wanted(body, [])
-    count = await until_gone(request, context.decode(_count, context, owner_of(request), wanted))
+    count = await until_gone(request, context.decode(tokens_of, context, owner_of(request), wanted))
     return JSONResponse({"input_tokens": count})
-
-
-def _count(context: Context, owner: str, wanted: Wanted) -> int:
-    return context.model.measure(prompt_of(context, owner, wanted), context.salt(owner)).prompt_tokens
 
 
 def _wanted(body: CountTokensRequest, notes: list[str]) -> Wanted:

@@ -93,6 +93,11 @@ def prompt_of(context: Context, owner: str, wanted: Wanted) -> list[Segment]:
     return context.model.render(open_sources(messages, openers), thinking=thinking, tools=offered)
 
 
+def tokens_of(context: Context, owner: str, wanted: Wanted) -> int:
+    """How many tokens the prompt of a chat takes. Blocks: media are looked into."""
+    return context.model.measure(prompt_of(context, owner, wanted), context.salt(owner)).prompt_tokens
+
+
 def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     segments = prompt_of(context, owner, wanted)
     offered, form = _tools(wanted)

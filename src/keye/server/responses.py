@@ -1,9 +1,10 @@
-"""POST /v1/responses, without a memory: every request brings the whole conversation."""
+"""POST /v1/responses: a request brings the whole conversation, or what follows a response that was stored."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -12,10 +13,11 @@ from fastapi.responses import JSONResponse, Response
 from keye.engine.request import Delta, Ended, Event, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
-from keye.server.names import unique
-from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of
+from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of, tokens_of
 from keye.server.replies import Choice, findings_of, usage_of, whole, written
 from keye.server.response_events import ResponseWriter, items_of
+from keye.server.response_items import items_with_ids
+from keye.server.response_store import Kept, new_id
 from keye.server.schemas import ResponseRequest
 from keye.server.sse import streamed, until_gone
 
@@ -27,22 +29,39 @@ _ITEMS: Final = ("message", "function_call", "function_call_output", "reasoning"
 @router.post("/v1/responses")
 async def create_response(request: Request, body: ResponseRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of OpenAI's newer interface."""
-    context = context_of(request)
-    prepared = await until_gone(request, prepare(context, owner_of(request), _wanted(body)))
+    context, owner = context_of(request), owner_of(request)
+    before = await until_gone(request, _before(context, owner, body))
+    prepared = await until_gone(request, prepare(context, owner, _wanted(body, before)))
     if body.stream:
-        events = _events(context, prepared, body)
-        return await streamed(request, events, tail=b"")
-    return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
+        return await streamed(request, _events(context, owner, prepared, body), tail=b"")
+    return JSONResponse(await until_gone(request, _whole(context, owner, prepared, body)))
 
 
-def _wanted(body: ResponseRequest) -> Wanted:
+@router.post("/v1/responses/input_tokens")
+async def count_tokens(request: Request, body: ResponseRequest) -> JSONResponse:
+    """How many tokens the prompt of a response takes. Media are looked into, and not decoded."""
+    context, owner = context_of(request), owner_of(request)
+    before = await until_gone(request, _before(context, owner, body))
+    context.check_model(body.model)
+    count = await until_gone(request, context.decode(tokens_of, context, owner, _wanted(body, before)))
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+
+
+async def _before(context: Context, owner: str, body: ResponseRequest) -> Sequence[Mapping[str, Any]]:
+    """The items of the conversation that the request follows."""
+    if body.previous_response_id is None:
+        return ()
+    return await context.in_thread(
+        context.responses.history, owner, body.previous_response_id, context.settings.messages
+    )
+
+
+def _wanted(body: ResponseRequest, before: Sequence[Mapping[str, Any]] = ()) -> Wanted:
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        messages.append({"role": "user", "content": body.input})
-    else:
-        messages += _messages(body.input)
+    new = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    messages += _messages([*before, *new], len(before))
     text = body.text or {}
     if unknown := sorted(text.keys() - {"format", "verbosity"}):
         raise ApiError(400, f"text.{unknown[0]} is no field that keye knows; leave it out", param=f"text.{unknown[0]}")
@@ -60,12 +79,13 @@ def _wanted(body: ResponseRequest) -> Wanted:
     )
 
 
-def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The items of an input as messages of a chat; calls join the assistant's message before them."""
+def _messages(items: Sequence[Mapping[str, Any]], first: int = 0) -> list[dict[str, Any]]:
+    """The items of an input as messages of a chat; calls join the assistant's message before them. The request's own
+    begin with number `first`."""
     messages: list[dict[str, Any]] = []
     thought = ""
     for index, item in enumerate(items):
-        where, kind = f"input[{index}]", item.get("type") or "message"
+        where, kind = f"input[{max(index - first, 0)}]", item.get("type") or "message"
         if kind not in _ITEMS:
             raise ApiError(400, f"{where}.type is {kind!r}; use one of {', '.join(_ITEMS)}", param=f"{where}.type")
         if kind == "reasoning":
@@ -106,14 +126,15 @@ def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[s
     """The response object before it has any output."""
     params = prepared.job.params
     return {
-        "id": unique("resp_"), "object": "response", "created_at": int(time.time()),
+        "id": new_id(), "object": "response", "created_at": int(time.time()),
         "model": context.name, "status": "in_progress", "error": None, "incomplete_details": None,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "output": [],
-        "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None, "store": False,
+        "parallel_tool_calls": body.parallel_tool_calls is not False, "store": body.store is not False,
+        "previous_response_id": body.previous_response_id,
         "temperature": params.temperature, "top_p": params.top_p, "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [], "text": body.text or {"format": {"type": "text"}}, "truncation": "disabled",
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
-        "metadata": {}, "usage": None,
+        "metadata": body.metadata or {}, "usage": None,
     }  # fmt: skip
 
 
@@ -134,15 +155,33 @@ def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prep
     }  # fmt: skip
 
 
-async def _whole(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
+async def _kept(context: Context, owner: str, body: ResponseRequest, complete: dict[str, Any]) -> dict[str, Any]:
+    """The complete response, stored if that is wanted; a note says where there was no room for it."""
+    if body.store is False:
+        return complete
+
+    def keep() -> bool:
+        return context.responses.keep(owner, Kept(complete, items_with_ids(body.input)))
+
+    if await context.in_thread(keep):
+        return complete
+    notes = [*complete["keye"].get("notes", ()), "store: there was no room for this response, so it was not stored"]
+    return {**complete, "store": False, "keye": {**complete["keye"], "notes": notes}}
+
+
+async def _whole(context: Context, owner: str, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
     (choice,), finished = await whole(context, prepared)
     complete = _completed(_head(context, prepared, body), choice, finished, prepared)
-    return {**complete, "output": items_of(choice, complete["status"])}
+    complete["output"] = items_of(choice, complete["status"])
+    return await _kept(context, owner, body, complete)
 
 
-def _events(context: Context, prepared: Prepared, body: ResponseRequest) -> AsyncGenerator[bytes, None]:
+async def _events(
+    context: Context, owner: str, prepared: Prepared, body: ResponseRequest
+) -> AsyncGenerator[bytes, None]:
     choice, head = Choice.of(prepared), _head(context, prepared, body)
     writer = ResponseWriter(choice)
+    complete: dict[str, Any] = {}
 
     def told(one: Event) -> Iterator[bytes]:
         if isinstance(one, Delta | Ended) and not writer.begun:
@@ -154,8 +193,11 @@ def _events(context: Context, prepared: Prepared, body: ResponseRequest) -> Asyn
         if isinstance(one, Ended):
             yield from writer.close()
         elif isinstance(one, Finished):
-            complete = _completed(head, choice, one, prepared)
-            complete["output"] = writer.items
-            yield writer.event(f"response.{complete['status']}", response=complete)
+            complete.update(_completed(head, choice, one, prepared), output=writer.items)
 
-    return written(context, prepared.job, told)
+    async with aclosing(written(context, prepared.job, told)) as pieces:
+        async for piece in pieces:
+            yield piece
+    # Who reads the last event may refer to the response at once.
+    stored = await _kept(context, owner, body, complete)
+    yield writer.event(f"response.{stored['status']}", response=stored)

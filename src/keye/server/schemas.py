@@ -160,6 +160,11 @@ class Reasoning(Body):
 class ResponseRequest(Sampling):
     input: Text | Objects
     instructions: Text | None = None
+    previous_response_id: Annotated[str, Field(max_length=256)] | None = Field(
+        default=None, description="the stored response that this one follows"
+    )
+    store: bool | None = Field(default=None, description="false: the response cannot be referred to later")
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     max_output_tokens: TokenCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class FileStore:
         self.folder = Path(tempfile.mkdtemp(prefix="keye-files-"))  # only this user may enter it
         self._files: dict[str, StoredFile] = {}
         self._arriving: dict[Path, int] = {}
+        self._claimed: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def check_room(self, owner: str) -> None:
@@ -73,11 +75,20 @@ class FileStore:
                     429, "too many files are kept; delete some of them first", code="too_many_files", retry=60
                 )
 
+    def claim(self, owner: str, count: int) -> None:
+        """Accounts for `count` bytes (less where negative) that something else keeps for an owner in the folder;
+        `ApiError` where there is no room for them."""
+        with self._lock:
+            kept = sum(one.size for one in self._files.values()) + sum(self._arriving.values())
+            if count > 0 and kept + self._claimed.total() + count > self._settings.stored_bytes:
+                raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
+            self._claimed[owner] += count
+
     def keep(self, file: StoredFile) -> None:
         """Takes a file that lies in the folder already; `ApiError` where it is too much."""
         with self._lock:
             kept = sum(one.size for one in self._files.values()) + sum(self._arriving.values())
-            if kept + file.size > self._settings.stored_bytes:
+            if kept + self._claimed.total() + file.size > self._settings.stored_bytes:
                 raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
             self._files[file.id] = file
 
@@ -95,6 +106,7 @@ class FileStore:
         with self._lock:
             size = self._arriving[path] + count
             kept = sum(file.size for file in self._files.values()) + sum(self._arriving.values()) + count
+            kept += self._claimed.total()
             if size > self._settings.upload_bytes:
                 most = f"{self._settings.upload_bytes / 2**20:,.0f} MiB"
                 raise ApiError(413, f"the file is larger than {most}; cut it into parts or re-encode it", param="file")
