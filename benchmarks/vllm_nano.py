@@ -127,7 +127,7 @@ def sampling(clip: Clip) -> dict[str, Any]:
     """Options that take every frame of a clip's file, as the evaluation takes them: a clip that begins later has a
     lead-in frame at 0, which is left out."""
     start = clip.timestamps[0]
-    return {"nframes": clip.frames} | ({"video_start": max(start / 2, start - clip.step / 2)} if start > 0 else {})
+    return {"nframes": clip.frames} | ({"video_start": start} if start > 0 else {})
 
 
 def gap(one: Reply, other: Reply) -> float:

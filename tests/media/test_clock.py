@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import read_code, write_clip, write_with_sound
+from clips import read_code, trim_mp4, write_clip, write_with_sound
 from numpy.typing import NDArray
 
 from keye.cluster.decode_work import VideoWork
@@ -171,3 +171,35 @@ def test_preview_is_told_no_times(tmp_path: Path) -> None:
     with pytest.warns(KeyeWarning, match=r"count from the first sampled frame, at 2\.0 s"):
         plan = plan_video(source, PREVIEW, MediaOptions(video_start=2.0))
     assert plan.label_times is None
+
+
+def test_sound_that_goes_on_is_noted(tmp_path: Path) -> None:
+    source = fetch_source(write_with_sound(tmp_path / "long.mp4", frames=20, sound_seconds=6.0))
+    with pytest.warns(KeyeWarning, match=r"^long.mp4: the file declares 6\.0 s; its pictures end at 2\.0 s$"):
+        plan_video(source, V20)
+    assert not probe(source).cut_short
+
+
+def test_frames_that_an_edit_list_leaves_out_are_noted(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", frames=60, gop=60, options={"bf": "0"})
+    trim_mp4(path, 30)
+    (note,) = probe(fetch_source(path)).notes
+    assert str(note) == "the file declares 60 frames; 30 are shown"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi", "mpg", "flv", "gif"])
+def test_ordinary_files_have_no_notes(tmp_path: Path, suffix: str) -> None:
+    codec = {"mpg": "mpeg2video", "gif": "gif", "avi": "mpeg4"}.get(suffix, "libx264")
+    path = write_clip(
+        tmp_path / f"clip.{suffix}", frames=60, codec=codec, pix_fmt="rgb8" if codec == "gif" else "yuv420p"
+    )
+    assert probe(fetch_source(path)).notes == ()
+
+
+def test_an_end_beyond_the_video_is_noted(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "clip.mp4", frames=60))
+    with pytest.warns(
+        KeyeWarning, match=r"^video_end=60 lies after the end of clip.mp4 at 2\.0 s; the part ends there$"
+    ):
+        plan = plan_video(source, V20, MediaOptions(video_start=1, video_end=60))
+    assert plan.timestamps[-1] == pytest.approx(59 / 30)

@@ -100,6 +100,7 @@ class Reader:
             # Where sound begins first, the clock of players runs before the first picture is shown.
             "container_start": first if start is None else min(start / av.time_base, first),
             "declared_end": None if duration is None else (duration + (start or 0)) / av.time_base,
+            "declared_frames": stream.frames or None,
             "readable_end": max(self.scan.ends.values()),
             "known_times": self.scan.known,
             "last_duration": self.scan.last_duration,

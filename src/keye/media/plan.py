@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, MediaError, Option
+from keye.errors import KeyeError, KeyeWarning, MediaError, Option
 from keye.media import sampling, sizes
 from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
@@ -16,6 +17,9 @@ from keye.media.unmet import warn_of_video
 
 if TYPE_CHECKING:
     from keye.media.video import VideoInfo
+
+#: Seconds by which the end of a part may lie after that of the video without a warning.
+_BEYOND = 0.5
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
             "{} is cut short: {:.1f} of {:.1f} s can be read; download it again or pass {}",
             info.name, info.duration, info.declared_duration, Option("video_end", int(info.duration * 10) / 10),
         )  # fmt: skip
+    if end is not None and end > info.duration + _BEYOND and not options.strict_official:
+        sentence = "{} lies after the end of {} at {:.1f} s; the part ends there"
+        warnings.warn(KeyeWarning(sentence, Option("video_end", f"{end:g}"), info.name, info.duration), stacklevel=2)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
     part = (_official_part if options.strict_official else _part)(info, start, end)
     asked, options = options, options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import struct
 from array import array
 from collections.abc import Generator, Iterator
@@ -33,6 +34,8 @@ from keye.media.workers import DecodeLimits as DecodeLimits
 
 #: Containers whose declared duration is when they end, which may begin later than at 0, and not how long they are.
 _COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
+#: Formats that declare no duration: it is estimated from the file's last times or its size.
+_ESTIMATED = frozenset({"mpeg", "mpegts", "mpegvideo", "h264", "hevc", "m4v", "vc1"})
 #: Longest description of a file, in bytes, without its frames' times.
 _MAX_FACTS = 1 << 16
 
@@ -253,7 +256,8 @@ def _parse_info(name: str, kind: bytes, body: bytearray) -> VideoInfo:
     facts = json.loads(bytes(body[8 : 8 + length]))
     times = array("q")
     times.frombytes(body[8 + length :])
-    if min(facts["width"], facts["height"]) < 1 or any(a >= b for a, b in itertools.pairwise(times)):
+    known = min(facts["width"], facts["height"]) >= 1 and math.isfinite(facts["container_start"])
+    if not known or any(a >= b for a, b in itertools.pairwise(times)):
         raise ValueError("impossible facts")
     return _info(name, facts, tuple(times))
 
@@ -288,13 +292,21 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         container_start=start,
         declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1],
     )
-    return dataclasses.replace(info, notes=tuple(_notes(info, facts)))
+    told = declared is not None and facts["known_times"] and facts["format"] not in _ESTIMATED
+    length = declared - facts["container_start"] if told else None
+    return dataclasses.replace(info, notes=tuple(_notes(info, length, facts.get("declared_frames"))))
 
 
-def _notes(info: VideoInfo, facts: dict[str, Any]) -> Iterator[Note]:
-    """Where what is read of a file differs from what the container declares; `facts` are those of the worker."""
-    if info.cut_short:
-        yield Note(f"{info.duration:.1f} of the {info.declared_duration:.1f} s that the file declares can be read")
+def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:
+    """Where what is read of a file differs from what the container declares: its `length` in seconds, its `frames`."""
+    ends = length is not None and not -max(0.5, 2 / info.fps) <= length - info.duration <= max(1.0, 0.01 * length)
+    counts = frames is not None and abs(frames - info.frame_count) > max(1, 0.005 * frames)
+    if ends or info.cut_short:
+        told = length if length is not None else info.declared_duration
+        count = (f" and {frames:,} frames", f", after {info.frame_count:,} frames") if counts else ("", "")
+        yield Note(f"the file declares {told:.1f} s{count[0]}; its pictures end at {info.duration:.1f} s{count[1]}")
+    elif counts:
+        yield Note(f"the file declares {frames:,} frames; {info.frame_count:,} are shown")
     if info.start_offset >= VISIBLE:
         yield Note(
             f"its first frame is shown at {info.start_offset:.1f} s; all times count from the start of the file, as "
