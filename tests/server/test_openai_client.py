@@ -53,6 +53,14 @@ def test_a_chat_and_its_stream_say_the_same(client: OpenAI) -> None:
     assert whole.usage.completion_tokens <= 12
 
 
+def test_replies_say_what_made_them(client: OpenAI) -> None:
+    one, two = (client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1) for _ in range(2))
+    assert one.system_fingerprint and one.system_fingerprint == two.system_fingerprint
+    chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, stream=True))
+    assert {chunk.system_fingerprint for chunk in chunks} == {one.system_fingerprint}
+    assert client.completions.create(model=MODEL, prompt="a", max_tokens=1).system_fingerprint == one.system_fingerprint
+
+
 def test_several_choices_with_probabilities(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=HELLO, n=2, temperature=1.0, seed=3, max_tokens=3, logprobs=True, top_logprobs=2,

@@ -42,7 +42,7 @@ async def count_tokens(request: Request, body: ChatRequest) -> JSONResponse:
 async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
     choices, finished = await whole(context, prepared)
     return {
-        **head("chatcmpl", "chat.completion", context.name),
+        **head("chatcmpl", "chat.completion", context),
         "choices": [_choice(index, choice, prepared) for index, choice in enumerate(choices)],
         "usage": usage_of(finished, choices, prepared),
         "keye": findings_of(finished, choices[0].text, prepared.notes),
@@ -74,7 +74,7 @@ def _probs(probs: Sequence[TokenProb]) -> dict[str, Any]:
 def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The events of a stream, the last of them with usage and findings where they are asked for."""
     choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
-    begin = head("chatcmpl", "chat.completion.chunk", context.name)
+    begin = head("chatcmpl", "chat.completion.chunk", context)
     wants_usage = bool(body.stream_options and body.stream_options.include_usage) or "keye" in body.model_fields_set
     begun: set[int] = set()
 
@@ -85,7 +85,7 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
     def told(one: Event) -> Iterator[bytes]:
         if isinstance(one, Delta | Ended) and one.index not in begun:
             begun.add(one.index)
-            yield chunk(one.index, {"role": "assistant", "content": ""})
+            yield chunk(one.index, {"role": "assistant", "content": None})
         if isinstance(one, Delta):
             deltas = [_delta(choices[one.index], piece) for piece in choices[one.index].add(one)]
             if one.probs and not deltas:

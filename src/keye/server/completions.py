@@ -89,13 +89,13 @@ async def _whole(
         }
         for index, choice in enumerate(texts)
     ]  # fmt: skip
-    return {**head("cmpl", "text_completion", context.name), "choices": choices, "usage": _usage(ends)}
+    return {**head("cmpl", "text_completion", context), "choices": choices, "usage": _usage(ends)}
 
 
 async def _chunks(
     context: Context, jobs: Sequence[Job], prompts: Sequence[str], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    begin = head("cmpl", "text_completion", context.name)
+    begin = head("cmpl", "text_completion", context)
     ends: list[Finished] = []
 
     def chunk(index: int, text: str, probs: Mapping[str, Any] | None = None, end: str | None = None) -> bytes:

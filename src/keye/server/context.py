@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+import keye
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
@@ -82,6 +86,15 @@ class Context:
     def name(self) -> str:
         """What the model is called here."""
         return self.settings.served_name or self.model.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What `system_fingerprint` says: the version of keye, and a hash that changes with the model's configuration
+        and the way it computes. The same replies to the same seeds need at least the same fingerprint."""
+        model = self.model
+        facts = [model.name, model.attention, str(model.model.dtype), dict(model.config.raw)]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return f"b{keye.__version__}-{digest[:10]}"
 
     def check_model(self, name: str | None) -> None:
         """`ApiError` 404 for a model that is not served."""

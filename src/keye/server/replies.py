@@ -203,6 +203,9 @@ def growing(
     return told
 
 
-def head(prefix: str, kind: str, model: str) -> Mapping[str, Any]:
+def head(prefix: str, kind: str, context: Context) -> Mapping[str, Any]:
     """The fields that every object of a reply begins with."""
-    return {"id": unique(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": model}
+    return {
+        "id": unique(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": context.name,
+        "system_fingerprint": context.fingerprint,
+    }  # fmt: skip
