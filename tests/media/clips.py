@@ -78,9 +78,14 @@ def write_sound(path: Path, seconds: float = 1.0) -> Path:
 
 def rotate_mp4(path: Path, quarter_turns: int) -> None:
     """Writes a display matrix of `quarter_turns` clockwise quarter turns into the track header of an MP4 file."""
-    one, zero = 1 << 16, 0
-    a, b = [(one, zero), (zero, one), (-one, zero), (zero, -one)][quarter_turns]
-    matrix = [a, b, 0, -b, a, 0, 0, 0, 1 << 30]
+    a, b = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns]
+    set_matrix(path, a, b, -b, a)
+
+
+def set_matrix(path: Path, a: float, b: float, c: float, d: float) -> None:
+    """Writes a display matrix into the track header of an MP4 file: (x, y) is shown at (a x + c y, b x + d y)."""
+    fixed = [round(value * 65536) for value in (a, b, c, d)]
+    matrix = [fixed[0], fixed[1], 0, fixed[2], fixed[3], 0, 0, 0, 1 << 30]
     data = bytearray(path.read_bytes())
     # Version 0 of tkhd: type, version and flags, five numbers, two reserved, four shorts, then the matrix.
     place = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8

@@ -248,7 +248,9 @@ def message(kind: bytes, body: bytes) -> bytes:
     return HEADER.pack(kind, len(body)) + body
 
 
-FACTS = {"format": "mp4", "codec": "h264", "width": 4, "height": 4, "rotation": 0, "rate": [1, 1], "time_base": [1, 1],
+FACTS = {"format": "mp4", "codec": "h264", "width": 4, "height": 4, "shown": [4, 4], "aspect": None,
+         "aspect_believed": True, "rotation": 0, "mirrored": False, "exact_orientation": True, "transfer": "sdr",
+         "track": 1, "tracks": ["1: 4x4 h264"], "track_asked": False, "rate": [1, 1], "time_base": [1, 1],
          "container_start": 0.0, "declared_end": None, "readable_end": 1.0, "known_times": True,
          "last_duration": 1}  # fmt: skip
 
@@ -272,6 +274,12 @@ def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
         told(FACTS | {"time_base": [1, 0]}),
         told(FACTS | {"width": -4}),
         told(FACTS | {"rotation": "nan"}),
+        told(FACTS | {"rotation": 45}),
+        told(FACTS | {"shown": [4, 0]}),
+        told(FACTS | {"aspect": ["\u001b[2J", 1], "aspect_believed": False}),
+        told(FACTS | {"tracks": ["\u001b[2J"]}),
+        told(FACTS | {"track": 2}),
+        told(FACTS | {"transfer": "x"}),
         told(FACTS, times=struct.pack("<qq", 5, 5)),
         told(FACTS, times=b""),
         told({}),

@@ -195,7 +195,7 @@ def media_seconds(planned: Sequence[Planned]) -> float:
 
 def _reading_seconds(source: Source, plan: VideoPlan) -> float:
     begin = time.perf_counter()
-    with open_video(source) as reader:
+    with open_video(source, track=plan.track) as reader:
         opened, done = time.perf_counter(), 0
         for _ in reader.frames(plan):
             done += 1

@@ -65,11 +65,13 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path) -
     from keye.commands import inputs, show
     from keye.media.clips import cut_clips
     from keye.media.fetch import fetch_source
+    from keye.media.options import media_options
 
     if not intervals:
         return []
+    source, settings = fetch_source(medium.source), media_options("video", medium.options)  # type: ignore[arg-type]
     with show.progress_bar("writing clips") as advance:
-        written = cut_clips(fetch_source(medium.source), intervals, folder, progress=advance)  # type: ignore[arg-type]
+        written = cut_clips(source, intervals, folder, options=settings, progress=advance)
     if len(written) < len(intervals):
         beyond = plural(len(intervals) - len(written), "interval")
         inputs.note(f"no clip was written of {beyond} outside the video")

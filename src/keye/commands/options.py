@@ -21,7 +21,7 @@ CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_w
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "strict_official")
 VIDEO_OPTIONS = (
     *IMAGE_OPTIONS, "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "video_start", "video_end",
-    "min_frame_similarity", "adaptive_budget",
+    "min_frame_similarity", "adaptive_budget", "track", "deinterlace", "tone_map",
 )  # fmt: skip
 #: Formats, which an index has fixed; where what comes after it lies is free.
 FORMAT_OPTIONS = ("kv", "index_kv")
@@ -189,6 +189,15 @@ sampling_frames: Callable[[F], F] = _all(
         type=click.FloatRange(0, 1),
         metavar="SHARE",
         help="Keye-VL 1.5: a frame that shares fewer patches with the last slow frame is slow.  [default: 0.9]",
+    ),
+    click.option("--track", type=COUNT, metavar="N", help="The video track to read.  [default: as players choose]"),
+    click.option(
+        "--deinterlace/--no-deinterlace",
+        default=None,
+        help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]",
+    ),
+    click.option(
+        "--tone-map", is_flag=True, default=None, help="Make frames of high dynamic range ones of standard range."
     ),
     click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
     click.option("--end", "video_end", type=Seconds(), help="End here."),

@@ -127,7 +127,7 @@ def process_vision_info(
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
-    with open_video(as_source(value)) as reader:
+    with open_video(as_source(value), track=options.track) as reader:
         plan = reader.plan(CONFIG, options)
         times = plan.label_times or _since(plan.start_offset, plan.timestamps)
         return np.stack(list(reader.frames(plan, native=True))), times

@@ -94,7 +94,7 @@ def _listed(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], floa
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Tensor, float]:
-    with open_video(as_source(value)) as reader:
+    with open_video(as_source(value), track=options.track) as reader:
         plan = reader.plan(CONFIG, _official_range(reader.info, options))
         video = torch.empty((plan.frames, 3, plan.height, plan.width))
         for i, frame in enumerate(reader.frames(plan, native=True)):

@@ -39,7 +39,7 @@ REMEMBERED_PROBES: Final = 32
 #: Device, inode, size, time of change and path of a file.
 _Identity = tuple[int, int, int, int, str]
 _hashes: OrderedDict[_Identity, bytes] = OrderedDict()
-_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None, bytes], VideoInfo] = OrderedDict()
+_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None, bytes, int | None], VideoInfo] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -71,16 +71,17 @@ def source_hash(source: Source) -> bytes:
     return _remember(_hashes, identity, found, REMEMBERED)
 
 
-def probed(source: Source, limits: DecodeLimits | None, salt: bytes = b"") -> VideoInfo:
-    """Facts about a video file, found out once for each `salt`: a decode worker scans it at first."""
+def probed(source: Source, limits: DecodeLimits | None, salt: bytes = b"", *, track: int | None = None) -> VideoInfo:
+    """Facts about a video file, found out once for each `salt` and track: a decode worker scans it at first."""
     if source.data is not None:
         key: _Identity | bytes = source_hash(source)
     else:
         with source.open() as file:
             key = _identity(file, source)
-    if (known := _recall(_probes, (key, limits, salt))) is not None:
+    name = (key, limits, salt, track)
+    if (known := _recall(_probes, name)) is not None:
         return known
-    return _remember(_probes, (key, limits, salt), probe(source, limits), REMEMBERED_PROBES)
+    return _remember(_probes, name, probe(source, limits, track=track), REMEMBERED_PROBES)
 
 
 def _identity(file: BinaryIO, source: Source) -> _Identity:

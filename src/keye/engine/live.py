@@ -122,7 +122,7 @@ class LiveSession:
         """Frames of a video file, uint8 RGB [H, W, 3] at the file's own size, and their seconds, sampled by the
         session's options; decoded as they are asked for."""
         source, processor = as_source(video), self._model.processor
-        with open_video(source, processor.limits) as reader:
+        with open_video(source, processor.limits, track=self._options.track) as reader:
             plan = reader.plan(processor.config, self._options)
             yield from zip(reader.frames(plan, native=True), plan.timestamps, strict=True)
 

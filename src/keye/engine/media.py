@@ -147,7 +147,7 @@ def plan_medium(
     file = as_source(source)
     if is_index(file):
         return _planned_index(medium, file, open_index)
-    plan = make_plan(probed(file, processor.limits, salt), config, options)
+    plan = make_plan(probed(file, processor.limits, salt, track=options.track), config, options)
     return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
 
 

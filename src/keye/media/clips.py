@@ -1,4 +1,4 @@
-"""Parts of a video as video files of their own: H.264 in MP4, at the source's size, upright, without sound.
+"""Parts of a video as video files of their own: H.264 in MP4, upright, with square pixels, without sound.
 
 Decoding happens in the decode worker under its limits; this side only encodes the frames that it receives.
 """
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from keye.errors import MediaError
 from keye.files import complete_file
 from keye.media.fetch import Source
+from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.video import DecodeLimits, VideoInfo, VideoReader
 
@@ -23,6 +25,8 @@ from keye.media.video import DecodeLimits, VideoInfo, VideoReader
 MIN_CLIP = 0.5
 _TIME_BASE = Fraction(1, 90_000)
 _MAX_STEM = 80
+#: The number of BT.709 among matrices, primaries and transfer characteristics (ITU-T H.273).
+_BT709 = 1
 
 #: Called with (seconds written, seconds in all), rounded.
 Progress = Callable[[int, int], None]
@@ -33,6 +37,7 @@ def cut_clips(
     intervals: Sequence[tuple[float, float]],
     folder: Path,
     *,
+    options: MediaOptions = DEFAULTS,
     limits: DecodeLimits | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -40,13 +45,14 @@ def cut_clips(
 
     Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times. A clip shows
     what is on display from `start` on and lasts exactly until `end`; times are those that players show. Intervals are
-    clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. A file appears
-    only when it is complete and replaces one of the same name. Raises `MediaError`
-    when the video cannot be read or the folder not be written.
+    clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. Of `options`
+    the track and deinterlacing count; of high dynamic range always a clip of standard range is made. A file appears
+    only when it is complete and replaces one of the same name. Raises `MediaError` when the video cannot be read or
+    the folder not be written.
     """
     stem = (source.path.stem if source.path is not None else "clip")[:_MAX_STEM]
     written = []
-    with VideoReader(source, limits) as reader:
+    with VideoReader(source, limits, track=options.track) as reader:
         shown = reader.info.start_offset, reader.info.duration
         spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *shown))}
         meter = _Meter(sum(end - start for start, end in spans.values()), progress)
@@ -55,7 +61,7 @@ def cut_clips(
             for number, (start, end) in spans.items():
                 path = folder / f"{stem}-{number:03d}-{start:.1f}s-{end:.1f}s.mp4"
                 with complete_file(path) as draft:
-                    _write(draft, reader, start, end, meter)
+                    _write(draft, reader, _plan(reader.info, start, end, options), (start, end), meter)
                 written.append(path)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -88,8 +94,8 @@ class _Meter:
             self.progress(round(self.done), round(self.total))
 
 
-def _write(draft: Path, reader: VideoReader, start: float, end: float, meter: _Meter) -> None:
-    plan = _plan(reader.info, start, end)
+def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float, float], meter: _Meter) -> None:
+    start, end = span
     times = [round(max(time - start, 0.0) / _TIME_BASE) for time in plan.timestamps]
     ends = [*times[1:], round((end - start) / _TIME_BASE)]
     durations = {begin: max(1, stop - begin) for begin, stop in zip(times, ends, strict=True)}
@@ -101,8 +107,16 @@ def _write(draft: Path, reader: VideoReader, start: float, end: float, meter: _M
                                        options={"crf": "18", "preset": "veryfast", "bf": "0"})  # fmt: skip
         encoder.width, encoder.height, encoder.pix_fmt = plan.width, plan.height, "yuv420p"
         encoder.codec_context.time_base = _TIME_BASE
+        encoder.codec_context.sample_aspect_ratio = Fraction(1)
+        # Named, since players guess by the size, and not all alike.
+        encoder.codec_context.colorspace = encoder.codec_context.color_primaries = _BT709
+        encoder.codec_context.color_trc = _BT709
+        convert = VideoReformatter()
         for pixels, time in zip(reader.frames(plan), times, strict=True):
-            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture = convert.reformat(
+                av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            )  # fmt: skip
             picture.pts, picture.time_base = time, _TIME_BASE
             _mux(container, encoder.encode(picture), durations)
             meter.add(float(durations[time] * _TIME_BASE))
@@ -115,9 +129,10 @@ def _mux(container: Any, packets: Sequence[Any], durations: dict[int, int]) -> N
         container.mux(packet)
 
 
-def _plan(info: VideoInfo, start: float, end: float) -> VideoPlan:
-    """All frames on display between two times, at the source's size (H.264 needs even sides)."""
+def _plan(info: VideoInfo, start: float, end: float, options: MediaOptions) -> VideoPlan:
+    """All frames on display between two times, at the size that players show (H.264 needs even sides)."""
     first = max(bisect_right(info.timestamps, start + 1e-6) - 1, 0)
     last = max(bisect_left(info.timestamps, end - 1e-6), first + 1)
     size = max(2, info.height // 2 * 2), max(2, info.width // 2 * 2)
-    return VideoPlan.of(info, range(first, last), size, tokens_per_frame=0, rate=info.fps)
+    looks = MediaOptions(deinterlace=options.deinterlace, tone_map=True)
+    return VideoPlan.of(info, range(first, last), size, tokens_per_frame=0, rate=info.fps, options=looks)

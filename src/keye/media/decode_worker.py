@@ -26,7 +26,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from keye.media.deinterlace import deinterlaced, with_neighbours
+from keye.media.display import display_facts
 from keye.media.sandbox import confine
+from keye.media.tracks import choose_track, described, video_tracks
 from keye.media.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
 
 #: Codecs in which frames that the decoder calls non-reference are needed by no other frame, so that leaving them out
@@ -66,13 +69,24 @@ class Scan:
 
 
 class Reader:
-    """One video file, opened, with its scan; with `common_only` of the common containers and codecs alone."""
+    """One video file, opened, with its scan; with `common_only` of the common containers and codecs alone. `track` is
+    the number of the video track (`tracks`)."""
 
-    def __init__(self, file: BinaryIO, threads: int, pixel_limit: int, frame_limit: int, common_only: bool) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        threads: int,
+        pixel_limit: int,
+        frame_limit: int,
+        common_only: bool,
+        track: int | None = None,
+    ) -> None:
         self.file = file
         self.threads = threads
         self.pixel_limit = pixel_limit
         self.common_only = common_only
+        self.track = track
+        self.deinterlace = False
         self.container, self.stream = self._open()
         self.scan = scan(self.container, self.stream)
         if not self.scan.times or self.scan.first_frame is None:
@@ -89,12 +103,14 @@ class Reader:
         rate = stream.average_rate or stream.guessed_rate
         duration, start = self.container.duration, self.container.start_time
         first = float(self.scan.times[0] * stream.time_base)
+        tracks = video_tracks(self.container)
         return {
+            **display_facts(frame, stream.sample_aspect_ratio, self.pixel_limit),
             "format": self.container.format.name,
             "codec": stream.codec_context.name,
-            "width": frame.width,
-            "height": frame.height,
-            "rotation": round(frame.rotation),
+            "track": tracks.index(stream) + 1,
+            "tracks": described(tracks),
+            "track_asked": self.track is not None,
             "rate": [rate.numerator, rate.denominator] if rate else None,
             "time_base": [stream.time_base.numerator, stream.time_base.denominator],
             # Where sound begins first, the clock of players runs before the first picture is shown.
@@ -106,8 +122,10 @@ class Reader:
             "last_duration": self.scan.last_duration,
         }
 
-    def frames(self, targets: list[int], width: int, height: int) -> Iterator[bytes]:
-        """RGB bytes (height x width x 3) of the frame shown at each target time, ascending, before rotation."""
+    def frames(self, targets: list[int], width: int, height: int, deinterlace: bool) -> Iterator[bytes]:
+        """RGB bytes (height x width x 3) of the frame shown at each target time, ascending, before it is turned and
+        mirrored; with `deinterlace` of interlaced frames their first moment."""
+        self.deinterlace = deinterlace
         resize = VideoReformatter()
         for frame in self._decoded(targets):
             yield packed_rgb(resize, frame, width, height, self.threads)
@@ -115,7 +133,9 @@ class Reader:
     def _decoded(self, targets: list[int]) -> Iterator[VideoFrame]:
         """The frame for each target: first without the frames nobody needs, then, if any is missing, with them."""
         place = 0
-        if self.scan.known and self.stream.codec_context.name in _SKIPPABLE:
+        assert self.scan.first_frame is not None
+        interlaced = self.deinterlace and self.scan.first_frame.interlaced_frame
+        if self.scan.known and self.stream.codec_context.name in _SKIPPABLE and not interlaced:
             for frame in self._pass(targets, lean=True):
                 if frame is None:
                     break
@@ -137,7 +157,7 @@ class Reader:
         self._rewind()
         wanted = Wanted(targets, self._late_limit(), exact=lean)
         counted = iter(self.scan.times)
-        for frame in self._decode(wanted, lean=lean):
+        for before, frame, after in with_neighbours(self._decode(wanted, lean=lean)):
             if self.scan.known:
                 if frame.pts is None:
                     continue
@@ -147,8 +167,11 @@ class Reader:
             for hit in wanted.take(time, frame):
                 if hit is not None and hit.is_corrupt:
                     raise self._damaged(time)
-                yield hit
-                if hit is None:
+                if hit is None or not (self.deinterlace and hit.interlaced_frame):
+                    yield hit
+                else:  # takes its neighbours, which a lean pass may have left out
+                    yield None if lean else deinterlaced(before, hit, after, self.threads)
+                if hit is None or (lean and self.deinterlace and hit.interlaced_frame):
                     return
             if wanted.done:
                 return
@@ -222,10 +245,7 @@ class Reader:
                 "is no video that can be read (unknown format, or damaged or cut short at its index); "
                 "check the file or download it again"
             ) from None
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not streams:
-            raise WorkerError("has no video stream (it may be audio only); give a file with pictures")
-        stream = streams[0]
+        stream = choose_track(video_tracks(container), self.track)
         context = stream.codec_context
         if context is None:
             raise WorkerError("is in a video codec that is not supported; re-encode it, for example as H.264")
@@ -362,14 +382,13 @@ def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
     try:
-        reader = Reader(
-            file, options["threads"], options["pixel_limit"], options["frame_limit"], options["common_only"]
-        )
+        names = ("threads", "pixel_limit", "frame_limit", "common_only", "track")
+        reader = Reader(file, *(options[name] for name in names))
         facts = json.dumps(reader.info()).encode()
         send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.scan.times).tobytes())
         for line in requests:
             request = json.loads(line)
-            for frame in reader.frames(request["targets"], request["width"], request["height"]):
+            for frame in reader.frames(*(request[name] for name in ("targets", "width", "height", "deinterlace"))):
                 send(out, FRAME, frame)
             send(out, END, b"")
     except WorkerError as error:

@@ -115,13 +115,15 @@ class _HeldFramesReader:
 
 @dataclass(frozen=True)
 class FileFrames:
-    """Frames of a video file. `frames` gives those of an open file at the sizes of `shape`; a thread runs it."""
+    """Frames of track `track` of a video file. `frames` gives those of an open file at the sizes of `shape`; a thread
+    runs it."""
 
     source: Source
     limits: DecodeLimits | None
     frames: Callable[[VideoReader], Iterator[Pixels]]
     shape: FrameShape
     buffer_bytes: int = BUFFER_BYTES
+    track: int | None = None
 
     @property
     def grid_thw(self) -> NDArray[np.int64]:
@@ -198,7 +200,7 @@ class _FileFramesReader:
     def __init__(self, file: FileFrames) -> None:
         self._shape, self._taken = file.shape, 0
         self._queue = _Queue(file.buffer_bytes)
-        self._video = VideoReader(file.source, file.limits, wait=False)
+        self._video = VideoReader(file.source, file.limits, track=file.track, wait=False)
         arguments = (self._video, file.frames, self._queue)
         self._thread = threading.Thread(target=_fill, args=arguments, name="keye-frames", daemon=True)
         self._thread.start()

@@ -16,9 +16,10 @@ from keye.errors import KeyeError, Option
 
 MediumKind = Literal["image", "video"]
 
-_COUNTS = ("nframes", "min_frames", "max_frames", "resized_height", "resized_width", "video_count")
+_COUNTS = ("nframes", "min_frames", "max_frames", "resized_height", "resized_width", "video_count", "track")
 _AMOUNTS = ("fps", "min_pixels", "max_pixels", "video_total_pixels")
 _TIMES = ("video_start", "video_end")
+_SWITCHES = ("adaptive_budget", "deinterlace", "tone_map")
 #: Least and most of the same thing.
 _LIMITS = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"))
 
@@ -40,6 +41,9 @@ class MediaOptions:
     video_start, video_end: the part of the video to use, in seconds; of a list, where `timestamps` or `fps` tell times.
     adaptive_budget: 2.0 only, a single short video gets a share of the budget by its length (`sizes.ADAPTIVE_SHARES`).
     min_frame_similarity: 1.5 only, share of similar patches below which a frame becomes a slow frame.
+    track: which video track of a file, counted from 1; else the one that players choose.
+    deinterlace: whether frames that the file calls interlaced are deinterlaced; else they are unless `strict_official`.
+    tone_map: whether frames of high dynamic range (PQ, HLG) are made ones of standard range.
     timestamps: seconds of the pictures of a list.
     video_count: videos that share the configured budget (2.0).
     strict_official: reproduce what the official code does where it ignores a documented option or fails.
@@ -58,6 +62,9 @@ class MediaOptions:
     video_start: float | None = None
     video_end: float | None = None
     min_frame_similarity: float | None = None
+    track: int | None = None
+    deinterlace: bool | None = None
+    tone_map: bool | None = None
     timestamps: tuple[float, ...] | None = None
     video_count: int = 1
     strict_official: bool = False
@@ -73,8 +80,10 @@ class MediaOptions:
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise KeyeError("{} is {!r}; give seconds", Option(name), value)
-        if self.adaptive_budget not in (None, False, True):
-            raise KeyeError("{} is {!r}; give true or false", Option("adaptive_budget"), self.adaptive_budget)
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool | None):
+                raise KeyeError("{} is {!r}; give true or false", Option(name), value)
         similarity = self.min_frame_similarity
         if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
             raise KeyeError("{} is {}; it must lie between 0 and 1", Option("min_frame_similarity"), similarity)
@@ -88,6 +97,11 @@ class MediaOptions:
             raise KeyeError("resized_height and resized_width must be given together")
         if self.fps is not None and self.nframes is not None:
             raise KeyeError("{} and {} exclude each other; give one of them", Option("fps"), Option("nframes"))
+
+    @property
+    def deinterlaces(self) -> bool:
+        """Whether interlaced frames are deinterlaced."""
+        return not self.strict_official if self.deinterlace is None else self.deinterlace
 
     @property
     def resized(self) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from keye.errors import KeyeError, KeyeWarning, MediaError, Option
 from keye.media import sampling, sizes
 from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.shown import as_read
 from keye.media.unmet import warn_of_video
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class VideoPlan:
     sees; each becomes `tokens_per_frame` visual tokens. `sample_fps` is the average rate of the sampled frames.
     `fast` is there once the frames of a video for 1.5 have been told apart, which needs their pixels: until then
     every frame counts as slow and the tokens are an estimate. `constant_rate` says whether the file's frames are evenly
-    spaced. `notes` are sentences about how the file was read (`VideoInfo.notes`).
+    spaced. `notes` are sentences about how the file was read (`VideoInfo.notes`). `mirrored` and `track` are those of
+    the file. With `deinterlace` interlaced frames are deinterlaced; `tone_map` is "pq" or "hlg" where frames of that
+    range are made ones of standard range.
     """
 
     name: str
@@ -64,15 +67,27 @@ class VideoPlan:
     sample_fps: float
     fast: FastFrames | None = None
     constant_rate: bool = field(default=True, repr=False)
+    mirrored: bool = False
+    track: int = 1
+    deinterlace: bool = True
+    tone_map: str | None = None
     notes: tuple[str, ...] = field(default=(), repr=False)
     start_offset: float = 0.0
     label_times: tuple[float, ...] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
-        cls, info: VideoInfo, indices: Sequence[int], size: sizes.Size, *, tokens_per_frame: int, rate: float
+        cls,
+        info: VideoInfo,
+        indices: Sequence[int],
+        size: sizes.Size,
+        *,
+        tokens_per_frame: int,
+        rate: float,
+        options: MediaOptions = DEFAULTS,
     ) -> Self:
-        """The plan of frames `indices` of a probed video at `size` (height, width); `rate` is their `sample_fps`."""
+        """The plan of frames `indices` of a probed video at `size` (height, width); `rate` is their `sample_fps`. Of
+        `options` those count that say what pixels look like."""
         return cls(
             name=info.name,
             duration=info.duration,
@@ -90,6 +105,10 @@ class VideoPlan:
             constant_rate=info.constant_rate,
             notes=tuple(map(str, info.notes)),
             start_offset=info.start_offset,
+            mirrored=info.mirrored,
+            track=info.track,
+            deinterlace=options.deinterlaces,
+            tone_map=info.transfer if options.tone_map and info.transfer != "sdr" else None,
         )
 
     @property
@@ -130,6 +149,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     evenly over the chosen range, and the frame on display at each is taken once; under `strict_official` indices are
     taken there too.
     """
+    info = as_read(info, options)
     start, end = options.video_start, options.video_end
     if options.strict_official and config.generation == "1.5" and (start is not None or end is not None):
         named = map(Option, ("video_start", "video_end", "strict_official"))
@@ -153,8 +173,8 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         height, width = sizes.encoded_size(height, width, config, options)
     warn_of_video(info.name, len(indices), (height, width), config, asked, seconds=part.seconds, sampled=sampled)
     emit(info.name, info.notes)
-    rate = len(indices) / part.count * part.fps
-    plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=_tokens(height, width, config), rate=rate)
+    rate, tokens = len(indices) / part.count * part.fps, _tokens(height, width, config)
+    plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=tokens, rate=rate, options=options)
     return _with_labels(plan, info, config, options)
 
 

@@ -178,7 +178,7 @@ class Processor:
     ) -> Iterator[tuple[VideoPlan, Iterator[Pixels]]]:
         """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: frames are told
         apart), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
-        with open_video(source, self.limits) as reader:
+        with self._open(source, options, plan) as reader:
             plan, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
             yield plan, self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
 
@@ -198,7 +198,7 @@ class Processor:
             pixels = _DecoderFrames(self.decoder, source, options, plan, self, shape)
         else:
             decode = lambda reader: self._planned_frames(reader, made, options)  # noqa: E731 (a method with its arguments)
-            pixels = FileFrames(source, self.limits, decode, shape)
+            pixels = FileFrames(source, self.limits, decode, shape, track=plan.track)
         return self._of_plan(pixels, plan, options)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
@@ -238,9 +238,13 @@ class Processor:
         if self.decoder is not None:
             made, decoded = self.decoder.decode(source, options, plan, self)
             return made, lambda: iter(decoded)
-        with open_video(source, self.limits) as reader:
+        with self._open(source, options, plan) as reader:
             made, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
         return made, None if kept is None else lambda: _at_size(kept, made)
+
+    def _open(self, source: Source, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
+        """The file, at the track of the plan, which may have been chosen."""
+        return open_video(source, self.limits, track=options.track if plan is None else plan.track)
 
     def _shape(self, plan: VideoPlan) -> FrameShape:
         sizes_of = [plan.frame_size(i) for i in range(plan.frames)]

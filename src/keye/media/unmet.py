@@ -13,7 +13,7 @@ from keye.media.options import MediaOptions
 from keye.media.sizes import Size, whole_tokens
 
 #: Options that files, or pictures in memory, have no use for, and why.
-_FILE_ONLY = {"adaptive_budget": "it is a list of pictures"}
+_FILE_ONLY = dict.fromkeys(("adaptive_budget", "track", "deinterlace", "tone_map"), "it is a list of pictures")
 _TIMED_ONLY = dict.fromkeys(("video_start", "video_end"), "its times are not known; give timestamps or fps")
 _LIST_ONLY = {"timestamps": "a file has times of its own"}
 

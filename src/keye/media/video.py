@@ -28,6 +28,7 @@ from keye.media.fetch import Source, fetch_source
 from keye.media.notes import VISIBLE, Note
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
+from keye.media.shown import picture_fields, picture_notes, shown
 from keye.media.wire import END, FRAME, INFO
 from keye.media.workers import STRANGERS, Worker
 from keye.media.workers import DecodeLimits as DecodeLimits
@@ -42,7 +43,8 @@ _MAX_FACTS = 1 << 16
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Facts about a video file. `width` and `height` are upright, after `rotation` (degrees counter-clockwise).
+    """Facts about a video file. `width` and `height` are those of the picture as players show it: with square pixels,
+    and upright, after `rotation` (degrees counter-clockwise) and, if `mirrored`, mirroring left to right.
 
     `pts` are the presentation times of all frames that can be shown, ascending, in units of `time_base` seconds;
     `container_start` is the second among them at which the clock of players begins, None: with the first frame.
@@ -50,6 +52,8 @@ class VideoInfo:
     `declared_fps` what the container says of it. `last_duration` is how long the last frame is shown, in units of
     `time_base`, where the container tells. `notes` say where what is read differs from what the container declares;
     every plan passes them on.
+    `stored_size` is the upright (width, height) of a file whose pixels are not square, as they are stored. `transfer`
+    is "sdr", "pq" or "hlg". `track` is the number of the video track that is read, `tracks` has all of them in words.
     """
 
     name: str
@@ -68,6 +72,11 @@ class VideoInfo:
     notes: tuple[Note, ...] = ()
     container_start: float | None = None
     declared_fps: float | None = None
+    mirrored: bool = False
+    stored_size: tuple[int, int] | None = None
+    transfer: str = "sdr"
+    track: int = 1
+    tracks: tuple[str, ...] = ()
 
     @property
     def frame_count(self) -> int:
@@ -104,7 +113,9 @@ class VideoInfo:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name, "format": self.format, "codec": self.codec, "width": self.width, "height": self.height,
-            "rotation": self.rotation, "fps": self.fps, "frame_count": self.frame_count, "duration": self.duration,
+            "rotation": self.rotation, "mirrored": self.mirrored, "stored_size": self.stored_size,
+            "transfer": self.transfer, "track": self.track, "tracks": list(self.tracks), "fps": self.fps,
+            "frame_count": self.frame_count, "duration": self.duration,
             "start_offset": self.start_offset, "exact_times": self.exact_times, "constant_rate": self.constant_rate,
             "cut_short": self.cut_short, "notes": [str(note) for note in self.notes],
         }  # fmt: skip
@@ -117,10 +128,12 @@ class VideoReader:
     opening when the file is no readable video or breaks a limit; without `wait`, when its facts or frames are read.
     """
 
-    def __init__(self, source: Source, limits: DecodeLimits | None = None, *, wait: bool = True) -> None:
+    def __init__(
+        self, source: Source, limits: DecodeLimits | None = None, *, track: int | None = None, wait: bool = True
+    ) -> None:
         self.limits = limits or (STRANGERS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
-        self._worker = self._start()
+        self._worker = self._start(track)
         try:
             if wait:
                 _ = self.info
@@ -163,13 +176,13 @@ class VideoReader:
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
         if turned:
             width, height = height, width
-        self._worker.request({"targets": plan.pts, "width": width, "height": height})
+        self._worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace})
         for _ in range(plan.frames):
             kind, body = self._worker.receive(height * width * 3)
             if kind != FRAME or len(body) != height * width * 3:
                 raise self._worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
-            yield np.ascontiguousarray(np.rot90(frame, plan.rotation // 90)) if plan.rotation else frame
+            yield shown(frame, plan)
         if self._worker.receive(0)[0] != END:
             raise self._worker.broken()
 
@@ -180,11 +193,11 @@ class VideoReader:
             frames[i] = frame
         return frames
 
-    def _start(self) -> Worker:
+    def _start(self, track: int | None) -> Worker:
         limits = self.limits
         options = {
             "threads": limits.threads, "pixel_limit": limits.frame_pixels, "frame_limit": limits.frames,
-            "common_only": self.source.untrusted,
+            "common_only": self.source.untrusted, "track": track,
         }  # fmt: skip
         with self.source.open_file() as file:
             return Worker(
@@ -212,14 +225,15 @@ class VideoReader:
         return info
 
 
-def open_video(source: Source, limits: DecodeLimits | None = None) -> VideoReader:
-    """Opens a video for planning and reading with one worker process."""
-    return VideoReader(source, limits)
+def open_video(source: Source, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoReader:
+    """Opens a video for planning and reading with one worker process: its video track `track`, counted from 1, or the
+    one that players choose."""
+    return VideoReader(source, limits, track=track)
 
 
-def probe(source: Source, limits: DecodeLimits | None = None) -> VideoInfo:
+def probe(source: Source, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoInfo:
     """Facts about a video file; reads all packets, decodes one frame."""
-    with VideoReader(source, limits) as reader:
+    with VideoReader(source, limits, track=track) as reader:
         return reader.info
 
 
@@ -230,7 +244,7 @@ def plan_video(
 
     Raises `MediaError` for a file that cannot be used, `KeyeError` for options that contradict the video.
     """
-    with VideoReader(source, limits) as reader:
+    with VideoReader(source, limits, track=options.track) as reader:
         return reader.plan(config, options)
 
 
@@ -238,13 +252,13 @@ def iter_frames(
     plan: VideoPlan, source: Source, *, limits: DecodeLimits | None = None
 ) -> Generator[NDArray[np.uint8], None, None]:
     """The planned frames one by one, uint8 RGB [height, width, 3]. Closing the generator ends the worker."""
-    with VideoReader(source, limits) as reader:
+    with VideoReader(source, limits, track=plan.track) as reader:
         yield from reader.frames(plan)
 
 
 def read_frames(plan: VideoPlan, source: Source, *, limits: DecodeLimits | None = None) -> NDArray[np.uint8]:
     """All planned frames, uint8 RGB [frames, height, width, 3]."""
-    with VideoReader(source, limits) as reader:
+    with VideoReader(source, limits, track=plan.track) as reader:
         return reader.read(plan)
 
 
@@ -264,10 +278,6 @@ def _parse_info(name: str, kind: bytes, body: bytearray) -> VideoInfo:
 
 def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     time_base = Fraction(*facts["time_base"])
-    rotation = round(facts["rotation"] / 90) * 90 % 360
-    width, height = facts["width"], facts["height"]
-    if rotation % 180:
-        width, height = height, width
     fps, constant = _frame_rate(pts, time_base, facts["rate"])
     declared, start = facts["declared_end"], facts["container_start"] if facts["known_times"] else None
     if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
@@ -279,9 +289,7 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         name=name,
         format=facts["format"],
         codec=facts["codec"],
-        width=width,
-        height=height,
-        rotation=rotation,
+        **picture_fields(facts),
         fps=fps,
         time_base=time_base,
         pts=pts,
@@ -294,7 +302,8 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     )
     told = declared is not None and facts["known_times"] and facts["format"] not in _ESTIMATED
     length = declared - facts["container_start"] if told else None
-    return dataclasses.replace(info, notes=tuple(_notes(info, length, facts.get("declared_frames"))))
+    notes = *picture_notes(info, facts), *_notes(info, length, facts.get("declared_frames"))
+    return dataclasses.replace(info, notes=notes)
 
 
 def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:

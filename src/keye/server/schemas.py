@@ -196,6 +196,7 @@ class GroundRequest(Sampling):
 class ClipsRequest(Body):
     file_id: Name
     intervals: Annotated[list[Interval], Field(min_length=1, max_length=100)]
+    preprocess_kwargs: Object | None = None
 
 
 class IndexRequest(Body):

@@ -18,6 +18,7 @@ from keye.engine.request import Finished
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips
 from keye.media.fetch import Source
+from keye.media.options import MediaOptions, media_options
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.media_parts import media_of, open_sources, to_messages
@@ -116,7 +117,8 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
         raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
     folder, given_up = Path(tempfile.mkdtemp(prefix="keye-clips-")), threading.Event()
     try:
-        cutting = context.decode(_cut, file.source(), body.intervals, folder, Path(file.name).stem, given_up)
+        settings = media_options("video", body.preprocess_kwargs or {})
+        cutting = context.decode(_cut, file.source(), body.intervals, settings, folder, Path(file.name).stem, given_up)
         path = await until_gone(request, cutting)
     except BaseException:
         given_up.set()
@@ -132,7 +134,12 @@ class _GivenUp(KeyeError):
 
 
 def _cut(
-    source: Source, intervals: Sequence[Sequence[float]], folder: Path, stem: str, given_up: threading.Event
+    source: Source,
+    intervals: Sequence[Sequence[float]],
+    options: MediaOptions,
+    folder: Path,
+    stem: str,
+    given_up: threading.Event,
 ) -> Path:
     """The file to send."""
 
@@ -141,7 +148,7 @@ def _cut(
             raise _GivenUp("the clips are not wanted any more")
 
     pairs = [(float(start), float(end)) for start, end in intervals]
-    written = cut_clips(source, pairs, folder, progress=progress)
+    written = cut_clips(source, pairs, folder, options=options, progress=progress)
     if not written:
         raise ApiError(400, "all intervals lie outside the pictures of the video", param="intervals")
     named = [path.rename(folder / f"{stem}-{path.name.split('-', 1)[1]}") for path in written]

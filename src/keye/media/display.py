@@ -1,0 +1,94 @@
+"""How decoded pictures are to be shown: their orientation, the shape of their pixels, their light. Standard library and
+PyAV.
+
+These facts are stored beside the pixels, by containers and by codecs; players and ffmpeg apply them, decoders do not.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from av.sidedata.sidedata import Type
+from av.video.frame import VideoFrame
+
+#: Pixels up to this many times as wide as high, or as high as wide, are believed. Real ones lie between 1:2 and 2:1.
+MAX_ASPECT = 10
+#: Degrees that a display matrix may be off a quarter turn, as rounding leaves them.
+_EXACT_DEGREES = 1.0
+#: Names of transfer characteristics (ITU-T H.273) of high dynamic range, by their number.
+_HIGH_RANGE = {16: "pq", 18: "hlg"}
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored picture becomes upright: turned by `rotation` degrees counter-clockwise, a multiple of 90, then
+    mirrored left to right if `mirrored`. `exact` is false where a display matrix asks for an angle in between."""
+
+    rotation: int = 0
+    mirrored: bool = False
+    exact: bool = True
+
+
+def orientation(matrix: Sequence[int]) -> Orientation:
+    """The nearest orientation to a display matrix, nine numbers as in FFmpeg's `libavutil/display.h`: a stored point
+    (x, y) is shown at (a x + c y, b x + d y), with a, b = `matrix[0:2]` and c, d = `matrix[3:5]`."""
+    a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
+    if a * d == b * c:
+        return Orientation()  # shows a line: no matrix that anyone means
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    (across, down), rest = ((c, b), (a, d)) if swapped else ((a, d), (b, c))
+    exact = math.degrees(math.atan2(math.hypot(*rest), math.hypot(across, down))) <= _EXACT_DEGREES
+    if swapped:
+        return Orientation(90 if down < 0 else 270, (across < 0) == (down < 0), exact)
+    return Orientation(180 if down < 0 else 0, (across < 0) != (down < 0), exact)
+
+
+def frame_orientation(frame: VideoFrame) -> Orientation:
+    """The orientation of a decoded frame."""
+    try:
+        side_data: Any = frame.side_data
+        return orientation(struct.unpack("=9i", bytes(side_data[Type.DISPLAYMATRIX])))
+    except KeyError:
+        return Orientation()
+    except ValueError:  # beside a kind of side data that PyAV does not know none can be read
+        turns = round(frame.rotation / 90)
+        return Orientation(turns * 90 % 360, exact=abs(frame.rotation - turns * 90) <= _EXACT_DEGREES)
+
+
+def believed_aspect(aspect: Fraction | None) -> Fraction:
+    """Width of a pixel for its height; 1 where none is stored or no player could mean it."""
+    if not aspect or not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
+        return Fraction(1)
+    return aspect
+
+
+def shown_size(width: int, height: int, aspect: Fraction, pixel_limit: int) -> tuple[int, int]:
+    """(width, height) of a stored picture with square pixels: the width is stretched, as players do it, or, where that
+    makes more than `pixel_limit` pixels, the height is shrunk."""
+    wide = max(1, round(width * aspect))
+    if aspect > 1 and wide * height > pixel_limit:
+        return width, max(1, round(height / aspect))
+    return wide, height
+
+
+def display_facts(frame: VideoFrame, aspect: Fraction | None, pixel_limit: int) -> dict[str, Any]:
+    """What `keye.media.video.VideoInfo` says about pictures, from the first one and the sample aspect ratio of its
+    stream. `shown` is the size with square pixels before the turn."""
+    turn, believed = frame_orientation(frame), believed_aspect(aspect)
+    return {
+        "width": frame.width,
+        "height": frame.height,
+        "shown": shown_size(frame.width, frame.height, believed, pixel_limit),
+        "aspect": None if aspect is None else [aspect.numerator, aspect.denominator],
+        "aspect_believed": aspect is None or not aspect or believed == aspect,
+        "rotation": turn.rotation,
+        "mirrored": turn.mirrored,
+        "exact_orientation": turn.exact,
+        "interlaced": bool(frame.interlaced_frame),
+        "transfer": _HIGH_RANGE.get(frame.color_trc, "sdr"),
+    }
