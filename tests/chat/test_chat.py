@@ -155,7 +155,7 @@ def test_checked_messages_pass_through() -> None:
         ([user({"type": "video", "video": ""})], "video is empty"),
         (
             [user({"type": "video", "video": "a", "speed": 2})],
-            "unknown key 'speed': allowed are adaptive_budget, fps, max_frames",
+            "unknown key 'speed': allowed are adaptive_budget, deinterlace, fps",
         ),
         ([user({"type": "image", "image": "a", "fps": 2})], "unknown key 'fps'"),
         ([user({"type": "video", "video": "a", "fps": "fast"})], "fps is 'fast': give a number"),

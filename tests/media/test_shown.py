@@ -202,6 +202,7 @@ def test_a_track_by_its_number(tmp_path: Path) -> None:
         MediaOptions(track=0)
 
 
+@pytest.mark.filterwarnings("ignore::keye.errors.KeyeWarning")
 def test_tracks_and_looks_share_no_cache(tmp_path: Path) -> None:
     source = fetch_source(two_tracks(tmp_path / "two.mp4", "", "default", sizes=((96, 64), (96, 64))))
     assert [probed(source, None, track=n).track for n in (None, 1, 2, None)] == [2, 1, 2, 2]
