@@ -178,6 +178,10 @@ def test_sound_that_goes_on_is_noted(tmp_path: Path) -> None:
     with pytest.warns(KeyeWarning, match=r"^long.mp4: the file declares 6\.0 s; its pictures end at 2\.0 s$"):
         plan_video(source, V20)
     assert not probe(source).cut_short
+    late = write_with_sound(tmp_path / "late.mp4", frames=20, video_start=1.5, sound_seconds=6.0)
+    (note,) = probe(fetch_source(late)).notes
+    clock = "all times count from the start of the file, as players do"
+    assert str(note) == f"the file declares 6.0 s; its pictures run from 1.5 to 3.5 s; {clock}"
 
 
 def test_frames_that_an_edit_list_leaves_out_are_noted(tmp_path: Path) -> None:

@@ -310,17 +310,18 @@ def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterato
     """Where what is read of a file differs from what the container declares: its `length` in seconds, its `frames`."""
     ends = length is not None and not -max(0.5, 2 / info.fps) <= length - info.duration <= max(1.0, 0.01 * length)
     counts = frames is not None and abs(frames - info.frame_count) > max(1, 0.005 * frames)
+    late = info.start_offset >= VISIBLE
+    clock = "; all times count from the start of the file, as players do" if late else ""
     if ends or info.cut_short:
-        told = length if length is not None else info.declared_duration
-        count = (f" and {frames:,} frames", f", after {info.frame_count:,} frames") if counts else ("", "")
-        yield Note(f"the file declares {told:.1f} s{count[0]}; its pictures end at {info.duration:.1f} s{count[1]}")
-    elif counts:
+        declared = length if length is not None else info.declared_duration
+        run = f"run from {info.start_offset:.1f} to {info.duration:.1f} s" if late else f"end at {info.duration:.1f} s"
+        count = (f" and {frames:,} frames", f", {info.frame_count:,} frames") if counts else ("", "")
+        yield Note(f"the file declares {declared:.1f} s{count[0]}; its pictures {run}{count[1]}{clock}")
+        return
+    if counts:
         yield Note(f"the file declares {frames:,} frames; {info.frame_count:,} are shown")
-    if info.start_offset >= VISIBLE:
-        yield Note(
-            f"its first frame is shown at {info.start_offset:.1f} s; all times count from the start of the file, as "
-            "players do"
-        )
+    if late:
+        yield Note(f"its first frame is shown at {info.start_offset:.1f} s{clock}")
 
 
 def _frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:

@@ -203,7 +203,7 @@ def look_into(source: Source) -> dict[str, Any]:
     info = probe(source)
     return {
         "kind": "video", "duration": info.duration, "width": info.width, "height": info.height, "fps": info.fps,
-        "frames": info.frame_count, "notes": [str(note) for note in info.notes],
+        "frames": info.frame_count, "start_offset": info.start_offset, "notes": [str(note) for note in info.notes],
     }  # fmt: skip
 
 
