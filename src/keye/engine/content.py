@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.media.fetch import Source, jpeg_list
+from keye.media.data_urls import decode_list
+from keye.media.fetch import Source
 from keye.media.image import ImagePlan
 from keye.media.inputs import as_source
 from keye.media.pictures import is_array
@@ -112,7 +113,7 @@ def _of_value(value: Any) -> bytes:
         return _of_picture(value)
     if is_array(value):
         return _of_array(value)
-    listed = value if isinstance(value, list | tuple) else jpeg_list(value)
+    listed = value if isinstance(value, list | tuple) else decode_list(value)
     if listed is None:
         return source_hash(as_source(value))
     return hashlib.sha256(b"".join(map(_of_value, listed))).digest()

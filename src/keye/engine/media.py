@@ -15,7 +15,8 @@ from keye.engine.content import probed
 from keye.engine.kvcache import KVCache
 from keye.errors import KeyeError, Option
 from keye.media import sizes
-from keye.media.fetch import Source, is_index, jpeg_list, media_kind
+from keye.media.data_urls import parse_list
+from keye.media.fetch import Source, is_index, media_kind
 from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
 from keye.media.notes import Note, emit
@@ -106,7 +107,7 @@ def _told_apart(value: object, options: dict[str, Any]) -> Medium:
         return Medium("image", value, options)
     if is_array(value):
         return Medium("video" if getattr(value, "ndim", 3) == 4 else "image", value, options)
-    if isinstance(value, Frames) or jpeg_list(value) is not None:
+    if isinstance(value, Frames) or parse_list(value) is not None:
         return Medium("video", value, options)
     source = as_source(value)
     return Medium("image" if media_kind(source) == "image" else "video", source, options)
@@ -142,7 +143,7 @@ def plan_medium(
         file = as_source(source)
         image = plan_image(file, config, options)
         return PlannedMedium("image", file, options, image, (VisualSpan("image", image.visual_tokens),))
-    if isinstance(source, list | tuple) or jpeg_list(source) is not None:
+    if isinstance(source, list | tuple) or parse_list(source) is not None:
         return PlannedMedium("video", source, options)
     file = as_source(source)
     if is_index(file):

@@ -5,21 +5,22 @@ The network is left to `download`, which only this module calls. Every failure i
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
+import re
 import stat
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from keye.errors import MediaError
+from keye.media.data_urls import DataUrl, parse_data_url, parse_list
 from keye.media.download import GIB, FetchLimits, download, shown
 from keye.media.hosts import check_address
+from keye.media.kinds import Other, kind_of, may_be_image
 
 #: Largest video file, in bytes.
 MAX_VIDEO_BYTES = 64 * GIB
@@ -29,9 +30,12 @@ MAX_IMAGE_BYTES = GIB // 2
 #: The first bytes of an index of a video, which `keye index` writes. Its second half finds files copied as text.
 INDEX_MAGIC = b"\x89KEYE INDEX\r\n\x1a\n\x00"
 
-_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
-#: Blocks of a GIF, of at most 255 bytes each, that are walked to tell an animation from a picture.
-_MAX_GIF_BLOCKS = 200_000
+#: Longest text that may be a path, in letters.
+_LONGEST_PATH = 4096
+#: Names of files that look like an address or like somebody's home.
+_ODD = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]*:")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,13 @@ def fetch_source(
     """Finds what the user named and checks that it can be read; downloads it if it is an http or https address.
 
     `reference` is a path, a URL (`file://`, `http://`, `https://`, `data:`), the bytes of a file, or a `Source`, which
-    is checked for size only. Raises `MediaError` when it is missing, a directory, no regular file, empty, larger than
-    `max_bytes`, or cannot be downloaded within `limits`.
+    is checked for size only. A file that exists is opened, whatever its name looks like. Raises `MediaError` when it is
+    missing, a directory, no regular file, empty, larger than `max_bytes`, or cannot be downloaded within `limits`.
     """
-    source = _locate(reference, max_bytes, limits or FetchLimits())
+    return _checked_size(_locate(reference, max_bytes, limits or FetchLimits()), max_bytes)
+
+
+def _checked_size(source: Source, max_bytes: int) -> Source:
     if source.size == 0:
         raise MediaError(f"{source.name} is empty (0 bytes); check that it was copied completely")
     if source.size > max_bytes:
@@ -120,25 +127,26 @@ class FetchPolicy:
         """The file that a request names by a `data:` URL or an address; `kind` is `"image"` or `"video"`."""
         text = self._checked(reference)
         most = self.image_bytes if kind == "image" else self.video_bytes
-        if text[:5].lower() == "data:":
-            _check_data(text, kind, most)
-        return untrusted(fetch_source(text, max_bytes=most, limits=replace(self.limits, hosts=self.hosts)))
+        url = parse_data_url(text)
+        if url is not None:
+            _check_data(url, kind, most)
+        # Not `fetch_source`, which opens files of this machine.
+        source = _fetch(text, most, replace(self.limits, hosts=self.hosts))
+        assert source is not None, "an address of another kind passed the check"
+        return untrusted(_checked_size(source, most))
 
     def fetch_list(self, reference: object) -> list[Source] | None:
-        """The pictures in a data URL that holds several (see `jpeg_list`); None for any other reference."""
-        text = self._checked(reference)
-        if text[:5].lower() != "data:" or text.count(",") < 1:
+        """The pictures in a data URL that holds several (see `data_urls.parse_list`); None for any other reference."""
+        url = parse_list(self._checked(reference))
+        if url is None:
             return None
-        count = text.count(",")
-        if count > self.list_frames:
+        if url.parts > self.list_frames:
             raise MediaError(
-                f"the data: URL holds {count:,} pictures, more than the limit of {self.list_frames:,}; "
+                f"the data: URL holds {url.parts:,} pictures, more than the limit of {self.list_frames:,}; "
                 "send fewer, or a video file"
             )
-        pictures = jpeg_list(text)
-        if pictures is None:
-            return None
-        return [untrusted(fetch_source(picture, max_bytes=self.image_bytes)) for picture in pictures]
+        _check_data(url, "video", self.video_bytes)
+        return [untrusted(fetch_source(picture, max_bytes=self.image_bytes)) for picture in url.decode_parts()]
 
     def _checked(self, reference: object) -> str:
         if not isinstance(reference, str):
@@ -173,29 +181,18 @@ def untrusted(source: Source) -> Source:
 
 
 def media_kind(source: Source) -> str:
-    """`"image"` or `"video"`, judged by the first bytes. Animated GIFs count as video; unknown bytes too."""
-    head = source.head()
-    if _is_still(head):
-        return "image"
-    if head.startswith((b"GIF87a", b"GIF89a")) and not _animated_gif(source):
-        return "image"
-    return "video"
+    """`"image"` or `"video"`, judged by the content. Animations are videos; so is what is not known, for the decoder to
+    judge. Raises `MediaError` for what is neither, such as a PDF or a text file."""
+    with source.open() as file:
+        found = kind_of(file)
+    if isinstance(found, Other):
+        raise MediaError(f"{source.name} {found}")
+    return found
 
 
 def is_index(source: Source) -> bool:
     """Whether this is an index of a video instead of a medium, judged by the first bytes."""
     return source.head(len(INDEX_MAGIC)) == INDEX_MAGIC
-
-
-def jpeg_list(reference: object) -> list[bytes] | None:
-    """The files in a data URL that holds several, parted by commas (`data:video/jpeg;base64,FIRST,SECOND,...`), which
-    is how clients send the frames of a video; None for anything else. Base64 itself has no commas."""
-    if not isinstance(reference, str) or reference[:5].lower() != "data:":
-        return None
-    header, _, body = reference.partition(",")
-    if not header.lower().endswith(";base64") or ("," not in body and not header.lower().startswith("data:video/jpeg")):
-        return None
-    return [_base64(part) for part in body.split(",")]
 
 
 def _locate(reference: str | os.PathLike[str] | bytes | Source, max_bytes: int, limits: FetchLimits) -> Source:
@@ -204,24 +201,44 @@ def _locate(reference: str | os.PathLike[str] | bytes | Source, max_bytes: int, 
     if isinstance(reference, bytes | bytearray | memoryview):
         return Source("<bytes>", len(reference), data=bytes(reference))
     text = os.fspath(reference)
-    scheme = text.split(":", 1)[0].lower() if ":" in text else ""
+    own = _own_file(text)
+    if own is not None:
+        return own
+    return _fetch(text, max_bytes, limits) or _file(_file_url(text) if text[:5].lower() == "file:" else text)
+
+
+def _own_file(text: str) -> Source | None:
+    """The file of this machine with exactly this name, be it like an address, a flag or another user's home."""
+    if len(text) > _LONGEST_PATH or not _ODD.match(text):
+        return None
+    try:
+        return _file(text, expand=False) if os.path.isfile(text) else None
+    except ValueError:
+        return None  # No path holds a zero byte.
+
+
+def _fetch(text: str, max_bytes: int, limits: FetchLimits) -> Source | None:
+    """What an address or a `data:` URL names; None for anything else. Opens no file of this machine."""
+    url = parse_data_url(text)
+    if url is not None:
+        data = url.decode()
+        return Source("<data URL>", len(data), data=data)
+    scheme = text.partition(":")[0].lower() if ":" in text else ""
     if scheme in ("http", "https"):
         file, size = download(text, limits, max_bytes, max_bytes_of=_max_bytes_of)
         return Source(shown(text).rpartition("/")[2] or shown(text), size, path=Path(file.name), keep=file)
-    if scheme in ("ftp", "rtsp", "rtmp"):
+    if scheme in ("ftp", "rtsp", "rtmp") or (scheme != "file" and _ADDRESS.match(text)):
         raise MediaError(f"{_short(text)} is a {scheme} address; download it first and pass the file")
-    if scheme == "data":
-        data = _data_url(text)
-        return Source("<data URL>", len(data), data=data)
-    if scheme == "file":
-        text = _file_url(text)
-    return _file(text)
+    return None
 
 
-def _file(text: str) -> Source:
-    path = Path(text).expanduser()
+def _file(text: str, *, expand: bool = True) -> Source:
+    path = Path(text)
     try:
+        path = path.expanduser() if expand else path
         status = path.stat()
+    except RuntimeError:
+        raise MediaError(f"{_short(text)} names the home of a user who is not known; check the path") from None
     except FileNotFoundError:
         raise MediaError(f"{_short(text)} does not exist; check the path") from None
     except (OSError, ValueError) as error:
@@ -236,31 +253,25 @@ def _file(text: str) -> Source:
 
 
 def _file_url(text: str) -> str:
+    """The path in a `file:` URL. Marks that a URL has other uses for (`?`, `#`, `%`) may stand unescaped in it."""
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise MediaError(f"{_short(text)} names another machine; copy the file here and pass its path")
-    return url2pathname(parts.path)
+    whole = text[5:].removeprefix("//").removeprefix(parts.netloc)
+    try:
+        return next((path for path in (url2pathname(whole), whole) if os.path.isfile(path)), url2pathname(parts.path))
+    except ValueError:
+        return whole
 
 
-def _data_url(text: str) -> bytes:
-    header, comma, body = text.partition(",")
-    if not comma:
-        raise MediaError("the data: URL has no comma; write it as data:<type>;base64,<data>")
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
-    return _base64(body)
-
-
-def _check_data(text: str, kind: str, most: int) -> None:
-    """A `data:` URL of a picture or video, in base64, of at most `most` bytes: found out before it is decoded."""
-    header, _, body = text[5:].partition(",")
-    declared, *parameters = header.lower().split(";")
-    animation = kind == "video" and declared == "image/gif"
-    if declared and declared.partition("/")[0] not in (kind, "application") and not animation:
+def _check_data(url: DataUrl, kind: str, most: int) -> None:
+    """A `data:` URL of a picture or video of at most `most` bytes: found out before it is decoded. An animation may
+    call itself an image."""
+    declared = url.media_type.partition("/")[0]
+    allowed = (kind, "application", "") if kind == "image" else ("image", "video", "application", "")
+    if declared not in allowed:
         raise MediaError(f"the data: URL does not say that it holds {_an(kind)}; write data:{kind}/...;base64,...")
-    if "base64" not in parameters:
-        raise MediaError("the data: URL must be in base64; write data:<type>;base64,<data>")
-    if len(body) // 4 * 3 > most + 2:
+    if url.most_bytes > most + 2:
         raise MediaError(f"the data: URL holds more than the limit of {most / GIB:.3g} GiB; upload the file instead")
 
 
@@ -268,54 +279,9 @@ def _an(kind: str) -> str:
     return "an image" if kind == "image" else "a video"
 
 
-def _base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise MediaError("the data: URL is no valid base64; encode the file again") from None
-
-
-def _animated_gif(source: Source) -> bool:
-    """Whether a GIF has a second image: walks its blocks without decoding. One with too many counts as animated."""
-    with source.open() as file:
-        header = file.read(13)
-        if len(header) < 13:
-            return False
-        _skip_color_table(file, header[10])
-        images = 0
-        blocks = 0
-        while introducer := file.read(1):
-            if introducer == b"\x2c":
-                images += 1
-                descriptor = file.read(9)
-                if images == 2 or len(descriptor) < 9:
-                    return images == 2
-                _skip_color_table(file, descriptor[8])
-                file.seek(1, os.SEEK_CUR)
-            elif introducer == b"\x21":
-                file.seek(1, os.SEEK_CUR)
-            else:
-                return False
-            while (size := file.read(1)) and size != b"\x00":
-                file.seek(size[0], os.SEEK_CUR)
-                blocks += 1
-                if blocks > _MAX_GIF_BLOCKS:
-                    return True
-    return False
-
-
-def _is_still(head: bytes) -> bool:
-    return head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-
-
 def _max_bytes_of(head: bytes) -> int:
     """How large a file with these first bytes may be."""
-    return MAX_IMAGE_BYTES if _is_still(head) else MAX_VIDEO_BYTES
-
-
-def _skip_color_table(file: BinaryIO, flags: int) -> None:
-    if flags & 0x80:
-        file.seek(3 << ((flags & 7) + 1), os.SEEK_CUR)
+    return MAX_IMAGE_BYTES if may_be_image(head) else MAX_VIDEO_BYTES
 
 
 def _reason(error: BaseException) -> str:

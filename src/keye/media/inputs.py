@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from keye.errors import MediaError
-from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source, jpeg_list
+from keye.media.data_urls import decode_list
+from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 from keye.media.image import read_image
 from keye.media.image_reader import ImageReader
 from keye.media.pictures import as_picture, is_array
@@ -36,7 +37,7 @@ def open_frames(value: Any) -> Any:
     a data URL of several JPEG images. None for a video file."""
     if is_array(value):
         return value
-    pictures: Sequence[Any] | None = value if isinstance(value, list | tuple) else jpeg_list(value)
+    pictures: Sequence[Any] | None = value if isinstance(value, list | tuple) else decode_list(value)
     if pictures is None:
         return None
     strangers = [picture for picture in pictures if isinstance(picture, Source) and picture.untrusted]

@@ -1,0 +1,208 @@
+"""Whether a file of an image format moves: its blocks are walked, nothing is decoded. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import BinaryIO
+
+#: Blocks that are walked at most; a file with more counts as animated.
+_MAX_BLOCKS = 200_000
+#: How much of a JPEG file is searched for a second picture behind the first.
+_MAX_JPEG = 64 << 20
+#: Shorter times, in seconds, are shown as long as `_USUAL`, as browsers do.
+_SHORTEST, _USUAL = Fraction(11, 1000), Fraction(1, 10)
+
+
+def is_animated_gif(file: BinaryIO) -> bool:
+    """Whether a GIF has a second image."""
+    file.seek(0)
+    header = file.read(13)
+    if len(header) < 13:
+        return False
+    _skip_color_table(file, header[10])
+    images = 0
+    blocks = 0
+    while introducer := file.read(1):
+        if introducer == b"\x2c":
+            images += 1
+            descriptor = file.read(9)
+            if images == 2 or len(descriptor) < 9:
+                return images == 2
+            _skip_color_table(file, descriptor[8])
+            file.seek(1, os.SEEK_CUR)
+        elif introducer == b"\x21":
+            file.seek(1, os.SEEK_CUR)
+        else:
+            return False
+        while (size := file.read(1)) and size != b"\x00":
+            file.seek(size[0], os.SEEK_CUR)
+            blocks += 1
+            if blocks > _MAX_BLOCKS:
+                return True
+    return False
+
+
+def is_animated_webp(file: BinaryIO) -> bool:
+    """Whether a WebP has a second frame."""
+    return _has_two(_webp_chunks(file), b"ANMF")
+
+
+def is_animated_png(file: BinaryIO) -> bool:
+    """Whether a PNG is an animation (APNG) of more than one frame."""
+    for name, place, length in _png_chunks(file):
+        if name == b"IDAT":
+            return False
+        if name == b"acTL" and length >= 8:
+            file.seek(place)
+            return int.from_bytes(file.read(4), "big") > 1
+    return False
+
+
+def is_png_sequence(file: BinaryIO) -> bool:
+    """Whether another PNG follows the first in the same file."""
+    place = 8
+    for _, at, length in _png_chunks(file):
+        place = at + length + 4
+    file.seek(place)
+    tail = file.read(20)
+    return tail[4:8] == b"IEND" and tail[12:] == b"\x89PNG\r\n\x1a\n"
+
+
+def is_track_file(file: BinaryIO) -> bool:
+    """Whether a file of the ISO family has tracks (a `moov` box)."""
+    file.seek(0, os.SEEK_END)
+    end, place = file.tell(), 0
+    for _ in range(_MAX_BLOCKS):
+        file.seek(place)
+        header = file.read(16)
+        if len(header) < 8:
+            return False
+        if header[4:8] == b"moov":
+            return True
+        size = int.from_bytes(header[:4], "big")
+        size = int.from_bytes(header[8:16], "big") if size == 1 else size
+        if size < 8 or place + size > end:
+            return False
+        place += size
+    return False
+
+
+def is_jpeg_sequence(file: BinaryIO) -> bool:
+    """Whether pictures of one size follow one another in a JPEG file, as in a raw MJPEG stream. Files of cameras with
+    a second picture, which they declare (MPF), are none."""
+    first = _jpeg_picture(file, 0)
+    if first is None:
+        return False
+    second = _jpeg_picture(file, first[1])
+    return second is not None and second[0] == first[0]
+
+
+def webp_times(file: BinaryIO) -> list[Fraction]:
+    """How long each frame of an animated WebP is shown, in seconds; `ValueError` where it is cut short."""
+    times = []
+    for name, place, length in _webp_chunks(file):
+        if name == b"ANMF" and length >= 16:
+            file.seek(place + 12)
+            times.append(_shown(int.from_bytes(file.read(3), "little"), 1000))
+    return times
+
+
+def png_times(file: BinaryIO) -> tuple[list[Fraction], bool]:
+    """How long each frame of an APNG is shown, in seconds, and whether its first picture is no frame. `ValueError`
+    where it is cut short."""
+    times: list[Fraction] = []
+    declared, hidden = 0, False
+    for name, place, length in _png_chunks(file):
+        file.seek(place)
+        if name == b"acTL" and length >= 8:
+            declared = int.from_bytes(file.read(4), "big")
+        elif name == b"IDAT":
+            hidden = hidden or not times
+        elif name == b"fcTL" and length >= 26:
+            delay, unit = struct.unpack("!HH", file.read(26)[20:24])
+            times.append(_shown(delay, unit or 100))
+    if len(times) < declared:
+        raise ValueError("fewer frames than declared")
+    return times[:declared], hidden
+
+
+def _shown(delay: int, unit: int) -> Fraction:
+    time = Fraction(delay, unit)
+    return time if time >= _SHORTEST else _USUAL
+
+
+def _has_two(chunks: Iterator[tuple[bytes, int, int]], wanted: bytes) -> bool:
+    found = 0
+    try:
+        for name, _, _ in chunks:
+            found += name == wanted
+            if found == 2:
+                return True
+    except ValueError:
+        return False
+    return False
+
+
+def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and length of each chunk of a WebP's content; `ValueError` for one that the file does not hold."""
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    file.seek(4)
+    end, place = int.from_bytes(file.read(4), "little") + 8, 12
+    for _ in range(_MAX_BLOCKS):
+        if place + 8 > end:
+            return
+        file.seek(place)
+        header = file.read(8)
+        length = int.from_bytes(header[4:], "little")
+        if len(header) < 8 or place + 8 + length > size:
+            raise ValueError("cut short")
+        yield header[:4], place + 8, length
+        place += 8 + length + length % 2
+
+
+def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and length of each chunk of a PNG as far as they go."""
+    place = 8
+    for _ in range(_MAX_BLOCKS):
+        file.seek(place)
+        header = file.read(8)
+        if len(header) < 8 or header[4:] == b"IEND":
+            return
+        length = int.from_bytes(header[:4], "big")
+        yield header[4:], place + 8, length
+        place += 12 + length
+
+
+def _jpeg_picture(file: BinaryIO, place: int) -> tuple[bytes, int] | None:
+    """The size of the picture that begins at a place, as its header writes it, and where it ends; None if there is no
+    whole picture or it declares more."""
+    file.seek(place)
+    if file.read(2) != b"\xff\xd8":
+        return None
+    size = b""
+    for _ in range(_MAX_BLOCKS):
+        marker = file.read(4)
+        if len(marker) < 4 or marker[0] != 0xFF:
+            return None
+        length = int.from_bytes(marker[2:], "big") - 2
+        if length < 0:
+            return None
+        body = file.read(length)
+        if marker[1] == 0xE2 and body.startswith(b"MPF\0"):
+            return None
+        if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
+            size = body[1:5]
+        if marker[1] == 0xDA:
+            break
+    begin = file.tell()
+    found = file.read(_MAX_JPEG).find(b"\xff\xd9")
+    return (size, begin + found + 2) if size and found >= 0 else None
+
+
+def _skip_color_table(file: BinaryIO, flags: int) -> None:
+    if flags & 0x80:
+        file.seek(3 << ((flags & 7) + 1), os.SEEK_CUR)
