@@ -47,7 +47,7 @@ def test_schema_thinking_and_evidence(tmp_path: Path) -> None:
 
 def test_media_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.bin", "PNG")
-    (tmp_path / "clip").write_bytes(b"any bytes")
+    (tmp_path / "clip").write_bytes(b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom")
     item = only(tmp_path, {"media": ["picture.bin", "clip"], "question": "what?", "fps": 2})
     image, video, _ = item.body["messages"][0]["content"]
     assert (image["type"], "fps" in image) == ("image", False)

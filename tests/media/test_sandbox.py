@@ -288,12 +288,12 @@ def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
 def test_a_worker_that_lies_ends_its_own_job_only(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     play_worker(said, monkeypatch)
     with pytest.raises(MediaError, match="broke the video decoder"):
-        open_video(fetch_source(b"video"))
+        open_video(fetch_source(b"\0video"))
 
 
 def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     play_worker(told(FACTS | {"width": 64, "height": 64}) + message(FRAME, b"abc") + message(END, b""), monkeypatch)
-    with open_video(fetch_source(b"video")) as reader:
+    with open_video(fetch_source(b"\0video")) as reader:
         plan = reader.plan(CONFIG)
         with pytest.raises(MediaError, match="broke the video decoder"):
             reader.read(plan)
@@ -301,7 +301,7 @@ def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPa
 
 def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     play_worker(told(FACTS), monkeypatch)
-    with open_video(fetch_source(b"video")) as reader:
+    with open_video(fetch_source(b"\0video")) as reader:
         reader._worker.limits = DecodeLimits(wait_seconds=0.01)
         with pytest.raises(MediaError, match="took more than 0.01 s"):
             reader._worker.request({"targets": list(range(1_000_000))})
@@ -324,7 +324,7 @@ def test_a_gif_of_endless_blocks_is_not_walked_through(monkeypatch: pytest.Monke
     gif = encoded(Image.new("P", (2, 2)), "GIF")
     source = fetch_source(gif[:-2] + b"\x01\x00" * 50 + gif[-2:])
     assert media_kind(source) == "image"
-    monkeypatch.setattr("keye.media.fetch._MAX_GIF_BLOCKS", 0)
+    monkeypatch.setattr("keye.media.animations._MAX_BLOCKS", 0)
     assert media_kind(source) == "video"
 
 

@@ -312,12 +312,12 @@ def _bad_file(kind: str, folder: Path) -> Path:
         ("missing", "does not exist"),
         ("directory", "is a directory"),
         ("empty", "is empty"),
-        ("text", "is no video that can be read"),
+        ("text", "is a text file, which is not read"),
         ("garbage", "is no video that can be read"),
         ("no index", "is no video that can be read"),
         ("sound", "has no video stream"),
-        ("playlist", "is no video that can be read|holds no frame|has no video stream"),
-        ("concat", "is no video that can be read|holds no frame|has no video stream"),
+        ("playlist", "is a playlist, which is not read; give the video itself"),
+        ("concat", "is a playlist, which is not read; give the video itself"),
     ],
 )
 def test_bad_files(tmp_path: Path, kind: str, message: str) -> None:

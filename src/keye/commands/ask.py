@@ -173,7 +173,7 @@ def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path
     if not any(region.points for region in regions):
         note(f"the answer marks no place, so {path} was not written")
         return False
-    drawn = draw_regions(read_image(media[0].source), regions)  # type: ignore[arg-type]
+    drawn = draw_regions(read_image(media[0].source, planned=True), regions)  # type: ignore[arg-type]
     with complete_file(path) as draft:
         drawn.save(draft, PICTURE_FORMATS[path.suffix.lower()])
     return True

@@ -62,7 +62,17 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(args[0], self.verbs, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             ctx.fail(f"no command {args[0][:80]!r}: {hint}Commands are {', '.join(self.verbs)}.")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, [_as_path(argument, command) for argument in rest]
+
+
+def _as_path(argument: str, command: click.Command | None) -> str:
+    """A file whose name begins like a flag, written so that it is not taken for one; any other argument as it is."""
+    if not argument.startswith("-") or argument in ("-", "--") or not os.path.isfile(argument):
+        return argument
+    params = command.params if command is not None else []
+    flags = {"-h", "--help"}.union(*((*param.opts, *param.secondary_opts) for param in params))
+    return argument if argument.partition("=")[0] in flags else os.path.join(os.curdir, argument)
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:

@@ -12,6 +12,9 @@ from typing import BinaryIO
 _MAX_BLOCKS = 200_000
 #: How much of a JPEG file is searched for a second picture behind the first.
 _MAX_JPEG = 64 << 20
+#: Pages of a TIFF file that are counted, and tags that a page may have.
+_MAX_PAGES, _MAX_TAGS = 10_000, 65_535
+_NEW_SUBFILE_TYPE = 254
 #: Shorter times, in seconds, are shown as long as `_USUAL`, as browsers do.
 _SHORTEST, _USUAL = Fraction(11, 1000), Fraction(1, 10)
 
@@ -98,6 +101,45 @@ def is_jpeg_sequence(file: BinaryIO) -> bool:
         return False
     second = _jpeg_picture(file, first[1])
     return second is not None and second[0] == first[0]
+
+
+def tiff_pages(file: BinaryIO) -> int:
+    """The pages of a TIFF file, without masks and smaller copies of pages; 0 of any other file."""
+    file.seek(0)
+    start = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(start[:2])
+    if order is None or len(start) < 16 or struct.unpack_from(order + "H", start, 2)[0] not in (42, 43):
+        return 0
+    big = start[2:4] in (b"+\0", b"\0+")
+    count_form, place_form, entry, header = (
+        (order + "Q", order + "Q", 20, 8) if big else (order + "H", order + "I", 12, 4)
+    )
+    (place,) = struct.unpack_from(place_form, start, header)
+    pages, seen = 0, set[int]()
+    while place and place not in seen and len(seen) < _MAX_PAGES:
+        seen.add(place)
+        file.seek(place)
+        size = struct.calcsize(count_form)
+        data = file.read(size)
+        if len(data) < size:
+            break
+        (tags,) = struct.unpack(count_form, data)
+        if not 0 < tags <= _MAX_TAGS:
+            break
+        data = file.read(tags * entry + struct.calcsize(place_form))
+        if len(data) < tags * entry + struct.calcsize(place_form):
+            break
+        pages += not _subfile_type(data, tags, entry, order) & 0b101
+        (place,) = struct.unpack_from(place_form, data, tags * entry)
+    return pages
+
+
+def _subfile_type(directory: bytes, tags: int, entry: int, order: str) -> int:
+    """The tag that tells copies and masks from pages, 0 where it is missing."""
+    for at in range(0, tags * entry, entry):
+        if struct.unpack_from(order + "H", directory, at)[0] == _NEW_SUBFILE_TYPE:
+            return int(struct.unpack_from(order + "I", directory, at + entry - (8 if entry == 20 else 4))[0])
+    return 0
 
 
 def webp_times(file: BinaryIO) -> list[Fraction]:

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from keye.errors import MediaError
 from keye.files import complete_file
-from keye.media.fetch import Source
+from keye.media.fetch import Reference, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.video import DecodeLimits, VideoInfo, VideoReader
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 
 def cut_clips(
-    source: Source,
+    source: Reference,
     intervals: Sequence[tuple[float, float]],
     folder: Path,
     *,
@@ -50,6 +50,7 @@ def cut_clips(
     only when it is complete and replaces one of the same name. Raises `MediaError` when the video cannot be read or
     the folder not be written.
     """
+    source = fetch_source(source)
     stem = (source.path.stem if source.path is not None else "clip")[:_MAX_STEM]
     written = []
     with VideoReader(source, limits, track=options.track) as reader:
@@ -100,7 +101,7 @@ def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float,
     ends = [*times[1:], round((end - start) / _TIME_BASE)]
     durations = {begin: max(1, stop - begin) for begin, stop in zip(times, ends, strict=True)}
     with av.open(
-        str(draft), "w", format="mp4", options={"video_track_timescale": str(_TIME_BASE.denominator)}
+        str(draft.absolute()), "w", format="mp4", options={"video_track_timescale": str(_TIME_BASE.denominator)}
     ) as container:
         # Without B-frames packets come in the order of time, and the file needs no edit list.
         encoder = container.add_stream("libx264", rate=max(1, round(reader.info.fps)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import sys
 from array import array
@@ -37,11 +38,17 @@ from keye.media.wire import END, FRAME, INFO, WorkerError, report_crashes, send,
 _SKIPPABLE = frozenset({"h264", "mpeg2video"})
 #: What strangers' files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
 #: seldom used and seldom tested.
-_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,yuv4mpegpipe,mxf"
+_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,yuv4mpegpipe,mxf,mjpeg"
 _CODECS = frozenset(
     "h264 hevc av1 libdav1d vp8 vp9 libvpx libvpx-vp9 mpeg4 mpeg2video mpeg1video mjpeg gif h263 flv prores wmv1 wmv2 "
     "wmv3 vc1 msmpeg4v2 msmpeg4 theora dvvideo vvc rawvideo png ffv1".split()
 )
+#: What FFmpeg would make videos of by their content alone although they are pictures, text or lists of other files.
+_NO_VIDEOS = re.compile(
+    r"\w+_pipe|image2|image2pipe|tty|bin|xbin|adf|idf|iff|alias_pix|brender_pix|ico|fits|txd|concatf?|hls|dash|sdp|"
+    r"lavfi|jpegxl_anim"
+)
+_JPEG = b"\xff\xd8\xff"
 #: Parts of PyAV that it imports only when a file needs them, which is too late for a confined process. Which of them
 #: exist depends on its version.
 _LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
@@ -230,10 +237,14 @@ class Reader:
         self.container, self.stream = self._open()
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
+        start = self.file.read(len(_JPEG))
+        self.file.seek(0)
         try:
             container = av.open(
                 self.file,
                 mode="r",
+                # Pictures that follow one another in a file; FFmpeg takes it for a row of files.
+                format="mjpeg" if start == _JPEG else None,
                 metadata_errors="replace",  # Titles and the like may be in any encoding; none of them is used.
                 container_options={"protocol_whitelist": "none"}
                 | ({"format_whitelist": _FORMATS} if self.common_only else {}),
@@ -245,6 +256,8 @@ class Reader:
                 "is no video that can be read (unknown format, or damaged or cut short at its index); "
                 "check the file or download it again"
             ) from None
+        if _NO_VIDEOS.fullmatch(container.format.name):
+            raise WorkerError("is no video that can be read; give a video or an image")
         stream = choose_track(video_tracks(container), self.track)
         context = stream.codec_context
         if context is None:

@@ -12,7 +12,7 @@ import stat
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -35,7 +35,6 @@ _LONGEST_PATH = 4096
 #: Names of files that look like an address or like somebody's home.
 _ODD = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]*:")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,12 @@ class Source:
             return file.read(count)
 
 
+#: What a user may give for a file: a path, a URL, the bytes of a file, or a source.
+Reference: TypeAlias = str | os.PathLike[str] | bytes | Source
+
+
 def fetch_source(
-    reference: str | os.PathLike[str] | bytes | Source,
+    reference: Reference,
     *,
     max_bytes: int = MAX_VIDEO_BYTES,
     limits: FetchLimits | None = None,
@@ -190,12 +193,23 @@ def media_kind(source: Source) -> str:
     return found
 
 
+def check_media(source: Source) -> None:
+    """Raises `MediaError` for what is surely neither an image nor a video."""
+    media_kind(source)
+
+
+def check_video(source: Source) -> None:
+    """Raises `MediaError` for what is surely no video."""
+    if media_kind(source) == "image":
+        raise MediaError(f"{source.name} is an image, not a video; give it as an image")
+
+
 def is_index(source: Source) -> bool:
     """Whether this is an index of a video instead of a medium, judged by the first bytes."""
     return source.head(len(INDEX_MAGIC)) == INDEX_MAGIC
 
 
-def _locate(reference: str | os.PathLike[str] | bytes | Source, max_bytes: int, limits: FetchLimits) -> Source:
+def _locate(reference: Reference, max_bytes: int, limits: FetchLimits) -> Source:
     if isinstance(reference, Source):
         return reference
     if isinstance(reference, bytes | bytearray | memoryview):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +13,14 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
-from keye.media.image_reader import ImageReader
+from keye.media import notes
+from keye.media.animations import tiff_pages
+from keye.media.fetch import MAX_IMAGE_BYTES, Reference, Source, check_media, fetch_source, media_kind
+from keye.media.image_reader import Header, ImageReader, is_confined
+from keye.media.notes import Note
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.picture import MAX_IMAGE_PIXELS, open_picture, orientation, upright
+from keye.media.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
+from keye.media.pictures import in_bytes
 from keye.media.sizes import check_sides, encoded_size, image_size
 from keye.media.unmet import warn_of_image
 from keye.media.wire import WorkerError
@@ -25,7 +31,8 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """What one image will cost. Sizes in pixels; `visual_tokens` counts tokens of the decoder."""
+    """What one image will cost. Sizes in pixels; `visual_tokens` counts tokens of the decoder. `notes` are sentences
+    about what of the file is used."""
 
     name: str
     source_width: int
@@ -33,45 +40,54 @@ class ImagePlan:
     width: int
     height: int
     visual_tokens: int
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 def plan_image(
-    source: Source,
+    source: Reference,
     config: ProcessorConfig,
     options: MediaOptions = DEFAULTS,
     *,
     pixel_limit: int = MAX_IMAGE_PIXELS,
 ) -> ImagePlan:
     """Reads only the header. Raises `MediaError` for a file that is no image we read, or an image too large."""
-    width, height, turn = _header(source, pixel_limit)
-    if not options.strict_official and turn in _SIDEWAYS:
+    source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
+    with _opened(source, pixel_limit) as image:
+        header = image.header()
+    width, height = header.width, header.height
+    if not options.strict_official and header.orientation in _SIDEWAYS:
         width, height = height, width
     check_sides(height, width, source.name, ratio=options.resized is None)
     held = image_size(height, width, config, options)
     new_height, new_width = encoded_size(*held, config, options)
     warn_of_image(source.name, (new_height, new_width), config, options)
+    found = () if options.strict_official else tuple(_notes(source, header))
+    notes.emit(source.name, found)
     tokens = (new_height // config.factor) * (new_width // config.factor)
-    return ImagePlan(source.name, width, height, new_width, new_height, tokens)
+    return ImagePlan(source.name, width, height, new_width, new_height, tokens, tuple(map(str, found)))
 
 
-def read_image(source: Source, *, pixel_limit: int = MAX_IMAGE_PIXELS, strict_official: bool = False) -> Image.Image:
-    """Decodes an image and turns it upright (EXIF; the official code leaves it as stored). Modes with an alpha channel
-    become RGBA, all others RGB.
+def read_image(
+    source: Reference,
+    *,
+    pixel_limit: int = MAX_IMAGE_PIXELS,
+    strict_official: bool = False,
+    planned: bool = False,
+) -> Image.Image:
+    """Decodes an image and turns it upright (EXIF; the official code leaves it as stored). Images with transparency, as
+    an alpha channel or a transparent colour, become RGBA, all others RGB; how levels of more than 8 bits become 8 is
+    told in docs/video.md. `planned` leaves out the notes that `plan_image` gives.
 
     Raises `MediaError` for a file that is no image we read, has more than `pixel_limit` pixels, or is damaged.
     """
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
-    if source.untrusted:
-        with ImageReader([source]) as reader:
-            return reader.picture(0, pixel_limit, strict_official=strict_official)
-    try:
-        with source.open() as file, open_picture(file, pixel_limit) as image:
-            return upright(image, strict_official=strict_official)
-    except WorkerError as error:
-        _explain(source.name, error)
+    with _opened(source, pixel_limit) as image:
+        if not planned and not strict_official:
+            notes.emit(source.name, _notes(source, image.header()))
+        return in_bytes(image.picture(strict_official=strict_official))
 
 
 def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
@@ -102,17 +118,65 @@ def resize_exactly(image: Image.Image, height: int, width: int) -> NDArray[np.ui
     return np.asarray(image)
 
 
-def _header(source: Source, pixel_limit: int) -> tuple[int, int, int]:
-    """Width and height as stored, and the EXIF orientation."""
-    source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
-    if source.untrusted:
+class _Image(Protocol):
+    """An open image file, in this process or in a confined one."""
+
+    def header(self) -> Header: ...
+
+    def picture(self, *, strict_official: bool) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class _Own:
+    image: Image.Image
+
+    def header(self) -> Header:
+        image = self.image
+        return Header(*image.size, orientation(image), picture_count(image), image.mode)
+
+    def picture(self, *, strict_official: bool) -> Image.Image:
+        return upright(self.image, strict_official=strict_official)
+
+
+@dataclass(frozen=True)
+class _Confined:
+    reader: ImageReader
+    pixel_limit: int
+
+    def header(self) -> Header:
+        return self.reader.header(0, self.pixel_limit)
+
+    def picture(self, *, strict_official: bool) -> Image.Image:
+        return self.reader.picture(0, self.pixel_limit, strict_official=strict_official)
+
+
+@contextmanager
+def _opened(source: Source, pixel_limit: int) -> Iterator[_Image]:
+    check_media(source)
+    if is_confined(source):
         with ImageReader([source]) as reader:
-            return reader.header(0, pixel_limit)
+            yield _Confined(reader, pixel_limit)
+        return
     try:
         with source.open() as file, open_picture(file, pixel_limit) as image:
-            return *image.size, orientation(image)
+            yield _Own(image)
     except WorkerError as error:
         _explain(source.name, error)
+
+
+def _notes(source: Source, header: Header) -> Iterator[Note]:
+    """What a user may not expect: pictures beside the one that is used, and levels without a fixed range."""
+    with source.open() as file:
+        pages = tiff_pages(file)
+    if media_kind(source) == "video":
+        yield Note("it moves, and as an image only its first picture is used; give it as a video for all of it")
+    elif pages > 1:
+        yield Note(f"it has {pages:,} pages, of which only the first is used; save the others as files of their own")
+    elif header.pictures > 1:
+        yield Note(f"it holds {header.pictures:,} pictures, of which only the main one is used")
+    if header.mode in ("I", "F"):
+        yield Note("its levels have 32 bits; where they leave the range from 0 to 255 (or 0 to 1), the lowest becomes "
+                   "black and the highest white")  # fmt: skip
 
 
 def _explain(name: str, error: WorkerError) -> NoReturn:

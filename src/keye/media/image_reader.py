@@ -1,4 +1,5 @@
-"""Strangers' images, decoded by a confined process (`image_worker`); this side asks and checks what comes back."""
+"""Images decoded by a confined process (`image_worker`): those of strangers, and formats with very large decoders. This
+side asks and checks what comes back."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from keye.errors import MediaError
 from keye.media.fetch import Source
+from keye.media.kinds import HEAD_BYTES, heif_format
 from keye.media.picture import MAX_IMAGE_PIXELS
 from keye.media.wire import FRAME, INFO
 from keye.media.workers import DecodeLimits, Worker
@@ -21,8 +24,26 @@ from keye.media.workers import DecodeLimits, Worker
 IMAGE_LIMITS = DecodeLimits(memory_bytes=2 * 1024**3, cpu_seconds=60, wait_seconds=60.0, total_seconds=120.0)
 #: Most pixels of the pictures of one list together: 1.2 GB as RGB.
 MAX_LIST_PIXELS = 400_000_000
-_CHANNELS = {"RGB": 3, "RGBA": 4}
+#: Bytes of a pixel in the modes that the worker sends.
+_PIXEL_BYTES = {"RGB": 3, "RGBA": 4, "I": 4, "F": 4}
 _MAX_FACTS = 1 << 10
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the beginning of an image file tells: its size as stored, in pixels, its EXIF orientation, how many pictures
+    there are, and Pillow's name for the kind of pixels."""
+
+    width: int
+    height: int
+    orientation: int
+    pictures: int
+    mode: str
+
+
+def is_confined(source: Source) -> bool:
+    """Whether an image has to be read here."""
+    return source.untrusted or heif_format(source.head(HEAD_BYTES)) is not None
 
 
 class ImageReader:
@@ -34,9 +55,10 @@ class ImageReader:
         self._offsets = [0]
         for source in sources:
             self._offsets.append(self._offsets[-1] + source.size)
+        formats = {heif_format(source.head(HEAD_BYTES)) for source in sources}
         with _joined(sources) as file:
             self._worker = Worker(
-                "keye.media.image_worker", file, {}, limits,
+                "keye.media.image_worker", file, {"formats": sorted(formats - {None})}, limits,
                 name=sources[0].name, what="image decoder", untrusted=True,
             )  # fmt: skip
 
@@ -48,21 +70,22 @@ class ImageReader:
     ) -> None:
         self._worker.close()
 
-    def header(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS) -> tuple[int, int, int]:
-        """Width and height as stored, and the EXIF orientation, of one image."""
-        facts = self._ask(index, pixel_limit, ("width", "height", "orientation"), pixels=False)
-        width, height, turn = (facts[name] for name in ("width", "height", "orientation"))
-        if not self._fits(width, height, pixel_limit) or not isinstance(turn, int):
+    def header(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS) -> Header:
+        """What is known of one image before it is decoded."""
+        names = tuple(field.name for field in fields(Header))
+        header = Header(**self._ask(index, pixel_limit, names, pixels=False))
+        numbers = all(isinstance(value, int) for value in (header.orientation, header.pictures))
+        if not self._fits(header.width, header.height, pixel_limit) or not numbers:
             raise self._worker.broken()
-        return width, height, turn
+        return header
 
     def picture(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS, *, strict_official: bool = False) -> Image.Image:
-        """One image, decoded, upright unless `strict_official`, RGB or RGBA."""
+        """One image, decoded, as `picture.upright` gives it."""
         facts = self._ask(index, pixel_limit, ("width", "height", "mode"), pixels=True, strict_official=strict_official)
         width, height, mode = (facts[name] for name in ("width", "height", "mode"))
-        if mode not in _CHANNELS or not self._fits(width, height, pixel_limit):
+        if mode not in _PIXEL_BYTES or not self._fits(width, height, pixel_limit):
             raise self._worker.broken()
-        size = width * height * _CHANNELS[mode]
+        size = width * height * _PIXEL_BYTES[mode]
         kind, body = self._worker.receive(size)
         if kind != FRAME or len(body) != size:
             raise self._worker.broken()

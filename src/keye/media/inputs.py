@@ -28,7 +28,7 @@ def as_source(value: object) -> Source:
 def open_image(value: object, *, strict_official: bool = False) -> Image.Image:
     """The picture that a user gave as a file or in memory; `strict_official` leaves it as stored, not upright."""
     if isinstance(value, Image.Image) or is_array(value):
-        return as_picture(value)
+        return as_picture(value, strict_official=strict_official)
     return read_image(as_source(value), strict_official=strict_official)
 
 

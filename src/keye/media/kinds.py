@@ -32,49 +32,65 @@ _AVIF = frozenset({b"avif", b"avis"})
 _PICTURE = "save it as PNG or JPEG"
 _EXPORT = "export its pages or pictures as PNG and give those"
 _UNPACK = "unpack it and give the video or picture inside"
-_NAMED = "give the video itself"
-_SOUND = "sound alone is not read; give a video"
-#: First bytes of files that are neither: what they are, and what to do.
-_OTHERS: tuple[tuple[bytes, str, str], ...] = (
-    (b"%!PS", "a PostScript document", _EXPORT), (b"\xc5\xd0\xd3\xc6", "a PostScript document", _EXPORT),
-    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document", _EXPORT), (b"{\\rtf", "an office document", _EXPORT),
-    (b"Rar!", "a RAR archive", _UNPACK), (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (b"\x1f\x8b", "a gzip archive", _UNPACK), (b"BZh", "a bzip2 archive", _UNPACK),
-    (b"\xfd7zXZ\0", "an xz archive", _UNPACK), (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
-    (b"#EXTM3U", "a playlist", _NAMED), (b"[playlist]", "a playlist", _NAMED), (b"ffconcat", "a playlist", _NAMED),
-    (b"WEBVTT", "a subtitle file", _NAMED), (b"[Script Info]", "a subtitle file", _NAMED),
-    (b"8BPS", "a Photoshop picture", _PICTURE), (b"gimp xcf", "a GIMP picture", _PICTURE),
-    (b"\xff\x0a", "a JPEG XL picture", _PICTURE), (b"\0\0\0\x0cJXL ", "a JPEG XL picture", _PICTURE),
-    (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture", _PICTURE), (b"\xff\x4f\xff\x51", "a JPEG 2000 picture", _PICTURE),
-    (b"II\xbc", "a JPEG XR picture", _PICTURE), (b"DDS ", "a DDS picture", _PICTURE),
-    (b"v/1\x01", "an OpenEXR picture", _PICTURE), (b"#?RADIANCE", "a Radiance picture", _PICTURE),
-    (b"qoif", "a QOI picture", _PICTURE), (b"BPG\xfb", "a BPG picture", _PICTURE), (b"FLIF", "a FLIF picture", _PICTURE),
-    (b"icns", "an ICNS picture", _PICTURE), (b"SIMPLE  =", "a FITS picture", _PICTURE), (b"SDPX", "a DPX picture", _PICTURE),
-    (b"XPDS", "a DPX picture", _PICTURE), (b"\x8aMNG\r\n", "an MNG animation", "convert it to WebP, GIF or MP4"),
-    (b"\x0a\x05\x01", "a PCX picture", _PICTURE), (b"\x01\xda\0", "an SGI picture", _PICTURE),
-    (b"\x01\xda\x01", "an SGI picture", _PICTURE), (b"\xd7\xcd\xc6\x9a", "a WMF drawing", _PICTURE),
-    (b"FUJIFILMCCD-RAW", "a camera's raw picture", _PICTURE), (b"IIRO", "a camera's raw picture", _PICTURE),
-    (b"IIRS", "a camera's raw picture", _PICTURE), (b"IIU\0", "a camera's raw picture", _PICTURE),
-    (b"ID3", "a sound file", _SOUND), (b"fLaC", "a sound file", _SOUND), (b"wvpk", "a sound file", _SOUND),
-    (b"MAC ", "a sound file", _SOUND), (b"#!AMR", "a sound file", _SOUND), (b"caff", "a sound file", _SOUND),
-    (b"MThd", "a sound file", _SOUND), (b".snd", "a sound file", _SOUND), (b"\xff\xfb", "a sound file", _SOUND),
-    (b"\xff\xf3", "a sound file", _SOUND), (b"\xff\xf2", "a sound file", _SOUND), (b"\xff\xfa", "a sound file", _SOUND),
-    (b"\xff\xf1", "a sound file", _SOUND), (b"\xff\xf9", "a sound file", _SOUND),
-    (b"\0\x01\0\0\0", "a font", _NAMED), (b"OTTO", "a font", _NAMED), (b"wOFF", "a font", _NAMED),
-    (b"wOF2", "a font", _NAMED), (b"ttcf", "a font", _NAMED), (b"FWS", "a Flash program", _NAMED),
-    (b"CWS", "a Flash program", _NAMED), (b"ZWS", "a Flash program", _NAMED), (b"\x7fELF", "a program", _NAMED),
-    (b"SQLite format 3\0", "a database", _NAMED), (b"\x89HDF\r\n", "an HDF5 file", _NAMED),
-    (b"\x93NUMPY", "a NumPy array", "load it and give the array"), (b"GGUF", "model weights", _NAMED),
-)  # fmt: skip
-_OFFICE = {b"word/": "a Word document", b"ppt/": "a PowerPoint document", b"xl/": "an Excel document",
-           b"mimetypeapplication/vnd.oasis": "an office document", b"mimetypeapplication/epub": "an e-book"}  # fmt: skip
+_ITSELF = "give the video itself"
+_MEDIUM = "give a video or an image"
+_SOUND = "give a video"
+#: What files are that are neither, what to do, and how they begin.
+_OTHERS: tuple[tuple[str, str, tuple[bytes, ...]], ...] = (
+    ("a PostScript document", _EXPORT, (b"%!PS", b"\xc5\xd0\xd3\xc6")),
+    ("an office document", _EXPORT, (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", b"{\\rtf")),
+    ("a RAR archive", _UNPACK, (b"Rar!",)),
+    ("a 7z archive", _UNPACK, (b"7z\xbc\xaf\x27\x1c",)),
+    ("a gzip archive", _UNPACK, (b"\x1f\x8b",)),
+    ("a bzip2 archive", _UNPACK, (b"BZh",)),
+    ("an xz archive", _UNPACK, (b"\xfd7zXZ\0",)),
+    ("a zstd archive", _UNPACK, (b"\x28\xb5\x2f\xfd",)),
+    ("a playlist", _ITSELF, (b"#EXTM3U", b"[playlist]", b"ffconcat")),
+    ("a subtitle file", _ITSELF, (b"WEBVTT", b"[Script Info]")),
+    ("a Photoshop picture", _PICTURE, (b"8BPS",)),
+    ("a GIMP picture", _PICTURE, (b"gimp xcf",)),
+    ("a JPEG XL picture", _PICTURE, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+    ("a JPEG 2000 picture", _PICTURE, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+    ("a JPEG XR picture", _PICTURE, (b"II\xbc",)),
+    ("a DDS picture", _PICTURE, (b"DDS ",)),
+    ("an OpenEXR picture", _PICTURE, (b"v/1\x01",)),
+    ("a Radiance picture", _PICTURE, (b"#?RADIANCE",)),
+    ("a QOI picture", _PICTURE, (b"qoif",)),
+    ("a BPG picture", _PICTURE, (b"BPG\xfb",)),
+    ("a FLIF picture", _PICTURE, (b"FLIF",)),
+    ("an ICNS picture", _PICTURE, (b"icns",)),
+    ("a FITS picture", _PICTURE, (b"SIMPLE  =",)),
+    ("a DPX picture", _PICTURE, (b"SDPX", b"XPDS")),
+    ("a PCX picture", _PICTURE, (b"\x0a\x05\x01",)),
+    ("an SGI picture", _PICTURE, (b"\x01\xda\0", b"\x01\xda\x01")),
+    ("a WMF drawing", _PICTURE, (b"\xd7\xcd\xc6\x9a",)),
+    ("a camera's raw picture", _PICTURE, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"IIU\0")),
+    ("an MNG animation", "convert it to WebP, GIF or MP4", (b"\x8aMNG\r\n",)),
+    ("a sound file", _SOUND, (b"ID3", b"fLaC", b"wvpk", b"MAC ", b"#!AMR", b"caff", b"MThd", b".snd")),
+    ("a sound file", _SOUND, (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"\xff\xfa", b"\xff\xf1", b"\xff\xf9")),
+    ("a font", _MEDIUM, (b"\0\x01\0\0\0", b"OTTO", b"wOFF", b"wOF2", b"ttcf")),
+    ("a Flash program", _MEDIUM, (b"FWS", b"CWS", b"ZWS")),
+    ("a program", _MEDIUM, (b"\x7fELF",)),
+    ("a database", _MEDIUM, (b"SQLite format 3\0",)),
+    ("an HDF5 file", _MEDIUM, (b"\x89HDF\r\n",)),
+    ("a NumPy array", "load it and give the array", (b"\x93NUMPY",)),
+    ("a file of model weights", _MEDIUM, (b"GGUF",)),
+)
+#: What stands in the first part of a ZIP archive that is a document.
+_ZIPPED = {
+    b"word/": "a Word document",
+    b"ppt/": "a PowerPoint document",
+    b"xl/": "an Excel document",
+    b"mimetypeapplication/vnd.oasis": "an office document",
+    b"mimetypeapplication/epub": "an e-book",
+}
 _NETPBM = re.compile(rb"P[1-7fF]\s+(#|\d|WIDTH)")
 _SUBTITLE = re.compile(rb"\s*\d+\s+\d\d:\d\d:\d\d[,.]\d+ *--> *\d\d:|\{\d+\}\{\d+\}|<SAMI>", re.IGNORECASE)
 _MARKUP = (
     (re.compile(rb"<svg[\s>]", re.IGNORECASE), "an SVG drawing", "export it as PNG"),
     (re.compile(rb"<!doctype html|<html[\s>]", re.IGNORECASE), "a web page", "save the video or picture on it"),
-    (re.compile(rb"<(MPD|smil|asx|playlist)[\s>]", re.IGNORECASE), "a playlist", _NAMED),
-    (re.compile(rb"<tt[\s>]", re.IGNORECASE), "a subtitle file", _NAMED),
+    (re.compile(rb"<(MPD|smil|asx|playlist)[\s>]", re.IGNORECASE), "a playlist", _ITSELF),
+    (re.compile(rb"<tt[\s>]", re.IGNORECASE), "a subtitle file", _ITSELF),
 )
 _PDF = "convert its pages to PNG and give those as images"
 
@@ -134,7 +150,7 @@ def _brands(head: bytes) -> tuple[bytes, set[bytes]]:
 
 
 def _iso(head: bytes, file: BinaryIO) -> Literal["image", "video"] | Other:
-    major, brands = _brands(head)
+    major, _ = _brands(head)
     if major == b"crx ":
         return Other("a camera's raw picture", _PICTURE)
     if heif_format(head) is None:
@@ -165,7 +181,7 @@ def _other(head: bytes) -> Other | None:
     if b"%PDF-" in head[:1024]:
         return Other("a PDF document", _PDF)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        found = next((what for mark, what in _OFFICE.items() if mark in head), None)
+        found = next((what for mark, what in _ZIPPED.items() if mark in head), None)
         return Other(found, _EXPORT) if found else Other("a ZIP archive", _UNPACK)
     if head[128:132] == b"DICM":
         return Other("a DICOM picture", _PICTURE)
@@ -178,8 +194,8 @@ def _other(head: bytes) -> Other | None:
     if _NETPBM.match(head):
         return Other("a Netpbm picture", _PICTURE)
     text = head.removeprefix(b"\xef\xbb\xbf")
-    for mark, what, advice in _OTHERS:
-        if text.startswith(mark):
+    for what, advice, marks in _OTHERS:
+        if text.startswith(marks):
             return Other(what, advice)
     return _text(text)
 
@@ -188,12 +204,12 @@ def _text(head: bytes) -> Other | None:
     if not head.startswith((b"\xff\xfe", b"\xfe\xff")) and (not _is_text(head) or head.startswith(b"YUV4MPEG2 ")):
         return None
     if _SUBTITLE.match(head):
-        return Other("a subtitle file", _NAMED)
+        return Other("a subtitle file", _ITSELF)
     if head.lstrip().startswith(b"<"):
         for mark, what, advice in _MARKUP:
             if mark.search(head):
                 return Other(what, advice)
-    return Other("a text file", "give a video or an image")
+    return Other("a text file", _MEDIUM)
 
 
 def _is_text(head: bytes) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.errors import MediaError
+from keye.media.picture import in_color
 
 Pixels = NDArray[np.uint8]
 
@@ -22,19 +23,41 @@ def is_array(value: object) -> bool:
     return isinstance(value, np.ndarray) or _is_tensor(value)
 
 
-def as_picture(value: Any) -> Image.Image:
-    """A PIL image of an array or tensor with three axes (or two, grey); a PIL image stands for itself.
+def as_picture(value: Any, *, strict_official: bool = False) -> Image.Image:
+    """A PIL image of an array or tensor with three axes (or two, grey); a PIL image stands for itself, in
+    RGB or RGBA (`picture.in_color`) unless `strict_official`.
 
     Numpy arrays are read as [H, W, channels], tensors as [channels, H, W], the other way round where only that leaves
     1, 3 or 4 channels. Levels are uint8 or numbers from 0 to 255.
     """
     if isinstance(value, Image.Image):
-        return value
+        return value if strict_official else in_bytes(in_color(value))
     array = _levels(value)
     if array.ndim == 2:
         return Image.fromarray(array)
     array = _channels_last(array, tensor=_is_tensor(value), axes=3)
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def in_bytes(image: Image.Image) -> Image.Image:
+    """RGB of an image of 32-bit levels (modes I and F), any other as it is. Levels from 0 to 255, and of floats from 0
+    to 1, mean what they say; others are stretched from the lowest, black, to the highest, white. What is no number is
+    black."""
+    if image.mode not in ("I", "F"):
+        return image
+    levels = np.array(image, dtype=np.float32)
+    finite = np.isfinite(levels)
+    low = float(levels.min(where=finite, initial=np.inf))
+    high = float(levels.max(where=finite, initial=-np.inf))
+    if high < low:  # none is a number
+        return Image.new("RGB", image.size)
+    levels = np.nan_to_num(levels, copy=False, nan=low, posinf=high, neginf=low)
+    if low >= 0 and high <= 1 and image.mode == "F":
+        levels *= 255
+    elif low < 0 or high > 255:
+        levels -= low
+        levels *= 255 / max(high - low, 1e-30)
+    return Image.fromarray(np.rint(levels, out=levels).astype(np.uint8)).convert("RGB")
 
 
 def as_frames(value: Any) -> Pixels | list[Image.Image]:

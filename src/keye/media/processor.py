@@ -149,16 +149,18 @@ class Processor:
         """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`). With a plan made before,
         nothing is warned of again."""
         if isinstance(source, Source):
-            name, image = source.name, read_image(source, strict_official=options.strict_official)
+            strict, planned = options.strict_official, plan is not None
+            name, image = source.name, read_image(source, strict_official=strict, planned=planned)
         else:
-            name, image = "<image>", as_picture(source)
+            name, image = "<image>", as_picture(source, strict_official=options.strict_official)
         sizes.check_sides(image.height, image.width, name, ratio=options.resized is None)
         pixels = resize_image(image, self.config, options)
         height, width = pixels.shape[:2]
         if plan is None:
             warn_of_image(name, (height, width), self.config, options)
         tokens = (height // self.config.factor) * (width // self.config.factor)
-        plan = ImagePlan(name, image.width, image.height, width, height, tokens)
+        notes = () if plan is None else plan.notes
+        plan = ImagePlan(name, image.width, image.height, width, height, tokens, notes)
         vision = images_to_patches(pixels[None], self.config)
         return MediaItem("image", vision, (VisualSpan("image", tokens),), plan=plan)
 

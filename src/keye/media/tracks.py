@@ -30,7 +30,8 @@ def video_tracks(container: InputContainer) -> list[VideoStream]:
 
 
 def choose_track(tracks: Sequence[VideoStream], number: int | None) -> VideoStream:
-    """Track `number`, or the one that ffmpeg and players choose: the file's default, then the largest."""
+    """Track `number`, or the one that ffmpeg and players choose: the file's default, then the largest. A single picture,
+    such as the still beside an animated AVIF, gives way to tracks that move."""
     if number is None:
         return max(tracks, key=_score)
     if not 1 <= number <= len(tracks):
@@ -49,7 +50,7 @@ def described(tracks: Sequence[VideoStream]) -> list[str]:
     return words + ([f"... {len(tracks)} in all"] if len(tracks) > _LISTED else [])
 
 
-def _score(track: VideoStream) -> tuple[bool, bool, int]:
+def _score(track: VideoStream) -> tuple[bool, bool, bool, int]:
     """Orders tracks; the first of the highest is chosen. One that cannot be decoded or goes with another is last."""
     context = track.codec_context
     pixels = 0 if context is None else context.width * context.height
@@ -57,5 +58,6 @@ def _score(track: VideoStream) -> tuple[bool, bool, int]:
     return (
         context is not None,
         not track.disposition & _ASIDE,
+        track.frames != 1,
         pixels + _PACKET_PIXELS * filled + _DEFAULT_PIXELS * bool(track.disposition & Disposition.default),
     )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media.fetch import Source, fetch_source
+from keye.media.fetch import Reference, check_video, fetch_source
 from keye.media.notes import VISIBLE, Note
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
@@ -129,10 +129,12 @@ class VideoReader:
     """
 
     def __init__(
-        self, source: Source, limits: DecodeLimits | None = None, *, track: int | None = None, wait: bool = True
+        self, source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None, wait: bool = True
     ) -> None:
+        source = fetch_source(source, max_bytes=(limits or DecodeLimits()).file_bytes)
         self.limits = limits or (STRANGERS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
+        check_video(source)
         self._worker = self._start(track)
         try:
             if wait:
@@ -225,20 +227,20 @@ class VideoReader:
         return info
 
 
-def open_video(source: Source, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoReader:
+def open_video(source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoReader:
     """Opens a video for planning and reading with one worker process: its video track `track`, counted from 1, or the
     one that players choose."""
     return VideoReader(source, limits, track=track)
 
 
-def probe(source: Source, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoInfo:
+def probe(source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoInfo:
     """Facts about a video file; reads all packets, decodes one frame."""
     with VideoReader(source, limits, track=track) as reader:
         return reader.info
 
 
 def plan_video(
-    source: Source, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, limits: DecodeLimits | None = None
+    source: Reference, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, limits: DecodeLimits | None = None
 ) -> VideoPlan:
     """Which frames would be sampled from a video and what they would cost.
 
@@ -249,14 +251,14 @@ def plan_video(
 
 
 def iter_frames(
-    plan: VideoPlan, source: Source, *, limits: DecodeLimits | None = None
+    plan: VideoPlan, source: Reference, *, limits: DecodeLimits | None = None
 ) -> Generator[NDArray[np.uint8], None, None]:
     """The planned frames one by one, uint8 RGB [height, width, 3]. Closing the generator ends the worker."""
     with VideoReader(source, limits, track=plan.track) as reader:
         yield from reader.frames(plan)
 
 
-def read_frames(plan: VideoPlan, source: Source, *, limits: DecodeLimits | None = None) -> NDArray[np.uint8]:
+def read_frames(plan: VideoPlan, source: Reference, *, limits: DecodeLimits | None = None) -> NDArray[np.uint8]:
     """All planned frames, uint8 RGB [frames, height, width, 3]."""
     with VideoReader(source, limits, track=plan.track) as reader:
         return reader.read(plan)
