@@ -164,6 +164,12 @@ def saved_at(level: int) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.skipif("AVIF" not in Image.SAVE, reason="this Pillow writes no AVIF")
+def test_an_animated_avif_is_a_video_without_its_still() -> None:
+    with open_video(fetch_source(saved("AVIF", 5, duration=100))) as reader:
+        assert (reader.info.frame_count, reader.info.duration, reader.info.notes) == (5, 0.5, ())
+
+
 def test_sound_in_a_container_of_videos(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="has no video stream"):
         open_video(write_sound(tmp_path / "sound.mp4"))

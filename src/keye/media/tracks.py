@@ -1,6 +1,7 @@
 """Which video track of a file is read. Standard library and PyAV.
 
-Tracks are counted from 1, in the file's order, without pictures that are attached, such as covers.
+Tracks are counted from 1, in the file's order, without pictures that are attached, such as covers, or stand beside an
+animation.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ def video_tracks(container: InputContainer) -> list[VideoStream]:
     tracks = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not tracks:
         raise WorkerError("has no video stream (it may be audio only); give a file with pictures")
-    return tracks
+    # The still pictures of a HEIF or AVIF file, which has none of them in a track, have no times.
+    return [track for track in tracks if track.frames != 1 or track.time_base != 1] or tracks
 
 
 def choose_track(tracks: Sequence[VideoStream], number: int | None) -> VideoStream:
-    """Track `number`, or the one that ffmpeg and players choose: the file's default, then the largest. A single picture,
-    such as the still beside an animated AVIF, gives way to tracks that move."""
+    """Track `number`, or the one that ffmpeg and players choose: the file's default, then the largest."""
     if number is None:
         return max(tracks, key=_score)
     if not 1 <= number <= len(tracks):
@@ -50,7 +51,7 @@ def described(tracks: Sequence[VideoStream]) -> list[str]:
     return words + ([f"... {len(tracks)} in all"] if len(tracks) > _LISTED else [])
 
 
-def _score(track: VideoStream) -> tuple[bool, bool, bool, int]:
+def _score(track: VideoStream) -> tuple[bool, bool, int]:
     """Orders tracks; the first of the highest is chosen. One that cannot be decoded or goes with another is last."""
     context = track.codec_context
     pixels = 0 if context is None else context.width * context.height
@@ -58,6 +59,5 @@ def _score(track: VideoStream) -> tuple[bool, bool, bool, int]:
     return (
         context is not None,
         not track.disposition & _ASIDE,
-        track.frames != 1,
         pixels + _PACKET_PIXELS * filled + _DEFAULT_PIXELS * bool(track.disposition & Disposition.default),
     )
