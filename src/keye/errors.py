@@ -6,7 +6,10 @@ Python unless a door says otherwise, so that the command line can speak of its o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 
@@ -52,3 +55,24 @@ class MediaError(KeyeError):
 
 class KeyeWarning(_Worded, UserWarning):
     """A setting that was not honoured, or only in part. The command line prints it as a note."""
+
+
+_collected: ContextVar[list[KeyeWarning] | None] = ContextVar("collected", default=None)
+
+
+def warn(warning: KeyeWarning, *, stacklevel: int = 1) -> None:
+    """Gives a warning, and adds it to the list of `collect_warnings` around this call, if there is one."""
+    if (collected := _collected.get()) is not None:
+        collected.append(warning)
+    warnings.warn(warning, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[KeyeWarning]]:
+    """A list of the warnings that `warn` gives inside this block, in this thread or task. They are still given."""
+    collected: list[KeyeWarning] = []
+    token = _collected.set(collected)
+    try:
+        yield collected
+    finally:
+        _collected.reset(token)

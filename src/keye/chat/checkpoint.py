@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from keye.chat.prompt import (
     with_suffix,
 )
 from keye.chat.template_process import TemplateLimits, templates
-from keye.errors import KeyeError, KeyeWarning
+from keye.errors import KeyeError, KeyeWarning, warn
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
 #: Files of a checkpoint that may hold a chat template; the first that does counts.
@@ -67,7 +66,7 @@ class CheckpointTemplate:
         """The prompt as segments, like `keye.chat.render`. Raises KeyeError also for a template that fails, goes on
         for ever, or leaves out the user's words or media."""
         if tools and self.tool_text is None and self.fallback is not None:
-            warnings.warn(
+            warn(
                 KeyeWarning(f"{self.name} has no place for tools; keye's own template is used with tools"), stacklevel=2
             )
             return self.fallback.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
-from keye.errors import KeyeError, KeyeWarning
+from keye.errors import KeyeError, KeyeWarning, warn
 
 Role = Literal["system", "user", "assistant", "tool"]
 MediumKind = Literal["image", "video"]
@@ -216,9 +215,7 @@ def _without_detail(where: str, picture: Mapping[str, Any]) -> Mapping[str, Any]
     if picture["detail"] not in _DETAILS:
         raise KeyeError(f"{where}.image_url.detail is {picture['detail']!r}: use one of {', '.join(_DETAILS)}.")
     if picture["detail"] != "auto":
-        warnings.warn(
-            KeyeWarning("detail has no effect on images: min_pixels and max_pixels set their size"), stacklevel=2
-        )
+        warn(KeyeWarning("detail has no effect on images: min_pixels and max_pixels set their size"), stacklevel=2)
     return {name: value for name, value in picture.items() if name != "detail"}
 
 

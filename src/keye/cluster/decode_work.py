@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeWarning, MediaError
+from keye.errors import KeyeWarning, MediaError, warn
 from keye.media.fetch import Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.pictures import Pixels
@@ -136,7 +136,7 @@ class VideoWork:
     def result(self, rest: Any, buffer: Pixels) -> PlannedFrames:
         plan, notes = rest
         for note in notes:
-            warnings.warn(KeyeWarning(*note), stacklevel=2)
+            warn(KeyeWarning(*note), stacklevel=2)
         frames, place = [], 0
         for height, width in _sizes(plan, self.first, self.stop):
             end = place + height * width * 3

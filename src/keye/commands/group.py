@@ -103,13 +103,15 @@ def _noted_warnings() -> Iterator[None]:
     """Warnings of settings that were not honoured, as notes on standard error; others as Python shows them."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", KeyeWarning)
-        usual = warnings.showwarning
+        usual, shown = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if isinstance(message, KeyeWarning):
                 from keye.commands.inputs import note
 
-                note(message.worded(spelled))
+                if (sentence := message.worded(spelled)) not in shown:
+                    shown.add(sentence)
+                    note(sentence)
             else:
                 usual(message, category, *place, **more)
 

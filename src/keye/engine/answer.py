@@ -9,8 +9,13 @@ from typing import Any
 
 from keye.chat import Region, ToolCall, parse_reply
 from keye.engine.evidence import Evidence
+from keye.engine.moments import keep_moments, keep_regions
 from keye.engine.prompt import Prompt
 from keye.engine.request import Delta, Ended, Event, Failed, Finished, Request, TokenProb
+from keye.errors import KeyeWarning
+
+#: The note on a reply that was ended because it repeated itself.
+LOOPED = KeyeWarning("the reply repeated itself and was stopped; ask in another way, or set a repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class Answer:
     `intervals` are the (start, end) seconds written in the answer, `regions` the points, boxes, outlines and clips that
     it marks, `tool_calls` the functions that the model wants called. `plan` says for each medium what was sampled and
     what it cost. `attention` is "sparse" or "dense"; dense above the model's top-k is another function than the model
-    was trained for. `finish_reason` is "stop" or "length"; `seconds` is wall time by phase.
+    was trained for. `finish_reason` is "stop", "length", or "loop" for a reply that was ended because it repeated
+    itself; `seconds` is wall time by phase. `notes` are sentences on what was not honoured, tolerated or left out, in
+    the media, the settings and the reply: intervals outside what was sampled are not among `intervals`.
     Where they were asked for: `evidence` says which frames the answer rests on, `logprobs` has the probability of each
     token of the reply, `prompt_logprobs` of each of the prompt but the first, `alternatives` are the other choices.
     """
@@ -50,14 +57,20 @@ class Answer:
     logprobs: tuple[TokenProb, ...] | None = None
     prompt_logprobs: tuple[TokenProb, ...] | None = None
     alternatives: tuple[Answer, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, text: str, prompt: Prompt, usage: Usage, **fields: Any) -> Answer:
         """The answer with `text` taken apart."""
         reply = parse_reply(text)
+        intervals, noted = keep_moments(reply.intervals, prompt.windows)
+        if fields.get("finish_reason") == "loop":
+            noted.append(LOOPED)
+        notes = dict.fromkeys(map(str, (*fields.pop("notes", ()), *prompt.notes, *noted)))
         return cls(
-            text=reply.text, reasoning=reply.reasoning, intervals=reply.intervals, regions=reply.regions,
-            tool_calls=reply.tool_calls, usage=usage, plan=prompt.plans, **fields,
+            text=reply.text, reasoning=reply.reasoning, intervals=tuple(intervals),
+            regions=tuple(keep_regions(reply.regions, prompt.windows)), tool_calls=reply.tool_calls, usage=usage,
+            plan=prompt.plans, notes=tuple(notes), **fields,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +90,7 @@ class Answer:
             "intervals": [list(pair) for pair in self.intervals],
             "plan": list(self.plan),
             "regions": [region.to_dict() for region in self.regions],
+            "notes": list(self.notes),
             "tool_calls": [asdict(call) for call in self.tool_calls],
             **{name: value for name, value in asked.items() if value is not None},
         }
@@ -125,7 +139,7 @@ class Collector:
     """Puts an `Answer` together from the events of one request; `answer` is there after the last one."""
 
     def __init__(self, request: Request, model: str) -> None:
-        self._model = model
+        self._model, self._notes = model, request.notes
         self._texts: list[list[str]] = [[] for _ in range(request.n)]
         self._probs: list[list[TokenProb]] = [[] for _ in range(request.n)]
         self._reasons = ["stop"] * request.n
@@ -150,7 +164,7 @@ class Collector:
         first, *others = (
             Answer.of(
                 "".join(text), event.prompt, usage, model=self._model, attention=event.attention, finish_reason=reason,
-                seconds=event.seconds, evidence=event.evidence, logprobs=tuple(probs) or None,
+                seconds=event.seconds, evidence=event.evidence, logprobs=tuple(probs) or None, notes=self._notes,
             )
             for text, reason, probs in zip(self._texts, self._reasons, self._probs, strict=True)
         )  # fmt: skip

@@ -47,7 +47,7 @@ from keye.engine.tiers import KVOptions, Tier, byte_count, free_memory
 from keye.engine.turns import Turn
 from keye.engine.videoindex import IndexInfo, open_video_index, write_video_index
 from keye.engine.vision_cache import VisionCache
-from keye.errors import KeyeError
+from keye.errors import KeyeError, collect_warnings
 from keye.hub import check_runs, resolve
 from keye.media.fetch import Source
 from keye.media.processor import Decoder, Processor
@@ -193,8 +193,9 @@ class Keye:
         `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback; `tools` are functions
         (name, description, JSON schema of the parameters) that the model may ask to be called; `n` replies are written,
         the others in `Answer.alternatives`; `logprobs` gives each token's probability beside those of so many others,
-        `prompt_logprobs` those of the prompt; `ignore_eos` goes on to `max_tokens`; `evidence` asks which frames the
-        answer rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost. All
+        `prompt_logprobs` those of the prompt; `ignore_eos` goes on to `max_tokens`; `stop_loops` False lets a reply
+        that repeats itself without end go on; `evidence` asks which frames the answer rests on; `deterministic` makes
+        the tokens independent of whatever else is computed, at a cost. All
         others are fields of `SamplingParams`, the model's own defaults for those not given."""
         request = self.request(messages, **options)
         return AnswerStream(self.reply(request, self.attention_of(request.attention)))
@@ -212,16 +213,19 @@ class Keye:
         ignore_eos: bool = False,
         evidence: bool = False,
         deterministic: bool = False,
+        stop_loops: bool = True,
         **sampling: Any,
     ) -> Request:
         """What `stream` asks of the engine; its options are explained there."""
         params = self.sampling_params(**sampling)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
-        segments = self.render(messages, thinking=thinking, tools=tools)
+        with collect_warnings() as notes:
+            segments = self.render(messages, thinking=thinking, tools=tools)
         return Request(
             segments, params, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos,
             attention=self.attention_of(attention), evidence=evidence, deterministic=deterministic,
+            stop_loops=stop_loops, notes=tuple(notes),
         )  # fmt: skip
 
     def batch(self, conversations: Sequence[Sequence[Mapping[str, Any] | Message]], **options: Any) -> list[Answer]:

@@ -21,6 +21,7 @@ from keye.chat import Medium, Message
 from keye.engine.answer import Answer, AnswerStream
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
+from keye.engine.moments import sampled_windows
 from keye.engine.prompt import Prompt, Room, plan_of
 from keye.engine.request import Request
 from keye.engine.vision import VisionJob
@@ -281,7 +282,8 @@ class LiveSession:
         )  # fmt: skip
         after = torch.arange(begin, begin + len(tail)).expand(3, -1)
         ids = torch.cat((seen, torch.tensor(tail)))
-        return Prompt(ids, torch.cat((stored, after), dim=1), begin + len(tail), (), cache, past)
+        positions = torch.cat((stored, after), dim=1)
+        return Prompt(ids, positions, begin + len(tail), (), cache, past, windows=sampled_windows([past.plan]))
 
     def _frame_size(self, height: int, width: int) -> sizes.Size:
         """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""

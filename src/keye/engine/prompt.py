@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment
+from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Interval, Medium, Message, Segment
 from keye.config import KeyeConfig
 from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
-from keye.errors import KeyeError, Option
+from keye.engine.moments import sampled_windows
+from keye.errors import KeyeError, KeyeWarning, Option, collect_warnings
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan
 from keye.media.inputs import open_frames
@@ -56,6 +57,7 @@ class Prompt:
 
     `past`, if given, holds the first tokens of the prompt, computed before: they and the media in them are not computed
     again, and `media` are those after it. It stays as it is. `indexed` is the video in it where it is an index of one.
+    `notes` are the warnings given while the media were planned, `windows` the seconds in which videos were sampled.
     """
 
     token_ids: Tensor
@@ -64,6 +66,8 @@ class Prompt:
     media: tuple[MediaItem, ...]
     past: KVCache | None = None
     indexed: IndexedVideo | None = None
+    notes: tuple[KeyeWarning, ...] = ()
+    windows: tuple[Interval, ...] = ()
 
     @property
     def media_tokens(self) -> int:
@@ -154,6 +158,15 @@ class PromptBuilder:
         With `room`, a prompt too long for the context is refused before anything is decoded, as far as its length can
         be known by then, and in any case before it is returned.
         """
+        with collect_warnings() as notes:
+            prompt = self._lay_out(segments, room, stream, salt)
+        if prompt.indexed is not None:  # planned when it was indexed, which nobody may have seen
+            name = prompt.indexed.plan.get("name", prompt.indexed.name)
+            notes += [KeyeWarning("{}: {}", name, note) for note in prompt.indexed.plan.get("notes") or ()]
+        windows = sampled_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
+        return replace(prompt, notes=tuple(notes), windows=windows)
+
+    def _lay_out(self, segments: Sequence[Segment], room: Room | None, stream: bool, salt: bytes) -> Prompt:
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
         planned = [plan_medium(medium, self.processor, videos, self.open_index, salt) for medium in media]

@@ -10,10 +10,16 @@ from torch import Tensor
 
 from keye.config import GenerationConfig, KeyeConfig
 from keye.engine.evidence import make_evidence
-from keye.engine.request import Choice, Delta, Ended, Finished, Task, TokenProb
+from keye.engine.loops import is_loop
+from keye.engine.request import Choice, Delta, Ended, Finished, Request, Task, TokenProb
 from keye.engine.sampling import Sampler, StopText, check_logits
 from keye.errors import KeyeError
 from keye.tokenizer import StreamDecoder, Tokenizer
+
+
+def _may_stop(request: Request) -> bool:
+    """Whether a reply that repeats itself is ended: not one that has to go on, or that is held to a form."""
+    return request.stop_loops and not request.ignore_eos and request.guide is None
 
 
 class Writer:
@@ -95,6 +101,8 @@ class Writer:
             task.tell(Ended(choice.index, "stop"))
         elif len(choice.reply) >= request.params.max_tokens:
             self._complete(task, choice, "length")
+        elif _may_stop(request) and is_loop(choice.reply, request.params.max_tokens):
+            self._complete(task, choice, "loop")
 
     def _complete(self, task: Task, choice: Choice, reason: str) -> None:
         """Tells the text that was held back; a stop string at the very end still counts."""
@@ -141,4 +149,5 @@ class Writer:
             prompt=prompt,
             evidence=evidence,
             prompt_probs=tuple(task.prompt_probs) if task.request.prompt_logprobs else None,
+            looped=any(choice.reason == "loop" for choice in task.choices),
         )

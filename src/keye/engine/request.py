@@ -20,7 +20,7 @@ from keye.engine.kvcache import KVCache
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams, StopText
 from keye.engine.vision import VisionJob
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.models.attention import AttentionMode
 from keye.tokenizer import StreamDecoder
 
@@ -45,6 +45,7 @@ class Request:
     `logprobs` is the number of alternatives wanted beside each token, None for no probabilities; `prompt_logprobs` asks
     for the probability of each token of the prompt. `ignore_eos` goes on to `max_tokens`. `skip_special` leaves control
     tokens out of the text. `deterministic` makes the tokens independent of whatever else is computed, at a cost.
+    `stop_loops` ends a reply that repeats itself without end. `notes` are warnings on the request itself.
     `salt` keeps what is cached for one owner from all others. `seconds` is the longest the request may take.
     """
 
@@ -61,6 +62,8 @@ class Request:
     deterministic: bool = False
     salt: bytes = b""
     seconds: float | None = None
+    stop_loops: bool = True
+    notes: tuple[KeyeWarning, ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or not 1 <= self.n <= MAX_CHOICES:
@@ -101,16 +104,21 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ended:
-    """Choice `index` is complete: `reason` is "stop" or "length"."""
+    """Choice `index` is complete: `reason` is "stop", "length", or "loop" for one that repeated itself."""
 
     index: int
     reason: str
+
+    @property
+    def openai_reason(self) -> str:
+        """The reason in the words of OpenAI's protocol, which has none for loops."""
+        return "length" if self.reason == "loop" else self.reason
 
 
 @dataclass(frozen=True)
 class Finished:
     """The whole request is complete. `media` are the plans, `seconds` wall time by phase. `prompt_probs` has one entry
-    for each token of the prompt but the first."""
+    for each token of the prompt but the first. `looped` tells that a choice was ended because it repeated itself."""
 
     prompt_tokens: int
     media_tokens: int
@@ -122,6 +130,7 @@ class Finished:
     prompt: Prompt
     evidence: Evidence | None = None
     prompt_probs: tuple[TokenProb, ...] | None = None
+    looped: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ each once as a `KeyeWarning`, by which Python, the command line, HTTP and batche
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from keye.errors import KeyeWarning
+from keye.errors import KeyeWarning, warn
 
 #: Seconds by which times may differ without a note: they are shown with one decimal.
 VISIBLE = 0.1
@@ -34,4 +33,4 @@ class Note:
 def emit(name: str, notes: Iterable[Note], *, stacklevel: int = 2) -> None:
     """Warns of each note about the medium `name`."""
     for note in notes:
-        warnings.warn(note.warning(name), stacklevel=stacklevel + 1)
+        warn(note.warning(name), stacklevel=stacklevel + 1)

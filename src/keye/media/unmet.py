@@ -5,10 +5,8 @@ Looks at what came out, not at why. Under `strict_official` nothing is told: the
 
 from __future__ import annotations
 
-import warnings
-
 from keye.config import ProcessorConfig
-from keye.errors import KeyeWarning, Option
+from keye.errors import KeyeWarning, Option, warn
 from keye.media.options import MediaOptions
 from keye.media.sizes import Size, whole_tokens
 
@@ -101,4 +99,4 @@ def _unmet(name: str, option: Option, got: str) -> None:
 
 
 def _warn(warning: KeyeWarning) -> None:
-    warnings.warn(warning, stacklevel=4)
+    warn(warning, stacklevel=4)

@@ -79,7 +79,7 @@ async def _whole(
                     mine[one.index].text += one.text
                     mine[one.index].probs += one.probs
                 elif isinstance(one, Ended):
-                    mine[one.index].reason = one.reason
+                    mine[one.index].reason = one.openai_reason
                 elif isinstance(one, Finished):
                     ends.append(one)
     choices = [
@@ -108,7 +108,7 @@ async def _chunks(
             offsets[one.index] += len(one.text)
             yield chunk(first + one.index, one.text, probs)
         elif isinstance(one, Ended):
-            yield chunk(first + one.index, "", end=one.reason)
+            yield chunk(first + one.index, "", end=one.openai_reason)
         elif isinstance(one, Finished):
             ends.append(one)
 

@@ -13,13 +13,15 @@ from itertools import chain
 from typing import Any
 
 from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
+from keye.engine.answer import LOOPED
 from keye.engine.evidence import Evidence
+from keye.engine.moments import keep_moments, keep_regions
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.engine.request import Request as Job
 from keye.errors import KeyeError
 from keye.server.audit import CURRENT
 from keye.server.context import Context
-from keye.server.errors import ApiError
+from keye.server.errors import ApiError, spelled
 from keye.server.names import unique
 from keye.server.prepare import Prepared
 from keye.server.sse import event
@@ -95,7 +97,7 @@ class Choice:
     def end(self, ended: Ended) -> list[ReplyPiece]:
         """The reply is complete; returns what was held back."""
         pieces = self._keep(self.stream.finish())
-        self.reason = "tool_calls" if self.calls and ended.reason == "stop" else ended.reason
+        self.reason = "tool_calls" if self.calls and ended.reason == "stop" else ended.openai_reason
         return pieces
 
     def _keep(self, pieces: list[ReplyPiece]) -> list[ReplyPiece]:
@@ -142,17 +144,20 @@ def usage_of(finished: Finished, choices: Sequence[Choice], prepared: Prepared) 
 
 def findings_of(finished: Finished, text: str, notes: Sequence[str], *, merged: bool = False) -> dict[str, Any]:
     """keye's own fields of an answer: what it marks, what it rests on, and what was not honoured."""
-    intervals = parse_intervals(text) or []
+    windows = finished.prompt.windows
+    intervals, noted = keep_moments(parse_intervals(text) or [], windows)
     found: dict[str, Any] = {
         "intervals": [list(pair) for pair in (merge_intervals(intervals) if merged else intervals)],
-        "regions": [region.to_dict() for region in parse_regions(text)],
+        "regions": [region.to_dict() for region in keep_regions(parse_regions(text), windows)],
         "seconds": dict(finished.seconds),
         "attention": finished.attention,
     }
     if finished.evidence is not None:
         found["evidence"] = _evidence_objects(finished.evidence, len(finished.media))
-    if notes:
-        found["notes"] = list(notes)
+    looped = (LOOPED,) if finished.looped else ()
+    own = (warning.worded(spelled) for warning in (*finished.prompt.notes, *noted, *looped))
+    if listed := list(dict.fromkeys((*notes, *own))):
+        found["notes"] = listed
     return found
 
 
