@@ -60,9 +60,11 @@ def test_without_weights_only_small_files_come(remote: FakeHub, tmp_path: Path) 
     assert names(folder) >= set(SHARDS)
 
 
-def test_gguf_comes_where_there_is_no_safetensors(remote: FakeHub, tmp_path: Path) -> None:
+def test_gguf_is_refused_before_it_is_fetched(remote: FakeHub, tmp_path: Path) -> None:
     remote.files = {**SMALL, "model.gguf": b"GGUF"}
-    assert names(resolve(remote, tmp_path)) == {*SMALL, "model.gguf"}
+    with pytest.raises(KeyeError, match="weights as GGUF, which keye does not read yet: choose the safetensors"):
+        resolve(remote, tmp_path)
+    assert not any("gguf" in asked for asked in map(str, remote.asked))
 
 
 def test_what_is_here_is_not_asked_for_again(remote: FakeHub, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ PUBLISHED: Final = {
 DESCRIBED_ONLY: Final = frozenset({"671b"})
 """Those whose language model keye does not run: see `check_runs`."""
 
+_GGUF: Final = "which keye does not read yet"
+
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -115,17 +117,29 @@ def _unknown(name: str) -> str:
 def _checked(folder: Path, weights: bool) -> Path:
     """`folder` itself if it can be a checkpoint: a directory with config.json and no pickles in place of weights."""
     if not folder.is_dir():
+        if _is_gguf(folder):
+            raise KeyeError(f"{folder} is a GGUF file, {_GGUF}: give a checkpoint folder with safetensors weights.")
         raise KeyeError(f"{folder} is a file: give the checkpoint folder that holds config.json and the weights.")
-    if not (folder / "config.json").is_file():
-        raise KeyeError(f"{folder} holds no config.json, so it is not a checkpoint: give the folder that does.")
     names = sorted(file.name for file in folder.iterdir())
-    pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
-    if weights and pickles and not any(name.endswith(".safetensors") for name in names):
+    others = [name for name in names if Path(name).suffix.lower() in {".gguf", *PICKLE_SUFFIXES}]
+    if others and others[0].lower().endswith(".gguf") and not any(name.endswith(".safetensors") for name in names):
+        raise KeyeError(f"{folder} holds its weights as GGUF ({others[0]}), {_GGUF}: fetch the safetensors release.")
+    if "config.json" not in names:
+        raise KeyeError(f"{folder} holds no config.json, so it is not a checkpoint: give the folder that does.")
+    if weights and others and not any(name.endswith(".safetensors") for name in names):
         raise KeyeError(
-            f"{folder} holds its weights only as pickle files ({pickles[0]}), which can run code when opened: "
+            f"{folder} holds its weights only as pickle files ({others[0]}), which can run code when opened: "
             "convert them to safetensors or fetch the safetensors release."
         )
     return folder
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _fetch(store: Store, revision: str, weights: bool, progress: Progress | None) -> Path:
@@ -156,7 +170,9 @@ def _fetch(store: Store, revision: str, weights: bool, progress: Progress | None
 def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
     if not any(file.name == "config.json" for file in files):
         raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
-    if weights and not any(file.is_weight for file in files):
+    if weights and files and not any(file.name.endswith(".safetensors") for file in files):
+        if any(file.is_weight for file in files):
+            raise KeyeError(f"{name} on the hub holds its weights as GGUF, {_GGUF}: choose the safetensors release.")
         raise KeyeError(
             f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that does."
         )

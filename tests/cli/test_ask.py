@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 FIELDS = [
     "text", "reasoning", "intervals", "usage", "plan", "model", "attention", "finish_reason", "seconds", "regions",
-    "tool_calls",
+    "tool_calls", "notes",
 ]  # fmt: skip
 
 
@@ -244,3 +245,26 @@ def test_several_replies_and_their_probabilities(run: Callable, model_folder: Pa
 def test_deterministic_tokens(run: Callable, model_folder: Path, video: Path) -> None:
     words = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 4, "--json"]
     assert run(*words, "--deterministic").data["text"] == run(*words, "--deterministic").data["text"]
+
+
+def test_a_file_from_standard_input(
+    run: Callable, model_folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model", model_folder, "--max-tokens", 2, "--json"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(video.read_bytes())))
+    piped = run("ask", "-", "what?", *arguments).data
+    assert piped["plan"][0]["name"] == "standard input"
+    assert piped["text"] == run("ask", video, "what?", *arguments).data["text"]
+    assert "named twice" in run("ask", "-", "-", "what?", *arguments).err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    assert run("plan", "-").err == "keye: standard input is empty (0 bytes); check that it was copied completely\n"
+
+
+def test_a_reply_that_repeats_itself_is_stopped(run: Callable, model_folder: Path, video: Path) -> None:
+    """The tiny model, whose weights are random, writes one token for ever."""
+    arguments = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 200]
+    data = run(*arguments, "--json").data
+    assert data["finish_reason"] == "loop" and data["usage"]["completion_tokens"] < 200
+    assert "the reply repeated itself and was stopped" in data["notes"][-1]
+    shown = run(*arguments)
+    assert "stopped: it repeated itself" in shown.out and "keye: the reply repeated itself" in shown.err

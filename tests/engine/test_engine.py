@@ -110,6 +110,8 @@ def test_notes_tell_what_is_left_out_and_what_is_missing(own: Callable[..., Path
         "preprocessor_config.json is missing: media are prepared by the official values of Keye-VL 2.0",
         "the files hold no indexer weights: the model attends densely",
         "the files hold tensors that no forward pass reads: visual.vision_model.head.probe",
+        "the checkpoint brings no chat template: prompts follow keye's own for Keye-VL 2.0",
+        "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it",
     )
 
 
@@ -277,7 +279,10 @@ def test_a_stream_is_an_iterator(model: Keye) -> None:
 
 def test_grounding_streams_and_merges(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.engine.answer.parse_reply", lambda _: parse_reply("[[5.0, 7.0], [1.0, 2.0], [6.0, 9.0]]"))
-    stream = model.stream_ground(Frames(FRAMES, [0.0, 1.0, 2.0, 3.0]), "the circle", max_tokens=4)
+    stream = model.stream_ground(Frames(FRAMES, [0.0, 3.0, 6.0, 9.0]), "the circle", max_tokens=4)
     assert "".join(stream)
     assert stream.finish().intervals == ((1.0, 2.0), (5.0, 9.0))
+    shorter = model.ground(Frames(FRAMES, [0.0, 1.0, 2.0, 3.0]), "the circle", max_tokens=4)
+    assert shorter.intervals == ((1.0, 2.0),) and "not shown as a moment" in shorter.notes[0]
+    assert shorter.to_dict()["notes"] == list(shorter.notes)
     assert model.ground(Frames(FRAMES), "the circle", max_tokens=4).intervals == ((1.0, 2.0), (5.0, 9.0))

@@ -33,9 +33,9 @@ def test_moments_are_within_what_was_looked_at() -> None:
     assert kept == [(31.0, 33.5), (30.0, 31.0), (39.0, 40.04), (39.0, 40.0)], "a tenth of a second is rounding"
     sentences = [str(note) for note in notes]
     assert len(sentences) == 3
-    assert "0.0 s to 0.0 s, 32.0 s to 32.0 s, which has no length" in sentences[0]
-    assert "50:00.0 to 50:05.0, outside what was looked at (30.0 s to 40.0 s)" in sentences[1]
-    assert "25.0 s to 31.0 s, 39.0 s to 50.0 s, which reaches beyond" in sentences[2]
+    assert "0.0 s to 0.0 s, 32.0 s to 32.0 s: without length" in sentences[0]
+    assert "50:00.0 to 50:05.0: outside what was looked at (30.0 s to 40.0 s)" in sentences[1]
+    assert "25.0 s to 31.0 s, 39.0 s to 50.0 s: in part outside" in sentences[2]
 
 
 def test_moments_without_a_window_are_kept() -> None:

@@ -80,6 +80,7 @@ def ask(
     if logprobs is not None and not as_json:
         raise KeyeError("--logprobs gives numbers for programs: add --json")
     from keye.commands import inputs, show
+    from keye.commands.progress import watching
 
     media = inputs.open_media(files, given)
     offered = inputs.read_tools(tools) if tools is not None else ()
@@ -95,8 +96,13 @@ def ask(
         **inputs.reply_options(model, given), "n": choices or 1, "logprobs": logprobs, "deterministic": deterministic,
     }  # fmt: skip
     check_choices(model, settings)
-    stream = model.stream_ask(media, question, tools=offered, evidence=evidence is not None, **settings)
-    answer = show.run_quietly(stream) if as_json else show.print_stream(stream)
+    with watching("watching") as on_progress:
+        stream = model.stream_ask(
+            media, question, tools=offered, evidence=evidence is not None, on_progress=on_progress, **settings
+        )
+        first = "" if as_json else next(stream, "")
+        answer = stream.finish() if as_json else None
+    answer = answer or show.print_stream(stream, first)
     written = write_picture(media, answer.regions, draw) if draw is not None else False
     if evidence is not None:
         write_evidence(model, media, question, answer, evidence)

@@ -38,6 +38,7 @@ def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: A
     keye ground video.mp4 "the red circle" --clips found
     """
     from keye.commands import inputs, show
+    from keye.commands.progress import watching
     from keye.media.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():
@@ -46,8 +47,9 @@ def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: A
     if clips is not None and is_index(medium.source):  # type: ignore[arg-type]
         raise KeyeError(f"{video} is an index and holds no frames: give the video itself for --clips")
     model = inputs.load_model(given)
-    with inputs.stderr().status("watching the video"):
-        answer = model.ground(medium, event, **inputs.reply_options(model, given))
+    settings = inputs.reply_options(model, given)
+    with watching("watching the video") as on_progress:
+        answer = model.ground(medium, event, on_progress=on_progress, **settings)
     written = write_clips(medium, answer.intervals, clips) if clips is not None else []
     if as_json:
         show.print_json({**answer.to_dict(), "clips": [str(path) for path in written]})

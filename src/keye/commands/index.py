@@ -42,12 +42,13 @@ def index(video: str, output: Path | None, check: bool, as_json: bool, **given: 
     if output is None:
         raise KeyeError("name the index to write with -o, as in: keye index talk.mp4 -o talk.keye")
     from keye.commands import inputs, show
+    from keye.commands.progress import watching
 
     medium = inputs.only_video(video, given)
     _check_output(output, medium.source)
     model = inputs.load_model(given)
-    with inputs.stderr().status("watching the video"):
-        info = model.index(medium, output, attention=given["attention"])
+    with watching("watching the video") as on_progress:
+        info = model.index(medium, output, attention=given["attention"], on_progress=on_progress)
     if as_json:
         show.print_json(info.to_dict())
     else:

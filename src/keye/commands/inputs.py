@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +24,9 @@ from keye.commands.options import (
     given,
 )
 from keye.commands.terminal import one_line
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError, MediaError, Option
 from keye.media.download import FetchLimits
-from keye.media.fetch import fetch_source, is_index, media_kind
+from keye.media.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
 
 if TYPE_CHECKING:
     from keye.cluster.decode import DecodeService
@@ -47,11 +49,14 @@ def note(sentence: str) -> None:
 
 def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]:
     """The named files as media, each with those options that its kind knows; http addresses are downloaded. Raises
-    `MediaError` for a file that cannot be read; nothing is decoded yet. An index of a video takes no options."""
+    `MediaError` for a file that cannot be read; nothing is decoded yet. An index of a video takes no options. "-" is
+    standard input."""
     media = []
     limits = FetchLimits(allow_private=bool(options.get("allow_private_urls")))
+    if files.count("-") > 1:
+        raise KeyeError("standard input (-) is named twice, but can be read once: save it to a file first")
     for file in files:
-        source = fetch_source(file, limits=limits)
+        source = read_stdin() if file == "-" else fetch_source(file, limits=limits)
         if is_index(source):
             _check_index_options(source.name, options)
             media.append(Medium("video", source))
@@ -64,6 +69,26 @@ def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]
         names = ", ".join(sorted(flag(name) for name in unused))
         note(f"{names} has no effect on images")
     return media
+
+
+def read_stdin(most: int = MAX_VIDEO_BYTES) -> Source:
+    """The file that is piped into the command, kept in a temporary file as long as it is used. `MediaError` for a
+    terminal and for more than `most` bytes."""
+    if sys.stdin.isatty():
+        raise MediaError('standard input is a terminal: pipe a file into keye, as in: keye ask - "what?" < video.mp4')
+    kept = tempfile.NamedTemporaryFile(prefix="keye-stdin-")  # noqa: SIM115  (the source keeps it)
+    size = 0
+    while part := sys.stdin.buffer.read(1 << 20):
+        size += len(part)
+        if size > most:
+            kept.close()
+            raise MediaError(f"standard input has more than the limit of {most >> 30} GiB; cut the video into parts")
+        try:
+            kept.write(part)
+        except OSError as error:
+            raise MediaError(f"standard input cannot be kept in {kept.name} ({error.strerror}); free space") from None
+    kept.flush()
+    return fetch_source(Source("standard input", size, path=Path(kept.name), keep=kept))
 
 
 def _check_index_options(name: str, options: Mapping[str, Any]) -> None:

@@ -48,19 +48,10 @@ def print_json(value: Mapping[str, Any]) -> None:
 # Answers
 
 
-def run_quietly(stream: AnswerStream) -> Answer:
-    """Waits for a whole answer."""
-    with stderr().status("watching"):
-        return stream.finish()
-
-
-def print_stream(stream: AnswerStream) -> Answer:
-    """Prints the text as it comes, and returns the answer."""
-    pieces = iter(stream)
-    with stderr().status("watching"):
-        first = next(pieces, "")
+def print_stream(stream: AnswerStream, first: str) -> Answer:
+    """Prints the text as it comes, `first` of all, and returns the answer."""
     print(printable(first), end="", flush=True)
-    for piece in pieces:
+    for piece in stream:
         print(printable(piece), end="", flush=True)
     print(flush=True)
     assert stream.answer is not None
@@ -154,7 +145,7 @@ def usage_line(answer: Answer, topk: int | None) -> str:
     usage, frames = answer.usage, sum(plan.get("frames", len(plan.get("timestamps", ()))) for plan in answer.plan)
     parts = [plural(frames, "frame")] if frames else []
     parts.append(f"{plural(usage.prompt_tokens, 'prompt token')} ({usage.media_tokens:,} visual)")
-    cut = ", cut at --max-tokens" if answer.finish_reason == "length" else ""
+    cut = {"length": ", cut at --max-tokens", "loop": ", stopped: it repeated itself"}.get(answer.finish_reason, "")
     parts.append(f"{usage.completion_tokens:,} generated{cut}")
     attention = f"{answer.attention} attention"
     context = usage.prompt_tokens + usage.completion_tokens

@@ -203,6 +203,8 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
             f"the language model of {architecture} (Keye-VL-{kind.generation}) is DeepSeek-V3, which keye does not run "
             "yet; `keye inspect` describes it and keye.models.weights.load_vision loads its vision tower and projector"
         )
+    if raw.get("quantization_config"):
+        raise ConfigError(_quantised(raw["quantization_config"]))
     require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
     require_whole(raw, _TEXT_SIZES, "config.json")
     require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
@@ -224,6 +226,16 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     )
     refuse(model_problems(config))
     return config
+
+
+def _quantised(section: object) -> str:
+    """The sentence on a checkpoint whose weights are quantised."""
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    named = f" ({method})" if isinstance(method, str) else ""
+    return (
+        f"config.json has quantization_config{named}: quantised checkpoints are not read yet; use the bfloat16 release "
+        "of the model"
+    )
 
 
 def _with_rope_scaling(raw: Mapping[str, Any]) -> Mapping[str, Any]:

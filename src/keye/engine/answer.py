@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,8 +11,8 @@ from keye.chat import Region, ToolCall, parse_reply
 from keye.engine.evidence import Evidence
 from keye.engine.moments import keep_moments, keep_regions
 from keye.engine.prompt import Prompt
-from keye.engine.request import Delta, Ended, Event, Failed, Finished, Request, TokenProb
-from keye.errors import KeyeWarning
+from keye.engine.request import Delta, Ended, Event, Failed, Finished, Progress, Request, TokenProb
+from keye.errors import KeyeWarning, warn
 
 #: The note on a reply that was ended because it repeated itself.
 LOOPED = KeyeWarning("the reply repeated itself and was stopped; ask in another way, or set a repetition_penalty")
@@ -61,11 +61,13 @@ class Answer:
 
     @classmethod
     def of(cls, text: str, prompt: Prompt, usage: Usage, **fields: Any) -> Answer:
-        """The answer with `text` taken apart."""
+        """The answer with `text` taken apart. Warns of times in it that are no moments, and of a loop."""
         reply = parse_reply(text)
         intervals, noted = keep_moments(reply.intervals, prompt.windows)
         if fields.get("finish_reason") == "loop":
             noted.append(LOOPED)
+        for warning in noted:
+            warn(warning, stacklevel=2)
         notes = dict.fromkeys(map(str, (*fields.pop("notes", ()), *prompt.notes, *noted)))
         return cls(
             text=reply.text, reasoning=reply.reasoning, intervals=tuple(intervals),
@@ -138,8 +140,8 @@ class AnswerStream(Iterator[str]):
 class Collector:
     """Puts an `Answer` together from the events of one request; `answer` is there after the last one."""
 
-    def __init__(self, request: Request, model: str) -> None:
-        self._model, self._notes = model, request.notes
+    def __init__(self, request: Request, model: str, on_progress: Callable[[Progress], None] | None = None) -> None:
+        self._model, self._notes, self._on_progress = model, request.notes, on_progress
         self._texts: list[list[str]] = [[] for _ in range(request.n)]
         self._probs: list[list[TokenProb]] = [[] for _ in range(request.n)]
         self._reasons = ["stop"] * request.n
@@ -153,6 +155,8 @@ class Collector:
             self._texts[event.index].append(event.text)
             self._probs[event.index] += event.probs
             return event.text if event.index == 0 else ""
+        if isinstance(event, Progress) and self._on_progress is not None:
+            self._on_progress(event)
         if isinstance(event, Ended):
             self._reasons[event.index] = event.reason
         elif isinstance(event, Finished):

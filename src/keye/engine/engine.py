@@ -41,7 +41,7 @@ from keye.engine.live import Keep, LiveSession
 from keye.engine.media import IndexedVideo, as_medium
 from keye.engine.prefix import PrefixCache
 from keye.engine.prompt import Measured, PromptBuilder
-from keye.engine.request import Inbox, Request, Stage
+from keye.engine.request import Inbox, Progress, Request, Stage
 from keye.engine.sampling import SamplingParams
 from keye.engine.tiers import KVOptions, Tier, byte_count, free_memory
 from keye.engine.turns import Turn
@@ -135,16 +135,20 @@ class Keye:
         media_options: Mapping[str, Any] | None = None,
         attention: AttentionMode | None = None,
         turn: Turn | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> IndexInfo:
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
         Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. Requests that
-        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising."""
+        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising.
+        `on_progress` is called as the video is computed."""
         medium = as_medium(video, media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
         mode = self.attention_of(attention)
-        return write_video_index(self, self.prompts, medium, Path(path), mode, turn=turn or self.turn)
+        return write_video_index(
+            self, self.prompts, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress
+        )
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -186,7 +190,13 @@ class Keye:
         """What a rendered prompt would cost: its media are probed and not decoded."""
         return self.prompts.measure(segments, salt)
 
-    def stream(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> AnswerStream:
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> AnswerStream:
         """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
         at the first token. Options, all with a default:
 
@@ -195,10 +205,11 @@ class Keye:
         the others in `Answer.alternatives`; `logprobs` gives each token's probability beside those of so many others,
         `prompt_logprobs` those of the prompt; `ignore_eos` goes on to `max_tokens`; `stop_loops` False lets a reply
         that repeats itself without end go on; `evidence` asks which frames the answer rests on; `deterministic` makes
-        the tokens independent of whatever else is computed, at a cost. All
+        the tokens independent of whatever else is computed, at a cost; `on_progress` is called as the media are
+        encoded and the prompt is computed. All
         others are fields of `SamplingParams`, the model's own defaults for those not given."""
         request = self.request(messages, **options)
-        return AnswerStream(self.reply(request, self.attention_of(request.attention)))
+        return AnswerStream(self.reply(request, self.attention_of(request.attention), on_progress))
 
     def request(
         self,
@@ -305,9 +316,11 @@ class Keye:
             raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
         return attention
 
-    def reply(self, request: Request, mode: AttentionMode) -> Iterator[str | Answer]:
+    def reply(
+        self, request: Request, mode: AttentionMode, on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[str | Answer]:
         """One request on the engine: its text, then the answer. Stepped by who reads, given up when the reader goes."""
-        inbox, collector = Inbox(), Collector(request, self.name)
+        inbox, collector = Inbox(), Collector(request, self.name, on_progress)
         task = self.core.add(request, mode, inbox)
         try:
             while collector.answer is None:

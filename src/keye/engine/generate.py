@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
 from keye.engine.prompt import Prompt
+from keye.engine.request import Progress
 from keye.engine.sampling import Sampler, SamplingParams
 from keye.engine.turns import Turn
 from keye.engine.vision import VisionJob
@@ -53,11 +54,18 @@ class Decoding:
         self.logits = torch.empty(0)
 
     @torch.inference_mode()
-    def prefill(self, prompt: Prompt, *, vision: VisionCache | None = None, turn: Turn = nullcontext) -> None:
+    def prefill(
+        self,
+        prompt: Prompt,
+        *,
+        vision: VisionCache | None = None,
+        turn: Turn = nullcontext,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
         """Computes the prompt in chunks, what is in its past excepted, the media as they are decoded; afterwards
         `logits` are those of the first token of the reply. `vision` has and keeps visual tokens of media with a key.
-        `turn` is entered for each piece of work on the model. `OutOfMemory`, before any work, where the prompt has no
-        room in the store."""
+        `turn` is entered for each piece of work on the model, `on_progress` called after each chunk. `OutOfMemory`,
+        before any work, where the prompt has no room in the store."""
         done = 0
         if prompt.past is not None:
             self.cache, done = prompt.past.fork(), prompt.past.length(0)
@@ -82,6 +90,8 @@ class Decoding:
                     job.forget(needed)
                     seen = needed
                     hidden = self._forward(x, prompt.position_ids[:, part].to(device), replies=end == ids.shape[0])
+                if on_progress is not None:
+                    on_progress(Progress("prefill", end, ids.shape[0]))
         finally:
             job.close()
         with turn():

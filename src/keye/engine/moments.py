@@ -58,11 +58,11 @@ def keep_moments(
             cut.append((start, end))
     looked = f"what was looked at ({_spans(windows)})"
     notes = [
-        KeyeWarning(f"the reply names {_spans(spans)}, {fault}")
+        KeyeWarning(f"the reply names {_spans(spans)}: {fault}")
         for spans, fault in (
-            (empty, "which has no length and is not shown as a moment"),
-            (outside, f"outside {looked}; it is not shown as a moment"),
-            (cut, f"which reaches beyond {looked}; it is cut to that"),
+            (empty, "without length, so not shown as a moment"),
+            (outside, f"outside {looked}, so not shown as a moment"),
+            (cut, f"in part outside {looked}, and cut to it"),
         )
         if spans
     ]

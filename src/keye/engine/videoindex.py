@@ -29,6 +29,7 @@ from keye.engine.ledger import Ledger
 from keye.engine.mapped import check_disk
 from keye.engine.media import IndexedVideo
 from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.request import Progress
 from keye.engine.tiers import KVOptions
 from keye.engine.turns import Turn
 from keye.errors import KeyeError
@@ -82,10 +83,11 @@ def write_video_index(
     mode: AttentionMode,
     *,
     turn: Turn = nullcontext,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> IndexInfo:
     """Computes the prompt up to the end of a video and writes it; `turn` is entered for each piece of work on the
-    model. `KeyeError`, before anything is computed, for a video
-    that does not fit the context, the memory or the disk."""
+    model. `KeyeError`, before anything is computed, for a video that does not fit the context, the memory or the
+    disk."""
     begin = time.perf_counter()
     if isinstance(medium.source, Source) and is_index(medium.source):
         raise KeyeError(f"{medium.source.name} is an index already: give the video itself")
@@ -99,7 +101,7 @@ def write_video_index(
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
     owner.with_room(partial(decoding.cache.reserve, prompt.token_ids.shape[0]))
-    decoding.prefill(prompt, turn=turn)
+    decoding.prefill(prompt, turn=turn, on_progress=on_progress)
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
     write_index_file(path, decoding.cache, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)
