@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, KeyeWarning, MediaError, Option
+from keye.errors import KeyeError, KeyeWarning, MediaError, Option, warn
 from keye.media import sampling, sizes
 from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
@@ -159,11 +158,11 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
             "{} is cut short: {:.1f} of {:.1f} s can be read; download it again or pass {}",
             info.name, info.duration, info.declared_duration, Option("video_end", int(info.duration * 10) / 10),
         )  # fmt: skip
-    if end is not None and end > info.duration + _BEYOND and not options.strict_official:
-        sentence = "{} lies after the end of {} at {:.1f} s; the part ends there"
-        warnings.warn(KeyeWarning(sentence, Option("video_end", f"{end:g}"), info.name, info.duration), stacklevel=2)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
     part = (_official_part if options.strict_official else _part)(info, start, end)
+    if end is not None and end > info.duration + _BEYOND and not options.strict_official:
+        sentence = "{} lies after the end of {} at {:.1f} s; the part ends there"
+        warn(KeyeWarning(sentence, Option("video_end", f"{end:g}"), info.name, info.duration), stacklevel=2)
     asked, options = options, options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options))
     indices, sampled = _sample(info, part, config, options)
     if not indices:
