@@ -18,6 +18,8 @@ from av.video.frame import VideoFrame
 
 #: Pixels up to this many times as wide as high, or as high as wide, are believed. Real ones lie between 1:2 and 2:1.
 MAX_ASPECT = 10
+#: How far pixels may be from square ones, where no one sees it: odd sizes are often stored with such a shape.
+_NEARLY_SQUARE = Fraction(1, 100)
 #: Degrees that a display matrix may be off a quarter turn, as rounding leaves them.
 _EXACT_DEGREES = 1.0
 #: Names of transfer characteristics (ITU-T H.273) of high dynamic range, by their number.
@@ -60,11 +62,11 @@ def frame_orientation(frame: VideoFrame) -> Orientation:
         return Orientation(turns * 90 % 360, exact=abs(frame.rotation - turns * 90) <= _EXACT_DEGREES)
 
 
-def believed_aspect(aspect: Fraction | None) -> Fraction:
-    """Width of a pixel for its height; 1 where none is stored or no player could mean it."""
-    if not aspect or not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
+def believed_aspect(aspect: Fraction | None) -> Fraction | None:
+    """Width of a pixel for its height: 1 where nothing else is stored, None where what is stored cannot be."""
+    if not aspect or abs(aspect - 1) < _NEARLY_SQUARE:
         return Fraction(1)
-    return aspect
+    return aspect if Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT else None
 
 
 def shown_size(width: int, height: int, aspect: Fraction, pixel_limit: int) -> tuple[int, int]:
@@ -83,9 +85,9 @@ def display_facts(frame: VideoFrame, aspect: Fraction | None, pixel_limit: int) 
     return {
         "width": frame.width,
         "height": frame.height,
-        "shown": shown_size(frame.width, frame.height, believed, pixel_limit),
+        "shown": shown_size(frame.width, frame.height, believed or Fraction(1), pixel_limit),
         "aspect": None if aspect is None else [aspect.numerator, aspect.denominator],
-        "aspect_believed": aspect is None or not aspect or believed == aspect,
+        "aspect_believed": believed is not None,
         "rotation": turn.rotation,
         "mirrored": turn.mirrored,
         "exact_orientation": turn.exact,
