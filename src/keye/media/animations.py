@@ -142,6 +142,12 @@ def _subfile_type(directory: bytes, tags: int, entry: int, order: str) -> int:
     return 0
 
 
+def is_webp(file: BinaryIO) -> bool:
+    """Whether an open file is a WebP, moving or not."""
+    file.seek(0)
+    return file.read(12)[8:] == b"WEBP"
+
+
 def webp_times(file: BinaryIO) -> list[Fraction]:
     """How long each frame of an animated WebP is shown, in seconds; `ValueError` where it is cut short."""
     times = []
@@ -152,23 +158,20 @@ def webp_times(file: BinaryIO) -> list[Fraction]:
     return times
 
 
-def png_times(file: BinaryIO) -> tuple[list[Fraction], bool]:
-    """How long each frame of an APNG is shown, in seconds, and whether its first picture is no frame. `ValueError`
-    where it is cut short."""
+def png_times(file: BinaryIO) -> list[Fraction]:
+    """How long each frame of an APNG is shown, in seconds; `ValueError` where it is cut short."""
     times: list[Fraction] = []
-    declared, hidden = 0, False
+    declared = 0
     for name, place, length in _png_chunks(file):
         file.seek(place)
         if name == b"acTL" and length >= 8:
             declared = int.from_bytes(file.read(4), "big")
-        elif name == b"IDAT":
-            hidden = hidden or not times
         elif name == b"fcTL" and length >= 26:
             delay, unit = struct.unpack("!HH", file.read(26)[20:24])
             times.append(_shown(delay, unit or 100))
     if len(times) < declared:
         raise ValueError("fewer frames than declared")
-    return times[:declared], hidden
+    return times[:declared]
 
 
 def _shown(delay: int, unit: int) -> Fraction:

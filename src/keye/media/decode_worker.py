@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import av
 from av.container import InputContainer
@@ -32,6 +32,9 @@ from keye.media.display import display_facts
 from keye.media.sandbox import confine
 from keye.media.tracks import choose_track, described, video_tracks
 from keye.media.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
+
+if TYPE_CHECKING:
+    from keye.media.animation_reader import AnimationReader
 
 #: Codecs in which frames that the decoder calls non-reference are needed by no other frame, so that leaving them out
 #: changes no pixel. HEVC is not one: its sub-layer non-reference frames may serve higher layers.
@@ -53,6 +56,8 @@ _JPEG = b"\xff\xd8\xff"
 #: exist depends on its version.
 _LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
               for part in ("stream", "codeccontext"))  # fmt: skip
+#: What reads animations of image formats.
+_ANIMATIONS = "keye.media.animation_reader"
 #: How far, in frame intervals, a decoded frame may lie behind the time it was asked for.
 _LATE_FRAMES = 2.5
 
@@ -102,6 +107,11 @@ class Reader:
             raise WorkerError(
                 f"has {len(self.scan.times):,} frames, more than the limit of {frame_limit:,}; cut it into parts"
             )
+
+    @property
+    def times(self) -> list[int]:
+        """The frames' presentation times."""
+        return self.scan.times
 
     def info(self) -> dict[str, Any]:
         """Facts for `keye.media.video.VideoInfo`; seconds count from the container's own zero."""
@@ -392,13 +402,21 @@ def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: 
     return b"".join(data[i * stride : i * stride + row] for i in range(height))
 
 
+def _reader(file: BinaryIO, options: dict[str, Any]) -> Reader | AnimationReader:
+    if options["animation"]:
+        from keye.media.animation_reader import AnimationReader
+
+        return AnimationReader(file, *(options[name] for name in ("pixel_limit", "frame_limit", "track")))
+    names = ("threads", "pixel_limit", "frame_limit", "common_only", "track")
+    return Reader(file, *(options[name] for name in names))
+
+
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
     try:
-        names = ("threads", "pixel_limit", "frame_limit", "common_only", "track")
-        reader = Reader(file, *(options[name] for name in names))
+        reader = _reader(file, options)
         facts = json.dumps(reader.info()).encode()
-        send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.scan.times).tobytes())
+        send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.times).tobytes())
         for line in requests:
             request = json.loads(line)
             for frame in reader.frames(*(request[name] for name in ("targets", "width", "height", "deinterlace"))):
@@ -419,7 +437,7 @@ def _refuse(url: str, flags: int, options: object) -> None:
 def main(arguments: list[str]) -> None:
     """Arguments: the options as JSON, and the inherited descriptor of the media file."""
     options = json.loads(arguments[0])
-    for name in _LAZY:
+    for name in (*_LAZY, *([_ANIMATIONS] if options["animation"] else [])):
         with suppress(ImportError):
             import_module(name)
     av.logging.set_level(av.logging.PANIC)

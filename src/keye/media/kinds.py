@@ -23,7 +23,8 @@ from keye.media.animations import (
 #: How many of the first bytes tell the kind.
 HEAD_BYTES = 4096
 
-_IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_IMAGES = (_PNG, b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: Brands of ISO files that hold still images; the sequence brands hold a track of pictures beside or instead of them.
 _HEIF_STILLS = frozenset({b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2"})
 _HEIF_SEQUENCES = frozenset({b"hevc", b"hevx", b"hevm", b"hevs", b"msf1"})
@@ -118,7 +119,7 @@ def kind_of(file: BinaryIO) -> Literal["image", "video"] | Other:
         return _iso(head, file)
     if head.startswith((b"II", b"MM")) and _is_camera_raw(head):
         return Other("a camera's raw picture", _PICTURE)
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(_PNG):
         return _png(file)
     if head.startswith(b"\xff\xd8\xff"):
         return "video" if is_jpeg_sequence(file) else "image"
@@ -130,6 +131,11 @@ def kind_of(file: BinaryIO) -> Literal["image", "video"] | Other:
 def may_be_image(head: bytes) -> bool:
     """Whether a file that begins like this is in a format for images, of which some can move."""
     return head.startswith(_IMAGES) or head[8:12] == b"WEBP" or heif_format(head) is not None
+
+
+def is_png_or_webp(head: bytes) -> bool:
+    """Whether an animation that begins like this is read with Pillow."""
+    return head.startswith(_PNG) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
 
 
 def heif_format(head: bytes) -> Literal["AVIF", "HEIF"] | None:

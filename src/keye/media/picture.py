@@ -21,7 +21,7 @@ CONFINED = ("AVIF", "HEIF")
 #: Most pixels an image may have before it is decoded (300 MB as RGB).
 MAX_IMAGE_PIXELS = 100_000_000
 #: What Pillow raises for a file whose content is wrong.
-_DAMAGE = (
+DAMAGE = (
     OSError,
     ValueError,
     TypeError,
@@ -55,7 +55,7 @@ def open_picture(file: BinaryIO, pixel_limit: int, formats: tuple[str, ...] = FO
             image = Image.open(file, formats=formats)
     except Image.DecompressionBombError:
         raise WorkerError(f"has more than {pixel_limit:,} pixels; shrink it first") from None
-    except _DAMAGE:
+    except DAMAGE:
         if heif_format(head) in formats:
             raise DamagedPicture from None
         raise WorkerError(f"is no image that can be read; use one of {', '.join(FORMATS + CONFINED)}") from None
@@ -70,7 +70,7 @@ def orientation(image: Image.Image) -> int:
     fails here."""
     try:
         return int(image.getexif().get(0x0112, 1))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DamagedPicture from error
 
 
@@ -88,7 +88,7 @@ def upright(image: Image.Image, *, strict_official: bool = False) -> Image.Image
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return in_color(image)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DamagedPicture from error
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.fetch import Reference, check_video, fetch_source
+from keye.media.kinds import is_png_or_webp
 from keye.media.notes import VISIBLE, Note
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
@@ -200,6 +201,7 @@ class VideoReader:
         options = {
             "threads": limits.threads, "pixel_limit": limits.frame_pixels, "frame_limit": limits.frames,
             "common_only": self.source.untrusted, "track": track,
+            "animation": is_png_or_webp(self.source.head()),
         }  # fmt: skip
         with self.source.open_file() as file:
             return Worker(
