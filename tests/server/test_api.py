@@ -46,6 +46,13 @@ def test_ground_and_clips(http: TestClient, file_id: str) -> None:
     assert (one.headers["content-type"], one.content[4:8]) == ("video/mp4", b"ftyp")
     two = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1], [2, 3]]})
     assert (two.headers["content-type"], two.content[:2]) == ("application/zip", b"PK")
+    asked = {"file_id": file_id, "intervals": [[0, 1]], "preprocess_kwargs": {"track": 2}}
+    assert "has no video track 2; give track one of 1: " in error_of(http.post("/v1/clips", json=asked))["message"]
+
+
+def test_a_track_that_is_not_there(http: TestClient, file_id: str) -> None:
+    refused = http.post("/v1/media/plan", json={"content": [medium(file_id, track=2)]})
+    assert "has no video track 2; give track one of 1: " in error_of(refused)["message"]
 
 
 def test_ground_as_a_stream_ends_with_the_whole(http: TestClient, file_id: str) -> None:

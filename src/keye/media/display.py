@@ -55,7 +55,7 @@ def frame_orientation(frame: VideoFrame) -> Orientation:
     try:
         side_data: Any = frame.side_data
         return orientation(struct.unpack("=9i", bytes(side_data[Type.DISPLAYMATRIX])))
-    except KeyError:
+    except (KeyError, struct.error):
         return Orientation()
     except ValueError:  # beside a kind of side data that PyAV does not know none can be read
         turns = round(frame.rotation / 90)
