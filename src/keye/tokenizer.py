@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ import tokenizers
 
 from keye.config import KeyeConfig
 from keye.errors import KeyeError
+from keye.text_cuts import cuts_of, pieces_of
 
 CONTROL_TOKENS: Final = (
     "<|endoftext|>",
@@ -96,6 +97,9 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
+#: Characters without a place to cut that are encoded where the number of tokens is limited: 50 MB of memory.
+MAX_RUN: Final = 262_144
+
 _BYTE_OF: Final = {character: byte for byte, character in enumerate(byte_characters())}
 
 
@@ -126,6 +130,9 @@ class Tokenizer:
             )
         longest_first = sorted(self._added, key=len, reverse=True)
         self._added_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._cuts = cuts_of(backend.pre_tokenizer, backend.normalizer)
+        # A token is written with a character for each of its bytes.
+        self._longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -173,23 +180,41 @@ class Tokenizer:
         """Token ids of `text`; added tokens written in it count as such only if `special`."""
         return self.encode_parts([(text, special)])
 
-    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+    def encode_parts(self, parts: Iterable[tuple[str, bool]], *, most: int | None = None) -> list[int]:
         """Token ids of the concatenated texts; each comes with whether its added tokens count.
 
         Neighbouring plain text is encoded as one string, so the ids equal those of the whole prompt encoded at once,
-        and an added token can neither be written by plain text nor be pieced together across a boundary.
+        and an added token can neither be written by plain text nor be pieced together across a boundary. Other threads
+        go on meanwhile. With `most`, encoding ends soon after that many ids: a longer result is a beginning only.
         """
         ids: list[int] = []
         pending: list[str] = []
+
+        def encode_pending() -> bool:
+            for piece in self._pieces("".join(pending), most is not None):
+                # Unlike `encode`, a batch is encoded without Python's lock.
+                ids.extend(self._plain.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+                if most is not None and len(ids) > most:
+                    return False
+            pending.clear()
+            return True
+
         for text, special in parts:
             for piece, index in self._split(text, special):
                 if index is None:
                     pending.append(piece)
-                else:
-                    ids += self._encode_plain("".join(pending))
-                    pending.clear()
-                    ids.append(index)
-        return ids + self._encode_plain("".join(pending))
+                    continue
+                if not encode_pending():
+                    return ids
+                ids.append(index)
+        encode_pending()
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the tokens of a text, found without reading it."""
+        # NFC makes one character of at most four, and leaves ASCII alone.
+        composed = 1 if self._backend.normalizer is None or text.isascii() else 4
+        return -(-len(text) // (composed * self._longest))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no valid UTF-8 become U+FFFD."""
@@ -217,16 +242,28 @@ class Tokenizer:
             end = match.end()
         yield text[end:], None
 
-    def _encode_plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise KeyeError(
-                f"The text holds a lone surrogate at character {error.start}; give valid Unicode text."
-            ) from error
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+    def _pieces(self, text: str, bounded: bool) -> Iterator[str]:
+        """A text in the parts that are encoded one by one: memory does not grow with the text, but for one without any
+        place to cut, which `bounded` limits."""
+        check_unicode(text)
+        for piece in pieces_of(text, self._cuts):
+            if bounded and len(piece) > MAX_RUN:
+                raise KeyeError(
+                    f"The text holds more than {MAX_RUN:,} characters in a row without a space or a digit between "
+                    "letters; break it up."
+                )
+            if piece:
+                yield piece
+
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+def check_unicode(text: str) -> str:
+    """`text` if it is valid Unicode; `KeyeError` where it holds half of a surrogate pair."""
+    if not text.isascii() and (found := _SURROGATE.search(text)) is not None:
+        raise KeyeError(f"The text holds a lone surrogate at character {found.start()}; give valid Unicode text.")
+    return text
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: KeyeConfig) -> None:

@@ -169,11 +169,11 @@ class PromptBuilder:
     def _lay_out(self, segments: Sequence[Segment], room: Room | None, stream: bool, salt: bytes) -> Prompt:
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
-        planned = [plan_medium(medium, self.processor, videos, self.open_index, salt) for medium in media]
-        text = [self.tokenizer.encode_parts(run) for run in _text_runs(segments)]
+        runs = _text_runs(segments)
         if room is not None:
-            least = sum(len(self.piece_ids(medium.pieces)) for medium in planned) + sum(map(len, text))
-            room.check(least, sum(medium.visual_tokens for medium in planned), at_least=True)
+            room.check(sum(self.tokenizer.least_tokens(text) for run in runs for text, _ in run), 0, at_least=True)
+        planned = [plan_medium(medium, self.processor, videos, self.open_index, salt) for medium in media]
+        text = self._encode_runs(runs, planned, room)
         indexed, planned = _split_index(planned)
         ids = list(text[0])
         if indexed is not None:
@@ -220,7 +220,27 @@ class PromptBuilder:
             pieces.append(item.pieces)
         text = sum(len(self.tokenizer.encode_parts(run)) for run in _text_runs(segments))
         tokens = sum(plan["visual_tokens"] for plan in plans)
-        return Measured(text + sum(len(self.piece_ids(one)) for one in pieces), tokens, tuple(plans))
+        return Measured(text + tokens + sum(map(self._label_tokens, pieces)), tokens, tuple(plans))
+
+    def _encode_runs(
+        self, runs: Sequence[Sequence[tuple[str, bool]]], planned: Sequence[PlannedMedium], room: Room | None
+    ) -> list[list[int]]:
+        """The ids of the texts around media; with `room`, `KeyeError` as soon as it is known that they do not fit."""
+        if room is None:
+            return [self.tokenizer.encode_parts(run) for run in runs]
+        visual = sum(medium.visual_tokens for medium in planned)
+        room.check(visual, visual, at_least=True)  # before anything is made for each of them
+        used, found = visual + sum(self._label_tokens(medium.pieces) for medium in planned), list[list[int]]()
+        room.check(used, visual, at_least=True)
+        for run in runs:
+            found.append(self.tokenizer.encode_parts(run, most=max(room.limit - room.reply - used, 0)))
+            used += len(found[-1])
+            room.check(used, visual, at_least=True)
+        return found
+
+    def _label_tokens(self, pieces: Sequence[Piece]) -> int:
+        """Tokens of the texts among the pieces of a medium."""
+        return sum(len(self.tokenizer.encode(one, special=True)) for one in pieces if isinstance(one, str))
 
     def _decode(self, medium: PlannedMedium) -> MediaItem:
         if medium.kind == "image":

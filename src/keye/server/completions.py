@@ -16,10 +16,11 @@ from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
-from keye.server.prepare import check_text, form_of, guide_of, job_of
+from keye.server.prepare import form_of, guide_of, job_of
 from keye.server.replies import each, head, written
 from keye.server.schemas import CompletionRequest
 from keye.server.sse import event, streamed, until_gone
+from keye.tokenizer import check_unicode
 
 router = APIRouter()
 
@@ -58,7 +59,7 @@ def _jobs(context: Context, owner: str, body: CompletionRequest, prompts: Sequen
     for prompt in prompts:
         if not prompt:
             raise ApiError(400, "prompt is empty; give a text to continue", param="prompt")
-        segment = Segment("text", check_text(prompt))
+        segment = Segment("text", check_unicode(prompt))
         job = job_of(context, owner, [segment], body, body.max_tokens)
         guide = guide_of(context, form, body)
         jobs.append(replace(job, n=body.n or 1, logprobs=body.logprobs, guide=guide))

@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.media_parts import media_of, to_messages
-from keye.server.prepare import check_text
 from keye.server.schemas import TokenizeRequest
+from keye.tokenizer import check_unicode
 
 router = APIRouter()
 
@@ -69,7 +69,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
 def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     tokenizer = context.model.tokenizer
     if body.prompt is not None:
-        return tokenizer.encode(check_text(body.prompt))
+        return tokenizer.encode(check_unicode(body.prompt))
     messages = to_messages(body.messages or (), context.openers(owner).uploads)
     if media_of(messages):
         raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")

@@ -275,12 +275,3 @@ def collect_warnings() -> None:
             usual(message, category, *place, **more)
 
     warnings.showwarning = keep
-
-
-def check_text(value: str) -> str:
-    """`value` if it is valid Unicode."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise KeyeError("the text holds a lone surrogate; give valid Unicode text") from None
-    return value
