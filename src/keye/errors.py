@@ -24,6 +24,22 @@ class Option:
         return self.name if self.value is None else f"{self.name}={self.value}"
 
 
+#: Characters of a value that a sentence shows.
+_SHOWN = 80
+
+
+def brief(value: object) -> str:
+    """A value as a sentence shows it: its beginning where it is long, in time that does not grow with it."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return "a number of more than 77 digits"
+    if isinstance(value, str | bytes) and len(value) > _SHOWN:
+        return f"{value[:_SHOWN]!r}..."
+    if isinstance(value, list | tuple | dict) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value):,} entries"
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
 class _Worded(Exception):
     """A sentence with `{}` for each of `parts`, texts or options; without parts it stands as it is."""
 

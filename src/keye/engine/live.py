@@ -6,6 +6,7 @@ Tokens, times and positions are those of one video of all frames; knows prompts 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from keye.engine.moments import sampled_windows
 from keye.engine.prompt import Prompt, Room, plan_of
 from keye.engine.request import Request
 from keye.engine.vision import VisionJob
-from keye.errors import KeyeError
+from keye.errors import KeyeError, Option
 from keye.media import sizes
 from keye.media.frame_stream import FrameShape, HeldFrames
 from keye.media.inputs import as_source, open_frames
@@ -56,6 +57,17 @@ class _Frame:
     visual: Tensor | None
 
 
+def seconds_of(values: Sequence[float], name: str = "timestamps") -> list[float]:
+    """Times in seconds as floats; `KeyeError` for anything that is no finite number."""
+    try:
+        times = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        times = [math.nan]
+    if not all(map(math.isfinite, times)):
+        raise KeyeError("{} must be finite numbers of seconds", Option(name))
+    return times
+
+
 class LiveSession:
     """Made by `Keye.live`; its past lies in the store of the model, under its budgets. Not for several threads at once.
 
@@ -79,7 +91,7 @@ class LiveSession:
         self._options = media_options("video", options)
         self._size: sizes.Size | None = None
         self._frames: list[_Frame] = []
-        self.dropped = 0
+        self.dropped, self._closed = 0, False
         self._head, _ = self._around("?")
         self._start()
 
@@ -102,8 +114,9 @@ class LiveSession:
         """Adds frames: an array or tensor with four axes or a list of pictures, and the second of each, later than all
         before. All frames get the size that the first frame got; nothing is added where `KeyeError` is raised, but for
         a context that fills up halfway (`keep="all"`)."""
+        self._check_open()
+        times = seconds_of(timestamps)
         given = as_frames(open_frames(frames))
-        times = [float(time) for time in timestamps]
         if len(given) != len(times):
             raise KeyeError(f"{len(given)} frames have {len(times)} timestamps; give one for each frame")
         before = [self._frames[-1].time] if self._frames else []
@@ -115,6 +128,8 @@ class LiveSession:
 
     def append_video(self, video: object, *, offset: float = 0.0) -> None:
         """Adds the frames of a video file, sampled by the session's options, its first second being `offset`."""
+        self._check_open()
+        (offset,) = seconds_of([offset], "offset")
         pairs = self.frames_of(video)
         while part := list(islice(pairs, _SLICE)):
             self.append([Image.fromarray(frame) for frame, _ in part], [offset + time for _, time in part])
@@ -139,6 +154,7 @@ class LiveSession:
         """A question about all that was seen so far, for the engine; the stream stays as it is, and frames may be
         appended before it is answered. Options are those of `Keye.stream`; the mode of attention is the model's, since
         the past was computed in it."""
+        self._check_open()
         if not isinstance(question, str) or not question.strip():
             raise KeyeError("the question is empty; ask something about the video")
         if not self._frames:
@@ -158,10 +174,14 @@ class LiveSession:
         return self.stream_ask(question, **options).finish()
 
     def close(self) -> None:
-        """Frees what is stored; the session is empty and can be used again."""
+        """Frees what is stored. Whatever is appended or asked afterwards is an error."""
+        self._closed = True
         self._trunk.cache.free()
-        self._frames, self.dropped, self._size = [], 0, None
-        self._start()
+        self._frames = []
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise KeyeError("the live session is closed; open a new one")
 
     def _start(self) -> None:
         """A past of nothing but what comes before the video."""
@@ -186,6 +206,9 @@ class LiveSession:
         first = frames[0]
         height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
         size = self._frame_size(height, width)
+        least = len(frames) * size[0] * size[1] // self._model.processor.config.token_pixels
+        if len(self._head) + least + self._reserve > self._limit:
+            raise self._too_many(least)
         options = MediaOptions(resized_height=size[0], resized_width=size[1], timestamps=tuple(times))
         item = self._model.processor.frames(frames, options)
         added = self._as_frames(item, times, self._encoded(item))
@@ -246,9 +269,7 @@ class LiveSession:
         target = (self._limit - self._reserve) // 2
         fixed = len(self._head) + tokens
         if fixed + self._reserve > self._limit:
-            raise KeyeError(
-                f"{tokens} tokens of new frames do not fit the context of {self._limit}; append smaller frames"
-            )
+            raise self._too_many(tokens)
         kept, used = list[_Frame](), fixed
         for frame in reversed(self._frames):
             used += len(frame.token_ids)
@@ -260,6 +281,11 @@ class LiveSession:
         self._frames = kept
         if kept:
             self._compute(kept, self._item())
+
+    def _too_many(self, tokens: int) -> KeyeError:
+        return KeyeError(
+            f"{tokens} tokens of new frames do not fit the context of {self._limit}; append fewer or smaller frames"
+        )
 
     def _item(self) -> MediaItem:
         """All frames as one medium, without their pixels."""

@@ -19,6 +19,7 @@ from keye.media.data_urls import parse_list
 from keye.media.fetch import Source, is_index, media_kind
 from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
+from keye.media.listed import least_list_tokens
 from keye.media.notes import Note, emit
 from keye.media.options import DEFAULTS, MediaOptions, media_options
 from keye.media.pictures import is_array
@@ -144,12 +145,18 @@ def plan_medium(
         image = plan_image(file, config, options)
         return PlannedMedium("image", file, options, image, (VisualSpan("image", image.visual_tokens),))
     if isinstance(source, list | tuple) or parse_list(source) is not None:
+        if source and isinstance(source, list | tuple) and all(isinstance(one, Source) for one in source):
+            return PlannedMedium("video", source, options, None, (_least_of_list(source, config, options),))
         return PlannedMedium("video", source, options)
     file = as_source(source)
     if is_index(file):
         return _planned_index(medium, file, open_index)
     plan = make_plan(probed(file, processor.limits, salt, track=options.track), config, options)
     return PlannedMedium("video", file, options, plan, tuple(_least_pieces(plan, config, options)))
+
+
+def _least_of_list(pictures: Sequence[Source], config: ProcessorConfig, options: MediaOptions) -> VisualSpan:
+    return VisualSpan("video", least_list_tokens(pictures, config, options))
 
 
 def _planned_index(medium: Medium, file: Source, open_index: OpenIndex | None) -> PlannedMedium:

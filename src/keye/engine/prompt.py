@@ -215,6 +215,9 @@ class PromptBuilder:
                 plans.append({"kind": medium.kind, **planned.source.plan})
                 pieces.append(planned.pieces)
                 continue
+            Room(self.config.text.max_position_embeddings, 0).check(
+                planned.visual_tokens, planned.visual_tokens, at_least=True
+            )
             item = self._decode(planned)
             plans.append({"kind": medium.kind, **plan_of(item)})
             pieces.append(item.pieces)

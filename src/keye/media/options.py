@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError, Option, brief
 
 MediumKind = Literal["image", "video"]
 
@@ -24,8 +24,16 @@ _SWITCHES = ("adaptive_budget", "deinterlace", "tone_map")
 _LIMITS = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+#: Between what the amounts and counts of a request must lie, so that no rule of sizes or times overflows.
+LEAST, MOST = 1e-9, 1e15
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a finite number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 @dataclass(frozen=True)
@@ -72,20 +80,22 @@ class MediaOptions:
     def __post_init__(self) -> None:
         for name in (*_AMOUNTS, *_COUNTS):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise KeyeError("{} is {}; it must be above 0", Option(name), value)
+            if value is not None and not (is_number(value) and value > 0):
+                raise KeyeError("{} is {}; it must be above 0", Option(name), brief(value))
+            if value is not None and not LEAST <= value <= MOST:
+                raise KeyeError("{} is {:g}; it must lie between {:g} and {:g}", Option(name), value, LEAST, MOST)
             if name in _COUNTS and value is not None and value != int(value):
                 raise KeyeError("{} is {}; it must be a whole number", Option(name), value)
         for name in _TIMES:
             value = getattr(self, name)
-            if value is not None and not _is_number(value):
-                raise KeyeError("{} is {!r}; give seconds", Option(name), value)
+            if value is not None and not (is_number(value) and abs(value) <= MOST):
+                raise KeyeError("{} is {}; give seconds", Option(name), brief(value))
         for name in _SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool | None):
                 raise KeyeError("{} is {!r}; give true or false", Option(name), value)
         similarity = self.min_frame_similarity
-        if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
+        if similarity is not None and not (is_number(similarity) and 0 <= similarity <= 1):
             raise KeyeError("{} is {}; it must lie between 0 and 1", Option("min_frame_similarity"), similarity)
         if self.strict_official:
             return
@@ -143,7 +153,7 @@ def media_options(kind: MediumKind, given: Mapping[str, Any], *, video_count: in
 def _seconds(values: Any) -> tuple[float, ...]:
     try:
         seconds = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise KeyeError("timestamps must be a list of seconds, one for each frame") from None
     if any(not math.isfinite(t) for t in seconds) or any(a > b for a, b in itertools.pairwise(seconds)):
         raise KeyeError("timestamps must be finite and ascending, in seconds")

@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, MediaError
+from keye.errors import KeyeError, MediaError, Option
 from keye.media.options import DEFAULTS, MediaOptions
 
 #: Longest side over shortest side that an image or frame may have.
 MAX_ASPECT_RATIO = 200
+#: Most pixels of one encoded picture, more than any context holds: larger ones are refused before they are made.
+MAX_ENCODED_PIXELS = 2**28
 #: Duration in seconds up to which the share of the token budget applies (option `adaptive_budget`); longer: all of it.
 ADAPTIVE_SHARES = ((259.0, 0.09), (518.0, 0.18), (1036.0, 0.36), (2016.0, 0.7))
 #: Preview: by how much the limit of one frame is at least above the minimum.
@@ -32,7 +34,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max
     """
     check_sides(height, width)
     h, w = _into_limits(height, width, *whole_tokens(height, width, factor), factor, min_pixels, max_pixels)
-    return max(h, factor), max(w, factor)
+    return _checked(max(h, factor), max(w, factor))
 
 
 def whole_tokens(height: int, width: int, factor: int) -> Size:
@@ -59,7 +61,17 @@ def processor_resize(
     h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
     if strict_official and min(h, w) < 1:
         raise KeyeError(f"a picture of {width}x{height} pixels has no size of at most {max_pixels:g} pixels; crop it")
-    return max(h, factor), max(w, factor)
+    return _checked(max(h, factor), max(w, factor))
+
+
+def _checked(height: int, width: int) -> Size:
+    """The size itself; `KeyeError` where no model could read a picture of it."""
+    if height * width > MAX_ENCODED_PIXELS:
+        raise KeyeError(
+            "the picture would be encoded at {:.3g} pixels, more than {:,}; lower {}",
+            float(height * width), MAX_ENCODED_PIXELS, Option("min_pixels"),
+        )  # fmt: skip
+    return height, width
 
 
 def _into_limits(height: int, width: int, h: int, w: int, factor: int, min_pixels: float, max_pixels: float) -> Size:
