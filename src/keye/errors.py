@@ -6,6 +6,7 @@ Python unless a door says otherwise, so that the command line can speak of its o
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,14 @@ def brief(value: object) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float; an integer of more than 308 digits is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 class _Worded(Exception):
     """A sentence with `{}` for each of `parts`, texts or options; without parts it stands as it is."""
 
@@ -67,6 +76,10 @@ class KeyeError(_Worded, ValueError):
 
 class MediaError(KeyeError):
     """An image or video that cannot be used: missing, damaged, cut short, too large, or of a kind we do not read."""
+
+
+class ContextError(KeyeError):
+    """A prompt, or a prompt and its reply, that the model's context does not hold."""
 
 
 class KeyeWarning(_Worded, UserWarning):

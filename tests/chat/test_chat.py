@@ -165,13 +165,39 @@ def test_checked_messages_pass_through() -> None:
         ([user({"type": "video_url", "video_url": {"fps": 1}})], "has no 'url'"),
         ([user({"type": "video", "video": "a", "fps": 1, "preprocess_kwargs": {"fps": 2}})], "give it once"),
         ([user({"type": "video", "video": "a", "preprocess_kwargs": {"speed": 2}})], "unknown key 'speed'"),
-        ([{"role": "system", "content": [{"type": "image", "image": "a"}]}], "belong into messages of the user"),
+        ([user({"type": "video", "video": "a", "fps": 10**400})], "fps is a number of more than 77 digits"),
+        ([user({"type": "video", "video": "a", "timestamps": [10**400]})], "give a list of seconds"),
         ([user("q"), {"role": "assistant", "content": "a"}], "the last one is the assistant's"),
     ],
 )
 def test_mistakes_are_named(messages: Any, sentence: str) -> None:
     with pytest.raises(KeyeError, match=sentence):
         render(messages)
+
+
+def test_media_in_every_message() -> None:
+    picture = {"type": "image", "image": "a"}
+    call = {"function": {"name": "look", "arguments": "{}"}}
+    segments = render(
+        [
+            {"role": "system", "content": [picture, "s"]},
+            user("q"),
+            {"role": "assistant", "content": [picture], "tool_calls": [call]},
+            {"role": "tool", "content": [picture, "t"]},
+        ],
+        tools=[{"name": "look"}],
+    )
+    shown = "".join(str(segment.value) if segment.kind in ("template", "text") else "@" for segment in segments)
+    medium = "<|vision_start|>@<|vision_end|>"
+    assert shown.startswith(f"<|im_start|>system\n{medium}s\n\n# Tools")
+    assert f"<|im_start|>assistant\n{medium}<tool_call>" in shown
+    assert f"<tool_response>\n{medium}t\n</tool_response>" in shown
+
+
+def test_arguments_of_a_call_are_bounded() -> None:
+    call = {"function": {"name": "look", "arguments": "[" * 1_000_001}}
+    with pytest.raises(KeyeError, match="arguments has more than"):
+        render([user("q"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}])
 
 
 @pytest.mark.parametrize(

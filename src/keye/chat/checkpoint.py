@@ -141,7 +141,8 @@ class _Hidden:
         """One message for the template. Media are parts of a list where `lists`, else their marks stand in the text."""
         hide = self.reply if turn.role == "assistant" else self.text
         content: Any
-        if lists and any(isinstance(part, Medium) for part in turn.parts):
+        # Templates expect lists in turns of the user only.
+        if lists and turn.role == "user" and any(isinstance(part, Medium) for part in turn.parts):
             content = [
                 {"type": part.kind, part.kind: ""} if isinstance(part, Medium) else {"type": "text", "text": hide(part)}
                 for part in turn.parts

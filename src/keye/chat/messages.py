@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
-from keye.errors import KeyeError, KeyeWarning, warn
+from keye.errors import KeyeError, KeyeWarning, brief, is_finite, warn
 
 Role = Literal["system", "user", "assistant", "tool"]
 MediumKind = Literal["image", "video"]
@@ -31,6 +30,8 @@ _KEYS: Final = {
 }
 #: OpenAI's key beside an image's URL.
 _DETAILS: Final = ("auto", "low", "high")
+#: Characters of the arguments of one call.
+MAX_ARGUMENTS: Final = 1_000_000
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -99,7 +100,7 @@ def _message(where: str, message: object) -> Message:
         return message
     role = _fields(where, message, allowed=None, required=("role",))["role"]
     if role not in ROLES:
-        raise KeyeError(f"{where}.role is {role!r}: use one of {', '.join(ROLES)}.")
+        raise KeyeError(f"{where}.role is {brief(role)}: use one of {', '.join(ROLES)}.")
     fields = _fields(where, message, allowed=_KEYS[role], required=())
     calls = _tool_calls(f"{where}.tool_calls", fields.get("tool_calls"))
     content = fields.get("content")
@@ -112,8 +113,6 @@ def _message(where: str, message: object) -> Message:
     if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
         raise KeyeError(f"{where}.content: give a text, or a list of parts that is not empty.")
     parts = tuple(_part(f"{where}.content[{index}]", part) for index, part in enumerate(content))
-    if role != "user" and any(isinstance(part, Medium) for part in parts):
-        raise KeyeError(f"{where}: images and videos belong into messages of the user.")
     return Message(cast(Role, role), parts, calls)
 
 
@@ -135,6 +134,8 @@ def _tool_call(where: str, call: object) -> ToolCall:
     )
     name, arguments = tool_name(where, inner.get("name")), inner.get("arguments", {})
     if isinstance(arguments, str):
+        if len(arguments) > MAX_ARGUMENTS:
+            raise KeyeError(f"{where}.arguments has more than {MAX_ARGUMENTS:,} characters: send less.")
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
@@ -147,7 +148,7 @@ def _tool_call(where: str, call: object) -> ToolCall:
 def tool_name(where: str, name: object) -> str:
     """`name` if a tool can be called so: letters, digits, and `_ . : -`."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise KeyeError(f"{where} has the name {name!r}: use letters, digits, '_', '-', '.' and ':'.")
+        raise KeyeError(f"{where} has the name {brief(name)}: use letters, digits, '_', '-', '.' and ':'.")
     return name
 
 
@@ -166,7 +167,7 @@ def _tool(where: str, tool: object) -> Mapping[str, Any]:
     if "function" not in fields:
         fields = {"type": "function", "function": fields}
     if fields.get("type") != "function":
-        raise KeyeError(f"{where}.type is {fields.get('type')!r}: only functions can be offered.")
+        raise KeyeError(f"{where}.type is {brief(fields.get('type'))}: only functions can be offered.")
     inner = _fields(f"{where}.function", fields["function"], allowed=None, required=("name",))
     tool_name(f"{where}.function", inner["name"])
     if not isinstance(inner.get("parameters", {}), Mapping):
@@ -194,7 +195,7 @@ def _part(where: str, part: object) -> str | Medium:
             return _medium(where, medium, part, source_key=medium, also_allowed={"type"})
         if kind in (medium, url_key):  # the official utilities also read {"type": "image", "image_url": SOURCE}
             return _medium_url(where, medium, part)
-    raise KeyeError(f"{where}.type is {kind!r}: use text, image, video, image_url or video_url.")
+    raise KeyeError(f"{where}.type is {brief(kind)}: use text, image, video, image_url or video_url.")
 
 
 def _medium_url(where: str, kind: MediumKind, part: object) -> Medium:
@@ -213,7 +214,7 @@ def _medium_url(where: str, kind: MediumKind, part: object) -> Medium:
 def _without_detail(where: str, picture: Mapping[str, Any]) -> Mapping[str, Any]:
     """The object without OpenAI's `detail`, which means two fixed sizes that Keye does not have."""
     if picture["detail"] not in _DETAILS:
-        raise KeyeError(f"{where}.image_url.detail is {picture['detail']!r}: use one of {', '.join(_DETAILS)}.")
+        raise KeyeError(f"{where}.image_url.detail is {brief(picture['detail'])}: use one of {', '.join(_DETAILS)}.")
     if picture["detail"] != "auto":
         warn(KeyeWarning("detail has no effect on images: min_pixels and max_pixels set their size"), stacklevel=2)
     return {name: value for name, value in picture.items() if name != "detail"}
@@ -246,22 +247,21 @@ def _seconds(where: str, value: object) -> tuple[float, ...]:
         if isinstance(value, str | bytes | Mapping):
             raise TypeError
         return tuple(float(second) for second in cast(Sequence[Any], value))
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: rows of a tensor with several axes
-        shown = " ".join(repr(value).split())[:200]
-        raise KeyeError(f"{where} is {shown}: give a list of seconds.") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: rows of a tensor with several axes
+        raise KeyeError(f"{where} is {' '.join(brief(value).split())}: give a list of seconds.") from None
 
 
 def _check_option(where: str, name: str, value: object) -> None:
     if name in ("strict_official", "adaptive_budget", "deinterlace", "tone_map"):
         if not isinstance(value, bool):
-            raise KeyeError(f"{where} is {value!r}: give true or false.")
+            raise KeyeError(f"{where} is {brief(value)}: give true or false.")
         return
     if name == "timestamps":
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise KeyeError(f"{where} is {value!r}: give a number.")
-    if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-        raise KeyeError(f"{where} is {value}: give a positive number.")
+        raise KeyeError(f"{where} is {brief(value)}: give a number.")
+    if not is_finite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+        raise KeyeError(f"{where} is {brief(value)}: give a positive number.")
 
 
 def _fields(where: str, value: object, *, allowed: set[str] | None, required: tuple[str, ...]) -> Mapping[str, Any]:
@@ -272,5 +272,5 @@ def _fields(where: str, value: object, *, allowed: set[str] | None, required: tu
     if missing := [name for name in required if name not in value]:
         raise KeyeError(f"{where} has no {missing[0]!r}: add it.")
     if allowed is not None and (unknown := sorted(str(name) for name in value if name not in allowed)):
-        raise KeyeError(f"{where} has an unknown key {unknown[0]!r}: allowed are {', '.join(sorted(allowed))}.")
+        raise KeyeError(f"{where} has an unknown key {brief(unknown[0])}: allowed are {', '.join(sorted(allowed))}.")
     return value

@@ -147,7 +147,8 @@ def with_suffix(turns: Sequence[Message], suffix: str) -> list[Message]:
 def _system_with_tools(system: Sequence[str | Medium], tools: Sequence[Mapping[str, Any]]) -> Iterable[Segment]:
     yield Segment("template", "<|im_start|>system\n")
     if system:
-        yield from (Segment("text", part) for part in system)
+        for part in system:
+            yield from _part(part)
         yield Segment("template", "\n\n")
     yield Segment("template", _TOOLS_BEFORE)
     for tool in tools:
@@ -160,9 +161,20 @@ def _tool_results(turns: Sequence[Message]) -> Iterable[Segment]:
     yield Segment("template", "<|im_start|>user")
     for turn in turns:
         yield Segment("template", "\n<tool_response>\n")
-        yield from (Segment("text", part) for part in turn.parts)
+        for part in turn.parts:
+            yield from _part(part)
         yield Segment("template", "\n</tool_response>")
     yield Segment("template", "<|im_end|>\n")
+
+
+def _part(part: str | Medium) -> Iterable[Segment]:
+    """A text as it stands, or a medium between its marks."""
+    if isinstance(part, str):
+        yield Segment("text", part)
+        return
+    yield Segment("template", "<|vision_start|>")
+    yield Segment(part.kind, part)
+    yield Segment("template", "<|vision_end|>")
 
 
 def _turn(turn: Message, numbers: Mapping[str, Iterator[int]] | None, *, keep_reasoning: bool) -> Iterable[Segment]:
@@ -170,13 +182,11 @@ def _turn(turn: Message, numbers: Mapping[str, Iterator[int]] | None, *, keep_re
         if isinstance(part, Medium):
             if numbers is not None:
                 yield Segment("template", f"{_VISION_NAMES[part.kind]} {next(numbers[part.kind])}: ")
-            yield Segment("template", "<|vision_start|>")
-            yield Segment(part.kind, part)
-            yield Segment("template", "<|vision_end|>")
+            yield from _part(part)
         elif turn.role == "assistant":
             yield from _reply(part if keep_reasoning else _without_reasoning(part))
         else:
-            yield Segment("text", part)
+            yield from _part(part)
     said = _without_reasoning("".join(part for part in turn.parts if isinstance(part, str)))
     for index, call in enumerate(turn.tool_calls):
         yield Segment("template", "\n<tool_call>\n" if index or said else "<tool_call>\n")

@@ -17,7 +17,7 @@ from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
 from keye.engine.moments import sampled_windows
-from keye.errors import KeyeError, KeyeWarning, Option, collect_warnings
+from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan
 from keye.media.inputs import open_frames
@@ -44,7 +44,7 @@ class Room:
         if tokens + self.reply > self.limit:
             taken = f"{'at least ' if at_least else ''}{tokens} tokens"
             seen = f", {visual} of them visual" if visual else ""
-            raise KeyeError(
+            raise ContextError(
                 f"the prompt takes {taken}{seen} and the reply up to {self.reply}, but the context holds {self.limit}; "
                 "sample fewer or smaller frames ({}, {}, {}) or lower {}",
                 *map(Option, ("fps", "max_frames", "max_pixels", "max_tokens")),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keye.errors import KeyeError, Option, brief
+from keye.errors import KeyeError, Option, brief, is_finite
 
 MediumKind = Literal["image", "video"]
 
@@ -28,12 +28,8 @@ _LIMITS = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"))
 LEAST, MOST = 1e-9, 1e15
 
 
-def is_number(value: object) -> bool:
-    """Whether this is a finite number that a float can hold."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class MediaOptions:
     def __post_init__(self) -> None:
         for name in (*_AMOUNTS, *_COUNTS):
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and value > 0):
+            if value is not None and not (_is_number(value) and value > 0):
                 raise KeyeError("{} is {}; it must be above 0", Option(name), brief(value))
             if value is not None and not LEAST <= value <= MOST:
                 raise KeyeError("{} is {:g}; it must lie between {:g} and {:g}", Option(name), value, LEAST, MOST)
@@ -88,14 +84,14 @@ class MediaOptions:
                 raise KeyeError("{} is {}; it must be a whole number", Option(name), value)
         for name in _TIMES:
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and abs(value) <= MOST):
+            if value is not None and not (_is_number(value) and abs(value) <= MOST):
                 raise KeyeError("{} is {}; give seconds", Option(name), brief(value))
         for name in _SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool | None):
                 raise KeyeError("{} is {!r}; give true or false", Option(name), value)
         similarity = self.min_frame_similarity
-        if similarity is not None and not (is_number(similarity) and 0 <= similarity <= 1):
+        if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
             raise KeyeError("{} is {}; it must lie between 0 and 1", Option("min_frame_similarity"), similarity)
         if self.strict_official:
             return
