@@ -21,8 +21,11 @@ NANO = build_nano_tokenizer(("red", "circle", "when", "is"))
 SPLIT = pre_tokenizers.Split(Regex(_QWEN), behavior="isolated")
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 QWEN = (pre_tokenizers.Sequence([SPLIT, BYTES]), normalizers.NFC())
+CHINESE = "\u3002\uff0c\u3001\uff01\uff1f\u201c\u201d"
 ALPHABET = [
-    *"abcXYZ019 \n\r\t'.,;:!?()[]{}<>=+-*/\"\\_`~@#$%^&|。，、！？“”é한글ㅎ한我们日本カか\u3099\u309aяй\u0306ىًא\u0338\u0301\u00a0\u200d½²٣Å",
+    *CHINESE,
+    *"abcXYZ019 \n\r\t'.,;:!?()[]{}<>=+-*/\"\\_`~@#$%^&|é한글ㅎ한",
+    *"我们日本カか\u3099\u309aяй\u0306ىًא\u0338\u0301\u00a0\u200d½²٣Å",
     "'s", "'ll", " 'd", "\r\n", "  ", "e\u0301", "can't", ". 5", "\U0001f469\u200d\U0001f3fd",
 ]  # fmt: skip
 texts = st.lists(st.one_of(st.sampled_from(ALPHABET), st.characters(exclude_categories=["Cs"]))).map("".join)
@@ -42,7 +45,7 @@ def test_parts_have_the_pieces_of_the_whole(parts: tuple[Any, Any], text: str, s
 
 
 def test_texts_are_cut_and_unknown_rules_are_not() -> None:
-    text = "The quick brown fox; 我们，说 12 times.\n" * 50
+    text = "The quick brown fox; 我们\uff0c说 12 times.\n" * 50
     for parts in (QWEN, (NANO.pre_tokenizer, None)):
         assert max(map(len, pieces_of(text, cuts_of(*parts), 50))) < 80
     digits = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), behavior="isolated"), BYTES])

@@ -23,8 +23,10 @@ _NANO: Final = r"\.[0-9](?![0-9])|[0-9]{1,3}(?=(?:[0-9]{3}){0,6}(?![0-9]))|"
 
 # Letters that no normalisation changes by what stands before them. A piece of _QWEN ends behind a digit, and where
 # a letter is followed by one other character and a letter, and behind line breaks. No piece looks back.
-_LETTER: Final = "A-Za-z\u0400-\u0481\u048a-\u052f\u05d0-\u05ea\u0620-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
-_MARK: Final = " \\t!\"#$%&()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b\u201c\u201d"
+_LETTER: Final = (
+    "A-Za-z\u0400-\u0481\u048a-\u052f\u05d0-\u05ea\u0620-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
+_MARK: Final = ' \\t!"#$%&()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b\u201c\u201d'
 _CUTS: Final = {
     "qwen": re.compile(
         rf"(?<=[0-9])(?=[0-9{_LETTER}])|(?<=[{_LETTER}])(?=[{_MARK}][{_LETTER}])|(?<=\n)(?=[0-9{_LETTER}])"

@@ -92,10 +92,26 @@ def test_bodies_that_do_not(body: bytes, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b'"' + b"\\" * 1_000_000 + b'"', b'"' + b'\\"' * 500_000 + b'"', b'"' + b"a" * 10**7 + b'"']
+    "body", [b'"' + b"\\" * 1_000_000 + b'"', b'"' + b'\\"' * 500_000 + b'"', b'"data:' + b"a" * 10**7 + b'"']
 )
 def test_long_strings_cost_no_recursion(body: bytes) -> None:
     check_json(body, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"content": "%b"}' % (b"x " * 5_000_000),
+        b'{"content": "%b"}' % (b"\xf0\x9f\x98\x80" * 2_200_000),
+        b'{"content": [%b]}' % b",".join([b'"' + b"a" * 60_000 + b'"'] * 150),
+    ],
+    ids=["long", "emoji", "many"],
+)
+def test_text_is_bounded_beside_media(body: bytes) -> None:
+    with pytest.raises(BadJson, match="more than 8 MiB beside its media"):
+        check_json(body, LIMITS)
+    for media in (b'{"data" : "%b"}', b'{"url": "data:video/mp4;base64,%b"}'):
+        check_json(media % (b"a" * 10**7), LIMITS)
 
 
 def test_long_strings_are_passed_over_and_what_is_around_them_is_not() -> None:

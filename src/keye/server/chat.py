@@ -11,12 +11,13 @@ from fastapi.responses import JSONResponse, Response
 from keye.chat import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
+from keye.server.json_route import JsonRoute
 from keye.server.prepare import Prepared, chat_wanted, prepare, tokens_of
 from keye.server.replies import Choice, findings_of, head, prob_object, progress_of, usage_of, whole, written
 from keye.server.schemas import ChatRequest
 from keye.server.sse import event, streamed, until_gone
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions")

@@ -16,13 +16,14 @@ from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.prepare import form_of, guide_of, job_of
 from keye.server.replies import each, head, written
 from keye.server.schemas import CompletionRequest
 from keye.server.sse import event, streamed, until_gone
 from keye.tokenizer import check_unicode
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @dataclass

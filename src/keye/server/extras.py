@@ -9,11 +9,12 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, to_messages
 from keye.server.schemas import TokenizeRequest
 from keye.tokenizer import check_unicode
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/health")

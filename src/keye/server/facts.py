@@ -14,10 +14,11 @@ from keye.chat import Segment
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.replies import each
 from keye.server.schemas_peers import DetokenizeRequest
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 #: Seconds in which a token must come for a model to be called healthy.
 _HEALTHY_SECONDS: Final = 20.0

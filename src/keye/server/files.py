@@ -14,9 +14,10 @@ from starlette.requests import ClientDisconnect
 
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.store import StoredFile, safe_name
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _PURPOSES: Final = ("media", "vision", "user_data", "assistants")
 _MAX_FIELD: Final = 1024

@@ -154,25 +154,28 @@ class Guard:
 
     async def _pass_json(self, scope: MutableMapping[str, Any], exchange: Exchange) -> None:
         """Reads the whole body, checks its shape, and lets the application read it from memory."""
-        limits, body = self._settings.limits, bytearray()
+        limits, pieces, size = self._settings.limits, list[bytes](), 0
         try:
             while (piece := await exchange.read()) is not None:
+                size += len(piece)
                 self._buffered += len(piece)
-                body += piece
+                pieces.append(piece)
                 if self._buffered > limits.buffered_bytes:
                     raise Refusal(503, "too many large requests at once; try again soon", "overloaded", _retry(2))
-            whole = bytes(body)
+            whole = b"".join(pieces)
+            del pieces, piece
             try:
-                if len(whole) > _LOOP_BYTES:
+                if size > _LOOP_BYTES:
                     await asyncio.to_thread(check_json, whole, limits)
                 else:
                     check_json(whole, limits)
             except BadJson as error:
                 raise Refusal(400, str(error), "invalid_json") from None
             exchange.replay(whole)
+            del whole  # from here on the application alone holds it
             await self._app(scope, exchange.receive, exchange.send)
         finally:
-            self._buffered -= len(body)
+            self._buffered -= size
 
 
 def _is_page(path: str) -> bool:

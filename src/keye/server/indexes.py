@@ -14,11 +14,12 @@ from fastapi.responses import JSONResponse
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.schemas import IndexRequest
 from keye.server.sse import until_gone
 from keye.server.store import INDEX, StoredFile
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/indexes")

@@ -6,6 +6,7 @@ the length of numbers are bounded by searches that never recurse, and what parse
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -36,30 +37,40 @@ def check_json(body: bytes, limits: Limits) -> None:
     that JSON lacks and no half of a surrogate pair. Time is linear in the body's length, and short where most of it is
     a few long strings, which are not looked into."""
     if not body.isascii():
-        try:
-            body.decode("utf-8")
-        except UnicodeDecodeError:
-            raise BadJson("the body is not UTF-8; send JSON in UTF-8") from None
+        _check_utf8(body)
     if b"\0" in body or body.startswith(b"\xef\xbb\xbf"):
         raise BadJson("the body is no JSON in UTF-8 without a byte order mark")
-    unescaped = body
+    unescaped: bytes | bytearray = body
     if b"\\" in body:
-        unescaped = b"".join(map(_unescaped, _pieces(body)))
+        unescaped = bytearray(body)
+        for begin, end in _pieces(body):
+            unescaped[begin:end] = _unescaped(body[begin:end])
         _check_surrogates(unescaped)
     skeleton, short = _taken_apart(body, unescaped, limits)
     _check_counts(skeleton, limits)
     _parse(short)
 
 
-def _pieces(body: bytes) -> Iterator[bytes]:
-    """The body in pieces, none of which ends within an escape: other threads go on between them."""
+def _check_utf8(body: bytes) -> None:
+    """Decodes piece by piece: the whole as text could take four times its bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for at in range(0, len(body), _PIECE):
+            decoder.decode(body[at : at + _PIECE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise BadJson("the body is not UTF-8; send JSON in UTF-8") from None
+
+
+def _pieces(body: bytes) -> Iterator[tuple[int, int]]:
+    """Where pieces of the body begin and end, none of them within an escape: other threads go on between them."""
     at = 0
     while at < len(body):
-        piece = body[at : at + _PIECE]
-        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
-            piece = body[at : at + len(piece) + 1]
-        yield piece
-        at += len(piece)
+        end = min(at + _PIECE, len(body))
+        escapes = len(body[at:end]) - len(body[at:end].rstrip(b"\\"))
+        end = min(end + escapes % 2, len(body))
+        yield at, end
+        at = end
 
 
 def _unescaped(piece: bytes) -> bytes:
@@ -67,7 +78,7 @@ def _unescaped(piece: bytes) -> bytes:
     return piece.replace(b"\\\\", _STAND_IN).replace(b'\\"', _STAND_IN)
 
 
-def _check_surrogates(unescaped: bytes) -> None:
+def _check_surrogates(unescaped: bytes | bytearray) -> None:
     for at in range(0, len(unescaped), _PIECE):
         # Twelve bytes more hold a pair that begins at the end; what begins behind it is for the next round.
         for match in _LONE_SURROGATE.finditer(unescaped, at, at + _PIECE + 12):
@@ -75,7 +86,7 @@ def _check_surrogates(unescaped: bytes) -> None:
                 raise BadJson("the body has half of a surrogate pair; send whole characters")
 
 
-def _taken_apart(body: bytes, unescaped: bytes, limits: Limits) -> tuple[bytes, bytes]:
+def _taken_apart(body: bytes, unescaped: bytes | bytearray, limits: Limits) -> tuple[bytes, bytes]:
     """The body with each string reduced to its quotes, and the body with long strings reduced so, as those hold media
     and would keep the interpreter busy. `unescaped` is the body at the same places, with no escaped quote in it."""
     most = 2 * (limits.json_values + limits.json_keys)
@@ -83,19 +94,33 @@ def _taken_apart(body: bytes, unescaped: bytes, limits: Limits) -> tuple[bytes, 
         raise BadJson(f"the body has more than {most // 2:,} strings")
     skeleton: list[bytes] = []
     short: list[bytes] = []
-    at = kept = 0
+    at = kept = media = 0
     while (begin := unescaped.find(b'"', at)) >= 0:
         end = unescaped.find(b'"', begin + 1)
         if end < 0:
             raise BadJson("the body is no valid JSON: a string does not end")
-        skeleton += (unescaped[at : begin + 1], b'"')
+        skeleton += (bytes(unescaped[at : begin + 1]), b'"')
         at = end + 1
         if end - begin > _LONG_STRING:
             short.append(body[kept : begin + 1])
             kept = end
-    skeleton.append(unescaped[at:])
+            media += end - begin if _is_media(body, begin) else 0
+    if len(body) - media > limits.text_bytes:
+        raise BadJson(
+            f"the body has more than {limits.text_bytes / 2**20:g} MiB beside its media; send media as data: URLs "
+            "or upload them"
+        )
+    skeleton.append(bytes(unescaped[at:]))
     short.append(body[kept:])
     return b"".join(skeleton), b"".join(short)
+
+
+def _is_media(body: bytes, begin: int) -> bool:
+    """Whether the long string that begins there is a medium: a data: URL, or base64 under a key for it."""
+    if body[begin + 1 : begin + 6].lower() == b"data:":
+        return True
+    key = body[max(begin - 32, 0) : begin].rstrip(b" \t\r\n:")
+    return key.endswith((b'"data"', b'"file_data"'))
 
 
 def _check_counts(skeleton: bytes, limits: Limits) -> None:

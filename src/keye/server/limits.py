@@ -15,7 +15,8 @@ class Limits:
     until a connection has sent its head, `connections` at once and `connections_per_address`.
     Bodies: `json_bytes`, `upload_bytes`; the first byte and each next one within `idle_seconds`, and after
     `grace_seconds` on average `json_rate` or `upload_rate` bytes a second; `buffered_bytes` of all requests together.
-    JSON: `json_depth` of nesting, `json_keys` of objects, `json_values` in all, `number_digits` of one number.
+    JSON: `json_depth` of nesting, `json_keys` of objects, `json_values` in all, `number_digits` of one number,
+    `text_bytes` of everything but long media.
     Traffic: `requests_per_second` of one key or address, `burst` at once, `attempt_cost` of a wrong key in requests;
     `running` requests of all, `running_per_key` of one key; `tracked` keys and addresses are remembered.
     Answers: a client must take a piece within `send_seconds`.
@@ -41,6 +42,7 @@ class Limits:
     json_keys: int = 50_000
     json_values: int = 500_000
     number_digits: int = 40
+    text_bytes: int = 8 * MIB
 
     requests_per_second: float = 200.0
     burst: float = 400.0

@@ -23,12 +23,13 @@ from keye.engine.request import Event
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.replies import Choice, each, growing, written
 from keye.server.schemas import LiveAppend, LiveAsk, LiveRequest
 from keye.server.sse import streamed, until_gone
 
 T = TypeVar("T")
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 #: Sessions of one key, and seconds after which an unused one ends.
 MOST_SESSIONS: Final = 8
 IDLE_SECONDS: Final = 600.0

@@ -12,13 +12,14 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.server.context import context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.message_events import message_object, stream_message
 from keye.server.prepare import Wanted, form_of, prepare, tokens_of
 from keye.server.replies import whole
 from keye.server.schemas_peers import CountTokensRequest, MessagesRequest
 from keye.server.sse import streamed, until_gone
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 #: Blocks that only their own server understands, and that clients send back with the conversation.

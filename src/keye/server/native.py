@@ -23,15 +23,17 @@ from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError, of_validation
+from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.names import unique
-from keye.server.prepare import check_text, form_of, guide_of, job_of
+from keye.server.prepare import form_of, guide_of, job_of
 from keye.server.replies import each, written
 from keye.server.schemas import Sampling, StructuredOutputs
 from keye.server.schemas_peers import GenerateRequest
 from keye.server.sse import event, streamed, until_gone
+from keye.tokenizer import check_unicode
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 #: Where media stand in a text: their pads, with the marks that a template writes around them.
 _PLACE: Final = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
@@ -141,7 +143,7 @@ def _segments(
         for medium in media_of(open_sources(messages, openers)):
             check_medium(medium)
             media[medium.kind].append(medium)
-    pieces = _PLACE.split(check_text(text))
+    pieces = _PLACE.split(check_unicode(text))
     if len(pieces) == 1:
         return [*(one for kind in media.values() for medium in kind for one in _marked(medium)),
                 Segment("template", text)]  # fmt: skip

@@ -16,7 +16,7 @@ from keye.engine.guide import ANY_OBJECT, Form, Guide
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request as Job
 from keye.engine.sampling import MAX_SEED
-from keye.errors import KeyeError, KeyeWarning
+from keye.errors import KeyeWarning
 from keye.server.context import Context
 from keye.server.errors import ApiError, spelled
 from keye.server.media_parts import media_of, open_sources, to_messages

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse
 
 from keye.server.context import context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.names import unique
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/v1/responses/{response_id}")

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from keye.engine.request import Delta, Ended, Event, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of, tokens_of
 from keye.server.replies import Choice, findings_of, usage_of, whole, written
 from keye.server.response_events import ResponseWriter, items_of
@@ -21,7 +22,7 @@ from keye.server.response_store import Kept, new_id
 from keye.server.schemas import ResponseRequest
 from keye.server.sse import streamed, until_gone
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _ITEMS: Final = ("message", "function_call", "function_call_output", "reasoning")
 

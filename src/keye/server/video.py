@@ -21,13 +21,14 @@ from keye.media.fetch import Source
 from keye.media.options import MediaOptions, media_options
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.prepare import Prepared, Wanted, prepare
 from keye.server.replies import Choice, findings_of, growing, usage_of, whole, written
 from keye.server.schemas import ClipsRequest, GroundRequest, PlanRequest
 from keye.server.sse import streamed, until_gone
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/media/plan")
