@@ -26,7 +26,7 @@ from keye.media.unmet import warn_of_image
 from keye.media.wire import WorkerError
 
 #: The EXIF orientations that swap the axes.
-_SIDEWAYS = (5, 6, 7, 8)
+SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def plan_image(
     with _opened(source, pixel_limit) as image:
         header = image.header()
     width, height = header.width, header.height
-    if not options.strict_official and header.orientation in _SIDEWAYS:
+    if not options.strict_official and header.orientation in SIDEWAYS:
         width, height = height, width
     check_sides(height, width, source.name, ratio=options.resized is None)
     held = image_size(height, width, config, options)

@@ -9,7 +9,7 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import sampling, sizes
 from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
-from keye.media.image import plan_image
+from keye.media.image import SIDEWAYS, plan_image
 from keye.media.image_reader import MAX_LIST_PIXELS, ImageReader
 from keye.media.options import MediaOptions
 from keye.media.processor import listed_indices, listed_range
@@ -44,9 +44,9 @@ def _first_size(pictures: Sequence[Source]) -> sizes.Size:
         return plan.source_height, plan.source_width
     with ImageReader([fetch_source(picture, max_bytes=MAX_IMAGE_BYTES) for picture in pictures]) as reader:
         headers = [reader.header(index) for index in range(len(pictures))]
-    if sum(width * height for width, height, _ in headers) > MAX_LIST_PIXELS:
+    if sum(header.width * header.height for header in headers) > MAX_LIST_PIXELS:
         raise MediaError(
             f"the pictures of {pictures[0].name} have too many pixels together; shrink them or send a video file"
         )
-    width, height, turn = headers[0]
-    return (width, height) if turn in (5, 6, 7, 8) else (height, width)
+    first = headers[0]
+    return (first.width, first.height) if first.orientation in SIDEWAYS else (first.height, first.width)
