@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from typing import Any
 
 import pytest
@@ -27,10 +26,8 @@ def pictures(count: int, width: int = 200, height: int = 120) -> list[Source]:
 
 
 def header_of(width: int, height: int) -> Source:
-    """A PNG of this size without its pixels, from a stranger."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    data += struct.pack(">I", 8) + b"IDAT" + bytes(12)
+    """A BMP of this size without its pixels, from a stranger."""
+    data = b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
     return untrusted(Source("picture", len(data), data=data))
 
 
