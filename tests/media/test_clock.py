@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clips import read_code, trim_mp4, write_clip, write_with_sound
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from keye.cluster.decode_work import VideoWork
@@ -15,7 +18,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.fetch import fetch_source
 from keye.media.options import MediaOptions
-from keye.media.plan import VideoPlan
+from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Processor
 from keye.media.video import VideoInfo, open_video, plan_video, probe
 
@@ -207,3 +210,33 @@ def test_an_end_beyond_the_video_is_noted(tmp_path: Path) -> None:
     ):
         plan = plan_video(source, V20, MediaOptions(video_start=1, video_end=60))
     assert plan.timestamps[-1] == pytest.approx(59 / 30)
+
+
+def described(times_ms: list[int], container_start: float, fps: float, *, constant: bool) -> VideoInfo:
+    return VideoInfo(
+        name="clip", format="", codec="", width=160, height=96, rotation=0, fps=fps, time_base=Fraction(1, 1000),
+        pts=tuple(times_ms), exact_times=True, constant_rate=constant, declared_duration=None,
+        container_start=container_start,
+    )  # fmt: skip
+
+
+@given(
+    st.lists(st.integers(2000, 200_000), min_size=2, max_size=60, unique=True).map(sorted),
+    st.floats(0, 2),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from([0.1, 2.0, 1000.0]),
+    st.sampled_from([PREVIEW, V15, V20]),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_any_part_of_any_times_is_what_is_on_display(
+    times: list[int], begin: float, one: float, other: float, fps: float, config: ProcessorConfig
+) -> None:
+    info = described(times, begin, (len(times) - 1) / (times[-1] - times[0]) * 1000, constant=False)
+    span = info.duration - info.start_offset
+    start, end = sorted(info.start_offset + share * span * 0.99 for share in (one, other))
+    plan = make_plan(info, config, MediaOptions(fps=fps, video_start=start, video_end=end))
+    ends = (*info.timestamps[1:], info.duration)
+    assert 1 <= plan.frames == len(set(plan.frame_indices)) <= len(times)
+    assert info.timestamps[plan.frame_indices[0]] <= start + 1e-3 < ends[plan.frame_indices[0]] + 2e-3
+    assert all(info.timestamps[i] <= end + 2e-3 and ends[i] > start - 2e-3 for i in plan.frame_indices)
