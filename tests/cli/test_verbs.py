@@ -56,8 +56,9 @@ def test_a_late_first_frame(run: Callable, model_folder: Path, tmp_path: Path) -
     words = ["live", late, "what?", "--every", 2, "--max-tokens", 1, "--model", model_folder, "--json"]
     assert [json.loads(line)["time"] for line in run(*words).out.splitlines()] == [1.5, 3.7, 5.4]
     assert run("index", late, "-o", tmp_path / "late.keye", "--model", model_folder).err.count(note) == 1
-    asked = run("ask", tmp_path / "late.keye", "what?", "--max-tokens", 1, "--model", model_folder)
+    asked = run("ask", tmp_path / "late.keye", "what?", "--max-tokens", 1, "--model", model_folder, "--json")
     assert asked.err.count(note.replace("late.mp4", "late.keye")) == 1
+    assert asked.data["notes"] == [note.replace("late.mp4", "late.keye").removeprefix("keye: ").strip()]
 
 
 def test_a_share_of_the_budget(run: Callable, model_folder: Path, video: Path) -> None:

@@ -160,9 +160,6 @@ class PromptBuilder:
         """
         with collect_warnings() as notes:
             prompt = self._lay_out(segments, room, stream, salt)
-        if prompt.indexed is not None:  # planned when it was indexed, which nobody may have seen
-            name = prompt.indexed.plan.get("name", prompt.indexed.name)
-            notes += [KeyeWarning("{}: {}", name, note) for note in prompt.indexed.plan.get("notes") or ()]
         windows = sampled_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
         return replace(prompt, notes=tuple(notes), windows=windows)
 
