@@ -354,6 +354,7 @@ def replaced(header: dict[str, Any], where: str, value: object) -> dict[str, Any
         ("model", None), ("model.weights", 5), ("attention", "none"), ("next_position", -5), ("start", 10**6),
         ("start", 0), ("video", []), ("video.pieces", [10**9]), ("video.pieces", [{}]), ("video.pieces", []),
         ("video.timestamps", ["soon"]), ("video.plan", None), ("video.plan.frames", "8"), ("video.plan.duration", []),
+        ("video.plan.part", ["0", 1.0]), ("video.plan.timestamps", [None]), ("video.plan.notes", "none"),
         ("video.plan.duration", float("inf")), ("video.plan.duration", float("nan")), ("next_position", 10**400),
     ],
 )  # fmt: skip

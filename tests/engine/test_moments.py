@@ -19,6 +19,8 @@ PLAN = {"timestamps": [30.0, 30.5, 31.0], "sample_fps": 2.0, "duration": 60.0}
         (PLAN | {"duration": 31.2}, False, (30.0, 31.2)),
         (PLAN, True, (0.0, 1.5)),
         ({"timestamps": [4.0], "duration": 60.0, "sample_fps": 0.1}, False, (4.0, 14.0)),
+        (PLAN | {"part": [30.2, 38.0]}, False, (30.2, 38.0)),
+        (PLAN | {"part": [30.25, 38.0]}, True, (0.25, 8.0)),
         (PLAN | {"label_times": [0.0, 0.5, 1.0]}, False, (0.0, 1.5)),
     ],
 )

@@ -16,9 +16,9 @@ _LISTED: Final = 3
 
 
 def sampled_windows(plans: Iterable[Mapping[str, Any]], *, relative: bool = False) -> tuple[Interval, ...]:
-    """The (start, end) seconds in which the frames of each video were sampled: from its first sampled frame until the
-    last one makes way for the next. `relative` counts them from the first sampled frame, for a model that is told no
-    times. Plans without times (images, frames of unknown times) have no window."""
+    """The (start, end) seconds in which the frames of each video were sampled: the `part` of its plan, else from its
+    first sampled frame until the last one makes way for the next. `relative` counts them from the first sampled frame,
+    for a model that is told no times. Plans without times (images, frames of unknown times) have no window."""
     return tuple(window for plan in plans if (window := _window(plan, relative)) is not None)
 
 
@@ -27,6 +27,9 @@ def _window(plan: Mapping[str, Any], relative: bool) -> Interval | None:
     if not times:
         return None
     first, last = float(times[0]), float(times[-1])
+    part: Sequence[float] = plan.get("part") or ()
+    if len(part) == 2 and not plan.get("label_times"):
+        return (max(part[0] - first, 0.0), part[1] - first) if relative else (part[0], part[1])
     rate = plan.get("sample_fps")
     step = (last - first) / (len(times) - 1) if len(times) > 1 else 0.0
     end = last + max(step, 1 / rate if rate else 1.0)

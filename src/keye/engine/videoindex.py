@@ -246,6 +246,7 @@ class _Facts:
             and all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"])
             and all(isinstance(one, int | float) for one in held["timestamps"])
             and all(isinstance(value, _PLAN.get(name, object)) for name, value in held["plan"].items())
+            and all(_is_times(held["plan"].get(name)) for name in ("timestamps", "label_times", "part"))
         )
         if not sound:
             raise damaged(file.path, "its header holds values that keye does not write")
@@ -254,6 +255,11 @@ class _Facts:
             Fingerprint(**{name: model[name] for name in names}), about["attention"], about["next_position"],
             about["start"], held, held["plan"], pieces, tuple(map(float, held["timestamps"])),
         )  # fmt: skip
+
+
+def _is_times(value: object) -> bool:
+    """Whether a value is a list of seconds, or not there."""
+    return value is None or (isinstance(value, list) and all(isinstance(one, int | float) for one in value))
 
 
 def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:

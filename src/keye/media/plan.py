@@ -42,8 +42,9 @@ class VideoPlan:
     Times are seconds on the clock that players show, which counts from the container's start: the first frame of the
     file comes at `start_offset`, later than 0 where sound begins first, and the last one ends at `duration`.
     `timestamps` are those of the sampled frames; `label_times` those in their labels where they differ, as the official
-    code counts them (`strict_official`). `width` and `height` are those of the frames the model
-    sees; each becomes `tokens_per_frame` visual tokens. `sample_fps` is the average rate of the sampled frames.
+    code counts them (`strict_official`). `part` is from when to when the video was looked at: its first frame may be on
+    display since before. `width` and `height` are those of the frames the model sees; each becomes `tokens_per_frame`
+    visual tokens. `sample_fps` is the average rate of the sampled frames.
     `fast` is there once the frames of a video for 1.5 have been told apart, which needs their pixels: until then
     every frame counts as slow and the tokens are an estimate. `constant_rate` says whether the file's frames are evenly
     spaced. `notes` are sentences about how the file was read (`VideoInfo.notes`). `mirrored` and `track` are those of
@@ -73,6 +74,7 @@ class VideoPlan:
     notes: tuple[str, ...] = field(default=(), repr=False)
     start_offset: float = 0.0
     label_times: tuple[float, ...] | None = field(default=None, repr=False)
+    part: tuple[float, float] | None = None
 
     @classmethod
     def of(
@@ -174,6 +176,9 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     emit(info.name, info.notes)
     rate, tokens = len(indices) / part.count * part.fps, _tokens(height, width, config)
     plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=tokens, rate=rate, options=options)
+    if not options.strict_official:
+        shown = part.begin, info.duration if end is None else max(part.end, min(end, info.duration))
+        plan = dataclasses.replace(plan, part=shown)
     return _with_labels(plan, info, config, options)
 
 
