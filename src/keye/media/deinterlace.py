@@ -12,8 +12,8 @@ import av.filter
 import av.filter.context
 from av.video.frame import VideoFrame
 
-#: Smallest side of a picture that the filter takes.
-_LEAST_SIDE = 4
+#: Smallest side of a picture whose planes the filter takes, also where colour has a quarter of it.
+_LEAST_SIDE = 16
 
 
 def with_neighbours(frames: Iterator[VideoFrame]) -> Iterator[tuple[VideoFrame | None, VideoFrame, VideoFrame | None]]:
