@@ -54,6 +54,18 @@ def test_media_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
     assert (video["type"], video["fps"]) == ("video", 2)
 
 
+def test_files_named_like_addresses(tmp_path: Path) -> None:
+    for name in ("data: notes.png", "http: a.png", "~me.png", "file-1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        for key in ("media", "image"):
+            item = only(tmp_path, {key: name, "question": "what?"})
+            assert item.media == (str(tmp_path / name),)
+            assert item.body["messages"][0]["content"][0]["type"] == "image"
+    assert only(tmp_path, {"video": "http://media.example/a.mp4", "question": "?"}).media == (
+        "http://media.example/a.mp4",
+    )
+
+
 def test_defaults_give_way_to_lines(tmp_path: Path) -> None:
     defaults = {"fps": 2, "max_frames": 8, "max_tokens": 5, "think": True}
     item = only(tmp_path, {**QUESTION, "fps": 1, "max_tokens": 7}, **defaults)

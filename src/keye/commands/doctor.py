@@ -76,6 +76,19 @@ def check_video() -> Check:
     return Check("video", "libx264" in av.codecs_available, f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}")
 
 
+def check_images() -> Check:
+    import PIL
+    from PIL import features
+
+    from keye.media.image_reader import heif_version
+
+    missing = [name for name in ("webp", "avif") if not features.check(name)]
+    heif = heif_version()
+    missing += [] if heif else ["heif"]
+    finding = f"Pillow {PIL.__version__}, pillow-heif {heif or 'missing'}"
+    return Check("images", not missing, finding + (f"; not read: {', '.join(missing)}" if missing else ""))
+
+
 def check_processor() -> Check:
     """Model name and the instruction sets that matter; both are read from Linux."""
     try:
@@ -172,6 +185,6 @@ def check_hub() -> Check:
 
 
 CHECKS: tuple[Callable[[], Check], ...] = (
-    check_python, check_torch, check_video, check_processor, check_memory, check_gpu, check_attention, check_limits,
-    check_demo, check_nano, check_hub,
+    check_python, check_torch, check_video, check_images, check_processor, check_memory, check_gpu, check_attention,
+    check_limits, check_demo, check_nano, check_hub,
 )  # fmt: skip

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,9 +205,25 @@ def _native_body(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _kind(source: str, folder: Path) -> str:
-    if _SCHEME.match(source):
+    if _is_address(source, folder):
         raise KeyeError("what is at an address is not known before it is fetched; name it video or image")
-    return media_kind(fetch_source(folder / Path(source).expanduser()))
+    return media_kind(fetch_source(_path(source, folder)))
+
+
+def _is_address(source: str, folder: Path) -> bool:
+    """Whether a name is an address: it looks like one, and no file has it."""
+    return _SCHEME.match(source) is not None and not os.path.isfile(folder / source)
+
+
+def _path(source: str, folder: Path) -> Path:
+    """The path that a manifest in a folder names: the file that has this very name, else with ~ for a home."""
+    path = folder / source
+    if not source.startswith("~") or path.is_file():
+        return path
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # no such user
+        return path
 
 
 def media_places(body: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -229,8 +246,8 @@ def _settle(holder: dict[str, Any], key: str, kind: str, defaults: Mapping[str, 
     """Writes the whole path, and the defaults, where a medium is named; returns its name."""
     inner = holder.get("preprocess_kwargs")
     source, given = holder[key], holder.keys() | (inner.keys() if isinstance(inner, dict) else set())
-    if not _SCHEME.match(source):
-        path = folder / Path(source).expanduser()
+    if not _is_address(source, folder):
+        path = _path(source, folder)
         if path.exists() or not source.startswith(_KEPT):
             source = holder[key] = str(path)
     known = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS

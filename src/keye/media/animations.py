@@ -186,8 +186,8 @@ def _has_two(chunks: Iterator[tuple[bytes, int, int]], wanted: bytes) -> bool:
             found += name == wanted
             if found == 2:
                 return True
-    except ValueError:
-        return False
+    except ValueError:  # Cut short: more may have followed.
+        return found > 0
     return False
 
 
@@ -203,9 +203,11 @@ def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         file.seek(place)
         header = file.read(8)
         length = int.from_bytes(header[4:], "little")
-        if len(header) < 8 or place + 8 + length > size:
+        if len(header) < 8:
             raise ValueError("cut short")
         yield header[:4], place + 8, length
+        if place + 8 + length > size:
+            raise ValueError("cut short")
         place += 8 + length + length % 2
 
 

@@ -20,7 +20,7 @@ from keye.errors import MediaError
 from keye.media.data_urls import DataUrl, parse_data_url, parse_list
 from keye.media.download import GIB, FetchLimits, download, shown
 from keye.media.hosts import check_address
-from keye.media.kinds import Other, kind_of, may_be_image
+from keye.media.kinds import Other, is_image_format, kind_of
 
 #: Largest video file, in bytes.
 MAX_VIDEO_BYTES = 64 * GIB
@@ -295,7 +295,7 @@ def _an(kind: str) -> str:
 
 def _max_bytes_of(head: bytes) -> int:
     """How large a file with these first bytes may be."""
-    return MAX_IMAGE_BYTES if may_be_image(head) else MAX_VIDEO_BYTES
+    return MAX_IMAGE_BYTES if is_image_format(head) else MAX_VIDEO_BYTES
 
 
 def _reason(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -39,6 +40,14 @@ class Header:
     orientation: int
     pictures: int
     mode: str
+
+
+def heif_version() -> str | None:
+    """The version of what reads HEIC; None where it is missing. It is not loaded into this process."""
+    try:
+        return version("pillow-heif")
+    except PackageNotFoundError:
+        return None
 
 
 def is_confined(source: Source) -> bool:

@@ -128,9 +128,9 @@ def kind_of(file: BinaryIO) -> Literal["image", "video"] | Other:
     return _other(head) or "video"
 
 
-def may_be_image(head: bytes) -> bool:
+def is_image_format(head: bytes) -> bool:
     """Whether a file that begins like this is in a format for images, of which some can move."""
-    return head.startswith(_IMAGES) or head[8:12] == b"WEBP" or heif_format(head) is not None
+    return head.startswith((*_IMAGES, b"GIF8")) or head[8:12] == b"WEBP" or heif_format(head) is not None
 
 
 def is_png_or_webp(head: bytes) -> bool:

@@ -7,13 +7,16 @@ URLs and downloads what may be downloaded; it blocks and belongs into a thread. 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, cast
 
 from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, Message, normalize
 from keye.errors import KeyeError
+from keye.media.data_urls import parse_data_url
 from keye.media.fetch import FetchPolicy, Source, media_kind
+from keye.media.kinds import HEAD_BYTES, is_image_format, kind_of
 from keye.server.errors import ApiError
 
 #: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
@@ -26,6 +29,8 @@ _IGNORED: Final = {
 _SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
 #: How the ids of uploads and of indexes begin.
 _KEPT: Final = ("file-", "index-")
+#: First bytes of a file in a data URL that are looked at.
+_SEEN_BYTES: Final = 1 << 16
 _PLAIN_TEXT: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -88,7 +93,7 @@ def open_medium(medium: Medium, openers: Openers) -> Medium:
         return replace(medium, source=[_open(picture, "image", openers) for picture in value])
     source = _open(value, medium.kind, openers)
     found = media_kind(source)
-    if medium.kind == "image" and found != "image" and not source.head().startswith(b"GIF8"):
+    if medium.kind == "image" and found != "image" and not is_image_format(source.head(HEAD_BYTES)):
         raise KeyeError(f"{source.name} is no image that keye reads; send a video as video_url")
     if medium.kind == "video" and found == "image":
         raise KeyeError(f"{source.name} is an image; send it as image_url")
@@ -165,8 +170,9 @@ def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads
     value = fields.pop(named[0])
     if isinstance(value, Mapping) and set(value) == {"url"}:
         value = value["url"]
+    value = _as_data_url(named[0], value)
     medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, uploads)
-    return {"type": medium, medium: _as_data_url(named[0], value), **fields}
+    return {"type": medium, medium: value, **fields}
 
 
 def _as_data_url(name: str, value: object) -> object:
@@ -177,12 +183,12 @@ def _as_data_url(name: str, value: object) -> object:
 
 
 def _kind_of(value: object, uploads: Uploads) -> MediumKind:
-    """What the file of a part that does not say it is: of an upload that is known, else it is taken for a video unless
-    a data URL says image."""
-    head = value[:32].lower() if isinstance(value, str) else ""
-    if head.startswith(_KEPT):
-        return uploads.kind(cast(str, value))
-    return "image" if head.startswith("data:image/") and not head.startswith("data:image/gif") else "video"
+    """What the file of a part is that does not say it: of an upload that is known, in a data URL it is seen from the
+    first bytes; at an address it is taken for a video."""
+    if isinstance(value, str) and value.startswith(_KEPT):
+        return uploads.kind(value)
+    url = parse_data_url(value)
+    return "image" if url is not None and kind_of(io.BytesIO(url.head(_SEEN_BYTES))) == "image" else "video"
 
 
 def _one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

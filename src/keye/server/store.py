@@ -199,7 +199,9 @@ def look_into(source: Source) -> dict[str, Any]:
         from keye.config import ProcessorConfig
 
         plan = plan_image(source, ProcessorConfig())
-        return {"kind": "image", "width": plan.source_width, "height": plan.source_height}
+        return {
+            "kind": "image", "width": plan.source_width, "height": plan.source_height, "notes": list(plan.notes),
+        }  # fmt: skip
     info = probe(source)
     return {
         "kind": "video", "duration": info.duration, "width": info.width, "height": info.height, "fps": info.fps,
