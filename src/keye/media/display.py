@@ -51,12 +51,11 @@ def orientation(matrix: Sequence[int]) -> Orientation:
 
 
 def frame_orientation(frame: VideoFrame) -> Orientation:
-    """The orientation of a decoded frame."""
+    """The orientation of a decoded frame: the container's, else the codec's own."""
     try:
-        side_data: Any = frame.side_data
-        return orientation(struct.unpack("=9i", bytes(side_data[Type.DISPLAYMATRIX])))
-    except (KeyError, struct.error):
-        return Orientation()
+        side_data: Any = frame.side_data  # in the order in which FFmpeg prefers them
+        matrix = next((bytes(data) for data in side_data if data.type == Type.DISPLAYMATRIX), None)
+        return Orientation() if matrix is None else orientation(struct.unpack("=9i", matrix))
     except ValueError:  # beside a kind of side data that PyAV does not know none can be read
         turns = round(frame.rotation / 90)
         return Orientation(turns * 90 % 360, exact=abs(frame.rotation - turns * 90) <= _EXACT_DEGREES)
