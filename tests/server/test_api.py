@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from clips import write_with_sound
 from serving import Ask, Running, error_of, told
 from starlette.testclient import TestClient
 
@@ -37,6 +39,23 @@ def test_a_plan_costs_what_the_request_costs(http: TestClient, ask: Ask, file_id
     usage = ask(content)["usage"]
     assert plan["fits"] and plan["prompt_tokens"] == usage["prompt_tokens"]
     assert plan["visual_tokens"] == usage["prompt_tokens_details"]["media_tokens"]
+
+
+def test_notes_about_a_file_reach_plans_answers_and_live_sessions(http: TestClient, ask: Ask, tmp_path: Path) -> None:
+    path = write_with_sound(tmp_path / "late.mp4", video_start=1.5)
+    file = http.post("/v1/files", files={"file": (path.name, path.read_bytes())}, data={"purpose": "media"}).json()
+    sentence = "its first frame is shown at 1.5 s; all times count from the start of the file, as players do"
+    assert file["keye"]["notes"] == [sentence] and file["keye"]["start_offset"] == 1.5
+    content = [medium(file["id"], max_frames=4, video_end=60), {"type": "text", "text": "hello"}]
+    plan = http.post("/v1/media/plan", json={"content": content}).json()
+    assert plan["media"][0]["timestamps"][0] == plan["media"][0]["start_offset"] == 1.5
+    beyond = '"video_end": 60 lies after the end of late.mp4 at 5.5 s; the part ends there'
+    assert plan["keye"]["notes"] == [beyond, f"late.mp4: {sentence}"]
+    assert ask(content)["keye"]["notes"] == plan["keye"]["notes"]
+    session = http.post("/v1/live", json={}).json()["id"]
+    added = http.post(f"/v1/live/{session}/frames", json={"file_id": file["id"]}).json()
+    assert added["keye"]["notes"] == [f"late.mp4: {sentence}"]
+    http.delete(f"/v1/live/{session}")
 
 
 def test_ground_and_clips(http: TestClient, file_id: str) -> None:

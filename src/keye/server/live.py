@@ -21,8 +21,9 @@ from keye.engine.answer import Collector
 from keye.engine.live import LiveSession
 from keye.engine.request import Event
 from keye.engine.request import Request as Job
+from keye.errors import collect_warnings
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.errors import ApiError, spelled
 from keye.server.json_route import JsonRoute
 from keye.server.replies import Choice, each, growing, written
 from keye.server.schemas import LiveAppend, LiveAsk, LiveRequest
@@ -132,11 +133,13 @@ async def append(request: Request, session_id: str, body: LiveAppend) -> JSONRes
 
 
 def _append(context: Context, owner: str, live: LiveSession, body: LiveAppend) -> dict[str, Any]:
-    if body.file_id is not None:
-        live.append_video(context.files.get(body.file_id, owner).source(), offset=body.offset)
-    else:
-        live.append([context.policy.fetch(frame, "image") for frame in body.frames or ()], body.timestamps or [])
-    return {"object": "keye.live", "frames": live.frames, "tokens": live.tokens, "dropped": live.dropped}
+    with collect_warnings() as notes:
+        if body.file_id is not None:
+            live.append_video(context.files.get(body.file_id, owner).source(), offset=body.offset)
+        else:
+            live.append([context.policy.fetch(frame, "image") for frame in body.frames or ()], body.timestamps or [])
+    found = {"object": "keye.live", "frames": live.frames, "tokens": live.tokens, "dropped": live.dropped}
+    return {**found, "keye": {"notes": [note.worded(spelled) for note in notes]}}
 
 
 @router.post("/v1/live/{session_id}/ask")

@@ -15,12 +15,12 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
 from keye.engine.request import Finished
-from keye.errors import KeyeError
+from keye.errors import KeyeError, collect_warnings
 from keye.media.clips import cut_clips
 from keye.media.fetch import Source
 from keye.media.options import MediaOptions, media_options
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.errors import ApiError, spelled
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.prepare import Prepared, Wanted, prepare
@@ -48,8 +48,9 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
     if (count := len(media_of(messages))) > context.settings.media:
         raise ApiError(400, f"content holds {count} media, more than {context.settings.media}", param="content")
     model = context.model
-    segments = model.render(open_sources(messages, openers))
-    measured = model.measure(segments, context.salt(owner))
+    with collect_warnings() as notes:
+        segments = model.render(open_sources(messages, openers))
+        measured = model.measure(segments, context.salt(owner))
     limit = model.config.text.max_position_embeddings
     return {
         "media": [plan_object(one) for one in measured.media],
@@ -57,6 +58,7 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
         "prompt_tokens": measured.prompt_tokens,
         "context": limit,
         "fits": measured.prompt_tokens < limit,
+        "keye": {"notes": [note.worded(spelled) for note in notes]},
     }
 
 
