@@ -20,10 +20,12 @@ from keye.chat import (
     format_seconds,
     merge_intervals,
     normalize,
+    opens_reasoning,
     parse_intervals,
     parse_reply,
     render,
     to_seconds,
+    without_last_end,
 )
 from keye.errors import KeyeError, KeyeWarning
 
@@ -144,7 +146,9 @@ def test_checked_messages_pass_through() -> None:
         ([], "the list is empty"),
         (["hello"], r"messages\[0\] is a str: give a dictionary"),
         ([{"role": "user"}], r"messages\[0\] has no 'content'"),
-        ([{"role": "boss", "content": "x"}], "role is 'boss': use one of system, user, assistant, tool"),
+        ([{"role": "usr", "content": "x"}], "role is 'usr': use one of system, user, assistant, tool"),
+        ([{"role": "a|b", "content": "x"}], "role is 'a|b': use one of system, user, assistant, tool"),
+        ([{"role": 3, "content": "x"}], "role is 3: use one of system, user, assistant, tool"),
         ([{"role": "user", "content": "x", "name": "me"}], "unknown key 'name'"),
         ([user("x"), {"role": "system", "content": "x"}], "can only come first"),
         ([{"role": "user", "content": []}], "not empty"),
@@ -167,7 +171,7 @@ def test_checked_messages_pass_through() -> None:
         ([user({"type": "video", "video": "a", "preprocess_kwargs": {"speed": 2}})], "unknown key 'speed'"),
         ([user({"type": "video", "video": "a", "fps": 10**400})], "fps is a number of more than 77 digits"),
         ([user({"type": "video", "video": "a", "timestamps": [10**400]})], "give a list of seconds"),
-        ([user("q"), {"role": "assistant", "content": "a"}], "the last one is the assistant's"),
+        ([{"role": "system", "content": "a"}], "the last one is the system's"),
     ],
 )
 def test_mistakes_are_named(messages: Any, sentence: str) -> None:
@@ -320,3 +324,33 @@ def test_times_of_any_sequence_of_numbers() -> None:
     for value in ("12", b"12", {0: 1}, 3, ["soon"], np.zeros((2, 2)), torch.zeros(2, 2), [None]):
         with pytest.raises(KeyeError, match=r"timestamps is .*: give a list of seconds"):
             times(value)
+
+
+def test_a_role_of_ones_own_stands_in_the_prompt() -> None:
+    with pytest.warns(KeyeWarning, match="role is critic, which models do not know"):
+        assert "<|im_start|>critic\nno<|im_end|>" in as_text(render([user("q"), {"role": "critic", "content": "no"}]))
+
+
+@pytest.mark.parametrize("content", ["The", "<think>\nI look", "The <|im_end|> sign"])
+def test_a_reply_that_is_to_go_on_has_no_end(content: str) -> None:
+    messages = [user("q"), {"role": "assistant", "content": content}]
+    segments = without_last_end(messages, render(messages, add_generation_prompt=False))
+    assert as_text(segments).endswith(f"<|im_start|>assistant\n{content}")
+    assert opens_reasoning(segments) == content.startswith("<think>")
+
+
+@pytest.mark.parametrize("last", [user("q"), {"role": "assistant", "content": " "}])
+def test_what_cannot_go_on(last: dict[str, Any]) -> None:
+    messages = [user("q"), last]
+    with pytest.raises(KeyeError, match="continue_final_message"):
+        without_last_end(messages, render(messages, add_generation_prompt=False))
+
+
+def test_after_a_reply_another_may_begin() -> None:
+    text = as_text(render([user("q"), {"role": "assistant", "content": "a"}]))
+    assert text.endswith("<|im_start|>assistant\na<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("thinking", "opens"), [(True, True), (False, False), (None, False)])
+def test_whether_a_prompt_opens_reasoning(thinking: bool | None, opens: bool) -> None:
+    assert opens_reasoning(render([user("<think>")], thinking=thinking)) == opens

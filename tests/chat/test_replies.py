@@ -127,9 +127,9 @@ def test_calls_leave_the_text() -> None:
      '{"name": 3, "arguments": {}}', "[" * 100_000],
 )  # fmt: skip
 def test_malformed_calls_stay_text(body: str) -> None:
-    text = f"<tool_call>{body}</tool_call>"
-    reply = parse_reply(text)
-    assert (reply.text, reply.tool_calls) == (text, ())
+    """Without the marks, which are for programs."""
+    reply = parse_reply(f"<tool_call>{body}</tool_call>")
+    assert (reply.text, reply.tool_calls) == (body, ())
 
 
 def test_an_unfinished_call_stays_text() -> None:

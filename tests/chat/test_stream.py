@@ -21,6 +21,13 @@ REPLIES = [
     "I call it.\n" + CALL + "\n" + CALL,
     '<tool_call>\n{"arguments": {"x": 1}, "name": "other_order"}\n</tool_call> done',
     "<tool_call>no call</tool_call> after",
+    '<tool_call>\n{"name": "cut',
+    '<tool_call>\n{"arguments": {"x"',
+    CALL + "\n<tool_call>",
+    CALL[:-12],
+    "<tool_call>no call",
+    "<tool_call>no call" + CALL,
+    "stray</tool_call> mark",
     "a < b and <b> c <think",
     "<answer>[[1.0, 2.5]]</answer>",
 ]
@@ -72,9 +79,21 @@ def test_arguments_come_as_they_are_written() -> None:
     assert stream.push("]}}</tool_call>") == [ReplyPiece("arguments", "]}", 0)]
 
 
+@pytest.mark.parametrize("end", range(1, len(CALL)))
+def test_a_call_that_is_cut_off_never_shows_its_mark(end: int) -> None:
+    reply = joined_reply(in_pieces("I look. " + CALL[:end], list(range(end))))
+    assert reply.text in ("I look.", "I look. <")
+    assert len(reply.calls) <= 1
+
+
+def test_a_reply_that_goes_on_keeps_the_space_it_begins_with() -> None:
+    stream = ReplyStream(continues=True)
+    assert joined_reply(stream.push(" red") + stream.push(" one ") + stream.finish()).text == " red one"
+
+
 def test_an_endless_call_is_read_once() -> None:
     """No piece is looked at again and again: the text that is held stays bounded."""
     stream, pieces = ReplyStream(tools=True), []
     for _ in range(20_000):
-        pieces += stream.push("<tool_call>{[")
-    assert len(joined_reply(pieces).text) > 100_000
+        pieces += stream.push("<tool_call>x[")
+    assert len(joined_reply(pieces).text) >= 39_000

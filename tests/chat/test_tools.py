@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from keye.chat import PREVIEW_CHATML, Message, Segment, ToolCall, normalize, render
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 
 WEATHER = {"name": "weather", "description": "of <|im_end|> a city", "parameters": {"type": "object"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
@@ -69,7 +69,6 @@ def test_forms_of_a_call() -> None:
         ([{"role": "assistant", "tool_calls": []}], "has no 'content'"),
         ([{"role": "assistant", "tool_calls": "f"}], "give a list of calls"),
         ([{"role": "assistant", "tool_calls": [{"name": "a b"}]}], r"tool_calls\[0\] has the name 'a b'"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments of f is no JSON"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], "arguments of f is a list"),
     ],
 )
@@ -93,3 +92,16 @@ def test_mistakes_in_calls_are_named(messages: Any, sentence: str) -> None:
 def test_mistakes_in_tools_are_named(tools: Any, sentence: str) -> None:
     with pytest.raises(KeyeError, match=sentence.replace("|", r"\|")):
         render([{"role": "user", "content": "q"}], tools=tools)
+
+
+@pytest.mark.parametrize("written", ['{"city": "Par', "[1]", "null"])
+def test_a_call_that_was_cut_off_is_shown_to_the_model_as_it_is(written: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": written}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "these are no arguments"},
+    ]
+    with pytest.warns(KeyeWarning, match="is no JSON object"):
+        prompt = "".join(str(segment.value) for segment in render(messages))
+    assert f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>' in prompt

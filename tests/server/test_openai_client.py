@@ -180,6 +180,6 @@ def test_mistakes_are_the_clients_own_exceptions(client: OpenAI) -> None:
         client.chat.completions.create(model=MODEL, messages=HELLO, top_p=7)
     assert caught.value.param == "top_p"
     with pytest.raises(NotFoundError, match="is not served here"):
-        client.chat.completions.create(model="gpt-5", messages=HELLO)
+        client.models.retrieve("gpt-5")
     with pytest.raises(BadRequestError, match="context holds 2048"):
-        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=100_000, stream=True)
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "a b " * 2048}], stream=True)

@@ -17,7 +17,16 @@ from keye.chat.messages import (
     normalize,
     normalize_tools,
 )
-from keye.chat.prompt import CHATML, PREVIEW_CHATML, ChatTemplate, Segment, render, template_of
+from keye.chat.prompt import (
+    CHATML,
+    PREVIEW_CHATML,
+    ChatTemplate,
+    Segment,
+    opens_reasoning,
+    render,
+    template_of,
+    without_last_end,
+)
 from keye.chat.replies import Reply, parse_reply
 from keye.chat.stream import ReplyPiece, ReplyStream, joined_reply
 from keye.chat.times import Interval, format_seconds, merge_intervals, parse_intervals, to_seconds
@@ -47,10 +56,12 @@ __all__ = [
     "merge_intervals",
     "normalize",
     "normalize_tools",
+    "opens_reasoning",
     "parse_intervals",
     "parse_regions",
     "parse_reply",
     "render",
     "template_of",
     "to_seconds",
+    "without_last_end",
 ]

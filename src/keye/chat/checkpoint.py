@@ -155,7 +155,7 @@ class _Hidden:
         message: dict[str, Any] = {"role": turn.role, "content": content}
         if turn.tool_calls:
             message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": self.text(to_json(call.arguments))}}
+                {"type": "function", "function": {"name": call.name, "arguments": self.text(call.arguments_json())}}
                 for call in turn.tool_calls
             ]
         return message

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
+from keye.checks import closest
 from keye.errors import KeyeError, KeyeWarning, brief, is_finite, warn
 
-Role = Literal["system", "user", "assistant", "tool"]
+#: One of ROLES, or a name of a user's own.
+Role = str
 MediumKind = Literal["image", "video"]
 
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -22,6 +24,7 @@ VIDEO_OPTIONS: Final = IMAGE_OPTIONS | {
 }  # fmt: skip
 _OPTIONS: Final = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
 _MAY_BE_ZERO: Final = frozenset({"video_start", "video_end", "min_frame_similarity"})
+_ROLE_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _KEYS: Final = {
     "system": {"role", "content"},
     "user": {"role", "content"},
@@ -46,14 +49,20 @@ class Medium:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a function that a model wrote: its name and its arguments as JSON data."""
+    """A call of a function that a model wrote: its name and its arguments as JSON data. `written` is the text of
+    arguments that are no JSON object, such as those of a reply that was cut off."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    written: str | None = None
 
     def to_json(self) -> str:
         """`{"name": ..., "arguments": {...}}` on one line, as it stands in a prompt."""
-        return f'{{"name": {to_json(self.name)}, "arguments": {to_json(self.arguments)}}}'
+        return f'{{"name": {to_json(self.name)}, "arguments": {self.arguments_json()}}}'
+
+    def arguments_json(self) -> str:
+        """The arguments as JSON, or as they were written where they are none."""
+        return to_json(self.arguments) if self.written is None else self.written
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,8 @@ def normalize(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
 def _message(where: str, message: object) -> Message:
     if isinstance(message, Message):
         return message
-    role = _fields(where, message, allowed=None, required=("role",))["role"]
-    if role not in ROLES:
-        raise KeyeError(f"{where}.role is {brief(role)}: use one of {', '.join(ROLES)}.")
-    fields = _fields(where, message, allowed=_KEYS[role], required=())
+    role = _role(where, _fields(where, message, allowed=None, required=("role",))["role"])
+    fields = _fields(where, message, allowed=_KEYS.get(role, _KEYS["user"]), required=())
     calls = _tool_calls(f"{where}.tool_calls", fields.get("tool_calls"))
     content = fields.get("content")
     if content is None and calls:
@@ -109,11 +116,22 @@ def _message(where: str, message: object) -> Message:
     if "content" not in fields:
         raise KeyeError(f"{where} has no 'content': add it.")
     if isinstance(content, str):
-        return Message(cast(Role, role), (content,), calls)
+        return Message(role, (content,), calls)
     if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
         raise KeyeError(f"{where}.content: give a text, or a list of parts that is not empty.")
     parts = tuple(_part(f"{where}.content[{index}]", part) for index, part in enumerate(content))
-    return Message(cast(Role, role), parts, calls)
+    return Message(role, parts, calls)
+
+
+def _role(where: str, role: object) -> Role:
+    """`role` if a turn can be named so: one that models know, or another name that is none of these mistyped."""
+    if isinstance(role, str) and role in ROLES:
+        return role
+    if not isinstance(role, str) or not _ROLE_NAME.fullmatch(role) or closest(role, ROLES) is not None:
+        raise KeyeError(f"{where}.role is {brief(role)}: use one of {', '.join(ROLES)}, or a name of your own.")
+    note = f"{where}.role is {role}, which models do not know; the message stands under that name in the prompt"
+    warn(KeyeWarning(note), stacklevel=2)
+    return role
 
 
 def _tool_calls(where: str, calls: object) -> tuple[ToolCall, ...]:
@@ -136,13 +154,23 @@ def _tool_call(where: str, call: object) -> ToolCall:
     if isinstance(arguments, str):
         if len(arguments) > MAX_ARGUMENTS:
             raise KeyeError(f"{where}.arguments has more than {MAX_ARGUMENTS:,} characters: send less.")
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise KeyeError(f"{where}.arguments of {name} is no JSON: give an object.") from None
+        return _written_call(where, name, arguments)
     if not isinstance(arguments, Mapping):
         raise KeyeError(f"{where}.arguments of {name} is a {type(arguments).__name__}: give an object.")
     return ToolCall(name, arguments)
+
+
+def _written_call(where: str, name: str, arguments: str) -> ToolCall:
+    """A call whose arguments are text; what a model was cut off in, or got wrong, stands in the prompt as it is."""
+    try:
+        data = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        data = None
+    if isinstance(data, Mapping):
+        return ToolCall(name, data)
+    note = f"{where}.arguments of {name} is no JSON object; the prompt shows it to the model as it is"
+    warn(KeyeWarning(note), stacklevel=2)
+    return ToolCall(name, {}, arguments)
 
 
 def tool_name(where: str, name: object) -> str:

@@ -123,11 +123,34 @@ def render(
     return joined(segments)
 
 
+def opens_reasoning(segments: Sequence[Segment]) -> bool:
+    """Whether a prompt ends inside a block of reasoning that the template, or the reply to be continued, has opened."""
+    for segment in reversed(segments):
+        written = str(segment.value) if segment.kind == "template" else ""
+        last = max(("<think>", "</think>", "<|im_start|>"), key=written.rfind)
+        if last in written:
+            return last == "<think>"
+    return False
+
+
+def without_last_end(messages: Sequence[Mapping[str, Any] | Message], segments: Sequence[Segment]) -> list[Segment]:
+    """A rendered prompt without the end of its last message, which the model is to go on with. `KeyeError` for one that
+    is not the assistant's, or says nothing."""
+    (last,) = normalize(messages)[-1:]
+    if last.role != "assistant" or last.tool_calls:
+        raise KeyeError("continue_final_message needs a text of the assistant as the last message.")
+    *before, end = segments
+    at = str(end.value).rfind("<|im_end|>")
+    if end.kind != "template" or at < 0 or not any(isinstance(part, str) and part.strip() for part in last.parts):
+        raise KeyeError("continue_final_message: the last message has no text, or the template no end of a message.")
+    return joined([*before, Segment("template", str(end.value)[:at])])
+
+
 def checked_turns(messages: Sequence[Mapping[str, Any] | Message], add_generation_prompt: bool) -> list[Message]:
-    """The messages as `normalize` returns them; KeyeError if a reply is wanted and it is not the model's turn."""
+    """The messages as `normalize` returns them; KeyeError if a reply is wanted and the system has spoken alone."""
     turns = normalize(messages)
-    if add_generation_prompt and turns[-1].role not in ("user", "tool"):
-        raise KeyeError(f"messages: the last one is the {turns[-1].role}'s; end with a message of the user.")
+    if add_generation_prompt and turns[-1].role == "system":
+        raise KeyeError("messages: the last one is the system's; end with a message of the user.")
     return turns
 
 

@@ -32,7 +32,7 @@ def parse_reply(text: str) -> Reply:
     Reasoning is what stands in `<think>` and `<analysis>`, also if the prompt opened the block or the reply was cut off
     inside it; the answer is the last `<answer>` body if there is one. This is the official order of extraction, except
     that a final `\\boxed{}` is left to the evaluation of the task that asks for one. Nothing is an error: malformed
-    syntax stays in the text.
+    syntax stays in the text, but for the marks of calls; a call that was cut off is left out.
     """
     reasoning: list[str] = []
     for tag in ("analysis", "think"):
@@ -64,13 +64,18 @@ def _split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     kept, calls = [before], []
     for block in blocks:
         body, closed, after = block.partition(_CLOSE_CALL)
-        call = read_call(body) if closed else None
-        if call is None:
-            kept.append(_OPEN_CALL + block)
-        else:
+        call = read_call(body)
+        if call is not None:
             calls.append(call)
             kept.append(after.lstrip("\n"))
-    return "".join(kept), tuple(calls)
+        elif closed or not begins_call(body):
+            kept.append(body + after)
+    return "".join(kept).replace(_CLOSE_CALL, ""), tuple(calls)
+
+
+def begins_call(body: str) -> bool:
+    """Whether what follows the mark of a call is one that was cut off, or nothing yet, and no text."""
+    return not body.strip() or body.lstrip().startswith("{")
 
 
 def read_call(body: str) -> ToolCall | None:

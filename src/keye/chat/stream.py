@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from keye.chat.messages import to_json, tool_name
-from keye.chat.replies import read_call
+from keye.chat.replies import begins_call, read_call
 
 #: The head of a call, up to where its arguments begin, as the models write it.
 _HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,128})"\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -40,15 +40,16 @@ class ReplyPiece:
 
 class ReplyStream:
     """Takes the text of one reply in any pieces. `tools` says whether calls are looked for; `reasoning` that the prompt
-    has opened the reasoning block. White space around reasoning and answer is left out."""
+    has opened the reasoning block. White space around reasoning and answer is left out, but for that before a reply
+    which `continues` a text of the prompt."""
 
-    def __init__(self, *, tools: bool = False, reasoning: bool = False) -> None:
+    def __init__(self, *, tools: bool = False, reasoning: bool = False, continues: bool = False) -> None:
         self._tools = tools
         self._held = ""
         self._blank = {"reasoning": "", "content": ""}
-        self._begun = {"reasoning": False, "content": False}
+        self._begun = {"reasoning": False, "content": continues and not reasoning}
         self._close = "</think>" if reasoning else ""
-        self._mode = self._reasoning if reasoning else self._start
+        self._mode = self._reasoning if reasoning else self._content if continues else self._start
         self._arguments = _Arguments()
         self._searched = 0
         self._ended = False
@@ -69,7 +70,9 @@ class ReplyStream:
         self._ended = True
         pieces = self._run()
         if self._mode == self._whole_call or self._mode == self._head:
-            pieces += self._shown("content", _OPEN_CALL + self._held)
+            pieces += self._call_of(self._held, closed=False)
+        elif self._mode == self._content and self._tools and len(self._held) > 1 and _OPEN_CALL.startswith(self._held):
+            pass  # the first characters of a call
         elif self._mode not in (self._call_arguments, self._tail):
             pieces += self._shown("reasoning" if self._mode == self._reasoning else "content", self._held)
         self._held = ""
@@ -107,7 +110,7 @@ class ReplyStream:
         if "<" not in self._held:  # most of the time: every mark begins so
             text, self._held = self._held, ""
             return self._shown("content", text) if text else []
-        marks = (*_WRAPPING, _OPEN_CALL) if self._tools else _WRAPPING
+        marks = (*_WRAPPING, _OPEN_CALL, _CLOSE_CALL) if self._tools else _WRAPPING
         found = min(((at, mark) for mark in marks if (at := self._held.find(mark)) >= 0), default=None)
         if found is None:
             return self._shown("content", self._take(*marks))
@@ -126,7 +129,7 @@ class ReplyStream:
             self._arguments = _Arguments()
             self.calls += 1
             return [ReplyPiece("call", match.group(1), self.calls - 1)]
-        if match is not None or len(self._held) > _MAX_HEAD or _CLOSE_CALL in self._held:
+        if match is not None or len(self._held) > _MAX_HEAD or _CLOSE_CALL in self._held or _OPEN_CALL in self._held:
             self._mode, self._searched = self._whole_call, 0
         return []
 
@@ -148,19 +151,24 @@ class ReplyStream:
         return []
 
     def _whole_call(self) -> list[ReplyPiece]:
-        """A call in another order: read when it is complete, or text if it is none."""
-        at = self._held.find(_CLOSE_CALL, self._searched)
-        if at < 0:
+        """A call in another order: read when it is complete, or text if it is none. Its marks are never text."""
+        ends = [(at, mark) for mark in (_CLOSE_CALL, _OPEN_CALL) if (at := self._held.find(mark, self._searched)) >= 0]
+        if not ends:
             self._searched = max(0, len(self._held) - len(_CLOSE_CALL) + 1)
             if len(self._held) > _MAX_CALL:
                 text, self._held, self._mode = self._held, "", self._content
-                return self._shown("content", _OPEN_CALL + text)
+                return self._shown("content", text)
             return []
-        body, self._held = self._held[:at], self._held[at + len(_CLOSE_CALL) :]
-        self._mode = self._content
+        at, mark = min(ends)
+        body, self._held = self._held[:at], self._held[at + len(mark) :]
+        self._mode, self._searched = (self._content if mark == _CLOSE_CALL else self._head), 0
+        return self._call_of(body, closed=mark == _CLOSE_CALL)
+
+    def _call_of(self, body: str, *, closed: bool) -> list[ReplyPiece]:
+        """The pieces of a call as a whole; of one that is none its text, unless it was cut off."""
         call = read_call(body)
         if call is None:
-            return self._shown("content", _OPEN_CALL + body + _CLOSE_CALL)
+            return self._shown("content", body) if closed or not begins_call(body) else []
         self.calls += 1
         name, arguments = call.name, to_json(call.arguments)
         return [ReplyPiece("call", name, self.calls - 1), ReplyPiece("arguments", arguments, self.calls - 1)]

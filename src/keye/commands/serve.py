@@ -38,7 +38,14 @@ _MAX_KEYS_BYTES = 1 << 20
 )
 @click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch media from HOST, or *.HOST; may be repeated.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server in the Host header.")
-@click.option("--name", metavar="NAME", help="What clients call the model.  [default: its own name]")
+@click.option(
+    "--name",
+    multiple=True,
+    metavar="NAME",
+    help="What clients call the model; may be repeated.  [default: its own name]",
+)
+@click.option("--strict-model-name", is_flag=True, help="Reject requests that name another model.")
+@click.option("--strict-limits", is_flag=True, help="Reject a max_tokens that the context has no room for.")
 @click.option("--max-upload", type=options.Bytes(), metavar="SIZE", help="Largest upload, as 500MB.  [default: 4GiB]")
 @click.option("--max-stored", type=options.Bytes(), metavar="SIZE", help="Most bytes of all uploads.  [default: 16GiB]")
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
@@ -121,7 +128,10 @@ def serve_replicas(
         own = inputs.shares(context.params, count)
         replicas = [LocalReplica(str(number), arguments_of(context, one)) for number, one in enumerate(own)]
     app = proxy_app(replicas)
-    rows = {"replicas": f"{count}, each a server of its own", "model": settings.served_name or context.params["model"]}
+    rows = {
+        "replicas": f"{count}, each a server of its own",
+        "model": ", ".join(settings.served_names) or context.params["model"],
+    }
     run_app(app, settings, listening, rows, log)
 
 
@@ -134,6 +144,9 @@ def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:
         value = given.get(parameter.name or "")
         ours = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "with_parent")
         if isinstance(parameter, click.Option) and not ours and value is not None:
+            if parameter.is_flag and not parameter.secondary_opts:
+                found += [parameter.opts[-1]] if value else []
+                continue
             for one in value if parameter.multiple else [value]:
                 found += [parameter.opts[-1], str(one)]
     return found
@@ -162,7 +175,9 @@ def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings
         keys=keys,
         allow_urls=given["allow_url"],
         allowed_hosts=given["allow_host"],
-        served_name=given["name"],
+        served_names=given["name"],
+        strict_model_name=given["strict_model_name"],
+        strict_limits=given["strict_limits"],
         **limits,
     )
 

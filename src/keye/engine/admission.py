@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
 from keye.engine.kvstore import KVStore
 from keye.engine.ledger import OutOfMemory, megabytes
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request, Task
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError, KeyeWarning, Option
 from keye.ops.pages import PAGE
+
+#: Most probabilities of prompt tokens, and of others beside them, that one request gets.
+MAX_PROBS: Final = 100_000
 
 
 def refusal(prompt: Prompt, request: Request, store: KVStore, scratch: int) -> KeyeError | None:
     """Why `prompt` cannot be computed in `store` beside `scratch` bytes of a step; None where it can."""
-    if prompt.past is not None and request.prompt_logprobs:
+    if prompt.past is not None and request.prompt_logprobs is not None:
         return KeyeError("the prompt begins with an index, whose tokens are computed already: leave out "
                          "prompt_logprobs, or give the video itself")  # fmt: skip
     tokens = prompt.token_ids.shape[0] + 1
+    if request.prompt_logprobs is not None and (tokens - 1) * (request.prompt_logprobs + 1) > MAX_PROBS:
+        return KeyeError(
+            f"prompt_logprobs of {tokens - 1:,} tokens, {request.prompt_logprobs} others with each, are more than "
+            f"{MAX_PROBS:,} probabilities: ask for fewer others or send a shorter prompt"
+        )
     short = store.shortage(tokens - (0 if prompt.past is None else prompt.past.length(0)), scratch)
     if short is None:
         return None
@@ -26,6 +37,17 @@ def refusal(prompt: Prompt, request: Request, store: KVStore, scratch: int) -> K
         f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
         Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
     )  # fmt: skip
+
+
+def clamped(request: Request, length: int, context: int) -> tuple[Request, list[KeyeWarning]]:
+    """The request with a reply that fits into what a prompt of `length` tokens leaves of the context, and a note where
+    that is less than was asked for; as it was unless it may be clamped."""
+    left, params = context - length, request.params
+    if not request.clamp or params.max_tokens <= left or left < 1:
+        return request, []
+    note = f"max_tokens is {params.max_tokens:,}; the context of {context:,} tokens leaves {left:,} for the reply"
+    least = min(params.min_tokens, left)
+    return replace(request, params=replace(params, max_tokens=left, min_tokens=least)), [KeyeWarning(note)]
 
 
 def scattered(task: Task) -> bool:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from keye.config import GenerationConfig
-from keye.engine.admission import refusal, scattered
+from keye.engine.admission import clamped, refusal, scattered
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
 from keye.engine.ledger import Ledger, OutOfMemory
@@ -171,6 +171,8 @@ class EngineCore:
 
     def _laid_out(self, task: Task, prompt: Prompt) -> None:
         task.prompt, task.stage = prompt, Stage.READY
+        task.request, notes = clamped(task.request, task.length, self.parts.model.config.text.max_position_embeddings)
+        task.notes += notes
         task.times["laid out"] = time.perf_counter()
         store = prompt.past.store if prompt.past is not None else self.parts.store
         assert store is not None
@@ -204,7 +206,7 @@ class EngineCore:
         found: KVCache | None = None
         if prompt.past is not None:
             found = self._make_room(prompt.past.fork, task)
-        elif spans is not None and not task.request.prompt_logprobs:
+        elif spans is not None and task.request.prompt_logprobs is None:
             found = self._make_room(partial(parts.prefixes.find, prompt.token_ids, spans, _secret(task)), task)
         if task.stage is not Stage.PREFILLING:
             return
@@ -339,7 +341,7 @@ class EngineCore:
         task.done = task.cache.length(0)
         task.vision.forget(int(task.visual[task.done - 1]))
         task.tell(Progress("prefill", task.done, task.length))
-        if task.request.prompt_logprobs and logits is not None:
+        if task.request.prompt_logprobs is not None and logits is not None:
             self.writer.probe(task, logits)
         if task.done < task.length:
             return
@@ -347,7 +349,9 @@ class EngineCore:
         task.vision.close()
         task.vision = None
         self._remember(task, task.cache, task.length)
-        task.times.setdefault("prefilled", time.perf_counter())
+        if "prefilled" not in task.times:  # after a preemption the prompt is computed again
+            task.times["prefilled"] = time.perf_counter()
+            task.tell(self.writer.prefilled(task))
         task.stage = Stage.DECODING
         if not task.choices:
             task.choices = self.writer.choices(task)

@@ -20,6 +20,7 @@ from keye.chat import (
     load_template,
     merge_intervals,
     normalize_tools,
+    opens_reasoning,
     template_of,
 )
 from keye.config import (
@@ -182,9 +183,15 @@ class Keye:
         *,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[Segment]:
-        """The prompt of a conversation under this model's template, its media in their places and not yet opened."""
-        return self.prompts.render(messages, template=self.template, thinking=thinking, tools=normalize_tools(tools))
+        """The prompt of a conversation under this model's template, its media in their places and not yet opened. With
+        `continue_final_message` the last message, the assistant's, is left open for the model to go on with."""
+        return self.prompts.render(
+            messages, template=self.template, thinking=thinking, tools=normalize_tools(tools),
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+        )  # fmt: skip
 
     def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt would cost: its media are probed and not decoded."""
@@ -203,11 +210,12 @@ class Keye:
         `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback; `tools` are functions
         (name, description, JSON schema of the parameters) that the model may ask to be called; `n` replies are written,
         the others in `Answer.alternatives`; `logprobs` gives each token's probability beside those of so many others,
-        `prompt_logprobs` those of the prompt; `ignore_eos` goes on to `max_tokens`; `stop_loops` False lets a reply
-        that repeats itself without end go on; `evidence` asks which frames the answer rests on; `deterministic` makes
-        the tokens independent of whatever else is computed, at a cost; `on_progress` is called as the media are
-        encoded and the prompt is computed. All
-        others are fields of `SamplingParams`, the model's own defaults for those not given."""
+        `prompt_logprobs` those of the prompt (a number of others, or true for as many as `logprobs`);
+        `continue_final_message` goes on with the last message, the assistant's; `ignore_eos` goes on to `max_tokens`;
+        `stop_loops` False lets a reply that repeats itself without end go on; `evidence` asks which frames the answer
+        rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; `on_progress` is
+        called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
+        model's own defaults for those not given."""
         request = self.request(messages, **options)
         return AnswerStream(self.reply(request, self.attention_of(request.attention), on_progress))
 
@@ -220,7 +228,8 @@ class Keye:
         attention: AttentionMode | None = None,
         n: int = 1,
         logprobs: int | None = None,
-        prompt_logprobs: bool = False,
+        prompt_logprobs: bool | int | None = None,
+        continue_final_message: bool = False,
         ignore_eos: bool = False,
         evidence: bool = False,
         deterministic: bool = False,
@@ -231,12 +240,16 @@ class Keye:
         params = self.sampling_params(**sampling)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
+        if isinstance(prompt_logprobs, bool):
+            prompt_logprobs = (logprobs or 0) if prompt_logprobs else None
         with collect_warnings() as notes:
-            segments = self.render(messages, thinking=thinking, tools=tools)
+            segments = self.render(
+                messages, thinking=thinking, tools=tools, continue_final_message=continue_final_message
+            )
         return Request(
             segments, params, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos,
             attention=self.attention_of(attention), evidence=evidence, deterministic=deterministic,
-            stop_loops=stop_loops, notes=tuple(notes),
+            stop_loops=stop_loops, notes=tuple(notes), reasoning=opens_reasoning(segments),
         )  # fmt: skip
 
     def batch(self, conversations: Sequence[Sequence[Mapping[str, Any] | Message]], **options: Any) -> list[Answer]:
@@ -303,7 +316,11 @@ class Keye:
         chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
         if isinstance(chosen.get("stop"), str):
             chosen["stop"] = (chosen["stop"],)
-        return SamplingParams(**chosen)
+        params, size = SamplingParams(**chosen), self.config.text.vocab_size
+        for name, token in params.token_ids:
+            if token >= size:
+                raise KeyeError(f"{name} has the token {token}; this model's tokens are numbered 0 to {size - 1}")
+        return params
 
     def _open_index(self, source: Source) -> IndexedVideo:
         return open_video_index(self, self.config, source)

@@ -1,39 +1,42 @@
 """Structured output: which tokens may come next, so that a reply is of a form that was asked for.
 
-A form is a JSON schema, a regular expression, a grammar (Lark's syntax), or one of some texts. llguidance (an extra)
-does the work; here are its limits, and the tokens that no form may hold.
+A form is a JSON schema, a regular expression, a grammar (Lark's syntax, or GBNF), one of some texts, or text with
+tagged JSON in it. llguidance (an extra) does the work; here are its limits, and the tokens that no form may hold.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from keye.errors import KeyeError
+from keye.engine.json_form import MAX_BYTES, MAX_PATTERN, call_schema, check_schema, compact_schema
+from keye.errors import KeyeError, KeyeWarning
 from keye.tokenizer import Tokenizer
 
-FormKind = Literal["json_schema", "regex", "grammar", "choice", "calls"]
+FormKind = Literal["json_schema", "regex", "grammar", "choice", "calls", "tags"]
 
-#: Any JSON object.
-ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
-MAX_BYTES: Final = 64 * 1024
-MAX_DEPTH: Final = 32
-MAX_NODES: Final = 5_000
-MAX_PATTERN: Final = 2_000
-_WHITE_SPACE: Final = r"[ \n\t]{0,16}"
+#: Most tags of a form, and characters of each of their texts.
+MAX_TAGS: Final = 64
+MAX_TAG_TEXT: Final = 256
 _OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
+_END_OF_REASONING: Final = b"</think>"
+#: What llguidance says of keywords that it knows and cannot follow.
+_NOT_ENFORCED: Final = re.compile(r"(?:Unimplemented keys:|Unknown)([^\n]*)")
 
 
 @dataclass(frozen=True)
 class Form:
     """What a reply must look like: `value` is a schema, a pattern, a grammar, or texts to choose from; for "calls", the
     functions (`{"function": {"name": ..., "parameters": ...}}`) of which at least one must be called, and only one
-    unless `several`. With `otherwise`, a JSON schema, an answer of that form may stand in place of the calls."""
+    unless `several`; for "tags", the tags that may stand in free text. With `otherwise`, a JSON schema, an answer of
+    that form may stand in place of the calls."""
 
     kind: FormKind
     value: Any
@@ -41,37 +44,53 @@ class Form:
     otherwise: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Tag:
+    """JSON of a schema between two texts; once the model has written `trigger`, with which `begin` starts, it must
+    come."""
+
+    trigger: str
+    begin: str
+    schema: Mapping[str, Any]
+    end: str
+
+
 class Guide:
     """The state of one reply: `mask` says what may come next, `advance` takes what came.
 
-    With `after`, a token id, nothing is restricted up to that token (the end of reasoning).
+    With `reasoning`, the form holds from the end of the block of reasoning on; up to there everything may come but the
+    end of the reply.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, after: int | None = None) -> None:
-        self._matcher, self._vocab_size, self._after = matcher, vocab_size, after
+    def __init__(self, matcher: Any, factory: GuideFactory, *, reasoning: bool = False) -> None:
+        self._matcher, self._factory, self._reasoning = matcher, factory, reasoning
+        self._tail = b""
 
-    def mask(self) -> Tensor | None:
-        """Which tokens may come next, bool [V]; None where all may. An end-of-sequence token may come when the form is
-        complete. `KeyeError` where the form proves too costly to follow."""
-        if self._after is not None:
-            return None
+    def mask(self) -> Tensor:
+        """Which tokens may come next, bool [V]. An end-of-sequence token may come when the form is complete.
+        `KeyeError` where the form proves too costly to follow."""
+        if self._reasoning:
+            return self._factory.no_end
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
         self._check()
-        assert allowed.shape[0] == self._vocab_size
+        assert allowed.shape == self._factory.no_end.shape
         return allowed
 
     def advance(self, token: int) -> None:
         """Takes the token that was drawn."""
-        if self._after is not None:
-            self._after = None if token == self._after else self._after
-            return
-        if not self._matcher.is_stopped():
+        if self._reasoning:
+            # A model may write the mark as characters, too, and whoever reads the reply takes both for it.
+            self._tail = self._tail[-len(_END_OF_REASONING) :] + self._factory.bytes_of(token)
+            self._reasoning = _END_OF_REASONING not in self._tail
+        elif not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self._check()
 
     def fork(self) -> Guide:
         """The same state, to go on by itself."""
-        return Guide(self._matcher.deep_copy(), self._vocab_size, self._after)
+        copy = Guide(self._matcher.deep_copy(), self._factory, reasoning=self._reasoning)
+        copy._tail = self._tail
+        return copy
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -88,7 +107,9 @@ class GuideFactory:
             raise KeyeError("structured output needs llguidance; install keye[serve]") from None
         self._library = llguidance
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self.bytes_of = tokenizer.token_bytes
+        self.no_end = torch.ones(vocab_size, dtype=torch.bool)
+        self.no_end[sorted(eos)] = False
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, eos, vocab_size))
         self._tokens = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=sorted(eos))
         self._limits = llguidance.LLParserLimits(
@@ -99,25 +120,35 @@ class GuideFactory:
     def guide(self, form: Form, *, after_reasoning: bool = False) -> Guide:
         """A guide for a reply from its first token, or from the end of its reasoning on. `KeyeError` for a form that
         cannot be read, is too large, or too complex; takes up to some 100 ms."""
+        matcher = self._matcher(form)
+        if matcher.is_error() and (found := _NOT_ENFORCED.search(str(matcher.get_error()))):
+            matcher = self._matcher(form, lenient=True)
+            if not matcher.is_error():
+                parts = re.sub(r"[^\w, ]", "", found[1]).strip()[:200]
+                note = f"the reply is not held to these parts of its JSON schema: {parts}"
+                warnings.warn(KeyeWarning(note), stacklevel=2)
+        if matcher.is_error():
+            raise _refused(form, matcher.get_error())
+        return Guide(matcher, self, reasoning=after_reasoning)
+
+    def _matcher(self, form: Form, *, lenient: bool = False) -> Any:
         try:
-            grammar = self._grammar(form)
-        except ValueError as error:
+            grammar = self._grammar(form, lenient)
+        except (ValueError, AssertionError) as error:
             if isinstance(error, KeyeError):
                 raise
             raise _refused(form, str(error)) from None
-        matcher = self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise _refused(form, matcher.get_error())
-        after = self._tokenizer.added_tokens.get("</think>") if after_reasoning else None
-        return Guide(matcher, self._vocab_size, after)
+        return self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
 
-    def _grammar(self, form: Form) -> str:
+    def _grammar(self, form: Form, lenient: bool) -> str:
         matcher, value = self._library.LLMatcher, form.value
         if form.kind == "json_schema":
             check_schema(value)
-            return str(matcher.grammar_from_json_schema(_bounded(value)))
+            return str(matcher.grammar_from_json_schema(compact_schema(value, lenient=lenient)))
         if form.kind == "calls":
-            return str(matcher.grammar_from_lark(self._calls(form)))
+            return str(matcher.grammar_from_lark(self._calls(form, lenient)))
+        if form.kind == "tags":
+            return self._tags(value, lenient)
         if form.kind == "choice":
             value = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
         if len(str(value).encode("utf-8", "replace")) > MAX_BYTES:
@@ -126,82 +157,66 @@ class GuideFactory:
             if len(value) > MAX_PATTERN:
                 raise KeyeError(f"the regex has more than {MAX_PATTERN:,} characters; make it shorter")
             return str(matcher.grammar_from_regex(value))
-        return str(matcher.grammar_from_lark(value))
+        return str(matcher.grammar_from_lark(_lark(value) if form.kind == "grammar" else value))
 
-    def _calls(self, form: Form) -> str:
+    def _tags(self, tags: Sequence[Tag], lenient: bool) -> str:
+        """A grammar of free text in which tags may stand."""
+        texts = [text for tag in tags for text in (tag.trigger, tag.begin, tag.end)]
+        if len(tags) > MAX_TAGS or any(len(text) > MAX_TAG_TEXT for text in texts):
+            raise KeyeError(
+                f"the structural_tag has more than {MAX_TAGS} tags or {MAX_TAG_TEXT} characters in one text"
+            )
+        for tag in tags:
+            check_schema(tag.schema)
+        known = self._tokenizer.added_tokens
+        listed = [
+            self._library.StructTag(
+                trigger=tag.trigger, begin=tag.begin, grammar=compact_schema(tag.schema, lenient=lenient), end=tag.end
+            )
+            for tag in tags
+        ]
+        special = all(tag.trigger in known for tag in tags)
+        return str(self._library.StructTag.to_grammar(listed, assume_special=special))
+
+    def _calls(self, form: Form, lenient: bool) -> str:
         """A grammar of calls of functions as the chat format writes them."""
         for mark in (_OPEN_CALL, _CLOSE_CALL):
             if mark not in self._tokenizer.added_tokens:
                 raise KeyeError(f"the model has no token {mark}, so calls of tools cannot be required of it")
-        schemas = [_call_schema(tool["function"]) for tool in form.value]
-        rules = [f"call_{i}: {_json_rule(schema)}" for i, schema in enumerate(schemas)]
+        functions = [tool["function"] for tool in form.value]
+        schemas = [call_schema(one["name"], one.get("parameters")) for one in functions]
+        rules = [f"call_{i}: {_json_rule(schema, lenient)}" for i, schema in enumerate(schemas)]
         either = " | ".join(f"call_{i}" for i in range(len(rules)))
         one = f'{_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL}'
         start = f'{one} ("\\n" {one})*' if form.several else one
         if form.otherwise is not None:
             check_schema(form.otherwise)
-            start, rules = f"calls | answer\ncalls: {start}", [*rules, f"answer: {_json_rule(form.otherwise)}"]
+            start, rules = f"calls | answer\ncalls: {start}", [*rules, f"answer: {_json_rule(form.otherwise, lenient)}"]
         return "\n".join([f"start: {start}", f"any: {either}", *rules])
 
 
-def _json_rule(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps(_bounded(schema), ensure_ascii=False)}"
-
-
-def _bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with a limit on white space between its values, or a weak model would write nothing else."""
-    return {**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
-
-
-def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The object of one call. References of the parameters' schema count from its own root, so they are moved."""
-    parameters = dict(function.get("parameters") or ANY_OBJECT)
-    check_schema(parameters)
-    definitions = {name: parameters.pop(name) for name in ("$defs", "definitions") if name in parameters}
-    properties = {"name": {"const": function["name"]}, "arguments": parameters}
-    return {
-        "type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False,
-        **definitions,
-    }  # fmt: skip
-
-
-def check_schema(schema: object) -> None:
-    """`KeyeError` for a JSON schema that is no object, too large, too deep, or refers to anything outside itself."""
-    if not isinstance(schema, Mapping):
-        raise KeyeError(f"the JSON schema is a {type(schema).__name__}; give an object")
-    for nodes, (depth, name, value) in enumerate(_walk(schema), 1):
-        if depth > MAX_DEPTH:
-            raise KeyeError(f"the JSON schema is nested more than {MAX_DEPTH} deep; make it flatter")
-        if nodes > MAX_NODES:
-            raise KeyeError(f"the JSON schema has more than {MAX_NODES:,} entries; make it smaller")
-        if name == "$ref" and not (isinstance(value, str) and value.startswith("#")):
-            raise KeyeError("the JSON schema refers to something outside itself; copy that into $defs")
-        if name == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN:
-            raise KeyeError(f"a pattern of the JSON schema has more than {MAX_PATTERN:,} characters; make it shorter")
-    try:
-        size = len(json.dumps(schema).encode())
-    except (TypeError, ValueError):
-        raise KeyeError("the JSON schema is no JSON; give plain data") from None
-    if size > MAX_BYTES:
-        raise KeyeError(f"the JSON schema has more than {MAX_BYTES:,} bytes; make it smaller")
-
-
-def _walk(value: object) -> Iterator[tuple[int, str, object]]:
-    """Depth, name and value of everything inside, without recursion."""
-    waiting: list[tuple[int, str, object]] = [(0, "", value)]
-    while waiting:
-        depth, name, inner = waiting.pop()
-        yield depth, name, inner
-        if isinstance(inner, Mapping):
-            waiting += [(depth + 1, str(key), child) for key, child in inner.items()]
-        elif isinstance(inner, list | tuple):
-            waiting += [(depth + 1, "", child) for child in inner]
+def _json_rule(schema: Mapping[str, Any], lenient: bool) -> str:
+    return f"%json {json.dumps(compact_schema(schema, lenient=lenient), ensure_ascii=False)}"
 
 
 def _refused(form: Form, reason: str) -> KeyeError:
     """The sentence for a form that llguidance does not take; its own words are cut to what can be shown."""
     told = " ".join(reason.split())
     return KeyeError("the {} cannot be used: {}", form.kind.replace("_", " "), told[:300] or "it is not valid")
+
+
+def _lark(grammar: str) -> str:
+    """A grammar in Lark's syntax; one in GBNF, whose first rule is `root`, is translated."""
+    from llguidance import gbnf_to_lark
+
+    if gbnf_to_lark.is_lark_syntax(grammar) or "::=" not in grammar:
+        return grammar
+    try:
+        return str(gbnf_to_lark.gbnf_to_lark(grammar))
+    except RecursionError:
+        raise KeyeError("the grammar is nested too deep; make it flatter") from None
+    except Exception as error:  # noqa: BLE001 - the translator raises bare exceptions, of which none is a fault of ours
+        raise KeyeError(f"the grammar cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 class _Vocabulary:

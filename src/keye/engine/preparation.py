@@ -63,7 +63,7 @@ class Preparation:
         request = task.request
         assert not isinstance(request.prompt, Prompt)
         try:
-            room = Room(self._limit, request.params.max_tokens)
+            room = Room(self._limit, 1 if request.clamp else request.params.max_tokens)
             prompt = self._builder.lay_out(request.prompt, room=room, stream=True, salt=request.salt)
         finally:
             with self._wake:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Interval, Medium, Message, Segment
+from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Interval, Medium, Message, Segment, without_last_end
 from keye.config import KeyeConfig
 from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
@@ -140,9 +140,14 @@ class PromptBuilder:
         template: ChatTemplate | CheckpointTemplate | None = None,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[Segment]:
         """The prompt as text with its media in their places. Their options are checked; none is opened."""
-        segments = (template or CHATML).render(messages, thinking=thinking, tools=tools)
+        begins = add_generation_prompt and not continue_final_message
+        segments = (template or CHATML).render(messages, thinking=thinking, tools=tools, add_generation_prompt=begins)
+        if continue_final_message:
+            segments = without_last_end(messages, segments)
         for segment in segments:
             if isinstance(segment.value, Medium):
                 check_medium(segment.value)

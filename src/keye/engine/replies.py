@@ -11,15 +11,16 @@ from torch import Tensor
 from keye.config import GenerationConfig, KeyeConfig
 from keye.engine.evidence import make_evidence
 from keye.engine.loops import is_loop
-from keye.engine.request import Choice, Delta, Ended, Finished, Request, Task, TokenProb
+from keye.engine.request import Choice, Delta, Ended, Finished, Prefilled, Request, Task, TokenProb
 from keye.engine.sampling import Sampler, StopText, check_logits
 from keye.errors import KeyeError
 from keye.tokenizer import StreamDecoder, Tokenizer
 
 
-def _may_stop(request: Request) -> bool:
+def _may_stop(request: Request, length: int) -> bool:
     """Whether a reply that repeats itself is ended: not one that has to go on, or that is held to a form."""
-    return request.stop_loops and not request.ignore_eos and request.guide is None
+    free = not request.ignore_eos and request.guide is None and length >= request.params.min_tokens
+    return request.stop_loops and free
 
 
 class Writer:
@@ -28,21 +29,30 @@ class Writer:
     def __init__(self, config: KeyeConfig, tokenizer: Tokenizer, generation: GenerationConfig) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.stop_ids = frozenset(generation.eos_token_ids or config.eos_token_ids)
+        added = tokenizer.added_tokens
+        self.thought_ids = added.get("<think>"), added.get("</think>")
 
     def choices(self, task: Task) -> list[Choice]:
         """The continuations of a task, none of them begun. Each draws by itself: its numbers depend on the seed and its
         index alone."""
-        request = task.request
+        request, params = task.request, task.request.params
+        banned = self._banned(params.bad_words)
         return [
             Choice(
                 index,
-                Sampler(request.params, index),
+                Sampler(params, index, ends=self.stop_ids, banned=banned),
                 StreamDecoder(self.tokenizer, skip_special=request.skip_special),
-                StopText(request.params.stop),
+                StopText(params.stop, shows=params.include_stop_str_in_output),
                 None if request.guide is None else request.guide.fork(),
+                thought=0 if request.reasoning else None,
             )
             for index in range(request.n)
         ]
+
+    def _banned(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text as they stand at the beginning of a text and after a space."""
+        found = [self.tokenizer.encode(form) for text in texts for form in (text, f" {text.lstrip()}")]
+        return [ids for ids in found if ids]
 
     def counts(self, task: Task, length: int, new: int) -> Tensor | None:
         """Where the selections of `new` tokens, the last of the first `length`, are counted for evidence; None where
@@ -81,53 +91,84 @@ class Writer:
         assert logits is not None
         choice.logits = None
         mask = None if choice.guide is None else choice.guide.mask()
-        if mask is None and choice.sampler.takes_best(choice.reply):
+        if (forced := self._end_of_thought(choice, request.params.thinking_token_budget)) is not None:
+            token = forced
+        elif mask is None and choice.sampler.takes_best():
             token = best
         else:
-            shown = logits if mask is None else logits.masked_fill(~mask.to(logits.device), -torch.inf)
-            token = choice.sampler(shown, choice.reply)
+            token = choice.sampler(logits, choice.reply, mask)
         if choice.guide is not None:
             choice.guide.advance(token)
-        if token in self.stop_ids and not request.ignore_eos:
-            self._complete(task, choice, "stop")
+        params, asked = request.params, token in request.params.stop_token_ids
+        if asked or (token in self.stop_ids and not request.ignore_eos):
+            shown = self.tokenizer.decode([token], skip_special=False) if params.include_stop_str_in_output else ""
+            self._complete(task, choice, Ended(choice.index, "stop", token, asked), shown if asked else "")
             return
         choice.reply.append(token)
         choice.pending = [token]
+        self._count_thought(choice, token)
         probs = () if request.logprobs is None else (self._prob(logits, token, request.logprobs),)
-        text = choice.stop.push(choice.decoder.push(token))
+        text = choice.decoder.push(token)
+        text = choice.stop.push(text) if len(choice.reply) > params.min_tokens else choice.stop.skip(text)
         task.tell(Delta(choice.index, text, (token,), probs))
         if choice.stop.stopped:
             choice.reason = "stop"
-            task.tell(Ended(choice.index, "stop"))
-        elif len(choice.reply) >= request.params.max_tokens:
-            self._complete(task, choice, "length")
-        elif _may_stop(request) and is_loop(choice.reply, request.params.max_tokens):
-            self._complete(task, choice, "loop")
+            task.tell(Ended(choice.index, "stop", choice.stop.met, asked=True))
+        elif len(choice.reply) >= params.max_tokens:
+            self._complete(task, choice, Ended(choice.index, "length"))
+        elif _may_stop(request, len(choice.reply)) and is_loop(choice.reply, params.max_tokens):
+            self._complete(task, choice, Ended(choice.index, "loop"))
 
-    def _complete(self, task: Task, choice: Choice, reason: str) -> None:
-        """Tells the text that was held back; a stop string at the very end still counts."""
+    def _complete(self, task: Task, choice: Choice, ended: Ended, more: str = "") -> None:
+        """Tells the text that was held back, then `more`; a stop string at the very end still counts."""
         rest = choice.stop.push(choice.decoder.finish())
-        rest += "" if choice.stop.stopped else choice.stop.finish()
+        rest += more if choice.stop.stopped else choice.stop.finish() + more
         if rest:
             task.tell(Delta(choice.index, rest))
-        choice.reason = reason
-        task.tell(Ended(choice.index, reason))
+        choice.reason = ended.reason
+        task.tell(ended)
 
-    def _prob(self, logits: Tensor, token: int, top: int) -> TokenProb:
+    def _end_of_thought(self, choice: Choice, budget: int | None) -> int | None:
+        """The token that ends a block of reasoning, where a choice has written as much of it as it may."""
+        enough = budget is not None and choice.thought is not None and choice.thought >= budget
+        return self.thought_ids[1] if enough else None
+
+    def _count_thought(self, choice: Choice, token: int) -> None:
+        begin, end = self.thought_ids
+        if token == end:
+            choice.thought = None
+        elif choice.thought is not None:
+            choice.thought += 1
+        elif token == begin and len(choice.reply) == 1:
+            choice.thought = 0
+
+    def _prob(self, logits: Tensor, token: int, top: int, *, ranked: bool = False) -> TokenProb:
         logs = logits.float().log_softmax(-1)
         others = logs.topk(top).indices.tolist() if top else ()
-        return self._named(logs, token, tuple(self._named(logs, other) for other in others))
+        best = tuple(self._named(logs, other, rank=place if ranked else None) for place, other in enumerate(others, 1))
+        return self._named(logs, token, best, int((logs > logs[token]).sum()) + 1 if ranked else None)
 
-    def _named(self, logs: Tensor, token: int, top: tuple[TokenProb, ...] = ()) -> TokenProb:
+    def _named(self, logs: Tensor, token: int, top: tuple[TokenProb, ...] = (), rank: int | None = None) -> TokenProb:
         raw = self.tokenizer.token_bytes(token)
-        return TokenProb(token, raw.decode("utf-8", "replace"), raw, float(logs[token]), top)
+        return TokenProb(token, raw.decode("utf-8", "replace"), raw, float(logs[token]), top, rank)
 
     def probe(self, task: Task, logits: Tensor) -> None:
         """Notes the probabilities of prompt tokens; `logits` [n, V] are those after the tokens just computed."""
         assert task.prompt is not None
         first = task.done - logits.shape[0]
         for row, token in enumerate(task.prompt.token_ids[first + 1 : task.done + 1].tolist()):
-            task.prompt_probs.append(self._prob(logits[row], token, task.request.logprobs or 0))
+            task.prompt_probs.append(self._prob(logits[row], token, task.request.prompt_logprobs or 0, ranked=True))
+
+    def prefilled(self, task: Task) -> Prefilled:
+        """What is told when the prompt is computed."""
+        assert task.prompt is not None
+        first = int(task.prompt.token_ids[0])
+        return Prefilled(task.length, first, self._prompt_probs(task), (*task.prompt.notes, *task.notes))
+
+    @staticmethod
+    def _prompt_probs(task: Task) -> tuple[TokenProb, ...] | None:
+        """The probabilities of the prompt where they were asked for."""
+        return None if task.request.prompt_logprobs is None else tuple(task.prompt_probs)
 
     def finished(self, task: Task) -> Finished:
         """What is told when all choices are complete."""
@@ -148,6 +189,7 @@ class Writer:
             attention=task.mode,
             prompt=prompt,
             evidence=evidence,
-            prompt_probs=tuple(task.prompt_probs) if task.request.prompt_logprobs else None,
+            prompt_probs=self._prompt_probs(task),
             looped=any(choice.reason == "loop" for choice in task.choices),
+            notes=tuple(task.notes),
         )

@@ -42,18 +42,20 @@ class Guide(Protocol):
 class Request:
     """A rendered prompt (or one laid out before), and how to continue it, `n` times.
 
-    `logprobs` is the number of alternatives wanted beside each token, None for no probabilities; `prompt_logprobs` asks
-    for the probability of each token of the prompt. `ignore_eos` goes on to `max_tokens`. `skip_special` leaves control
-    tokens out of the text. `deterministic` makes the tokens independent of whatever else is computed, at a cost.
-    `stop_loops` ends a reply that repeats itself without end. `notes` are warnings on the request itself.
-    `salt` keeps what is cached for one owner from all others. `seconds` is the longest the request may take.
+    `logprobs` is the number of alternatives wanted beside each token, None for no probabilities; `prompt_logprobs` the
+    same for each token of the prompt. Probabilities are those of the model, before temperature, penalties, bias and
+    forms. `ignore_eos` goes on to `max_tokens`. `skip_special` leaves control tokens out of the text. `deterministic`
+    makes the tokens independent of whatever else is computed, at a cost. `stop_loops` ends a reply that repeats itself
+    without end. `notes` are warnings on the request itself. `salt` keeps what is cached for one owner from all others.
+    `seconds` is the longest the request may take. With `clamp` a `max_tokens` beyond the context's end becomes what is
+    left of it, else it is an error. `reasoning` says that the prompt has opened a block of reasoning.
     """
 
     prompt: Sequence[Segment] | Prompt
     params: SamplingParams
     n: int = 1
     logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     skip_special: bool = True
     guide: Guide | None = None
@@ -64,12 +66,16 @@ class Request:
     seconds: float | None = None
     stop_loops: bool = True
     notes: tuple[KeyeWarning, ...] = ()
+    clamp: bool = False
+    reasoning: bool = False
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or not 1 <= self.n <= MAX_CHOICES:
             raise KeyeError(f"n is {self.n!r}; choose 1 to {MAX_CHOICES}")
-        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):
-            raise KeyeError(f"logprobs is {self.logprobs!r}; choose 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value <= MAX_LOGPROBS):
+                raise KeyeError(f"{name} is {value!r}; choose 0 to {MAX_LOGPROBS}")
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,26 @@ class Progress:
 
 @dataclass(frozen=True)
 class TokenProb:
-    """A token that was drawn or could have been, with its natural log-probability."""
+    """A token that was drawn or could have been, with its natural log-probability. `rank` counts from 1, the likeliest
+    token; only tokens of a prompt have it."""
 
     token: int
     text: str
     raw: bytes
     logprob: float
     top: tuple[TokenProb, ...] = ()
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The prompt, which begins with `first_token`, is computed; replies follow. `prompt_probs` and `notes` as in
+    `Finished`."""
+
+    prompt_tokens: int
+    first_token: int
+    prompt_probs: tuple[TokenProb, ...] | None = None
+    notes: tuple[KeyeWarning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,10 +123,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ended:
-    """Choice `index` is complete: `reason` is "stop", "length", or "loop" for one that repeated itself."""
+    """Choice `index` is complete: `reason` is "stop", "length", or "loop" for one that repeated itself. `met` is the
+    string or the token that stopped it; `asked` says that it was one of the request's own, and no end-of-sequence
+    token."""
 
     index: int
     reason: str
+    met: str | int | None = None
+    asked: bool = False
 
     @property
     def openai_reason(self) -> str:
@@ -118,7 +141,8 @@ class Ended:
 @dataclass(frozen=True)
 class Finished:
     """The whole request is complete. `media` are the plans, `seconds` wall time by phase. `prompt_probs` has one entry
-    for each token of the prompt but the first. `looped` tells that a choice was ended because it repeated itself."""
+    for each token of the prompt but the first. `looped` tells that a choice was ended because it repeated itself,
+    `notes` what of the request was not honoured."""
 
     prompt_tokens: int
     media_tokens: int
@@ -131,6 +155,7 @@ class Finished:
     evidence: Evidence | None = None
     prompt_probs: tuple[TokenProb, ...] | None = None
     looped: bool = False
+    notes: tuple[KeyeWarning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +165,7 @@ class Failed:
     error: BaseException
 
 
-Event = Progress | Delta | Ended | Finished | Failed
+Event = Progress | Prefilled | Delta | Ended | Finished | Failed
 
 
 class Stage(Enum):
@@ -157,7 +182,8 @@ class Stage(Enum):
 
 @dataclass(eq=False)
 class Choice:
-    """One continuation: `pending` tokens are not computed yet; the first of them sits at `position`."""
+    """One continuation: `pending` tokens are not computed yet; the first of them sits at `position`. `thought` counts
+    the tokens of reasoning so far while it is inside a block of reasoning."""
 
     index: int
     sampler: Sampler
@@ -170,6 +196,7 @@ class Choice:
     reply: list[int] = field(default_factory=list)
     reason: str | None = None
     logits: Tensor | None = None
+    thought: int | None = None
 
 
 @dataclass(eq=False)
@@ -193,6 +220,7 @@ class Task:
     counts: Tensor | None = None
     counted: int = 0
     prompt_probs: list[TokenProb] = field(default_factory=list)
+    notes: list[KeyeWarning] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     aborted: bool = False
     #: Whether it began anew although nobody else was there, because its blocks lay scattered.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,14 +19,24 @@ MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5
 #: What parts the seeds of the choices of one request: an odd number far from any that people choose.
 _CHOICE_STEP = 0x9E3779B97F4A7C15
+_NOTHING_LEFT = "allowed_token_ids and the form of the reply leave no token to go on; leave one of them out"
+
+
+#: Most entries of a list of tokens, and most texts of `stop` and of `bad_words`.
+MAX_LISTED, MAX_TEXTS = 4096, 256
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """Settings of one generation. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off.
 
-    `repetition_penalty` above 1 divides positive and multiplies negative logits of tokens of the reply so far. `stop`
-    strings end the reply and are left out of it. Raises `KeyeError` that names the field and its range.
+    `repetition_penalty` above 1 divides positive and multiplies negative logits of tokens of the reply so far;
+    `frequency_penalty` is subtracted once for each time a token stands in it, `presence_penalty` once if it does.
+    `logit_bias` ({token id: -100 to 100}) is added to logits, and only `allowed_token_ids` are drawn where these are
+    given. `stop` strings end the reply and are left out of it unless `include_stop_str_in_output`; so do tokens of
+    `stop_token_ids`, whose text is never shown otherwise. Before `min_tokens` tokens nothing ends a reply. `bad_words`
+    are texts that the reply does not hold, as far as their usual tokens go. After `thinking_token_budget` tokens of
+    reasoning its end is written. Raises `KeyeError` that names the field and its range.
     """
 
     max_tokens: int = 512
@@ -33,11 +45,20 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    bad_words: tuple[str, ...] = ()
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
-        number, whole = is_number, is_whole
+        number, whole, listed = is_number, is_whole, f"at most {MAX_LISTED:,} token ids"
         checks = (
             ("max_tokens", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
             ("temperature", lambda v: number(v) and 0 <= v <= 100, "a number between 0 and 100"),
@@ -45,21 +66,67 @@ class SamplingParams:
             ("top_k", lambda v: whole(v) and v >= 0, "a whole number, 0 (off) or more"),
             ("min_p", lambda v: number(v) and 0 <= v <= 1, "a number between 0 and 1"),
             ("repetition_penalty", lambda v: number(v) and 0 < v <= 100, "a number above 0 and at most 100"),
+            ("frequency_penalty", lambda v: number(v) and -2 <= v <= 2, "a number between -2 and 2"),
+            ("presence_penalty", lambda v: number(v) and -2 <= v <= 2, "a number between -2 and 2"),
+            ("logit_bias", _is_bias, f"numbers between -100 and 100 for {listed}"),
+            ("allowed_token_ids", lambda v: v is None or (_are_tokens(v) and len(v) > 0), f"{listed}, and some"),
             ("seed", lambda v: v is None or (whole(v) and 0 <= v <= MAX_SEED), f"a whole number from 0 to {MAX_SEED}"),
-            ("stop", _are_texts, "strings that are not empty"),
+            ("stop", _are_texts, f"at most {MAX_TEXTS} strings that are not empty"),
+            ("stop_token_ids", _are_tokens, listed),
+            ("include_stop_str_in_output", lambda v: isinstance(v, bool), "true or false"),
+            ("min_tokens", lambda v: whole(v) and v >= 0, "a whole number, 0 or more"),
+            ("bad_words", _are_texts, f"at most {MAX_TEXTS} strings that are not empty"),
+            ("thinking_token_budget", lambda v: v is None or (whole(v) and v >= 0), "a whole number, 0 or more"),
         )
         for name, fine, rule in checks:
             if not fine(getattr(self, name)):
-                raise KeyeError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+                shown = repr(getattr(self, name))
+                shown = shown if len(shown) <= 200 else shown[:200] + "..."
+                raise KeyeError("{}", f"{name} is {shown}; it must be {rule}")
+        if self.min_tokens > self.max_tokens:
+            raise KeyeError(f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}")
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
         """Names of all settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
+    @property
+    def token_ids(self) -> Iterator[tuple[str, int]]:
+        """Every token that a setting names, with the setting's name."""
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            for token in getattr(self, name) or ():
+                yield name, token
 
-def _are_texts(stop: object) -> bool:
-    return isinstance(stop, list | tuple) and all(isinstance(text, str) and text for text in stop)
+    @property
+    def takes_logits_as_they_are(self) -> bool:
+        """Whether nothing changes the logits before a token is drawn from them."""
+        return (
+            self.repetition_penalty == 1.0
+            and not (self.frequency_penalty or self.presence_penalty or self.logit_bias or self.bad_words)
+            and self.allowed_token_ids is None
+            and not self.min_tokens
+        )
+
+
+def _are_texts(value: object) -> bool:
+    return _is_list(value, MAX_TEXTS) and all(isinstance(text, str) and text for text in value)
+
+
+def _are_tokens(value: object) -> bool:
+    return _is_list(value, MAX_LISTED) and all(is_whole(token) and token >= 0 for token in value)
+
+
+def _is_list(value: object, most: int) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple) and len(value) <= most
+
+
+def _is_bias(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and _are_tokens(list(value)[: MAX_LISTED + 1])
+        and all(is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+    )
 
 
 def check_logits(logits: Tensor) -> None:
@@ -73,37 +140,92 @@ def check_logits(logits: Tensor) -> None:
 
 class Sampler:
     """Draws tokens under fixed settings; the same seed, index and logits give the same tokens. `index` parts the
-    choices of one request."""
+    choices of one request, `ends` are the tokens that may not come before `min_tokens`, `banned` sequences of tokens
+    whose last one may not follow the others."""
 
-    def __init__(self, params: SamplingParams, index: int = 0) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        index: int = 0,
+        *,
+        ends: Collection[int] = (),
+        banned: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.params, self._ends, self._banned = params, sorted({*ends, *params.stop_token_ids}), banned
         self._generator = torch.Generator()
         if params.seed is not None:
             self._generator.manual_seed((params.seed + index * _CHOICE_STEP) & MAX_SEED)
         else:
             self._generator.seed()
 
-    def takes_best(self, history: Sequence[int]) -> bool:
+    def takes_best(self) -> bool:
         """Whether the next token is simply the likeliest."""
-        return self.params.temperature < GREEDY_BELOW and (self.params.repetition_penalty == 1.0 or not history)
+        return self.params.temperature < GREEDY_BELOW and self.params.takes_logits_as_they_are
 
-    def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
-        """`logits` float32 [V] and the tokens of the reply so far -> the next token id; `KeyeError` for NaN."""
+    def __call__(self, logits: Tensor, history: Sequence[int], mask: Tensor | None = None) -> int:
+        """`logits` float32 [V], the tokens of the reply so far, and which tokens may come (bool [V], None for all) ->
+        the next token id; `KeyeError` for NaN, and where no token is left."""
         check_logits(logits)
-        params = self.params
-        if params.repetition_penalty != 1.0 and history:
-            logits = _penalise(logits, history, params.repetition_penalty)
-        if params.temperature < GREEDY_BELOW:
-            return int(logits.argmax())
-        probabilities = filtered_probabilities(logits.cpu(), params)
+        if not self.params.takes_logits_as_they_are:
+            logits = self._adjusted(logits, history)
+        if mask is not None:
+            logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
+        if not self.params.takes_logits_as_they_are:
+            logits = self._without_ends(self._without_banned(logits, history), history)
+        if self.params.temperature < GREEDY_BELOW:
+            token = int(logits.argmax())
+            if logits[token] == -torch.inf:
+                raise KeyeError(_NOTHING_LEFT)
+            return token
+        probabilities = filtered_probabilities(logits.cpu(), self.params)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor:
+        """Logits after penalties and bias, those of tokens that are not allowed minus infinity."""
+        params, counts = self.params, Counter(history)
+        if counts and (params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty):
+            ids = torch.tensor(list(counts), device=logits.device)
+            seen = logits[ids]
+            seen = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+            times = torch.tensor(list(counts.values()), device=logits.device, dtype=seen.dtype)
+            logits = logits.index_copy(0, ids, seen - params.frequency_penalty * times - params.presence_penalty)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            bias = torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
+            logits = logits.index_add(0, ids, bias)
+        if params.allowed_token_ids is not None:
+            ids = torch.tensor(params.allowed_token_ids, device=logits.device)
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, ids, logits[ids])
+        return logits
+
+    def _without_ends(self, logits: Tensor, history: Sequence[int]) -> Tensor:
+        """Logits under which a reply does not end yet, unless a form allows nothing else."""
+        return _without(logits, self._ends) if len(history) < self.params.min_tokens else logits
+
+    def _without_banned(self, logits: Tensor, history: Sequence[int]) -> Tensor:
+        lasts = [
+            words[-1]
+            for words in self._banned
+            if len(words) == 1 or list(history[-(len(words) - 1) :]) == list(words[:-1])
+        ]
+        return _without(logits, lasts)
+
+
+def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Logits without `tokens`; as they were where nothing would be left."""
+    if not tokens:
+        return logits
+    left = logits.index_fill(0, torch.tensor(tokens, device=logits.device), -torch.inf)
+    return logits if bool((left == -torch.inf).all()) else left
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities [V] after temperature, top-k, min-p and top-p, in this order; they sum to 1."""
     scores = logits.double()
     # Without the shift a temperature near 0 would make infinite scores of the likeliest tokens.
-    probs = ((scores - scores.max()) / params.temperature).softmax(-1)
+    if (highest := scores.max()) == -torch.inf:
+        raise KeyeError(_NOTHING_LEFT)
+    probs = ((scores - highest) / params.temperature).softmax(-1)
     if 0 < params.top_k < probs.numel():
         kth = probs.topk(params.top_k).values[-1]
         probs = probs.masked_fill(probs < kth, 0.0)
@@ -117,30 +239,36 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     return probs / probs.sum()
 
 
-def _penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
-    ids = torch.tensor(sorted(set(history)), device=logits.device)
-    seen = logits[ids]
-    return logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
-
-
 class StopText:
-    """Holds back the end of a text stream while it could be the beginning of a stop string."""
+    """Holds back the end of a text stream while it could be the beginning of a stop string. With `shows` the string
+    that was met is shown, too."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop, self._held, self.stopped = tuple(stop), "", False
+    def __init__(self, stop: Sequence[str], *, shows: bool = False) -> None:
+        self._stop, self._shows, self._held = tuple(stop), shows, ""
+        self.met: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was seen: `met`."""
+        return self.met is not None
 
     def push(self, text: str) -> str:
-        """Adds text and returns what may be shown; sets `stopped` once a stop string was seen."""
+        """Adds text and returns what may be shown."""
         self._held += text
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            at, self.met = min(found)
+            shown, self._held = self._held[: at + (len(self.met) if self._shows else 0)], ""
             return shown
         keep = max((n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(self._held) - keep :]
         return shown
+
+    def skip(self, text: str) -> str:
+        """Adds text that no stop string is looked for in; returns what may be shown."""
+        held, self._held = self._held, ""
+        return held + text
 
     def finish(self) -> str:
         """What was held back when the stream ended without a stop string."""

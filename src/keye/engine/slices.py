@@ -21,7 +21,7 @@ def computable(task: Task) -> int:
     stop, request = task.length, task.request
     if request.evidence and task.done < stop - 1:
         stop -= 1  # the last token goes alone: it produces the first of the reply
-    if request.prompt_logprobs:
+    if request.prompt_logprobs is not None:
         stop = min(stop, task.done + PROBED_TOKENS)
     if request.deterministic:
         stop = min(stop, task.done + FIXED_TOKENS)
@@ -39,7 +39,7 @@ def prompt_slice(task: Task, stop: int, counts: Tensor | None) -> Slice:
     assert prompt is not None and cache is not None and task.vision is not None and task.visual is not None
     before = int(task.visual[task.done - 1]) if task.done else 0
     after = int(task.visual[stop - 1])
-    wanted: Wanted = "all" if task.request.prompt_logprobs else "last" if stop == task.length else "none"
+    wanted: Wanted = "all" if task.request.prompt_logprobs is not None else "last" if stop == task.length else "none"
     return Slice(
         cache, prompt.token_ids[task.done : stop], prompt.position_ids[:, task.done : stop],
         task.vision.tokens(before, after) if after > before else None,

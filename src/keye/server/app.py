@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 import keye
 from keye.engine.async_engine import AsyncEngine
@@ -37,7 +37,7 @@ from keye.server.context import Context
 from keye.server.edge import fetch_policy, guard_settings
 from keye.server.guard import Guard
 from keye.server.metrics import Metrics
-from keye.server.prepare import collect_warnings
+from keye.server.notes import begin_notes, collect_warnings
 from keye.server.response_store import ResponseStore
 from keye.server.settings import Settings
 from keye.server.store import FileStore
@@ -100,7 +100,7 @@ def create_app(
 
     app = FastAPI(
         title="keye", version=keye.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        redirect_slashes=False,
+        redirect_slashes=False, dependencies=[Depends(begin_notes)],
     )  # fmt: skip
     app.state.keye = context
     errors.install(app)

@@ -13,7 +13,19 @@ from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenPr
 from keye.server.context import Context, context_of, owner_of
 from keye.server.json_route import JsonRoute
 from keye.server.prepare import Prepared, chat_wanted, prepare, tokens_of
-from keye.server.replies import Choice, findings_of, head, prob_object, progress_of, usage_of, whole, written
+from keye.server.replies import (
+    Choice,
+    RunningUsage,
+    findings_of,
+    head,
+    prob_object,
+    progress_of,
+    prompt_probs_of,
+    stop_of,
+    usage_of,
+    whole,
+    written,
+)
 from keye.server.schemas import ChatRequest
 from keye.server.sse import event, streamed, until_gone
 
@@ -44,13 +56,24 @@ async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dic
     choices, finished = await whole(context, prepared)
     return {
         **head("chatcmpl", "chat.completion", context),
-        "choices": [_choice(index, choice, prepared) for index, choice in enumerate(choices)],
+        "choices": [_choice(index, choice, prepared, body) for index, choice in enumerate(choices)],
         "usage": usage_of(finished, choices, prepared),
+        **_prompt_fields(finished, body),
         "keye": findings_of(finished, choices[0].text, prepared.notes),
     }
 
 
-def _choice(index: int, choice: Choice, prepared: Prepared) -> dict[str, Any]:
+def _prompt_fields(finished: Finished, body: ChatRequest) -> dict[str, Any]:
+    """What was asked for about the prompt."""
+    found: dict[str, Any] = {}
+    if body.prompt_logprobs is not None:
+        found["prompt_logprobs"] = prompt_probs_of(finished.prompt_probs)
+    if body.return_token_ids:
+        found["prompt_token_ids"] = finished.prompt.token_ids.tolist()
+    return found
+
+
+def _choice(index: int, choice: Choice, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     if choice.reasoning:
         message["reasoning_content"] = choice.reasoning
@@ -65,6 +88,8 @@ def _choice(index: int, choice: Choice, prepared: Prepared) -> dict[str, Any]:
         "message": message,
         "logprobs": None if prepared.job.logprobs is None else _probs(choice.probs),
         "finish_reason": choice.reason,
+        **stop_of(choice.ended),
+        **({"token_ids": choice.tokens} if body.return_token_ids else {}),
     }
 
 
@@ -75,35 +100,50 @@ def _probs(probs: Sequence[TokenProb]) -> dict[str, Any]:
 def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGenerator[bytes, None]:
     """The events of a stream, the last of them with usage and findings where they are asked for."""
     choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
+    options, begun = body.stream_options, set[int]()
     begin = head("chatcmpl", "chat.completion.chunk", context)
-    wants_usage = bool(body.stream_options and body.stream_options.include_usage) or "keye" in body.model_fields_set
-    begun: set[int] = set()
+    count = RunningUsage(bool(options and options.continuous_usage_stats))
+    wants_usage = bool(options and (options.include_usage or options.continuous_usage_stats))
 
-    def chunk(index: int, delta: Mapping[str, Any], probs: Sequence[TokenProb] = (), end: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": _probs(probs) if probs else None, "finish_reason": end}
-        return event({**begin, "choices": [choice]})
+    def chunk(index: int, delta: Mapping[str, Any], more: Mapping[str, Any], end: Ended | None = None) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        findings: dict[str, Any] = {}
+        if end is not None:
+            choice |= {"finish_reason": choices[index].reason, **stop_of(end)}
+            notes = [*prepared.notes, *count.notes]
+            findings = {} if not notes or wants_usage or _tells_more(body) else {"keye": {"notes": notes}}
+        return event({**begin, "choices": [choice], **count.fields(), **findings})
 
     def told(one: Event) -> Iterator[bytes]:
+        count.see(one)
         if isinstance(one, Delta | Ended) and one.index not in begun:
             begun.add(one.index)
-            yield chunk(one.index, {"role": "assistant", "content": None})
+            yield chunk(one.index, {"role": "assistant", "content": None}, {})
         if isinstance(one, Delta):
             deltas = [_delta(choices[one.index], piece) for piece in choices[one.index].add(one)]
-            if one.probs and not deltas:
-                deltas = [{}]
-            for place, delta in enumerate(deltas):
-                yield chunk(one.index, delta, one.probs if place == 0 else ())
+            more: dict[str, Any] = {"logprobs": _probs(one.probs)} if one.probs else {}
+            if body.return_token_ids and one.tokens:
+                more["token_ids"] = list(one.tokens)
+            for delta in deltas or ([{}] if more else []):
+                yield chunk(one.index, delta, more)
+                more = {"logprobs": _probs(())} if one.probs else {}
         elif isinstance(one, Ended):
             for piece in choices[one.index].end(one):
-                yield chunk(one.index, _delta(choices[one.index], piece))
-            yield chunk(one.index, {}, end=choices[one.index].reason)
+                yield chunk(one.index, _delta(choices[one.index], piece), {})
+            yield chunk(one.index, {}, {}, end=one)
         elif isinstance(one, Progress) and body.keye.progress:
             yield event({**begin, "choices": [], "keye": progress_of(one)})
-        elif isinstance(one, Finished) and wants_usage:
+        elif isinstance(one, Finished) and (wants_usage or _tells_more(body)):
             findings = findings_of(one, choices[0].text, prepared.notes)
-            yield event({**begin, "choices": [], "usage": usage_of(one, choices, prepared), "keye": findings})
+            last = {"usage": usage_of(one, choices, prepared), **_prompt_fields(one, body), "keye": findings}
+            yield event({**begin, "choices": [], **last})
 
     return written(context, prepared.job, told)
+
+
+def _tells_more(body: ChatRequest) -> bool:
+    """Whether a stream has more to say at its end than its usage."""
+    return "keye" in body.model_fields_set or body.prompt_logprobs is not None or bool(body.return_token_ids)
 
 
 def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:

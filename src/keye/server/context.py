@@ -24,6 +24,7 @@ from keye.media.fetch import FetchPolicy
 from keye.server.errors import ApiError
 from keye.server.media_parts import Openers
 from keye.server.metrics import Metrics
+from keye.server.notes import add_note
 from keye.server.response_store import ResponseStore
 from keye.server.settings import Settings
 from keye.server.store import FileStore, OwnedFiles
@@ -85,7 +86,7 @@ class Context:
     @property
     def name(self) -> str:
         """What the model is called here."""
-        return self.settings.served_name or self.model.name
+        return self.names[0]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,15 +97,24 @@ class Context:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return f"b{keye.__version__}-{digest[:10]}"
 
-    def check_model(self, name: str | None) -> None:
-        """`ApiError` 404 for a model that is not served."""
-        if name is not None and name not in (self.name, self.model.name):
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that the model is called here."""
+        return self.settings.served_names or (self.model.name,)
+
+    def check_model(self, name: str | None, *, strict: bool = False) -> None:
+        """Takes any name of a model for the one that is served, with a note for a name that is not its own. `ApiError`
+        404 for that where names are strict."""
+        if not name or name in (*self.names, self.model.name):
+            return
+        if strict or self.settings.strict_model_name:
             raise ApiError(
                 404,
                 f"the model {name[:100]!r} is not served here; use {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
+        add_note(f"the model {name[:100]!r} is not served here: {self.name!r} answers")
 
 
 def context_of(request: Request) -> Context:

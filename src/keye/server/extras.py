@@ -25,19 +25,20 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/v1/models")
 async def models(request: Request) -> JSONResponse:
-    """The one model that is served."""
-    return JSONResponse({"object": "list", "data": [_model(context_of(request))]})
+    """The model that is served, under each of its names."""
+    context = context_of(request)
+    return JSONResponse({"object": "list", "data": [_model(context, name) for name in context.names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> JSONResponse:
     """One model by its name."""
     context = context_of(request)
-    context.check_model(name)
-    return JSONResponse(_model(context))
+    context.check_model(name, strict=True)
+    return JSONResponse(_model(context, name))
 
 
-def _model(context: Context) -> dict[str, Any]:
+def _model(context: Context, name: str) -> dict[str, Any]:
     config = context.model.config
     facts = {
         "context": config.text.max_position_embeddings,
@@ -45,7 +46,7 @@ def _model(context: Context) -> dict[str, Any]:
         "attention": context.model.attention,
     }
     return {
-        "id": context.name, "object": "model", "created": int(context.started), "owned_by": "keye",
+        "id": name, "object": "model", "created": int(context.started), "owned_by": "keye",
         "max_model_len": config.text.max_position_embeddings, "keye": facts,
     }  # fmt: skip
 
@@ -75,5 +76,9 @@ def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     if media_of(messages):
         raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
     thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
-    segments = context.model.render(messages, thinking=thinking, tools=body.tools or ())
+    segments = context.model.render(
+        messages, thinking=thinking, tools=body.tools or (),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+    )  # fmt: skip
     return tokenizer.encode_parts([(str(segment.value), segment.kind == "template") for segment in segments])

@@ -18,19 +18,28 @@ from keye.media.data_urls import parse_data_url
 from keye.media.fetch import FetchPolicy, Source, media_kind
 from keye.media.kinds import HEAD_BYTES, is_image_format, kind_of
 from keye.server.errors import ApiError
+from keye.server.fields import read_fields
 
 #: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
 _IGNORED: Final = {
     "system": {"name"},
     "user": {"name"},
-    "assistant": {"name", "refusal", "annotations", "audio", "function_call"},
+    "assistant": {"name", "refusal", "annotations", "audio", "function_call", "prefix", "partial"},
     "tool": set[str](),
 }
+#: Keys of messages, and of parts of messages that are media, that mean something.
+_KEYS: Final = {"role", "content", "tool_calls", "tool_call_id", "name"}
+_PART_KEYS: Final = {"type", "image", "video", "image_url", "video_url", "preprocess_kwargs", *VIDEO_OPTIONS}
+_INNER_KEYS: Final = {"url", "detail", "preprocess_kwargs", *VIDEO_OPTIONS}
+#: Keys by which a part without a type says what it is.
+_KINDS: Final = ("text", "image_url", "video_url", "image", "video", "file", "input_image", "input_video")
 _SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
 #: How the ids of uploads and of indexes begin.
 _KEPT: Final = ("file-", "index-")
 #: First bytes of a file in a data URL that are looked at.
 _SEEN_BYTES: Final = 1 << 16
+#: Keys of parts of text that replies have and that are sent back.
+_FROM_REPLIES: Final = ("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
 _PLAIN_TEXT: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -116,6 +125,7 @@ def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[s
         raise ApiError(400, f"{where}: function_call and audio cannot be read; use tool_calls and text", param=where)
     fields = {key: value for key, value in fields.items() if key not in ignored}
     thought = fields.pop("reasoning_content", None) or fields.pop("reasoning", None) if role == "assistant" else None
+    fields = read_fields(fields, _KEYS, where=f"{where}.")
     content = fields.get("content")
     if isinstance(content, list):
         fields["content"] = [_part(f"{where}.content[{index}]", part, uploads) for index, part in enumerate(content)]
@@ -138,14 +148,27 @@ def _part(where: str, part: object, uploads: Uploads) -> object:
     """A part of a message in the forms of `keye.chat`."""
     if not isinstance(part, Mapping):
         return part
+    if "type" not in part and (found := next((kind for kind in _KINDS if kind in part), None)) is not None:
+        part = {"type": found, **part}
     kind = part.get("type")
     if isinstance(kind, str) and kind in _PLAIN_TEXT:
-        text = part.get(_PLAIN_TEXT[kind])
-        extra = part.keys() - {"type", _PLAIN_TEXT[kind], "annotations", "logprobs", "prompt_cache_breakpoint"}
-        return {"type": "text", "text": text, **{key: part[key] for key in extra}}
+        known = {"type", _PLAIN_TEXT[kind]}
+        told = {key: value for key, value in part.items() if key not in _FROM_REPLIES}
+        return {"type": "text", "text": read_fields(told, known, where=f"{where}.").get(_PLAIN_TEXT[kind])}
     if kind in ("input_video", "file", "input_image", "input_file"):
         return _named_file(where, cast(str, kind), part, uploads)
-    return {key: value for key, value in part.items() if value is not None}
+    if kind not in ("image", "video", "image_url", "video_url"):
+        return part
+    fields = {key: value for key, value in part.items() if value is not None}
+    found_fields = read_fields(fields, _PART_KEYS, where=f"{where}.")
+    for key in ("image_url", "video_url"):
+        if isinstance(inner := found_fields.get(key), Mapping):
+            given = {name: value for name, value in inner.items() if value is not None}
+            found_fields[key] = read_fields(given, _INNER_KEYS, where=f"{where}.{key}.")
+    for holder in (found_fields, *(one for one in found_fields.values() if isinstance(one, dict))):
+        if isinstance(settings := holder.get("preprocess_kwargs"), Mapping):
+            holder["preprocess_kwargs"] = read_fields(settings, VIDEO_OPTIONS, where=f"{where}.preprocess_kwargs.")
+    return found_fields
 
 
 def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
@@ -172,7 +195,8 @@ def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads
         value = value["url"]
     value = _as_data_url(named[0], value)
     medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, uploads)
-    return {"type": medium, medium: value, **fields}
+    settings = read_fields(fields, {"preprocess_kwargs", *VIDEO_OPTIONS}, where=f"{where}.")
+    return {"type": medium, medium: value, **settings}
 
 
 def _as_data_url(name: str, value: object) -> object:
@@ -206,8 +230,6 @@ def _one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _with_defaults(message: Message, defaults: Mapping[str, Any]) -> Message:
     """Settings given for all media, where a medium has none of that name and knows it."""
-    if unknown := sorted(set(defaults) - VIDEO_OPTIONS):
-        raise ApiError(400, f"preprocess_kwargs.{unknown[0]} is no setting of media", param="preprocess_kwargs")
     known = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
     parts = tuple(
         replace(part, options={**{k: v for k, v in defaults.items() if k in known[part.kind]}, **part.options})

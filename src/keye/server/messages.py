@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.server.context import context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.forms import response_form
 from keye.server.json_route import JsonRoute
 from keye.server.message_events import message_object, stream_message
-from keye.server.prepare import Wanted, form_of, prepare, tokens_of
+from keye.server.prepare import Wanted, prepare, tokens_of
 from keye.server.replies import whole
 from keye.server.schemas_peers import CountTokensRequest, MessagesRequest
 from keye.server.sse import streamed, until_gone
@@ -69,12 +70,13 @@ def _wanted(body: CountTokensRequest, notes: list[str]) -> Wanted:
         form=_form(body),
         thinking=None if body.thinking is None else body.thinking.type != "disabled",
         media_defaults=body.preprocess_kwargs,
+        continues=messages[-1].get("role") == "assistant" and not messages[-1].get("tool_calls"),
     )
 
 
 def _form(body: CountTokensRequest) -> Any:
-    given = (body.output_config.format if body.output_config else None) or body.output_format
-    return form_of(given, None)
+    inner = body.output_config.format if body.output_config else None
+    return response_form(inner or body.output_format, "output_config.format" if inner else "output_format")
 
 
 def _system(system: str | Sequence[Mapping[str, Any]]) -> Any:

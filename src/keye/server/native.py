@@ -3,7 +3,6 @@ whole prompt, so special tokens in its text count."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError, of_validation
+from keye.server.forms import form_of
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.names import unique
-from keye.server.prepare import form_of, guide_of, job_of
+from keye.server.prepare import guide_of, job_of
 from keye.server.replies import each, written
-from keye.server.schemas import Sampling, StructuredOutputs
+from keye.server.schemas import Forms, Sampling
 from keye.server.schemas_peers import GenerateRequest
 from keye.server.sse import event, streamed, until_gone
 from keye.tokenizer import check_unicode
@@ -39,8 +39,8 @@ router = APIRouter(route_class=JsonRoute)
 _PLACE: Final = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
 _DEFAULT_TOKENS: Final = 128
 #: Settings of SGLang's that do not change the text here.
-_WITHOUT_MEANING: Final = ("spaces_between_special_tokens", "custom_params", "stream_interval", "no_stop_trim")
-_FORMS: Final = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+_WITHOUT_MEANING: Final = ("spaces_between_special_tokens", "custom_params", "stream_interval")
+_FORMS: Final = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 @router.post("/generate")
@@ -64,6 +64,7 @@ class _Reply:
     tokens: list[int] = field(default_factory=list)
     probs: list[TokenProb] = field(default_factory=list)
     reason: str | None = None
+    met: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,25 +186,15 @@ def _job(context: Context, owner: str, prompt: Sequence[Segment] | Prompt, param
             given[ours] = given.pop(theirs)
     if given.get("top_k", 0) == 1 << 30:  # SGLang's way to say all
         del given["top_k"]
-    forms = {ours: given.pop(theirs) for theirs, ours in _FORMS.items() if theirs in given}
+    forms = {name: given.pop(name) for name in _FORMS if name in given}
     try:
         sampling = Sampling.model_validate(given)
-        structured = StructuredOutputs.model_validate(_with_schema(forms)) if forms else None
+        structured = Forms.model_validate(forms)
     except ValidationError as error:
         raise of_validation([{**one, "loc": ("sampling_params", *one["loc"])} for one in error.errors()]) from None
-    job = job_of(context, owner, prompt, sampling, tokens)
-    return replace(job, n=n, guide=guide_of(context, form_of(None, structured), sampling))
-
-
-def _with_schema(forms: Mapping[str, Any]) -> dict[str, Any]:
-    """SGLang takes a JSON schema as text."""
-    schema = forms.get("json")
-    if not isinstance(schema, str):
-        return dict(forms)
-    try:
-        return {**forms, "json": json.loads(schema)}
-    except (ValueError, RecursionError):
-        raise ApiError(400, "json_schema is no JSON; give a schema", param="sampling_params") from None
+    guide = guide_of(context, form_of(structured), sampling)
+    job = job_of(context, owner, prompt, sampling, tokens, held=guide is not None)
+    return replace(job, n=n, guide=guide)
 
 
 async def _whole(context: Context, runs: Sequence[_Run]) -> list[dict[str, Any]]:
@@ -244,7 +235,7 @@ def _grow(replies: Sequence[_Reply], one: Event) -> None:
         reply.tokens += one.tokens
         reply.probs += one.probs
     elif isinstance(one, Ended):
-        replies[one.index].reason = one.reason
+        replies[one.index].reason, replies[one.index].met = one.reason, one.met
 
 
 def _told(run: _Run, reply: _Reply, tokens: int, finished: Finished | None = None) -> dict[str, Any]:
@@ -270,4 +261,7 @@ def _told(run: _Run, reply: _Reply, tokens: int, finished: Finished | None = Non
 
 
 def _reason(reply: _Reply, tokens: int) -> dict[str, Any]:
-    return {"type": "length", "length": tokens} if reply.reason == "length" else {"type": "stop"}
+    """Why a reply has ended, with what was met."""
+    if reply.reason == "length":
+        return {"type": "length", "length": tokens}
+    return {"type": "stop", "matched": reply.met}

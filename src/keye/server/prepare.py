@@ -5,28 +5,24 @@ Everything here that blocks runs in a thread.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from keye.chat import Message, Segment, normalize_tools
-from keye.engine.guide import ANY_OBJECT, Form, Guide
+from keye.chat import Message, Segment, opens_reasoning
+from keye.engine.guide import Form, Guide
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request as Job
 from keye.engine.sampling import MAX_SEED
-from keye.errors import KeyeWarning
 from keye.server.context import Context
-from keye.server.errors import ApiError, spelled
+from keye.server.errors import ApiError
+from keye.server.forms import chosen_tools, form_of
 from keye.server.media_parts import media_of, open_sources, to_messages
-from keye.server.schemas import ChatRequest, Sampling, StructuredOutputs, TemplateFields
+from keye.server.media_settings import media_settings
+from keye.server.notes import add_note, current_notes
+from keye.server.schemas import ChatRequest, Sampling, StreamOptions, TemplateFields
 
 _SWITCHES: Final = {"/think": True, "/no_think": False}
-#: Sentences on settings of the request at hand that were not honoured.
-notes_of_request: ContextVar[list[str] | None] = ContextVar("notes_of_request", default=None)
-
-
 #: Messages, and characters of each, that are prepared in the event loop.
 _SHORT_MESSAGES, _SHORT_TEXT = 4, 1000
 
@@ -34,13 +30,22 @@ _SHORT_MESSAGES, _SHORT_TEXT = 4, 1000
 @dataclass(frozen=True)
 class Prepared:
     """A job with its rendered prompt, and what the reply needs to be read: whether tools were offered, and whether the
-    prompt has opened the block of reasoning. `notes` are sentences on settings that are not honoured."""
+    prompt has opened the block of reasoning. `notes` are sentences on settings that are not honoured; `shown` says
+    what becomes of reasoning; `continues` that the reply goes on with a text of the prompt, and `echo` is that text
+    where the reply is to repeat it."""
 
     job: Job
     prompt: Sequence[Segment]
     tools: bool = False
     reasoning: bool = False
     notes: Sequence[str] = ()
+    shown: ShownReasoning = "apart"
+    continues: bool = False
+    echo: str = ""
+
+
+#: Reasoning stands beside the answer, in it, or nowhere.
+ShownReasoning = Literal["apart", "inside", "nowhere"]
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,19 @@ class Wanted:
     thinking: bool | None = None
     media_defaults: Mapping[str, Any] | None = None
     evidence: bool = False
+    prompt_logprobs: int | None = None
+    begins_reply: bool = True
+    continues: bool = False
+    echo: bool = False
+    shown: ShownReasoning = "apart"
 
 
 async def prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     """The job of a chat; `KeyeError` and `ApiError` for whatever is wrong with it."""
+    notes = current_notes()
     context.check_model(wanted.sampling.model)
     if len(wanted.messages) > context.settings.messages:
         raise ApiError(400, f"messages: more than {context.settings.messages:,} cannot be read", param="messages")
-    notes: list[str] = []
-    notes_of_request.set(notes)
     if _is_short(wanted):
         return replace(_prepare(context, owner, wanted), notes=notes)
     return replace(await context.in_thread(_prepare, context, owner, wanted), notes=notes)
@@ -88,9 +97,25 @@ def prompt_of(context: Context, owner: str, wanted: Wanted) -> list[Segment]:
     if (count := len(media_of(messages))) > context.settings.media:
         raise ApiError(400, f"messages hold {count} media, more than {context.settings.media}", param="messages")
     messages, typed = _without_switch(messages)
-    thinking = typed if wanted.thinking is None else wanted.thinking
     offered, _ = _tools(wanted)
-    return context.model.render(open_sources(messages, openers), thinking=thinking, tools=offered)
+    return context.model.render(
+        open_sources(messages, openers),
+        thinking=typed if wanted.thinking is None else wanted.thinking,
+        tools=offered,
+        add_generation_prompt=wanted.begins_reply,
+        continue_final_message=_continues(wanted),
+    )
+
+
+def _tools(wanted: Wanted) -> tuple[Sequence[Mapping[str, Any]], Form | None]:
+    return chosen_tools(wanted.tools, wanted.tool_choice, wanted.form, several=wanted.several_calls)
+
+
+def _continues(wanted: Wanted) -> bool:
+    """Whether the last message is the beginning of the reply, because the request says so or the message itself."""
+    last = wanted.messages[-1]
+    asks = last.get("role") == "assistant" and (last.get("prefix") is True or last.get("partial") is True)
+    return wanted.continues or asks
 
 
 def tokens_of(context: Context, owner: str, wanted: Wanted) -> int:
@@ -103,9 +128,22 @@ def _prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     offered, form = _tools(wanted)
     reasoning = opens_reasoning(segments)
     guide = guide_of(context, form, wanted.sampling, after_reasoning=reasoning)
-    job = job_of(context, owner, segments, wanted.sampling, wanted.max_tokens)
-    job = replace(job, n=wanted.n, logprobs=wanted.logprobs, guide=guide, evidence=wanted.evidence)
-    return Prepared(job, segments, bool(offered), reasoning)
+    job = replace(
+        job_of(context, owner, segments, wanted.sampling, wanted.max_tokens, held=guide is not None),
+        n=wanted.n, logprobs=wanted.logprobs, prompt_logprobs=wanted.prompt_logprobs, guide=guide,
+        evidence=wanted.evidence, reasoning=reasoning,
+    )  # fmt: skip
+    echo = _text_of(wanted.messages[-1]) if wanted.echo and _continues(wanted) else ""
+    return Prepared(
+        job, segments, bool(offered), reasoning, shown=wanted.shown, continues=_continues(wanted), echo=echo
+    )
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message as it came."""
+    content = message.get("content") or ""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
 
 
 def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_reasoning: bool = False) -> Guide | None:
@@ -115,14 +153,21 @@ def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_r
     if context.guides is None:
         raise ApiError(400, "response_format needs llguidance, which this server lacks", param="response_format")
     if sampling.ignore_eos:
-        raise ApiError(400, "ignore_eos cannot be used with a form of the reply", param="ignore_eos")
+        add_note("ignore_eos was ignored: the reply ends where its form is complete")
     return context.guides.guide(form, after_reasoning=after_reasoning)
 
 
 def job_of(
-    context: Context, owner: str, prompt: Sequence[Segment] | Prompt, sampling: Sampling, max_tokens: int | None
+    context: Context,
+    owner: str,
+    prompt: Sequence[Segment] | Prompt,
+    sampling: Sampling,
+    max_tokens: int | None,
+    *,
+    held: bool = False,
 ) -> Job:
-    """A job with the settings of sampling; what is not given is the model's own."""
+    """A job with the settings of sampling; what is not given is the model's own. `held` says that a form ends it."""
+    bias = sampling.logit_bias
     params = context.model.sampling_params(
         max_tokens=max_tokens,
         temperature=sampling.temperature,
@@ -132,30 +177,39 @@ def job_of(
         repetition_penalty=sampling.repetition_penalty,
         seed=None if sampling.seed is None else sampling.seed & MAX_SEED,
         stop=tuple(sampling.stop) if isinstance(sampling.stop, list) else sampling.stop,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=None if bias is None else {int(token): value for token, value in bias.items()},
+        allowed_token_ids=sampling.allowed_token_ids and tuple(sampling.allowed_token_ids),
+        stop_token_ids=sampling.stop_token_ids and tuple(sampling.stop_token_ids),
+        include_stop_str_in_output=sampling.include_stop_str_in_output or sampling.no_stop_trim,
+        min_tokens=sampling.min_tokens,
+        bad_words=sampling.bad_words and tuple(sampling.bad_words),
+        thinking_token_budget=sampling.thinking_token_budget,
     )
     if sampling.attention == "sparse" and context.model.config.text.sparse is None:
         raise ApiError(400, "attention: this model attends densely; leave it out", param="attention")
     return Job(
         prompt,
         params,
-        ignore_eos=sampling.ignore_eos,
-        skip_special=sampling.skip_special_tokens,
+        ignore_eos=bool(sampling.ignore_eos) and not held,
+        skip_special=sampling.skip_special_tokens is not False,
         attention=sampling.attention,
+        deterministic=bool(sampling.deterministic),
+        clamp=not context.settings.strict_limits,
         salt=context.salt(owner),
         seconds=context.settings.request_seconds,
     )
-
-
-def opens_reasoning(segments: Sequence[Segment]) -> bool:
-    """Whether a prompt ends inside a block of reasoning."""
-    last = segments[-1]
-    return last.kind == "template" and isinstance(last.value, str) and last.value.rstrip().endswith("<think>")
 
 
 def chat_wanted(body: ChatRequest) -> Wanted:
     """What a body of /v1/chat/completions asks for."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "continue_final_message excludes add_generation_prompt: a message that goes on does not begin"
+        raise ApiError(400, message, param="continue_final_message")
+    check_stream_options(body.stream, body.stream_options)
     return Wanted(
         messages=body.messages,
         sampling=body,
@@ -165,84 +219,38 @@ def chat_wanted(body: ChatRequest) -> Wanted:
         tools=body.tools or (),
         tool_choice=body.tool_choice,
         several_calls=body.parallel_tool_calls is not False,
-        form=form_of(body.response_format, body.structured_outputs),
+        form=form_of(body),
         thinking=thinking_of(body.chat_template_kwargs, body.reasoning_effort),
-        media_defaults=body.preprocess_kwargs,
+        media_defaults=media_settings(body),
         evidence=body.keye.evidence,
+        prompt_logprobs=body.prompt_logprobs,
+        begins_reply=body.add_generation_prompt is not False,
+        continues=bool(body.continue_final_message),
+        echo=bool(body.echo),
+        shown=_shown(body),
     )
+
+
+def _shown(body: ChatRequest) -> ShownReasoning:
+    if body.include_reasoning is False:
+        return "nowhere"
+    return "inside" if body.separate_reasoning is False else "apart"
+
+
+def check_stream_options(stream: bool | None, options: StreamOptions | None) -> None:
+    """`ApiError` for options of a stream where there is none."""
+    if options is not None and not stream and (options.include_usage or options.continuous_usage_stats):
+        raise ApiError(400, "stream_options can be used with stream: true only", param="stream_options")
 
 
 def thinking_of(template: TemplateFields | None, effort: str | None) -> bool | None:
     """Whether reasoning is asked for; the template's own switch goes before the effort."""
-    switch = template.enable_thinking if template is not None else None
+    switch = None
+    if template is not None:
+        switch = template.thinking if template.enable_thinking is None else template.enable_thinking
     if switch is not None or effort is None:
         return switch
     return effort not in ("none", "minimal")
-
-
-def form_of(response_format: Mapping[str, Any] | None, structured: StructuredOutputs | None) -> Form | None:
-    """The form that the reply must have, from OpenAI's field or from ours."""
-    if structured is not None:
-        if response_format is not None and response_format.get("type") != "text":
-            raise ApiError(400, "structured_outputs and response_format exclude each other", param="structured_outputs")
-        given = structured
-        if given.json_schema is not None:
-            return Form("json_schema", given.json_schema)
-        if given.regex is not None:
-            return Form("regex", given.regex)
-        return Form("choice", given.choice) if given.choice is not None else Form("grammar", given.grammar)
-    if response_format is None:
-        return None
-    kind = response_format.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return Form("json_schema", ANY_OBJECT)
-    if kind != "json_schema":
-        raise ApiError(
-            400, "response_format.type must be text, json_object or json_schema", param="response_format.type"
-        )
-    # The official client wraps the schema for chat and not for responses.
-    inner = response_format.get("json_schema", response_format)
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("schema"), Mapping):
-        raise ApiError(
-            400, "response_format.json_schema needs a schema, an object", param="response_format.json_schema"
-        )
-    return Form("json_schema", inner["schema"])
-
-
-def _tools(wanted: Wanted) -> tuple[Sequence[Mapping[str, Any]], Form | None]:
-    """The functions that the prompt offers, and the form that follows from the choice among them."""
-    offered, choice, form = normalize_tools(wanted.tools), wanted.tool_choice, wanted.form
-    names = [tool["function"]["name"] for tool in offered]
-    if len(set(names)) < len(names):
-        raise ApiError(400, "tools: two functions have one name", param="tools")
-    if not offered:
-        if choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice asks for a call, but no tools are given", param="tool_choice")
-        return (), form
-    if choice == "none":
-        return (), form
-    if choice in (None, "auto"):
-        if form is not None and form.kind == "json_schema":
-            return offered, Form("calls", offered, wanted.several_calls, otherwise=form.value)
-        if form is not None:
-            raise ApiError(400, "a form of the reply other than JSON cannot be used with tools", param="tools")
-        return offered, None
-    if choice == "required":
-        return offered, Form("calls", offered, wanted.several_calls)
-    name = _chosen_name(choice)
-    if name not in names:
-        raise ApiError(400, "tool_choice names a function that is not among the tools", param="tool_choice")
-    return offered, Form("calls", [tool for tool in offered if tool["function"]["name"] == name])
-
-
-def _chosen_name(choice: object) -> object:
-    """The name in `{"type": "function", "function": {"name": ...}}`, or as /v1/responses has it."""
-    if not isinstance(choice, Mapping) or choice.get("type") != "function":
-        raise ApiError(400, "tool_choice must be none, auto, required or a function", param="tool_choice")
-    inner = choice.get("function", choice)
-    return inner.get("name") if isinstance(inner, Mapping) else None
 
 
 def _without_switch(messages: Sequence[Message]) -> tuple[list[Message], bool | None]:
@@ -259,19 +267,3 @@ def _without_switch(messages: Sequence[Message]) -> tuple[list[Message], bool | 
             found[last] = replace(found[last], parts=parts)
             return found, thinking
     return found, None
-
-
-def collect_warnings() -> None:
-    """From now on, warnings of settings that are not honoured are kept for the request they belong to. For the whole
-    process: Python has one place for warnings."""
-    warnings.simplefilter("always", KeyeWarning)
-    usual = warnings.showwarning
-
-    def keep(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        notes = notes_of_request.get()
-        if isinstance(message, KeyeWarning) and notes is not None:
-            notes.append(message.worded(spelled))
-        elif not isinstance(message, KeyeWarning):
-            usual(message, category, *place, **more)
-
-    warnings.showwarning = keep

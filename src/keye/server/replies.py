@@ -16,14 +16,14 @@ from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_in
 from keye.engine.answer import LOOPED
 from keye.engine.evidence import Evidence
 from keye.engine.moments import keep_moments, keep_regions
-from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
+from keye.engine.request import Delta, Ended, Event, Finished, Prefilled, Progress, TokenProb
 from keye.engine.request import Request as Job
 from keye.errors import KeyeError
 from keye.server.audit import CURRENT
 from keye.server.context import Context
 from keye.server.errors import ApiError, spelled
 from keye.server.names import unique
-from keye.server.prepare import Prepared
+from keye.server.prepare import Prepared, ShownReasoning
 from keye.server.sse import event
 
 
@@ -73,34 +73,43 @@ async def written(context: Context, job: Job, told: Callable[[Event], Iterable[b
 
 @dataclass
 class Choice:
-    """One reply while it grows. `calls` are the id, the name and the JSON text of the arguments of each call."""
+    """One reply while it grows. `calls` are the id, the name and the JSON text of the arguments of each call; `ended`
+    says why and by what the reply came to its end, `reason` the same as OpenAI does."""
 
     stream: ReplyStream
+    shown: ShownReasoning = "apart"
+    echo: str = ""
     text: str = ""
     reasoning: str = ""
     calls: list[list[str]] = field(default_factory=list)
     probs: list[TokenProb] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     reasoning_tokens: int = 0
     reason: str | None = None
+    ended: Ended | None = None
+    _thinks: bool = False
 
     @classmethod
     def of(cls, prepared: Prepared) -> Choice:
-        return cls(ReplyStream(tools=prepared.tools, reasoning=prepared.reasoning))
+        stream = ReplyStream(tools=prepared.tools, reasoning=prepared.reasoning, continues=prepared.continues)
+        return cls(stream, prepared.shown, prepared.echo)
 
     def add(self, delta: Delta) -> list[ReplyPiece]:
         """Takes a delta of the engine; returns the pieces that are certain now."""
         if self.stream.reasons:
             self.reasoning_tokens += len(delta.tokens)
         self.probs += delta.probs
+        self.tokens += delta.tokens
         return self._keep(self.stream.push(delta.text))
 
     def end(self, ended: Ended) -> list[ReplyPiece]:
         """The reply is complete; returns what was held back."""
         pieces = self._keep(self.stream.finish())
-        self.reason = "tool_calls" if self.calls and ended.reason == "stop" else ended.openai_reason
+        self.reason, self.ended = "tool_calls" if self.calls and ended.reason == "stop" else ended.openai_reason, ended
         return pieces
 
     def _keep(self, pieces: list[ReplyPiece]) -> list[ReplyPiece]:
+        pieces = [*self._repeated(), *(shown for piece in pieces for shown in self._shown(piece))]
         for piece in pieces:
             if piece.kind == "content":
                 self.text += piece.text
@@ -111,6 +120,26 @@ class Choice:
             else:
                 self.calls[piece.index][2] += piece.text
         return pieces
+
+    def _repeated(self) -> Iterator[ReplyPiece]:
+        """The text that the reply goes on with, once."""
+        if self.echo:
+            yield ReplyPiece("content", self.echo)
+        self.echo = ""
+
+    def _shown(self, piece: ReplyPiece) -> Iterator[ReplyPiece]:
+        """What clients see of a piece: reasoning may stand in the answer, between its marks, or nowhere."""
+        if self.shown == "apart" or (piece.kind != "reasoning" and not self._thinks):
+            yield piece
+        elif self.shown == "nowhere":
+            return
+        elif piece.kind == "reasoning":
+            yield ReplyPiece("content", piece.text if self._thinks else f"<think>\n{piece.text}")
+            self._thinks = True
+        else:
+            self._thinks = False
+            yield ReplyPiece("content", "\n</think>\n\n")
+            yield piece
 
 
 async def whole(context: Context, prepared: Prepared) -> tuple[list[Choice], Finished]:
@@ -142,6 +171,36 @@ def usage_of(finished: Finished, choices: Sequence[Choice], prepared: Prepared) 
     }
 
 
+class RunningUsage:
+    """Counts tokens while a reply grows, for chunks that each tell how many there are, and keeps the engine's notes."""
+
+    def __init__(self, told: bool) -> None:
+        self._told, self._prompt, self._reply = told, 0, 0
+        self.notes: list[str] = []
+
+    def see(self, event: Event) -> None:
+        """Takes an event of the engine."""
+        if isinstance(event, Prefilled):
+            self._prompt += event.prompt_tokens
+            self.notes += [warning.worded(spelled) for warning in event.notes]
+        elif isinstance(event, Delta):
+            self._reply += len(event.tokens)
+
+    def fields(self) -> dict[str, Any]:
+        """The usage so far as a field of a chunk; nothing where it is not wanted."""
+        if not self._told:
+            return {}
+        total = self._prompt + self._reply
+        usage = {"prompt_tokens": self._prompt, "completion_tokens": self._reply, "total_tokens": total}
+        return {"usage": usage}
+
+
+def notes_of(finished: Finished) -> list[str]:
+    """What the engine tolerated or did not honour, as clients read it."""
+    looped = (LOOPED,) if finished.looped else ()
+    return [warning.worded(spelled) for warning in (*finished.prompt.notes, *finished.notes, *looped)]
+
+
 def findings_of(finished: Finished, text: str, notes: Sequence[str], *, merged: bool = False) -> dict[str, Any]:
     """keye's own fields of an answer: what it marks, what it rests on, and what was not honoured."""
     windows = finished.prompt.windows
@@ -154,9 +213,7 @@ def findings_of(finished: Finished, text: str, notes: Sequence[str], *, merged: 
     }
     if finished.evidence is not None:
         found["evidence"] = _evidence_objects(finished.evidence, len(finished.media))
-    looped = (LOOPED,) if finished.looped else ()
-    own = (warning.worded(spelled) for warning in (*finished.prompt.notes, *noted, *looped))
-    if listed := list(dict.fromkeys((*notes, *own))):
+    if listed := list(dict.fromkeys((*notes, *notes_of(finished), *(warning.worded(spelled) for warning in noted)))):
         found["notes"] = listed
     return found
 
@@ -181,6 +238,24 @@ def prob_object(prob: TokenProb, *, top: bool = True) -> dict[str, Any]:
     if top:
         data["top_logprobs"] = [prob_object(other, top=False) for other in prob.top]
     return data
+
+
+def stop_of(ended: Ended | None) -> dict[str, Any]:
+    """What ended a reply, in the fields of vLLM (the request's own stops) and of SGLang (those of the model, too)."""
+    if ended is None:
+        return {"stop_reason": None, "matched_stop": None}
+    return {"stop_reason": ended.met if ended.asked else None, "matched_stop": ended.met}
+
+
+def prompt_probs_of(probs: Sequence[TokenProb] | None) -> list[dict[str, Any] | None] | None:
+    """Probabilities of a prompt's tokens as vLLM has them, by token id; none of the first token, which follows none."""
+    if probs is None:
+        return None
+    return [None, *({str(one.token): _ranked(one) for one in (*prob.top, prob)} for prob in probs)]
+
+
+def _ranked(prob: TokenProb) -> dict[str, Any]:
+    return {"logprob": prob.logprob, "rank": prob.rank, "decoded_token": prob.text}
 
 
 def progress_of(step: Progress) -> dict[str, Any]:

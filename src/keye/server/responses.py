@@ -13,8 +13,11 @@ from fastapi.responses import JSONResponse, Response
 from keye.engine.request import Delta, Ended, Event, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
+from keye.server.fields import note_ignored, read_fields
+from keye.server.forms import response_form
 from keye.server.json_route import JsonRoute
-from keye.server.prepare import Prepared, Wanted, form_of, prepare, thinking_of, tokens_of
+from keye.server.media_settings import media_settings
+from keye.server.prepare import Prepared, Wanted, check_stream_options, prepare, thinking_of, tokens_of
 from keye.server.replies import Choice, findings_of, usage_of, whole, written
 from keye.server.response_events import ResponseWriter, items_of
 from keye.server.response_items import items_with_ids
@@ -24,6 +27,7 @@ from keye.server.sse import streamed, until_gone
 
 router = APIRouter(route_class=JsonRoute)
 
+_LOGPROBS: Final = "message.output_text.logprobs"
 _ITEMS: Final = ("message", "function_call", "function_call_output", "reasoning")
 
 
@@ -63,21 +67,28 @@ def _wanted(body: ResponseRequest, before: Sequence[Mapping[str, Any]] = ()) -> 
         messages.append({"role": "system", "content": body.instructions})
     new = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     messages += _messages([*before, *new], len(before))
-    text = body.text or {}
-    if unknown := sorted(text.keys() - {"format", "verbosity"}):
-        raise ApiError(400, f"text.{unknown[0]} is no field that keye knows; leave it out", param=f"text.{unknown[0]}")
+    text = read_fields(body.text or {}, ("format",), where="text.")
+    check_stream_options(body.stream, body.stream_options)
     return Wanted(
         messages=messages,
         sampling=body,
         max_tokens=body.max_output_tokens,
-        logprobs=body.top_logprobs,
-        tools=[_tool(index, tool) for index, tool in enumerate(body.tools or ())],
+        logprobs=_alternatives(body),
+        tools=body.tools or (),
         tool_choice=body.tool_choice,
         several_calls=body.parallel_tool_calls is not False,
-        form=form_of(text.get("format"), None),
+        form=response_form(text.get("format"), "text.format"),
         thinking=thinking_of(None, body.reasoning.effort if body.reasoning else None),
-        media_defaults=body.preprocess_kwargs,
+        media_defaults=media_settings(body),
     )
+
+
+def _alternatives(body: ResponseRequest) -> int | None:
+    """How many other tokens are told beside each; what else `include` asks for is not there, and noted."""
+    include = body.include or []
+    if others := [name for name in include if name != _LOGPROBS]:
+        note_ignored([f"include {name}" for name in others])
+    return (body.top_logprobs or 0) if _LOGPROBS in include else body.top_logprobs
 
 
 def _messages(items: Sequence[Mapping[str, Any]], first: int = 0) -> list[dict[str, Any]]:
@@ -112,15 +123,6 @@ def _thought(item: Mapping[str, Any]) -> str:
     content = item.get("content") or ()
     parts = content if isinstance(content, list) else ()
     return "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
-
-
-def _tool(index: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    if tool.get("type", "function") != "function":
-        raise ApiError(400, f"tools[{index}].type: only functions can be offered", param=f"tools[{index}].type")
-    if "function" in tool:
-        return tool
-    inner = {key: value for key, value in tool.items() if key != "type" and value is not None}
-    return {"type": "function", "function": inner}
 
 
 def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:

@@ -93,9 +93,10 @@ def start_block(model: Keye, settings: Settings, address: Any) -> str:
     config = model.config
     keys = f"{len(settings.keys)} of them may ask" if settings.keys else "none needed: only this machine can ask"
     urls = ", ".join(settings.allow_urls) or "none are fetched; upload files or send data: URLs"
+    names = ", ".join(settings.served_names) or model.name
     rows = {
         "address": _address(address),
-        "model": f"{settings.served_name or model.name}, Keye-VL {config.generation}, {model.attention} attention",
+        "model": f"{names}, Keye-VL {config.generation}, {model.attention} attention",
         "context": f"{config.text.max_position_embeddings:,} tokens",
         "keys": keys,
         "addresses": urls,

@@ -1,15 +1,17 @@
-"""The bodies of requests. Every number has its range, every list its length, and a field that is not here is refused.
+"""The bodies of requests. Every number has its range and every list its length. A field that is not here is refused in
+the bodies that are keye's own, and read by `fields` in those that many programs write.
 
 Messages and their parts are open objects here: `keye.chat` and `media_parts` check them, with sentences of their own.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from keye.engine.sampling import MAX_SEED
+from keye.engine.sampling import MAX_LISTED, MAX_SEED
+from keye.server.fields import read_fields
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -17,33 +19,11 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=16)] | None
 Object = dict[str, Any]
 Objects = Annotated[list[Object], Field(min_length=1, max_length=1024)]
+TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=1_048_576)]
 Interval = Annotated[list[Annotated[float, Field(ge=0, le=1e7)]], Field(min_length=2, max_length=2)]
-
-#: Fields of OpenAI's that change nothing here and may be sent.
-_HARMLESS = frozenset(
-    {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"}
-)
-#: Fields of OpenAI's that would change the answer, with the values under which they do not.
-_UNMET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "store": ((None, False), "nothing is stored here; leave it out"),
-    "audio": ((None,), "keye writes text only"),
-    "modalities": ((None, ["text"]), "keye writes text only"),
-    "logit_bias": ((None, {}), "it is not supported; use structured_outputs to restrict a reply"),
-    "frequency_penalty": ((None, 0), "it is not supported; use repetition_penalty"),
-    "presence_penalty": ((None, 0), "it is not supported; use repetition_penalty"),
-    "functions": ((None, []), "it is out of date; use tools"),
-    "function_call": ((None, "none", "auto"), "it is out of date; use tool_choice"),
-    "prediction": ((None,), "it is not supported"),
-    "web_search_options": ((None,), "keye does not search the web"),
-    "moderation": ((None,), "it is not supported"),
-    "suffix": ((None, ""), "it is not supported"),
-    "background": ((None, False), "requests run while the client waits"),
-    "previous_response_id": ((None,), "nothing is stored here; send the whole conversation as input"),
-    "conversation": ((None,), "nothing is stored here; send the whole conversation as input"),
-    "prompt": ((None,), "stored prompts are not supported"),
-    "include": ((None, []), "it is not supported"),
-    "truncation": ((None, "disabled"), "a prompt that is too long is refused, never cut"),
-}
 
 
 class Body(BaseModel):
@@ -52,41 +32,56 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class OpenAIBody(Body):
-    """A body that OpenAI's clients send: what means nothing here is dropped, what cannot be done is refused."""
+class Tolerant(BaseModel):
+    """An object that programs send, in whatever dialect: see `fields`. `_where` stands before its fields' names."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    _where: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_unmet(cls, data: Any) -> Any:
+    def _known(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name, (fine, reason) in _UNMET.items():
-            if name in data and name not in cls.model_fields and data[name] not in fine:
-                raise ValueError(f"{name} cannot be used: {reason}")
-        dropped = (_HARMLESS | _UNMET.keys()) - cls.model_fields.keys()
-        return {key: value for key, value in data.items() if key not in dropped}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return read_fields(data, known, where=cls._where)
 
 
-class Sampling(OpenAIBody):
+class Sampling(Tolerant):
     """How tokens are drawn; what is not given is the model's own."""
 
-    model: Name | None = None
+    model: Annotated[str, Field(max_length=256)] | None = Field(
+        default=None, description="any name is taken where one model is served"
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = Field(default=None, description="0 and -1 switch it off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     stop: Stop = None
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
+    stop_token_ids: TokenIds | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    bad_words: Annotated[list[StopText], Field(max_length=256)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = Field(default=None, description="SGLang's name of include_stop_str_in_output")
+    thinking_token_budget: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     attention: Literal["sparse", "dense"] | None = None
+    deterministic: bool | None = None
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
+class StreamOptions(Tolerant):
+    _where = "stream_options."
+
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class KeyeFields(Body):
@@ -96,30 +91,69 @@ class KeyeFields(Body):
     progress: bool = False
 
 
-class StructuredOutputs(Body):
+Schema = Object | Annotated[str, Field(min_length=1, max_length=65_536)]
+Pattern = Annotated[str, Field(min_length=1, max_length=65_536)]
+Choices = Annotated[list[StopText], Field(min_length=1, max_length=1024)]
+
+
+class StructuredOutputs(Tolerant):
     """A form of the reply; one of them."""
 
-    json_schema: Object | None = Field(default=None, alias="json")
-    regex: Annotated[str, Field(min_length=1, max_length=65_536)] | None = None
-    choice: Annotated[list[StopText], Field(min_length=1, max_length=1024)] | None = None
-    grammar: Annotated[str, Field(min_length=1, max_length=65_536)] | None = None
+    _where = "structured_outputs."
 
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if sum(value is not None for value in (self.json_schema, self.regex, self.choice, self.grammar)) != 1:
-            raise ValueError("give one of json, regex, choice and grammar")
-        return self
+    json_schema: Schema | None = Field(default=None, alias="json")
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = Field(default=None, description="in Lark's syntax, or in GBNF with a rule `root`")
+    json_object: bool | None = None
+    structural_tag: Schema | None = None
 
 
-class TemplateFields(Body):
+class Forms(BaseModel):
+    """The same forms under the names that other servers give them; `form_of` takes one of all."""
+
+    response_format: Object | None = None
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: Schema | None = None
+    regex: Pattern | None = None
+    ebnf: Pattern | None = None
+    structural_tag: Schema | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+
+
+class TemplateFields(Tolerant):
+    _where = "chat_template_kwargs."
+
     enable_thinking: bool | None = None
+    thinking: bool | None = None
 
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+class MediaIO(Tolerant):
+    """vLLM's settings of videos."""
+
+    _where = "media_io_kwargs."
+
+    video: Object | None = None
+    image: Object | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TokenCount = Annotated[int, Field(ge=1, le=10_000_000)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
-class ChatRequest(Sampling):
+class MediaDefaults(BaseModel):
+    """Settings of every medium without its own."""
+
+    preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
+    mm_processor_kwargs: Object | None = Field(default=None, description="the same under vLLM's names")
+    media_io_kwargs: MediaIO | None = None
+
+
+class ChatRequest(Sampling, Forms, MediaDefaults):
     messages: Objects
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
@@ -127,37 +161,50 @@ class ChatRequest(Sampling):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Alternatives | None = None
+    prompt_logprobs: Alternatives | None = None
+    return_token_ids: bool | None = None
     tools: Annotated[list[Object], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Object | None = None
-    structured_outputs: StructuredOutputs | None = None
     reasoning_effort: Effort | None = None
+    separate_reasoning: bool | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: TemplateFields | None = None
-    preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = Field(default=None, description="with continue_final_message: the reply repeats its beginning")
     keye: KeyeFields = KeyeFields()
 
 
-class CompletionRequest(Sampling):
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
-    max_tokens: TokenCount | None = 16
+class CompletionRequest(Sampling, Forms):
+    prompt: (
+        Text | Annotated[list[Text], Field(min_length=1, max_length=64)] | PromptIds
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=64)]
+    )  # fmt: skip
+    max_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = Field(
+        default=16, description="0 with echo: nothing is generated, the prompt alone is scored"
+    )
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Alternatives | None = None
+    prompt_logprobs: Alternatives | None = None
     echo: bool | None = None
-    structured_outputs: StructuredOutputs | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=10_000_000)] | None = None
 
 
-class Reasoning(Body):
+class Reasoning(Tolerant):
+    _where = "reasoning."
+
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponseRequest(Sampling):
+class ResponseRequest(Sampling, MediaDefaults):
     input: Text | Objects
     instructions: Text | None = None
     previous_response_id: Annotated[str, Field(max_length=256)] | None = Field(
@@ -171,11 +218,10 @@ class ResponseRequest(Sampling):
     tools: Annotated[list[Object], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
-    max_tool_calls: Annotated[int, Field(ge=1, le=1024)] | None = None
     text: Object | None = None
     reasoning: Reasoning | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    preprocess_kwargs: Object | None = None
+    top_logprobs: Alternatives | None = None
+    include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = None
 
 
 class PlanRequest(Body):
@@ -184,13 +230,12 @@ class PlanRequest(Body):
     preprocess_kwargs: Object | None = None
 
 
-class GroundRequest(Sampling):
+class GroundRequest(Sampling, MediaDefaults):
     video: Object
     event: Annotated[str, Field(min_length=1, max_length=10_000)]
     max_tokens: TokenCount | None = None
     stream: bool | None = None
     evidence: bool = False
-    preprocess_kwargs: Object | None = None
 
 
 class ClipsRequest(Body):
@@ -229,12 +274,14 @@ class LiveAsk(Body):
     evidence: bool = False
 
 
-class TokenizeRequest(Body):
-    model: Name | None = None
+class TokenizeRequest(Tolerant):
+    model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Text | None = None
     messages: Objects | None = None
     tools: Annotated[list[Object], Field(max_length=128)] | None = None
     chat_template_kwargs: TemplateFields | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:

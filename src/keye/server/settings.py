@@ -18,7 +18,9 @@ class Settings:
     `keys` maps a name, under which use is counted, to the secret of its owner; empty only on the loopback interface.
     `allow_urls` are hosts whose media may be fetched: a name, or `*.name` for all below it. Sizes are bytes, times
     seconds; `file_seconds` is how long an upload is kept, `drain_seconds` how long running requests may go on after
-    SIGTERM. `allowed_hosts` are names in the Host header beside the address that is listened on.
+    SIGTERM. `served_names` are what clients may call the model; any other name is taken, too, with a note, unless
+    `strict_model_name`. `strict_limits` rejects a max_tokens beyond the context's end, which is lowered otherwise.
+    `allowed_hosts` are names in the Host header beside the address that is listened on.
     """
 
     host: str = "127.0.0.1"
@@ -26,7 +28,9 @@ class Settings:
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     allow_urls: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
-    served_name: str | None = None
+    served_names: tuple[str, ...] = ()
+    strict_model_name: bool = False
+    strict_limits: bool = False
     upload_bytes: int = 4 * GIB
     stored_bytes: int = 16 * GIB
     stored_files: int = 256

@@ -23,6 +23,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError, spelled
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, open_sources, to_messages
+from keye.server.media_settings import media_settings
 from keye.server.prepare import Prepared, Wanted, prepare
 from keye.server.replies import Choice, findings_of, growing, usage_of, whole, written
 from keye.server.schemas import ClipsRequest, GroundRequest, PlanRequest
@@ -87,7 +88,7 @@ async def _prepare_ground(context: Context, owner: str, body: GroundRequest) -> 
     question = context.model.ground_question(body.event)
     messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
     wanted = Wanted(
-        messages, body, body.max_tokens, media_defaults=body.preprocess_kwargs, evidence=body.evidence, thinking=None
+        messages, body, body.max_tokens, media_defaults=media_settings(body), evidence=body.evidence, thinking=None
     )
     prepared = await prepare(context, owner, wanted)
     media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]

@@ -1,0 +1,186 @@
+"""JSON schemas as forms of a reply: closed, compact and bounded, so that a weak model comes to an end.
+
+An object has the properties that its schema names and no others, unless the schema says otherwise; between values there
+is no white space; numbers have a bounded number of digits. Knows schemas, no grammars and no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from keye.errors import KeyeError
+
+#: Any JSON object.
+ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
+#: An object of nothing: the arguments of a function that has no parameters.
+EMPTY_OBJECT: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
+MAX_BYTES: Final = 64 * 1024
+MAX_DEPTH: Final = 32
+MAX_NODES: Final = 5_000
+MAX_PATTERN: Final = 2_000
+#: Numbers without bounds of their own lie between these, with so many decimals.
+_LARGEST: Final = 10**15
+_CLAMP: Final = 10**18
+_STEP: Final = 1e-9
+_COMPACT: Final = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_ANY: Final = "keye_any_value"
+_TO_ANY: Final = {"$ref": f"#/$defs/{_ANY}"}
+_COMBINE: Final = ("allOf", "anyOf", "oneOf")
+#: Keywords that leave every value possible.
+_NOTES: Final = frozenset(
+    "title description default examples example $comment deprecated readOnly writeOnly $schema $id".split()
+)
+_ONE: Final = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
+               "unevaluatedItems", "unevaluatedProperties", "additionalItems")  # fmt: skip
+_NAMED: Final = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+
+
+def compact_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """The schema whose JSON is closed, compact and bounded; `schema` must have passed `check_schema`. With `lenient`,
+    keywords that cannot be held to are left out of account."""
+    open_targets = set(_merged_targets(schema))
+    found = _node(schema, merged=False, open_targets=open_targets)
+    if found == _TO_ANY:
+        found = {"anyOf": [_TO_ANY]}
+    found["$defs"] = {**found.get("$defs", {}), _ANY: _any_value()}
+    return {**found, "x-guidance": {**_COMPACT, "lenient": lenient}}
+
+
+def call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The schema of one call of a function. References of its parameters count from their own root, so what they refer
+    to is moved."""
+    arguments = dict(parameters or EMPTY_OBJECT)
+    check_schema(arguments)
+    if not arguments.keys() - _NOTES - {"type"}:
+        arguments |= EMPTY_OBJECT
+    definitions: dict[str, Any] = {key: arguments.pop(key) for key in ("$defs", "definitions") if key in arguments}
+    properties = {"name": {"const": name}, "arguments": arguments}
+    return {
+        "type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False,
+        **definitions,
+    }  # fmt: skip
+
+
+def _any_value() -> dict[str, Any]:
+    kinds = [{"type": "object", "additionalProperties": _TO_ANY}, {"type": "array", "items": _TO_ANY}]
+    return {"anyOf": [{"type": "string"}, _bounded({"type": "number"}, {"number"}), *kinds,
+                      {"type": "boolean"}, {"type": "null"}]}  # fmt: skip
+
+
+def _node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
+    """A schema inside another. `merged` says that others hold for the same value, which may name other properties."""
+    if value is True or (isinstance(value, Mapping) and not value.keys() - _NOTES):
+        return _TO_ANY
+    if not isinstance(value, Mapping):
+        return value
+    node = dict(value)
+    beside = "properties" in node or "$ref" in node
+    for key in _ONE:
+        if key in node and isinstance(node[key], bool | Mapping) and not (key == "additionalProperties" and merged):
+            node[key] = _node(node[key], merged=merged or key in ("not", "if", "then", "else"),
+                              open_targets=open_targets)  # fmt: skip
+    for key in (*_COMBINE, "prefixItems", "items"):
+        if isinstance(node.get(key), list):
+            shared = key in _COMBINE and (merged or beside or (key == "allOf" and len(node[key]) > 1))
+            node[key] = [_node(one, merged=shared, open_targets=open_targets) for one in node[key]]
+    for key in _NAMED:
+        if isinstance(node.get(key), Mapping):
+            node[key] = {
+                name: _node(one, merged=f"#/{key}/{name}" in open_targets, open_targets=open_targets)
+                for name, one in node[key].items()
+            }
+    return _settled(node, merged)
+
+
+def _settled(node: dict[str, Any], merged: bool) -> dict[str, Any]:
+    """A node whose inner schemas are done, closed and bounded itself."""
+    given = node.get("type")
+    kinds = set(given) if isinstance(given, list) else {given} if isinstance(given, str) else set()
+    mixed = any(key in node for key in (*_COMBINE, "$ref", "if", "enum", "const"))
+    if "properties" in node and not kinds and not mixed and not merged:
+        node["type"], kinds = "object", {"object"}
+    if "object" in kinds and not mixed and not merged and "unevaluatedProperties" not in node:
+        if "properties" in node and "patternProperties" not in node:
+            node.setdefault("additionalProperties", False)
+        elif "patternProperties" not in node:
+            node.setdefault("additionalProperties", _TO_ANY)
+    if "array" in kinds and not mixed and not merged and "prefixItems" not in node:
+        node.setdefault("items", _TO_ANY)
+    return _bounded(node, kinds) if kinds & {"number", "integer"} and not {"enum", "const"} & node.keys() else node
+
+
+def _bounded(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
+    """A schema of numbers with a smallest, a largest and, unless they are whole, a step."""
+    _clamped(node)
+    if "minimum" not in node and "exclusiveMinimum" not in node:
+        node["minimum"] = min(-_LARGEST, _limit(node, "maximum", "exclusiveMaximum"))
+    if "maximum" not in node and "exclusiveMaximum" not in node:
+        node["maximum"] = max(_LARGEST, _limit(node, "minimum", "exclusiveMinimum"))
+    if "number" in kinds and "multipleOf" not in node:
+        node["multipleOf"] = _STEP
+    return node
+
+
+def _clamped(node: dict[str, Any]) -> None:
+    """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can."""
+    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        value = node.get(key)
+        if isinstance(value, int | float) and abs(value) > _CLAMP:
+            node[key] = _CLAMP if value > 0 else -_CLAMP
+
+
+def _limit(node: Mapping[str, Any], *names: str) -> float:
+    """Ten times a limit that the schema itself sets, so that the other one lies beyond it."""
+    found = [node[name] for name in names if isinstance(node.get(name), int | float)]
+    return found[0] * 10 if found else 0
+
+
+def _merged_targets(schema: object) -> Iterator[str]:
+    """References to schemas that hold for a value together with others."""
+    for _, _, node in _walk(schema):
+        if not isinstance(node, Mapping):
+            continue
+        beside = "properties" in node
+        if beside and isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for key in _COMBINE:
+            branches = node.get(key)
+            if isinstance(branches, list) and (beside or (key == "allOf" and len(branches) > 1)):
+                yield from (
+                    one["$ref"] for one in branches if isinstance(one, Mapping) and isinstance(one.get("$ref"), str)
+                )
+
+
+def check_schema(schema: object) -> None:
+    """`KeyeError` for a JSON schema that is no object, too large, too deep, or refers to anything outside itself."""
+    if not isinstance(schema, Mapping):
+        raise KeyeError(f"the JSON schema is a {type(schema).__name__}; give an object")
+    for nodes, (depth, name, value) in enumerate(_walk(schema), 1):
+        if depth > MAX_DEPTH:
+            raise KeyeError(f"the JSON schema is nested more than {MAX_DEPTH} deep; make it flatter")
+        if nodes > MAX_NODES:
+            raise KeyeError(f"the JSON schema has more than {MAX_NODES:,} entries; make it smaller")
+        if name == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+            raise KeyeError("the JSON schema refers to something outside itself; copy that into $defs")
+        if name == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN:
+            raise KeyeError(f"a pattern of the JSON schema has more than {MAX_PATTERN:,} characters; make it shorter")
+    try:
+        size = len(json.dumps(schema).encode())
+    except (TypeError, ValueError):
+        raise KeyeError("the JSON schema is no JSON; give plain data") from None
+    if size > MAX_BYTES:
+        raise KeyeError(f"the JSON schema has more than {MAX_BYTES:,} bytes; make it smaller")
+
+
+def _walk(value: object) -> Iterator[tuple[int, str, object]]:
+    """Depth, name and value of everything inside, without recursion."""
+    waiting: list[tuple[int, str, object]] = [(0, "", value)]
+    while waiting:
+        depth, name, inner = waiting.pop()
+        yield depth, name, inner
+        if isinstance(inner, Mapping):
+            waiting += [(depth + 1, str(key), child) for key, child in inner.items()]
+        elif isinstance(inner, list | tuple):
+            waiting += [(depth + 1, "", child) for child in inner]

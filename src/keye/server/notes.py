@@ -1,0 +1,50 @@
+"""The notes of one request: sentences on what was tolerated, and on settings that were not honoured."""
+
+from __future__ import annotations
+
+import warnings
+from contextvars import ContextVar
+from typing import Any, Final
+
+from keye.errors import KeyeWarning
+from keye.server.errors import spelled
+
+#: Notes of one request.
+_MOST: Final = 64
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+async def begin_notes() -> None:
+    """A new list of notes, in the task that handles a request, before its body is read."""
+    _notes.set([])
+
+
+def current_notes() -> list[str]:
+    """The list of notes of the request at hand, which may still grow."""
+    notes = _notes.get()
+    if notes is None:
+        notes = []
+        _notes.set(notes)
+    return notes
+
+
+def add_note(sentence: str) -> None:
+    """Adds to the notes of the request at hand; nothing where there is no request."""
+    notes = _notes.get()
+    if notes is not None and len(notes) < _MOST and sentence not in notes:
+        notes.append(sentence)
+
+
+def collect_warnings() -> None:
+    """From now on, warnings of settings that are not honoured are kept for the request they belong to. For the whole
+    process: Python has one place for warnings."""
+    warnings.simplefilter("always", KeyeWarning)
+    usual = warnings.showwarning
+
+    def keep(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if isinstance(message, KeyeWarning):
+            add_note(message.worded(spelled))
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = keep
