@@ -138,7 +138,7 @@ def test_preempted_requests_go_on_where_they_were(model: Keye) -> None:
         steps += 1
         writing = [task for task in tasks if task.stage is Stage.DECODING]
         if steps % 3 == 0 and writing:
-            model.core._preempt(writing[steps % len(writing)])
+            model.core.preempt(writing[steps % len(writing)])
     got = [[t for e in inbox.events if isinstance(e, Delta) for t in e.tokens] for inbox in inboxes]
     assert got == [alone(model, messages, 10) for messages in asked]
     assert model.core.preemptions > 3

@@ -278,7 +278,7 @@ def test_what_is_told_of_a_preempted_request_is_told_once(model: Keye) -> None:
                 model.core.rest()
             steps += 1
             for task in model.core.tasks if disturbed and steps in (4, 9) else ():
-                model.core._preempt(task)
+                model.core.preempt(task)
         return inbox.events[-1]  # type: ignore[return-value]
 
     plain = asked(disturbed=False)
@@ -303,7 +303,7 @@ def test_deterministic_replies_survive_a_preemption_to_the_last_bit(folder: Path
                 model.core.rest()
             steps += 1
             for task in model.core.tasks if disturbed and steps >= 7 and writes(model) else ():
-                model.core._preempt(task)
+                model.core.preempt(task)
                 disturbed = False
         return [prob.logprob for event in inbox.events if isinstance(event, Delta) for prob in event.probs]
 

@@ -7,13 +7,15 @@ of visual tokens.
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,14 +25,17 @@ from keye.engine.admission import clamped, refusal, scattered
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVStore
 from keye.engine.ledger import Ledger, OutOfMemory
-from keye.engine.prefix import PrefixCache, Spans, cut_points
+from keye.engine.past import find_past, remember
+from keye.engine.preempt import release, restore, save
+from keye.engine.prefix import PrefixCache
 from keye.engine.preparation import Preparation
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.replies import Writer
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
-from keye.engine.runner import Slice, run, scratch_bytes, smallest_scratch
-from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
-from keye.engine.slices import computable, prompt_slice, reply_slice
+from keye.engine.runner import Slice, run
+from keye.engine.scheduler import Pace, share_out
+from keye.engine.scratch import Scratch
+from keye.engine.slices import computable, least_rows, prompt_slice, reply_slice
 from keye.engine.turns import FairLock
 from keye.engine.vision import VisionJob, being_encoded
 from keye.engine.vision_cache import VisionCache
@@ -41,13 +46,11 @@ from keye.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-#: Tokens of a reply at once that are computed again after a preemption.
-AGAIN_TOKENS = 256
-
 
 @dataclass(frozen=True)
 class Parts:
-    """What the engine works with; one model and what belongs to it."""
+    """What the engine works with; one model and what belongs to it. Preempted requests wait in files of `folder`, by
+    default the system's folder for temporary files."""
 
     model: KeyeModel
     tokenizer: Tokenizer
@@ -57,6 +60,7 @@ class Parts:
     ledger: Ledger
     vision_cache: VisionCache
     prefixes: PrefixCache
+    folder: Path | None = None
 
 
 class EngineCore:
@@ -72,10 +76,10 @@ class EngineCore:
         self._numbers = count()
         self.preparation = Preparation(parts.builder, parts.model.config.text.max_position_embeddings, self.wake)
         self.computed = {"prompt": 0, "reply": 0}
-        self.preemptions = 0
+        self.preemptions = self._turns = 0
         self._encoded = False
-        #: Scratch of the smallest step, in the ledger as long as anything runs: keys and values never take its place.
-        self._scratch, self._holding = smallest_scratch(parts.model), False
+        self.scratch = Scratch(parts.model, parts.ledger)
+        self._folder = parts.folder or Path(tempfile.gettempdir())
         #: Requests that have ended: one that found no room looks again when this has grown.
         self.ended = 0
 
@@ -176,13 +180,13 @@ class EngineCore:
         task.times["laid out"] = time.perf_counter()
         store = prompt.past.store if prompt.past is not None else self.parts.store
         assert store is not None
-        if (error := refusal(prompt, task.request, store, self._scratch)) is not None:
+        if (error := refusal(prompt, task.request, store, self.scratch.least(*least_rows(task.request)))) is not None:
             self._fail(task, error)
 
     def _admit(self) -> None:
         """Starts prompts, the oldest first, as long as few enough are running."""
         running = sum(task.stage in (Stage.PREFILLING, Stage.DECODING) for task in self.tasks)
-        for task in list(self.tasks):
+        for task in sorted(self.tasks, key=lambda task: task.created):
             if running and task.waits_since == self.ended:
                 continue  # nothing has changed since it found no room
             if task.stage is Stage.READY and running < self.most_running:
@@ -194,41 +198,47 @@ class EngineCore:
                 running += 1
 
     def _start(self, task: Task) -> None:
-        """Finds what of the prompt is known; the rest will be computed."""
-        prompt, parts = task.prompt, self.parts
-        assert prompt is not None
+        """Finds what of the prompt is known, or what the task had before it was preempted; the rest is computed."""
         task.stage = Stage.PREFILLING
-        if not self._holding:
-            if not self._make_room(partial(_taken, parts.ledger, self._scratch), task):
-                return
-            self._holding = True
-        spans = None if task.request.deterministic else Spans.of(prompt, parts.model.config)
-        found: KVCache | None = None
-        if prompt.past is not None:
-            found = self._make_room(prompt.past.fork, task)
-        elif spans is not None and task.request.prompt_logprobs is None:
-            found = self._make_room(partial(parts.prefixes.find, prompt.token_ids, spans, _secret(task)), task)
-        if task.stage is not Stage.PREFILLING:
+        if self._make_room(self.scratch.hold, task) is None:
             return
-        task.cache = found or KVCache(parts.model.config.text.num_hidden_layers, parts.store)
+        if task.saved is not None:
+            if self._make_room(partial(restore, task), task) is None:
+                return
+            if task.live and task.cache is None:  # it had begun to write
+                task.stage = Stage.DECODING
+                return
+        else:
+            model, store = self.parts.model, self.parts.store
+            task.cache = self._make_room(partial(find_past, task, self.parts.prefixes, store, model.config), task)
+        if task.cache is None:
+            return
         # Room for the whole prompt before any work: what cannot be stored is refused, and not begun.
-        if not self._make_room(partial(_reserved, task.cache, task.length + 1), task):
+        if self._make_room(partial(_reserved, task.cache, task.length + 1), task) is None:
             return
         task.done = task.cache.length(0)
         if "started" not in task.times:  # after a preemption what is known is its own
             task.times["started"], task.cached = time.perf_counter(), task.done
-        first = 0
-        if prompt.past is None and task.done and spans is not None:
-            first = spans.visual_before(task.done, prompt)
+        if task.logits is not None:
+            self._begin_reply(task)
+            return
+        self._begin_prompt(task)
+
+    def _begin_prompt(self, task: Task) -> None:
+        """Opens the media of which something is not computed yet."""
+        prompt, parts, config = task.prompt, self.parts, self.parts.model.config
+        assert prompt is not None
+        ids = prompt.token_ids
+        task.visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).cumsum(0)
+        if prompt.past is not None:
+            task.visual = task.visual - int(task.visual[prompt.past.length(0) - 1])
+        first = int(task.visual[task.done - 1]) if task.done else 0
         try:
             task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
         except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
             self._fail(task, error)
             return
-        ids, config = prompt.token_ids, parts.model.config
-        task.visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).cumsum(0)
-        if prompt.past is not None:
-            task.visual = task.visual - int(task.visual[task.done - 1])
+        task.vision.forget(first)
 
     # ---------------------------------------------------------------------------------------------------- computing
 
@@ -268,26 +278,15 @@ class EngineCore:
             self.tasks.append(task)
 
     def _compute(self, *, prompts: bool) -> bool:
-        """One pass over every reply and, with `prompts`, shares of the prompts."""
+        """One pass over every reply and, with `prompts`, shares of the prompts, as far as there is scratch for them."""
         begin = time.perf_counter()
-        writing = [task for task in self.tasks if task.stage is Stage.DECODING]
-        replies = sum(len(task.live) for task in writing)
-        open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
-        waiting = [(task.number, n) for task in open_prompts if (n := computable(task))]
-        shares = share_out(waiting, self._affordable(self.pace.budget(replies, len(waiting))) if prompts else 0)
-        slices: list[tuple[Task, Slice]] = []
-        for task in [*writing, *open_prompts]:
-            if task.stage is Stage.DECODING:
-                slices += self._reply_slices(task)
-            elif task.stage is Stage.PREFILLING and task.number in shares:
-                slices += self._prompt_slice(task, shares[task.number])
-        # Making room for one may have taken it from another.
-        slices = [(task, one) for task, one in slices if one.cache.blocks]
+        slices = self._take_slices(prompts)
         if not slices:
+            return self._write()
+        more = self._make_room(partial(self.scratch.take, [one for _, one in slices]), slices[0][0])
+        if more is None:
             return False
-        more = self._scratch_beyond([one for _, one in slices])
-        if not self._make_room(partial(_taken, self.parts.ledger, more), slices[0][0]):
-            return False
+        # Making room for one may have taken it from another.
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         try:
             computed = run(self.parts.model, [one for _, one in slices])
@@ -296,41 +295,57 @@ class EngineCore:
                 self._fail(task, error)
             return True
         finally:
-            self.parts.ledger.release("scratch", more)
-        prompt = sum(one.token_ids.shape[0] for task, one in slices if task.stage is Stage.PREFILLING)
+            self.scratch.give_back(more)
+        # All are brought up to date before anything makes room: whoever is preempted is saved as it is.
+        counts = {"prompt": 0, "reply": 0}
         for (task, one), logits in zip(slices, computed, strict=True):
-            if not one.cache.blocks:
-                continue  # the choices of another took its room just now
-            if task.stage is Stage.PREFILLING:
-                self._prompt_computed(task, one, logits)
-            else:
-                self._reply_computed(task, one, logits)
-        self.computed["prompt"] += prompt
-        self.computed["reply"] += replies
+            kind = "prompt" if task.stage is Stage.PREFILLING else "reply"
+            counts[kind] += one.token_ids.shape[0]
+            (self._prompt_computed if kind == "prompt" else self._reply_computed)(task, one, logits)
+            task.retried = False
+        for task in {task.number: task for task, _ in slices}.values():
+            if task.stage is Stage.PREFILLING and task.logits is not None:
+                self._complete_prompt(task)
+        for kind, tokens in counts.items():
+            self.computed[kind] += tokens
         self._write()
-        self.pace.saw_step(time.perf_counter() - begin, replies, prompt)
+        self.pace.saw_step(time.perf_counter() - begin, counts["reply"], counts["prompt"])
         return True
 
-    def _affordable(self, tokens: int) -> int:
-        """Prompt tokens of a step for which there is scratch: fewer where memory is short, but some in any case."""
-        free, model = self.parts.ledger.free(), self.parts.model
-        while free is not None and tokens > LEAST_TOKENS:
-            if scratch_bytes(model.config.text, tokens, 1, model.dtype.itemsize) <= free + self._scratch:
+    def _take_slices(self, prompts: bool) -> list[tuple[Task, Slice]]:
+        """What the next pass computes; there is room for its keys and values. Where there is no scratch for all, those
+        who have waited longest come first, and at least one comes."""
+        writing = [task for task in self.tasks if task.stage is Stage.DECODING]
+        replies = sum(len(task.live) for task in writing)
+        open_prompts = sorted((t for t in self.tasks if t.stage is Stage.PREFILLING), key=lambda t: t.created)
+        waiting = [(task.number, n) for task in open_prompts if (n := computable(task))]
+        budget = self.scratch.affordable(self.pace.budget(replies, len(waiting)), replies) if prompts else 0
+        shares = share_out(waiting, budget)
+        slices = [found for task in writing for found in self._reply_slices(task)]
+        slices.sort(key=lambda found: found[0].turn)
+        for task in open_prompts:
+            if task.stage is Stage.PREFILLING and task.number in shares:
+                slices += self._prompt_slice(task, shares[task.number])
+        # Making room for one may have taken it from another.
+        slices = [(task, one) for task, one in slices if one.cache.blocks]
+        while (fitting := self.scratch.fitting([one for _, one in slices])) < len(slices):
+            if not self._evict():
                 break
-            tokens = max(LEAST_TOKENS, tokens // 2)
-        return tokens
-
-    def _scratch_beyond(self, slices: Sequence[Slice]) -> int:
-        """Bytes that a pass over the slices may take beyond those of the smallest step, which are held."""
-        model, rows = self.parts.model, [one.token_ids.shape[0] for one in slices]
-        wanted = sum(n if one.wanted == "all" else one.wanted == "last" for n, one in zip(rows, slices, strict=True))
-        return max(0, scratch_bytes(model.config.text, sum(rows), wanted, model.dtype.itemsize) - self._scratch)
+        taken = slices[: max(1, fitting)]
+        self._turns += 1
+        for task, _ in taken:
+            task.turn = self._turns
+        return taken
 
     def _prompt_slice(self, task: Task, share: int) -> list[tuple[Task, Slice]]:
         assert task.cache is not None
         n = computable(task)
-        stop = task.done + (n if task.request.deterministic else min(share, n))
-        if not self._make_room(partial(_reserved, task.cache, stop), task):
+        if not task.request.deterministic:
+            n = min(share, n)
+            if task.request.prompt_logprobs is not None:
+                n = self.scratch.affordable(n, every=True)
+        stop = task.done + n
+        if self._make_room(partial(_reserved, task.cache, stop), task) is None:
             return []
         last = stop == task.length
         counts = self.writer.counts(task, stop, 1) if last and task.request.evidence else None
@@ -343,33 +358,36 @@ class EngineCore:
         task.tell(Progress("prefill", task.done, task.length))
         if task.request.prompt_logprobs is not None and logits is not None:
             self.writer.probe(task, logits)
-        if task.done < task.length:
-            return
-        assert logits is not None
+        if task.done == task.length:
+            assert logits is not None
+            task.logits = logits[-1]
+
+    def _complete_prompt(self, task: Task) -> None:
+        """Keeps the prompt for others, and goes on to the reply."""
+        assert task.vision is not None and task.cache is not None
         task.vision.close()
         task.vision = None
-        self._remember(task, task.cache, task.length)
-        if "prefilled" not in task.times:  # after a preemption the prompt is computed again
+        remember(task, self.parts.prefixes, self.parts.model.config)
+        if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
             task.tell(self.writer.prefilled(task))
-        task.stage = Stage.DECODING
+        self._begin_reply(task)
+
+    def _begin_reply(self, task: Task) -> None:
+        """Every choice goes on from the prompt; the last one takes it over. What a preempted one had written, and could
+        not be saved, comes again as tokens to compute."""
+        assert task.cache is not None and task.prompt is not None
         if not task.choices:
             task.choices = self.writer.choices(task)
-        self._fork_choices(task, logits[-1])
-
-    def _fork_choices(self, task: Task, logits: torch.Tensor) -> None:
-        """Every choice goes on from the prompt; the last one takes it over. What a preempted one had written comes
-        again as tokens to compute."""
-        assert task.cache is not None and task.prompt is not None
-        trunk, live = task.cache, task.live
-        for choice in live[:-1]:
-            choice.cache = self._make_room(trunk.fork, task)
-            if choice.cache is None:
-                return
-        live[-1].cache, task.cache = trunk, None
-        for choice in live:
-            choice.position = task.prompt.next_position
-            choice.pending, choice.logits = list(choice.reply), None if choice.reply else logits
+        live, trunk = task.live, task.cache
+        forks = self._make_room(lambda: [trunk.fork() for _ in live[1:]], task)
+        if forks is None:
+            return
+        for choice, cache in zip(live, [*forks, trunk], strict=True):
+            choice.cache, choice.position = cache, task.prompt.next_position
+            choice.pending, choice.logits = list(choice.reply), None if choice.reply else task.logits
+        task.cache = task.logits = None
+        task.stage = Stage.DECODING
 
     @staticmethod
     def _reply_computed(task: Task, one: Slice, logits: torch.Tensor | None) -> None:
@@ -380,23 +398,27 @@ class EngineCore:
         choice.logits = None if choice.pending else logits[-1]
 
     def _reply_slices(self, task: Task) -> list[tuple[Task, Slice]]:
-        found = []
-        most = 1 if task.request.deterministic else AGAIN_TOKENS
+        """One token of each choice: also of those that are computed again, in passes of the same kind as before."""
+        found: list[tuple[Task, Slice]] = []
+        if task.stage is not Stage.DECODING:
+            return found
         for choice in task.live:
-            cache, n = choice.cache, min(most, len(choice.pending))
-            if not n:
+            cache = choice.cache
+            if not choice.pending:
                 continue
             assert cache is not None
-            if not self._make_room(partial(_reserved, cache, cache.length(0) + n), task):
+            if self._make_room(partial(_reserved, cache, cache.length(0) + 1), task) is None:
                 return []
             counted = task.request.evidence and choice.index == 0
-            counts = self.writer.counts(task, cache.length(0) + n, n) if counted else None
-            found.append((task, reply_slice(task, choice, n, counts)))
+            counts = self.writer.counts(task, cache.length(0) + 1, 1) if counted else None
+            found.append((task, reply_slice(task, choice, counts)))
         return found
 
-    def _write(self) -> None:
-        """Draws the next token of every choice that has logits, and ends what is complete."""
+    def _write(self) -> bool:
+        """Draws the next token of every choice that has logits, and ends what is complete. Returns whether there was
+        any."""
         writing = [task for task in self.tasks if task.stage is Stage.DECODING]
+        drawn = any(choice.logits is not None for task in writing for choice in task.live)
         for task, error in self.writer.write(writing):
             self._fail(task, error)
         for task in writing:
@@ -409,6 +431,7 @@ class EngineCore:
             if not task.live:
                 task.tell(self.writer.finished(task))
                 self._end(task)
+        return drawn
 
     # ---------------------------------------------------------------------------------------------------- room
 
@@ -419,51 +442,37 @@ class EngineCore:
             try:
                 return take()
             except OutOfMemory as error:
-                if self.parts.prefixes.give_back() or self.parts.vision_cache.give_back(1 << 20):
+                if self._evict():
                     continue
                 others = [t for t in self.tasks if t is not task and t.stage in (Stage.PREFILLING, Stage.DECODING)]
                 younger = [t for t in others if t.created > task.created]
                 if younger:
-                    self._preempt(max(younger, key=lambda t: t.created))
+                    self.preempt(max(younger, key=lambda t: t.created))
                 elif others or (not task.retried and scattered(task)):
                     task.retried = not others
-                    self._preempt(task)
-                    task.waits_since = self.ended
+                    self.preempt(task)
                     return None
                 else:
                     self._fail(task, error)
                     return None
 
-    def _preempt(self, task: Task) -> None:
-        """Takes the blocks of a task; it will compute its prompt and what it wrote again, and loses nothing."""
-        self._release(task)
-        task.stage, task.done = Stage.READY, 0
-        task.prompt_probs, task.counts, task.counted = [], None, 0  # they come again with the tokens
-        self.preemptions += 1
-        for choice in task.live:
-            choice.pending, choice.logits = [], None
+    def _evict(self) -> bool:
+        """Gives up some of what is kept for later requests; False where nothing is."""
+        return self.parts.prefixes.give_back() or bool(self.parts.vision_cache.give_back(1 << 20))
 
-    def _remember(self, task: Task, cache: KVCache, length: int) -> None:
-        """Keeps the prompt for whoever begins with it."""
-        assert task.prompt is not None
-        if task.request.deterministic or task.prompt.past is not None:
-            return
-        spans = Spans.of(task.prompt, self.parts.model.config)
-        if spans is None:
-            return
-        try:
-            self.parts.prefixes.keep(
-                task.prompt.token_ids, spans, _secret(task), cache, cut_points(length, spans)
-            )  # fmt: skip
-        except OutOfMemory:
-            return  # there is no room to keep it
+    def preempt(self, task: Task) -> None:
+        """Takes the blocks of a task that runs; it goes on later, and loses nothing. What it had stored waits in a
+        file; where the disk has no room, it is computed again."""
+        assert task.stage in (Stage.PREFILLING, Stage.DECODING)
+        self.preemptions += save(task, self._folder)
+        task.stage, task.waits_since = Stage.READY, self.ended
 
     def _fail(self, task: Task, error: BaseException) -> None:
         task.tell(Failed(error))
         self._end(task)
 
     def _end(self, task: Task) -> None:
-        self._release(task)
+        release(task)
         self.preparation.drop(task)
         task.stage = Stage.ENDED
         self.ended += 1
@@ -471,33 +480,10 @@ class EngineCore:
             if task in self.tasks:
                 self.tasks.remove(task)
             self.wake.notify_all()
-        if self._holding and not self.tasks:
-            self._holding = False
-            self.parts.ledger.release("scratch", self._scratch)
-
-    def _release(self, task: Task) -> None:
-        """Gives back all that a task holds."""
-        if task.vision is not None:
-            task.vision.close()
-            task.vision = None
-        for cache in (task.cache, *(choice.cache for choice in task.choices)):
-            if cache is not None:
-                cache.free()
-        task.cache = None
-        for choice in task.choices:
-            choice.cache = None
+        if not self.tasks:
+            self.scratch.let_go()
 
 
 def _reserved(cache: KVCache, tokens: int) -> bool:
     cache.reserve(tokens)
     return True
-
-
-def _taken(ledger: Ledger, nbytes: int) -> bool:
-    ledger.reserve("scratch", nbytes)
-    return True
-
-
-def _secret(task: Task) -> bytes:
-    """What parts one owner's prefixes from another's, and one way to compute from another."""
-    return task.request.salt + b"\0" + task.mode.encode()

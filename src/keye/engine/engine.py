@@ -293,7 +293,7 @@ class Keye:
         """The engine that all requests of this model share; made when it is first needed."""
         parts = Parts(
             self.model, self.tokenizer, self.generation, self.prompts, self.store, self.ledger, self.vision_cache,
-            self.prefixes,
+            self.prefixes, self.kv.folder,
         )  # fmt: skip
         return EngineCore(parts)
 

@@ -6,7 +6,7 @@ Legend: n tokens, G key/value heads, D head dim, I indexer dim.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
@@ -56,6 +56,11 @@ class KVCache:
     def blocks(self) -> int:
         """Blocks held."""
         return len(self._blocks)
+
+    @property
+    def block_table(self) -> Sequence[Block]:
+        """The blocks in the order of their tokens; the last ones may be reserved and still empty."""
+        return self._blocks
 
     def reserve(self, tokens: int) -> None:
         """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes."""

@@ -11,8 +11,8 @@ from typing import Final
 from keye.errors import KeyeError
 
 #: Accounts that do not count against the memory budget but each against one of its own, and what that one is about:
-#: keys and values in a mapped file, and in main memory beside a model on a GPU.
-ASIDE: Final[Mapping[str, str]] = {"kv-file": "disk", "kv-host": "host memory"}
+#: keys and values in a mapped file, those of preempted requests, and those in main memory beside a model on a GPU.
+ASIDE: Final[Mapping[str, str]] = {"kv-file": "disk", "kv-saved": "disk", "kv-host": "host memory"}
 
 
 class OutOfMemory(KeyeError):

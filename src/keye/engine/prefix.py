@@ -46,11 +46,6 @@ class Spans:
         """Whether a prefix of `length` tokens would end inside a medium."""
         return any(first < length < stop for first, stop, _ in self.media)
 
-    def visual_before(self, length: int, prompt: Prompt) -> int:
-        """Visual tokens in the first `length` tokens, which end outside media."""
-        pairs = zip(self.media, prompt.media, strict=True)
-        return sum(item.visual_tokens for (_, stop, _), item in pairs if stop <= length)
-
 
 def cut_points(length: int, spans: Spans) -> list[int]:
     """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block

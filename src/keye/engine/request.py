@@ -19,6 +19,7 @@ from keye.engine.evidence import Evidence
 from keye.engine.kvcache import KVCache
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams, StopText
+from keye.engine.saved import SavedCaches
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, KeyeWarning
 from keye.models.attention import AttentionMode
@@ -221,12 +222,19 @@ class Task:
     counted: int = 0
     prompt_probs: list[TokenProb] = field(default_factory=list)
     notes: list[KeyeWarning] = field(default_factory=list)
+    #: Those after the last token of the prompt, until the choices take them over.
+    logits: Tensor | None = None
+    #: What it and its choices had stored when it was preempted, and whose each of the sequences is.
+    saved: SavedCaches | None = None
+    holders: list[Task | Choice] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     aborted: bool = False
-    #: Whether it began anew although nobody else was there, because its blocks lay scattered.
+    #: Whether it made room for itself although nobody else was there, because its blocks lay scattered.
     retried: bool = False
     #: How many requests had ended when it found no room.
     waits_since: int | None = None
+    #: Number of the pass that last computed something of it.
+    turn: int = 0
 
     @property
     def live(self) -> list[Choice]:

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from keye.engine.request import Choice, Task
+from keye.engine.request import Choice, Request, Task
 from keye.engine.runner import Slice, Wanted
 
 #: Prompt tokens at once where logits of all of them are wanted, and in deterministic requests.
@@ -47,11 +47,18 @@ def prompt_slice(task: Task, stop: int, counts: Tensor | None) -> Slice:
     )  # fmt: skip
 
 
-def reply_slice(task: Task, choice: Choice, n: int, counts: Tensor | None) -> Slice:
-    """The next `n` pending tokens of a choice; there is room for them."""
+def reply_slice(task: Task, choice: Choice, counts: Tensor | None) -> Slice:
+    """The next pending token of a choice; there is room for it."""
     assert choice.cache is not None
-    places = torch.arange(choice.position, choice.position + n).expand(3, -1)
+    place = torch.full((3, 1), choice.position)
     return Slice(
-        choice.cache, torch.tensor(choice.pending[:n]), places, None, "last", task.mode, counts,
+        choice.cache, torch.tensor(choice.pending[:1]), place, None, "last", task.mode, counts,
         task.request.deterministic,
     )  # fmt: skip
+
+
+def least_rows(request: Request) -> tuple[int, int]:
+    """Tokens that a request computes at once at least, and those of them whose logits it needs."""
+    if not request.deterministic:
+        return 1, 1
+    return (PROBED_TOKENS, PROBED_TOKENS) if request.prompt_logprobs is not None else (FIXED_TOKENS, 1)

@@ -228,6 +228,7 @@ class VisionJob:
     def _add(self, tokens: Tensor, held: int) -> None:
         self._parts.append(_Part(self.ready, tokens, held))
         self.ready += tokens.shape[0]
+        self.forget(self._forgotten)  # of a medium that was begun before, what was computed then
 
     def _finish_medium(self) -> None:
         """Gives a whole medium to the cache, and turns to the next."""

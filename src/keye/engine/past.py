@@ -1,0 +1,44 @@
+"""What is stored of a prompt before it is computed, and what is kept of it afterwards. Knows requests, no tensors."""
+
+from __future__ import annotations
+
+from keye.config import KeyeConfig
+from keye.engine.kvcache import KVCache
+from keye.engine.kvstore import KVStore
+from keye.engine.ledger import OutOfMemory
+from keye.engine.prefix import PrefixCache, Spans, cut_points
+from keye.engine.request import Task
+
+
+def find_past(task: Task, prefixes: PrefixCache, store: KVStore, config: KeyeConfig) -> KVCache:
+    """The sequence from which a prompt goes on: that of its index, a prefix that is known, or an empty one."""
+    prompt = task.prompt
+    assert prompt is not None
+    if prompt.past is not None:
+        return prompt.past.fork()
+    if not task.request.deterministic and task.request.prompt_logprobs is None:
+        spans = Spans.of(prompt, config)
+        found = None if spans is None else prefixes.find(prompt.token_ids, spans, _secret(task))
+        if found is not None:
+            return found
+    return KVCache(config.text.num_hidden_layers, store)
+
+
+def remember(task: Task, prefixes: PrefixCache, config: KeyeConfig) -> None:
+    """Keeps a complete prompt for whoever begins with it, where there is room."""
+    prompt, cache = task.prompt, task.cache
+    assert prompt is not None and cache is not None
+    if task.request.deterministic or prompt.past is not None:
+        return
+    spans = Spans.of(prompt, config)
+    if spans is None:
+        return
+    try:
+        prefixes.keep(prompt.token_ids, spans, _secret(task), cache, cut_points(task.length, spans))
+    except OutOfMemory:
+        return  # there is no room to keep it
+
+
+def _secret(task: Task) -> bytes:
+    """What parts one owner's prefixes from another's, and one way to compute from another."""
+    return task.request.salt + b"\0" + task.mode.encode()
