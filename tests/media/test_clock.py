@@ -136,15 +136,13 @@ def test_a_dense_passage_of_a_slow_video_is_sampled(tmp_path: Path) -> None:
 
 def test_rates_that_no_file_has_are_bounded(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mkv", frames=4, times_ms=[0, 1000, 5000, 9000])
-    assert read(path, fps=1e300, video_total_pixels=1e300)[2] == [0, 1, 2, 3]
+    assert read(path, fps=1e15, video_total_pixels=1e15)[2] == [0, 1, 2, 3]
 
 
 def test_strict_official_counts_indices_at_the_average_rate(tmp_path: Path) -> None:
     times = [0, 100, 200, 5000, 5100, 9000]
     source = fetch_source(write_clip(tmp_path / "clip.mkv", frames=6, times_ms=times))
-    with pytest.warns(
-        KeyeWarning, match=r"labelled as the official code counts, .* up to .* leave strict_official out"
-    ):
+    with pytest.warns(KeyeWarning, match=r"labelled as the official code counts, .* up to .* from what players show"):
         item = Processor(V15).video(source, MediaOptions(fps=100, strict_official=True))
     plan, rate = item.plan, probe(source).declared_fps
     assert isinstance(plan, VideoPlan) and rate is not None

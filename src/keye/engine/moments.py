@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keye.chat import Interval, Region, format_seconds
@@ -15,33 +16,60 @@ _ROUNDING: Final = 0.051
 _LISTED: Final = 3
 
 
-def sampled_windows(plans: Iterable[Mapping[str, Any]], *, relative: bool = False) -> tuple[Interval, ...]:
-    """The (start, end) seconds in which the frames of each video were sampled: the `part` of its plan, else from its
+@dataclass(frozen=True)
+class Window:
+    """From when to when a video was looked at, in seconds as the model counts them. Where players count otherwise, they
+    show what the model is told is at `counted`, ascending, at `shown`."""
+
+    start: float
+    end: float
+    counted: tuple[float, ...] = ()
+    shown: tuple[float, ...] = ()
+
+    def to_shown(self, interval: Interval) -> Interval:
+        """An interval as players count it."""
+        return (self._to_shown(interval[0]), self._to_shown(interval[1])) if self.counted else interval
+
+    def _to_shown(self, seconds: float) -> float:
+        """Between two known times evenly, before the first and after the last as far from them as the model says."""
+        place = bisect_right(self.counted, seconds)
+        before = max(place - 1, 0)
+        rate = 1.0
+        if 0 < place < len(self.counted):
+            rate = (self.shown[place] - self.shown[before]) / (self.counted[place] - self.counted[before])
+        return round(self.shown[before] + (seconds - self.counted[before]) * rate, 3)
+
+
+def sampled_windows(plans: Iterable[Mapping[str, Any]], *, relative: bool = False) -> tuple[Window, ...]:
+    """The windows in which the frames of each video were sampled: the `part` of its plan, else from its
     first sampled frame until the last one makes way for the next. `relative` counts them from the first sampled frame,
     for a model that is told no times. Plans without times (images, frames of unknown times) have no window."""
     return tuple(window for plan in plans if (window := _window(plan, relative)) is not None)
 
 
-def _window(plan: Mapping[str, Any], relative: bool) -> Interval | None:
+def _window(plan: Mapping[str, Any], relative: bool) -> Window | None:
     times = plan.get("label_times") or plan.get("timestamps")
     if not times:
         return None
     first, last = float(times[0]), float(times[-1])
     part: Sequence[float] = plan.get("part") or ()
     if len(part) == 2 and not plan.get("label_times"):
-        return (max(part[0] - first, 0.0), part[1] - first) if relative else (part[0], part[1])
+        start, end = part
+        return Window(max(start - first, 0.0), end - first, (0.0,), (first,)) if relative else Window(start, end)
     rate = plan.get("sample_fps")
     step = (last - first) / (len(times) - 1) if len(times) > 1 else 0.0
     end = last + max(step, 1 / rate if rate else 1.0)
     if plan.get("duration") is not None and not plan.get("label_times"):
         end = max(last, min(end, float(plan["duration"])))
-    return (0.0, end - first) if relative else (first, end)
+    if relative:
+        return Window(0.0, end - first, (0.0,), (float(plan["timestamps"][0]),))
+    if plan.get("label_times"):
+        return Window(first, end, tuple(times), tuple(plan["timestamps"]))
+    return Window(first, end)
 
 
-def keep_moments(
-    intervals: Sequence[Interval], windows: Sequence[Interval]
-) -> tuple[list[Interval], list[KeyeWarning]]:
-    """The intervals that are moments of the video, and a note on each kind of others.
+def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tuple[list[Interval], list[KeyeWarning]]:
+    """The intervals that are moments of the video, in seconds that players show, and a note on each kind of others.
 
     Left out are intervals without length, and those outside every window; one that reaches beyond the windows is cut to
     them. Without windows only the first rule holds: then no time is known to have been looked at or not.
@@ -56,10 +84,11 @@ def keep_moments(
         if within is None:
             outside.append((start, end))
             continue
-        kept.append(within)
-        if max(abs(within[0] - start), abs(within[1] - end)) > _ROUNDING:
+        (low, high), window = within
+        kept.append(window.to_shown((low, high)) if window is not None else (low, high))
+        if max(abs(low - start), abs(high - end)) > _ROUNDING:
             cut.append((start, end))
-    looked = f"what was looked at ({_spans(windows)})"
+    looked = f"what was looked at ({_spans([(window.start, window.end) for window in windows])})"
     notes = [
         KeyeWarning(f"the reply names {_spans(spans)}: {fault}")
         for spans, fault in (
@@ -72,29 +101,29 @@ def keep_moments(
     return kept, notes
 
 
-def keep_regions(regions: Sequence[Region], windows: Sequence[Interval]) -> list[Region]:
-    """The marked places, without clips that are no moments; clips that reach beyond the windows are cut to them."""
+def keep_regions(regions: Sequence[Region], windows: Sequence[Window]) -> list[Region]:
+    """The marked places, without clips that are no moments; clips that reach beyond the windows are cut to them, and
+    have seconds that players show."""
     kept = []
     for region in regions:
         if region.interval is None:
             kept.append(region)
-        elif region.interval[0] < region.interval[1] and (within := _within(region.interval, windows)) is not None:
-            kept.append(replace(region, interval=within))
+        elif moments := keep_moments([region.interval], windows)[0]:
+            kept.append(replace(region, interval=moments[0]))
     return kept
 
 
-def _within(interval: Interval, windows: Sequence[Interval]) -> Interval | None:
-    """The interval cut to the window with which it shares most, to all of it if windows meet; None if to none."""
+def _within(interval: Interval, windows: Sequence[Window]) -> tuple[Interval, Window | None] | None:
+    """The interval cut to the window with which it shares most, and that; None if it shares nothing with any."""
     if not windows:
-        return interval
+        return interval, None
     start, end = interval
-    parts = [(max(start, first), min(end, last)) for first, last in windows]
-    shared = [(low, high) for low, high in parts if high > low]
-    if not shared:
+    parts = [(max(start, window.start), min(end, window.end), window) for window in windows]
+    low, high, window = max(parts, key=lambda part: part[1] - part[0])
+    if high <= low:
         return None
-    low, high = max(shared, key=lambda part: part[1] - part[0])
     # What rounding to a tenth of a second adds is no excess.
-    return (start if low - start <= _ROUNDING else low), (end if end - high <= _ROUNDING else high)
+    return (start if low - start <= _ROUNDING else low, end if end - high <= _ROUNDING else high), window
 
 
 def _spans(intervals: Sequence[Interval]) -> str:

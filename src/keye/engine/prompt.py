@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Interval, Medium, Message, Segment, without_last_end
+from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment, without_last_end
 from keye.config import KeyeConfig
 from keye.engine.content import content_key
 from keye.engine.kvcache import KVCache
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
-from keye.engine.moments import sampled_windows
+from keye.engine.moments import Window, sampled_windows
 from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
 from keye.media.fetch import Source
 from keye.media.image import ImagePlan
@@ -67,7 +67,7 @@ class Prompt:
     past: KVCache | None = None
     indexed: IndexedVideo | None = None
     notes: tuple[KeyeWarning, ...] = ()
-    windows: tuple[Interval, ...] = ()
+    windows: tuple[Window, ...] = ()
 
     @property
     def media_tokens(self) -> int:

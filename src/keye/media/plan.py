@@ -255,7 +255,10 @@ def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, opti
     """The plan with the times that the model is told where they are not those of players, and a note of it."""
     if config.generation == "preview":
         first = plan.timestamps[0]
-        text = f"Preview is told no times: those in its answers count from the first sampled frame, at {first:.1f} s"
+        text = (
+            "Preview is told no times: in the text of its answers they count from the first sampled frame, at "
+            f"{first:.1f} s; intervals are turned into those that players show"
+        )
         return _noted(plan, Note(text)) if first >= VISIBLE else plan
     if not options.strict_official:
         return plan
@@ -263,11 +266,11 @@ def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, opti
     labels = tuple(i / fps for i in plan.frame_indices)
     off = max(abs(label - time) for label, time in zip(labels, plan.timestamps, strict=True))
     text = (
-        "frames are labelled as the official code counts, by index from the first frame: up to "
-        f"{off:.1f} s from what players show, as are times in an answer; leave {{}} out to avoid it"
+        f"frames are labelled as the official code counts, by index from the first frame: up to {off:.1f} s from what "
+        "players show; times in the text of an answer count so too, its intervals are turned into those of players"
     )
     plan = dataclasses.replace(plan, label_times=labels)
-    return _noted(plan, Note(text, (Option("strict_official"),))) if off >= VISIBLE else plan
+    return _noted(plan, Note(text)) if off >= VISIBLE else plan
 
 
 def _noted(plan: VideoPlan, note: Note) -> VideoPlan:
