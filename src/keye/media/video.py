@@ -186,7 +186,7 @@ class VideoReader:
                 raise self._worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
             yield shown(frame, plan)
-        if self._worker.receive(0)[0] != END:
+        if self._worker.receive(_MAX_FACTS)[0] != END:
             raise self._worker.broken()
 
     def read(self, plan: VideoPlan) -> NDArray[np.uint8]:

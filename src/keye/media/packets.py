@@ -1,0 +1,150 @@
+"""Reads every packet of a video file once, without decoding but for the first frame. Standard library and PyAV.
+
+What the packets' own bytes tell is read only where the container does not tell it: which H.264 and HEVC keys begin
+afresh, which MPEG-1 and MPEG-2 pictures lie between others, which VP8 frames are not shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from keye.media.timeline import BETWEEN, CLOSED, CORRUPT, HIDDEN, JOIN, KEY, MPEG, Joiner, Packets
+
+#: Types of NAL units: those of slices, and those of slices that begin afresh (IDR), of H.264 and of HEVC.
+_SLICES = {"h264": range(1, 6), "hevc": range(32)}
+_FRESH = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}
+#: Formats whose packets may go back in time, since an edit list names parts of the file in any order.
+_EDITED = "mov,mp4"
+#: FFmpeg's flag (AVFMT_TS_DISCONT) of formats whose clock may begin again inside a file.
+_RESTARTS = 0x200
+#: Bytes in which headers before a picture fit.
+_HEADERS = 1 << 12
+
+
+@dataclass
+class Scan:
+    """What reading all packets tells; `ends` are seconds by stream."""
+
+    packets: Packets = field(default_factory=Packets)
+    ends: dict[int, float] = field(default_factory=dict)
+    first_packet: tuple[int | None, int | None, int | None] = (None, None, None)
+    first_frame: VideoFrame | None = None
+
+
+def packet_key(packet: av.Packet[Any]) -> tuple[int | None, int | None, int | None]:
+    """What tells a packet from others of its stream."""
+    return packet.pts, packet.dts, packet.pos
+
+
+def scan(container: InputContainer, stream: VideoStream) -> Scan:
+    """Reads every packet; of those before the first frame that decodes, it is tried whether they do."""
+    found, codec = Scan(), stream.codec_context.name
+    assert stream.time_base is not None
+    unit = float(stream.time_base)
+    restarts = bool(container.format.flags & _RESTARTS)
+    joiner = None if container.format.name.startswith(_EDITED) else Joiner(unit, jumps=restarts)
+    units = {s.index: float(s.time_base) for s in container.streams if s.time_base is not None}
+    timed = {s.index for s in container.streams if s.type in ("audio", "video")}
+    packets, wanted = found.packets, stream.index
+    prefix = _prefix_size(codec, stream.codec_context.extradata)
+    for packet in container.demux():
+        if packet.size == 0:
+            continue
+        index, pts, dts, duration = packet.stream_index, packet.pts, packet.dts, packet.duration or 0
+        time = dts if pts is None else pts
+        if index != wanted:
+            if time is not None:
+                _extend(found.ends, index, (time + duration) * units[index])
+                if joiner is not None and index in timed:
+                    joiner.follow(index, (time if dts is None else dts) * units[index], duration * units[index])
+            continue
+        flags = _flags(packet, codec, prefix)
+        if joiner is not None and dts is not None:
+            offset, joins = joiner.shift(dts, duration)
+            dts += offset
+            pts = None if pts is None else pts + offset
+            flags |= JOIN if joins else 0
+        if not len(packets):
+            found.first_packet = packet_key(packet)
+        if found.first_frame is None:
+            found.first_frame = _first_frame(packet)
+        packets.add(pts, dts, duration, flags)
+        time = dts if pts is None else pts
+        if time is not None:
+            _extend(found.ends, index, (time + duration) * unit)
+    if found.first_frame is None:
+        found.first_frame = _first_frame(None, stream)
+    found.ends.setdefault(wanted, 0.0)
+    return found
+
+
+def _extend(ends: dict[int, float], index: int, end: float) -> None:
+    if end > ends.get(index, 0.0):
+        ends[index] = end
+
+
+def _flags(packet: av.Packet[Any], codec: str, prefix: int) -> int:
+    flags = KEY if packet.is_keyframe else 0
+    if packet.is_discard:
+        flags |= HIDDEN
+    if packet.is_corrupt:
+        flags |= CORRUPT
+    if codec in _SLICES:
+        if flags & KEY and begins_afresh(bytes(packet), codec, prefix):
+            flags |= CLOSED
+    elif codec in MPEG:
+        if _lies_between(bytes(packet)):
+            flags |= BETWEEN
+    elif codec == "vp8" and not memoryview(packet)[0] & 0x10:
+        flags |= HIDDEN
+    return flags
+
+
+def _prefix_size(codec: str, extradata: bytes | None) -> int:
+    """Bytes of the length before each NAL unit; 0 where start codes part them."""
+    place = {"h264": 4, "hevc": 21}.get(codec)
+    if place is None or not extradata or extradata[0] != 1 or len(extradata) <= place:
+        return 0
+    return (extradata[place] & 3) + 1
+
+
+def begins_afresh(data: bytes, codec: str, prefix: int) -> bool:
+    """Whether the first slice in a packet is of a picture after which nothing refers to what came before it (IDR)."""
+    place = 0
+    while True:
+        if prefix:
+            unit = place + prefix
+            place = unit + int.from_bytes(data[place:unit], "big")
+        else:
+            unit = data.find(b"\0\0\1", place) + 3
+            if unit < 3:
+                return False
+            place = unit
+        if unit >= len(data):
+            return False
+        kind = data[unit] & 31 if codec == "h264" else data[unit] >> 1 & 63
+        if kind in _SLICES[codec]:
+            return kind in _FRESH[codec]
+
+
+def _lies_between(data: bytes) -> bool:
+    """Whether the first picture in a packet of MPEG-1 or MPEG-2 is a B-picture."""
+    header = data.find(b"\0\0\1\0", 0, _HEADERS)
+    if header < 0:
+        header = data.find(b"\0\0\1\0")
+    return 0 <= header < len(data) - 5 and data[header + 5] >> 3 & 7 == 3
+
+
+def _first_frame(packet: av.Packet[Any] | None, stream: VideoStream | None = None) -> VideoFrame | None:
+    """The first frame that decodes; damaged packets before it are passed over."""
+    try:
+        frames = packet.decode() if packet is not None else stream.decode(None) if stream is not None else []
+    except av.error.FFmpegError:
+        return None
+    return next((frame for frame in frames if isinstance(frame, VideoFrame)), None)

@@ -1,0 +1,292 @@
+"""When the frames of a video are shown, out of what its packets say. Standard library only: nothing is read or decoded.
+
+A packet is known by its place in the file; one packet holds one frame. Times are whole units of the stream's time base.
+Packets tell when frames are decoded (dts) and when they are shown (pts), some containers only the former, some neither.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+#: A time that is not known.
+NONE = -(1 << 63)
+#: Flags of a packet: decoding can begin at it; its frame is not shown; parts of it are missing; no frame after it needs
+#: one before it; its frame is decoded right before it is shown (a B-picture); the clock begins again with it.
+KEY, HIDDEN, CORRUPT, CLOSED, BETWEEN, JOIN = 1, 2, 4, 8, 16, 32
+
+#: Codecs with B-pictures of which each lies right between two others.
+MPEG = frozenset({"mpeg1video", "mpeg2video"})
+#: Seconds by which the clock must jump ahead, or fall back, to be another part's: the limits of ffmpeg.
+_JUMP, _FALL = 10.0, 0.1
+#: The same where a container's clock cannot begin again, and only falls back after careless joining.
+_STRICT_FALL = 1.0
+
+
+@dataclass
+class Packets:
+    """Facts about the packets of a video stream, one entry each in the order of the file."""
+
+    pts: array[int] = field(default_factory=lambda: array("q"))
+    dts: array[int] = field(default_factory=lambda: array("q"))
+    durations: array[int] = field(default_factory=lambda: array("q"))
+    flags: bytearray = field(default_factory=bytearray)
+
+    def __len__(self) -> int:
+        return len(self.flags)
+
+    def add(self, pts: int | None, dts: int | None, duration: int, flags: int) -> None:
+        self.pts.append(NONE if pts is None else pts)
+        self.dts.append(NONE if dts is None else dts)
+        self.durations.append(duration)
+        self.flags.append(flags)
+
+    def places(self, flag: int) -> list[int]:
+        """Places of the packets with a flag."""
+        return [place for place, flags in enumerate(self.flags) if flags & flag]
+
+    def group(self, place: int) -> tuple[int, int]:
+        """First and end of the packets from the key before a packet (or itself) to the next key."""
+        first = place
+        while first > 0 and not self.flags[first] & KEY:
+            first -= 1
+        end = place + 1
+        while end < len(self) and not self.flags[end] & KEY:
+            end += 1
+        return first, end
+
+
+class Joiner:
+    """Makes one clock of a stream's parts whose clocks do not follow one another, as ffmpeg does when it reads them.
+
+    A part begins where decoding times fall back, or, with `jumps`, leap ahead while no other stream goes on evenly:
+    that would be a gap in the recording. It then continues where the part before it ended.
+    """
+
+    def __init__(self, unit: float, *, jumps: bool) -> None:
+        self._unit, self._jumps = unit, jumps
+        self._fall = _FALL if jumps else _STRICT_FALL
+        self._offset = self._step = 0
+        self._last: int | None = None
+        self._next = 0
+        #: When the next packet of each other stream is due, in seconds, and those that have jumped themselves.
+        self._due: dict[int, float] = {}
+        self._broken: set[int] = set()
+
+    def follow(self, stream: int, seconds: float, duration: float) -> None:
+        """Takes note of a packet of another stream."""
+        if abs(seconds - self._due.get(stream, seconds)) > _JUMP:
+            self._broken.add(stream)
+        self._due[stream] = seconds + duration
+
+    def shift(self, dts: int, duration: int) -> tuple[int, bool]:
+        """What to add to the times of the next packet, and whether a part begins with it."""
+        time, joins = dts + self._offset, False
+        if self._last is not None:
+            fall = (self._last - time) * self._unit
+            leap = (time - self._next) * self._unit
+            joins = fall > self._fall or (self._jumps and leap > _JUMP and not self._is_gap(dts * self._unit))
+            if joins:
+                self._offset -= time - self._next
+                time = self._next
+            elif time > self._last:
+                self._step = time - self._last
+        self._last, self._next = time, time + (duration or self._step)
+        self._broken.clear()
+        return self._offset, joins
+
+    def _is_gap(self, seconds: float) -> bool:
+        even = (due for stream, due in self._due.items() if stream not in self._broken)
+        return any(abs(seconds - due) <= _JUMP for due in even)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a video in the order in which they are shown.
+
+    `times` ascend strictly. `stamps` are the frames' times by the packets' places, NONE for packets without a frame
+    that is shown; None where frames are only known by the order in which a decoder gives them. `starts` are the places
+    at which decoding can begin, `begins` the times of their frames, or, without stamps, the numbers of frames before
+    them. `exact` is false where times were counted. `last_duration` is how long the last frame is shown, if that is
+    told. `damage` lists intervals (first time, end) in which packets lack parts.
+    """
+
+    times: array[int]
+    stamps: array[int] | None
+    starts: Sequence[int]
+    begins: Sequence[int]
+    exact: bool
+    last_duration: int | None
+    damage: Sequence[tuple[int, int]] = ()
+    order: array[int] | None = None
+
+    def start(self, time: int) -> int:
+        """Number of the start before the frame at `time`: all that the frame needs comes after it."""
+        index = max(bisect_right(self.times, time) - 1, 0)
+        if self.order is None:
+            return max(bisect_right(self.begins, index) - 1, 0)
+        number = max(bisect_right(self.starts, self.order[index]) - 1, 0)
+        # Frames shown before the key that they are decoded after need the frames before that key.
+        while number > 0 and self.begins[number] > time:
+            number -= 1
+        return number
+
+
+def lay_out(packets: Packets, codec: str, delay: int, step: int, reorders: Callable[[], bool]) -> Timeline:
+    """The timeline of packets, of which a decoder reorders up to `delay` and those without times come every `step`.
+
+    `reorders` finds out whether it does; it is called where times of showing may be those of decoding: they ascend in
+    the order of the file, as those of reordered frames cannot.
+    """
+    shown = [place for place, flags in enumerate(packets.flags) if not flags & HIDDEN]
+    pts = [packets.pts[place] for place in shown]
+    if NONE not in pts:
+        even = delay > 0 and len(pts) > delay + 1 and all(a < b for a, b in pairwise(pts))
+        if not even or not reorders():
+            return _by_pts(packets)
+    elif delay == 0 and all(packets.dts[place] != NONE for place in shown if packets.pts[place] == NONE):
+        return _by_pts(packets)
+    if codec in MPEG:
+        return _by_picture_type(packets, delay, step)
+    return _by_count(packets, delay, step)
+
+
+def _by_pts(packets: Packets) -> Timeline:
+    """The timeline of packets that tell when their frames are shown; dts take the place of pts that are missing.
+
+    What comes before the first key, in the file or in time, cannot be decoded and is left out.
+    """
+    keys = packets.places(KEY)
+    pts = array("q", (d if p == NONE else p for p, d in zip(packets.pts, packets.dts, strict=True)))
+    first = keys[0] if keys else 0
+    least = pts[first] if keys else NONE
+    shown = [place for place in range(first, len(packets))
+             if not packets.flags[place] & HIDDEN and pts[place] != NONE]  # fmt: skip
+    joins = [*packets.places(JOIN), len(packets)]
+    order: array[int] = array("q")
+    begin = 0
+    for join in joins:  # each part by itself
+        end = bisect_right(shown, join - 1)
+        order.extend(sorted(shown[begin:end], key=pts.__getitem__))
+        begin = end
+    if least != NONE and order:
+        before = next((i for i, place in enumerate(order) if pts[place] >= least), 0)
+        order = order[before:]
+    return _timeline(packets, order, [pts[place] for place in order], keys, pts)
+
+
+def _by_picture_type(packets: Packets, delay: int, step: int) -> Timeline:
+    """The timeline of MPEG-1 and MPEG-2, where a reference frame is shown after the B-pictures that follow it."""
+    keys = packets.places(KEY)
+    first = keys[0] if keys else 0
+    order: array[int] = array("q")
+    held: int | None = None
+    for place in range(first, len(packets)):
+        if packets.flags[place] & HIDDEN:
+            continue
+        if packets.flags[place] & BETWEEN:
+            if len(order) or not keys:  # a B-picture right after the first key lacks the frame before it
+                order.append(place)
+            continue
+        if held is not None:
+            order.append(held)
+        held = place
+    if held is not None:
+        order.append(held)
+    times = _guessed([packets.pts[place] for place in order], _delayed(packets, first, delay), step)
+    pts = array("q", packets.pts)
+    for place, time in zip(order, times, strict=True):
+        pts[place] = time
+    return _timeline(packets, order, times, keys, pts)
+
+
+def _by_count(packets: Packets, delay: int, step: int) -> Timeline:
+    """The timeline of packets that do not tell the order of showing: the decoder does.
+
+    It gives a frame for each packet, `delay` packets later, whose dts is when the frame is shown. Without any dts
+    frames are shown every `step`.
+    """
+    count = sum(not flags & HIDDEN for flags in packets.flags)
+    times = _guessed([NONE] * count, _delayed(packets, 0, delay), step)
+    exact = any(dts != NONE for dts in packets.dts)
+    starts = [0, *(place for place in packets.places(CLOSED) if place > 0)]
+    before, begins, place = 0, [], 0
+    for start in starts:
+        before += sum(not flags & HIDDEN for flags in packets.flags[place:start])
+        begins.append(before)
+        place = start
+    last = step if times else None
+    return Timeline(array("q", times), None, starts, begins, exact, last, _damage(packets, None))
+
+
+def _timeline(
+    packets: Packets, order: array[int], values: Sequence[int], keys: Sequence[int], pts: array[int]
+) -> Timeline:
+    times = array("q", _ascending(values))
+    stamps = array("q", [NONE]) * len(packets)
+    for place, time in zip(order, times, strict=True):
+        stamps[place] = time
+    begins = [pts[key] if stamps[key] == NONE else stamps[key] for key in keys] or [NONE]
+    last = packets.durations[order[-1]] or None if len(order) else None
+    return Timeline(times, stamps, keys or [0], begins, True, last, _damage(packets, stamps), order)
+
+
+def _ascending(values: Sequence[int]) -> list[int]:
+    """The values, each raised where it does not lie above the one before it."""
+    times: list[int] = []
+    for value in values:
+        times.append(value if not times or value > times[-1] else times[-1] + 1)
+    return times
+
+
+def _delayed(packets: Packets, first: int, delay: int) -> list[int]:
+    """The dts with which a decoder gives each frame, in the order of showing."""
+    dts = [packets.dts[place] if packets.dts[place] != NONE else packets.pts[place]
+           for place in range(first, len(packets)) if not packets.flags[place] & HIDDEN]  # fmt: skip
+    return [*dts[delay:], *[NONE] * min(delay, len(dts))]
+
+
+def _guessed(pts: Sequence[int], dts: Sequence[int], step: int) -> list[int]:
+    """ffmpeg's guess of the times of frames in the order of showing: pts, or dts where those ascend more often."""
+    faults_pts = faults_dts = 0
+    last_pts = last_dts = NONE
+    times: list[int] = []
+    for shown, decoded in zip(pts, dts, strict=False):
+        if decoded != NONE:
+            faults_dts += decoded <= last_dts
+            last_dts = decoded
+        elif shown != NONE:
+            last_dts = shown
+        if shown != NONE:
+            faults_pts += shown <= last_pts
+            last_pts = shown
+        elif decoded != NONE:
+            last_pts = decoded
+        time = shown if shown != NONE and (faults_pts <= faults_dts or decoded == NONE) else decoded
+        if time == NONE:
+            time = times[-1] + step if times else 0
+        times.append(time if not times or time > times[-1] else times[-1] + 1)
+    return times
+
+
+def _damage(packets: Packets, stamps: array[int] | None) -> list[tuple[int, int]]:
+    """Intervals from a packet that lacks parts to the next key. Where parts of a file meet, nothing is missing."""
+    found: list[tuple[int, int]] = []
+    times = packets.dts if stamps is None else stamps
+    for place in packets.places(CORRUPT):
+        end = packets.group(place)[1]
+        near = packets.flags[place : place + 2]
+        if any(flags & JOIN for flags in near) or place == len(packets) - 1:
+            continue
+        inside = [times[i] for i in range(place, end) if times[i] != NONE]
+        if not inside:
+            continue
+        begin, stop = min(inside), max(inside) + max(packets.durations[place], 1)
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((begin, stop))
+    return found
