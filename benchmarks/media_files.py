@@ -46,6 +46,8 @@ class Folder:
         return self.path / name
 
     def ffmpeg(self, *arguments: str) -> None:
+        if (self.path / arguments[-1]).exists():
+            return  # made before
         command = ["ffmpeg", "-hide_banner", "-loglevel", "error", "-y", *arguments]
         subprocess.run(command, check=True, cwd=self.path, stdin=subprocess.DEVNULL)
 
@@ -114,7 +116,8 @@ def turned(*matrix: float) -> Case:
 
 def variable(times: str, *arguments: str, count: int = 60) -> Case:
     """Frames at times given by an expression of ffmpeg's setpts filter."""
-    return encoded("-vf", f"settb=1/1000,setpts='{times}'", "-fps_mode", "passthrough", *arguments, count=count)
+    return encoded("-vf", f"settb=1/1000,setpts='{times}'", "-fps_mode", "passthrough", "-enc_time_base",
+                   "1/1000", *arguments, count=count)  # fmt: skip
 
 
 def damaged(of: Case, source: str, change: Callable[[bytes], bytes]) -> Case:
@@ -151,7 +154,7 @@ def hls_piece(folder: Folder, name: str) -> Path:
     whole = folder.encode(f"{name}.whole.mp4", *_X264, "-g", "30", count=120)
     folder.ffmpeg("-i", str(whole), "-c", "copy", "-f", "hls", "-hls_time", "1", "-hls_segment_filename",
                   f"{base}-%d.ts", f"{base}.m3u8")  # fmt: skip
-    return (folder.path / f"{base}-2.ts").rename(folder.path / name)
+    return folder.join(name, folder.path / f"{base}-2.ts")
 
 
 def concatenated(*arguments: str, suffix: str, inpoint: float = 0.0) -> Case:
@@ -201,7 +204,6 @@ CASES: dict[str, Case] = {
     "h264.m2ts": encoded(*_X264, "-g", "20", "-mpegts_m2ts_mode", "1"),
     "h264-b.avi": encoded(*_X264, "-g", "20", "-bf", "2"),
     "h264.asf": encoded(*_X264, "-g", "20", "-bf", "2", "-f", "asf"),
-    "h264.vob": encoded(*_X264, "-g", "20", "-f", "vob"),
     "h264.h264": encoded(*_X264, "-g", "20"),
     "h264-50.h264": encoded(*_X264, "-g", "20", rate="50"),
     "h264-fragmented.mp4": encoded(*_X264, "-g", "20", "-movflags", "frag_keyframe+empty_moov"),
@@ -215,7 +217,6 @@ CASES: dict[str, Case] = {
     "mpeg4-b.avi": encoded(*_MPEG4, "-bf", "2"),
     "xvid-packed.avi": encoded("-c:v", "libxvid", "-bf", "2", "-g", "20", *_HIGH),
     "xvid-sound.avi": encoded("-c:v", "libxvid", "-bf", "2", "-g", "20", *_HIGH, "-c:a", "mp3", sound=2.0),
-    "xvid.mkv": encoded("-c:v", "libxvid", "-bf", "2", "-g", "20", *_HIGH),
     "mpeg4-b.mkv": encoded(*_MPEG4, "-bf", "2"),
     "mpeg4.m4v": encoded(*_MPEG4, "-bf", "2", "-f", "m4v"),
     "mpeg4.ts": encoded(*_MPEG4, "-bf", "2"),
@@ -272,13 +273,12 @@ CASES: dict[str, Case] = {
     "joined-jump.vob": joined([*_MPEG2, "-bf", "2"], [], ["-output_ts_offset", "5000"], suffix="vob"),
     "joined.h264": joined(_JOIN, [], [], suffix="h264"),
     "joined.m2v": joined([*_MPEG2, "-bf", "2"], [], [], suffix="m2v"),
-    "joined.ogv": joined(["-c:v", "libtheora", "-g", "20", "-q:v", "8"], [], [], suffix="ogv"),
     "joined.flv": joined(_JOIN, [], [], suffix="flv"),
     "wrap.ts": _ts("-output_ts_offset", _WRAP),
     "far.ts": _ts("-output_ts_offset", "50000"),
     "concat.mp4": concatenated(*_JOIN, suffix="mp4"),
     "concat.mkv": concatenated(*_JOIN, suffix="mp4"),
-    "concat-cut.mp4": concatenated(*_JOIN, suffix="mp4", inpoint=0.8),
+    "concat-cut.mp4": concatenated(*_JOIN, suffix="mp4", inpoint=0.5),
     # Trims and pieces.
     "trim.mp4": copied(of=encoded(*_X264, "-g", "20"), source="mp4", before=["-ss", "1"]),
     "trim-b0.mp4": copied(of=encoded(*_X264, "-g", "60", "-bf", "0"), source="mp4", before=["-ss", "0.9"]),
@@ -327,7 +327,6 @@ CASES: dict[str, Case] = {
     "middle-refresh.ts": damaged(encoded(*_X264, *_LOW_DELAY), "ts", lambda data: data[188 * 40 :]),
     "middle-open.ts": damaged(encoded(*_X264, *_OPEN_264), "ts", lambda data: data[188 * 40 :]),
     "middle-mpeg2.ts": damaged(encoded(*_MPEG2, "-bf", "2"), "ts", lambda data: data[188 * 40 :]),
-    "middle-hevc.ts": damaged(encoded(*_X265, *_OPEN_265), "ts", lambda data: data[188 * 40 :]),
     "lost.ts": damaged(_ts(), "ts", without_packets(0.4)),
     "lost-three.ts": damaged(_ts(), "ts", without_packets(0.2, 0.5, 0.8)),
     "lost-mpeg2.ts": damaged(encoded(*_MPEG2, "-bf", "2"), "ts", without_packets(0.4)),

@@ -87,6 +87,7 @@ class Reader:
         assert frame is not None and stream.time_base is not None
         duration, start = video.container.duration, video.container.start_time
         first = float(timeline.times[0] * stream.time_base)
+        begin = start / av.time_base if start is not None else 0.0 if timeline.exact else first
         tracks = video_tracks(video.container)
         return {
             **display_facts(frame, stream.sample_aspect_ratio, video.opening.pixel_limit),
@@ -98,7 +99,7 @@ class Reader:
             "rate": [rate.numerator, rate.denominator] if rate else None,
             "time_base": [stream.time_base.numerator, stream.time_base.denominator],
             # Where sound begins first, the clock of players runs before the first picture is shown.
-            "container_start": first if start is None else min(start / av.time_base, first),
+            "container_start": min(begin, first),
             "declared_end": None if duration is None else (duration + (start or 0)) / av.time_base,
             "declared_frames": stream.frames or None,
             "readable_end": max(video.scan.ends.values()),
@@ -126,7 +127,7 @@ class Reader:
         """Frames a second, as far as the file tells."""
         stream = self.video.stream
         if self.video.container.format.name in _RAW:
-            return stream.base_rate or stream.guessed_rate
+            return stream.guessed_rate or stream.average_rate
         return stream.average_rate or stream.guessed_rate
 
     def _lay_out(self) -> Timeline:

@@ -1,7 +1,8 @@
 """Reads every packet of a video file once, without decoding but for the first frame. Standard library and PyAV.
 
 What the packets' own bytes tell is read only where the container does not tell it: which H.264 and HEVC keys begin
-afresh, which MPEG-1 and MPEG-2 pictures lie between others, which VP8 frames are not shown.
+afresh, which MPEG-1 and MPEG-2 pictures lie between others, which VP8 frames are not shown, which
+Theora packets are headers.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _flags(packet: av.Packet[Any], codec: str, prefix: int) -> int:
     elif codec in MPEG:
         if _lies_between(bytes(packet)):
             flags |= BETWEEN
-    elif codec == "vp8" and not memoryview(packet)[0] & 0x10:
+    elif (codec == "vp8" and not memoryview(packet)[0] & 0x10) or (codec == "theora" and memoryview(packet)[0] & 0x80):
         flags |= HIDDEN
     return flags
 

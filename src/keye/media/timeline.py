@@ -165,10 +165,10 @@ def _by_pts(packets: Packets) -> Timeline:
     least = pts[first] if keys else NONE
     shown = [place for place in range(first, len(packets))
              if not packets.flags[place] & HIDDEN and pts[place] != NONE]  # fmt: skip
-    joins = [*packets.places(JOIN), len(packets)]
     order: array[int] = array("q")
     begin = 0
-    for join in joins:  # each part by itself
+    # No frame of a part, and none after a picture that begins afresh, is shown before any that came before it.
+    for join in [*packets.places(JOIN | CLOSED), len(packets)]:
         end = bisect_right(shown, join - 1)
         order.extend(sorted(shown[begin:end], key=pts.__getitem__))
         begin = end
@@ -244,17 +244,21 @@ def _ascending(values: Sequence[int]) -> list[int]:
 
 def _delayed(packets: Packets, first: int, delay: int) -> list[int]:
     """The dts with which a decoder gives each frame, in the order of showing."""
-    dts = [packets.dts[place] if packets.dts[place] != NONE else packets.pts[place]
-           for place in range(first, len(packets)) if not packets.flags[place] & HIDDEN]  # fmt: skip
+    told = packets.dts if any(dts != NONE for dts in packets.dts) else packets.pts
+    dts = [told[place] for place in range(first, len(packets)) if not packets.flags[place] & HIDDEN]
     return [*dts[delay:], *[NONE] * min(delay, len(dts))]
 
 
 def _guessed(pts: Sequence[int], dts: Sequence[int], step: int) -> list[int]:
-    """ffmpeg's guess of the times of frames in the order of showing: pts, or dts where those ascend more often."""
+    """ffmpeg's guess of the times of frames in the order of showing: pts, or dts where those ascend more often; where
+    neither is told, `step` after the frame before."""
     faults_pts = faults_dts = 0
     last_pts = last_dts = NONE
     times: list[int] = []
-    for shown, decoded in zip(pts, dts, strict=False):
+    told = ((i, s if s != NONE else d) for i, (s, d) in enumerate(zip(pts, dts, strict=True)) if (s, d) != (NONE, NONE))
+    place, first = next(told, (0, 0))
+    before = first - (place + 1) * step
+    for shown, decoded in zip(pts, dts, strict=True):
         if decoded != NONE:
             faults_dts += decoded <= last_dts
             last_dts = decoded
@@ -267,7 +271,7 @@ def _guessed(pts: Sequence[int], dts: Sequence[int], step: int) -> list[int]:
             last_pts = decoded
         time = shown if shown != NONE and (faults_pts <= faults_dts or decoded == NONE) else decoded
         if time == NONE:
-            time = times[-1] + step if times else 0
+            time = (times[-1] if times else before) + step
         times.append(time if not times or time > times[-1] else times[-1] + 1)
     return times
 
