@@ -32,3 +32,15 @@ def test_what_streams_is_the_answer(model):
     stream = model.stream_ask(asset("demo.mp4"), "what do you see first, the red circle or the cyan triangle?")
     text = "".join(stream)
     assert text == stream.answer.text == "cyan triangle"
+
+
+def test_the_examples_of_the_page_are_answered_rightly(model):
+    """The sample shows a red circle from 3.0 to 8.5 s, a cyan triangle, and no green square."""
+    right = {
+        "when is the red circle visible?": "[[3.0, 8.5]]",
+        "what color is the triangle?": "cyan",
+        "when is the green square visible?": "[]",
+    }
+    assert set(model.generation.examples) == set(right)
+    for question, text in right.items():
+        assert model.ask(asset("demo.mp4"), question).text == text

@@ -38,6 +38,7 @@ HOSTILE = (
 PLAN = {
     "kind": "video", "name": "demo.mp4", "frames": 32, "timestamps": [i / 2 for i in range(32)], "width": 224,
     "height": 224, "tokens_per_frame": 16, "visual_tokens": 512, "duration": 16.0,
+    "notes": ["the file has 2 video tracks; the second is read"],
 }  # fmt: skip
 EVIDENCE = {
     "times": [i / 2 for i in range(32)],
@@ -53,17 +54,22 @@ EVIL_EVIDENCE = {
     "top": [10**9, -1, 0, "x"],
     "reason": "<img src=x onerror=window.hacked=1>",
 }
+EXAMPLES = ["When is the red circle visible?", "What color is the triangle?"]
+BROKEN = "broken.mp4 is cut short: 3.0 of 16.0 s can be read; download it again"
+NOTE = "the reply names 50:00.0 to 50:05.0: outside what was looked at (0.0 s to 16.0 s), so not shown as a moment"
 CIRCLE = "The red circle is visible at [[3.0, 8.5]] and from 0:12 on: [[12.0, 15.5]] red circle again; it moves up."
 
 
 @dataclass
 class MockServer:
-    """Runs until `close`. With `key` every call under /v1 needs it. `release` lets a held-back answer go on."""
+    """Runs until `close`. With `key` every call under /v1 needs it. `release` lets a held-back answer go on;
+    `checking`, if there is one, an upload that was sent and is being looked at."""
 
     key: str | None = None
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
     gone: threading.Event = field(default_factory=threading.Event)
+    checking: threading.Event | None = None
     busy: int = 0
 
     def __post_init__(self) -> None:
@@ -103,6 +109,7 @@ def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
             "regions": [{"kind": "box", "points": [[-4, 1e9]]}, 7] if evil else [box] if "box" in question else [],
             "evidence": [EVIL_EVIDENCE if evil else EVIDENCE],
             "attention": "sparse",
+            **({"notes": [NOTE]} if "far" in question else {}),
         },
     }
 
@@ -125,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed():
             return None
         if path == "/v1/models":
-            return self._json({"data": [{"id": "keye-nano", "keye": {"context": 8192, "attention": "sparse"}}]})
+            facts = {"context": 8192, "attention": "sparse", "examples": EXAMPLES}
+            return self._json({"data": [{"id": "keye-nano", "keye": facts}]})
         name, _, content = path.removeprefix("/v1/files/").partition("/")
         if name not in self.mock.files:
             return self._error(404, "There is no such file.")
@@ -193,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
         message = email.message_from_bytes(head + raw, policy=email.policy.HTTP)
         part = next(part for part in message.iter_parts() if part.get_filename())  # type: ignore[attr-defined]
         name, content = f"file-{len(self.mock.files)}", part.get_payload(decode=True)
+        if self.mock.checking is not None:
+            self.mock.checking.wait(20)
+        if "broken" in str(part.get_filename()):
+            return self._error(400, BROKEN)
         video = part.get_content_type().startswith("video/")
         keye = {"kind": "video", "duration": 16.0, "fps": 2.0} if video else {"kind": "image"}
         self.mock.contents[name] = content

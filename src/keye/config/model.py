@@ -137,7 +137,8 @@ class GenerationConfig:
     """`generation_config.json`: how a model wants to be sampled. Absent values leave the engine's defaults.
 
     `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a
-    prompt that also has `{article}` gets the event without its own article.
+    prompt that also has `{article}` gets the event without its own article. `examples` are questions about the sample
+    clip that the model answers rightly, for people who try it.
     """
 
     do_sample: bool = False
@@ -152,6 +153,7 @@ class GenerationConfig:
         "When does this happen in the video: {event}? Answer with a list of time intervals in seconds, "
         "[[start, end], ...], or [] if it never happens."
     )
+    examples: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         refuse(generation_problems(self))
@@ -280,7 +282,7 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     eos = raw.get("eos_token_id")
     if eos is not None:
         values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
-    return GenerationConfig(**{**values, **own_fields(raw, path, ("default_system", "ground_prompt"))})
+    return GenerationConfig(**{**values, **own_fields(raw, path, ("default_system", "ground_prompt", "examples"))})
 
 
 def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConfig:

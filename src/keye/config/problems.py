@@ -175,6 +175,9 @@ def generation_problems(config: GenerationConfig) -> Iterator[str]:
     system: Any = config.default_system
     if not isinstance(system, str | None):
         yield f"{where} default_system {system!r}; it must be a text"
+    examples: Any = config.examples
+    if not (isinstance(examples, list | tuple) and all(isinstance(one, str) and one.strip() for one in examples)):
+        yield f"{where} examples {examples!r}; it must be a list of questions"
     yield from _format_problems("ground_prompt", config.ground_prompt, event="", article="")
 
 

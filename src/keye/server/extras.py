@@ -44,6 +44,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "context": config.text.max_position_embeddings,
         "generation": config.generation,
         "attention": context.model.attention,
+        "examples": list(context.model.generation.examples),
     }
     return {
         "id": name, "object": "model", "created": int(context.started), "owned_by": "keye",

@@ -1,11 +1,13 @@
 /**
- * One question and its answer as they are shown: progress, text as it comes, reasoning folded, marks, times and tools.
+ * One question and its answer as they are shown: progress, text as it comes, reasoning folded, then the moments, each
+ * with a button that plays it, and a menu for everything else.
  *
  * A turn is `{mode, question, answer, reasoning, intervals, regions, evidence, plan, usage, attention, note, request}`.
  * This module draws it; it sends nothing. What it wants done it says by the handlers it is given.
  */
 
 import { button, copyText, element } from "./dom.js";
+import { menu } from "./menu.js";
 import { clock, pieces, span } from "./times.js";
 
 const PHASES = { decode: "Reading the video", encode: "Looking at frames", prefill: "Taking it in" };
@@ -17,24 +19,27 @@ export class AnswerView {
   #reasoning = element("details", { class: "reasoning", hidden: true }, element("summary", { text: "Reasoning" }));
   #foot = element("div", { class: "answer-foot" });
   #note = element("p", { class: "note", hidden: true });
+  #notes = element("ul", { class: "notes", hidden: true });
+  #moments = element("div", { class: "moments" });
   #bars = new Map();
 
   /**
-   * `handlers`: `jump(seconds)`, `focus(turn)` to show a turn's marks, `region(index)`, `clips(intervals, button)`,
-   * `curl(turn)` which returns a text, `again(turn)`.
+   * `handlers`: `jump(seconds)`, `play(interval)`, `focus(turn)` to show a turn's marks, `region(index)`,
+   * `clips(intervals, button)`, `range(interval)`, `curl(turn)` which returns a text, `again(turn)`.
    */
   constructor(turn, handlers) {
     this.turn = turn;
     this.handlers = handlers;
     this.#reasoning.append(this.#thought);
-    const question = element("p", { class: "question" });
+    const question = element("h2", { class: "question" });
     if (turn.mode === "find") question.append(element("span", { class: "tag", text: "Find" }), " ");
     question.append(turn.question);
+    // The log around it is read aloud as things are added; this part only once it is complete.
     this.article = element(
-      "div", { class: "answer", "aria-live": "polite", "aria-busy": "false" },
-      this.#status, this.#reasoning, this.#text, this.#note,
+      "div", { class: "answer", "aria-busy": "false" },
+      this.#status, this.#reasoning, this.#moments, this.#text, this.#note, this.#notes,
     );
-    this.node = element("li", { class: "turn" }, question, this.article, this.#foot);
+    this.node = element("article", { class: "turn" }, question, this.article, this.#foot);
     if (turn.answer || turn.note) this.finish();
   }
 
@@ -42,6 +47,11 @@ export class AnswerView {
   begin() {
     this.article.setAttribute("aria-busy", "true");
     this.#status.replaceChildren(element("span", { class: "working", text: "Sent" }));
+  }
+
+  /** Says that the question waits for its media, with a way back. */
+  wait(text, back) {
+    this.#status.replaceChildren(element("span", { class: "working", text }), button("Take it back", back));
   }
 
   /** Shows how far a phase is. */
@@ -71,18 +81,43 @@ export class AnswerView {
     this.#thought.append(text);
   }
 
-  /** Shows the turn as it is at its end, with marks. */
+  /** Shows the turn as it is at its end, with its moments. */
   finish() {
     const { turn } = this;
+    const listed = turn.mode === "find" && turn.intervals?.length > 0;
+    this.article.setAttribute("aria-busy", "false");
     this.#status.replaceChildren();
+    this.#moments.replaceChildren(...this.#momentRows());
+    // What was found stands above as moments; the list that the model wrote says the same.
+    this.#text.hidden = listed;
     this.#text.replaceChildren(...this.#pieces(turn.answer ?? ""));
     this.#thought.textContent = turn.reasoning ?? "";
     this.#reasoning.hidden = !turn.reasoning;
     this.#note.textContent = turn.note ?? "";
     this.#note.hidden = !turn.note;
     this.#note.classList.toggle("calm", !turn.failed);
+    if (turn.failed) this.#note.setAttribute("role", "alert");
+    this.#notes.replaceChildren(...(turn.notes ?? []).map((text) => element("li", { text })));
+    this.#notes.hidden = !turn.notes?.length;
     this.#foot.replaceChildren(...this.#tools(), element("p", { class: "usage", text: usageLine(turn) }));
-    this.article.setAttribute("aria-busy", "false");
+  }
+
+  /** The moments of the answer: the first large, each with what is done with it most. */
+  #momentRows() {
+    const intervals = this.turn.intervals ?? [];
+    return intervals.map(([start, end], i) => {
+      const name = span([start, end]);
+      const time = this.#mark(name, start, i ? "mark" : "mark main", "");
+      const length = element("span", { class: "length", text: `${(end - start).toFixed(1)} s` });
+      const play = button(i ? "Play" : "Play moment", () => {
+        this.handlers.focus(this.turn);
+        this.handlers.play([start, end]);
+      }, { class: i ? "" : "primary", "aria-label": `Play the moment ${name}` });
+      const save = button("Save clip", (event) => this.handlers.clips([[start, end]], event.currentTarget), {
+        "aria-label": `Save the clip ${name}`,
+      });
+      return element("div", { class: i ? "moment-row" : "moment-row card" }, time, length, play, save);
+    });
   }
 
   #pieces(text) {
@@ -109,40 +144,25 @@ export class AnswerView {
     return button(text, jump, { class: kind, "aria-label": `Jump to ${text}${label ? `: ${label}` : ""}` });
   }
 
+  /** Try again where it failed, and everything that is wanted less often in one menu. */
   #tools() {
     const { turn, handlers } = this;
-    const tools = [];
-    if (turn.intervals?.length) {
-      tools.push(
-        button("Copy times", (event) => copyText(timesAsText(turn), event.currentTarget)),
-        button("Save all clips", (event) => handlers.clips(turn.intervals, event.currentTarget)),
-        this.#clipList(),
-      );
+    const { intervals } = turn;
+    const entries = [];
+    if (intervals?.length) {
+      entries.push(["Copy times", (source) => copyText(timesAsText(turn), source)]);
+      if (intervals.length > 1) entries.push(["Save all clips", (source) => handlers.clips(intervals, source)]);
+      entries.push(["Use as range", () => handlers.range(intervals[0])]);
     }
-    const copier = (label, text) => button(label, (event) => copyText(text(), event.currentTarget));
-    if (turn.answer) tools.push(copier("Copy answer", () => turn.answer));
-    if (turn.request) tools.push(copier("Copy as curl", () => handlers.curl(turn)));
-    if (turn.note && turn.request) tools.unshift(button("Try again", () => handlers.again(turn), { class: "primary" }));
-    const show = turn.intervals?.length || turn.evidence || turn.regions?.length;
-    if (show) tools.push(button("Show on timeline", () => handlers.focus(turn)));
+    if (turn.answer) entries.push(["Copy answer", (source) => copyText(turn.answer, source)]);
+    if (turn.request) entries.push(["Copy as curl", (source) => copyText(handlers.curl(turn), source)]);
+    const shown = intervals?.length || turn.evidence || turn.regions?.length;
+    if (shown) entries.push(["Show on timeline", () => handlers.focus(turn)]);
+    const tools = entries.length ? [menu("More for this answer", entries)] : [];
+    if (turn.note && turn.request && turn.failed) {
+      tools.unshift(button("Try again", () => handlers.again(turn), { class: "primary" }));
+    }
     return tools.length ? [element("div", { class: "tools" }, ...tools)] : [];
-  }
-
-  /** One row for each interval: jump there, save it. */
-  #clipList() {
-    const rows = this.turn.intervals.map(([start, end]) => {
-      const name = span([start, end]);
-      return element(
-        "li", {}, this.#mark(`${name} (${(end - start).toFixed(1)} s)`, start, "mark", ""),
-        button("Save clip", (event) => this.handlers.clips([[start, end]], event.currentTarget), {
-          "aria-label": `Save the clip ${name}`,
-        }),
-      );
-    });
-    const title = `${rows.length} ${rows.length === 1 ? "moment" : "moments"}`;
-    return element(
-      "details", { class: "clips" }, element("summary", { text: title }), element("ul", {}, ...rows),
-    );
   }
 }
 

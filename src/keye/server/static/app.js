@@ -5,7 +5,7 @@
 import { AnswerView } from "./answer.js";
 import { clips, explain, fileContent, models, sampleFile, storedKey } from "./api.js";
 import { askTurn, findTurn } from "./ask.js";
-import { amount, words } from "./data.js";
+import * as data from "./data.js";
 import { button, byId, download, element } from "./dom.js";
 import { conversations, forget, forgetAll, keep, newConversation } from "./history.js";
 import { kindOf, MAX_MEDIA, Media } from "./media.js";
@@ -20,9 +20,13 @@ const MAX_FETCH = 256 * 1024 * 1024;
 
 const media = new Media();
 const stage = new Stage(media);
-const sampling = new Sampling(() => ({ model: model(), media: media.ready ? media.items : null }));
+const sampling = new Sampling(() => ({
+  model: model(), media: media.ready ? media.items : null, duration: media.video?.duration ?? null,
+}));
 let conversation = newConversation();
 let running = null;
+/** A question that waits until its media are on the server: `{question, mode, view}`. */
+let waiting = null;
 
 function model() {
   return byId("model").value;
@@ -52,16 +56,29 @@ function addFiles(files) {
   byId("question").focus();
 }
 
-async function useSample() {
+/** Opens the sample clip, and asks `question` about it if there is one. */
+async function useSample(question = "") {
   try {
     addFiles([await sampleFile()]);
   } catch (error) {
-    notice(...explain(error));
+    return notice(...explain(error));
   }
+  if (!question) return undefined;
+  byId("question").value = question;
+  return send();
+}
+
+/** The questions that the model in use answers about the sample, as buttons. */
+function showExamples(found) {
+  const examples = data.sentences(found.find((one) => one.id === model())?.keye?.examples).slice(0, 4);
+  const label = byId("examples").firstChild;
+  byId("examples").replaceChildren(label, ...examples.map((text) => button(text, () => useSample(text))));
+  byId("examples").hidden = !examples.length;
 }
 
 function startAnew() {
   running?.abort();
+  takeBack();
   conversation = newConversation();
   media.clear();
   sampling.setRange(null, null);
@@ -72,15 +89,7 @@ function startAnew() {
 
 // Questions
 
-function readTurn() {
-  const question = byId("question").value.trim();
-  const mode = document.querySelector("input[name=mode]:checked").value;
-  if (!question) return null;
-  const problem = whyNot(mode);
-  if (problem) {
-    notice(...problem);
-    return null;
-  }
+function makeTurn(question, mode) {
   const given = { model: model(), sampling: sampling.values, options: options() };
   const turns = conversation.turns.filter((turn) => !turn.failed);
   const request = mode === "find"
@@ -89,28 +98,65 @@ function readTurn() {
   return { mode, question, request, answer: "", reasoning: "", intervals: null, regions: [], evidence: null, plan: [] };
 }
 
-/** Why nothing can be asked now, as a sentence and what to do; null where it can. */
+/** Why nothing can be asked now, as sentences; null where it can. */
 function whyNot(mode) {
   const failed = media.items.find((item) => item.error);
-  if (failed) {
-    const advice = failed.file ? explain(failed.error).join(" ") : "Drop the file again.";
-    return [`${failed.name} is not on the server.`, advice];
-  }
+  if (failed?.file) return [`${failed.name}:`, ...explain(failed.error)];
+  if (failed) return [`${failed.name} is not on the server.`, "Drop the file again."];
   if (mode === "find" && !media.video) return ["There is no video to find anything in.", "Drop one."];
-  if (!media.ready) return ["The upload is not done.", "Send the question again in a moment; it stays here."];
   return null;
 }
 
 async function send() {
   if (!model()) await loadModels();
-  if (running) return;
-  const turn = readTurn();
-  if (!turn) return;
+  const question = byId("question").value.trim();
+  const mode = document.querySelector("input[name=mode]:checked").value;
+  if (running || waiting || !question) return;
+  // The field that is wrong takes the focus, and its sentence stands beside it.
+  if (media.video && sampling.problem) return void sampling.showProblem();
+  const problem = whyNot(mode);
+  if (problem) return void notice(...problem);
   byId("question").value = "";
   clearNotice();
+  if (!media.ready) return wait(question, mode);
+  await ask(question, mode);
+}
+
+async function ask(question, mode) {
+  const turn = makeTurn(question, mode);
   conversation.turns.push(turn);
   conversation.title ||= turn.question;
   await run(turn, addView(turn));
+}
+
+/** Shows a question that is asked as soon as its media are on the server. */
+function wait(question, mode) {
+  const view = addView({ question, mode, answer: "", plan: [] });
+  view.wait("Your question is asked as soon as the file is ready.", takeBack);
+  waiting = { question, mode, view };
+}
+
+/** Puts a waiting question back into the field. */
+function takeBack() {
+  if (!waiting) return;
+  waiting.view.node.remove();
+  byId("question").value ||= waiting.question;
+  waiting = null;
+}
+
+/** Asks the waiting question once it can be, or gives it back where a file was not taken. */
+async function goOn() {
+  if (!waiting) return;
+  const { question, mode, view } = waiting;
+  const problem = whyNot(mode);
+  if (!problem && !media.ready) return;
+  if (problem) {
+    takeBack();
+    return notice(...problem);
+  }
+  waiting = null;
+  view.node.remove();
+  await ask(question, mode);
 }
 
 async function run(turn, view) {
@@ -126,7 +172,10 @@ async function run(turn, view) {
   keep(mine);
   if (mine !== conversation) return;
   // The marks of the answer before stay where this one brought nothing, and the question can be changed and sent again.
-  if (turn.answer) stage.show(turn);
+  if (turn.answer) {
+    stage.show(turn);
+    if (turn.intervals?.length && !stage.player.playing) stage.jump(turn.intervals[0][0]);
+  }
   else if (turn.failed && !byId("question").value) byId("question").value = turn.question;
 }
 
@@ -157,6 +206,11 @@ function addView(turn) {
       // On a phone the answer stands below the player.
       byId("player").scrollIntoView({ block: "nearest" });
     },
+    play: (interval) => {
+      stage.playMoment(interval);
+      byId("player").scrollIntoView({ block: "nearest" });
+    },
+    range: (interval) => sampling.setRange(...interval),
     focus: (focused) => stage.show(focused),
     region: (focused, index) => {
       stage.show(focused);
@@ -249,8 +303,8 @@ async function fetchBack(item) {
 
 // Notices, models and the start
 
-function notice(message, advice) {
-  byId("notice-text").textContent = [message, advice].filter(Boolean).join(" ");
+function notice(...sentences) {
+  byId("notice-text").textContent = sentences.filter(Boolean).join(" ");
   byId("notice").hidden = false;
 }
 
@@ -260,13 +314,14 @@ function clearNotice() {
 
 async function loadModels() {
   try {
-    const found = (await models()).filter((one) => words(one?.id));
+    const found = (await models()).filter((one) => data.words(one?.id));
     byId("model").replaceChildren(...found.map((one) => {
-      const context = amount(one.keye?.context);
+      const context = data.amount(one.keye?.context);
       const size = context ? ` (${context.toLocaleString("en")} tokens)` : "";
       return element("option", { value: one.id, text: one.id + size });
     }));
     byId("model").disabled = found.length < 2;
+    showExamples(found);
   } catch (error) {
     notice(...explain(error));
   }
@@ -343,12 +398,16 @@ function startKeys() {
 function startPlanning() {
   let planned = "";
   media.addEventListener("change", () => {
-    byId("sampling").hidden = !media.video;
+    byId("advanced").hidden = !media.video;
     const state = media.items.map((item) => item.id ?? "waiting").join();
     if (state !== planned) sampling.refresh();
     planned = state;
+    goOn();
   });
-  sampling.addEventListener("range", () => stage.timeline.setRange(...sampling.range));
+  sampling.addEventListener("range", () => {
+    stage.timeline.setRange(...sampling.range);
+    byId("send").setAttribute("aria-disabled", String(sampling.problem !== null));
+  });
   sampling.addEventListener("planned", (event) => stage.timeline.setFrames(event.detail));
   stage.timeline.addEventListener("range", (event) => sampling.setRange(...event.detail));
   byId("model").addEventListener("change", () => sampling.refresh());
@@ -360,7 +419,7 @@ function start() {
   startAsking();
   startKeys();
   startPlanning();
-  byId("sample").addEventListener("click", useSample);
+  byId("sample").addEventListener("click", () => useSample());
   byId("new").addEventListener("click", startAnew);
   byId("open-history").addEventListener("click", openHistory);
   byId("open-keys").addEventListener("click", () => byId("keys").showModal());

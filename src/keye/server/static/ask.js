@@ -46,6 +46,9 @@ async function guarded(turn, view, signal, work) {
   turn.seconds = (performance.now() - began) / 1000;
   // The last chunk has the intervals; of an answer that was cut off they are read from its text.
   turn.intervals ??= parseIntervals(turn.answer);
+  // A reply that repeated itself ends like one that was too long; its note says which it was.
+  const looped = turn.notes?.some((note) => note.includes("repeated itself"));
+  if (turn.cut && !looped) turn.note ||= "Cut at the most tokens; raise them under Settings.";
   view.finish();
 }
 
@@ -53,7 +56,7 @@ function takeChunk(turn, view, chunk) {
   const step = data.progress(chunk?.keye?.progress);
   if (step) view.progress(step);
   takeDelta(turn, view, chunk?.choices?.[0]?.delta);
-  if (chunk?.choices?.[0]?.finish_reason === "length") turn.note = "Cut at the most tokens; raise them under Settings.";
+  if (chunk?.choices?.[0]?.finish_reason === "length") turn.cut = true;
   if (chunk?.usage) takeUsage(turn, chunk.usage);
   if (chunk?.keye && !chunk.keye.progress) takeExtras(turn, chunk.keye);
 }
@@ -79,4 +82,5 @@ function takeExtras(turn, extras) {
   if (extras.regions) turn.regions = data.regions(extras.regions);
   if (Array.isArray(extras.evidence)) turn.evidence = extras.evidence.slice(0, 16).map(data.evidence);
   turn.attention = data.words(extras.attention, 20);
+  turn.notes = data.sentences(extras.notes);
 }

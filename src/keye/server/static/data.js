@@ -24,15 +24,20 @@ export function words(value, most = 300) {
   return typeof value === "string" ? value.slice(0, most) : "";
 }
 
+/** Sentences, at most 20 of them. */
+export function sentences(value) {
+  return list(value, 20).filter((one) => typeof one === "string" && one.trim()).map((one) => words(one, 500));
+}
+
 /** A count or a length that is drawn, or null. */
 export function amount(value) {
   return finite(value) && value >= 0 ? value : null;
 }
 
-/** `[[start, end], ...]` in seconds, 0 <= start <= end. */
+/** `[[start, end], ...]` in seconds, 0 <= start < end: what has no length is no moment. */
 export function intervals(value) {
   return list(value, MAX_INTERVALS)
-    .filter((pair) => Array.isArray(pair) && finite(pair[0]) && finite(pair[1]) && pair[0] >= 0 && pair[0] <= pair[1])
+    .filter((pair) => Array.isArray(pair) && finite(pair[0]) && finite(pair[1]) && pair[0] >= 0 && pair[0] < pair[1])
     .map(([start, end]) => [start, end]);
 }
 
@@ -83,6 +88,7 @@ export function plan(value) {
     width: amount(value?.width),
     height: amount(value?.height),
     tokens: amount(value?.visual_tokens) ?? 0,
+    notes: sentences(value?.notes),
   };
 }
 

@@ -46,7 +46,7 @@ function bounded(conversation) {
   const cut = (text) => (typeof text === "string" ? text.slice(0, MAX_TEXT) : "");
   const turns = conversation.turns.slice(-MAX_TURNS).map((turn) => ({
     mode: turn.mode, question: cut(turn.question), answer: cut(turn.answer), reasoning: cut(turn.reasoning),
-    intervals: turn.intervals, regions: turn.regions, plan: turn.plan, usage: turn.usage, note: cut(turn.note),
+    intervals: turn.intervals, regions: turn.regions, plan: turn.plan, usage: turn.usage, note: cut(turn.note), notes: turn.notes,
     failed: turn.failed === true,
   }));
   const media = conversation.media.map(({ id, name, kind, bytes, duration }) => ({ id, name, kind, bytes, duration }));

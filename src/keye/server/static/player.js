@@ -39,6 +39,10 @@ export class Player extends EventTarget {
     return this.#video.currentTime;
   }
 
+  get playing() {
+    return !this.#video.paused && !this.#video.ended;
+  }
+
   /** Seconds, or null as long as they are not known. */
   get duration() {
     return Number.isFinite(this.#video.duration) ? this.#video.duration : null;
@@ -57,6 +61,21 @@ export class Player extends EventTarget {
   seek(seconds) {
     const end = this.duration ?? seconds;
     this.#video.currentTime = Math.min(Math.max(0, seconds), end);
+  }
+
+  /** Plays from here and stops at `end` seconds, unless something else is done before. */
+  async playUntil(end) {
+    const video = this.#video;
+    const watch = () => {
+      const jumped = Math.abs(video.currentTime - last) > 1;
+      last = video.currentTime;
+      if (!jumped && last < end && !video.ended) return;
+      video.removeEventListener("timeupdate", watch);
+      if (!jumped && last >= end) video.pause();
+    };
+    let last = video.currentTime;
+    if (video.paused) await this.toggle();
+    if (!video.paused) video.addEventListener("timeupdate", watch);
   }
 
   async toggle() {

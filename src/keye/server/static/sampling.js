@@ -6,7 +6,7 @@
 
 import { explain, plan as askPlan } from "./api.js";
 import { amount, plans } from "./data.js";
-import { byId } from "./dom.js";
+import { byId, element } from "./dom.js";
 import { planRequest } from "./request.js";
 import { number } from "./settings.js";
 import { clock, toSeconds } from "./times.js";
@@ -34,6 +34,18 @@ export class Sampling extends EventTarget {
     return { fps: number("fps"), max_frames: number("max-frames"), video_start: start, video_end: end };
   }
 
+  /** The field that is wrong and why, as `{field, message}`; null where all are right. */
+  get problem() {
+    const field = [...byId("sampling").elements].find((candidate) => !candidate.checkValidity());
+    return field ? { field, message: `${field.labels[0].textContent.trim()}: ${field.validationMessage}` } : null;
+  }
+
+  /** Opens the fields and puts the cursor into the one that is wrong. */
+  showProblem() {
+    byId("advanced").open = true;
+    this.problem?.field.focus();
+  }
+
   /** Start and end in seconds, null for an open one. */
   get range() {
     return [readTime("start"), readTime("end")];
@@ -52,20 +64,35 @@ export class Sampling extends EventTarget {
     this.#timer = setTimeout(() => this.#plan(), PAUSE);
   }
 
-  #edited() {
+  #edited(again = true) {
     const wrong = this.#wrongRange();
-    for (const id of ["start", "end"]) byId(id).setCustomValidity(wrong);
+    for (const id of ["start", "end"]) byId(id).setCustomValidity(wrong[id] ?? "");
+    this.#showProblem();
     this.#showRange();
+    if (!again) return;
     this.dispatchEvent(new Event("range"));
     this.refresh();
   }
 
+  #showProblem() {
+    const problem = this.problem;
+    byId("sampling-problem").textContent = problem ? `${problem.message} Nothing is sent until this is right.` : "";
+    for (const field of byId("sampling").elements) {
+      if (field === problem?.field) field.setAttribute("aria-invalid", "true");
+      else field.removeAttribute("aria-invalid");
+    }
+  }
+
+  /** What is wrong with start and end, by field. */
   #wrongRange() {
     for (const id of ["start", "end"]) {
-      if (byId(id).value.trim() && toSeconds(byId(id).value) === null) return "Write seconds, mm:ss or h:mm:ss.";
+      if (byId(id).value.trim() && readTime(id) === null) return { [id]: "Write seconds, m:ss or h:mm:ss." };
     }
     const [start, end] = this.range;
-    return start !== null && end !== null && end <= start ? "The end must be after the start." : "";
+    if (start !== null && end !== null && end <= start) return { end: `The end is before the start, ${clock(start)}.` };
+    const { duration } = this.subject();
+    if (duration && start !== null && start >= duration) return { start: `The video ends at ${clock(duration)}.` };
+    return {};
   }
 
   #showRange() {
@@ -81,25 +108,20 @@ export class Sampling extends EventTarget {
     this.#stop?.abort();
     const { model, media } = this.subject();
     this.#meter.hidden = true;
+    byId("plan-notes").replaceChildren();
     if (!media) return this.#say("The cost is planned when the upload is done.");
     if (!media.length) return this.#say("");
-    const wrong = this.#problem();
-    if (wrong) return this.#say(wrong, true);
+    this.#edited(false);
+    if (this.problem) return this.#say(this.problem.message, true);
     this.#stop = new AbortController();
     try {
-      this.#show(await askPlan(planRequest({ model, media, sampling: this.values }), this.#stop.signal));
+      this.#show(await askPlan(planRequest({ model, media, sampling: this.values }), this.#stop.signal), media);
     } catch (error) {
       if (error.name !== "AbortError") this.#say(explain(error).join(" "), true);
     }
   }
 
-  /** What is wrong with the fields as a sentence, or "". */
-  #problem() {
-    const field = [...byId("sampling").elements].find((candidate) => !candidate.checkValidity());
-    return field ? `${field.labels[0].textContent}: ${field.validationMessage}` : "";
-  }
-
-  #show(result) {
+  #show(result, media) {
     const planned = plans(result?.media);
     const frames = planned.reduce((sum, one) => sum + one.frames, 0);
     const [tokens, context] = [amount(result?.prompt_tokens) ?? amount(result?.visual_tokens), amount(result?.context)];
@@ -112,6 +134,7 @@ export class Sampling extends EventTarget {
     const tooMuch = result?.fits === false;
     if (tooMuch) parts.push("this does not fit: lower the frames or choose a range");
     this.#say(parts.join(" · "), tooMuch);
+    byId("plan-notes").replaceChildren(...notesOf(planned, media).map((text) => element("li", { text })));
     const times = planned.find((one) => one.kind === "video")?.timestamps ?? [];
     this.dispatchEvent(new CustomEvent("planned", { detail: times }));
   }
@@ -120,6 +143,12 @@ export class Sampling extends EventTarget {
     this.#summary.textContent = text;
     this.#summary.classList.toggle("wrong", wrong);
   }
+}
+
+/** The notes on each medium, after its name where there are several. */
+function notesOf(planned, media) {
+  const name = (i) => (planned.length > 1 && media[i] ? `${media[i].name}: ` : "");
+  return planned.flatMap((one, i) => one.notes.map((note) => name(i) + note));
 }
 
 function readTime(id) {

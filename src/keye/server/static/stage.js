@@ -4,6 +4,7 @@
  * It shows media and turns; it asks nothing and keeps nothing.
  */
 
+import { explain } from "./api.js";
 import { button, byId, element, isTyping } from "./dom.js";
 import { EvidenceStrip } from "./evidence.js";
 import { Player } from "./player.js";
@@ -39,6 +40,12 @@ export class Stage {
     this.player.seek(seconds);
     this.timeline.reveal(seconds);
     this.timeline.moveTo(seconds);
+  }
+
+  /** Plays a moment from its start to its end. */
+  playMoment([start, end]) {
+    this.jump(start);
+    this.player.playUntil(end);
   }
 
   /** Shows a turn's intervals, evidence and places; null for none. */
@@ -77,7 +84,7 @@ export class Stage {
   }
 
   #measured(duration, playable) {
-    this.#thumbnails = playable ? new Thumbnails(this.#shown.url) : null;
+    this.#thumbnails = playable ? new Thumbnails(this.#shown.url, () => this.timeline.drawThumbs()) : null;
     this.timeline.reset(duration, this.#thumbnails);
     this.show(this.#turn);
   }
@@ -85,7 +92,7 @@ export class Stage {
   #unplayable() {
     byId("player").hidden = true;
     byId("strange").hidden = false;
-    byId("strange").textContent = "This browser cannot play this format. The model can still be asked about it.";
+    byId("strange").textContent = strangeText(this.#shown);
     if (this.#shown?.duration) this.#measured(this.#shown.duration, false);
   }
 
@@ -96,6 +103,7 @@ export class Stage {
       if (this.#shown || items.length) this.open(items[0] ?? null);
       return;
     }
+    if (!byId("strange").hidden) byId("strange").textContent = strangeText(this.#shown);
     const strange = !byId("strange").hidden || !this.#shown.url;
     if (this.#shown.kind === "video" && strange && this.#shown.duration && byId("timeline").hidden) {
       this.#measured(this.#shown.duration, false);
@@ -104,14 +112,17 @@ export class Stage {
   }
 
   #row(item) {
-    const state = item.error ? "not on the server" : item.id ? "" : `uploading ${Math.round(item.share * 100)} %`;
+    const state = stateOf(item);
     const length = item.duration ? ` · ${clock(item.duration)}` : "";
     const name = button(item.name, () => this.open(item), {
       class: "name", title: item.name, "aria-pressed": String(item === this.#shown),
     });
     const row = element("li", {}, name, element("span", { class: "state", text: `${size(item.bytes)}${length}` }));
     if (state) row.append(element("span", { class: item.error ? "state wrong" : "state", text: state }));
-    if (!item.id && !item.error) row.append(element("progress", { max: 1, value: item.share, "aria-label": "Upload" }));
+    if (!item.id && !item.error) {
+      const value = item.share < 1 ? { value: item.share } : {};
+      row.append(element("progress", { max: 1, ...value, "aria-label": item.share < 1 ? "Upload" : "Check" }));
+    }
     if (item.error && item.file) row.append(button("Upload again", () => this.media.start(item)));
     const look = { "aria-label": `Remove ${item.name}`, class: "quiet" };
     row.append(button("Remove", () => this.media.remove(item), look));
@@ -160,6 +171,20 @@ export class Stage {
       ",": move(-frame), ".": move(frame),
     }[event.key] ?? null;
   }
+}
+
+/** What is under way with a medium, or wrong with it: the server's own sentence. */
+function stateOf(item) {
+  if (item.error) return item.file ? explain(item.error).join(" ") : "not on the server";
+  if (item.id) return "";
+  return item.share < 1 ? `uploading ${Math.round(item.share * 100)} %` : "checking";
+}
+
+/** In place of the player: that the browser cannot play a video, which the server may read all the same. */
+function strangeText(item) {
+  if (item?.error) return stateOf(item);
+  if (!item?.id) return "This browser cannot play this file. The server is asked whether it can read it.";
+  return "This browser cannot play this format. keye can read it: ask as usual.";
 }
 
 function size(bytes) {

@@ -10,13 +10,14 @@ export class Thumbnails {
   #current = null;
   #usable = false;
 
-  /** `url` is the local address of the video. */
-  constructor(url) {
+  /** `url` is the local address of the video; `onReady` is called once its shape is known. */
+  constructor(url, onReady = () => {}) {
     this.#video.muted = true;
     this.#video.playsInline = true;
     this.#video.preload = "auto";
     this.#video.addEventListener("loadeddata", () => {
       this.#usable = true;
+      onReady();
       this.#next();
     });
     this.#video.addEventListener("seeked", () => this.#draw());
@@ -62,7 +63,8 @@ export class Thumbnails {
     if (!this.#current) return;
     const { canvas } = this.#current;
     this.#current = null;
-    const scale = Math.max(canvas.width / this.#video.videoWidth, canvas.height / this.#video.videoHeight);
+    // The whole picture, never cut: what is at its edge may be what is looked for.
+    const scale = Math.min(canvas.width / this.#video.videoWidth, canvas.height / this.#video.videoHeight);
     const [width, height] = [this.#video.videoWidth * scale, this.#video.videoHeight * scale];
     const context = canvas.getContext("2d");
     context.drawImage(this.#video, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);

@@ -6,8 +6,9 @@
 import { byId, element } from "./dom.js";
 import { clock, span } from "./times.js";
 
-/** Thumbnails are about this wide, in CSS pixels, and there are 8 to 24 of them. */
-const THUMBNAIL_WIDTH = 44;
+/** Most thumbnails, and least pixels between two labels of the axis. */
+const MAX_THUMBNAILS = 60;
+const LABEL_GAP = 8;
 const MAX_LANES = 4;
 /** A pointer that moves less far than this clicks; one that moves further drags. */
 const DRAG_PIXELS = 5;
@@ -80,6 +81,11 @@ export class Timeline extends EventTarget {
   setRange(start, end) {
     this.#range = [start, end];
     this.#drawRange();
+  }
+
+  /** Draws the thumbnails again, as when the shape of the video is known. */
+  drawThumbs() {
+    this.#drawThumbs();
   }
 
   /** Moves the playhead, and the view with it when it leaves what was seen. */
@@ -213,14 +219,16 @@ export class Timeline extends EventTarget {
   #drawThumbs() {
     const width = this.#track.clientWidth;
     this.#thumbnails?.forget();
-    if (!this.#thumbnails || !width) return this.#thumbs.replaceChildren();
-    const count = Math.min(24, Math.max(8, Math.round(width / THUMBNAIL_WIDTH)));
+    const height = this.#thumbs.clientHeight;
+    if (!this.#thumbnails?.aspect || !width) return this.#thumbs.replaceChildren();
+    // As many as fit in the shape of the video, each in the middle of its part of the time.
+    const own = height * Math.min(4, Math.max(0.3, this.#thumbnails.aspect));
+    const count = Math.min(MAX_THUMBNAILS, Math.max(1, Math.floor(width / own)));
     const ratio = Math.min(2, window.devicePixelRatio || 1);
     const [start, end] = this.#view;
     const cells = Array.from({ length: count }, (_, i) => {
-      const canvas = element("canvas", {
-        width: Math.ceil((width / count) * ratio), height: Math.ceil(this.#thumbs.clientHeight * ratio),
-      });
+      const canvas = element("canvas", { width: Math.ceil(own * ratio), height: Math.ceil(height * ratio) });
+      canvas.style.width = `${own}px`;
       this.#thumbnails.request(start + ((i + 0.5) / count) * (end - start), canvas);
       return canvas;
     });
@@ -281,9 +289,16 @@ export class Timeline extends EventTarget {
     for (let time = Math.ceil(start / step) * step; time <= end && end > start; time += step) {
       const label = element("span", { text: clock(time, step < 1 ? 1 : 0) });
       label.style.left = `${this.#percent(time)}%`;
-      if ((1 - this.#percent(time) / 100) * this.#track.clientWidth < 44) label.className = "last";
       labels.push(label);
     }
     this.#axis.replaceChildren(...labels);
+    // A label that does not fit whole before the next or before the edge is left out.
+    let free = 0;
+    for (const label of labels) {
+      const right = label.offsetLeft + label.offsetWidth;
+      const fits = label.offsetLeft >= free && right <= this.#axis.clientWidth;
+      if (fits) free = right + LABEL_GAP;
+      else label.remove();
+    }
   }
 }
