@@ -20,7 +20,7 @@ from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
 from keye.engine.ledger import OutOfMemory
-from keye.engine.request import Delta, Finished, Inbox, Progress, Stage, Task
+from keye.engine.request import Delta, Ended, Finished, Inbox, Prefilled, Progress, Stage, Task
 from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.media.processor import Processor
@@ -142,6 +142,74 @@ def test_preempted_requests_go_on_where_they_were(model: Keye) -> None:
     got = [[t for e in inbox.events if isinstance(e, Delta) for t in e.tokens] for inbox in inboxes]
     assert got == [alone(model, messages, 10) for messages in asked]
     assert model.core.preemptions > 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "seed": 3, "n": 2},
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3},
+        {"logit_bias": {40: 4.0, 41: 4.0}, "frequency_penalty": 0.5},
+        {"allowed_token_ids": (40, 41, 42, 43), "temperature": 1.0, "seed": 1},
+        {"bad_words": ("a", "e"), "min_tokens": 12, "stop": ("i",)},
+        {"min_tokens": 5, "stop_token_ids": (40, 41), "logit_bias": {40: 3.0}},
+        {"thinking": True, "thinking_token_budget": 4},
+        {"prompt_logprobs": 2, "logprobs": 2},
+    ],
+)
+def test_settings_hold_through_company_and_preemptions(model: Keye, options: dict[str, Any]) -> None:
+    """The same tokens, text, ends and probabilities as alone."""
+
+    def run(preempt: bool) -> list[Any]:
+        requests = [greedy(model, conversation(seed), 12, **options) for seed in range(3 if preempt else 1)]
+        inboxes = [Inbox() for _ in requests]
+        tasks = [model.core.add(one, "sparse", inbox) for one, inbox in zip(requests, inboxes, strict=True)]
+        steps = 0
+        while not model.core.idle():
+            if not model.core.step():
+                model.core.rest()
+            steps += 1
+            writing = [task for task in tasks if task.stage is Stage.DECODING]
+            if preempt and steps % 3 == 0 and writing:
+                model.core._preempt(writing[steps % len(writing)])
+        model.clear_caches()
+        return list(inboxes[0].events)
+
+    told, expected = run(preempt=True), run(preempt=False)
+    for kind in (Delta, Ended, Prefilled):
+        got, wanted = ([event for event in events if isinstance(event, kind)] for events in (told, expected))
+        assert len(got) == len(wanted) > 0
+        for one, other in zip(sorted(got, key=index_of), sorted(wanted, key=index_of), strict=True):
+            assert near(one) == near(other)
+    assert isinstance(told[-1], Finished) and told[-1].completion_tokens == expected[-1].completion_tokens
+
+
+def index_of(event: Any) -> int:
+    return getattr(event, "index", 0)
+
+
+def near(event: Any) -> Any:
+    """An event whose probabilities are rounded, since company moves their last bits."""
+    found = dict(vars(event))
+    for name in ("probs", "prompt_probs"):
+        found[name] = [(one.token, round(one.logprob, 3), one.rank) for one in found.get(name) or ()]
+    return found
+
+
+def test_token_ids_are_those_of_the_model(model: Keye) -> None:
+    size = model.config.text.vocab_size
+    for options in ({"logit_bias": {size: 1}}, {"stop_token_ids": [size]}, {"allowed_token_ids": [0, size]}):
+        with pytest.raises(KeyeError, match=f"has the token {size}; this model's tokens are numbered 0 to {size - 1}"):
+            model.chat(conversation(0), **options)
+
+
+def test_a_reply_may_be_continued(model: Keye) -> None:
+    messages = [*conversation(0), Message("assistant", ("It is",))]
+    answer = model.chat(messages, continue_final_message=True, max_tokens=4, ignore_eos=True)
+    again = model.chat(messages, max_tokens=4, ignore_eos=True)
+    assert answer.usage.prompt_tokens < again.usage.prompt_tokens and answer.usage.completion_tokens == 4
+    with pytest.raises(KeyeError, match="continue_final_message needs a text of the assistant"):
+        model.chat(conversation(0), continue_final_message=True)
 
 
 def test_what_never_fits_is_refused_with_what_would(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,57 @@ def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits() 
     assert Sampler(SamplingParams(repetition_penalty=0.5))(torch.tensor([3.0, 2.0]), [1]) == 1, "below 1 it rewards"
 
 
+@pytest.mark.parametrize(
+    ("params", "history", "expected"),
+    [
+        # Logits 3, 2, 1: a penalty once for each time, and once for all times.
+        ({"frequency_penalty": 0.5}, [], 0),
+        ({"frequency_penalty": 0.5}, [0], 0),
+        ({"frequency_penalty": 0.5}, [0, 0, 0], 1),
+        ({"frequency_penalty": -1.0}, [1, 1], 1),
+        ({"presence_penalty": 1.5}, [0], 1),
+        ({"presence_penalty": 0.9}, [0, 0, 0], 0),
+        ({"presence_penalty": 2.0}, [0, 1], 0),
+        # 3 / 1.5 - 0.25 is below 2.
+        ({"repetition_penalty": 1.5, "presence_penalty": 0.25}, [0], 1),
+        ({"logit_bias": {2: 2.5}}, [], 2),
+        ({"logit_bias": {0: -100, 1: -1.5}}, [], 2),
+        ({"logit_bias": {0: -100}, "frequency_penalty": 1.5}, [1], 2),
+        ({"allowed_token_ids": [1, 2]}, [], 1),
+        ({"allowed_token_ids": (2,)}, [], 2),
+    ],
+)
+def test_what_changes_logits(params: dict[str, Any], history: list[int], expected: int) -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sampler = Sampler(SamplingParams(**params))
+    assert not sampler.takes_best() and sampler(logits, history) == expected
+    assert logits.tolist() == [3.0, 2.0, 1.0], "the logits themselves stay"
+    drawn = Sampler(SamplingParams(temperature=1e-3, seed=1, **params))
+    assert drawn(logits, history) == expected
+
+
+def test_a_reply_does_not_end_early() -> None:
+    sampler = Sampler(SamplingParams(min_tokens=2, stop_token_ids=(2,)), ends=(0,))
+    logits = torch.tensor([3.0, 1.0, 2.0])
+    assert [sampler(logits, history) for history in ([], [1], [1, 1])] == [1, 1, 0]
+    only_the_end = torch.tensor([True, False, False])
+    assert sampler(logits, [], only_the_end) == 0, "a form that is complete ends a reply"
+
+
+def test_banned_words_end_nowhere() -> None:
+    sampler = Sampler(SamplingParams(bad_words=("x",)), banned=[[0], [1, 2, 1]])
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    assert sampler(logits, []) == 1, "token 0 is a word of its own"
+    assert [sampler(logits, history) for history in ([2], [1, 2], [2, 1, 2])] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_left_is_a_mistake(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, allowed_token_ids=(1,)))
+    with pytest.raises(KeyeError, match="leave no token to go on"):
+        sampler(torch.tensor([1.0, 1.0]), [], torch.tensor([True, False]))
+
+
 def draws(seed: int | None, count: int = 60, **params: Any) -> list[int]:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed, **params))
     return [sampler(LOGITS, []) for _ in range(count)]
@@ -136,11 +187,30 @@ def test_nan_ends_with_a_sentence(temperature: float) -> None:
         ("max_tokens", 1.5, "a whole number of at least 1"),
         ("max_tokens", 0, "a whole number of at least 1"),
         ("max_tokens", None, "a whole number of at least 1"),
+        ("frequency_penalty", 2.5, "between -2 and 2"),
+        ("presence_penalty", math.nan, "between -2 and 2"),
+        ("logit_bias", {1: 101}, "numbers between -100 and 100"),
+        ("logit_bias", {"1": 1}, "numbers between -100 and 100"),
+        ("logit_bias", [1], "numbers between -100 and 100"),
+        ("logit_bias", dict.fromkeys(range(5000), 1), "at most 4,096 token ids"),
+        ("allowed_token_ids", [], "token ids, and some"),
+        ("allowed_token_ids", [True], "token ids"),
+        ("stop_token_ids", 5, "token ids"),
+        ("stop_token_ids", [-1], "token ids"),
+        ("min_tokens", -1, "0 or more"),
+        ("bad_words", ["a"] * 300, "at most 256 strings"),
+        ("thinking_token_budget", 1.5, "0 or more"),
+        ("include_stop_str_in_output", 1, "true or false"),
     ],
 )
 def test_settings_that_cannot_be(field: str, value: object, rule: str) -> None:
     with pytest.raises(KeyeError, match=f"^{field} is .*; it must be .*{rule}"):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_min_tokens_fit_into_max_tokens() -> None:
+    with pytest.raises(KeyeError, match="min_tokens is 5, above max_tokens, which is 4"):
+        SamplingParams(min_tokens=5, max_tokens=4)
 
 
 # Stop strings
@@ -159,6 +229,16 @@ def run_through(stop: list[str], *pieces: str) -> tuple[list[str], str, bool]:
 
 def test_a_stop_string_inside_a_piece() -> None:
     assert run_through(["END"], "go on END never shown") == (["go on "], "", True)
+
+
+def test_a_stop_string_may_be_shown() -> None:
+    text = StopText(["END", "E"], shows=True)
+    assert (text.push("go on END never"), text.met, text.stopped) == ("go on E", "E", True)
+
+
+def test_text_in_which_no_stop_is_looked_for() -> None:
+    text = StopText(["END"])
+    assert (text.push("a E"), text.skip("ND b"), text.push("END"), text.met) == ("a ", "END b", "", "END")
 
 
 def test_a_stop_string_across_pieces_is_never_shown() -> None:

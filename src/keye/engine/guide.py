@@ -144,7 +144,7 @@ class GuideFactory:
         matcher, value = self._library.LLMatcher, form.value
         if form.kind == "json_schema":
             check_schema(value)
-            return str(matcher.grammar_from_json_schema(compact_schema(value, lenient=lenient)))
+            return str(matcher.grammar_from_json_schema(json.dumps(compact_schema(value, lenient=lenient))))
         if form.kind == "calls":
             return str(matcher.grammar_from_lark(self._calls(form, lenient)))
         if form.kind == "tags":
