@@ -25,6 +25,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 from keye.config import ProcessorConfig
@@ -45,8 +46,13 @@ VIDEOS = [
     ("mkv", "libx264", "yuv420p"), ("avi", "mpeg4", "yuv420p"), ("ts", "mpeg2video", "yuv420p"),
     ("mp4", "libx265", "yuv420p"), ("mov", "mjpeg", "yuvj420p"), ("gif", "gif", "rgb8"), ("flv", "flv", "yuv420p"),
 ]  # fmt: skip
-IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "AVIF", "HEIF")
+#: Those that hold several pictures here: animations, pages, and the pictures beside the main one.
+SEVERAL = ("WEBP", "TIFF", "AVIF", "HEIF")
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE, 1_000_000_000)
+
+
+pillow_heif.register_heif_opener()
 
 
 def seeds() -> list[tuple[str, bytes]]:
@@ -71,13 +77,34 @@ def seeds() -> list[tuple[str, bytes]]:
     for kind in IMAGES:
         out = io.BytesIO()
         frames = [Image.fromarray(picture) for picture in pixels[:3]]
-        many: dict[str, Any] = {"save_all": True, "append_images": frames[1:]} if kind in ("WEBP", "TIFF") else {}
+        many: dict[str, Any] = {"save_all": True, "append_images": frames[1:]} if kind in SEVERAL else {}
         exif = Image.Exif()
         exif[0x0112] = 6
-        if kind in ("JPEG", "WEBP", "PNG", "TIFF"):
+        if kind in ("JPEG", "WEBP", "PNG", "TIFF", "HEIF"):
             many["exif"] = exif
         frames[0].save(out, kind, **many)
         found.append((kind.lower(), out.getvalue()))
+        if kind in SEVERAL or kind == "PNG":
+            out = io.BytesIO()
+            moving = {"save_all": True, "append_images": frames[1:], "duration": 50} if kind == "PNG" else {}
+            frames[0].save(out, kind, **moving)
+            found.append((f"{kind.lower()}-{'moving' if moving else 'single'}", out.getvalue()))
+    return found + deep()
+
+
+def deep() -> list[tuple[str, bytes]]:
+    """Images of 16 and 32 bits and with transparency."""
+    ramp = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+    found = []
+    for name, kind, image in [
+        ("grey16", "PNG", Image.fromarray((ramp * 65535).astype(np.uint16))),
+        ("float", "TIFF", Image.fromarray((ramp * 1000).astype(np.float32))),
+        ("alpha", "PNG", Image.fromarray((ramp[..., None].repeat(2, 2) * 255).astype(np.uint8), "LA")),
+        ("alpha", "HEIF", Image.fromarray((ramp[..., None].repeat(4, 2) * 255).astype(np.uint8), "RGBA")),
+    ]:
+        out = io.BytesIO()
+        image.save(out, kind)
+        found.append((f"{kind.lower()}-{name}", out.getvalue()))
     return found
 
 

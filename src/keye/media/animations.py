@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import BinaryIO
 
-#: Blocks that are walked at most; a file with more counts as animated.
+#: Blocks of a GIF, of at most 255 bytes each, that are walked; one with more counts as animated.
 _MAX_BLOCKS = 200_000
-#: How much of a JPEG file is searched for a second picture behind the first.
-_MAX_JPEG = 64 << 20
+#: Chunks of other files that are walked to tell their kind.
+_MAX_CHUNKS = 10_000
+#: How much of a JPEG file is searched for a second picture behind the first, and how much at once.
+_MAX_JPEG, _JPEG_PIECE = 64 << 20, 1 << 20
 #: Pages of a TIFF file that are counted, and tags that a page may have.
 _MAX_PAGES, _MAX_TAGS = 10_000, 65_535
 _NEW_SUBFILE_TYPE = 254
@@ -50,12 +53,12 @@ def is_animated_gif(file: BinaryIO) -> bool:
 
 def is_animated_webp(file: BinaryIO) -> bool:
     """Whether a WebP has a second frame."""
-    return _has_two(_webp_chunks(file), b"ANMF")
+    return _has_two(_webp_chunks(file, _MAX_CHUNKS), b"ANMF")
 
 
 def is_animated_png(file: BinaryIO) -> bool:
     """Whether a PNG is an animation (APNG) of more than one frame."""
-    for name, place, length in _png_chunks(file):
+    for name, place, length in _png_chunks(file, _MAX_CHUNKS):
         if name == b"IDAT":
             return False
         if name == b"acTL" and length >= 8:
@@ -67,7 +70,7 @@ def is_animated_png(file: BinaryIO) -> bool:
 def is_png_sequence(file: BinaryIO) -> bool:
     """Whether another PNG follows the first in the same file."""
     place = 8
-    for _, at, length in _png_chunks(file):
+    for _, at, length in _png_chunks(file, _MAX_CHUNKS):
         place = at + length + 4
     file.seek(place)
     tail = file.read(20)
@@ -78,7 +81,7 @@ def is_track_file(file: BinaryIO) -> bool:
     """Whether a file of the ISO family has tracks (a `moov` box)."""
     file.seek(0, os.SEEK_END)
     end, place = file.tell(), 0
-    for _ in range(_MAX_BLOCKS):
+    for _ in range(_MAX_CHUNKS):
         file.seek(place)
         header = file.read(16)
         if len(header) < 8:
@@ -191,13 +194,14 @@ def _has_two(chunks: Iterator[tuple[bytes, int, int]], wanted: bytes) -> bool:
     return False
 
 
-def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Name, place and length of each chunk of a WebP's content; `ValueError` for one that the file does not hold."""
+def _webp_chunks(file: BinaryIO, most: int = sys.maxsize) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and length of each chunk of a WebP's content, of at most so many; `ValueError` after one that the
+    file does not hold whole."""
     file.seek(0, os.SEEK_END)
     size = file.tell()
     file.seek(4)
     end, place = int.from_bytes(file.read(4), "little") + 8, 12
-    for _ in range(_MAX_BLOCKS):
+    for _ in range(most):
         if place + 8 > end:
             return
         file.seek(place)
@@ -211,10 +215,10 @@ def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         place += 8 + length + length % 2
 
 
-def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Name, place and length of each chunk of a PNG as far as they go."""
+def _png_chunks(file: BinaryIO, most: int = sys.maxsize) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and length of each chunk of a PNG as far as they go, of at most so many."""
     place = 8
-    for _ in range(_MAX_BLOCKS):
+    for _ in range(most):
         file.seek(place)
         header = file.read(8)
         if len(header) < 8 or header[4:] == b"IEND":
@@ -231,7 +235,7 @@ def _jpeg_picture(file: BinaryIO, place: int) -> tuple[bytes, int] | None:
     if file.read(2) != b"\xff\xd8":
         return None
     size = b""
-    for _ in range(_MAX_BLOCKS):
+    for _ in range(_MAX_CHUNKS):
         marker = file.read(4)
         if len(marker) < 4 or marker[0] != 0xFF:
             return None
@@ -245,9 +249,23 @@ def _jpeg_picture(file: BinaryIO, place: int) -> tuple[bytes, int] | None:
             size = body[1:5]
         if marker[1] == 0xDA:
             break
-    begin = file.tell()
-    found = file.read(_MAX_JPEG).find(b"\xff\xd9")
-    return (size, begin + found + 2) if size and found >= 0 else None
+    end = _find(file, b"\xff\xd9", _MAX_JPEG)
+    return (size, end) if size and end is not None else None
+
+
+def _find(file: BinaryIO, mark: bytes, most: int) -> int | None:
+    """Where a mark of two bytes ends, looked for in the next `most` bytes; None where it is not."""
+    last = b""
+    for _ in range(0, most, _JPEG_PIECE):
+        begin = file.tell() - len(last)
+        piece = last + file.read(_JPEG_PIECE)
+        found = piece.find(mark)
+        if found >= 0:
+            return begin + found + len(mark)
+        if len(piece) <= len(last):
+            return None
+        last = piece[-1:]
+    return None
 
 
 def _skip_color_table(file: BinaryIO, flags: int) -> None:

@@ -82,6 +82,7 @@ _ZIPPED = {
     b"word/": "a Word document",
     b"ppt/": "a PowerPoint document",
     b"xl/": "an Excel document",
+    b"[Content_Types].xml": "an office document",
     b"mimetypeapplication/vnd.oasis": "an office document",
     b"mimetypeapplication/epub": "an e-book",
 }
@@ -239,6 +240,8 @@ def _is_icon(head: bytes) -> bool:
 
 def _is_camera_raw(head: bytes) -> bool:
     """Whether a TIFF file is the raw picture of a camera, which Pillow would open as the thumbnail in front of it."""
+    if head[2:4] not in (b"*\0", b"\0*"):
+        return False
     if head[8:10] == b"CR":
         return True
     tags = dict(first_tags(head))
