@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,18 +21,18 @@ from keye.media.fetch import fetch_source
 from keye.media.options import MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Processor
-from keye.media.video import VideoInfo, open_video, plan_video, probe
+from keye.media.video import VideoInfo, VideoReader, open_video, plan_video, probe
 
 PREVIEW, V15, V20 = (ProcessorConfig.of(name) for name in ("preview", "1.5", "2.0"))  # type: ignore[arg-type]
 
 
-def read(path: Path, **options: object) -> tuple[VideoInfo, VideoPlan, list[int]]:
+def read(file: Path | VideoReader, **options: object) -> tuple[VideoInfo, VideoPlan, list[int]]:
     """Info, plan and the number shown by each sampled frame."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as opened:
         warnings.simplefilter("ignore", KeyeWarning)
-        with open_video(fetch_source(path)) as reader:
-            plan = reader.plan(V20, MediaOptions(**options))  # type: ignore[arg-type]
-            return reader.info, plan, [read_code(frame) for frame in reader.read(plan)]
+        reader = opened.enter_context(open_video(fetch_source(file))) if isinstance(file, Path) else file
+        plan = reader.plan(V20, MediaOptions(**options))  # type: ignore[arg-type]
+        return reader.info, plan, [read_code(frame) for frame in reader.read(plan)]
 
 
 @pytest.mark.parametrize(
@@ -80,50 +81,54 @@ def test_notes_come_through_the_decode_service(tmp_path: Path) -> None:
 
 
 def test_parts_are_chosen_by_the_clock_of_players(tmp_path: Path) -> None:
-    path = write_with_sound(tmp_path / "late.mkv", video_start=1.5)
-    _, plan, codes = read(path, video_start=2.0, video_end=3.0, fps=10)
-    assert (codes[0], codes[-1]) == (5, 15)
-    assert (plan.timestamps[0], plan.timestamps[-1]) == (2.0, 3.0)
-    assert read(path, video_start=0.0, video_end=2.0)[2][0] == 0
-    with pytest.raises(KeyeError, match="video_end=1 lies before the first frame of the video, which is shown at 1.50"):
-        read(path, video_end=1.0)
-    with pytest.raises(KeyeError, match="video_start=6 lies after the end of the video at 5.50 s"):
-        read(path, video_start=6.0)
+    with open_video(fetch_source(write_with_sound(tmp_path / "late.mkv", video_start=1.5))) as reader:
+        _, plan, codes = read(reader, video_start=2.0, video_end=3.0, fps=10)
+        assert (codes[0], codes[-1]) == (5, 15)
+        assert (plan.timestamps[0], plan.timestamps[-1]) == (2.0, 3.0)
+        assert read(reader, video_start=0.0, video_end=2.0)[2][0] == 0
+        with pytest.raises(
+            KeyeError, match="video_end=1 lies before the first frame of the video, which is shown at 1.50"
+        ):
+            read(reader, video_end=1.0)
+        with pytest.raises(KeyeError, match="video_start=6 lies after the end of the video at 5.50 s"):
+            read(reader, video_start=6.0)
 
 
 @pytest.mark.parametrize("times_ms", [None, [i * 4000 for i in range(5)] + [29000]])
 def test_a_part_between_two_frames_has_the_one_on_display(tmp_path: Path, times_ms: list[int] | None) -> None:
     """Slides of 4 s each, evenly and with a longer one before the last."""
-    path = write_clip(tmp_path / "slides.mkv", frames=6, times_ms=times_ms or [i * 4000 for i in range(6)])
-    for config in (PREVIEW, V15, V20):
-        plan = plan_video(fetch_source(path), config, MediaOptions(video_start=9.0, video_end=11.0))
-        assert plan.timestamps == (8.0,)
-    _, plan, codes = read(path, video_start=9.0, video_end=11.0)
-    assert (codes, plan.part) == ([2], (9.0, 11.0))
-    assert read(path, video_start=9.0, video_end=13.0)[2] == [2, 3]
-    last = 29 if times_ms else 20
-    assert read(path, video_start=last + 0.01, video_end=last + 1)[2] == [5]
-    assert read(path, video_start=1.0, video_end=4.0)[2] == [0, 1]
+    with open_video(
+        fetch_source(write_clip(tmp_path / "slides.mkv", frames=6, times_ms=times_ms or [i * 4000 for i in range(6)]))
+    ) as reader:
+        for config in (PREVIEW, V15, V20):
+            plan = reader.plan(config, MediaOptions(video_start=9.0, video_end=11.0))
+            assert plan.timestamps == (8.0,)
+        _, plan, codes = read(reader, video_start=9.0, video_end=11.0)
+        assert (codes, plan.part) == ([2], (9.0, 11.0))
+        assert read(reader, video_start=9.0, video_end=13.0)[2] == [2, 3]
+        last = 29 if times_ms else 20
+        assert read(reader, video_start=last + 0.01, video_end=last + 1)[2] == [5]
+        assert read(reader, video_start=1.0, video_end=4.0)[2] == [0, 1]
 
 
 def test_a_part_that_begins_within_a_frame_includes_it(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "clip.mp4", frames=30, fps=10)
-    for start, first in ((1.0, 10), (1.04, 10), (1.0999, 11), (1.1, 11)):
-        assert read(path, video_start=start, video_end=2.0, fps=10)[2] == list(range(first, 21))
+    with open_video(fetch_source(write_clip(tmp_path / "clip.mp4", frames=30, fps=10))) as reader:
+        for start, first in ((1.0, 10), (1.04, 10), (1.0999, 11), (1.1, 11)):
+            assert read(reader, video_start=start, video_end=2.0, fps=10)[2] == list(range(first, 21))
 
 
 def test_a_part_of_a_variable_rate_has_a_rate_of_its_own(tmp_path: Path) -> None:
     """30 frames a second with a gap of 10 s: 6.9 a second on the whole."""
     times = [round(i * 1000 / 30) + (10_000 if i >= 45 else 0) for i in range(90)]
-    path = write_clip(tmp_path / "gap.mkv", frames=90, times_ms=times)
-    info, plan, codes = read(path, video_start=0.0, video_end=1.4, fps=2)
-    assert info.fps < 7
-    assert codes == [0, 42]
-    assert plan.sample_fps == pytest.approx(2 / 1.4)
-    assert read(path, video_start=11.5, video_end=12.5, nframes=4)[1].frames == 4
-    assert read(path, video_start=2.0, video_end=11.0)[2] == [44], "one frame is on display all the time"
-    _, plan, _ = read(path, video_start=1.0, video_end=9.0, fps=2)
-    assert plan.timestamps == pytest.approx([1.0, 1.467])
+    with open_video(fetch_source(write_clip(tmp_path / "gap.mkv", frames=90, times_ms=times))) as reader:
+        info, plan, codes = read(reader, video_start=0.0, video_end=1.4, fps=2)
+        assert info.fps < 7
+        assert codes == [0, 42]
+        assert plan.sample_fps == pytest.approx(2 / 1.4)
+        assert read(reader, video_start=11.5, video_end=12.5, nframes=4)[1].frames == 4
+        assert read(reader, video_start=2.0, video_end=11.0)[2] == [44], "one frame is on display all the time"
+        _, plan, _ = read(reader, video_start=1.0, video_end=9.0, fps=2)
+        assert plan.timestamps == pytest.approx([1.0, 1.467])
 
 
 def test_a_dense_passage_of_a_slow_video_is_sampled(tmp_path: Path) -> None:
