@@ -37,7 +37,8 @@ from keye.engine.media import Frames, check_medium, plan_medium
 from keye.engine.prompt import PromptBuilder, Room
 from keye.errors import KeyeError
 from keye.hub import resolve
-from keye.media.fetch import Source, fetch_source, jpeg_list, untrusted
+from keye.media.data_urls import decode_list, parse_list
+from keye.media.fetch import Source, fetch_source, untrusted
 from keye.media.pictures import is_array
 from keye.media.processor import MediaItem, Processor
 from keye.tokenizer import Tokenizer
@@ -146,7 +147,7 @@ def as_medium(kind: MediumKind, given: Any, options: Mapping[str, Any] | None = 
 
 def _opened(given: Any) -> Any:
     """The file that a path names, so that one which was changed is another medium; anything else as it is."""
-    return fetch_source(given) if isinstance(given, str | Path | bytes) and jpeg_list(given) is None else given
+    return fetch_source(given) if isinstance(given, str | Path | bytes) and parse_list(given) is None else given
 
 
 def _is_picture(value: object) -> bool:
@@ -157,7 +158,7 @@ def _stranger(given: MediaWithBytes[Any]) -> object:
     """The file that a request named, or the pictures in it."""
     content = given.media
     if isinstance(content, tuple) and content[1].get("video_backend") == "jpeg_sequence":
-        pictures = jpeg_list(f"data:video/jpeg;base64,{given.original_bytes.decode()}")
+        pictures = decode_list(f"data:video/jpeg;base64,{given.original_bytes.decode()}")
         return [untrusted(fetch_source(picture)) for picture in pictures or ()]
     return untrusted(fetch_source(given.original_bytes))
 
