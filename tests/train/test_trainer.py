@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from keye.commands.train import report_line
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
 from keye.models.weights import load_model
 from keye.train.config import Mix, StageConfig, TrainConfig
-from keye.train.trainer import LOG_FILE, PROGRESS_FILE, STATE_FILE, train
+from keye.train.trainer import LOG_FILE, PROGRESS_FILE, STATE_FILE, rounded, train
 from tiny import tiny_folder
 
 MIX = (Mix(frames=2, clips=2, questions=4),)
@@ -68,7 +69,26 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path):
     assert_same_weights(straight, config.output)
     load_model(config.output, load_model_config(config.output))
     log = [json.loads(line) for line in (straight / LOG_FILE).read_text().splitlines()]
-    assert [line["step"] for line in log if line["stage"] == "read"] == [1, 2, 3, 4, 5, 5]
+    assert [line["step"] for line in log if line["stage"] == "read"] == [1, 2, 3, 4, 5]
+
+
+def test_the_last_record_of_a_stage_is_of_its_last_step(tmp_path):
+    records = []
+    train(a_run(tmp_path, "out", VISION, log_seconds=3600.0), report=records.append)
+    assert [record["step"] for record in records] == [VISION.steps]
+    assert all(records[0][name] > 0 for name in ("grad_norm", "loss", "steps_per_second"))
+
+
+def test_figures_of_the_log_are_json():
+    assert [rounded(value) for value in (0.000123456, 12345.6, float("nan"), float("inf"))] == [
+        1.235e-4,
+        12350,
+        None,
+        None,
+    ]
+    assert report_line({"stage": "read", "step": 3, "minutes": 0.5, "loss": None, "grad_norm": None}) == (
+        "read: step 3, 0.5 min, loss not finite, grad_norm not finite"
+    )
 
 
 def test_killed_between_the_files_of_a_checkpoint(tmp_path):

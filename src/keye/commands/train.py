@@ -96,5 +96,9 @@ def report_line(figures: Mapping[str, Any]) -> str:
     rest = {k: v for k, v in figures.items() if k not in ("stage", "step", "minutes", "loss")}
     first = [f"{figures['stage']}: step {figures['step']}", f"{figures['minutes']:.1f} min"]
     if "loss" in figures:
-        first.append(f"loss {figures['loss']:.4g}")
-    return ", ".join(first + [f"{name} {value:.4g}" for name, value in rest.items()])
+        first.append(_named("loss", figures["loss"]))
+    return ", ".join(first + [_named(name, value) for name, value in rest.items()])
+
+
+def _named(name: str, value: float | None) -> str:
+    return f"{name} not finite" if value is None else f"{name} {value:.4g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import warnings
@@ -161,6 +162,7 @@ class Run:
             self._state = None
         self.model.train()
         clock = Clock(config, self.step, self.seconds, self.config)
+        norm = 0.0
         for batch in self._batches(number):
             progress = self.group.agree(clock.progress())
             if progress >= 1.0:
@@ -179,7 +181,8 @@ class Run:
                     self._save(number, clock, optimizer)
         self.stage, self.step, self.seconds = number + 1, 0, 0.0
         if self.group.rank == 0:
-            self._log(config, clock, stage, 0.0)
+            if clock.has_unlogged_steps():
+                self._log(config, clock, stage, norm)
             save_model(self.model, self.out, dtype=torch.bfloat16)
             self._write_progress()
             (self.out / STATE_FILE).unlink(missing_ok=True)
@@ -203,8 +206,8 @@ class Run:
 
     def _log(self, config: StageConfig, clock: Clock, stage: Stage, norm: float) -> None:
         figures = {"stage": config.name, "step": clock.step, "minutes": round(clock.seconds() / 60, 2),
-                   "steps_per_second": round(clock.rate(), 3), "grad_norm": round(norm, 3),
-                   **{k: round(v, 4) for k, v in stage.figures.take().items()}}  # fmt: skip
+                   "steps_per_second": round(clock.rate(), 3), "grad_norm": rounded(norm),
+                   **{name: rounded(value) for name, value in stage.figures.take().items()}}  # fmt: skip
         with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
         self.report(figures)
@@ -254,6 +257,10 @@ class Clock:
         self._logged, self._logged_step = now, self.step
         return rate
 
+    def has_unlogged_steps(self) -> bool:
+        """Whether a step was made since the last record of the log."""
+        return self.step > self._logged_step
+
     def log_due(self) -> bool:
         return time.monotonic() - self._logged >= self.run.log_seconds
 
@@ -263,6 +270,11 @@ class Clock:
             return False
         self._saved = time.monotonic()
         return True
+
+
+def rounded(value: float) -> float | None:
+    """A figure of the log with four significant digits; None where it is not finite, which JSON cannot write."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def schedule(config: StageConfig, step: int, progress: float) -> float:
