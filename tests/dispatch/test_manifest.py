@@ -45,6 +45,12 @@ def test_schema_thinking_and_evidence(tmp_path: Path) -> None:
     assert body["chat_template_kwargs"] == {"enable_thinking": False} and body["keye"] == {"evidence": True}
 
 
+def test_settings_of_replies(tmp_path: Path) -> None:
+    settings = {"logit_bias": {"5": -100}, "frequency_penalty": 0.5, "min_tokens": 2, "stop_token_ids": [7]}
+    body = only(tmp_path, {**QUESTION, **settings}, temperature=0.5).body
+    assert {name: body[name] for name in (*settings, "temperature")} == {**settings, "temperature": 0.5}
+
+
 def test_media_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.bin", "PNG")
     (tmp_path / "clip").write_bytes(b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom")

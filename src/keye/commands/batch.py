@@ -111,9 +111,7 @@ def check_workers(given: Mapping[str, Any]) -> None:
 
 def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that hold for lines without their own, under the names that lines have them."""
-    from keye.dispatch.manifest import SAMPLING
-
-    found = options.given(given, (*options.VIDEO_OPTIONS, *SAMPLING))
+    found = options.given(given, (*options.VIDEO_OPTIONS, *options.SAMPLING_OPTIONS, "attention"))
     if "stop" in found:
         found["stop"] = list(found["stop"])
     if given["thinking"] is not None:

@@ -23,8 +23,11 @@ from keye.media.fetch import fetch_source, media_kind
 
 #: Longest line, in bytes.
 MAX_LINE: Final = 64 << 20
+#: Settings of replies that a line may give; commands have options for most.
 SAMPLING: Final = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "attention",
+    "frequency_penalty", "presence_penalty", "logit_bias", "allowed_token_ids", "stop_token_ids", "min_tokens",
+    "bad_words", "include_stop_str_in_output", "thinking_token_budget", "ignore_eos", "deterministic",
 )  # fmt: skip
 #: Other names for settings of videos, those of the command line.
 _SHORT: Final = {"start": "video_start", "end": "video_end"}
