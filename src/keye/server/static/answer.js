@@ -84,7 +84,8 @@ export class AnswerView {
   /** Shows the turn as it is at its end, with its moments. */
   finish() {
     const { turn } = this;
-    const listed = turn.mode === "find" && turn.intervals?.length > 0;
+    const parts = pieces(turn.answer ?? "");
+    const listed = turn.intervals?.length > 0 && !parts.some(({ kind, text }) => kind !== "interval" && text.trim());
     this.article.setAttribute("aria-busy", "false");
     this.#status.replaceChildren();
     this.#moments.replaceChildren(...this.#momentRows());
@@ -105,10 +106,14 @@ export class AnswerView {
   /** The moments of the answer: the first large, each with what is done with it most. */
   #momentRows() {
     const intervals = this.turn.intervals ?? [];
+    const labels = pieces(this.turn.answer ?? "").filter((piece) => piece.kind === "interval");
     return intervals.map(([start, end], i) => {
       const name = span([start, end]);
       const time = this.#mark(name, start, i ? "mark" : "mark main", "");
-      const length = element("span", { class: "length", text: `${(end - start).toFixed(1)} s` });
+      const label = labels.find((one) => one.start === start && one.end === end)?.label;
+      const length = element("span", {
+        class: "length", text: [`${(end - start).toFixed(1)} s`, label].filter(Boolean).join(" · "),
+      });
       const play = button(i ? "Play" : "Play moment", () => {
         this.handlers.focus(this.turn);
         this.handlers.play([start, end]);
