@@ -48,8 +48,8 @@ def test_a_server_answers_the_same_and_tells_the_services_numbers() -> None:
         model = keye.load("nano", decoder=ServiceDecoder(service))
         served, page = asyncio.run(_ask(create_app(model, Settings(), decode_gauges=service.gauges), DEMO))
     assert served == usual
-    assert re.search(r"^keye:decode_workers 1.0$", page, re.MULTILINE)
-    done = re.search(r"^keye:decode_done (\S+)$", page, re.MULTILINE)
+    assert re.search(r"^keye_decode_workers 1.0$", page, re.MULTILINE)
+    done = re.search(r"^keye_decode_done (\S+)$", page, re.MULTILINE)
     assert done is not None and float(done[1]) >= 1
 
 

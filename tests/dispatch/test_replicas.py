@@ -90,11 +90,11 @@ def test_uploads_lie_apart_and_can_be_asked_about_together(http: Any, clips: lis
 
 
 def test_questions_about_one_video_meet_its_cache(http: Any, clips: list[Path]) -> None:
-    before = samples(http, "keye:prefix_cache_hits_total")
+    before = samples(http, "keye_prefix_cache_hits_total")
     one = upload(http, clips[2])
     cached = [ask(http, one).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(3)]
     assert cached[0] == 0 and min(cached[1:]) > 0
-    after = samples(http, "keye:prefix_cache_hits_total")
+    after = samples(http, "keye_prefix_cache_hits_total")
     assert set(before) == set(after) == {"0", "1"}
     assert sorted(after[one] > before[one] for one in after) == [False, True]
 

@@ -105,6 +105,19 @@ def test_private_addresses_are_refused(server: tuple[str, dict[str, Answer]]) ->
             fetch_source(url)
 
 
+def test_private_hosts_are_those_that_are_named(server: tuple[str, dict[str, Answer]]) -> None:
+    address, answers = server
+    answers["/clip.mp4"] = body(b"data")
+    port = address.rpartition(":")[2]
+    rules = (f"127.0.0.1:{port}",)
+    limits = FetchLimits(hosts=(*rules, "localhost"), private_hosts=rules)
+    assert fetch_source(f"http://127.0.0.1:{port}/clip.mp4", limits=limits).size == 4
+    with pytest.raises(MediaError, match="private address"):
+        fetch_source("http://localhost/clip.mp4", limits=limits)
+    with pytest.raises(MediaError, match="not among those"):
+        fetch_source("http://127.0.0.1:1/clip.mp4", limits=limits)
+
+
 def test_a_redirect_is_checked_like_the_first_address(
     server: tuple[str, dict[str, Answer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,7 @@ def test_nothing_else_is_opened(http: TestClient, url: str) -> None:
 def test_a_client_that_leaves_gives_everything_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is held after a few tokens until the server has noticed that the client is gone."""
     body = {"messages": HELLO, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    core, noticed = running.app._app.state.keye.model.core, threading.Event()
+    core, noticed = running.app.app.state.keye.model.core, threading.Event()
     write, before = core.writer.write, core.computed["reply"]
 
     def held(tasks: Any) -> Any:
@@ -150,7 +150,7 @@ def test_a_client_that_leaves_gives_everything_back(running: Running, monkeypatc
 
 def test_small_routes(http: TestClient) -> None:
     assert http.get("/health").json() == {"status": "ok"}
-    assert "keye:prompt_tokens_total" in http.get("/metrics").text
+    assert "keye_prompt_tokens_total" in http.get("/metrics").text
     assert http.post("/tokenize", json={"prompt": "hello"}).json()["count"] > 0
     assert http.get("/openapi.json").json()["info"]["title"] == "keye"
     assert error_of(http.get("/nothing"), 404)

@@ -316,6 +316,8 @@ def test_one_key_does_not_use_up_the_rate_of_another() -> None:
     app = guard(clock=Clock(), limits=Limits(requests_per_second=0.5, burst=2.0))
     assert [send(app, Ask(client="10.0.0.1")).status for _ in range(3)] == [200, 200, 429]
     assert send(app, Ask(client="10.0.0.2", key="x" * 20)).status == 200
+    # Behind a proxy both come from one address.
+    assert send(app, Ask(client="10.0.0.1", key="x" * 20)).status == 200
 
 
 def test_wrong_keys_are_slowed_down() -> None:
@@ -459,7 +461,7 @@ def address() -> Iterator[tuple[str, int]]:
     uvicorn = pytest.importorskip("uvicorn")
     from keye.server.protocol import uvicorn_options
 
-    limits = Limits(head_seconds=0.2, connections_per_address=50)
+    limits = Limits(head_seconds=0.2, connections_per_address=50, connections=12, keep_alive_seconds=1)
     config = uvicorn.Config(
         guard(limits=limits), port=0, log_level="critical", lifespan="off", timeout_keep_alive=1,
         **uvicorn_options(limits),
@@ -484,6 +486,24 @@ def exchange(address: tuple[str, int], data: bytes) -> bytes:
         except ConnectionResetError:
             return answer
         return answer
+
+
+def test_idle_connections_make_room_those_without_a_key_first(address: tuple[str, int]) -> None:
+    def connected(key: str | None) -> socket.socket:
+        connection = socket.create_connection(address, timeout=30)
+        shown = f"Authorization: Bearer {key}\r\n" if key else ""
+        path = "/v1/models" if key else "/health"
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{shown}\r\n".encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        return connection
+
+    held = [connected(KEY), *(connected(None) for _ in range(40))]
+    try:
+        held[0].sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200"), "the one with a key is kept"
+    finally:
+        for connection in held:
+            connection.close()
 
 
 def test_over_a_real_connection(address: tuple[str, int]) -> None:

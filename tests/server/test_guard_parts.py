@@ -225,6 +225,8 @@ class Given:
     keys: Mapping[str, str] = field(default_factory=dict)
     allow_urls: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    allow_media_hosts: tuple[str, ...] = ()
     upload_bytes: int = 1000
     body_bytes: int = 500
     pictures: int = 7
@@ -238,7 +240,11 @@ def test_from_settings_to_defences() -> None:
     assert guard_settings(Given("0.0.0.0")).hosts == guard_settings(Given("::1")).hosts == ()
     policy = fetch_policy(Given(allow_urls=("Media.Example", "*.cdn.example")))
     assert (policy.hosts, policy.video_bytes, policy.list_frames) == (("media.example", "*.cdn.example"), 1000, 7)
-    with pytest.raises(KeyeError, match="no host that can be allowed"):
-        fetch_policy(Given(allow_urls=("http://a",)))
+    private = fetch_policy(Given(allow_urls=("a.example",), allow_media_hosts=("nas.local:8080",)))
+    assert (private.hosts, private.limits.private_hosts) == (("a.example", "nas.local:8080"), ("nas.local:8080",))
+    assert guard_settings(Given(allow_origins=("https://app.example",))).origins == ("https://app.example",)
+    for rules in ({"allow_urls": ("http://a",)}, {"allow_media_hosts": ("http://a",)}):
+        with pytest.raises(KeyeError, match="no host that can be allowed"):
+            fetch_policy(Given(**rules))  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="is not safe"):
         guard_settings(Given(keys={"ann": "short"}))

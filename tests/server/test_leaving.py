@@ -60,7 +60,7 @@ def written(task: Task) -> bool:
 def test_who_leaves_gives_everything_back(
     running: Running, video: Any, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    model = running.app._app.state.keye.model
+    model = running.app.app.state.keye.model
     core = model.core
     gc.collect()
     model.clear_caches()
@@ -87,7 +87,7 @@ def test_who_leaves_gives_everything_back(
 def test_an_index_that_nobody_waits_for_is_given_up(
     running: Running, video: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = running.app._app.state.keye
+    context = running.app.app.state.keye
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
     kept, build, turn = context.files.used(), indexes._build, context.model.turn
     started, go_on, ended = threading.Event(), threading.Event(), threading.Event()

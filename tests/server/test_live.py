@@ -67,7 +67,7 @@ def test_sessions_are_counted_and_end(http: TestClient) -> None:
 
 
 def test_one_that_nobody_uses_ends_by_itself(http: TestClient) -> None:
-    store: LiveStore = http.app._app.state.keye.live  # type: ignore[attr-defined]
+    store: LiveStore = http.app.app.state.keye.live  # type: ignore[attr-defined]
     name = http.post("/v1/live", json={}).json()["id"]
     store.sweep(idle=0.0)
     error_of(http.delete(f"/v1/live/{name}"), 404)

@@ -37,6 +37,8 @@ _MAX_KEYS_BYTES = 1 << 20
     help="Keys that clients must show, one a line: KEY or NAME:KEY.  [default: KEYE_API_KEY]",
 )
 @click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch media from HOST, or *.HOST; may be repeated.")
+@click.option("--allow-media-host", multiple=True, metavar="HOST", help="The same for one at a private address.")
+@click.option("--allow-origin", multiple=True, metavar="URL", help="Web page elsewhere that may use this server.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server in the Host header.")
 @click.option(
     "--name",
@@ -48,6 +50,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--strict-limits", is_flag=True, help="Reject a max_tokens that the context has no room for.")
 @click.option("--max-upload", type=options.Bytes(), metavar="SIZE", help="Largest upload, as 500MB.  [default: 4GiB]")
 @click.option("--max-stored", type=options.Bytes(), metavar="SIZE", help="Most bytes of all uploads.  [default: 16GiB]")
+@click.option("--max-stored-per-key", type=options.Bytes(), metavar="SIZE", help="Of one key.  [default: a quarter]")
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
@@ -163,6 +166,7 @@ def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings
     names = {
         "max_upload": "upload_bytes",
         "max_stored": "stored_bytes",
+        "max_stored_per_key": "key_bytes",
         "max_queue": "queue",
         "max_seconds": "request_seconds",
     }
@@ -178,6 +182,8 @@ def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings
         served_names=given["name"],
         strict_model_name=given["strict_model_name"],
         strict_limits=given["strict_limits"],
+        allow_origins=given["allow_origin"],
+        allow_media_hosts=given["allow_media_host"],
         **limits,
     )
 

@@ -31,7 +31,11 @@ TOGETHER_SECONDS = 0.05
 
 
 class Overloaded(KeyeError):
-    """There are too many requests, or the engine is stopping; nothing was taken."""
+    """There are too many requests; nothing was taken."""
+
+
+class Stopping(Overloaded):
+    """The engine is ending: nothing is taken any more, or what was taken is given up."""
 
 
 class _Mailbox:
@@ -134,7 +138,7 @@ class AsyncEngine:
     def submit(self, request: Request) -> Running:
         """Takes a request, from the event loop's thread; `Overloaded`, and nothing taken, when too many are there."""
         if self._draining or self._closing:
-            raise Overloaded("the engine is stopping and takes no more requests; try another, or later")
+            raise Stopping("the server is ending and takes no more requests; try again")
         if len(self._open) >= self.most_requests:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
         mode = self.model.attention_of(request.attention)
@@ -178,6 +182,13 @@ class AsyncEngine:
         finally:
             running.abort()
 
+    def fail_open(self) -> None:
+        """Ends the requests that are there with an error, from the event loop's thread: the server is ending."""
+        for task in list(self._open):
+            if task.stage is not Stage.ENDED:
+                task.tell(Failed(Stopping("the server is ending before the request was complete; try again")))
+                self.core.abort(task)
+
     async def drain(self, seconds: float) -> bool:
         """Refuses new requests and waits for those that are there, at most so long; whether all have ended."""
         self._draining = True
@@ -193,10 +204,7 @@ class AsyncEngine:
             self.core.wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        for task in list(self._open):
-            if task.stage is not Stage.ENDED:
-                task.tell(Failed(Overloaded("the engine was closed before the request was complete; try again")))
-                self.core.abort(task)
+        self.fail_open()
 
     def _running(self) -> bool:
         """Whether a request of this engine holds anything still, also one that was given up in the running step."""
@@ -213,12 +221,12 @@ class AsyncEngine:
         return {
             "requests_waiting": waiting,
             "requests_running": len(stages) - waiting,
-            "prompt_tokens_total": core.computed["prompt"],
-            "generation_tokens_total": core.computed["reply"],
+            "computed_prompt_tokens_total": core.computed["prompt"],
+            "computed_reply_tokens_total": core.computed["reply"],
             "preemptions_total": core.preemptions,
             "prefix_cache_hits_total": parts.prefixes.hits,
             "prefix_cache_queries_total": parts.prefixes.hits + parts.prefixes.misses,
-            **{f"bytes_{name.replace('-', '_')}": float(held) for name, held in parts.ledger.accounts().items()},
+            **{f"{name.replace('-', '_')}_bytes": float(held) for name, held in parts.ledger.accounts().items()},
         }
 
     def _work(self) -> None:

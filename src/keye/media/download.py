@@ -20,7 +20,7 @@ from typing import IO, Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from keye.errors import MediaError
-from keye.media.hosts import check_address
+from keye.media.hosts import allows_host, check_address
 
 GIB = 1024**3
 _CHUNK = 1 << 18
@@ -37,7 +37,8 @@ class FetchLimits:
 
     `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
     With `hosts` only those may be asked, at first and by redirect, and addresses must be written so that all programs
-    read them alike (`hosts.check_address`); what they resolve to is then not told.
+    read them alike (`hosts.check_address`); what they resolve to is then not told. `private_hosts` are rules
+    for those that may be at addresses that are not public.
     """
 
     download_bytes: int = 4 * GIB
@@ -46,6 +47,7 @@ class FetchLimits:
     redirects: int = 5
     allow_private: bool = False
     hosts: tuple[str, ...] | None = None
+    private_hosts: tuple[str, ...] = ()
 
 
 def download(
@@ -108,7 +110,8 @@ def _address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
     except (OSError, UnicodeError):
         raise MediaError(f"{shown(parts.geturl())} names an unknown host; check the address") from None
     for *_, address in found:
-        if not limits.allow_private and not is_public(str(address[0])):
+        private = limits.allow_private or allows_host(limits.private_hosts, parts.hostname, port, parts.scheme)
+        if not private and not is_public(str(address[0])):
             if limits.hosts is not None:
                 raise MediaError(f"{shown(parts.geturl())} leads to a private address; send the file itself")
             raise MediaError(

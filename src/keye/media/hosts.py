@@ -46,10 +46,13 @@ def check_address(url: str, rules: Sequence[str]) -> None:
             "the address is not plain; write http(s)://host/path in ASCII, with escapes in the path only and without "
             "a user name"
         )
-    usual = _PORTS[plain["scheme"]]
-    port = int(plain["port"] or usual)
-    if not any(_allows(rule, host, port, usual) for rule in rules):
+    if not allows_host(rules, host, int(plain["port"] or _PORTS[plain["scheme"]]), plain["scheme"]):
         raise MediaError("the address's host and port are not among those that this server may fetch from")
+
+
+def allows_host(rules: Sequence[str], host: str, port: int, scheme: str) -> bool:
+    """Whether one of `rules` is for this host and port; without a port in it, a rule is for the scheme's own."""
+    return any(_allows(rule, host.lower(), port, _PORTS[scheme]) for rule in rules)
 
 
 def _allows(rule: str, host: str, port: int, usual: int) -> bool:

@@ -17,6 +17,25 @@ def speaks_anthropic(path: str) -> bool:
     return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
 
 
+def prompt_field(path: str) -> str:
+    """The field in which a request of this path brings its prompt."""
+    if path.startswith("/v1/responses"):
+        return "input"
+    return "prompt" if path == "/v1/completions" else "text" if path == "/generate" else "messages"
+
+
+def error_event(path: str, body: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str | None]:
+    """The data and the name of the event in which a stream of this path ends with an error; `number` is that of the
+    event where they are counted."""
+    if speaks_anthropic(path):
+        return body, "error"
+    if path.startswith("/v1/responses"):
+        error = body["error"]
+        told = {name: error[name] for name in ("code", "message", "param")}
+        return {"type": "error", **told, "sequence_number": number}, "error"
+    return body, None
+
+
 def translate_error(path: str, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
     """An error object `{"error": {"message", "type", "param", "code"}}` as clients of `path` read it."""
     if not speaks_anthropic(path):

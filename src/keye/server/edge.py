@@ -22,7 +22,8 @@ FORM_BYTES = 64 * 1024
 
 class Edges(Protocol):
     """The settings that the edge of the server needs. `keys` are secrets by their names, `allow_urls` the rules of
-    `keye.media.hosts.parse_host_rule`, `allowed_hosts` further names of this server; the rest are bytes and counts."""
+    `keye.media.hosts.parse_host_rule`, `allow_media_hosts` the same for hosts at private addresses, `allowed_hosts`
+    further names of this server, `allow_origins` pages elsewhere; the rest are bytes and counts."""
 
     @property
     def host(self) -> str: ...
@@ -32,6 +33,10 @@ class Edges(Protocol):
     def allow_urls(self) -> tuple[str, ...]: ...
     @property
     def allowed_hosts(self) -> tuple[str, ...]: ...
+    @property
+    def allow_origins(self) -> tuple[str, ...]: ...
+    @property
+    def allow_media_hosts(self) -> tuple[str, ...]: ...
     @property
     def upload_bytes(self) -> int: ...
     @property
@@ -45,11 +50,13 @@ def guard_settings(settings: Edges, limits: Limits | None = None) -> GuardSettin
     own = () if settings.host in ("", "localhost") or is_ip(settings.host.strip("[]")) else (settings.host,)
     sizes = replace(limits or Limits(), upload_bytes=settings.upload_bytes + FORM_BYTES, json_bytes=settings.body_bytes)
     names = tuple(name.lower().rstrip(".") for name in (*own, *settings.allowed_hosts))
-    return GuardSettings(Keyring.of(settings.keys), names, limits=sizes)
+    return GuardSettings(Keyring.of(settings.keys), names, tuple(settings.allow_origins), limits=sizes)
 
 
 def fetch_policy(settings: Edges) -> FetchPolicy:
     """What a request may name. Raises `KeyeError` for a rule that is none."""
-    hosts = tuple(parse_host_rule(rule) for rule in settings.allow_urls)
-    return FetchPolicy(hosts, video_bytes=min(settings.upload_bytes, FetchPolicy.video_bytes),
+    private = tuple(parse_host_rule(rule) for rule in settings.allow_media_hosts)
+    hosts = (*(parse_host_rule(rule) for rule in settings.allow_urls), *private)
+    limits = replace(FetchPolicy.limits, private_hosts=private)
+    return FetchPolicy(hosts, limits=limits, video_bytes=min(settings.upload_bytes, FetchPolicy.video_bytes),
                        list_frames=settings.pictures)  # fmt: skip

@@ -14,9 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from keye.engine.async_engine import Overloaded
-from keye.errors import KeyeError, Option
-from keye.server.dialect import translate_error
+from keye.engine.async_engine import Overloaded, Stopping
+from keye.errors import ContextError, KeyeError, Option
+from keye.server.dialect import prompt_field, translate_error
 
 log: Final = logging.getLogger("keye.server")
 
@@ -78,12 +78,16 @@ def of_bug(error: BaseException) -> ApiError:
     return ApiError(500, f"the server failed; its log tells more under {number}", code="internal_error")
 
 
-def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
-    """The answer to anything that was raised while a request was served."""
+def of_exception(error: BaseException, fields: Sequence[str] = (), *, path: str = "") -> ApiError:
+    """The answer to anything that was raised while a request of `path` was served."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Stopping):
+        return ApiError(503, str(error), code="server_stopping", retry=2)
     if isinstance(error, Overloaded):
         return ApiError(429, str(error), code="overloaded", retry=1)
+    if isinstance(error, ContextError):
+        return ApiError(400, error.worded(spelled), param=prompt_field(path), code="context_length_exceeded")
     if isinstance(error, KeyeError):
         return of_mistake(error, fields=fields)
     return of_bug(error)
@@ -111,7 +115,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(KeyeError)
     async def mistake(request: Request, error: KeyeError) -> JSONResponse:
-        return of_exception(error).response(request.url.path)
+        return of_exception(error, path=request.url.path).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -17,12 +17,14 @@ from keye.tokenizer import check_unicode
 router = APIRouter(route_class=JsonRoute)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
     """Whether the server lives; needs no key."""
     return JSONResponse({"status": "ok"})
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def models(request: Request) -> JSONResponse:
     """The model that is served, under each of its names."""
@@ -52,6 +54,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""

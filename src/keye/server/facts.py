@@ -24,12 +24,14 @@ router = APIRouter(route_class=JsonRoute)
 _HEALTHY_SECONDS: Final = 20.0
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get("/ping")
 async def ping(request: Request) -> Response:
     """Whether the server lives; needs no key."""
     return Response()
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version")
 async def version(request: Request) -> JSONResponse:
     """The version of keye."""

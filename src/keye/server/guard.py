@@ -49,13 +49,13 @@ class Guard:
 
     def __init__(
         self,
-        app: App,
+        app: Any,
         settings: GuardSettings,
         *,
         audit: Audit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._app, self._settings, self._audit, self._clock = app, settings, audit, clock
+        self.app, self._settings, self._audit, self._clock = app, settings, audit, clock
         limits = settings.limits
         self._buckets = Buckets(limits.requests_per_second, limits.burst, limits.tracked, clock)
         self._attempts = Buckets(limits.requests_per_second, limits.burst, limits.tracked, clock)
@@ -64,7 +64,7 @@ class Guard:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
         elif scope["type"] == "http":
             await self._serve(scope, receive, send)
         else:
@@ -111,7 +111,7 @@ class Guard:
             # Answered whatever else goes on; they cost next to nothing.
             if head.method not in ("GET", "HEAD"):
                 raise Refusal(405, "this address is only read", "bad_method", [(b"allow", b"GET, HEAD")])
-            await self._app(scope, exchange.receive, exchange.send)
+            await self.app(scope, exchange.receive, exchange.send)
             return
         self._check_rate(record)
         if not self._running.enter(record.key):
@@ -133,19 +133,19 @@ class Guard:
         return owner
 
     def _check_rate(self, record: Record) -> None:
-        for name in (f"key {record.key}", f"address {record.address}"):
-            if wait := self._buckets.take(name):
-                raise Refusal(429, "too many requests in a short time; slow down", "rate_limited", _retry(wait))
+        # By key alone: behind a proxy all clients have one address. Who has no key pays for attempts by address.
+        if wait := self._buckets.take(record.key):
+            raise Refusal(429, "too many requests in a short time; slow down", "rate_limited", _retry(wait))
 
     async def _pass(self, scope: MutableMapping[str, Any], head: Head, exchange: Exchange) -> None:
         limits = self._settings.limits
         if head.method != "POST" or not head.has_body:
-            await self._app(scope, exchange.receive, exchange.send)
+            await self.app(scope, exchange.receive, exchange.send)
         elif _takes_files(head.path):
             if head.media_type != "multipart/form-data":
                 raise Refusal(415, "this address takes multipart/form-data with a file", "bad_content_type")
             exchange.expect_body(head, limits.upload_bytes, limits.upload_rate)
-            await self._app(scope, exchange.receive, exchange.send)
+            await self.app(scope, exchange.receive, exchange.send)
         else:
             if head.media_type != "application/json":
                 raise Refusal(415, "the body must be JSON; send Content-Type: application/json", "bad_content_type")
@@ -173,7 +173,7 @@ class Guard:
                 raise Refusal(400, str(error), "invalid_json") from None
             exchange.replay(whole)
             del whole  # from here on the application alone holds it
-            await self._app(scope, exchange.receive, exchange.send)
+            await self.app(scope, exchange.receive, exchange.send)
         finally:
             self._buffered -= size
 

@@ -12,7 +12,8 @@ class Limits:
     """What a request may be and cost before a model sees it. Bytes, seconds, or counts.
 
     Heads: `header_bytes` and `header_count` of all headers together, `path_bytes` and `query_bytes`, `head_seconds`
-    until a connection has sent its head, `connections` at once and `connections_per_address`.
+    until a connection has sent its head, `connections` at once and `connections_per_address`; an idle one is kept for
+    `keep_alive_seconds`, for `stranger_seconds` where no key was shown.
     Bodies: `json_bytes`, `upload_bytes`; the first byte and each next one within `idle_seconds`, and after
     `grace_seconds` on average `json_rate` or `upload_rate` bytes a second; `buffered_bytes` of all requests together.
     JSON: `json_depth` of nesting, `json_keys` of objects, `json_values` in all, `number_digits` of one number,
@@ -29,6 +30,8 @@ class Limits:
     head_seconds: float = 10.0
     connections: int = 1024
     connections_per_address: int = 256
+    keep_alive_seconds: int = 75
+    stranger_seconds: int = 10
 
     json_bytes: int = 64 * MIB
     upload_bytes: int = 4096 * MIB

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, named as vLLM names its own. No label holds anything that a user wrote."""
+"""Numbers for Prometheus, named by its rules. No label holds anything that a user wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from keye.engine.request import Delta, Event, Finished
@@ -16,15 +16,29 @@ _SECONDS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 20
 _TOKENS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
+_HELP: Final = {
+    "requests_waiting": "Requests that wait for their media or for room",
+    "requests_running": "Requests that are read or answered",
+    "computed_prompt_tokens_total": "Tokens of prompts computed, also for requests that were given up",
+    "computed_reply_tokens_total": "Tokens generated, also for requests that were given up",
+    "preemptions_total": "Requests that made room for others and began again",
+    "prefix_cache_hits_total": "Prompts whose beginning was computed before",
+    "prefix_cache_queries_total": "Prompts whose beginning was looked for",
+}
+
+
 class _EngineGauges(Collector):
     """What the engine tells of itself, asked for when Prometheus asks."""
 
     def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
         self._read = read
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         for name, value in self._read().items():
-            yield GaugeMetricFamily(f"keye:{name}", name.replace("_", " "), value=value)
+            counted = name.removesuffix("_total")
+            kind = GaugeMetricFamily if counted == name else CounterMetricFamily
+            shown = _HELP.get(name) or counted.replace("_", " ").capitalize()
+            yield kind(f"keye_{counted}", shown, value=value)
 
 
 class Metrics:
@@ -34,24 +48,24 @@ class Metrics:
         disable_created_metrics()
         registry = self._registry = CollectorRegistry()
         registry.register(_EngineGauges(gauges))
-        self.requests = Counter("keye:request", "Requests by how they ended", ["outcome"], registry=registry)
-        self.prompt_tokens = Counter("keye:prompt_tokens", "Tokens of prompts", registry=registry)
-        self.media_tokens = Counter("keye:media_tokens", "Visual tokens of prompts", registry=registry)
-        self.cached_tokens = Counter("keye:cached_tokens", "Tokens of prompts not computed again", registry=registry)
-        self.generation_tokens = Counter("keye:generation_tokens", "Tokens generated", registry=registry)
+        self.requests = Counter("keye_request", "Requests by how they ended", ["outcome"], registry=registry)
+        self.prompt_tokens = Counter("keye_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.media_tokens = Counter("keye_media_tokens", "Visual tokens of prompts", registry=registry)
+        self.cached_tokens = Counter("keye_cached_tokens", "Tokens of prompts not computed again", registry=registry)
+        self.generation_tokens = Counter("keye_generation_tokens", "Tokens generated", registry=registry)
         self.first_token = Histogram(
-            "keye:time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
+            "keye_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
         )
         self.between_tokens = Histogram(
-            "keye:inter_token_latency_seconds", "Between tokens of one reply", buckets=_SECONDS, registry=registry
+            "keye_inter_token_latency_seconds", "Between tokens of one reply", buckets=_SECONDS, registry=registry
         )
         self.whole_request = Histogram(
-            "keye:e2e_request_latency_seconds", "From request to end", buckets=_SECONDS, registry=registry
+            "keye_e2e_request_latency_seconds", "From request to end", buckets=_SECONDS, registry=registry
         )
         self.prompt_length = Histogram(
-            "keye:request_prompt_tokens", "Tokens of a prompt", buckets=_TOKENS, registry=registry
+            "keye_request_prompt_tokens", "Tokens of a prompt", buckets=_TOKENS, registry=registry
         )
-        self.active = Gauge("keye:num_requests_active", "Requests being served", registry=registry)
+        self.active = Gauge("keye_num_requests_active", "Requests being served", registry=registry)
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""

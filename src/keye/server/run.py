@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import math
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 
@@ -17,8 +19,11 @@ from keye.server.audit import Audit
 from keye.server.edge import guard_settings
 from keye.server.guard import App, Guard
 from keye.server.limits import Limits
-from keye.server.protocol import uvicorn_options
+from keye.server.protocol import limits_of_system, uvicorn_options
 from keye.server.settings import Settings
+
+#: Seconds in which answers that are cut off can say so, before their connections are closed.
+_CUT_SECONDS: Final = 5.0
 
 
 def run_server(
@@ -31,44 +36,62 @@ def run_server(
 ) -> None:
     """Serves a model on a bound socket; see `_run`. `gauges` are numbers of the decode service for /metrics."""
     app = guarded_app(model, settings, audit, decode_gauges=gauges)
-    _run(app, settings, listening, lambda address: _block(model, settings, address))
+    cut = app.app.state.keye.engine.fail_open
+    _run(app, settings, listening, lambda address: _block(model, settings, address), cut)
 
 
 def run_app(
-    app: App, settings: Settings, listening: socket.socket, rows: Mapping[str, str], audit: Audit | None = None
+    app: App,
+    settings: Settings,
+    listening: socket.socket,
+    rows: Mapping[str, str],
+    audit: Audit | None = None,
+    *,
+    cut: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves any application behind the guard in the same way; `rows` tell at start-up what it is."""
+    """Serves any application behind the guard in the same way; `rows` tell at start-up what it is. `cut` is called in
+    the event loop when the time for what still runs is over: it ends each with an error."""
 
     def block(address: Any) -> str:
         return "\n".join(f"{name:<10} {value}" for name, value in {"address": _address(address), **rows}.items())
 
-    _run(Guard(app, guard_settings(settings), audit=audit), settings, listening, block)
+    _run(Guard(app, guard_settings(settings), audit=audit), settings, listening, block, cut)
 
 
-def _run(app: App, settings: Settings, listening: socket.socket, block: Callable[[Any], str]) -> None:
-    """SIGTERM stops listening, lets running requests end for `drain_seconds`, and returns."""
+def _run(
+    app: App, settings: Settings, listening: socket.socket, block: Callable[[Any], str], cut: Callable[[], None]
+) -> None:
+    """SIGTERM stops listening, lets running requests end for `drain_seconds`, ends the others by `cut`, and returns."""
     config = uvicorn.Config(
         app,
         log_level="warning",
         lifespan="on",
-        timeout_graceful_shutdown=round(settings.drain_seconds),
-        timeout_keep_alive=75,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _CUT_SECONDS),
         backlog=2048,
-        **uvicorn_options(Limits()),
+        **uvicorn_options(limits_of_system(Limits())),
     )
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it is done
     try:
-        _Server(config, block).run(sockets=[listening])
+        _Server(config, block, settings.drain_seconds, cut).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 class _Server(uvicorn.Server):
-    """Prints the start-up block when requests are taken."""
+    """Prints the start-up block when requests are taken, and calls `cut` when the time to end them is over."""
 
-    def __init__(self, config: uvicorn.Config, block: Callable[[Any], str]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, block: Callable[[Any], str], seconds: float, cut: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._block = block
+        self._block, self._seconds, self._cut = block, seconds, cut
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._seconds, self._cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

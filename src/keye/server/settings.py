@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from keye.errors import KeyeError, Option
 
 GIB = 1024**3
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,10 @@ class Settings:
     seconds; `file_seconds` is how long an upload is kept, `drain_seconds` how long running requests may go on after
     SIGTERM. `served_names` are what clients may call the model; any other name is taken, too, with a note, unless
     `strict_model_name`. `strict_limits` rejects a max_tokens beyond the context's end, which is lowered otherwise.
-    `allowed_hosts` are names in the Host header beside the address that is listened on.
+    `key_bytes` are the most of `stored_bytes` that the files of one key may take: a quarter of it, or all
+    where there is one key. `allow_origins` are web pages elsewhere that may use the server, `allow_media_hosts` hosts
+    whose media may be fetched also at private addresses. `allowed_hosts` are names in the Host header beside the
+    address that is listened on.
     """
 
     host: str = "127.0.0.1"
@@ -31,9 +36,12 @@ class Settings:
     served_names: tuple[str, ...] = ()
     strict_model_name: bool = False
     strict_limits: bool = False
+    allow_origins: tuple[str, ...] = ()
+    allow_media_hosts: tuple[str, ...] = ()
     upload_bytes: int = 4 * GIB
     stored_bytes: int = 16 * GIB
     stored_files: int = 256
+    key_bytes: int | None = None
     file_seconds: float = 24 * 3600.0
     body_bytes: int = 64 * 1024**2
     messages: int = 1024
@@ -53,9 +61,22 @@ class Settings:
                 "{} is reachable from other machines, so clients must show a key; set one with {} or KEYE_API_KEY",
                 self.host, Option("api_key_file"),
             )  # fmt: skip
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise KeyeError(
+                    "{} is {!r}; write the scheme and the host of a page in lower case, as https://app.example",
+                    Option("allow_origin"), origin,
+                )  # fmt: skip
         for name, key in self.keys.items():
             if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
                 raise KeyeError(f"the key {name!r} is not safe; take 16 or more printable ASCII characters")
+
+    @property
+    def bytes_of_key(self) -> int:
+        """The most bytes of files of one key."""
+        if self.key_bytes is not None:
+            return self.key_bytes
+        return self.stored_bytes if len(self.keys) < 2 else self.stored_bytes // 4
 
 
 def is_loopback(host: str) -> bool:

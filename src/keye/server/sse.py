@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from keye.server.dialect import speaks_anthropic
+from keye.server.dialect import error_event
 from keye.server.errors import ApiError, of_exception
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _ALIVE = b": keep-alive\n\n"
+#: What each event of a response holds once; within a text its quotes would be escaped.
+_NUMBER = b'"sequence_number":'
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 #: Status of an answer that nobody is there to read (as nginx logs it).
 CLIENT_GONE = 499
@@ -66,12 +68,15 @@ async def streamed(
 
 
 async def _body(first: bytes, events: AsyncGenerator[bytes, None], tail: bytes, path: str) -> AsyncIterator[bytes]:
+    numbered = 0
     try:
         async with aclosing(events):
             if first:
+                numbered += first.count(_NUMBER)
                 yield first
             async for piece in events:
+                numbered += piece.count(_NUMBER)
                 yield piece or _ALIVE
     except Exception as error:  # noqa: BLE001 - the response has begun: an error can only be an event now
-        yield event(of_exception(error).body(path), "error" if speaks_anthropic(path) else None)
+        yield event(*error_event(path, of_exception(error, path=path).body(path), numbered))
     yield tail

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from keye.media.fetch import Source, media_kind, untrusted
 from keye.media.image import plan_image
 from keye.media.video import probe
 from keye.server.errors import ApiError
+from keye.server.folders import ServerFolder
 from keye.server.settings import Settings
 
 #: How ids begin, of uploads and of indexes made from them.
@@ -60,9 +59,10 @@ class FileStore:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.folder = Path(tempfile.mkdtemp(prefix="keye-files-"))  # only this user may enter it
+        self._home = ServerFolder()
+        self.folder = self._home.path
         self._files: dict[str, StoredFile] = {}
-        self._arriving: dict[Path, int] = {}
+        self._arriving: dict[Path, tuple[str, int]] = {}
         self._claimed: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -70,7 +70,8 @@ class FileStore:
         """`ApiError` where an owner has as many files as may be kept."""
         with self._lock:
             mine = sum(file.owner == owner for file in self._files.values())
-            if mine + len(self._arriving) >= self._settings.stored_files:
+            mine += sum(whose == owner for whose, _ in self._arriving.values())
+            if mine >= self._settings.stored_files:
                 raise ApiError(
                     429, "too many files are kept; delete some of them first", code="too_many_files", retry=60
                 )
@@ -79,17 +80,13 @@ class FileStore:
         """Accounts for `count` bytes (less where negative) that something else keeps for an owner in the folder;
         `ApiError` where there is no room for them."""
         with self._lock:
-            kept = sum(one.size for one in self._files.values()) + sum(self._arriving.values())
-            if count > 0 and kept + self._claimed.total() + count > self._settings.stored_bytes:
-                raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
+            self._check_bytes(owner, count)
             self._claimed[owner] += count
 
     def keep(self, file: StoredFile) -> None:
         """Takes a file that lies in the folder already; `ApiError` where it is too much."""
         with self._lock:
-            kept = sum(one.size for one in self._files.values()) + sum(self._arriving.values())
-            if kept + self._claimed.total() + file.size > self._settings.stored_bytes:
-                raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
+            self._check_bytes(file.owner, file.size)
             self._files[file.id] = file
 
     def begin(self, owner: str) -> Path:
@@ -97,28 +94,26 @@ class FileStore:
         self.check_room(owner)
         with self._lock:
             path = self.folder / secrets.token_hex(16)
-            self._arriving[path] = 0
+            self._arriving[path] = owner, 0
         path.touch(mode=0o600)
         return path
 
     def grow(self, path: Path, count: int) -> None:
         """Accounts for `count` more bytes before they are written."""
         with self._lock:
-            size = self._arriving[path] + count
-            kept = sum(file.size for file in self._files.values()) + sum(self._arriving.values()) + count
-            kept += self._claimed.total()
+            owner, size = self._arriving[path]
+            size += count
             if size > self._settings.upload_bytes:
                 most = f"{self._settings.upload_bytes / 2**20:,.0f} MiB"
                 raise ApiError(413, f"the file is larger than {most}; cut it into parts or re-encode it", param="file")
-            if kept > self._settings.stored_bytes:
-                raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
-            self._arriving[path] = size
+            self._check_bytes(owner, count)
+            self._arriving[path] = owner, size
 
     def complete(self, path: Path, owner: str, name: str) -> StoredFile:
         """Looks into a file that has arrived and keeps it; blocks for the time of a probe. `KeyeError` for anything but
         an image or a video that can be read."""
         with self._lock:
-            size = self._arriving[path]
+            _, size = self._arriving[path]
         if size == 0:
             raise KeyeError("file: the upload is empty; send the bytes of a video or an image")
         facts = look_into(untrusted(Source(name, size, path=path)))
@@ -169,6 +164,23 @@ class FileStore:
         for file in expired:
             file.path.unlink(missing_ok=True)
 
+    def _check_bytes(self, owner: str, count: int) -> None:
+        """`ApiError` where `count` bytes more are too many for this owner, or for all together."""
+        sizes: Counter[str] = Counter(self._claimed)
+        for file in self._files.values():
+            sizes[file.owner] += file.size
+        for whose, size in self._arriving.values():
+            sizes[whose] += size
+        if count <= 0:
+            return
+        if sizes.total() + count > self._settings.stored_bytes:
+            raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
+        if sizes[owner] + count > self._settings.bytes_of_key:
+            raise ApiError(
+                429, "your files take all the room that one key may have; delete some first", code="storage_full",
+                retry=60,
+            )  # fmt: skip
+
     def used(self) -> tuple[int, int]:
         """Files and bytes that are kept."""
         with self._lock:
@@ -176,7 +188,7 @@ class FileStore:
 
     def close(self) -> None:
         """Removes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._home.remove()
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
     file = context.files.get(body.file_id, owner_of(request))
     if file.kind != "video":
         raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
-    folder, given_up = Path(tempfile.mkdtemp(prefix="keye-clips-")), threading.Event()
+    folder, given_up = Path(tempfile.mkdtemp(prefix="clips-", dir=context.files.folder)), threading.Event()
     try:
         settings = media_options("video", body.preprocess_kwargs or {})
         cutting = context.decode(_cut, file.source(), body.intervals, settings, folder, Path(file.name).stem, given_up)
