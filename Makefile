@@ -15,7 +15,7 @@ export KEYE_GOLDEN := $(GOLDEN)
 # Tests run in $(JOBS) processes of one thread each: more threads than cores stall one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint format test-vllm clean
+.PHONY: help demo test check lint format test-vllm test-clients clean
 
 help:
 	@echo "make demo    answer a question about the bundled video"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint    lint, types and import order"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make test-vllm  the vLLM plug-in, in an environment of its own (3.5 GB)"
+	@echo "make test-clients  fifteen client packages against keye serve, in environments of their own (2 GB)"
 	@echo "make clean   remove the virtual environment and all caches"
 
 demo: $(VENV)/.base
@@ -75,6 +76,10 @@ $(VENV_VLLM)/.ready: pyproject.toml plugins/keye-vllm/pyproject.toml plugins/key
 test-vllm: $(VENV_VLLM)/.ready
 	$(VENV_VLLM)/bin/python -m pytest plugins/keye-vllm/tests -m "slow or not slow" $(ARGS)
 
+# Unmodified client packages at pinned versions against `keye serve nano`; docs/clients.md has what works.
+test-clients: $(VENV)/.dev
+	$(BIN)/python tests/clients/run.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) .venv-clients tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+// @openai/codex, the coding agent, over responses, with keye as a provider of config.toml. What a model as small as
+// keye-nano does with its tools is not the question: turns must end, and what is refused must be shown.
+import { spawn } from "node:child_process";
+import { mkdtempSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { homedir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import * as common from "./common.mjs";
+const { check } = common;
+
+// Not below the folder for temporary files, which it refuses.
+const folder = mkdtempSync(join(process.env.XDG_CACHE_HOME ?? homedir(), "keye-codex-"));
+const home = join(folder, "home");
+const work = join(folder, "work");
+const program = fileURLToPath(new URL("node_modules/.bin/codex", import.meta.url));
+
+function configure(model) {
+  mkdirSync(home, { recursive: true });
+  mkdirSync(work, { recursive: true });
+  writeFileSync(join(home, "config.toml"), `
+model = "${model}"
+model_provider = "keye"
+model_context_window = 16384
+[model_providers.keye]
+name = "keye"
+base_url = "${common.API}"
+env_key = "KEYE_KEY"
+wire_api = "responses"
+request_max_retries = 0
+stream_max_retries = 0
+[analytics]
+enabled = false
+`);
+}
+
+/** The events of one run. */
+function run(...given) {
+  const env = { ...process.env, CODEX_HOME: home, KEYE_KEY: common.KEY };
+  const child = spawn(program, ["exec", "--skip-git-repo-check", "--json", ...given], { cwd: work, env });
+  child.stdin.end();
+  let output = "";
+  child.stdout.on("data", (data) => (output += data));
+  child.stderr.on("data", (data) => (output += data));
+  return new Promise((resolve, reject) => {
+    child.on("error", reject);
+    child.on("close", () => {
+      const lines = output.split("\n").filter((line) => line.startsWith("{"));
+      resolve({ output, events: lines.map((line) => JSON.parse(line)) });
+    });
+  });
+}
+
+const kinds = ({ events }) => events.map((event) => event.type);
+
+configure(common.MODEL);
+try {
+  await common.report({
+    async chat() {
+      const done = await run("hello");
+      check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
+      check(done.events.find((event) => event.type === "turn.completed").usage.input_tokens > 1000, done.events);
+    },
+    async image() {
+      writeFileSync(join(work, "red.png"), common.png());
+      const done = await run("what colour is it?", "--image", join(work, "red.png"));
+      check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
+    },
+    async errors() {
+      const done = await run("word ".repeat(20000));
+      check(kinds(done).includes("turn.failed") && /context/.test(done.output), done.output.slice(-3000));
+    },
+  });
+} finally {
+  rmSync(folder, { recursive: true, force: true });
+}
