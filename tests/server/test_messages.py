@@ -124,6 +124,23 @@ def test_a_tool_comes_in_pieces(http: TestClient) -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+def test_a_stop_sequence_is_named(http: TestClient) -> None:
+    fields: Any = {"temperature": 1.0, "seed": 1, "max_tokens": 16}
+    text = ask(http, **fields)["content"][0]["text"]
+    stop = text[len(text) // 2 :][:2]
+    message = ask(http, stop_sequences=["never written", stop], **fields)
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", stop)
+    assert message["content"][0]["text"] == text.partition(stop)[0].rstrip()
+    assert events_of(http, stop_sequences=[stop], **fields)[-2]["delta"]["stop_sequence"] == stop
+
+
+def test_a_reply_that_was_begun_goes_on(http: TestClient) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "The"}]
+    chat = http.post("/v1/chat/completions", json={"messages": begun, "max_tokens": 4,
+                                                   "continue_final_message": True}).json()  # fmt: skip
+    assert ask(http, begun)["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+
 def test_reasoning_is_a_block_of_its_own(http: TestClient) -> None:
     fields: Any = {
         "thinking": {"type": "enabled", "budget_tokens": 1024},

@@ -115,6 +115,9 @@ def _begin(model: str) -> dict[str, Any]:
 
 
 def _end(choice: Choice) -> dict[str, Any]:
+    ended = choice.ended
+    if ended is not None and ended.asked and isinstance(ended.met, str) and choice.reason == "stop":
+        return {"stop_reason": "stop_sequence", "stop_sequence": ended.met}
     return {"stop_reason": _REASONS.get(str(choice.reason), "end_turn"), "stop_sequence": None}
 
 

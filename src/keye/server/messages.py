@@ -15,6 +15,7 @@ from keye.server.errors import ApiError
 from keye.server.forms import response_form
 from keye.server.json_route import JsonRoute
 from keye.server.message_events import message_object, stream_message
+from keye.server.notes import add_note
 from keye.server.prepare import Wanted, prepare, tokens_of
 from keye.server.replies import whole
 from keye.server.schemas_peers import CountTokensRequest, MessagesRequest
@@ -31,12 +32,10 @@ _DROPPED: Final = ("redacted_thinking", "server_tool_use", "web_search_tool_resu
 async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of Anthropic's interface."""
     context = context_of(request)
-    notes: list[str] = []
-    wanted = _wanted(body, notes)
+    wanted = _wanted(body)
     sampling = body.model_copy(update={"stop": body.stop_sequences}) if body.stop_sequences else body
     wanted = replace(wanted, sampling=sampling, max_tokens=body.max_tokens)
     prepared = await until_gone(request, prepare(context, owner_of(request), wanted))
-    prepared = replace(prepared, notes=(*notes, *prepared.notes))
     if body.stream:
         return await streamed(request, stream_message(context, prepared), tail=b"")
     (choice,), finished = await until_gone(request, whole(context, prepared))
@@ -48,13 +47,13 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> JSONRespon
     """How many tokens a conversation takes as a prompt. Media are looked into, and not decoded."""
     context = context_of(request)
     context.check_model(body.model)
-    wanted = _wanted(body, [])
+    wanted = _wanted(body)
     count = await until_gone(request, context.decode(tokens_of, context, owner_of(request), wanted))
     return JSONResponse({"input_tokens": count})
 
 
-def _wanted(body: CountTokensRequest, notes: list[str]) -> Wanted:
-    """What a body asks for; `notes` gets what was tolerated."""
+def _wanted(body: CountTokensRequest) -> Wanted:
+    """What a body asks for."""
     messages: list[dict[str, Any]] = []
     if body.system:
         messages.append({"role": "system", "content": _system(body.system)})
@@ -64,7 +63,7 @@ def _wanted(body: CountTokensRequest, notes: list[str]) -> Wanted:
     return Wanted(
         messages=messages,
         sampling=body,
-        tools=list(_tools(body.tools or (), notes)),
+        tools=list(_tools(body.tools or ())),
         tool_choice=_tool_choice(choice),
         several_calls=choice.get("disable_parallel_tool_use") is not True,
         form=_form(body),
@@ -85,11 +84,11 @@ def _system(system: str | Sequence[Mapping[str, Any]]) -> Any:
     return [part for index, block in enumerate(system) for part in _parts(f"system[{index}]", block)]
 
 
-def _tools(tools: Sequence[Mapping[str, Any]], notes: list[str]) -> Iterator[dict[str, Any]]:
+def _tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The functions among the tools; those that Anthropic's own server or model brings are left out with a note."""
     for index, tool in enumerate(tools):
         if tool.get("type") not in (None, "custom"):
-            notes.append(f"tools[{index}] of type {str(tool['type'])[:60]!r} is not offered: keye knows functions only")
+            add_note(f"tools[{index}] of type {str(tool['type'])[:60]!r} is not offered: keye knows functions only")
             continue
         parameters = tool.get("input_schema")
         if not isinstance(parameters, Mapping):
