@@ -79,14 +79,22 @@ def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
 
 
 def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
-    greedy = Sampler(SamplingParams(repetition_penalty=2.0))
+    def best(logits: list[float], history: list[int], penalty: float = 2.0) -> int:
+        return Sampler(SamplingParams(repetition_penalty=penalty))(torch.tensor(logits), history)
+
+    assert best([3.0, 2.0, 1.0], []) == 0
+    assert best([3.0, 2.0, 1.0], [0, 0]) == 1, "3 / 2 once, although token 0 was written twice"
+    assert best([3.0, 2.0, 1.0], [0, 1]) == 0, "1.5, 1, 1"
+    assert best([-1.0, -1.5, -3.0], [0]) == 1, "-1 * 2 is below -1.5"
+    assert best([3.0, 2.0], [1], 0.5) == 1, "below 1 it rewards"
+
+
+def test_tokens_are_counted_as_the_reply_grows() -> None:
+    sampler, reply = Sampler(SamplingParams(frequency_penalty=1.0)), list[int]()
     logits = torch.tensor([3.0, 2.0, 1.0])
-    assert greedy(logits, []) == 0
-    assert greedy(logits, [0, 0]) == 1, "3 / 2 once, although token 0 was written twice"
-    assert greedy(logits, [0, 1]) == 0, "1.5, 1, 1"
-    assert logits.tolist() == [3.0, 2.0, 1.0]
-    assert greedy(torch.tensor([-1.0, -1.5, -3.0]), [0]) == 1, "-1 * 2 is below -1.5"
-    assert Sampler(SamplingParams(repetition_penalty=0.5))(torch.tensor([3.0, 2.0]), [1]) == 1, "below 1 it rewards"
+    for _ in range(6):
+        reply.append(sampler(logits, reply))
+    assert reply == [0, 0, 1, 0, 1, 2], "3, 2 2, 1 1 1: the first of equals"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,28 @@ def test_other_names_of_a_field(http: TestClient) -> None:
     assert answer["usage"]["completion_tokens"] == 3 and "max_new_tokens is called max_tokens" in notes_of(answer)
 
 
+def test_many_unknown_names_are_refused_before_they_are_compared(http: TestClient) -> None:
+    few = {f"far_from_any_{i}": 1 for i in range(60)}
+    assert "and 44 more" in notes_of(chat(http, **few))
+    many = {f"far_from_any_{i}": 1 for i in range(5000)}
+    assert "more than 64 names" in error_of(http.post(CHAT, json={"messages": HELLO, **many}))["message"]
+    talk = [{"role": "user", "content": "x", "created_at": 1}] * 100
+    assert notes_of(chat(http, messages=talk)).count("created_at") == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_thinking": True}, {"thinking": True}, {"thinking": {"type": "enabled"}}, {"reasoning_effort": "low"},
+        {"chat_template_kwargs": {"thinking": True}},
+        {"chat_template_kwargs": {"enable_thinking": True}, "thinking": False},
+    ],
+)  # fmt: skip
+def test_names_of_the_switch_of_reasoning(http: TestClient, fields: dict[str, Any]) -> None:
+    opened, plain = (chat(http, **given)["usage"]["prompt_tokens"] for given in (fields, {}))
+    assert opened > plain
+
+
 def test_notes_of_a_stream_come_with_its_end(http: TestClient) -> None:
     body = {"messages": HELLO, "max_tokens": 2, "stream": True, "user": "me"}
     *_, last = told(http.post(CHAT, json=body))

@@ -152,6 +152,7 @@ class Sampler:
         banned: Sequence[Sequence[int]] = (),
     ) -> None:
         self.params, self._ends, self._banned = params, sorted({*ends, *params.stop_token_ids}), banned
+        self._counts, self._counted = Counter[int](), 0
         self._generator = torch.Generator()
         if params.seed is not None:
             self._generator.manual_seed((params.seed + index * _CHOICE_STEP) & MAX_SEED)
@@ -163,8 +164,8 @@ class Sampler:
         return self.params.temperature < GREEDY_BELOW and self.params.takes_logits_as_they_are
 
     def __call__(self, logits: Tensor, history: Sequence[int], mask: Tensor | None = None) -> int:
-        """`logits` float32 [V], the tokens of the reply so far, and which tokens may come (bool [V], None for all) ->
-        the next token id; `KeyeError` for NaN, and where no token is left."""
+        """`logits` float32 [V], the tokens of the reply so far (which grows from call to call), and which tokens may
+        come (bool [V], None for all) -> the next token id; `KeyeError` for NaN, and where no token is left."""
         check_logits(logits)
         if not self.params.takes_logits_as_they_are:
             logits = self._adjusted(logits, history)
@@ -182,7 +183,7 @@ class Sampler:
 
     def _adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor:
         """Logits after penalties and bias, those of tokens that are not allowed minus infinity."""
-        params, counts = self.params, Counter(history)
+        params, counts = self.params, self._count(history)
         if counts and (params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty):
             ids = torch.tensor(list(counts), device=logits.device)
             seen = logits[ids]
@@ -197,6 +198,12 @@ class Sampler:
             ids = torch.tensor(params.allowed_token_ids, device=logits.device)
             logits = torch.full_like(logits, -torch.inf).index_copy(0, ids, logits[ids])
         return logits
+
+    def _count(self, history: Sequence[int]) -> Counter[int]:
+        """How often each token stands in the reply, which has only grown since the last time."""
+        self._counts.update(history[self._counted :])
+        self._counted = len(history)
+        return self._counts
 
     def _without_ends(self, logits: Tensor, history: Sequence[int]) -> Tensor:
         """Logits under which a reply does not end yet, unless a form allows nothing else."""

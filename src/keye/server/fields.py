@@ -3,12 +3,14 @@ use, and names that nobody knows. What is left out is said in a note; what is pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 from keye.checks import closest
 from keye.server.errors import ApiError
-from keye.server.notes import add_note
+from keye.server.notes import add_note, count_unknown
 
 #: Fields that other servers and clients know and that change nothing here.
 _HARMLESS: Final = frozenset(
@@ -19,7 +21,8 @@ _HARMLESS: Final = frozenset(
     "routed_dp_rank disaggregated_params kv_transfer_params vllm_xargs custom_params custom_logit_processor "
     "bootstrap_host bootstrap_port bootstrap_room add_special_tokens spaces_between_special_tokens top_n_tokens "
     "length_penalty early_stopping use_audio_in_video max_dynamic_patch min_dynamic_patch max_tool_calls "
-    "prompt_embeds_format logprob_start_len".split()
+    "prompt_embeds_format logprob_start_len return_tokens models route provider transforms plugins usage top_a tfs "
+    "safe_prompt cache_prompt id_slot timings_per_token samplers keep_alive watermark".split()
 )
 #: Fields that would change the answer in a way that keye does not know, the values under which they do not, and why.
 _UNMET: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -53,9 +56,14 @@ _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "sampling_seed": ("seed",),
     "num_return_sequences": ("n",),
     "repeat_penalty": ("repetition_penalty",),
+    "n_predict": ("max_tokens", "max_output_tokens"),
+    "thinking_budget": ("thinking_token_budget",),
+    "reasoning_budget": ("thinking_token_budget",),
 }
 #: Names of a request that a note lists, and characters of each.
 _LISTED, _SHOWN = 16, 60
+#: Different names of a request that nobody knows.
+_MOST_UNKNOWN: Final = 64
 
 
 def read_fields(data: Mapping[Any, Any], known: Collection[str], *, where: str = "") -> dict[str, Any]:
@@ -76,12 +84,24 @@ def read_fields(data: Mapping[Any, Any], known: Collection[str], *, where: str =
             if value not in fine:
                 raise ApiError(400, f"{where}{name} cannot be used: {reason}", param=f"{where}{name}")
         elif value is not None:
-            if name not in _HARMLESS and (meant := closest(name, known)) is not None:
+            if name not in _HARMLESS and (meant := _meant(name, frozenset(known))) is not None:
                 raise unknown_field(f"{where}{name}", f"{where}{meant}")
             idle.append(name)
     if idle:
         note_ignored([f"{where}{name}" for name in idle])
     return found
+
+
+def _meant(name: str, known: frozenset[str]) -> str | None:
+    """The known name that an unknown one is nearly. Comparing takes time, so a request has few different ones."""
+    if count_unknown(name) > _MOST_UNKNOWN:
+        raise ApiError(
+            400, f"more than {_MOST_UNKNOWN} names of fields are unknown; leave them out", code="unknown_field"
+        )
+    return _closest(name, known)
+
+
+_closest: Final = lru_cache(4096)(closest)
 
 
 def _other_name(name: str, known: Collection[str], data: Mapping[Any, Any]) -> str | None:
@@ -96,6 +116,7 @@ def unknown_field(name: str, meant: str) -> ApiError:
 
 def note_ignored(names: Collection[str]) -> None:
     """A note of fields that were left out."""
-    shown = ", ".join(name[:_SHOWN] for name in sorted(names)[:_LISTED])
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    told = sorted({re.sub(r"\[\d+\]", "[]", name) for name in names})
+    shown = ", ".join(name[:_SHOWN] for name in told[:_LISTED])
+    more = f" and {len(told) - _LISTED:,} more" if len(told) > _LISTED else ""
     add_note(f"without effect here, and ignored: {shown}{more}")

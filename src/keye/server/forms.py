@@ -23,6 +23,7 @@ def form_of(forms: Forms) -> Form | None:
         "json_schema": _schema(forms.json_schema, "json_schema"),
         "regex": _plain("regex", forms.regex),
         "ebnf": _plain("grammar", forms.ebnf),
+        "grammar": _plain("grammar", forms.grammar),
         "structural_tag": _tagged(forms.structural_tag, "structural_tag"),
         "guided_json": _schema(forms.guided_json, "guided_json"),
         "guided_regex": _plain("regex", forms.guided_regex),

@@ -12,11 +12,13 @@ from keye.server.errors import spelled
 #: Notes of one request.
 _MOST: Final = 64
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+_unknown: ContextVar[set[str] | None] = ContextVar("unknown", default=None)
 
 
 async def begin_notes() -> None:
     """A new list of notes, in the task that handles a request, before its body is read."""
     _notes.set([])
+    _unknown.set(set())
 
 
 def current_notes() -> list[str]:
@@ -26,6 +28,15 @@ def current_notes() -> list[str]:
         notes = []
         _notes.set(notes)
     return notes
+
+
+def count_unknown(name: str) -> int:
+    """How many different names that nobody knows the request at hand has had, this one among them."""
+    names = _unknown.get()
+    if names is None:
+        return 1
+    names.add(name)
+    return len(names)
 
 
 def add_note(sentence: str) -> None:

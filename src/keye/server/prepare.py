@@ -220,7 +220,7 @@ def chat_wanted(body: ChatRequest) -> Wanted:
         tool_choice=body.tool_choice,
         several_calls=body.parallel_tool_calls is not False,
         form=form_of(body),
-        thinking=thinking_of(body.chat_template_kwargs, body.reasoning_effort),
+        thinking=_thinking(body),
         media_defaults=media_settings(body),
         evidence=body.keye.evidence,
         prompt_logprobs=body.prompt_logprobs,
@@ -229,6 +229,14 @@ def chat_wanted(body: ChatRequest) -> Wanted:
         echo=bool(body.echo),
         shown=_shown(body),
     )
+
+
+def _thinking(body: ChatRequest) -> bool | None:
+    """Whether reasoning is asked for, under any of the names of the switch."""
+    switch = body.thinking.get("type") == "enabled" if isinstance(body.thinking, dict) else body.thinking
+    switch = body.enable_thinking if body.enable_thinking is not None else switch
+    own = thinking_of(body.chat_template_kwargs, None if switch is not None else body.reasoning_effort)
+    return switch if own is None else own
 
 
 def _shown(body: ChatRequest) -> ShownReasoning:

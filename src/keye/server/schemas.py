@@ -117,6 +117,7 @@ class Forms(BaseModel):
     json_schema: Schema | None = None
     regex: Pattern | None = None
     ebnf: Pattern | None = None
+    grammar: Pattern | None = None
     structural_tag: Schema | None = None
     guided_json: Schema | None = None
     guided_regex: Pattern | None = None
@@ -171,6 +172,8 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
     separate_reasoning: bool | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: TemplateFields | None = None
+    enable_thinking: bool | None = None
+    thinking: bool | Object | None = Field(default=None, description='or {"type": "enabled"}, as others have it')
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = Field(default=None, description="with continue_final_message: the reply repeats its beginning")
