@@ -184,7 +184,7 @@ def test_a_worker_sees_nothing_of_the_parent(tmp_path: Path, monkeypatch: pytest
     assert str(tmp_path / "clip") in seen["files"] or not seen["files"]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "AVIF"])
 def test_strangers_images_come_out_the_same(kind: str) -> None:
     rng = np.random.default_rng(0)
     data = encoded(Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), kind)

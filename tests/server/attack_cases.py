@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pillow_heif
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "media"))
@@ -76,8 +77,22 @@ def patched(data: bytes, marker: bytes, offset: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+def heic() -> bytes:
+    out = io.BytesIO()
+    pillow_heif.encode("RGB", (64, 64), bytes(64 * 64 * 3), out)
+    return out.getvalue()
+
+
+def animation(kind: str) -> bytes:
+    more = [Image.new("RGB", (56, 56), (60 * i, 0, 0)) for i in range(1, 4)]
+    return encoded(kind, save_all=True, append_images=more, duration=100)
+
+
 def png_that_claims(width: int, height: int) -> bytes:
-    png = encoded("PNG")
+    return claiming(encoded("PNG"), width, height)
+
+
+def claiming(png: bytes, width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
@@ -140,6 +155,9 @@ def _pictures() -> Iterator[Case]:
         "PNG of two thousand million a side": png_that_claims(2**31 - 1, 2**31 - 1),
         "PNG cut after its head": png_that_claims(9_000, 9_000)[:60],
         "BMP of negative size": patched(encoded("BMP"), b"BM", 18, struct.pack("<ii", -(2**31), 2**31 - 1)),
+        "HEIC of a million a side": patched(heic(), b"ispe", 8, struct.pack(">II", 1_000_000, 1_000_000)),
+        "HEIC of 20,000 a side": patched(heic(), b"ispe", 8, struct.pack(">II", 20_000, 20_000)),
+        "AVIF of 30,000 a side": patched(encoded("AVIF"), b"ispe", 8, struct.pack(">II", 30_000, 30_000)),
         "TIFF of 4 thousand million wide": patched(encoded("TIFF"), b"\x00\x01", 8, b"\xff\xff\xff\xff"),
     }
     for name, data in bombs.items():
@@ -179,6 +197,8 @@ def _videos() -> Iterator[Case]:
     for name, data in bombs.items():
         yield Case(9, name, chat(video(data_url(data, "video/mp4"))), good)
     for name, data in {
+        "a WebP of 16,384 a side": patched(animation("WEBP"), b"VP8X", 12, b"\xff\x3f\x00" * 2),
+        "a PNG of 40,000 a side that moves": claiming(animation("PNG"), 40_000, 40_000),
         "a GIF of 65,535 a side": patched(clip("gif", codec="gif", pix_fmt="rgb8"), b"GIF8", 6, b"\xff" * 4),
         "twenty thousand seconds between two frames": clip("mkv", frames=2, times_ms=[0, 20_000_000]),
         "a hundred hours in two frames": clip("mkv", frames=2, times_ms=[0, 360_000_000]),
@@ -186,7 +206,7 @@ def _videos() -> Iterator[Case]:
     }.items():
         # Long or dense videos are sampled, not refused, unless they break a limit of the server.
         odd = chat(video(data_url(data, "image/gif" if data[:3] == b"GIF" else "video/mp4")))
-        yield Case(9, name, odd, good, REFUSED if "GIF" in name else REFUSED | {200})
+        yield Case(9, name, odd, good, REFUSED if " a side" in name else REFUSED | {200})
     # Frames that a table promises and the file does not hold are not counted, so this one may well be read.
     promising = patched(mp4, b"stts", 12, struct.pack(">II", 1_000_000_000, 1))
     yield Case(9, "a thousand million frames", chat(video(data_url(promising, "video/mp4"))), good, REFUSED | {200})

@@ -42,9 +42,7 @@ def test_a_heic_photo_everywhere(http: TestClient, ask: Ask) -> None:
     assert stored["keye"] == {"kind": "image", "width": 120, "height": 60, "notes": []}
     parts = [
         {"type": "image_url", "image_url": {"url": data_url(heic(), "image/heic")}},
-        {"type": "image_url", "image_url": {"url": data_url(heic(), "application/octet-stream")}},
-        {"type": "image_url", "image_url": {"url": stored["id"]}},
-        {"type": "input_image", "image_url": data_url(heic(), "image/heif")},
+        {"type": "input_image", "image_url": data_url(heic(), "application/octet-stream")},
         {"type": "input_file", "file_id": stored["id"]},
         {"type": "input_file", "filename": "photo.heic", "file_data": base64.b64encode(heic()).decode()},
     ]
