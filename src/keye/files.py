@@ -10,10 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place when the block succeeds and vanishes when it fails."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A temporary neighbour of `path` that takes its place when the block succeeds and vanishes when it fails. Of a
+    link, the file that it names is replaced."""
+    target = path.resolve() if path.is_symlink() else path
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield draft
-        os.replace(draft, path)
+        os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,61 @@ def test_a_question_that_ends_workers_gets_an_error_and_the_others_their_answers
     assert records(out)["poison"]["error"]["code"] == "lost"
 
 
+def test_questions_that_end_workers_are_asked_last(out: Path) -> None:
+    """Also where they stand first, and there is one worker for one question at a time."""
+
+    def act(one: Item) -> Answer:
+        if one.id.startswith("poison"):
+            raise WorkerLost("killed")
+        return reply("yes")
+
+    bad = [item(f"poison{n}", f"p{n}") for n in range(5)]
+    worker = Fake(act, slots=1)
+    report = run(out, [worker], [*bad, *(item(str(n), f"v{n}") for n in range(4))])
+    assert (report.ok, report.errors) == (4, 5)
+    assert worker.asked[5:9] == ["0", "1", "2", "3"], "each is asked once before anything is asked again"
+    assert max(Counter(worker.asked).values()) == 3
+    assert {name for name, record in records(out).items() if record["error"]} == {one.id for one in bad}
+
+
+@pytest.mark.parametrize(
+    ("body", "fine"),
+    [
+        ({"choices": [{}]}, False),
+        ({"choices": [{"message": None}]}, False),
+        ({"choices": {"a": 1}}, False),
+        ({"choices": ["x"]}, False),
+        ({"choices": 7, "error": {"code": {"a": 1}, "message": None}}, False),
+        ({"error": "no"}, False),
+        ({"choices": [{"message": {}}], "usage": "many"}, True),
+        (
+            {"choices": [{"message": {}}], "usage": {"prompt_tokens": "5", "media": [1], "completion_tokens": 10**30}},
+            True,
+        ),
+        ({"choices": [{"message": {}}], "usage": {"prompt_tokens_details": [1], "media": 3}}, True),
+        ({"choices": [{"message": {"content": ["x"]}}], "keye": [1]}, True),
+    ],
+)
+@pytest.mark.parametrize("openai", [False, True])
+def test_an_odd_answer_is_a_record_and_stops_nothing(out: Path, body: dict, fine: bool, openai: bool) -> None:
+    odd = replace(item("odd"), openai=openai)
+    report = run(out, [Fake(lambda one: Answer(200, body) if one.id == "odd" else reply("yes"))], [odd, item("good")])
+    assert (report.ok, report.errors) == (1 + fine, 1 - fine)
+    assert {record.get("custom_id", record["id"]) for record in map(json.loads, out.read_text().splitlines())} == {
+        "odd", "good"
+    }  # fmt: skip
+
+
+def test_an_item_that_breaks_what_asks_it_is_a_record(out: Path) -> None:
+    def act(one: Item) -> Answer:
+        if one.id == "bad":
+            raise RecursionError("maximum recursion depth exceeded")
+        return reply("yes")
+
+    report = run(out, [Fake(act)], [item("bad"), item("good")])
+    assert (report.ok, report.errors) == (1, 1) and records(out)["bad"]["error"]["code"] == "failed"
+
+
 def test_no_worker_left_keeps_what_is_there(out: Path) -> None:
     def act(one: Item) -> Answer:
         if one.id != "0":
@@ -180,7 +236,7 @@ def test_an_agenda_gives_out_everything_whatever_happens(videos: list[str], step
 
     def end(one: Item, worker: str, how: str) -> None:
         if how == "lose":
-            agenda.put_back(one)
+            agenda.put_back(one) if len(one.id) % 2 else agenda.put_last(one)
             agenda.forget(worker)
             return
         agenda.answered(one, worker) if how == "answer" else agenda.drop(one)

@@ -74,6 +74,49 @@ def test_an_answer_that_is_no_json() -> None:
     assert answer.body["error"]["message"] == "the server answered 200 with something that is no JSON object"
 
 
+def test_an_answer_that_cannot_be_unpacked() -> None:
+    headers = {"content-encoding": "gzip"}
+    answer = post(client(lambda request: httpx.Response(200, stream=httpx.ByteStream(b"plain"), headers=headers)))
+    assert answer.body["error"]["code"] == "bad_answer"
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"choices": ' + "1" * 5000 + "}", "7", "\ud800".encode("utf-8", "replace")]
+)
+def test_an_answer_that_nobody_can_read(text: Any) -> None:
+    assert "error" in post(client(lambda request: httpx.Response(200, content=text))).body
+
+
+def test_numbers_that_json_lacks_become_none() -> None:
+    text = '{"choices": [{"message": {}, "logprobs": NaN}], "usage": {"prompt_tokens": -Infinity, "time": 1e999}}'
+    body = post(client(lambda request: httpx.Response(200, content=text))).body
+    assert body == {"choices": [{"message": {}, "logprobs": None}], "usage": {"prompt_tokens": None, "time": None}}
+
+
+def test_a_server_that_hangs_is_lost_after_its_time() -> None:
+    asked: list[int] = []
+
+    async def hang(request: Any) -> Any:
+        asked.append(1)
+        await asyncio.Event().wait()
+
+    with pytest.raises(WorkerLost, match=r"http://server gave no answer in 0\.01 s") as lost:
+        post(client(hang, tries=5, seconds=0.01))
+    assert lost.value.during and len(asked) == 1
+
+
+@pytest.mark.parametrize("told", ["\xb2", "Wed, 21 Oct 2099 07:28:00 GMT", "-1", "1" * 5000, ""])
+def test_waits_that_are_no_seconds_are_ours(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(batch_workers._wait(0, told))
+    assert 0 < waited[0] < 1
+
+
 def test_files_travel_in_the_question_and_addresses_do_not(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     content = [
@@ -121,6 +164,8 @@ def test_a_server_is_asked_for_its_model_with_the_key() -> None:
     [
         (401, {}, "wants another key: set KEYE_API_KEY"),
         (200, {"data": []}, "lists no models at /v1/models"),
+        (200, {"data": {"a": 1}}, "lists no models at /v1/models"),
+        (200, {"data": ["keye"]}, "lists no models at /v1/models"),
         (404, {}, "lists no models at /v1/models"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_a_kill_at_any_byte_loses_at_most_the_last_record(
     cut = data.draw(st.integers(0, len(whole)))
     out.write_bytes(whole[:cut])
     with Journal(out) as journal:
-        kept = whole[:cut].count(b"\n")
+        kept = (whole[:cut] + b"\n" if whole[cut : cut + 1] == b"\n" else whole[:cut]).count(b"\n")
         assert list(journal.done) == [str(number) for number in range(kept)]
         for number in range(kept, len(texts)):
             journal.append(record(str(number), text=texts[number]))
@@ -73,12 +74,46 @@ def test_records_are_taken_out_in_one_step(out: Path) -> None:
     assert ids(out) == ["a", "c", "d"] and list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("text", ["notes of mine", "notes\n", '{"id": "a"}\n', "[1]\n", '{"a": 1}\n{"b": 2}\n'])
+OF_OTHERS = (
+    "notes of mine", "notes\n", '{"id": "a"}\n', "[1]\n", '{"a": 1}\n{"b": 2}\n', '{"accuracy":0.93}', '{"id":"a"}',
+    '{"id":"a","text":"cut', '{"line_digest":"mine"}', "7", "\0\0", "[" * 200_000, "1" * 5000, "\ufeff{}\n", "\n",
+    json.dumps(record("a")) + "\n" + '{"id":"mine","more":1}', json.dumps(record("a")) + "\nnotes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OF_OTHERS)
 def test_a_file_of_another_kind_is_left_alone(out: Path, text: str) -> None:
     out.write_text(text)
     with pytest.raises(KeyeError, match="choose another file with -o"):
         Journal(out)
     assert out.read_text() == text
+
+
+def test_records_of_earlier_versions_go_on(out: Path) -> None:
+    """They began with the id; a torn one is known beside whole ones."""
+    line = json.dumps(record("a"), separators=(",", ":"))
+    out.write_text(line + "\n" + line.replace('"a"', '"b"')[:30])
+    with Journal(out) as journal:
+        assert list(journal.done) == ["a"]
+    assert out.read_text() == line + "\n"
+
+
+def test_pipes_and_folders_are_no_outputs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(KeyeError, match="choose another"):
+            Journal(path)
+
+
+def test_a_link_to_an_output_stays_a_link(tmp_path: Path) -> None:
+    link, out = tmp_path / "link.jsonl", tmp_path / "real" / "out.jsonl"
+    out.parent.mkdir()
+    link.symlink_to(out)
+    with Journal(link) as journal:
+        journal.append(record("a"))
+        journal.append(record("b"))
+        journal.forget({"a"})
+    assert link.is_symlink() and ids(out) == ["b"] and list(out.parent.iterdir()) == [out]
 
 
 def test_a_file_with_a_record_twice_is_refused(out: Path) -> None:

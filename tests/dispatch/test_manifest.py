@@ -165,3 +165,49 @@ def test_a_manifest_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("# nothing\n\n")
     with pytest.raises(KeyeError, match="has no lines"):
         read_manifest(tmp_path / "empty.jsonl")
+
+
+BAD_LINES = (
+    '{"video": "a.mp4", "question": "x", "seed": ' + "1" * 5000 + "}",
+    '{"video": "a.mp4", "question": "x", "seed": 1e999}',
+    '{"video": "a.mp4", "question": "x", "temperature": NaN}',
+    '{"video": "a.mp4", "question": "x", "stop": ' + "[" * 100_000,
+    '{"media": "a\\u0000b.mp4", "question": "x"}',
+    '{"media": "~nosuchuser/a.mp4", "question": "x"}',
+    '{"media": "' + "a" * 5000 + '", "question": "x"}',
+    '{"id": "a\\ud800", "video": "a.mp4", "question": "x"}',
+    '{"id": {"a": 1}, "video": "a.mp4", "question": "x"}',
+    '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": 7}}',
+    "[1, 2]", "null", "{", "\x00",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_refused_alone(tmp_path: Path, line: str) -> None:
+    bad, good = read(tmp_path, line, QUESTION)
+    assert isinstance(bad, Refused) and isinstance(good, Item)
+    assert "sys.set" not in bad.reason and "Traceback" not in bad.reason
+
+
+@pytest.mark.parametrize(
+    "source", ["a\x00b.mp4", "~nosuchuser/a.mp4", "a\ud800.mp4", "file:///a\x00b", "x" * 5000, "\udcff.mp4"]
+)
+def test_names_that_no_file_has_stay_for_whoever_answers(tmp_path: Path, source: str) -> None:
+    odd, good = read(tmp_path, {"video": source, "question": "x"}, QUESTION)
+    assert isinstance(good, Item) and isinstance(odd, Item | Refused)
+
+
+def test_a_line_that_is_too_long_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keye.dispatch.manifest.MAX_LINE", 100)
+    long, good = read(tmp_path, {**QUESTION, "system": "x" * 3_000_000}, QUESTION)
+    assert isinstance(long, Refused) and "more than 0 MiB" in long.reason
+    assert isinstance(good, Item) and good.line == 2
+
+
+def test_bad_rows_of_csv_are_refused_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    rows = [b"video,question,seed", b"a.mp4,one,1", b"a.mp4,t\xffo,2", b"a.mp4," + b"x" * 200_000 + b",3",
+            b"a.mp4,four," + b"1" * 5000, b"a.mp4,five,5"]  # fmt: skip
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    found = read_manifest(path, {})
+    assert [type(one) for one in found] == [Item, Refused, Refused, Item, Item]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
               help="Questions under way at once, at each worker.")  # fmt: skip
 @click.option("--tries", type=options.COUNT, default=6, show_default=True, metavar="N",
               help="Tries of a request to a server that is full, fails or does not answer.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), metavar="SECONDS",
+              help="Longest time for an answer of a server.  [default: 3600]")  # fmt: skip
 @click.option("--retry-errors", is_flag=True, help="Ask again what the output has errors of.")
 @click.option("--model", help="The model, or with --server what the servers call it.  [default: nano, the server's]")
 @options.decode
@@ -101,6 +103,8 @@ def check_workers(given: Mapping[str, Any]) -> None:
         raise KeyeError("--server asks servers, and --workers and --ray start engines: give one of them")
     if given["decode"] and (given["servers"] or given["workers"] or given["ray"]):
         raise KeyeError("--decode serves the engine of this process: leave it out with --server, --workers and --ray")
+    if given["timeout"] is not None and not given["servers"]:
+        raise KeyeError("--timeout is the time for an answer of a server: give it with --server")
     if given["servers"]:
         engines = ("dtype", "threads", *options.STORING_OPTIONS)
         if unused := [options.flag(name) for name in engines if given[name] is not None]:
@@ -131,8 +135,11 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     slots, private = given["concurrency"], given["allow_private_urls"]
     if given["servers"]:
         urls = list(dict.fromkeys(url.strip() for url in given["servers"].split(",") if url.strip()))
+        seconds = given["timeout"] or kinds.ANSWER_SECONDS
         return [
-            kinds.ServerWorker(url, model=given["model"], key=api_key(), slots=slots, tries=given["tries"])
+            kinds.ServerWorker(
+                url, model=given["model"], key=api_key(), slots=slots, tries=given["tries"], seconds=seconds
+            )
             for url in urls
         ]
     check_engine()

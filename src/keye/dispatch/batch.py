@@ -1,8 +1,8 @@
 """A batch: every item of a manifest is asked once by some worker, and its record is written once.
 
 Items that ask about the same media meet them in one place: the first of them alone, the others after it, where what
-was decoded and computed lies in the caches. A worker that is lost is started anew and its questions go to others; one
-during which workers are lost again and again is asked alone at the end, and if that fails too, gets an error.
+was decoded and computed lies in the caches. A worker that is lost is started again and its questions are asked after
+all others; one during which workers are lost again is then asked alone, and if that fails too, gets an error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from keye.errors import KeyeError
 
 #: Workers that an item may lose before it is asked alone.
 _SHARED_LOSSES: Final = 2
-#: Times in a row that a worker is started anew without having answered anything.
+#: Times in a row that starting a worker may fail, and that it may be lost without having answered anything.
 _MOST_STARTS: Final = 3
+_MOST_LOSSES: Final = 100
 _SYNC_SECONDS: Final = 1.0
 _Key = tuple[str, ...]
 
@@ -55,11 +56,12 @@ class Report:
             self.errors += 1
             return
         self.ok += 1
-        usage = (answer.body.get("usage") if answer is not None else None) or {}
-        self.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        self.completion_tokens += usage.get("completion_tokens") or 0
-        self.video_seconds += sum(one.get("duration") or 0.0 for one in usage.get("media") or ())
+        usage = _mapping(answer.body.get("usage") if answer is not None else None)
+        media = usage.get("media")
+        self.prompt_tokens += int(_amount(usage, "prompt_tokens"))
+        self.cached_tokens += int(_amount(_mapping(usage.get("prompt_tokens_details")), "cached_tokens"))
+        self.completion_tokens += int(_amount(usage, "completion_tokens"))
+        self.video_seconds += sum(_amount(_mapping(m), "duration") for m in (media if isinstance(media, list) else ()))
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "seconds": round(self.seconds, 3), "items_per_second": round(self.items_per_second, 3)}
@@ -69,7 +71,8 @@ class Agenda:
     """Which question comes next. Knows items and names of workers; asks nothing.
 
     A worker gets, in this order: another question about media that it has met; one about media that nobody has met; one
-    about media that others have met. While the first question about some media is under way, its others wait.
+    about media that others have met; one that was put last. While the first question about some media is under way, its
+    others wait.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -79,6 +82,7 @@ class Agenda:
         self._opening: dict[str, _Key] = {}
         self._warm: dict[str, deque[_Key]] = {}
         self._placed = set(self._groups)
+        self._last: deque[Item] = deque()
 
     def take(self, worker: str) -> Item | None:
         """The next question for a worker, by its name; None where there is none just now."""
@@ -87,7 +91,9 @@ class Agenda:
             return self._open(self._cold.popleft())
         if key is None:
             key = next((k for other in self._warm if (k := self._next_warm(other)) is not None), None)
-        return None if key is None else self._groups[key].popleft()
+        if key is not None:
+            return self._groups[key].popleft()
+        return self._last.popleft() if self._last and not any(self._groups.values()) else None
 
     def answered(self, item: Item, worker: str) -> None:
         """A question has its answer, from this worker."""
@@ -101,8 +107,13 @@ class Agenda:
         if key is not None:
             self._cold.appendleft(key)
 
+    def put_last(self, item: Item) -> None:
+        """A question is to be asked again, after all others."""
+        self.drop(item)
+        self._last.append(item)
+
     def put_back(self, item: Item) -> None:
-        """A question has no answer after all."""
+        """A question was not asked after all."""
         self.drop(item)
         key = key_of(item)
         self._groups[key].appendleft(item)
@@ -135,7 +146,8 @@ class Agenda:
 
 @dataclass
 class _Crew:
-    """A worker and what is known of it: which of its starts this is, and how many in a row brought no answer."""
+    """A worker and what is known of it: which of its starts this is, and how many times in a row it was lost without an
+    answer."""
 
     worker: Worker
     start: int = 0
@@ -247,6 +259,11 @@ class Batch:
             self._agenda.drop(item)
             self._write(item, failed(item, str(error), "bad_medium"), None)
             return
+        except Exception as error:  # noqa: BLE001 - whatever a line or an answer brings about ends that item alone
+            self._agenda.drop(item)
+            reason = f"it could not be asked, or its answer not be read ({type(error).__name__})"
+            self._write(item, failed(item, reason, "failed"), None)
+            return
         crew.fruitless = 0
         self._agenda.answered(item, crew.worker.name)
         self._write(item, answered(item, answer, time.monotonic() - begin, crew.worker.name), answer)
@@ -254,8 +271,10 @@ class Batch:
     async def _put_back(self, item: Item, lost: WorkerLost) -> None:
         """A question whose worker was lost goes to another, or is set aside."""
         self._losses[item.id] = self._losses.get(item.id, 0) + lost.during
-        if self._losses[item.id] < _SHARED_LOSSES:
+        if not lost.during:
             self._agenda.put_back(item)
+        elif self._losses[item.id] < _SHARED_LOSSES:
+            self._agenda.put_last(item)
         else:
             self._agenda.drop(item)
             self._suspects.append(item)
@@ -284,20 +303,19 @@ class Batch:
             if number > 0:
                 self.report.losses += 1
                 self._agenda.forget(crew.worker.name)
-            crew.start = number
-            while True:
                 crew.fruitless += 1
+            crew.start = number
+            if crew.fruitless > _MOST_LOSSES:
+                crew.dead, self._why = True, f"{crew.worker.name} was lost {_MOST_LOSSES} times without an answer"
+            for attempt in range(0 if crew.dead else _MOST_STARTS):
                 try:
-                    if crew.fruitless > _MOST_STARTS:
-                        raise WorkerLost(f"{crew.worker.name} was lost {_MOST_STARTS} times without an answer")
                     await crew.worker.start()
+                    break
                 except WorkerLost as lost:
                     self._why = str(lost)
-                    crew.dead = number == 0 or crew.fruitless >= _MOST_STARTS
+                    crew.dead = number == 0 or attempt == _MOST_STARTS - 1
                     if crew.dead:
                         break
-                else:
-                    break
         await self._tell()
         return not crew.dead
 
@@ -328,9 +346,11 @@ def _first(several: BaseExceptionGroup[BaseException]) -> BaseException:
 def answered(item: Item, answer: Answer, seconds: float, worker: str) -> dict[str, Any]:
     """The record of an answer, good or bad: in OpenAI's form for lines in that form, else the answer's parts."""
     body = answer.body
-    problem = None if answer.status == 200 else _problem(answer)
-    if problem is None and not body.get("choices"):
-        problem = {"code": "bad_answer", "message": "the server's answer has no choices"}
+    choices = body.get("choices")
+    choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
+    problem = None if answer.status == 200 and not body.get("error") else _problem(answer)
+    if problem is None and not isinstance(choice.get("message"), Mapping):
+        problem = {"code": "bad_answer", "message": "the server's answer has no choices with a message"}
     if item.openai:
         response = {"status_code": answer.status, "request_id": body.get("id") or "", "body": body}
         return {
@@ -339,8 +359,7 @@ def answered(item: Item, answer: Answer, seconds: float, worker: str) -> dict[st
         }  # fmt: skip
     if problem is not None:
         return {"id": item.id, "line_digest": item.digest, "error": problem}
-    choice = body["choices"][0]
-    message, found = choice["message"], body.get("keye") or {}
+    message, found = choice["message"], _mapping(body.get("keye"))
     optional = {
         "reasoning": message.get("reasoning_content"), "intervals": found.get("intervals") or None,
         "regions": found.get("regions") or None, "evidence": found.get("evidence"), "notes": found.get("notes"),
@@ -368,8 +387,9 @@ def _problem(answer: Answer) -> dict[str, Any]:
     """OpenAI's error object, or what others send in its place."""
     told: Any = answer.body.get("error") or answer.body.get("detail") or answer.body
     if isinstance(told, Mapping):
+        code = told.get("code")
         return {
-            "code": told.get("code") or f"status_{answer.status}",
+            "code": code if code and isinstance(code, str | int) else f"status_{answer.status}",
             "message": str(told.get("message") or dict(told))[:2000],
         }
     return {"code": f"status_{answer.status}", "message": str(told)[:2000]}
@@ -378,3 +398,14 @@ def _problem(answer: Answer) -> dict[str, Any]:
 def unknown_ids(lines: Iterable[Item | Refused], journal: Journal) -> int:
     """How many records the output has of items that the manifest no longer holds."""
     return len(journal.done.keys() - {line.id for line in lines})
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """An object in an answer; empty where something else stands in its place."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _amount(of: Mapping[str, Any], name: str) -> float:
+    """A number in an answer; 0 where there is none."""
+    value = of.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15 else 0

@@ -8,8 +8,10 @@ import asyncio
 import base64
 import copy
 import json
+import math
 import mimetypes
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +41,13 @@ INLINE_BYTES: Final = 45 << 20
 _AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 #: Longest wait before another try, in seconds.
 _LONGEST_WAIT: Final = 30.0
-#: Seconds in which a server must accept a connection, and give its answer.
-_TIMES: Final = httpx.Timeout(3600.0, connect=10.0)
+#: Seconds in which a server must give its answer unless something else is said, accept a connection, and say which
+#: models it has.
+ANSWER_SECONDS: Final = 3600.0
+_CONNECT_SECONDS: Final = 10.0
+_MODELS_SECONDS: Final = 30.0
+#: A wait in seconds as servers tell it; they may also name a date.
+_SECONDS: Final = re.compile("[0-9]{1,9}")
 #: A day: in a batch a long video may take as long as it needs.
 _REQUEST_SECONDS: Final = 24 * 3600.0
 
@@ -77,11 +84,14 @@ class Worker(Protocol):
 
 
 class Client:
-    """Posts questions to an application, over a socket or in this process. `tries` of each request; `inline` for one
-    that cannot open our files: they are sent with the question."""
+    """Posts questions to an application, over a socket or in this process. `tries` of each request, in each of which
+    the answer must be complete after `seconds`; `inline` for one that cannot open our files: they are sent with the
+    question."""
 
-    def __init__(self, http: httpx.AsyncClient, name: str, *, tries: int = 1, inline: bool = False) -> None:
-        self.http, self.name, self.tries, self.inline = http, name, tries, inline
+    def __init__(
+        self, http: httpx.AsyncClient, name: str, *, tries: int = 1, inline: bool = False, seconds: float | None = None
+    ) -> None:
+        self.http, self.name, self.tries, self.inline, self.seconds = http, name, tries, inline, seconds
 
     async def post(self, body: Mapping[str, Any]) -> Answer:
         """One chat completion. Full or failing servers are asked again, after as long as they say or twice as long each
@@ -90,7 +100,12 @@ class Client:
         for attempt in range(self.tries):
             last = attempt == self.tries - 1
             try:
-                answer = await self.http.post(_ROUTE, content=sent, headers={"Content-Type": "application/json"})
+                async with asyncio.timeout(self.seconds):
+                    answer = await self.http.post(_ROUTE, content=sent, headers={"Content-Type": "application/json"})
+            except TimeoutError:  # another try would take as long
+                raise WorkerLost(f"{self.name} gave no answer in {self.seconds:g} s") from None
+            except httpx.DecodingError:
+                return _unreadable("the server's answer is not compressed as it says")
             except httpx.TransportError as error:
                 if last:
                     unmet = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
@@ -108,23 +123,28 @@ class Client:
 
 
 class ServerWorker:
-    """Any OpenAI-compatible server. `model` is what it calls its model; asked for where it is not given."""
+    """Any OpenAI-compatible server, which has `seconds` for an answer. `model` is what it calls its model; asked for
+    where it is not given."""
 
-    def __init__(self, url: str, *, model: str | None, key: str | None, slots: int, tries: int) -> None:
+    def __init__(
+        self, url: str, *, model: str | None, key: str | None, slots: int, tries: int, seconds: float = ANSWER_SECONDS
+    ) -> None:
         self.name, self.slots, self.model = url, slots, model
         address = _address(url)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=slots, max_keepalive_connections=slots)
-        self._http = httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=_TIMES)
-        self._client = Client(self._http, self.name, tries=tries, inline=True)
+        times = httpx.Timeout(None, connect=_CONNECT_SECONDS)
+        self._http = httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=times)
+        self._client = Client(self._http, self.name, tries=tries, inline=True, seconds=seconds)
         self._tries = tries
 
     async def start(self) -> None:
         """Asks for its models: whether it is there, and takes our key."""
         for attempt in range(self._tries):
             try:
-                answer = await self._http.get("/v1/models")
-            except httpx.TransportError as error:
+                async with asyncio.timeout(_MODELS_SECONDS):
+                    answer = await self._http.get("/v1/models")
+            except (httpx.RequestError, TimeoutError) as error:
                 if attempt == self._tries - 1:
                     raise WorkerLost(f"{self.name} cannot be reached ({_told(error)}): check --server") from None
                 await _wait(attempt, None)
@@ -136,9 +156,10 @@ class ServerWorker:
             await _wait(attempt, answer.headers.get("retry-after"))
         listed = _object(answer).get("data")
         if self.model is None:
-            if answer.status_code != 200 or not listed:
+            first = listed[0] if isinstance(listed, list) and listed else None
+            if answer.status_code != 200 or not isinstance(first, dict) or not isinstance(first.get("id"), str):
                 raise KeyeError(f"{self.name} lists no models at /v1/models: check --server, or name one with --model")
-            self.model = str(listed[0]["id"])
+            self.model = first["id"]
 
     async def ask(self, item: Item) -> Answer:
         return await self._client.post({"model": self.model, **item.body})
@@ -296,19 +317,29 @@ def _address(url: str) -> str:
 
 def _object(answer: httpx.Response) -> dict[str, Any]:
     try:
-        value = answer.json()
-    except ValueError:
+        value = answer.json(parse_constant=lambda _: None, parse_float=_number)
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value
     return {"error": {"message": f"the server answered {answer.status_code} with something that is no JSON object"}}
 
 
-def _told(error: httpx.TransportError) -> str:
+def _number(text: str) -> float | None:
+    """None for what no number in JSON can be written as again."""
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def _unreadable(message: str) -> Answer:
+    return Answer(502, {"error": {"code": "bad_answer", "message": message}})
+
+
+def _told(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
 async def _wait(attempt: int, told: str | None) -> None:
     """Until another try: what the server has said, else 0.5, 1, 2 ... seconds, spread so that not all come at once."""
-    seconds = float(told) if told is not None and told.isdigit() else 2.0**attempt / 2
+    seconds = float(told) if told is not None and _SECONDS.fullmatch(told) else 2.0**attempt / 2
     await asyncio.sleep(min(seconds, _LONGEST_WAIT) * random.uniform(0.8, 1.2))

@@ -15,10 +15,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from keye.errors import KeyeError
 from keye.files import complete_file
+
+#: How records begin.
+_BEGIN: Final = b'{"line_digest":"'
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Journal:
     """The output file, opened by one process at a time and until `close`. `done` are the items that it has, by id.
 
     A last line without its end, which a kill leaves, is cut off. `KeyeError` for a file that another batch writes to,
-    that cannot be written, or that holds anything but records."""
+    that cannot be written, or that holds anything but records: such a file is never changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +58,9 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one whole record. What cannot be written leaves nothing of itself behind."""
-        line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        # The digest comes first, so that the beginning of a record is known as one.
+        ordered = {"line_digest": record["line_digest"], **record}
+        line = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
         name, done = _read(line)
         assert name not in self.done, f"{name} has a record already"
         begin = os.lseek(self._fd, 0, os.SEEK_END)
@@ -105,11 +110,11 @@ class Journal:
         whole = 0
         with os.fdopen(os.dup(self._fd), "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
                 try:
                     name, one = _read(line)
                 except ValueError:
+                    if not line.endswith(b"\n") and _is_torn_record(line, bool(done)):
+                        break
                     raise KeyeError(
                         f"line {number} of {self.path} is no record of keye batch: choose another file with -o"
                     ) from None
@@ -118,15 +123,21 @@ class Journal:
                 done[name] = one
                 whole += len(line)
         if whole < os.fstat(self._fd).st_size:
-            self._check_torn(whole)
             os.ftruncate(self._fd, whole)
+        elif whole and os.pread(self._fd, 1, whole - 1) != b"\n":
+            os.write(self._fd, b"\n")
         return done
 
-    def _check_torn(self, begin: int) -> None:
-        """A file of another kind, whose only line has no end, is not cut."""
-        head = os.pread(self._fd, 2, begin)
-        if not b'{"'.startswith(head):
-            raise KeyeError(f"{self.path} is no output of keye batch: choose another file with -o")
+
+def _is_torn_record(line: bytes, others: bool) -> bool:
+    """Whether a line without its end is the beginning of a record and of nothing else, beside `others` in the file."""
+    # Records of earlier versions begin with their id, as many a file does.
+    begins = line.startswith(_BEGIN) or _BEGIN.startswith(line) or (others and line.startswith(b'{"id":"'))
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return begins
+    return False  # a whole value, which somebody else wrote
 
 
 def check_same(items: Iterable[tuple[str, str]], done: Mapping[str, Done], path: Path) -> list[str]:
@@ -145,7 +156,10 @@ def check_same(items: Iterable[tuple[str, str]], done: Mapping[str, Done], path:
 
 def _read(line: bytes) -> tuple[str, Done]:
     """Id and state of a record; `ValueError` for anything else."""
-    record = json.loads(line)
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("too deep") from None
     if not isinstance(record, dict):
         raise ValueError("no object")
     name, digest = record.get("custom_id", record.get("id")), record.get("line_digest")
@@ -157,6 +171,8 @@ def _read(line: bytes) -> tuple[str, Done]:
 def _open_locked(path: Path) -> int:
     """The file of this name, made if need be, that nobody else holds."""
     while True:
+        if path.exists() and not path.is_file():  # a pipe, for one, would never come to an end
+            raise KeyeError(f"{path} is no file: choose another with -o")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:

@@ -10,12 +10,13 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS
 from keye.errors import KeyeError
@@ -39,6 +40,10 @@ _OPENAI: Final = ("custom_id", "method", "url", "body")
 _URL: Final = "/v1/chat/completions"
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _NUMBERED: Final = re.compile(r"line-\d+")
+#: Halves of characters, which no text in UTF-8 has.
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+#: Digits of the longest whole number that is read.
+_MOST_DIGITS: Final = 400
 #: What servers call files that were uploaded before.
 _KEPT: Final = ("file-", "index-")
 
@@ -84,6 +89,9 @@ def read_manifest(path: Path, defaults: Mapping[str, Any] | None = None) -> list
             found.append(item)
         except KeyeError as error:
             found.append(Refused(f"line-{number}", number, digest, str(error)))
+        except (ValueError, TypeError, LookupError, OSError, RecursionError):  # of names and values that nobody expects
+            reason = "the line holds values that mean nothing here; check the names and settings in it"
+            found.append(Refused(f"line-{number}", number, digest, reason))
     if not found:
         raise KeyeError(f'{path} has no lines: write one question a line, as {{"video": "a.mp4", "question": "..."}}')
     return found
@@ -96,7 +104,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, object]]:
             if path.suffix.lower() == ".csv":
                 yield from _csv_lines(path, file.read())
                 return
-            for number, raw in enumerate(file, 1):
+            for number, raw in _raw_lines(file):
                 text = raw.strip()
                 if text and not text.startswith(b"#"):
                     yield number, text, _parsed(text)
@@ -104,28 +112,74 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, object]]:
         raise KeyeError(f"{path} cannot be read ({error.strerror}): give a manifest of JSON lines or CSV") from None
 
 
+def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; of one that is too long, a little more than may be read."""
+    number = 0
+    while line := file.readline(MAX_LINE + 2):
+        number += 1
+        yield number, line
+        while len(line) > MAX_LINE and not line.endswith(b"\n"):
+            line = file.readline(1 << 20) or b"\n"
+
+
 def _parsed(text: bytes) -> object:
     if len(text) > MAX_LINE:
         return f"the line has more than {MAX_LINE >> 20} MiB; name files instead of sending them"
     try:
-        value = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text, parse_int=_whole, parse_float=_number, parse_constant=_number)
+    except KeyeError as error:
+        return str(error)
+    except RecursionError:
+        return "the line is nested too deeply; write one JSON object a line"
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         return f"the line is no JSON ({error}); write one JSON object a line"
     return value if isinstance(value, dict) else "the line is no JSON object; write {...} with a question"
 
 
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise KeyeError(f"the line holds a number of {len(text):,} digits, more than anything takes")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise KeyeError(f"the line holds {text[:20]}, which is no finite number")
+    return number
+
+
 def _csv_lines(path: Path, data: bytes) -> Iterator[tuple[int, bytes, object]]:
+    text = data.decode("utf-8-sig", "surrogateescape")
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-        for row in rows:
-            surplus = row.pop(None, None)
-            fields = {name: _cell(name, value) for name, value in row.items() if value not in (None, "")}
-            raw = json.dumps(row, sort_keys=True).encode()
-            yield rows.line_num, raw, "the row has more cells than the first row has names" if surplus else fields
-    except (UnicodeDecodeError, csv.Error) as error:
+        if _is_broken(rows.fieldnames):
+            raise KeyeError(f"{path} is no CSV in UTF-8: save it as UTF-8 with names of columns in the first row")
+    except csv.Error as error:
         raise KeyeError(
             f"{path} is no CSV ({error}): save it as UTF-8 with names of columns in the first row"
         ) from None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            number = rows.line_num
+            yield number, f"{number}".encode(), f"the row is no CSV ({error}); quote its cells"
+            continue
+        if row is None:
+            return
+        surplus = row.pop(None, None)
+        raw = json.dumps(row, sort_keys=True).encode()
+        if _is_broken(row.values()) or _is_broken(surplus):
+            yield rows.line_num, raw, "the row is not in UTF-8; save the file as UTF-8"
+            continue
+        fields = {name: _cell(name, value) for name, value in row.items() if value not in (None, "")}
+        yield rows.line_num, raw, "the row has more cells than the first row has names" if surplus else fields
+
+
+def _is_broken(texts: Iterable[str | None] | None) -> bool:
+    """Whether a text holds halves of characters, as bytes that are no UTF-8 become."""
+    return any(_SURROGATE.search(text) for text in texts or () if text)
 
 
 def _cell(name: str, value: str) -> object:
@@ -134,7 +188,7 @@ def _cell(name: str, value: str) -> object:
         return value
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return value
 
 
@@ -146,7 +200,7 @@ def _item(number: int, digest: str, fields: object, defaults: Mapping[str, Any],
     name = fields.get("custom_id" if openai else "id", f"line-{number}")
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
-    if not isinstance(name, str) or not name or len(name) > 512:
+    if not isinstance(name, str) or not name or len(name) > 512 or _SURROGATE.search(name):
         raise KeyeError("the id is no text of up to 512 characters; give another")
     if _NUMBERED.fullmatch(name) and name != f"line-{number}":
         raise KeyeError(f"the id {name!r} is that of a line without one; give another")
