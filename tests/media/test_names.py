@@ -12,8 +12,10 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import (
     MediaOptions,
+    Processor,
     fetch_source,
     iter_frames,
+    media_kind,
     open_video,
     plan_image,
     plan_video,
@@ -94,6 +96,10 @@ def test_everything_takes_names(folder: Path) -> None:
     (clip,) = cut_clips("clip.mp4", [(0.0, 0.2)], Path("clips"))
     assert clip.name.startswith("clip-001")
     Image.new("RGB", (60, 40)).save("a.png")
+    assert (media_kind("clip.mp4"), media_kind(Path("a.png"))) == ("video", "image")
+    processor = Processor(CONFIG)
+    assert processor.video("clip.mp4", options).frame_count == 2
+    assert processor.image("a.png").visual_tokens == processor.image(Path("a.png")).visual_tokens > 0
     assert plan_image("a.png", CONFIG).source_width == read_image(Path("a.png")).width == 60
     with pytest.raises(MediaError, match="no-file.mp4 does not exist"):
         probe("no-file.mp4")

@@ -183,9 +183,10 @@ def untrusted(source: Source) -> Source:
     return replace(source, untrusted=True)
 
 
-def media_kind(source: Source) -> str:
+def media_kind(source: Reference) -> str:
     """`"image"` or `"video"`, judged by the content. Animations are videos; so is what is not known, for the decoder to
     judge. Raises `MediaError` for what is neither, such as a PDF or a text file."""
+    source = fetch_source(source)
     with source.open() as file:
         found = kind_of(file)
     if isinstance(found, Other):

@@ -7,6 +7,7 @@ needs it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
-from keye.media.fetch import Source
+from keye.media.fetch import Reference, Source, fetch_source
 from keye.media.frame_stream import FileFrames, FrameShape, HeldFrames, PixelReader, PixelSource
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
 from keye.media.options import DEFAULTS, MediaOptions
@@ -146,11 +147,11 @@ class Processor:
         self.decoder = decoder
 
     def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
-        """An image: a `Source`, a PIL image, an array or a tensor (`pictures.as_picture`). With a plan made before,
-        nothing is warned of again."""
-        if isinstance(source, Source):
-            strict, planned = options.strict_official, plan is not None
-            name, image = source.name, read_image(source, strict_official=strict, planned=planned)
+        """An image: a file (a `Source` or what names one), a PIL image, an array or a tensor (`pictures.as_picture`).
+        With a plan made before, nothing is warned of again."""
+        if isinstance(source, Source | str | bytes | os.PathLike):
+            file, strict = fetch_source(source), options.strict_official
+            name, image = file.name, read_image(file, strict_official=strict, planned=plan is not None)
         else:
             name, image = "<image>", as_picture(source, strict_official=options.strict_official)
         sizes.check_sides(image.height, image.width, name, ratio=options.resized is None)
@@ -164,7 +165,7 @@ class Processor:
         vision = images_to_patches(pixels[None], self.config)
         return MediaItem("image", vision, (VisualSpan("image", tokens),), plan=plan)
 
-    def video(self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None) -> MediaItem:
+    def video(self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None) -> MediaItem:
         """A video file, by a plan made before or by a new one; all its frames are decoded."""
         if self.decoder is not None:
             item = self.video_stream(source, options, plan=plan)
@@ -176,7 +177,7 @@ class Processor:
 
     @contextmanager
     def decoding(
-        self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
+        self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
     ) -> Iterator[tuple[VideoPlan, Iterator[Pixels]]]:
         """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: frames are told
         apart), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
@@ -185,10 +186,11 @@ class Processor:
             yield plan, self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
 
     def video_stream(
-        self, source: Source, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
+        self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
     ) -> MediaItem:
         """The same medium before its frames are decoded: its `pixels` give them as they come, in bounded memory but for
         Preview, which attends over a whole video. Frames of 1.5 are told apart first, which decodes them once."""
+        source = fetch_source(source)
         frames: Callable[[], Iterator[Pixels]] | None = None
         if plan is None or (self.config.generation == "1.5" and plan.fast is None):
             plan, frames = self._complete(source, options, plan)
@@ -244,7 +246,7 @@ class Processor:
             made, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
         return made, None if kept is None else lambda: _at_size(kept, made)
 
-    def _open(self, source: Source, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
+    def _open(self, source: Reference, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
         """The file, at the track of the plan, which may have been chosen."""
         return open_video(source, self.limits, track=options.track if plan is None else plan.track)
 
