@@ -171,7 +171,7 @@ def test_settings_hold_through_company_and_preemptions(model: Keye, options: dic
             steps += 1
             writing = [task for task in tasks if task.stage is Stage.DECODING]
             if preempt and steps % 3 == 0 and writing:
-                model.core._preempt(writing[steps % len(writing)])
+                model.core.preempt(writing[steps % len(writing)])
         model.clear_caches()
         return list(inboxes[0].events)
 

@@ -64,6 +64,21 @@ def test_what_means_nothing_here_is_ignored_with_a_note(http: TestClient, fields
 
 
 @pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x", "name": "me", "tool_calls": [], "tool_call_id": "c"}],
+        [{"role": "critic", "content": "x", "name": "me"}],
+        [*HELLO, {"role": "assistant", "content": None, "reasoning_content": "hm"}, *HELLO],
+        [*HELLO, {"role": "assistant", "content": None, "tool_calls": []}, *HELLO],
+        [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, *HELLO],
+        [{"role": "user", "content": [{"text": "x"}, {"type": "input_text", "text": "y", "cache_control": {}}]}],
+    ],
+)
+def test_messages_as_programs_send_them_back(http: TestClient, messages: list[dict[str, Any]]) -> None:
+    assert chat(http, messages=messages)["choices"]
+
+
+@pytest.mark.parametrize(
     ("fields", "param", "meant"),
     [
         ({"temprature": 0.5}, "temprature", "temperature"),

@@ -53,6 +53,7 @@ def streamed(http: TestClient, **fields: Any) -> tuple[str, list[dict[str, Any]]
         {"guided_json": SCHEMA},
         {"json_schema": json.dumps(SCHEMA)},
         {"guided_json": SCHEMA, "ignore_eos": True},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
     ],
 )
 def test_json_under_every_name(http: TestClient, fields: dict[str, Any]) -> None:

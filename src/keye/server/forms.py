@@ -46,17 +46,22 @@ def response_form(value: object, where: str) -> Form | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return Form("json_schema", ANY_OBJECT)
+        # llama.cpp's server, and those that follow it, take a schema here, too.
+        return Form("json_schema", ANY_OBJECT) if value.get("schema") is None else _schema_of(value, where)
     if kind == "structural_tag":
         return _tags(value, where)
     if kind != "json_schema":
         raise ApiError(400, f"{where}.type must be text, json_object or json_schema", param=f"{where}.type")
     # The official client wraps the schema for chat and not for responses.
     inner = value.get("json_schema", value)
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("schema"), Mapping):
-        place = f"{where}.json_schema" if "json_schema" in value else where
-        raise ApiError(400, f"{place} needs a schema, an object", param=place)
-    return Form("json_schema", inner["schema"])
+    place = f"{where}.json_schema" if "json_schema" in value else where
+    return _schema_of(inner if isinstance(inner, Mapping) else {}, place)
+
+
+def _schema_of(value: Mapping[str, Any], where: str) -> Form:
+    if not isinstance(value.get("schema"), Mapping):
+        raise ApiError(400, f"{where} needs a schema, an object", param=where)
+    return Form("json_schema", value["schema"])
 
 
 def _structured(given: StructuredOutputs | None) -> Form | None:

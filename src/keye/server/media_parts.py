@@ -28,7 +28,11 @@ _IGNORED: Final = {
     "tool": set[str](),
 }
 #: Keys of messages, and of parts of messages that are media, that mean something.
-_KEYS: Final = {"role", "content", "tool_calls", "tool_call_id", "name"}
+_KEYS: Final = {
+    "assistant": {"role", "content", "tool_calls"},
+    "tool": {"role", "content", "tool_call_id", "name"},
+}
+_OTHER_KEYS: Final = {"role", "content"}
 _PART_KEYS: Final = {"type", "image", "video", "image_url", "video_url", "preprocess_kwargs", *VIDEO_OPTIONS}
 _INNER_KEYS: Final = {"url", "detail", "preprocess_kwargs", *VIDEO_OPTIONS}
 #: Keys by which a part without a type says what it is.
@@ -120,17 +124,19 @@ def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[s
     role = fields.get("role")
     if role == "developer":
         role = fields["role"] = "system"
-    ignored = _IGNORED.get(role, set()) if isinstance(role, str) else set[str]()
+    ignored = _IGNORED.get(role, {"name"}) if isinstance(role, str) else set[str]()
     if fields.get("function_call") is not None or fields.get("audio") is not None:
         raise ApiError(400, f"{where}: function_call and audio cannot be read; use tool_calls and text", param=where)
     fields = {key: value for key, value in fields.items() if key not in ignored}
     thought = fields.pop("reasoning_content", None) or fields.pop("reasoning", None) if role == "assistant" else None
-    fields = read_fields(fields, _KEYS, where=f"{where}.")
+    fields = read_fields(fields, _KEYS.get(str(role), _OTHER_KEYS), where=f"{where}.")
     content = fields.get("content")
     if isinstance(content, list):
         fields["content"] = [_part(f"{where}.content[{index}]", part, uploads) for index, part in enumerate(content)]
     if role == "assistant" and content in ("", []) and fields.get("tool_calls"):
         del fields["content"]
+    elif role == "assistant" and content is None and "content" in message and not fields.get("tool_calls"):
+        fields["content"] = ""  # a reply that was reasoning alone, or that was cut off before it said anything
     if thought is not None:
         fields["content"] = _with_thought(where, thought, fields.get("content", ""))
     return fields
