@@ -244,3 +244,10 @@ def test_any_part_of_any_times_is_what_is_on_display(
     assert 1 <= plan.frames == len(set(plan.frame_indices)) <= len(times)
     assert info.timestamps[plan.frame_indices[0]] <= start + 1e-3 < ends[plan.frame_indices[0]] + 2e-3
     assert all(info.timestamps[i] <= end + 2e-3 and ends[i] > start - 2e-3 for i in plan.frame_indices)
+
+
+def test_joined_parts_are_noted(tmp_path: Path) -> None:
+    part = write_clip(tmp_path / "part.ts", frames=60).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(part * 2)
+    (note,) = probe(fetch_source(tmp_path / "joined.ts")).notes
+    assert str(note) == "its clock begins again or jumps at 2.0 s; what follows goes on from there without a gap"

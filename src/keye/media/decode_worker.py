@@ -54,6 +54,8 @@ _ANIMATIONS = "keye.media.animation_reader"
 _EVERYTHING = 1 << 62
 #: FFmpeg's number of intra pictures.
 _INTRA = 1
+#: Most joins of parts that are told of.
+_MOST_JOINS = 100
 #: Most damaged places that are told of.
 _MOST_DAMAGE = 100
 #: Packets that are decoded to see whether fields come in packets of their own, and whether frames are reordered.
@@ -104,6 +106,7 @@ class Reader:
             "declared_frames": stream.frames or None,
             "readable_end": max(video.scan.ends.values()),
             "known_times": timeline.exact,
+            "joins": video.scan.packets.joins(timeline.stamps or ())[:_MOST_JOINS],
             "last_duration": timeline.last_duration,
             "damage": [list(interval) for interval in timeline.damage[:_MOST_DAMAGE]],
         }

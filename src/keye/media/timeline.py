@@ -48,6 +48,12 @@ class Packets:
         """Places of the packets with a flag."""
         return [place for place, flags in enumerate(self.flags) if flags & flag]
 
+    def joins(self, stamps: Sequence[int]) -> list[int]:
+        """Times of the first frames of the parts of which the clock begins again; `stamps` are those of a timeline."""
+        parts = pairwise([*self.places(JOIN), len(self)])
+        inside = ([stamp for stamp in stamps[begin:end] if stamp != NONE] for begin, end in parts)
+        return [min(part) for part in inside if part]
+
     def group(self, place: int) -> tuple[int, int]:
         """First and end of the packets from the key before a packet (or itself) to the next key."""
         first = place

@@ -38,6 +38,8 @@ from keye.media.workers import DecodeLimits as DecodeLimits
 _COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
 #: Formats that declare no duration: it is estimated from the file's last times or its size.
 _ESTIMATED = frozenset({"mpeg", "mpegts", "mpegvideo", "h264", "hevc", "m4v", "vc1"})
+#: Times that a note lists.
+_LISTED = 5
 #: Longest description of a file, in bytes, without its frames' times.
 _MAX_FACTS = 1 << 16
 
@@ -283,7 +285,9 @@ def _parse_info(name: str, kind: bytes, body: bytearray) -> VideoInfo:
 def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     time_base = Fraction(*facts["time_base"])
     fps, constant = _frame_rate(pts, time_base, facts["rate"])
-    declared, start = facts["declared_end"], facts["container_start"] if facts["known_times"] else None
+    start = facts["container_start"] if facts["known_times"] else None
+    # Where the clock jumps, an end that is estimated from the last times is none.
+    declared = None if facts.get("joins") and facts["format"] in _ESTIMATED else facts["declared_end"]
     if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
         declared -= max(facts["container_start"], 0.0)
     # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares.
@@ -306,7 +310,8 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     )
     told = declared is not None and facts["known_times"] and facts["format"] not in _ESTIMATED
     length = declared - facts["container_start"] if told else None
-    notes = *picture_notes(info, facts), *_notes(info, length, facts.get("declared_frames"))
+    joins = [info.start_offset + float((time - pts[0]) * time_base) for time in facts.get("joins", ())]
+    notes = *picture_notes(info, facts), *_notes(info, length, facts.get("declared_frames")), *_joined(joins)
     return dataclasses.replace(info, notes=notes)
 
 
@@ -326,6 +331,16 @@ def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterato
         yield Note(f"the file declares {frames:,} frames; {info.frame_count:,} are shown")
     if late:
         yield Note(f"its first frame is shown at {info.start_offset:.1f} s{clock}")
+
+
+def _joined(seconds: list[float]) -> Iterator[Note]:
+    """Where parts of a file meet whose clocks do not go on."""
+    if seconds:
+        listed = ", ".join(f"{time:.1f}" for time in seconds[:_LISTED])
+        more = f" and {len(seconds) - _LISTED} more" if len(seconds) > _LISTED else ""
+        yield Note(
+            f"its clock begins again or jumps at {listed} s{more}; what follows goes on from there without a gap"
+        )
 
 
 def _frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:
