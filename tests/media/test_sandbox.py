@@ -320,6 +320,27 @@ def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.media.workers.subprocess.Popen", start)
 
 
+@pytest.mark.parametrize("form", ["hls", "concat"])
+def test_a_playlist_in_the_decoder_opens_nothing(form: str, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "real.ts")
+    text = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{clip}\n#EXT-X-ENDLIST\n",
+        "concat": f"ffconcat version 1.0\nfile {clip}\n",
+    }[form]
+    (tmp_path / "list").write_text(text)
+    options = {"threads": 1, "pixel_limit": 10**6, "frame_limit": 1000, "common_only": False, "track": None,
+               "animation": False}  # fmt: skip
+    with (tmp_path / "list").open("rb") as file:
+        worker = Worker(
+            "keye.media.decode_worker", file, options, DecodeLimits(), name="the list", what="video decoder"
+        )
+    try:
+        with pytest.raises(MediaError, match="the list is no video that can be read|has no video stream"):
+            worker.receive(1 << 20)
+    finally:
+        worker.close()
+
+
 def test_a_gif_of_endless_blocks_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
     gif = encoded(Image.new("P", (2, 2)), "GIF")
     source = fetch_source(gif[:-2] + b"\x01\x00" * 50 + gif[-2:])
