@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -15,6 +16,7 @@ from starlette.testclient import TestClient
 
 from keye.dispatch.replicas import ReplicaLost, Reply
 from keye.dispatch.replicas_proxy import Proxy, proxy_app
+from keye.dispatch.replicas_watch import LOST_SECONDS, Watch
 
 NUMBERS = itertools.count(1)
 
@@ -24,6 +26,8 @@ class Fake:
 
     def __init__(self, name: str) -> None:
         self.name, self.alive, self.broken = name, False, False
+        self.cut_off, self.kind = False, "application/json"
+        self.killed = 0
         self.asked: list[tuple[str, str, Any]] = []
         self.files: dict[str, tuple[str | None, bytes]] = {}
 
@@ -31,11 +35,13 @@ class Fake:
         self.alive = True
 
     async def ended(self) -> None:
-        import asyncio
-
         await asyncio.Event().wait()
 
     async def close(self) -> None:
+        self.alive = False
+
+    async def kill(self) -> None:
+        self.killed += 1
         self.alive = False
 
     async def send(
@@ -49,10 +55,12 @@ class Fake:
 
         async def pieces() -> AsyncIterator[bytes]:
             yield answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            if self.cut_off and path != "/health":
+                raise ReplicaLost(self.name)
 
         async def close() -> None: ...
 
-        return Reply(status, {"content-type": "application/json"}, pieces(), close)
+        return Reply(status, {"content-type": self.kind}, pieces(), close)
 
     def answer(self, method: str, path: str, owner: str | None, body: bytes) -> tuple[int, Any]:
         if (method, path) == ("POST", "/v1/files"):
@@ -175,3 +183,70 @@ def test_indexes_of_two_replicas_cannot_be_asked_together(http: Any) -> None:
     body = {"messages": [{"content": [{"type": "video", "file_id": one} for one in ids]}]}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400 and "lie at different replicas" in answer.json()["error"]["message"]
+
+
+def test_an_answer_that_is_cut_off_is_asked_of_another(http: Any, fakes: list[Fake]) -> None:
+    fakes[0].cut_off = True
+    assert {ask(http, f"https://e/{n}").json()["at"] for n in range(9)} == {"b", "c"}
+    for fake in fakes:
+        fake.cut_off = True
+    answer = ask(http, "https://e/1")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("/v1/chat/completions", ["data: {", "data: [DONE]"]),
+        ("/v1/messages", ["event: error", "data: {"]),
+        ("/v1/responses", ["event: error", "data: {"]),
+    ],
+)
+def test_a_stream_that_is_cut_off_ends_with_an_error(http: Any, fakes: list[Fake], path: str, last: list[str]) -> None:
+    for fake in fakes:
+        fake.cut_off, fake.kind = True, "text/event-stream"
+    answer = http.post(path, json={"stream": True})
+    lines = [line for line in answer.text.splitlines() if line]
+    found = [line[:7] if line.startswith("data: {") else line for line in lines[-2:]]
+    assert (answer.status_code, found) == (200, last)
+    body = json.loads(next(line for line in reversed(lines) if "replica_lost" in line)[6:])
+    assert body["type"] == "error" if path != "/v1/chat/completions" else body["error"]["message"]
+
+
+def test_silent_replicas_are_passed_over_and_ended() -> None:
+    now = 0.0
+
+    class Silent(Fake):
+        async def send(self, *request: Any) -> Reply:
+            nonlocal now
+            now += 1.0
+            return await super().send(*request)
+
+    fake, watch, heard = Silent("a"), Watch(lambda: now), list[bool]()
+    fake.alive = True
+
+    async def look() -> None:
+        task = asyncio.create_task(watch.watch(fake, pause=0))  # type: ignore[arg-type]
+        for broken in (False, True):
+            fake.broken = broken
+            until = now + 3 if not broken else now + LOST_SECONDS + 5
+            while now < until and fake.alive:
+                await asyncio.sleep(0)
+                heard.append(watch.is_silent(fake))  # type: ignore[arg-type]
+        task.cancel()
+
+    asyncio.run(look())
+    assert heard[0] is False and True in heard
+    assert fake.killed == 1
+
+
+def test_what_a_silent_replica_keeps_is_said_to_be_there_and_the_others_answer(http: Any, fakes: list[Fake]) -> None:
+    ids = [upload(http) for _ in range(3)]
+    proxy = http.app.state.proxy
+    proxy.watch._answered["a"] = float("-inf")
+    assert http.get("/health").json()["replicas"] == {"a": False, "b": True, "c": True}
+    assert {one["id"] for one in http.get("/v1/files", headers={"authorization": "one"}).json()["data"]} == set(ids[1:])
+    assert 'keye_replica_up{replica="a"} 0' in http.get("/metrics").text
+    assert {ask(http).json()["at"] for _ in range(6)} <= {"b", "c"}
+    answer = ask(http, ids[0])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_silent")

@@ -128,3 +128,41 @@ def test_a_replica_that_is_killed_is_started_anew(http: Any, server: tuple[str, 
     while http.get("/health").json()["replicas"] != {"0": True, "1": True}:
         pass
     assert ask(http, upload(http, clips[0])).status_code == 200
+
+
+def test_a_replica_that_hangs_is_passed_over_and_started_again(http: Any, server: tuple[str, Any]) -> None:
+    if is_ray(server[1].pid):
+        pytest.skip("Ray Serve watches its replicas itself")
+    (hung, _) = replicas(server[1].pid)
+    os.kill(hung, signal.SIGSTOP)
+    while all(http.get("/health").json()["replicas"].values()):
+        pass
+    for _ in range(4):
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        assert http.post("/v1/chat/completions", json=body, timeout=20).status_code == 200
+    for path in ("/metrics", "/v1/files"):
+        assert http.get(path, timeout=5).status_code == 200
+    while http.get("/health").json()["replicas"] != {"0": True, "1": True}:
+        pass
+    assert hung not in replicas(server[1].pid)
+
+
+def test_a_stream_whose_replica_is_killed_ends_with_an_error(http: Any, server: tuple[str, Any]) -> None:
+    if is_ray(server[1].pid):
+        pytest.skip("which actor answers cannot be told")
+    body = {
+        "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20_000, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        for pid in replicas(server[1].pid):
+            os.kill(pid, signal.SIGKILL)
+        data = [line for line in lines if line.startswith("data: ")]
+    assert data[-1] == "data: [DONE]" and json.loads(data[-2][6:])["error"]["code"] == "replica_lost"
+    while http.get("/health").status_code != 200 or http.get("/health").json()["replicas"] != {"0": True, "1": True}:
+        pass
+
+
+def is_ray(pid: int) -> bool:
+    return b"--ray" in Path(f"/proc/{pid}/cmdline").read_bytes()

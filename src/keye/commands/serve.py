@@ -135,7 +135,7 @@ def serve_replicas(
         "replicas": f"{count}, each a server of its own",
         "model": ", ".join(settings.served_names) or context.params["model"],
     }
-    run_app(app, settings, listening, rows, log)
+    run_app(app, settings, listening, rows, log, cut=app.state.proxy.cut)
 
 
 def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:

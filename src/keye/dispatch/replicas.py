@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -21,15 +23,18 @@ from keye.errors import KeyeError
 log: Final = logging.getLogger("keye.server")
 #: Longest wait before a replica is started anew, in seconds.
 _LONGEST_WAIT: Final = 30.0
+#: Seconds in which a replica must have ended after SIGTERM: more than it gives running requests.
+_CLOSE_SECONDS: Final = 45.0
 
 
 class ReplicaLost(Exception):
-    """A replica ended before it began to answer."""
+    """A replica ended before its answer was complete."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a replica answers: `pieces` of the body as they come, `close` ends it early."""
+    """What a replica answers: `pieces` of the body as they come (`ReplicaLost` where it ends before them), `close` ends
+    it early."""
 
     status: int
     headers: Mapping[str, str]
@@ -55,6 +60,9 @@ class Replica(Protocol):
         self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
     ) -> Reply:
         """Asks; `ReplicaLost` where it is gone before it answers."""
+
+    async def kill(self) -> None:
+        """Ends it at once, although it may not listen any more."""
 
     async def close(self) -> None: ...
 
@@ -111,13 +119,30 @@ class LocalReplica:
             answer = await self._http.send(request, stream=True)
         except (httpx.TransportError, RuntimeError) as error:
             raise ReplicaLost(f"{self.name}: {error}") from None
-        return Reply(answer.status_code, answer.headers, answer.aiter_raw(), answer.aclose)
+        return Reply(answer.status_code, answer.headers, self._pieces(answer), answer.aclose)
+
+    async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        try:
+            async for piece in answer.aiter_raw():
+                yield piece
+        except (httpx.TransportError, httpx.StreamError) as error:
+            raise ReplicaLost(f"{self.name}: {error}") from None
+
+    async def kill(self) -> None:
+        """Ends the child with all that it has started."""
+        if self._process is not None and self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self.ended()
 
     async def close(self) -> None:
-        """SIGTERM lets what is under way end; this waits for it."""
+        """SIGTERM lets what is under way end; this waits for it, and ends what does not end by itself."""
         if self._process is not None:
             self._process.terminate()
-            await self.ended()
+            try:
+                await asyncio.to_thread(self._process.wait, _CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                await self.kill()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
                     pipe.close()

@@ -20,9 +20,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 import keye
 from keye.dispatch.replicas import Replica, ReplicaLost, Reply, close_all, keep_alive, start_all
+from keye.dispatch.replicas_watch import Watch
 from keye.dispatch.routing import choose, media_key
 from keye.server.errors import ApiError, install
-from keye.server.sse import until_gone
+from keye.server.sse import count_numbers, error_end, until_gone
 
 #: Headers that are passed on, to replicas and back; others belong to one connection, or are the guard's.
 _ASKED: Final = ("authorization", "x-api-key", "content-type", "accept", "range")
@@ -38,6 +39,8 @@ _RESPONSE_ID: Final = re.compile(rb'"id": ?"(resp_[0-9a-f]{32})"')
 _BEGIN_BYTES: Final = 4096
 #: Ids whose replica is remembered; more than replicas keep.
 _MOST_IDS: Final = 100_000
+#: Seconds in which a replica must answer where all are asked.
+_ALL_SECONDS: Final = 2.0
 _METHODS: Final = ["GET", "HEAD", "POST", "DELETE"]
 _BOUNDARY: Final = "keye-copy-of-an-upload"
 
@@ -48,6 +51,8 @@ class Proxy:
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self.replicas = {replica.name: replica for replica in replicas}
+        self.watch = Watch()
+        self._keeping: list[asyncio.Task[None]] = []
         self.loads: Counter[str] = Counter()
         self.homes: dict[str, str] = {}
         self.copies: dict[tuple[str, str], str] = {}
@@ -59,6 +64,24 @@ class Proxy:
             (one, at): copy for (one, at), copy in self.copies.items() if at != name and one in self.homes
         }  # fmt: skip
 
+    async def start(self) -> None:
+        """Starts all replicas, and looks after them until `close`."""
+        await start_all(list(self.replicas.values()))
+        for replica in self.replicas.values():
+            self._keeping.append(asyncio.create_task(keep_alive(replica, self.forget)))
+            self._keeping.append(asyncio.create_task(self.watch.watch(replica)))
+
+    async def close(self) -> None:
+        for task in self._keeping:
+            task.cancel()
+        await close_all(list(self.replicas.values()))
+
+    async def cut(self) -> None:
+        """Ends the replicas at once: answers that still come end with an error."""
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*(replica.kill() for replica in self.replicas.values()))
+
     def choose(self, key: str | None, ids: Sequence[str] = (), without: str | None = None) -> str:
         """The replica for a request that names `ids`; `ApiError` where none can answer it. `without` one that has just
         failed."""
@@ -66,6 +89,9 @@ class Proxy:
         if len(fixed) > 1:
             raise ApiError(400, "the indexes of this request lie at different replicas; ask about the videos instead")
         at = next(iter(fixed), None) or next((self.homes[one] for one in ids if one in self.homes), None)
+        if at is not None and self.watch.is_silent(self.replicas[at]):
+            raise ApiError(503, "the replica that keeps this does not answer; try again soon", code="replica_silent",
+                           retry=5)  # fmt: skip
         loads = self._loads(without)
         return str(at) if at in loads else choose(key, loads)
 
@@ -75,11 +101,12 @@ class Proxy:
         return min(self._loads(), key=lambda name: (kept[name], self.loads[name]))
 
     def _loads(self, without: str | None = None) -> dict[str, int]:
-        """What those that can be asked have to do; `ApiError` where there are none."""
-        loads = {name: self.loads[name] for name, one in self.replicas.items() if one.alive and name != without}
-        if not loads:
+        """What those that can be asked have to do; `ApiError` where there are none. Silent ones only where all are."""
+        alive = [name for name, one in self.replicas.items() if one.alive and name != without]
+        if not alive:
             raise ApiError(503, "no replica is ready; try again soon", code="no_replica", retry=2)
-        return loads
+        answering = [name for name in alive if not self.watch.is_silent(self.replicas[name])]
+        return {name: self.loads[name] for name in answering or alive}
 
     async def send(
         self, name: str, request: Request, content: bytes | AsyncIterator[bytes], path: str | None = None
@@ -125,11 +152,10 @@ class Proxy:
             try:
                 sent = await self._with_copies(request, name, content, body, ids)
                 reply = await until_gone(request, self.send(name, request, sent))
+                return await self._told(request, name, reply)
             except ReplicaLost:
                 if last or found:
                     raise ApiError(503, "the replica ended; try again", code="replica_lost", retry=1) from None
-                continue
-            return await self._told(request, name, reply)
         raise AssertionError("the second try returns or raises")
 
     async def _told(self, request: Request, name: str, reply: Reply) -> Response:
@@ -143,6 +169,11 @@ class Proxy:
             reply = replace(reply, pieces=self._read_response(reply.pieces, name))
         if request.method == "DELETE" and reply.status == 200:
             await self._drop(request, request.url.path.rpartition("/")[2])
+        kind = headers.get("content-type", "")
+        if kind.startswith("application/json"):
+            return Response(await _whole(reply), reply.status, headers)  # in one piece, or not at all
+        if kind.startswith("text/event-stream"):
+            reply = replace(reply, pieces=_with_end(reply.pieces, request.url.path))
         return _Passed(reply, headers)
 
     async def _read_response(self, pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
@@ -206,25 +237,56 @@ class Proxy:
         """What all replicas keep for a key, without copies, the newest first."""
         kept: list[Any] = []
         copies = set(self.copies.values())
-        for name, replica in self.replicas.items():
-            if not replica.alive:
-                continue
-            reply = await self.send(name, request, b"")
-            data = _object(await _whole(reply))
-            if reply.status != 200:
-                return JSONResponse(data, reply.status)
+        for status, whole in (await self._ask_all(request)).values():
+            data = _object(whole)
+            if status != 200:
+                return JSONResponse(data, status)
             kept += [one for one in data["data"] if one["id"] not in copies]
         kept.sort(key=lambda one: -one["created_at"])
         return JSONResponse({"object": "list", "data": kept, "has_more": False})
 
     async def metrics(self, request: Request) -> Response:
         """The numbers of all replicas, told apart by a label."""
-        texts = {}
-        for name, replica in self.replicas.items():
-            if replica.alive:
+        texts = {name: whole.decode() for name, (status, whole) in (await self._ask_all(request)).items()}
+        up = "# HELP keye_replica_up Whether the replica answers\n# TYPE keye_replica_up gauge\n"
+        up += "".join(f'keye_replica_up{{replica="{name}"}} {int(good)}\n' for name, good in self.health().items())
+        return Response("".join((*merged(texts), up)), media_type="text/plain; version=0.0.4")
+
+    def health(self) -> dict[str, bool]:
+        """Which replicas can be asked."""
+        return {name: one.alive and not self.watch.is_silent(one) for name, one in self.replicas.items()}
+
+    async def _ask_all(self, request: Request) -> dict[str, tuple[int, bytes]]:
+        """Status and body of what each replica answers to this request; those that do not answer in time are left
+        out."""
+
+        async def ask(name: str) -> tuple[int, bytes]:
+            async with asyncio.timeout(_ALL_SECONDS):
                 reply = await self.send(name, request, b"")
-                texts[name] = (await _whole(reply)).decode()
-        return Response("".join(merged(texts)), media_type="text/plain; version=0.0.4")
+                return reply.status, await _whole(reply)
+
+        names = [name for name, good in self.health().items() if good]
+        found = await asyncio.gather(*map(ask, names), return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, TimeoutError | ReplicaLost):
+                raise one
+        return {name: one for name, one in zip(names, found, strict=True) if not isinstance(one, BaseException)}
+
+
+async def _with_end(pieces: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
+    """The events of a stream, whole ones only; the last tells of an error where the replica ends before it."""
+    numbered, rest = 0, b""
+    try:
+        async for piece in pieces:
+            rest += piece
+            whole, parted, rest = rest.rpartition(b"\n\n")
+            if parted:
+                numbered += count_numbers(whole)
+                yield whole + parted
+        if rest:
+            yield rest
+    except ReplicaLost:
+        yield error_end(path, ApiError(503, "the replica ended; ask again", code="replica_lost"), numbered)
 
 
 class _Passed(StreamingResponse):
@@ -308,27 +370,24 @@ def proxy_app(replicas: Sequence[Replica]) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await start_all(replicas)
-        keeping = [asyncio.create_task(keep_alive(replica, proxy.forget)) for replica in replicas]
+        await proxy.start()
         try:
             yield
         finally:
-            for task in keeping:
-                task.cancel()
-            await close_all(replicas)
+            await proxy.close()
 
     app = FastAPI(title="keye", version=keye.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
                   openapi_url=None, redirect_slashes=False)  # fmt: skip
     app.state.proxy = proxy
     install(app)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
-        alive = {name: replica.alive for name, replica in proxy.replicas.items()}
-        status = "ok" if any(alive.values()) else "starting"
-        return JSONResponse({"status": status, "replicas": alive}, 200 if status == "ok" else 503)
+        found = proxy.health()
+        status = "ok" if any(found.values()) else "starting"
+        return JSONResponse({"status": status, "replicas": found}, 200 if status == "ok" else 503)
 
-    app.add_api_route("/metrics", proxy.metrics, methods=["GET"])
+    app.add_api_route("/metrics", proxy.metrics, methods=["GET", "HEAD"])
     app.add_api_route("/v1/files", proxy.listed, methods=["GET"])
     app.add_api_route("/v1/indexes", proxy.listed, methods=["GET"])
     app.add_api_route("/{path:path}", proxy.answer, methods=_METHODS)

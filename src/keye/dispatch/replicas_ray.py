@@ -158,7 +158,19 @@ class RayReplica:
         async def close() -> None:
             pieces.cancel()
 
-        return Reply(status, told, pieces, close)
+        async def checked() -> AsyncIterator[bytes]:
+            try:
+                async for piece in pieces:
+                    yield piece
+            except self._ray.exceptions.RayError as error:
+                self._forget()
+                raise ReplicaLost(f"{self.name}: {error}") from None
+
+        return Reply(status, told, checked(), close)
+
+    async def kill(self) -> None:
+        """Serve watches it and starts it again; until then it is not asked."""
+        self._forget()
 
     def _forget(self) -> None:
         """It has ended, or another has taken its place; `start` finds out which."""

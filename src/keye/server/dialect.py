@@ -24,6 +24,11 @@ def prompt_field(path: str) -> str:
     return "prompt" if path == "/v1/completions" else "text" if path == "/generate" else "messages"
 
 
+def ends_with_done(path: str) -> bool:
+    """Whether streams of this path end with `[DONE]`."""
+    return not (speaks_anthropic(path) or path.startswith("/v1/responses"))
+
+
 def error_event(path: str, body: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str | None]:
     """The data and the name of the event in which a stream of this path ends with an error; `number` is that of the
     event where they are counted."""

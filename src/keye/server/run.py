@@ -7,7 +7,7 @@ import gc
 import math
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import uvicorn
@@ -22,6 +22,8 @@ from keye.server.limits import Limits
 from keye.server.protocol import limits_of_system, uvicorn_options
 from keye.server.settings import Settings
 
+#: Ends with an error whatever still runs.
+Cut = Callable[[], Awaitable[None]]
 #: Seconds in which answers that are cut off can say so, before their connections are closed.
 _CUT_SECONDS: Final = 5.0
 
@@ -36,7 +38,11 @@ def run_server(
 ) -> None:
     """Serves a model on a bound socket; see `_run`. `gauges` are numbers of the decode service for /metrics."""
     app = guarded_app(model, settings, audit, decode_gauges=gauges)
-    cut = app.app.state.keye.engine.fail_open
+    engine = app.app.state.keye.engine
+
+    async def cut() -> None:
+        engine.fail_open()
+
     _run(app, settings, listening, lambda address: _block(model, settings, address), cut)
 
 
@@ -47,7 +53,7 @@ def run_app(
     rows: Mapping[str, str],
     audit: Audit | None = None,
     *,
-    cut: Callable[[], None] = lambda: None,
+    cut: Cut,
 ) -> None:
     """Serves any application behind the guard in the same way; `rows` tell at start-up what it is. `cut` is called in
     the event loop when the time for what still runs is over: it ends each with an error."""
@@ -58,9 +64,7 @@ def run_app(
     _run(Guard(app, guard_settings(settings), audit=audit), settings, listening, block, cut)
 
 
-def _run(
-    app: App, settings: Settings, listening: socket.socket, block: Callable[[Any], str], cut: Callable[[], None]
-) -> None:
+def _run(app: App, settings: Settings, listening: socket.socket, block: Callable[[Any], str], cut: Cut) -> None:
     """SIGTERM stops listening, lets running requests end for `drain_seconds`, ends the others by `cut`, and returns."""
     config = uvicorn.Config(
         app,
@@ -80,18 +84,20 @@ def _run(
 class _Server(uvicorn.Server):
     """Prints the start-up block when requests are taken, and calls `cut` when the time to end them is over."""
 
-    def __init__(
-        self, config: uvicorn.Config, block: Callable[[Any], str], seconds: float, cut: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, block: Callable[[Any], str], seconds: float, cut: Cut) -> None:
         super().__init__(config)
         self._block, self._seconds, self._cut = block, seconds, cut
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._seconds, self._cut)
+        cutting = asyncio.create_task(self._cut_in_time())
         try:
             await super().shutdown(sockets)
         finally:
-            timer.cancel()
+            cutting.cancel()
+
+    async def _cut_in_time(self) -> None:
+        await asyncio.sleep(self._seconds)
+        await self._cut()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

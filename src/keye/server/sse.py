@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from keye.server.dialect import error_event
+from keye.server.dialect import ends_with_done, error_event
 from keye.server.errors import ApiError, of_exception
 
 T = TypeVar("T")
@@ -72,11 +72,23 @@ async def _body(first: bytes, events: AsyncGenerator[bytes, None], tail: bytes, 
     try:
         async with aclosing(events):
             if first:
-                numbered += first.count(_NUMBER)
+                numbered += count_numbers(first)
                 yield first
             async for piece in events:
-                numbered += piece.count(_NUMBER)
+                numbered += count_numbers(piece)
                 yield piece or _ALIVE
     except Exception as error:  # noqa: BLE001 - the response has begun: an error can only be an event now
-        yield event(*error_event(path, of_exception(error, path=path).body(path), numbered))
+        yield error_end(path, of_exception(error, path=path), numbered)
+        return
     yield tail
+
+
+def count_numbers(piece: bytes) -> int:
+    """How many events of a piece have a number, as those of /v1/responses do."""
+    return piece.count(_NUMBER)
+
+
+def error_end(path: str, error: ApiError, numbered: int) -> bytes:
+    """How a stream of this path ends with an error, after so many events with a number."""
+    last = event(*error_event(path, error.body(path), numbered))
+    return last + (DONE if ends_with_done(path) else b"")
