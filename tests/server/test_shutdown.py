@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -38,6 +39,39 @@ def test_sigterm_lets_a_stream_end() -> None:
             assert json.loads(data[-2])["usage"]["completion_tokens"] == 300
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{url}/health")
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_answers_that_take_too_long_after_sigterm_end_with_an_error() -> None:
+    code = (
+        "import keye, socket; from keye.server.run import run_server; from keye.server.settings import Settings; "
+        "run_server(keye.load('nano'), Settings(drain_seconds=0.2), socket.create_server(('127.0.0.1', 0)))"
+    )
+    paths = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/v1/messages": "messages"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found is not None
+            with httpx.Client(base_url=found[0], timeout=60) as http, ExitStack() as stack:
+                streams = {}
+                for path, field in paths.items():
+                    body = {field: [{"role": "user", "content": "hello"}], "ignore_eos": True, "stream": True}
+                    most = "max_output_tokens" if field == "input" else "max_tokens"
+                    answer = stack.enter_context(http.stream("POST", path, json=body | {most: 20_000}))
+                    streams[path] = answer.iter_lines()
+                    next(streams[path])
+                process.send_signal(signal.SIGTERM)
+                last = {path: [line for line in lines if line][-2:] for path, lines in streams.items()}
+            assert last["/v1/chat/completions"][1] == "data: [DONE]"
+            chat = json.loads(last["/v1/chat/completions"][0][6:])["error"]
+            assert chat["code"] == "server_stopping"
+            for path in ("/v1/responses", "/v1/messages"):
+                assert last[path][0] == "event: error"
+                assert json.loads(last[path][1][6:])["type"] == "error"
+            assert json.loads(last["/v1/responses"][1][6:])["code"] == "server_stopping"
             assert process.wait(30) == 0
         finally:
             process.kill()

@@ -15,7 +15,7 @@ log: Final = logging.getLogger("keye.server")
 #: Seconds between two questions; without an answer for how long a replica is passed over, and ended.
 PAUSE: Final = 0.5
 SILENT_SECONDS: Final = 2.0
-LOST_SECONDS: Final = 20.0
+LOST_SECONDS: Final = 15.0
 
 
 class Watch:
@@ -39,8 +39,8 @@ class Watch:
                 self._answered[replica.name] = self._clock()
             elif self._clock() - self._answered.setdefault(replica.name, self._clock()) > LOST_SECONDS:
                 log.warning("replica %s has not answered for %g s and is ended", replica.name, LOST_SECONDS)
-                del self._answered[replica.name]
                 await replica.kill()
+                self._answered.pop(replica.name, None)
             await asyncio.sleep(pause)
 
 
