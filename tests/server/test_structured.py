@@ -115,6 +115,21 @@ def test_a_format_that_is_none(http: TestClient, value: Any) -> None:
     assert error["param"].startswith("text.format")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "str"}}}}, "response_format"),
+        ({"structured_outputs": {"regex": "[.*"}}, "structured_outputs"),
+        ({"guided_json": {"type": "str"}}, "guided_json"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "str"}}}],
+          "tool_choice": "required"}, "tools"),
+    ],
+)  # fmt: skip
+def test_forms_that_cannot_be_read_name_their_field(http: TestClient, fields: dict[str, Any], param: str) -> None:
+    error = error_of(http.post(CHAT, json={"messages": HELLO, **fields}))
+    assert error["param"] == param and "|" not in error["message"] and "<tool_call>" not in error["message"]
+
+
 # Tools
 
 

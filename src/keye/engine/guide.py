@@ -22,6 +22,11 @@ from keye.tokenizer import Tokenizer
 
 FormKind = Literal["json_schema", "regex", "grammar", "choice", "calls", "tags"]
 
+#: What a form of each kind is called in sentences.
+_NAMES: Final[Mapping[FormKind, str]] = {
+    "json_schema": "JSON schema", "regex": "regex", "grammar": "grammar", "choice": "choice",
+    "calls": "JSON schema of a function", "tags": "JSON schema of a tag",
+}  # fmt: skip
 #: Most tags of a form, and characters of each of their texts.
 MAX_TAGS: Final = 64
 MAX_TAG_TEXT: Final = 256
@@ -36,12 +41,13 @@ class Form:
     """What a reply must look like: `value` is a schema, a pattern, a grammar, or texts to choose from; for "calls", the
     functions (`{"function": {"name": ..., "parameters": ...}}`) of which at least one must be called, and only one
     unless `several`; for "tags", the tags that may stand in free text. With `otherwise`, a JSON schema, an answer of
-    that form may stand in place of the calls."""
+    that form may stand in place of the calls. `field` is the one of a request that the form came in."""
 
     kind: FormKind
     value: Any
     several: bool = False
     otherwise: Mapping[str, Any] | None = None
+    field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,9 +206,10 @@ def _json_rule(schema: Mapping[str, Any], lenient: bool) -> str:
 
 
 def _refused(form: Form, reason: str) -> KeyeError:
-    """The sentence for a form that llguidance does not take; its own words are cut to what can be shown."""
-    told = " ".join(reason.split())
-    return KeyeError("the {} cannot be used: {}", form.kind.replace("_", " "), told[:300] or "it is not valid")
+    """The sentence for a form that llguidance does not take; of its own words those on the form itself are shown."""
+    told = reason.rpartition("failed to compile JSON schema:")[2].strip().partition("\n")[0]
+    told = re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(told.split()))[:300]
+    return KeyeError("the {} cannot be used: {}", _NAMES[form.kind], told or "it is not valid")
 
 
 def _lark(grammar: str) -> str:

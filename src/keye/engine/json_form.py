@@ -53,7 +53,7 @@ def call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, An
     to is moved."""
     arguments = dict(parameters or EMPTY_OBJECT)
     check_schema(arguments)
-    if not arguments.keys() - _NOTES - {"type"}:
+    if not arguments.keys() - _NOTES - {"type"} and arguments.get("type", "object") == "object":
         arguments |= EMPTY_OBJECT
     definitions: dict[str, Any] = {key: arguments.pop(key) for key in ("$defs", "definitions") if key in arguments}
     properties = {"name": {"const": name}, "arguments": arguments}

@@ -26,7 +26,7 @@ from keye.server.replies import (
     whole,
     written,
 )
-from keye.server.schemas import ChatRequest
+from keye.server.schemas import ChatRequest, KeyeFields
 from keye.server.sse import event, streamed, until_gone
 
 router = APIRouter(route_class=JsonRoute)
@@ -39,7 +39,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     prepared = await until_gone(request, prepare(context, owner_of(request), chat_wanted(body)))
     if body.stream:
         events = _chunks(context, prepared, body)
-        return await streamed(request, events, at_once=body.keye.progress)
+        return await streamed(request, events, at_once=_own(body).progress)
     return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
 
 
@@ -131,7 +131,7 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
             for piece in choices[one.index].end(one):
                 yield chunk(one.index, _delta(choices[one.index], piece), {})
             yield chunk(one.index, {}, {}, end=one)
-        elif isinstance(one, Progress) and body.keye.progress:
+        elif isinstance(one, Progress) and _own(body).progress:
             yield event({**begin, "choices": [], "keye": progress_of(one)})
         elif isinstance(one, Finished) and (wants_usage or _tells_more(body)):
             findings = findings_of(one, choices[0].text, prepared.notes)
@@ -141,9 +141,13 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
     return written(context, prepared.job, told)
 
 
+def _own(body: ChatRequest) -> KeyeFields:
+    return body.keye or KeyeFields()
+
+
 def _tells_more(body: ChatRequest) -> bool:
     """Whether a stream has more to say at its end than its usage."""
-    return "keye" in body.model_fields_set or body.prompt_logprobs is not None or bool(body.return_token_ids)
+    return body.keye is not None or body.prompt_logprobs is not None or bool(body.return_token_ids)
 
 
 def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:

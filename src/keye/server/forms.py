@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from keye.chat import normalize_tools
@@ -33,7 +34,7 @@ def form_of(forms: Forms) -> Form | None:
     given = {name: form for name, form in found.items() if form is not None}
     if len(given) > 1:
         raise ApiError(400, f"{' and '.join(given)} exclude each other; give one form", param=list(given)[-1])
-    return next(iter(given.values()), None)
+    return next((replace(form, field=name) for name, form in given.items()), None)
 
 
 def response_form(value: object, where: str) -> Form | None:
@@ -61,7 +62,7 @@ def response_form(value: object, where: str) -> Form | None:
 def _schema_of(value: Mapping[str, Any], where: str) -> Form:
     if not isinstance(value.get("schema"), Mapping):
         raise ApiError(400, f"{where} needs a schema, an object", param=where)
-    return Form("json_schema", value["schema"])
+    return Form("json_schema", value["schema"], field=where)
 
 
 def _structured(given: StructuredOutputs | None) -> Form | None:
@@ -153,16 +154,16 @@ def chosen_tools(
         return (), form
     if choice in (None, "auto"):
         if form is not None and form.kind == "json_schema":
-            return offered, Form("calls", offered, several, otherwise=form.value)
+            return offered, Form("calls", offered, several, otherwise=form.value, field="tools")
         if form is not None:
             raise ApiError(400, "a form of the reply other than JSON cannot be used with tools", param="tools")
         return offered, None
     if choice == "required":
-        return offered, Form("calls", offered, several)
+        return offered, Form("calls", offered, several, field="tools")
     name = _chosen_name(choice)
     if name not in names:
         raise ApiError(400, "tool_choice names a function that is not among the tools", param="tool_choice")
-    return offered, Form("calls", [tool for tool in offered if tool["function"]["name"] == name])
+    return offered, Form("calls", [tool for tool in offered if tool["function"]["name"] == name], field="tools")
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

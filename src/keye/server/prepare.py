@@ -14,8 +14,9 @@ from keye.engine.guide import Form, Guide
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request as Job
 from keye.engine.sampling import MAX_SEED
+from keye.errors import KeyeError
 from keye.server.context import Context
-from keye.server.errors import ApiError
+from keye.server.errors import ApiError, of_mistake
 from keye.server.forms import chosen_tools, form_of
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.media_settings import media_settings
@@ -154,7 +155,10 @@ def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_r
         raise ApiError(400, "response_format needs llguidance, which this server lacks", param="response_format")
     if sampling.ignore_eos:
         add_note("ignore_eos was ignored: the reply ends where its form is complete")
-    return context.guides.guide(form, after_reasoning=after_reasoning)
+    try:
+        return context.guides.guide(form, after_reasoning=after_reasoning)
+    except KeyeError as error:
+        raise of_mistake(error, param=form.field) from None
 
 
 def job_of(
@@ -222,7 +226,7 @@ def chat_wanted(body: ChatRequest) -> Wanted:
         form=form_of(body),
         thinking=_thinking(body),
         media_defaults=media_settings(body),
-        evidence=body.keye.evidence,
+        evidence=body.keye is not None and body.keye.evidence,
         prompt_logprobs=body.prompt_logprobs,
         begins_reply=body.add_generation_prompt is not False,
         continues=bool(body.continue_final_message),

@@ -177,7 +177,7 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = Field(default=None, description="with continue_final_message: the reply repeats its beginning")
-    keye: KeyeFields = KeyeFields()
+    keye: KeyeFields | None = None
 
 
 class CompletionRequest(Sampling, Forms):
