@@ -1,4 +1,7 @@
-"""Asks about a video and prints the answer while it is written: python examples/ask.py [VIDEO] [QUESTION]"""
+"""Asks about a video and prints the answer while it is written: python examples/ask.py [VIDEO] [QUESTION]
+
+Needs keye alone, no extra.
+"""
 
 from __future__ import annotations
 

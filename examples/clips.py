@@ -1,4 +1,7 @@
-"""Finds an event in a video and cuts it out: python examples/clips.py [VIDEO] [EVENT] [FOLDER]"""
+"""Finds an event in a video and cuts it out: python examples/clips.py [VIDEO] [EVENT] [FOLDER]
+
+Needs keye alone, no extra.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Reads the places in a reply and draws them on a picture: python examples/draw.py [OUT]
 
-keye-nano marks no places, so the reply is written here by hand; with a larger model it is `answer.regions`.
+Needs keye alone, no extra. keye-nano marks no places, so the reply is written here by hand; with
+a larger model it is `answer.regions`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which frames an answer rests on, in numbers and as a picture."""
+"""Which frames an answer rests on, in numbers and as a picture: python examples/evidence.py [PICTURE]
+
+Needs keye alone, no extra.
+"""
 
 import sys
 from pathlib import Path

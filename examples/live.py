@@ -1,4 +1,7 @@
-"""A video that is still going on: frames are appended as they come, and a question is asked now and then."""
+"""A video that is still going on, to which frames are appended as they come: python examples/live.py
+
+A question is asked now and then. Needs keye alone, no extra.
+"""
 
 from keye import load
 from keye.data.frameforge import make_clip, render

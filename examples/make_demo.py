@@ -1,7 +1,7 @@
-"""Makes the bundled demo video anew: python examples/make_demo.py [PATH]
+"""Makes the bundled demo video again: python examples/make_demo.py [PATH]
 
-A clip of FrameForge, whose scene follows from its seed: 32 frames in 16 seconds, in which a red circle rises from 3.0
-to 8.5 seconds while other shapes and the number 95 come and go.
+Needs keye alone, no extra. The video is a clip of FrameForge, whose scene follows from its seed: 32 frames in
+16 seconds, in which a red circle rises from 3.0 to 8.5 seconds while other shapes and the number 95 come and go.
 """
 
 from __future__ import annotations

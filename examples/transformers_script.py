@@ -1,8 +1,14 @@
-"""An official script for transformers with changed imports, on keye-nano: python examples/transformers_script.py"""
+"""An official script for transformers with changed imports, on keye-nano: python examples/transformers_script.py
+
+Needs the extra hf: pip install 'keye[hf]', in a clone .venv/bin/pip install -c constraints.txt -e '.[hf]'
+"""
 
 from __future__ import annotations
 
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: TID251  (the extra hf)
+try:
+    from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: TID251  (the extra hf)
+except ImportError:
+    raise SystemExit("this script needs transformers, which the extra hf installs: pip install 'keye[hf]'") from None
 
 import keye.hf  # noqa: F401  (the Auto classes then know Keye)
 

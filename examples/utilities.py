@@ -1,4 +1,7 @@
-"""The official utilities with one changed import, on the bundled video: python examples/utilities.py"""
+"""The official utilities with one changed import, on the bundled video: python examples/utilities.py
+
+Needs keye alone, no extra.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Draws the pictures of docs/video.md: python examples/video_pictures.py [FOLDER]
 
-Each number in them is computed by the library, not copied. SVG, standard library and keye only.
+Needs keye alone, no extra. Each number in the pictures is computed by the library, not copied.
 """
 
 import sys
