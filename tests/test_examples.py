@@ -2,19 +2,90 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import runpy
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from keye.hub import asset
+
 ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+#: The extra that installs a module, for modules that keye alone does not bring.
+EXTRA_OF = {"transformers": "hf", "fastapi": "serve", "httpx": "serve", "ray": "ray", "triton": "gpu", "openai": "dev"}
+BASE = {
+    "keye",
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "jinja2",
+    "PIL",
+    "av",
+    "rich",
+    "click",
+}
+
+
+def modules_of(script: Path) -> set[str]:
+    """Names of the modules outside the standard library that a script imports, without their submodules."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_says_which_extra_it_needs(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    description = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    assert f"python examples/{script.name}" in description.splitlines()[0]
+    needed = {EXTRA_OF[name] for name in modules_of(script) - BASE}
+    if not needed:
+        assert "Needs keye alone, no extra." in description
+        return
+    [extra] = needed
+    assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"Needs the extra {extra}: pip install 'keye[{extra}]'" in description
+    for name in modules_of(script) - BASE:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=rf"the extra {extra} installs: pip install 'keye\[{extra}\]'$"):
+        runpy.run_path(str(script))
+
+
+def test_every_example_is_listed() -> None:
+    listed = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").iterdir():
+        assert path.name == "README.md" or f"examples/{path.name}" in listed or f"({path.name})" in listed
+    for script in SCRIPTS:
+        [row] = [line for line in listed.splitlines() if f"`python examples/{script.name}" in line]
+        extras = {EXTRA_OF[name] for name in modules_of(script) - BASE}
+        assert row.endswith(f"| extra `{extras.pop()}` |" if extras else "| keye alone |")
+
+
+@pytest.mark.slow
+def test_asking(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/ask.py"))["main"](str(asset("demo.mp4")), "when is the cyan triangle visible?")
+    assert "intervals in seconds: ((2.0, 14.0),)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_cutting_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/clips.py"))["main"](str(asset("demo.mp4")), "the red circle", str(tmp_path))
+    assert [Path(line) for line in capsys.readouterr().out.splitlines()] == list(tmp_path.iterdir())
 
 
 def test_the_pictures_of_the_documentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples/video_pictures.py"))["main"](tmp_path)
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert drawn == {path.name: path.read_text() for path in (ROOT / "docs/images").iterdir()}
+    assert drawn == {name: (ROOT / "docs/images" / name).read_text() for name in drawn}
     # The table in docs/video.md is what the script prints.
     document = (ROOT / "docs/video.md").read_text()
     for line in capsys.readouterr().out.splitlines():

@@ -1,0 +1,103 @@
+"""README and docs: their links lead somewhere, their commands exist, and what the README prints runs as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+from keye.cli import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "examples/**/*.md",
+        "benchmarks/*.md",
+        "plugins/*/*.md",
+        "src/keye/assets/**/*.md",
+    )
+    for page in ROOT.glob(pattern)
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def heading_names(page: Path) -> set[str]:
+    """The names by which links reach the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        path, _, heading = urllib.parse.unquote(target).partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page.name} links to {target}, which does not exist"
+        assert not heading or heading in heading_names(linked), (
+            f"{page.name} links to {target}, which has no such heading"
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for script in re.findall(r"python ((?:benchmarks|examples|docs|tests)/[\w/]+\.py)", text):
+        assert (ROOT / script).exists(), f"{page.name} names {script}, which does not exist"
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page.name} names {module}, which does not exist"
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= targets
+    assert set(re.findall(r"`keye ([a-z]+)[ `]", text)) <= set(VERBS)
+
+
+def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    [script] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(script, {})
+    assert capsys.readouterr().out == "[[3.0, 8.5]] ((3.0, 8.5),)\n"
+
+
+def test_commands_of_the_readme_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
+    commands = [shlex.split(line)[1:] for line in blocks.splitlines() if line.startswith("keye ")]
+    assert [command[0] for command in commands] == ["ask", "ground", "plan"]
+    for command in commands:
+        assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "[[3.0, 8.5]]" in shown and "2.0 s to 14.0 s" in shown and "512 visual tokens" in shown
+
+
+def test_table_of_machines_follows_from_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = re.findall(r"^\| (\d+) GB \| `([\w.]+)` \| ([\d.]+) GB \| (.*) \|$", README, flags=re.MULTILINE)
+    assert {name for _, name, _, _ in rows} == {"nano", "preview", "1.5", "2.0"}
+    for free, name, weights, room in rows:
+        sizes = inspected(name, capsys)
+        assert float(weights) == pytest.approx(sizes["weights"], rel=0.02, abs=0.005)
+        tokens = int((float(free) - 1 - sizes["weights"]) * 1e9 / sizes["token"])
+        shown = room.partition(";")[0]
+        if shown.startswith("all "):
+            assert tokens >= sizes["context"] == int(re.sub(r"\D", "", shown))
+        else:
+            fits, context = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+\d", shown))
+            assert fits == pytest.approx(tokens, rel=0.03) and context == sizes["context"]
+
+
+def inspected(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    """GB of weights in 16 bit, bytes that a token takes beside them, and tokens of context, as `keye inspect` says."""
+    assert main(["inspect", name, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    token = data["kv_bytes_per_token"]["bfloat16"] + ((data["indexer_bytes_per_token"] or {}).get("bfloat16") or 0)
+    return {"weights": data["bytes"]["bfloat16"] / 1e9, "token": token, "context": data["context"]}
