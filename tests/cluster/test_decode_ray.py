@@ -70,7 +70,7 @@ def test_a_cluster_does_what_this_process_does(cluster: Any, clips: list[Source]
         with pytest.raises(MediaError, match="does not exist on any node"):
             service.submit(VideoWork(str(tmp_path / "none.mp4"), CONFIG)).result(60)
         with pytest.raises(MediaError, match="<bytes> is no video"):
-            service.submit(VideoWork(fetch_source(b"nothing"), CONFIG)).result(60)
+            service.submit(VideoWork(fetch_source(b"\0nothing"), CONFIG)).result(60)
         with pytest.raises(Poisoned, match="set aside"):
             service.submit(CallWork(os._exit, (1,))).result(120)
         kill_one(service)
