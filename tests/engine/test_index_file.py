@@ -286,9 +286,14 @@ def test_no_room_is_told_before_any_work(
         raise AssertionError("something was computed")
 
     monkeypatch.setattr(KeyeModel, "encode_vision", fail)
-    with pytest.raises(KeyeError, match="no folder"):
+    with pytest.raises(KeyeError, match="name a file in a folder that exists"):
         model.index(video, tmp_path / "none" / "x.keye")
-    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(KeyeError, match="letter.txt exists and is not of this kind, or not by keye: .* overwrite"):
+        model.index(video, tmp_path / "letter.txt")
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+    (tmp_path / "letter.txt").unlink()
+    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     with pytest.raises(KeyeError, match="do not fit on the disk"):
         model.index(video, tmp_path / "x.keye")
     assert list(tmp_path.iterdir()) == [] and model.ledger.used() == 0

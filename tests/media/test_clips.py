@@ -8,7 +8,7 @@ import pytest
 from clips import read_code, write_clip, write_with_sound
 
 from keye.config import ProcessorConfig
-from keye.errors import MediaError
+from keye.errors import KeyeError
 from keye.media.clips import cut_clips, fit_interval
 from keye.media.fetch import fetch_source
 from keye.media.options import MediaOptions
@@ -88,12 +88,27 @@ def test_clips_are_cut_by_the_clock_of_players(tmp_path: Path) -> None:
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "source.mp4", frames=10, fps=10))
     (tmp_path / "file").touch()
-    with pytest.raises(MediaError, match="clips cannot be written to"):
+    with pytest.raises(KeyeError, match="file cannot be written"):
         cut_clips(source, [(0.0, 1.0)], tmp_path / "file")
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cut_clips(source, [(0.0, 1.0)], tmp_path / "out", progress=stop)
-    assert list((tmp_path / "out").iterdir()) == []
+        cut_clips(source, [(0.0, 1.0)], tmp_path / "deep" / "out", progress=stop)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_only_clips_are_replaced(tmp_path: Path) -> None:
+    source = fetch_source(write_clip(tmp_path / "source.mp4", frames=10, fps=10))
+    out, pairs = tmp_path / "out", [(0.0, 0.5), (0.5, 1.0)]
+    first, second = cut_clips(source, pairs, out)
+    assert cut_clips(source, pairs, out) == [first, second], "our own are made again"
+    kept, before = b"a letter", first.read_bytes()
+    second.write_bytes(kept)
+    first.write_bytes(b"")
+    with pytest.raises(KeyeError, match=rf"{second.name} exists and is not of this kind, or not by keye: .* overwrite"):
+        cut_clips(source, pairs, out)
+    assert second.read_bytes() == kept and first.read_bytes() == b"" and len(list(out.iterdir())) == 2
+    cut_clips(source, pairs, out, overwrite=True)
+    assert first.read_bytes() == before and len(list(out.iterdir())) == 2

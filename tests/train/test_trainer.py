@@ -169,6 +169,15 @@ def test_a_model_that_is_no_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "log.jsonl", "model-00001-of-00002.safetensors"])
+def test_files_of_others_are_kept(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine\n")
+    with pytest.raises(ConfigError, match="choose another output so that it is kept"):
+        train(a_run(tmp_path, "mine", VISION))
+    assert [(file.name, file.read_text()) for file in (tmp_path / "mine").iterdir()] == [(name, "mine\n")]
+
+
 def test_output_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="is a file; output must be a folder"):

@@ -11,14 +11,18 @@ import click
 
 from keye.commands import options
 from keye.errors import KeyeError
-from keye.files import complete_file
+from keye.files import MARK, check_output, has_mark, output_file
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from keye.chat import Medium, Region
     from keye.engine.engine import Keye
 
 #: Formats that a picture with marks can be written in, by the end of the file's name.
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+#: The tag of EXIF that names the program that wrote a picture.
+_SOFTWARE = 0x0131
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -35,6 +39,7 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
     metavar="FILE",
     help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.",
 )
+@options.overwrite
 @click.option("--n", "choices", type=options.COUNT, metavar="N", help="Write so many replies; needs a temperature.")
 @click.option(
     "--logprobs",
@@ -60,6 +65,7 @@ def ask(
     choices: int | None,
     logprobs: int | None,
     deterministic: bool,
+    overwrite: bool,
     tools: Path | None,
     as_json: bool,
     **given: Any,
@@ -85,11 +91,11 @@ def ask(
     media = inputs.open_media(files, given)
     offered = inputs.read_tools(tools) if tools is not None else ()
     if draw is not None:
-        check_drawing(draw, media)
+        check_drawing(draw, media, overwrite)
     if evidence is not None:
         from keye.commands.evidence import check_evidence, write_evidence
 
-        check_evidence(evidence, media)
+        check_evidence(evidence, media, overwrite)
     prediction = predicted(media, {**given, "as_json": as_json}) if estimate else None
     model = inputs.load_model(given)
     settings = {
@@ -145,21 +151,24 @@ def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, An
     return prediction
 
 
-def check_drawing(path: Path, media: Sequence[Medium]) -> None:
+def check_drawing(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
     """`KeyeError` where `--draw` cannot work, before a model is loaded."""
     if path.suffix.lower() not in PICTURE_FORMATS:
         raise KeyeError(f"{path} is no name for a picture: end it in {', '.join(PICTURE_FORMATS)}")
-    check_writable(path)
     if path.exists() and any(is_file(medium.source, path) for medium in media):
         raise KeyeError(f"{path} is the picture itself: give --draw another name, so that it is kept")
+    check_output(path, has_mark, overwrite=overwrite)
     if len(media) != 1 or media[0].kind != "image":
         raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")
 
 
-def check_writable(path: Path) -> None:
-    """`KeyeError` for a path at which no file can be written."""
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise KeyeError(f"{path} cannot be written: name a file in a folder that exists")
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture in the format that its name ends in, with a mark that it is ours."""
+    exif = picture.getexif()
+    exif.clear()
+    exif[_SOFTWARE] = MARK
+    with output_file(path) as draft:
+        picture.save(draft, PICTURE_FORMATS[path.suffix.lower()], exif=exif)
 
 
 def is_file(source: object, path: Path) -> bool:
@@ -180,8 +189,7 @@ def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path
         note(f"the answer marks no place, so {path} was not written")
         return False
     drawn = draw_regions(read_image(media[0].source, planned=True), regions)  # type: ignore[arg-type]
-    with complete_file(path) as draft:
-        drawn.save(draft, PICTURE_FORMATS[path.suffix.lower()])
+    save_picture(drawn, path)
     return True
 
 

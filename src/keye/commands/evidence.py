@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keye.commands.ask import PICTURE_FORMATS, check_writable, is_file
+from keye.commands.ask import PICTURE_FORMATS, is_file, save_picture
 from keye.errors import KeyeError
-from keye.files import complete_file
+from keye.files import check_output, has_mark, is_json_with, output_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,14 +20,23 @@ if TYPE_CHECKING:
     from keye.engine.engine import Keye
 
 
-def check_evidence(path: Path, media: Sequence[Medium]) -> None:
+#: What our files of JSON hold.
+_NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
+
+
+def check_evidence(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
     """`KeyeError` where `--evidence` cannot work, before a model is loaded."""
     known = (*PICTURE_FORMATS, ".json")
     if path.suffix.lower() not in known:
         raise KeyeError(f"{path} is no name for evidence: end it in {', '.join(known)}")
-    check_writable(path)
     if path.exists() and any(is_file(medium.source, path) for medium in media):
         raise KeyeError(f"{path} is one of the media: give --evidence another name, so that it is kept")
+    check_output(path, _is_own, overwrite=overwrite)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether evidence was written to this file before."""
+    return is_json_with(path, _NAMES) if path.suffix.lower() == ".json" else has_mark(path)
 
 
 def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: Answer, path: Path) -> None:
@@ -35,7 +44,7 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
     assert answer.evidence is not None
     if path.suffix.lower() == ".json":
         data = {"question": question, "answer": answer.text, "intervals": answer.intervals, **answer.evidence.to_dict()}
-        with complete_file(path) as draft:
+        with output_file(path) as draft:
             draft.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
         return
     from keye.engine.evidence_picture import THUMBNAILS, draw_evidence
@@ -46,8 +55,7 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
         if made.kind == "video"
     }
     picture = draw_evidence(answer.evidence, question, answer.text, answer.intervals, thumbnails)
-    with complete_file(path) as draft:
-        picture.save(draft, PICTURE_FORMATS[path.suffix.lower()])
+    save_picture(picture, path)
 
 
 def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--clips", type=click.Path(path_type=Path), help="Write each found interval as a video file to this folder."
 )
+@options.overwrite
 @options.sampling_frames
 @options.sampling_text
 @options.attention
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @options.running
 @options.as_json
 @options.debug
-def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: Any) -> None:
+def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Find when something happens in a video, or in one that keye index has read.
 
     Prints the intervals and a timeline. Exit code 0 also when nothing was found.
@@ -50,7 +51,7 @@ def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: A
     settings = inputs.reply_options(model, given)
     with watching("watching the video") as on_progress:
         answer = model.ground(medium, event, on_progress=on_progress, **settings)
-    written = write_clips(medium, answer.intervals, clips) if clips is not None else []
+    written = write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
     if as_json:
         show.print_json({**answer.to_dict(), "clips": [str(path) for path in written]})
         return
@@ -62,7 +63,7 @@ def ground(video: str, event: str, clips: Path | None, as_json: bool, **given: A
         show.print_line(f"wrote {path}")
 
 
-def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path) -> list[Path]:
+def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, overwrite: bool) -> list[Path]:
     """Cuts the intervals into files under a progress bar."""
     from keye.commands import inputs, show
     from keye.media.clips import cut_clips
@@ -73,7 +74,7 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path) -
         return []
     source, settings = fetch_source(medium.source), media_options("video", medium.options)  # type: ignore[arg-type]
     with show.progress_bar("writing clips") as advance:
-        written = cut_clips(source, intervals, folder, options=settings, progress=advance)
+        written = cut_clips(source, intervals, folder, options=settings, progress=advance, overwrite=overwrite)
     if len(written) < len(intervals):
         beyond = plural(len(intervals) - len(written), "interval")
         inputs.note(f"no clip was written of {beyond} outside the video")

@@ -17,6 +17,7 @@ from keye.errors import KeyeError
 @click.option(
     "--check", is_flag=True, help="Compare every page of an index, named in place of VIDEO, with its checksum."
 )
+@options.overwrite
 @options.sampling_frames
 @options.template
 @options.attention
@@ -24,7 +25,7 @@ from keye.errors import KeyeError
 @options.running
 @options.as_json
 @options.debug
-def index(video: str, output: Path | None, check: bool, as_json: bool, **given: Any) -> None:
+def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Read a video once and keep what the model stored of it in a file.
 
     keye ask and keye ground take the file in place of the video and answer at once, again and again. It suits only the
@@ -45,23 +46,24 @@ def index(video: str, output: Path | None, check: bool, as_json: bool, **given: 
     from keye.commands.progress import watching
 
     medium = inputs.only_video(video, given)
-    _check_output(output, medium.source)
+    _check_output(output, medium.source, overwrite)
     model = inputs.load_model(given)
     with watching("watching the video") as on_progress:
-        info = model.index(medium, output, attention=given["attention"], on_progress=on_progress)
+        info = model.index(medium, output, attention=given["attention"], overwrite=overwrite, on_progress=on_progress)
     if as_json:
         show.print_json(info.to_dict())
     else:
         show.print_index(info)
 
 
-def _check_output(output: Path, source: Any) -> None:
+def _check_output(output: Path, source: Any, overwrite: bool) -> None:
     """`KeyeError` where `-o` cannot work, before a model is loaded."""
-    if not output.absolute().parent.is_dir() or output.is_dir():
-        raise KeyeError(f"{output} cannot be written: name a file in a folder that exists")
+    from keye.engine.indexfile import check_index_output
+
     where = getattr(source, "path", None)
     if output.exists() and where is not None and output.samefile(where):
         raise KeyeError(f"{output} is the video itself: give -o another name, so that it is kept")
+    check_index_output(output, overwrite=overwrite)
 
 
 def _check(file: Path, output: Path | None, as_json: bool) -> None:

@@ -88,6 +88,9 @@ debug: Callable[[F], F] = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
 )
 
+overwrite: Callable[[F], F] = click.option(
+    "--overwrite", is_flag=True, help="Replace existing files, also ones that keye did not write."
+)
 as_json: Callable[[F], F] = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
 )

@@ -221,12 +221,14 @@ def read_keys(file: Path) -> dict[str, str]:
 @contextmanager
 def audit_log(file: Path | None) -> Iterator[Audit | None]:
     """The log of who did how much when, appended to `file`; None without one."""
-    from keye.server.audit import Audit
+    from keye.server.audit import Audit, is_audit_log
 
     if file is None:
         yield None
         return
     try:
+        if file.is_file() and not is_audit_log(file):
+            raise KeyeError(f"{file} is no audit log of keye: choose another file for --audit")
         opened = file.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise KeyeError(f"{file} cannot be written ({error.strerror}): choose another file for --audit") from None

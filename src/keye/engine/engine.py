@@ -36,6 +36,7 @@ from keye.config import (
 from keye.engine.answer import Answer, AnswerStream, Collector
 from keye.engine.core import EngineCore, Parts
 from keye.engine.fingerprint import Fingerprint, fingerprint
+from keye.engine.indexfile import check_index_output
 from keye.engine.kvstore import KVFormat
 from keye.engine.ledger import OutOfMemory
 from keye.engine.live import Keep, LiveSession
@@ -135,18 +136,21 @@ class Keye:
         *,
         media_options: Mapping[str, Any] | None = None,
         attention: AttentionMode | None = None,
+        overwrite: bool = False,
         turn: Turn | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> IndexInfo:
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
         Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. Requests that
-        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising.
+        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising. An
+        index at `path` is replaced, another file only with `overwrite`.
         `on_progress` is called as the video is computed."""
         medium = as_medium(video, media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
         mode = self.attention_of(attention)
+        check_index_output(Path(path), overwrite=overwrite)
         return write_video_index(
             self, self.prompts, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress
         )

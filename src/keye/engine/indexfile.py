@@ -33,9 +33,9 @@ from torch import Tensor
 
 from keye.engine.kvcache import KINDS, KVCache
 from keye.engine.kvstore import Kinds, KVLayout
-from keye.engine.mapped import check_disk, map_file, map_tensor, read_rows, read_soon
+from keye.engine.mapped import DISK_RESERVE, check_disk, map_file, map_tensor, read_rows, read_soon
 from keye.errors import KeyeError
-from keye.files import complete_file
+from keye.files import check_output, output_file
 from keye.media.fetch import INDEX_MAGIC
 from keye.ops.pages import PAGE, RowFormat
 
@@ -128,19 +128,33 @@ def index_bytes(layout: KVLayout, tokens: int) -> int:
     return -(-tokens // PAGE) * layout.block_bytes + 32 * tokens
 
 
+def check_index_disk(path: Path, layout: KVLayout, tokens: int) -> None:
+    """`OutOfMemory` where an index of so many tokens does not fit on the disk, on which as much again is left free, but
+    at most the usual reserve."""
+    nbytes = index_bytes(layout, tokens)
+    check_disk(path.absolute().parent, nbytes, min(DISK_RESERVE, nbytes))
+
+
+def check_index_output(path: Path, *, overwrite: bool = False) -> None:
+    """`KeyeError` where an index cannot be written to a file, or would replace one that is no index."""
+    check_output(path, _has_magic, overwrite=overwrite)
+
+
+def _has_magic(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(INDEX_MAGIC)) == INDEX_MAGIC
+
+
 def write_index_file(path: Path, cache: KVCache, tokens: Tensor, about: Mapping[str, Any]) -> None:
     """Writes what a sequence has stored, page by page. `tokens` int64 [4, T] are its ids and positions, `about` plain
     data for the header. The file appears when it is complete. `KeyeError` where it cannot be written."""
     assert cache.store is not None and tokens.shape == (4, cache.length(0))
     layout = cache.store.layout
-    check_disk(path.absolute().parent, index_bytes(layout, cache.length(0)))
-    try:
-        with complete_file(path) as draft, draft.open("wb") as file:
-            _write(file, cache, layout, tokens, about)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise KeyeError(f"{path} cannot be written ({error.strerror}): name another file with -o") from None
+    check_index_disk(path, layout, cache.length(0))
+    with output_file(path) as draft, draft.open("wb") as file:
+        _write(file, cache, layout, tokens, about)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write(file: BinaryIO, cache: KVCache, layout: KVLayout, tokens: Tensor, about: Mapping[str, Any]) -> None:

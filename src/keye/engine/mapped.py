@@ -35,14 +35,14 @@ class _Memory:
         }  # fmt: skip
 
 
-def scratch_tensor(folder: Path, shape: Sequence[int]) -> Tensor:
+def scratch_tensor(folder: Path, shape: Sequence[int], *, reserve: int = DISK_RESERVE) -> Tensor:
     """A uint8 tensor in a new file of `folder` that has no name, and is gone with the tensor or the process.
 
     Its room on disk is taken at once, since a map that runs out of disk kills the process. `OutOfMemory` where that
-    leaves less than `DISK_RESERVE`.
+    leaves less than `reserve` bytes.
     """
     nbytes = torch.Size(shape).numel()
-    check_disk(folder, nbytes)
+    check_disk(folder, nbytes, reserve)
     try:
         with tempfile.TemporaryFile(dir=folder, prefix="keye-kv-") as file:
             _take_room(file.fileno(), nbytes)
@@ -62,15 +62,15 @@ def _take_room(file: int, nbytes: int) -> None:
         fallocate(file, 0, nbytes)
 
 
-def check_disk(folder: Path, nbytes: int) -> None:
-    """`OutOfMemory` when `nbytes` more in `folder` would leave less than `DISK_RESERVE`; `KeyeError` for no folder."""
+def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
+    """`OutOfMemory` when `nbytes` more in `folder` would leave less than `reserve`; `KeyeError` for no folder."""
     if not folder.is_dir():
         raise KeyeError(f"{folder} is no folder: name one for the keys and values to lie in")
     free = shutil.disk_usage(folder).free
-    if free - nbytes < DISK_RESERVE:
+    if free - nbytes < reserve:
         raise OutOfMemory(
             f"{megabytes(nbytes)} of keys and values do not fit on the disk of {folder}, which has "
-            f"{megabytes(free)} free, of which {megabytes(DISK_RESERVE)} stay so; free some, name a folder on another "
+            f"{megabytes(free)} free, of which {megabytes(reserve)} stay so; free some, name a folder on another "
             "disk, or store them in fewer bits"
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import Block, KVStore
-from keye.engine.mapped import scratch_tensor
+from keye.engine.mapped import DISK_RESERVE, scratch_tensor
 from keye.ops.pages import PAGE
 
 #: The ledger's account: bytes on disk.
@@ -53,7 +53,7 @@ class SavedCaches:
             tables.append(table)
         rows = None
         if copied:
-            rows = scratch_tensor(folder, (len(copied), store.layout.block_bytes))
+            rows = _new_rows(folder, len(copied), store.layout.block_bytes)
             store.ledger.reserve(ACCOUNT, rows.numel())
             for row, block in zip(rows, copied, strict=True):
                 for part, kind in _parts(row, block):
@@ -91,6 +91,11 @@ class SavedCaches:
         if self.rows is not None:
             self.store.ledger.release(ACCOUNT, self.rows.numel())
             self.rows = None
+
+
+def _new_rows(folder: Path, blocks: int, block_bytes: int) -> Tensor:
+    """Room for blocks on the disk, on which as much again is left free, but at most the usual reserve."""
+    return scratch_tensor(folder, (blocks, block_bytes), reserve=min(DISK_RESERVE, blocks * block_bytes))
 
 
 def _parts(row: Tensor, block: Block) -> Iterator[tuple[Tensor, Tensor]]:

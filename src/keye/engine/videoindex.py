@@ -22,11 +22,10 @@ from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message
 from keye.config import KeyeConfig
 from keye.engine.fingerprint import Fingerprint
 from keye.engine.generate import Decoding
-from keye.engine.indexfile import IndexFile, damaged, index_bytes, open_mapped, read_index_file, write_index_file
+from keye.engine.indexfile import IndexFile, check_index_disk, damaged, open_mapped, read_index_file, write_index_file
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVLayout
 from keye.engine.ledger import Ledger
-from keye.engine.mapped import check_disk
 from keye.engine.media import IndexedVideo
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.request import Progress
@@ -97,7 +96,7 @@ def write_video_index(
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
     layout = KVLayout.of(text, model.dtype, owner.kv.kv, owner.kv.index)
     prompt = builder.lay_out(segments[: end + 1], room=Room(text.max_position_embeddings, 1), stream=True)
-    check_disk(path.absolute().parent, index_bytes(layout, prompt.token_ids.shape[0]))
+    check_index_disk(path, layout, prompt.token_ids.shape[0])
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
     owner.with_room(partial(decoding.cache.reserve, prompt.token_ids.shape[0]))

@@ -6,7 +6,8 @@ Decoding happens in the decode worker under its limits; this side only encodes t
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from typing import Any
 import av
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from keye.errors import MediaError
-from keye.files import complete_file
+from keye.files import MARK, check_output, complete_file, has_mark, unwritable
 from keye.media.fetch import Reference, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan
@@ -40,34 +40,47 @@ def cut_clips(
     options: MediaOptions = DEFAULTS,
     limits: DecodeLimits | None = None,
     progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes a clip for each interval of (start, end) seconds and returns the paths, in the intervals' order.
 
     Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times. A clip shows
     what is on display from `start` on and lasts exactly until `end`; times are those that players show. Intervals are
     clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. Of `options`
-    the track and deinterlacing count; of high dynamic range always a clip of standard range is made. A file appears
-    only when it is complete and replaces one of the same name. Raises `MediaError` when the video cannot be read or
-    the folder not be written.
+    the track and deinterlacing count; of high dynamic range always a clip of standard range is made. The files appear
+    when all are complete, and replace clips of the same names; other files only with `overwrite`. Raises `MediaError`
+    when the video cannot be read, and `KeyeError` when the folder cannot be written, which is then left as it was.
     """
     source = fetch_source(source)
     stem = (source.path.stem if source.path is not None else "clip")[:_MAX_STEM]
-    written = []
     with VideoReader(source, limits, track=options.track) as reader:
         shown = reader.info.start_offset, reader.info.duration
         spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *shown))}
         meter = _Meter(sum(end - start for start, end in spans.values()), progress)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        names = {n: f"{stem}-{n:03d}-{start:.1f}s-{end:.1f}s.mp4" for n, (start, end) in spans.items()}
+        with _folder(folder), ExitStack() as drafts:
+            for name in names.values():
+                check_output(folder / name, has_mark, overwrite=overwrite)
             for number, (start, end) in spans.items():
-                path = folder / f"{stem}-{number:03d}-{start:.1f}s-{end:.1f}s.mp4"
-                with complete_file(path) as draft:
-                    _write(draft, reader, _plan(reader.info, start, end, options), (start, end), meter)
-                written.append(path)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise MediaError(f"clips cannot be written to {folder}: {reason}; choose another folder") from error
-    return written
+                draft = drafts.enter_context(complete_file(folder / names[number]))
+                _write(draft, reader, _plan(reader.info, start, end, options), (start, end), meter)
+    return [folder / name for name in names.values()]
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Makes a folder with those above it; where the block fails, they are removed again."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for one in missing:
+            with suppress(OSError):
+                one.rmdir()
+        if isinstance(error, OSError):
+            raise unwritable(folder, error) from None
+        raise
 
 
 def fit_interval(interval: tuple[float, float], begin: float, end: float) -> tuple[float, float] | None:
@@ -103,6 +116,7 @@ def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float,
     with av.open(
         str(draft.absolute()), "w", format="mp4", options={"video_track_timescale": str(_TIME_BASE.denominator)}
     ) as container:
+        container.metadata["comment"] = MARK
         # Without B-frames packets come in the order of time, and the file needs no edit list.
         encoder = container.add_stream("libx264", rate=max(1, round(reader.info.fps)),
                                        options={"crf": "18", "preset": "veryfast", "bf": "0"})  # fmt: skip

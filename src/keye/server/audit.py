@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 _MAX_TEXT = 128
 #: The record of the request that the running task works for; None outside the guard.
@@ -45,6 +46,16 @@ class Audit:
     def log(self, record: Record) -> None:
         fields = {name: _safe(value) for name, value in asdict(record).items()}
         self._write(json.dumps(fields, ensure_ascii=True, separators=(",", ":")) + "\n")
+
+
+def is_audit_log(path: Path) -> bool:
+    """Whether a file is empty or begins with a record, so that more may be added to it."""
+    with path.open("rb") as file:
+        first = file.readline(1 << 16)
+    try:
+        return not first or Record.__dataclass_fields__.keys() == json.loads(first).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _safe(value: object) -> object:

@@ -72,9 +72,33 @@ def _check_output(config: TrainConfig, resume: bool) -> bool:
     if (out / PROGRESS_FILE).exists():
         if not resume:
             raise ConfigError(f"{out} already holds a run; resume it or choose another output")
-    elif (out / "model.safetensors").exists():
-        raise ConfigError(f"{out} holds a model that is no run's output; choose another output so that it is kept")
+    else:
+        _check_unused(config)
     return False
+
+
+def _check_unused(config: TrainConfig) -> None:
+    """ConfigError where a folder without a run has files that one would change. What a run that was killed early leaves
+    is its own."""
+    out = config.output
+    if any(out.glob("model*.safetensors*")):
+        raise ConfigError(f"{out} holds a model that is no run's output; choose another output so that it is kept")
+    for name in COMPANIONS:
+        ours, theirs = config.model / name, out / name
+        if theirs.exists() and ours.exists() and ours.read_bytes() != theirs.read_bytes():
+            raise ConfigError(f"{theirs} is of no run; choose another output so that it is kept")
+    if (log := out / LOG_FILE).exists() and not _is_log(log):
+        raise ConfigError(f"{log} is of no run; choose another output so that it is kept")
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file begins with a record of a run."""
+    with path.open("rb") as file:
+        first = file.readline(1 << 16)
+    try:
+        return {"stage", "step", "minutes"} <= json.loads(first or b"{}").keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def _silent(figures: dict[str, Any]) -> None:
