@@ -152,6 +152,14 @@ def test_names_of_the_switch_of_reasoning(http: TestClient, fields: dict[str, An
     assert opened > plain
 
 
+def test_a_field_given_under_two_names_counts_once(http: TestClient) -> None:
+    body = {"input": "x", "max_output_tokens": 4, "max_tokens": 3, "include": ["x"], "text": {"verbosity": "low"}}
+    answer = http.post("/v1/responses", json=body)
+    assert answer.status_code == 200 and answer.json()["usage"]["output_tokens"] <= 4
+    for name in ("max_tokens", "include x", "text.verbosity"):
+        assert name in notes_of(answer.json())
+
+
 def test_notes_of_a_stream_come_with_its_end(http: TestClient) -> None:
     body = {"messages": HELLO, "max_tokens": 2, "stream": True, "user": "me"}
     *_, last = told(http.post(CHAT, json=body))

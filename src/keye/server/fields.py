@@ -84,7 +84,8 @@ def read_fields(data: Mapping[Any, Any], known: Collection[str], *, where: str =
             if value not in fine:
                 raise ApiError(400, f"{where}{name} cannot be used: {reason}", param=f"{where}{name}")
         elif value is not None:
-            if name not in _HARMLESS and (meant := _meant(name, frozenset(known))) is not None:
+            familiar = name in _HARMLESS or name in _OTHER_NAMES
+            if not familiar and (meant := _meant(name, frozenset(known))) is not None:
                 raise unknown_field(f"{where}{name}", f"{where}{meant}")
             idle.append(name)
     if idle:
