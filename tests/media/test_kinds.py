@@ -154,6 +154,7 @@ def test_a_row_of_jpeg_pictures_is_a_video() -> None:
     for source in (fetch_source(pictures), untrusted(fetch_source(pictures))):
         with open_video(source) as reader:
             assert reader.info.frame_count == 3
+            assert [str(note) for note in reader.info.notes] == ["it tells no times; 25 frames a second are assumed"]
             frames = reader.read(reader.plan(CONFIG, MediaOptions(nframes=3)))
         assert [round(float(frame[..., 0].mean()), -1) for frame in frames] == [0, 100, 200]
 

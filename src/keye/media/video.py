@@ -38,6 +38,8 @@ from keye.media.workers import DecodeLimits as DecodeLimits
 _COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
 #: Formats that declare no duration: it is estimated from the file's last times or its size.
 _ESTIMATED = frozenset({"mpeg", "mpegts", "mpegvideo", "h264", "hevc", "m4v", "vc1"})
+#: The format of pictures that follow one another without times.
+_PICTURES_ALONE = "mjpeg"
 #: Times that a note lists.
 _LISTED = 5
 #: Longest description of a file, in bytes, without its frames' times.
@@ -317,6 +319,8 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
 
 def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:
     """Where what is read of a file differs from what the container declares: its `length` in seconds, its `frames`."""
+    if info.format == _PICTURES_ALONE:
+        yield Note(f"it tells no times; {info.fps:g} frames a second are assumed")
     ends = length is not None and not -max(0.5, 2 / info.fps) <= length - info.duration <= max(1.0, 0.01 * length)
     counts = frames is not None and abs(frames - info.frame_count) > max(1, 0.005 * frames)
     late = info.start_offset >= VISIBLE
