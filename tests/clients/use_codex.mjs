@@ -17,10 +17,21 @@ const program = fileURLToPath(new URL("node_modules/.bin/codex", import.meta.url
 function configure(model) {
   mkdirSync(home, { recursive: true });
   mkdirSync(work, { recursive: true });
+  // Its own instructions and tools take 24,000 tokens of keye-nano's, whose context holds 16,384.
+  writeFileSync(join(home, "instructions.md"), "You are a coding agent. Be brief.");
   writeFileSync(join(home, "config.toml"), `
 model = "${model}"
 model_provider = "keye"
 model_context_window = 16384
+model_instructions_file = "${join(home, "instructions.md")}"
+[features]
+goals = false
+plugins = false
+apps = false
+[agents]
+enabled = false
+[skills]
+include_instructions = false
 [model_providers.keye]
 name = "keye"
 base_url = "${common.API}"

@@ -83,8 +83,13 @@ def _() -> None:
     for kind in KINDS:
         settings = {"max_tokens": 100, "tool_choice": "required", "parallel_tool_calls": False}
         asked.clear()
-        assert Runner.run_sync(agent(kind, settings, tools=[get_weather]), "hello", max_turns=4).final_output
-        assert asked and asked[0] in ("Paris", "Rome")
+        caller = agent(kind, settings, tools=[get_weather], tool_use_behavior="stop_on_first_tool")
+        result = Runner.run_sync(caller, "hello")
+        assert result.final_output == "sunny" and asked[0] in ("Paris", "Rome")
+        again = [*result.to_input_list(), {"role": "user", "content": "and then?"}]
+        check_answer(
+            Runner.run_sync(agent(kind, {"max_tokens": 200}, output_type=Verdict), again).final_output.model_dump()
+        )
 
 
 @case("structured")

@@ -45,7 +45,8 @@ class Room:
             taken = f"{'at least ' if at_least else ''}{tokens} tokens"
             seen = f", {visual} of them visual" if visual else ""
             raise ContextError(
-                f"the prompt takes {taken}{seen} and the reply up to {self.reply}, but the context holds {self.limit}; "
+                f"the prompt is too long: it takes {taken}{seen} and the reply up to {self.reply}, but the context "
+                f"holds {self.limit}; "
                 "sample fewer or smaller frames ({}, {}, {}) or lower {}",
                 *map(Option, ("fps", "max_frames", "max_pixels", "max_tokens")),
             )
