@@ -1,8 +1,10 @@
-// Vercel's AI SDK with @ai-sdk/openai: responses, its default, and chat completions.
+// Vercel's AI SDK with @ai-sdk/openai: each case over responses, its default, and over chat completions.
 import { createOpenAI } from "@ai-sdk/openai";
 import { cases } from "./ai_sdk.mjs";
 import { API, KEY, MODEL, report } from "./common.mjs";
 
 const openai = createOpenAI({ baseURL: API, apiKey: KEY });
-const chat = Object.entries(cases(openai.chat(MODEL), false));
-await report({ ...cases(openai(MODEL), false), ...Object.fromEntries(chat.map(([name, work]) => [`${name} (chat)`, work])) });
+const responses = Object.entries(cases(openai(MODEL), false));
+const chat = cases(openai.chat(MODEL), false);
+const both = (name, work) => async () => { await work(); await chat[name](); };
+await report(Object.fromEntries(responses.map(([name, work]) => [name, both(name, work)])));

@@ -76,6 +76,13 @@ try {
       const done = await run("what colour is it?", "--image", join(work, "red.png"));
       check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
     },
+    async structured() {
+      writeFileSync(join(work, "schema.json"), JSON.stringify(common.SCHEMA));
+      const done = await run("hello", "--output-schema", join(work, "schema.json"));
+      const said = done.events.find((event) => event.item?.type === "agent_message");
+      check(said, done.output.slice(-3000));
+      common.checkAnswer(JSON.parse(said.item.text));
+    },
     async errors() {
       const done = await run("word ".repeat(20000));
       check(kinds(done).includes("turn.failed") && /context/.test(done.output), done.output.slice(-3000));
