@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import error_of, told
 from starlette.testclient import TestClient
 
@@ -389,3 +392,23 @@ def test_settings_of_media_under_other_names(http: TestClient, file_id: str, fie
     part = {"video_url": {"url": file_id}, "uuid": "abc"}
     answer = chat(http, messages=[{"role": "user", "content": [part, {"text": "?"}]}], **fields)
     assert answer["usage"]["media"][0]["frames"] == 2 and "uuid" in notes_of(answer)
+
+
+def test_settings_with_a_value_for_each_medium(http: TestClient, file_id: str) -> None:
+    """As keye-vl-utils gives them to a client of vLLM."""
+    video = {"type": "video_url", "video_url": {"url": file_id}}
+    settings = {"nframes": [2, 4], "max_pixels": [50176], "frame_types": [[0, 1]]}
+    answer = chat(http, messages=[{"role": "user", "content": [video, video]}], mm_processor_kwargs=settings)
+    assert [medium["frames"] for medium in answer["usage"]["media"]] == [2, 4]
+    assert [medium["options"]["max_pixels"] for medium in answer["usage"]["media"]] == [50176, 50176]
+    assert "frame_types" in notes_of(answer)
+
+
+def test_a_list_of_frames_with_its_rate(http: TestClient) -> None:
+    file = BytesIO()
+    Image.new("RGB", (56, 56), "red").save(file, "JPEG")
+    frame = base64.b64encode(file.getvalue()).decode()
+    video = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frame},{frame},{frame}"}}
+    for settings in ({"fps": [2.0]}, {"timestamps": [[0.0, 0.5, 1.0]]}, {"timestamps": [0.0, 0.5, 1.0]}):
+        answer = chat(http, messages=[{"role": "user", "content": [video]}], mm_processor_kwargs=settings)
+        assert answer["usage"]["media"][0]["timestamps"] == [0.0, 0.5, 1.0]

@@ -72,7 +72,7 @@ def to_messages(
     still what the client sent; `uploads` only tells what kind of medium a file is."""
     plain = [_message(f"messages[{index}]", message, uploads) for index, message in enumerate(messages)]
     checked = normalize(_one_system(plain))
-    return [_with_defaults(message, defaults or {}) for message in checked]
+    return _with_defaults(checked, defaults) if defaults else checked
 
 
 def media_of(messages: Sequence[Message]) -> list[Medium]:
@@ -234,13 +234,24 @@ def _one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": parts}, *messages[count:]]
 
 
-def _with_defaults(message: Message, defaults: Mapping[str, Any]) -> Message:
+def _with_defaults(messages: Sequence[Message], defaults: Mapping[str, Any]) -> list[Message]:
     """Settings given for all media, where a medium has none of that name and knows it."""
     known = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
-    parts = tuple(
-        replace(part, options={**{k: v for k, v in defaults.items() if k in known[part.kind]}, **part.options})
-        if isinstance(part, Medium)
-        else part
-        for part in message.parts
-    )
-    return replace(message, parts=parts)
+    count = {"image": 0, "video": 0}
+
+    def completed(part: str | Medium) -> str | Medium:
+        if not isinstance(part, Medium):
+            return part
+        number, count[part.kind] = count[part.kind], count[part.kind] + 1
+        given = {name: _own_value(name, value, number) for name, value in defaults.items() if name in known[part.kind]}
+        settings = {name: value for name, value in given.items() if value is not None}
+        return replace(part, options={**settings, **part.options})
+
+    return [replace(message, parts=tuple(map(completed, message.parts))) for message in messages]
+
+
+def _own_value(name: str, value: object, number: int) -> object:
+    """The value of medium `number` of its kind. The official utilities give a list with one for each medium."""
+    if not isinstance(value, list) or not value or (name == "timestamps" and not isinstance(value[0], list)):
+        return value
+    return value[number] if number < len(value) else value[0] if len(value) == 1 else None
