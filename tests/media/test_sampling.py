@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.config import ProcessorConfig
+from keye.config import ProcessorConfig, load_processor_config
 from keye.errors import KeyeError
+from keye.hub import asset
 from keye.media import sampling, sizes
 from keye.media.options import MediaOptions
 
@@ -58,6 +59,41 @@ def test_smart_resize_properties(height: int, width: int, low_tokens: int, extra
 )
 def test_smart_nframes_official_values(total: int, native: float, options: dict[str, float], expected: int) -> None:
     assert sampling.smart_nframes(total, native, CONFIG, MediaOptions(**options)) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "frames"),
+    [
+        (64, MediaOptions(), 128),
+        (300, MediaOptions(), 256),
+        (3600, MediaOptions(), 256),
+        (300, MediaOptions(fps=1), 256),
+        (300, MediaOptions(max_frames=600), 600),
+        (300, MediaOptions(max_frames=100), 100),
+        (300, MediaOptions(nframes=500), 500),
+        (300, MediaOptions(nframes=5000), 1024),  # all that the budget holds
+        (300, MediaOptions(nframes=500, strict_official=True), 256),
+        (3600, MediaOptions(min_frames=300), 300),
+    ],
+)
+def test_a_configuration_limits_frames_unless_a_request_names_their_number(
+    seconds: int, options: MediaOptions, frames: int
+) -> None:
+    config = load_processor_config(asset("nano"))
+    assert sampling.smart_nframes(30 * seconds, 30.0, config, options) == frames
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tokens"), [(1080, 1920, 15), (1920, 1080, 15), (448, 448, 16), (480, 640, 12)]
+)
+@pytest.mark.parametrize("seconds", [8, 128, 300, 3600])
+def test_frames_of_long_videos_of_keye_nano_keep_their_pixels(
+    height: int, width: int, tokens: int, seconds: int
+) -> None:
+    config = load_processor_config(asset("nano"))
+    frames = sampling.smart_nframes(30 * seconds, 30.0, config)
+    h, w = sizes.frame_sizes(height, width, frames, config).slow
+    assert h * w == tokens * config.token_pixels and frames * tokens <= config.video_total_tokens
 
 
 @given(st.integers(1, 200_000), st.integers(1, 2880))

@@ -30,6 +30,7 @@ def smart_nframes(
 
     1.5 and 2.0: n = min(max(int(total / native * fps), min_frames), max_frames, cap, total), where the cap is what the
     budget holds when every frame has the fewest tokens. Preview: an even number between even limits.
+    `max_frames` is the configuration's where the request names no number of frames.
     `nframes` asks for a number outright; the cap and the length of the video still limit it. Officially 1.5 and 2.0
     ignore `nframes`, 1.5 ignores `min_frames` and finds no frame in a clip shorter than 1 / fps, and Preview fails
     where its limits leave less than two frames; `strict_official` reproduces all that.
@@ -37,11 +38,14 @@ def smart_nframes(
     if config.generation == "preview":
         return _even_nframes(total_frames, native_fps, config, options)
     cap = min(frame_cap(config, options), total_frames)
-    limit = options.max_frames or config.max_frames
+    asked = None if options.strict_official else options.nframes
+    limit = options.max_frames
+    if limit is None and config.max_frames is not None and asked is None:
+        limit = max(config.max_frames, options.min_frames or 0)
     if limit is not None:
         cap = min(cap, limit)
-    if options.nframes is not None and not options.strict_official:
-        return min(options.nframes, cap)
+    if asked is not None:
+        return min(asked, cap)
     wanted = int(total_frames / native_fps * min(options.fps or config.fps, native_fps))
     if not (options.strict_official and config.generation == "1.5"):
         wanted = max(wanted, options.min_frames or config.min_frames)
