@@ -13,7 +13,7 @@ from clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, writ
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, KeyeWarning, MediaError
+from keye.errors import KeyeError, MediaError
 from keye.media import (
     DecodeLimits,
     MediaOptions,
@@ -224,27 +224,8 @@ def test_a_reader_that_does_not_wait_for_the_scan(tmp_path: Path) -> None:
         assert reader.info.frame_count == 60
     with VideoReader(source, wait=False) as reader:
         reader.stop()
-        with pytest.raises(MediaError, match="broke the video decoder"):
+        with pytest.raises(MediaError, match="reading of clip.mp4 was stopped"):
             next(reader.frames(plan))
-
-
-def test_truncated(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "clip.mp4", frames=150, container_options={"movflags": "faststart"}, gop=15)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * 0.6)])
-    source = fetch_source(path)
-    info = probe(source)
-    assert info.cut_short
-    assert info.duration < 4.5
-    with pytest.raises(MediaError, match=r"clip.mp4 is cut short: .* of 5.0 s can be read; .* video_end="):
-        plan_video(source, CONFIG)
-    with pytest.warns(
-        KeyeWarning, match=r"^clip.mp4: the file declares 5.0 s and 150 frames; its pictures end at 1"
-    ) as caught:
-        _, plan, codes = sample(path, video_end=int(info.duration * 10) / 10)
-    assert codes == [round(time * 30) for time in plan.timestamps]
-    assert len(caught) == 1
-    assert plan.to_dict()["notes"] == info.to_dict()["notes"] == [str(caught[0].message).removeprefix("clip.mp4: ")]
 
 
 def test_sound_longer_than_pictures_is_not_truncated(tmp_path: Path) -> None:
@@ -267,17 +248,6 @@ def test_sound_longer_than_pictures_is_not_truncated(tmp_path: Path) -> None:
     info, plan, codes = sample(path)
     assert not info.cut_short
     assert codes == list(plan.frame_indices)
-
-
-def test_damaged(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "clip.mkv", frames=120, gop=120, size=(640, 384))
-    data = bytearray(path.read_bytes())
-    rng = np.random.default_rng(0)
-    middle = len(data) // 2
-    data[middle : middle + 4000] = rng.integers(0, 256, 4000, dtype=np.uint8).tobytes()
-    path.write_bytes(bytes(data))
-    with pytest.raises(MediaError, match=r"clip.mkv is (damaged|cut short)"):
-        sample(path, fps=10)
 
 
 def _bad_file(kind: str, folder: Path) -> Path:

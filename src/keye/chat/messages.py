@@ -21,6 +21,7 @@ IMAGE_OPTIONS: Final = frozenset({"min_pixels", "max_pixels", "resized_height", 
 VIDEO_OPTIONS: Final = IMAGE_OPTIONS | {
     "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "total_pixels", "video_start", "video_end",
     "min_frame_similarity", "timestamps", "adaptive_budget", "track", "deinterlace", "tone_map",
+    "strict_media",
 }  # fmt: skip
 _OPTIONS: Final = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
 _MAY_BE_ZERO: Final = frozenset({"video_start", "video_end", "min_frame_similarity"})
@@ -280,7 +281,7 @@ def _seconds(where: str, value: object) -> tuple[float, ...]:
 
 
 def _check_option(where: str, name: str, value: object) -> None:
-    if name in ("strict_official", "adaptive_budget", "deinterlace", "tone_map"):
+    if name in ("strict_official", "strict_media", "adaptive_budget", "deinterlace", "tone_map"):
         if not isinstance(value, bool):
             raise KeyeError(f"{where} is {brief(value)}: give true or false.")
         return

@@ -21,7 +21,7 @@ CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_w
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "strict_official")
 VIDEO_OPTIONS = (
     *IMAGE_OPTIONS, "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "video_start", "video_end",
-    "min_frame_similarity", "adaptive_budget", "track", "deinterlace", "tone_map",
+    "min_frame_similarity", "adaptive_budget", "track", "deinterlace", "tone_map", "strict_media",
 )  # fmt: skip
 #: Formats, which an index has fixed; where what comes after it lies is free.
 FORMAT_OPTIONS = ("kv", "index_kv")
@@ -202,6 +202,7 @@ sampling_frames: Callable[[F], F] = _all(
     click.option(
         "--tone-map", is_flag=True, default=None, help="Make frames of high dynamic range ones of standard range."
     ),
+    click.option("--strict-media", is_flag=True, default=None, help="Refuse files that are damaged or end early."),
     click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
     click.option("--end", "video_end", type=Seconds(), help="End here."),
     click.option(

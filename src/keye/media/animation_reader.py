@@ -58,7 +58,9 @@ class AnimationReader:
             "last_duration": self.end - self.times[-1],
         }  # fmt: skip
 
-    def frames(self, targets: list[int], width: int, height: int, deinterlace: bool) -> Iterator[bytes]:
+    def frames(
+        self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool = False
+    ) -> Iterator[bytes]:
         """RGB bytes (height x width x 3) of the frames that begin at the target times, ascending."""
         image = self._open()
         first = int(getattr(image, "default_image", False))  # A PNG may show another picture where nothing moves.

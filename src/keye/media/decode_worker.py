@@ -29,7 +29,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from keye.media.deinterlace import deinterlaced, with_neighbours
 from keye.media.display import display_facts
 from keye.media.sandbox import confine
-from keye.media.timeline import CLOSED, CORRUPT, HIDDEN, KEY, NONE, Timeline, lay_out
+from keye.media.timeline import CLOSED, CORRUPT, DAMAGED, HIDDEN, KEY, NONE, Timeline, lay_out
 from keye.media.tracks import described, video_tracks
 from keye.media.video_file import Opening, VideoFile
 from keye.media.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
@@ -108,6 +108,8 @@ class Reader:
             "known_times": timeline.exact,
             "joins": video.scan.packets.joins(timeline.stamps or ())[:_MOST_JOINS],
             "last_duration": timeline.last_duration,
+            # A file of pieces may be some of them, whatever its beginning declares for all.
+            "pieces": video.container.format.name.startswith("mov,mp4") and not stream.frames,
             "damage": [list(interval) for interval in timeline.damage[:_MOST_DAMAGE]],
         }
 
@@ -116,14 +118,21 @@ class Reader:
         """The frames' presentation times."""
         return self.timeline.times
 
-    def frames(self, targets: list[int], width: int, height: int, deinterlace: bool) -> Iterator[bytes]:
+    def frames(
+        self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool = False
+    ) -> Iterator[bytes]:
         """RGB bytes (height x width x 3) of the frame shown at each target time, ascending, before it is turned and
-        mirrored; with `deinterlace` of interlaced frames their first moment."""
+        mirrored; with `deinterlace` of interlaced frames their first moment. `strict`: damaged frames are errors."""
         self.deinterlace = deinterlace
         wanted = Wanted(targets)
         self.damaged = wanted.damaged
         resize = VideoReformatter()
         for frame in self._decoded(wanted):
+            if strict and wanted.damaged:
+                raise WorkerError(
+                    f"is damaged near {self._seconds(wanted.damaged[0]):.1f} s; download it again or leave {{}} out",
+                    "strict_media",
+                )
             yield packed_rgb(resize, frame, width, height, self.video.opening.threads)
 
     def _rate(self) -> Fraction | None:
@@ -153,7 +162,10 @@ class Reader:
         if not doubtful:
             return
         ranges = [(packets.group(max(begin - 1, 0))[0], end) for begin, end in doubtful]
-        given = {frame.opaque for frame in self.video.sample(ranges)}
+        given: dict[Any, bool] = {frame.opaque: frame.is_corrupt for frame in self.video.sample(ranges)}
+        for place in packets.places(CORRUPT):
+            if any(given.get(other, True) for other in range(place, packets.group(place)[1])):
+                packets.flags[place] |= DAMAGED
         for begin, end in doubtful:
             for place in range(begin, end):
                 if place not in given:
@@ -186,25 +198,30 @@ class Reader:
                 self.lead = 1 if self.lead == 0 and codec in _RECOVERING else _EVERYTHING
                 continue
             if not lean:
-                yield from wanted.rest()
+                yield from wanted.rest(faults=self.video.faults > 0)
                 if not wanted.done:
                     raise self._cut(wanted.pending)
             lean = False
 
     def _pass(self, wanted: Wanted, *, lean: bool) -> Iterator[VideoFrame]:
         """One run through the file; a lean one ends early where it has no whole frame for a target."""
-        self.video.faults = False
         wanted.begin_pass()
+        self.video.faults = known = 0
+        tainted = False
         for before, frame, after in with_neighbours(self._decode(wanted, lean=lean)):
+            # What refers to a damaged frame is damaged as well, up to the next key.
+            tainted = frame.is_corrupt or self.video.faults > known or (tainted and not frame.key_frame)
+            known = self.video.faults
+            whole = not frame.is_corrupt and (frame.key_frame or not tainted)
             # Deinterlacing takes a frame's neighbours, which a lean pass may have left out.
             combed = self.deinterlace and frame.interlaced_frame
-            for hit in wanted.take(frame, exact=lean, usable=not (lean and combed)):
+            if self.lead == 1 and not known and not wanted.done and wanted.pending < (frame.pts or 0):
+                raise _NoStart  # one group was not enough
+            for hit in wanted.take(frame, whole=whole, exact=lean, usable=not combed, faults=known > 0):
                 plain = hit is not frame or not combed
                 yield hit if plain else deinterlaced(before, hit, after, self.video.opening.threads)
             if wanted.done or wanted.missed:
                 break
-        if self.video.faults:
-            wanted.note_damage()
 
     def _decode(self, wanted: Wanted, *, lean: bool) -> Iterator[VideoFrame]:
         """Decoded frames of the groups of pictures that hold a wanted frame; of the others packets are only read.
@@ -240,9 +257,9 @@ class Reader:
 
     def _check_start(self, frame: VideoFrame, begin: int) -> None:
         """Raises `_NoStart` where the first frame after a leap shows that decoding cannot begin there."""
-        if self.video.faults or self.lead == _EVERYTHING:
+        if self.video.faults or self.lead:
             return
-        if frame.pts != begin or not (frame.key_frame or frame.pict_type == _INTRA or self.lead):
+        if frame.pts != begin or not (frame.key_frame or frame.pict_type == _INTRA):
             raise _NoStart
 
     def _seconds(self, time: int) -> float:
@@ -276,7 +293,6 @@ class Wanted:
         self.place = 0
         self.damaged: list[int] = []
         self.missed = False
-        self._absent: list[int] = []
         self._previous: VideoFrame | None = None
 
     @property
@@ -289,35 +305,31 @@ class Wanted:
         return self.targets[min(self.place, len(self.targets) - 1)]
 
     def begin_pass(self) -> None:
-        self.missed, self._absent, self._previous = False, [], None
+        self.missed, self._previous = False, None
 
-    def take(self, frame: VideoFrame, *, exact: bool, usable: bool) -> Iterator[VideoFrame]:
-        """The frame on display at each target up to the time of a frame. An `exact` pass has only whole frames."""
+    def take(self, frame: VideoFrame, *, whole: bool, exact: bool, usable: bool, faults: bool) -> Iterator[VideoFrame]:
+        """The frame on display at each target up to the time of a frame, which is `whole` where it was decoded without
+        faults. An `exact` pass has only whole and `usable` frames. Without `faults` of the decoder so far, a target
+        without a frame of its own is no damage: some packets have none."""
         assert frame.pts is not None
         while not self.done and self.pending <= frame.pts:
             late = self.pending < frame.pts
-            if exact and (late or frame.is_corrupt or not usable):
+            if exact and (late or not whole or not usable):
                 self.missed = True
                 return
-            if late:
-                self._absent.append(self.pending)
-            elif frame.is_corrupt:
+            if faults if late else not whole:
                 self.damaged.append(self.pending)
             self.place += 1
             yield self._previous or frame if late else frame
         self._previous = frame
 
-    def note_damage(self) -> None:
-        """Counts targets of this pass without a frame of their own as damaged."""
-        self.damaged += self._absent
-
-    def rest(self) -> Iterator[VideoFrame]:
+    def rest(self, *, faults: bool) -> Iterator[VideoFrame]:
         """What stands in for frames that a whole pass has not given: the last one. Nothing where there is none, or
         where most of what was wanted is missing."""
         missing = len(self.targets) - self.place
         if self._previous is None or 2 * missing > len(self.targets):
             return
-        self.damaged += self.targets[self.place :]
+        self.damaged += self.targets[self.place :] if faults else []
         for _ in range(missing):
             self.place += 1
             yield self._previous
@@ -355,7 +367,8 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
             request = json.loads(line)
             if "targets" not in request:
                 continue
-            for frame in reader.frames(*(request[name] for name in ("targets", "width", "height", "deinterlace"))):
+            wanted = (request[name] for name in ("targets", "width", "height", "deinterlace", "strict"))
+            for frame in reader.frames(*wanted):
                 if select.select([requests], [], [], 0)[0]:
                     break  # whoever asked for these frames wants no more of them, or has gone away
                 send(out, FRAME, frame)

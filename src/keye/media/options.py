@@ -19,7 +19,7 @@ MediumKind = Literal["image", "video"]
 _COUNTS = ("nframes", "min_frames", "max_frames", "resized_height", "resized_width", "video_count", "track")
 _AMOUNTS = ("fps", "min_pixels", "max_pixels", "video_total_pixels")
 _TIMES = ("video_start", "video_end")
-_SWITCHES = ("adaptive_budget", "deinterlace", "tone_map")
+_SWITCHES = ("adaptive_budget", "deinterlace", "tone_map", "strict_media")
 #: Least and most of the same thing.
 _LIMITS = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"))
 
@@ -50,6 +50,7 @@ class MediaOptions:
     tone_map: whether frames of high dynamic range (PQ, HLG) are made ones of standard range.
     timestamps: seconds of the pictures of a list.
     video_count: videos that share the configured budget (2.0).
+    strict_media: refuse a file that is damaged or ends early, instead of reading what is there and saying so.
     strict_official: reproduce what the official code does where it ignores a documented option or fails.
     """
 
@@ -71,6 +72,7 @@ class MediaOptions:
     tone_map: bool | None = None
     timestamps: tuple[float, ...] | None = None
     video_count: int = 1
+    strict_media: bool = False
     strict_official: bool = False
 
     def __post_init__(self) -> None:

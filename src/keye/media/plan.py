@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, KeyeWarning, MediaError, Option, warn
+from keye.errors import KeyeError, KeyeWarning, Option, warn
 from keye.media import sampling, sizes
+from keye.media.damage import check_whole
 from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.shown import as_read
@@ -75,6 +76,7 @@ class VideoPlan:
     start_offset: float = 0.0
     label_times: tuple[float, ...] | None = field(default=None, repr=False)
     part: tuple[float, float] | None = None
+    strict_media: bool = field(default=False, repr=False)
 
     @classmethod
     def of(
@@ -110,6 +112,7 @@ class VideoPlan:
             track=info.track,
             deinterlace=options.deinterlaces,
             tone_map=info.transfer if options.tone_map and info.transfer != "sdr" else None,
+            strict_media=options.strict_media,
         )
 
     @property
@@ -136,7 +139,7 @@ class VideoPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: every field but what only decoding and positions need, and the counts."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("pts", "constant_rate")}
+        shown = {k: v for k, v in asdict(self).items() if k not in ("pts", "constant_rate", "strict_media")}
         data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
         if self.fast is not None:
             data["fast"]["types"] = list(self.fast.types)
@@ -155,11 +158,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if options.strict_official and config.generation == "1.5" and (start is not None or end is not None):
         named = map(Option, ("video_start", "video_end", "strict_official"))
         raise KeyeError("the official 1.5 code takes neither {} nor {}; leave {} out", *named)
-    if info.cut_short and (end is None or end > info.duration):
-        raise MediaError(
-            "{} is cut short: {:.1f} of {:.1f} s can be read; download it again or pass {}",
-            info.name, info.duration, info.declared_duration, Option("video_end", int(info.duration * 10) / 10),
-        )  # fmt: skip
+    check_whole(info, options)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
     part = (_official_part if options.strict_official else _part)(info, start, end)
     if end is not None and end > info.duration + _BEYOND and not options.strict_official:

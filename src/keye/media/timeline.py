@@ -7,19 +7,22 @@ Packets tell when frames are decoded (dts) and when they are shown (pts), some c
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 #: A time that is not known.
 NONE = -(1 << 63)
-#: Flags of a packet: decoding can begin at it; its frame is not shown; parts of it are missing; no frame after it needs
-#: one before it; its frame is decoded right before it is shown (a B-picture); the clock begins again with it.
-KEY, HIDDEN, CORRUPT, CLOSED, BETWEEN, JOIN = 1, 2, 4, 8, 16, 32
+#: Flags of a packet: decoding can begin at it; its frame is not shown; the container misses parts of it; no frame after
+#: it needs one before it; its frame is decoded right before it is shown (a B-picture); the clock begins again with it;
+#: it cannot be decoded without faults.
+KEY, HIDDEN, CORRUPT, CLOSED, BETWEEN, JOIN, DAMAGED = 1, 2, 4, 8, 16, 32, 64
 
 #: Codecs with B-pictures of which each lies right between two others.
 MPEG = frozenset({"mpeg1video", "mpeg2video"})
+#: Frames by which a lost one may lie from a packet that tells of the loss.
+_AROUND = 8
 #: Seconds by which the clock must jump ahead, or fall back, to be another part's: the limits of ffmpeg.
 _JUMP, _FALL = 10.0, 0.1
 #: The same where a container's clock cannot begin again, and only falls back after careless joining.
@@ -225,7 +228,8 @@ def _by_count(packets: Packets, delay: int, step: int) -> Timeline:
         begins.append(before)
         place = start
     last = step if times else None
-    return Timeline(array("q", times), None, starts, begins, exact, last, _damage(packets, None))
+    shown = array("q", times)
+    return Timeline(shown, None, starts, begins, exact, last, _damage(packets, shown, None))
 
 
 def _timeline(
@@ -237,7 +241,7 @@ def _timeline(
         stamps[place] = time
     begins = [pts[key] if stamps[key] == NONE else stamps[key] for key in keys] or [NONE]
     last = packets.durations[order[-1]] or None if len(order) else None
-    return Timeline(times, stamps, keys or [0], begins, True, last, _damage(packets, stamps), order)
+    return Timeline(times, stamps, keys or [0], begins, True, last, _damage(packets, times, stamps), order)
 
 
 def _ascending(values: Sequence[int]) -> list[int]:
@@ -282,19 +286,23 @@ def _guessed(pts: Sequence[int], dts: Sequence[int], step: int) -> list[int]:
     return times
 
 
-def _damage(packets: Packets, stamps: array[int] | None) -> list[tuple[int, int]]:
-    """Intervals from a packet that lacks parts to the next key. Where parts of a file meet, nothing is missing."""
+def _damage(packets: Packets, times: array[int], stamps: array[int] | None) -> list[tuple[int, int]]:
+    """Intervals from a packet that lacks parts to the next key, where that shows: its frame, or one after it, cannot be
+    decoded without faults, or a frame is missing from the times around it. The last packet of a file that was cut off
+    does not count."""
     found: list[tuple[int, int]] = []
-    times = packets.dts if stamps is None else stamps
+    known = packets.dts if stamps is None else stamps
     for place in packets.places(CORRUPT):
         end = packets.group(place)[1]
-        near = packets.flags[place : place + 2]
-        if any(flags & JOIN for flags in near) or place == len(packets) - 1:
-            continue
-        inside = [times[i] for i in range(place, end) if times[i] != NONE]
-        if not inside:
+        inside = [known[i] for i in range(place, end) if known[i] != NONE]
+        if not inside or place == len(packets) - 1:
             continue
         begin, stop = min(inside), max(inside) + max(packets.durations[place], 1)
+        index = bisect_left(times, begin)
+        around = times[max(index - _AROUND, 0) : index + _AROUND + 1]
+        longest = max((b - a for a, b in pairwise(around)), default=0)
+        if not packets.flags[place] & DAMAGED and 2 * longest <= 3 * packets.durations[place]:
+            continue
         if found and begin <= found[-1][1]:
             found[-1] = (found[-1][0], max(stop, found[-1][1]))
         else:

@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from array import array
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.errors import MediaError
+from keye.errors import KeyeError, MediaError, warn
+from keye.media.damage import damage_notes, decoded_damage
 from keye.media.fetch import Reference, check_video, fetch_source
 from keye.media.kinds import is_png_or_webp
 from keye.media.notes import VISIBLE, Note
@@ -59,6 +60,7 @@ class VideoInfo:
     every plan passes them on.
     `stored_size` is the upright (width, height) of a file whose pixels are not square, as they are stored. `transfer`
     is "sdr", "pq" or "hlg". `track` is the number of the video track that is read, `tracks` has all of them in words.
+    `damage` are intervals, in seconds as players show them, in which packets are known to lack parts.
     """
 
     name: str
@@ -82,6 +84,7 @@ class VideoInfo:
     transfer: str = "sdr"
     track: int = 1
     tracks: tuple[str, ...] = ()
+    damage: tuple[tuple[float, float], ...] = ()
 
     @property
     def frame_count(self) -> int:
@@ -98,11 +101,15 @@ class VideoInfo:
     @cached_property
     def timestamps(self) -> tuple[float, ...]:
         """When players show each frame, in seconds."""
+        return self.seconds(self.pts)
+
+    def seconds(self, pts: Iterable[int]) -> tuple[float, ...]:
+        """When players show what is presented at these times."""
         numerator, denominator = self.time_base.as_integer_ratio()
         first, offset = self.pts[0], self.start_offset
         if offset:
-            return tuple(round(offset + (p - first) * numerator / denominator, 6) for p in self.pts)
-        return tuple((p - first) * numerator / denominator for p in self.pts)
+            return tuple(round(offset + (p - first) * numerator / denominator, 6) for p in pts)
+        return tuple((p - first) * numerator / denominator for p in pts)
 
     @property
     def duration(self) -> float:
@@ -122,7 +129,8 @@ class VideoInfo:
             "transfer": self.transfer, "track": self.track, "tracks": list(self.tracks), "fps": self.fps,
             "frame_count": self.frame_count, "duration": self.duration,
             "start_offset": self.start_offset, "exact_times": self.exact_times, "constant_rate": self.constant_rate,
-            "cut_short": self.cut_short, "notes": [str(note) for note in self.notes],
+            "cut_short": self.cut_short, "damage": [list(place) for place in self.damage],
+            "notes": [str(note) for note in self.notes],
         }  # fmt: skip
 
 
@@ -141,6 +149,8 @@ class VideoReader:
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
         check_video(source)
         self._worker = self._start(track)
+        #: How many times frames were asked for, and the bytes of each frame that may still come.
+        self._asked = self._coming = 0
         try:
             if wait:
                 _ = self.info
@@ -183,15 +193,42 @@ class VideoReader:
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
         if turned:
             width, height = height, width
-        self._worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace})
+        self._drop_coming()
+        self._asked, self._coming = self._asked + 1, height * width * 3
+        number = self._asked
+        self._worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
+                              "strict": plan.strict_media})  # fmt: skip
         for _ in range(plan.frames):
-            kind, body = self._worker.receive(height * width * 3)
-            if kind != FRAME or len(body) != height * width * 3:
+            if number != self._asked:
+                raise KeyeError("frames of another plan were asked for meanwhile; read one plan after the other")
+            kind, body = self._worker.receive(self._coming)
+            if kind != FRAME or len(body) != self._coming:
                 raise self._worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
             yield shown(frame, plan)
-        if self._worker.receive(_MAX_FACTS)[0] != END:
+        if number == self._asked:
+            self._end(plan.name)
+
+    def _end(self, name: str) -> None:
+        """Reads the end of an answer, and warns of frames that turned out to be damaged."""
+        kind, body = self._worker.receive(_MAX_FACTS)
+        self._coming = 0
+        try:
+            damaged = array("q", json.loads(bytes(body)))
+        except (ValueError, TypeError, OverflowError):
+            raise self._worker.broken() from None
+        if kind != END:
             raise self._worker.broken()
+        if (warning := decoded_damage(name, self.info.seconds(damaged), self.info.damage)) is not None:
+            warn(warning, stacklevel=3)
+
+    def _drop_coming(self) -> None:
+        """Has the worker give up frames that were asked for and not read."""
+        if self._coming:
+            self._worker.request({})
+            while self._worker.receive(max(self._coming, _MAX_FACTS))[0] == FRAME:
+                continue
+            self._coming = 0
 
     def read(self, plan: VideoPlan) -> NDArray[np.uint8]:
         """All planned frames, uint8 RGB [frames, height, width, 3]."""
@@ -288,13 +325,13 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     time_base = Fraction(*facts["time_base"])
     fps, constant = _frame_rate(pts, time_base, facts["rate"])
     start = facts["container_start"] if facts["known_times"] else None
-    # Where the clock jumps, an end that is estimated from the last times is none.
-    declared = None if facts.get("joins") and facts["format"] in _ESTIMATED else facts["declared_end"]
+    declared = None if facts["format"] in _ESTIMATED else facts["declared_end"]
     if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
         declared -= max(facts["container_start"], 0.0)
     # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares.
     slack = max(0.5, 2 / fps)
-    cut = declared is not None and declared - max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps) > slack
+    end = max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps)
+    cut = declared is not None and not facts.get("pieces") and declared - end > slack
     info = VideoInfo(
         name=name,
         format=facts["format"],
@@ -310,11 +347,13 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         container_start=start,
         declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1],
     )
-    told = declared is not None and facts["known_times"] and facts["format"] not in _ESTIMATED
+    told = declared is not None and facts["known_times"]
     length = declared - facts["container_start"] if told else None
     joins = [info.start_offset + float((time - pts[0]) * time_base) for time in facts.get("joins", ())]
-    notes = *picture_notes(info, facts), *_notes(info, length, facts.get("declared_frames")), *_joined(joins)
-    return dataclasses.replace(info, notes=notes)
+    damage = tuple((first, last) for first, last in (info.seconds(interval) for interval in facts.get("damage", ())))
+    length_notes = _notes(info, length, facts.get("declared_frames"))
+    notes = *picture_notes(info, facts), *length_notes, *_joined(joins), *damage_notes(damage)
+    return dataclasses.replace(info, notes=notes, damage=damage)
 
 
 def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:

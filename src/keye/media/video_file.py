@@ -46,7 +46,7 @@ class Opening:
 
 
 class VideoFile:
-    """A file with one of its video tracks. `faults` tells whether the decoder has found fault since it was last reset.
+    """A file with one of its video tracks. `faults` counts the packets with which the decoder has found fault.
 
     Raises `WorkerError` where the file is no video or beyond the limits.
     """
@@ -54,7 +54,7 @@ class VideoFile:
     def __init__(self, file: BinaryIO, opening: Opening) -> None:
         self.file = file
         self.opening = opening
-        self.faults = False
+        self.faults = 0
         self.container, self.stream = self._open()
         self.scan: Scan = scan(self.container, self.stream)
 
@@ -71,7 +71,7 @@ class VideoFile:
         try:
             return self.stream.decode(packet)
         except av.error.FFmpegError:
-            self.faults = True
+            self.faults += 1
             return []
 
     def sample(self, ranges: list[tuple[int, int]]) -> Iterator[VideoFrame]:

@@ -31,6 +31,8 @@ _BOOT = (
 )
 _PACKAGE_ROOT = str(Path(keye.__path__[0]).resolve().parent)
 _SIGXCPU = 24
+#: Signals by which people and systems end processes, and no process ends itself: HUP, INT, KILL, TERM.
+_FROM_OUTSIDE = frozenset({1, 2, 9, 15})
 #: In seconds; the system takes milliseconds in 32 bits.
 _LONGEST_POLL = 1e6
 
@@ -80,6 +82,8 @@ class Worker:
     ) -> None:
         self.limits, self.name, self.what, self.untrusted = limits, name, what, untrusted
         self._waited = 0.0
+        #: Why this side has killed the worker.
+        self._verdict: MediaError | None = None
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         try:
             self.process = _start(module, file, {**options, **_process_limits(limits)}, self._log)
@@ -90,7 +94,7 @@ class Worker:
     def stop(self) -> None:
         """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
         if self.process.poll() is None:
-            self.process.kill()
+            self._kill(MediaError(f"reading of {self.name} was stopped"))
 
     def close(self) -> None:
         """Ends the worker. May be called more than once."""
@@ -138,8 +142,12 @@ class Worker:
 
     def broken(self) -> MediaError:
         """Ends a worker that does not keep to what was agreed; the error to raise."""
+        return self._kill(MediaError(f"{self.name} broke the {self.what} or its memory limit; re-encode it"))
+
+    def _kill(self, verdict: MediaError) -> MediaError:
+        self._verdict = self._verdict or verdict
         self.process.kill()
-        return MediaError(f"{self.name} broke the {self.what} or its memory limit; re-encode it")
+        return verdict
 
     def _said(self, body: bytearray) -> MediaError:
         try:
@@ -178,13 +186,20 @@ class Worker:
         return data
 
     def _give_up(self) -> NoReturn:
-        self.process.kill()
         most = min(self.limits.wait_seconds, self.limits.total_seconds)
-        raise MediaError(f"{self.name} took more than {most:g} s to decode; re-encode it smaller or cut it into parts")
+        raise self._kill(
+            MediaError(f"{self.name} took more than {most:g} s to decode; re-encode it smaller or cut it into parts")
+        )
 
     def _death(self) -> Exception:
-        """Why the worker ended without a word: a limit (the file's fault) or a defect (ours)."""
+        """Why the worker ended without a word: it was killed, it met a limit (the file's fault), or a defect (ours)."""
         code = self.process.wait()
+        if self._verdict is not None:
+            return self._verdict
+        if -code in _FROM_OUTSIDE:
+            return MediaError(
+                f"the {self.what} of {self.name} was ended from outside, perhaps because memory ran out; try again"
+            )
         if code == -_SIGXCPU:
             return MediaError(
                 f"{self.name} needs more than {self.limits.cpu_seconds} s of processor time to decode; "
