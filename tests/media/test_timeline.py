@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import warnings
@@ -15,6 +16,7 @@ from clips import read_code, trim_mp4, write_clip
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media import MediaOptions, VideoInfo, VideoPlan, fetch_source, open_video, plan_video
+from keye.media.completeness import ends_early
 from keye.media.timeline import BETWEEN, CLOSED, HIDDEN, JOIN, KEY, NONE, Joiner, Packets, Timeline, lay_out
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
@@ -204,12 +206,52 @@ def test_what_is_there_of_a_file_that_ends_early(tmp_path: Path) -> None:
     assert info.cut_short
     assert info.duration < 4.5
     assert codes == [round(time * 30) for time in times]
+    for options in ({}, {"video_start": 1.0, "video_end": 4.9}):
+        with pytest.raises(MediaError, match=r"clip.mp4 is cut short: .* of 5.0 s can be read; .* pass video_end="):
+            plan_video(source, CONFIG, MediaOptions(**options))
     with pytest.warns(KeyeWarning, match=r"clip.mp4: the file declares 5.0 s and 150 frames; its pictures end at"):
-        plan_video(source, CONFIG)
-    with pytest.raises(MediaError, match=r"clip.mp4 is cut short: .* of 5.0 s can be read; .* pass video_end="):
-        plan_video(source, CONFIG, MediaOptions(video_start=1.0, video_end=4.9))
+        plan_video(source, CONFIG, MediaOptions(video_end=1.0))
     with pytest.raises(MediaError, match=r"clip.mp4 is cut short: .* of 5.0 s can be read; .* leave strict_media out"):
-        plan_video(source, CONFIG, MediaOptions(strict_media=True))
+        plan_video(source, CONFIG, MediaOptions(video_end=1.0, strict_media=True))
+
+
+def mp4(*boxes: tuple[bytes, int]) -> bytes:
+    return b"".join((size + 8).to_bytes(4, "big") + kind + bytes(size) for kind, size in boxes)
+
+
+def mkv(size: bytes, content: int) -> bytes:
+    return b"\x1a\x45\xdf\xa3\x84\0\0\0\0" + b"\x18\x53\x80\x67" + size + bytes(content)
+
+
+def avi(size: int, content: int) -> bytes:
+    return b"RIFF" + size.to_bytes(4, "little") + b"AVI " + bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (mp4((b"ftyp", 8), (b"moov", 50), (b"mdat", 100)), False),
+        (mp4((b"ftyp", 8), (b"moov", 50), (b"mdat", 100))[:-1], True),
+        (mp4((b"styp", 8), (b"moof", 50), (b"mdat", 100)) * 3, False),
+        (mp4((b"ftyp", 8)) + b"\0\0\0\0mdat" + bytes(20), False),
+        (mp4((b"ftyp", 8)) + b"\0\0\0\1mdat" + (116).to_bytes(8, "big") + bytes(100), False),
+        (mp4((b"ftyp", 8)) + b"\0\0\0\1mdat" + (117).to_bytes(8, "big") + bytes(100), True),
+        (mp4((b"ftyp", 8)) + b"\0\0\0\3junk" + bytes(20), None),
+        (mkv(b"\x40\x64", 100), False),
+        (mkv(b"\x40\x64", 99), True),
+        (mkv(b"\xff", 99), None),
+        (mkv(b"\x01" + b"\xff" * 7, 99), None),
+        (avi(104, 100), False),
+        (avi(104, 90), True),
+        (avi(0, 99), None),
+        (avi(104, 100) + avi(104, 100), False),
+        (avi(104, 100) + avi(104, 50), True),
+        (b"G" * 188, None),
+        (b"", None),
+    ],
+)
+def test_files_that_tell_whether_bytes_are_missing(data: bytes, expected: bool | None) -> None:
+    assert ends_early(io.BytesIO(data)) is expected
 
 
 def test_frames_are_asked_for_again_after_an_iterator_was_left(tmp_path: Path) -> None:

@@ -50,14 +50,18 @@ def decoded_damage(name: str, seconds: Sequence[float], known: Places) -> KeyeWa
 
 
 def check_whole(info: VideoInfo, options: MediaOptions) -> None:
-    """Raises `MediaError` where a part was asked for that the file declares but lacks; under `strict_media` for any
-    file that ends early or is damaged."""
-    start, end, strict = options.video_start, options.video_end, options.strict_media
-    if info.cut_short and (strict or max(start or 0.0, end or 0.0) > info.duration):
+    """Raises `MediaError` where the part that was asked for reaches into what the file declares but lacks; under
+    `strict_media` for any file that ends early or is damaged."""
+    end, strict = options.video_end, options.strict_media
+    if info.cut_short and (strict or end is None or end > info.duration):
         option = Option("strict_media") if strict else Option("video_end", int(info.duration * 10) / 10)
         raise MediaError(
             "{} is cut short: {:.1f} of {:.1f} s can be read; download it again or " + ("leave {} out" if strict else
             "pass {}"), info.name, info.duration, info.declared_duration, option,
+        )  # fmt: skip
+    if strict and info.ends_early:
+        raise MediaError(
+            "{} lacks bytes at its end; download it again or leave {} out", info.name, Option("strict_media")
         )  # fmt: skip
     if strict and info.damage:
         raise MediaError(

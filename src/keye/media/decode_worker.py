@@ -108,8 +108,7 @@ class Reader:
             "known_times": timeline.exact,
             "joins": video.scan.packets.joins(timeline.stamps or ())[:_MOST_JOINS],
             "last_duration": timeline.last_duration,
-            # A file of pieces may be some of them, whatever its beginning declares for all.
-            "pieces": video.container.format.name.startswith("mov,mp4") and not stream.frames,
+            "ends_early": video.ends_early,
             "damage": [list(interval) for interval in timeline.damage[:_MOST_DAMAGE]],
         }
 

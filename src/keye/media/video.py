@@ -41,6 +41,8 @@ _COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
 _ESTIMATED = frozenset({"mpeg", "mpegts", "mpegvideo", "h264", "hevc", "m4v", "vc1"})
 #: The format of pictures that follow one another without times.
 _PICTURES_ALONE = "mjpeg"
+#: Seconds by which the declared end may lie after what can be read of files that do not tell whether bytes are missing.
+_UNSURE = 2.0
 #: Times that a note lists.
 _LISTED = 5
 #: Longest description of a file, in bytes, without its frames' times.
@@ -60,7 +62,8 @@ class VideoInfo:
     every plan passes them on.
     `stored_size` is the upright (width, height) of a file whose pixels are not square, as they are stored. `transfer`
     is "sdr", "pq" or "hlg". `track` is the number of the video track that is read, `tracks` has all of them in words.
-    `damage` are intervals, in seconds as players show them, in which packets are known to lack parts.
+    `damage` are intervals, in seconds as players show them, in which packets are known to lack parts; `ends_early` says
+    whether bytes are known to be missing at the end.
     """
 
     name: str
@@ -85,6 +88,7 @@ class VideoInfo:
     track: int = 1
     tracks: tuple[str, ...] = ()
     damage: tuple[tuple[float, float], ...] = ()
+    ends_early: bool = False
 
     @property
     def frame_count(self) -> int:
@@ -328,10 +332,12 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     declared = None if facts["format"] in _ESTIMATED else facts["declared_end"]
     if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
         declared -= max(facts["container_start"], 0.0)
-    # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares.
-    slack = max(0.5, 2 / fps)
+    # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares. Where bytes
+    # are not known to be missing, what it declares may be that of a whole of which it is a complete piece.
+    early = facts.get("ends_early")
+    slack = max(0.5 if early else _UNSURE, 2 / fps)
     end = max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps)
-    cut = declared is not None and not facts.get("pieces") and declared - end > slack
+    cut = declared is not None and early is not False and declared - end > slack
     info = VideoInfo(
         name=name,
         format=facts["format"],
@@ -346,6 +352,7 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         last_duration=facts["last_duration"] if facts["known_times"] else None,
         container_start=start,
         declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1],
+        ends_early=early is True,
     )
     told = declared is not None and facts["known_times"]
     length = declared - facts["container_start"] if told else None
@@ -370,6 +377,8 @@ def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterato
         count = (f" and {frames:,} frames", f", {info.frame_count:,} frames") if counts else ("", "")
         yield Note(f"the file declares {declared:.1f} s{count[0]}; its pictures {run}{count[1]}{clock}")
         return
+    if info.ends_early:
+        yield Note(f"the file lacks bytes at its end; its pictures end at {info.duration:.1f} s")
     if counts:
         yield Note(f"the file declares {frames:,} frames; {info.frame_count:,} are shown")
     if late:

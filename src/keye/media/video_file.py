@@ -13,6 +13,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from keye.media.completeness import ends_early
 from keye.media.packets import Scan, packet_key, scan
 from keye.media.tracks import choose_track, video_tracks
 from keye.media.wire import WorkerError
@@ -46,7 +47,8 @@ class Opening:
 
 
 class VideoFile:
-    """A file with one of its video tracks. `faults` counts the packets with which the decoder has found fault.
+    """A file with one of its video tracks. `faults` counts the packets with which the decoder has found fault;
+    `ends_early` tells whether bytes are missing at the end, as far as the file tells.
 
     Raises `WorkerError` where the file is no video or beyond the limits.
     """
@@ -55,6 +57,7 @@ class VideoFile:
         self.file = file
         self.opening = opening
         self.faults = 0
+        self.ends_early = ends_early(file)
         self.container, self.stream = self._open()
         self.scan: Scan = scan(self.container, self.stream)
 
