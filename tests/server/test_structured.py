@@ -81,6 +81,15 @@ def test_other_forms_under_every_name(http: TestClient, fields: dict[str, Any], 
     assert answer.json()["choices"][0]["text"] in texts
 
 
+@pytest.mark.parametrize("fields", [{"structured_outputs": {"choice": ["yes"]}}, {"guided_regex": "yes"}])
+def test_forms_of_responses(http: TestClient, fields: dict[str, Any]) -> None:
+    body = {"input": "x", "max_output_tokens": 20, **fields}
+    answer = http.post("/v1/responses", json=body).json()
+    assert answer["output"][-1]["content"][0]["text"] == "yes"
+    body |= {"text": {"format": {"type": "json_object"}}}
+    assert "exclude each other" in error_of(http.post("/v1/responses", json=body))["message"]
+
+
 def test_text_with_tagged_json_in_it(http: TestClient) -> None:
     tags = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f"]}
     tag = {"begin": "<f>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</f>"}

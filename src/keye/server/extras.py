@@ -11,6 +11,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, to_messages
+from keye.server.prepare import thinking_of
 from keye.server.schemas import TokenizeRequest
 from keye.tokenizer import check_unicode
 
@@ -79,7 +80,7 @@ def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     messages = to_messages(body.messages or (), context.openers(owner).uploads)
     if media_of(messages):
         raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
-    thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+    thinking = thinking_of(body.chat_template_kwargs, None)
     segments = context.model.render(
         messages, thinking=thinking, tools=body.tools or (),
         add_generation_prompt=body.add_generation_prompt is not False,

@@ -10,11 +10,12 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from keye.engine.guide import Form
 from keye.engine.request import Delta, Ended, Event, Finished
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.fields import note_ignored, read_fields
-from keye.server.forms import response_form
+from keye.server.forms import form_of, response_form
 from keye.server.json_route import JsonRoute
 from keye.server.media_settings import media_settings
 from keye.server.prepare import Prepared, Wanted, check_stream_options, prepare, thinking_of, tokens_of
@@ -77,10 +78,18 @@ def _wanted(body: ResponseRequest, before: Sequence[Mapping[str, Any]] = ()) -> 
         tools=body.tools or (),
         tool_choice=body.tool_choice,
         several_calls=body.parallel_tool_calls is not False,
-        form=response_form(text.get("format"), "text.format"),
-        thinking=thinking_of(None, body.reasoning.effort if body.reasoning else None),
+        form=_form(body, text.get("format")),
+        thinking=thinking_of(body.chat_template_kwargs, body.reasoning.effort if body.reasoning else None),
         media_defaults=media_settings(body),
     )
+
+
+def _form(body: ResponseRequest, value: object) -> Form | None:
+    """The form of the reply, in OpenAI's field or in one of other servers."""
+    form, other = response_form(value, "text.format"), form_of(body)
+    if form is not None and other is not None:
+        raise ApiError(400, f"text.format and {other.field} exclude each other; give one form", param=other.field)
+    return form or other
 
 
 def _alternatives(body: ResponseRequest) -> int | None:

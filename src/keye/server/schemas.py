@@ -207,7 +207,7 @@ class Reasoning(Tolerant):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponseRequest(Sampling, MediaDefaults):
+class ResponseRequest(Sampling, Forms, MediaDefaults):
     input: Text | Objects
     instructions: Text | None = None
     previous_response_id: Annotated[str, Field(max_length=256)] | None = Field(
@@ -223,6 +223,7 @@ class ResponseRequest(Sampling, MediaDefaults):
     parallel_tool_calls: bool | None = None
     text: Object | None = None
     reasoning: Reasoning | None = None
+    chat_template_kwargs: TemplateFields | None = None
     top_logprobs: Alternatives | None = None
     include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = None
 
