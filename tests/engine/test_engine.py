@@ -142,7 +142,7 @@ def test_a_checkpoint_of_nan_ends_with_a_sentence(own: Callable[..., Path]) -> N
     [
         ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
         ({"seed": "a"}, "seed is 'a'; it must be a whole number"),
-        ({"stop": 5}, "stop is 5; it must be strings"),
+        ({"stop": 5}, "stop is 5; it must be at most 256 strings that are not empty"),
         ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5; it must be a whole number"),
         ({"colour": "red"}, "unknown option colour"),
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_nan_ends_with_a_sentence(own: Callable[..., Path]) -> N
         ({"media_options": {"foo": 1}}, "foo is no option of videos"),
         ({"media_options": {1: 1}}, "1 is no option of videos"),
         ({"media_options": 5}, "media_options is a int; give a dictionary"),
-        ({"media_options": {"fps": "fast"}}, "fps is fast; it must be above 0"),
+        ({"media_options": {"fps": "fast"}}, "fps is 'fast'; it must be above 0"),
         ({"media_options": {"max_frames": 2.5}}, "max_frames is 2.5; it must be a whole number"),
         ({"media_options": {"strict_official": "yes"}}, "strict_official is 'yes'; give true or false"),
     ],
