@@ -97,8 +97,6 @@ def normalize(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
         raise KeyeError("messages: the list is empty; give at least one message of the user.")
     checked = [_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
     for index, message in enumerate(checked):
-        if message.role == "system" and index:
-            raise KeyeError(f"messages[{index}]: a system message can only come first.")
         before = checked[index - 1] if index else message
         if message.role == "tool" and not (before.tool_calls or (index and before.role == "tool")):
             raise KeyeError(f"messages[{index}]: a tool's result must follow the assistant's tool_calls.")

@@ -149,8 +149,8 @@ def without_last_end(messages: Sequence[Mapping[str, Any] | Message], segments: 
 def checked_turns(messages: Sequence[Mapping[str, Any] | Message], add_generation_prompt: bool) -> list[Message]:
     """The messages as `normalize` returns them; KeyeError if a reply is wanted and the system has spoken alone."""
     turns = normalize(messages)
-    if add_generation_prompt and turns[-1].role == "system":
-        raise KeyeError("messages: the last one is the system's; end with a message of the user.")
+    if add_generation_prompt and all(turn.role == "system" for turn in turns):
+        raise KeyeError("messages: the system speaks alone; end with a message of the user.")
     return turns
 
 

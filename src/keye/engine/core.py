@@ -355,7 +355,7 @@ class EngineCore:
         assert task.cache is not None and task.vision is not None and task.visual is not None
         task.done = task.cache.length(0)
         task.vision.forget(int(task.visual[task.done - 1]))
-        task.tell(Progress("prefill", task.done, task.length))
+        task.tell(Progress("prefill", task.done, task.length, task.cached))
         if task.request.prompt_logprobs is not None and logits is not None:
             self.writer.probe(task, logits)
         if task.done == task.length:

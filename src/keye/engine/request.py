@@ -81,11 +81,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request has come before its first token: `phase` is decode, encode or prefill."""
+    """How far a request has come before its first token: `phase` is decode, encode or prefill. `cached` tokens of a
+    prompt were computed before."""
 
     phase: str
     done: int
     total: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)

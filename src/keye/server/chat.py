@@ -12,7 +12,7 @@ from keye.chat import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
 from keye.server.json_route import JsonRoute
-from keye.server.prepare import Prepared, chat_wanted, prepare, tokens_of
+from keye.server.prepare import Prepared, chat_wanted, prepare, text_of, tokens_of
 from keye.server.replies import (
     Choice,
     RunningUsage,
@@ -28,6 +28,7 @@ from keye.server.replies import (
 )
 from keye.server.schemas import ChatRequest, KeyeFields
 from keye.server.sse import event, streamed, until_gone
+from keye.server.telemetry import Telemetry
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -58,18 +59,20 @@ async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dic
         **head("chatcmpl", "chat.completion", context),
         "choices": [_choice(index, choice, prepared, body) for index, choice in enumerate(choices)],
         "usage": usage_of(finished, choices, prepared),
-        **_prompt_fields(finished, body),
+        **_prompt_fields(finished, prepared, body),
         "keye": findings_of(finished, choices[0].text, prepared.notes),
     }
 
 
-def _prompt_fields(finished: Finished, body: ChatRequest) -> dict[str, Any]:
+def _prompt_fields(finished: Finished, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
     """What was asked for about the prompt."""
     found: dict[str, Any] = {}
     if body.prompt_logprobs is not None:
         found["prompt_logprobs"] = prompt_probs_of(finished.prompt_probs)
     if body.return_token_ids:
         found["prompt_token_ids"] = finished.prompt.token_ids.tolist()
+    if body.verbose:
+        found["__verbose"] = {"prompt": text_of(prepared.prompt)}
     return found
 
 
@@ -103,6 +106,7 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
     options, begun = body.stream_options, set[int]()
     begin = head("chatcmpl", "chat.completion.chunk", context)
     count = RunningUsage(bool(options and options.continuous_usage_stats))
+    telemetry = Telemetry(body.timings_per_token, body.return_progress)
     wants_usage = bool(options and (options.include_usage or options.continuous_usage_stats))
 
     def chunk(index: int, delta: Mapping[str, Any], more: Mapping[str, Any], end: Ended | None = None) -> bytes:
@@ -112,13 +116,14 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
             choice |= {"finish_reason": choices[index].reason, **stop_of(end)}
             notes = [*prepared.notes, *count.notes]
             findings = {} if not notes or wants_usage or _tells_more(body) else {"keye": {"notes": notes}}
-        return event({**begin, "choices": [choice], **count.fields(), **findings})
+        return event({**begin, "choices": [choice], **count.fields(), **telemetry.timings(), **findings})
 
     def told(one: Event) -> Iterator[bytes]:
         count.see(one)
         if isinstance(one, Delta | Ended) and one.index not in begun:
             begun.add(one.index)
             yield chunk(one.index, {"role": "assistant", "content": None}, {})
+        telemetry.see(one)
         if isinstance(one, Delta):
             deltas = [_delta(choices[one.index], piece) for piece in choices[one.index].add(one)]
             more: dict[str, Any] = {"logprobs": _probs(one.probs)} if one.probs else {}
@@ -131,11 +136,14 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
             for piece in choices[one.index].end(one):
                 yield chunk(one.index, _delta(choices[one.index], piece), {})
             yield chunk(one.index, {}, {}, end=one)
-        elif isinstance(one, Progress) and _own(body).progress:
-            yield event({**begin, "choices": [], "keye": progress_of(one)})
+        elif isinstance(one, Progress):
+            if _own(body).progress:
+                yield event({**begin, "choices": [], "keye": progress_of(one)})
+            yield from (event({**begin, "choices": [], **told}) for told in telemetry.progress(one))
         elif isinstance(one, Finished) and (wants_usage or _tells_more(body)):
             findings = findings_of(one, choices[0].text, prepared.notes)
-            last = {"usage": usage_of(one, choices, prepared), **_prompt_fields(one, body), "keye": findings}
+            last = {"usage": usage_of(one, choices, prepared), **_prompt_fields(one, prepared, body), "keye": findings}
+            last |= telemetry.timings()
             yield event({**begin, "choices": [], **last})
 
     return written(context, prepared.job, told)
@@ -147,7 +155,8 @@ def _own(body: ChatRequest) -> KeyeFields:
 
 def _tells_more(body: ChatRequest) -> bool:
     """Whether a stream has more to say at its end than its usage."""
-    return body.keye is not None or body.prompt_logprobs is not None or bool(body.return_token_ids)
+    asked = (body.return_token_ids, body.verbose)
+    return body.keye is not None or body.prompt_logprobs is not None or any(asked)
 
 
 def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:

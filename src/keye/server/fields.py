@@ -22,7 +22,7 @@ _HARMLESS: Final = frozenset(
     "bootstrap_host bootstrap_port bootstrap_room add_special_tokens spaces_between_special_tokens top_n_tokens "
     "length_penalty early_stopping use_audio_in_video max_dynamic_patch min_dynamic_patch max_tool_calls "
     "prompt_embeds_format logprob_start_len return_tokens models route provider transforms plugins usage top_a tfs "
-    "safe_prompt cache_prompt id_slot timings_per_token samplers keep_alive watermark".split()
+    "safe_prompt cache_prompt id_slot samplers keep_alive watermark".split()
 )
 #: Fields that would change the answer in a way that keye does not know, the values under which they do not, and why.
 _UNMET: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -49,6 +49,7 @@ _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "max_output_tokens": ("max_tokens",),
     "max_tokens": ("max_output_tokens",),
     "max_completion_tokens": ("max_tokens", "max_output_tokens"),
+    "content": ("prompt",),
     "stop_sequences": ("stop",),
     "stop_strings": ("stop",),
     "min_new_tokens": ("min_tokens",),

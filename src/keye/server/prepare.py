@@ -78,6 +78,9 @@ async def prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     context.check_model(wanted.sampling.model)
     if len(wanted.messages) > context.settings.messages:
         raise ApiError(400, f"messages: more than {context.settings.messages:,} cannot be read", param="messages")
+    if not _continues(wanted) and [one.get("role") for one in wanted.messages[-2:]] == ["assistant"] * 2:
+        sentence = "messages end with two replies of the assistant; end with a message of the user"
+        raise ApiError(400, sentence, param="messages")
     if _is_short(wanted):
         return replace(_prepare(context, owner, wanted), notes=notes)
     return replace(await context.in_thread(_prepare, context, owner, wanted), notes=notes)
@@ -117,6 +120,11 @@ def _continues(wanted: Wanted) -> bool:
     last = wanted.messages[-1]
     asks = last.get("role") == "assistant" and (last.get("prefix") is True or last.get("partial") is True)
     return wanted.continues or asks
+
+
+def text_of(prompt: Sequence[Segment]) -> str:
+    """The text of a rendered prompt; for each medium one of the tokens that stand for it."""
+    return "".join(segment.value if isinstance(segment.value, str) else f"<|{segment.kind}_pad|>" for segment in prompt)
 
 
 def tokens_of(context: Context, owner: str, wanted: Wanted) -> int:

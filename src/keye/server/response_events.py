@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 from keye.chat import ReplyPiece
@@ -10,6 +10,7 @@ from keye.server.names import unique
 from keye.server.replies import Choice, prob_object
 from keye.server.sse import event
 
+_NOTHING: Final[Mapping[str, Any]] = {}
 Kind = Literal["reasoning", "message", "function_call"]
 _PREFIX: Final[dict[Kind, str]] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 _KIND: Final[dict[str, Kind]] = {"reasoning": "reasoning", "content": "message", "arguments": "function_call"}
@@ -72,8 +73,9 @@ class ResponseWriter:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
 
-    def piece(self, piece: ReplyPiece) -> Iterator[bytes]:
-        """The events of one piece of the reply; a piece of another kind closes the item before it."""
+    def piece(self, piece: ReplyPiece, more: Mapping[str, Any] = _NOTHING) -> Iterator[bytes]:
+        """The events of one piece of the reply; a piece of another kind closes the item before it. `more` are further
+        fields of its delta."""
         if piece.kind == "call":
             yield from self._close_item()
             number, name, _ = self._choice.calls[piece.index]
@@ -84,7 +86,7 @@ class ResponseWriter:
             yield from self._close_item()
             yield from self._open_item(kind, {})
         self._text += piece.text
-        yield self.event(f"response.{_DELTA[kind]}.delta", **self._place(), **_within(kind), delta=piece.text)
+        yield self.event(f"response.{_DELTA[kind]}.delta", **self._place(), **_within(kind), delta=piece.text, **more)
 
     def close(self) -> Iterator[bytes]:
         """The end of the last item; a reply of nothing has one empty message."""

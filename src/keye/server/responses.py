@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.engine.guide import Form
-from keye.engine.request import Delta, Ended, Event, Finished
+from keye.engine.request import Delta, Ended, Event, Finished, Progress
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.fields import note_ignored, read_fields
@@ -25,6 +25,7 @@ from keye.server.response_items import items_with_ids
 from keye.server.response_store import Kept, new_id
 from keye.server.schemas import ResponseRequest
 from keye.server.sse import streamed, until_gone
+from keye.server.telemetry import Telemetry
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -192,16 +193,20 @@ async def _events(
     context: Context, owner: str, prepared: Prepared, body: ResponseRequest
 ) -> AsyncGenerator[bytes, None]:
     choice, head = Choice.of(prepared), _head(context, prepared, body)
-    writer = ResponseWriter(choice)
+    writer, telemetry = ResponseWriter(choice), Telemetry(body.timings_per_token, body.return_progress)
     complete: dict[str, Any] = {}
 
     def told(one: Event) -> Iterator[bytes]:
-        if isinstance(one, Delta | Ended) and not writer.begun:
+        telemetry.see(one)
+        steps = list(telemetry.progress(one)) if isinstance(one, Progress) else []
+        if (isinstance(one, Delta | Ended) or steps) and not writer.begun:
             for kind in ("created", "in_progress"):
                 yield writer.event(f"response.{kind}", response=head)
+        for step in steps:
+            yield writer.event("response.in_progress", response=head, **step)
         if isinstance(one, Delta | Ended):
             for piece in choice.add(one) if isinstance(one, Delta) else choice.end(one):
-                yield from writer.piece(piece)
+                yield from writer.piece(piece, telemetry.timings())
         if isinstance(one, Ended):
             yield from writer.close()
         elif isinstance(one, Finished):
@@ -212,4 +217,4 @@ async def _events(
             yield piece
     # Who reads the last event may refer to the response at once.
     stored = await _kept(context, owner, body, complete)
-    yield writer.event(f"response.{stored['status']}", response=stored)
+    yield writer.event(f"response.{stored['status']}", response=stored, **telemetry.timings())

@@ -177,6 +177,11 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = Field(default=None, description="with continue_final_message: the reply repeats its beginning")
+    timings_per_token: bool | None = Field(default=None, description="llama.cpp's: chunks tell how fast tokens come")
+    return_progress: bool | None = Field(
+        default=None, description="llama.cpp's: chunks tell how far the prompt has come"
+    )
+    verbose: bool | None = Field(default=None, description="llama.cpp's: the reply tells the text of the prompt")
     keye: KeyeFields | None = None
 
 
@@ -226,6 +231,8 @@ class ResponseRequest(Sampling, Forms, MediaDefaults):
     chat_template_kwargs: TemplateFields | None = None
     top_logprobs: Alternatives | None = None
     include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = None
+    timings_per_token: bool | None = Field(default=None, description="as in chats")
+    return_progress: bool | None = Field(default=None, description="as in chats")
 
 
 class PlanRequest(Body):
