@@ -57,6 +57,11 @@ class ToolCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     written: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `written` only where there is one."""
+        call: dict[str, Any] = {"name": self.name, "arguments": dict(self.arguments)}
+        return call if self.written is None else call | {"written": self.written}
+
     def to_json(self) -> str:
         """`{"name": ..., "arguments": {...}}` on one line, as it stands in a prompt."""
         return f'{{"name": {to_json(self.name)}, "arguments": {self.arguments_json()}}}'

@@ -93,7 +93,7 @@ class Answer:
             "plan": list(self.plan),
             "regions": [region.to_dict() for region in self.regions],
             "notes": list(self.notes),
-            "tool_calls": [asdict(call) for call in self.tool_calls],
+            "tool_calls": [call.to_dict() for call in self.tool_calls],
             **{name: value for name, value in asked.items() if value is not None},
         }
 
