@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from keye.engine.async_engine import Overloaded, Stopping
 from keye.errors import ContextError, KeyeError, Option
 from keye.server.dialect import prompt_field, translate_error
+from keye.server.validation import describe
 
 log: Final = logging.getLogger("keye.server")
 
@@ -27,9 +28,6 @@ _TYPES: Final = {
 #: The field that a sentence begins with, such as `messages[0].content[1]` or `top_p`.
 _FIELD: Final = re.compile(r"(?:the )?([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=[ :.])")
 _MAX_MESSAGE: Final = 2_000
-#: Parts of the paths of pydantic's errors that are no fields.
-_NO_FIELDS: Final = ("body", "query", "path")
-_KINDS: Final = ("str", "int", "float", "bool", "dict", "list")
 
 
 class ApiError(Exception):
@@ -98,26 +96,12 @@ def of_exception(error: BaseException, fields: Sequence[str] = (), *, path: str 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What a schema found wrong with the first field that is."""
-    first = _most_telling(errors)
-    where = [part for part in first.get("loc", ()) if part not in _NO_FIELDS and _is_place(part)]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
-    if first.get("type") == "extra_forbidden":
-        return ApiError(400, f"{param} is no field that keye knows; leave it out", param=param, code="unknown_field")
-    if first.get("type") == "json_invalid":
+    if errors[0]["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON; send one JSON object", code="invalid_json")
-    told = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
-    return ApiError(400, f"{param}: {told}" if param else told, param=param)
-
-
-def _most_telling(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Of a value that may be one of several kinds, each kind tells what is wrong: the one that got furthest counts."""
-    same = [error for error in errors if error.get("loc", ())[:2] == errors[0].get("loc", ())[:2]]
-    return max(same, key=lambda error: (not str(error.get("type")).endswith("_type"), len(error.get("loc", ()))))
-
-
-def _is_place(part: object) -> bool:
-    """Whether a part of a path is a place in the body, and no name of a kind such as `list[str]`."""
-    return isinstance(part, int) or (str(part).isidentifier() and part not in _KINDS)
+    param, sentence, unknown = describe(errors)
+    if unknown:
+        return ApiError(400, f"{param} is no field that keye knows; leave it out", param=param, code="unknown_field")
+    return ApiError(400, f"{param}: {sentence}" if param else sentence, param=param)
 
 
 def install(app: FastAPI) -> None:

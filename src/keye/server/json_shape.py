@@ -92,14 +92,15 @@ def _taken_apart(body: bytes, unescaped: bytes | bytearray, limits: Limits) -> t
     most = 2 * (limits.json_values + limits.json_keys)
     if unescaped.count(b'"') > most:
         raise BadJson(f"the body has more than {most // 2:,} strings")
-    skeleton: list[bytes] = []
+    skeleton = bytearray()
     short: list[bytes] = []
     at = kept = media = 0
     while (begin := unescaped.find(b'"', at)) >= 0:
         end = unescaped.find(b'"', begin + 1)
         if end < 0:
             raise BadJson("the body is no valid JSON: a string does not end")
-        skeleton += (bytes(unescaped[at : begin + 1]), b'"')
+        skeleton += unescaped[at : begin + 1]
+        skeleton += b'"'
         at = end + 1
         if end - begin > _LONG_STRING:
             short.append(body[kept : begin + 1])
@@ -110,9 +111,9 @@ def _taken_apart(body: bytes, unescaped: bytes | bytearray, limits: Limits) -> t
             f"the body has more than {limits.text_bytes / 2**20:g} MiB beside its media; send media as data: URLs "
             "or upload them"
         )
-    skeleton.append(bytes(unescaped[at:]))
+    skeleton += unescaped[at:]
     short.append(body[kept:])
-    return b"".join(skeleton), b"".join(short)
+    return bytes(skeleton), b"".join(short)
 
 
 def _is_media(body: bytes, begin: int) -> bool:

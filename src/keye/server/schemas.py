@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from keye.engine.sampling import MAX_LISTED, MAX_SEED
 from keye.server.fields import read_fields
@@ -16,14 +16,24 @@ from keye.server.fields import read_fields
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-Stop = StopText | Annotated[list[StopText], Field(max_length=16)] | None
+Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None
 Object = dict[str, Any]
-Objects = Annotated[list[Object], Field(min_length=1, max_length=1024)]
+Objects = Annotated[list[Object], Field(fail_fast=True, min_length=1, max_length=1024)]
 TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED)]
-PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=1_048_576)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED)]
+PromptIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=1_048_576)]
 Interval = Annotated[list[Annotated[float, Field(ge=0, le=1e7)]], Field(min_length=2, max_length=2)]
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _check_count(value: object) -> object:
+    """A table of at most as many entries as there may be; each wrong one would make an error."""
+    if isinstance(value, dict) and len(value) > MAX_LISTED:
+        raise ValueError(f"it has more than {MAX_LISTED:,} entries")
+    return value
 
 
 class Body(BaseModel):
@@ -60,12 +70,12 @@ class Sampling(Tolerant):
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], BeforeValidator(_check_count)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     stop: Stop = None
     stop_token_ids: TokenIds | None = None
     min_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
-    bad_words: Annotated[list[StopText], Field(max_length=256)] | None = None
+    bad_words: Annotated[list[StopText], Field(fail_fast=True, max_length=256)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = Field(default=None, description="SGLang's name of include_stop_str_in_output")
@@ -93,7 +103,7 @@ class KeyeFields(Body):
 
 Schema = Object | Annotated[str, Field(min_length=1, max_length=65_536)]
 Pattern = Annotated[str, Field(min_length=1, max_length=65_536)]
-Choices = Annotated[list[StopText], Field(min_length=1, max_length=1024)]
+Choices = Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=1024)]
 
 
 class StructuredOutputs(Tolerant):
@@ -165,7 +175,7 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
     top_logprobs: Alternatives | None = None
     prompt_logprobs: Alternatives | None = None
     return_token_ids: bool | None = None
-    tools: Annotated[list[Object], Field(max_length=128)] | None = None
+    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -187,8 +197,8 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
 
 class CompletionRequest(Sampling, Forms):
     prompt: (
-        Text | Annotated[list[Text], Field(min_length=1, max_length=64)] | PromptIds
-        | Annotated[list[PromptIds], Field(min_length=1, max_length=64)]
+        Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)] | PromptIds
+        | Annotated[list[PromptIds], Field(fail_fast=True, min_length=1, max_length=64)]
     )  # fmt: skip
     max_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = Field(
         default=16, description="0 with echo: nothing is generated, the prompt alone is scored"
@@ -223,7 +233,7 @@ class ResponseRequest(Sampling, Forms, MediaDefaults):
     max_output_tokens: TokenCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Object], Field(max_length=128)] | None = None
+    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
     text: Object | None = None
@@ -237,7 +247,7 @@ class ResponseRequest(Sampling, Forms, MediaDefaults):
 
 class PlanRequest(Body):
     model: Name | None = None
-    content: Annotated[list[Object], Field(min_length=1, max_length=256)]
+    content: Annotated[list[Object], Field(fail_fast=True, min_length=1, max_length=256)]
     preprocess_kwargs: Object | None = None
 
 
@@ -251,7 +261,7 @@ class GroundRequest(Sampling, MediaDefaults):
 
 class ClipsRequest(Body):
     file_id: Name
-    intervals: Annotated[list[Interval], Field(min_length=1, max_length=100)]
+    intervals: Annotated[list[Interval], Field(fail_fast=True, min_length=1, max_length=100)]
     preprocess_kwargs: Object | None = None
 
 
@@ -289,7 +299,7 @@ class TokenizeRequest(Tolerant):
     model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Text | None = None
     messages: Objects | None = None
-    tools: Annotated[list[Object], Field(max_length=128)] | None = None
+    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
     chat_template_kwargs: TemplateFields | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
