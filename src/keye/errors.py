@@ -74,6 +74,14 @@ class KeyeError(_Worded, ValueError):
     """
 
 
+def missing_package(package: str | None, what: str, extra: str) -> KeyeError:
+    """The error where `what` needs a package that the extra brings: it says how both kinds of installation get it."""
+    return KeyeError(
+        f"{package or 'a package'} is not installed, which {what} needs; pip install 'keye[{extra}]', or in a clone "
+        f"pip install -e '.[{extra}]', brings it"
+    )
+
+
 class MediaError(KeyeError):
     """An image or video that cannot be used: missing, damaged, cut short, too large, or of a kind we do not read."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -132,3 +134,18 @@ def test_training_sets_its_environment_unless_the_user_did(monkeypatch: pytest.M
     assert run("train", "-h").code == 0
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("PASSIVE", "7")
     monkeypatch.delenv("OMP_WAIT_POLICY")
+
+
+@pytest.mark.parametrize("verb", ["serve", "batch"])
+def test_a_missing_extra_is_named_before_any_work(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    for module in ("keye.server.run", "keye.server.app"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "questions.jsonl").write_text('{"question": "when?"}')
+    batch = [tmp_path / "questions.jsonl", "-o", tmp_path / "answers.jsonl"]
+    result = run(verb, *(batch if verb == "batch" else []))
+    assert result.code == 2
+    sentence = f"keye {verb} needs; pip install 'keye[serve]', or in a clone pip install -e '.[serve]', brings it"
+    assert sentence in " ".join(result.err.split())
+    assert not (tmp_path / "answers.jsonl").exists()

@@ -7,11 +7,10 @@ import re
 import socket
 from typing import Any, Final
 
-from keye.errors import KeyeError
+from keye.errors import KeyeError, missing_package
 
 #: Seconds in which the host of a cluster must answer at all.
 KNOCK_SECONDS: Final = 10.0
-_INSTALL: Final = "ray is not installed, which {} needs; install keye[ray]"
 
 
 def connect(address: str) -> tuple[Any, bool]:
@@ -23,14 +22,14 @@ def connect(address: str) -> tuple[Any, bool]:
     try:
         import ray
     except ModuleNotFoundError:
-        raise KeyeError(_INSTALL.format(address)) from None
+        raise missing_package("ray", address, "ray") from None
     if ray.is_initialized():
         return ray, False
     try:
         _knock(address)
         ray.init("auto" if address == "ray" else address, log_to_driver=False, logging_level=logging.ERROR)
     except ImportError as error:  # the client for ray:// has needs of its own
-        raise KeyeError(f"{address} needs {error.name or 'more of ray'}: install keye[ray]") from None
+        raise missing_package(error.name, address, "ray") from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise KeyeError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keye.commands import options
-from keye.errors import KeyeError
+from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
     from keye.dispatch.batch_workers import Worker
@@ -131,7 +131,7 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     try:
         from keye.dispatch import batch_workers as kinds
     except ModuleNotFoundError as error:
-        raise KeyeError(f"{error.name} is not installed, which keye batch needs; install keye[serve]") from None
+        raise missing_package(error.name, "keye batch", "serve") from None
     slots, private = given["concurrency"], given["allow_private_urls"]
     if given["servers"]:
         urls = list(dict.fromkeys(url.strip() for url in given["servers"].split(",") if url.strip()))
@@ -166,7 +166,7 @@ def check_engine() -> None:
     try:
         import keye.server.app  # noqa: F401
     except ModuleNotFoundError as error:
-        raise KeyeError(f"{error.name} is not installed, which keye batch needs; install keye[serve]") from None
+        raise missing_package(error.name, "keye batch", "serve") from None
 
 
 @contextmanager

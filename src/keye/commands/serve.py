@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keye.commands import options
-from keye.errors import KeyeError
+from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
     from keye.server.audit import Audit
@@ -84,6 +84,9 @@ def serve(
     if with_parent:
         threading.Thread(target=end_with_parent, daemon=True).start()
     settings = settings_of(api_key_file, given)
+    check_packages()  # before minutes are spent on loading a model
+    from keye.server.run import run_server
+
     listening = listen(settings)
     if ray is not None and decode is not None:
         raise KeyeError("--decode cannot be used with --ray: the nodes of the replicas decode for themselves")
@@ -93,12 +96,16 @@ def serve(
         return
     with listening, inputs.decode_service(decode) as service:
         loaded = inputs.load_model({**given, "model": model}, decoder=inputs.decoder_of(service))
-        try:
-            from keye.server.run import run_server
-        except ModuleNotFoundError as error:
-            raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
         with audit_log(audit) as log:
             run_server(loaded, settings, listening, log, gauges=None if service is None else service.gauges)
+
+
+def check_packages() -> None:
+    """`KeyeError` where the extra is not installed."""
+    try:
+        import keye.server.run  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_package(error.name, "keye serve", "serve") from None
 
 
 def end_with_parent() -> None:
@@ -112,16 +119,13 @@ def serve_replicas(
 ) -> None:
     """Serves by children that run this command with the same options, or by replicas on a cluster."""
     from keye.commands import inputs
+    from keye.dispatch.replicas import LocalReplica, Replica
+    from keye.dispatch.replicas_proxy import proxy_app
     from keye.hub import check_runs
+    from keye.server.run import run_app
 
     check_runs(context.params["model"])
     inputs.find_model(context.params["model"])
-    try:
-        from keye.dispatch.replicas import LocalReplica, Replica
-        from keye.dispatch.replicas_proxy import proxy_app
-        from keye.server.run import run_app
-    except ModuleNotFoundError as error:
-        raise KeyeError(f"{error.name} is not installed, which keye serve needs; install keye[serve]") from None
     replicas: Sequence[Replica]
     if (address := context.params["ray"]) is not None:
         from keye.dispatch.replicas_ray import ray_replicas

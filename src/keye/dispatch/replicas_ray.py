@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from keye.cluster.ray_cluster import connect
 from keye.dispatch.replicas import ReplicaLost, Reply
-from keye.errors import KeyeError
+from keye.errors import KeyeError, missing_package
 from keye.server.errors import ApiError
 from keye.server.settings import Settings
 
@@ -191,7 +191,7 @@ def ray_replicas(address: str, count: int, settings: Mapping[str, Any], serving:
     try:
         from ray import serve
     except ModuleNotFoundError as error:
-        raise KeyeError(f"{error.name} is not installed, which Ray Serve needs; install keye[ray]") from None
+        raise missing_package(error.name, "Ray Serve", "ray") from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     return [RayReplica(ray, str(number), settings, serving) for number in range(count)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from keye.engine.json_form import MAX_BYTES, MAX_PATTERN, call_schema, check_schema, compact_schema
-from keye.errors import KeyeError, KeyeWarning
+from keye.errors import KeyeError, KeyeWarning, missing_package
 from keye.tokenizer import Tokenizer
 
 FormKind = Literal["json_schema", "regex", "grammar", "choice", "calls", "tags"]
@@ -110,7 +110,7 @@ class GuideFactory:
         try:
             import llguidance
         except ImportError:
-            raise KeyeError("structured output needs llguidance; install keye[serve]") from None
+            raise missing_package("llguidance", "structured output", "serve") from None
         self._library = llguidance
         self._tokenizer = tokenizer
         self.bytes_of = tokenizer.token_bytes
