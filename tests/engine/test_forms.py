@@ -42,10 +42,12 @@ def allows(factory: GuideFactory, form: Form, text: str, **options: Any) -> bool
     """Whether a reply may be `text` and end there."""
     guide, end = factory.guide(form, **options), int((~factory.no_end).nonzero()[0])
     for token in ids_of(text):
-        if not guide.mask()[token]:
+        mask = guide.mask()
+        if mask is not None and not mask[token]:
             return False
         guide.advance(token)
-    return bool(guide.mask()[end])
+    mask = guide.mask()
+    return guide.settle(end) == end and (mask is None or bool(mask[end]))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_parts_that_cannot_be_held_to_are_noted(
 def test_a_form_after_reasoning_cannot_be_left_out(factory: GuideFactory) -> None:
     form = Form("json_schema", A)
     assert allows(factory, form, 'I think.</think>{"a":1}', after_reasoning=True)
-    assert not allows(factory, form, "I think.", after_reasoning=True), "the reply may not end inside the reasoning"
+    assert not allows(factory, form, "I think.", after_reasoning=True), "the reply cannot end inside the reasoning"
     assert not allows(factory, form, "I think.</think>", after_reasoning=True)
     assert not allows(factory, form, "I think.</think>no", after_reasoning=True)
 
@@ -197,4 +199,14 @@ def test_the_end_of_reasoning_may_be_written_in_characters(factory: GuideFactory
         guide.advance(token)
     fork = guide.fork()
     (first, *_) = Tokenizer.from_file(NANO).encode("yes")
-    assert fork.mask()[first] and not guide.mask()[Tokenizer.from_file(NANO).encode("no")[0]]
+    mask, other = fork.mask(), guide.mask()
+    assert mask is not None and mask[first]
+    assert other is not None and not other[Tokenizer.from_file(NANO).encode("no")[0]]
+
+
+def test_where_the_reply_would_end_the_reasoning_ends(factory: GuideFactory) -> None:
+    guide, end = factory.guide(Form("json_schema", A), after_reasoning=True), int((~factory.no_end).nonzero()[0])
+    assert guide.settle(40) == 40 and guide.settle(end) == factory.end_of_reasoning
+    assert guide.mask() is None
+    guide.advance(guide.settle(end))
+    assert guide.mask() is not None and guide.settle(end) == end

@@ -62,25 +62,31 @@ class Tag:
 
 
 class Guide:
-    """The state of one reply: `mask` says what may come next, `advance` takes what came.
+    """The state of one reply: `mask` says what may come next, `settle` what stands in place of a token that was drawn,
+    `advance` takes what came.
 
-    With `reasoning`, the form holds from the end of the block of reasoning on; up to there everything may come but the
-    end of the reply.
+    With `reasoning`, the form holds from the end of the block of reasoning on. Up to there everything may come; where
+    the model would end its reply, it ends its reasoning instead.
     """
 
     def __init__(self, matcher: Any, factory: GuideFactory, *, reasoning: bool = False) -> None:
         self._matcher, self._factory, self._reasoning = matcher, factory, reasoning
         self._tail = b""
 
-    def mask(self) -> Tensor:
-        """Which tokens may come next, bool [V]. An end-of-sequence token may come when the form is complete.
-        `KeyeError` where the form proves too costly to follow."""
+    def mask(self) -> Tensor | None:
+        """Which tokens may come next, bool [V], None for all. An end-of-sequence token may come when the form is
+        complete. `KeyeError` where the form proves too costly to follow."""
         if self._reasoning:
-            return self._factory.no_end
+            return None if self._factory.end_of_reasoning is not None else self._factory.no_end
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
         self._check()
         assert allowed.shape == self._factory.no_end.shape
         return allowed
+
+    def settle(self, token: int) -> int:
+        """The token to write where `token` was drawn."""
+        end = self._factory.end_of_reasoning
+        return end if self._reasoning and end is not None and not self._factory.no_end[token] else token
 
     def advance(self, token: int) -> None:
         """Takes the token that was drawn."""
@@ -114,6 +120,7 @@ class GuideFactory:
         self._library = llguidance
         self._tokenizer = tokenizer
         self.bytes_of = tokenizer.token_bytes
+        self.end_of_reasoning = tokenizer.added_tokens.get(_END_OF_REASONING.decode())
         self.no_end = torch.ones(vocab_size, dtype=torch.bool)
         self.no_end[sorted(eos)] = False
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, eos, vocab_size))

@@ -98,6 +98,7 @@ class Writer:
         else:
             token = choice.sampler(logits, choice.reply, mask)
         if choice.guide is not None:
+            token = choice.guide.settle(token)
             choice.guide.advance(token)
         params, asked = request.params, token in request.params.stop_token_ids
         if asked or (token in self.stop_ids and not request.ignore_eos):

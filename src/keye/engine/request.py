@@ -30,9 +30,12 @@ MAX_CHOICES, MAX_LOGPROBS = 128, 20
 
 
 class Guide(Protocol):
-    """What holds a reply to a form: which tokens may come next (bool [V], None for all), told of each that came."""
+    """What holds a reply to a form: which tokens may come next (bool [V], None for all), what stands in place of one
+    that was drawn, told of each that came."""
 
     def mask(self) -> Tensor | None: ...
+
+    def settle(self, token: int) -> int: ...
 
     def advance(self, token: int) -> None: ...
 
