@@ -297,8 +297,13 @@ class EngineCore:
         finally:
             self.scratch.give_back(more)
         # All are brought up to date before anything makes room: whoever is preempted is saved as it is.
+        for task, one in slices:
+            if (damage := one.cache.damage) is not None and task.stage is not Stage.ENDED:
+                self._fail(task, damage)
         counts = {"prompt": 0, "reply": 0}
         for (task, one), logits in zip(slices, computed, strict=True):
+            if task.stage is Stage.ENDED:
+                continue
             kind = "prompt" if task.stage is Stage.PREFILLING else "reply"
             counts[kind] += one.token_ids.shape[0]
             (self._prompt_computed if kind == "prompt" else self._reply_computed)(task, one, logits)

@@ -150,7 +150,10 @@ class Decoding:
             self.counted += 1
         span = Span(0, x.shape[0], self.cache, counts)
         step = CachedStep([span], self.model.config.text, mode=self.mode, select=self.select)
-        return self.model(x, positions, step)
+        hidden = self.model(x, positions, step)
+        if self.cache.damage is not None:
+            raise self.cache.damage
+        return hidden
 
 
 def generate(decoding: Decoding, params: SamplingParams, eos: tuple[int, ...]) -> Iterator[int]:

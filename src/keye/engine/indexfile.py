@@ -34,6 +34,7 @@ from torch import Tensor
 from keye.engine.kvcache import KINDS, KVCache
 from keye.engine.kvstore import Kinds, KVLayout
 from keye.engine.mapped import DISK_RESERVE, check_disk, map_file, map_tensor, read_rows, read_soon
+from keye.engine.pagecheck import FRESH, Identity, PageCheck, damaged, identity_of
 from keye.errors import KeyeError
 from keye.files import check_output, output_file
 from keye.media.fetch import INDEX_MAGIC
@@ -89,29 +90,14 @@ class IndexFile:
             index = self._kind(mapped, "index", self.layout.index)
         return self._kind(mapped, "keys", self.layout.keys), self._kind(mapped, "values", self.layout.values), index
 
-    def check_pages(self, mapped: mmap.mmap, *, every: bool = False, progress: Progress | None = None) -> None:
-        """Compares pages with their checksums: some of each section, or `every` one. `KeyeError` for the first that
-        differs."""
-        names, total = _kinds_of(self.layout), self.crcs.shape[1] * self.crcs.shape[2]
-        some = {total * i // SAMPLED_PAGES for i in range(SAMPLED_PAGES)} | {total - 1}
-        chosen = range(total) if every else sorted(some)
-        for number, (name, rows) in enumerate(names):
-            start = self.sections[name].offset
-            for done, page in enumerate(chosen):
-                found = zlib.crc32(mapped[start + page * rows.page_bytes : start + (page + 1) * rows.page_bytes])
-                if found != int(self.crcs[number].flat[page]):
-                    raise damaged(self.path, f"page {page} of its {name} differs from its checksum")
-                if progress is not None and done % 256 == 0:
-                    progress(number * total + done, len(names) * total)
+    def checker(self, mapped: mmap.mmap, identity: Identity) -> PageCheck:
+        """What compares pages of a map of the file with their checksums."""
+        sections = [(name, self.sections[name].offset, rows.page_bytes) for name, rows in _kinds_of(self.layout)]
+        return PageCheck(self.path, mapped, sections, self.crcs, identity)
 
     def _kind(self, mapped: mmap.mmap, name: str, rows: RowFormat) -> Tensor:
         shape = (self.layout.layers, self.blocks, PAGE, rows.row_bytes)
         return map_tensor(mapped, self.sections[name].offset, shape)
-
-
-def damaged(path: Path, why: str) -> KeyeError:
-    """The error for a file that is not as it was written."""
-    return KeyeError(f"{path} is damaged ({why}): copy it anew, or index the video again")
 
 
 def _kinds_of(layout: KVLayout) -> list[tuple[str, RowFormat]]:
@@ -301,21 +287,40 @@ def _whole(path: Path, given: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap]:
-    """Reads the header, maps the file, and compares some pages with their checksums."""
+def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap, PageCheck]:
+    """Reads the header, maps the file, and compares some pages with their checksums: those of the last block, which is
+    copied for whoever goes on from it, and some of each section. `KeyeError` for the first that differs."""
     file = read_index_file(path)
     try:
-        mapped = map_file(path)
-    except (OSError, ValueError) as error:
-        raise KeyeError(f"{path} cannot be mapped into memory ({error}): copy it to a local disk") from None
+        with path.open("rb") as opened:
+            identity = identity_of(opened.fileno())
+            mapped = map_file(opened)
+    except (OSError, ValueError):
+        raise KeyeError(f"{path} cannot be mapped into memory: copy it to a local disk") from None
     if len(mapped) != file.size:
         raise damaged(path, "it changed while it was opened")
-    file.check_pages(mapped)
-    return file, mapped
+    check = file.checker(mapped, identity)
+    total = file.layout.layers * file.blocks
+    some = {total * i // SAMPLED_PAGES for i in range(SAMPLED_PAGES)}
+    some |= {(layer + 1) * file.blocks - 1 for layer in range(file.layout.layers)}
+    for name in KINDS:
+        for page in sorted(some):
+            check.compare(name, page // file.blocks, np.array([page % file.blocks]))
+    if check.damage is not None:
+        raise check.damage
+    return file, mapped, check
 
 
 def check_whole(path: Path, progress: Progress | None = None) -> IndexFile:
     """Compares every page with its checksum."""
-    file, mapped = open_mapped(path)
-    file.check_pages(mapped, every=True, progress=progress)
+    file, mapped, _ = open_mapped(path)
+    names, layers = [name for name, _ in _kinds_of(file.layout)], file.layout.layers
+    check = file.checker(mapped, FRESH)
+    for number, name in enumerate(names):
+        for layer in range(layers):
+            check.compare(name, layer)
+            if check.damage is not None:
+                raise check.damage
+            if progress is not None:
+                progress((number * layers + layer) * file.blocks, len(names) * layers * file.blocks)
     return file

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from keye.engine.kvstore import Block, KVLayout, KVStore, Slab, memory_slabs
 from keye.engine.mapped import fetch_rows
+from keye.engine.pagecheck import PageCheck
+from keye.errors import KeyeError
 from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
 
 #: What slabs hold, in this order.
@@ -39,15 +41,18 @@ class KVCache:
         self._addresses = torch.zeros(3, layers, 0, dtype=torch.int64)
         self._pages: dict[int, tuple[PagedRows, PagedRows, PagedRows | None]] = {}
         self._places: _Places | None = None
+        #: Compares the first blocks with their checksums, where they are those of a file.
+        self.check: PageCheck | None = None
 
     def length(self, layer: int) -> int:
         """Tokens stored for `layer`."""
         return self._lengths[layer]
 
     @classmethod
-    def of_blocks(cls, store: KVStore, blocks: list[Block], length: int) -> KVCache:
-        """A sequence of `length` tokens that are in `blocks` already."""
+    def of_blocks(cls, store: KVStore, blocks: list[Block], length: int, check: PageCheck | None = None) -> KVCache:
+        """A sequence of `length` tokens that are in `blocks` already; `check` compares them with their checksums."""
         cache = cls(store.layout.layers, store)
+        cache.check = check
         cache._extend(blocks)
         cache._lengths = [length] * store.layout.layers
         return cache
@@ -117,9 +122,36 @@ class KVCache:
                 page[rest:] = 0
             yield page
 
+    def wants_reads(self, layer: int) -> bool:
+        """Whether `check_index` and `check_rows` have something to do."""
+        return self.check is not None and not self.check.is_complete(layer)
+
+    def check_index(self, layer: int) -> None:
+        """All indexer keys of a layer are read."""
+        if self.check is not None:
+            self.check.compare("index", layer)
+
+    def check_rows(self, layer: int, counts: Tensor | None) -> None:
+        """Keys and values of a layer are read: those of positions whose `counts` (int64 [positions]) are not 0, or
+        all."""
+        if self.check is None:
+            return
+        blocks = None
+        if counts is not None:
+            whole = counts.shape[0] // PAGE
+            blocks = counts[: whole * PAGE].view(whole, PAGE).amax(1).nonzero().squeeze(1).numpy()
+        self.check.compare("keys", layer, blocks)
+        self.check.compare("values", layer, blocks)
+
+    @property
+    def damage(self) -> KeyeError | None:
+        """What is wrong with what was read: nothing that was computed from it may be used."""
+        return None if self.check is None else self.check.damage
+
     def fork(self) -> KVCache:
         """A sequence that continues from the same tokens: full blocks are shared, the last one is copied."""
         copy = KVCache(len(self._lengths), self.store)
+        copy.check = self.check
         if self.store is None:
             return copy
         full = min(self._lengths) // PAGE

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import torch
@@ -75,10 +75,9 @@ def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
         )
 
 
-def map_file(path: Path) -> mmap.mmap:
+def map_file(file: BinaryIO) -> mmap.mmap:
     """A whole file, read only. It stays mapped until the last tensor of it is gone, also when the file is removed."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def map_tensor(mapped: mmap.mmap, offset: int, shape: Sequence[int]) -> Tensor:

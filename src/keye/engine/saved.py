@@ -15,6 +15,7 @@ from torch import Tensor
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import Block, KVStore
 from keye.engine.mapped import DISK_RESERVE, scratch_tensor
+from keye.engine.pagecheck import PageCheck
 from keye.ops.pages import PAGE
 
 #: The ledger's account: bytes on disk.
@@ -31,6 +32,7 @@ class SavedCaches:
     rows: Tensor | None
     tables: list[list[int | Block]]
     lengths: list[int]
+    checks: list[PageCheck | None]
 
     @classmethod
     def save(cls, caches: Sequence[KVCache], folder: Path, stay: Collection[Block] = ()) -> SavedCaches:
@@ -59,7 +61,7 @@ class SavedCaches:
                 for part, kind in _parts(row, block):
                     part.copy_(kind)
         store.share([entry for table in tables for entry in table if isinstance(entry, Block)])
-        return cls(store, rows, tables, [cache.length(0) for cache in caches])
+        return cls(store, rows, tables, [cache.length(0) for cache in caches], [cache.check for cache in caches])
 
     def restore(self) -> list[KVCache]:
         """The sequences, in memory again; this object is empty then. `OutOfMemory` where there is no room, and nothing
@@ -70,13 +72,13 @@ class SavedCaches:
                 for part, kind in _parts(row, block):
                     kind.copy_(part)
         caches, used = [], set[int]()
-        for table, length in zip(self.tables, self.lengths, strict=True):
+        for table, length, check in zip(self.tables, self.lengths, self.checks, strict=True):
             own = [blocks[entry] if isinstance(entry, int) else entry for entry in table]
             # A saved block was taken for the first sequence that holds it; one that stayed has its reference already.
             again = [entry for entry in table if isinstance(entry, int) and entry in used]
             self.store.share([blocks[entry] for entry in again])
             used |= {entry for entry in table if isinstance(entry, int)}
-            caches.append(KVCache.of_blocks(self.store, own, length))
+            caches.append(KVCache.of_blocks(self.store, own, length, check))
         self._forget_rows()
         self.tables = []
         return caches

@@ -22,11 +22,12 @@ from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message
 from keye.config import KeyeConfig
 from keye.engine.fingerprint import Fingerprint
 from keye.engine.generate import Decoding
-from keye.engine.indexfile import IndexFile, check_index_disk, damaged, open_mapped, read_index_file, write_index_file
+from keye.engine.indexfile import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
 from keye.engine.kvcache import KVCache
 from keye.engine.kvstore import KVLayout
 from keye.engine.ledger import Ledger
 from keye.engine.media import IndexedVideo
+from keye.engine.pagecheck import damaged
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.request import Progress
 from keye.engine.tiers import KVOptions
@@ -152,7 +153,7 @@ def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> 
     """
     if source.path is None:
         raise KeyeError(f"{source.name} is an index, which is mapped from its file: give its path")
-    file, mapped = open_mapped(source.path)
+    file, mapped, check = open_mapped(source.path)
     facts = _Facts.read(file)
     check_same_model(source.path, facts.model, owner.fingerprint)
     if "native_fps" in facts.plan and "start_offset" not in facts.plan:
@@ -163,9 +164,14 @@ def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> 
     keys, values, index = file.kinds(mapped)
     near, device = 0, owner.model.device
     if index is not None and device.type != "cpu":
+        for layer in range(file.layout.layers):
+            check.compare("index", layer)
+        if check.damage is not None:
+            raise check.damage
         near, index = index.nbytes, index.to(device)
     store = owner.kv.store_of(file.layout, device, owner.ledger)
-    cache = KVCache.of_blocks(store, store.adopt((keys, values, index), file.blocks, near), file.length)
+    blocks = store.adopt((keys, values, index), file.blocks, near)
+    cache = KVCache.of_blocks(store, blocks, file.length, check)
     return IndexedVideo(
         source.name, file.tokens[0], file.tokens[1:], facts.next_position, facts.start, facts.pieces, facts.timestamps,
         facts.plan, facts.attention, cache,

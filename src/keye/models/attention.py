@@ -59,6 +59,15 @@ class SequenceCache(Protocol):
     def pages(self, layer: int) -> LayerPages | None:
         """The same as it lies in memory, for the fast kernels; None where it does not lie in pages."""
 
+    def wants_reads(self, layer: int) -> bool:
+        """Whether it is to be told what of a layer is read."""
+
+    def check_index(self, layer: int) -> None:
+        """Told that all indexer keys of a layer are read."""
+
+    def check_rows(self, layer: int, counts: Tensor | None) -> None:
+        """Told that keys and values are read: of positions whose `counts` are not 0, or all."""
+
 
 class Step(Protocol):
     """One forward pass: what each token may attend to, and who watches."""
@@ -140,7 +149,7 @@ class CachedStep:
         for span in self.spans:
             part = slice(span.start, span.stop)
             span.cache.append(layer, k[part], v[part], None if index is None else index.k[part])
-        stretches = [self._stretch(span, layer) for span in self.spans]
+        stretches = [self._stretch(span, layer, counted=index is not None) for span in self.spans]
         # Up to k tokens the top-k is everything: dense attention is then the same function.
         dense = [stretch for stretch in stretches if index is None or stretch.length <= self.topk]
         sparse = [stretch for stretch in stretches if index is not None and stretch.length > self.topk]
@@ -150,6 +159,12 @@ class CachedStep:
         if sparse:
             assert index is not None
             self._attend_sparse(layer, q, index, sparse, out)
+        for span, stretch in zip(self.spans, stretches, strict=True):
+            if span.cache.wants_reads(layer):
+                selected = index is not None and stretch.length > self.topk
+                if selected and self.select == "indexer":
+                    span.cache.check_index(layer)
+                span.cache.check_rows(layer, stretch.counts if selected else None)
         return out
 
     def _attend_sparse(
@@ -169,9 +184,14 @@ class CachedStep:
         generator = self.generator or torch.Generator().manual_seed(layer)
         return reference.select_random(total, stretch.first, self.topk, generator)
 
-    def _stretch(self, span: Span, layer: int) -> Stretch:
-        """The span as the kernels see it; its own keys have been stored."""
-        cache = span.cache
+    def _stretch(self, span: Span, layer: int, *, counted: bool) -> Stretch:
+        """The span as the kernels see it; its own keys have been stored. What it reads is `counted` for a cache that
+        wants to know."""
+        cache, counts = span.cache, span.counts
+        if counts is not None and counts.ndim == 2:
+            counts = counts[layer]
+        elif counts is None and counted and cache.wants_reads(layer):
+            counts = torch.zeros(cache.length(layer), dtype=torch.int64)
         return Stretch(
             span.start,
             span.stop,
@@ -179,7 +199,7 @@ class CachedStep:
             rows=partial(cache.rows, layer),
             key_tiles=partial(cache.index_keys, layer),
             pages=cache.pages(layer),
-            counts=span.counts if span.counts is None or span.counts.ndim == 1 else span.counts[layer],
+            counts=counts,
             fixed=self.fixed,
         )
 

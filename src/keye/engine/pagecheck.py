@@ -1,0 +1,84 @@
+"""Pages of an index are compared with their checksums when they are first read; noise in them never becomes an answer.
+
+What was compared is remembered for as long as the file does not change, so that the next question need not do it again.
+Knows pages and checksums, not what they hold.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keye.errors import KeyeError
+
+#: Files of which it is remembered what was compared.
+_REMEMBERED: Final = 64
+#: Device, inode, size, and times of the last changes of content and of the inode.
+Identity = tuple[int, int, int, int, int]
+#: That of a file of which nothing is remembered.
+FRESH: Final[Identity] = (-1, -1, -1, -1, -1)
+_sound: OrderedDict[Identity, NDArray[np.bool_]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def identity_of(file: int) -> Identity:
+    """What tells an open file from others, and from itself before it was changed."""
+    status = os.fstat(file)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+class PageCheck:
+    """The pages of one mapped file. `sections` are name, offset and bytes of a page of each kind, in the order of
+    `crcs`, uint32 [kinds, layers, blocks]. `damage` is the error of the first page that differed."""
+
+    def __init__(
+        self,
+        path: Path,
+        mapped: mmap.mmap,
+        sections: Sequence[tuple[str, int, int]],
+        crcs: NDArray[np.uint32],
+        identity: Identity,
+    ) -> None:
+        self._path, self._mapped, self._crcs = path, mapped, crcs
+        self._sections = {name: (number, offset, size) for number, (name, offset, size) in enumerate(sections)}
+        self.damage: KeyeError | None = None
+        with _lock:
+            sound = _sound.pop(identity, None)
+            self._sound = np.zeros(crcs.shape, dtype=bool) if sound is None else sound
+            if identity != FRESH:
+                _sound[identity] = self._sound
+            while len(_sound) > _REMEMBERED:
+                _sound.popitem(last=False)
+
+    def is_complete(self, layer: int) -> bool:
+        """Whether every page of a layer has been compared."""
+        return bool(self._sound[:, layer].all())
+
+    def compare(self, name: str, layer: int, blocks: NDArray[np.int64] | None = None) -> None:
+        """Compares the pages of some blocks of a layer, or of all, that were not compared before."""
+        if name not in self._sections:
+            return
+        number, offset, size = self._sections[name]
+        sound, total = self._sound[number, layer], self._sound.shape[2]
+        wanted = np.arange(total) if blocks is None else blocks[blocks < total]
+        for block in wanted[~sound[wanted]].tolist():
+            page = layer * total + block
+            start = offset + page * size
+            if zlib.crc32(self._mapped[start : start + size]) == int(self._crcs[number, layer, block]):
+                sound[block] = True
+            elif self.damage is None:
+                self.damage = damaged(self._path, f"page {page} of its {name} differs from its checksum")
+
+
+def damaged(path: Path, why: str) -> KeyeError:
+    """The error for a file that is not as it was written."""
+    return KeyeError(f"{path} is damaged ({why}): copy it anew, or index the video again with keye index")

@@ -1,0 +1,143 @@
+"""Noise in an index ends the question that would read it; it never changes an answer."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keye
+from keye import Frames, Keye, KeyeError
+from keye.engine import pagecheck
+from keye.engine.generate import Decoding
+from keye.engine.indexfile import IndexFile, open_mapped, read_index_file
+from keye.engine.request import Failed, Finished, Inbox
+from keye.ops.pages import PAGE
+from tiny import tiny_folder
+
+FRAMES = Frames(np.random.default_rng(0).integers(0, 255, (200, 56, 56, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Keye]:
+    folder = tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+    return lambda **options: keye.load(folder, **options)
+
+
+@pytest.fixture(scope="module")
+def model(load: Callable[..., Keye]) -> Keye:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def index(model: Keye, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 blocks or so in two layers."""
+    path = tmp_path_factory.mktemp("index") / "long.keye"
+    model.index(FRAMES, path)
+    return path
+
+
+def ask(model: Keye, path: Path, **options: Any) -> Any:
+    content = [{"type": "video", "video": str(path)}, {"type": "text", "text": "what is red?"}]
+    messages = [{"role": "user", "content": content}]
+    request: Any = model.request(messages, max_tokens=6, ignore_eos=True, logprobs=0, **options)
+    inbox = Inbox()
+    model.core.add(request, model.attention_of(request.attention), inbox)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    end = inbox.events[-1]
+    if isinstance(end, Failed):
+        raise end.error
+    assert isinstance(end, Finished)
+    return [(p.token, p.logprob) for event in inbox.events for p in getattr(event, "probs", ())]
+
+
+def spoil(path: Path, file: IndexFile, kind: str, layer: int, block: int) -> None:
+    """Puts noise into one page."""
+    section = file.sections[kind]
+    size = section.nbytes // (file.layout.layers * file.blocks)
+    place = section.offset + (layer * file.blocks + block) * size
+    data = bytearray(path.read_bytes())
+    data[place : place + size] = random.Random(place).randbytes(size)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["index", "keys", "values"])
+def test_noise_never_changes_an_answer(model: Keye, index: Path, tmp_path: Path, kind: str) -> None:
+    own, file, plain = tmp_path / "own.keye", read_index_file(index), ask(model, index)
+    said: list[str] = []
+    for block in range(3, file.blocks - 1, 4):
+        shutil.copyfile(index, own)
+        spoil(own, file, kind, block % 2, block)
+        try:
+            assert ask(model, own) == plain
+        except KeyeError as error:
+            said.append(str(error))
+    assert said and all("own.keye is damaged (page" in one and "with keye index" in one for one in said)
+
+
+def test_dense_attention_reads_and_compares_everything(load: Callable[..., Keye], index: Path, tmp_path: Path) -> None:
+    dense, own = load(attention="dense"), tmp_path / "own.keye"
+    dense.index(FRAMES, own)
+    file, whole = read_index_file(own), own.read_bytes()
+    for kind in ("keys", "values"):
+        own.write_bytes(whole)
+        spoil(own, file, kind, 1, 5)
+        with pytest.raises(KeyeError, match=rf"is damaged \(page {file.blocks + 5} of its {kind}"):
+            ask(dense, own)
+
+
+def test_only_the_question_about_the_damaged_index_fails(model: Keye, index: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
+    spoil(own, read_index_file(index), "index", 1, 7)
+    good, bad = Inbox(), Inbox()
+    for path, inbox in ((index, good), (own, bad)):
+        content = [{"type": "video", "video": str(path)}, {"type": "text", "text": "what is red?"}]
+        model.core.add(model.request([{"role": "user", "content": content}], max_tokens=3), "sparse", inbox)
+    while not model.core.idle():
+        if not model.core.step():
+            model.core.rest()
+    assert isinstance(good.events[-1], Finished) and isinstance(bad.events[-1], Failed)
+
+
+def test_one_sequence_by_itself_compares_too(model: Keye, index: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
+    spoil(own, read_index_file(index), "index", 0, 9)
+    content = [{"type": "video", "video": str(own)}, {"type": "text", "text": "what?"}]
+    prompt = model.prompts.lay_out(model.request([{"role": "user", "content": content}]).prompt)  # type: ignore[arg-type]
+    with pytest.raises(KeyeError, match="is damaged"):
+        Decoding(model.model).prefill(prompt)
+
+
+def test_pages_are_compared_once_until_the_file_changes(
+    model: Keye, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
+    compared: list[int] = []
+    crc32 = pagecheck.zlib.crc32
+    monkeypatch.setattr(pagecheck.zlib, "crc32", lambda data: compared.append(len(data)) or crc32(data))  # type: ignore[func-returns-value]
+    plain = ask(model, own)
+    first, file = len(compared), read_index_file(own)
+    assert first > 0
+    assert ask(model, own) == plain and len(compared) == first
+    spoil(own, file, "index", 0, 9)
+    with pytest.raises(KeyeError, match="is damaged"):
+        ask(model, own)
+
+
+def test_the_block_that_is_copied_is_compared_on_opening(index: Path, tmp_path: Path) -> None:
+    file = read_index_file(index)
+    assert file.length % PAGE, "its last block is not full"
+    own = tmp_path / "own.keye"
+    for kind in ("index", "keys", "values"):
+        for layer in range(file.layout.layers):
+            shutil.copyfile(index, own)
+            spoil(own, file, kind, layer, file.blocks - 1)
+            with pytest.raises(KeyeError, match="is damaged"):
+                open_mapped(own)
