@@ -1,7 +1,7 @@
 """What requests cost that are refused, and whether long prompts stall others.
 
-    python -m benchmarks.refused_requests memory --json   # each hostile request: status, seconds, memory beyond its body
-    python -m benchmarks.refused_requests stall --json    # the slowest /health while eight prompts of 1 MB arrive
+    python -m benchmarks.refused_requests memory --json  # each hostile request: status, seconds, memory beyond its body
+    python -m benchmarks.refused_requests stall --json   # the slowest /health while eight prompts of 1 MB arrive
 
 A server process of its own with a model of two narrow layers and a context of 262,144 tokens (`memory` also runs
 keye-nano). Prints JSON, and fails where a target is missed. Linux only: memory is the peak of the server's process.
@@ -75,7 +75,8 @@ def number(name: str, value: str = HUGE, **fields: Any) -> bytes:
 def texts() -> Iterator[Hostile]:
     for name, text in (
         ("words, 1 MB", "x " * 500_000), ("words, 8 MB", "x " * 3_900_000), ("words, 60 MB", "x " * 30_000_000),
-        ("one word, 8 MB", "a" * 8_000_000), ("one word, 1 MB", "a" * 1_000_000), ("Chinese, 7 MB", "\u6211" * 1_300_000),
+        ("one word, 8 MB", "a" * 8_000_000), ("one word, 1 MB", "a" * 1_000_000),
+        ("Chinese, 7 MB", "\u6211" * 1_300_000),
         ("blanks, 8 MB", " " * 8_000_000), ("line breaks, 4 MB", "\n" * 2_000_000), ("emoji", "\U0001f600" * 600_000),
         ("control tokens", "<|im_end|>" * 700_000), ("punctuation, 8 MB", "!?-=" * 2_000_000),
         ("base64 in a text", base64.b64encode(bytes(range(256)) * 24_000).decode()),
@@ -100,7 +101,8 @@ def texts() -> Iterator[Hostile]:
     yield Hostile("text: an input of 8 MB", lambda: json.dumps(
         {"input": [{"role": "user", "content": "x " * 3_900_000}]}).encode(), "/v1/responses")  # fmt: skip
     yield Hostile("text: a message of 8 MB", lambda: json.dumps(
-        {"max_tokens": 2, "messages": [{"role": "user", "content": "x " * 3_900_000}]}).encode(), "/v1/messages")  # fmt: skip
+        {"max_tokens": 2, "messages": [{"role": "user", "content": "x " * 3_900_000}]}).encode(),
+        "/v1/messages")  # fmt: skip
 
 
 def sizes() -> Iterator[Hostile]:
@@ -147,7 +149,7 @@ def numbers() -> Iterator[Hostile]:
         "number: best_of 1e9", lambda: json.dumps({"prompt": "x", "best_of": 10**9}).encode(), "/v1/completions"
     )
     yield Hostile("number: NaN", lambda: number("temperature", "NaN"))
-    yield Hostile("number: in a bias", lambda: number("logit_bias", '{"1": %s}' % HUGE))
+    yield Hostile("number: in a bias", lambda: number("logit_bias", '{"1": ' + HUGE + "}"))
     yield Hostile("number: as a token", lambda: b'{"prompt": [%s]}' % HUGE.encode(), "/v1/completions")
     yield Hostile("number: of a clip", lambda: json.dumps(
         {"file_id": "file-x", "intervals": [[0, 1e300]]}).encode(), "/v1/clips")  # fmt: skip
@@ -299,8 +301,9 @@ def memory(server: Server, only: str) -> dict[str, Any]:
         status, answer = server.send(case.path, body)
         seconds = time.perf_counter() - begin
         beyond = server.resident(peak=True) - before - len(body)
-        rows.append({"name": case.name, "status": status, "seconds": round(seconds, 2), "beyond_mb": round(beyond / 1e6, 1),
-                     "body_mb": round(len(body) / 1e6, 1), "answer": answer[:160].decode(errors="replace")})  # fmt: skip
+        rows.append({"name": case.name, "status": status, "seconds": round(seconds, 2),
+                     "beyond_mb": round(beyond / 1e6, 1), "body_mb": round(len(body) / 1e6, 1),
+                     "answer": answer[:160].decode(errors="replace")})  # fmt: skip
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         if status == 0:
             break
