@@ -298,6 +298,10 @@ def test_a_prompt_that_is_cut_at_its_beginning(http: TestClient) -> None:
     ids = http.post("/tokenize", json={"prompt": "one two three"}).json()["tokens"]
     cut = complete(http, prompt="one two three", truncate_prompt_tokens=2, return_token_ids=True)["choices"][0]
     assert cut["prompt_token_ids"] == ids[-2:]
+    fitting = complete(http, prompt="a b " * 2000, truncate_prompt_tokens=-1)["usage"]
+    assert (fitting["prompt_tokens"], fitting["completion_tokens"]) == (2044, 4)
+    body = {"prompt": "a", "truncate_prompt_tokens": 0}
+    assert error_of(http.post(COMPLETIONS, json=body))["param"] == "truncate_prompt_tokens"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,6 +28,8 @@ from keye.server.sse import event, streamed, until_gone
 from keye.tokenizer import check_unicode
 
 router = APIRouter(route_class=JsonRoute)
+
+_CUT: Final = "truncate_prompt_tokens"
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def _laid_out(
             return [Segment("text", check_unicode(prompt))], prompt
         prompt = model.tokenizer.encode(check_unicode(prompt))
     limit = model.config.text.max_position_embeddings
+    if cut == 0:
+        raise ApiError(400, "truncate_prompt_tokens is 0; give at least 1, or -1 for what fits", param=_CUT)
     if cut is not None:
-        prompt = prompt[-max(1, limit - 1 if cut == -1 else cut) :]
+        prompt = prompt[-(max(1, limit - (body.max_tokens or 1)) if cut == -1 else cut) :]
     Room(limit, 1 if not context.settings.strict_limits else max(1, body.max_tokens or 1)).check(len(prompt), 0)
     return model.prompts.of_tokens(prompt), model.tokenizer.decode(prompt, skip_special=False)
 
