@@ -66,6 +66,11 @@ def reply_pieces(text: str) -> list[str]:
     return _REPLY_MARKS.split(text)
 
 
+def count_marks(text: str, most: int) -> int:
+    """How many marks `reply_pieces` finds in a text; counting ends after `most`."""
+    return sum(1 for _ in itertools.islice(_REPLY_MARKS.finditer(text), most + 1))
+
+
 _VISION_NAMES: Final = {"image": "Picture", "video": "Video"}
 
 #: How functions are offered: the words that the models were trained on (Preview's tokenizer_config.json).

@@ -16,6 +16,8 @@ from keye.engine.videoindex import check_attention_of
 #: pictures are held in memory.
 PREPARING: Final = 4
 AHEAD: Final = 8
+#: Characters from which on a text is long: it takes some tenths of a second.
+LONG_TEXT: Final = 65_536
 
 
 class Preparation:
@@ -26,6 +28,8 @@ class Preparation:
         self._threads = ThreadPoolExecutor(PREPARING, "keye-media")
         #: Prompts without media do not wait behind files that are slow to come.
         self._text_thread = ThreadPoolExecutor(1, "keye-text")
+        #: Nor short ones behind those of a book's length.
+        self._book_thread = ThreadPoolExecutor(1, "keye-book")
         self._running: dict[int, Future[Prompt]] = {}
 
     def begin(self, tasks: Sequence[Task]) -> Iterator[Task]:
@@ -44,7 +48,9 @@ class Preparation:
             ahead += seen
             task.stage = Stage.PREPARING
             task.tell(Progress("decode", 0, 1))
-            threads = self._threads if seen else self._text_thread
+            characters = sum(len(segment.value) for segment in given if isinstance(segment.value, str))
+            text_thread = self._book_thread if characters > LONG_TEXT else self._text_thread
+            threads = self._threads if seen else text_thread
             self._running[task.number] = threads.submit(self._lay_out, task)
 
     def ready(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Future[Prompt]]]:

@@ -29,6 +29,8 @@ from keye.tokenizer import Tokenizer
 
 #: Plans of videos whose slow and fast frames are known (1.5), so that they are told apart once.
 REMEMBERED_PLANS = 64
+#: Tokens of a text that are counted without a context to hold them.
+MOST_COUNTED = 2**20
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,12 @@ class PromptBuilder:
         runs = _text_runs(segments)
         if room is not None:
             room.check(sum(self.tokenizer.least_tokens(text) for run in runs for text, _ in run), 0, at_least=True)
-        planned = [plan_medium(medium, self.processor, videos, self.open_index, salt) for medium in media]
+        planned, visual = list[PlannedMedium](), 0
+        for medium in media:
+            planned.append(plan_medium(medium, self.processor, videos, self.open_index, salt))
+            visual += planned[-1].visual_tokens
+            if room is not None:
+                room.check(visual, visual, at_least=True)  # before the next one is opened
         text = self._encode_runs(runs, planned, room)
         indexed, planned = _split_index(planned)
         ids = list(text[0])
@@ -224,7 +231,11 @@ class PromptBuilder:
             item = self._decode(planned)
             plans.append({"kind": medium.kind, **plan_of(item)})
             pieces.append(item.pieces)
-        text = sum(len(self.tokenizer.encode_parts(run)) for run in _text_runs(segments))
+        text = 0
+        for run in _text_runs(segments):
+            text += len(self.tokenizer.encode_parts(run, most=MOST_COUNTED))
+            if text > MOST_COUNTED:
+                raise KeyeError(f"the prompt has more than {MOST_COUNTED:,} tokens of text, which are not counted")
         tokens = sum(plan["visual_tokens"] for plan in plans)
         return Measured(text + tokens + sum(map(self._label_tokens, pieces)), tokens, tuple(plans))
 
@@ -235,7 +246,6 @@ class PromptBuilder:
         if room is None:
             return [self.tokenizer.encode_parts(run) for run in runs]
         visual = sum(medium.visual_tokens for medium in planned)
-        room.check(visual, visual, at_least=True)  # before anything is made for each of them
         used, found = visual + sum(self._label_tokens(medium.pieces) for medium in planned), list[list[int]]()
         room.check(used, visual, at_least=True)
         for run in runs:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from keye.engine.prompt import MOST_COUNTED
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.json_route import JsonRoute
@@ -76,7 +77,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
 def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     tokenizer = context.model.tokenizer
     if body.prompt is not None:
-        return tokenizer.encode(check_unicode(body.prompt))
+        return tokenizer.encode(check_unicode(body.prompt))  # of bounded length
     messages = to_messages(body.messages or (), context.openers(owner).uploads)
     if media_of(messages):
         raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
@@ -86,4 +87,8 @@ def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
     )  # fmt: skip
-    return tokenizer.encode_parts([(str(segment.value), segment.kind == "template") for segment in segments])
+    parts = [(str(segment.value), segment.kind == "template") for segment in segments]
+    tokens = tokenizer.encode_parts(parts, most=MOST_COUNTED)
+    if len(tokens) > MOST_COUNTED:
+        raise ApiError(400, f"messages have more than {MOST_COUNTED:,} tokens; send less text", param="messages")
+    return tokens

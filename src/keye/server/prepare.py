@@ -18,6 +18,7 @@ from keye.errors import KeyeError
 from keye.server.context import Context
 from keye.server.errors import ApiError, of_mistake
 from keye.server.forms import chosen_tools, form_of
+from keye.server.lengths import check_length
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.media_settings import media_settings
 from keye.server.notes import add_note, current_notes
@@ -100,6 +101,7 @@ def prompt_of(context: Context, owner: str, wanted: Wanted) -> list[Segment]:
     messages = to_messages(wanted.messages, openers.uploads, wanted.media_defaults)
     if (count := len(media_of(messages))) > context.settings.media:
         raise ApiError(400, f"messages hold {count} media, more than {context.settings.media}", param="messages")
+    check_length(context.model, messages)
     messages, typed = _without_switch(messages)
     offered, _ = _tools(wanted)
     return context.model.render(

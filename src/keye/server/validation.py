@@ -40,6 +40,7 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, bool
     for error in here:
         if error["type"] not in _WANTED:
             return place(error), _sentence(error), error["type"] == "extra_forbidden"
+    param = max((place(error) or "" for error in here), key=len) or None
     wanted = dict.fromkeys(_WANTED[error["type"]] for error in here if place(error) == param)
     return param, f"give {' or '.join(wanted)}", False
 
