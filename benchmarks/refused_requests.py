@@ -1,6 +1,6 @@
 """What requests cost that are refused, and whether long prompts stall others.
 
-    python -m benchmarks.refused_requests memory --json  # each hostile request: status, seconds, memory beyond its body
+    python -m benchmarks.refused_requests memory --json  # of each hostile request: memory beyond its body
     python -m benchmarks.refused_requests stall --json   # the slowest /health while eight prompts of 1 MB arrive
 
 A server process of its own with a model of two narrow layers and a context of 262,144 tokens (`memory` also runs
@@ -141,7 +141,7 @@ def numbers() -> Iterator[Hostile]:
     for name in ("n", "top_logprobs", "max_tokens", "min_tokens", "top_k"):
         yield Hostile(f"number: {name} of 39 digits", lambda name=name: number(name, "9" * 39, logprobs=True))
     for name in ("fps", "nframes", "max_frames", "video_start", "video_end", "total_pixels", "min_frames"):
-        for value in (10**400, 10**39, 1e308, 5e-324, float("nan")):
+        for value in (10**400, 10**39, 1e308, float("nan")):
             yield Hostile(f"number: {name} {str(value)[:8]}", lambda n=name, v=value: seen(
                 "video", [picture()] * 2, **{n: v}))  # fmt: skip
     yield Hostile("number: n 1e9", lambda: chat(n=10**9))
@@ -184,7 +184,6 @@ def forms() -> Iterator[Hostile]:
     def schema(value: Any) -> bytes:
         return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}})
 
-    yield Hostile("form: a regex of regexes", lambda: chat(structured_outputs={"regex": "((a{1,999}){1,999}){1,999}"}))
     yield Hostile("form: nested options", lambda: chat(structured_outputs={"regex": "(" * 500 + "a" + "?)*" * 500}))
     yield Hostile("form: a long choice", lambda: chat(structured_outputs={"choice": ["x" * 250] * 5000}))
     yield Hostile("form: a grammar that refers to itself", lambda: chat(structured_outputs={"grammar": "start: start"}))
@@ -192,7 +191,6 @@ def forms() -> Iterator[Hostile]:
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(15_000)}}))  # fmt: skip
     yield Hostile("form: a deep schema", lambda: schema(deep(40)))
     yield Hostile("form: many items", lambda: schema({"type": "array", "minItems": 10**9, "items": {"enum": [1]}}))
-    yield Hostile("form: long strings", lambda: schema({"type": "string", "minLength": 10**9, "maxLength": 10**9}))
     yield Hostile("form: text.format that is no object", lambda: json.dumps(
         {"input": "x", "text": {"format": []}}).encode(), "/v1/responses")  # fmt: skip
 

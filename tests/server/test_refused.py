@@ -17,9 +17,10 @@ INTERNALS = re.compile(
 )
 CASES = {case.name: case for case in hostile()}
 #: Bodies of many megabytes, and what takes seconds to read.
-LARGE = ("60 MB", "8 MB", "7 MB", "4 MB", "emoji", "control tokens", "in a reply", "parts", "messages", "base64 in a text",
-         "to be counted", "a role", "a kind of part", "400,000", "49,000", "500,000", "100,000", "arguments", "256 large",
-         "64 large", "1 MB", "5,000")  # fmt: skip
+LARGE = (
+    " MB", "emoji", "control tokens", "in a reply", "parts", "messages", "base64 in a text", "to be counted", "a role",
+    "a kind of part", "400,000", "49,000", "500,000", "100,000", "arguments", "256 large", "64 large", "5,000",
+)  # fmt: skip
 
 
 def check(running: Running, case: Hostile) -> None:

@@ -21,6 +21,4 @@ def check_length(model: Keye, messages: Sequence[Message]) -> None:
             elif isinstance(part, str):
                 least += model.tokenizer.least_tokens(part)
         if least > limit:
-            raise ContextError(
-                f"the prompt takes at least {least:,} tokens, but the context holds {limit:,}; send less"
-            )
+            raise ContextError(f"the prompt takes at least {least} tokens, but the context holds {limit}; send less")
