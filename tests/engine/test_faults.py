@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,7 @@ from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request,
 from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import MOST_STRETCH, STRETCH, Pace, share_out
 from keye.engine.vision import VisionJob
+from keye.errors import KeyeWarning
 from keye.media import frame_stream
 from keye.media.processor import Processor
 from tiny import tiny_folder
@@ -316,6 +318,26 @@ def test_deterministic_replies_survive_a_preemption_to_the_last_bit(folder: Path
 
 def writes(model: Keye) -> bool:
     return any(task.stage is Stage.DECODING for task in model.core.tasks)
+
+
+def test_an_answer_names_damage_that_only_decoding_showed(model: Keye, tmp_path: Path) -> None:
+    path = tmp_path / "clip.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 320, 192, "yuv420p"  # type: ignore[union-attr]
+        for i in range(40):
+            pixels = np.random.default_rng(i).integers(0, 256, (192, 320, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))  # type: ignore[union-attr]
+        container.mux(stream.encode())  # type: ignore[union-attr]
+    data = bytearray(path.read_bytes())
+    places = [place for place in range(len(data)) if data.startswith(b"00dc", place)]
+    data[places[30] + 30 : places[31]] = bytes(places[31] - places[30] - 30)
+    path.write_bytes(bytes(data))
+    with pytest.warns(KeyeWarning, match="are damaged or missing: its pictures at"):
+        notes = model.ask(path, "what is red?", media_options={"nframes": 40}, max_tokens=2).notes
+    assert any("are damaged or missing: its pictures at 2.9 s" in note for note in notes)
+    with pytest.raises(KeyeError, match=r"clip.avi is damaged near 2.9 s; download it again or leave strict_media out"):
+        model.ask(path, "what is red?", media_options={"nframes": 40, "strict_media": True}, max_tokens=2)
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:

@@ -151,3 +151,13 @@ def write_with_sound(
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
             container.mux(packet)
     return path
+
+
+def damage_avi(path: Path, frame: int) -> Path:
+    """Overwrites the coded picture of a frame of an AVI file with zeros, but for its beginning."""
+    data = bytearray(path.read_bytes())
+    places = [place for place in range(len(data)) if data.startswith(b"00dc", place)]
+    begin, end = places[frame] + 30, places[frame + 1]
+    data[begin:end] = bytes(end - begin)
+    path.write_bytes(bytes(data))
+    return path

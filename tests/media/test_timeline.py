@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import read_code, trim_mp4, write_clip
+from clips import damage_avi, read_code, trim_mp4, write_clip
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, KeyeWarning, MediaError
@@ -162,11 +162,7 @@ def test_one_lost_packet(tmp_path: Path) -> None:
 
 
 def test_damage_that_only_decoding_shows(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "clip.avi", frames=120, codec="mpeg4", gop=12, size=(640, 384))
-    data = bytearray(path.read_bytes())
-    places = [place for place in range(len(data)) if data.startswith(b"00dc", place)][70:72]
-    data[places[0] + 30 : places[1]] = bytes(places[1] - places[0] - 30)
-    path.write_bytes(bytes(data))
+    path = damage_avi(write_clip(tmp_path / "clip.avi", frames=120, codec="mpeg4", gop=12, size=(640, 384)), 70)
     with open_video(fetch_source(path)) as reader, warnings.catch_warnings():
         warnings.simplefilter("error", KeyeWarning)
         plan, strict = (
@@ -331,6 +327,19 @@ def test_frames_without_any_time_are_counted() -> None:
     found = timeline(packets(*[(NONE, NONE, KEY)] * 4), delay=1, step=5)
     assert list(found.times) == [0, 5, 10, 15]
     assert not found.exact
+
+
+def test_frames_that_are_counted_begin_with_the_first_key() -> None:
+    entries = (
+        (NONE, NONE, 0),
+        (NONE, NONE, 0),
+        (NONE, NONE, KEY | CLOSED),
+        (NONE, NONE, 0),
+        (NONE, NONE, KEY | CLOSED),
+    )
+    found = timeline(packets(*entries), delay=1, step=5)
+    assert list(found.times) == [0, 5, 10]
+    assert (list(found.starts), list(found.begins)) == ([2, 4], [0, 2])
 
 
 def test_references_of_mpeg_are_shown_after_the_pictures_between() -> None:

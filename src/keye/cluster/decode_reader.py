@@ -13,7 +13,7 @@ from typing import Final
 from keye.cluster.decode import DecodeService, Result
 from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import PlannedFrames, VideoWork
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.media.fetch import Source
 from keye.media.frame_stream import FrameShape
 from keye.media.options import MediaOptions
@@ -109,6 +109,9 @@ class PartReader:
             frames = [self._frames.popleft() for _ in range(needed)]
         self._taken += needed
         return self._shape.patches(frames, self._taken - needed)
+
+    def notes(self) -> Sequence[KeyeWarning]:
+        return ()
 
     def close(self) -> None:
         with self._lock:

@@ -168,7 +168,8 @@ class Collector:
         first, *others = (
             Answer.of(
                 "".join(text), event.prompt, usage, model=self._model, attention=event.attention, finish_reason=reason,
-                seconds=event.seconds, evidence=event.evidence, logprobs=tuple(probs) or None, notes=self._notes,
+                seconds=event.seconds, evidence=event.evidence, logprobs=tuple(probs) or None,
+                notes=(*self._notes, *event.notes),
             )
             for text, reason, probs in zip(self._texts, self._reasons, self._probs, strict=True)
         )  # fmt: skip

@@ -255,6 +255,7 @@ class EngineCore:
             except Exception as error:  # noqa: BLE001 - whatever went wrong in a decoder is told to who gave the file
                 self._fail(task, error)
                 return True
+            task.notes += job.take_notes()
             if patches:
                 self.pace.saw_patches(time.perf_counter() - begin, patches)
                 task.tell(Progress("encode", job.ready, job.total))

@@ -20,6 +20,7 @@ from keye.engine.ledger import Ledger, OutOfMemory
 from keye.engine.prompt import Prompt
 from keye.engine.turns import Turn
 from keye.engine.vision_cache import VisionCache
+from keye.errors import KeyeWarning
 from keye.media.frame_stream import PixelReader
 from keye.media.processor import MediaItem
 from keye.models.keye import KeyeModel
@@ -75,6 +76,8 @@ class VisionJob:
     ) -> None:
         self._model, self._cache, self._ledger = model, cache, ledger or Ledger()
         self.total, self.ready = prompt.media_tokens, 0
+        #: What was tolerated of the media that are complete.
+        self._notes: list[KeyeWarning] = []
         self._parts: list[_Part] = []
         self._forgotten = 0
         #: Whether the memory was full once: then nothing is kept for the cache any more.
@@ -156,6 +159,11 @@ class VisionJob:
         self._free(self._parts[:count])
         self._parts = self._parts[count:]
 
+    def take_notes(self) -> list[KeyeWarning]:
+        """What was tolerated of the media that were completed since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
     def close(self) -> None:
         """Frees everything and ends the decode worker; may be called at any time, and twice."""
         if self._reader is not None:
@@ -233,6 +241,7 @@ class VisionJob:
     def _finish_medium(self) -> None:
         """Gives a whole medium to the cache, and turns to the next."""
         assert self._reader is not None
+        self._notes += self._reader.notes()
         self._reader.close()
         self._reader = None
         start, item = self._media[0]

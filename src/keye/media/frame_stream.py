@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
+from keye.errors import KeyeWarning, collect_warnings
 from keye.media.fetch import Source
 from keye.media.patches import VisionInput, frame_grids, frames_to_patches
 from keye.media.pictures import Pixels
@@ -39,6 +40,9 @@ class PixelReader(Protocol):
 
     def take(self, rows: int) -> VisionInput:
         """The next `rows` rows, waiting for them. Raises what went wrong with the medium."""
+
+    def notes(self) -> Sequence[KeyeWarning]:
+        """What was tolerated of the medium; asked for when all rows are taken."""
 
     def close(self) -> None:
         """Frees what the reader holds and ends what works for it."""
@@ -109,6 +113,9 @@ class _HeldFramesReader:
         self._taken += len(frames)
         return self._shape.patches(frames, self._taken - len(frames))
 
+    def notes(self) -> Sequence[KeyeWarning]:
+        return ()
+
     def close(self) -> None:
         self._frames = iter(())
 
@@ -141,6 +148,7 @@ class _Queue:
         self.frames: deque[Pixels] = deque()
         self.held, self.wanted = 0, 1
         self.error: Exception | None = None
+        self.notes: Sequence[KeyeWarning] = ()
         self.ended, self.closed = False, False
         self.changed = threading.Condition()
 
@@ -158,10 +166,10 @@ class _Queue:
             self.changed.notify_all()
             return True
 
-    def end(self, error: Exception | None = None) -> None:
+    def end(self, notes: Sequence[KeyeWarning], error: Exception | None = None) -> None:
         """No more frames will come."""
         with self.changed:
-            self.ended, self.error = True, error
+            self.ended, self.error, self.notes = True, error, notes
             self.changed.notify_all()
 
     def wait(self, frames: int, timeout: float | None) -> bool:
@@ -216,6 +224,11 @@ class _FileFramesReader:
         self._taken += len(frames)
         return self._shape.patches(frames, self._taken - len(frames))
 
+    def notes(self) -> Sequence[KeyeWarning]:
+        with self._queue.changed:
+            self._queue.changed.wait_for(lambda: self._queue.ended or self._queue.closed)
+            return self._queue.notes
+
     def close(self) -> None:
         self._queue.close()
         self._video.stop()
@@ -229,11 +242,12 @@ class _FileFramesReader:
 
 def _fill(video: VideoReader, frames: Callable[[VideoReader], Iterator[Pixels]], queue: _Queue) -> None:
     """What the thread does: frames into the queue until they end, fail, or nobody wants them."""
-    try:
-        with video:
-            for frame in frames(video):
-                if not queue.put(frame):
-                    break
-        queue.end()
-    except Exception as error:  # noqa: BLE001 - raised again where the frames are taken
-        queue.end(error)
+    with collect_warnings() as notes:
+        try:
+            with video:
+                for frame in frames(video):
+                    if not queue.put(frame):
+                        break
+            queue.end(notes)
+        except Exception as error:  # noqa: BLE001 - raised again where the frames are taken
+            queue.end(notes, error)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.media.sizes import Size
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class HeldPatches:
         start, stop = self._patch, self._patch + int(grid.prod(axis=1).sum())
         self._row, self._patch = self._row + rows, stop
         return VisionInput(self._vision.pixel_values[start:stop], grid)
+
+    def notes(self) -> Sequence[KeyeWarning]:
+        return ()
 
     def close(self) -> None:
         """Nothing is held beside what the prompt holds."""

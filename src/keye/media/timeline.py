@@ -218,11 +218,12 @@ def _by_count(packets: Packets, delay: int, step: int) -> Timeline:
     It gives a frame for each packet, `delay` packets later, whose dts is when the frame is shown. Without any dts
     frames are shown every `step`.
     """
-    count = sum(not flags & HIDDEN for flags in packets.flags)
-    times = _guessed([NONE] * count, _delayed(packets, 0, delay), step)
+    place = first = next(iter(packets.places(KEY)), 0)
+    count = sum(not flags & HIDDEN for flags in packets.flags[first:])
+    times = _guessed([NONE] * count, _delayed(packets, first, delay), step)
     exact = any(dts != NONE for dts in packets.dts)
-    starts = [0, *(place for place in packets.places(CLOSED) if place > 0)]
-    before, begins, place = 0, [], 0
+    starts = [first, *(start for start in packets.places(CLOSED) if start > first)]
+    before, begins = 0, list[int]()
     for start in starts:
         before += sum(not flags & HIDDEN for flags in packets.flags[place:start])
         begins.append(before)
