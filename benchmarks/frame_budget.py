@@ -29,7 +29,7 @@ SHAPES = {"16:9": ((224, 126), (640, 360)), "square": ((112, 112), (448, 448))}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object; this is the only form")
-    parser.add_argument("--clips", type=int, default=5)
+    parser.add_argument("--clips", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = keye.load("nano")
