@@ -9,6 +9,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from keye.cli import VERBS, main
 
@@ -61,6 +62,12 @@ def test_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)", text)) <= targets
     assert set(re.findall(r"`keye ([a-z]+)[ `]", text)) <= set(VERBS)
+
+
+def test_the_picture_of_the_page_is_small() -> None:
+    path = ROOT / "docs/images/page.png"
+    with Image.open(path) as picture:
+        assert picture.size == (1280, 800) and path.stat().st_size < 120_000
 
 
 def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
