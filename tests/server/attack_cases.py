@@ -335,7 +335,26 @@ def _callers() -> Iterator[Case]:
         yield Case(21, name, attack, good, frozenset({400, 401, 403}))
 
 
+def _costs() -> Iterator[Case]:
+    """Little to send and much to do: `benchmarks.refused_requests` has more of them."""
+    picture = data_url(encoded("PNG"), "image/png")
+    good = chat(image(picture))
+
+    def sized(**settings: Any) -> Ask:
+        return chat({"type": "image_url", "image_url": {"url": picture, **settings}})
+
+    for pixels in (1e11, 1e12, 1e17, 1e308, 10**400):
+        yield Case(
+            24, f"min_pixels {str(pixels)[:6]}", sized(min_pixels=pixels, max_pixels=pixels), good, app_only=True
+        )
+    listed = video([picture] * 4, min_pixels=2e8, max_pixels=2e8)
+    yield Case(24, "a list of large frames", chat(listed), chat(video([picture] * 4)), app_only=True)
+    yield Case(24, "words without end", chat({"type": "text", "text": "x " * 600_000}), good, app_only=True)
+    yield Case(24, "words beyond a body's", chat({"type": "text", "text": "x " * 5_000_000}), good)
+    yield Case(24, "a list of faults", chat(stop=[1] * 200_000), good, app_only=True)
+
+
 def cases() -> list[Case]:
     """All attacks."""
-    made = (_addresses, _playlists, _pictures, _videos, _json, _parameters, _programs, _callers)
+    made = (_addresses, _playlists, _pictures, _videos, _json, _parameters, _programs, _callers, _costs)
     return [case for make in made for case in make()]

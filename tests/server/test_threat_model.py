@@ -18,4 +18,4 @@ def test_every_test_that_the_threat_model_names_exists() -> None:
 def test_every_attack_of_the_list_has_its_row() -> None:
     text = (ROOT / "docs" / "threat-model.md").read_text().partition("## The list of attacks")[2]
     rows = "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| "))
-    assert set(map(int, re.findall(r"\d+", rows))) == set(range(1, 24))
+    assert set(map(int, re.findall(r"\d+", rows))) == set(range(1, 25))
