@@ -114,9 +114,9 @@ def test_tokens_that_stand_for_media_are_refused(http: TestClient, model: keye.K
 
 
 def test_small_routes(http: TestClient) -> None:
+    assert http.get("/load").json() == {"server_load": 0}  # requests end a moment after their answer
     assert http.get("/ping").status_code == http.get("/health_generate").status_code == 200
     assert http.get("/version").json() == {"version": keye.__version__}
-    assert http.get("/load").json() == {"server_load": 0}
     for path in ("/get_model_info", "/model_info", "/get_server_info", "/server_info"):
         info = http.get(path).json()
         assert info["model_path"] == "tiny" and info["is_generation"] is True
