@@ -140,3 +140,20 @@ def test_a_fleet_needs_its_file_and_one_video(plan: Plan, tmp_path: Path) -> Non
     demo = str(ROOT / "src/keye/assets/demo.mp4")
     code, _, said = plan(demo, demo, "--fleet", str(ROOT / "configs" / "fleet.toml"))
     assert code == 2 and "one video that stands for all" in said.replace("\n", " ")
+
+
+@pytest.mark.parametrize("load", [Load(1e12), Load(1e300), Load(1.0, questions=10**12)])
+def test_a_load_beyond_any_fleet_is_told_at_once(load: Load) -> None:
+    with pytest.raises(KeyeError, match="the load is beyond any fleet: it would take .* decode workers and .* engines"):
+        size_fleet(load, Costs(10.0, ((1, 10.0),)), seconds=1000.0)
+
+
+@pytest.mark.parametrize("videos", ["1e15", "1" + "0" * 400])
+def test_the_command_says_that_a_load_is_beyond_any_fleet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], videos: str
+) -> None:
+    plan, example = tmp_path / "fleet.toml", (ROOT / "configs/fleet.toml").read_text()
+    plan.write_text(example.replace("videos_per_day = ", f"videos_per_day = {videos} #"))
+    code = main(["plan", "--model", "2.0", "--video", "2m", "--fleet", str(plan)])
+    said = capsys.readouterr().err
+    assert code == 2 and ("beyond any fleet" in said or "must be a number" in said)

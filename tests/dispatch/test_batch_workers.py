@@ -16,8 +16,9 @@ httpx = pytest.importorskip("httpx")
 from PIL import Image
 
 from keye.dispatch import batch_workers
-from keye.dispatch.batch_workers import Answer, Client, ServerWorker, WorkerLost, with_files
+from keye.dispatch.batch_workers import Answer, Client, ProcessWorker, ServerWorker, WorkerLost, with_files
 from keye.errors import KeyeError
+from keye.server.folders import BATCH_PREFIX, ServerFolder
 
 FINE = {"choices": [{"message": {"content": "yes"}}]}
 
@@ -177,3 +178,15 @@ def test_a_server_that_cannot_be_used(status: int, body: dict[str, Any], sentenc
 def test_an_address_that_is_none() -> None:
     with pytest.raises(KeyeError, match="'localhost:8000' is no address of a server"):
         ServerWorker("localhost:8000", model=None, key=None, slots=1, tries=1)
+
+
+def test_folders_of_killed_batches_go_when_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = ServerFolder(BATCH_PREFIX)
+    (killed.path / "rest").write_text("x")
+    killed._lock.close()  # what the end of its process does
+    worker = ProcessWorker({}, slots=1, name="engine")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("keye-batch-") and folder != killed.path.parent
+    asyncio.run(worker.close())
+    assert list(tmp_path.iterdir()) == []

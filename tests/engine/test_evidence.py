@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 
 import keye
 from keye import Frames, Keye
-from keye.chat import Message
+from keye.chat import Medium, Message
 from keye.data.frameforge import make_clip, render
+from keye.engine.answer import Answer
 from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame_spans, make_evidence
 from keye.engine.evidence_picture import WIDTH, draw_evidence
 from keye.engine.generate import Decoding
@@ -74,7 +76,7 @@ def test_counts_are_those_of_the_steps_that_write_the_reply(tiny: Tiny) -> None:
 
 def test_an_answer_carries_evidence_on_request(model: Keye) -> None:
     assert model.ask(Frames(FRAMES, TIMES), "what?", max_tokens=3).evidence is None
-    answer = model.ask(Frames(FRAMES, TIMES), "what?", max_tokens=3, evidence=True)
+    answer = model.ask(Frames(FRAMES, TIMES), "what?", max_tokens=3, temperature=1.0, seed=1, evidence=True)
     assert answer.evidence is not None and answer.evidence.reason is None and answer.evidence.steps == 3
     (medium,) = answer.evidence.media
     assert sum(medium.shares) == pytest.approx(1.0) and len(medium.lifts) == 8
@@ -142,3 +144,15 @@ def test_an_indexed_video_has_the_evidence_of_the_video(tmp_path: Path) -> None:
     ours, theirs = told[0].media[0], told[1].media[0]
     assert (ours.times, ours.kind) == (theirs.times, "video") and len(ours.shares) == 16
     assert max(abs(a - b) for a, b in zip(ours.shares, theirs.shares, strict=True)) < 0.02
+
+
+def test_an_empty_answer_rests_on_no_frame(model: Keye) -> None:
+    """Its only step says that there is nothing to say."""
+    request = model.request([Message("user", (Medium("video", Frames(FRAMES)), "what?"))], evidence=True, max_tokens=5)
+    first = model.ask(Frames(FRAMES), "what?", max_tokens=1, ignore_eos=True, logprobs=0).logprobs
+    assert first is not None
+    stopping = replace(request, params=replace(request.params, stop_token_ids=(first[0].token,)))
+    *_, answer = model.reply(stopping, "sparse")
+    assert isinstance(answer, Answer) and (answer.text, answer.usage.completion_tokens) == ("", 0)
+    assert answer.evidence is not None and answer.evidence.media == ()
+    assert answer.evidence.reason == "the answer is empty: it rests on no frame"

@@ -20,6 +20,8 @@ from keye.errors import KeyeError
 
 #: Share of their time that workers and engines may be busy in the hour that counts.
 MOST_BUSY: Final = 0.8
+#: Decode workers, and engines, of the largest fleet that is planned.
+MOST_WORKERS: Final = 100_000
 #: Videos of one simulation, the share of them that only fills the queues, and steps by which a fleet may grow.
 VIDEOS: Final = 4000
 WARM_UP: Final = 0.1
@@ -263,8 +265,13 @@ def size_fleet(load: Load, costs: Costs, *, seconds: float, together: int = 16) 
             "fewer frames, or allow more time"
         )
     work = 1 + (load.questions - 1) * costs.later
-    decoders = math.ceil(load.rate * costs.decode / MOST_BUSY)
-    replicas = math.ceil(load.rate * work * costs.each(together) / MOST_BUSY)
+    need = load.rate * costs.decode / MOST_BUSY, load.rate * work * costs.each(together) / MOST_BUSY
+    if not max(need) <= MOST_WORKERS:  # also of what is no number any more
+        raise KeyeError(
+            f"the load is beyond any fleet: it would take {need[0]:.3g} decode workers and {need[1]:.3g} engines, "
+            f"and a plan has at most {MOST_WORKERS:,} of each; give fewer videos a day, or sample fewer frames"
+        )
+    decoders, replicas = map(math.ceil, need)
     fleet = Fleet(max(1, decoders), max(1, replicas), together)
     for _ in range(_STEPS):
         outcome = simulate(load, costs, fleet)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -18,6 +19,7 @@ from keye.errors import KeyeError
 def main() -> None:
     """Reads what to do, and does it until the end."""
     told = json.loads(sys.stdin.readline())
+    tempfile.tempdir = told["folder"]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         model = load_engine(told["settings"])

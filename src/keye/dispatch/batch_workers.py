@@ -12,14 +12,11 @@ import math
 import mimetypes
 import random
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
@@ -28,6 +25,7 @@ import httpx
 from keye.dispatch.manifest import Item, media_places
 from keye.errors import KeyeError
 from keye.media.fetch import fetch_source
+from keye.server.folders import BATCH_PREFIX, ServerFolder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -203,7 +201,8 @@ class ProcessWorker:
 
     def __init__(self, settings: Mapping[str, Any], *, slots: int, private: bool = False, name: str) -> None:
         self.name, self.slots, self._settings, self._private = name, slots, settings, private
-        self._folder = Path(tempfile.mkdtemp(prefix="keye-batch-"))  # only this user may enter it, and use the socket
+        self._home = ServerFolder(BATCH_PREFIX)  # only this user may enter it, and use the socket
+        self._folder = self._home.path
         self._process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
 
@@ -222,6 +221,7 @@ class ProcessWorker:
         assert self._process.stdin is not None and self._process.stdout is not None
         told = {
             "settings": dict(self._settings), "slots": self.slots, "private": self._private, "socket": str(socket),
+            "folder": str(self._folder),  # what it leaves there when it is killed goes with ours
         }  # fmt: skip
         try:
             self._process.stdin.write(json.dumps(told).encode() + b"\n")
@@ -241,7 +241,7 @@ class ProcessWorker:
 
     async def close(self) -> None:
         await self._stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._home.remove()
 
     async def _stop(self) -> None:
         if self._client is not None:

@@ -73,16 +73,21 @@ def counted_layers(layers: int) -> slice:
     return slice(layers // 3, layers)
 
 
-def make_evidence(counts: Tensor | None, steps: int, prompt: Prompt, config: KeyeConfig) -> Evidence:
+def make_evidence(
+    counts: Tensor | None, steps: int, prompt: Prompt, config: KeyeConfig, *, answered: bool = True
+) -> Evidence:
     """The evidence of a reply to `prompt`.
 
     `counts` int64 [layers, positions >= T] of the counted steps (`keye.models.attention.Span`), None where attention
-    was dense; `steps` is how many there were with more than k tokens before them.
+    was dense; `steps` is how many there were with more than k tokens before them. An answer of no text, which is not
+    `answered`, rests on nothing.
     """
     if not prompt.media and prompt.indexed is None:
         return Evidence((), 0, "the request has no media")
     if config.text.sparse is None or counts is None:
         return Evidence((), 0, "attention was dense: every token was read, none selected")
+    if not answered:
+        return Evidence((), 0, "the answer is empty: it rests on no frame")
     if steps == 0:
         return Evidence(
             (), 0, f"the context is not longer than the {config.text.sparse.topk:,} tokens that the indexer selects: "

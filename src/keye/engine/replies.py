@@ -179,7 +179,9 @@ class Writer:
         seconds = {"media": laid - task.created, "prefill": filled - laid, "decode": now - filled}
         evidence = None
         if task.request.evidence:
-            evidence = make_evidence(task.counts, task.counted, prompt, self.config)
+            text = self.tokenizer.decode(task.choices[0].reply, skip_special=False)
+            answered = task.request.ignore_eos or bool(text.strip())
+            evidence = make_evidence(task.counts, task.counted, prompt, self.config, answered=answered)
         return Finished(
             prompt_tokens=task.length,
             media_tokens=prompt.visual_tokens,

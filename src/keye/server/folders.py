@@ -1,5 +1,5 @@
-"""The folder in which a server keeps files, which goes with it; one of a server that was killed goes when the next one
-starts. Knows folders, not what is in them."""
+"""The folder in which a server or a batch keeps files, which goes with it; one of a process that was killed goes when
+the next one starts. Knows folders, not what is in them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import IO, Final
 
 log: Final = logging.getLogger("keye.server")
-#: How the names of these folders begin, and the file in each that its server holds a lock on for as long as it lives.
+#: How the names of these folders begin, of servers and of batches, and the file in each that its process holds a lock
+#: on for as long as it lives.
 PREFIX: Final = "keye-serve-"
+BATCH_PREFIX: Final = "keye-batch-"
 LOCK: Final = "lock"
 
 
@@ -22,9 +24,9 @@ class ServerFolder:
     """A private folder, made now. A server of the same user that starts later leaves it alone until this process is
     gone, however that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = PREFIX) -> None:
         remove_abandoned()
-        self._home = Path(tempfile.mkdtemp(prefix=PREFIX))  # only this user may enter it
+        self._home = Path(tempfile.mkdtemp(prefix=prefix))  # only this user may enter it
         self._lock: IO[bytes] = (self._home / LOCK).open("xb")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path = self._home / "files"
@@ -39,7 +41,9 @@ class ServerFolder:
 def remove_abandoned() -> None:
     """Removes folders of servers that were killed: those of this user whose lock nobody holds."""
     try:
-        entries = [entry for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith(PREFIX)]
+        entries = [
+            entry for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith((PREFIX, BATCH_PREFIX))
+        ]
     except OSError:
         return
     for entry in entries:
@@ -59,6 +63,6 @@ def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where its server lives
         shutil.rmtree(entry.path, ignore_errors=True)
-        log.warning("removed %s, which a server that was killed had left", entry.path)
+        log.warning("removed %s, which a process that was killed had left", entry.path)
     finally:
         os.close(descriptor)
