@@ -42,6 +42,8 @@ NPM_CLIENTS = {
     "npm ai with @ai-sdk/openai": ("@ai-sdk/openai", "use_ai_sdk_openai.mjs"),
     "npm @openai/codex": ("@openai/codex", "use_codex.mjs"),
 }
+#: The oldest node on which the packages of npm run.
+OLDEST_NODE = 20
 SECONDS = 420
 
 
@@ -111,6 +113,9 @@ def _install_npm() -> str:
         return ""
     if shutil.which("node") is None or shutil.which("npm") is None:
         return "node and npm are not installed"
+    found = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
+    if int(found.lstrip("v").partition(".")[0] or 0) < OLDEST_NODE:
+        return f"node {found} is older than {OLDEST_NODE}"
     problem = _run(["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", str(HERE)])
     if not problem:
         stamp.write_text(wanted)
