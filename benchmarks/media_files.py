@@ -129,6 +129,38 @@ def damaged(of: Case, source: str, change: Callable[[bytes], bytes]) -> Case:
     return make
 
 
+def renamed(of: Case, box: bytes) -> Case:
+    """An MP4 file without the boxes of a name."""
+    return damaged(of, "mp4", lambda data: data.replace(box, b"free"))
+
+
+def edited(of: Case, *edits: tuple[int, int]) -> Case:
+    """An MP4 file with another edit list: (milliseconds, first tick or -1 for nothing) of each edit."""
+
+    def change(data: bytes) -> bytes:
+        file = bytearray(data)
+        place = file.index(b"elst") - 4
+        size = int.from_bytes(file[place : place + 4], "big")
+        entries = b"".join(struct.pack(">IiI", length, first, 1 << 16) for length, first in edits)
+        box = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(edits)) + entries
+        file[place : place + size] = box
+        for name in (b"edts", b"trak", b"moov"):
+            around = file.rindex(name, 0, place + 8) - 4
+            longer = int.from_bytes(file[around : around + 4], "big") + len(box) - size
+            file[around : around + 4] = longer.to_bytes(4, "big")
+        return bytes(file)
+
+    return damaged(of, "mp4", change)
+
+
+def all_keys(data: bytes) -> bytes:
+    """The index of an AVI file in which every picture is called a key."""
+    file, place = bytearray(data), data.index(b"idx1") + 8
+    for entry in range(place, len(file) - 15, 16):
+        file[entry + 4] |= 0x10
+    return bytes(file)
+
+
 def without_packets(*places: float) -> Callable[[bytes], bytes]:
     """Leaves packets of a transport stream out."""
 
@@ -271,6 +303,8 @@ CASES: dict[str, Case] = {
     "joined.vob": joined([*_MPEG2, "-bf", "2"], [], [], suffix="vob"),
     "joined.mpg": joined([*_MPEG2, "-bf", "2"], [], [], suffix="mpg"),
     "joined-jump.vob": joined([*_MPEG2, "-bf", "2"], [], ["-output_ts_offset", "5000"], suffix="vob"),
+    "joined-three.vob": joined([*_MPEG2, "-bf", "2"], [], ["-output_ts_offset", "3600"], [], suffix="vob"),
+    "joined-late.ts": joined([*_JOIN, *_SOUND], [], ["-output_ts_offset", "3"], sound=1.5),
     "joined.h264": joined(_JOIN, [], [], suffix="h264"),
     "joined.m2v": joined([*_MPEG2, "-bf", "2"], [], [], suffix="m2v"),
     "joined.flv": joined(_JOIN, [], [], suffix="flv"),
@@ -294,6 +328,11 @@ CASES: dict[str, Case] = {
     "trim-mpeg4.mp4": copied(of=encoded(*_MPEG4, "-bf", "2"), source="mp4", before=["-ss", "0.9"]),
     "trim-zero.mp4": copied("-avoid_negative_ts", "make_zero", of=encoded(*_X264, "-g", "20"), source="mp4",
                             before=["-ss", "1"]),
+    "trim-refresh.mp4": copied(of=encoded(*_X264, *_LOW_DELAY), source="mp4", before=["-ss", "1.1"]),
+    "edits.mp4": edited(encoded(*_X264, "-g", "20"), (500, 1024), (500, 16384)),
+    "edits-back.mp4": edited(encoded(*_X264, "-g", "20"), (500, 16384), (500, 1024)),
+    "edits-twice.mp4": edited(encoded(*_X264, "-g", "20"), (500, 8704), (500, 8704)),
+    "edits-late.mp4": edited(encoded(*_X264, *_OPEN_264), (700, -1), (400, 6144), (300, 21504)),
     "dash-1.mp4": lambda folder, name: segments(folder, name, 1, 2),
     "dash-3.mp4": lambda folder, name: segments(folder, name, 3),
     "dash-24.mp4": lambda folder, name: segments(folder, name, 2, 4),
@@ -313,6 +352,8 @@ CASES: dict[str, Case] = {
     "variable.mp4": variable("N*33+mod(N*7,29)", *_X264, "-g", "20"),
     "variable.mkv": variable("N*N*5", *_X264, "-g", "20"),
     "slow.mp4": variable("N*4000", *_X264, "-g", "20"),
+    "recorder.webm": encoded(*_VP8, "-live", "1"),
+    "fast.mkv": encoded(*_X264, "-g", "20", rate="1000"),
     "late.mp4": encoded(*_X264, *_SOUND, before=["-itsoffset", "2"], sound=4.0),
     "late.mkv": encoded(*_X264, *_SOUND, before=["-itsoffset", "2"], sound=4.0),
     "late.ts": encoded(*_X264, *_SOUND, before=["-itsoffset", "2"], sound=4.0),
@@ -327,9 +368,16 @@ CASES: dict[str, Case] = {
     "middle-refresh.ts": damaged(encoded(*_X264, *_LOW_DELAY), "ts", lambda data: data[188 * 40 :]),
     "middle-open.ts": damaged(encoded(*_X264, *_OPEN_264), "ts", lambda data: data[188 * 40 :]),
     "middle-mpeg2.ts": damaged(encoded(*_MPEG2, "-bf", "2"), "ts", lambda data: data[188 * 40 :]),
+    "all-keys.mp4": renamed(encoded(*_X264, "-g", "20"), b"stss"),
+    "all-keys-hevc.mp4": renamed(encoded(*_X265, *_QUIET_265), b"stss"),
+    "all-keys-mpeg4.mp4": renamed(encoded(*_MPEG4), b"stss"),
+    "all-keys.avi": damaged(encoded(*_MPEG4), "avi", all_keys),
     "lost.ts": damaged(_ts(), "ts", without_packets(0.4)),
     "lost-three.ts": damaged(_ts(), "ts", without_packets(0.2, 0.5, 0.8)),
     "lost-mpeg2.ts": damaged(encoded(*_MPEG2, "-bf", "2"), "ts", without_packets(0.4)),
+    "cut.avi": damaged(encoded(*_MPEG4), "avi", lambda data: data[: len(data) * 6 // 10]),
+    "cut.flv": damaged(encoded(*_X264, "-g", "20"), "flv", lambda data: data[: len(data) * 6 // 10]),
+    "cut.webm": damaged(encoded(*_VP8), "webm", lambda data: data[: len(data) * 6 // 10]),
     "cut.ts": damaged(_ts(), "ts", lambda data: data[: len(data) * 6 // 10]),
     "cut.mkv": damaged(encoded(*_X264, "-g", "20"), "mkv", lambda data: data[: len(data) * 6 // 10]),
     "cut-fragmented.mp4": damaged(encoded(*_X264, "-g", "20", "-movflags", "frag_keyframe+empty_moov"), "mp4",

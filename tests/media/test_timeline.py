@@ -20,6 +20,7 @@ from keye.media.completeness import ends_early
 from keye.media.timeline import BETWEEN, CLOSED, HIDDEN, JOIN, KEY, NONE, Joiner, Packets, Timeline, lay_out
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
+slow = pytest.mark.slow
 REFRESH = {"tune": "zerolatency", "x264-params": "intra-refresh=1:keyint=20"}
 
 
@@ -87,7 +88,15 @@ def test_a_part_of_a_joined_stream(tmp_path: Path, parts: dict[str, Path]) -> No
     assert plan.timestamps[0] == pytest.approx(2.0, abs=1e-3)
 
 
-@pytest.mark.parametrize(("codec", "bframes"), [("libx264", "0"), ("libx264", "2"), ("libx265", "2"), ("mpeg4", "2")])
+@pytest.mark.parametrize(
+    ("codec", "bframes"),
+    [
+        pytest.param("libx264", "0", marks=slow),
+        ("libx264", "2"),
+        pytest.param("libx265", "2", marks=slow),
+        pytest.param("mpeg4", "2", marks=slow),
+    ],
+)
 def test_a_trim_shows_the_frames_from_its_start_on(tmp_path: Path, codec: str, bframes: str) -> None:
     """What comes before the start inside its group of pictures is decoded and not shown."""
     options = {"x265-params": f"bframes={bframes}:log-level=none"} if codec == "libx265" else {"bf": bframes}
@@ -99,7 +108,9 @@ def test_a_trim_shows_the_frames_from_its_start_on(tmp_path: Path, codec: str, b
         assert times == pytest.approx([i / 30 for i in range(30)][::step], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("clip.mp4", marks=slow), pytest.param("clip.mkv", marks=slow), "clip.ts"]
+)
 def test_recovery_points_are_no_keys(tmp_path: Path, name: str) -> None:
     path = write_clip(tmp_path / name, frames=100, options=REFRESH)
     every = read(path)[1]
@@ -132,7 +143,12 @@ def test_avi_with_b_frames(tmp_path: Path, codec: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("clip.h264", "libx264"), ("clip.hevc", "libx265"), ("clip.m4v", "mpeg4"), ("clip.m2v", "mpeg2video")],
+    [
+        ("clip.h264", "libx264"),
+        pytest.param("clip.hevc", "libx265", marks=slow),
+        pytest.param("clip.m4v", "mpeg4", marks=slow),
+        pytest.param("clip.m2v", "mpeg2video", marks=slow),
+    ],
 )
 def test_rates_of_raw_pictures(tmp_path: Path, name: str, codec: str) -> None:
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
@@ -273,6 +289,23 @@ def test_a_worker_that_was_killed_does_not_blame_the_file(tmp_path: Path) -> Non
         os.kill(reader._worker.process.pid, signal.SIGKILL)
         with pytest.raises(MediaError, match=r"the video decoder of clip.mp4 was ended from outside, perhaps because"):
             reader.read(reader.plan(CONFIG))
+
+
+def test_frames_of_vp8_that_are_not_shown(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.ivf", frames=20, codec="libvpx", options={"auto-alt-ref": "0"})
+    data = bytearray(path.read_bytes())
+    place = 32  # of the header of a file; that of a frame has 12 bytes
+    for number in range(20):
+        if number in (7, 8, 15):
+            assert data[place + 12] & 1, "a key"
+            data[place + 12] &= ~0x10
+        place += 12 + int.from_bytes(data[place : place + 4], "little")
+    path.write_bytes(bytes(data))
+    for step in (1, 5):
+        info, _, times = read(path, step)
+        assert info.frame_count == 17
+        shown = [i for i in range(20) if i not in (7, 8, 15)]
+        assert times == pytest.approx([i / 30 for i in shown][::step], abs=1e-6)
 
 
 def packets(*entries: tuple[int, int, int]) -> Packets:

@@ -151,24 +151,26 @@ class Reader:
         """Finds out which packets give no frame, where that is in doubt, by decoding the groups around them: those with
         packets that lack parts, and the first one where it may have no beginning."""
         packets, first = self.video.scan.packets, self.video.scan.first_frame
-        doubtful = [packets.group(place) for place in packets.places(CORRUPT)]
+        groups = packets.groups()
+        damaged = [i for i, (begin, end) in enumerate(groups) if any(f & CORRUPT for f in packets.flags[begin:end])]
+        doubtful = list(damaged)
         if self.video.stream.codec_context.name in _RECOVERING:
-            key = next(iter(packets.places(KEY)), 0)
-            if not packets.flags[key] & CLOSED:
-                doubtful.insert(0, (0, packets.group(key)[1]))
+            keys = packets.places(KEY)
+            if keys and not packets.flags[keys[0]] & CLOSED:
+                doubtful += [0, 1] if keys[0] else [0]
             if first is not None and first.interlaced_frame and self._has_field_packets():
-                doubtful = [(0, len(packets))]
+                doubtful = list(range(len(groups)))
         if not doubtful:
             return
-        ranges = [(packets.group(max(begin - 1, 0))[0], end) for begin, end in doubtful]
-        given: dict[Any, bool] = {frame.opaque: frame.is_corrupt for frame in self.video.sample(ranges)}
-        for place in packets.places(CORRUPT):
-            if any(given.get(other, True) for other in range(place, packets.group(place)[1])):
+        needed = sorted({near for i in doubtful for near in (max(i - 1, 0), i)})
+        given: dict[Any, bool] = {f.opaque: f.is_corrupt for f in self.video.sample([groups[i] for i in needed])}
+        for i in damaged:
+            place = next(place for place in range(*groups[i]) if packets.flags[place] & CORRUPT)
+            if any(given.get(other, True) for other in range(place, groups[i][1])):
                 packets.flags[place] |= DAMAGED
-        for begin, end in doubtful:
-            for place in range(begin, end):
-                if place not in given:
-                    packets.flags[place] |= HIDDEN
+        for place in (place for i in doubtful for place in range(*groups[i])):
+            if place not in given:
+                packets.flags[place] |= HIDDEN
 
     def _has_field_packets(self) -> bool:
         """Whether frames come in two packets, one for each field."""

@@ -57,15 +57,9 @@ class Packets:
         inside = ([stamp for stamp in stamps[begin:end] if stamp != NONE] for begin, end in parts)
         return [min(part) for part in inside if part]
 
-    def group(self, place: int) -> tuple[int, int]:
-        """First and end of the packets from the key before a packet (or itself) to the next key."""
-        first = place
-        while first > 0 and not self.flags[first] & KEY:
-            first -= 1
-        end = place + 1
-        while end < len(self) and not self.flags[end] & KEY:
-            end += 1
-        return first, end
+    def groups(self) -> list[tuple[int, int]]:
+        """First and end of each group of pictures: a key and the packets up to the next; the first may lack a key."""
+        return list(pairwise([*dict.fromkeys([0, *self.places(KEY)]), len(self)]))
 
 
 class Joiner:
@@ -293,8 +287,8 @@ def _damage(packets: Packets, times: array[int], stamps: array[int] | None) -> l
     does not count."""
     found: list[tuple[int, int]] = []
     known = packets.dts if stamps is None else stamps
-    for place in packets.places(CORRUPT):
-        end = packets.group(place)[1]
+    for first, end in packets.groups():
+        place = next((i for i in range(first, end) if packets.flags[i] & CORRUPT), len(packets) - 1)
         inside = [known[i] for i in range(place, end) if known[i] != NONE]
         if not inside or place == len(packets) - 1:
             continue
@@ -302,10 +296,6 @@ def _damage(packets: Packets, times: array[int], stamps: array[int] | None) -> l
         index = bisect_left(times, begin)
         around = times[max(index - _AROUND, 0) : index + _AROUND + 1]
         longest = max((b - a for a, b in pairwise(around)), default=0)
-        if not packets.flags[place] & DAMAGED and 2 * longest <= 3 * packets.durations[place]:
-            continue
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
-        else:
+        if packets.flags[place] & DAMAGED or 2 * longest > 3 * packets.durations[place]:
             found.append((begin, stop))
     return found

@@ -4,7 +4,8 @@ library and PyAV."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -77,12 +78,15 @@ class VideoFile:
             self.faults += 1
             return []
 
-    def sample(self, ranges: list[tuple[int, int]]) -> Iterator[VideoFrame]:
-        """The frames of the packets from `first` to before `end` of each range, each decoded by itself; a frame's
-        `opaque` is the place of its packet."""
+    def sample(self, ranges: Sequence[tuple[int, int]]) -> Iterator[VideoFrame]:
+        """The frames of the packets from `first` to before `end` of each range, ascending; ranges that touch are
+        decoded together, others by themselves. A frame's `opaque` is the place of its packet."""
+        left = deque(ranges)
         inside = False
         for place, packet in self.packets():
-            needed = packet.size > 0 and any(first <= place < end for first, end in ranges)
+            while left and place >= left[0][1]:
+                left.popleft()
+            needed = packet.size > 0 and bool(left) and left[0][0] <= place
             if inside and not needed:
                 yield from self.decode(None)
                 self.stream.codec_context.flush_buffers()
@@ -90,7 +94,7 @@ class VideoFile:
             if needed:
                 packet.opaque = place
                 yield from self.decode(packet)
-            elif place >= max(end for _, end in ranges):
+            elif not left:
                 return
 
     def _from_start(self) -> Iterator[av.Packet[VideoStream]]:
