@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic_core import from_json
 
 import keye
 from keye.dispatch.replicas import Replica, ReplicaLost, Reply, close_all, keep_alive, start_all
@@ -397,7 +398,7 @@ def proxy_app(replicas: Sequence[Replica]) -> FastAPI:
 def _object(content: bytes) -> dict[str, Any]:
     """A body of JSON; nothing for any other."""
     try:
-        value = json.loads(content) if content else {}
+        value = from_json(content) if content else {}  # without a text of the whole in between
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

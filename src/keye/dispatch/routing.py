@@ -13,6 +13,8 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
+#: Characters that are hashed at a time.
+_PIECE: Final = 1 << 20
 #: What one replica may have, in parts of an even share.
 SLACK: Final = 1.25
 #: Keys of requests under which the name of a medium stands, or its bytes.
@@ -39,8 +41,13 @@ def ranking(key: str, replicas: Collection[str]) -> list[str]:
 def media_key(body: Mapping[str, Any]) -> str | None:
     """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
     known by what the client sends: the same file under two names has two keys."""
-    found = list(media_in(body))
-    return hashlib.sha256("\0".join(found).encode("utf-8", "replace")).hexdigest() if found else None
+    digest, some = hashlib.sha256(), False
+    for name in media_in(body):
+        for at in range(0, len(name), _PIECE):  # a data: URL may have many megabytes
+            digest.update(name[at : at + _PIECE].encode("utf-8", "replace"))
+        digest.update(b"\0")
+        some = True
+    return digest.hexdigest() if some else None
 
 
 def media_in(value: object, name: str = "") -> Iterator[str]:

@@ -97,7 +97,8 @@ def _node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
 def _settled(node: dict[str, Any], merged: bool) -> dict[str, Any]:
     """A node whose inner schemas are done, closed and bounded itself."""
     given = node.get("type")
-    kinds = set(given) if isinstance(given, list) else {given} if isinstance(given, str) else set()
+    listed = given if isinstance(given, list) else [given]
+    kinds = {one for one in listed if isinstance(one, str)}
     mixed = any(key in node for key in (*_COMBINE, "$ref", "if", "enum", "const"))
     if "properties" in node and not kinds and not mixed and not merged:
         node["type"], kinds = "object", {"object"}

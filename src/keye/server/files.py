@@ -22,6 +22,7 @@ router = APIRouter(route_class=JsonRoute)
 _PURPOSES: Final = ("media", "vision", "user_data", "assistants")
 _MAX_FIELD: Final = 1024
 _MAX_PARTS: Final = 8
+_MAX_HEADER: Final = 8192
 _BODY: Final = {
     "requestBody": {
         "required": True,
@@ -147,9 +148,15 @@ class _Form:
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
+        self._check_header()
 
     def _on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
+        self._check_header()
+
+    def _check_header(self) -> None:
+        if len(self._header) + len(self._value) > _MAX_HEADER or len(self._headers) > _MAX_PARTS:
+            raise ApiError(400, "the form has too many or too long headers; send file and purpose", param="file")
 
     def _on_header_end(self) -> None:
         self._headers[self._header.decode("latin-1").lower()] = self._value

@@ -71,4 +71,6 @@ def _sentence(error: Mapping[str, Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
