@@ -157,6 +157,8 @@ def test_other_forms(factory: GuideFactory, form: Form, text: str, allowed: bool
     [
         (Form("json_schema", with_a({"type": "str"})), "the JSON schema cannot be used: Invalid type: str$"),
         (Form("json_schema", {"$ref": "http://x/y"}), "refers to something outside"),
+        (Form("json_schema", {"type": "object", "$defs": []}), r"\$defs that are no object"),
+        (Form("json_schema", {"type": [{}]}), "the JSON schema cannot be used"),
         (Form("regex", "[.*"), "the regex cannot be used: [^|]*$"),
         (Form("regex", "a" * 3000), "more than 2,000 characters"),
         (Form("grammar", "root ::= foo bar("), "the grammar cannot be read"),

@@ -44,7 +44,9 @@ def compact_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[
     found = _node(schema, merged=False, open_targets=open_targets)
     if found == _TO_ANY:
         found = {"anyOf": [_TO_ANY]}
-    found["$defs"] = {**found.get("$defs", {}), _ANY: _any_value()}
+    if not isinstance(definitions := found.get("$defs", {}), Mapping):
+        raise KeyeError("the JSON schema has $defs that are no object; give one schema for each name")
+    found["$defs"] = {**definitions, _ANY: _any_value()}
     return {**found, "x-guidance": {**_COMPACT, "lenient": lenient}}
 
 
