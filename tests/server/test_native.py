@@ -66,6 +66,13 @@ def test_probabilities(http: TestClient) -> None:
     assert [token for _, token, _ in meta["output_token_logprobs"]] == reply["output_ids"]
     assert all(logprob <= 0 for logprob, _, _ in meta["output_token_logprobs"])
     assert [len(top) for top in meta["output_top_logprobs"]] == [2, 2, 2, 2]
+    assert meta["input_token_logprobs"] == []
+    ids = http.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+    scored = generate(http, text="hello", return_logprob=True, logprob_start_len=0)["meta_info"]["input_token_logprobs"]
+    assert [token for _, token, _ in scored] == ids and scored[0][0] is None
+    assert all(logprob <= 0 for logprob, _, _ in scored[1:])
+    rest = generate(http, text="hello", return_logprob=True, logprob_start_len=1)["meta_info"]["input_token_logprobs"]
+    assert [token for _, token, _ in rest] == ids[1:]
 
 
 def test_a_form(http: TestClient) -> None:
@@ -101,6 +108,10 @@ def test_media_stand_where_their_marks_are(http: TestClient, video: Path) -> Non
         ({"text": "x", "sampling_params": {"json_schema": "{"}}, "json_schema"),
         ({"text": ["x", "y"], "sampling_params": [{}]}, "sampling_params"),
         ({"text": ["x", "y"], "rid": ["a"]}, "rid"),
+        ({"text": ["x", "y"], "return_logprob": [True]}, "return_logprob"),
+        ({"text": ["x", "y"], "return_logprob": True, "logprob_start_len": [0]}, "logprob_start_len"),
+        ({"input_ids": [5] * 2048}, "too long"),
+        ({"input_ids": [[5], [5] * 200_000]}, "too long"),
         ({"text": "x", "image_data": "/etc/passwd"}, ""),
     ],
 )
@@ -120,4 +131,5 @@ def test_small_routes(http: TestClient) -> None:
     for path in ("/get_model_info", "/model_info", "/get_server_info", "/server_info"):
         info = http.get(path).json()
         assert info["model_path"] == "tiny" and info["is_generation"] is True
-    assert error_of(http.post("/detokenize", json={"tokens": [9_999_999]}))["param"] == "tokens"
+    for tokens in ([9_999_999], [5] * 2049):
+        assert error_of(http.post("/detokenize", json={"tokens": tokens}))["param"] == "tokens"

@@ -199,9 +199,10 @@ class PromptBuilder:
 
     def of_tokens(self, ids: Sequence[int]) -> Prompt:
         """A prompt of text given as token ids. `KeyeError` for ids that the model does not have, and for those that
-        stand for media."""
+        stand for media, `ContextError` for more of them than the context holds."""
         if not ids:
             raise KeyeError("the prompt has no tokens; give at least one")
+        Room(self.config.text.max_position_embeddings, 1).check(len(ids), 0)
         if min(ids) < 0 or max(ids) >= self.config.text.vocab_size:
             wrong = next(one for one in ids if not 0 <= one < self.config.text.vocab_size)
             raise KeyeError(f"the prompt has the token {wrong}; this model has {self.config.text.vocab_size:,}")

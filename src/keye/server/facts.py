@@ -103,7 +103,9 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> JSONResponse:
     """The text of tokens, as vLLM (`prompt`) and SGLang (`text`) name it."""
     context = context_of(request)
     context.check_model(body.model)
-    size = context.model.config.text.vocab_size
+    size, limit = context.model.config.text.vocab_size, context.model.config.text.max_position_embeddings
+    if len(body.tokens) > limit:
+        raise ApiError(400, f"tokens: {len(body.tokens):,} are more than the context's {limit:,}", param="tokens")
     if beyond := next((one for one in body.tokens if one >= size), None):
         raise ApiError(400, f"tokens: {beyond} is no token of this model, which has {size:,}", param="tokens")
     decode = context.model.tokenizer.decode

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from keye.chat import Medium, Segment
 from keye.engine.media import check_medium
-from keye.engine.prompt import Prompt
+from keye.engine.prompt import Prompt, Room
 from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
@@ -69,11 +69,13 @@ class _Reply:
 
 @dataclass(frozen=True)
 class _Run:
-    """One prompt: its job, the id of its replies, and whether it came in a list."""
+    """One prompt: its job, the id of its replies, whether it came in a list, and from which of its tokens on their
+    probabilities are wanted; none where that is negative."""
 
     job: Job
     name: str
     listed: bool
+    start: int
     begin: float
 
 
@@ -81,19 +83,27 @@ def _runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
     """The jobs of a body. Blocks: media are opened, forms read."""
     prompts, listed = _prompts(context, owner, body)
     params = body.sampling_params or {}
-    if isinstance(params, list) and len(params) != len(prompts):
-        raise ApiError(400, "sampling_params: give one object, or as many as prompts", param="sampling_params")
-    if isinstance(body.rid, list) and len(body.rid) != len(prompts):
-        raise ApiError(400, "rid: give one, or as many as prompts", param="rid")
     runs = []
     for index, prompt in enumerate(prompts):
-        job = _job(context, owner, prompt, params[index] if isinstance(params, list) else params)
-        wanted = body.return_logprob[index] if isinstance(body.return_logprob, list) else body.return_logprob
-        if wanted:
-            job = replace(job, logprobs=body.top_logprobs_num or 0)
-        rid = body.rid[index] if isinstance(body.rid, list) else body.rid
-        runs.append(_Run(job, rid or unique(""), listed, time.perf_counter()))
+        job = _job(context, owner, prompt, _of_prompt(params, index, len(prompts), "sampling_params"))
+        start = -1
+        if _of_prompt(body.return_logprob, index, len(prompts), "return_logprob"):
+            start = _of_prompt(body.logprob_start_len, index, len(prompts), "logprob_start_len") or 0
+            start = start if body.logprob_start_len is not None else -1
+            others = body.top_logprobs_num or 0
+            job = replace(job, logprobs=others, prompt_logprobs=others if start >= 0 else None)
+        name = _of_prompt(body.rid, index, len(prompts), "rid") or unique("")
+        runs.append(_Run(job, name, listed, start, time.perf_counter()))
     return runs
+
+
+def _of_prompt(given: Any, index: int, count: int, name: str) -> Any:
+    """The value for one of `count` prompts of a field that is one for all, or a list."""
+    if not isinstance(given, list):
+        return given
+    if len(given) != count:
+        raise ApiError(400, f"{name}: give one, or as many as prompts", param=name)
+    return given[index]
 
 
 def _prompts(context: Context, owner: str, body: GenerateRequest) -> tuple[list[list[Segment] | Prompt], bool]:
@@ -193,6 +203,8 @@ def _job(context: Context, owner: str, prompt: Sequence[Segment] | Prompt, param
     except ValidationError as error:
         raise of_validation([{**one, "loc": ("sampling_params", *one["loc"])} for one in error.errors()]) from None
     guide = guide_of(context, form_of(structured), sampling)
+    if isinstance(prompt, Prompt) and context.settings.strict_limits:
+        Room(context.model.config.text.max_position_embeddings, tokens).check(len(prompt.token_ids), 0)
     job = job_of(context, owner, prompt, sampling, tokens, held=guide is not None)
     return replace(job, n=n, guide=guide)
 
@@ -251,13 +263,22 @@ def _told(run: _Run, reply: _Reply, tokens: int, finished: Finished | None = Non
     }
     if run.job.logprobs is not None and finished is not None:
         meta["output_token_logprobs"] = [[one.logprob, one.token, one.text] for one in reply.probs]
-        meta["input_token_logprobs"] = []
+        meta["input_token_logprobs"] = _prompt_probs(run, finished)
         if run.job.logprobs:
             meta["output_top_logprobs"] = [
                 [[other.logprob, other.token, other.text] for other in one.top] for one in reply.probs
             ]
     told: dict[str, Any] = {"text": reply.text, "meta_info": meta}
     return told if finished is None else {**told, "output_ids": reply.tokens}
+
+
+def _prompt_probs(run: _Run, finished: Finished) -> list[list[Any]]:
+    """The tokens of the prompt from `start` on with their log-probabilities; the first follows nothing and has none."""
+    if run.start < 0 or finished.prompt_probs is None:
+        return []
+    first: list[list[Any]] = [[None, int(finished.prompt.token_ids[0]), None]]
+    probs = [[one.logprob, one.token, one.text] for one in finished.prompt_probs]
+    return [*first, *probs][run.start :]
 
 
 def _reason(reply: _Reply, tokens: int) -> dict[str, Any]:
