@@ -151,6 +151,9 @@ def test_a_client_that_leaves_gives_everything_back(running: Running, monkeypatc
 def test_small_routes(http: TestClient) -> None:
     assert http.get("/health").json() == {"status": "ok"}
     assert "keye_prompt_tokens_total" in http.get("/metrics").text
+    for path in ("/health", "/ping", "/v1/models", "/metrics"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
     assert http.post("/tokenize", json={"prompt": "hello"}).json()["count"] > 0
     assert http.get("/openapi.json").json()["info"]["title"] == "keye"
     assert error_of(http.get("/nothing"), 404)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -38,7 +39,7 @@ class FetchLimits:
     `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
     With `hosts` only those may be asked, at first and by redirect, and addresses must be written so that all programs
     read them alike (`hosts.check_address`); what they resolve to is then not told. `private_hosts` are rules
-    for those that may be at addresses that are not public.
+    for those that may be at addresses that are not public. Files are saved in `folder`, else where temporary files are.
     """
 
     download_bytes: int = 4 * GIB
@@ -48,6 +49,7 @@ class FetchLimits:
     allow_private: bool = False
     hosts: tuple[str, ...] | None = None
     private_hosts: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 def download(
@@ -68,7 +70,7 @@ def download(
             try:
                 location = _response(connection, parts)
                 if isinstance(location, http.client.HTTPResponse):
-                    file, size = _save(location, parts, most, expired, max_bytes_of)
+                    file, size = _save(location, parts, most, expired, max_bytes_of, limits.folder)
                     _check_end(location, dialled, parts, file, size)
                     return file, size
             except (OSError, http.client.HTTPException) as error:
@@ -209,6 +211,7 @@ def _save(
     most: int,
     expired: threading.Event,
     max_bytes_of: Callable[[bytes], int] | None,
+    folder: Path | None,
 ) -> tuple[IO[bytes], int]:
     """The body, as long as it is declared to be, in a temporary file, and its size."""
     name = shown(parts.geturl())
@@ -216,7 +219,7 @@ def _save(
     _check_declared(name, declared, most)
     if declared is not None:
         response.length = declared + 1  # Else the response closes before the surplus can be looked for.
-    file = tempfile.NamedTemporaryFile(prefix="keye-")  # noqa: SIM115 (the caller keeps it)
+    file = tempfile.NamedTemporaryFile(prefix="keye-", dir=folder)  # noqa: SIM115 (the caller keeps it)
     size = 0
     try:
         while size != declared:

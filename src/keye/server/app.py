@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 from fastapi import Depends, FastAPI
@@ -74,9 +75,11 @@ def create_app(
     is not left to the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
     in front."""
     settings = settings or Settings()
-    policy = policy or fetch_policy(settings)
     engine = AsyncEngine(model, most_requests=settings.queue)
     store = FileStore(settings)
+    policy = policy or fetch_policy(settings)
+    # What is downloaded goes with the server's folder, however the server ends.
+    policy = replace(policy, limits=replace(policy.limits, folder=store.folder))
     metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})
     context = Context(
         model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy, live=live.LiveStore(),
