@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.refused_requests import Hostile, hostile
+from benchmarks.refused_requests import Hostile, hostile, picture
 from serving import Running
 
 #: Words of libraries that must not be in a sentence.
@@ -58,6 +58,12 @@ def message(content: Any) -> dict[str, Any]:
         ("/v1/chat/completions", message([{"type": "image_url", "image_url": {"url": "x", "fps": 1}}]), None, None),
         ("/v1/chat/completions", {}, "messages", None),
         ("/v1/chat/completions", {"messages": "x"}, "messages", None),
+        (
+            "/v1/chat/completions",
+            message([{"type": "image_url", "image_url": {"url": picture(), "min_pixels": 1e12, "max_pixels": 1e12}}]),
+            "min_pixels",
+            None,
+        ),
         ("/v1/files/file-x", None, "file_id", "not_found"),
     ],
 )
@@ -73,8 +79,6 @@ def test_errors_name_the_field_and_have_the_codes_of_openai(
 
 
 def test_pictures_of_tools_and_of_the_system_are_seen(running: Running) -> None:
-    from benchmarks.refused_requests import picture
-
     part = {"type": "image_url", "image_url": {"url": picture()}}
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     messages = [

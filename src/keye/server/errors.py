@@ -26,7 +26,13 @@ _TYPES: Final = {
     405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
 #: The field that a sentence begins with, such as `messages[0].content[1]` or `top_p`.
-_FIELD: Final = re.compile(r"(?:the )?([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=[ :.])")
+_FIELD: Final = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z_]+)*)(?=[ :.])")
+#: Fields that are one plain word; others are told from words of a sentence by what is in them.
+_WORDS: Final = frozenset({
+    "messages", "prompt", "input", "content", "tools", "model", "stop", "n", "seed", "temperature", "echo", "logprobs",
+    "fps", "nframes", "timestamps", "intervals", "offset", "question", "event", "video", "frames", "file", "purpose",
+    "keep", "attention", "regex", "grammar", "choice", "text", "limit", "track", "deinterlace",
+})  # fmt: skip
 _MAX_MESSAGE: Final = 2_000
 
 
@@ -61,12 +67,12 @@ def spelled(option: Option) -> str:
     return option.name if option.value is None else f'"{option.name}": {option.value}'
 
 
-def of_mistake(error: KeyeError, param: str | None = None, fields: Sequence[str] = ()) -> ApiError:
-    """The answer to a user's mistake; `fields` are those that the sentence may begin with."""
+def of_mistake(error: KeyeError, param: str | None = None) -> ApiError:
+    """The answer to a user's mistake, with the field that its sentence begins with or names."""
     sentence = error.worded(spelled)
     found = _FIELD.match(sentence)
-    if param is None and found and (not fields or found.group(1).split(".")[0].split("[")[0] in fields):
-        param = found.group(1)
+    if param is None and found and (found[1] in _WORDS or any(mark in found[1] for mark in "_[.")):
+        param = found[1]
     if param is None:
         param = next((part.name for part in error.args[1:] if isinstance(part, Option)), None)
     return ApiError(400, sentence, param=param)
@@ -79,7 +85,7 @@ def of_bug(error: BaseException) -> ApiError:
     return ApiError(500, f"the server failed; its log tells more under {number}", code="internal_error")
 
 
-def of_exception(error: BaseException, fields: Sequence[str] = (), *, path: str = "") -> ApiError:
+def of_exception(error: BaseException, *, path: str = "") -> ApiError:
     """The answer to anything that was raised while a request of `path` was served."""
     if isinstance(error, ApiError):
         return error
@@ -90,7 +96,7 @@ def of_exception(error: BaseException, fields: Sequence[str] = (), *, path: str 
     if isinstance(error, ContextError):
         return ApiError(400, error.worded(spelled), param=prompt_field(path), code="context_length_exceeded")
     if isinstance(error, KeyeError):
-        return of_mistake(error, fields=fields)
+        return of_mistake(error, prompt_field(path) if str(error).startswith("the prompt ") else None)
     return of_bug(error)
 
 
