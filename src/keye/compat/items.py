@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 from keye.errors import KeyeError
 from keye.media.options import IMAGE_OPTIONS, VIDEO_OPTIONS, MediaOptions, MediumKind, media_options
 
@@ -47,8 +49,12 @@ def kind_of(item: Item) -> MediumKind:
 
 
 def picture_of(item: Item) -> Any:
-    """The image of an item: `image`, or `image_url`, which may be the object of the OpenAI form."""
-    return _named(item, "image")
+    """The image of an item: `image`, or `image_url`, which may be the object of the OpenAI form. Of a picture in memory
+    the official utilities keep no transparency but that of RGBA; that of files is kept."""
+    value = _named(item, "image")
+    if isinstance(value, Image.Image) and value.mode != "RGBA" and value.has_transparency_data:
+        return value.convert("RGB")
+    return value
 
 
 def video_of(item: Item) -> Any:
