@@ -174,3 +174,35 @@ def test_sessions_that_cannot_be(model: Keye) -> None:
     other = keye.Keye(model.name, model.model, model.tokenizer, Processor(ProcessorConfig.of("1.5")))
     with pytest.raises(KeyeError, match="live sessions need a model of Keye-VL 2.0"):
         other.live()
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), -float("inf"), 10**400, None, "x", np.float32("nan")])
+def test_times_that_are_no_seconds_leave_the_session_as_it_was(model: keye.Keye, time: Any) -> None:
+    session = model.live(max_pixels=12_544)
+    picture = np.zeros((1, 112, 112, 3), np.uint8)
+    with pytest.raises(KeyeError, match="timestamps must be finite numbers of seconds"):
+        session.append(picture, [time])
+    session.append(picture, [5.0])
+    assert session.times == (5.0,)
+    with pytest.raises(KeyeError, match="offset must be finite numbers of seconds"):
+        session.append_video("missing.mp4", offset=float("nan"))
+
+
+def test_a_closed_session_takes_nothing_more(model: keye.Keye) -> None:
+    session = model.live(max_pixels=12_544)
+    picture = np.zeros((1, 112, 112, 3), np.uint8)
+    session.append(picture, [1.0])
+    session.close()
+    for use in (
+        lambda: session.append(picture, [2.0]),
+        lambda: session.append_video("missing.mp4"),
+        lambda: session.ask("what?"),
+    ):
+        with pytest.raises(KeyeError, match="the live session is closed"):
+            use()
+
+
+def test_frames_beyond_the_context_are_refused_before_they_are_resized(model: keye.Keye) -> None:
+    session = model.live(min_pixels=2e8, max_pixels=2e8)
+    with pytest.raises(KeyeError, match="tokens of new frames do not fit the context"):
+        session.append(np.zeros((2, 112, 112, 3), np.uint8), [1.0, 2.0])

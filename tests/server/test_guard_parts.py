@@ -230,6 +230,7 @@ class Given:
     upload_bytes: int = 1000
     body_bytes: int = 500
     pictures: int = 7
+    queue: int = 40
 
 
 def test_from_settings_to_defences() -> None:
@@ -237,6 +238,8 @@ def test_from_settings_to_defences() -> None:
     assert guard.hosts == ("video.example", "box")
     assert guard.keys.owner(b"Bearer " + b"a" * 20) == "ann"
     assert (guard.limits.json_bytes, guard.limits.upload_bytes) == (500, 1000 + FORM_BYTES)
+    several = Given(keys={"ann": "a" * 20, "bob": "b" * 20})
+    assert (guard.limits.running_per_key, guard_settings(several).limits.running_per_key) == (256, 20)
     assert guard_settings(Given("0.0.0.0")).hosts == guard_settings(Given("::1")).hosts == ()
     policy = fetch_policy(Given(allow_urls=("Media.Example", "*.cdn.example")))
     assert (policy.hosts, policy.video_bytes, policy.list_frames) == (("media.example", "*.cdn.example"), 1000, 7)

@@ -43,12 +43,20 @@ class Edges(Protocol):
     def body_bytes(self) -> int: ...
     @property
     def pictures(self) -> int: ...
+    @property
+    def queue(self) -> int: ...
 
 
 def guard_settings(settings: Edges, limits: Limits | None = None) -> GuardSettings:
     """What the guard needs. Raises `KeyeError` for keys that are not safe. Made once: its keyring also salts caches."""
     own = () if settings.host in ("", "localhost") or is_ip(settings.host.strip("[]")) else (settings.host,)
-    sizes = replace(limits or Limits(), upload_bytes=settings.upload_bytes + FORM_BYTES, json_bytes=settings.body_bytes)
+    limits = limits or Limits()
+    # No key of several fills the queue, so that the others find a place in it.
+    most = limits.running_per_key if len(settings.keys) < 2 else max(settings.queue // 2, 1)
+    sizes = replace(
+        limits, upload_bytes=settings.upload_bytes + FORM_BYTES, json_bytes=settings.body_bytes,
+        running_per_key=min(limits.running_per_key, most),
+    )  # fmt: skip
     names = tuple(name.lower().rstrip(".") for name in (*own, *settings.allowed_hosts))
     return GuardSettings(Keyring.of(settings.keys), names, tuple(settings.allow_origins), limits=sizes)
 
