@@ -154,12 +154,13 @@ class Reader:
         groups = packets.groups()
         damaged = [i for i, (begin, end) in enumerate(groups) if any(f & CORRUPT for f in packets.flags[begin:end])]
         doubtful = list(damaged)
-        if self.video.stream.codec_context.name in _RECOVERING:
-            keys = packets.places(KEY)
-            if keys and not packets.flags[keys[0]] & CLOSED:
-                doubtful += [0, 1] if keys[0] else [0]
-            if first is not None and first.interlaced_frame and self._has_field_packets():
-                doubtful = list(range(len(groups)))
+        recovers = self.video.stream.codec_context.name in _RECOVERING
+        number = 0 if packets.flags and packets.flags[0] & KEY else min(1, len(groups) - 1)
+        key, end = groups[number]
+        if packets.leads(key, end) or (recovers and packets.flags[key] & (KEY | CLOSED) == KEY):
+            doubtful += range(number + 1)
+        if recovers and first is not None and first.interlaced_frame and self._has_field_packets():
+            doubtful = list(range(len(groups)))
         if not doubtful:
             return
         needed = sorted({near for i in doubtful for near in (max(i - 1, 0), i)})
@@ -239,8 +240,10 @@ class Reader:
                 continue
             if skipping and packet.size:
                 context.flush_buffers()
-                begin = count = timeline.begins[number]
-                skipping, resumed = False, stamps is not None and stamps[place] != NONE
+                count = timeline.begins[number]
+                # Before the first start is nothing that could be needed.
+                begin = count if number and stamps is not None else NONE
+                skipping, resumed = False, begin != NONE and stamps is not None and stamps[place] != NONE
             if stamps is not None and packet.size:
                 packet.pts = None if place >= len(stamps) or stamps[place] == NONE else stamps[place]
             needless = lean and packet.size and packet.pts not in wanted.times

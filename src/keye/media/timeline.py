@@ -51,6 +51,13 @@ class Packets:
         """Places of the packets with a flag."""
         return [place for place, flags in enumerate(self.flags) if flags & flag]
 
+    def leads(self, key: int, end: int) -> bool:
+        """Whether frames of packets from a key to `end` are shown before that of the key."""
+        pts, flags = self.pts, self.flags
+        return bool(flags[min(key + 1, len(self) - 1)] & BETWEEN) or any(
+            NONE < pts[place] < pts[key] and not flags[place] & HIDDEN for place in range(key + 1, end)
+        )
+
     def joins(self, stamps: Sequence[int]) -> list[int]:
         """Times of the first frames of the parts of which the clock begins again; `stamps` are those of a timeline."""
         parts = pairwise([*self.places(JOIN), len(self)])
@@ -160,12 +167,11 @@ def lay_out(packets: Packets, codec: str, delay: int, step: int, reorders: Calla
 def _by_pts(packets: Packets) -> Timeline:
     """The timeline of packets that tell when their frames are shown; dts take the place of pts that are missing.
 
-    What comes before the first key, in the file or in time, cannot be decoded and is left out.
+    What comes before the first key cannot be decoded and is left out.
     """
     keys = packets.places(KEY)
     pts = array("q", (d if p == NONE else p for p, d in zip(packets.pts, packets.dts, strict=True)))
     first = keys[0] if keys else 0
-    least = pts[first] if keys else NONE
     shown = [place for place in range(first, len(packets))
              if not packets.flags[place] & HIDDEN and pts[place] != NONE]  # fmt: skip
     order: array[int] = array("q")
@@ -175,9 +181,6 @@ def _by_pts(packets: Packets) -> Timeline:
         end = bisect_right(shown, join - 1)
         order.extend(sorted(shown[begin:end], key=pts.__getitem__))
         begin = end
-    if least != NONE and order:
-        before = next((i for i, place in enumerate(order) if pts[place] >= least), 0)
-        order = order[before:]
     return _timeline(packets, order, [pts[place] for place in order], keys, pts)
 
 
@@ -191,8 +194,7 @@ def _by_picture_type(packets: Packets, delay: int, step: int) -> Timeline:
         if packets.flags[place] & HIDDEN:
             continue
         if packets.flags[place] & BETWEEN:
-            if len(order) or not keys:  # a B-picture right after the first key lacks the frame before it
-                order.append(place)
+            order.append(place)
             continue
         if held is not None:
             order.append(held)
