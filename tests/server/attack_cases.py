@@ -27,6 +27,8 @@ from asgi import KEY, Ask, post
 from clips import write_clip
 
 REFUSED = frozenset({400, 401, 403, 404, 405, 408, 413, 415, 422, 431})
+#: Of what is taken without effect: the answer has a note.
+NOTED = frozenset({200})
 
 
 @dataclass(frozen=True)
@@ -262,14 +264,18 @@ def _parameters() -> Iterator[Case]:
         ("temperature", -1), ("temperature", 1e9), ("top_p", 2), ("top_p", -0.1), ("top_k", -5), ("top_k", 1.5),
         ("top_logprobs", 10**6), ("seed", "x"), ("stop", ["a"] * 10_000), ("stop", [""]), ("stop", "a" * 10**6),
         ("messages", []), ("messages", "hello"), ("stream", "maybe"), ("repetition_penalty", 0), ("min_p", 7),
-        ("logit_bias", {str(i): 1 for i in range(20_000)}), ("no_such_field", 1), ("model", ["nano"]),
+        ("logit_bias", {str(i): 1 for i in range(20_000)}), ("model", ["nano"]),
     ):  # fmt: skip
         yield Case(15, f"{name}={str(value)[:20]}", chat(**{name: value}), good, app_only=True)
     for name, value in (
         ("fps", -1), ("fps", 0), ("max_frames", -1), ("nframes", 0), ("min_pixels", -1), ("video_start", "soon"),
-        ("no_such_setting", 1), ("timestamps", [3, 2, 1]),
+        ("timestamps", [3, 2, 1]),
     ):  # fmt: skip
         yield Case(15, f"{name}={value}", chat(video(mp4, **{name: value})), watched, app_only=True)
+    # Of no effect: left out with a note.
+    yield Case(15, "no_such_field", chat(no_such_field=1), good, NOTED, app_only=True)
+    odd = chat(video(mp4, no_such_setting=1))
+    yield Case(15, "no_such_setting", odd, watched, NOTED, app_only=True)
     for name, value in (("fps", 1e-9), ("max_frames", 10**9)):
         # Odd, but within what the video holds: planned, not refused.
         odd = chat(video(mp4, **{name: value}))
@@ -304,15 +310,19 @@ def _programs() -> Iterator[Case]:
     }.items():
         yield Case(17, name, tooled(bad), usual, app_only=True)
     yield Case(17, "10^4 tools", tooled(*({**tool, "name": f"t{i}"} for i in range(10_000))), usual, app_only=True)
+    fair = chat(chat_template_kwargs={"enable_thinking": False})
     for name, fields in {
         "a template": {"chat_template": "{{ 1 }}"},
         "a template of 10 MB": {"chat_template": "{" * 10**7},
-        "tokenize": {"chat_template_kwargs": {"tokenize": True}},
-        "a class": {"chat_template_kwargs": {"__class__": "x"}},
-        "a template in the arguments": {"chat_template_kwargs": {"chat_template": "{% for i in range(10**9) %}"}},
     }.items():
-        fair = chat(chat_template_kwargs={"enable_thinking": False})
         yield Case(19, name, chat(**fields), fair, app_only=True)
+    for name, arguments in {
+        "tokenize": {"tokenize": True},
+        "a class": {"__class__": "x"},
+        "a template in the arguments": {"chat_template": "{% for i in range(10**9) %}"},
+    }.items():
+        # They never reach a template: left out with a note.
+        yield Case(19, name, chat(chat_template_kwargs=arguments), fair, NOTED, app_only=True)
 
 
 def _callers() -> Iterator[Case]:

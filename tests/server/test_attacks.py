@@ -16,7 +16,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from asgi import KEY, App, Ask, Reply, asked, send
-from attack_cases import Case, cases, chat, data_url, encoded, gif_of_many_pictures, image, png_with_text_bomb, video
+from attack_cases import (
+    NOTED,
+    Case,
+    cases,
+    chat,
+    data_url,
+    encoded,
+    gif_of_many_pictures,
+    image,
+    png_with_text_bomb,
+    video,
+)
 from stub_app import stub_app
 
 from keye.server.guard import Guard, GuardSettings
@@ -124,7 +135,10 @@ def served() -> Iterator[Served]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.number} {case.name}" for case in CASES])
 def test_attack_on_the_application(served: Served, case: Case) -> None:
-    check_refused(case, served.send(case.attack))
+    reply = served.send(case.attack)
+    check_refused(case, reply)
+    if case.statuses is NOTED:
+        assert "ignored" in " ".join(reply.json()["keye"]["notes"])
 
 
 @pytest.mark.slow
