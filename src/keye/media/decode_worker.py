@@ -54,6 +54,8 @@ _ANIMATIONS = "keye.media.animation_reader"
 _EVERYTHING = 1 << 62
 #: FFmpeg's number of intra pictures.
 _INTRA = 1
+#: Most starts that are found damaged one by one.
+_MOST_RERUNS = 8
 #: Most joins of parts that are told of.
 _MOST_JOINS = 100
 #: Most damaged places that are told of.
@@ -72,6 +74,8 @@ class Reader:
         self.damaged: Sequence[int] = ()
         #: How many groups of pictures before the one that holds a wanted frame decoding begins.
         self.lead = 0
+        #: Numbers of starts whose own frame is damaged: what conceals the damage is the frame before.
+        self.damaged_starts: set[int] = set()
         if self.video.scan.first_frame is None:
             raise WorkerError("holds no frame that can be decoded; re-encode it")
         self._hide_frameless()
@@ -196,6 +200,11 @@ class Reader:
         while not wanted.done:
             try:
                 yield from self._pass(wanted, lean=lean)
+            except _DamagedStart as start:
+                self.damaged_starts.add(start.number)
+                if len(self.damaged_starts) > _MOST_RERUNS:  # each costs reading the file up to there once more
+                    self.lead = max(self.lead, 1)
+                continue
             except _NoStart:
                 self.lead = 1 if self.lead == 0 and codec in _RECOVERING else _EVERYTHING
                 continue
@@ -234,7 +243,8 @@ class Reader:
         for place, packet in self.video.packets():
             context = self.video.stream.codec_context
             if served != wanted.place:
-                number, served = max(timeline.start(wanted.pending) - self.lead, 0), wanted.place
+                number, served = timeline.start(wanted.pending), wanted.place
+                number = max(number - max(self.lead, number in self.damaged_starts), 0)
             if place < timeline.starts[number]:
                 skipping = True
                 continue
@@ -255,6 +265,9 @@ class Reader:
                 elif frame.pts is None or frame.pts < begin:
                     continue  # not shown, or shown before the key that decoding began at, and without what it needs
                 elif resumed:
+                    known = lean or self.lead or number in self.damaged_starts
+                    if not known and (self.video.faults or frame.is_corrupt):
+                        raise _DamagedStart(number)
                     self._check_start(frame, begin)
                     resumed = False
                 yield frame
@@ -282,6 +295,14 @@ class Reader:
 
 class _NoStart(Exception):
     """Decoding cannot begin at a packet that the container calls a key."""
+
+
+class _DamagedStart(Exception):
+    """The frame that decoding began with is damaged."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class Wanted:
