@@ -289,7 +289,7 @@ def test_no_room_is_told_before_any_work(
     with pytest.raises(KeyeError, match="name a file in a folder that exists"):
         model.index(video, tmp_path / "none" / "x.keye")
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(KeyeError, match="letter.txt exists and is not of this kind, or not by keye: .* overwrite"):
+    with pytest.raises(KeyeError, match="letter.txt exists and is no earlier output of this kind: .* overwrite"):
         model.index(video, tmp_path / "letter.txt")
     assert (tmp_path / "letter.txt").read_text() == "dear"
     (tmp_path / "letter.txt").unlink()

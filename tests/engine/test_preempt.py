@@ -222,3 +222,11 @@ def test_a_preempted_request_that_is_given_up_leaves_nothing(folder: Path) -> No
     assert model.ledger.used(ACCOUNT) > 0 and model.ledger.used("kv") == model.store.nbytes()
     model.core.abort(task)
     assert nothing_held(model)
+
+
+def test_choices_that_find_no_room_leave_nothing_behind(folder: Path) -> None:
+    """Not even while its error is kept."""
+    model = keye.load(folder)
+    model.ledger.budget = smallest_scratch(model.model) + model.store.slab_bytes
+    (inbox,) = run(model, about_words(model, 800, n=8))
+    assert isinstance(inbox.events[-1], Failed) and nothing_held(model)

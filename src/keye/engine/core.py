@@ -220,7 +220,7 @@ class EngineCore:
         if "started" not in task.times:  # after a preemption what is known is its own
             task.times["started"], task.cached = time.perf_counter(), task.done
         if task.logits is not None:
-            self._begin_reply(task)
+            self._complete_prompt(task)
             return
         self._begin_prompt(task)
 
@@ -370,9 +370,10 @@ class EngineCore:
 
     def _complete_prompt(self, task: Task) -> None:
         """Keeps the prompt for others, and goes on to the reply."""
-        assert task.vision is not None and task.cache is not None
-        task.vision.close()
-        task.vision = None
+        assert task.cache is not None
+        if task.vision is not None:
+            task.vision.close()
+            task.vision = None
         remember(task, self.parts.prefixes, self.parts.model.config)
         if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
@@ -459,7 +460,8 @@ class EngineCore:
                     self.preempt(task)
                     return None
                 else:
-                    self._fail(task, error)
+                    # The frames of its traceback may hold caches that were half made.
+                    self._fail(task, error.with_traceback(None))
                     return None
 
     def _evict(self) -> bool:

@@ -74,12 +74,13 @@ def _pass(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
     device = model.device
     ids = torch.cat([one.token_ids for one in slices]).to(device)
     positions = torch.cat([one.position_ids for one in slices], dim=1).to(device)
-    visual = [one.visual for one in slices if one.visual is not None]
-    x = model.embed(ids, torch.cat(visual)) if visual else model.model.embed_tokens(ids)
+    x = model.model.embed_tokens(ids)
     spans, start = [], 0
     for one in slices:
         spans.append(Span(start, start + one.token_ids.shape[0], one.cache, one.counts))
-        start = spans[-1].stop
+        part, start = slice(start, spans[-1].stop), spans[-1].stop
+        if one.visual is not None:  # a placeholder elsewhere is a token that a model has drawn, and stands for itself
+            x[part] = model.embed(ids[part], one.visual)
     step = CachedStep(spans, model.config.text, mode=slices[0].mode, fixed=slices[0].alone)
     hidden = model(x, positions, step)
     rows = [_rows(span, one.wanted) for span, one in zip(spans, slices, strict=True)]
