@@ -211,3 +211,13 @@ def test_bad_rows_of_csv_are_refused_alone(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(rows) + b"\n")
     found = read_manifest(path, {})
     assert [type(one) for one in found] == [Item, Refused, Refused, Item, Item]
+
+
+def test_files_of_other_editors(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf# mine\r\n{"video": "a.mp4", "question": "who?"}\r\n{"video": "\xff", "question": "x"}\r\n'
+    )
+    good, bad = read_manifest(path, {})
+    assert isinstance(good, Item) and good.line == 2
+    assert isinstance(bad, Refused) and bad.reason == "the line is not in UTF-8; save the file as UTF-8"

@@ -390,3 +390,11 @@ def test_a_header_beyond_the_limit_is_not_read(model: Keye, own: Path) -> None:
         file.write(PRELUDE.pack(magic, version, place, 1 << 40, digest))
     with pytest.raises(KeyeError, match="its header is not where one can be"):
         model.ask(own, "what?")
+
+
+def test_names_that_are_no_text(model: Keye, video: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "b\udcffd.mp4"
+    shutil.copy(video, odd)
+    info = model.index(odd, tmp_path / "x\udcff.keye")
+    assert info.plan["name"].startswith("b") and describe(info.path)["video"]["plan"]["name"] == "b?d.mp4"
+    assert model.ask(info.path, "what?", max_tokens=1).plan[0]["name"] == "b?d.mp4"

@@ -68,3 +68,16 @@ def test_times_that_a_model_counts_otherwise_become_those_of_players() -> None:
     assert keep_moments([(0.5, 1.2)], relative)[0] == [(30.5, 31.2)], "Preview counts from the first sampled frame"
     clip = Region("clip", (), interval=(0.5, 1.2))
     assert keep_regions([clip], relative) == [Region("clip", (), interval=(30.5, 31.2))]
+
+
+def test_what_rounding_leaves_is_no_moment() -> None:
+    """A time of one decimal at the end of what was looked at shares some hundredths with it."""
+    kept, notes = keep_moments([(20.0, 21.0), (20.03, 30.0)], [Window(0.0, 20.03)])
+    assert kept == [] and "20.0 s to 21.0 s, 20.0 s to 30.0 s: outside" in str(notes[0])
+    assert keep_moments([(4.0, 4.04)], [Window(0.0, 20.0)])[0] == [(4.0, 4.04)]
+
+
+def test_a_moment_that_is_named_again_is_one() -> None:
+    kept, notes = keep_moments([(3.0, 4.0), (1.0, 2.0), (3.0, 4.0), (5.0, 5.0), (5.0, 5.0)], [Window(0.0, 9.0)])
+    assert kept == [(3.0, 4.0), (1.0, 2.0)]
+    assert str(notes[0]).startswith("the reply names 5.0 s to 5.0 s: without length")

@@ -10,7 +10,7 @@ from clips import read_code, write_clip, write_with_sound
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips, fit_interval
-from keye.media.fetch import fetch_source
+from keye.media.fetch import Source, fetch_source
 from keye.media.options import MediaOptions
 from keye.media.video import open_video
 
@@ -33,6 +33,12 @@ def test_a_clip_holds_the_frames_of_its_interval(tmp_path: Path) -> None:
     assert times == [i / 10 for i in range(10)] and length == pytest.approx(1.0)
     assert codes_and_times(paths[1])[0] == list(range(10, 30))
     assert seen[-1] == (3, 3)
+
+
+def test_clips_of_what_was_piped_in_have_a_name_that_says_so(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "keye-stdin-x7a.mp4", frames=10, fps=10)
+    piped = Source("standard input", path.stat().st_size, path=path, keep=path)
+    assert [clip.name for clip in cut_clips(piped, [(0.0, 0.5)], tmp_path)] == ["standard-input-001-0.0s-0.5s.mp4"]
 
 
 def test_irregular_times_are_kept(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from keye.files import complete_file
 
 #: How records begin.
 _BEGIN: Final = b'{"line_digest":"'
+#: A longer line is no record, in bytes.
+_MOST_BYTES: Final = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Done:
 class Journal:
     """The output file, opened by one process at a time and until `close`. `done` are the items that it has, by id.
 
-    A last line without its end, which a kill leaves, is cut off. `KeyeError` for a file that another batch writes to,
-    that cannot be written, or that holds anything but records: such a file is never changed."""
+    A last line without its end, which a kill leaves, is cut off, and a new file to which nothing was written removed.
+    `KeyeError` for a file that another batch writes to, that cannot be written, or that holds anything but records:
+    such a file is never changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._was_there = os.path.lexists(path)
         self._fd = _open_locked(path)
         try:
             self.done = self._recover()
@@ -102,6 +106,8 @@ class Journal:
         """Writes to the disk what is not there yet, and lets others in."""
         if self._fd >= 0:
             self.sync()
+            if not os.fstat(self._fd).st_size and not self._was_there:
+                self.path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
 
@@ -109,7 +115,7 @@ class Journal:
         done: dict[str, Done] = {}
         whole = 0
         with os.fdopen(os.dup(self._fd), "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_MOST_BYTES), b""), 1):
                 try:
                     name, one = _read(line)
                 except ValueError:
@@ -131,8 +137,8 @@ class Journal:
 
 def _is_torn_record(line: bytes, others: bool) -> bool:
     """Whether a line without its end is the beginning of a record and of nothing else, beside `others` in the file."""
-    # Records of earlier versions begin with their id, as many a file does.
-    begins = line.startswith(_BEGIN) or _BEGIN.startswith(line) or (others and line.startswith(b'{"id":"'))
+    # Less than a record's beginning, and what records of earlier versions began with, many a file has.
+    begins = line.startswith(_BEGIN) or (others and (_BEGIN.startswith(line) or line.startswith(b'{"id":"')))
     try:
         json.loads(line)
     except (ValueError, RecursionError):

@@ -6,6 +6,7 @@ Opens no medium; of those whose kind the line leaves open it reads the first byt
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -105,7 +106,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, object]]:
                 yield from _csv_lines(path, file.read())
                 return
             for number, raw in _raw_lines(file):
-                text = raw.strip()
+                text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
                 if text and not text.startswith(b"#"):
                     yield number, text, _parsed(text)
     except OSError as error:
@@ -126,12 +127,14 @@ def _parsed(text: bytes) -> object:
     if len(text) > MAX_LINE:
         return f"the line has more than {MAX_LINE >> 20} MiB; name files instead of sending them"
     try:
-        value = json.loads(text, parse_int=_whole, parse_float=_number, parse_constant=_number)
+        value = json.loads(text.decode(), parse_int=_whole, parse_float=_number, parse_constant=_number)
     except KeyeError as error:
         return str(error)
     except RecursionError:
         return "the line is nested too deeply; write one JSON object a line"
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError:
+        return "the line is not in UTF-8; save the file as UTF-8"
+    except json.JSONDecodeError as error:
         return f"the line is no JSON ({error}); write one JSON object a line"
     return value if isinstance(value, dict) else "the line is no JSON object; write {...} with a question"
 

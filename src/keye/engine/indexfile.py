@@ -164,7 +164,8 @@ def _write(file: BinaryIO, cache: KVCache, layout: KVLayout, tokens: Tensor, abo
             "offset": file.tell(), "bytes": data.nbytes, "sha256": hashlib.sha256(data.tobytes()).hexdigest(),
         }  # fmt: skip
         file.write(data.tobytes())
-    header = json.dumps({**about, "storage": storage}, ensure_ascii=False).encode()
+    # Names of files may hold bytes that are no text.
+    header = json.dumps({**about, "storage": storage}, ensure_ascii=False).encode("utf-8", "replace")
     if len(header) > MAX_HEADER_BYTES:
         raise KeyeError("the plan of the video is too long for an index: sample fewer frames")
     place = file.tell()

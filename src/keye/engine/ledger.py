@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -99,5 +100,7 @@ class Ledger:
 
 
 def megabytes(nbytes: int) -> str:
-    """A byte count as people read it: 812 MiB, 25.8 GiB."""
+    """A byte count as people read it: 0.1 MiB, 812 MiB, 25.8 GiB."""
+    if nbytes < 10 * 2**20:
+        return f"{math.ceil(nbytes / 2**20 * 10) / 10:g} MiB"
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 10 * 2**30 else f"{-(-nbytes // 2**20)} MiB"

@@ -69,9 +69,9 @@ def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
     free = shutil.disk_usage(folder).free
     if free - nbytes < reserve:
         raise OutOfMemory(
-            f"{megabytes(nbytes)} of keys and values do not fit on the disk of {folder}, which has "
-            f"{megabytes(free)} free, of which {megabytes(reserve)} stay so; free some, name a folder on another "
-            "disk, or store them in fewer bits"
+            f"{megabytes(nbytes)} of keys and values, and {megabytes(reserve)} that stay free, do not fit on the disk "
+            f"of {folder}, where {megabytes(free)} are free; free some, name a folder on another disk, or store them "
+            "in fewer bits"
         )
 
 

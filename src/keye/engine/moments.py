@@ -69,12 +69,13 @@ def _window(plan: Mapping[str, Any], relative: bool) -> Window | None:
 
 
 def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tuple[list[Interval], list[KeyeWarning]]:
-    """The intervals that are moments of the video, in seconds that players show, and a note on each kind of others.
+    """The intervals that are moments of the video, each once, in seconds that players show, and a note on each kind of
+    others.
 
     Left out are intervals without length, and those outside every window; one that reaches beyond the windows is cut to
     them. Without windows only the first rule holds: then no time is known to have been looked at or not.
     """
-    kept: list[Interval] = []
+    kept: dict[Interval, None] = {}
     empty, outside, cut = [], [], []
     for start, end in intervals:
         if not start < end:
@@ -85,7 +86,7 @@ def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tu
             outside.append((start, end))
             continue
         (low, high), window = within
-        kept.append(window.to_shown((low, high)) if window is not None else (low, high))
+        kept[window.to_shown((low, high)) if window is not None else (low, high)] = None
         if max(abs(low - start), abs(high - end)) > _ROUNDING:
             cut.append((start, end))
     looked = f"what was looked at ({_spans([(window.start, window.end) for window in windows])})"
@@ -98,7 +99,7 @@ def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tu
         )
         if spans
     ]
-    return kept, notes
+    return list(kept), notes
 
 
 def keep_regions(regions: Sequence[Region], windows: Sequence[Window]) -> list[Region]:
@@ -114,19 +115,20 @@ def keep_regions(regions: Sequence[Region], windows: Sequence[Window]) -> list[R
 
 
 def _within(interval: Interval, windows: Sequence[Window]) -> tuple[Interval, Window | None] | None:
-    """The interval cut to the window with which it shares most, and that; None if it shares nothing with any."""
+    """The interval cut to the window with which it shares most, and that; None if it shares no more with any than
+    rounding makes of nothing."""
     if not windows:
         return interval, None
     start, end = interval
     parts = [(max(start, window.start), min(end, window.end), window) for window in windows]
     low, high, window = max(parts, key=lambda part: part[1] - part[0])
-    if high <= low:
+    if high <= low or (high - low < _ROUNDING and high - low < end - start):
         return None
     # What rounding to a tenth of a second adds is no excess.
     return (start if low - start <= _ROUNDING else low, end if end - high <= _ROUNDING else high), window
 
 
 def _spans(intervals: Sequence[Interval]) -> str:
-    listed = [f"{format_seconds(start)} to {format_seconds(end)}" for start, end in intervals[:_LISTED]]
-    more = f" and {len(intervals) - _LISTED} more" if len(intervals) > _LISTED else ""
-    return ", ".join(listed) + more
+    told = list(dict.fromkeys(f"{format_seconds(start)} to {format_seconds(end)}" for start, end in intervals))
+    more = f" and {len(told) - _LISTED} more" if len(told) > _LISTED else ""
+    return ", ".join(told[:_LISTED]) + more

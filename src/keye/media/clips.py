@@ -16,7 +16,7 @@ import av
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from keye.files import MARK, check_output, complete_file, has_mark, unwritable
-from keye.media.fetch import Reference, fetch_source
+from keye.media.fetch import Reference, Source, fetch_source
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.video import DecodeLimits, VideoInfo, VideoReader
@@ -52,7 +52,7 @@ def cut_clips(
     when the video cannot be read, and `KeyeError` when the folder cannot be written, which is then left as it was.
     """
     source = fetch_source(source)
-    stem = (source.path.stem if source.path is not None else "clip")[:_MAX_STEM]
+    stem = _stem(source)[:_MAX_STEM]
     with VideoReader(source, limits, track=options.track) as reader:
         shown = reader.info.start_offset, reader.info.duration
         spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *shown))}
@@ -65,6 +65,13 @@ def cut_clips(
                 draft = drafts.enter_context(complete_file(folder / names[number]))
                 _write(draft, reader, _plan(reader.info, start, end, options), (start, end), meter)
     return [folder / name for name in names.values()]
+
+
+def _stem(source: Source) -> str:
+    """What the names of clips begin with. A temporary file has a name of its own that says nothing."""
+    if source.path is None:
+        return "clip"
+    return source.path.stem if source.keep is None else Path(source.name.replace(" ", "-")).stem
 
 
 @contextmanager
