@@ -162,6 +162,34 @@ def test_what_a_question_shares_with_a_session_stays_shared(folder: Path, tmp_pa
     assert model.store.nbytes() == before, "the past of the session was not copied"
 
 
+class Only:
+    """A form of one token, again and again."""
+
+    def __init__(self, vocab_size: int, token: int) -> None:
+        self.vocab_size, self.token = vocab_size, token
+
+    def mask(self) -> torch.Tensor:
+        return torch.arange(self.vocab_size) == self.token
+
+    def settle(self, token: int) -> int:
+        return token
+
+    def advance(self, token: int) -> None: ...
+
+    def fork(self) -> Only:
+        return self
+
+
+def test_a_placeholder_that_a_model_draws_disturbs_nobody(folder: Path) -> None:
+    """Beside a prompt whose placeholders are given visual tokens."""
+    model = keye.load(folder)
+    config = model.config
+    drawn = replace(about_words(model, 5, max_tokens=60), guide=Only(config.text.vocab_size, config.video_token_id))
+    first, second = run(model, drawn, about_clip(model, max_tokens=5))
+    assert [token for token, _ in exact(first)[0]] == [config.video_token_id] * 60
+    assert len(exact(second)[0]) == 5
+
+
 def test_requests_that_fit_alone_finish_together(folder: Path) -> None:
     """With scratch for the smallest step and room for two of eight, each writes what it writes alone."""
     model = keye.load(folder, dtype="float32")
