@@ -37,8 +37,6 @@ name = "keye"
 base_url = "${common.API}"
 env_key = "KEYE_KEY"
 wire_api = "responses"
-request_max_retries = 0
-stream_max_retries = 0
 [analytics]
 enabled = false
 `);
@@ -63,31 +61,28 @@ function run(...given) {
 
 const kinds = ({ events }) => events.map((event) => event.type);
 
+process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
 configure(common.MODEL);
-try {
-  await common.report({
-    async chat() {
-      const done = await run("hello");
-      check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
-      check(done.events.find((event) => event.type === "turn.completed").usage.input_tokens > 1000, done.events);
-    },
-    async image() {
-      writeFileSync(join(work, "red.png"), common.png());
-      const done = await run("what colour is it?", "--image", join(work, "red.png"));
-      check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
-    },
-    async structured() {
-      writeFileSync(join(work, "schema.json"), JSON.stringify(common.SCHEMA));
-      const done = await run("hello", "--output-schema", join(work, "schema.json"));
-      const said = done.events.find((event) => event.item?.type === "agent_message");
-      check(said, done.output.slice(-3000));
-      common.checkAnswer(JSON.parse(said.item.text));
-    },
-    async errors() {
-      const done = await run("word ".repeat(20000));
-      check(kinds(done).includes("turn.failed") && /context/.test(done.output), done.output.slice(-3000));
-    },
-  });
-} finally {
-  rmSync(folder, { recursive: true, force: true });
-}
+await common.report({
+  async chat() {
+    const done = await run("hello");
+    check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
+    check(done.events.find((event) => event.type === "turn.completed").usage.input_tokens > 1000, done.events);
+  },
+  async image() {
+    writeFileSync(join(work, "red.png"), common.png());
+    const done = await run("what colour is it?", "--image", join(work, "red.png"));
+    check(kinds(done).includes("turn.completed"), done.output.slice(-3000));
+  },
+  async structured() {
+    writeFileSync(join(work, "schema.json"), JSON.stringify(common.SCHEMA));
+    const done = await run("hello", "--output-schema", join(work, "schema.json"));
+    const said = done.events.find((event) => event.item?.type === "agent_message");
+    check(said, done.output.slice(-3000));
+    common.checkAnswer(JSON.parse(said.item.text));
+  },
+  async errors() {
+    const done = await run("word ".repeat(20000));
+    check(kinds(done).includes("turn.failed") && /context/.test(done.output), done.output.slice(-3000));
+  },
+});
