@@ -66,6 +66,9 @@ def test_a_checkpoint_is_used_with_its_own_formats(tmp_path: Path) -> None:
     assert model.processor.config.frame_text == "<{seconds:.2f}>"
     notes = " ".join(model.notes)
     assert "checkpoint's own chat template" in notes and "labelled by the frame_text of the checkpoint" in notes
+    (folder / "preprocessor_config.json").write_text('{"keye": {}}')
+    assert "checkpoint's own chat template" in " ".join(keye.load(folder).notes), "of one that keye wrote too"
+    (folder / "preprocessor_config.json").unlink()
     ours = keye.load(folder, template="keye")
     assert prompt_text(ours) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert not any("template" in note for note in ours.notes), "it was asked for"

@@ -101,6 +101,16 @@ def test_every_misfit_is_named_at_once(make_model: Any) -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "nothing was written"
 
 
+def test_a_quantised_checkpoint_is_said_to_be_one(make_model: Any) -> None:
+    """One sentence, also where its config.json says nothing of it."""
+    model = make_model()
+    tensors = dict(model.state_dict().items())
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.qweight"] = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(WeightsError, match=r"is quantised \(it holds model.layers.0.self_attn.q_proj.qweight\)"):
+        load_tensors(model, tensors)
+
+
 def test_a_missing_expert_is_named(make_model: Any) -> None:
     model = make_model()
     tensors = per_expert(dict(model.state_dict()))

@@ -79,7 +79,7 @@ class CheckpointTemplate:
         offered = normalize_tools(tools)
         template = self.tool_text if offered else self.text
         if template is None:
-            raise KeyeError(f"{self.name} has no place for tools: leave tools out, or use keye's own template.")
+            raise KeyeError(f"{self.name} has no place for tools: leave tools out, or load it with template keye.")
         hidden = _Hidden()
         lists = any(mark in template for mark in ("image_pad", "vision_start"))
         variables = {
@@ -172,7 +172,9 @@ class _Hidden:
 
     def _own(self, name: str, text: str) -> Segment:
         if self.nonce in text.upper():
-            raise KeyeError(f"{name} rewrites what the user wrote, which keye does not allow: use keye's own template.")
+            raise KeyeError(
+                f"{name} rewrites what the user wrote, which keye does not allow: load it with template keye."
+            )
         return Segment("template", text)
 
 
@@ -184,7 +186,7 @@ def _check_last_words(name: str, turns: Sequence[Message], segments: Sequence[Se
     )
     written = {segment.value for segment in segments if segment.kind == "text"}
     if any(text not in written for text in texts):
-        raise KeyeError(f"{name} leaves out what the user wrote last: use keye's own template or correct it.")
+        raise KeyeError(f"{name} leaves out what the user wrote last: load it with template keye or correct it.")
 
 
 def _with_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]) -> Iterable[Segment]:
@@ -204,12 +206,12 @@ def _with_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]
             medium = next(waiting, None)
             if medium is None or medium.kind != piece:
                 raise KeyeError(
-                    f"{name} has a place for {piece} where the conversation has none: use keye's own template."
+                    f"{name} has a place for {piece} where the conversation has none: load it with template keye."
                 )
             placed += 1
             yield Segment(medium.kind, medium)
     if placed < len(media):
-        raise KeyeError(f"{name} leaves out {len(media) - placed} of {len(media)} media: use keye's own template.")
+        raise KeyeError(f"{name} leaves out {len(media) - placed} of {len(media)} media: load it with template keye.")
 
 
 def find_template(folder: Path) -> CheckpointTemplate | None:
@@ -229,7 +231,7 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     files = [path / name for name in _FILES]
     found = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
     if not found:
-        raise KeyeError(f"{path} holds no chat template: use keye's own template (leave --template out).")
+        raise KeyeError(f"{path} holds no chat template: choose template keye or auto.")
     named = dict(reversed(found))
     text = named.get("default", found[0][1])
     tool_text = named.get("tool_use") or next((text for _, text in found if re.search(r"\btools\b", text)), None)

@@ -48,7 +48,7 @@ class TemplateProcess:
             if "error" in answer:  # it may have used up memory that it does not give back
                 self._end()
         if "error" in answer:
-            raise KeyeError(f"{name} cannot be rendered ({answer['error']}): use keye's own template or correct it.")
+            raise KeyeError(f"{name} cannot be rendered ({answer['error']}): load it with template keye or correct it.")
         return str(answer["text"])
 
     def close(self) -> None:
@@ -87,10 +87,10 @@ class TemplateProcess:
         _, trouble = worker.communicate()
         if worker.returncode < 0:
             return KeyeError(
-                f"{name} does not come to an end (it may loop for ever): use keye's own template or correct it."
+                f"{name} does not come to an end (it may loop for ever): load it with template keye or correct it."
             )
         reason = (trouble.decode(errors="replace").strip().splitlines() or ["its process ended without an answer"])[-1]
-        return KeyeError(f"{name} cannot be rendered ({reason[:200]}): use keye's own template.")
+        return KeyeError(f"{name} cannot be rendered ({reason[:200]}): load it with template keye.")
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._worker is None or self._worker.poll() is not None:

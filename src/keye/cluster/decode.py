@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
@@ -19,7 +18,7 @@ from keye.cluster.decode_queue import Priority as Priority
 from keye.cluster.decode_work import Work
 from keye.cluster.pool import LocalPool, Pool, PoolWorker, WorkerDied
 from keye.cluster.pool_worker import ABSENT, DONE, REFUSED
-from keye.errors import KeyeError, KeyeWarning, MediaError
+from keye.errors import KeyeError, KeyeWarning, MediaError, warn
 
 #: Workers that a piece of work may cost.
 DEATHS: Final = 3
@@ -174,7 +173,7 @@ class DecodeService:
             pool.close()
             raise KeyeError(sentences[0] if sentences else "the cluster has no node that can run a decode worker")
         for sentence in dict.fromkeys(sentences):
-            warnings.warn(KeyeWarning(f"{sentence}; it is left out"), stacklevel=4)
+            warn(KeyeWarning(f"{sentence}; it is left out"), stacklevel=4)
         self._workers = dict(enumerate(fit))
         return fit
 

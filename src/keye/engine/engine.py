@@ -454,12 +454,14 @@ def format_notes(
     folder: Path, config: KeyeConfig, template: CheckpointTemplate | None, *, asked: bool
 ) -> Iterator[str]:
     """Which chat template and which text before frames a checkpoint is used with, a sentence each. Nothing where a
-    template was asked for, nor of checkpoints that keye wrote: their formats are keye's."""
-    if asked or has_keye_fields(folder):
+    template was asked for, nor of keye's own formats in checkpoints that keye wrote."""
+    if asked:
         return
     if template is not None:
         yield f"prompts follow the checkpoint's own chat template; template keye chooses that of keye ({template.name})"
-    else:
+    if has_keye_fields(folder):
+        return
+    if template is None:
         yield f"the checkpoint brings no chat template: prompts follow keye's own for Keye-VL {config.generation}"
     if config.generation == "2.0":
         yield (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from keye.engine.json_form import MAX_BYTES, MAX_PATTERN, call_schema, check_schema, compact_schema
-from keye.errors import KeyeError, KeyeWarning, missing_package
+from keye.errors import KeyeError, KeyeWarning, missing_package, warn
 from keye.tokenizer import Tokenizer
 
 FormKind = Literal["json_schema", "regex", "grammar", "choice", "calls", "tags"]
@@ -139,7 +138,7 @@ class GuideFactory:
             if not matcher.is_error():
                 parts = re.sub(r"[^\w, ]", "", found[1]).strip()[:200]
                 note = f"the reply is not held to these parts of its JSON schema: {parts}"
-                warnings.warn(KeyeWarning(note), stacklevel=2)
+                warn(KeyeWarning(note), stacklevel=2)
         if matcher.is_error():
             raise _refused(form, matcher.get_error())
         return Guide(matcher, self, reasoning=after_reasoning)

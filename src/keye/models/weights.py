@@ -8,7 +8,6 @@ every tensor of the files must have a place, be known to have none, or be an err
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.config import KeyeConfig, read_json, vision_config_from_dict
-from keye.errors import KeyeError, KeyeWarning
+from keye.errors import KeyeError, KeyeWarning, warn
 from keye.models.checkpoint import (
     INDEX_FILE,
     SHARD_BYTES,
@@ -47,6 +46,8 @@ IGNORED = re.compile(
 CARRIED = re.compile(r"visual\.vision_model\.head\.|\.packing_position_embedding\.")
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _INDEXER = ".sa_indexer."
+#: What quantised checkpoints hold beside or in place of weights.
+_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_packed|weight\.absmax|SCB)$")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _carried(model: KeyeModel) -> dict[str, Tensor]:
         tensors = open_checkpoint(model.origin, lambda name: CARRIED.search(name) is not None)
         return {name: tensor.read() for name, tensor in tensors.items() if tensor.unreadable is None}
     except KeyeError as error:
-        warnings.warn(
+        warn(
             KeyeWarning(
                 f"the packing table of {model.origin} cannot be copied, which vLLM's loader will miss ({error})"
             ),
@@ -202,6 +203,9 @@ def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> t
         ("missing", missing), ("mis-shaped", wrong), ("no floating-point numbers that keye reads", unreadable),
         ("unexpected", unexpected),
     )  # fmt: skip
+    if strict and (found := sorted(name for name in rest if _QUANTISED.search(name))):
+        raise WeightsError(f"the checkpoint is quantised (it holds {found[0]}), which keye does not read yet: use the "
+                           "bfloat16 release of the model")  # fmt: skip
     if any(names for _, names in problems):
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")
