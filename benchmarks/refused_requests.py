@@ -187,6 +187,11 @@ def forms() -> Iterator[Hostile]:
     yield Hostile("form: nested options", lambda: chat(structured_outputs={"regex": "(" * 500 + "a" + "?)*" * 500}))
     yield Hostile("form: a long choice", lambda: chat(structured_outputs={"choice": ["x" * 250] * 5000}))
     yield Hostile("form: a grammar that refers to itself", lambda: chat(structured_outputs={"grammar": "start: start"}))
+    yield Hostile("form: repetitions in a grammar", lambda: chat(
+        grammar='root ::= a{10000}\na ::= b{10000}\nb ::= "x"'))  # fmt: skip
+    yield Hostile("form: repetitions in a regex", lambda: chat(regex="((x{9999}){9999}){9999}"))
+    yield Hostile("form: repetitions in a pattern", lambda: schema({"type": "string", "pattern": "^(x{9999}){9999}$"}))
+    yield Hostile("form: definitions that are no object", lambda: schema({"type": "object", "$defs": []}))
     yield Hostile("form: 30,000 properties", lambda: schema(
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(15_000)}}))  # fmt: skip
     yield Hostile("form: a deep schema", lambda: schema(deep(40)))

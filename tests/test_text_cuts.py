@@ -72,8 +72,10 @@ def test_a_run_without_any_cut_is_bounded_only_where_tokens_are_counted() -> Non
     backend.pre_tokenizer, backend.normalizer = QWEN
     tokenizer, run = Tokenizer(backend), "a" * (MAX_RUN + 1)
     assert len(tokenizer.encode(run)) == MAX_RUN + 1
-    with pytest.raises(KeyeError, match="in a row"):
-        tokenizer.encode_parts([(run, False)], most=10**6)
+    for text in (run, "\U0001f600" * (MAX_RUN // 4 + 1)):
+        with pytest.raises(KeyeError, match="bytes in a row"):
+            tokenizer.encode_parts([(text, False)], most=10**6)
+    assert len(tokenizer.encode_parts([("\U0001f600" * (MAX_RUN // 4), False)], most=10**6)) == MAX_RUN
 
 
 @given(text=texts)

@@ -97,7 +97,7 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-#: Characters without a place to cut that are encoded where the number of tokens is limited: 50 MB of memory.
+#: Bytes without a place to cut that are encoded where the number of tokens is limited: 50 MB of memory.
 MAX_RUN: Final = 262_144
 
 _BYTE_OF: Final = {character: byte for byte, character in enumerate(byte_characters())}
@@ -247,9 +247,9 @@ class Tokenizer:
         place to cut, which `bounded` limits."""
         check_unicode(text)
         for piece in pieces_of(text, self._cuts):
-            if bounded and len(piece) > MAX_RUN:
+            if bounded and len(piece) * (1 if piece.isascii() else 4) > MAX_RUN < len(piece.encode()):
                 raise KeyeError(
-                    f"The text holds more than {MAX_RUN:,} characters in a row without a space or a digit between "
+                    f"The text holds more than {MAX_RUN:,} bytes in a row without a space or a digit between "
                     "letters; break it up."
                 )
             if piece:

@@ -154,7 +154,7 @@ def test_checked_messages_pass_through() -> None:
         ([{"role": "user", "content": b"x"}], "give a text"),
         ([user({"type": "audio", "audio": "a.mp3"})], "type is 'audio': use text, image, video"),
         ([user({"text": "x"})], r"content\[0\] has no 'type'"),
-        ([user({"type": "text", "text": 3})], "text is a int"),
+        ([user({"type": "text", "text": 3})], "text is 3: give a text"),
         ([user({"type": "video", "video": ""})], "video is empty"),
         (
             [user({"type": "video", "video": "a", "speed": 2})],

@@ -161,6 +161,14 @@ def test_other_forms(factory: GuideFactory, form: Form, text: str, allowed: bool
         (Form("json_schema", {"type": [{}]}), "the JSON schema cannot be used"),
         (Form("regex", "[.*"), "the regex cannot be used: [^|]*$"),
         (Form("regex", "a" * 3000), "more than 2,000 characters"),
+        (Form("regex", "(ab"), "the regex cannot be used: unclosed group$"),
+        (Form("json_schema", with_a({"type": "string", "pattern": "["})), "cannot be used: unclosed character class$"),
+        (Form("json_schema", with_a({"minimum": "a"})), "expected a number for 'minimum'"),
+        (Form("json_schema", {"$defs": [], "type": "object"}), "[$]defs that are no object"),
+        (Form("json_schema", with_a({"type": [[1]]})), "the JSON schema cannot be used"),
+        (Form("json_schema", with_a({"type": "integer", "minimum": 10**20})), "minimum of 1e[+]20; limits of numbers"),
+        (Form("json_schema", with_a({"type": "number", "maximum": -1e300})), "maximum of -1e[+]300; limits of"),
+        (Form("json_schema", with_a({"type": "string", "minLength": 10**12})), "it can be up to 100,000,000"),
         (Form("grammar", "root ::= foo bar("), "the grammar cannot be read"),
         (Form("grammar", "root ::= " + "(" * 20_000), "nested too deep"),
         (Form("grammar", "start: foo"), "the grammar cannot be used: [^|]*$"),
@@ -171,6 +179,44 @@ def test_other_forms(factory: GuideFactory, form: Form, text: str, allowed: bool
 def test_forms_that_are_refused(factory: GuideFactory, form: Form, sentence: str) -> None:
     with pytest.raises(KeyeError, match=sentence):
         factory.guide(form)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form("regex", "(x{9999}){9999}"),
+        Form("regex", "(x{9999,}){9999,}"),
+        Form("regex", "(x{9999}[a[b](]){9999}"),
+        Form("regex", "(x{9999}(?x)#(\n){9999}#)\n"),
+        Form("grammar", 'root ::= a{10000}\na ::= b{10000}\nb ::= "x"'),
+        Form("grammar", 'start: a{10000}\na: b{10000}\nb: "x"'),
+        Form("grammar", 'start: (a){10000}\na: (b)~10000\nb: "x"'),
+        Form("grammar", "start: A{9999}\nA: /x{9999}/"),
+        Form("grammar", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(30)) + '\nA30: "x"'),
+        Form("grammar", 'start: %json {"type":"string","pattern":"^(x{9999}){9999}$"}'),
+        Form("json_schema", with_a({"type": "string", "pattern": "^(x{9999}){9999}$"})),
+        Form("json_schema", {"type": "object", "patternProperties": {"^(x{9999}){9999}$": {}}}),
+    ],
+)
+def test_repetitions_that_multiply_are_refused_before_they_are_laid_out(factory: GuideFactory, form: Form) -> None:
+    with pytest.raises(KeyeError, match="multiply to more than 50,000 characters"):
+        factory.guide(form)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (Form("regex", r"(\w{1,50} ?){1,2000}"), "so many words"),
+        (Form("regex", r"([0-9a-f]{2}:){5}[0-9a-f]{2}"), "0a:0b:0c:0d:0e:0f"),
+        (Form("grammar", 'root ::= item{1,5000}\nitem ::= "- " [a-z]{1,5000} "\\n"'), "- a\n- b\n"),
+        (Form("grammar", 'start: %json {"type": "boolean"} // {9999}{9999}{9999}'), "true"),
+        (Form("json_schema", with_a({"type": "string", "maxLength": 10**12})), '{"a":"x"}'),
+        (Form("json_schema", {**A, "$schema": "https://x.example/schema"}), '{"a":1}'),
+        (Form("json_schema", with_a({"type": "integer", "maximum": 1e300})), '{"a":1}'),
+    ],
+)
+def test_forms_of_many_repetitions_that_stay_small(factory: GuideFactory, form: Form, text: str) -> None:
+    assert allows(factory, form, text)
 
 
 @pytest.mark.parametrize(

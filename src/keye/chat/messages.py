@@ -202,6 +202,9 @@ def _tool(where: str, tool: object) -> Mapping[str, Any]:
         raise KeyeError(f"{where}.type is {brief(fields.get('type'))}: only functions can be offered.")
     inner = _fields(f"{where}.function", fields["function"], allowed=None, required=("name",))
     tool_name(f"{where}.function", inner["name"])
+    if inner.get("parameters") is None:
+        inner = {name: value for name, value in inner.items() if name != "parameters"}
+        fields = {**fields, "function": inner}
     if not isinstance(inner.get("parameters", {}), Mapping):
         raise KeyeError(f"{where}.function.parameters is a {type(inner['parameters']).__name__}: give a JSON schema.")
     try:
@@ -218,7 +221,7 @@ def _part(where: str, part: object) -> str | Medium:
     if kind == "text":
         text = _fields(where, part, allowed={"type", "text"}, required=("text",))["text"]
         if not isinstance(text, str):
-            raise KeyeError(f"{where}.text is a {type(text).__name__}: give a text.")
+            raise KeyeError(f"{where}.text is {brief(text)}: give a text.")
         return text
     medium: MediumKind
     for medium in ("image", "video"):

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from keye.engine.form_size import check_grammar, check_regex
 from keye.engine.json_form import MAX_BYTES, MAX_PATTERN, call_schema, check_schema, compact_schema
 from keye.errors import KeyeError, KeyeWarning, missing_package, warn
 from keye.tokenizer import Tokenizer
@@ -33,6 +34,16 @@ _OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
 _END_OF_REASONING: Final = b"</think>"
 #: What llguidance says of keywords that it knows and cannot follow.
 _NOT_ENFORCED: Final = re.compile(r"(?:Unimplemented keys:|Unknown)([^\n]*)")
+
+
+#: Words of llguidance's that say more of its insides than of the form, and ours for them.
+_TOLD: Final = (
+    (re.compile(r".*regex parse error:.*\nerror: ([^\n]+).*", re.DOTALL), r"\1"),
+    (re.compile(r"Failed to generate regex.*", re.DOTALL), "its limits of numbers cannot be followed"),
+    (re.compile(r".*lexer configuration.*", re.DOTALL), "it is too complex; make it simpler"),
+    (re.compile(r"invalid multiple of"), "multipleOf must be above 0"),
+    (re.compile(r"\bExpected f64 for"), "expected a number for"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,10 @@ class Guide:
     the model would end its reply, it ends its reasoning instead.
     """
 
-    def __init__(self, matcher: Any, factory: GuideFactory, *, reasoning: bool = False) -> None:
-        self._matcher, self._factory, self._reasoning = matcher, factory, reasoning
+    def __init__(
+        self, matcher: Any, factory: GuideFactory, *, reasoning: bool = False, name: str = "the form of the reply"
+    ) -> None:
+        self._matcher, self._factory, self._reasoning, self._name = matcher, factory, reasoning, name
         self._tail = b""
 
     def mask(self) -> Tensor | None:
@@ -99,13 +112,13 @@ class Guide:
 
     def fork(self) -> Guide:
         """The same state, to go on by itself."""
-        copy = Guide(self._matcher.deep_copy(), self._factory, reasoning=self._reasoning)
+        copy = Guide(self._matcher.deep_copy(), self._factory, reasoning=self._reasoning, name=self._name)
         copy._tail = self._tail
         return copy
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise KeyeError("the form of the reply (response_format) is too complex to follow; make it simpler")
+            raise KeyeError(f"{self._name} is too complex to follow; make it simpler")
 
 
 class GuideFactory:
@@ -141,7 +154,7 @@ class GuideFactory:
                 warn(KeyeWarning(note), stacklevel=2)
         if matcher.is_error():
             raise _refused(form, matcher.get_error())
-        return Guide(matcher, self, reasoning=after_reasoning)
+        return Guide(matcher, self, reasoning=after_reasoning, name=form.field or "the form of the reply")
 
     def _matcher(self, form: Form, *, lenient: bool = False) -> Any:
         try:
@@ -168,8 +181,13 @@ class GuideFactory:
         if form.kind == "regex":
             if len(value) > MAX_PATTERN:
                 raise KeyeError(f"the regex has more than {MAX_PATTERN:,} characters; make it shorter")
+            check_regex(value, "regex")
             return str(matcher.grammar_from_regex(value))
-        return str(matcher.grammar_from_lark(_lark(value) if form.kind == "grammar" else value))
+        if form.kind == "grammar":
+            value = _lark(value)
+            for schema in check_grammar(value):
+                check_schema(schema)
+        return str(matcher.grammar_from_lark(value))
 
     def _tags(self, tags: Sequence[Tag], lenient: bool) -> str:
         """A grammar of free text in which tags may stand."""
@@ -213,8 +231,10 @@ def _json_rule(schema: Mapping[str, Any], lenient: bool) -> str:
 
 def _refused(form: Form, reason: str) -> KeyeError:
     """The sentence for a form that llguidance does not take; of its own words those on the form itself are shown."""
-    told = reason.rpartition("failed to compile JSON schema:")[2].strip().partition("\n")[0]
-    told = re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(told.split()))[:300]
+    told = reason.rpartition("failed to compile JSON schema:")[2].strip()
+    for pattern, ours in _TOLD:
+        told = pattern.sub(ours, told)
+    told = re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(told.partition("\n")[0].split()))[:300]
     return KeyeError("the {} cannot be used: {}", _NAMES[form.kind], told or "it is not valid")
 
 

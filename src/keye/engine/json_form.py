@@ -7,9 +7,11 @@ is no white space; numbers have a bounded number of digits. Knows schemas, no gr
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from keye.engine.form_size import check_regex
 from keye.errors import KeyeError
 
 #: Any JSON object.
@@ -24,7 +26,11 @@ MAX_PATTERN: Final = 2_000
 _LARGEST: Final = 10**15
 _CLAMP: Final = 10**18
 _STEP: Final = 1e-9
+#: Characters of a text that a limit of its length may name.
+_LONGEST: Final = 10**8
 _COMPACT: Final = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+#: The dialects of JSON schemas that are known.
+_DRAFT: Final = re.compile(r"https?://json-schema\.org/draft(?:-0[467]|/2019-09|/2020-12)/schema#?")
 _ANY: Final = "keye_any_value"
 _TO_ANY: Final = {"$ref": f"#/$defs/{_ANY}"}
 _COMBINE: Final = ("allOf", "anyOf", "oneOf")
@@ -78,6 +84,8 @@ def _node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
     if not isinstance(value, Mapping):
         return value
     node = dict(value)
+    if "$schema" in node and not _DRAFT.fullmatch(str(node["$schema"])):
+        del node["$schema"]  # it could only be fetched
     beside = "properties" in node or "$ref" in node
     for key in _ONE:
         if key in node and isinstance(node[key], bool | Mapping) and not (key == "additionalProperties" and merged):
@@ -111,6 +119,10 @@ def _settled(node: dict[str, Any], merged: bool) -> dict[str, Any]:
             node.setdefault("additionalProperties", _TO_ANY)
     if "array" in kinds and not mixed and not merged and "prefixItems" not in node:
         node.setdefault("items", _TO_ANY)
+    if isinstance(node.get("maxLength"), int) and node["maxLength"] > _LONGEST:
+        del node["maxLength"]
+    if isinstance(node.get("minLength"), int) and node["minLength"] > _LONGEST:
+        raise KeyeError(f"the JSON schema has a minLength of {node['minLength']:,}; it can be up to {_LONGEST:,}")
     return _bounded(node, kinds) if kinds & {"number", "integer"} and not {"enum", "const"} & node.keys() else node
 
 
@@ -127,10 +139,13 @@ def _bounded(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
 
 
 def _clamped(node: dict[str, Any]) -> None:
-    """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can."""
+    """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can; `KeyeError`
+    where only numbers beyond these would do."""
     for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         value = node.get(key)
         if isinstance(value, int | float) and abs(value) > _CLAMP:
+            if (value > 0) == key.lower().endswith("minimum"):
+                raise KeyeError(f"the JSON schema has a {key} of {value:.4g}; limits of numbers can be up to 10^18")
             node[key] = _CLAMP if value > 0 else -_CLAMP
 
 
@@ -167,14 +182,25 @@ def check_schema(schema: object) -> None:
             raise KeyeError(f"the JSON schema has more than {MAX_NODES:,} entries; make it smaller")
         if name == "$ref" and not (isinstance(value, str) and value.startswith("#")):
             raise KeyeError("the JSON schema refers to something outside itself; copy that into $defs")
-        if name == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN:
-            raise KeyeError(f"a pattern of the JSON schema has more than {MAX_PATTERN:,} characters; make it shorter")
+        for pattern in _patterns(name, value):
+            if len(pattern) > MAX_PATTERN:
+                sentence = f"a pattern of the JSON schema has more than {MAX_PATTERN:,} characters; make it shorter"
+                raise KeyeError(sentence)
+            check_regex(pattern, "pattern of the JSON schema")
     try:
         size = len(json.dumps(schema).encode())
     except (TypeError, ValueError):
         raise KeyeError("the JSON schema is no JSON; give plain data") from None
     if size > MAX_BYTES:
         raise KeyeError(f"the JSON schema has more than {MAX_BYTES:,} bytes; make it smaller")
+
+
+def _patterns(name: str, value: object) -> Iterator[str]:
+    """The regular expressions in what stands under a name."""
+    if name == "pattern" and isinstance(value, str):
+        yield value
+    elif name == "patternProperties" and isinstance(value, Mapping):
+        yield from map(str, value)
 
 
 def _walk(value: object) -> Iterator[tuple[int, str, object]]:

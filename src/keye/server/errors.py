@@ -31,7 +31,7 @@ _FIELD: Final = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z_]+)*)(?=[ :.])")
 _WORDS: Final = frozenset({
     "messages", "prompt", "input", "content", "tools", "model", "stop", "n", "seed", "temperature", "echo", "logprobs",
     "fps", "nframes", "timestamps", "intervals", "offset", "question", "event", "video", "frames", "file", "purpose",
-    "keep", "attention", "regex", "grammar", "choice", "text", "limit", "track", "deinterlace",
+    "keep", "attention", "regex", "grammar", "ebnf", "choice", "text", "limit", "track", "deinterlace",
 })  # fmt: skip
 _MAX_MESSAGE: Final = 2_000
 
