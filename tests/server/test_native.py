@@ -133,3 +133,12 @@ def test_small_routes(http: TestClient) -> None:
         assert info["model_path"] == "tiny" and info["is_generation"] is True
     for tokens in ([9_999_999], [5] * 2049):
         assert error_of(http.post("/detokenize", json={"tokens": tokens}))["param"] == "tokens"
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "a" * 300_000}, {"messages": [{"role": "user", "content": "\U0001f600" * 70_000}]}]
+)
+def test_a_run_that_takes_much_memory_is_not_counted(http: TestClient, body: dict[str, Any]) -> None:
+    answer = http.post("/tokenize", json=body)
+    assert answer.status_code == 400 and "in a row" in answer.json()["error"]["message"], answer.text
+    assert answer.json()["error"]["param"] == next(iter(body))

@@ -139,8 +139,8 @@ def _bounded(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
 
 
 def _clamped(node: dict[str, Any]) -> None:
-    """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can; `KeyeError`
-    where only numbers beyond these would do."""
+    """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can;
+    `KeyeError` where only numbers beyond these would do."""
     for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         value = node.get(key)
         if isinstance(value, int | float) and abs(value) > _CLAMP:

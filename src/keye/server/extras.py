@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.engine.prompt import MOST_COUNTED
+from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.errors import ApiError, of_mistake
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, to_messages
 from keye.server.prepare import thinking_of
 from keye.server.schemas import TokenizeRequest
-from keye.tokenizer import check_unicode
+from keye.tokenizer import Tokenizer, check_unicode
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -77,7 +79,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
 def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     tokenizer = context.model.tokenizer
     if body.prompt is not None:
-        return tokenizer.encode(check_unicode(body.prompt))  # of bounded length
+        return _counted(tokenizer, [(check_unicode(body.prompt), False)], "prompt")
     messages = to_messages(body.messages or (), context.openers(owner).uploads)
     if media_of(messages):
         raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
@@ -88,7 +90,14 @@ def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
     )  # fmt: skip
     parts = [(str(segment.value), segment.kind == "template") for segment in segments]
-    tokens = tokenizer.encode_parts(parts, most=MOST_COUNTED)
+    return _counted(tokenizer, parts, "messages")
+
+
+def _counted(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]], field: str) -> list[int]:
+    try:
+        tokens = tokenizer.encode_parts(parts, most=MOST_COUNTED)
+    except KeyeError as error:
+        raise of_mistake(error, param=field) from None
     if len(tokens) > MOST_COUNTED:
-        raise ApiError(400, f"messages have more than {MOST_COUNTED:,} tokens; send less text", param="messages")
+        raise ApiError(400, f"{field}: more than {MOST_COUNTED:,} tokens are not counted; send less", param=field)
     return tokens

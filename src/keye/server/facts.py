@@ -13,7 +13,7 @@ import keye
 from keye.chat import Segment
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError, of_mistake
+from keye.server.errors import ApiError
 from keye.server.json_route import JsonRoute
 from keye.server.replies import each
 from keye.server.schemas_peers import DetokenizeRequest
