@@ -385,7 +385,7 @@ def test_references_of_mpeg_are_shown_after_the_pictures_between() -> None:
 
 
 def shifted(joiner: Joiner, *times: int) -> list[int]:
-    return [time + joiner.shift(time, 1)[0] for time in times]
+    return [joiner.shift(time, None, 1)[0] for time in times]
 
 
 def test_where_a_clock_begins_again() -> None:

@@ -76,5 +76,6 @@ def in_words(places: Places) -> str:
         f"{first:.1f} s" if last - first < _ONE else f"{first:.1f} to {last:.1f} s" for first, last in places[:_LISTED]
     ]
     if len(places) > _LISTED:
-        return f"{', '.join(words)} and {len(places) - _LISTED:,} more places"
+        more = len(places) - _LISTED
+        return f"{', '.join(words)} and {more:,} more place{'s' if more > 1 else ''}"
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -42,8 +42,12 @@ if TYPE_CHECKING:
 _SKIPPABLE = frozenset({"h264", "mpeg2video"})
 #: Codecs whose decoders give no frame before all of it has been seen, where decoding begins at a recovery point.
 _RECOVERING = frozenset({"h264"})
+#: Codecs of which every packet has a frame, but for those that reading the packets finds out.
+_COMPLETE = frozenset({"hevc"})
 #: Formats of coded pictures alone, without a container that tells their rate: the pictures themselves do.
 _RAW = frozenset({"h264", "hevc", "mpegvideo", "m4v", "vvc", "vc1"})
+#: Those of them of which FFmpeg's guess may be twice the rate that the pictures tell.
+_TELLING = frozenset({"h264", "hevc"})
 #: Parts of PyAV that it imports only when a file needs them, which is too late for a confined process. Which of them
 #: exist depends on its version.
 _LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
@@ -141,8 +145,9 @@ class Reader:
     def _rate(self) -> Fraction | None:
         """Frames a second, as far as the file tells."""
         stream = self.video.stream
-        if self.video.container.format.name in _RAW:
-            return stream.guessed_rate or stream.average_rate
+        if (name := self.video.container.format.name) in _RAW:
+            told = stream.codec_context.framerate if name in _TELLING else None
+            return told or stream.guessed_rate or stream.average_rate
         return stream.average_rate or stream.guessed_rate
 
     def _lay_out(self) -> Timeline:
@@ -183,10 +188,11 @@ class Reader:
         return 4 * sum(1 for _ in self.video.sample([(0, count)])) < 3 * count
 
     def _reorders(self) -> bool:
-        """Whether the decoder gives frames in another order than that of their packets."""
-        count = min(_ORDER, len(self.video.scan.packets))
-        places: list[Any] = [frame.opaque for frame in self.video.sample([(0, count)])]
-        return places != sorted(places)
+        """Whether the decoder gives frames in another order than that of their packets' times of showing."""
+        packets = self.video.scan.packets
+        given: list[Any] = [frame.opaque for frame in self.video.sample([(0, min(_ORDER, len(packets)))])]
+        times = [packets.pts[place] for place in given]
+        return times != sorted(times)
 
     def _decoded(self, wanted: Wanted) -> Iterator[VideoFrame]:
         """The frame for each target: first without the frames nobody needs, then, if any is missing, with them.
@@ -209,7 +215,7 @@ class Reader:
                 self.lead = 1 if self.lead == 0 and codec in _RECOVERING else _EVERYTHING
                 continue
             if not lean:
-                yield from wanted.rest(faults=self.video.faults > 0)
+                yield from wanted.rest(faults=self._is_faulty(self.video.faults))
                 if not wanted.done:
                     raise self._cut(wanted.pending)
             lean = False
@@ -228,11 +234,15 @@ class Reader:
             combed = self.deinterlace and frame.interlaced_frame
             if self.lead == 1 and not known and not wanted.done and wanted.pending < (frame.pts or 0):
                 raise _NoStart  # one group was not enough
-            for hit in wanted.take(frame, whole=whole, exact=lean, usable=not combed, faults=known > 0):
+            for hit in wanted.take(frame, whole=whole, exact=lean, usable=not combed, faults=self._is_faulty(known)):
                 plain = hit is not frame or not combed
                 yield hit if plain else deinterlaced(before, hit, after, self.video.opening.threads)
             if wanted.done or wanted.missed:
                 break
+
+    def _is_faulty(self, faults: int) -> bool:
+        """Whether a frame that did not come is damage: some packets have none, but not those of every codec."""
+        return faults > 0 or self.video.stream.codec_context.name in _COMPLETE
 
     def _decode(self, wanted: Wanted, *, lean: bool) -> Iterator[VideoFrame]:
         """Decoded frames of the groups of pictures that hold a wanted frame; of the others packets are only read.

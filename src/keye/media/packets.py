@@ -1,8 +1,8 @@
 """Reads every packet of a video file once, without decoding but for the first frame. Standard library and PyAV.
 
 What the packets' own bytes tell is read only where the container does not tell it: which H.264 and HEVC keys begin
-afresh, which MPEG-1 and MPEG-2 pictures lie between others, which VP8 frames are not shown, which
-Theora packets are headers.
+afresh, which HEVC pictures lack what they need, which MPEG pictures lie between others, which VP8 frames are not shown,
+which Theora packets are headers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from keye.media.timeline import BETWEEN, CLOSED, CORRUPT, HIDDEN, JOIN, KEY, MPEG, Joiner, Packets
+from keye.media.timeline import BETWEEN, CLOSED, CORRUPT, HIDDEN, JOIN, KEY, MPEG, PACKED, Joiner, Packets
 
 #: Types of NAL units: those of slices, and those of slices that begin afresh (IDR), of H.264 and of HEVC.
 _SLICES = {"h264": range(1, 6), "hevc": range(32)}
 _FRESH = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}
+#: HEVC: keys after which pictures may come that need what was before (CRA), keys after which such pictures lack it for
+#: certain (BLA), and such pictures (RASL).
+_CRA, _BLA, _SKIPPED = 21, range(16, 19), range(8, 10)
 #: Formats whose packets may go back in time, since an edit list names parts of the file in any order.
 _EDITED = "mov,mp4"
 #: FFmpeg's flag (AVFMT_TS_DISCONT) of formats whose clock may begin again inside a file.
@@ -53,6 +56,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
     units = {s.index: float(s.time_base) for s in container.streams if s.time_base is not None}
     timed = {s.index for s in container.streams if s.type in ("audio", "video")}
     packets, wanted = found.packets, stream.index
+    leading = _Leading()
     prefix = _prefix_size(codec, stream.codec_context.extradata)
     for packet in container.demux():
         if packet.size == 0:
@@ -66,10 +70,10 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
                     joiner.follow(index, (time if dts is None else dts) * units[index], duration * units[index])
             continue
         flags = _flags(packet, codec, prefix)
+        if codec == "hevc" and leading.lacks(packet, flags, prefix):
+            flags |= HIDDEN
         if joiner is not None and dts is not None:
-            offset, joins = joiner.shift(dts, duration)
-            dts += offset
-            pts = None if pts is None else pts + offset
+            dts, pts, joins = joiner.shift(dts, pts, duration)
             flags |= JOIN if joins else 0
         if not len(packets):
             found.first_packet = packet_key(packet)
@@ -79,6 +83,8 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
         time = dts if pts is None else pts
         if time is not None:
             _extend(found.ends, index, (time + duration) * unit)
+    if restarts:
+        packets.mend_times(unit)
     if found.first_frame is None:
         found.first_frame = _first_frame(None, stream)
     found.ends.setdefault(wanted, 0.0)
@@ -97,14 +103,30 @@ def _flags(packet: av.Packet[Any], codec: str, prefix: int) -> int:
     if packet.is_corrupt:
         flags |= CORRUPT
     if codec in _SLICES:
-        if flags & KEY and begins_afresh(bytes(packet), codec, prefix):
+        if flags & KEY and slice_kind(bytes(packet), codec, prefix) in _FRESH[codec]:
             flags |= CLOSED
-    elif codec in MPEG:
-        if _lies_between(bytes(packet)):
+    elif codec in MPEG or codec == PACKED:
+        if _lies_between(bytes(packet), codec):
             flags |= BETWEEN
     elif (codec == "vp8" and not memoryview(packet)[0] & 0x10) or (codec == "theora" and memoryview(packet)[0] & 0x80):
         flags |= HIDDEN
     return flags
+
+
+class _Leading:
+    """Tells which pictures of HEVC decoders leave out: they need what came before a key, and lack it."""
+
+    def __init__(self) -> None:
+        self._keyed = self._lacking = False
+
+    def lacks(self, packet: av.Packet[Any], flags: int, prefix: int) -> bool:
+        """Whether the next packet, with its `flags`, is of such a picture."""
+        if not flags & KEY:
+            return self._lacking and slice_kind(bytes(packet), "hevc", prefix) in _SKIPPED
+        kind = slice_kind(bytes(packet), "hevc", prefix)
+        self._lacking = kind in _BLA or (kind == _CRA and not self._keyed)
+        self._keyed = True
+        return False
 
 
 def _prefix_size(codec: str, extradata: bytes | None) -> int:
@@ -115,8 +137,8 @@ def _prefix_size(codec: str, extradata: bytes | None) -> int:
     return (extradata[place] & 3) + 1
 
 
-def begins_afresh(data: bytes, codec: str, prefix: int) -> bool:
-    """Whether the first slice in a packet is of a picture after which nothing refers to what came before it (IDR)."""
+def slice_kind(data: bytes, codec: str, prefix: int) -> int | None:
+    """The type of NAL unit of the first slice in a packet of H.264 or HEVC."""
     place = 0
     while True:
         if prefix:
@@ -125,21 +147,24 @@ def begins_afresh(data: bytes, codec: str, prefix: int) -> bool:
         else:
             unit = data.find(b"\0\0\1", place) + 3
             if unit < 3:
-                return False
+                return None
             place = unit
         if unit >= len(data):
-            return False
+            return None
         kind = data[unit] & 31 if codec == "h264" else data[unit] >> 1 & 63
         if kind in _SLICES[codec]:
-            return kind in _FRESH[codec]
+            return kind
 
 
-def _lies_between(data: bytes) -> bool:
-    """Whether the first picture in a packet of MPEG-1 or MPEG-2 is a B-picture."""
-    header = data.find(b"\0\0\1\0", 0, _HEADERS)
+def _lies_between(data: bytes, codec: str) -> bool:
+    """Whether the first picture in a packet of MPEG-1, MPEG-2 or MPEG-4 is a B-picture."""
+    mark = b"\0\0\1\xb6" if codec == PACKED else b"\0\0\1\0"
+    header = data.find(mark, 0, _HEADERS)
     if header < 0:
-        header = data.find(b"\0\0\1\0")
-    return 0 <= header < len(data) - 5 and data[header + 5] >> 3 & 7 == 3
+        header = data.find(mark)
+    if not 0 <= header < len(data) - 5:
+        return False
+    return data[header + 4] >> 6 == 2 if codec == PACKED else data[header + 5] >> 3 & 7 == 3
 
 
 def _first_frame(packet: av.Packet[Any] | None, stream: VideoStream | None = None) -> VideoFrame | None:

@@ -21,6 +21,10 @@ KEY, HIDDEN, CORRUPT, CLOSED, BETWEEN, JOIN, DAMAGED = 1, 2, 4, 8, 16, 32, 64
 
 #: Codecs with B-pictures of which each lies right between two others.
 MPEG = frozenset({"mpeg1video", "mpeg2video"})
+#: Most frames that a decoder of H.264 or HEVC holds back.
+_MOST_HELD = 16
+#: The codec of which two frames may be packed in one packet, and the next packet is empty but for a mark.
+PACKED = "mpeg4"
 #: Frames by which a lost one may lie from a packet that tells of the loss.
 _AROUND = 8
 #: Seconds by which the clock must jump ahead, or fall back, to be another part's: the limits of ffmpeg.
@@ -64,6 +68,24 @@ class Packets:
         inside = ([stamp for stamp in stamps[begin:end] if stamp != NONE] for begin, end in parts)
         return [min(part) for part in inside if part]
 
+    def mend_times(self, unit: float) -> None:
+        """Replaces damaged times. One of decoding is damaged where those on both sides of it ascend without it; one of
+        showing where it lies off that of decoding by more than the most frames that a decoder holds back, at the rate
+        around it, and a jump of the clock."""
+        pts, dts, least = self.pts, self.dts, _FALL / unit
+        for place in range(1, len(self) - 1):
+            before, time, after = dts[place - 1 : place + 2]
+            if NONE < before < after and time != NONE and not before - least <= time <= after + least:
+                dts[place] = (before + after) // 2
+                pts[place] = dts[place] if pts[place] == time else pts[place]
+        for place, (time, shown) in enumerate(zip(dts, pts, strict=True)):
+            if NONE in (time, shown) or abs(shown - time) * unit <= _JUMP:
+                continue
+            near = [other for other in dts[max(place - _MOST_HELD, 0) : place + _MOST_HELD + 1] if other != NONE]
+            longest = max((b - a for a, b in pairwise(near)), default=0)
+            if abs(shown - time) * unit > _JUMP + _MOST_HELD * unit * longest:
+                pts[place] = time
+
     def groups(self) -> list[tuple[int, int]]:
         """First and end of each group of pictures: a key and the packets up to the next; the first may lack a key."""
         return list(pairwise([*dict.fromkeys([0, *self.places(KEY)]), len(self)]))
@@ -81,7 +103,8 @@ class Joiner:
         self._fall = _FALL if jumps else _STRICT_FALL
         self._offset = self._step = 0
         self._last: int | None = None
-        self._next = 0
+        #: When the next packet is due, and would be without the leap of the last one.
+        self._next = self._regular = 0
         #: When the next packet of each other stream is due, in seconds, and those that have jumped themselves.
         self._due: dict[int, float] = {}
         self._broken: set[int] = set()
@@ -92,21 +115,34 @@ class Joiner:
             self._broken.add(stream)
         self._due[stream] = seconds + duration
 
-    def shift(self, dts: int, duration: int) -> tuple[int, bool]:
-        """What to add to the times of the next packet, and whether a part begins with it."""
+    def shift(self, dts: int, pts: int | None, duration: int) -> tuple[int, int | None, bool]:
+        """The times of the next packet on the one clock, and whether a part begins with it."""
         time, joins = dts + self._offset, False
         if self._last is not None:
+            if self._is_damaged(time, pts):
+                time = self._next
             fall = (self._last - time) * self._unit
             leap = (time - self._next) * self._unit
-            joins = fall > self._fall or (self._jumps and leap > _JUMP and not self._is_gap(dts * self._unit))
+            joins = self._jumps and leap > _JUMP and not self._is_gap(dts * self._unit)
+            if fall > self._fall:  # unless it was the time of the last packet that was wrong
+                joins = abs(time - self._regular) * self._unit > self._fall
             if joins:
                 self._offset -= time - self._next
                 time = self._next
             elif time > self._last:
                 self._step = time - self._last
+        due = time if self._last is None or abs(time - self._next) * self._unit <= self._fall else self._next
         self._last, self._next = time, time + (duration or self._step)
+        self._regular = due + (duration or self._step)
         self._broken.clear()
-        return self._offset, joins
+        return time, None if pts is None else pts + self._offset, joins
+
+    def _is_damaged(self, time: int, pts: int | None) -> bool:
+        """Whether a packet's decoding time alone lies far from where it should: its time of showing does not."""
+        if pts is None:
+            return False
+        off, shown_off = abs(time - self._next), abs(pts + self._offset - self._next)
+        return shown_off * self._unit <= _JUMP < off * self._unit
 
     def _is_gap(self, seconds: float) -> bool:
         even = (due for stream, due in self._due.items() if stream not in self._broken)
@@ -148,14 +184,15 @@ class Timeline:
 def lay_out(packets: Packets, codec: str, delay: int, step: int, reorders: Callable[[], bool]) -> Timeline:
     """The timeline of packets, of which a decoder reorders up to `delay` and those without times come every `step`.
 
-    `reorders` finds out whether it does; it is called where times of showing may be those of decoding: they ascend in
-    the order of the file, as those of reordered frames cannot.
+    `reorders` finds out whether it gives frames in another order than that of their times; it is called where these may
+    be those of decoding: they ascend in the order of the file, as those of reordered frames cannot, or the codec is
+    MPEG-4, of which AVI files packed two frames in one packet.
     """
     shown = [place for place, flags in enumerate(packets.flags) if not flags & HIDDEN]
     pts = [packets.pts[place] for place in shown]
     if NONE not in pts:
-        even = delay > 0 and len(pts) > delay + 1 and all(a < b for a, b in pairwise(pts))
-        if not even or not reorders():
+        doubtful = codec == PACKED or all(a < b for a, b in pairwise(pts))
+        if delay == 0 or len(pts) <= delay + 1 or not doubtful or not reorders():
             return _by_pts(packets)
     elif delay == 0 and all(packets.dts[place] != NONE for place in shown if packets.pts[place] == NONE):
         return _by_pts(packets)
