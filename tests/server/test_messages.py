@@ -193,3 +193,21 @@ def test_a_mistake_found_late_is_an_error_too(http: TestClient) -> None:
     body = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "word " * 4000}], "stream": True}
     answer = http.post("/v1/messages", json=body)
     assert answer.status_code == 400 and answer.json()["type"] == "error"
+
+
+def test_what_is_ignored_is_noted_and_a_budget_of_reasoning_is_kept(http: TestClient) -> None:
+    fields: Any = {
+        "metadata": {"user_id": "u"},
+        "service_tier": "auto",
+        "output_config": {"effort": "high"},
+        "temperature": 1.0,
+        "seed": 1,
+        "max_tokens": 9,
+    }
+    message = ask(http, **fields, thinking={"type": "enabled", "budget_tokens": 3, "display": "full"})
+    notes = " | ".join(message["keye"]["notes"])
+    for part in ("metadata", "service_tier", "output_config.effort", "thinking.display"):
+        assert part in notes, notes
+    longer = ask(http, **fields, thinking={"type": "enabled", "budget_tokens": 1024})
+    kept, whole = message["content"][0]["thinking"], longer["content"][0]["thinking"]
+    assert len(kept) < len(whole) and whole.startswith(kept)

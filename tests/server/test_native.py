@@ -142,3 +142,46 @@ def test_a_run_that_takes_much_memory_is_not_counted(http: TestClient, body: dic
     answer = http.post("/tokenize", json=body)
     assert answer.status_code == 400 and "in a row" in answer.json()["error"]["message"], answer.text
     assert answer.json()["error"]["param"] == next(iter(body))
+
+
+def test_what_is_ignored_is_noted_in_the_reply(http: TestClient) -> None:
+    reply = generate(http, text="hello", no_logs=True, some_field=1, model="other",
+                     sampling_params={"custom_params": {}, "odd": 2, "max_new_tokens": 100_000, "stop": ["1", "3"],
+                                      "ignore_eos": False})  # fmt: skip
+    notes = " | ".join(reply["keye"]["notes"])
+    for part in (
+        "no_logs, some_field",
+        "odd",
+        "sampling_params.custom_params",
+        "'other' is not served",
+        "max_tokens is 100,000",
+    ):
+        assert part in notes, notes
+    answer = http.post("/detokenize", json={"tokens": [104], "some_field": 1})
+    assert answer.json() == {"prompt": "h", "text": "h", "keye": {"notes": [
+        "without effect here, and ignored: some_field"]}}  # fmt: skip
+    answer = http.post("/tokenize", json={"prompt": "h", "return_token_strs": True})
+    assert "return_token_strs" in answer.json()["keye"]["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ({"sampling_parms": {}}, "sampling_params is probably meant"),
+        ({"audio_data": "AAAA"}, "keye reads pictures and videos only"),
+        ({"input_embeds": [[0.1]]}, "send text or input_ids"),
+    ],
+)
+def test_fields_with_a_meaning_are_not_ignored(http: TestClient, field: dict[str, Any], sentence: str) -> None:
+    answer = http.post("/generate", json={"text": "hello", **field})
+    assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
+
+
+def test_the_sentences_of_addresses_and_bodies(http: TestClient) -> None:
+    answer = http.get("/v1/chat/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    assert http.get("/v1/models/").status_code == 404
+    for body in ("[1]", '"x"', ""):
+        kind = {"content-type": "application/json"}
+        answer = http.post("/v1/chat/completions", content=body, headers=kind)
+        assert answer.status_code == 400 and "must be a JSON object" in answer.json()["error"]["message"]

@@ -105,16 +105,16 @@ class Context:
     def check_model(self, name: str | None, *, strict: bool = False) -> None:
         """Takes any name of a model for the one that is served, with a note for a name that is not its own. `ApiError`
         404 for that where names are strict."""
-        if not name or name in (*self.names, self.model.name):
+        if (not name and not strict) or name in (*self.names, self.model.name):
             return
         if strict or self.settings.strict_model_name:
             raise ApiError(
                 404,
-                f"the model {name[:100]!r} is not served here; use {self.name!r}",
+                f"the model {(name or '')[:100]!r} is not served here; use {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
-        add_note(f"the model {name[:100]!r} is not served here: {self.name!r} answers")
+        add_note(f"the model {(name or '')[:100]!r} is not served here: {self.name!r} answers")
 
 
 def context_of(request: Request) -> Context:

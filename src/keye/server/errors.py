@@ -107,6 +107,8 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param, sentence, unknown = describe(errors)
     if unknown:
         return ApiError(400, f"{param} is no field that keye knows; leave it out", param=param, code="unknown_field")
+    if param is None and errors[0]["type"] in ("missing", "dict_type", "model_type", "model_attributes_type"):
+        sentence = "the body must be a JSON object; send one"
     return ApiError(400, f"{param}: {sentence}" if param else sentence, param=param)
 
 
@@ -128,7 +130,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         message = {404: "there is nothing at this address; see /openapi.json", 405: "this address has other methods"}
-        return ApiError(error.status_code, message.get(error.status_code, str(error.detail))).response(request.url.path)
+        answer = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
+        response = answer.response(request.url.path)
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:

@@ -14,6 +14,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError, of_mistake
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, to_messages
+from keye.server.notes import noted
 from keye.server.prepare import thinking_of
 from keye.server.schemas import TokenizeRequest
 from keye.tokenizer import Tokenizer, check_unicode
@@ -73,7 +74,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
     context.check_model(body.model)
     tokens = await context.in_thread(_tokens, context, owner_of(request), body)
     limit = context.model.config.text.max_position_embeddings
-    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit, **noted()})
 
 
 def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:

@@ -15,6 +15,7 @@ from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.json_route import JsonRoute
+from keye.server.notes import noted
 from keye.server.replies import each
 from keye.server.schemas_peers import DetokenizeRequest
 
@@ -110,4 +111,4 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> JSONResponse:
         raise ApiError(400, f"tokens: {beyond} is no token of this model, which has {size:,}", param="tokens")
     decode = context.model.tokenizer.decode
     text = await context.in_thread(lambda: decode(body.tokens, skip_special=body.skip_special_tokens))
-    return JSONResponse({"prompt": text, "text": text})
+    return JSONResponse({"prompt": text, "text": text, **noted()})

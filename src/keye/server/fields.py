@@ -21,7 +21,9 @@ _HARMLESS: Final = frozenset(
     "routed_dp_rank disaggregated_params kv_transfer_params vllm_xargs custom_params custom_logit_processor "
     "bootstrap_host bootstrap_port bootstrap_room add_special_tokens spaces_between_special_tokens top_n_tokens "
     "length_penalty early_stopping use_audio_in_video max_dynamic_patch min_dynamic_patch max_tool_calls "
-    "prompt_embeds_format logprob_start_len return_tokens models route provider transforms plugins usage top_a tfs "
+    "prompt_embeds_format logprob_start_len return_tokens inference_geo context_management container betas speed "
+    "cache_control effort task_budget display log_metrics no_logs token_ids_logprob return_bytes http_worker_ipc "
+    "custom_labels return_token_strs models route provider transforms plugins usage top_a tfs "
     "safe_prompt cache_prompt id_slot samplers keep_alive watermark".split()
 )
 #: Fields that would change the answer in a way that keye does not know, the values under which they do not, and why.
@@ -41,6 +43,8 @@ _UNMET: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "documents": ((None, []), "it is not supported; write them into a message"),
     "prompt_embeds": ((None,), "it is not supported"),
     "input_ids": ((None,), "it is not supported here; send token ids as prompt to /v1/completions"),
+    "audio_data": ((None, []), "keye reads pictures and videos only"),
+    "input_embeds": ((None, []), "it is not supported; send text or input_ids"),
     "truncate_prompt_tokens": ((None,), "it cuts prompts of /v1/completions only"),
 }
 #: Names under which other interfaces know a field.

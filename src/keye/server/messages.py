@@ -33,8 +33,10 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of Anthropic's interface."""
     context = context_of(request)
     wanted = _wanted(body)
-    sampling = body.model_copy(update={"stop": body.stop_sequences}) if body.stop_sequences else body
-    wanted = replace(wanted, sampling=sampling, max_tokens=body.max_tokens)
+    more: dict[str, Any] = {"stop": body.stop_sequences} if body.stop_sequences else {}
+    if body.thinking is not None and body.thinking.type != "disabled" and body.thinking_token_budget is None:
+        more["thinking_token_budget"] = body.thinking.budget_tokens
+    wanted = replace(wanted, sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
     prepared = await until_gone(request, prepare(context, owner_of(request), wanted))
     if body.stream:
         return await streamed(request, stream_message(context, prepared), tail=b"")

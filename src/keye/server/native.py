@@ -22,12 +22,14 @@ from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError, of_validation
+from keye.server.fields import note_ignored
 from keye.server.forms import form_of
 from keye.server.json_route import JsonRoute
 from keye.server.media_parts import media_of, open_sources, to_messages
 from keye.server.names import unique
+from keye.server.notes import current_notes
 from keye.server.prepare import guide_of, job_of
-from keye.server.replies import each, written
+from keye.server.replies import each, notes_of, written
 from keye.server.schemas import Forms, Sampling
 from keye.server.schemas_peers import GenerateRequest
 from keye.server.sse import event, streamed, until_gone
@@ -39,7 +41,7 @@ router = APIRouter(route_class=JsonRoute)
 _PLACE: Final = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
 _DEFAULT_TOKENS: Final = 128
 #: Settings of SGLang's that do not change the text here.
-_WITHOUT_MEANING: Final = ("spaces_between_special_tokens", "custom_params", "stream_interval")
+_WITHOUT_MEANING: Final = frozenset({"spaces_between_special_tokens", "custom_params", "stream_interval"})
 _FORMS: Final = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -70,13 +72,14 @@ class _Reply:
 @dataclass(frozen=True)
 class _Run:
     """One prompt: its job, the id of its replies, whether it came in a list, and from which of its tokens on their
-    probabilities are wanted; none where that is negative."""
+    probabilities are wanted; none where that is negative. `notes` are those of the request."""
 
     job: Job
     name: str
     listed: bool
     start: int
     begin: float
+    notes: Sequence[str]
 
 
 def _runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
@@ -93,7 +96,7 @@ def _runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
             others = body.top_logprobs_num or 0
             job = replace(job, logprobs=others, prompt_logprobs=others if start >= 0 else None)
         name = _of_prompt(body.rid, index, len(prompts), "rid") or unique("")
-        runs.append(_Run(job, name, listed, start, time.perf_counter()))
+        runs.append(_Run(job, name, listed, start, time.perf_counter(), current_notes()))
     return runs
 
 
@@ -185,7 +188,10 @@ def _part(kind: str, value: object) -> dict[str, Any]:
 
 def _job(context: Context, owner: str, prompt: Sequence[Segment] | Prompt, params: Mapping[str, Any]) -> Job:
     """A job with settings in SGLang's words."""
-    given = {key: value for key, value in params.items() if value is not None and key not in _WITHOUT_MEANING}
+    given = {key: value for key, value in params.items() if value is not None}
+    if idle := given.keys() & _WITHOUT_MEANING:
+        note_ignored([f"sampling_params.{name}" for name in idle])
+        given = {key: value for key, value in given.items() if key not in idle}
     tokens, n = given.pop("max_new_tokens", _DEFAULT_TOKENS), given.pop("n", 1)
     if type(tokens) is not int or not 1 <= tokens <= 10_000_000:
         raise ApiError(400, "max_new_tokens must be a number from 1 to 10,000,000", param="sampling_params")
@@ -269,7 +275,10 @@ def _told(run: _Run, reply: _Reply, tokens: int, finished: Finished | None = Non
                 [[other.logprob, other.token, other.text] for other in one.top] for one in reply.probs
             ]
     told: dict[str, Any] = {"text": reply.text, "meta_info": meta}
-    return told if finished is None else {**told, "output_ids": reply.tokens}
+    if finished is None:
+        return told
+    notes = list(dict.fromkeys((*run.notes, *notes_of(finished))))
+    return {**told, "output_ids": reply.tokens, **({"keye": {"notes": notes}} if notes else {})}
 
 
 def _prompt_probs(run: _Run, finished: Finished) -> list[list[Any]]:

@@ -30,6 +30,11 @@ def current_notes() -> list[str]:
     return notes
 
 
+def noted() -> dict[str, Any]:
+    """The notes of the request at hand as a field of its answer; nothing where there are none."""
+    return {"keye": {"notes": list(notes)}} if (notes := current_notes()) else {}
+
+
 def count_unknown(name: str) -> int:
     """How many different names that nobody knows the request at hand has had, this one among them."""
     names = _unknown.get()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from keye.server.schemas import Body, Name, Object, Objects, Sampling, StopText, Text, TokenCount
+from keye.server.schemas import Name, Object, Objects, Sampling, StopText, Text, TokenCount, Tolerant
 
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=10_000_000)]], Field(fail_fast=True, min_length=1, max_length=300_000)
@@ -15,26 +15,22 @@ TokenIds = Annotated[
 Each = Field(fail_fast=True, max_length=64)
 MediaNames = Text | Annotated[list[Any], Field(max_length=256)] | None
 
-#: Fields of Anthropic's that change nothing here.
-_WITHOUT_MEANING: Final = frozenset(
-    {"metadata", "service_tier", "inference_geo", "context_management", "container", "betas", "cache_control", "speed"}
-)
 
-
-class Thinking(Body):
+class Thinking(Tolerant):
     """Whether the model reasons before it answers."""
+
+    _where = "thinking."
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: TokenCount | None = None
-    display: str | None = None
 
 
-class OutputConfig(Body):
-    """The form of the reply; `effort` has no effect."""
+class OutputConfig(Tolerant):
+    """The form of the reply."""
+
+    _where = "output_config."
 
     format: Object | None = None
-    effort: str | None = None
-    task_budget: Object | None = None
 
 
 class CountTokensRequest(Sampling):
@@ -50,11 +46,6 @@ class CountTokensRequest(Sampling):
     mcp_servers: Annotated[list[Object], Field(fail_fast=True, max_length=0)] | None = None
     preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_means_nothing(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if k not in _WITHOUT_MEANING} if isinstance(data, dict) else data
-
 
 class MessagesRequest(CountTokensRequest):
     """A body of /v1/messages."""
@@ -64,7 +55,7 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
 
 
-class GenerateRequest(Body):
+class GenerateRequest(Tolerant):
     """A body of /generate: one prompt, or a list of them, as text or as token ids."""
 
     text: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)] | None = None
@@ -81,8 +72,6 @@ class GenerateRequest(Body):
     )
     top_logprobs_num: Annotated[int, Field(ge=0, le=20)] | None = None
     return_text_in_logprobs: bool | None = None
-    log_metrics: bool | None = None
-    priority: int | None = None
     preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
 
     @model_validator(mode="after")
@@ -92,7 +81,7 @@ class GenerateRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(Tolerant):
     """A body of /detokenize."""
 
     model: Name | None = None
