@@ -173,6 +173,14 @@ def test_notes_of_a_stream_come_with_its_end(http: TestClient) -> None:
     assert last["choices"][0]["finish_reason"] and "user" in notes_of(last)
 
 
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_a_stream_tells_that_its_reply_repeated_itself(http: TestClient, route: str) -> None:
+    prompt = {"messages": HELLO} if route == CHAT else {"prompt": "hello"}
+    body = {**prompt, "max_tokens": 150, "logit_bias": {"50": 100}, "stream": True}
+    *_, last = told(http.post(route, json=body))
+    assert last["choices"][0]["finish_reason"] == "length" and "repeated itself and was stopped" in notes_of(last)
+
+
 # Names and limits
 
 

@@ -235,7 +235,9 @@ def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
         tools = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise KeyeError(f"{file} cannot be read ({error.strerror}): give a JSON list of functions") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise KeyeError(f"{file} is no text in UTF-8: give a JSON list of functions") from None
+    except (ValueError, RecursionError) as error:
         raise KeyeError(f"{file} is no JSON ({error}): give a JSON list of functions") from None
     return normalize_tools(tools)
 

@@ -109,14 +109,18 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
     telemetry = Telemetry(body.timings_per_token, body.return_progress)
     wants_usage = bool(options and (options.include_usage or options.continuous_usage_stats))
 
-    def chunk(index: int, delta: Mapping[str, Any], more: Mapping[str, Any], end: Ended | None = None) -> bytes:
+    tells_more = wants_usage or _tells_more(body)
+    ends: list[Ended] = []
+
+    def chunk(index: int, delta: Mapping[str, Any], more: Mapping[str, Any]) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        findings: dict[str, Any] = {}
-        if end is not None:
-            choice |= {"finish_reason": choices[index].reason, **stop_of(end)}
-            notes = [*prepared.notes, *count.notes]
-            findings = {} if not notes or wants_usage or _tells_more(body) else {"keye": {"notes": notes}}
-        return event({**begin, "choices": [choice], **count.fields(), **telemetry.timings(), **findings})
+        return event({**begin, "choices": [choice], **count.fields(), **telemetry.timings()})
+
+    def last_chunk(end: Ended, notes: Sequence[str] = ()) -> bytes:
+        choice: dict[str, Any] = {"index": end.index, "delta": {}, "logprobs": None}
+        choice |= {"finish_reason": choices[end.index].reason, **stop_of(end)}
+        own = {"keye": {"notes": notes}} if notes else {}
+        return event({**begin, "choices": [choice], **count.fields(), **telemetry.timings(), **own})
 
     def told(one: Event) -> Iterator[bytes]:
         count.see(one)
@@ -135,16 +139,20 @@ def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGen
         elif isinstance(one, Ended):
             for piece in choices[one.index].end(one):
                 yield chunk(one.index, _delta(choices[one.index], piece), {})
-            yield chunk(one.index, {}, {}, end=one)
+            ends.append(one)
+            if len(ends) < len(choices):  # what the last one tells is known when all is finished
+                yield last_chunk(one)
         elif isinstance(one, Progress):
             if _own(body).progress:
                 yield event({**begin, "choices": [], "keye": progress_of(one)})
             yield from (event({**begin, "choices": [], **told}) for told in telemetry.progress(one))
-        elif isinstance(one, Finished) and (wants_usage or _tells_more(body)):
+        elif isinstance(one, Finished):
             findings = findings_of(one, choices[0].text, prepared.notes)
-            last = {"usage": usage_of(one, choices, prepared), **_prompt_fields(one, prepared, body), "keye": findings}
-            last |= telemetry.timings()
-            yield event({**begin, "choices": [], **last})
+            yield last_chunk(ends[-1], () if tells_more else findings.get("notes", ()))
+            if tells_more:
+                usage = usage_of(one, choices, prepared)
+                last = {"usage": usage, **_prompt_fields(one, prepared, body), "keye": findings}
+                yield event({**begin, "choices": [], **last, **telemetry.timings()})
 
     return written(context, prepared.job, told)
 

@@ -185,6 +185,8 @@ class RunningUsage:
             self.notes += [warning.worded(spelled) for warning in event.notes]
         elif isinstance(event, Delta):
             self._reply += len(event.tokens)
+        elif isinstance(event, Ended) and event.reason == "loop" and str(LOOPED) not in self.notes:
+            self.notes.append(str(LOOPED))
 
     def fields(self) -> dict[str, Any]:
         """The usage so far as a field of a chunk; nothing where it is not wanted."""
