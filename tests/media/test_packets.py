@@ -87,6 +87,17 @@ def test_frames_of_hevc_that_do_not_come_are_damage(tmp_path: Path) -> None:
         read(path)
 
 
+def test_pictures_that_change_their_size(tmp_path: Path) -> None:
+    small = write_clip(tmp_path / "small.ts", frames=10)
+    large = write_clip(tmp_path / "large.ts", frames=10, size=(320, 192))
+    path = tmp_path / "joined.ts"
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    change = r"change their size: 320x192 from 0\.3 s on; all are stretched to the 160x96 of the first"
+    with pytest.warns(KeyeWarning, match=change):
+        info, codes, _ = read(path)
+    assert (info.width, codes) == (160, [*range(10), *range(10)])
+
+
 def times_of(*pairs: tuple[int, int]) -> list[tuple[int, int]]:
     """(pts, dts) of packets once damaged ones are mended; one unit is a second."""
     packets = Packets()

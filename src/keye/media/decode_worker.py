@@ -3,9 +3,9 @@
 Started by `keye.media.video` with an open file; it opens nothing else, so a playlist inside the file leads nowhere.
 It imports neither numpy nor torch. Conversation: on start it sends one INFO message; then, for each request line
 (JSON) on standard input, one FRAME message per target in ascending order and an END message with the times of targets
-whose frames are damaged. A request without targets has no answer; any that comes while frames are sent ends them early.
-An ERROR message ends the conversation. `keye.media.wire` has the form of messages, `keye.media.sandbox` what the
-process may not do.
+whose frames are damaged, or of another size than those before. A request without targets has no answer; any that comes
+while frames are sent ends them early. An ERROR message ends the conversation. `keye.media.wire` has the form of
+messages, `keye.media.sandbox` what the process may not do.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Reader:
         self.video = VideoFile(file, opening)
         self.deinterlace = False
         self.damaged: Sequence[int] = ()
+        #: Where the frames read last are of another size than the one before: (time, width, height), as stored.
+        self.resized: list[tuple[int, int, int]] = []
         #: How many groups of pictures before the one that holds a wanted frame decoding begins.
         self.lead = 0
         #: Numbers of starts whose own frame is damaged: what conceals the damage is the frame before.
@@ -133,14 +135,22 @@ class Reader:
         self.deinterlace = deinterlace
         wanted = Wanted(targets)
         self.damaged = wanted.damaged
-        resize = VideoReformatter()
-        for frame in self._decoded(wanted):
+        self.resized = []
+        resize, size = VideoReformatter(), self._first_size()
+        for target, frame in zip(targets, self._decoded(wanted), strict=False):
+            if size != (size := (frame.width, frame.height)):
+                self.resized.append((target, *size))
             if strict and wanted.damaged:
                 raise WorkerError(
                     f"is damaged near {self._seconds(wanted.damaged[0]):.1f} s; download it again or leave {{}} out",
                     "strict_media",
                 )
             yield packed_rgb(resize, frame, width, height, self.video.opening.threads)
+
+    def _first_size(self) -> tuple[int, int]:
+        first = self.video.scan.first_frame
+        assert first is not None
+        return first.width, first.height
 
     def _rate(self) -> Fraction | None:
         """Frames a second, as far as the file tells."""
@@ -392,6 +402,13 @@ def _reader(file: BinaryIO, options: dict[str, Any]) -> Reader | AnimationReader
     return Reader(file, opening, options["frame_limit"])
 
 
+def _found(reader: Reader | AnimationReader) -> dict[str, Any]:
+    """What reading frames has shown."""
+    if not isinstance(reader, Reader):
+        return {"damaged": [], "resized": []}
+    return {"damaged": list(reader.damaged[:_MOST_DAMAGE]), "resized": reader.resized[:_MOST_DAMAGE]}
+
+
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
     try:
@@ -407,8 +424,7 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
                 if select.select([requests], [], [], 0)[0]:
                     break  # whoever asked for these frames wants no more of them, or has gone away
                 send(out, FRAME, frame)
-            damaged = reader.damaged if isinstance(reader, Reader) else ()
-            send(out, END, json.dumps(list(damaged[:_MOST_DAMAGE])).encode())
+            send(out, END, json.dumps(_found(reader)).encode())
     except WorkerError as error:
         send_error(out, *error.args)
     except MemoryError:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from keye.media.plan import VideoPlan
     from keye.media.video import VideoInfo
 
+#: Changes of size that a note lists.
+_LISTED = 5
 _TRANSFERS = ("sdr", "pq", "hlg")
 
 
@@ -54,6 +56,16 @@ def picture_notes(info: VideoInfo, facts: Mapping[str, Any]) -> Iterator[Note]:
     if not facts["aspect_believed"]:
         width, height = facts["aspect"]
         yield Note(f"it says that its pixels are {width}:{height}, which cannot be; they are taken as square")
+
+
+def size_notes(info: VideoInfo, changes: Sequence[tuple[int, int, int]]) -> Iterator[Note]:
+    """The note of pictures that change their size: (time in units of the file, width, height as stored)."""
+    if changes:
+        times = info.seconds(time for time, _, _ in changes)
+        listed = [f"{w}x{h} from {time:.1f} s on" for time, (_, w, h) in zip(times, changes, strict=True)]
+        more = f" and so on, {len(listed)} changes" if len(listed) > _LISTED else ""
+        yield Note(f"its pictures change their size: {', '.join(listed[:_LISTED])}{more}; all are stretched to the "
+                   f"{info.width}x{info.height} of the first")  # fmt: skip
 
 
 def as_read(info: VideoInfo, options: MediaOptions) -> VideoInfo:

@@ -27,10 +27,10 @@ from keye.errors import KeyeError, MediaError, warn
 from keye.media.damage import damage_notes, decoded_damage
 from keye.media.fetch import Reference, check_video, fetch_source
 from keye.media.kinds import is_png_or_webp
-from keye.media.notes import VISIBLE, Note
+from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
-from keye.media.shown import picture_fields, picture_notes, shown
+from keye.media.shown import picture_fields, picture_notes, shown, size_notes
 from keye.media.wire import END, FRAME, INFO
 from keye.media.workers import STRANGERS, Worker
 from keye.media.workers import DecodeLimits as DecodeLimits
@@ -214,17 +214,21 @@ class VideoReader:
             self._end(plan.name)
 
     def _end(self, name: str) -> None:
-        """Reads the end of an answer, and warns of frames that turned out to be damaged."""
+        """Reads the end of an answer, and warns of frames that turned out to be damaged or of another size."""
         kind, body = self._worker.receive(_MAX_FACTS)
         self._coming = 0
         try:
-            damaged = array("q", json.loads(bytes(body)))
-        except (ValueError, TypeError, OverflowError):
+            found = json.loads(bytes(body))
+            damaged = array("q", found["damaged"])
+            sizes = [tuple(array("q", change)) for change in found["resized"]]
+            resized = list(size_notes(self.info, [(time, width, height) for time, width, height in sizes]))
+        except (ValueError, TypeError, LookupError, OverflowError):
             raise self._worker.broken() from None
         if kind != END:
             raise self._worker.broken()
         if (warning := decoded_damage(name, self.info.seconds(damaged), self.info.damage)) is not None:
             warn(warning, stacklevel=3)
+        emit(name, resized, stacklevel=3)
 
     def _drop_coming(self) -> None:
         """Has the worker give up frames that were asked for and not read."""
