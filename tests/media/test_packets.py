@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from clips import read_code, write_clip
 
-from keye.errors import KeyeWarning
-from keye.media import VideoInfo, VideoPlan, fetch_source, open_video
+from keye.config import ProcessorConfig
+from keye.errors import KeyeWarning, MediaError
+from keye.media import MediaOptions, VideoInfo, VideoPlan, fetch_source, open_video, plan_video
 from keye.media.timeline import KEY, NONE, Joiner, Packets, lay_out
 
+CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 slow = pytest.mark.slow
 OPEN_HEVC = {"x265-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none"}
 
@@ -85,6 +87,17 @@ def test_frames_of_hevc_that_do_not_come_are_damage(tmp_path: Path) -> None:
     path.write_bytes(data[:middle] + bytes(188 * 2) + data[middle + 188 * 2 :])
     with pytest.warns(KeyeWarning, match="are made up"):
         read(path)
+
+
+def test_avi_that_ends_early(tmp_path: Path) -> None:
+    """Its index is at the end; the length that it declares is the number of its frames."""
+    path = write_clip(tmp_path / "clip.avi", frames=120, codec="mpeg4")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * 0.6)])
+    with pytest.raises(MediaError, match=r"clip\.avi is cut short: .* of 4\.0 s can be read"):
+        plan_video(path, CONFIG)
+    with pytest.warns(KeyeWarning, match=r"the file declares 4\.0 s and 120 frames; its pictures end at"):
+        plan_video(path, CONFIG, MediaOptions(video_end=1.0))
 
 
 def test_pictures_that_change_their_size(tmp_path: Path) -> None:

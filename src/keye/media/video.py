@@ -339,6 +339,9 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares. Where bytes
     # are not known to be missing, what it declares may be that of a whole of which it is a complete piece.
     early = facts.get("ends_early")
+    if declared is not None and early and facts["rate"] and facts["declared_frames"]:
+        # Of an AVI without its index FFmpeg tells the length of what is there.
+        declared = max(declared, facts["container_start"] + facts["declared_frames"] / Fraction(*facts["rate"]))
     slack = max(0.5 if early else _UNSURE, 2 / fps)
     end = max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps)
     cut = declared is not None and early is not False and declared - end > slack
