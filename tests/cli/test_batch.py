@@ -117,3 +117,20 @@ def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) ->
     assert shares({"device": "cpu", "threads": 3, "memory": "1GiB"}, 1) == [
         {"device": "cpu", "threads": 3, "memory": "1GiB"}
     ]
+
+
+def test_lines_that_json_can_write_and_nobody_reads(
+    run: Callable, model_folder: Path, video: Path, tmp_path: Path
+) -> None:
+    deep = '{"items":' * 300 + "{}" + "}" * 300
+    lines = (
+        f'{{"video": "{video}", "question": "x", "schema": {deep}}}',
+        f'{{"video": "{video}", "question": "\\ud800"}}',
+    )
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    run("batch", tmp_path / "m.jsonl", "-o", tmp_path / "out.jsonl", "--model", model_folder)
+    found = [record["error"]["message"] for record in records(tmp_path / "out.jsonl").values()]
+    assert sorted(found) == [
+        "the body has half of a surrogate pair; send whole characters",
+        "the body is nested too deeply; send fewer levels",
+    ]

@@ -144,6 +144,14 @@ def test_csv(tmp_path: Path) -> None:
     assert isinstance(second, Item) and len(second.media) == 2
 
 
+def test_numbers_of_csv_that_are_none_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text("video,question,fps,temperature\na.mp4,who?,NaN,1e999\n")
+    (item,) = read_manifest(path)
+    assert isinstance(item, Item) and item.body["temperature"] == "1e999"
+    assert item.body["messages"][0]["content"][0]["fps"] == "NaN"
+
+
 def test_a_digest_tells_what_is_asked(tmp_path: Path) -> None:
     asked = [
         only(tmp_path, QUESTION).digest,

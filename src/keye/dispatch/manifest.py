@@ -190,8 +190,8 @@ def _cell(name: str, value: str) -> object:
     if name in ("id", "question", "system") or (name in _KINDS and not value.startswith("[")):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return json.loads(value, parse_int=_whole, parse_float=_number, parse_constant=_number)
+    except (ValueError, RecursionError):  # a number that is none here stands as it is, to be named by who takes it
         return value
 
 

@@ -100,10 +100,19 @@ def of_exception(error: BaseException, *, path: str = "") -> ApiError:
     return of_bug(error)
 
 
+def _json_fault(told: str) -> str:
+    """A sentence for what the parser found."""
+    if "recursion limit" in told:
+        return "the body is nested too deeply; send fewer levels"
+    if "surrogate" in told or "end of hex escape" in told:
+        return "the body has half of a surrogate pair; send whole characters"
+    return "the body is no valid JSON; send one JSON object"
+
+
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What a schema found wrong with the first field that is."""
     if errors[0]["type"] == "json_invalid":
-        return ApiError(400, "the body is no valid JSON; send one JSON object", code="invalid_json")
+        return ApiError(400, _json_fault(str(errors[0].get("ctx", {}).get("error"))), code="invalid_json")
     param, sentence, unknown = describe(errors)
     if unknown:
         return ApiError(400, f"{param} is no field that keye knows; leave it out", param=param, code="unknown_field")
