@@ -48,5 +48,5 @@ class JsonRoute(APIRoute):
 def _parsed(data: bytes) -> Any:
     try:
         return from_json(data, allow_inf_nan=False, cache_strings="keys")
-    except ValueError:
-        raise json.JSONDecodeError("not valid JSON", "", 0) from None
+    except ValueError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
