@@ -336,6 +336,10 @@ def test_an_answer_names_damage_that_only_decoding_showed(model: Keye, tmp_path:
     with pytest.warns(KeyeWarning, match="are damaged or missing: its pictures at"):
         notes = model.ask(path, "what is red?", media_options={"nframes": 40}, max_tokens=2).notes
     assert any("are damaged or missing: its pictures at 2.9 s" in note for note in notes)
+    again = path.rename(tmp_path / "again.avi")  # read before under another name
+    repeated = model.ask(again, "what is red?", media_options={"nframes": 40}, max_tokens=2).notes
+    assert repeated == tuple(note.replace("clip.avi", "again.avi") for note in notes)
+    path = again.rename(path)
     with pytest.raises(KeyeError, match=r"clip.avi is damaged near 2.9 s; download it again or leave strict_media out"):
         model.ask(path, "what is red?", media_options={"nframes": 40, "strict_media": True}, max_tokens=2)
 

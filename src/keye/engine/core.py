@@ -239,6 +239,7 @@ class EngineCore:
             self._fail(task, error)
             return
         task.vision.forget(first)
+        task.vision.give_notes(task.notes)
 
     # ---------------------------------------------------------------------------------------------------- computing
 
@@ -255,7 +256,7 @@ class EngineCore:
             except Exception as error:  # noqa: BLE001 - whatever went wrong in a decoder is told to who gave the file
                 self._fail(task, error)
                 return True
-            task.notes += job.take_notes()
+            job.give_notes(task.notes)
             if patches:
                 self.pace.saw_patches(time.perf_counter() - begin, patches)
                 task.tell(Progress("encode", job.ready, job.total))

@@ -76,8 +76,13 @@ class VisionJob:
     ) -> None:
         self._model, self._cache, self._ledger = model, cache, ledger or Ledger()
         self.total, self.ready = prompt.media_tokens, 0
-        #: What was tolerated of the media that are complete.
+        #: What was tolerated of the media that are complete, and of those that were read before.
         self._notes: list[KeyeWarning] = []
+        if cache is not None:
+            named = [
+                (item.key, item.plan.name) for item in prompt.media if item.key is not None and item.plan is not None
+            ]
+            self._notes = [note for key, name in named for note in cache.notes(key, name)]
         self._parts: list[_Part] = []
         self._forgotten = 0
         #: Whether the memory was full once: then nothing is kept for the cache any more.
@@ -159,10 +164,11 @@ class VisionJob:
         self._free(self._parts[:count])
         self._parts = self._parts[count:]
 
-    def take_notes(self) -> list[KeyeWarning]:
-        """What was tolerated of the media that were completed since the last call."""
-        notes, self._notes = self._notes, []
-        return notes
+    def give_notes(self, known: list[KeyeWarning]) -> None:
+        """Adds what was tolerated of media that were completed since the last call, once each."""
+        said = set(map(str, known))
+        known += [note for note in self._notes if str(note) not in said]
+        self._notes = []
 
     def close(self) -> None:
         """Frees everything and ends the decode worker; may be called at any time, and twice."""
@@ -241,10 +247,13 @@ class VisionJob:
     def _finish_medium(self) -> None:
         """Gives a whole medium to the cache, and turns to the next."""
         assert self._reader is not None
-        self._notes += self._reader.notes()
+        notes = self._reader.notes()
         self._reader.close()
         self._reader = None
         start, item = self._media[0]
+        self._notes += notes
+        if notes and self._cache is not None and item.key is not None and item.plan is not None:
+            self._cache.note(item.key, item.plan.name, notes)
         if self._keeps:
             own = [part for part in self._parts if part.start >= start]
             self._to_cache(item, start, own)

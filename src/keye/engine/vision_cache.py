@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from keye.engine.ledger import Ledger, OutOfMemory
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 
 #: The ledger's account.
 ACCOUNT = "vision-cache"
 #: Bytes that are kept unless something else is said.
 DEFAULT_BUDGET = 512 << 20
+#: Media of which it is kept what was tolerated.
+_MOST_NOTED = 4096
 
 
 @dataclass
@@ -34,12 +37,28 @@ class VisionCache:
             raise KeyeError(f"the budget of the vision cache is {budget} bytes; give 0 or more")
         self.budget, self.ledger = budget, ledger or Ledger()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        #: What was tolerated of media when they were read, by their keys, with the name that each had then.
+        self._noted: OrderedDict[bytes, tuple[str, tuple[KeyeWarning, ...]]] = OrderedDict()
         self._lock = threading.RLock()
         self._held = 0
 
     def accepts(self, nbytes: int) -> bool:
         """Whether tokens of this size can be kept at all."""
         return nbytes <= self.budget
+
+    def note(self, key: bytes, name: str, warnings: Sequence[KeyeWarning]) -> None:
+        """Keeps what was tolerated of a medium when it was read under a name, also where its tokens are not kept."""
+        with self._lock:
+            self._noted[key] = name, tuple(warnings)
+            while len(self._noted) > _MOST_NOTED:
+                self._noted.popitem(last=False)
+
+    def notes(self, key: bytes, name: str) -> list[KeyeWarning]:
+        """What was tolerated of a medium, which is called `name` now."""
+        with self._lock:
+            known, warnings = self._noted.get(key, (name, ()))
+        named = ([name if part == known else part for part in warning.args[1:]] for warning in warnings)
+        return [KeyeWarning(warning.args[0], *parts) for warning, parts in zip(warnings, named, strict=True)]
 
     def acquire(self, key: bytes) -> Tensor | None:
         """The tokens under `key`, which stay until `release`; None when they are not here."""
