@@ -170,6 +170,9 @@ def test_ground_writes_clips(
     with av.open(str(tmp_path / "clips" / names[0])) as container:
         assert container.duration == 1_500_000
     assert run(*arguments, "--json").data["clips"] == [str(tmp_path / "clips" / name) for name in names]
+    (tmp_path / "clips" / names[0]).write_text("mine")
+    kept = run(*arguments)
+    assert kept.code == 2 and "give --overwrite" in kept.err and "0.5 s to 2.0 s" in kept.out, "the answer is shown"
 
 
 def test_ground_wants_a_video_and_a_folder(run: Callable, picture: Path, video: Path) -> None:

@@ -51,15 +51,15 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     settings = inputs.reply_options(model, given)
     with watching("watching the video") as on_progress:
         answer = model.ground(medium, event, on_progress=on_progress, **settings)
+    if not as_json:  # before the clips, which may fail
+        if not answer.intervals:
+            reply = "" if answer.text in ("", "[]") else f' (the model answered "{answer.text}")'
+            show.print_line(f"Not found: {event}{reply}")
+        show.print_answer(answer, model)
     written = write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
     if as_json:
         show.print_json({**answer.to_dict(), "clips": [str(path) for path in written]})
-        return
-    if not answer.intervals:
-        reply = "" if answer.text in ("", "[]") else f' (the model answered "{answer.text}")'
-        show.print_line(f"Not found: {event}{reply}")
-    show.print_answer(answer, model)
-    for path in written:
+    for path in () if as_json else written:
         show.print_line(f"wrote {path}")
 
 
