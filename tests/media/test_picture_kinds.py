@@ -113,9 +113,11 @@ def test_heic_with_transparency_and_with_ten_bits(of: Any) -> None:
 def test_damaged_heic_and_avif() -> None:
     for kind in ("HEIF", "AVIF"):
         data = saved(halves(600, 400), kind)
-        for cut in (data[:100], data[: len(data) - 40]):
-            with pytest.raises(MediaError, match="is damaged; download or export it again"):
+        for cut in (data[:100], data[: len(data) - 40], data[:-1]):
+            with pytest.raises(MediaError, match="is cut short; download or export it again"):
                 read_image(fetch_source(cut))
+        with pytest.raises(MediaError, match="is damaged; download or export it again"):
+            read_image(fetch_source(data[:100] + bytes(len(data) - 100)))
 
 
 def test_a_heic_of_too_many_pixels() -> None:

@@ -1,7 +1,7 @@
 """Whether a media file ends before it says that it does, by the sizes in its own structure. Standard library only.
 
-MP4 and QuickTime are rows of boxes, Matroska is one segment, AVI one or more RIFF chunks, each with its size. A
-declared duration tells less: that of a whole recording stands in each of its pieces.
+MP4, QuickTime and HEIF are rows of boxes, Matroska is one segment, AVI one or more RIFF chunks, each with its size; a
+GIF ends with a mark. A declared duration tells less: that of a whole recording stands in each of its pieces.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 #: Boxes or chunks that are looked at; a recording of a day in fragments of a second has 172,800.
 _MOST = 200_000
+#: Bytes at the end that may be padding.
+_TAIL = 1 << 12
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -26,6 +28,9 @@ def ends_early(file: BinaryIO) -> bool | None:
             return _segment(file, end)
         if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
             return _chunks(file, end)
+        if start.startswith((b"GIF87a", b"GIF89a")):
+            file.seek(max(end - _TAIL, 0))
+            return not file.read().rstrip(b"\0").endswith(b";")
     finally:
         file.seek(0)
     return None

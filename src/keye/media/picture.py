@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageCms, ImageOps
 
+from keye.media.completeness import ends_early
 from keye.media.kinds import HEAD_BYTES, heif_format
 from keye.media.wire import WorkerError
 
@@ -48,6 +49,9 @@ def open_picture(file: BinaryIO, pixel_limit: int, formats: tuple[str, ...] = FO
     """The image in a file, not decoded yet. Raises `WorkerError` for a format that is not read or too many pixels."""
     head = file.read(HEAD_BYTES)
     file.seek(0)
+    # The decoder of HEIC gives what is there, and the rest of the picture black.
+    if heif_format(head) in formats and ends_early(file):
+        raise WorkerError("is cut short; download or export it again")
     try:
         with warnings.catch_warnings():
             # Our own limit replaces Pillow's warning; its hard limit still raises.
