@@ -172,6 +172,17 @@ def test_other_forms(factory: GuideFactory, form: Form, text: str, allowed: bool
         (Form("grammar", "root ::= foo bar("), "the grammar cannot be read"),
         (Form("grammar", "root ::= " + "(" * 20_000), "nested too deep"),
         (Form("grammar", "start: foo"), "the grammar cannot be used: [^|]*$"),
+        (
+            Form(
+                "calls",
+                [{"function": {"name": f"f{i}", "parameters": with_a({"enum": list(range(999))})}} for i in range(30)],
+            ),
+            "the functions have more than 20,000 entries together",
+        ),
+        (
+            Form("tags", [Tag("<f", f"<f{i}", with_a({"enum": list(range(999))}), "") for i in range(30)]),
+            "the tags have more than 20,000 entries together",
+        ),
         (Form("tags", [Tag("<f", "<g>", A, "")]), "the JSON schema of a tag cannot be used"),
         (Form("tags", [Tag("<f", "<f" + "x" * 300, A, "")]), "characters in one text"),
     ],

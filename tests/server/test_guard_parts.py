@@ -251,3 +251,11 @@ def test_from_settings_to_defences() -> None:
             fetch_policy(Given(**rules))  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="is not safe"):
         guard_settings(Given(keys={"ann": "short"}))
+
+
+@pytest.mark.parametrize("field", [b'"data":"%s"', b'"image_data":"%s"', b'"video_data": ["%s"]'])
+def test_base64_without_the_head_of_a_url_is_a_medium(field: bytes) -> None:
+    body = b"{" + field % (b"A" * 2_000) + b"}"
+    check_json(body, Limits(text_bytes=1_000))
+    with pytest.raises(BadJson, match="beside its media"):
+        check_json(body.replace(b"data", b"text"), Limits(text_bytes=1_000))

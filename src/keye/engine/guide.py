@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from keye.engine.form_size import check_grammar, check_regex
-from keye.engine.json_form import MAX_BYTES, MAX_PATTERN, call_schema, check_schema, compact_schema
+from keye.engine.json_form import (
+    MAX_BYTES,
+    MAX_PATTERN,
+    call_schema,
+    check_schema,
+    check_together,
+    compact_schema,
+)
 from keye.errors import KeyeError, KeyeWarning, missing_package, warn
 from keye.tokenizer import Tokenizer
 
@@ -40,6 +47,7 @@ _NOT_ENFORCED: Final = re.compile(r"(?:Unimplemented keys:|Unknown)([^\n]*)")
 _TOLD: Final = (
     ("Failed to generate regex", "its limits of numbers cannot be followed"),
     ("initial lexer configuration", "it is too complex; make it simpler"),
+    ("panic", "it is too complex; make it simpler"),
     ("invalid multiple of", "multipleOf must be above 0"),
 )
 _SHOWN: Final = 300
@@ -197,6 +205,7 @@ class GuideFactory:
             )
         for tag in tags:
             check_schema(tag.schema)
+        check_together((tag.schema for tag in tags), "the tags")
         known = self._tokenizer.added_tokens
         listed = [
             self._library.StructTag(
@@ -214,6 +223,7 @@ class GuideFactory:
                 raise KeyeError(f"the model has no token {mark}, so calls of tools cannot be required of it")
         functions = [tool["function"] for tool in form.value]
         schemas = [call_schema(one["name"], one.get("parameters")) for one in functions]
+        check_together(schemas, "the functions")
         rules = [f"call_{i}: {_json_rule(schema, lenient)}" for i, schema in enumerate(schemas)]
         either = " | ".join(f"call_{i}" for i in range(len(rules)))
         one = f'{_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL}'

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from keye.engine.form_size import check_regex
@@ -22,6 +22,8 @@ MAX_BYTES: Final = 64 * 1024
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 5_000
 MAX_PATTERN: Final = 2_000
+#: Entries of all schemas of a form together.
+MAX_TOGETHER: Final = 20_000
 #: Numbers without bounds of their own lie between these, with so many decimals.
 _LARGEST: Final = 10**15
 _CLAMP: Final = 10**18
@@ -169,6 +171,12 @@ def _merged_targets(schema: object) -> Iterator[str]:
                 yield from (
                     one["$ref"] for one in branches if isinstance(one, Mapping) and isinstance(one.get("$ref"), str)
                 )
+
+
+def check_together(schemas: Iterable[object], name: str) -> None:
+    """`KeyeError` where several schemas of one form, each within its limits, are too large together."""
+    if sum(1 for schema in schemas for _ in _walk(schema)) > MAX_TOGETHER:
+        raise KeyeError(f"the JSON schemas of {name} have more than {MAX_TOGETHER:,} entries together; offer fewer")
 
 
 def check_schema(schema: object) -> None:

@@ -120,8 +120,8 @@ def _is_media(body: bytes, begin: int) -> bool:
     """Whether the long string that begins there is a medium: a data: URL, or base64 under a key for it."""
     if body[begin + 1 : begin + 6].lower() == b"data:":
         return True
-    key = body[max(begin - 32, 0) : begin].rstrip(b" \t\r\n:")
-    return key.endswith((b'"data"', b'"file_data"'))
+    key = body[max(begin - 32, 0) : begin].rstrip(b" \t\r\n:[")
+    return key.endswith((b'"data"', b'"file_data"', b'"image_data"', b'"video_data"'))
 
 
 def _check_counts(skeleton: bytes, limits: Limits) -> None:

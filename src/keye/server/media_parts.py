@@ -197,6 +197,9 @@ def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads
     if len(named) != 1:
         raise ApiError(400, f"{where}: give one of file_id, url and data", param=where)
     value = fields.pop(named[0])
+    for holder in (outer, part, inner):  # A body of media is not held twice.
+        if named[0] in ("data", "file_data") and isinstance(holder, dict):
+            holder.pop(named[0], None)
     if isinstance(value, Mapping) and set(value) == {"url"}:
         value = value["url"]
     value = _as_data_url(named[0], value)

@@ -174,6 +174,8 @@ def _medium(where: str, kind: str, block: Mapping[str, Any]) -> dict[str, Any]:
             400, f"{where}.source must be base64 with data, url with url, or file with file_id", param=f"{where}.source"
         )
     if form == "base64":
+        if isinstance(source, dict):
+            del source["data"]  # A body of media is not held twice.
         value = f"data:{source.get('media_type') or 'application/octet-stream'};base64,{value}"
     own = {key: one for key, one in block.items() if key not in ("type", "source", "cache_control", "title", "context")}
     if form == "file":
