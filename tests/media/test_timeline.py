@@ -258,6 +258,8 @@ def avi(size: int, content: int) -> bytes:
         (avi(0, 99), None),
         (avi(104, 100) + avi(104, 100), False),
         (avi(104, 100) + avi(104, 50), True),
+        (b"FLV\1" + bytes(9) + b"\x09\0\0\5" + bytes(12) + b"\0\0\0\x10", False),
+        (b"FLV\1" + bytes(9) + b"\x09\0\0\5" + bytes(12) + b"\0\0\0", True),
         (b"GIF89a" + bytes(20) + b";" + bytes(3), False),
         (b"GIF89a" + bytes(20) + b"x", True),
         (b"G" * 188, None),

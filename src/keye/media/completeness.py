@@ -1,7 +1,8 @@
 """Whether a media file ends before it says that it does, by the sizes in its own structure. Standard library only.
 
 MP4, QuickTime and HEIF are rows of boxes, Matroska is one segment, AVI one or more RIFF chunks, each with its size; a
-GIF ends with a mark. A declared duration tells less: that of a whole recording stands in each of its pieces.
+GIF ends with a mark, a Flash video with the size of its last tag. A declared duration tells less: that of a whole
+recording stands in each of its pieces.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import BinaryIO
 _MOST = 200_000
 #: Bytes at the end that may be padding.
 _TAIL = 1 << 12
+#: Flash video: bytes of the header of a tag, and its kinds: sound, pictures, data.
+_TAG_HEADER, _TAGS = 11, (b"\x08", b"\x09", b"\x12")
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -28,6 +31,8 @@ def ends_early(file: BinaryIO) -> bool | None:
             return _segment(file, end)
         if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
             return _chunks(file, end)
+        if start.startswith(b"FLV"):
+            return not _ends_with_tag(file, end)
         if start.startswith((b"GIF87a", b"GIF89a")):
             file.seek(max(end - _TAIL, 0))
             return not file.read().rstrip(b"\0").endswith(b";")
@@ -54,6 +59,17 @@ def _boxes(file: BinaryIO, end: int) -> bool | None:
         if place > end:
             return True
     return None
+
+
+def _ends_with_tag(file: BinaryIO, end: int) -> bool:
+    """Whether a Flash video ends with a whole tag and its size."""
+    file.seek(max(end - 4, 0))
+    size = int.from_bytes(file.read(4), "big")
+    if not _TAG_HEADER <= size <= end:
+        return False
+    file.seek(max(end - 4 - size, 0))
+    header = file.read(4)
+    return header[:1] in _TAGS and int.from_bytes(header[1:], "big") + _TAG_HEADER == size
 
 
 def _segment(file: BinaryIO, end: int) -> bool | None:
