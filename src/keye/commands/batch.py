@@ -83,7 +83,8 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
     failures = sum(not journal.done[line.id].ok for line in lines)
     if failures:
         again = "correct their lines, or add --retry-errors, and run the same command again"
-        inputs.note(f"{failures:,} of {len(lines):,} items have an error in {output}: {again}")
+        verb = "has" if failures == 1 else "have"
+        inputs.note(f"{failures:,} of {len(lines):,} items {verb} an error in {output}: {again}")
     return 2 if failures else 0
 
 
