@@ -88,6 +88,7 @@ def test_a_store_in_a_file_on_the_way(run: Callable, model_folder: Path, video: 
         (["ask", "INDEX", "what?", "--draw", "x.png"], "ask about a single image"),
         (["ask", "INDEX", "what?", "--model", "nano"], "is an index of the model tiny, not of nano"),
         (["ground", "INDEX", "a circle", "--clips", "found"], "holds no frames: give the video itself for --clips"),
+        (["live", "INDEX", "what?"], "is an index and holds no frames: give the video itself"),
         (["plan", "INDEX"], "computed already: keye inspect shows it"),
         (["index", "INDEX", "-o", "twice.keye"], "is an index already: give the video itself"),
         (["index", "VIDEO"], "name the index to write with -o"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from keye.commands.show import filled_cells, listed_times, timeline, usage_line, video_length
+from keye.commands.show import filled_cells, listed_times, print_stream, timeline, usage_line, video_length
 from keye.commands.terminal import one_line, printable
-from keye.engine.answer import Answer, Usage
+from keye.engine.answer import Answer, AnswerStream, Usage
+from keye.errors import KeyeWarning, warn
 
 
 def answer(**changed: Any) -> Answer:
@@ -18,6 +21,19 @@ def answer(**changed: Any) -> Answer:
         "attention": "sparse", "finish_reason": "stop", "seconds": {"media": 0.25, "prefill": 0.5, "decode": 0.05},
     }  # fmt: skip
     return Answer(**{**fields, **changed})
+
+
+def test_warnings_come_after_the_line_of_the_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pieces() -> Iterator[str | Answer]:
+        yield "[[3.0, 3.0]]"
+        warn(KeyeWarning("without length"))
+        yield answer()
+
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: print(message))
+    assert print_stream(AnswerStream(pieces()), "").text == "[[3.0, 8.5]]"
+    assert capsys.readouterr().out == "[[3.0, 3.0]]\nwithout length\n"
 
 
 def test_a_timeline_has_a_bar_and_a_line_for_each_interval() -> None:

@@ -61,6 +61,18 @@ def test_frames_one_by_one_are_one_video(model: Keye) -> None:
     assert session.frames == 40 and session.times == tuple(TIMES)
 
 
+def test_frames_have_the_size_that_the_session_asks_for(model: Keye) -> None:
+    """Also beyond the limits of the model's files; and the stream goes on where the oldest frames are forgotten."""
+    most = model.processor.config.video_max_tokens * model.processor.config.token_pixels
+    session = small(model, 600).live(keep="recent", reserve=50, min_pixels=2 * most, max_pixels=3 * most)
+    session.append(FRAMES[:12], TIMES[:12])
+    session.append(FRAMES[12:20], TIMES[12:20])
+    assert session.dropped and session.ask("what?", max_tokens=2).usage.completion_tokens <= 2
+    tokens = session._item().visual_tokens
+    assert tokens == sum(frame.token_ids.count(model.config.video_token_id) for frame in session._frames)
+    assert tokens >= 2 * model.processor.config.video_max_tokens * session.frames
+
+
 def test_answers_do_not_disturb_the_stream(model: Keye) -> None:
     asked, silent = model.live(**SIZE), model.live(**SIZE)
     for start in range(0, 12, 3):

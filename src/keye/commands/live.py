@@ -10,6 +10,7 @@ import click
 
 from keye.commands import options
 from keye.commands.options import VIDEO_OPTIONS, Positive, given
+from keye.errors import KeyeError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,8 +45,11 @@ def live(video: str, question: str, every: float, keep: str, as_json: bool, **se
     """
     from keye.chat import format_seconds
     from keye.commands import inputs, show
+    from keye.media.fetch import is_index
 
     medium = inputs.only_video(video, settings)
+    if is_index(medium.source):  # type: ignore[arg-type]
+        raise KeyeError(f"{video} is an index and holds no frames: give the video itself")
     model = inputs.load_model(settings)
     asked = inputs.reply_options(model, {**settings, "attention": None})
     session = model.live(keep=keep, **given(settings, VIDEO_OPTIONS))  # type: ignore[arg-type]  # one of its choices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -49,11 +50,15 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def print_stream(stream: AnswerStream, first: str) -> Answer:
-    """Prints the text as it comes, `first` of all, and returns the answer."""
+    """Prints the text as it comes, `first` of all, and returns the answer. Warnings that come with its end are given
+    once its line has ended."""
     print(printable(first), end="", flush=True)
-    for piece in stream:
-        print(printable(piece), end="", flush=True)
+    with warnings.catch_warnings(record=True) as late:
+        for piece in stream:
+            print(printable(piece), end="", flush=True)
     print(flush=True)
+    for one in late:
+        warnings.showwarning(one.message, one.category, one.filename, one.lineno)
     assert stream.answer is not None
     return stream.answer
 

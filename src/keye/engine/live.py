@@ -209,8 +209,7 @@ class LiveSession:
         least = len(frames) * size[0] * size[1] // self._model.processor.config.token_pixels
         if len(self._head) + least + self._reserve > self._limit:
             raise self._too_many(least)
-        options = MediaOptions(resized_height=size[0], resized_width=size[1], timestamps=tuple(times))
-        item = self._model.processor.frames(frames, options)
+        item = self._model.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=size)
         added = self._as_frames(item, times, self._encoded(item))
         grown = sum(len(frame.token_ids) for frame in added)
         if self.tokens + grown + self._reserve > self._limit:

@@ -205,13 +205,13 @@ class Processor:
             pixels = FileFrames(source, self.limits, decode, shape, track=plan.track)
         return self._of_plan(pixels, plan, options)
 
-    def frames(self, frames: Any, options: MediaOptions = DEFAULTS) -> MediaItem:
+    def frames(self, frames: Any, options: MediaOptions = DEFAULTS, *, size: sizes.Size | None = None) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
 
         With `timestamps` all frames are used and take the size that a file of them would get. Without, the official
         rule for lists holds: each is sized on its own, they are sampled like frames that were taken at `fps`
         (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
-        `video_start` and `video_end` choose among the pictures.
+        `video_start` and `video_end` choose among the pictures. `size` (2.0) is that of more frames of the same video.
         """
         given = as_frames(frames)
         if self.config.generation == "preview":
@@ -228,7 +228,10 @@ class Processor:
         if self.config.generation == "1.5":
             types = frame_types(pixels, self.config, options.min_frame_similarity)
         fast = sum(types or ())
-        found = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
+        if size is None:
+            found = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
+        else:
+            found = sizes.FrameSizes(size, size)
         warn_of_video(_LISTED, len(pixels), found.slow, self.config, options)
         frame_sizes = [found.fast if types and types[i] else found.slow for i in range(len(pixels))]
         resize = _shrunk if self.config.generation == "2.0" else bilinear
