@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import error_of, told
 from starlette.testclient import TestClient
 
@@ -185,3 +187,13 @@ def test_the_sentences_of_addresses_and_bodies(http: TestClient) -> None:
         kind = {"content-type": "application/json"}
         answer = http.post("/v1/chat/completions", content=body, headers=kind)
         assert answer.status_code == 400 and "must be a JSON object" in answer.json()["error"]["message"]
+
+
+def test_a_picture_of_more_than_a_megabyte_is_read(http: TestClient) -> None:
+    """What follows the end of a PNG counts for nothing."""
+    file = io.BytesIO()
+    Image.new("RGB", (56, 56), "red").save(file, "png")
+    small = generate(http, text="hello", image_data=base64.b64encode(file.getvalue()).decode())
+    large = base64.b64encode(file.getvalue() + bytes(1_000_000)).decode()
+    for value in (large, [large], f"data:image/png;base64,{large}"):
+        assert generate(http, text="hello", image_data=value)["text"] == small["text"]

@@ -13,7 +13,8 @@ TokenIds = Annotated[
 ]
 #: One value for each of several prompts.
 Each = Field(fail_fast=True, max_length=64)
-MediaNames = Text | Annotated[list[Any], Field(max_length=256)] | None
+#: URLs, uploads or base64, each as long as a body may be.
+MediaNames = str | Annotated[list[Any], Field(max_length=256)] | None
 
 
 class Thinking(Tolerant):
