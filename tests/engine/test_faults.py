@@ -340,6 +340,9 @@ def test_an_answer_names_damage_that_only_decoding_showed(model: Keye, tmp_path:
     repeated = model.ask(again, "what is red?", media_options={"nframes": 40}, max_tokens=2).notes
     assert repeated == tuple(note.replace("clip.avi", "again.avi") for note in notes)
     path = again.rename(path)
+    index = model.index(path, tmp_path / "clip.keye", media_options={"nframes": 40})
+    assert "parts of the file are damaged or missing: its pictures at 2.9 s" in index.plan["notes"][-1]
+    assert any("at 2.9 s" in note for note in model.ask(index.path, "what is red?", max_tokens=2).notes)
     with pytest.raises(KeyeError, match=r"clip.avi is damaged near 2.9 s; download it again or leave strict_media out"):
         model.ask(path, "what is red?", media_options={"nframes": 40, "strict_media": True}, max_tokens=2)
 

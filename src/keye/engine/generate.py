@@ -17,6 +17,7 @@ from keye.engine.sampling import Sampler, SamplingParams
 from keye.engine.turns import Turn
 from keye.engine.vision import VisionJob
 from keye.engine.vision_cache import VisionCache
+from keye.errors import KeyeWarning
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel
 
@@ -52,6 +53,8 @@ class Decoding:
         self.counted = 0
         self.position = 0
         self.logits = torch.empty(0)
+        #: What was tolerated of media when their frames were read.
+        self.notes: list[KeyeWarning] = []
 
     @torch.inference_mode()
     def prefill(
@@ -92,6 +95,7 @@ class Decoding:
                     hidden = self._forward(x, prompt.position_ids[:, part].to(device), replies=end == ids.shape[0])
                 if on_progress is not None:
                     on_progress(Progress("prefill", end, ids.shape[0]))
+            job.give_notes(self.notes)
         finally:
             job.close()
         with turn():

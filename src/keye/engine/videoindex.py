@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.request import Progress
 from keye.engine.tiers import KVOptions
 from keye.engine.turns import Turn
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 from keye.media.fetch import Source, is_index
 from keye.media.processor import Piece, VisualSpan
 from keye.models.attention import AttentionMode
@@ -104,11 +104,12 @@ def write_video_index(
     decoding.prefill(prompt, turn=turn, on_progress=on_progress)
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
+    about["video"]["plan"] = plan = _noted(prompt.plans[0], decoding.notes)
     write_index_file(path, decoding.cache, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)
     done = time.perf_counter()
     seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "write": done - prefilled}
     return IndexInfo(
-        path, prompt.token_ids.shape[0], prompt.visual_tokens, path.stat().st_size, layout.keys.kind, prompt.plans[0],
+        path, prompt.token_ids.shape[0], prompt.visual_tokens, path.stat().st_size, layout.keys.kind, plan,
         {name: round(value, 4) for name, value in seconds.items()},
     )  # fmt: skip
 
@@ -132,6 +133,14 @@ def _about(
             "pieces": [piece.tokens if isinstance(piece, VisualSpan) else piece for piece in item.pieces],
         },
     }
+
+
+def _noted(plan: Mapping[str, Any], warnings: Sequence[KeyeWarning]) -> Mapping[str, Any]:
+    """A plan with what was tolerated of the video when its frames were read."""
+    if not warnings:
+        return plan
+    found = (str(warning).removeprefix(f"{plan['name']}: ") for warning in warnings)
+    return {**plan, "notes": [*plan.get("notes", ()), *found]}
 
 
 def _file_hash(source: Any) -> str | None:
