@@ -159,7 +159,7 @@ async def keep_alive(replica: Replica, lost: Callable[[str], None]) -> None:
     while True:
         await replica.ended()
         lost(replica.name)
-        log.warning("replica %s has ended and is started anew", replica.name)
+        log.warning("replica %s has ended and is started again", replica.name)
         while not replica.alive:
             try:
                 await replica.start()
