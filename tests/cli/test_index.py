@@ -117,3 +117,11 @@ def test_evidence_of_an_index_is_drawn_without_pictures(
     words += ["--temperature", 1, "--seed", 1]  # the likeliest tokens of this model are line breaks, an empty answer
     evidence = run(*words).data["evidence"]
     assert len(evidence["media"][0]["shares"]) == 8 and path.stat().st_size > 1000
+
+
+def test_options_beside_an_index_are_for_the_other_video(
+    run: Callable, model_folder: Path, indexed: Path, video: Path
+) -> None:
+    result = run("ask", indexed, video, "what?", "--model", model_folder, "--max-tokens", 2, "--nframes", 2, "--json")
+    assert [len(plan["timestamps"]) for plan in result.data["plan"]][1] == 2
+    assert f"--nframes has no effect on {indexed.name}, whose frames were chosen when it was made" in result.err

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,21 +51,24 @@ def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]
     """The named files as media, each with those options that its kind knows; http addresses are downloaded. Raises
     `MediaError` for a file that cannot be read; nothing is decoded yet. An index of a video takes no options. "-" is
     standard input."""
-    media = []
+    media: list[Medium] = []
+    indexes: list[str] = []
     limits = FetchLimits(allow_private=bool(options.get("allow_private_urls")))
     if files.count("-") > 1:
         raise KeyeError("standard input (-) is named twice, but can be read once: save it to a file first")
     for file in files:
         source = read_stdin() if file == "-" else fetch_source(file, limits=limits)
         if is_index(source):
-            _check_index_options(source.name, options)
+            indexes.append(source.name)
             media.append(Medium("video", source))
         elif media_kind(source) == "image":
             media.append(Medium("image", source, given(options, IMAGE_OPTIONS)))
         else:
             media.append(Medium("video", source, given(options, VIDEO_OPTIONS)))
-    unused = given(options, VIDEO_OPTIONS).keys() - {name for medium in media for name in medium.options}
-    if unused:
+    used = {name for medium in media for name in medium.options}
+    for name in indexes:
+        _check_index_options(name, options, used)
+    if unused := given(options, VIDEO_OPTIONS).keys() - used:
         names = ", ".join(sorted(flag(name) for name in unused))
         note(f"{names} has no effect on images")
     return media
@@ -91,11 +94,14 @@ def read_stdin(most: int = MAX_VIDEO_BYTES) -> Source:
     return fetch_source(Source("standard input", size, path=Path(kept.name), keep=kept))
 
 
-def _check_index_options(name: str, options: Mapping[str, Any]) -> None:
-    fixed = [one for one in (*VIDEO_OPTIONS, *FORMAT_OPTIONS) if options.get(one) is not None]
-    if fixed:
+def _check_index_options(name: str, options: Mapping[str, Any], used: Collection[str]) -> None:
+    """`KeyeError` for options that only an index could take; of those `used` by other media a note."""
+    asked = [one for one in (*VIDEO_OPTIONS, *FORMAT_OPTIONS) if options.get(one) is not None]
+    if fixed := [one for one in asked if one not in used]:
         raise KeyeError("{} is an index, whose frames and formats were chosen when it was made; leave {} out",
                         name, Option(fixed[0]))  # fmt: skip
+    if asked:
+        note(f"{', '.join(map(flag, asked))} has no effect on {name}, whose frames were chosen when it was made")
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
