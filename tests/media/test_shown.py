@@ -336,6 +336,7 @@ def test_high_dynamic_range(tmp_path: Path, number: int, transfer: str) -> None:
     (clip,) = cut_clips(fetch_source(path), [(0.0, 0.3)], tmp_path)
     cut, pictures = read(clip)
     assert cut.transfer == "sdr" and abs(pictures.mean() - expected.mean()) < 4
+    assert "standard range already, so that tone_map has no effect" in planned(clip, tone_map=True)[1][0]
 
 
 def test_clips_name_their_colours(tmp_path: Path) -> None:

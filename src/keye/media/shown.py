@@ -82,6 +82,8 @@ def as_read(info: VideoInfo, options: MediaOptions) -> VideoInfo:
             "it has high dynamic range ({}), and its frames look pale: {} makes them ones of standard range",
             (info.transfer.upper(), Option("tone_map")),
         ))  # fmt: skip
+    elif info.transfer == "sdr" and options.tone_map:
+        notes.append(Note("it has standard range already, so that {} has no effect", (Option("tone_map"),)))
     return dataclasses.replace(info, notes=tuple(notes))
 
 
