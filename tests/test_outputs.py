@@ -24,7 +24,7 @@ def test_our_pictures_are_known_and_those_of_others_kept(tmp_path: Path, name: s
     path = tmp_path / name
     Image.new("RGB", (8, 8)).save(path)
     before = path.read_bytes()
-    with pytest.raises(KeyeError, match="exists and is no earlier output of this kind"):
+    with pytest.raises(KeyeError, match="exists and is not an earlier output of this kind"):
         check_evidence(path, [], False)
     check_evidence(path, [], True)
     assert path.read_bytes() == before
@@ -36,7 +36,7 @@ def test_our_pictures_are_known_and_those_of_others_kept(tmp_path: Path, name: s
 def test_evidence_as_json_replaces_nothing_else(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(KeyeError, match="exists and is no earlier output"):
+    with pytest.raises(KeyeError, match="exists and is not an earlier output"):
         check_evidence(path, [], False)
     path.write_text(json.dumps(dict.fromkeys(("question", "answer", "intervals", "media", "steps", "reason"))))
     check_evidence(path, [], False)

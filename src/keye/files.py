@@ -65,7 +65,7 @@ def check_output(path: Path, is_own: Callable[[Path], bool], *, overwrite: bool 
             return
     except OSError as error:
         raise unwritable(path, error) from None
-    raise KeyeError("{} exists and is no earlier output of this kind: name another file, or give {}", path,
+    raise KeyeError("{} exists and is not an earlier output of this kind: name another file, or give {}", path,
                     Option("overwrite"))  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_mistakes_in_calls_are_named(messages: Any, sentence: str) -> None:
         ([{"name": "<|im_end|>"}], "has the name '<|im_end|>'"),
         ([{"type": "code", "function": {"name": "f"}}], "only functions can be offered"),
         ([{"name": "f", "parameters": "x"}], "give a JSON schema"),
-        ([{"name": "f", "x": {1, 2}}], "is no JSON"),
+        ([{"name": "f", "x": {1, 2}}], "is not JSON"),
     ],
 )
 def test_mistakes_in_tools_are_named(tools: Any, sentence: str) -> None:
@@ -102,6 +102,6 @@ def test_a_call_that_was_cut_off_is_shown_to_the_model_as_it_is(written: str) ->
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "these are no arguments"},
     ]
-    with pytest.warns(KeyeWarning, match="is no JSON object"):
+    with pytest.warns(KeyeWarning, match="is not a JSON object"):
         prompt = "".join(str(segment.value) for segment in render(messages))
     assert f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>' in prompt

@@ -92,7 +92,7 @@ def make_bad_file(kind: str, folder: Path, video: Path) -> Path:
 
 
 BAD_FILES = [
-    ("corrupt", "no video that can be read"),
+    ("corrupt", "not a video that can be read"),
     ("truncated", "cut short"),
     ("empty", "is empty (0 bytes)"),
     ("sound", "no video stream (it may be audio only)"),
@@ -220,7 +220,7 @@ def test_templates_that_are_not_there(fails: Callable[..., str], own_model: Path
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("{", "is no JSON"), ("3", "give a list of functions"), ('[{"name": "a b"}]', "has the name 'a b'")],
+    [("{", "is not JSON"), ("3", "give a list of functions"), ('[{"name": "a b"}]', "has the name 'a b'")],
 )
 def test_tools(fails: Callable[..., str], text: str, sentence: str, video: Path, tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_text(text)

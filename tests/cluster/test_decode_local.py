@@ -121,7 +121,7 @@ def test_bytes_in_memory_and_strangers_files(service: DecodeService, clips: list
 
 
 def test_a_damaged_file_and_one_that_is_nowhere(service: DecodeService, tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="<bytes> is no video that can be read"):
+    with pytest.raises(MediaError, match="<bytes> is not a video that can be read"):
         service.submit(VideoWork(fetch_source(b"\0no video at all"), CONFIG)).result(60)
     with pytest.raises(MediaError, match="does not exist on any node"):
         service.submit(VideoWork(str(tmp_path / "none.mp4"), CONFIG)).result(60)

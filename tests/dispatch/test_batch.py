@@ -89,12 +89,12 @@ def test_errors_are_records_and_stop_nothing(out: Path) -> None:
             raise KeyeError("a.mp4 does not exist; check the path")
         return reply("fine")
 
-    lines = [item("bad"), Refused("line-2", 2, "x", "the line is no JSON"), item("missing"), item("good")]
+    lines = [item("bad"), Refused("line-2", 2, "x", "the line is not JSON"), item("missing"), item("good")]
     report = run(out, [Fake(act, slots=1)], lines)
     found = records(out)
     assert (report.ok, report.errors) == (1, 3) and found["good"]["error"] is None
     assert found["bad"]["error"] == {"code": "unknown_field", "message": "no such field"}
-    assert found["line-2"]["error"] == {"code": "bad_line", "message": "line 2: the line is no JSON"}
+    assert found["line-2"]["error"] == {"code": "bad_line", "message": "line 2: the line is not JSON"}
     assert found["missing"]["error"]["message"] == "line 1: a.mp4 does not exist; check the path"
 
 

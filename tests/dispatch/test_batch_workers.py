@@ -72,7 +72,7 @@ def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_answer_that_is_no_json() -> None:
     answer = post(client(lambda request: httpx.Response(200, text="<html>")))
-    assert answer.body["error"]["message"] == "the server answered 200 with something that is no JSON object"
+    assert answer.body["error"]["message"] == "the server answered 200 with something that is not a JSON object"
 
 
 def test_an_answer_that_cannot_be_unpacked() -> None:

@@ -107,8 +107,8 @@ def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{broken", "the line is no JSON"),
-        ("[1]", "the line is no JSON object"),
+        ("{broken", "the line is not JSON"),
+        ("[1]", "the line is not a JSON object"),
         ({"video": "a.mp4"}, "the question is missing or empty"),
         ({"question": "what?"}, "there is no medium to ask about"),
         ({**QUESTION, "frames": 3}, "'frames' is no key of a line; keys are adaptive_budget, "),

@@ -289,7 +289,7 @@ def test_no_room_is_told_before_any_work(
     with pytest.raises(KeyeError, match="name a file in a folder that exists"):
         model.index(video, tmp_path / "none" / "x.keye")
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(KeyeError, match="letter.txt exists and is no earlier output of this kind: .* overwrite"):
+    with pytest.raises(KeyeError, match="letter.txt exists and is not an earlier output of this kind: .* overwrite"):
         model.index(video, tmp_path / "letter.txt")
     assert (tmp_path / "letter.txt").read_text() == "dear"
     (tmp_path / "letter.txt").unlink()
@@ -311,7 +311,7 @@ def test_damage_is_found_on_opening(model: Keye, own: Path, part: str) -> None:
     file = read_index_file(own)
     place = {"prelude": 50, "header": file.size - 9}.get(part)
     changed(own, file.sections[part].offset + 5 if place is None else place)
-    with pytest.raises(KeyeError, match="own.keye is damaged .*: copy it anew, or index the video again"):
+    with pytest.raises(KeyeError, match="own.keye is damaged .*: copy it again, or index the video again"):
         model.ask(own, "what?")
 
 

@@ -113,7 +113,7 @@ def test_only_clips_are_replaced(tmp_path: Path) -> None:
     kept, before = b"a letter", first.read_bytes()
     second.write_bytes(kept)
     first.write_bytes(b"")
-    with pytest.raises(KeyeError, match=rf"{second.name} exists and is no earlier output of this kind: .* overwrite"):
+    with pytest.raises(KeyeError, match=rf"{second.name} exists and is not an earlier output .* overwrite"):
         cut_clips(source, pairs, out)
     assert second.read_bytes() == kept and first.read_bytes() == b"" and len(list(out.iterdir())) == 2
     cut_clips(source, pairs, out, overwrite=True)

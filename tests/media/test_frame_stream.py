@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from keye.media.options import MediaOptions
 from keye.media.patches import VisionInput
 from keye.media.pictures import Pixels
 from keye.media.processor import Processor
-from keye.media.video import DecodeLimits, VideoReader
+from keye.media.video import DecodeLimits, VideoReader, plan_video
 
 FRAME = np.zeros((28, 28, 3), dtype=np.uint8)
 CONFIG = ProcessorConfig.of("2.0", video_min_tokens=1)
@@ -96,17 +97,25 @@ def test_a_reader_that_nobody_holds_ends_too(source: Source) -> None:
 
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(source: Source) -> None:
-    reached = threading.Event()
+    """A worker that was stopped gives no frame, and neither thread nor worker is left after closing."""
+    plan = plan_video(source, CONFIG)
+    reached, yielded = threading.Event(), list[Pixels]()
 
     def frames(video: VideoReader) -> Iterator[Pixels]:
         assert video.info.frame_count == 8
+        video._worker.process.send_signal(signal.SIGSTOP)
         reached.set()
-        yield from (np.frombuffer(video._read_exactly(3), np.uint8) for _ in range(1))  # nothing was asked for
+        for frame in video.frames(plan):
+            yielded.append(frame)
+            yield frame
 
     reader = FileFrames(source, DecodeLimits(), frames, FrameShape([(28, 28)], CONFIG)).open()
-    reached.wait()
+    assert isinstance(reader, _FileFramesReader)
+    assert reached.wait(60)
     assert not reader.has(1)
+    worker, thread = reader._video._worker.process, reader._thread
     reader.close()
+    assert worker.poll() is not None and not thread.is_alive() and yielded == []
 
 
 def test_what_is_wrong_with_a_file_is_told_when_its_frames_are_taken(tmp_path: Path, source: Source) -> None:

@@ -80,7 +80,7 @@ def test_bad_images(tmp_path: Path) -> None:
     good = encoded(picture(600, 400), "JPEG")
     for data, message in [
         (b"not an image at all", "is a text file, which is not read"),
-        (bytes(range(256)), "is no image that can be read"),
+        (bytes(range(256)), "is not an image that can be read"),
         (good[: len(good) // 2], "is damaged"),
         (encoded(picture(), "PPM"), "is a Netpbm picture, which is not read; save it as PNG or JPEG"),
     ]:

@@ -145,7 +145,7 @@ def test_an_image_is_no_video(tmp_path: Path) -> None:
 
 
 def test_a_video_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="clip.mp4 is no image that can be read"):
+    with pytest.raises(MediaError, match="clip.mp4 is not an image that can be read"):
         plan_image(write_clip(tmp_path / "clip.mp4", frames=3), CONFIG)
 
 

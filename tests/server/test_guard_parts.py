@@ -75,7 +75,7 @@ def test_bodies_that_pass(body: bytes) -> None:
         (b'"\xed\xa0\x80"', "not UTF-8"),
         (b'"\xff"', "not UTF-8"),
         (b"\xef\xbb\xbf{}", "byte order mark"),
-        ('{"a": 1}'.encode("utf-16-le"), "no JSON in UTF-8"),
+        ('{"a": 1}'.encode("utf-16-le"), "not JSON in UTF-8"),
         (b'{"a": "no end}', "a string does not end"),
         (rb'{"a": "no end\"}', "a string does not end"),
         (b'"line\nbreak"', "no valid JSON"),

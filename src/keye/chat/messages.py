@@ -172,7 +172,7 @@ def _written_call(where: str, name: str, arguments: str) -> ToolCall:
         data = None
     if isinstance(data, Mapping):
         return ToolCall(name, data)
-    note = f"{where}.arguments of {name} is no JSON object; the prompt shows it to the model as it is"
+    note = f"{where}.arguments of {name} is not a JSON object; the prompt shows it to the model as it is"
     warn(KeyeWarning(note), stacklevel=2)
     return ToolCall(name, {}, arguments)
 
@@ -210,7 +210,7 @@ def _tool(where: str, tool: object) -> Mapping[str, Any]:
     try:
         to_json(fields)
     except (TypeError, ValueError, RecursionError) as error:
-        raise KeyeError(f"{where} is no JSON ({error}): give plain data.") from None
+        raise KeyeError(f"{where} is not JSON ({error}): give plain data.") from None
     return fields
 
 

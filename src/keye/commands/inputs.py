@@ -242,9 +242,9 @@ def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
     except OSError as error:
         raise KeyeError(f"{file} cannot be read ({error.strerror}): give a JSON list of functions") from None
     except UnicodeDecodeError:
-        raise KeyeError(f"{file} is no text in UTF-8: give a JSON list of functions") from None
+        raise KeyeError(f"{file} is not text in UTF-8: give a JSON list of functions") from None
     except (ValueError, RecursionError) as error:
-        raise KeyeError(f"{file} is no JSON ({error}): give a JSON list of functions") from None
+        raise KeyeError(f"{file} is not JSON ({error}): give a JSON list of functions") from None
     return normalize_tools(tools)
 
 

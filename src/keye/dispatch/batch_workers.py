@@ -322,7 +322,7 @@ def _object(answer: httpx.Response) -> dict[str, Any]:
         value = None
     if isinstance(value, dict):
         return value
-    return {"error": {"message": f"the server answered {answer.status_code} with something that is no JSON object"}}
+    return {"error": {"message": f"the server answered {answer.status_code} with something that is not a JSON object"}}
 
 
 def _number(text: str) -> float | None:

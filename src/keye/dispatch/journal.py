@@ -122,7 +122,7 @@ class Journal:
                     if not line.endswith(b"\n") and _is_torn_record(line, bool(done)):
                         break
                     raise KeyeError(
-                        f"line {number} of {self.path} is no record of keye batch: choose another file with -o"
+                        f"line {number} of {self.path} is not a record of keye batch: choose another file with -o"
                     ) from None
                 if name in done:
                     raise KeyeError(f"{self.path} has two records of {name[:100]!r}: choose another file with -o")

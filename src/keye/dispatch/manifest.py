@@ -135,8 +135,8 @@ def _parsed(text: bytes) -> object:
     except UnicodeDecodeError:
         return "the line is not in UTF-8; save the file as UTF-8"
     except json.JSONDecodeError as error:
-        return f"the line is no JSON ({error}); write one JSON object a line"
-    return value if isinstance(value, dict) else "the line is no JSON object; write {...} with a question"
+        return f"the line is not JSON ({error}); write one JSON object a line"
+    return value if isinstance(value, dict) else "the line is not a JSON object; write {...} with a question"
 
 
 def _whole(text: str) -> int:

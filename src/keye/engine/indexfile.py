@@ -215,7 +215,7 @@ def _read(path: Path, file: BinaryIO) -> IndexFile:
     try:
         header = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
-        raise damaged(path, "its header is no JSON") from None
+        raise damaged(path, "its header is not JSON") from None
     return _checked(path, file, header, place)
 
 

@@ -198,7 +198,7 @@ def check_schema(schema: object) -> None:
     try:
         size = len(json.dumps(schema).encode())
     except (TypeError, ValueError):
-        raise KeyeError("the JSON schema is no JSON; give plain data") from None
+        raise KeyeError("the JSON schema is not JSON; give plain data") from None
     if size > MAX_BYTES:
         raise KeyeError(f"the JSON schema has more than {MAX_BYTES:,} bytes; make it smaller")
 

@@ -81,4 +81,4 @@ class PageCheck:
 
 def damaged(path: Path, why: str) -> KeyeError:
     """The error for a file that is not as it was written."""
-    return KeyeError(f"{path} is damaged ({why}): copy it anew, or index the video again with keye index")
+    return KeyeError(f"{path} is damaged ({why}): copy it again, or index the video again with keye index")

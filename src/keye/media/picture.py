@@ -62,7 +62,7 @@ def open_picture(file: BinaryIO, pixel_limit: int, formats: tuple[str, ...] = FO
     except DAMAGE:
         if heif_format(head) in formats:
             raise DamagedPicture from None
-        raise WorkerError(f"is no image that can be read; use one of {', '.join(FORMATS + CONFINED)}") from None
+        raise WorkerError(f"is not an image that can be read; use one of {', '.join(FORMATS + CONFINED)}") from None
     width, height = image.size
     if width * height > pixel_limit:
         raise WorkerError(f"has {width}x{height} pixels, more than the limit of {pixel_limit:,}; shrink it first")

@@ -135,11 +135,11 @@ class VideoFile:
             )
         except av.error.FFmpegError:
             raise WorkerError(
-                "is no video that can be read (unknown format, or damaged or cut short at its index); "
+                "is not a video that can be read (unknown format, or damaged or cut short at its index); "
                 "check the file or download it again"
             ) from None
         if _NO_VIDEOS.fullmatch(container.format.name):
-            raise WorkerError("is no video that can be read; give a video or an image")
+            raise WorkerError("is not a video that can be read; give a video or an image")
         # Packets keep the times that the container tells: FFmpeg's guesses are wrong where frames are reordered.
         container.flags &= ~_GUESS_PTS
         stream = choose_track(video_tracks(container), opening.track)

@@ -101,7 +101,7 @@ def _object(value: Mapping[str, Any] | str, where: str) -> Mapping[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise ApiError(400, f"{where} is no JSON; give a JSON schema", param=where) from None
+            raise ApiError(400, f"{where} is not JSON; give a JSON schema", param=where) from None
     if not isinstance(value, Mapping):
         raise ApiError(400, f"{where} must be an object", param=where)
     return value

@@ -29,7 +29,7 @@ _LONE_SURROGATE = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW)
 
 
 class BadJson(KeyeError):
-    """A body that is no JSON that can be read, or more of it than is allowed."""
+    """A body that is not JSON that can be read, or more of it than is allowed."""
 
 
 def check_json(body: bytes, limits: Limits) -> None:
@@ -39,7 +39,7 @@ def check_json(body: bytes, limits: Limits) -> None:
     if not body.isascii():
         _check_utf8(body)
     if b"\0" in body or body.startswith(b"\xef\xbb\xbf"):
-        raise BadJson("the body is no JSON in UTF-8 without a byte order mark")
+        raise BadJson("the body is not JSON in UTF-8 without a byte order mark")
     unescaped: bytes | bytearray = body
     if b"\\" in body:
         unescaped = bytearray(body)
