@@ -79,6 +79,10 @@ def alone(model: Keye, messages: list[Message], max_tokens: int = 6) -> list[int
     return list(generate(decoding, request.params, ()))
 
 
+def laid_out(model: Keye, request: Request) -> Request:
+    return replace(request, prompt=model.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
+
+
 def add(model: Keye, request: Request) -> Inbox:
     inbox = Inbox()
     model.core.add(request, model.attention_of(request.attention), inbox)
@@ -246,7 +250,8 @@ def test_the_choices_of_one_may_take_the_room_of_a_younger_prompt(model: Keye, m
     expected = alone(model, old), alone(model, young)
     monkeypatch.setattr(Pace, "budget", lambda *_: 120)
     model.ledger.budget = model.store.slab_bytes + smallest_scratch(model.model)
-    first, second = add(model, greedy(model, old, n=13)), add(model, greedy(model, young))
+    # Laid out before, so that both begin in the same step however slow the thread that would do it.
+    first, second = (add(model, laid_out(model, one)) for one in (greedy(model, old, n=13), greedy(model, young)))
     run(model)
     assert model.core.preemptions > 0
     assert (tokens(first), tokens(second)) == expected
