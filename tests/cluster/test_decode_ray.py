@@ -69,7 +69,7 @@ def test_a_cluster_does_what_this_process_does(cluster: Any, clips: list[Source]
         assert service.submit(CallWork(divmod, (7, 2))).result(60) == (3, 1)
         with pytest.raises(MediaError, match="does not exist on any node"):
             service.submit(VideoWork(str(tmp_path / "none.mp4"), CONFIG)).result(60)
-        with pytest.raises(MediaError, match="<bytes> is no video"):
+        with pytest.raises(MediaError, match="<bytes> is not a video"):
             service.submit(VideoWork(fetch_source(b"\0nothing"), CONFIG)).result(60)
         with pytest.raises(Poisoned, match="set aside"):
             service.submit(CallWork(os._exit, (1,))).result(120)
