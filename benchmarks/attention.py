@@ -38,10 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.dsa_memory import MIB, resident_growth
-from keye.ops import cpu_build
-from keye.ops.cpu import CpuBackend, Timers
-from keye.ops.dsa import Kernel, Stretch
-from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
+from keye.ops.cpu import build as cpu_build
+from keye.ops.cpu.backend import CpuBackend, Timers
+from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat
+from keye.ops.registry import Kernel, Stretch
 
 HEADS, GROUPS, DIM, INDEX_HEADS, INDEX_DIM, TOPK = 32, 4, 128, 16, 64, 2048
 CHUNK = 1024

@@ -30,13 +30,13 @@ from typing import Any
 import av
 import numpy as np
 
-from keye.cluster.decode import DecodeService, open_service
 from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import VideoWork
+from keye.cluster.service import DecodeService, open_service
 from keye.config import ProcessorConfig
-from keye.media.fetch import Source, fetch_source
 from keye.media.options import DEFAULTS
 from keye.media.processor import Processor
+from keye.media.source.fetch import Source, fetch_source
 
 CONFIG = ProcessorConfig.of("2.0")
 DIFFERENT = 10

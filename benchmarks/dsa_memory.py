@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keye.cache.sequence import KVCache
 from keye.config import SparseConfig, TextConfig
 from keye.engine.generate import PREFILL_CHUNK
-from keye.engine.kvcache import KVCache
 from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput
 

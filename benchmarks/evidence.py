@@ -28,8 +28,8 @@ from keye.data.frameforge import Clip, Question
 from keye.engine.evidence import counted_layers, frame_spans
 from keye.engine.generate import Decoding
 from keye.engine.prompt import Prompt, PromptBuilder
-from keye.evals.frameforge import FRAME_SIZE, ClipPrompt, frames_of
 from keye.evals.summary import GROUNDING_TASKS
+from keye.evals.tasks.frameforge import FRAME_SIZE, ClipPrompt, frames_of
 
 MAX_TOKENS = 64
 Scores = NDArray[np.float64]

@@ -33,14 +33,14 @@ import torch
 
 import keye
 from benchmarks.company import MOST_OTHERS, Company
-from keye.cluster.decode import DecodeService, open_service
 from keye.cluster.decode_work import VideoWork
-from keye.cluster.fleet import Costs, Fleet, Load, simulate, spread_of, throughput
+from keye.cluster.service import DecodeService, open_service
 from keye.data import frameforge
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.media import Frames
 from keye.engine.request import Request
-from keye.media.fetch import Source, fetch_source
+from keye.media.source.fetch import Source, fetch_source
+from keye.planning.fleet import Costs, Fleet, Load, simulate, spread_of, throughput
 
 TOGETHER, SEEDS, FRAMES, PASSES = 8, 50, 32, 3
 FLEET = Fleet(decoders=1, replicas=1, together=TOGETHER)

@@ -19,7 +19,7 @@ import torch
 
 import keye
 from keye.data.frameforge import make_clip, questions, write_mp4
-from keye.evals.frameforge import score
+from keye.evals.tasks.frameforge import score
 
 SECONDS, FRAMES, QUESTIONS = 300, (600, 256, 128, 64), 8
 #: Sizes of the scene and of the file.

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keye.ops import triton as kernels
-from keye.ops.dsa import Backend, Stretch
-from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat
+from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat
+from keye.ops.registry import Backend, Stretch
 
 HEADS, GROUPS, DIM, INDEX_HEADS, INDEX_DIM = 32, 4, 128, 16, 64
 #: How much of a token's indexer vectors is its neighbour's.

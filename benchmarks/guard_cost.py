@@ -20,10 +20,10 @@ from PIL import Image
 
 from keye.hub import asset
 from keye.media import fetch_source, open_video, read_image
-from keye.media.fetch import untrusted
-from keye.server.guard import Guard, GuardSettings
-from keye.server.json_shape import check_json
-from keye.server.limits import Limits
+from keye.media.source.fetch import untrusted
+from keye.server.edge.guard import Guard, GuardSettings
+from keye.server.edge.json_shape import check_json
+from keye.server.edge.limits import Limits
 
 EVENTS, REQUESTS = 20_000, 3_000
 MIB = 1024**2

@@ -26,10 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import keye
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVFormat, KVLayout, KVStore
 from keye.chat import Medium, Message
 from keye.config import TextConfig, load_model_config
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVFormat, KVLayout, KVStore
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput
@@ -122,7 +122,7 @@ def attention_errors() -> dict[str, float]:
 
 def score(kv: KVFormat, count: int) -> dict[str, Any]:
     """keye-nano's scores in one format."""
-    from keye.evals.frameforge import EvalOptions, evaluate
+    from keye.evals.tasks.frameforge import EvalOptions, evaluate
 
     torch.set_num_threads(1)
     result = evaluate(keye.load("nano"), EvalOptions(questions=count, kv=kv))

@@ -25,9 +25,9 @@ from typing import Any, get_args
 
 import torch
 
+from keye.cache.mapped import fetch_rows, map_file, map_tensor, read_rows
+from keye.cache.slabs import KVFormat, KVLayout
 from keye.config import load_model_config
-from keye.engine.kvstore import KVFormat, KVLayout
-from keye.engine.mapped import fetch_rows, map_file, map_tensor, read_rows
 from keye.hub import asset
 
 TOPK, KEPT = 2048, 0.75

@@ -144,7 +144,7 @@ def load(folder: Path) -> dict[str, Any]:
     import torch
 
     from keye.config import load_model_config
-    from keye.models.weights import load_model
+    from keye.models.load import load_model
 
     torch.set_num_threads(1)
     chosen = load_model_config(folder)
@@ -171,7 +171,7 @@ def fill(size: int) -> float:
     """Seconds to write to every page of fresh memory, with the same request for huge pages as loading."""
     import torch
 
-    from keye.models.checkpoint import ask_for_huge_pages
+    from keye.weights.safetensors import ask_for_huge_pages
 
     torch.set_num_threads(1)
     memory = torch.empty(size, dtype=torch.uint8)

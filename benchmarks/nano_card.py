@@ -37,7 +37,7 @@ def run(name: str, model: str, count: int) -> dict[str, Any]:
     import torch
 
     import keye
-    from keye.evals.frameforge import EvalOptions, evaluate
+    from keye.evals.tasks.frameforge import EvalOptions, evaluate
 
     torch.set_num_threads(1)
     return {"setting": name, **evaluate(keye.load(model), EvalOptions(questions=count, **SETTINGS[name]))}

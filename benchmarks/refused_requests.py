@@ -265,8 +265,8 @@ def wide_model() -> Iterator[str]:
     import torch
 
     from keye.config import model_config_from_dict
-    from keye.models.weights import save_model
-    from keye.train.initialise import fresh_model
+    from keye.models.load import save_model
+    from keye.train.recipes.nano.initialise import fresh_model
 
     raw = json.loads((NANO / "config.json").read_text())
     raw |= {

@@ -27,15 +27,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import nn
 
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVLayout, KVStore, file_slabs
 from keye.config import TextConfig, load_model_config
 from keye.engine.generate import PREFILL_CHUNK
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVLayout, KVStore, file_slabs
-from keye.engine.measure import fill_with_noise
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span
 from keye.models.keye import Decoder
-from keye.ops.pages import PAGE
+from keye.ops.kv_blocks import PAGE
+from keye.planning.measure import fill_with_noise
 
 GIB = 2**30
 DTYPE = torch.bfloat16

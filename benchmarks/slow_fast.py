@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.media.resample import bilinear
+from keye.media.pixels.resample import bilinear
+from keye.media.pixels.slowfast import frame_types
 from keye.media.sizes import FrameSizes, frame_sizes, smart_resize
-from keye.media.slowfast import frame_types
 
 Pixels = NDArray[np.uint8]
 CONFIG = ProcessorConfig.of("1.5")

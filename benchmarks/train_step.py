@@ -19,9 +19,9 @@ import torch
 
 from keye.config import load_model_config
 from keye.ops.elementwise import table
-from keye.train.batches import make_batch
 from keye.train.config import Mix, StageConfig
-from keye.train.initialise import fresh_model
+from keye.train.recipes.nano.batches import make_batch
+from keye.train.recipes.nano.initialise import fresh_model
 from keye.train.stages import make_stage, trainable
 
 NANO = Path(__file__).parents[1] / "configs" / "nano"

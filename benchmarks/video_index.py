@@ -32,8 +32,8 @@ import torch
 
 import keye
 from keye import Keye
-from keye.engine.videoindex import open_video_index
-from keye.media.fetch import fetch_source
+from keye.media.source.fetch import fetch_source
+from keye.sessions.video_index import open_video_index
 
 #: Pixels that a visual token stands for.
 TOKEN_PIXELS = 28 * 28

@@ -29,9 +29,9 @@ import keye
 from keye.data import frameforge
 from keye.engine.prompt import Prompt
 from keye.engine.vision import VisionJob
-from keye.media.fetch import fetch_source
 from keye.media.options import MediaOptions
 from keye.media.processor import MediaItem
+from keye.media.source.fetch import fetch_source
 
 
 def write_video(path: Path, frames: int) -> None:

@@ -31,8 +31,8 @@ from openai import OpenAI
 from keye.data.frameforge import write_mp4
 from keye.data.frameforge.questions import Question
 from keye.data.frameforge.scene import Clip
-from keye.evals.frameforge import FILE_SIZE, EvalOptions, exam, score
 from keye.evals.summary import summarise
+from keye.evals.tasks.frameforge import FILE_SIZE, EvalOptions, exam, score
 from keye.hub import asset
 
 PORT = 8993

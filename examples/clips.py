@@ -11,7 +11,7 @@ from pathlib import Path
 import keye
 from keye.hub import asset
 from keye.media.clips import cut_clips
-from keye.media.fetch import fetch_source
+from keye.media.source.fetch import fetch_source
 
 
 def main(video: str, event: str, folder: str) -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from keye.chat import parse_reply
 from keye.config import ProcessorConfig
-from keye.engine.draw import draw_regions
 from keye.hub import asset
-from keye.media.fetch import fetch_source
 from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source
 from keye.media.video import open_video
+from keye.sessions.draw import draw_regions
 
 REPLY = (
     "<|object_ref_start|>cyan triangle<|object_ref_end|><|polygon_start|>[[[775, 618], [922, 893], [625, 893]]]"

@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import keye
+from keye.chat.tokenizer import Tokenizer
 from keye.config import load_processor_config, model_config_from_dict
 from keye.engine.prompt import PromptBuilder
 from keye.errors import KeyeError, KeyeWarning
 from keye.media import VisionInput, VisualSpan
 from keye.media.processor import MediaItem, Processor
-from keye.models.weights import WEIGHTS_FILE, save_model
-from keye.tokenizer import Tokenizer
-from keye.train.initialise import fresh_model
+from keye.models.load import WEIGHTS_FILE, save_model
+from keye.train.recipes.nano.initialise import fresh_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import NANO, tiny_folder, tiny_raw

@@ -18,8 +18,8 @@ from keye.config import ARCHITECTURES, model_config_from_dict
 from keye.errors import KeyeError, KeyeWarning
 from keye.hub import asset
 from keye.models.keye import KeyeModel
-from keye.models.weights import save_model
-from keye.train.initialise import fresh_model
+from keye.models.load import save_model
+from keye.train.recipes.nano.initialise import fresh_model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
 import keye.hf

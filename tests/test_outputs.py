@@ -16,7 +16,7 @@ from keye.commands.serve import audit_log
 from keye.errors import KeyeError
 from keye.files import check_output, complete_file, has_mark, output_file
 from keye.media.clips import cut_clips
-from keye.server.audit import Record
+from keye.server.edge.audit import Record
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])

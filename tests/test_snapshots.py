@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from keye.cache.sequence import KVCache
 from keye.config import load_model_config
-from keye.engine.kvcache import KVCache
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span
-from keye.models.weights import load_model
-from keye.train.batches import make_batch
+from keye.models.load import load_model
 from keye.train.config import Mix, StageConfig
+from keye.train.recipes.nano.batches import make_batch
 from keye.train.stages import encode_frames, make_stage
 
 SNAPSHOTS = Path(__file__).parent / "data" / "nano-snapshots.json"

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
+from keye.chat.text_cuts import _QWEN, cuts_of, pieces_of
+from keye.chat.tokenizer import MAX_RUN, Tokenizer, byte_characters
 from keye.data.nano_tokenizer import build_nano_tokenizer
 from keye.errors import KeyeError
-from keye.text_cuts import _QWEN, cuts_of, pieces_of
-from keye.tokenizer import MAX_RUN, Tokenizer, byte_characters
 
 NANO = build_nano_tokenizer(("red", "circle", "when", "is"))
 SPLIT = pre_tokenizers.Split(Regex(_QWEN), behavior="isolated")

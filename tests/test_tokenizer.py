@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from keye.config import KeyeConfig, load_model_config, model_config_from_dict
-from keye.data.nano_tokenizer import MAX_VOCAB, build_nano_tokenizer, save_nano_tokenizer
-from keye.errors import KeyeError
-from keye.tokenizer import (
+from keye.chat.tokenizer import (
     CONTROL_TOKENS,
     FRAME_TOKENS,
     IDS_OF_1_5,
@@ -24,6 +21,9 @@ from keye.tokenizer import (
     Tokenizer,
     check_tokenizer,
 )
+from keye.config import KeyeConfig, load_model_config, model_config_from_dict
+from keye.data.nano_tokenizer import MAX_VOCAB, build_nano_tokenizer, save_nano_tokenizer
+from keye.errors import KeyeError
 
 WORDS = ("red", "circle", "when", "is", "the", "visible", "seconds", "s", "?", "[[", "a")
 ADDED = CONTROL_TOKENS + MARKUP_TOKENS + FRAME_TOKENS + POLYGON_TOKENS

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig, ProcessorConfig, load_processor_config, model_config_from_dict
 from keye.models.keye import KeyeModel
-from keye.models.weights import save_model
-from keye.tokenizer import Tokenizer
-from keye.train.initialise import fresh_model
+from keye.models.load import save_model
+from keye.train.recipes.nano.initialise import fresh_model
 
 NANO = Path(__file__).parents[1] / "configs" / "nano"
 

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from keye.version import __version__
+
 if TYPE_CHECKING:
-    from keye.engine.answer import Answer, AnswerStream
-    from keye.engine.engine import Keye, load
+    from keye.api import Keye, load
     from keye.engine.media import Frames
     from keye.errors import KeyeError
+    from keye.sessions.answer import Answer, AnswerStream
 
-__version__ = "0.1.0"
 __all__ = ["Answer", "AnswerStream", "Frames", "Keye", "KeyeError", "__version__", "load"]
 
 _HOME = {
-    "Answer": "keye.engine.answer",
-    "AnswerStream": "keye.engine.answer",
-    "Keye": "keye.engine.engine",
-    "load": "keye.engine.engine",
+    "Answer": "keye.sessions.answer",
+    "AnswerStream": "keye.sessions.answer",
+    "Keye": "keye.api",
+    "load": "keye.api",
     "Frames": "keye.engine.media",
     "KeyeError": "keye.errors",
 }

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import click
 
-import keye
 from keye.commands import options
 from keye.commands.group import LazyGroup, Verb, run
+from keye.version import __version__
 
 VERBS = {
     "ask": Verb("keye.commands.ask:ask", "answer a question about videos and images"),
@@ -43,7 +43,7 @@ class Verbs(LazyGroup):
 
 
 @click.command(cls=Verbs, verbs=VERBS, context_settings=options.CONTEXT)
-@click.version_option(keye.__version__, prog_name="keye")
+@click.version_option(__version__, prog_name="keye")
 @options.debug
 def cli() -> None:
     """Understand long video with open models, on the machine you own.

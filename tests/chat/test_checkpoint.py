@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.chat import PREVIEW_CHATML, CheckpointTemplate, Medium, Segment, load_template, render
-from keye.chat.checkpoint import TemplateLimits, _Hidden
+from keye.chat.foreign_template import TemplateLimits, _Hidden
 from keye.chat.template_worker import render as render_here
+from keye.chat.tokenizer import Tokenizer
 from keye.errors import KeyeError
-from keye.tokenizer import Tokenizer
 
 Shared = Callable[[str], Path]
 

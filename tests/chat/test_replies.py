@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.chat import Region, ToolCall, parse_regions, parse_reply
-from keye.tokenizer import MARKUP_TOKENS, POLYGON_TOKENS
+from keye.chat.tokenizer import MARKUP_TOKENS, POLYGON_TOKENS
 
 
 def box(*points: tuple[float, float], **label: Any) -> Region:

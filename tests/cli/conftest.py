@@ -68,8 +68,8 @@ def tiny_config() -> dict[str, Any]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A loadable model with random weights; tests that change it work on a copy."""
     from keye.config import model_config_from_dict
-    from keye.models.weights import save_model
-    from keye.train.initialise import fresh_model
+    from keye.models.load import save_model
+    from keye.train.recipes.nano.initialise import fresh_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     shutil.copytree(NANO, folder)

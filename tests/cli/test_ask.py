@@ -75,7 +75,7 @@ def marking(monkeypatch: pytest.MonkeyPatch) -> None:
         "<|point_start|>[[500, 500]]<|point_end|>"
         '<tool_call>{"name": "zoom", "arguments": {"by": 2}}</tool_call>'
     )
-    monkeypatch.setattr("keye.engine.answer.parse_reply", lambda _: parse_reply(text))
+    monkeypatch.setattr("keye.sessions.answer.parse_reply", lambda _: parse_reply(text))
 
 
 @pytest.mark.usefixtures("marking")
@@ -141,7 +141,7 @@ def test_ground_without_finding(run: Callable, model_folder: Path, video: Path, 
 def test_ground_writes_clips(
     run: Callable, model_folder: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keye.engine.engine import Keye
+    from keye.api import Keye
 
     answer = Keye.ground
 

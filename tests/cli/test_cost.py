@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from keye.commands import cost
-from keye.engine import measure
 from keye.errors import KeyeError
 from keye.machine import Memory
+from keye.planning import measure
+from keye.planning import question as cost
 
 
 @pytest.fixture(autouse=True)

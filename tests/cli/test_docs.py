@@ -15,8 +15,8 @@ from keye.cli import VERBS
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, questions, render
 from keye.hub import asset
-from keye.media.fetch import fetch_source
 from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source
 from keye.media.video import open_video
 
 ROOT = Path(__file__).parents[2]

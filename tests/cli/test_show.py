@@ -10,8 +10,8 @@ import pytest
 
 from keye.commands.show import filled_cells, listed_times, print_stream, timeline, usage_line, video_length
 from keye.commands.terminal import one_line, printable
-from keye.engine.answer import Answer, AnswerStream, Usage
 from keye.errors import KeyeWarning, warn
+from keye.sessions.answer import Answer, AnswerStream, Usage
 
 
 def answer(**changed: Any) -> Answer:

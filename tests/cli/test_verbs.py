@@ -14,7 +14,7 @@ from clips import write_with_sound
 from PIL import Image
 
 from keye.commands import doctor
-from keye.train import trainer
+from keye.train import loop as trainer
 
 
 def test_plan_of_a_video_and_an_image(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_small_evaluation(run: Callable, model_folder: Path) -> None:
 
 
 def test_doctor(run: Callable, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keye.engine.engine.resolve", lambda name, **options: model_folder)
+    monkeypatch.setattr("keye.api.resolve", lambda name, **options: model_folder)
     result = run("doctor", "--json")
     checks = {check["name"]: check for check in result.data["checks"]}
     assert result.data["ok"] == (result.code == 0)

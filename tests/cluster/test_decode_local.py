@@ -16,18 +16,18 @@ import pytest
 
 import keye
 from keye.cluster import decode_reader
-from keye.cluster.decode import DecodeService, Poisoned, open_service
 from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_reader import ServiceDecoder
 from keye.cluster.decode_work import CallWork, PlannedFrames, VideoWork
 from keye.cluster.pool import LocalWorker, shared_file
 from keye.cluster.pool_worker import missing_codecs
+from keye.cluster.service import DecodeService, Poisoned, open_service
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.errors import KeyeError, MediaError
-from keye.media.fetch import Source, fetch_source, untrusted
 from keye.media.options import MediaOptions
 from keye.media.processor import Processor
+from keye.media.source.fetch import Source, fetch_source, untrusted
 
 CONFIG = ProcessorConfig.of("2.0", video_min_tokens=4)
 
@@ -235,7 +235,7 @@ def test_a_call_that_ends_its_process_is_poison(clips: list[Source]) -> None:
 @pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them() -> None:
     code = (
-        "import os, sys; from keye.cluster.decode import open_service; service = open_service('local:2'); "
+        "import os, sys; from keye.cluster.service import open_service; service = open_service('local:2'); "
         "print(*[worker.process.pid for worker in service._workers.values()], flush=True); sys.stdin.read()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 import keye
 from keye.cli import cli
-from keye.cluster.decode import open_service
 from keye.cluster.decode_reader import ServiceDecoder
+from keye.cluster.service import open_service
 from keye.errors import KeyeError
 from keye.server.app import create_app
 from keye.server.settings import Settings

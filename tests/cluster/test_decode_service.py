@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import pytest
 from fake_pool import FakePool, FakeWorker, Item
 
-from keye.cluster.decode import DEATHS, DecodeService, Poisoned, open_service
 from keye.cluster.decode_queue import Priority
 from keye.cluster.pool import WorkerDied
+from keye.cluster.service import DEATHS, DecodeService, Poisoned, open_service
 from keye.errors import KeyeError, MediaError
 
 

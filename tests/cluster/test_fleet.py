@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.cli import main
-from keye.cluster.fleet import MOST_BUSY, Costs, Fleet, Load, simulate, size_fleet, throughput
 from keye.errors import KeyeError
+from keye.planning.fleet import MOST_BUSY, Costs, Fleet, Load, simulate, size_fleet, throughput
 
 ROOT = Path(__file__).parents[2]
 #: Decoding costs next to nothing; the engine does one request a second however many there are.

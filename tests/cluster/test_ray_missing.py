@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from keye.cluster.decode import open_service
+from keye.cluster.service import open_service
 from keye.errors import KeyeError
 
 

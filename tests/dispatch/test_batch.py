@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.dispatch.batch import Agenda, Batch, Report
-from keye.dispatch.batch_workers import Answer, WorkerLost
-from keye.dispatch.journal import Journal
-from keye.dispatch.manifest import Item, Refused
+from keye.batch.journal import Journal
+from keye.batch.manifest import Item, Refused
+from keye.batch.run import Agenda, Batch, Report
+from keye.batch.workers import Answer, WorkerLost
 from keye.errors import KeyeError
 
 

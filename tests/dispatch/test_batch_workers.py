@@ -15,8 +15,8 @@ httpx = pytest.importorskip("httpx")
 
 from PIL import Image
 
-from keye.dispatch import batch_workers
-from keye.dispatch.batch_workers import Answer, Client, ProcessWorker, ServerWorker, WorkerLost, with_files
+from keye.batch import workers as batch_workers
+from keye.batch.workers import Answer, Client, ProcessWorker, ServerWorker, WorkerLost, with_files
 from keye.errors import KeyeError
 from keye.server.folders import BATCH_PREFIX, ServerFolder
 

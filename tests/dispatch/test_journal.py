@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.dispatch.journal import Done, Journal, check_same
+from keye.batch.journal import Done, Journal, check_same
 from keye.errors import KeyeError
 
 
@@ -166,7 +166,7 @@ def test_an_output_that_nothing_was_written_to_is_removed(out: Path) -> None:
 
 
 def test_a_line_that_is_too_long_is_not_read_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keye.dispatch.journal._MOST_BYTES", 100)
+    monkeypatch.setattr("keye.batch.journal._MOST_BYTES", 100)
     out.write_text(json.dumps(record("a", text="x" * 200)) + "\n")
     with pytest.raises(KeyeError, match="line 1 of .* is not a record"):
         Journal(out)

@@ -14,9 +14,9 @@ pytest.importorskip("fastapi")
 
 from starlette.testclient import TestClient
 
-from keye.dispatch.replicas import ReplicaLost, Reply
-from keye.dispatch.replicas_proxy import Proxy, proxy_app
-from keye.dispatch.replicas_watch import LOST_SECONDS, Watch
+from keye.server.replicas.processes import ReplicaLost, Reply
+from keye.server.replicas.proxy import Proxy, proxy_app
+from keye.server.replicas.watch import LOST_SECONDS, Watch
 
 NUMBERS = itertools.count(1)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.dispatch.routing import SLACK, choose, media_key, ranking
+from keye.server.replicas.routing import SLACK, choose, media_key, ranking
 
 NAMES = ("a", "b", "c", "d")
 
@@ -58,7 +58,7 @@ def test_questions_about_one_video_have_one_key() -> None:
 
 
 def test_metrics_of_several_replicas_are_told_apart() -> None:
-    from keye.dispatch.replicas_proxy import merged
+    from keye.server.replicas.proxy import merged
 
     texts = {
         "0": '# HELP a what\n# TYPE a gauge\na 1.0\n# HELP b what\nb{le="1"} 2\n', "1": "# HELP a what\na 3.0\n",

@@ -14,11 +14,11 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
-from keye.engine import content
-from keye.engine.content import content_key, source_hash
 from keye.engine.media import Frames, as_medium, plan_medium
-from keye.media.fetch import fetch_source
+from keye.media import content
+from keye.media.content import content_key, source_hash
 from keye.media.processor import Processor
+from keye.media.source.fetch import fetch_source
 
 CONFIG = ProcessorConfig.of("2.0", video_min_tokens=4)
 

@@ -15,14 +15,14 @@ import torch
 
 import keye
 from keye import Frames, Keye, KeyeError
+from keye.cache.ledger import OutOfMemory
 from keye.chat import Medium, Message
 from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
-from keye.engine.ledger import OutOfMemory
 from keye.engine.request import Delta, Ended, Finished, Inbox, Prefilled, Progress, Stage, Task
-from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
+from keye.engine.step import smallest_scratch
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
 from tiny import tiny_folder

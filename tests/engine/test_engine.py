@@ -20,7 +20,7 @@ from keye.chat import Medium, parse_reply
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.media import as_medium, plan_medium
-from keye.evals.frameforge import EvalOptions, evaluate
+from keye.evals.tasks.frameforge import EvalOptions, evaluate
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
 from tiny import tiny_folder
@@ -278,7 +278,9 @@ def test_a_stream_is_an_iterator(model: Keye) -> None:
 
 
 def test_grounding_streams_and_merges(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keye.engine.answer.parse_reply", lambda _: parse_reply("[[5.0, 7.0], [1.0, 2.0], [6.0, 9.0]]"))
+    monkeypatch.setattr(
+        "keye.sessions.answer.parse_reply", lambda _: parse_reply("[[5.0, 7.0], [1.0, 2.0], [6.0, 9.0]]")
+    )
     stream = model.stream_ground(Frames(FRAMES, [0.0, 3.0, 6.0, 9.0]), "the circle", max_tokens=4)
     assert "".join(stream)
     assert stream.finish().intervals == ((1.0, 2.0), (5.0, 9.0))

@@ -14,13 +14,13 @@ import keye
 from keye import Frames, Keye
 from keye.chat import Medium, Message
 from keye.data.frameforge import make_clip, render
-from keye.engine.answer import Answer
 from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame_spans, make_evidence
-from keye.engine.evidence_picture import WIDTH, draw_evidence
 from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.media.processor import Processor
+from keye.sessions.answer import Answer
+from keye.sessions.evidence_picture import WIDTH, draw_evidence
 from tiny import Tiny, tiny_folder, tiny_model
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)

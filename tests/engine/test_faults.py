@@ -19,20 +19,20 @@ import torch
 
 import keye
 from keye import Frames, Keye, KeyeError
+from keye.cache.ledger import OutOfMemory
 from keye.chat import Message
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.admission import scattered
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding, generate
-from keye.engine.ledger import OutOfMemory
 from keye.engine.media import as_medium
-from keye.engine.preparation import AHEAD
-from keye.engine.replies import Writer
+from keye.engine.media_loader import AHEAD
 from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request, Stage, Task
-from keye.engine.runner import smallest_scratch
 from keye.engine.scheduler import MOST_STRETCH, STRETCH, Pace, share_out
+from keye.engine.step import smallest_scratch
 from keye.engine.vision import VisionJob
+from keye.engine.writer import Writer
 from keye.errors import KeyeWarning
 from keye.media import frame_stream
 from keye.media.processor import Processor

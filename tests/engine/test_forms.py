@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("llguidance")
 
+from keye.chat.tokenizer import Tokenizer
 from keye.config import load_model_config
 from keye.engine.guide import Form, GuideFactory, Tag
 from keye.errors import KeyeError, KeyeWarning
-from keye.tokenizer import Tokenizer
 
 NANO = Path(__file__).parents[2] / "configs/nano"
 BIG = "1" * 40

@@ -13,11 +13,11 @@ import pytest
 
 import keye
 from keye import Frames, Keye, KeyeError
-from keye.engine import pagecheck
+from keye.cache import checksums as pagecheck
+from keye.cache.index_file import IndexFile, open_mapped, read_index_file
 from keye.engine.generate import Decoding
-from keye.engine.indexfile import IndexFile, open_mapped, read_index_file
 from keye.engine.request import Failed, Finished, Inbox
-from keye.ops.pages import PAGE
+from keye.ops.kv_blocks import PAGE
 from tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 255, (200, 56, 56, 3), dtype=np.uint8))

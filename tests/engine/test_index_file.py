@@ -19,13 +19,13 @@ from PIL import Image
 
 import keye
 from keye import Frames, Keye, KeyeError
+from keye.cache import mapped
+from keye.cache.index_file import ALIGN, check_whole, read_index_file
 from keye.chat import Medium, Message
 from keye.data.frameforge import make_clip, questions, render, write_mp4
-from keye.engine import mapped
-from keye.engine.indexfile import ALIGN, check_whole, read_index_file
-from keye.engine.videoindex import describe
 from keye.models.keye import KeyeModel
-from keye.ops.pages import PAGE
+from keye.ops.kv_blocks import PAGE
+from keye.sessions.video_index import describe
 from tiny import tiny_folder
 
 PRELUDE = struct.Struct("<16sIQQ32s")

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVLayout, KVStore
-from keye.engine.ledger import Ledger, OutOfMemory
+from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVLayout, KVStore
 from keye.errors import KeyeError
-from keye.ops.pages import PAGE, RowFormat, RowKind
+from keye.ops.kv_blocks import PAGE, RowFormat, RowKind
 
 LAYERS = 2
 

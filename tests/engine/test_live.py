@@ -17,9 +17,9 @@ from keye.chat import Message
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.generate import Decoding
-from keye.engine.live import LiveSession
 from keye.engine.media import as_medium
 from keye.media.processor import Processor
+from keye.sessions.live import LiveSession
 from tiny import tiny_folder
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 56, 56, 3), dtype=np.uint8)

@@ -13,11 +13,11 @@ import torch
 
 import keye
 from keye import Frames, Keye
+from keye.cache.ledger import OutOfMemory
+from keye.cache.saved import ACCOUNT
 from keye.chat import Medium, Message
-from keye.engine.ledger import OutOfMemory
 from keye.engine.request import Delta, Failed, Finished, Inbox, Request, Stage
-from keye.engine.runner import smallest_scratch
-from keye.engine.saved import ACCOUNT
+from keye.engine.step import smallest_scratch
 from tiny import tiny_folder
 
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from keye.chat import CHATML, PREVIEW_CHATML, ChatTemplate, CheckpointTemplate
+from keye.chat.tokenizer import CONTROL_TOKENS, FRAME_TOKENS, MARKUP_TOKENS, POLYGON_TOKENS, Tokenizer
 from keye.config import load_model_config, load_processor_config
 from keye.engine.prompt import PromptBuilder
 from keye.media.processor import Processor
-from keye.tokenizer import CONTROL_TOKENS, FRAME_TOKENS, MARKUP_TOKENS, POLYGON_TOKENS, Tokenizer
 
 NANO = Path(__file__).parents[2] / "configs/nano"
 BUILDER = PromptBuilder(load_model_config(NANO), Tokenizer.from_file(NANO), Processor(load_processor_config(NANO)))

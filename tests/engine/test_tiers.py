@@ -15,14 +15,14 @@ import torch
 
 import keye
 from keye import Frames, Keye, KeyeError
+from keye.cache import mapped
+from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVFormat, KVLayout, KVStore, file_slabs
+from keye.cache.tiers import KVOptions
 from keye.data.frameforge import make_clip, questions, render
-from keye.engine import mapped
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVFormat, KVLayout, KVStore, file_slabs
-from keye.engine.ledger import Ledger, OutOfMemory
-from keye.engine.tiers import KVOptions
 from keye.models.keye import KeyeModel
-from keye.ops.pages import PAGE, RowFormat
+from keye.ops.kv_blocks import PAGE, RowFormat
 from tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8), [i / 2 for i in range(6)])

@@ -16,17 +16,17 @@ from torch import Tensor
 
 import keye
 from keye import Frames
+from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.vision import VisionCache
 from keye.chat import Message
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine import vision
 from keye.engine.generate import Decoding
-from keye.engine.ledger import Ledger, OutOfMemory
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.vision import VisionJob
-from keye.engine.vision_cache import VisionCache
 from keye.errors import MediaError
-from keye.media.patches import HeldPatches, VisionInput
+from keye.media.pixels.patches import HeldPatches, VisionInput
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
 from tiny import Tiny, tiny_folder, tiny_model

@@ -10,15 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from keye.cache.slabs import KVLayout
 from keye.chat import Medium, Message
 from keye.data.frameforge import Question, make_clip, picture_questions, render
 from keye.engine.branches import greedy_branches
 from keye.engine.generate import Decoding, generate
-from keye.engine.kvstore import KVLayout
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
-from keye.evals.frameforge import (
+from keye.evals.summary import Scored
+from keye.evals.tasks.frameforge import (
     ClipPrompt,
     EvalOptions,
     evaluate,
@@ -28,9 +29,8 @@ from keye.evals.frameforge import (
     parse_frames,
     score,
 )
-from keye.evals.summary import Scored
 from keye.media.processor import Processor
-from keye.train.batches import BatchMaker
+from keye.train.recipes.nano.batches import BatchMaker
 from tiny import tiny_model
 
 SMALL = {"frames": (4, 6), "questions": 25, "max_tokens": 5}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.evals.metrics import (
+from keye.scoring.metrics import (
     Constant,
     clustered_error,
     interval_iou,

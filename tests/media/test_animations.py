@@ -18,7 +18,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError
 from keye.media import DecodeLimits, MediaOptions, fetch_source, media_kind, open_video, probe, read_image
 from keye.media.clips import cut_clips
-from keye.media.fetch import untrusted
+from keye.media.source.fetch import untrusted
 
 CONFIG = ProcessorConfig()
 TIMES = (100, 40, 250, 100, 1000)

@@ -10,8 +10,8 @@ from clips import read_code, write_clip, write_with_sound
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips, fit_interval
-from keye.media.fetch import Source, fetch_source
 from keye.media.options import MediaOptions
+from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import open_video
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from keye.errors import MediaError
-from keye.media.data_urls import decode_list, parse_data_url
-from keye.media.fetch import FetchPolicy, fetch_source
+from keye.media.source.data_urls import decode_list, parse_data_url
+from keye.media.source.fetch import FetchPolicy, fetch_source
 
 #: All bytes, a length that needs padding, and both letters in which the two alphabets differ.
 DATA = bytes(range(256)) + b"\xfb\xef\xbe\xff"
@@ -64,7 +64,7 @@ def test_bodies_of_many_pieces(monkeypatch: pytest.MonkeyPatch, pad: int, escape
     data = np.random.default_rng(0).bytes(300 + pad)
     text = base64.b64encode(data).decode()
     for piece in (3, 7, 64):
-        monkeypatch.setattr("keye.media.data_urls._PIECE", piece)
+        monkeypatch.setattr("keye.media.source.data_urls._PIECE", piece)
         url = "data:;base64," + (quote(text, safe="") if escaped else "\n".join(text))
         assert fetch_source(url).data == data
         assert fetch_source("data:," + quote_from_bytes(data, safe="")).data == data

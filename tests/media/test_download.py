@@ -16,7 +16,7 @@ from clips import read_code, write_clip
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import fetch_source, media_kind, open_video
-from keye.media.download import FetchLimits, is_public, shown
+from keye.media.source.download import FetchLimits, is_public, shown
 
 LOCAL = FetchLimits(allow_private=True)
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -126,7 +126,7 @@ def test_a_redirect_is_checked_like_the_first_address(
     answers["/away"] = redirect("http://10.0.0.1/clip.mp4")
     answers["/file"] = redirect("file:///etc/passwd")
     # A public name that leads to the server of this test, since no test leaves the machine.
-    monkeypatch.setattr("keye.media.download.is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr("keye.media.source.download.is_public", lambda ip: ip == "127.0.0.1")
     resolve = socket.getaddrinfo
 
     def resolved(host: str, *arguments: Any, **options: Any) -> Any:
@@ -149,8 +149,10 @@ def test_a_name_is_resolved_once(server: tuple[str, dict[str, Answer]], monkeypa
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr("keye.media.download.socket.getaddrinfo", lambda host, port, *_, **__: resolved(host, port))
-    monkeypatch.setattr("keye.media.download.is_public", lambda ip: True)
+    monkeypatch.setattr(
+        "keye.media.source.download.socket.getaddrinfo", lambda host, port, *_, **__: resolved(host, port)
+    )
+    monkeypatch.setattr("keye.media.source.download.is_public", lambda ip: True)
     assert fetch_source(f"http://rebind.example:{port}/clip.mp4").size == 4
     assert asked.count("rebind.example") == 1
 
@@ -213,7 +215,7 @@ def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr("keye.media.download.socket.getaddrinfo", fails)
+    monkeypatch.setattr("keye.media.source.download.socket.getaddrinfo", fails)
     with pytest.raises(MediaError, match="names an unknown host"):
         fetch_source("http://no-such-host.invalid/clip.mp4")
 
@@ -239,7 +241,7 @@ def test_an_image_of_no_declared_length_keeps_the_limit_of_images(
     address, answers = server
     answers["/still"] = still
     assert fetch_source(f"{address}/still", limits=LOCAL).size == 5003
-    monkeypatch.setattr("keye.media.fetch.MAX_IMAGE_BYTES", 4000)
+    monkeypatch.setattr("keye.media.source.fetch.MAX_IMAGE_BYTES", 4000)
     with pytest.raises(MediaError, match="sends more than the limit"):
         fetch_source(f"{address}/still", limits=LOCAL)
 

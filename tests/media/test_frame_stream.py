@@ -14,12 +14,12 @@ import pytest
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.errors import MediaError
-from keye.media.fetch import Source, fetch_source
 from keye.media.frame_stream import FileFrames, FrameShape, _FileFramesReader
 from keye.media.options import MediaOptions
-from keye.media.patches import VisionInput
-from keye.media.pictures import Pixels
+from keye.media.pixels.patches import VisionInput
+from keye.media.pixels.pictures import Pixels
 from keye.media.processor import Processor
+from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader, plan_video
 
 FRAME = np.zeros((28, 28, 3), dtype=np.uint8)

@@ -31,7 +31,7 @@ from keye.media import (
 from keye.media import processor as processor_module
 from keye.media.image import resize_image
 from keye.media.inputs import open_frames, open_image
-from keye.media.pictures import as_frames, as_picture
+from keye.media.pixels.pictures import as_frames, as_picture
 
 PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)
 V15, V20 = ProcessorConfig.of("1.5"), ProcessorConfig.of("2.0")

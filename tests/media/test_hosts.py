@@ -17,9 +17,9 @@ from PIL import Image
 
 from keye.errors import KeyeError, MediaError
 from keye.media import read_image
-from keye.media.download import FetchLimits
-from keye.media.fetch import FetchPolicy, fetch_source, untrusted
-from keye.media.hosts import check_address, parse_host_rule
+from keye.media.source.download import FetchLimits
+from keye.media.source.fetch import FetchPolicy, fetch_source, untrusted
+from keye.media.source.hosts import check_address, parse_host_rule
 
 RULES = ("media.example", "*.cdn.example", "files.example:8443", "93.184.216.34")
 
@@ -208,7 +208,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, *a, **k: resolve("127.0.0.1" if host in here else host, *a, **k)
     )
-    monkeypatch.setattr("keye.media.download.is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr("keye.media.source.download.is_public", lambda ip: ip == "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield Web(server.server_port, answers)

@@ -17,7 +17,7 @@ from tests.media.clips import write_clip, write_sound
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import MediaOptions, fetch_source, media_kind, open_video, plan_image
-from keye.media.fetch import untrusted
+from keye.media.source.fetch import untrusted
 
 CONFIG = ProcessorConfig()
 

@@ -12,11 +12,11 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sizes
-from keye.media.fetch import Source, untrusted
 from keye.media.inputs import open_frames
 from keye.media.listed import least_list_tokens
 from keye.media.options import MediaOptions
 from keye.media.processor import Processor
+from keye.media.source.fetch import Source, untrusted
 
 
 def pictures(count: int, width: int = 200, height: int = 120) -> list[Source]:

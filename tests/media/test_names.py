@@ -24,7 +24,7 @@ from keye.media import (
     read_image,
 )
 from keye.media.clips import cut_clips
-from keye.media.fetch import FetchPolicy, OwnersPolicy
+from keye.media.source.fetch import FetchPolicy, OwnersPolicy
 
 CONFIG = ProcessorConfig()
 NAMES = [

@@ -12,7 +12,7 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import MediaOptions, Processor, VisionInput, VisualSpan, fetch_source, open_video
-from keye.media.patches import images_to_patches
+from keye.media.pixels.patches import images_to_patches
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=16)
 RNG = np.random.default_rng(0)

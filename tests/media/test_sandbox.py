@@ -22,20 +22,20 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import DecodeLimits, MediaOptions, Source, fetch_source, media_kind, open_video, plan_image, read_image
-from keye.media.confinement import Confinement, held
-from keye.media.fetch import untrusted
+from keye.media.decode.confinement import Confinement, held
+from keye.media.decode.sandbox import _DENIED, call_filter
+from keye.media.decode.wire import END, ERROR, FRAME, HEADER, INFO
+from keye.media.decode.workers import Worker
 from keye.media.inputs import open_frames
-from keye.media.sandbox import _DENIED, call_filter
-from keye.media.wire import END, ERROR, FRAME, HEADER, INFO
-from keye.media.workers import Worker
+from keye.media.source.fetch import untrusted
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
 CONFIG = ProcessorConfig()
 _TRIES = """
 import os, resource, signal, socket, sys, threading
 sys.path.insert(0, sys.argv[1])
-from keye.media import sandbox
-from keye.media.sandbox import confine
+from keye.media.decode import sandbox
+from keye.media.decode.sandbox import confine
 libc = sandbox._system()
 exec(sys.argv[2])
 try:
@@ -173,7 +173,7 @@ os.write(1, b"I" + len(seen).to_bytes(8, "little") + seen)
 
 def test_a_worker_sees_nothing_of_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    monkeypatch.setattr("keye.media.workers._BOOT", _LOOKS_AROUND)
+    monkeypatch.setattr("keye.media.decode.workers._BOOT", _LOOKS_AROUND)
     with socket.socket(), (tmp_path / "clip").open("wb+") as file:  # The socket must not be inherited, the file must.
         worker = Worker("unused", file, {}, DecodeLimits(), name="clip", what="test")
         seen = json.loads(bytes(worker.receive(1 << 16)[1]))
@@ -310,14 +310,14 @@ def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pyt
 def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a program that says `said` and then waits in the worker's place."""
     program = "import os, signal, sys; os.write(1, bytes.fromhex(sys.argv[1])); signal.pause()"
-    monkeypatch.setattr("keye.media.workers._BOOT", program)
-    monkeypatch.setattr("keye.media.workers._PACKAGE_ROOT", "")
+    monkeypatch.setattr("keye.media.decode.workers._BOOT", program)
+    monkeypatch.setattr("keye.media.decode.workers._PACKAGE_ROOT", "")
     real = subprocess.Popen
 
     def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
         return real([*command[:5], said.hex()], **options)
 
-    monkeypatch.setattr("keye.media.workers.subprocess.Popen", start)
+    monkeypatch.setattr("keye.media.decode.workers.subprocess.Popen", start)
 
 
 @pytest.mark.parametrize("form", ["hls", "concat"])
@@ -332,7 +332,7 @@ def test_a_playlist_in_the_decoder_opens_nothing(form: str, tmp_path: Path) -> N
                "animation": False}  # fmt: skip
     with (tmp_path / "list").open("rb") as file:
         worker = Worker(
-            "keye.media.decode_worker", file, options, DecodeLimits(), name="the list", what="video decoder"
+            "keye.media.decode.video_worker", file, options, DecodeLimits(), name="the list", what="video decoder"
         )
     try:
         with pytest.raises(MediaError, match="the list is not a video that can be read|has no video stream"):
@@ -345,7 +345,7 @@ def test_a_gif_of_endless_blocks_is_not_walked_through(monkeypatch: pytest.Monke
     gif = encoded(Image.new("P", (2, 2)), "GIF")
     source = fetch_source(gif[:-2] + b"\x01\x00" * 50 + gif[-2:])
     assert media_kind(source) == "image"
-    monkeypatch.setattr("keye.media.animations._MAX_BLOCKS", 0)
+    monkeypatch.setattr("keye.media.container.animations._MAX_BLOCKS", 0)
     assert media_kind(source) == "video"
 
 

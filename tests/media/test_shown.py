@@ -14,14 +14,14 @@ from clips import set_matrix
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.engine.content import content_key, probed
 from keye.engine.media import as_medium, plan_medium
 from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media import MediaOptions, Processor, VideoInfo, VideoPlan, fetch_source, open_video, plan_video, probe
 from keye.media.clips import cut_clips
-from keye.media.deinterlace import deinterlaced
-from keye.media.display import believed_aspect, orientation, shown_size
-from keye.media.tone_map import to_sdr
+from keye.media.content import content_key, probed
+from keye.media.decode.deinterlace import deinterlaced
+from keye.media.decode.display import believed_aspect, orientation, shown_size
+from keye.media.pixels.tone_map import to_sdr
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 #: Colours of the quarters of a picture, so that each orientation looks its own way.

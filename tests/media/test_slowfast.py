@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from keye.config import ProcessorConfig
 from keye.media import sizes
 from keye.media.options import MediaOptions
-from keye.media.slowfast import FAST, SLOW, SlowFastClassifier, frame_types, similarity, to_hsv
+from keye.media.pixels.slowfast import FAST, SLOW, SlowFastClassifier, frame_types, similarity, to_hsv
 
 CONFIG = ProcessorConfig.of("1.5")
 PLAIN = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/slow_fast.py"))

@@ -14,7 +14,7 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError, Option
 from keye.media import MediaOptions, Processor, fetch_source, plan_image, plan_video
-from keye.media.fetch import Source
+from keye.media.source.fetch import Source
 
 V15, V20 = ProcessorConfig.of("1.5"), ProcessorConfig()
 PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)

@@ -310,5 +310,5 @@ def test_limits(tmp_path: Path) -> None:
 
 
 def test_worker_imports_no_numpy_and_no_torch() -> None:
-    code = "import keye.media.decode_worker, sys; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    code = "import keye.media.decode.video_worker, sys; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from keye.cache.sequence import KVCache
 from keye.config import KeyeConfig, model_config_from_dict
-from keye.engine.kvcache import KVCache
 from keye.models.attention import CachedStep, Span
 from keye.models.keye import KeyeModel
 

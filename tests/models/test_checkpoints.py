@@ -16,8 +16,10 @@ from torch import Tensor
 
 from keye.config import ConfigError, load_model_config, model_config_from_dict, read_json
 from keye.hub import asset
-from keye.models import checkpoint
-from keye.models.checkpoint import (
+from keye.models.keye import KeyeModel
+from keye.models.load import LoadReport, load_model, load_vision, save_model
+from keye.weights import safetensors as checkpoint
+from keye.weights.safetensors import (
     INDEX_FILE,
     WEIGHTS_FILE,
     WeightsError,
@@ -25,8 +27,6 @@ from keye.models.checkpoint import (
     copy_all,
     open_checkpoint,
 )
-from keye.models.keye import KeyeModel
-from keye.models.weights import LoadReport, load_model, load_vision, save_model
 
 PREVIEW, V1_5, V2 = (
     "KeyeForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration", "KeyeVL2MoeForConditionalGeneration",

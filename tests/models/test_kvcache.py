@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keye.engine.kvcache import KVCache
+from keye.cache.sequence import KVCache
 from keye.models.attention import CachedStep, Span
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye.models import packed
 from keye.models.keye import KeyeModel
-from keye.models.packed import PackedStep
+from keye.train import packed
+from keye.train.packed import PackedStep
 
 TRUNK, WINDOW, TAIL = 21, 10, 20
 #: Two sequences of two windows: branches of 6, 4 and 5 tokens; of 9 and 8 tokens. Padding ends a window.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from keye.engine.kvcache import KVCache
+from keye.cache.sequence import KVCache
 from keye.errors import KeyeError
 from keye.models.attention import CachedStep, Span
 

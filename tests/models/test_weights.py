@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keye.errors import KeyeWarning
 from keye.models.keye import KeyeModel
-from keye.models.weights import INDEX_FILE, WEIGHTS_FILE, WeightsError, load_model, load_tensors, save_model
+from keye.models.load import INDEX_FILE, WEIGHTS_FILE, WeightsError, load_model, load_tensors, save_model
 
 
 def assert_same(a: KeyeModel, b: KeyeModel) -> None:

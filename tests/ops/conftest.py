@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from keye.ops import cpu_build
-from keye.ops.cpu import CpuBackend
-from keye.ops.cpu_build import EMULATED, VARIANTS
+from keye.ops.cpu import build as cpu_build
+from keye.ops.cpu.backend import CpuBackend
+from keye.ops.cpu.build import EMULATED, VARIANTS
 
 MakeBackend = Callable[..., CpuBackend]
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keye.ops.cpu import CpuBackend
-from keye.ops.cpu_trial import Problem
-from keye.ops.dsa import REFERENCE, Stretch
-from keye.ops.pages import LayerPages, RowKind
+from keye.ops.cpu.backend import CpuBackend
+from keye.ops.cpu.trial import Problem
+from keye.ops.kv_blocks import LayerPages, RowKind
+from keye.ops.registry import REFERENCE, Stretch
 
 FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEEDS = st.integers(0, 2**32 - 1)

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from keye.errors import KeyeError
-from keye.ops import cpu, cpu_build, cpu_trial, dsa
-from keye.ops.cpu import CpuBackend
-from keye.ops.cpu_build import Status, Variant
+from keye.ops import registry as dsa
+from keye.ops.cpu import backend as cpu
+from keye.ops.cpu import build as cpu_build
+from keye.ops.cpu import trial as cpu_trial
+from keye.ops.cpu.backend import CpuBackend
+from keye.ops.cpu.build import Status, Variant
 
 
 @pytest.fixture(autouse=True)

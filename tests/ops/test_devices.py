@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from keye.ops import dsa, reference
-from keye.ops.dsa import Stretch
+from keye.ops import reference
+from keye.ops import registry as dsa
+from keye.ops.registry import Stretch
 
 
 def test_attention_and_selection_stay_on_the_device_of_their_inputs() -> None:

@@ -24,7 +24,7 @@ def test_cases_in_the_interpreter() -> None:
 
 
 def test_importing_keye_does_not_import_triton() -> None:
-    code = "import sys, keye.ops.dsa, keye.ops.triton, keye.models.moe; sys.exit('triton' in sys.modules)"
+    code = "import sys, keye.ops.registry, keye.ops.triton, keye.models.moe; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -41,7 +41,7 @@ def test_attention_compiles_for_cards(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from keye.ops.pages import RowFormat
+    from keye.ops.kv_blocks import RowFormat
     from keye.ops.triton import attention, rows
 
     kernel = attention._selected_kernel

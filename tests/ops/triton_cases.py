@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye.ops import dsa, grouped, reference
-from keye.ops.dsa import REFERENCE, Stretch
-from keye.ops.pages import PAGE, LayerPages, PagedRows, RowFormat, RowKind
+from keye.ops import grouped, reference
+from keye.ops import registry as dsa
+from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat, RowKind
+from keye.ops.registry import REFERENCE, Stretch
 from keye.ops.triton import encode, experts, selection
 from keye.ops.triton.backend import TritonBackend
 

@@ -12,11 +12,11 @@ from parity_harness import dsa
 from parity_harness.cases import Case
 from parity_harness.processor import load_tokenizer
 
+from keye.cache.sequence import KVCache
 from keye.config import load_model_config
-from keye.engine.kvcache import KVCache
 from keye.hub import asset
 from keye.models.keye import KeyeModel
-from keye.train.initialise import fresh_model
+from keye.train.recipes.nano.initialise import fresh_model
 
 
 def selections(model: KeyeModel, lengths: list[int]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ NANO = Path(__file__).parents[2] / "configs/nano"
 def model(tmp_path_factory: pytest.TempPathFactory) -> keye.Keye:
     """Two small layers with random weights: it answers at once, and nonsense."""
     from keye.config import model_config_from_dict
-    from keye.models.weights import save_model
-    from keye.train.initialise import fresh_model
+    from keye.models.load import save_model
+    from keye.train.recipes.nano.initialise import fresh_model
 
     config = json.loads((NANO / "config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,8 +18,8 @@ from typing import Any
 
 import keye.server
 
-STATIC = Path(keye.server.__file__).parent / "static"
-SAMPLE = STATIC.parents[1] / "assets" / "demo.mp4"
+STATIC = Path(keye.server.__file__).parent / "web" / "static"
+SAMPLE = STATIC.parents[2] / "assets" / "demo.mp4"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 import keye
 from keye.server.app import guarded_app
-from keye.server.audit import Audit
+from keye.server.edge.audit import Audit
 from keye.server.settings import Settings
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -30,9 +30,9 @@ from attack_cases import (
 )
 from stub_app import stub_app
 
-from keye.server.guard import Guard, GuardSettings
-from keye.server.keys import Keyring
-from keye.server.limits import Limits
+from keye.server.edge.guard import Guard, GuardSettings
+from keye.server.edge.keys import Keyring
+from keye.server.edge.limits import Limits
 
 CASES = cases()
 #: Addresses of memory, paths of ours, traces, names and versions of libraries: what no reply may hold.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from serving import Running
 
-from keye.dispatch.batch import Batch
-from keye.dispatch.batch_workers import ServerWorker
-from keye.dispatch.journal import Journal
-from keye.dispatch.manifest import read_manifest
+from keye.batch.journal import Journal
+from keye.batch.manifest import read_manifest
+from keye.batch.run import Batch
+from keye.batch.workers import ServerWorker
 
 
 def test_questions_about_a_file_over_http(running: Running, video: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from keye.server.errors import ApiError
 from keye.server.folders import LOCK, PREFIX, ServerFolder
 from keye.server.settings import Settings
-from keye.server.store import FileStore
+from keye.server.uploads import FileStore
 
 HOLD = (
     "import sys; from keye.server.folders import ServerFolder; folder = ServerFolder(); "

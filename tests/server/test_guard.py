@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from asgi import HOST, KEY, Ask, asked, post, run, send
 from stub_app import stub_app
 
-from keye.server.audit import Audit
-from keye.server.guard import Guard, GuardSettings
-from keye.server.heads import PAGE_CSP
-from keye.server.keys import Keyring
-from keye.server.limits import Limits
+from keye.server.edge.audit import Audit
+from keye.server.edge.guard import Guard, GuardSettings
+from keye.server.edge.keys import Keyring
+from keye.server.edge.limits import Limits
+from keye.server.edge.request_head import PAGE_CSP
 
 HELLO = {"model": "nano", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -459,7 +459,7 @@ def test_websockets_are_closed_and_the_lifespan_passes() -> None:
 def address() -> Iterator[tuple[str, int]]:
     """A real server whose connections must send a head at once."""
     uvicorn = pytest.importorskip("uvicorn")
-    from keye.server.protocol import uvicorn_options
+    from keye.server.edge.protocol import uvicorn_options
 
     limits = Limits(head_seconds=0.2, connections_per_address=50, connections=12, keep_alive_seconds=1)
     config = uvicorn.Config(

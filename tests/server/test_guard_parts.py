@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
-from keye.server.edge import FORM_BYTES, fetch_policy, guard_settings
-from keye.server.json_shape import BadJson, check_json
-from keye.server.keys import LOCAL, Keyring
-from keye.server.limits import Limits
-from keye.server.throttle import Buckets, client_of, whole_seconds
+from keye.server.edge.json_shape import BadJson, check_json
+from keye.server.edge.keys import LOCAL, Keyring
+from keye.server.edge.limits import Limits
+from keye.server.edge.policy import FORM_BYTES, fetch_policy, guard_settings
+from keye.server.edge.throttle import Buckets, client_of, whole_seconds
 
 LIMITS = Limits(json_depth=8, json_keys=100, json_values=200)
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -125,7 +125,7 @@ def test_long_strings_are_passed_over_and_what_is_around_them_is_not() -> None:
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 16])
 def test_where_a_body_is_cut_into_pieces_does_not_matter(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keye.server.json_shape._PIECE", piece)
+    monkeypatch.setattr("keye.server.edge.json_shape._PIECE", piece)
     pairs = rb'{"a\\\\": "\\\"[[[[[[[[[[[[", "b": "\ud83d\ude00\ud83d\ude00", "c": "\\ud83d"}'
     for body in (pairs, b'"' + b"\\" * 64 + b'"'):
         check_json(body, LIMITS)
@@ -157,7 +157,7 @@ def test_keys_are_known_by_their_digests_only() -> None:
 def test_each_comparison_goes_through_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     ring, compared = Keyring.of({"ann": "a" * 20, "bob": "b" * 20, "eve": "e" * 20}), []
     monkeypatch.setattr(
-        "keye.server.keys.hmac.compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b
+        "keye.server.edge.keys.hmac.compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b
     )
     for shown in (b"a" * 20, b"e" * 20, b"x", b"y" * 1000):
         ring.owner(b"Bearer " + shown)

@@ -13,7 +13,7 @@ import pytest
 from serving import Running
 
 from keye.engine.request import Stage, Task
-from keye.server import indexes
+from keye.server.routes import indexes
 
 Reached = Callable[[Task], bool]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from serving import error_of, told
 from starlette.testclient import TestClient
 
-from keye.server.live import MOST_SESSIONS, LiveStore
+from keye.server.routes.live import MOST_SESSIONS, LiveStore
 
 
 def picture(colour: str) -> str:

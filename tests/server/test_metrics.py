@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from keye.dispatch.replicas_proxy import merged
 from keye.engine.request import Delta
 from keye.server.metrics import Metrics
+from keye.server.replicas.proxy import merged
 
 GAUGES = {
     "requests_waiting": 1.0, "computed_prompt_tokens_total": 4.0, "kv_bytes": 100.0, "decode_workers": 2.0,

@@ -14,7 +14,7 @@ import pytest
 import keye.server
 from keye.chat import parse_intervals
 
-STATIC = Path(keye.server.__file__).parent / "static"
+STATIC = Path(keye.server.__file__).parent / "web" / "static"
 FILES = sorted(STATIC.iterdir())
 SCRIPTS = [file for file in FILES if file.suffix == ".js"]
 NODE = shutil.which("node")

@@ -14,9 +14,9 @@ from starlette.testclient import TestClient
 import keye
 from keye.server.app import guarded_app
 from keye.server.errors import ApiError
-from keye.server.response_store import Kept, ResponseStore, new_id
+from keye.server.openai.response_store import Kept, ResponseStore, new_id
 from keye.server.settings import Settings
-from keye.server.store import FileStore
+from keye.server.uploads import FileStore
 
 ALICE, BOB = "key-of-alice-0123456789", "key-of-bob-0123456789"
 

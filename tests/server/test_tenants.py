@@ -11,9 +11,9 @@ import httpx
 from serving import Running
 
 import keye
-from keye.engine import content
-from keye.server import video as video_routes
+from keye.media import content
 from keye.server.context import MOST_DECODING
+from keye.server.routes import video as video_routes
 from keye.server.settings import Settings
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.data.frameforge import make_clip, questions, render, stream
-from keye.train.batches import (
+from keye.train.config import Mix, StageConfig
+from keye.train.recipes.nano.batches import (
     IGNORE,
     VISION_TARGETS,
     WINDOW,
@@ -20,7 +21,6 @@ from keye.train.batches import (
     derived_seed,
     make_batch,
 )
-from keye.train.config import Mix, StageConfig
 from tiny import NANO
 
 MIX = (Mix(frames=3, clips=3, questions=8), Mix(frames=5, clips=2, questions=6))
@@ -143,7 +143,7 @@ def test_frames_are_those_of_the_clips():
 
 
 def test_making_batches_imports_no_torch():
-    code = "import sys, keye.train.batches; sys.exit('torch' in sys.modules)"
+    code = "import sys, keye.train.recipes.nano.batches; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

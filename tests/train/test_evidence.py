@@ -8,8 +8,8 @@ import pytest
 from keye.data.frameforge import dense_labels, make_clip, questions
 from keye.data.frameforge.labels import CHARACTER_IDS
 from keye.data.frameforge.words import COLORS, SHAPES
-from keye.train.batches import batch_maker
-from keye.train.evidence import events_of
+from keye.train.recipes.nano.batches import batch_maker
+from keye.train.recipes.nano.evidence import events_of
 from tiny import NANO
 
 

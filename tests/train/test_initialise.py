@@ -2,8 +2,8 @@
 
 import torch
 
-from keye.tokenizer import Tokenizer
-from keye.train.initialise import fresh_model, number_tokens, order_numbers
+from keye.chat.tokenizer import Tokenizer
+from keye.train.recipes.nano.initialise import fresh_model, number_tokens, order_numbers
 from tiny import NANO, tiny_config
 
 

@@ -7,9 +7,9 @@ from test_batches import assert_same
 from test_trainer import LANGUAGE, VISION, a_run, assert_same_weights
 
 from keye.errors import KeyeError
-from keye.train.batches import make_batch
-from keye.train.makers import BatchService
-from keye.train.trainer import train
+from keye.train.loop import train
+from keye.train.recipes.nano.batches import make_batch
+from keye.train.recipes.nano.makers import BatchService
 from tiny import NANO
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from keye.errors import KeyeError
 from keye.train.config import Mix, StageConfig
-from keye.train.initialise import fresh_model
+from keye.train.loop import is_muon_matrix, schedule
 from keye.train.optim import Optimizer, orthogonalise
-from keye.train.trainer import is_muon_matrix, schedule
+from keye.train.recipes.nano.initialise import fresh_model
 from tiny import tiny_config
 
 

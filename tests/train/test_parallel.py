@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from keye.train.config import Mix, StageConfig, TrainConfig
+from keye.train.loop import train
 from keye.train.optim import Optimizer, orthogonalise
 from keye.train.parallel import Group, processes
-from keye.train.trainer import train
 from tiny import tiny_folder
 
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from keye.engine.kvcache import KVCache
+from keye.cache.sequence import KVCache
 from keye.models.attention import CachedStep, Span
-from keye.models.packed import AttentionHint, PackedStep, _hint_loss
-from keye.train.batches import WINDOW, make_batch
 from keye.train.config import Mix, StageConfig
-from keye.train.evidence import TRAINED_PAIRS
+from keye.train.loop import is_muon_matrix
 from keye.train.optim import Optimizer
+from keye.train.packed import AttentionHint, PackedStep, _hint_loss
+from keye.train.recipes.nano.batches import WINDOW, make_batch
+from keye.train.recipes.nano.evidence import TRAINED_PAIRS
 from keye.train.stages import encode_frames, make_stage, trainable
-from keye.train.trainer import is_muon_matrix
 from tiny import NANO, tiny_model
 
 MIX = (Mix(frames=3, clips=2, questions=5),)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from keye.commands.train import report_line
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
-from keye.models.weights import load_model
+from keye.models.load import load_model
 from keye.train.config import Mix, StageConfig, TrainConfig
-from keye.train.trainer import LOG_FILE, PROGRESS_FILE, STATE_FILE, rounded, train
+from keye.train.loop import LOG_FILE, PROGRESS_FILE, STATE_FILE, rounded, train
 from tiny import tiny_folder
 
 MIX = (Mix(frames=2, clips=2, questions=4),)

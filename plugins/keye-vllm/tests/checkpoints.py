@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import keye
+from keye.cache.sequence import KVCache
 from keye.config import model_config_from_dict
-from keye.engine.kvcache import KVCache
 from keye.engine.prompt import Prompt
 from keye.hub import asset
 from keye.models.attention import AttentionMode, CachedStep, Span
-from keye.models.weights import save_model
-from keye.train.initialise import fresh_model
+from keye.models.load import save_model
+from keye.train.recipes.nano.initialise import fresh_model
 
 #: Small enough that a prompt of a few dozen tokens has many more keys.
 TOPK = 16

@@ -13,8 +13,8 @@ from torch import Tensor
 from keye.config import TextConfig
 from keye.config.model import SparseConfig
 from keye.models.indexer import IndexerOutput
-from keye.ops import dsa
-from keye.ops.dsa import BackendName
+from keye.ops import registry as dsa
+from keye.ops.registry import BackendName
 from keye_vllm import attention, pages
 from keye_vllm.attention import SparseAttention
 from keye_vllm.pages import Span, StepPages

@@ -4,7 +4,7 @@ Knows the chat format and nothing of media, tokens or models: a medium is a plac
 user wrote stays apart from the template's own, so that a special token typed by a user is never one.
 """
 
-from keye.chat.checkpoint import CheckpointTemplate, find_template, load_template
+from keye.chat.foreign_template import CheckpointTemplate, find_template, load_template
 from keye.chat.grounding import Region, parse_regions
 from keye.chat.messages import (
     IMAGE_OPTIONS,
@@ -17,7 +17,9 @@ from keye.chat.messages import (
     normalize,
     normalize_tools,
 )
-from keye.chat.prompt import (
+from keye.chat.replies import Reply, parse_reply
+from keye.chat.stream import ReplyPiece, ReplyStream, joined_reply
+from keye.chat.template import (
     CHATML,
     PREVIEW_CHATML,
     ChatTemplate,
@@ -28,8 +30,6 @@ from keye.chat.prompt import (
     template_of,
     without_last_end,
 )
-from keye.chat.replies import Reply, parse_reply
-from keye.chat.stream import ReplyPiece, ReplyStream, joined_reply
 from keye.chat.times import Interval, format_seconds, merge_intervals, parse_intervals, to_seconds
 
 __all__ = [

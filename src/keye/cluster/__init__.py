@@ -2,7 +2,7 @@
 
 The decode service turns video files into planned frames in many workers:
 
-    from keye.cluster.decode import Priority, open_service
+    from keye.cluster.service import Priority, open_service
     from keye.cluster.decode_reader import ServiceDecoder
     from keye.cluster.decode_work import CallWork, VideoWork
 

@@ -10,17 +10,17 @@ from concurrent.futures import wait
 from dataclasses import replace
 from typing import Final
 
-from keye.cluster.decode import DecodeService, Result
 from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import PlannedFrames, VideoWork
+from keye.cluster.service import DecodeService, Result
 from keye.errors import KeyeError, KeyeWarning
-from keye.media.fetch import Source
 from keye.media.frame_stream import FrameShape
 from keye.media.options import MediaOptions
-from keye.media.patches import VisionInput
-from keye.media.pictures import Pixels
+from keye.media.pixels.patches import VisionInput
+from keye.media.pixels.pictures import Pixels
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor
+from keye.media.source.fetch import Source
 
 #: Bytes of the first part of a video and of the largest. Each part is twice as large as the one before: the first
 #: frames come soon, and a long video is not searched through once for every few of them.

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError, warn
-from keye.media.fetch import Source, fetch_source
+from keye.media.decode.workers import DecodeLimits
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.pictures import Pixels
+from keye.media.pixels.pictures import Pixels
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor
-from keye.media.workers import DecodeLimits
+from keye.media.source.fetch import Source, fetch_source
 
 #: Takes the bytes of a result, piece by piece.
 Sink = Callable[[Pixels], None]

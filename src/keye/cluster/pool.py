@@ -22,14 +22,14 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-import keye
 from keye.cluster.decode_work import Work
 from keye.cluster.pool_worker import DONE, Answer
 from keye.errors import KeyeError
-from keye.media.pictures import Pixels
+from keye.media.pixels.pictures import Pixels
+from keye.version import PACKAGE_FOLDER
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from keye.cluster.pool_worker import main; main({})"
-_PACKAGE_ROOT = str(Path(keye.__path__[0]).resolve().parent)
+_PACKAGE_ROOT = str(PACKAGE_FOLDER.parent)
 _SHARED_MEMORY = Path("/dev/shm")
 #: The node that all processes of this machine are on.
 HERE = "local"

@@ -1,7 +1,7 @@
 """The process of this machine that does decode work, and the desk that every worker sits at, here or on a cluster.
 
 Without torch, but for what a generation's resizing needs. Decoding itself happens in confined processes below this one
-(`keye.media.workers`).
+(`keye.media.decode.workers`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from keye.cluster.decode_work import Absent, Begun, Sink, Work
 from keye.errors import KeyeError
-from keye.media.pictures import Pixels
+from keye.media.pixels.pictures import Pixels
 
 #: What a worker answers: it worked, the work is at fault, the file is not here, or keye is at fault.
 DONE, REFUSED, ABSENT, DEFECT = "done", "refused", "absent", "defect"

@@ -16,8 +16,8 @@ from keye.files import MARK, check_output, has_mark, output_file
 if TYPE_CHECKING:
     from PIL import Image
 
+    from keye.api import Keye
     from keye.chat import Medium, Region
-    from keye.engine.engine import Keye
 
 #: Formats that a picture with marks can be written in, by the end of the file's name.
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -114,7 +114,7 @@ def ask(
         write_evidence(model, media, question, answer, evidence)
     extra: dict[str, Any] = {"drawn": str(draw) if written else None} if draw else {}
     if prediction is not None:
-        from keye.commands.cost import errors_of
+        from keye.planning.question import errors_of
 
         extra["estimate"] = {**prediction, "errors": errors_of(prediction, answer)}
     if as_json:
@@ -139,8 +139,8 @@ def check_choices(model: Keye, settings: Mapping[str, Any]) -> None:
 def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
     """The prediction, also told where people read."""
     from keye.commands import show
-    from keye.commands.cost import predict_question
-    from keye.media.fetch import Source, is_index
+    from keye.media.source.fetch import Source, is_index
+    from keye.planning.question import predict_question
 
     for medium in media:
         if isinstance(medium.source, Source) and is_index(medium.source):
@@ -173,7 +173,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def is_file(source: object, path: Path) -> bool:
     """Whether a medium's source is the file at `path`, under whatever name."""
-    from keye.media.fetch import Source
+    from keye.media.source.fetch import Source
 
     where = source.path if isinstance(source, Source) else None
     return where is not None and path.samefile(where)
@@ -182,8 +182,8 @@ def is_file(source: object, path: Path) -> bool:
 def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path) -> bool:
     """Writes the image with its marks; notes instead that there are none, and returns whether it wrote."""
     from keye.commands.inputs import note
-    from keye.engine.draw import draw_regions
     from keye.media.image import read_image
+    from keye.sessions.draw import draw_regions
 
     if not any(region.points for region in regions):
         note(f"the answer marks no place, so {path} was not written")

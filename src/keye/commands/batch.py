@@ -14,8 +14,8 @@ from keye.commands import options
 from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
-    from keye.dispatch.batch_workers import Worker
-    from keye.dispatch.manifest import Item, Refused
+    from keye.batch.manifest import Item, Refused
+    from keye.batch.workers import Worker
     from keye.media.processor import Decoder
 
 
@@ -58,10 +58,10 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
     keye batch questions.csv -o answers.jsonl --workers 2 --fps 1
     keye batch questions.jsonl -o answers.jsonl --server http://one:8000,http://two:8000
     """
+    from keye.batch.journal import Journal
+    from keye.batch.manifest import read_manifest
+    from keye.batch.run import Batch, unknown_ids
     from keye.commands import inputs, show
-    from keye.dispatch.batch import Batch, unknown_ids
-    from keye.dispatch.journal import Journal
-    from keye.dispatch.manifest import read_manifest
 
     check_workers(given)
     lines = read_manifest(manifest, defaults_of(given))
@@ -90,7 +90,7 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
 
 def pending(lines: Sequence[Item | Refused], done: Mapping[str, Any], retry_errors: bool) -> list[Item]:
     """The questions for which workers are needed, as far as is known before the batch begins."""
-    from keye.dispatch.manifest import Item
+    from keye.batch.manifest import Item
 
     return [
         line for line in lines if isinstance(line, Item)
@@ -130,7 +130,7 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     from keye.config.environment import api_key
 
     try:
-        from keye.dispatch import batch_workers as kinds
+        from keye.batch import workers as kinds
     except ModuleNotFoundError as error:
         raise missing_package(error.name, "keye batch", "serve") from None
     slots, private = given["concurrency"], given["allow_private_urls"]
@@ -152,7 +152,7 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     check_runs(named["model"])
     settings = options.engine_settings(named)
     if given["ray"] is not None:
-        from keye.dispatch.batch_ray import ray_workers
+        from keye.batch.ray_workers import ray_workers
 
         return ray_workers(given["ray"], settings, count=given["workers"], slots=slots, private=private)
     inputs.find_model(named["model"])

@@ -80,7 +80,7 @@ def check_images() -> Check:
     import PIL
     from PIL import features
 
-    from keye.media.image_reader import heif_version
+    from keye.media.decode.image_reader import heif_version
 
     missing = [name for name in ("webp", "avif") if not features.check(name)]
     heif = heif_version()
@@ -124,7 +124,7 @@ def check_gpu() -> Check:
 
 
 def check_attention() -> Check:
-    from keye.ops import cpu
+    from keye.ops.cpu import backend as cpu
 
     try:
         return Check("sparse attention", True, one_line(cpu.status()))
@@ -134,7 +134,7 @@ def check_attention() -> Check:
 
 def check_limits() -> Check:
     """Starts a process like those that decode and lets it try what it must not be able to do."""
-    from keye.media.confinement import held
+    from keye.media.decode.confinement import held
 
     try:
         found = held()
@@ -147,8 +147,8 @@ def check_demo() -> Check:
     """Decodes two frames of the bundled video."""
     from keye.config import ProcessorConfig
     from keye.hub import asset
-    from keye.media.fetch import fetch_source
     from keye.media.options import MediaOptions
+    from keye.media.source.fetch import fetch_source
     from keye.media.video import open_video
 
     try:

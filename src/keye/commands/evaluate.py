@@ -41,9 +41,9 @@ def frameforge(
     keye eval frameforge --split unseen --frames 64-64 --json
     """
     from keye.commands import inputs, show
-    from keye.evals.frameforge import EvalOptions, parse_frames
-    from keye.evals.frameforge import evaluate as run
     from keye.evals.report import print_report
+    from keye.evals.tasks.frameforge import EvalOptions, parse_frames
+    from keye.evals.tasks.frameforge import evaluate as run
 
     settings = EvalOptions(
         split=split, frames=parse_frames(frames), objects=objects, seed=seed, questions=questions,

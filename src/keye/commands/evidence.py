@@ -15,9 +15,9 @@ from keye.files import check_output, has_mark, is_json_with, output_file
 if TYPE_CHECKING:
     from PIL import Image
 
+    from keye.api import Keye
     from keye.chat import Medium
-    from keye.engine.answer import Answer
-    from keye.engine.engine import Keye
+    from keye.sessions.answer import Answer
 
 
 #: What our files of JSON hold.
@@ -47,7 +47,7 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
         with output_file(path) as draft:
             draft.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
         return
-    from keye.engine.evidence_picture import THUMBNAILS, draw_evidence
+    from keye.sessions.evidence_picture import THUMBNAILS, draw_evidence
 
     thumbnails = {
         place: _thumbnails(model, media, place, made.top(THUMBNAILS))
@@ -61,10 +61,10 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
 def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:
     """Pictures of frames of the medium at `place`, twice as large as they are shown at most. An index has none,
     nor has a list of pictures."""
-    from keye.engine.evidence_picture import read_thumbnails
     from keye.engine.media import plan_medium
-    from keye.media.fetch import Source, is_index
     from keye.media.plan import VideoPlan
+    from keye.media.source.fetch import Source, is_index
+    from keye.sessions.evidence_picture import read_thumbnails
 
     source = media[place].source
     if not isinstance(source, Source) or is_index(source):

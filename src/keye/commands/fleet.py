@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keye.cluster.fleet import Costs, Fleet, Load, Outcome, size_fleet
 from keye.config import ConfigError
 from keye.config.toml import build, check_keys, check_types, read_toml
 from keye.errors import KeyeError
 from keye.media.image import ImagePlan
+from keye.planning.fleet import Costs, Fleet, Load, Outcome, size_fleet
 
 if TYPE_CHECKING:
-    from keye.commands.cost import Planned
+    from keye.planning.question import Planned
 
 DAY = 86_400.0
 #: Bytes of a second of video that is not there: 5 Mbit/s, as 720p often has.
@@ -61,7 +61,7 @@ class NodeTable:
 
 @dataclass(frozen=True)
 class MeasuredTable:
-    """Times of real machines, in place of what --device predicts; see `keye.cluster.fleet.Costs`."""
+    """Times of real machines, in place of what --device predicts; see `keye.planning.fleet.Costs`."""
 
     decode: float | None = None
     engine: Sequence[Sequence[float]] = ()
@@ -164,9 +164,9 @@ def summary(
 
 def print_fleet(result: Mapping[str, Any]) -> None:
     """A plan for people."""
+    from keye.cache.ledger import megabytes
     from keye.commands.show import stdout
     from keye.commands.terminal import one_line
-    from keye.engine.ledger import megabytes
 
     console = stdout()
     seconds, busy, moved = result["seconds"], result["busy"], result["bytes_per_second"]

@@ -40,7 +40,7 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     """
     from keye.commands import inputs, show
     from keye.commands.progress import watching
-    from keye.media.fetch import is_index
+    from keye.media.source.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():
         raise KeyeError(f"{clips} is a file: give a folder for --clips")
@@ -67,8 +67,8 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, o
     """Cuts the intervals into files under a progress bar."""
     from keye.commands import inputs, show
     from keye.media.clips import cut_clips
-    from keye.media.fetch import fetch_source
     from keye.media.options import media_options
+    from keye.media.source.fetch import fetch_source
 
     if not intervals:
         return []

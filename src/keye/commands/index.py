@@ -58,7 +58,7 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
 
 def _check_output(output: Path, source: Any, overwrite: bool) -> None:
     """`KeyeError` where `-o` cannot work, before a model is loaded."""
-    from keye.engine.indexfile import check_index_output
+    from keye.cache.index_file import check_index_output
 
     where = getattr(source, "path", None)
     if output.exists() and where is not None and output.samefile(where):
@@ -67,8 +67,8 @@ def _check_output(output: Path, source: Any, overwrite: bool) -> None:
 
 
 def _check(file: Path, output: Path | None, as_json: bool) -> None:
+    from keye.cache.index_file import check_whole
     from keye.commands import show
-    from keye.engine.indexfile import check_whole
 
     if output is not None:
         raise KeyeError("--check reads an index and writes none: leave -o out")

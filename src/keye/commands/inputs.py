@@ -25,12 +25,12 @@ from keye.commands.options import (
 )
 from keye.commands.terminal import one_line
 from keye.errors import KeyeError, MediaError, Option
-from keye.media.download import FetchLimits
-from keye.media.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
+from keye.media.source.download import FetchLimits
+from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
 
 if TYPE_CHECKING:
-    from keye.cluster.decode import DecodeService
-    from keye.engine.engine import Keye
+    from keye.api import Keye
+    from keye.cluster.service import DecodeService
     from keye.media.processor import Decoder
 
 #: Largest file of functions.
@@ -193,7 +193,7 @@ def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     --device cuda its GPUs in turn, and equal parts of the processor's threads and of the memory that is free."""
     import torch
 
-    from keye.engine.tiers import free_memory
+    from keye.cache.tiers import free_memory
 
     cards = torch.cuda.device_count() if options["device"] == "cuda" else 0
     devices = [f"cuda:{number % cards}" if cards else options["device"] for number in range(count)]
@@ -217,7 +217,7 @@ def decode_service(address: str | None) -> Iterator[DecodeService | None]:
     if address is None:
         yield None
         return
-    from keye.cluster.decode import open_service
+    from keye.cluster.service import open_service
 
     with open_service(address) as service:
         note(f"{service.gauges()['workers']:.0f} decode workers on {address}")

@@ -47,10 +47,10 @@ def inspect(model: str, as_json: bool) -> None:
     keye inspect talk.keye
     """
     from keye.commands import inputs, show, show_model
-    from keye.media.fetch import fetch_source, is_index
+    from keye.media.source.fetch import fetch_source, is_index
 
     if os.path.isfile(model) and is_index(fetch_source(model)):
-        from keye.engine.videoindex import describe
+        from keye.sessions.video_index import describe
 
         held = describe(Path(model))
         show.print_json(held) if as_json else show.print_held(held)
@@ -113,8 +113,8 @@ def description(model: str) -> dict[str, Any]:
 
 def weight_facts(folder: Path, made: Outline) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
     """The safetensors files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
-    from keye.models.checkpoint import open_checkpoint, weight_files
-    from keye.models.weights import check_fit
+    from keye.models.load import check_fit
+    from keye.weights.safetensors import open_checkpoint, weight_files
 
     try:
         files = weight_files(folder)
@@ -156,8 +156,8 @@ def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, An
 
 def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """Size and marks of `tokenizer.json`; None without one. `disagreements` are ids that config.json says otherwise."""
+    from keye.chat.tokenizer import FRAME_TOKENS, IDS_OF_1_5, Tokenizer
     from keye.config import architecture_name
-    from keye.tokenizer import FRAME_TOKENS, IDS_OF_1_5, Tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         return None

@@ -15,7 +15,7 @@ from keye.errors import KeyeError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from keye.engine.live import LiveSession
+    from keye.sessions.live import LiveSession
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -45,7 +45,7 @@ def live(video: str, question: str, every: float, keep: str, as_json: bool, **se
     """
     from keye.chat import format_seconds
     from keye.commands import inputs, show
-    from keye.media.fetch import is_index
+    from keye.media.source.fetch import is_index
 
     medium = inputs.only_video(video, settings)
     if is_index(medium.source):  # type: ignore[arg-type]

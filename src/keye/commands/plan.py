@@ -54,11 +54,11 @@ def plan(
     keye plan --model 2.0 --video 2m --fleet configs/fleet.toml
     """
     from keye.commands import inputs, show
-    from keye.commands.cost import Planned, imagine_video, plan_media, predict
     from keye.config import load_model_config, load_processor_config
-    from keye.media.fetch import is_index
     from keye.media.options import media_options
     from keye.media.plan import make_plan
+    from keye.media.source.fetch import is_index
+    from keye.planning.question import Planned, imagine_video, plan_media, predict
 
     if bool(files) == bool(imagined):
         raise KeyeError("give FILES to plan, or a length with --video, one of the two")

@@ -19,7 +19,7 @@ from keye.commands import options
 from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
-    from keye.server.audit import Audit
+    from keye.server.edge.audit import Audit
     from keye.server.settings import Settings
 
 #: Largest file of keys.
@@ -119,16 +119,16 @@ def serve_replicas(
 ) -> None:
     """Serves by children that run this command with the same options, or by replicas on a cluster."""
     from keye.commands import inputs
-    from keye.dispatch.replicas import LocalReplica, Replica
-    from keye.dispatch.replicas_proxy import proxy_app
     from keye.hub import check_runs
+    from keye.server.replicas.processes import LocalReplica, Replica
+    from keye.server.replicas.proxy import proxy_app
     from keye.server.run import run_app
 
     check_runs(context.params["model"])
     inputs.find_model(context.params["model"])
     replicas: Sequence[Replica]
     if (address := context.params["ray"]) is not None:
-        from keye.dispatch.replicas_ray import ray_replicas
+        from keye.server.replicas.ray_serve import ray_replicas
 
         replicas = ray_replicas(address, count, options.engine_settings(context.params), settings)
     else:
@@ -225,7 +225,7 @@ def read_keys(file: Path) -> dict[str, str]:
 @contextmanager
 def audit_log(file: Path | None) -> Iterator[Audit | None]:
     """The log of who did how much when, appended to `file`; None without one."""
-    from keye.server.audit import Audit, is_audit_log
+    from keye.server.edge.audit import Audit, is_audit_log
 
     if file is None:
         yield None

@@ -21,10 +21,10 @@ from keye.commands.inputs import stderr
 from keye.commands.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
-    from keye.engine.answer import Answer, AnswerStream
-    from keye.engine.engine import Keye
+    from keye.api import Keye
     from keye.engine.evidence import Evidence, MediumEvidence
-    from keye.engine.videoindex import IndexInfo
+    from keye.sessions.answer import Answer, AnswerStream
+    from keye.sessions.video_index import IndexInfo
 
 #: Widest timeline, in characters.
 MAX_BAR = 72
@@ -186,7 +186,7 @@ def print_plans(result: Mapping[str, Any]) -> None:
 
 def print_prediction(prediction: Mapping[str, Any]) -> None:
     """What a request will take: memory by part beside what is free, seconds by phase."""
-    from keye.engine.ledger import megabytes
+    from keye.cache.ledger import megabytes
 
     console = stdout()
     table = Table(box=None, pad_edge=False)

@@ -35,7 +35,7 @@ def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None
     An interrupted run (Ctrl-C) goes on where it was last saved when the command is given again.
     """
     from keye.train.config import load_train_config
-    from keye.train.trainer import train as run
+    from keye.train.loop import train as run
 
     settings = load_train_config(config)
     if as_json:

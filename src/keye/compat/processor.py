@@ -18,10 +18,10 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.image import resize_exactly
-from keye.media.patches import VisionInput, frames_to_patches, images_to_patches
-from keye.media.pictures import Pixels, as_frames, as_picture
+from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
+from keye.media.pixels.pictures import Pixels, as_frames, as_picture
+from keye.media.pixels.resample import bilinear
 from keye.media.processor import Piece, VisualSpan, expand_frames
-from keye.media.resample import bilinear
 from keye.media.sizes import Size, processor_resize
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"

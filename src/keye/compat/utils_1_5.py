@@ -26,9 +26,9 @@ from keye.media import sizes
 from keye.media.image import hold_image
 from keye.media.inputs import as_source, open_frames, open_image
 from keye.media.options import MediaOptions
-from keye.media.pictures import Pixels
+from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.slowfast import frame_types
 from keye.media.processor import sampled_list
-from keye.media.slowfast import frame_types
 from keye.media.video import open_video
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]

@@ -22,9 +22,9 @@ from keye.media import sizes
 from keye.media.image import hold_image
 from keye.media.inputs import as_source, open_frames, open_image
 from keye.media.options import MediaOptions
-from keye.media.pictures import as_frames
+from keye.media.pixels.pictures import as_frames
+from keye.media.pixels.resample import bicubic
 from keye.media.processor import listed_indices
-from keye.media.resample import bicubic
 from keye.media.sampling import frame_range
 from keye.media.video import VideoInfo, open_video
 

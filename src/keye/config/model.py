@@ -203,7 +203,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     if not kind.runs:
         raise ConfigError(
             f"the language model of {architecture} (Keye-VL-{kind.generation}) is DeepSeek-V3, which keye does not run "
-            "yet; `keye inspect` describes it and keye.models.weights.load_vision loads its vision tower and projector"
+            "yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
         )
     if raw.get("quantization_config"):
         raise ConfigError(_quantised(raw["quantization_config"]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from keye.engine.kvstore import KVStore
-from keye.engine.ledger import OutOfMemory, megabytes
+from keye.cache.ledger import OutOfMemory, megabytes
+from keye.cache.slabs import KVStore
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request, Task
 from keye.errors import KeyeError, KeyeWarning, Option
-from keye.ops.pages import PAGE
+from keye.ops.kv_blocks import PAGE
 
 #: Most probabilities of prompt tokens, and of others beside them, that one request gets.
 MAX_PROBS: Final = 100_000

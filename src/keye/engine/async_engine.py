@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
+from keye.api import Keye
 from keye.engine.core import EngineCore
-from keye.engine.engine import Keye
 from keye.engine.request import Delta, Event, Failed, Finished, Request, Stage, Task
 from keye.errors import KeyeError
 

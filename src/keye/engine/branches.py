@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keye.engine.kvcache import KVCache
+from keye.cache.sequence import KVCache
 from keye.engine.sampling import check_logits
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel

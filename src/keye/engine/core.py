@@ -20,29 +20,29 @@ from typing import TypeVar
 
 import torch
 
+from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.prefix import PrefixCache
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVStore
+from keye.cache.vision import VisionCache
+from keye.chat.tokenizer import Tokenizer
 from keye.config import GenerationConfig
 from keye.engine.admission import clamped, refusal, scattered
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVStore
-from keye.engine.ledger import Ledger, OutOfMemory
+from keye.engine.media_loader import Preparation
 from keye.engine.past import find_past, remember
 from keye.engine.preempt import release, restore, save
-from keye.engine.prefix import PrefixCache
-from keye.engine.preparation import Preparation
 from keye.engine.prompt import Prompt, PromptBuilder
-from keye.engine.replies import Writer
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
-from keye.engine.runner import Slice, run
 from keye.engine.scheduler import Pace, share_out
 from keye.engine.scratch import Scratch
 from keye.engine.slices import computable, least_rows, prompt_slice, reply_slice
+from keye.engine.step import Slice, run
 from keye.engine.turns import FairLock
 from keye.engine.vision import VisionJob, being_encoded
-from keye.engine.vision_cache import VisionCache
+from keye.engine.writer import Writer
 from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
-from keye.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

@@ -9,14 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVStore
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVStore
+from keye.cache.vision import VisionCache
 from keye.engine.prompt import Prompt
 from keye.engine.request import Progress
 from keye.engine.sampling import Sampler, SamplingParams
 from keye.engine.turns import Turn
 from keye.engine.vision import VisionJob
-from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeWarning
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel

@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from keye.engine.form_size import check_grammar, check_regex
-from keye.engine.json_form import (
+from keye.chat.grammar_size import check_grammar, check_regex
+from keye.chat.json_schema import (
     MAX_BYTES,
     MAX_PATTERN,
     call_schema,
@@ -24,8 +24,8 @@ from keye.engine.json_form import (
     check_together,
     compact_schema,
 )
+from keye.chat.tokenizer import Tokenizer
 from keye.errors import KeyeError, KeyeWarning, missing_package, warn
-from keye.tokenizer import Tokenizer
 
 FormKind = Literal["json_schema", "regex", "grammar", "choice", "calls", "tags"]
 

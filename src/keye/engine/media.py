@@ -9,22 +9,22 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from keye.cache.sequence import KVCache
 from keye.chat import Medium, MediumKind
 from keye.config import ProcessorConfig
-from keye.engine.content import probed
-from keye.engine.kvcache import KVCache
 from keye.errors import KeyeError, Option
 from keye.media import sizes
-from keye.media.data_urls import parse_list
-from keye.media.fetch import Source, is_index, media_kind
+from keye.media.content import probed
 from keye.media.image import ImagePlan, plan_image
 from keye.media.inputs import as_source
 from keye.media.listed import least_list_tokens
 from keye.media.notes import Note, emit
 from keye.media.options import DEFAULTS, MediaOptions, media_options
-from keye.media.pictures import is_array
+from keye.media.pixels.pictures import is_array
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Piece, Processor, VisualSpan, expand_frames
+from keye.media.source.data_urls import parse_list
+from keye.media.source.fetch import Source, is_index, media_kind
 from keye.models.attention import AttentionMode
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from keye.cache.ledger import OutOfMemory
+from keye.cache.prefix import PrefixCache, Spans, cut_points
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVStore
 from keye.config import KeyeConfig
-from keye.engine.kvcache import KVCache
-from keye.engine.kvstore import KVStore
-from keye.engine.ledger import OutOfMemory
-from keye.engine.prefix import PrefixCache, Spans, cut_points
 from keye.engine.request import Task
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from keye.engine.kvcache import KVCache
+from keye.cache.saved import SavedCaches
+from keye.cache.sequence import KVCache
 from keye.engine.request import Choice, Task
-from keye.engine.saved import SavedCaches
 from keye.errors import KeyeError
 
 

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keye.cache.sequence import KVCache
 from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment, without_last_end
+from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
-from keye.engine.content import content_key
-from keye.engine.kvcache import KVCache
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
 from keye.engine.moments import Window, sampled_windows
 from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
-from keye.media.fetch import Source
+from keye.media.content import content_key
 from keye.media.image import ImagePlan
 from keye.media.inputs import open_frames
-from keye.media.patches import VisionInput
+from keye.media.pixels.patches import VisionInput
 from keye.media.plan import VideoPlan
 from keye.media.positions import PreviewLayout, build_position_ids
 from keye.media.processor import MediaItem, Piece, Processor, VisualSpan
-from keye.tokenizer import Tokenizer
+from keye.media.source.fetch import Source
 
 #: Plans of videos whose slow and fast frames are known (1.5), so that they are told apart once.
 REMEMBERED_PLANS = 64

@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from keye.cache.saved import SavedCaches
+from keye.cache.sequence import KVCache
 from keye.chat import Segment
+from keye.chat.tokenizer import StreamDecoder
 from keye.engine.evidence import Evidence
-from keye.engine.kvcache import KVCache
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams, StopText
-from keye.engine.saved import SavedCaches
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, KeyeWarning
 from keye.models.attention import AttentionMode
-from keye.tokenizer import StreamDecoder
 
 #: Most choices of one request, and most alternatives told beside a token.
 MAX_CHOICES, MAX_LOGPROBS = 128, 20

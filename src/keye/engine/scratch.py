@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keye.engine.ledger import Ledger
-from keye.engine.runner import Slice, scratch_bytes, smallest_scratch
+from keye.cache.ledger import Ledger
+from keye.engine.step import Slice, scratch_bytes, smallest_scratch
 from keye.models.keye import KeyeModel
 
 #: The ledger's account.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from keye.engine.request import Choice, Request, Task
-from keye.engine.runner import Slice, Wanted
+from keye.engine.step import Slice, Wanted
 
 #: Prompt tokens at once where logits of all of them are wanted, and in deterministic requests.
 PROBED_TOKENS: Final = 128

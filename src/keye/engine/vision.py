@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keye.engine.ledger import Ledger, OutOfMemory
+from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.vision import VisionCache
 from keye.engine.prompt import Prompt
 from keye.engine.turns import Turn
-from keye.engine.vision_cache import VisionCache
 from keye.errors import KeyeWarning
 from keye.media.frame_stream import PixelReader
 from keye.media.processor import MediaItem

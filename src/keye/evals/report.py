@@ -14,7 +14,7 @@ ANSWER_WIDTH = 22
 
 
 def print_report(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints what `keye.evals.frameforge.evaluate` returned: headline, scores of every task, and costs."""
+    """Prints what `keye.evals.tasks.frameforge.evaluate` returned: headline, scores of every task, and costs."""
     console = console or Console()
     options = result["options"]
     fewest, most = options["frames"]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keye.evals import metrics
-from keye.evals.metrics import Constant
+from keye.scoring import metrics
+from keye.scoring.metrics import Constant
 
 #: Tasks whose mean is the headline accuracy: those that the model card vouches for.
 SHIPPED_TASKS = (

@@ -13,17 +13,17 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from keye.api import check_device
+from keye.cache.sequence import KVCache
 from keye.config import load_generation_config
-from keye.engine.engine import check_device
 from keye.engine.generate import PREFILL_CHUNK, Decoding, generate
-from keye.engine.kvcache import KVCache
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError, KeyeWarning
 from keye.hf.config import KeyeConfigHF, KeyeVL1_5ConfigHF, KeyeVL2ConfigHF, folder_of
 from keye.media.positions import build_position_ids
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
-from keye.models.weights import load_model, save_model, torch_dtype
+from keye.models.load import load_model, save_model, torch_dtype
 
 
 class _Model(transformers.PreTrainedModel):

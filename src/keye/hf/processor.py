@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Segment, find_template, template_of
+from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.compat.processor import VIDEO_PAD, OfficialProcessor
 from keye.config import load_generation_config, load_model_config, load_processor_config
 from keye.engine.media import plan_medium
@@ -21,11 +22,10 @@ from keye.errors import KeyeError
 from keye.hf.config import folder_of
 from keye.media import sizes
 from keye.media.options import MediaOptions
-from keye.media.patches import VisionInput
-from keye.media.pictures import as_frames
+from keye.media.pixels.patches import VisionInput
+from keye.media.pixels.pictures import as_frames
 from keye.media.positions import split_grid_rows
 from keye.media.processor import MediaItem, Processor, VisualSpan
-from keye.tokenizer import Tokenizer, check_tokenizer
 
 _PADS = {"<|image_pad|>": "image", "<|video_pad|>": "video"}
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "config.json",

@@ -9,10 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keye.media.fetch import Source, fetch_source, media_kind
     from keye.media.image import ImagePlan, plan_image, read_image
     from keye.media.options import MediaOptions, media_options
-    from keye.media.patches import VisionInput
+    from keye.media.pixels.patches import VisionInput
     from keye.media.plan import FastFrames, VideoPlan
     from keye.media.positions import (
         PreviewLayout,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         split_grid_rows,
     )
     from keye.media.processor import MediaItem, Processor, VisualSpan
+    from keye.media.source.fetch import Source, fetch_source, media_kind
     from keye.media.video import (
         DecodeLimits,
         VideoInfo,
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "fetch": ("Source", "fetch_source", "media_kind"),
+    "source.fetch": ("Source", "fetch_source", "media_kind"),
     "image": ("ImagePlan", "plan_image", "read_image"),
     "options": ("MediaOptions", "media_options"),
     "plan": ("FastFrames", "VideoPlan"),
     "positions": ("PreviewLayout", "build_position_ids", "get_rope_index", "merge_grid_rows", "split_grid_rows"),
-    "patches": ("VisionInput",),
+    "pixels.patches": ("VisionInput",),
     "processor": ("MediaItem", "Processor", "VisualSpan"),
     "video": (
         "DecodeLimits", "VideoInfo", "VideoReader",

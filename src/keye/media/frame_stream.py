@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, collect_warnings
-from keye.media.fetch import Source
-from keye.media.patches import VisionInput, frame_grids, frames_to_patches
-from keye.media.pictures import Pixels
+from keye.media.pixels.patches import VisionInput, frame_grids, frames_to_patches
+from keye.media.pixels.pictures import Pixels
 from keye.media.sizes import Size
+from keye.media.source.fetch import Source
 from keye.media.video import DecodeLimits, VideoReader
 
 #: Decoded frames of one video that wait to be encoded.

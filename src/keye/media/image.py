@@ -14,16 +14,16 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import notes
-from keye.media.animations import tiff_pages
-from keye.media.fetch import MAX_IMAGE_BYTES, Reference, Source, check_media, fetch_source, media_kind
-from keye.media.image_reader import Header, ImageReader, is_confined
+from keye.media.container.animations import tiff_pages
+from keye.media.decode.image_reader import Header, ImageReader, is_confined
+from keye.media.decode.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
+from keye.media.decode.wire import WorkerError
 from keye.media.notes import Note
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
-from keye.media.pictures import in_bytes
+from keye.media.pixels.pictures import in_bytes
 from keye.media.sizes import check_sides, encoded_size, image_size
+from keye.media.source.fetch import MAX_IMAGE_BYTES, Reference, Source, check_media, fetch_source, media_kind
 from keye.media.unmet import warn_of_image
-from keye.media.wire import WorkerError
 
 #: The EXIF orientations that swap the axes.
 SIDEWAYS = (5, 6, 7, 8)

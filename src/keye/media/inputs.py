@@ -9,11 +9,11 @@ from typing import Any
 from PIL import Image
 
 from keye.errors import MediaError
-from keye.media.data_urls import decode_list
-from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
+from keye.media.decode.image_reader import ImageReader
 from keye.media.image import read_image
-from keye.media.image_reader import ImageReader
-from keye.media.pictures import as_picture, is_array
+from keye.media.pixels.pictures import as_picture, is_array
+from keye.media.source.data_urls import decode_list
+from keye.media.source.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 
 
 def as_source(value: object) -> Source:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import sampling, sizes
-from keye.media.fetch import MAX_IMAGE_BYTES, Source, fetch_source
+from keye.media.decode.image_reader import MAX_LIST_PIXELS, ImageReader
 from keye.media.image import SIDEWAYS, plan_image
-from keye.media.image_reader import MAX_LIST_PIXELS, ImageReader
 from keye.media.options import MediaOptions
 from keye.media.processor import listed_indices, listed_range
+from keye.media.source.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 
 
 def least_list_tokens(pictures: Sequence[Source], config: ProcessorConfig, options: MediaOptions) -> int:

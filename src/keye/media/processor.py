@@ -20,15 +20,15 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
-from keye.media.fetch import Reference, Source, fetch_source
 from keye.media.frame_stream import FileFrames, FrameShape, HeldFrames, PixelReader, PixelSource
 from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.patches import VisionInput, frames_to_patches, images_to_patches
-from keye.media.pictures import Pixels, as_frames, as_picture
+from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
+from keye.media.pixels.pictures import Pixels, as_frames, as_picture
+from keye.media.pixels.resample import bicubic, bilinear
+from keye.media.pixels.slowfast import SlowFastClassifier, frame_types
 from keye.media.plan import VideoPlan, with_frame_types
-from keye.media.resample import bicubic, bilinear
-from keye.media.slowfast import SlowFastClassifier, frame_types
+from keye.media.source.fetch import Reference, Source, fetch_source
 from keye.media.unmet import warn_of_image, warn_of_video
 from keye.media.video import DecodeLimits, VideoReader, open_video
 

@@ -1,6 +1,6 @@
 """How the pictures of a file are shown, on the side that plans and receives: facts, notes, and frames made upright.
 
-`keye.media.display` finds the facts out where the file is read.
+`keye.media.decode.display` finds the facts out where the file is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from keye.errors import Option
 from keye.media.notes import Note
 from keye.media.options import MediaOptions
-from keye.media.tone_map import to_sdr
+from keye.media.pixels.tone_map import to_sdr
 
 if TYPE_CHECKING:
     from keye.media.plan import VideoPlan

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, warn
+from keye.media.container.kinds import is_png_or_webp
 from keye.media.damage import damage_notes, decoded_damage
-from keye.media.fetch import Reference, check_video, fetch_source
-from keye.media.kinds import is_png_or_webp
+from keye.media.decode.wire import END, FRAME, INFO
+from keye.media.decode.workers import STRANGERS, Worker
+from keye.media.decode.workers import DecodeLimits as DecodeLimits
 from keye.media.notes import VISIBLE, Note, emit
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.shown import picture_fields, picture_notes, shown, size_notes
-from keye.media.wire import END, FRAME, INFO
-from keye.media.workers import STRANGERS, Worker
-from keye.media.workers import DecodeLimits as DecodeLimits
+from keye.media.source.fetch import Reference, check_video, fetch_source
 
 #: Containers whose declared duration is when they end, which may begin later than at 0, and not how long they are.
 _COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
@@ -254,7 +254,7 @@ class VideoReader:
         }  # fmt: skip
         with self.source.open_file() as file:
             return Worker(
-                "keye.media.decode_worker",
+                "keye.media.decode.video_worker",
                 file,
                 options,
                 limits,

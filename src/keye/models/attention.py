@@ -2,7 +2,7 @@
 
 A forward pass is ragged: tokens of several sequences lie behind one another in one row [T, ...] without padding. The
 layer projects and rotates; the *step* knows sequences, caches and masks. `CachedStep` serves inference here,
-`keye.models.packed.PackedStep` serves training; both pass through the same layers.
+`keye.train.packed.PackedStep` serves training; both pass through the same layers.
 
 Legend: T tokens of the step, H query heads, G key/value heads, D head dim, I indexer dim.
 """
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from keye.config import TextConfig
 from keye.models.indexer import Indexer, IndexerOutput
 from keye.models.layers import RMSNorm
-from keye.ops import dsa, reference
-from keye.ops.dsa import Stretch
+from keye.ops import reference
+from keye.ops import registry as dsa
 from keye.ops.elementwise import table
-from keye.ops.pages import LayerPages
+from keye.ops.kv_blocks import LayerPages
+from keye.ops.registry import Stretch
 
 #: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
 #: fallback outside Hopper GPUs, and another function once the context exceeds k.

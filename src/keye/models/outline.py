@@ -23,8 +23,8 @@ from keye.config import (
 )
 from keye.models.keye import KeyeModel
 from keye.models.latent import LatentTextConfig, latent_shapes, latent_text_config
+from keye.models.load import IGNORED
 from keye.models.vision import VisionTower
-from keye.models.weights import IGNORED
 
 #: Rows of the packing position table, which official files hold and no forward pass reads.
 PACKING_ROWS = 32768

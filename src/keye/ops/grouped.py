@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keye.ops import dsa
+from keye.ops import registry as dsa
 
 
 def fast(x: Tensor, weights: Tensor) -> bool:

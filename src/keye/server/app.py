@@ -11,37 +11,36 @@ from typing import Final
 
 from fastapi import Depends, FastAPI
 
-import keye
+from keye.api import Keye
 from keye.engine.async_engine import AsyncEngine
-from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
 from keye.errors import KeyeError
-from keye.media.fetch import FetchPolicy
-from keye.server import (
+from keye.media.source.fetch import FetchPolicy
+from keye.server import errors, web
+from keye.server.context import Context
+from keye.server.edge.audit import Audit
+from keye.server.edge.guard import Guard
+from keye.server.edge.policy import fetch_policy, guard_settings
+from keye.server.metrics import Metrics
+from keye.server.notes import begin_notes, collect_warnings
+from keye.server.openai.response_store import ResponseStore
+from keye.server.routes import (
     chat,
     completions,
-    errors,
-    extras,
     facts,
     files,
     indexes,
     live,
     messages,
     native,
-    pages,
     response_items,
     responses,
+    system,
     video,
-)  # fmt: skip
-from keye.server.audit import Audit
-from keye.server.context import Context
-from keye.server.edge import fetch_policy, guard_settings
-from keye.server.guard import Guard
-from keye.server.metrics import Metrics
-from keye.server.notes import begin_notes, collect_warnings
-from keye.server.response_store import ResponseStore
+)
 from keye.server.settings import Settings
-from keye.server.store import FileStore
+from keye.server.uploads import FileStore
+from keye.version import __version__
 
 #: Seconds between looks for what is too old.
 _TIDY_SECONDS: Final = 30.0
@@ -49,7 +48,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
-    extras.router, messages.router, native.router, facts.router, response_items.router,
+    system.router, messages.router, native.router, facts.router, response_items.router,
 )  # fmt: skip
 
 
@@ -102,14 +101,14 @@ def create_app(
             store.close()
 
     app = FastAPI(
-        title="keye", version=keye.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="keye", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         redirect_slashes=False, dependencies=[Depends(begin_notes)],
     )  # fmt: skip
     app.state.keye = context
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
-    pages.install(app)
+    web.install(app)
     return app
 
 

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
-import keye
+from keye.api import Keye
 from keye.engine.async_engine import AsyncEngine
-from keye.engine.engine import Keye
 from keye.engine.guide import GuideFactory
-from keye.media.fetch import FetchPolicy
+from keye.media.source.fetch import FetchPolicy
 from keye.server.errors import ApiError
-from keye.server.media_parts import Openers
 from keye.server.metrics import Metrics
 from keye.server.notes import add_note
-from keye.server.response_store import ResponseStore
+from keye.server.openai.media_parts import Openers
+from keye.server.openai.response_store import ResponseStore
 from keye.server.settings import Settings
-from keye.server.store import FileStore, OwnedFiles
+from keye.server.uploads import FileStore, OwnedFiles
+from keye.version import __version__
 
 if TYPE_CHECKING:
-    from keye.server.live import LiveStore
+    from keye.server.routes.live import LiveStore
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class Context:
         model = self.model
         facts = [model.name, model.attention, str(model.model.dtype), dict(model.config.raw)]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-        return f"b{keye.__version__}-{digest[:10]}"
+        return f"b{__version__}-{digest[:10]}"
 
     @property
     def names(self) -> tuple[str, ...]:

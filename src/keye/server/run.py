@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import uvicorn
 
-from keye.engine.engine import Keye
-from keye.media.confinement import held
+from keye.api import Keye
+from keye.media.decode.confinement import held
 from keye.server.app import guarded_app
-from keye.server.audit import Audit
-from keye.server.edge import guard_settings
-from keye.server.guard import App, Guard
-from keye.server.limits import Limits
-from keye.server.protocol import limits_of_system, uvicorn_options
+from keye.server.edge.audit import Audit
+from keye.server.edge.guard import App, Guard
+from keye.server.edge.limits import Limits
+from keye.server.edge.policy import guard_settings
+from keye.server.edge.protocol import limits_of_system, uvicorn_options
 from keye.server.settings import Settings
 
 #: Ends with an error whatever still runs.

@@ -53,7 +53,7 @@ class StageConfig:
 
     `time_binding`, `pointing` and `events` weigh helper losses, whose heads are thrown away: tokens of a frame name its
     time; attention heads look where the evidence lies; the token after a frame says what it shows, what has appeared
-    and what has vanished. See `keye.train.helpers`.
+    and what has vanished. See `keye.train.recipes.nano.helpers`.
     """
 
     name: str

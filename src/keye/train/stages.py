@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye.models.keye import KeyeModel
-from keye.models.packed import PackedStep
-from keye.train.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch
 from keye.train.config import StageConfig
-from keye.train.helpers import Helpers
+from keye.train.packed import PackedStep
+from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch
+from keye.train.recipes.nano.helpers import Helpers
 
 #: Loss rows are padded to a multiple of this, for the same reason as the tails.
 LOGIT_MULTIPLE = 256

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye.engine.kvcache import KVCache
+from keye.cache.sequence import KVCache
 from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput, Numerics
 from keye.models.keye import KeyeModel
-from keye.ops import dsa, reference
+from keye.ops import reference
+from keye.ops import registry as dsa
 from parity_harness.cases import FLOAT_TOLERANCE, LOGIT_TOLERANCE, Case, Check, NotApplicable
 from parity_harness.networks import build_model
 

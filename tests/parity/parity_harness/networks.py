@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keye.cache.sequence import KVCache
 from keye.config import KeyeConfig, model_config_from_dict
-from keye.engine.kvcache import KVCache
 from keye.media.positions import PreviewLayout, get_rope_index, split_grid_rows
 from keye.models import vision
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
-from keye.models.weights import load_tensors
+from keye.models.load import load_tensors
 from parity_harness.cases import LOGIT_TOLERANCE, Case, Check, NotApplicable, is_preview
 
 ARCHITECTURES = {

@@ -21,9 +21,9 @@ from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.image import resize_exactly, resize_image
 from keye.media.options import MediaOptions, media_options
+from keye.media.pixels.resample import bilinear
+from keye.media.pixels.slowfast import compared_size, frame_types, similarity
 from keye.media.plan import VideoPlan, make_plan, with_frame_types
-from keye.media.resample import bilinear
-from keye.media.slowfast import compared_size, frame_types, similarity
 from keye.media.video import VideoInfo
 from parity_harness.cases import Case, Check, NotApplicable, is_preview
 

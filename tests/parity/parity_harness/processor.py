@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from keye.chat import CHATML, PREVIEW_CHATML, Medium, render
+from keye.chat.tokenizer import Tokenizer
 from keye.compat.processor import OfficialProcessor, ProcessorOutput
 from keye.config import ProcessorConfig
-from keye.media.patches import VisionInput
-from keye.tokenizer import Tokenizer
+from keye.media.pixels.patches import VisionInput
 from parity_harness.cases import Case, Check, NotApplicable
 from parity_harness.preprocess import Row, outcome, picture
 

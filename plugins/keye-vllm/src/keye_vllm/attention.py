@@ -1,7 +1,7 @@
 """Sparse attention of one layer over vLLM's pages, by the same functions as everywhere in keye.
 
-`keye.ops.dsa` chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled core
-or plain torch elsewhere. A sequence of more than k tokens is never attended densely.
+`keye.ops.registry` chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled
+core or plain torch elsewhere. A sequence of more than k tokens is never attended densely.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from keye.config import TextConfig
 from keye.models.indexer import IndexerOutput
-from keye.ops import dsa
-from keye.ops.dsa import Stretch
-from keye.ops.pages import LayerPages
+from keye.ops import registry as dsa
+from keye.ops.kv_blocks import LayerPages
+from keye.ops.registry import Stretch
 from keye_vllm.config import ATTENTION_OP
 from keye_vllm.pages import Cache, Span, StepPages
 

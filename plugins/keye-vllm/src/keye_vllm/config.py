@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from keye.config import KeyeConfig, model_config_from_dict
 from keye.errors import KeyeError
-from keye.ops.pages import PAGE
+from keye.ops.kv_blocks import PAGE
 
 #: The name under which prompts are written as keye writes them (`--tokenizer-mode`).
 TOKENIZER_MODE = "keye"

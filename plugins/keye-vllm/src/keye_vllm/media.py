@@ -32,16 +32,16 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.video import VideoLoader
 
 from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind
+from keye.chat.tokenizer import Tokenizer
 from keye.config import load_processor_config
 from keye.engine.media import Frames, check_medium, plan_medium
 from keye.engine.prompt import PromptBuilder, Room
 from keye.errors import KeyeError
 from keye.hub import resolve
-from keye.media.data_urls import decode_list, parse_list
-from keye.media.fetch import Source, fetch_source, untrusted
-from keye.media.pictures import is_array
+from keye.media.pixels.pictures import is_array
 from keye.media.processor import MediaItem, Processor
-from keye.tokenizer import Tokenizer
+from keye.media.source.data_urls import decode_list, parse_list
+from keye.media.source.fetch import Source, fetch_source, untrusted
 
 #: The name of the way in which vLLM loads a video of 2.0.
 VIDEO_LOADER = "keye"

@@ -1,8 +1,8 @@
 """How keys, values and indexer keys lie in vLLM's memory, and where those of a step's sequences are.
 
-vLLM allocates, shares and frees the pages; a page holds 64 tokens, as `keye.ops.pages` wants it, so that every kernel
-of keye reads them where they are. A layer has a page of keys and one of values behind one another, and in a cache of
-its own a page of indexer keys.
+vLLM allocates, shares and frees the pages; a page holds 64 tokens, as `keye.ops.kv_blocks` wants it, so that every
+kernel of keye reads them where they are. A layer has a page of keys and one of values behind one another, and in a
+cache of its own a page of indexer keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SparseCacheRole
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from keye.ops.pages import PAGE, PagedRows, RowFormat, RowKind
+from keye.ops.kv_blocks import PAGE, PagedRows, RowFormat, RowKind
 
 _KINDS: dict[torch.dtype, RowKind] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"

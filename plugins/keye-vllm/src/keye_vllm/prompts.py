@@ -26,10 +26,10 @@ from keye.chat import (
     normalize,
     template_of,
 )
+from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import load_generation_config
 from keye.errors import KeyeError
 from keye.hub import resolve
-from keye.tokenizer import Tokenizer, check_tokenizer
 from keye_vllm.media import as_medium
 
 _KINDS: dict[str, MediumKind] = {"image_url": "image", "input_image": "image", "image_pil": "image",

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keye.ops.dsa import Stretch
-from keye.ops.pages import PAGE
+from keye.ops.kv_blocks import PAGE
 from keye.ops.reference import hadamard_transform
+from keye.ops.registry import Stretch
 from keye.ops.triton.layout import Batch, Pools, tuned
 from keye.ops.triton.rows import INTERPRETED, cast, dot_dtype, launch_constants, load_rows, product, row_numbers
 

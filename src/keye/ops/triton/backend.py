@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from keye.ops.dsa import Kernel, Selected, Stretch
+from keye.ops.registry import Kernel, Selected, Stretch
 from keye.ops.triton import attention, selection, serves
 from keye.ops.triton.layout import FEW, Batch, Piece, Pools, by_pools, make_batch
 from keye.ops.triton.rows import readable
@@ -20,8 +20,8 @@ _MASK_BYTES = selection.SCRATCH_BYTES
 
 
 class TritonBackend:
-    """Implements `keye.ops.dsa.Backend` for inference on GPUs of compute capability 8.0 and newer, and, in Triton's
-    interpreter, on tensors of the processor.
+    """Implements `keye.ops.registry.Backend` for inference on GPUs of compute capability 8.0 and newer, and, in
+    Triton's interpreter, on tensors of the processor.
 
     Results of a `fixed` stretch come from tiles of one shape and are not split. Others depend, in their last bits, on
     whether a stretch brings few queries, never on the other stretches.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keye.ops.pages import RowFormat
+from keye.ops.kv_blocks import RowFormat
 from keye.ops.triton.rows import INTERPRETED, cast, hadamard
 
 #: Keys that one program encodes.

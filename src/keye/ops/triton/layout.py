@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from keye.ops.dsa import Stretch
-from keye.ops.pages import PAGE, LayerPages, PagedRows
+from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows
+from keye.ops.registry import Stretch
 from keye.ops.triton.rows import INTERPRETED, Operand, operand
 
 #: Sequences that bring at most this many queries are computed together in one launch, the keys of each split over

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keye.ops.pages import PAGE, PagedRows, RowFormat
+from keye.ops.kv_blocks import PAGE, PagedRows, RowFormat
 
 #: Whether kernels run in Triton's interpreter, on tensors of the processor.
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)

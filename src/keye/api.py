@@ -1,0 +1,491 @@
+"""`Keye`: a loaded model that answers questions about media. The front that Python users and the command line share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import torch
+
+from keye.cache.index_file import check_index_output
+from keye.cache.ledger import OutOfMemory
+from keye.cache.prefix import PrefixCache
+from keye.cache.slabs import KVFormat
+from keye.cache.tiers import KVOptions, Tier, byte_count, free_memory
+from keye.cache.vision import VisionCache
+from keye.chat import (
+    ChatTemplate,
+    CheckpointTemplate,
+    Message,
+    Segment,
+    find_template,
+    load_template,
+    merge_intervals,
+    normalize_tools,
+    opens_reasoning,
+    template_of,
+)
+from keye.chat.tokenizer import Tokenizer, check_tokenizer
+from keye.config import (
+    PROCESSOR_FILE,
+    GenerationConfig,
+    KeyeConfig,
+    frame_text_of,
+    has_keye_fields,
+    load_generation_config,
+    load_model_config,
+    load_processor_config,
+)
+from keye.engine.core import EngineCore, Parts
+from keye.engine.media import IndexedVideo, as_medium
+from keye.engine.prompt import Measured, PromptBuilder
+from keye.engine.request import Inbox, Progress, Request, Stage
+from keye.engine.sampling import SamplingParams
+from keye.engine.turns import Turn
+from keye.errors import KeyeError, collect_warnings
+from keye.hub import check_runs, resolve
+from keye.media.processor import Decoder, Processor
+from keye.media.source.fetch import Source
+from keye.models.attention import AttentionMode
+from keye.models.keye import KeyeModel
+from keye.models.load import LoadReport, load_model, torch_dtype
+from keye.sessions.answer import Answer, AnswerStream, Collector
+from keye.sessions.fingerprint import Fingerprint, fingerprint
+from keye.sessions.live import Keep, LiveSession
+from keye.sessions.video_index import IndexInfo, open_video_index, write_video_index
+
+T = TypeVar("T")
+
+
+class Keye:
+    """A model with its tokenizer and processor. Make one with `keye.load`.
+
+    `notes` are sentences about what loading left out or took for granted; empty where all is as it should be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: KeyeModel,
+        tokenizer: Tokenizer,
+        processor: Processor,
+        generation: GenerationConfig | None = None,
+        *,
+        attention: AttentionMode = "sparse",
+        template: ChatTemplate | CheckpointTemplate | None = None,
+        kv: KVOptions | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        check_attention(attention)
+        self.notes = tuple(notes)
+        self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
+        self.generation = generation or GenerationConfig()
+        self.attention: AttentionMode = attention if model.config.text.sparse is not None else "dense"
+        own = template_of(model.config.architecture, self.generation.default_system)
+        self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
+        if isinstance(self.template, CheckpointTemplate):
+            self.template = self.template.for_model(own, self.generation.default_system)
+        self.prompts = PromptBuilder(self.config, tokenizer, processor, self._open_index)
+        self.kv = kv or KVOptions()
+        self.ledger = self.kv.ledger()
+        self.store = self.kv.store(self.config.text, model.dtype, model.device, self.ledger)
+        self.vision_cache, self.prefixes = VisionCache(ledger=self.ledger), PrefixCache()
+
+    @property
+    def config(self) -> KeyeConfig:
+        return self.model.config
+
+    @property
+    def processor_config(self) -> Any:
+        return self.processor.config
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells this model from others. The weights are taken to stay as they were loaded."""
+        return fingerprint(self.name, self.model, self.processor.config)
+
+    def ask(self, media: object, question: str, **options: Any) -> Answer:
+        """Answers a question about one medium or a list of them; see `stream_ask`."""
+        return self.stream_ask(media, question, **options).finish()
+
+    def stream_ask(
+        self, media: object, question: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> AnswerStream:
+        """`media`: a path, data URL, bytes, PIL image or `Frames`, or a list of these. `media_options` (fps,
+        max_frames, max_pixels, video_start, ...) hold for each. `options` are those of `stream`."""
+        if not isinstance(question, str) or not question.strip():
+            raise KeyeError("the question is empty; ask something about the media")
+        listed = media if isinstance(media, list | tuple) else [media]
+        if not listed:
+            raise KeyeError("no medium was given; pass a video or an image to ask about")
+        parts = tuple(as_medium(item, media_options) for item in listed)
+        return self.stream([Message("user", (*parts, question))], **options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> Answer:
+        """Continues a conversation in the OpenAI message format; see `stream` for options."""
+        return self.stream(messages, **options).finish()
+
+    def index(
+        self,
+        video: object,
+        path: str | Path,
+        *,
+        media_options: Mapping[str, Any] | None = None,
+        attention: AttentionMode | None = None,
+        overwrite: bool = False,
+        turn: Turn | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> IndexInfo:
+        """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
+        place of the video, in any process that loads the same model, and neither decode nor compute the video again.
+        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. Requests that
+        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising. An
+        index at `path` is replaced, another file only with `overwrite`.
+        `on_progress` is called as the video is computed."""
+        medium = as_medium(video, media_options)
+        if medium.kind != "video":
+            raise KeyeError("an image was given to index; give a video")
+        mode = self.attention_of(attention)
+        check_index_output(Path(path), overwrite=overwrite)
+        return write_video_index(
+            self, self.prompts, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress
+        )
+
+    def ground(self, video: object, event: str, **options: Any) -> Answer:
+        """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
+        return self.stream_ground(video, event, **options).finish()
+
+    def stream_ground(
+        self, video: object, event: str, *, media_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> AnswerStream:
+        """`ground`, its text as it is generated. `video` is one video in any form that `stream_ask` takes."""
+        question = self.ground_question(event)
+        listed = video if isinstance(video, list | tuple) else [video]
+        if len(listed) != 1:
+            raise KeyeError(f"{len(listed)} media were given to ground; give one video")
+        medium = as_medium(listed[0], media_options)
+        if medium.kind != "video":
+            raise KeyeError("an image was given to ground; give a video, or use ask for images")
+        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
+
+    def ground_question(self, event: str) -> str:
+        """The question by which this model is asked when `event` happens."""
+        subject = event.strip() if isinstance(event, str) else ""
+        if not subject:
+            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
+        if "{article}" in self.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
+            subject = subject.split(" ", 1)[1]
+        return self.generation.ground_prompt.format(event=subject, article="the")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[Segment]:
+        """The prompt of a conversation under this model's template, its media in their places and not yet opened. With
+        `continue_final_message` the last message, the assistant's, is left open for the model to go on with."""
+        return self.prompts.render(
+            messages, template=self.template, thinking=thinking, tools=normalize_tools(tools),
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+        )  # fmt: skip
+
+    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
+        """What a rendered prompt would cost: its media are probed and not decoded."""
+        return self.prompts.measure(segments, salt)
+
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
+        at the first token. Options, all with a default:
+
+        `thinking` asks for or against reasoning; `attention` "dense" runs the official fallback; `tools` are functions
+        (name, description, JSON schema of the parameters) that the model may ask to be called; `n` replies are written,
+        the others in `Answer.alternatives`; `logprobs` gives each token's probability beside those of so many others,
+        `prompt_logprobs` those of the prompt (a number of others, or true for as many as `logprobs`);
+        `continue_final_message` goes on with the last message, the assistant's; `ignore_eos` goes on to `max_tokens`;
+        `stop_loops` False lets a reply that repeats itself without end go on; `evidence` asks which frames the answer
+        rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; `on_progress` is
+        called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
+        model's own defaults for those not given."""
+        request = self.request(messages, **options)
+        return AnswerStream(self.reply(request, self.attention_of(request.attention), on_progress))
+
+    def request(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        attention: AttentionMode | None = None,
+        n: int = 1,
+        logprobs: int | None = None,
+        prompt_logprobs: bool | int | None = None,
+        continue_final_message: bool = False,
+        ignore_eos: bool = False,
+        evidence: bool = False,
+        deterministic: bool = False,
+        stop_loops: bool = True,
+        **sampling: Any,
+    ) -> Request:
+        """What `stream` asks of the engine; its options are explained there."""
+        params = self.sampling_params(**sampling)
+        if not isinstance(thinking, bool | None):
+            raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
+        if isinstance(prompt_logprobs, bool):
+            prompt_logprobs = (logprobs or 0) if prompt_logprobs else None
+        with collect_warnings() as notes:
+            segments = self.render(
+                messages, thinking=thinking, tools=tools, continue_final_message=continue_final_message
+            )
+        return Request(
+            segments, params, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos,
+            attention=self.attention_of(attention), evidence=evidence, deterministic=deterministic,
+            stop_loops=stop_loops, notes=tuple(notes), reasoning=opens_reasoning(segments),
+        )  # fmt: skip
+
+    def batch(self, conversations: Sequence[Sequence[Mapping[str, Any] | Message]], **options: Any) -> list[Answer]:
+        """Continues many conversations at once, which costs far less than one after another; see `stream` for options.
+        Answers are in the order of the conversations. The first mistake in any of them is raised, and ends all."""
+        requests = [self.request(messages, **options) for messages in conversations]
+        inboxes, collectors = [Inbox() for _ in requests], [Collector(one, self.name) for one in requests]
+        tasks = [
+            self.core.add(one, self.attention_of(one.attention), inbox)
+            for one, inbox in zip(requests, inboxes, strict=True)
+        ]
+        try:
+            for inbox, collector in zip(inboxes, collectors, strict=True):
+                while collector.answer is None:
+                    self.core.run_until(inbox)
+                    while inbox.events:
+                        collector.take(inbox.events.popleft())
+        finally:
+            for task in tasks:
+                if task.stage is not Stage.ENDED:
+                    self.core.abort(task)
+        return [collector.answer for collector in collectors if collector.answer is not None]
+
+    def clear_caches(self) -> None:
+        """Gives back what is kept for later requests: prompts computed before, visual tokens of media."""
+        self.prefixes.clear()
+        self.vision_cache.give_back(self.vision_cache.nbytes())
+
+    def with_room(self, take: Callable[[], T]) -> T:
+        """What `take` gives. Where the memory is full, what is kept for later requests is given back; `OutOfMemory`
+        where that is not enough."""
+        while True:
+            try:
+                return take()
+            except OutOfMemory:
+                if not self.prefixes.give_back() and not self.vision_cache.give_back(1 << 20):
+                    raise
+
+    @cached_property
+    def core(self) -> EngineCore:
+        """The engine that all requests of this model share; made when it is first needed."""
+        parts = Parts(
+            self.model, self.tokenizer, self.generation, self.prompts, self.store, self.ledger, self.vision_cache,
+            self.prefixes, self.kv.folder,
+        )  # fmt: skip
+        return EngineCore(parts)
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Entered around each piece of work on the model that is no step of the engine."""
+        return self.core.beside()
+
+    def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
+        """A session to which frames are appended while questions are asked (`keye.sessions.live`). When the context is
+        full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
+        answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
+        return LiveSession(self, keep=keep, reserve=reserve, **media_options)
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """The model's defaults with the given fields in their place; `None` means not given."""
+        known = SamplingParams.fields()
+        if unknown := sorted(set(given) - set(known)):
+            raise KeyeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
+        defaults = self.generation.sampling_defaults()
+        chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+        if isinstance(chosen.get("stop"), str):
+            chosen["stop"] = (chosen["stop"],)
+        params, size = SamplingParams(**chosen), self.config.text.vocab_size
+        for name, token in params.token_ids:
+            if token >= size:
+                raise KeyeError(f"{name} has the token {token}; this model's tokens are numbered 0 to {size - 1}")
+        return params
+
+    def _open_index(self, source: Source) -> IndexedVideo:
+        return open_video_index(self, self.config, source)
+
+    def attention_of(self, attention: AttentionMode | None) -> AttentionMode:
+        if attention is None:
+            return self.attention
+        check_attention(attention)
+        if attention == "sparse" and self.config.text.sparse is None:
+            raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
+        return attention
+
+    def reply(
+        self, request: Request, mode: AttentionMode, on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[str | Answer]:
+        """One request on the engine: its text, then the answer. Stepped by who reads, given up when the reader goes."""
+        inbox, collector = Inbox(), Collector(request, self.name, on_progress)
+        task = self.core.add(request, mode, inbox)
+        try:
+            while collector.answer is None:
+                self.core.run_until(inbox)
+                while inbox.events:
+                    if text := collector.take(inbox.events.popleft()):
+                        yield text
+            yield collector.answer
+        finally:
+            if task.stage is not Stage.ENDED:
+                self.core.abort(task)
+
+
+def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:
+    yield from stream
+    answer = stream.finish()
+    yield replace(answer, intervals=tuple(merge_intervals(answer.intervals)))
+
+
+def check_attention(attention: object) -> None:
+    """`KeyeError` for anything but "sparse" and "dense"."""
+    if attention not in get_args(AttentionMode):
+        raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
+
+
+def check_device(device: str) -> None:
+    """`KeyeError` for a device that a model cannot run on here."""
+    try:
+        kind = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise KeyeError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if kind == "meta":
+        raise KeyeError("device 'meta' cannot be used here: it holds shapes without numbers; choose cpu or cuda")
+
+
+def load(
+    name_or_path: str | Path = "nano",
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    attention: AttentionMode = "sparse",
+    kv: KVFormat = "auto",
+    index_kv: KVFormat = "auto",
+    kv_tier: Tier = "memory",
+    kv_folder: str | Path | None = None,
+    memory: str | int | None = None,
+    template: str | Path = "auto",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    decoder: Decoder | None = None,
+) -> Keye:
+    """Loads a model by name ("nano", a hub name) or from a folder.
+
+    `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of
+    all files while a model is fetched from there.
+
+    `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the checkpoint's own). `template` is
+    "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the model's
+    generation; "keye" or "checkpoint" for one of the two, or a template file. Nothing in the checkpoint is executed;
+    its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
+    lack, and whose formats are used.
+
+    `kv` and `index_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
+    weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
+    "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped. `memory` bytes ("8GiB") may be taken for
+    keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
+
+    `decoder` decodes video files elsewhere, to the same frames: `keye.cluster.decode_reader.ServiceDecoder`.
+    """
+    check_attention(attention)
+    check_device(device)
+    storing = KVOptions(kv, index_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
+    limit = None if memory is None else byte_count(memory)
+    name = str(name_or_path)
+    check_runs(name)
+    # The small files come first: what they refuse need not be downloaded.
+    folder = resolve(name, revision=revision, weights=False, progress=progress)
+    config = load_model_config(folder)
+    chosen = _template(template, folder, config.architecture)
+    tokenizer = Tokenizer.from_file(folder)
+    check_tokenizer(tokenizer, config)
+    processor = Processor(load_processor_config(folder), decoder=decoder)
+    generation = load_generation_config(folder)
+    folder = resolve(name, revision=revision, progress=progress)
+    model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
+    return Keye(
+        str(config.raw.get("keye_name") or Path(name).name),
+        model,
+        tokenizer,
+        processor,
+        generation,
+        attention=attention,
+        template=chosen,
+        kv=replace(storing, memory=limit or free_memory(device)),
+        notes=(*load_notes(folder, config, report), *format_notes(folder, config, chosen, asked=template != "auto")),
+    )
+
+
+def _template(asked: str | Path, folder: Path, architecture: str) -> CheckpointTemplate | None:
+    """The template that is asked for; None for keye's own."""
+    if asked == "keye":
+        return None
+    if asked == "auto":
+        found = find_template(folder)
+        return None if found is None else found.for_model(template_of(architecture), None, fall_back=True)
+    return load_template(folder if asked == "checkpoint" else asked)
+
+
+def format_notes(
+    folder: Path, config: KeyeConfig, template: CheckpointTemplate | None, *, asked: bool
+) -> Iterator[str]:
+    """Which chat template and which text before frames a checkpoint is used with, a sentence each. Nothing where a
+    template was asked for, nor of keye's own formats in checkpoints that keye wrote."""
+    if asked:
+        return
+    if template is not None:
+        yield f"prompts follow the checkpoint's own chat template; template keye chooses that of keye ({template.name})"
+    if has_keye_fields(folder):
+        return
+    if template is None:
+        yield f"the checkpoint brings no chat template: prompts follow keye's own for Keye-VL {config.generation}"
+    if config.generation == "2.0":
+        yield (
+            "frames are labelled by the frame_text of the checkpoint"
+            if frame_text_of(folder) is not None
+            else "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it"
+        )
+
+
+def load_notes(folder: Path, config: KeyeConfig, report: LoadReport) -> Iterator[str]:
+    """What a user should know of how a checkpoint was loaded, a sentence each."""
+    if config.unknown:
+        yield f"config.json has keys without meaning to keye: {_listed(config.unknown)}"
+    if not (folder / PROCESSOR_FILE).exists():
+        yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.generation}"
+    if report.lacks_indexer:
+        yield "the files hold no indexer weights: the model attends densely"
+    if report.unused:
+        yield f"the files hold tensors that this model has no place for: {_listed(report.unused)}"
+    if report.ignored:
+        yield f"the files hold tensors that no forward pass reads: {_listed(report.ignored)}"
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

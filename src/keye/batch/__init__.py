@@ -1,0 +1,1 @@
+"""Questions of a manifest, answered by many workers, each record written once."""

@@ -1,0 +1,1 @@
+"""KV cache: memory ledger, blocks, sequences, prefix and vision caches, index files."""

@@ -1,0 +1,132 @@
+"""Files as tensors: mapped into memory, so that the system reads pages when they are touched and keeps those that are
+used again. Knows bytes, not what they mean."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keye.cache.ledger import OutOfMemory, megabytes
+from keye.errors import KeyeError
+
+#: Bytes that are left free on a disk.
+DISK_RESERVE: Final = 1 << 30
+
+
+class _Memory:
+    """Bytes of a map as numpy takes them. Also those of a read-only map, which torch would warn of: nothing writes to
+    them, `Slab.writable` is false."""
+
+    def __init__(self, mapped: mmap.mmap, offset: int, nbytes: int) -> None:
+        self._mapped = mapped
+        base = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
+        self.__array_interface__: dict[str, Any] = {
+            "data": (base + offset, False), "shape": (nbytes,), "typestr": "|u1", "version": 3,
+        }  # fmt: skip
+
+
+def scratch_tensor(folder: Path, shape: Sequence[int], *, reserve: int = DISK_RESERVE) -> Tensor:
+    """A uint8 tensor in a new file of `folder` that has no name, and is gone with the tensor or the process.
+
+    Its room on disk is taken at once, since a map that runs out of disk kills the process. `OutOfMemory` where that
+    leaves less than `reserve` bytes.
+    """
+    nbytes = torch.Size(shape).numel()
+    check_disk(folder, nbytes, reserve)
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix="keye-kv-") as file:
+            _take_room(file.fileno(), nbytes)
+            mapped = mmap.mmap(file.fileno(), nbytes)
+    except OSError as error:
+        raise OutOfMemory(f"{folder} cannot hold {megabytes(nbytes)} of keys and values ({error.strerror}); "
+                          "name another folder") from None  # fmt: skip
+    read_rows(mapped)
+    return _tensor(mapped, 0, shape)
+
+
+def _take_room(file: int, nbytes: int) -> None:
+    fallocate = getattr(os, "posix_fallocate", None)  # not on every system
+    if fallocate is None:
+        os.ftruncate(file, nbytes)
+    else:
+        fallocate(file, 0, nbytes)
+
+
+def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
+    """`OutOfMemory` when `nbytes` more in `folder` would leave less than `reserve`; `KeyeError` for no folder."""
+    if not folder.is_dir():
+        raise KeyeError(f"{folder} is no folder: name one for the keys and values to lie in")
+    free = shutil.disk_usage(folder).free
+    if free - nbytes < reserve:
+        raise OutOfMemory(
+            f"{megabytes(nbytes)} of keys and values, and {megabytes(reserve)} that stay free, do not fit on the disk "
+            f"of {folder}, where {megabytes(free)} are free; free some, name a folder on another disk, or store them "
+            "in fewer bits"
+        )
+
+
+def map_file(file: BinaryIO) -> mmap.mmap:
+    """A whole file, read only. It stays mapped until the last tensor of it is gone, also when the file is removed."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def map_tensor(mapped: mmap.mmap, offset: int, shape: Sequence[int]) -> Tensor:
+    """A uint8 tensor of the bytes of a map from `offset` on. It must not be written to if the map is read only."""
+    assert 0 <= offset <= len(mapped) - torch.Size(shape).numel()
+    return _tensor(mapped, offset, shape)
+
+
+def read_rows(mapped: mmap.mmap, start: int = 0, nbytes: int | None = None) -> None:
+    """Tells the system that single rows will be read from here, so that it does not read around them."""
+    _advise(mapped, "MADV_RANDOM", start, len(mapped) - start if nbytes is None else nbytes)
+
+
+def read_soon(mapped: mmap.mmap, start: int, nbytes: int) -> None:
+    """Tells the system that all of this will be read soon."""
+    _advise(mapped, "MADV_WILLNEED", start, nbytes)
+
+
+def fetch_rows(rows: Tensor, chosen: Tensor) -> None:
+    """Asks the system for some rows (int64 [n]) of a mapped tensor [N, row_bytes] all at once: read one by one as they
+    are touched, they take several times as long. What is in memory already costs about a microsecond a row."""
+    if _MADVISE is None:
+        return
+    first = rows.data_ptr() + chosen * rows.shape[1]
+    pages = torch.cat((first, first + rows.shape[1] - 1)).div(mmap.PAGESIZE, rounding_mode="floor").unique()
+    breaks = (pages.diff() != 1).nonzero().flatten() + 1
+    for run in pages.tensor_split(breaks):
+        if len(run):
+            _MADVISE(int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE, mmap.MADV_WILLNEED)
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    """The system's function, which takes addresses; the one of `mmap` knows only single maps."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return found
+
+
+_MADVISE: Final = _find_madvise()
+
+
+def _advise(mapped: mmap.mmap, advice: str, start: int, nbytes: int) -> None:
+    value = getattr(mmap, advice, None)  # not on every system
+    if value is not None and nbytes:
+        mapped.madvise(value, start, nbytes)
+
+
+def _tensor(mapped: mmap.mmap, offset: int, shape: Sequence[int]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.asarray(_Memory(mapped, offset, torch.Size(shape).numel()))).view(tuple(shape))

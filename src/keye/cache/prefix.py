@@ -1,0 +1,122 @@
+"""Prompts that were computed before: whoever begins with the same tokens and media goes on from there.
+
+An entry is a whole prefix under the hash of its tokens, media, attention mode and owner; its blocks are shared with
+those who use it. Entries end after a medium or at a block boundary outside any medium, never inside one. The least
+recently used are given up first, also when others need the room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from keye.cache.sequence import KVCache
+from keye.config import KeyeConfig
+from keye.engine.prompt import Prompt
+from keye.ops.kv_blocks import PAGE
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the media of a prompt lie: (first, one past the last visual token, content key), in order."""
+
+    media: tuple[tuple[int, int, bytes], ...]
+
+    @classmethod
+    def of(cls, prompt: Prompt, config: KeyeConfig) -> Spans | None:
+        """None where a medium has no key, so that nothing can be said of its content."""
+        ids = prompt.token_ids
+        places = ((ids == config.image_token_id) | (ids == config.video_token_id)).nonzero().squeeze(1).tolist()
+        if prompt.indexed is not None:
+            return None  # its tokens are stored in its file already
+        found, at = [], 0
+        for item in prompt.media:
+            if item.key is None:
+                return None
+            found.append((places[at], places[at + item.visual_tokens - 1] + 1, item.key))
+            at += item.visual_tokens
+        return cls(tuple(found))
+
+    def inside(self, length: int) -> bool:
+        """Whether a prefix of `length` tokens would end inside a medium."""
+        return any(first < length < stop for first, stop, _ in self.media)
+
+
+def cut_points(length: int, spans: Spans) -> list[int]:
+    """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block
+    boundary that leaves a token to compute."""
+    points = {stop for _, stop, _ in spans.media if stop < length}
+    whole = (length - 1) // PAGE * PAGE
+    if whole and not spans.inside(whole):
+        points.add(whole)
+    return sorted(points)
+
+
+class PrefixCache:
+    """Prefixes of one model, at most `entries`. Safe to share by threads."""
+
+    def __init__(self, entries: int = 64) -> None:
+        self.most = entries
+        self._entries: OrderedDict[bytes, KVCache] = OrderedDict()
+        self._lock = threading.RLock()
+        self.hits = self.misses = 0
+
+    def find(self, ids: Tensor, spans: Spans, secret: bytes) -> KVCache | None:
+        """A fork of the longest prefix of `ids` that is known and leaves a token to compute; None without any."""
+        with self._lock:
+            lengths = {cache.length(0) for cache in self._entries.values()}
+            wanted = sorted(n for n in lengths if n < ids.shape[0] and not spans.inside(n))
+            for _, key in reversed(list(_hashes(ids, spans, wanted, secret))):
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+                    self.hits += 1
+                    return self._entries[key].fork()
+            self.misses += 1
+            return None
+
+    def keep(self, ids: Tensor, spans: Spans, secret: bytes, cache: KVCache, lengths: Iterable[int]) -> None:
+        """Remembers prefixes of what `cache` holds."""
+        with self._lock:
+            for length, key in _hashes(ids, spans, sorted(lengths), secret):
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+                    continue
+                prefix = cache.fork_prefix(length)
+                self._entries[key] = prefix
+                while len(self._entries) > self.most:
+                    self._entries.popitem(last=False)[1].free()
+
+    def give_back(self) -> bool:
+        """Gives up the least recently used entry; False when there is none."""
+        with self._lock:
+            if not self._entries:
+                return False
+            self._entries.popitem(last=False)[1].free()
+            return True
+
+    def clear(self) -> None:
+        """Gives up everything."""
+        while self.give_back():
+            pass
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _hashes(ids: Tensor, spans: Spans, lengths: Sequence[int], secret: bytes) -> Iterator[tuple[int, bytes]]:
+    """The hash of each prefix, `lengths` ascending and outside media. A medium's content enters where it begins."""
+    digest, done, media = hashlib.sha256(secret), 0, list(spans.media)
+    raw = ids.numpy()
+    for length in lengths:
+        while media and media[0][0] < length:
+            first, _, key = media.pop(0)
+            digest.update(raw[done:first].tobytes() + b"medium" + key)
+            done = first
+        digest.update(raw[done:length].tobytes())
+        done = length
+        yield length, digest.copy().digest()

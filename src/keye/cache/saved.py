@@ -1,0 +1,110 @@
+"""Stored pasts of a request that had to make room: their bytes wait in a file without a name, and come back unchanged.
+
+Computing them again would not give the same numbers: the shape of a matrix product decides its last bits, and sparse
+selection can turn a last bit into another choice of keys. Knows blocks and bytes, not requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from keye.cache.checksums import PageCheck
+from keye.cache.mapped import DISK_RESERVE, scratch_tensor
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import Block, KVStore
+from keye.ops.kv_blocks import PAGE
+
+#: The ledger's account: bytes on disk.
+ACCOUNT = "kv-saved"
+
+
+@dataclass(eq=False)
+class SavedCaches:
+    """What some sequences of one store held. `rows` uint8 [blocks, block_bytes] are the saved blocks, None for none;
+    `tables` name the blocks of each sequence in order: the number of a saved one, or a block that stayed in memory.
+    """
+
+    store: KVStore
+    rows: Tensor | None
+    tables: list[list[int | Block]]
+    lengths: list[int]
+    checks: list[PageCheck | None]
+
+    @classmethod
+    def save(cls, caches: Sequence[KVCache], folder: Path, stay: Collection[Block] = ()) -> SavedCaches:
+        """Copies sequences to a new file in `folder`; the caches stay as they are. Blocks of `stay`, which somebody
+        else holds anyway, are shared and not copied. `OutOfMemory` where the disk has no room."""
+        store = caches[0].store
+        assert store is not None
+        staying, numbers, copied = {id(block) for block in stay}, dict[int, int](), list[Block]()
+        tables: list[list[int | Block]] = []
+        for cache in caches:
+            table: list[int | Block] = []
+            for block in cache.block_table[: -(-cache.length(0) // PAGE)]:
+                if id(block) in staying:
+                    table.append(block)
+                    continue
+                if id(block) not in numbers:
+                    numbers[id(block)] = len(copied)
+                    copied.append(block)
+                table.append(numbers[id(block)])
+            tables.append(table)
+        rows = None
+        if copied:
+            rows = _new_rows(folder, len(copied), store.layout.block_bytes)
+            store.ledger.reserve(ACCOUNT, rows.numel())
+            for row, block in zip(rows, copied, strict=True):
+                for part, kind in _parts(row, block):
+                    part.copy_(kind)
+        store.share([entry for table in tables for entry in table if isinstance(entry, Block)])
+        return cls(store, rows, tables, [cache.length(0) for cache in caches], [cache.check for cache in caches])
+
+    def restore(self) -> list[KVCache]:
+        """The sequences, in memory again; this object is empty then. `OutOfMemory` where there is no room, and nothing
+        changes."""
+        blocks = self.store.take(0 if self.rows is None else self.rows.shape[0])
+        if self.rows is not None:
+            for row, block in zip(self.rows, blocks, strict=True):
+                for part, kind in _parts(row, block):
+                    kind.copy_(part)
+        caches, used = [], set[int]()
+        for table, length, check in zip(self.tables, self.lengths, self.checks, strict=True):
+            own = [blocks[entry] if isinstance(entry, int) else entry for entry in table]
+            # A saved block was taken for the first sequence that holds it; one that stayed has its reference already.
+            again = [entry for entry in table if isinstance(entry, int) and entry in used]
+            self.store.share([blocks[entry] for entry in again])
+            used |= {entry for entry in table if isinstance(entry, int)}
+            caches.append(KVCache.of_blocks(self.store, own, length, check))
+        self._forget_rows()
+        self.tables = []
+        return caches
+
+    def free(self) -> None:
+        """Gives everything up; may be called twice."""
+        self._forget_rows()
+        self.store.drop([entry for table in self.tables for entry in table if isinstance(entry, Block)])
+        self.tables = []
+
+    def _forget_rows(self) -> None:
+        if self.rows is not None:
+            self.store.ledger.release(ACCOUNT, self.rows.numel())
+            self.rows = None
+
+
+def _new_rows(folder: Path, blocks: int, block_bytes: int) -> Tensor:
+    """Room for blocks on the disk, on which as much again is left free, but at most the usual reserve."""
+    return scratch_tensor(folder, (blocks, block_bytes), reserve=min(DISK_RESERVE, blocks * block_bytes))
+
+
+def _parts(row: Tensor, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pages of a block, kind by kind, and the part of a saved row that is theirs, in the same shape."""
+    start = 0
+    for tensor in block.slab.kinds:
+        if tensor is not None:
+            pages = tensor[:, block.slot]
+            yield row[start : start + pages.numel()].view(pages.shape), pages
+            start += pages.numel()

@@ -1,0 +1,93 @@
+"""How one run stores keys and values: in which numbers, and in which memory."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+import torch
+
+from keye.cache.ledger import Ledger
+from keye.cache.slabs import (
+    SLAB_BLOCKS,
+    KVFormat,
+    KVLayout,
+    KVStore,
+    SlabMaker,
+    check_kv_format,
+    file_slabs,
+    host_slabs,
+    memory_slabs,
+)
+from keye.config import TextConfig
+from keye.errors import KeyeError, Option
+from keye.machine import memories
+
+#: Where keys and values lie: in the memory of the model's device, in main memory, or in a mapped file.
+Tier = Literal["memory", "host", "file"]
+#: Share of the free memory that may be taken where nothing else is said.
+FREE_SHARE: Final = 0.85
+_SIZE: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT]i?B?|B)?", re.IGNORECASE)
+_POWERS: Final = "BKMGT"
+#: Blocks of a slab in a file: 4,096 tokens, so that the longest context needs few files.
+FILE_BLOCKS: Final = 64
+
+
+def byte_count(size: str | int) -> int:
+    """Bytes of 8000000, "8GiB", "512M" or "1.5 TiB", units being powers of 1,024; `KeyeError` for anything else."""
+    match = _SIZE.fullmatch(str(size).strip())
+    if match is None or float(match[1]) == 0:
+        raise KeyeError("{} is {!r}; write a size such as 8GiB or 512MiB", Option("memory"), size)
+    return int(float(match[1]) * 1024 ** _POWERS.index((match[2] or "B")[0].upper()))
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that a model on `device` may take by default: a share of what is free now. None where that is not known."""
+    where = torch.device(device)
+    name = "cpu" if where.type == "cpu" else f"{where.type}:{where.index or 0}"
+    found = next((memory for memory in memories() if memory.device == name), None)
+    return None if found is None else int(FREE_SHARE * found.free)
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """`kv` is the format of keys and values, `index` that of indexer keys. `folder` is where the file tier lies, the
+    system's folder for temporary files by default. `memory` bytes may be taken for keys, values and visual tokens, None
+    for no limit. KeyeError names a field out of range."""
+
+    kv: KVFormat = "auto"
+    index: KVFormat = "auto"
+    tier: Tier = "memory"
+    folder: Path | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kv_format(self.kv)
+        check_kv_format(self.index)
+        if self.tier not in get_args(Tier):
+            raise KeyeError("{} is {!r}; choose one of {}", Option("kv_tier"), self.tier, ", ".join(get_args(Tier)))
+        if self.folder is not None and self.tier != "file":
+            raise KeyeError("{} has no effect without {}", Option("kv_folder"), Option("kv_tier", "file"))
+
+    def ledger(self) -> Ledger:
+        """The account book of one model."""
+        return Ledger(self.memory)
+
+    def store(
+        self, config: TextConfig, dtype: torch.dtype, device: torch.device | str, ledger: Ledger | None = None
+    ) -> KVStore:
+        """A store for a model whose activations are of `dtype` on `device`."""
+        return self.store_of(KVLayout.of(config, dtype, self.kv, self.index), device, ledger)
+
+    def store_of(self, layout: KVLayout, device: torch.device | str, ledger: Ledger | None = None) -> KVStore:
+        """A store of a given layout in this tier."""
+        blocks = FILE_BLOCKS if self.tier == "file" else SLAB_BLOCKS
+        return KVStore(layout, ledger=ledger, make_slab=self._slabs(device), slab_blocks=blocks)
+
+    def _slabs(self, device: torch.device | str) -> SlabMaker:
+        if self.tier == "file":
+            return file_slabs(self.folder or Path(tempfile.gettempdir()), device)
+        return host_slabs(device) if self.tier == "host" else memory_slabs(device)

@@ -1,0 +1,287 @@
+"""The FrameForge evaluation: a model answers questions about unseen synthetic clips whose answers are known exactly.
+
+    result = evaluate(keye.load("nano"), EvalOptions(questions=500))
+
+Clips and questions follow from the options alone, so runs that differ in `mode`, `select` or `mp4` ask the same.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import torch
+
+from keye.cache.slabs import KVFormat, KVLayout, KVStore, check_kv_format, memory_slabs
+from keye.chat import Interval, Medium, Message, merge_intervals, render
+from keye.chat.tokenizer import Tokenizer
+from keye.config import ProcessorConfig
+from keye.data import frameforge
+from keye.data.frameforge import Clip, Question
+from keye.data.frameforge.scene import MAX_OBJECTS
+from keye.engine.branches import greedy_branches
+from keye.engine.generate import Decoding
+from keye.engine.media import Frames
+from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.errors import KeyeError
+from keye.evals.summary import Scored, summarise
+from keye.media.options import MediaOptions
+from keye.media.processor import Processor
+from keye.media.source.fetch import fetch_source
+from keye.media.video import open_video
+from keye.models.attention import AttentionMode, Selection
+from keye.models.keye import KeyeModel
+from keye.scoring import metrics
+
+#: Splits that a model has not been trained on.
+SPLITS = ("test", "unseen")
+#: Side in pixels of the frames of clips: as rendered for the model, and as written to video files.
+FRAME_SIZE, FILE_SIZE = (112, 112), (448, 448)
+#: Questions about one clip: at least and at most.
+QUESTIONS_PER_CLIP = (8, 12)
+TIME_TASKS = ("start", "end", "change_time", "cut_time")
+#: The most that a timestamp may change on the way through a file, in seconds; prompts show tenths.
+TIME_TOLERANCE = 0.05
+
+Progress = Callable[[int, int], None]
+
+
+class Evaluable(Protocol):
+    """What is evaluated; `keye.Keye` is one."""
+
+    @property
+    def model(self) -> KeyeModel: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def processor_config(self) -> ProcessorConfig: ...
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is asked and how the model runs. KeyeError names a field out of range.
+
+    `frames` are the fewest and the most frames of a clip, drawn evenly; `objects` the most objects. `mode` and `select`
+    say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored. `mp4` writes each
+    clip to a video file and reads it back.
+    `max_tokens` is the longest reply.
+    """
+
+    split: str = "test"
+    frames: tuple[int, int] = (16, 32)
+    objects: int = 4
+    seed: int = 0
+    questions: int = 2000
+    mode: AttentionMode = "sparse"
+    select: Selection = "indexer"
+    kv: KVFormat = "auto"
+    mp4: bool = False
+    max_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        fewest, most = self.frames
+        if self.split not in SPLITS:
+            raise KeyeError(f"split is {self.split!r}; choose one of {', '.join(SPLITS)}")
+        if not 2 <= fewest <= most:
+            raise KeyeError(f"frames is {fewest}-{most}; give at least 2 and the smaller number first, such as 16-32")
+        if not 1 <= self.objects <= MAX_OBJECTS:
+            raise KeyeError(f"objects is {self.objects}; choose 1 to {MAX_OBJECTS}")
+        if self.questions < 1:
+            raise KeyeError(f"n is {self.questions}; ask at least 1 question")
+        if self.mode not in get_args(AttentionMode):
+            raise KeyeError(f"mode is {self.mode!r}; choose one of {', '.join(get_args(AttentionMode))}")
+        if self.select not in get_args(Selection):
+            raise KeyeError(f"select is {self.select!r}; choose one of {', '.join(get_args(Selection))}")
+        if self.mode == "dense" and self.select != "indexer":
+            raise KeyeError(f"select is {self.select!r} but dense attention selects nothing; use mode sparse")
+        check_kv_format(self.kv)
+        if self.max_tokens < 1:
+            raise KeyeError(f"max_tokens is {self.max_tokens}; a reply needs at least 1")
+
+
+def parse_frames(text: str) -> tuple[int, int]:
+    """The fewest and the most frames of "16-32", or of "32"; KeyeError for anything else."""
+    low, _, high = text.partition("-")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise KeyeError(f"frames is {text!r}; give a number or a range such as 16-32") from None
+
+
+def evaluate(model: Evaluable, options: EvalOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Asks `options.questions` questions and returns figures as plain data for JSON.
+
+    `accuracy` and `miou` (0 to 100) are those of the given mode; `keye.evals.summary.summarise` names every field.
+    `progress(done, total)` is called after each clip. KeyeError when the model cannot run in the mode asked for, or a
+    clip does not fit its context.
+    """
+    if options.mode == "sparse" and model.model.config.text.sparse is None:
+        raise KeyeError("the model has no sparse-attention indexer; use mode dense")
+    examiner, scored = _Examiner(model, options), list[Scored]()
+    for number, (clip, asked) in enumerate(exam(options)):
+        scored += examiner.ask(number, clip, asked)
+        if progress:
+            progress(len(scored), options.questions)
+    return {**summarise(scored), **examiner.figures(), "options": asdict(options)}
+
+
+def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
+    """The clips with their questions, as many in all as asked for. Depends on split, frames, objects and seed."""
+    rng = frameforge.stream(options.split, options.seed, "evaluation")
+    left = options.questions
+    while left:
+        clip = frameforge.make_clip(
+            rng.getrandbits(60),
+            frames=rng.randint(*options.frames),
+            objects=options.objects,
+            split=options.split,
+            size=FRAME_SIZE,
+        )
+        asked = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
+        left -= len(asked)
+        if asked:
+            yield clip, asked
+
+
+def score(clip: Clip, question: Question, reply: str, cluster: int) -> Scored:
+    """Scores one reply: intervals by IoU, times by their number, anything else by its text."""
+    scored = Scored(cluster, question.task, question.text, question.answer, reply, exact=False)
+    if question.intervals is None:
+        matches = metrics.time_matches if question.task in TIME_TASKS else metrics.text_matches
+        return replace(scored, exact=matches(reply, question.answer))
+    predicted, gold = metrics.parse_interval_answer(reply), list(question.intervals)
+    whole: list[Interval] = [(clip.timestamps[0], clip.timestamps[-1])]
+    return replace(
+        scored,
+        exact=predicted == merge_intervals(gold),
+        iou=metrics.interval_iou(predicted, gold),
+        whole_video_iou=metrics.interval_iou(whole, gold),
+    )
+
+
+def frames_of(clip: Clip) -> Frames:
+    """The clip's frames as they are, in memory."""
+    return Frames(frameforge.render(clip), clip.timestamps)
+
+
+def frames_through_mp4(clip: Clip, config: ProcessorConfig) -> Frames:
+    """The same frames after H.264 at 448 x 448, read back by the media reader as a user's file is.
+
+    The timestamps are those that the file gives; an assertion holds them to the clip's. The file is removed.
+    """
+    with tempfile.TemporaryDirectory(prefix="keye-eval-") as folder:
+        path = Path(folder) / "clip.mp4"
+        frameforge.write_mp4(clip, path, FILE_SIZE)
+        with open_video(fetch_source(path)) as reader:
+            # A clip that begins later has a lead-in frame at 0, which is left out.
+            begin = clip.timestamps[0] or None
+            plan = reader.plan(config, MediaOptions(nframes=clip.frames, video_start=begin))
+            frames = reader.read(plan)
+    assert len(plan.timestamps) == clip.frames, "the plan takes every frame of the clip"
+    late = max(abs(ours - theirs) for ours, theirs in zip(plan.timestamps, clip.timestamps, strict=True))
+    assert late <= TIME_TOLERANCE, f"timestamps moved by {late} s on the way through the file"
+    return Frames(frames, plan.timestamps)
+
+
+class ClipPrompt:
+    """The prompt of a clip, cut into what all its questions share and the rest of each.
+
+    `trunk` ends with the last visual token; `branches` hold the token ids after it, and their first position is
+    `trunk.next_position`. Trunk and branch together are the prompt that `PromptBuilder` makes of video and question.
+    """
+
+    def __init__(self, builder: PromptBuilder, frames: Frames, questions: list[str]) -> None:
+        medium = Medium("video", frames)
+        whole = builder.build([Message("user", (medium, questions[0]))])
+        self.branches = [_tokens_after_medium(builder.tokenizer, medium, text) for text in questions]
+        shared = whole.token_ids.shape[0] - len(self.branches[0])
+        assert whole.token_ids[shared:].tolist() == self.branches[0], "the branch is the end of the prompt"
+        next_position = int(whole.position_ids[0, shared])
+        self.trunk = Prompt(whole.token_ids[:shared], whole.position_ids[:, :shared], next_position, whole.media)
+
+
+def _tokens_after_medium(tokenizer: Tokenizer, medium: Medium, question: str) -> list[int]:
+    segments = render([Message("user", (medium, question))])
+    place = next(index for index, segment in enumerate(segments) if segment.value is medium)
+    return tokenizer.encode_parts((str(s.value), s.kind == "template") for s in segments[place + 1 :])
+
+
+class _Examiner:
+    """Asks the questions about one clip after another and keeps count of tokens and time."""
+
+    def __init__(self, evaluated: Evaluable, options: EvalOptions) -> None:
+        self.evaluated, self.options = evaluated, options
+        self.model, self.tokenizer = evaluated.model, evaluated.tokenizer
+        processor = Processor(evaluated.processor_config)
+        self.builder = PromptBuilder(self.model.config, self.tokenizer, processor)
+        self.stop_ids = set(self.model.config.eos_token_ids) | {self.tokenizer.token_id("<|im_end|>")}
+        layout = KVLayout.of(self.model.config.text, self.model.dtype, options.kv)
+        self.store = KVStore(layout, make_slab=memory_slabs(self.model.device))
+        self.generator = torch.Generator(self.model.device).manual_seed(options.seed)
+        self.begin = time.perf_counter()
+        self.seconds = {"media": 0.0, "prefill": 0.0, "decode": 0.0}
+        self.prefilled, self.decoded, self.contexts = 0, 0, list[int]()
+
+    def ask(self, number: int, clip: Clip, asked: list[Question]) -> list[Scored]:
+        """The scored replies to the questions about one clip."""
+        config, options = self.evaluated.processor_config, self.options
+        with self._timed("media"):
+            frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
+            prompt = ClipPrompt(self.builder, frames, [question.text for question in asked])
+            longest = max(map(len, prompt.branches))
+            room = Room(self.model.config.text.max_position_embeddings, longest + options.max_tokens)
+            room.check(prompt.trunk.token_ids.shape[0], prompt.trunk.media_tokens)
+        with self._timed("prefill"):
+            trunk = Decoding(self.model, mode=options.mode, select=options.select, store=self.store)
+            trunk.prefill(prompt.trunk)
+        with self._timed("decode"):
+            replies = greedy_branches(
+                self.model, trunk.cache, trunk.position, prompt.branches, stop_ids=self.stop_ids,
+                max_tokens=options.max_tokens, mode=options.mode, select=options.select, generator=self.generator,
+            )  # fmt: skip
+        shared = prompt.trunk.token_ids.shape[0]
+        lengths = [len(branch) + len(reply) for branch, reply in zip(prompt.branches, replies, strict=True)]
+        self.contexts += [shared + length for length in lengths]
+        self.prefilled += shared + sum(map(len, prompt.branches))
+        self.decoded += sum(map(len, replies))
+        texts = [self.tokenizer.decode(reply) for reply in replies]
+        return [score(clip, question, text, number) for question, text in zip(asked, texts, strict=True)]
+
+    def figures(self) -> dict[str, Any]:
+        """Context, tokens and time of everything asked so far."""
+        sparse, total = self.model.config.text.sparse, time.perf_counter() - self.begin
+        share = None
+        if sparse is not None:
+            share = round(metrics.mean([min(1.0, sparse.topk / context) for context in self.contexts]), 4)
+        return {
+            "k_over_context": share,
+            "mean_context": round(metrics.mean(self.contexts), 1),
+            "prompt_tokens": self.prefilled,
+            "generated_tokens": self.decoded,
+            "tokens_per_second": round((self.prefilled + self.decoded) / max(1e-9, total), 1),
+            "seconds": round(total, 2),
+            "seconds_by_phase": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+    def _timed(self, phase: str) -> _Timer:
+        return _Timer(self.seconds, phase)
+
+
+class _Timer:
+    """Adds the wall time of a block to `seconds[phase]`."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self.seconds, self.phase, self.begin = seconds, phase, math.nan
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.phase] += time.perf_counter() - self.begin

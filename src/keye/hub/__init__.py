@@ -1,0 +1,230 @@
+"""A model's name or path to a folder of files on this machine.
+
+Fetches only file types that hold data, never code and never pickles. Knows names and files; reads no tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from keye.config import HubConfig, hub_config
+from keye.errors import KeyeError
+from keye.hub.download import INDEX_FILE, Progress, RemoteFile, Store, fetch, list_remote, shards_of
+
+PACKAGED: Final = {"nano": "nano", "keye-nano": "nano"}
+"""Names of the models inside this package, and their folders under assets/."""
+
+PUBLISHED: Final = {
+    "preview": "Kwai-Keye/Keye-VL-8B-Preview",
+    "1.5": "Kwai-Keye/Keye-VL-1_5-8B",
+    "2.0": "Kwai-Keye/Keye-VL-2.0-30B-A3B",
+    "671b": "Kwai-Keye/Keye-VL-671B-A37B",
+}
+"""Short names of the published checkpoints, and their names on the hub."""
+
+DESCRIBED_ONLY: Final = frozenset({"671b"})
+"""Those whose language model keye does not run: see `check_runs`."""
+
+_GGUF: Final = "which keye does not read yet"
+
+PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+
+_HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,199}")
+
+
+def known_names() -> list[str]:
+    """Every name `resolve` accepts besides paths and other names on the hub."""
+    return [*PACKAGED, *PUBLISHED, *PUBLISHED.values()]
+
+
+def check_runs(name: str) -> None:
+    """`KeyeError` for a published model that keye only describes, so that nobody downloads it in vain."""
+    for short in DESCRIBED_ONLY:
+        if name.partition("@")[0].lower() in (short, PUBLISHED[short].lower()):
+            raise KeyeError(f"the language model of {PUBLISHED[short]} is DeepSeek-V3, which keye does not run yet; "
+                            f"`keye inspect {short}` describes it")  # fmt: skip
+
+
+def asset(name: str) -> Path:
+    """A file or folder that ships inside the package, such as "nano"; raises KeyeError if it is missing."""
+    path = Path(str(resources.files("keye").joinpath("assets", name)))
+    if not path.exists():
+        raise KeyeError(f"{name} is missing from this installation of keye: install the package again.")
+    return path
+
+
+def resolve(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    config: HubConfig | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The folder that holds the checkpoint `name_or_path`, fetched from the hub if it is not on this machine.
+
+    Tried in this order: a known name, a path, `organisation/name` on the hub. To open a folder called like a known
+    name, write `./nano`. `revision` is a branch, tag or commit on the hub and counts for nothing else; `name@revision`
+    says the same. Without `weights` only the small files are fetched. What is here is not asked for again: a branch
+    stays at the commit that it was when it was first fetched. `config` is what the environment says unless given;
+    `progress` is called with the bytes that are here and the bytes of all. Raises KeyeError, with one sentence, for
+    whatever cannot be a checkpoint.
+    """
+    name = str(name_or_path)
+    if not name.strip():
+        raise KeyeError("The model's name is empty: give one of " + ", ".join(known_names()) + ", or a folder.")
+    if isinstance(name_or_path, str) and name.lower() in PACKAGED:
+        return _checked(asset(PACKAGED[name.lower()]), weights)
+    path = Path(os.path.expanduser(name))
+    wanted = _on_hub(name) if isinstance(name_or_path, str) else None
+    if wanted is None or (name.lower() not in PUBLISHED and os.path.exists(path)):
+        if os.path.exists(path):  # unlike Path.exists, False also for names too long for the file system
+            return _checked(path, weights)
+        if isinstance(name_or_path, Path) or "/" in name or "\\" in name or name.startswith("~"):
+            raise KeyeError(f"{path} does not exist: give a checkpoint folder or one of {', '.join(known_names())}.")
+        raise KeyeError(_unknown(name))
+    if wanted[1] is not None and revision is not None:
+        raise KeyeError(f"{name} names a revision already: leave {revision!r} out.")
+    chosen = revision or wanted[1] or "main"
+    if not _REVISION.fullmatch(chosen) or ".." in chosen:
+        raise KeyeError(f"{chosen!r} cannot be a revision: give a branch, tag or commit of {wanted[0]}.")
+    return _checked(_fetch(Store(wanted[0], config or hub_config()), chosen, weights, progress), weights)
+
+
+def _on_hub(name: str) -> tuple[str, str | None] | None:
+    """The repository and the revision that a name stands for, None if it cannot be one on the hub."""
+    repository, _, revision = name.partition("@")
+    repository = PUBLISHED.get(repository.lower(), repository)
+    return (repository, revision or None) if _HUB_NAME.fullmatch(repository) else None
+
+
+def _unknown(name: str) -> str:
+    """The sentence for a name nobody knows: what is near it, and all there is."""
+    full_names = {known.lower(): known for known in known_names()}
+    full_names |= {known.rpartition("/")[2].lower(): known for known in known_names()}
+    near = {full_names[match]: None for match in difflib.get_close_matches(name.lower(), full_names, n=2)}
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"Unknown model {name[:80]!r}: {hint}Known names: {', '.join(known_names())}; a folder's path works too."
+
+
+def _checked(folder: Path, weights: bool) -> Path:
+    """`folder` itself if it can be a checkpoint: a directory with config.json and no pickles in place of weights."""
+    if not folder.is_dir():
+        if _is_gguf(folder):
+            raise KeyeError(f"{folder} is a GGUF file, {_GGUF}: give a checkpoint folder with safetensors weights.")
+        raise KeyeError(f"{folder} is a file: give the checkpoint folder that holds config.json and the weights.")
+    names = sorted(file.name for file in folder.iterdir())
+    others = [name for name in names if Path(name).suffix.lower() in {".gguf", *PICKLE_SUFFIXES}]
+    if others and others[0].lower().endswith(".gguf") and not any(name.endswith(".safetensors") for name in names):
+        raise KeyeError(f"{folder} holds its weights as GGUF ({others[0]}), {_GGUF}: fetch the safetensors release.")
+    if "config.json" not in names:
+        raise KeyeError(f"{folder} holds no config.json, so it is not a checkpoint: give the folder that does.")
+    if weights and others and not any(name.endswith(".safetensors") for name in names):
+        raise KeyeError(
+            f"{folder} holds its weights only as pickle files ({others[0]}), which can run code when opened: "
+            "convert them to safetensors or fetch the safetensors release."
+        )
+    return folder
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _fetch(store: Store, revision: str, weights: bool, progress: Progress | None) -> Path:
+    """The snapshot of a hub checkpoint: as it is here if nothing is missing, else completed from the hub."""
+    commit = store.commit_of(revision)
+    files = store.listing(commit) if commit is not None else None
+    if commit is not None and files is not None:
+        present = store.snapshot(commit).is_dir()
+        if present and all(store.is_here(commit, file) for file in store.wanted(commit, files, weights=weights)):
+            return store.snapshot(commit)
+    if store.config.offline:
+        return _found_offline(store, commit, weights, "the hub is set offline (HF_HUB_OFFLINE)")
+    try:
+        if commit is None or files is None:
+            commit, files = list_remote(store.name, revision, store.config)
+            _check_files(store.name, files, weights)
+            store.remember(revision, commit, files)
+        fetch(store, commit, files, weights=weights, progress=progress)
+    except Exception as error:  # the errors of the hub library and of its HTTP client share no other base
+        if sentence := _hub_sentence(store.name, revision, error):
+            raise KeyeError(sentence) from error
+        if not _is_no_connection(error):
+            raise
+        return _found_offline(store, commit, weights, f"the hub cannot be reached ({_first_line(error)})")
+    return store.snapshot(commit)
+
+
+def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
+    if not any(file.name == "config.json" for file in files):
+        raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
+    if weights and files and not any(file.name.endswith(".safetensors") for file in files):
+        if any(file.is_weight for file in files):
+            raise KeyeError(f"{name} on the hub holds its weights as GGUF, {_GGUF}: choose the safetensors release.")
+        raise KeyeError(
+            f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that does."
+        )
+
+
+def _found_offline(store: Store, commit: str | None, weights: bool, reason: str) -> Path:
+    """What another program has fetched, if it looks whole; it left no list of what belongs to it."""
+    if commit is not None and _looks_whole(store.snapshot(commit), weights):
+        return store.snapshot(commit)
+    raise KeyeError(
+        f"{store.name} is not complete on this machine and {reason}: connect and run the command again (what is here "
+        "is kept), or give a local folder."
+    )
+
+
+def _looks_whole(folder: Path, weights: bool) -> bool:
+    """Whether a snapshot has its configuration and every weight file its index names."""
+    if not (folder / "config.json").is_file():
+        return False
+    if not weights:
+        return True
+    if not (folder / INDEX_FILE).is_file():
+        return any(folder.glob("*.safetensors"))
+    named = shards_of(folder / INDEX_FILE)
+    return named is not None and all((folder / shard).is_file() for shard in named)
+
+
+def _hub_sentence(name: str, revision: str, error: Exception) -> str | None:
+    """What went wrong at the hub, and what to do about it; None for other errors."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} needs its terms accepted: do so on huggingface.co/{name}, then run `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{name} is neither a folder here nor a model on the hub: check the name, or `hf auth login` if private."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision!r}: give a branch, tag or commit of that repository."
+    if isinstance(error, errors.HfHubHTTPError):
+        if error.response is not None and error.response.status_code in (401, 403):
+            return f"The hub refuses access to {name}: run `hf auth login` with an account that may read it."
+        return f"The hub answered with an error for {name} ({_first_line(error)}): try again later."
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return f"{name} could not be fetched ({_first_line(error)}): run the command again; what is here is kept."
+    return None
+
+
+def _is_no_connection(error: Exception) -> bool:
+    """Whether the network failed, as the HTTP client of any version of the hub library tells it."""
+    origins = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or bool(origins & {"httpx", "httpx2", "requests"})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

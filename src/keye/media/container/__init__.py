@@ -1,0 +1,1 @@
+"""The structure of media files, read without decoding. Standard library and PyAV."""

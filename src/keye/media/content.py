@@ -1,0 +1,144 @@
+"""What a medium is, as one short key: equal keys mean equal visual tokens of one model, whatever the files are called.
+
+The key covers the bytes of the file or the pixels in memory, the options, the plan and the processor's configuration.
+It is meant for caches of this process, so versions of decoders are not part of it. What reading a file showed, its hash
+and the facts about a video, is remembered while path, size, inode and time of change stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from keye.config import ProcessorConfig
+from keye.media.image import ImagePlan
+from keye.media.inputs import as_source
+from keye.media.pixels.pictures import is_array
+from keye.media.plan import VideoPlan
+from keye.media.source.data_urls import decode_list
+from keye.media.source.fetch import Source
+from keye.media.video import DecodeLimits, VideoInfo, probe
+
+if TYPE_CHECKING:
+    from keye.engine.media import PlannedMedium
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+#: Files whose hash is remembered.
+REMEMBERED: Final = 4096
+#: Files whose facts are remembered: those of an hour take megabytes.
+REMEMBERED_PROBES: Final = 32
+#: Device, inode, size, time of change and path of a file.
+_Identity = tuple[int, int, int, int, str]
+_hashes: OrderedDict[_Identity, bytes] = OrderedDict()
+_probes: OrderedDict[tuple[_Identity | bytes, DecodeLimits | None, bytes, int | None], VideoInfo] = OrderedDict()
+_lock = threading.Lock()
+
+
+def content_key(
+    medium: PlannedMedium, plan: VideoPlan | ImagePlan | None, config: ProcessorConfig, salt: bytes = b""
+) -> bytes:
+    """32 bytes that name the visual tokens of a medium; `plan` is the medium's own, or a later one with more in it.
+    Who brings another `salt` has another name for the same medium, and so nothing in common in any cache.
+
+    Reading a file of hours takes seconds; its hash is remembered by path, size, inode and time of change.
+    """
+    digest = hashlib.sha256(hashlib.sha256(salt).digest())
+    facts = {} if plan is None else {k: v for k, v in asdict(plan).items() if k != "name"}
+    described = {"kind": medium.kind, "options": asdict(medium.options), "config": asdict(config), "plan": facts}
+    digest.update(json.dumps(described, sort_keys=True, default=_plain).encode())
+    digest.update(_of_value(medium.source))
+    return digest.digest()
+
+
+def source_hash(source: Source) -> bytes:
+    """SHA-256 of the bytes of a file or of bytes in memory."""
+    if source.data is not None:
+        return hashlib.sha256(source.data).digest()
+    with source.open() as file:
+        identity = _identity(file, source)
+        if (known := _recall(_hashes, identity)) is not None:
+            return known
+        found = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # a file on disk has readinto
+    return _remember(_hashes, identity, found, REMEMBERED)
+
+
+def probed(source: Source, limits: DecodeLimits | None, salt: bytes = b"", *, track: int | None = None) -> VideoInfo:
+    """Facts about a video file, found out once for each `salt` and track: a decode worker scans it at first."""
+    if source.data is not None:
+        key: _Identity | bytes = source_hash(source)
+    else:
+        with source.open() as file:
+            key = _identity(file, source)
+    name = (key, limits, salt, track)
+    if (known := _recall(_probes, name)) is not None:
+        return known
+    return _remember(_probes, name, probe(source, limits, track=track), REMEMBERED_PROBES)
+
+
+def _identity(file: BinaryIO, source: Source) -> _Identity:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, str(source.path)
+
+
+def _recall(memory: OrderedDict[K, V], key: K) -> V | None:
+    with _lock:
+        if key in memory:
+            memory.move_to_end(key)
+        return memory.get(key)
+
+
+def _remember(memory: OrderedDict[K, V], key: K, value: V, most: int) -> V:
+    with _lock:
+        memory[key] = value
+        while len(memory) > most:
+            memory.popitem(last=False)
+    return value
+
+
+def _of_value(value: Any) -> bytes:
+    """The hash of whatever a user may give as a medium: a file, a picture, frames, or a list of these."""
+    if isinstance(value, Source):
+        return source_hash(value)
+    if isinstance(value, Image.Image):
+        return _of_picture(value)
+    if is_array(value):
+        return _of_array(value)
+    listed = value if isinstance(value, list | tuple) else decode_list(value)
+    if listed is None:
+        return source_hash(as_source(value))
+    return hashlib.sha256(b"".join(map(_of_value, listed))).digest()
+
+
+def _of_picture(image: Image.Image) -> bytes:
+    """Pixels with all that decides what they look like: mode, palette, transparency."""
+    palette = image.getpalette() if image.mode in ("P", "PA") else None
+    described = repr((image.mode, image.size, palette, image.info.get("transparency")))
+    return hashlib.sha256(described.encode() + b"\0" + image.tobytes()).digest()
+
+
+def _of_array(value: Any) -> bytes:
+    tensor = hasattr(value, "detach")
+    array = np.asarray(_in_memory(value) if tensor else value)
+    described = repr((tensor, str(array.dtype), array.shape))
+    return hashlib.sha256(described.encode() + b"\0" + np.ascontiguousarray(array).tobytes()).digest()
+
+
+def _in_memory(tensor: Any) -> Any:
+    """A tensor as numpy can read it: it knows no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy in options."""
+    return value.item()

@@ -1,0 +1,1 @@
+"""Sandboxed workers: bytes to frames."""

@@ -1,0 +1,1 @@
+"""Frames to model inputs: resize, tone mapping, patches."""

@@ -1,0 +1,1 @@
+"""What a user names to bytes, under limits."""

@@ -1,0 +1,308 @@
+"""The only place that opens what a user names: a path, a file://, http(s):// or data: URL, bytes. Knows no format.
+
+The network is left to `download`, which only this module calls. Every failure is a `MediaError` of one sentence.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from keye.errors import MediaError
+from keye.media.container.kinds import Other, is_image_format, kind_of
+from keye.media.source.data_urls import DataUrl, parse_data_url, parse_list
+from keye.media.source.download import GIB, FetchLimits, download, shown
+from keye.media.source.hosts import check_address
+
+#: Largest video file, in bytes.
+MAX_VIDEO_BYTES = 64 * GIB
+#: Largest image file, in bytes.
+MAX_IMAGE_BYTES = GIB // 2
+
+#: The first bytes of an index of a video, which `keye index` writes. Its second half finds files copied as text.
+INDEX_MAGIC = b"\x89KEYE INDEX\r\n\x1a\n\x00"
+
+#: Longest text that may be a path, in letters.
+_LONGEST_PATH = 4096
+#: Names of files that look like an address or like somebody's home.
+_ODD = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]*:")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`).
+
+    `keep` holds a temporary file at `path`, which is removed when the last source of it is gone. With `untrusted`, for
+    what a stranger sent, images too are decoded in a confined process, as videos always are.
+    """
+
+    name: str
+    size: int
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    keep: object = field(default=None, repr=False, compare=False)
+    untrusted: bool = False
+
+    def open(self) -> BinaryIO:
+        """A new seekable binary stream at the beginning."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        assert self.path is not None
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise MediaError(f"{self.name} cannot be opened: {_reason(error)}; check its permissions") from None
+
+    def open_file(self) -> BinaryIO:
+        """Like `open`, but always backed by a file descriptor that a child process can inherit."""
+        if self.data is None:
+            return self.open()
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+        file.write(self.data)
+        file.seek(0)
+        return file
+
+    def head(self, count: int = 32) -> bytes:
+        """The first `count` bytes."""
+        with self.open() as file:
+            return file.read(count)
+
+
+#: What a user may give for a file: a path, a URL, the bytes of a file, or a source.
+Reference: TypeAlias = str | os.PathLike[str] | bytes | Source
+
+
+def fetch_source(
+    reference: Reference,
+    *,
+    max_bytes: int = MAX_VIDEO_BYTES,
+    limits: FetchLimits | None = None,
+) -> Source:
+    """Finds what the user named and checks that it can be read; downloads it if it is an http or https address.
+
+    `reference` is a path, a URL (`file://`, `http://`, `https://`, `data:`), the bytes of a file, or a `Source`, which
+    is checked for size only. A file that exists is opened, whatever its name looks like. Raises `MediaError` when it is
+    missing, a directory, no regular file, empty, larger than `max_bytes`, or cannot be downloaded within `limits`.
+    """
+    return _checked_size(_locate(reference, max_bytes, limits or FetchLimits()), max_bytes)
+
+
+def _checked_size(source: Source, max_bytes: int) -> Source:
+    if source.size == 0:
+        raise MediaError(f"{source.name} is empty (0 bytes); check that it was copied completely")
+    if source.size > max_bytes:
+        raise MediaError(
+            f"{source.name} has {source.size / GIB:.2f} GiB, more than the limit of {max_bytes / GIB:g} GiB; "
+            "cut it into parts or re-encode it"
+        )
+    return source
+
+
+_OWNERS = FetchLimits()
+_STRANGERS = FetchLimits(download_bytes=2 * GIB, total_seconds=120.0, idle_seconds=10.0, redirects=3)
+
+
+@dataclass(frozen=True)
+class FetchPolicy:
+    """What somebody who is not trusted with this machine may name: `data:` URLs, and http(s) addresses of `hosts`
+    (`keye.media.source.hosts.parse_host_rule`), which are none unless given. Never a path, a file: URL or another
+    scheme.
+
+    `video_bytes` and `image_bytes` limit one file, `list_frames` the pictures in one data URL. `limits` is for
+    addresses; its `hosts` are replaced by these.
+    """
+
+    hosts: tuple[str, ...] = ()
+    video_bytes: int = 2 * GIB
+    image_bytes: int = GIB // 16
+    list_frames: int = 1024
+    limits: FetchLimits = _STRANGERS
+
+    def fetch(self, reference: object, kind: str = "video") -> Source:
+        """The file that a request names by a `data:` URL or an address; `kind` is `"image"` or `"video"`."""
+        text = self._checked(reference)
+        most = self.image_bytes if kind == "image" else self.video_bytes
+        url = parse_data_url(text)
+        if url is not None:
+            _check_data(url, kind, most)
+        # Not `fetch_source`, which opens files of this machine.
+        source = _fetch(text, most, replace(self.limits, hosts=self.hosts))
+        assert source is not None, "an address of another kind passed the check"
+        return untrusted(_checked_size(source, most))
+
+    def fetch_list(self, reference: object) -> list[Source] | None:
+        """The pictures in a data URL that holds several (see `data_urls.parse_list`); None for any other reference."""
+        url = parse_list(self._checked(reference))
+        if url is None:
+            return None
+        if url.parts > self.list_frames:
+            raise MediaError(
+                f"the data: URL holds {url.parts:,} pictures, more than the limit of {self.list_frames:,}; "
+                "send fewer, or a video file"
+            )
+        _check_data(url, "video", self.video_bytes)
+        return [untrusted(fetch_source(picture, max_bytes=self.image_bytes)) for picture in url.decode_parts()]
+
+    def _checked(self, reference: object) -> str:
+        if not isinstance(reference, str):
+            raise MediaError("a medium is named by a file id, a data: URL or an address, as text")
+        scheme = reference.partition(":")[0].lower() if ":" in reference else ""
+        if scheme not in ("data", "http", "https"):
+            raise MediaError("files of the server cannot be named; upload the file, or send it as a data: URL")
+        if scheme != "data":
+            check_address(reference, self.hosts)
+        return reference
+
+
+@dataclass(frozen=True)
+class OwnersPolicy(FetchPolicy):
+    """What somebody may name to whom this machine belongs: whatever `fetch_source` opens, by `limits`."""
+
+    limits: FetchLimits = _OWNERS
+
+    def fetch(self, reference: object, kind: str = "video") -> Source:
+        most = MAX_IMAGE_BYTES if kind == "image" else MAX_VIDEO_BYTES
+        return fetch_source(self._checked(reference), max_bytes=most, limits=self.limits)
+
+    def _checked(self, reference: object) -> str:
+        if not isinstance(reference, str):
+            raise MediaError("a medium is named by a path, a data: URL or an address, as text")
+        return reference
+
+
+def untrusted(source: Source) -> Source:
+    """A source whose content came from a stranger, such as an uploaded file: decoded in confined processes only."""
+    return replace(source, untrusted=True)
+
+
+def media_kind(source: Reference) -> str:
+    """`"image"` or `"video"`, judged by the content. Animations are videos; so is what is not known, for the decoder to
+    judge. Raises `MediaError` for what is neither, such as a PDF or a text file."""
+    source = fetch_source(source)
+    with source.open() as file:
+        found = kind_of(file)
+    if isinstance(found, Other):
+        raise MediaError(f"{source.name} {found}")
+    return found
+
+
+def check_media(source: Source) -> None:
+    """Raises `MediaError` for what is surely neither an image nor a video."""
+    media_kind(source)
+
+
+def check_video(source: Source) -> None:
+    """Raises `MediaError` for what is surely no video."""
+    if media_kind(source) == "image":
+        raise MediaError(f"{source.name} is an image, not a video; give it as an image")
+
+
+def is_index(source: Source) -> bool:
+    """Whether this is an index of a video instead of a medium, judged by the first bytes."""
+    return source.head(len(INDEX_MAGIC)) == INDEX_MAGIC
+
+
+def _locate(reference: Reference, max_bytes: int, limits: FetchLimits) -> Source:
+    if isinstance(reference, Source):
+        return reference
+    if isinstance(reference, bytes | bytearray | memoryview):
+        return Source("<bytes>", len(reference), data=bytes(reference))
+    text = os.fspath(reference)
+    own = _own_file(text)
+    if own is not None:
+        return own
+    return _fetch(text, max_bytes, limits) or _file(_file_url(text) if text[:5].lower() == "file:" else text)
+
+
+def _own_file(text: str) -> Source | None:
+    """The file of this machine with exactly this name, be it like an address, a flag or another user's home."""
+    if len(text) > _LONGEST_PATH or not _ODD.match(text):
+        return None
+    try:
+        return _file(text, expand=False) if os.path.isfile(text) else None
+    except ValueError:
+        return None  # No path holds a zero byte.
+
+
+def _fetch(text: str, max_bytes: int, limits: FetchLimits) -> Source | None:
+    """What an address or a `data:` URL names; None for anything else. Opens no file of this machine."""
+    url = parse_data_url(text)
+    if url is not None:
+        data = url.decode()
+        return Source("<data URL>", len(data), data=data)
+    scheme = text.partition(":")[0].lower() if ":" in text else ""
+    if scheme in ("http", "https"):
+        file, size = download(text, limits, max_bytes, max_bytes_of=_max_bytes_of)
+        return Source(shown(text).rpartition("/")[2] or shown(text), size, path=Path(file.name), keep=file)
+    if scheme in ("ftp", "rtsp", "rtmp") or (scheme != "file" and _ADDRESS.match(text)):
+        raise MediaError(f"{_short(text)} is a {scheme} address; download it first and pass the file")
+    return None
+
+
+def _file(text: str, *, expand: bool = True) -> Source:
+    path = Path(text)
+    try:
+        path = path.expanduser() if expand else path
+        status = path.stat()
+    except RuntimeError:
+        raise MediaError(f"{_short(text)} names the home of a user who is not known; check the path") from None
+    except FileNotFoundError:
+        raise MediaError(f"{_short(text)} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{_short(text)} cannot be opened: {_reason(error)}; check the path") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError(f"{_short(text)} is a directory; name a file inside it")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{_short(text)} is no regular file; save its content to a file first")
+    source = Source(path.name, status.st_size, path=path)
+    source.open().close()
+    return source
+
+
+def _file_url(text: str) -> str:
+    """The path in a `file:` URL. Marks that a URL has other uses for (`?`, `#`, `%`) may stand unescaped in it."""
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise MediaError(f"{_short(text)} names another machine; copy the file here and pass its path")
+    whole = text[5:].removeprefix("//").removeprefix(parts.netloc)
+    try:
+        return next((path for path in (url2pathname(whole), whole) if os.path.isfile(path)), url2pathname(parts.path))
+    except ValueError:
+        return whole
+
+
+def _check_data(url: DataUrl, kind: str, most: int) -> None:
+    """A `data:` URL of a picture or video of at most `most` bytes: found out before it is decoded. An animation may
+    call itself an image."""
+    declared = url.media_type.partition("/")[0]
+    allowed = (kind, "application", "") if kind == "image" else ("image", "video", "application", "")
+    if declared not in allowed:
+        raise MediaError(f"the data: URL does not say that it holds {_an(kind)}; write data:{kind}/...;base64,...")
+    if url.most_bytes > most + 2:
+        raise MediaError(f"the data: URL holds more than the limit of {most / GIB:.3g} GiB; upload the file instead")
+
+
+def _an(kind: str) -> str:
+    return "an image" if kind == "image" else "a video"
+
+
+def _max_bytes_of(head: bytes) -> int:
+    """How large a file with these first bytes may be."""
+    return MAX_IMAGE_BYTES if is_image_format(head) else MAX_VIDEO_BYTES
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,1 @@
+"""The compiled CPU backend: build, trial and calls."""

@@ -1,0 +1,245 @@
+"""The compiled core as a backend of `keye.ops.registry`: selection and attention on the processor, over paged rows.
+
+Knows the C interface in `native/keye.h` and hands it addresses; how the library comes to be is known to
+`keye.ops.cpu.build`. A step is one call, whatever the number of its sequences.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from keye.ops.cpu import build as cpu_build
+from keye.ops.cpu.build import Status
+from keye.ops.kv_blocks import PagedRows
+from keye.ops.registry import Kernel, Selected, Stretch
+
+#: Up to this many times k keys, attention of a prefill block over its sets is computed over every key with a mask:
+#: packing tiles once for all queries then beats reading each query's rows. `masked_crossover` of
+#: `python -m benchmarks.attention` measures it.
+MASKED_UP_TO: Final = 1.125
+#: A library that was not built before is built when a context first grows beyond this: it takes seconds.
+BUILD_ABOVE: Final = 2048
+#: Queries whose sets `select` and `attend` hold at once.
+_CHUNK = 256
+_DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "fp8": 3, "int8": 4, "int4": 5}
+_KERNELS: Final[dict[Kernel, int]] = {"auto": 0, "union": 1, "masked": 2}
+_FIXED, _WILL_NEED = 1, 2
+_MAX_DIM = 256
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("pages", ctypes.c_int64), ("row_bytes", ctypes.c_int64),
+        ("kind", ctypes.c_int32), ("heads", ctypes.c_int32), ("dim", ctypes.c_int32), ("head_bytes", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class _Stretch(ctypes.Structure):
+    _fields_ = (
+        ("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("first", ctypes.c_int64),
+        ("keys", _Rows), ("values", _Rows), ("index", _Rows),
+        ("counts", ctypes.c_int64), ("sets", ctypes.c_int64), ("flags", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("q", ctypes.c_int64), ("index_q", ctypes.c_int64), ("gate", ctypes.c_int64), ("out", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in (
+            "dtype", "index_dtype", "heads", "dim", "index_heads", "index_dim", "topk", "kernel", "threads",
+            "masked_below")),
+    )  # fmt: skip
+
+
+class Timers(ctypes.Structure):
+    """Seconds spent in each phase over all threads, since they were last read."""
+
+    _fields_ = (
+        ("score", ctypes.c_double), ("select", ctypes.c_double), ("attend", ctypes.c_double),
+        ("dense", ctypes.c_double),
+    )  # fmt: skip
+
+
+class CpuBackend:
+    """`keye.ops.registry.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` in multiples of
+    k."""
+
+    name = "cpu"
+
+    def __init__(self, library: Path | None = None, masked_up_to: float = MASKED_UP_TO) -> None:
+        self._library = None if library is None else load(library)
+        # What was found: None before the first search. A library that would have to be built is searched for only once.
+        self._status: Status | None = None
+        self._searched = False
+        self.masked_up_to = masked_up_to
+
+    def takes(self, q: Tensor, stretch: Stretch) -> bool:
+        pages = stretch.pages
+        if pages is None or q.device.type != "cpu" or q.dtype not in _DTYPES:
+            return False
+        H, D = q.shape[1:]
+        keys, values, index = pages.keys, pages.values, pages.index
+        if keys.addresses is None or values.addresses is None or D % 16 or D > _MAX_DIM or H % keys.format.heads:
+            return False
+        if not keys.format.dim == values.format.dim == D:
+            return False
+        if index is not None and (
+            index.addresses is None or index.format.dim % 16 or index.format.dim > _MAX_DIM or index.format.rotated
+        ):
+            return False
+        return self._loaded(stretch.length) is not None
+
+    def dense(self, q: Tensor, stretches: Sequence[Stretch], out: Tensor) -> None:
+        self._call("keye_dense", q, None, None, stretches, 0, out)
+
+    def sparse(
+        self, q: Tensor, index_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], topk: int, out: Tensor
+    ) -> None:
+        self._call("keye_sparse", q, index_q, gate, stretches, topk, out)
+
+    def select(self, index_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
+        total = stretch.stop - stretch.start
+        for offset in range(0, total, _CHUNK):
+            n = min(_CHUNK, total - offset)
+            sets = torch.empty(n, topk, dtype=torch.int32)
+            part = _part(stretch, offset, n)
+            self._call("keye_select", None, index_q, gate, [part], topk, None, sets=sets)
+            yield offset, sets.long()
+
+    def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:
+        for offset, positions in selected:
+            sets = positions.to(torch.int32).contiguous()
+            part = _part(stretch, offset, positions.shape[0])
+            self._call("keye_attend", q, None, None, [part], sets.shape[1], out, sets=sets, kernel=kernel)
+
+    def timers(self) -> Timers:
+        """Seconds of each phase since the last call; for benchmarks."""
+        timers = Timers()
+        library = self._loaded(BUILD_ABOVE + 1)
+        assert library is not None
+        library.keye_timers(ctypes.byref(timers))
+        return timers
+
+    def _loaded(self, length: int) -> ctypes.CDLL | None:
+        """The library, built first where a context of `length` is worth it; None where it cannot be used (yet)."""
+        if self._library is not None or self._status is not None:
+            return self._library
+        if length > BUILD_ABOVE:
+            self._status = cpu_build.ready()
+        elif not self._searched:
+            self._status, self._searched = cpu_build.find(), True
+        if self._status is not None and self._status.library is not None:
+            self._library = load(self._status.library)
+        return self._library
+
+    def _call(
+        self, name: str, q: Tensor | None, index_q: Tensor | None, gate: Tensor | None, stretches: Sequence[Stretch],
+        topk: int, out: Tensor | None, sets: Tensor | None = None, kernel: Kernel = "auto",
+    ) -> None:  # fmt: skip
+        """One call of the library. Tensors that are not contiguous are copied."""
+        step = _Step(topk=topk, kernel=_KERNELS[kernel], threads=torch.get_num_threads())
+        step.masked_below = int(topk * self.masked_up_to)
+        result = out
+        if q is not None:
+            assert out is not None
+            q = q.contiguous()
+            result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+            assert result is not None
+            step.q, step.out, step.dtype, step.heads, step.dim = (
+                q.data_ptr(), result.data_ptr(), _DTYPES[q.dtype], q.shape[1], q.shape[2]
+            )  # fmt: skip
+        if index_q is not None:
+            assert gate is not None
+            index_q, gate = index_q.contiguous(), gate.float().contiguous()
+            step.index_q, step.gate, step.index_dtype = index_q.data_ptr(), gate.data_ptr(), _DTYPES[index_q.dtype]
+            step.index_heads, step.index_dim = index_q.shape[1:]
+        array = (_Stretch * len(stretches))()
+        kept = [_fill(array[i], stretch, sets) for i, stretch in enumerate(stretches)]
+        library = self._library
+        assert library is not None, "takes() loads the library"
+        if getattr(library, name)(ctypes.byref(step), array, len(stretches)):
+            raise MemoryError("the compiled core found no memory for its scratch")
+        del kept  # alive until here: the library read them
+        if result is not out and out is not None and result is not None:
+            for stretch in stretches:
+                out[stretch.start : stretch.stop] = result[stretch.start : stretch.stop]
+
+
+def _part(stretch: Stretch, offset: int, n: int) -> Stretch:
+    """Queries offset .. offset + n of a stretch."""
+    start = stretch.start + offset
+    return Stretch(
+        start, start + n, stretch.first + offset, stretch.rows, stretch.key_tiles, stretch.pages, stretch.counts,
+        stretch.fixed,
+    )  # fmt: skip
+
+
+def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
+    """Writes a stretch for the library; returns what must stay alive while it reads."""
+    pages = stretch.pages
+    assert pages is not None
+    to.start, to.stop, to.first = stretch.start, stretch.stop, stretch.first
+    kept = [_fill_rows(to.keys, pages.keys), _fill_rows(to.values, pages.values)]
+    if pages.index is not None:
+        kept.append(_fill_rows(to.index, pages.index))
+    if stretch.counts is not None:
+        assert stretch.counts.dtype == torch.int64 and stretch.counts.is_contiguous()
+        to.counts = stretch.counts.data_ptr()
+    if sets is not None:
+        to.sets = sets.data_ptr()
+    mapped = pages.keys.mapped or pages.values.mapped
+    to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
+    return kept
+
+
+def _fill_rows(to: _Rows, rows: PagedRows) -> Tensor:
+    assert rows.addresses is not None
+    addresses = rows.addresses.contiguous()
+    to.pages = addresses.data_ptr()
+    to.kind, to.row_bytes, to.heads, to.dim, to.head_bytes = _shape(rows.format)
+    return addresses
+
+
+@functools.lru_cache(maxsize=64)
+def _shape(form: Any) -> tuple[int, int, int, int, int]:
+    return _KINDS[form.kind], form.row_bytes, form.heads, form.dim, form.head_bytes
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """Opens a library of the compiled core."""
+    core = ctypes.CDLL(str(library))
+    for name in ("keye_dense", "keye_sparse", "keye_select", "keye_attend"):
+        function = getattr(core, name)
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
+    core.keye_timers.argtypes, core.keye_timers.restype = (ctypes.c_void_p,), None
+    return core
+
+
+def make() -> CpuBackend | None:
+    """The backend, or None where it can never run. Builds nothing yet."""
+    found = cpu_build.find()
+    return None if found is not None and found.library is None else CpuBackend()
+
+
+def status() -> str:
+    """One sentence: what computes sparse attention on this processor, and why not something better."""
+    found = cpu_build.find()
+    if found is None:
+        names = ", ".join(variant.name for variant in cpu_build.runnable())
+        return (
+            f"the compiled core ({names}) will be built when a context first exceeds {BUILD_ABOVE} tokens; "
+            "`python -m keye.ops.cpu.build` builds it now"
+        )
+    if found.library is None:
+        return f"reference, plain torch: {found.note}"
+    note = f"; not better because {found.note}" if found.note else ""
+    crossover = f"sets are applied as a mask up to {MASKED_UP_TO} k keys"
+    return f"compiled core, {found.variant}, {crossover} ({found.library}){note}"

@@ -1,0 +1,1 @@
+"""Predicted cost of requests: bytes, seconds and fleet sizes."""

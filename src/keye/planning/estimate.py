@@ -1,0 +1,144 @@
+"""What a request will take: bytes by part, and seconds by phase from rates measured on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from keye.cache.ledger import megabytes
+from keye.cache.slabs import KVFormat, KVLayout, KVStore
+from keye.config import KeyeConfig
+from keye.engine.generate import PREFILL_CHUNK
+from keye.errors import KeyeError
+from keye.models.attention import AttentionMode
+from keye.models.outline import outline, read_parameters
+from keye.models.vision import PATCHES_PER_CHUNK
+from keye.ops.kv_blocks import PAGE
+from keye.ops.reference import SCRATCH_BYTES
+from keye.planning.measure import LayerRates, Rates, layer_bytes, measure_frame, measure_head, measure_layer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: `frames` frames (or images) of `grid` (height, width) patches, `prompt` tokens in all, `reply`
+    tokens; `media_seconds` is what opening and decoding the media takes, None where that is not known."""
+
+    frames: int
+    grid: tuple[int, int]
+    prompt: int
+    reply: int
+    media_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`bytes` by part (weights, kv, vision, scratch) and their sum in `total`; `seconds` by phase, without those that
+    are not known; `decode_tokens_per_second` of this request alone. `context` is the prompt and the reply."""
+
+    device: str
+    kv: str
+    context: int
+    bytes: Mapping[str, int]
+    seconds: Mapping[str, float]
+    decode_tokens_per_second: float | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "total_bytes": self.total}
+
+
+def memory_of(config: KeyeConfig, request: Request, dtype: torch.dtype, kv: KVFormat) -> dict[str, int]:
+    """Bytes by part while the request runs."""
+    layout = KVLayout.of(config.text, dtype, kv)
+    tokens = request.prompt + request.reply
+    made = outline(dict(config.raw))
+    patches = min(PATCHES_PER_CHUNK, request.frames * request.grid[0] * request.grid[1])
+    vision, hidden = config.vision, config.text.hidden_size
+    pixels = 3 * vision.patch_size**2
+    activations = patches * (vision.intermediate_size + 6 * vision.hidden_size) * dtype.itemsize
+    visual_tokens = request.frames * request.grid[0] * request.grid[1] // vision.spatial_merge_size**2
+    return {
+        "weights": read_parameters(made.shapes) * dtype.itemsize,
+        "kv": KVStore(layout).slabs_for(tokens) * KVStore(layout).slab_bytes,
+        "vision": patches * pixels * 4 + activations + visual_tokens * hidden * dtype.itemsize,
+        "scratch": SCRATCH_BYTES + PREFILL_CHUNK * hidden * 16 * dtype.itemsize,
+    }
+
+
+def measure_rates(
+    config: KeyeConfig,
+    grid: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv: KVFormat = "auto",
+    mode: AttentionMode = "sparse",
+    free: int | None = None,
+) -> Rates:
+    """Measures one layer of everything; `KeyeError` when `free` bytes are too few for that."""
+    need = layer_bytes(config.text, dtype)
+    if free is not None and 1.5 * need > free:
+        raise KeyeError(f"timing one layer takes {megabytes(int(1.5 * need))}, but {megabytes(free)} are free")
+    layout = KVLayout.of(config.text, dtype, kv)
+    prefill, decode = measure_layer(config.text, layout, dtype, device, mode)
+    frame = measure_frame(config.vision, config.text.hidden_size, grid, dtype, device)
+    return Rates(prefill, decode, measure_head(config.text, dtype, device), frame, grid[0] * grid[1])
+
+
+def estimate(
+    config: KeyeConfig, request: Request, rates: Rates | None, *, dtype: torch.dtype, device: str, kv: KVFormat = "auto"
+) -> Estimate:
+    """The prediction; without rates that of memory alone."""
+    seconds: dict[str, float] = {}
+    rate = None
+    if request.media_seconds is not None:
+        seconds["media"] = request.media_seconds
+    if rates is not None:
+        layers = config.text.num_hidden_layers
+        patches = request.grid[0] * request.grid[1]
+        seconds["vision"] = request.frames * rates.frame * patches / max(1, rates.patches)
+        seconds["prefill"] = layers * prefill_seconds(rates.prefill, request.prompt) + rates.head
+        step = layers * rates.decode.at(request.prompt + request.reply / 2) + rates.head
+        seconds["decode"] = step * max(0, request.reply - 1)
+        rate = 1 / step
+    return Estimate(
+        device,
+        kv,
+        request.prompt + request.reply,
+        memory_of(config, request, dtype, kv),
+        {name: round(value, 4) for name, value in seconds.items()},
+        None if rate is None else round(rate, 2),
+    )
+
+
+def prefill_seconds(rates: LayerRates, tokens: int) -> float:
+    """One layer over a prompt of `tokens`, chunk by chunk; the last chunk counts by its share."""
+    whole, rest = divmod(tokens, rates.tokens)
+    total = sum(rates.at(chunk * rates.tokens) for chunk in range(whole))
+    return total + rates.at(whole * rates.tokens) * rest / rates.tokens
+
+
+def what_fits(config: KeyeConfig, request: Request, dtype: torch.dtype, free: int) -> str | None:
+    """A sentence on how the request could be made to fit into `free` bytes; None where it does."""
+    if sum(memory_of(config, request, dtype, "auto").values()) <= free:
+        return None
+    smaller: Sequence[KVFormat] = ("int8", "int4")
+    for kv in smaller:
+        if sum(memory_of(config, request, dtype, kv).values()) <= free:
+            return f"it fits with --kv {kv}"
+    parts = memory_of(config, request, dtype, "int4")
+    fixed = parts["weights"] + parts["scratch"]
+    if fixed > free:
+        return f"weights and scratch alone take {megabytes(fixed)}"
+    each = KVLayout.of(config.text, dtype, "int4").token_bytes
+    per_frame = max(1, request.prompt // max(1, request.frames))
+    tokens = (free - fixed - parts["vision"]) // each // PAGE * PAGE - request.reply
+    frames = max(0, tokens // per_frame)
+    return f"with --kv int4 about {frames:,} of its {request.frames:,} frames fit: --max-frames {frames}"

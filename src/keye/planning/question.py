@@ -1,0 +1,228 @@
+"""What `keye plan --device` and `keye ask --estimate` predict: from plans to a request, from rates to its cost."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keye.config import KeyeConfig, ProcessorConfig
+from keye.errors import KeyeError
+from keye.machine import Memory, memories
+from keye.media.image import ImagePlan, plan_image
+from keye.media.options import MediaOptions, media_options
+from keye.media.plan import VideoPlan
+from keye.media.processor import VisualSpan, expand_frames
+from keye.media.source.fetch import Source, fetch_source
+from keye.media.video import VideoInfo, open_video, plan_video
+
+if TYPE_CHECKING:
+    from keye.cache.slabs import KVFormat
+    from keye.chat import Medium
+    from keye.models.attention import AttentionMode
+    from keye.sessions.answer import Answer
+
+#: Tokens that the template and a short question take, where the tokenizer is not here to count them.
+WORDS = 40
+#: Tokens of a reply where none are asked for.
+REPLY = 128
+#: Frames of the clip that stands for a video that is not there, and seconds for which a real one is read.
+CLIP_FRAMES, READ_SECONDS = 24, 1.0
+#: Rate of a video that is not there.
+IMAGINED_FPS = 30
+_LENGTH = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A medium with its plan; `source` is None for a video that is not there."""
+
+    kind: str
+    source: Source | None
+    plan: VideoPlan | ImagePlan
+
+
+def imagine_video(text: str) -> VideoInfo:
+    """What probing a video of that length and size would find: "2h", "1h30m", "90s", "1:30:00", "2h@1920x1080"."""
+    length, _, size = text.strip().lower().partition("@")
+    seconds = _seconds(length)
+    match = re.fullmatch(r"(\d{2,5})x(\d{2,5})", size or "1280x720")
+    if seconds is None or seconds < 1 or seconds > 48 * 3600 or match is None:
+        raise KeyeError(f"--video is {text!r}; write a length from 1s to 48h and if need be a size, as in 2h@1280x720")
+    width, height = int(match[1]), int(match[2])
+    return VideoInfo(
+        name=f"a video of {text}", format="imagined", codec="h264", width=width, height=height, rotation=0,
+        fps=float(IMAGINED_FPS), time_base=Fraction(1, IMAGINED_FPS), pts=tuple(range(round(seconds * IMAGINED_FPS))),
+        exact_times=True, constant_rate=True, declared_duration=None,
+    )  # fmt: skip
+
+
+def _seconds(length: str) -> float | None:
+    from keye.chat import to_seconds
+
+    match = _LENGTH.fullmatch(length)
+    if match is not None and any(match.groups()):
+        return sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
+    try:
+        return to_seconds(length)
+    except KeyeError:
+        return None
+
+
+def plan_media(media: Sequence[Medium], config: ProcessorConfig) -> list[Planned]:
+    """The plans of opened media, in order."""
+    videos = max(1, sum(medium.kind == "video" for medium in media))
+    planned = []
+    for medium in media:
+        source: Any = medium.source
+        settings = media_options(medium.kind, medium.options, video_count=videos)
+        made = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
+        planned.append(Planned(medium.kind, source, made))
+    return planned
+
+
+def predict_question(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What asking about opened media will take, before the model is loaded."""
+    from keye.commands.inputs import find_model
+    from keye.config import load_model_config, load_processor_config
+
+    folder = find_model(given["model"], weights=False)
+    config = load_processor_config(folder)
+    asked = {**given, "max_tokens": given["max_tokens"] or REPLY}
+    return predict(load_model_config(folder), config, folder, plan_media(media, config), asked)
+
+
+def errors_of(prediction: Mapping[str, Any], answer: Answer) -> dict[str, float]:
+    """How far the prediction was off: 0.25 is a quarter too short, -0.25 a quarter too long. `first_token` is all that
+    comes before the reply, `token` one token of it."""
+    seconds, tokens = prediction["seconds"], answer.usage.completion_tokens
+    if "prefill" not in seconds:
+        return {}
+    before = sum(seconds[name] for name in ("media", "vision", "prefill") if name in seconds)
+    pairs = {"first_token": (before, answer.seconds["media"] + answer.seconds["prefill"])}
+    if tokens > 1:
+        pairs["token"] = (1 / prediction["decode_tokens_per_second"], answer.seconds["decode"] / (tokens - 1))
+    return {name: round((taken - told) / taken, 3) for name, (told, taken) in pairs.items() if taken > 0}
+
+
+def predict(
+    model: KeyeConfig,
+    config: ProcessorConfig,
+    folder: Path,
+    planned: Sequence[Planned],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Memory and time of one question about the planned media, as plain data; what cannot be had is in `notes`."""
+    import torch
+
+    from keye.api import check_device
+    from keye.models.load import torch_dtype
+    from keye.planning.estimate import estimate, measure_rates, what_fits
+
+    check_device(given["device"])
+    device = torch.device(given["device"])
+    kv: KVFormat = given["kv"] or "auto"
+    mode: AttentionMode = given["attention"] or "sparse"
+    dtype, notes = torch_dtype(given["dtype"] or model.dtype), list[str]()
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    request = request_of(model, config, folder, planned, given["max_tokens"])
+    memory = memory_on(device)
+    rates = None
+    try:
+        free = None if memory is None else memory.free
+        rates = measure_rates(model, request.grid, dtype=dtype, device=device, kv=kv, mode=mode, free=free)
+    except KeyeError as error:
+        notes.append(f"{error}; time is not predicted")
+    made = estimate(model, request, rates, dtype=dtype, device=str(device), kv=kv)
+    fits = None if memory is None else made.total <= memory.free
+    advice = None if memory is None or fits else what_fits(model, request, dtype, memory.free)
+    if made.context > model.text.max_position_embeddings:
+        notes.append(f"the context holds {model.text.max_position_embeddings:,} tokens: sample fewer or smaller frames")
+    return {
+        **made.to_dict(), "prompt_tokens": request.prompt, "reply_tokens": request.reply, "fits": fits,
+        "free_bytes": None if memory is None else memory.free, "what_fits": advice, "notes": notes,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned: Sequence[Planned], reply: int) -> Any:
+    """The planned media and one short question as `keye.planning.estimate.Request`."""
+    from keye.planning.estimate import Request
+
+    frames, visual, text = 0, 0, WORDS
+    count = _text_counter(folder)
+    grid, patch = (1, 1), config.patch_size
+    for one in planned:
+        plan = one.plan
+        visual += plan.visual_tokens
+        if grid[0] * grid[1] <= (plan.height // patch) * (plan.width // patch):
+            grid = plan.height // patch, plan.width // patch
+        if isinstance(plan, ImagePlan):
+            frames += 1
+            continue
+        frames += plan.frames
+        pieces = expand_frames([plan.tokens_per_frame] * plan.frames, config, plan.labels)
+        if config.generation != "preview":
+            text += sum(count(piece) for piece in pieces if not isinstance(piece, VisualSpan))
+    return Request(frames, grid, visual + text, reply, media_seconds(planned))
+
+
+def _text_counter(folder: Path) -> Any:
+    """Tokens of a text: counted where the tokenizer is here, else every digit for one and a mark for one."""
+    from keye.chat.tokenizer import Tokenizer
+
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(folder)
+        return lambda text: len(tokenizer.encode(text, special=True))
+    return lambda text: 1 + sum(not letter.isalpha() for letter in text.partition("|>")[2] or text)
+
+
+def media_seconds(planned: Sequence[Planned]) -> float:
+    """Seconds to open and decode, from the first second of reading each video. A video that is not there is counted
+    like a clip made for that."""
+    total = 0.0
+    for one in planned:
+        if isinstance(one.plan, VideoPlan):
+            total += _imagined_seconds(one.plan) if one.source is None else _reading_seconds(one.source, one.plan)
+    return total
+
+
+def _reading_seconds(source: Source, plan: VideoPlan) -> float:
+    begin = time.perf_counter()
+    with open_video(source, track=plan.track) as reader:
+        opened, done = time.perf_counter(), 0
+        for _ in reader.frames(plan):
+            done += 1
+            if time.perf_counter() - opened > READ_SECONDS:
+                break
+        reading = time.perf_counter() - opened
+    return opened - begin + reading * plan.frames / max(1, done)
+
+
+def _imagined_seconds(plan: VideoPlan) -> float:
+    """Every frame of such a video is decoded; the sampled ones are also resized, which the clip does with all."""
+    from keye.config import ProcessorConfig
+    from keye.data import frameforge
+
+    size = plan.source_width // 2 * 2, plan.source_height // 2 * 2
+    with tempfile.TemporaryDirectory(prefix="keye-plan-") as folder:
+        path = Path(folder) / "clip.mp4"
+        frameforge.write_mp4(frameforge.make_clip(0, frames=CLIP_FRAMES, size=size, step=0.5, start=0.0), path, size)
+        with open_video(fetch_source(path)) as reader:
+            made = reader.plan(ProcessorConfig(), MediaOptions(nframes=CLIP_FRAMES))
+            begin = time.perf_counter()
+            reader.read(made)
+            each = (time.perf_counter() - begin) / CLIP_FRAMES
+    return each * (plan.duration - plan.start_offset) * plan.native_fps
+
+
+def memory_on(device: Any) -> Memory | None:
+    """Memory of a device; None where it is not known."""
+    name = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+    return next((memory for memory in memories() if memory.device == name), None)

@@ -1,0 +1,191 @@
+"""The edge of the server: ASGI middleware that lets a request reach the application only if it may. No framework.
+
+It knows heads, bodies, keys and rates, and nothing of models or routes beyond a few names. Everything is refused that
+is not expressly allowed: each path needs a key except the page's own files and the health check. In this order: the
+form of the head, Host, Origin, key, rate, number of running requests, length and arrival of the body, shape of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from keye.server.edge.audit import CURRENT, Audit, Record
+from keye.server.edge.exchange import Exchange, Receive, Send
+from keye.server.edge.ids import unique
+from keye.server.edge.json_shape import BadJson, check_json
+from keye.server.edge.keys import Keyring
+from keye.server.edge.limits import Limits
+from keye.server.edge.request_head import Head, Refusal, check_host, check_origin, preflight, read_head
+from keye.server.edge.throttle import Buckets, Running, client_of, whole_seconds
+
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+#: Bodies beyond this many bytes are checked in a thread, so that the loop goes on serving others.
+_LOOP_BYTES = 64 * 1024
+_UPLOADS = ("/v1/files",)
+#: Whether the server lives; nobody needs a key to ask.
+_HEALTH = ("/health", "/ping")
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """Whom and what the guard lets through. `hosts` are names of this server besides `localhost` and numeric addresses,
+    in lower case; `origins` are web pages elsewhere that may use it, such as `https://app.example`."""
+
+    keys: Keyring = field(default_factory=Keyring)
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+
+class Guard:
+    """ASGI middleware around `app`. Per request it sets `scope["keye.key"]` to the name of the key ("local" without
+    keys) and `scope["keye.request"]` to the audit `Record`, in which the application counts tokens."""
+
+    def __init__(
+        self,
+        app: Any,
+        settings: GuardSettings,
+        *,
+        audit: Audit | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.app, self._settings, self._audit, self._clock = app, settings, audit, clock
+        limits = settings.limits
+        self._buckets = Buckets(limits.requests_per_second, limits.burst, limits.tracked, clock)
+        self._attempts = Buckets(limits.requests_per_second, limits.burst, limits.tracked, clock)
+        self._running = Running(limits)
+        self._buffered = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        else:
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        begin = self._clock()
+        client = scope.get("client")
+        record = Record(
+            datetime.now(UTC).isoformat(timespec="milliseconds"),
+            unique("req-"),
+            address=client_of(client[0] if client else None),
+            method=scope["method"][:16],
+            path=scope["path"],
+        )
+        exchange = Exchange(receive, send, self._settings.limits, record, self._clock, page=_is_page(scope["path"]))
+        try:
+            await self._admit(scope, exchange)
+            exchange.check_refused()
+        except Refusal as refusal:
+            if not exchange.started:
+                await exchange.refuse(refusal)
+        except ConnectionError:
+            record.code = "client_gone"
+        finally:
+            record.seconds = self._clock() - begin
+            if self._audit is not None:
+                self._audit.log(record)
+
+    async def _admit(self, scope: MutableMapping[str, Any], exchange: Exchange) -> None:
+        record = exchange.record
+        head = read_head(dict(scope), self._settings.limits)
+        check_host(head, self._settings.hosts)
+        exchange.origin = check_origin(head, self._settings.origins)
+        if exchange.origin and head.method == "OPTIONS" and b"access-control-request-method" in head.headers:
+            # A browser asks without the key; what it learns is what the configuration says.
+            await exchange.answer(204, preflight(head))
+            return
+        record.key = self._owner(head, record)
+        scope["keye.key"], scope["keye.request"] = record.key, record
+        CURRENT.set(record)
+        if head.path in (*_HEALTH, "/metrics") or _is_page(head.path):
+            # Answered whatever else goes on; they cost next to nothing.
+            if head.method not in ("GET", "HEAD"):
+                raise Refusal(405, "this address is only read", "bad_method", [(b"allow", b"GET, HEAD")])
+            await self.app(scope, exchange.receive, exchange.send)
+            return
+        self._check_rate(record)
+        if not self._running.enter(record.key):
+            raise Refusal(429, "too many requests are running; try again soon", "too_many_running", _retry(1))
+        try:
+            await self._pass(scope, head, exchange)
+        finally:
+            self._running.leave(record.key)
+
+    def _owner(self, head: Head, record: Record) -> str:
+        if head.path in _HEALTH or _is_page(head.path):
+            return ""
+        owner = self._settings.keys.owner(head.credentials)
+        if owner is None:
+            if wait := self._attempts.take(record.address, self._settings.limits.attempt_cost):
+                raise Refusal(429, "too many wrong keys from this address", "too_many_attempts", _retry(wait))
+            sentence = "the request needs a valid key in the header `Authorization: Bearer KEY`"
+            raise Refusal(401, sentence, "invalid_api_key", [(b"www-authenticate", b"Bearer")])
+        return owner
+
+    def _check_rate(self, record: Record) -> None:
+        # By key alone: behind a proxy all clients have one address. Who has no key pays for attempts by address.
+        if wait := self._buckets.take(record.key):
+            raise Refusal(429, "too many requests in a short time; slow down", "rate_limited", _retry(wait))
+
+    async def _pass(self, scope: MutableMapping[str, Any], head: Head, exchange: Exchange) -> None:
+        limits = self._settings.limits
+        if head.method != "POST" or not head.has_body:
+            await self.app(scope, exchange.receive, exchange.send)
+        elif _takes_files(head.path):
+            if head.media_type != "multipart/form-data":
+                raise Refusal(415, "this address takes multipart/form-data with a file", "bad_content_type")
+            exchange.expect_body(head, limits.upload_bytes, limits.upload_rate)
+            await self.app(scope, exchange.receive, exchange.send)
+        else:
+            if head.media_type != "application/json":
+                raise Refusal(415, "the body must be JSON; send Content-Type: application/json", "bad_content_type")
+            exchange.expect_body(head, limits.json_bytes, limits.json_rate)
+            await self._pass_json(scope, exchange)
+
+    async def _pass_json(self, scope: MutableMapping[str, Any], exchange: Exchange) -> None:
+        """Reads the whole body, checks its shape, and lets the application read it from memory."""
+        limits, pieces, size = self._settings.limits, list[bytes](), 0
+        try:
+            while (piece := await exchange.read()) is not None:
+                size += len(piece)
+                self._buffered += len(piece)
+                pieces.append(piece)
+                if self._buffered > limits.buffered_bytes:
+                    raise Refusal(503, "too many large requests at once; try again soon", "overloaded", _retry(2))
+            whole = b"".join(pieces)
+            del pieces, piece
+            try:
+                if size > _LOOP_BYTES:
+                    await asyncio.to_thread(check_json, whole, limits)
+                else:
+                    check_json(whole, limits)
+            except BadJson as error:
+                raise Refusal(400, str(error), "invalid_json") from None
+            exchange.replay(whole)
+            del whole  # from here on the application alone holds it
+            await self.app(scope, exchange.receive, exchange.send)
+        finally:
+            self._buffered -= size
+
+
+def _is_page(path: str) -> bool:
+    """The page's own files, which anybody may read."""
+    return path == "/" or path.startswith("/static/")
+
+
+def _takes_files(path: str) -> bool:
+    return path in _UPLOADS
+
+
+def _retry(seconds: float) -> list[tuple[bytes, bytes]]:
+    return [(b"retry-after", str(whole_seconds(seconds)).encode())]

@@ -1,0 +1,200 @@
+"""What can be told from the head of a request, and what is added to the head of an answer. Pure functions of both.
+
+Refusals are raised as `Refusal`; the guard answers them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from keye.server.edge.dialect import translate_error
+from keye.server.edge.limits import Limits
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+#: What a browser may do with the page: run and show only what this server sends.
+PAGE_CSP: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+#: What it may do with everything else, such as an uploaded file that is opened by its address: nothing.
+DATA_CSP: Final = "default-src 'none'; sandbox; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+
+_TYPES: Final = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+    431: "invalid_request_error", 503: "overloaded_error",
+}  # fmt: skip
+#: Headers that decide something, and may stand once only: programs differ on which of two counts.
+_ONCE: Final = (b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"content-type")
+_PLAIN_PATH: Final = re.compile(r"/(?:[A-Za-z0-9_~:@!$&'()*+,;=.-]+(?:/[A-Za-z0-9_~:@!$&'()*+,;=.-]+)*/?)?")
+_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_ASKED_HEADERS: Final = re.compile(r"[A-Za-z0-9, -]{0,1024}")
+
+
+class Refusal(Exception):
+    """A request that is not passed on: status, sentence, a code for programs, and further headers."""
+
+    def __init__(self, status: int, message: str, code: str, headers: Headers = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, tuple(headers)
+
+    def body(self, path: str = "") -> bytes:
+        """The error object that clients of `path` read."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return json.dumps(translate_error(path, self.status, {"error": error})).encode()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a request, checked. `length` is the declared length of the body, None for one in chunks."""
+
+    method: str
+    path: str
+    headers: dict[bytes, bytes]
+    length: int | None
+
+    @property
+    def has_body(self) -> bool:
+        return self.length != 0
+
+    @property
+    def credentials(self) -> bytes | None:
+        """The key that was shown, as in an Authorization header: `x-api-key` is how Anthropic's clients send it."""
+        shown = self.headers.get(b"authorization")
+        if shown is None and (key := self.headers.get(b"x-api-key")) is not None:
+            return b"Bearer " + key
+        return shown
+
+    @property
+    def media_type(self) -> str:
+        return self.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+
+
+def read_head(scope: dict[str, Any], limits: Limits) -> Head:
+    """The head of an ASGI request. Raises `Refusal` where it is too large, ambiguous, or in no form that is served."""
+    path, raw = scope["path"], scope.get("raw_path") or scope["path"].encode()
+    if len(raw) > limits.path_bytes or len(scope.get("query_string", b"")) > limits.query_bytes:
+        raise Refusal(400, "the address is too long", "address_too_long")
+    if not _PLAIN_PATH.fullmatch(path) or b"%" in raw or any(part in (".", "..") for part in path.split("/")):
+        raise Refusal(400, "the address has a path that is not plain; see /openapi.json", "bad_path")
+    method = scope["method"]
+    if method not in METHODS:
+        raise Refusal(405, "this method is not served", "bad_method", [(b"allow", ", ".join(METHODS).encode())])
+    headers = _single_headers(scope["headers"], limits)
+    return Head(method, path, headers, _body_length(method, headers))
+
+
+def _single_headers(headers: Iterable[tuple[bytes, bytes]], limits: Limits) -> dict[bytes, bytes]:
+    """Headers by lower-case name."""
+    pairs = list(headers)
+    if len(pairs) > limits.header_count or sum(len(name) + len(value) for name, value in pairs) > limits.header_bytes:
+        raise Refusal(431, "the request has too many or too long headers", "headers_too_large")
+    found: dict[bytes, bytes] = {}
+    for name, value in pairs:
+        name = name.lower()
+        if name in found and name in _ONCE:
+            raise Refusal(400, f"the request has the header {name.decode()} twice", "repeated_header")
+        found[name] = value
+    return found
+
+
+def _body_length(method: str, headers: dict[bytes, bytes]) -> int | None:
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise Refusal(415, "the body is compressed; send it as it is", "compressed_body")
+    declared = headers.get(b"content-length")
+    chunked = b"transfer-encoding" in headers
+    if chunked and declared is not None:
+        raise Refusal(400, "the request declares the length of its body in two ways", "ambiguous_length")
+    if declared is not None and not declared.isdigit():
+        raise Refusal(400, "the request's Content-Length is no number", "bad_length")
+    length = None if chunked else int(declared[:20]) if declared else 0
+    if method != "POST" and length != 0:
+        raise Refusal(400, f"a {method} request has no body", "unexpected_body")
+    return length
+
+
+def check_host(head: Head, hosts: Sequence[str]) -> None:
+    """Only `localhost`, numeric addresses and `hosts` are served: a stranger's domain name that leads here is how a
+    web page in a browser of this machine would reach the server (DNS rebinding)."""
+    given = head.headers.get(b"host", b"").decode("latin-1")
+    match = _HOST.fullmatch(given)
+    if match is None:
+        raise Refusal(400, "the request needs one Host header with a plain name", "bad_host")
+    name = match[1].lower()
+    if name != "localhost" and name not in hosts and not is_ip(name.strip("[]")):
+        raise Refusal(403, "this server is not known under the name in the Host header", "host_not_allowed")
+
+
+def is_ip(text: str) -> bool:
+    """Whether this is a numeric address in its usual form."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_origin(head: Head, origins: Sequence[str]) -> str | None:
+    """The configured origin of the web page that asks, None for the server's own page and for programs.
+
+    Raises `Refusal` for any other page: without this, each page in the world could make the browser of somebody who
+    runs a server on his own machine send requests to it.
+    """
+    origin = head.headers.get(b"origin", b"").decode("latin-1")
+    if origin in origins and origin:
+        return origin
+    own = head.headers.get(b"host", b"").decode("latin-1").lower()
+    if origin and origin.lower() not in (f"http://{own}", f"https://{own}"):
+        raise Refusal(403, "web pages of this origin may not use this server", "origin_not_allowed")
+    elsewhere = head.headers.get(b"sec-fetch-site", b"") in (b"cross-site", b"same-site")
+    arriving = head.headers.get(b"sec-fetch-mode", b"") == b"navigate" and not head.path.startswith("/v1/")
+    if elsewhere and not origin and not arriving:
+        raise Refusal(403, "other web pages may not use this server", "origin_not_allowed")
+    return None
+
+
+def cross_origin(origin: str) -> list[tuple[bytes, bytes]]:
+    """Headers that let a configured page read the answer."""
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-expose-headers", b"x-request-id, retry-after"),
+        (b"vary", b"Origin"),
+    ]
+
+
+def preflight(head: Head) -> list[tuple[bytes, bytes]]:
+    """Headers of the answer to a browser that asks beforehand what a configured page may send."""
+    asked = head.headers.get(b"access-control-request-headers", b"").decode("latin-1")
+    allowed = asked if _ASKED_HEADERS.fullmatch(asked) else "authorization, content-type"
+    return [
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (b"access-control-allow-headers", allowed.encode()),
+        (b"access-control-max-age", b"600"),
+    ]
+
+
+def secured(headers: Iterable[tuple[bytes, bytes]], *, page: bool, request_id: str) -> list[tuple[bytes, bytes]]:
+    """The head of an answer with what protects whoever reads it, and without what the software tells of itself."""
+    added = {
+        b"content-security-policy": (PAGE_CSP if page else DATA_CSP).encode(),
+        b"x-content-type-options": b"nosniff",
+        b"x-frame-options": b"DENY",
+        b"referrer-policy": b"no-referrer",
+        b"cross-origin-opener-policy": b"same-origin",
+        b"cross-origin-resource-policy": b"same-origin",
+        b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
+        b"x-request-id": request_id.encode(),
+    }
+    kept = [(name.lower(), value) for name, value in headers]
+    kept = [(name, value) for name, value in kept if name not in added and name not in (b"server", b"x-powered-by")]
+    if not any(name == b"cache-control" for name, _ in kept):
+        kept.append((b"cache-control", b"no-cache" if page else b"no-store"))
+    return [*kept, *added.items()]

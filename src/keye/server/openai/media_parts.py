@@ -1,0 +1,260 @@
+"""The messages of a request, in every form that clients send, to the messages of `keye.chat`; and the media in them to
+files that may be opened.
+
+Two steps. `to_messages` checks and converts, touches no file and is quick. `open_sources` finds uploads, decodes data
+URLs and downloads what may be downloaded; it blocks and belongs into a thread. A path on the server is never opened.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol, cast
+
+from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, Message, normalize
+from keye.errors import KeyeError
+from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
+from keye.media.source.data_urls import parse_data_url
+from keye.media.source.fetch import FetchPolicy, Source, media_kind
+from keye.server.errors import ApiError
+from keye.server.openai.fields import read_fields
+
+#: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
+_IGNORED: Final = {
+    "system": {"name"},
+    "user": {"name"},
+    "assistant": {"name", "refusal", "annotations", "audio", "function_call", "prefix", "partial"},
+    "tool": set[str](),
+}
+#: Keys of messages, and of parts of messages that are media, that mean something.
+_KEYS: Final = {
+    "assistant": {"role", "content", "tool_calls"},
+    "tool": {"role", "content", "tool_call_id", "name"},
+}
+_OTHER_KEYS: Final = {"role", "content"}
+_PART_KEYS: Final = {"type", "image", "video", "image_url", "video_url", "preprocess_kwargs", *VIDEO_OPTIONS}
+_INNER_KEYS: Final = {"url", "detail", "preprocess_kwargs", *VIDEO_OPTIONS}
+#: Keys by which a part without a type says what it is.
+_KINDS: Final = ("text", "image_url", "video_url", "image", "video", "file", "input_image", "input_video")
+_SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
+#: How the ids of uploads and of indexes begin.
+_KEPT: Final = ("file-", "index-")
+#: First bytes of a file in a data URL that are looked at.
+_SEEN_BYTES: Final = 1 << 16
+#: Keys of parts of text that replies have and that are sent back.
+_FROM_REPLIES: Final = ("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
+_PLAIN_TEXT: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+class Uploads(Protocol):
+    """The uploads of one owner; `ApiError` 404 for an id that is none of them."""
+
+    def kind(self, file_id: str) -> MediumKind:
+        """What an upload is."""
+
+    def source(self, file_id: str) -> Source:
+        """The file of an upload."""
+
+
+@dataclass(frozen=True)
+class Openers:
+    """What opens the media of one request: `uploads`, and `policy` for data URLs and addresses."""
+
+    uploads: Uploads
+    policy: FetchPolicy
+
+
+def to_messages(
+    messages: Sequence[Mapping[str, Any]], uploads: Uploads, defaults: Mapping[str, Any] | None = None
+) -> list[Message]:
+    """The messages of a chat; `defaults` are settings of media that have none of their own. The sources of media are
+    still what the client sent; `uploads` only tells what kind of medium a file is."""
+    plain = [_message(f"messages[{index}]", message, uploads) for index, message in enumerate(messages)]
+    checked = normalize(_one_system(plain))
+    return _with_defaults(checked, defaults) if defaults else checked
+
+
+def media_of(messages: Sequence[Message]) -> list[Medium]:
+    """All media, in their order."""
+    return [part for message in messages for part in message.parts if isinstance(part, Medium)]
+
+
+def open_sources(messages: Sequence[Message], openers: Openers) -> list[Message]:
+    """The same messages with files in the place of what the client named. Blocks."""
+    return [
+        replace(
+            message,
+            parts=tuple(open_medium(part, openers) if isinstance(part, Medium) else part for part in message.parts),
+        )
+        for message in messages
+    ]
+
+
+def open_medium(medium: Medium, openers: Openers) -> Medium:
+    """One medium with its file, or its list of pictures. Blocks."""
+    value = medium.source
+    if isinstance(value, Source):
+        return medium
+    if isinstance(value, str) and not value.startswith(_KEPT):
+        pictures = openers.policy.fetch_list(value)
+        if pictures is not None:
+            return replace(medium, source=pictures)
+    if isinstance(value, list):
+        if len(value) > openers.policy.list_frames:
+            raise KeyeError(f"a list of frames has more than {openers.policy.list_frames:,} pictures; send fewer")
+        return replace(medium, source=[_open(picture, "image", openers) for picture in value])
+    source = _open(value, medium.kind, openers)
+    found = media_kind(source)
+    if medium.kind == "image" and found != "image" and not is_image_format(source.head(HEAD_BYTES)):
+        raise KeyeError(f"{source.name} is no image that keye reads; send a video as video_url")
+    if medium.kind == "video" and found == "image":
+        raise KeyeError(f"{source.name} is an image; send it as image_url")
+    return replace(medium, source=source)
+
+
+def _open(value: object, kind: MediumKind, openers: Openers) -> Source:
+    if isinstance(value, str) and value.startswith(_KEPT):
+        return openers.uploads.source(value)
+    return openers.policy.fetch(value, kind)
+
+
+def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
+    fields = {key: value for key, value in message.items() if value is not None or key == "role"}
+    role = fields.get("role")
+    if role == "developer":
+        role = fields["role"] = "system"
+    ignored = _IGNORED.get(role, {"name"}) if isinstance(role, str) else set[str]()
+    if fields.get("function_call") is not None or fields.get("audio") is not None:
+        raise ApiError(400, f"{where}: function_call and audio cannot be read; use tool_calls and text", param=where)
+    fields = {key: value for key, value in fields.items() if key not in ignored}
+    thought = fields.pop("reasoning_content", None) or fields.pop("reasoning", None) if role == "assistant" else None
+    fields = read_fields(fields, _KEYS.get(str(role), _OTHER_KEYS), where=f"{where}.")
+    content = fields.get("content")
+    if isinstance(content, list):
+        fields["content"] = [_part(f"{where}.content[{index}]", part, uploads) for index, part in enumerate(content)]
+    if role == "assistant" and content in ("", []) and fields.get("tool_calls"):
+        del fields["content"]
+    elif role == "assistant" and content is None and "content" in message and not fields.get("tool_calls"):
+        fields["content"] = ""  # a reply that was reasoning alone, or that was cut off before it said anything
+    if thought is not None:
+        fields["content"] = _with_thought(where, thought, fields.get("content", ""))
+    return fields
+
+
+def _with_thought(where: str, thought: object, content: object) -> list[Any]:
+    """The reasoning that an earlier reply had, in front of it as the model wrote it."""
+    if not isinstance(thought, str):
+        raise ApiError(400, f"{where}.reasoning_content is no text", param=f"{where}.reasoning_content")
+    said = [content] if isinstance(content, str) else list(cast(list[Any], content))
+    return [f"<think>\n{thought}\n</think>\n\n", *(part for part in said if part != "")]
+
+
+def _part(where: str, part: object, uploads: Uploads) -> object:
+    """A part of a message in the forms of `keye.chat`."""
+    if not isinstance(part, Mapping):
+        return part
+    if "type" not in part and (found := next((kind for kind in _KINDS if kind in part), None)) is not None:
+        part = {"type": found, **part}
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in _PLAIN_TEXT:
+        known = {"type", _PLAIN_TEXT[kind]}
+        told = {key: value for key, value in part.items() if key not in _FROM_REPLIES}
+        return {"type": "text", "text": read_fields(told, known, where=f"{where}.").get(_PLAIN_TEXT[kind])}
+    if kind in ("input_video", "file", "input_image", "input_file"):
+        return _named_file(where, cast(str, kind), part, uploads)
+    if kind not in ("image", "video", "image_url", "video_url"):
+        return part
+    fields = {key: value for key, value in part.items() if value is not None}
+    found_fields = read_fields(fields, _PART_KEYS, where=f"{where}.")
+    for key in ("image_url", "video_url"):
+        if isinstance(inner := found_fields.get(key), Mapping):
+            given = {name: value for name, value in inner.items() if value is not None}
+            found_fields[key] = read_fields(given, _INNER_KEYS, where=f"{where}.{key}.")
+    for holder in (found_fields, *(one for one in found_fields.values() if isinstance(one, dict))):
+        if isinstance(settings := holder.get("preprocess_kwargs"), Mapping):
+            holder["preprocess_kwargs"] = read_fields(settings, VIDEO_OPTIONS, where=f"{where}.preprocess_kwargs.")
+    return found_fields
+
+
+def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
+    """A part that names an upload or holds a file; its settings beside it or inside it."""
+    inner = part.get(kind, {})
+    if isinstance(inner, str):
+        inner = {"url": inner}
+    if not isinstance(inner, Mapping):
+        raise ApiError(400, f"{where}.{kind} is a {type(inner).__name__}; give an object", param=f"{where}.{kind}")
+    outer = {key: value for key, value in part.items() if key not in ("type", kind) and value is not None}
+    fields = {key: value for key, value in inner.items() if value is not None}
+    if repeated := sorted(outer.keys() & fields.keys()):
+        raise ApiError(400, f"{where}.{repeated[0]} stands beside {kind} and inside it; give it once", param=where)
+    fields |= outer
+    fields.pop("filename", None)
+    fields.pop("format", None)
+    if fields.get("detail") in ("auto", "low", "high", "original"):
+        del fields["detail"]
+    named = [key for key in _SOURCES if key in fields]
+    if len(named) != 1:
+        raise ApiError(400, f"{where}: give one of file_id, url and data", param=where)
+    value = fields.pop(named[0])
+    for holder in (outer, part, inner):  # A body of media is not held twice.
+        if named[0] in ("data", "file_data") and isinstance(holder, dict):
+            holder.pop(named[0], None)
+    if isinstance(value, Mapping) and set(value) == {"url"}:
+        value = value["url"]
+    value = _as_data_url(named[0], value)
+    medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, uploads)
+    settings = read_fields(fields, {"preprocess_kwargs", *VIDEO_OPTIONS}, where=f"{where}.")
+    return {"type": medium, medium: value, **settings}
+
+
+def _as_data_url(name: str, value: object) -> object:
+    """`data` and `file_data` may be base64 without the head of a data URL."""
+    if name not in ("data", "file_data") or not isinstance(value, str) or value[:5].lower() == "data:":
+        return value
+    return f"data:application/octet-stream;base64,{value}"
+
+
+def _kind_of(value: object, uploads: Uploads) -> MediumKind:
+    """What the file of a part is that does not say it: of an upload that is known, in a data URL it is seen from the
+    first bytes; at an address it is taken for a video."""
+    if isinstance(value, str) and value.startswith(_KEPT):
+        return uploads.kind(value)
+    url = parse_data_url(value)
+    return "image" if url is not None and kind_of(io.BytesIO(url.head(_SEEN_BYTES))) == "image" else "video"
+
+
+def _one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring messages of the system (and developer) at the beginning as one."""
+    count = next((i for i, message in enumerate(messages) if message.get("role") != "system"), len(messages))
+    if count < 2:
+        return list(messages)
+    parts: list[Any] = []
+    for message in messages[:count]:
+        content = message.get("content")
+        parts += ["\n\n"] if parts else []
+        parts += content if isinstance(content, list) else [content]
+    return [{"role": "system", "content": parts}, *messages[count:]]
+
+
+def _with_defaults(messages: Sequence[Message], defaults: Mapping[str, Any]) -> list[Message]:
+    """Settings given for all media, where a medium has none of that name and knows it."""
+    known = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
+    count = {"image": 0, "video": 0}
+
+    def completed(part: str | Medium) -> str | Medium:
+        if not isinstance(part, Medium):
+            return part
+        number, count[part.kind] = count[part.kind], count[part.kind] + 1
+        given = {name: _own_value(name, value, number) for name, value in defaults.items() if name in known[part.kind]}
+        settings = {name: value for name, value in given.items() if value is not None}
+        return replace(part, options={**settings, **part.options})
+
+    return [replace(message, parts=tuple(map(completed, message.parts))) for message in messages]
+
+
+def _own_value(name: str, value: object, number: int) -> object:
+    """The value of medium `number` of its kind. The official utilities give a list with one for each medium."""
+    if not isinstance(value, list) or not value or (name == "timestamps" and not isinstance(value[0], list)):
+        return value
+    return value[number] if number < len(value) else value[0] if len(value) == 1 else None

@@ -1,0 +1,117 @@
+"""/v1/indexes: a video computed once, so that questions about it start at once. An index is named like a file."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from keye.errors import KeyeError
+from keye.server.context import Context, context_of, owner_of
+from keye.server.errors import ApiError
+from keye.server.openai.schemas import IndexRequest
+from keye.server.openai.sse import until_gone
+from keye.server.routes.json_route import JsonRoute
+from keye.server.uploads import INDEX, StoredFile
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/indexes")
+async def create(request: Request, body: IndexRequest) -> JSONResponse:
+    """Reads an uploaded video with the model and keeps what it computed; the index is then a medium of messages, by its
+    id, in the place of the video."""
+    context = context_of(request)
+    context.check_model(body.model)
+    file = context.files.get(body.file_id, owner_of(request))
+    if file.kind != "video" or file.id.startswith(INDEX):
+        raise ApiError(400, "file_id is no video; indexes are made of videos", param="file_id")
+    given_up = threading.Event()
+    try:
+        made = await until_gone(request, _in_turn(context, file, body, given_up))
+    except BaseException:
+        given_up.set()
+        raise
+    return JSONResponse(index_object(made))
+
+
+@router.get("/v1/indexes")
+async def list_indexes(request: Request) -> JSONResponse:
+    """All indexes of this key, the newest first."""
+    kept = context_of(request).files.list(owner_of(request), INDEX)
+    return JSONResponse({"object": "list", "data": [index_object(one) for one in kept], "has_more": False})
+
+
+@router.get("/v1/indexes/{index_id}")
+async def get_index(request: Request, index_id: str) -> JSONResponse:
+    """One index."""
+    return JSONResponse(index_object(_index(request, index_id)))
+
+
+@router.delete("/v1/indexes/{index_id}")
+async def delete_index(request: Request, index_id: str) -> JSONResponse:
+    """Removes an index; requests that use it already go on."""
+    context, index = context_of(request), _index(request, index_id)
+    await context.in_thread(context.files.delete, index.id, index.owner)
+    return JSONResponse({"id": index.id, "object": "keye.index", "deleted": True})
+
+
+def index_object(index: StoredFile) -> dict[str, object]:
+    """An index as the API tells of it."""
+    return {
+        "id": index.id, "object": "keye.index", "bytes": index.size, "created_at": int(index.created),
+        "filename": index.name, "keye": dict(index.facts),
+    }  # fmt: skip
+
+
+def _index(request: Request, index_id: str) -> StoredFile:
+    if not index_id.startswith(INDEX):
+        raise ApiError(404, "there is no index of this id; make one at /v1/indexes", param="index_id", code="not_found")
+    return context_of(request).files.get(index_id, owner_of(request))
+
+
+class _GivenUp(KeyeError):
+    """Nobody waits for this index any more, or it took too long."""
+
+
+async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, given_up: threading.Event) -> StoredFile:
+    """Waits here and not in a thread, of which there are few."""
+    async with context.indexing:
+        return await context.in_thread(_build, context, file, body, given_up)
+
+
+def _build(context: Context, file: StoredFile, body: IndexRequest, given_up: threading.Event) -> StoredFile:
+    """Computes and keeps an index. Blocks for as long as the video takes, by turns with the engine."""
+    store, path = context.files, context.files.folder / secrets.token_hex(16)
+    seconds = context.settings.request_seconds
+    end = time.monotonic() + seconds
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        if given_up.is_set():
+            raise _GivenUp("the index is not wanted any more")
+        if time.monotonic() > end:
+            raise _GivenUp(f"the index took longer than {seconds:g} s, and was given up; sample fewer frames")
+        with context.model.turn():
+            yield
+
+    store.check_room(file.owner)
+    try:
+        info = context.model.index(file.source(), path, media_options=body.preprocess_kwargs or {}, turn=turn)
+        facts = {
+            "kind": "video", "file_id": file.id, "tokens": info.tokens, "frames": info.plan["frames"], "kv": info.kv,
+            "seconds": round(sum(info.seconds.values()), 3),
+        }  # fmt: skip
+        made = StoredFile(INDEX + secrets.token_hex(16), file.owner, file.name, info.bytes, time.time(), path, facts)
+        if given_up.is_set():
+            raise _GivenUp("the index is not wanted any more")
+        store.keep(made)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return made

@@ -1,0 +1,198 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's interface. A conversation in its blocks becomes the
+messages that every other route works with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from keye.server.context import context_of, owner_of
+from keye.server.errors import ApiError
+from keye.server.notes import add_note
+from keye.server.openai.events import whole
+from keye.server.openai.forms import response_form
+from keye.server.openai.message_events import message_object, stream_message
+from keye.server.openai.prepare import Wanted, prepare, tokens_of
+from keye.server.openai.schemas_peers import CountTokensRequest, MessagesRequest
+from keye.server.openai.sse import streamed, until_gone
+from keye.server.routes.json_route import JsonRoute
+
+router = APIRouter(route_class=JsonRoute)
+
+_CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
+#: Blocks that only their own server understands, and that clients send back with the conversation.
+_DROPPED: Final = ("redacted_thinking", "server_tool_use", "web_search_tool_result", "container_upload")
+
+
+@router.post("/v1/messages")
+async def create_message(request: Request, body: MessagesRequest) -> Response:
+    """Continues a conversation about text, images and videos, in the form of Anthropic's interface."""
+    context = context_of(request)
+    wanted = _wanted(body)
+    more: dict[str, Any] = {"stop": body.stop_sequences} if body.stop_sequences else {}
+    if body.thinking is not None and body.thinking.type != "disabled" and body.thinking_token_budget is None:
+        more["thinking_token_budget"] = body.thinking.budget_tokens
+    wanted = replace(wanted, sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
+    prepared = await until_gone(request, prepare(context, owner_of(request), wanted))
+    if body.stream:
+        return await streamed(request, stream_message(context, prepared), tail=b"")
+    (choice,), finished = await until_gone(request, whole(context, prepared))
+    return JSONResponse(message_object(context.name, choice, finished, prepared))
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(request: Request, body: CountTokensRequest) -> JSONResponse:
+    """How many tokens a conversation takes as a prompt. Media are looked into, and not decoded."""
+    context = context_of(request)
+    context.check_model(body.model)
+    wanted = _wanted(body)
+    count = await until_gone(request, context.decode(tokens_of, context, owner_of(request), wanted))
+    return JSONResponse({"input_tokens": count})
+
+
+def _wanted(body: CountTokensRequest) -> Wanted:
+    """What a body asks for."""
+    messages: list[dict[str, Any]] = []
+    if body.system:
+        messages.append({"role": "system", "content": _system(body.system)})
+    for index, message in enumerate(body.messages):
+        messages += _messages(f"messages[{index}]", message)
+    choice = body.tool_choice or {}
+    return Wanted(
+        messages=messages,
+        sampling=body,
+        tools=list(_tools(body.tools or ())),
+        tool_choice=_tool_choice(choice),
+        several_calls=choice.get("disable_parallel_tool_use") is not True,
+        form=_form(body),
+        thinking=None if body.thinking is None else body.thinking.type != "disabled",
+        media_defaults=body.preprocess_kwargs,
+        continues=messages[-1].get("role") == "assistant" and not messages[-1].get("tool_calls"),
+    )
+
+
+def _form(body: CountTokensRequest) -> Any:
+    inner = body.output_config.format if body.output_config else None
+    return response_form(inner or body.output_format, "output_config.format" if inner else "output_format")
+
+
+def _system(system: str | Sequence[Mapping[str, Any]]) -> Any:
+    if isinstance(system, str):
+        return system
+    return [part for index, block in enumerate(system) for part in _parts(f"system[{index}]", block)]
+
+
+def _tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The functions among the tools; those that Anthropic's own server or model brings are left out with a note."""
+    for index, tool in enumerate(tools):
+        if tool.get("type") not in (None, "custom"):
+            add_note(f"tools[{index}] of type {str(tool['type'])[:60]!r} is not offered: keye knows functions only")
+            continue
+        parameters = tool.get("input_schema")
+        if not isinstance(parameters, Mapping):
+            raise ApiError(400, f"tools[{index}].input_schema: give a JSON schema, an object", param="tools")
+        told = {"description": tool["description"]} if tool.get("description") else {}
+        yield {"type": "function", "function": {"name": tool.get("name"), **told, "parameters": parameters}}
+
+
+def _tool_choice(choice: Mapping[str, Any]) -> object:
+    kind = choice.get("type")
+    if not choice or kind in _CHOICES:
+        return _CHOICES[str(kind)] if choice else None
+    if kind != "tool":
+        raise ApiError(400, "tool_choice.type must be auto, any, tool or none", param="tool_choice.type")
+    return {"type": "function", "function": {"name": choice.get("name")}}
+
+
+def _messages(where: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One turn of Anthropic's as messages of ours: results of tools stand in messages of their own, before what the
+    user adds to them."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise ApiError(400, f"{where}.role must be user or assistant", param=f"{where}.role")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}.content: give a text or a list of blocks", param=f"{where}.content")
+    said: dict[str, Any] = {"role": role, "content": []}
+    results: list[dict[str, Any]] = []
+    for index, block in enumerate(content):
+        at = f"{where}.content[{index}]"
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind == "tool_result" and role == "user":
+            results.append(_tool_result(at, block))
+        elif kind == "tool_use" and role == "assistant":
+            call = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            said.setdefault("tool_calls", []).append({"id": block.get("id"), "type": "function", "function": call})
+        elif kind == "thinking" and role == "assistant":
+            said["reasoning_content"] = said.get("reasoning_content", "") + str(block.get("thinking") or "")
+        elif kind not in _DROPPED:
+            said["content"] += _parts(at, block)
+    if not said["content"] and (results or "tool_calls" not in said):
+        return results or [{**said, "content": ""}]
+    return [*results, said]
+
+
+def _tool_result(where: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    content = block.get("content")
+    if isinstance(content, list):
+        content = [part for index, one in enumerate(content) for part in _parts(f"{where}.content[{index}]", one)]
+    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content or ""}
+
+
+def _parts(where: str, block: object) -> list[dict[str, Any]]:
+    """A block of text, image, video or document as parts of a message."""
+    if not isinstance(block, Mapping):
+        raise ApiError(400, f"{where}: give a block, an object with a type", param=where)
+    kind = block.get("type")
+    if kind == "text":
+        return [{"type": "text", "text": block.get("text")}]
+    if kind in ("image", "video"):
+        return [_medium(where, str(kind), block)]
+    if kind == "document":
+        return _document(where, block)
+    raise ApiError(
+        400,
+        f"{where}.type is {str(kind)[:60]!r}; use text, image, video, tool_use or tool_result",
+        param=f"{where}.type",
+    )
+
+
+def _medium(where: str, kind: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """An image, or as our own addition a video: `source` is base64, a URL, or an upload."""
+    source = block.get("source")
+    if not isinstance(source, Mapping):
+        raise ApiError(400, f"{where}.source: give an object of type base64, url or file", param=f"{where}.source")
+    form = source.get("type")
+    value = source.get({"base64": "data", "url": "url", "file": "file_id"}.get(str(form), ""))
+    if not isinstance(value, str):
+        raise ApiError(
+            400, f"{where}.source must be base64 with data, url with url, or file with file_id", param=f"{where}.source"
+        )
+    if form == "base64":
+        if isinstance(source, dict):
+            del source["data"]  # A body of media is not held twice.
+        value = f"data:{source.get('media_type') or 'application/octet-stream'};base64,{value}"
+    own = {key: one for key, one in block.items() if key not in ("type", "source", "cache_control", "title", "context")}
+    if form == "file":
+        return {"type": f"input_{kind}", "file_id": value, **own}
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": value}, **own}
+
+
+def _document(where: str, block: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A document that is plain text, or made of blocks."""
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, Mapping) else None
+    if isinstance(source, Mapping) and kind == "text":
+        return [{"type": "text", "text": source.get("data")}]
+    if isinstance(source, Mapping) and kind == "content":
+        content = source.get("content")
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        if isinstance(content, list):
+            return [part for i, one in enumerate(content) for part in _parts(f"{where}.source.content[{i}]", one)]
+    raise ApiError(400, f"{where}: a document must be plain text; send its pages as images", param=where)

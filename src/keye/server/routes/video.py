@@ -1,0 +1,165 @@
+"""keye's own routes for media: the plan of a request, when something happens in a video, and clips that show it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.background import BackgroundTask
+
+from keye.engine.request import Finished
+from keye.errors import KeyeError, collect_warnings
+from keye.media.clips import cut_clips
+from keye.media.options import MediaOptions, media_options
+from keye.media.source.fetch import Source
+from keye.server.context import Context, context_of, owner_of
+from keye.server.errors import ApiError, spelled
+from keye.server.openai.events import Choice, findings_of, growing, usage_of, whole, written
+from keye.server.openai.media_parts import media_of, open_sources, to_messages
+from keye.server.openai.media_settings import media_settings
+from keye.server.openai.prepare import Prepared, Wanted, prepare
+from keye.server.openai.schemas import ClipsRequest, GroundRequest, PlanRequest
+from keye.server.openai.sse import streamed, until_gone
+from keye.server.routes.json_route import JsonRoute
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/media/plan")
+async def plan(request: Request, body: PlanRequest) -> JSONResponse:
+    """Which frames would be sampled and what they would cost. Only the index of a video is read; frames given as
+    pictures are opened."""
+    context = context_of(request)
+    context.check_model(body.model)
+    return JSONResponse(await until_gone(request, context.decode(_plan, context, owner_of(request), body)))
+
+
+def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
+    openers = context.openers(owner)
+    messages = to_messages([{"role": "user", "content": body.content}], openers.uploads, body.preprocess_kwargs)
+    if not media_of(messages):
+        raise ApiError(400, "content holds no medium; give a video_url or an image_url", param="content")
+    if (count := len(media_of(messages))) > context.settings.media:
+        raise ApiError(400, f"content holds {count} media, more than {context.settings.media}", param="content")
+    model = context.model
+    with collect_warnings() as notes:
+        segments = model.render(open_sources(messages, openers))
+        measured = model.measure(segments, context.salt(owner))
+    limit = model.config.text.max_position_embeddings
+    return {
+        "media": [plan_object(one) for one in measured.media],
+        "visual_tokens": measured.media_tokens,
+        "prompt_tokens": measured.prompt_tokens,
+        "context": limit,
+        "fits": measured.prompt_tokens < limit,
+        "keye": {"notes": [note.worded(spelled) for note in notes]},
+    }
+
+
+def plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with the fields that images lack."""
+    return {
+        "frames": 1, "timestamps": [], "duration": None, "tokens_per_frame": plan["visual_tokens"], **plan,
+    }  # fmt: skip
+
+
+@router.post("/v1/video/ground")
+async def ground(request: Request, body: GroundRequest) -> Response:
+    """When an event happens in a video, in seconds; with `stream` as server-sent events, the answer last."""
+    context = context_of(request)
+    prepared = await until_gone(request, _prepare_ground(context, owner_of(request), body))
+    if body.stream:
+        choice = Choice.of(prepared)
+        begin = {"object": "keye.ground.chunk", "model": context.name}
+        told = growing(choice, begin, lambda finished: _found(context, prepared, choice, finished))
+        return await streamed(request, written(context, prepared.job, told), at_once=True)
+    choices, finished = await until_gone(request, whole(context, prepared))
+    return JSONResponse(_found(context, prepared, choices[0], finished))
+
+
+async def _prepare_ground(context: Context, owner: str, body: GroundRequest) -> Prepared:
+    question = context.model.ground_question(body.event)
+    messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
+    wanted = Wanted(
+        messages, body, body.max_tokens, media_defaults=media_settings(body), evidence=body.evidence, thinking=None
+    )
+    prepared = await prepare(context, owner, wanted)
+    media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]
+    if media != ["video"]:
+        raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
+    return prepared
+
+
+def _found(context: Context, prepared: Prepared, choice: Choice, finished: Finished) -> dict[str, Any]:
+    findings = findings_of(finished, choice.text, prepared.notes, merged=True)
+    return {
+        "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
+        "usage": usage_of(finished, [choice], prepared), "keye": findings,
+    }  # fmt: skip
+
+
+@router.post("/v1/clips", response_class=FileResponse)
+async def clips(request: Request, body: ClipsRequest) -> FileResponse:
+    """One interval as an MP4 file, several as a ZIP of them."""
+    context = context_of(request)
+    seconds = sum(max(0.0, end - start) for start, end in body.intervals)
+    if seconds > context.settings.clip_seconds:
+        raise ApiError(
+            400, f"the clips are longer than {context.settings.clip_seconds:g} s together", param="intervals"
+        )
+    if any(start > end for start, end in body.intervals):
+        raise ApiError(400, "an interval ends before it starts", param="intervals")
+    file = context.files.get(body.file_id, owner_of(request))
+    if file.kind != "video":
+        raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
+    folder, given_up = Path(tempfile.mkdtemp(prefix="clips-", dir=context.files.folder)), threading.Event()
+    try:
+        settings = media_options("video", body.preprocess_kwargs or {})
+        cutting = context.decode(_cut, file.source(), body.intervals, settings, folder, Path(file.name).stem, given_up)
+        path = await until_gone(request, cutting)
+    except BaseException:
+        given_up.set()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    kind = "video/mp4" if path.suffix == ".mp4" else "application/zip"
+    cleanup = BackgroundTask(shutil.rmtree, folder, ignore_errors=True)
+    return FileResponse(path, media_type=kind, filename=path.name, background=cleanup)
+
+
+class _GivenUp(KeyeError):
+    """Nobody waits for these clips any more."""
+
+
+def _cut(
+    source: Source,
+    intervals: Sequence[Sequence[float]],
+    options: MediaOptions,
+    folder: Path,
+    stem: str,
+    given_up: threading.Event,
+) -> Path:
+    """The file to send."""
+
+    def progress(done: int, total: int) -> None:
+        if given_up.is_set():
+            raise _GivenUp("the clips are not wanted any more")
+
+    pairs = [(float(start), float(end)) for start, end in intervals]
+    written = cut_clips(source, pairs, folder, options=options, progress=progress)
+    if not written:
+        raise ApiError(400, "all intervals lie outside the pictures of the video", param="intervals")
+    named = [path.rename(folder / f"{stem}-{path.name.split('-', 1)[1]}") for path in written]
+    if len(named) == 1:
+        return named[0]
+    archive = folder / f"{stem}-clips.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as bundle:
+        for path in named:
+            bundle.write(path, path.name)
+    return archive

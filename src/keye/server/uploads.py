@@ -1,0 +1,228 @@
+"""Uploads on disk, in a private folder that goes with the server. Knows owners, sizes and ages; parses no request."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from keye.chat import MediumKind
+from keye.errors import KeyeError
+from keye.media.image import plan_image
+from keye.media.source.fetch import Source, media_kind, untrusted
+from keye.media.video import probe
+from keye.server.errors import ApiError
+from keye.server.folders import ServerFolder
+from keye.server.settings import Settings
+
+#: How ids begin, of uploads and of indexes made from them.
+FILE, INDEX = "file-", "index-"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One upload, or an index made from one: `facts` are what was found in it (kind, duration, width, height, fps)."""
+
+    id: str
+    owner: str
+    name: str
+    size: int
+    created: float
+    path: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def kind(self) -> MediumKind:
+        return cast(MediumKind, self.facts["kind"])
+
+    def source(self) -> Source:
+        """Something to open; it goes on working after the upload is deleted if it is open by then. An index was written
+        here, and is what it is."""
+        source = Source(self.name, self.size, path=self.path)
+        return source if self.id.startswith(INDEX) else untrusted(source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file object of the API."""
+        return {
+            "id": self.id, "object": "file", "bytes": self.size, "filename": self.name, "purpose": "media",
+            "created_at": int(self.created), "status": "processed", "keye": dict(self.facts),
+        }  # fmt: skip
+
+
+class FileStore:
+    """The uploads of all owners under the limits of the settings. Safe to share by threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._home = ServerFolder()
+        self.folder = self._home.path
+        self._files: dict[str, StoredFile] = {}
+        self._arriving: dict[Path, tuple[str, int]] = {}
+        self._claimed: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def check_room(self, owner: str) -> None:
+        """`ApiError` where an owner has as many files as may be kept."""
+        with self._lock:
+            mine = sum(file.owner == owner for file in self._files.values())
+            mine += sum(whose == owner for whose, _ in self._arriving.values())
+            if mine >= self._settings.stored_files:
+                raise ApiError(
+                    429, "too many files are kept; delete some of them first", code="too_many_files", retry=60
+                )
+
+    def claim(self, owner: str, count: int) -> None:
+        """Accounts for `count` bytes (less where negative) that something else keeps for an owner in the folder;
+        `ApiError` where there is no room for them."""
+        with self._lock:
+            self._check_bytes(owner, count)
+            self._claimed[owner] += count
+
+    def keep(self, file: StoredFile) -> None:
+        """Takes a file that lies in the folder already; `ApiError` where it is too much."""
+        with self._lock:
+            self._check_bytes(file.owner, file.size)
+            self._files[file.id] = file
+
+    def begin(self, owner: str) -> Path:
+        """A new empty file for an upload; `ApiError` where there is no room for one more."""
+        self.check_room(owner)
+        with self._lock:
+            path = self.folder / secrets.token_hex(16)
+            self._arriving[path] = owner, 0
+        path.touch(mode=0o600)
+        return path
+
+    def grow(self, path: Path, count: int) -> None:
+        """Accounts for `count` more bytes before they are written."""
+        with self._lock:
+            owner, size = self._arriving[path]
+            size += count
+            if size > self._settings.upload_bytes:
+                most = f"{self._settings.upload_bytes / 2**20:,.0f} MiB"
+                raise ApiError(413, f"the file is larger than {most}; cut it into parts or re-encode it", param="file")
+            self._check_bytes(owner, count)
+            self._arriving[path] = owner, size
+
+    def complete(self, path: Path, owner: str, name: str) -> StoredFile:
+        """Looks into a file that has arrived and keeps it; blocks for the time of a probe. `KeyeError` for anything but
+        an image or a video that can be read."""
+        with self._lock:
+            _, size = self._arriving[path]
+        if size == 0:
+            raise KeyeError("file: the upload is empty; send the bytes of a video or an image")
+        facts = look_into(untrusted(Source(name, size, path=path)))
+        file = StoredFile(FILE + secrets.token_hex(16), owner, name, size, time.time(), path, facts)
+        with self._lock:
+            del self._arriving[path]
+            self._files[file.id] = file
+        return file
+
+    def drop(self, path: Path) -> None:
+        """Gives up an upload that did not come to its end; may be called after `complete` and then does nothing."""
+        with self._lock:
+            if self._arriving.pop(path, None) is not None:
+                path.unlink(missing_ok=True)
+
+    def get(self, file_id: str, owner: str) -> StoredFile:
+        """An upload of this owner; `ApiError` 404 for any other id."""
+        self.sweep()
+        with self._lock:
+            file = self._files.get(file_id)
+        if file is None or file.owner != owner:
+            raise ApiError(
+                404, "there is no file of this id; upload it to /v1/files", param="file_id", code="not_found"
+            )
+        return file
+
+    def list(self, owner: str, kind: str = FILE) -> list[StoredFile]:
+        """All uploads (or indexes) of an owner, the newest first."""
+        self.sweep()
+        with self._lock:
+            mine = [file for file in self._files.values() if file.owner == owner and file.id.startswith(kind)]
+        return sorted(mine, key=lambda file: file.created, reverse=True)
+
+    def delete(self, file_id: str, owner: str) -> None:
+        """Removes an upload."""
+        file = self.get(file_id, owner)
+        with self._lock:
+            self._files.pop(file.id, None)
+        file.path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Removes what is older than the settings allow."""
+        oldest = time.time() - self._settings.file_seconds
+        with self._lock:
+            expired = [file for file in self._files.values() if file.created < oldest]
+            for file in expired:
+                del self._files[file.id]
+        for file in expired:
+            file.path.unlink(missing_ok=True)
+
+    def _check_bytes(self, owner: str, count: int) -> None:
+        """`ApiError` where `count` bytes more are too many for this owner, or for all together."""
+        sizes: Counter[str] = Counter(self._claimed)
+        for file in self._files.values():
+            sizes[file.owner] += file.size
+        for whose, size in self._arriving.values():
+            sizes[whose] += size
+        if count <= 0:
+            return
+        if sizes.total() + count > self._settings.stored_bytes:
+            raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
+        if sizes[owner] + count > self._settings.bytes_of_key:
+            raise ApiError(
+                429, "your files take all the room that one key may have; delete some first", code="storage_full",
+                retry=60,
+            )  # fmt: skip
+
+    def used(self) -> tuple[int, int]:
+        """Files and bytes that are kept."""
+        with self._lock:
+            return len(self._files), sum(file.size for file in self._files.values())
+
+    def close(self) -> None:
+        """Removes the folder."""
+        self._home.remove()
+
+
+@dataclass(frozen=True)
+class OwnedFiles:
+    """The uploads that one owner may use in messages."""
+
+    store: FileStore
+    owner: str
+
+    def kind(self, file_id: str) -> MediumKind:
+        return self.store.get(file_id, self.owner).kind
+
+    def source(self, file_id: str) -> Source:
+        return self.store.get(file_id, self.owner).source()
+
+
+def look_into(source: Source) -> dict[str, Any]:
+    """What a file is: its kind and what the kind has; `MediaError` where it can be read as neither. Blocks."""
+    if media_kind(source) == "image":
+        from keye.config import ProcessorConfig
+
+        plan = plan_image(source, ProcessorConfig())
+        return {
+            "kind": "image", "width": plan.source_width, "height": plan.source_height, "notes": list(plan.notes),
+        }  # fmt: skip
+    info = probe(source)
+    return {
+        "kind": "video", "duration": info.duration, "width": info.width, "height": info.height, "fps": info.fps,
+        "frames": info.frame_count, "start_offset": info.start_offset, "notes": [str(note) for note in info.notes],
+    }  # fmt: skip
+
+
+def safe_name(name: str | None) -> str:
+    """A file's name as it may stand in sentences: the last part of a path, printable, not too long."""
+    last = (name or "").replace("\\", "/").rpartition("/")[2]
+    shown = "".join(character for character in last if character.isprintable())[:120].strip()
+    return shown.encode("utf-8", "replace").decode() or "upload"

@@ -1,0 +1,1 @@
+"""Live video, indexed video, answers and evidence."""

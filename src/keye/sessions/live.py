@@ -1,0 +1,318 @@
+"""A video that is still going on: frames are appended while questions are asked about what was seen so far.
+
+Every frame is computed once. A question is answered on a fork of the stored past, so it does not disturb the stream.
+Tokens, times and positions are those of one video of all frames; knows prompts and caches, not files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from keye.chat import Medium, Message
+from keye.engine.generate import Decoding
+from keye.engine.media import Frames, IndexedVideo
+from keye.engine.moments import sampled_windows
+from keye.engine.prompt import Prompt, Room, plan_of
+from keye.engine.request import Request
+from keye.engine.vision import VisionJob
+from keye.errors import KeyeError, Option
+from keye.media import sizes
+from keye.media.frame_stream import FrameShape, HeldFrames
+from keye.media.inputs import as_source, open_frames
+from keye.media.options import MediaOptions, media_options
+from keye.media.pixels.pictures import Pixels, as_frames
+from keye.media.positions import build_position_ids
+from keye.media.processor import MediaItem, Piece, VisualSpan
+from keye.media.video import open_video
+from keye.sessions.answer import Answer, AnswerStream
+
+if TYPE_CHECKING:
+    from keye.api import Keye
+
+#: What happens when the context is full: `all` refuses more frames, `recent` forgets the oldest half.
+Keep = Literal["all", "recent"]
+#: Tokens of the context that are kept free for a question and its answer.
+RESERVE: Final = 1024
+#: Frames that are made into patches at once.
+_SLICE: Final = 32
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """One frame of the stream: its time, its label and placeholders, its visual tokens if they are kept."""
+
+    time: float
+    pieces: tuple[Piece, ...]
+    token_ids: tuple[int, ...]
+    visual: Tensor | None
+
+
+def seconds_of(values: Sequence[float], name: str = "timestamps") -> list[float]:
+    """Times in seconds as floats; `KeyeError` for anything that is no finite number."""
+    try:
+        times = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        times = [math.nan]
+    if not all(map(math.isfinite, times)):
+        raise KeyeError("{} must be finite numbers of seconds", Option(name))
+    return times
+
+
+class LiveSession:
+    """Made by `Keye.live`; its past lies in the store of the model, under its budgets. Not for several threads at once.
+
+    `frames` and `tokens` count what is remembered; `dropped` frames were forgotten.
+    """
+
+    def __init__(self, model: Keye, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
+        if keep not in get_args(Keep):
+            raise KeyeError(f"keep is {keep!r}; choose one of {', '.join(get_args(Keep))}")
+        generation = model.processor.config.generation
+        if generation != "2.0":
+            raise KeyeError(
+                f"{model.name} is of generation {generation}, which looks at a video as a whole; live sessions need "
+                "a model of Keye-VL 2.0"
+            )
+        self._model, self._keep = model, keep
+        self._limit = model.config.text.max_position_embeddings
+        self._reserve = min(RESERVE, self._limit // 4) if reserve is None else reserve
+        if not 0 < self._reserve < self._limit:
+            raise KeyeError(f"reserve is {reserve}; keep 1 to {self._limit - 1} tokens free for question and answer")
+        self._options = media_options("video", options)
+        self._size: sizes.Size | None = None
+        self._frames: list[_Frame] = []
+        self.dropped, self._closed = 0, False
+        self._head, _ = self._around("?")
+        self._start()
+
+    @property
+    def frames(self) -> int:
+        """Frames that a question can see."""
+        return len(self._frames)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stream, without any question."""
+        return self._trunk.cache.length(0)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Seconds of the frames that a question can see."""
+        return tuple(frame.time for frame in self._frames)
+
+    def append(self, frames: Any, timestamps: Sequence[float]) -> None:
+        """Adds frames: an array or tensor with four axes or a list of pictures, and the second of each, later than all
+        before. All frames get the size that the first frame got; nothing is added where `KeyeError` is raised, but for
+        a context that fills up halfway (`keep="all"`)."""
+        self._check_open()
+        times = seconds_of(timestamps)
+        given = as_frames(open_frames(frames))
+        if len(given) != len(times):
+            raise KeyeError(f"{len(given)} frames have {len(times)} timestamps; give one for each frame")
+        before = [self._frames[-1].time] if self._frames else []
+        if any(not a < b for a, b in zip([*before, *times], [*before, *times][1:], strict=False)):
+            raise KeyeError("timestamps must ascend, each after that of the frame before; frames cannot be added later")
+        for start in range(0, len(given), _SLICE):
+            part = slice(start, start + _SLICE)
+            self._append(given[part], times[part])
+
+    def append_video(self, video: object, *, offset: float = 0.0) -> None:
+        """Adds the frames of a video file, sampled by the session's options, its first second being `offset`."""
+        self._check_open()
+        (offset,) = seconds_of([offset], "offset")
+        pairs = self.frames_of(video)
+        while part := list(islice(pairs, _SLICE)):
+            self.append([Image.fromarray(frame) for frame, _ in part], [offset + time for _, time in part])
+
+    def frames_of(self, video: object) -> Iterator[tuple[Pixels, float]]:
+        """Frames of a video file, uint8 RGB [H, W, 3] at the file's own size, and their seconds, sampled by the
+        session's options; decoded as they are asked for."""
+        source, processor = as_source(video), self._model.processor
+        with open_video(source, processor.limits, track=self._options.track) as reader:
+            plan = reader.plan(processor.config, self._options)
+            yield from zip(reader.frames(plan, native=True), plan.timestamps, strict=True)
+
+    def request(
+        self,
+        question: str,
+        *,
+        attention: Any = None,
+        thinking: bool | None = None,
+        evidence: bool = False,
+        **sampling: Any,
+    ) -> Request:
+        """A question about all that was seen so far, for the engine; the stream stays as it is, and frames may be
+        appended before it is answered. Options are those of `Keye.stream`; the mode of attention is the model's, since
+        the past was computed in it."""
+        self._check_open()
+        if not isinstance(question, str) or not question.strip():
+            raise KeyeError("the question is empty; ask something about the video")
+        if not self._frames:
+            raise KeyeError("no frame was appended yet; append frames before asking")
+        params = self._model.sampling_params(**sampling)
+        prompt = self._prompt(self._around(question, thinking)[1])
+        Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
+        return Request(prompt, params, attention=self._trunk.mode, evidence=evidence)
+
+    def stream_ask(self, question: str, **options: Any) -> AnswerStream:
+        """Asks a question, with the options of `request`; the engine writes the reply."""
+        request = self.request(question, **options)
+        return AnswerStream(self._model.reply(request, self._trunk.mode))
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        """The whole answer; see `stream_ask`."""
+        return self.stream_ask(question, **options).finish()
+
+    def close(self) -> None:
+        """Frees what is stored. Whatever is appended or asked afterwards is an error."""
+        self._closed = True
+        self._trunk.cache.free()
+        self._frames = []
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise KeyeError("the live session is closed; open a new one")
+
+    def _start(self) -> None:
+        """A past of nothing but what comes before the video."""
+        self._trunk = Decoding(self._model.model, mode=self._model.attention, store=self._model.store)
+        self._model.with_room(partial(self._trunk.cache.reserve, len(self._head)))
+        with self._model.turn():
+            self._trunk.append(self._head)
+
+    def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
+        """Token ids before the video, and those after it with the question."""
+        builder, medium = self._model.prompts, Medium("video", Frames(()))
+        message = Message("user", (medium, question))
+        segments = builder.render([message], template=self._model.template, thinking=thinking)
+        place = next(i for i, segment in enumerate(segments) if segment.value is medium)
+        head, tail = (
+            builder.tokenizer.encode_parts((str(s.value), s.kind == "template") for s in part)
+            for part in (segments[:place], segments[place + 1 :])
+        )
+        return list(head), list(tail)
+
+    def _append(self, frames: Any, times: list[float]) -> None:
+        first = frames[0]
+        height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+        size = self._frame_size(height, width)
+        least = len(frames) * size[0] * size[1] // self._model.processor.config.token_pixels
+        if len(self._head) + least + self._reserve > self._limit:
+            raise self._too_many(least)
+        item = self._model.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=size)
+        added = self._as_frames(item, times, self._encoded(item))
+        grown = sum(len(frame.token_ids) for frame in added)
+        if self.tokens + grown + self._reserve > self._limit:
+            self._make_room(grown)
+        self._compute(added, item)
+        if self._keep == "all":  # visual tokens are needed for starting anew only
+            added = [_Frame(f.time, f.pieces, f.token_ids, None) for f in added]
+        self._frames += added
+
+    def _encoded(self, item: MediaItem) -> Tensor:
+        empty = torch.empty(0, dtype=torch.int64)
+        job = VisionJob(self._model.model, Prompt(empty, empty.expand(3, 0), 0, (item,)))
+        try:
+            job.run_until(job.total, self._model.turn)
+            return job.tokens(0, job.total)
+        finally:
+            job.close()
+
+    def _as_frames(self, item: MediaItem, times: list[float], visual: Tensor) -> list[_Frame]:
+        """Frames of a medium whose pieces are a label and a span for each."""
+        made, done, pieces = list[_Frame](), 0, list[Piece]()
+        for piece in item.pieces:
+            pieces.append(piece)
+            if isinstance(piece, VisualSpan):
+                own = tuple(pieces)
+                ids = tuple(self._model.prompts.piece_ids(own))
+                made.append(_Frame(times[len(made)], own, ids, visual[done : done + piece.tokens]))
+                done += piece.tokens
+                pieces = []
+        assert not pieces and len(made) == len(times), "a frame is a label and a span"
+        return made
+
+    def _compute(self, frames: Sequence[_Frame], item: MediaItem) -> None:
+        """Stores frames behind what is stored; positions count on."""
+        ids = np.array([token for frame in frames for token in frame.token_ids], dtype=np.int64)
+        grids = {self._model.config.video_token_id: item.grid_thw}
+        merge = self._model.config.vision.spatial_merge_size
+        positions, delta = build_position_ids(ids, grids, merge_size=merge)
+        visual = torch.cat([frame.visual for frame in frames if frame.visual is not None])
+        start = self._trunk.position
+        self._model.with_room(partial(self._trunk.cache.reserve, self.tokens + len(ids)))
+        self._trunk.extend(
+            torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
+            turn=self._model.turn,
+        )  # fmt: skip
+
+    def _make_room(self, tokens: int) -> None:
+        """`recent`: forgets the oldest frames until half the context is left, and computes the others anew, at the
+        positions of a video that begins with them: stored keys hold their position and what they saw before."""
+        held = f"{self.frames} frames in {self.tokens} of {self._limit} tokens"
+        if self._keep == "all":
+            raise KeyeError(
+                f"the context is full: it holds {held}, and {self._reserve} are kept for question and answer; "
+                'start a new session, append fewer or smaller frames, or open it with keep="recent"'
+            )
+        target = (self._limit - self._reserve) // 2
+        fixed = len(self._head) + tokens
+        if fixed + self._reserve > self._limit:
+            raise self._too_many(tokens)
+        kept, used = list[_Frame](), fixed
+        for frame in reversed(self._frames):
+            used += len(frame.token_ids)
+            if used > target:
+                break
+            kept.insert(0, frame)
+        self.dropped += len(self._frames) - len(kept)
+        self._start()
+        self._frames = kept
+        if kept:
+            self._compute(kept, self._item())
+
+    def _too_many(self, tokens: int) -> KeyeError:
+        return KeyeError(
+            f"{tokens} tokens of new frames do not fit the context of {self._limit}; append fewer or smaller frames"
+        )
+
+    def _item(self) -> MediaItem:
+        """All frames as one medium, without their pixels."""
+        assert self._size is not None
+        shape = FrameShape([self._size] * len(self._frames), self._model.processor.config)
+        pieces = tuple(piece for frame in self._frames for piece in frame.pieces)
+        return MediaItem("video", HeldFrames(lambda: iter(()), shape), pieces, self.times)
+
+    def _prompt(self, tail: list[int]) -> Prompt:
+        """The prompt of a question. Its past is a fork of the stream in the form of an index, so that the engine
+        goes on from there; the positions in it are in what is stored, and not needed any more."""
+        item, begin = self._item(), self._trunk.position
+        seen = torch.tensor([*self._head, *(token for frame in self._frames for token in frame.token_ids)])
+        stored = torch.zeros(3, len(seen), dtype=torch.int64)
+        with self._model.turn():
+            cache = self._trunk.cache.fork()
+        past = IndexedVideo(
+            "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, plan_of(item), self._trunk.mode,
+            cache,
+        )  # fmt: skip
+        after = torch.arange(begin, begin + len(tail)).expand(3, -1)
+        ids = torch.cat((seen, torch.tensor(tail)))
+        positions = torch.cat((stored, after), dim=1)
+        return Prompt(ids, positions, begin + len(tail), (), cache, past, windows=sampled_windows([past.plan]))
+
+    def _frame_size(self, height: int, width: int) -> sizes.Size:
+        """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""
+        if self._size is None:
+            config = self._model.processor.config
+            self._size = sizes.frame_sizes(height, width, 2, config, self._options).slow
+        return self._size

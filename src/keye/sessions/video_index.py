@@ -1,0 +1,303 @@
+"""A video read once and kept in a file: the prompt up to the end of the video is computed, and questions continue it.
+
+`write_video_index` and `open_video_index` turn a prompt into the facts of an `indexfile` header and back, and hold file
+and model together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar, get_args
+
+import torch
+
+from keye.cache.checksums import damaged
+from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
+from keye.cache.ledger import Ledger
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVLayout
+from keye.cache.tiers import KVOptions
+from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message
+from keye.config import KeyeConfig
+from keye.engine.generate import Decoding
+from keye.engine.media import IndexedVideo
+from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.request import Progress
+from keye.engine.turns import Turn
+from keye.errors import KeyeError, KeyeWarning
+from keye.media.processor import Piece, VisualSpan
+from keye.media.source.fetch import Source, is_index
+from keye.models.attention import AttentionMode
+from keye.models.keye import KeyeModel
+from keye.sessions.fingerprint import Fingerprint
+from keye.version import __version__
+
+T = TypeVar("T")
+
+
+class LoadedModel(Protocol):
+    """The loaded model that indexes and answers; `keye.Keye` is one."""
+
+    kv: KVOptions
+    ledger: Ledger
+    template: ChatTemplate | CheckpointTemplate
+
+    @property
+    def model(self) -> KeyeModel: ...
+
+    @property
+    def fingerprint(self) -> Fingerprint: ...
+
+    def with_room(self, take: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """An index that was written: `tokens` stored, `media_tokens` of them visual, `bytes` of the file, the number format
+    of keys and values, the plan of the video, and wall time by phase."""
+
+    path: Path
+    tokens: int
+    media_tokens: int
+    bytes: int
+    kv: str
+    plan: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def write_video_index(
+    owner: LoadedModel,
+    builder: PromptBuilder,
+    medium: Medium,
+    path: Path,
+    mode: AttentionMode,
+    *,
+    turn: Turn = nullcontext,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> IndexInfo:
+    """Computes the prompt up to the end of a video and writes it; `turn` is entered for each piece of work on the
+    model. `KeyeError`, before anything is computed, for a video that does not fit the context, the memory or the
+    disk."""
+    begin = time.perf_counter()
+    if isinstance(medium.source, Source) and is_index(medium.source):
+        raise KeyeError(f"{medium.source.name} is an index already: give the video itself")
+    model = owner.model
+    segments = builder.render([Message("user", (medium, "."))], template=owner.template)
+    end = next(i for i, segment in enumerate(segments) if segment.value is medium)
+    text = model.config.text if mode == "sparse" else model.config.without_indexer().text
+    layout = KVLayout.of(text, model.dtype, owner.kv.kv, owner.kv.index)
+    prompt = builder.lay_out(segments[: end + 1], room=Room(text.max_position_embeddings, 1), stream=True)
+    check_index_disk(path, layout, prompt.token_ids.shape[0])
+    prepared = time.perf_counter()
+    decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
+    owner.with_room(partial(decoding.cache.reserve, prompt.token_ids.shape[0]))
+    decoding.prefill(prompt, turn=turn, on_progress=on_progress)
+    prefilled = time.perf_counter()
+    about = _about(owner, builder, prompt, medium, mode)
+    about["video"]["plan"] = plan = _noted(prompt.plans[0], decoding.notes)
+    write_index_file(path, decoding.cache, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)
+    done = time.perf_counter()
+    seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "write": done - prefilled}
+    return IndexInfo(
+        path, prompt.token_ids.shape[0], prompt.visual_tokens, path.stat().st_size, layout.keys.kind, plan,
+        {name: round(value, 4) for name, value in seconds.items()},
+    )  # fmt: skip
+
+
+def _about(
+    owner: LoadedModel, builder: PromptBuilder, prompt: Prompt, medium: Medium, mode: AttentionMode
+) -> dict[str, Any]:
+    """The header of an index, storage excepted."""
+    (item,) = prompt.media
+    return {
+        "keye": __version__,
+        "model": asdict(owner.fingerprint),
+        "attention": mode,
+        "next_position": prompt.next_position,
+        "start": prompt.token_ids.shape[0] - len(builder.piece_ids(item.pieces)),
+        "video": {
+            "sha256": _file_hash(medium.source),
+            "options": {name: value for name, value in medium.options.items() if value is not None},
+            "plan": prompt.plans[0],
+            "timestamps": list(item.timestamps),
+            "pieces": [piece.tokens if isinstance(piece, VisualSpan) else piece for piece in item.pieces],
+        },
+    }
+
+
+def _noted(plan: Mapping[str, Any], warnings: Sequence[KeyeWarning]) -> Mapping[str, Any]:
+    """A plan with what was tolerated of the video when its frames were read."""
+    if not warnings:
+        return plan
+    found = (str(warning).removeprefix(f"{plan['name']}: ") for warning in warnings)
+    return {**plan, "notes": [*plan.get("notes", ()), *found]}
+
+
+def _file_hash(source: Any) -> str | None:
+    """SHA-256 of a video file; None for pictures in memory."""
+    if not isinstance(source, Source):
+        return None
+    found = hashlib.sha256()
+    with source.open() as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> IndexedVideo:
+    """An index as the beginning of prompts of a model. `KeyeError` where the file is damaged, or is not of this model.
+
+    Its pages are read only and shared by all that continue it; what they add goes to a store of the same formats in
+    the model's own tier.
+    """
+    if source.path is None:
+        raise KeyeError(f"{source.name} is an index, which is mapped from its file: give its path")
+    file, mapped, check = open_mapped(source.path)
+    facts = _Facts.read(file)
+    check_same_model(source.path, facts.model, owner.fingerprint)
+    if "native_fps" in facts.plan and "start_offset" not in facts.plan:
+        raise KeyeError(f"{source.path} was made by an older keye, whose times counted from the first picture and not "
+                        "from the start of the file: index the video again")  # fmt: skip
+    _check_layout(file, config, owner.model.dtype)
+    _check_tokens(file, facts, config)
+    keys, values, index = file.kinds(mapped)
+    near, device = 0, owner.model.device
+    if index is not None and device.type != "cpu":
+        for layer in range(file.layout.layers):
+            check.compare("index", layer)
+        if check.damage is not None:
+            raise check.damage
+        near, index = index.nbytes, index.to(device)
+    store = owner.kv.store_of(file.layout, device, owner.ledger)
+    blocks = store.adopt((keys, values, index), file.blocks, near)
+    cache = KVCache.of_blocks(store, blocks, file.length, check)
+    return IndexedVideo(
+        source.name, file.tokens[0], file.tokens[1:], facts.next_position, facts.start, facts.pieces, facts.timestamps,
+        facts.plan, facts.attention, cache,
+    )  # fmt: skip
+
+
+def check_same_model(path: Path, theirs: Fingerprint, ours: Fingerprint) -> None:
+    """`KeyeError` that says in what the model of an index differs from another."""
+    again = "or index the video again"
+    if theirs.config != ours.config:
+        raise KeyeError(f"{path} is an index of the model {theirs.name}, not of {ours.name} as it is configured here: "
+                        f"ask with that model, {again}")  # fmt: skip
+    if theirs.dtype != ours.dtype:
+        raise KeyeError(f"{path} was computed in {theirs.dtype}, but the model is loaded in {ours.dtype}: load it with "
+                        f"dtype {theirs.dtype}, {again}")  # fmt: skip
+    if theirs.weights != ours.weights:
+        raise KeyeError(f"{path} is an index of the model {theirs.name} with other weights: ask with those, {again}")
+    if theirs.processor != ours.processor:
+        raise KeyeError(f"{path} was made when {theirs.name} prepared media otherwise: {again.removeprefix('or ')}")
+
+
+def check_attention_of(indexed: IndexedVideo, mode: AttentionMode) -> None:
+    """`KeyeError` where a question attends otherwise than the index was computed."""
+    if indexed.attention != mode:
+        raise KeyeError(f"{indexed.name} was indexed with {indexed.attention} attention, but the question asks for "
+                        f"{mode}: ask with {indexed.attention}, or index the video again")  # fmt: skip
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What an index holds, from its header, as plain data for `keye inspect`."""
+    file = read_index_file(path)
+    facts = _Facts.read(file)
+    kinds = {"keys": file.layout.keys, "values": file.layout.values, "index": file.layout.index}
+    return {
+        "index": str(path), "bytes": file.size, "keye": file.about.get("keye"), "model": asdict(facts.model),
+        "attention": facts.attention, "tokens": file.length, "visual_tokens": facts.visual_tokens,
+        "layers": file.layout.layers, "formats": {name: rows.kind for name, rows in kinds.items() if rows is not None},
+        "bytes_per_token": file.layout.token_bytes, "video": {**facts.video, "pieces": len(facts.pieces)},
+    }  # fmt: skip
+
+
+#: What answers and tables show of a plan.
+_PLAN: Final[Mapping[str, Any]] = {
+    "name": str, "duration": int | float, "frames": int, "timestamps": list, "visual_tokens": int,
+    "start_offset": int | float, "notes": list,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The header of a file after its storage, checked field by field."""
+
+    model: Fingerprint
+    attention: AttentionMode
+    next_position: int
+    start: int
+    video: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    pieces: tuple[Piece, ...]
+    timestamps: tuple[float, ...]
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
+
+    @classmethod
+    def read(cls, file: IndexFile) -> _Facts:
+        about = file.about
+        names = dict.fromkeys(Fingerprint.__dataclass_fields__, str)
+        model, video = _fields(file, about.get("model"), names), about.get("video")
+        _fields(file, about, {"attention": str, "next_position": int, "start": int})
+        held = _fields(file, video, {"plan": dict, "options": dict, "pieces": list, "timestamps": list})
+        sound = (
+            about["attention"] in get_args(AttentionMode)
+            and 0 <= about["start"] <= file.length
+            and any(type(one) is int for one in held["pieces"])
+            and all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"])
+            and all(isinstance(one, int | float) for one in held["timestamps"])
+            and all(isinstance(value, _PLAN.get(name, object)) for name, value in held["plan"].items())
+            and all(_is_times(held["plan"].get(name)) for name in ("timestamps", "label_times", "part"))
+        )
+        if not sound:
+            raise damaged(file.path, "its header holds values that keye does not write")
+        pieces = tuple(one if isinstance(one, str) else VisualSpan("video", one) for one in held["pieces"])
+        return cls(
+            Fingerprint(**{name: model[name] for name in names}), about["attention"], about["next_position"],
+            about["start"], held, held["plan"], pieces, tuple(map(float, held["timestamps"])),
+        )  # fmt: skip
+
+
+def _is_times(value: object) -> bool:
+    """Whether a value is a list of seconds, or not there."""
+    return value is None or (isinstance(value, list) and all(isinstance(one, int | float) for one in value))
+
+
+def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
+    """A part of the header that has these fields."""
+    if not isinstance(given, dict) or not all(type(given.get(name)) is kind for name, kind in wanted.items()):
+        raise damaged(file.path, f"its header lacks one of {', '.join(wanted)}")
+    return given
+
+
+def _check_layout(file: IndexFile, config: KeyeConfig, dtype: torch.dtype) -> None:
+    """The stored rows must be those of the model, in whatever format."""
+    text, layout = config.text, file.layout
+    heads = {(rows.heads, rows.dim) for rows in (layout.keys, layout.values)}
+    index = None if layout.index is None else (layout.index.heads, layout.index.dim)
+    ours = None if text.sparse is None or layout.index is None else (1, text.sparse.indexer_head_dim)
+    if layout.layers != text.num_hidden_layers or heads != {(text.num_key_value_heads, text.head_dim)} or index != ours:
+        raise damaged(file.path, "its rows have another shape than those of its model")
+
+
+def _check_tokens(file: IndexFile, facts: _Facts, config: KeyeConfig) -> None:
+    """Ids, positions and placeholders must be possible for the model."""
+    ids, most = file.tokens[0], 1 << 31
+    visual = int(((ids == config.video_token_id) | (ids == config.image_token_id)).sum())
+    good = 0 <= int(ids.min()) and int(ids.max()) < config.text.vocab_size and 0 < facts.next_position < most
+    good = good and 0 <= int(file.tokens[1:].min()) and int(file.tokens.max()) < most
+    if not good or visual != facts.visual_tokens:
+        raise damaged(file.path, "its tokens are none of its model")

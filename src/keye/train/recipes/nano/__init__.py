@@ -1,0 +1,1 @@
+"""keye-nano's training recipe: batches, helper losses, evidence and initialisation."""

@@ -1,0 +1,242 @@
+"""FrameForge clips as packed training batches. Numpy only, so that a light worker process can make them ahead.
+
+Legend: B clips, F frames, P trunk tokens (the video), L tail tokens (questions and answers, padded).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keye.chat.tokenizer import Tokenizer
+from keye.config import ProcessorConfig, load_processor_config
+from keye.data.frameforge import Clip, Question, dense_labels, make_clip, picture_questions, questions, render
+from keye.media.positions import build_position_ids
+from keye.train.config import StageConfig
+from keye.train.recipes.nano.evidence import Comparison, Events, Pointer, PointerMaker, TrunkLayout, events_of
+
+IGNORE = -100
+#: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
+WINDOW = 128
+CAPITAL_CHANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Where one answer lies in a batch: row, tail positions start .. stop of the predicting tokens, the question."""
+
+    row: int
+    start: int
+    stop: int
+    question: Question
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """`frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64 [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are
+    the next token, `IGNORE` where nothing is learnt); `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the
+    tokens of each frame's timestamp (F is 0 for pictures). `keye.train.recipes.nano.evidence` describes the rest."""
+
+    frames: NDArray[np.uint8]
+    trunk_ids: NDArray[np.int64]
+    tail_ids: NDArray[np.int64]
+    branch: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    time_ids: NDArray[np.int64]
+    answers: tuple[Answered, ...]
+    layout: TrunkLayout
+    pointers: tuple[Pointer, ...]
+    comparisons: tuple[Comparison, ...]
+    events: Events
+
+
+@dataclass(frozen=True)
+class VisionBatch:
+    """Single frames uint8 [B, H, W, 3] and, for each visual token, targets [B, cells, k]: `ids` int64 (0 none) and
+    `offset` float32 [B, cells, 2] (NaN where no object is centred)."""
+
+    frames: NDArray[np.uint8]
+    ids: NDArray[np.int64]
+    offset: NDArray[np.float32]
+
+
+#: Names and class counts of the columns of `VisionBatch.ids`.
+VISION_TARGETS = (("color", 9), ("shape", 6), ("size", 3), ("letter 1", 37), ("letter 2", 37), ("cover color", 9),
+                  ("cover shape", 6), ("background", 9), ("row", 9), ("column", 9),
+                  ("letter 1 order", 9), ("letter 2 order", 9), ("text length", 9))  # fmt: skip
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class BatchMaker:
+    """Makes batches from seeds; the same seed gives the same batch."""
+
+    def __init__(self, tokenizer: Tokenizer, processor: ProcessorConfig, size: tuple[int, int] = (112, 112)) -> None:
+        self.tokenizer, self.processor, self.size = tokenizer, processor, size
+        encode = tokenizer.encode
+        self.video_pad, self.image_pad = tokenizer.token_id("<|video_pad|>"), tokenizer.token_id("<|image_pad|>")
+        self.prefix = encode("<|im_start|>user\n<|vision_start|>", special=True)
+        self.suffix = encode("<|vision_end|>", special=True)
+        self.turn = encode("<|im_end|>\n<|im_start|>assistant\n", special=True)
+        self.end = encode("<|im_end|>", special=True)
+        self.pointers = PointerMaker(encode)
+        self.columns, self.rows = size[0] // processor.factor, size[1] // processor.factor
+
+    def packed(self, config: StageConfig, seed: int) -> PackedBatch:
+        """A batch for the language stages: one entry of the mix, clips and questions drawn from `seed`."""
+        rng = random.Random(seed)
+        mix = rng.choices(config.mix, [m.weight for m in config.mix])[0]
+        text_chance = config.text_chance if mix.text_chance is None else mix.text_chance
+        clips: list[Clip] = []
+        asked: list[list[Question]] = []
+        while len(clips) < mix.clips:
+            plain = rng.random() < config.plain_times
+            clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects, split=config.split,
+                             size=self.size, text_chance=text_chance,
+                             start=0.0 if plain else None, step=0.5 if plain else None)  # fmt: skip
+            if mix.pictures:
+                found = picture_questions(clip, rng, mix.questions)
+            else:
+                found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
+            if found:
+                clips.append(clip)
+                asked.append([_capitalised(question, rng) for question in found])
+        return self.pack(clips, asked, pictures=mix.pictures)
+
+    def pack(
+        self, clips: Sequence[Clip], asked: Sequence[Sequence[Question]], *, pictures: bool = False
+    ) -> PackedBatch:
+        """Packs clips of equally many frames with their questions; `pictures` shows the only frame as an image."""
+        trunks, times = zip(*(self._picture() if pictures else self._trunk(clip) for clip in clips), strict=True)
+        trunk_ids = np.array(trunks, dtype=np.int64)
+        patch, pad = self.processor.merge_size, self.image_pad if pictures else self.video_pad
+        grid = np.tile([1, self.rows * patch, self.columns * patch], (clips[0].frames, 1))
+        trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
+        first = trunk_ids.shape[1] + delta
+        rendered = [[self._render(question) for question in items] for items in asked]
+        places = [_fill_windows([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
+        width = max(stop for row in places for _, stop in row)
+        shape = (len(clips), -(-width // WINDOW) * WINDOW)
+        tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        answers: list[Answered] = []
+        layout = self._layout(clips[0].frames, trunk_ids.shape[1])
+        pointers: list[Pointer] = []
+        comparisons: list[Comparison] = []
+        for row, items in enumerate(rendered):
+            for number, ((question, head, tail), (start, stop)) in enumerate(zip(items, places[row], strict=True)):
+                answer = start + len(head) - 1
+                tail_ids[row, start:stop] = head + tail[:-1]
+                labels[row, answer:stop] = tail
+                branch[row, start:stop], offsets[row, start:stop] = number, np.arange(stop - start)
+                answers.append(Answered(row, answer, stop, question))
+                if compared := self.pointers.comparison(clips[row], question, head, row, start):
+                    comparisons.append(compared)
+                pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)
+                pointers += self.pointers.of_answer(clips[row], layout, question, tail, row, answer)
+        positions = np.concatenate(
+            [np.broadcast_to(trunk_positions, (len(clips), *trunk_positions.shape)),
+             np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
+        frames = np.stack([render(clip) for clip in clips])
+        time_ids = np.array(times, np.int64).reshape(len(clips), -1, 2)
+        return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
+                           layout, tuple(pointers), tuple(comparisons), events_of(clips))  # fmt: skip
+
+    def _layout(self, frames: int, length: int) -> TrunkLayout:
+        cells, prefix = self.rows * self.columns, len(self.prefix)
+        text = (length - prefix - len(self.suffix)) // frames - cells
+        return TrunkLayout(prefix, text, cells, self.columns, frames, length)
+
+    def _trunk(self, clip: Clip) -> tuple[list[int], list[list[int]]]:
+        ids, times = list(self.prefix), []
+        pads = [self.video_pad] * (self.rows * self.columns)
+        for seconds in clip.timestamps:
+            text = self.tokenizer.encode(self.processor.frame_text.format(seconds=seconds), special=True)
+            times.append(text[-2:])
+            ids += text + pads
+        return ids + self.suffix, times
+
+    def _picture(self) -> tuple[list[int], list[list[int]]]:
+        """The trunk of an image, which has no times."""
+        return [*self.prefix, *[self.image_pad] * (self.rows * self.columns), *self.suffix], []
+
+    def _render(self, question: Question) -> tuple[Question, list[int], list[int]]:
+        """The question with its token ids: question and turn, answer and end."""
+        head = self.tokenizer.encode(question.text) + self.turn
+        return question, head, self.tokenizer.encode(question.answer) + self.end
+
+    def vision(self, config: StageConfig, seed: int) -> VisionBatch:
+        """A batch of single frames for the vision stage."""
+        rng = random.Random(seed)
+        frames: list[NDArray[np.uint8]] = []
+        ids: list[NDArray[np.int64]] = []
+        offsets: list[NDArray[np.float32]] = []
+        row, column = np.indices((self.rows, self.columns))
+        while len(frames) < config.batch:
+            clip = make_clip(
+                rng.getrandbits(60), frames=2, objects=config.objects, size=self.size, text_chance=config.text_chance
+            )
+            labels = dense_labels(clip, 0, self.processor.factor)
+            columns = [labels.color, labels.shape, labels.size, labels.letters[..., 0], labels.letters[..., 1],
+                       labels.cover_color, labels.cover_shape, np.full_like(row, labels.background + 1),
+                       np.minimum(row, 7) + 1, np.minimum(column, 7) + 1,
+                       labels.letter_order[..., 0].clip(max=8), labels.letter_order[..., 1].clip(max=8),
+                       labels.text_length.clip(max=8)]  # fmt: skip
+            frames.append(render(clip)[0])
+            ids.append(np.stack(columns, axis=-1).reshape(-1, len(columns)))
+            offset = np.where(labels.color[..., None] > 0, labels.offset, np.nan)
+            offsets.append(offset.reshape(-1, 2).astype(np.float32))
+        return VisionBatch(np.stack(frames), np.stack(ids), np.stack(offsets))
+
+
+def _capitalised(question: Question, rng: random.Random) -> Question:
+    """A quarter of the questions begin with a capital letter, as people write them."""
+    if rng.random() >= CAPITAL_CHANCE:
+        return question
+    return replace(question, text=question.text[:1].upper() + question.text[1:])
+
+
+def _fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, stop) of each branch so that none crosses a multiple of `WINDOW`: longest first, first window with room.
+
+    ValueError for a branch that fits no window.
+    """
+    room: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        need = lengths[index]
+        if need > WINDOW:
+            raise ValueError(f"a question and its answer take {need} tokens; a window holds {WINDOW}")
+        window = next((w for w, left in enumerate(room) if left >= need), len(room))
+        if window == len(room):
+            room.append(WINDOW)
+        start = window * WINDOW + WINDOW - room[window]
+        places[index] = (start, start + need)
+        room[window] -= need
+    return places
+
+
+@lru_cache(maxsize=2)
+def batch_maker(folder: Path) -> BatchMaker:
+    """The maker for the tokenizer and processor of a model folder."""
+    return BatchMaker(Tokenizer.from_file(folder), load_processor_config(folder))
+
+
+def make_batch(config: StageConfig, folder: Path, seed: int) -> VisionBatch | PackedBatch:
+    """The batch of `seed` for a stage; a worker process calls it."""
+    maker = batch_maker(folder)
+    if config.kind == "vision":
+        return maker.vision(config, seed)
+    return maker.packed(config, seed)
