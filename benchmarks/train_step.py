@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from keye.config import load_model_config
-from keye.ops.elementwise import table
+from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
 from keye.train.config import Mix, StageConfig
 from keye.train.recipes.nano.batches import make_batch
 from keye.train.recipes.nano.initialise import fresh_model
@@ -28,9 +28,10 @@ NANO = Path(__file__).parents[1] / "configs" / "nano"
 STAGE = StageConfig("step", steps=1, mix=(Mix(frames=16, clips=4, questions=16),))
 
 
-def step_seconds(steps: int) -> list[float]:
+def step_seconds(steps: int, elementwise: Elementwise) -> list[float]:
     """Seconds of the forward and backward passes of `steps` steps, after three that warm up."""
     model = fresh_model(load_model_config(NANO), 0).bfloat16().train()
+    model.set_elementwise(elementwise)
     list(trainable(model, STAGE))
     stage, seconds = make_stage(STAGE, model), []
     for number in range(steps + 3):
@@ -48,10 +49,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, object] = {}
-    plain = step_seconds(arguments.steps)
+    plain = step_seconds(arguments.steps, PLAIN)
     result["plain_s"] = [round(s, 3) for s in plain]
-    if table.fuse():
-        fused = step_seconds(arguments.steps)
+    if (compiled := compile_elementwise(torch.device("cpu"))) is not None:
+        fused = step_seconds(arguments.steps, compiled)
         result["fused_s"] = [round(s, 3) for s in fused]
         result["ratio"] = round(statistics.median(plain) / statistics.median(fused), 2)
     print(json.dumps(result, indent=2))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from keye.models.keye import KeyeModel
 from keye.ops import elementwise
-from keye.ops.elementwise import table
+from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
 
 
 def randn(*shape: int) -> Tensor:
@@ -39,25 +40,21 @@ def values_and_gradients(function: Callable[..., Any], name: str) -> list[Tensor
     return [*(out.detach() for out in outputs), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.fixture
-def fused() -> Iterator[None]:
-    table.fuse()
-    yield
-    table.plain()
+def compiled() -> Elementwise:
+    fused = compile_elementwise(torch.device("cpu"))
+    assert fused is not None
+    return fused
 
 
 def test_every_entry_is_tested() -> None:
-    assert set(CASES) == {name for name in vars(table) if name != "fused"}
-    assert not table.fused
+    assert set(CASES) == set(Elementwise._fields)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("name", list(CASES))
 def test_fused_equals_plain(name: str) -> None:
-    assert table.fused
-    got = values_and_gradients(getattr(table, name), name)
-    want = values_and_gradients(getattr(elementwise, name), name)
+    got = values_and_gradients(getattr(compiled(), name), name)
+    want = values_and_gradients(getattr(PLAIN, name), name)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -67,3 +64,33 @@ def test_masked_softmax_ignores_masked_logits() -> None:
     probs = elementwise.masked_softmax(logits, mask, 0.5)
     torch.testing.assert_close(probs[:, mask], (logits[:, mask] * 0.5).softmax(-1))
     assert probs[:, ~mask].abs().max() == 0
+
+
+def check_only_one_model_changes(
+    elementwise: Elementwise, make_model: Callable[..., KeyeModel], logits_of: Callable[[KeyeModel], Tensor]
+) -> None:
+    one, other = make_model(0), make_model(0)
+    before = logits_of(one)
+    other.set_elementwise(elementwise)
+    changed = logits_of(other)
+    assert not torch.equal(changed, before)
+    torch.testing.assert_close(changed, before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits_of(one), before)
+    assert torch.equal(logits_of(make_model(0)), before)
+    other.set_elementwise(PLAIN)
+    assert torch.equal(logits_of(other), before)
+
+
+@pytest.fixture
+def logits_of(make_prompt: Any, run_chunks: Callable[..., Tensor]) -> Callable[[KeyeModel], Tensor]:
+    return lambda model: run_chunks(model, make_prompt(0, 40), [30, 10])
+
+
+def test_operations_belong_to_one_model(make_model: Any, logits_of: Any) -> None:
+    other = PLAIN._replace(rms_norm=lambda x, weight, eps: elementwise.rms_norm(x, weight, eps + 1e-5))
+    check_only_one_model_changes(other, make_model, logits_of)
+
+
+@pytest.mark.slow
+def test_one_model_is_compiled_and_another_is_not(make_model: Any, logits_of: Any) -> None:
+    check_only_one_model_changes(compiled(), make_model, logits_of)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from keye.config import TextConfig
 from keye.models.indexer import Indexer, IndexerOutput
-from keye.models.layers import RMSNorm
+from keye.models.layers import Layer, RMSNorm
 from keye.ops import reference
 from keye.ops import registry as dsa
-from keye.ops.elementwise import table
 from keye.ops.kv_blocks import LayerPages
 from keye.ops.registry import Stretch
 
@@ -85,7 +84,7 @@ class Step(Protocol):
         """Sees router logits [T, E] and chosen experts [T, K] of each routed layer."""
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Projections, per-head norms, rotary embedding, attention by the step, output projection."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
@@ -104,8 +103,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
         """[T, d] -> [T, d]."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = table.norm_rotate(q, self.q_norm.weight, self.eps, rope.cos, rope.sin)
-        k = table.norm_rotate(k, self.k_norm.weight, self.eps, rope.cos, rope.sin)
+        q = self.elementwise.norm_rotate(q, self.q_norm.weight, self.eps, rope.cos, rope.sin)
+        k = self.elementwise.norm_rotate(k, self.k_norm.weight, self.eps, rope.cos, rope.sin)
         index = None
         if step.sparse:
             # The indexer never trains the trunk: its input is detached (2.0 report, sparse adaptation).

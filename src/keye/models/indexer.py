@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch import bfloat16 as bf16
 
 from keye.config import TextConfig
-from keye.models.layers import RMSNorm
-from keye.ops.elementwise import table
+from keye.models.layers import Layer, RMSNorm
 from keye.ops.reference import hadamard_transform, quantize_fp8
 
 #: `exact` keeps the dtype of the activations; `fp8` rounds queries and keys to e4m3 with power-of-two scales after the
@@ -29,7 +28,7 @@ class IndexerOutput(NamedTuple):
     gate: Tensor
 
 
-class Indexer(nn.Module):
+class Indexer(Layer):
     """Scores I[t,s] = sum_j gate[t,j] relu(q[t,j] . k[s]); this module makes q, k and gate from hidden states."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -63,7 +62,7 @@ class Indexer(nn.Module):
         if self.numerics == "official":
             q, k = _rotate_bf16(q.to(bf16), cos, sin), _rotate_bf16(k.to(bf16).unsqueeze(1), cos, sin)
         else:
-            q, k = table.rotate(q, cos, sin), table.rotate(k.unsqueeze(1), cos, sin)
+            q, k = self.elementwise.rotate(q, cos, sin), self.elementwise.rotate(k.unsqueeze(1), cos, sin)
         if not self.training:  # orthonormal: it changes no score, only what quantisation sees
             q, k = hadamard_transform(q), hadamard_transform(k)
         return q, k.squeeze(1), w

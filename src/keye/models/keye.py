@@ -15,14 +15,14 @@ from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
 from keye.models.attention import Attention, Rope, Step
 from keye.models.indexer import Indexer, Numerics
-from keye.models.layers import MLP, RMSNorm, embedding
+from keye.models.layers import MLP, Layer, RMSNorm, embedding
 from keye.models.moe import MoE
 from keye.models.vision import Projector, Visual, encode_vision
-from keye.ops.elementwise import table
+from keye.ops.elementwise import Elementwise
 from keye.ops.reference import inverse_frequencies, rope_angles
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Pre-norm attention, then pre-norm MLP or experts."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
         """[T, d] -> [T, d]."""
         attended = self.self_attn(self.input_layernorm(x), rope, step)
         norm = self.post_attention_layernorm
-        x, normed = table.add_rms_norm(x, attended, norm.weight, norm.eps)
+        x, normed = self.elementwise.add_rms_norm(x, attended, norm.weight, norm.eps)
         if isinstance(self.mlp, MoE):
             out, logits, chosen = self.mlp(normed)
             step.observe_router(self.layer, logits, chosen)
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         return Rope(cos, sin, *rope_angles(position_ids, index_freq, config.indexer_mrope_section()))
 
 
-class KeyeModel(nn.Module):
+class KeyeModel(Layer):
     """Keye-VL as one module; built on any device, including `meta`.
 
     `origin` is the folder it was loaded from if that holds tensors which no forward pass reads and saving must keep.
@@ -106,6 +106,12 @@ class KeyeModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
+
+    def set_elementwise(self, elementwise: Elementwise) -> None:
+        """Chooses the versions of the small operations that this model's layers call."""
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.elementwise = elementwise
 
     def set_indexer_numerics(self, numerics: Numerics) -> None:
         """Chooses how every indexer rounds; see `keye.models.indexer.Numerics`."""

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from keye.ops.elementwise import table
+from keye.ops.elementwise import PLAIN, Elementwise
 
 
-class RMSNorm(nn.Module):
+class Layer(nn.Module):
+    """A module that calls element-wise operations: the plain ones, unless its model has others."""
+
+    elementwise: Elementwise = PLAIN
+
+
+class RMSNorm(Layer):
     """Root-mean-square norm over the last dimension with a learned weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -18,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return table.rms_norm(x, self.weight, self.eps)
+        return self.elementwise.rms_norm(x, self.weight, self.eps)
 
 
 def embedding(count: int, dim: int) -> nn.Embedding:

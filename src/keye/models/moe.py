@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye.config import TextConfig
+from keye.models.layers import Layer
 from keye.ops import grouped
-from keye.ops.elementwise import table
 
 #: Rows of one expert's matrix product are padded to a multiple of this in large steps: CPU libraries build a kernel for
 #: every new shape, so few shapes are faster than exact ones.
 ROW_MULTIPLE = 64
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """Fused expert weights in the official layout: x @ gate_up_proj[e] -> [gate | up], then @ down_proj[e]."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -33,12 +33,12 @@ class Experts(nn.Module):
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
         if grouped.fast(x, self.gate_up_proj):
             gate_up = grouped.matmul(x, self.gate_up_proj, sizes)
-            return grouped.matmul(table.swiglu(gate_up), self.down_proj, sizes)
+            return grouped.matmul(self.elementwise.swiglu(gate_up), self.down_proj, sizes)
         weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        return torch.cat([table.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
+        return torch.cat([self.elementwise.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """Routes each token to its top-k experts and sums their outputs with the router's weights."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -56,7 +56,7 @@ class MoE(nn.Module):
         token_of_row, row_of_slot, sizes = _plan_rows(chosen, logits.shape[1])
         y = self.experts(_Dispatch.apply(x, token_of_row, row_of_slot), sizes)
         gathered = _Collect.apply(y, row_of_slot)
-        return table.weighted_sum(gathered, weights.to(x.dtype)), logits, chosen
+        return self.elementwise.weighted_sum(gathered, weights.to(x.dtype)), logits, chosen
 
 
 def _plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from keye.config import VisionConfig
 from keye.errors import KeyeError
-from keye.models.layers import embedding
-from keye.ops.elementwise import table
+from keye.models.layers import Layer, embedding
 from keye.ops.reference import inverse_frequencies
 
 #: Patches that pass through the tower at once; segments are never cut. The value of the official server.
@@ -24,7 +23,7 @@ PATCHES_PER_CHUNK = 8192
 PROJECTOR_EPS = 1e-5
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Layer):
     """Full attention inside each segment, with 2-D rotary embedding."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -36,7 +35,7 @@ class VisionAttention(nn.Module):
     def forward(self, x_NPC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`cos`, `sin` float32 [P, head_dim/2]."""
         q, k, v = (proj(x_NPC).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = table.rotate(q, cos, sin), table.rotate(k, cos, sin)
+        q, k = self.elementwise.rotate(q, cos, sin), self.elementwise.rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 

@@ -1,12 +1,15 @@
 """Small element-wise operations of the networks, each one function of tensors.
 
-They are plain torch; `fuse()` replaces them by compiled versions, which training on a CPU gains from most:
-`benchmarks/train_step.py` measures it.
+They are plain torch. A network calls them through an `Elementwise`, so that one model can use compiled versions
+(training on a CPU gains most: `benchmarks/train_step.py` measures it) while other models of the process keep their
+numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,39 +60,28 @@ def weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
     return (y.float() * weight.float().unsqueeze(-1)).sum(1).to(y.dtype)
 
 
-class Table:
-    """The versions in use. Networks call `table.rms_norm(...)`; `fuse` swaps every entry at once."""
+class Elementwise(NamedTuple):
+    """The versions that one model uses."""
 
-    rms_norm: Callable[..., Tensor]
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    swiglu: Callable[..., Tensor]
-    rotate: Callable[..., Tensor]
-    norm_rotate: Callable[..., Tensor]
-    masked_softmax: Callable[..., Tensor]
-    weighted_sum: Callable[..., Tensor]
-
-    def __init__(self) -> None:
-        self.fused = False
-        self.plain()
-
-    def plain(self) -> None:
-        """Back to eager torch."""
-        for function in _FUNCTIONS:
-            setattr(self, function.__name__, function)
-        self.fused = False
-
-    def fuse(self) -> bool:
-        """Compiles every entry; the first calls take seconds. Without a working C++ compiler nothing changes: False."""
-        for function in _FUNCTIONS:
-            setattr(self, function.__name__, torch.compile(function, dynamic=True))
-        try:
-            self.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
-        except (RuntimeError, OSError):  # what torch raises when its compiler fails or is missing
-            self.plain()
-            return False
-        self.fused = True
-        return True
+    rms_norm: Callable[..., Tensor] = rms_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = add_rms_norm
+    swiglu: Callable[..., Tensor] = swiglu
+    rotate: Callable[..., Tensor] = rotate
+    norm_rotate: Callable[..., Tensor] = norm_rotate
+    masked_softmax: Callable[..., Tensor] = masked_softmax
+    weighted_sum: Callable[..., Tensor] = weighted_sum
 
 
-_FUNCTIONS = (rms_norm, add_rms_norm, swiglu, rotate, norm_rotate, masked_softmax, weighted_sum)
-table = Table()
+#: Eager torch.
+PLAIN = Elementwise()
+
+
+@cache
+def compile_elementwise(device: torch.device) -> Elementwise | None:
+    """Compiled versions, whose first calls take seconds; None where no compiler for `device` works."""
+    fused = Elementwise(**{name: torch.compile(getattr(PLAIN, name), dynamic=True) for name in Elementwise._fields})
+    try:
+        fused.rms_norm(torch.ones(2, 8, device=device), torch.ones(8, device=device), 1e-6)
+    except (RuntimeError, OSError):  # what torch raises when its compiler fails or is missing
+        return None
+    return fused

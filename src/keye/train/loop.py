@@ -25,7 +25,7 @@ from keye.errors import KeyeError
 from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.models.load import load_model, save_model
-from keye.ops.elementwise import table
+from keye.ops.elementwise import compile_elementwise
 from keye.train.config import StageConfig, TrainConfig
 from keye.train.optim import Optimizer
 from keye.train.parallel import Group, processes
@@ -108,8 +108,6 @@ def _silent(figures: dict[str, Any]) -> None:
 def _train(config: TrainConfig, report: Report, decode: str | None, group: Group) -> None:
     """Every stage that is not done yet, in one of the run's processes."""
     torch.set_num_threads(config.threads)
-    if config.fused and not table.fuse():
-        warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
     run = Run(config, report, group, decode)
     try:
         for number in range(run.stage, len(config.stages)):
@@ -127,6 +125,8 @@ class Run:
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self._state: dict[str, torch.Tensor] | None = None
         self.model = self._start()
+        if config.fused:
+            self._fuse()
         group.agree(0.0)  # nobody goes on before the files of the output folder are there
         self.makers: BatchProcess | BatchService = BatchProcess() if decode is None else BatchService(decode)
 
@@ -147,6 +147,12 @@ class Run:
         if report.lacks_indexer:
             raise ConfigError(f"{self.config.model} has no indexer weights; start from a checkpoint that has them")
         return model
+
+    def _fuse(self) -> None:
+        if (fused := compile_elementwise(self.model.device)) is not None:
+            self.model.set_elementwise(fused)
+            return
+        warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
 
     def _restore(self) -> None:
         """Takes up the optimiser's state, unless it is a left-over of a stage that has ended since."""

@@ -10,7 +10,7 @@ R = H / G, D head dim, J indexer heads, I indexer dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from keye.models.indexer import IndexerOutput
-from keye.ops.elementwise import table
+from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.reference import topk_mask
 
 #: Trunk queries that attend together; each such block skips the keys after it.
@@ -62,6 +62,7 @@ class PackedStep:
         topk: int = 0,
         watch: tuple[int, ...] = (),
         hints: Sequence[AttentionHint] = (),
+        elementwise: Elementwise = PLAIN,
     ) -> None:
         assert branch.shape[1] % window == 0, "the tail must be whole windows"
         self.mode, self.topk, self.trunk, self.window, self.watch = mode, topk, trunk, window, watch
@@ -73,7 +74,7 @@ class PackedStep:
         same = (windows[..., :, None] == windows[..., None, :]) & (order <= order[:, None])
         seen = (windows >= 0)[..., None].expand(*windows.shape, trunk)
         self.window_mask = torch.cat((seen, same), dim=3)  # [B, M, W, P + W]
-        self.hints = hints
+        self.hints, self.masked_softmax = hints, elementwise.masked_softmax
         self.hint_losses: dict[str, Tensor] = {}
         self.kl: list[Tensor] = []
         self.balance: list[Tensor] = []
@@ -87,10 +88,10 @@ class PackedStep:
             if hint.layer == layer:
                 self.hint_losses[hint.name] = _hint_loss(hint, q.flatten(1, 2), k[:, :, :P])
         if index is None:
-            parts = list(_attend_causally(q[..., :P, :], k[:, :, :P], v[:, :, :P]))
+            parts = list(_attend_causally(q[..., :P, :], k[:, :, :P], v[:, :, :P], self.masked_softmax))
             if self.tail:
                 logits = self._window_logits(q[..., P:, :], k)
-                probs = table.masked_softmax(logits, self.window_mask[:, None, None], D**-0.5)
+                probs = self.masked_softmax(logits, self.window_mask[:, None, None], D**-0.5)
                 parts.append(self._window_output(probs, v))
             out = torch.cat(parts, dim=3)
         else:
@@ -143,7 +144,7 @@ class PackedStep:
         if self.mode == "sparse" and scores.shape[-1] > self.topk:
             mask = mask & topk_mask(scores.detach(), self.topk)
             scores = scores.masked_fill(~mask, -torch.inf)
-        probs = table.masked_softmax(logits, mask[:, None, None], dim**-0.5)
+        probs = self.masked_softmax(logits, mask[:, None, None], dim**-0.5)
         return probs, _indexer_kl(probs.detach(), scores)
 
     def indexer_kl(self) -> Tensor:
@@ -164,7 +165,9 @@ class PackedStep:
         self.balance.append(experts * (share * logits.softmax(-1).mean(0)).sum())
 
 
-def _attend_causally(q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Iterator[Tensor]:
+def _attend_causally(
+    q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, softmax: Callable[..., Tensor]
+) -> Iterator[Tensor]:
     """Causal grouped attention, block by block of queries: yields [B, G, R, block, D]."""
     length, scale, R = q_BGRTD.shape[3], q_BGRTD.shape[4] ** -0.5, q_BGRTD.shape[2]
     order = torch.arange(length, device=q_BGRTD.device)
@@ -172,7 +175,7 @@ def _attend_causally(q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Iterato
         stop = min(length, start + TRUNK_BLOCK)
         logits = torch.matmul(q_BGRTD[..., start:stop, :].flatten(2, 3), k_BGTD[:, :, :stop].mT)
         mask = order[:stop] <= order[start:stop, None]
-        probs = table.masked_softmax(logits.unflatten(2, (R, stop - start)), mask, scale)
+        probs = softmax(logits.unflatten(2, (R, stop - start)), mask, scale)
         yield torch.matmul(probs.flatten(2, 3), v_BGTD[:, :, :stop]).unflatten(2, (R, stop - start))
 
 

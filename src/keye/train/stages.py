@@ -142,7 +142,7 @@ class LanguageStage:
         step = PackedStep(
             torch.from_numpy(batch.branch), trunk, window=WINDOW, mode=self.config.attention,
             topk=text.sparse.topk if text.sparse is not None else 0,
-            watch=self.heads.watch, hints=self.heads.hints(batch),
+            watch=self.heads.watch, hints=self.heads.hints(batch), elementwise=model.elementwise,
         )  # fmt: skip
         hidden = model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
         frames_key = f"/{frames.shape[1]}"

@@ -23,7 +23,7 @@ from keye.config import TextConfig
 from keye.models import layers
 from keye.models.attention import Rope
 from keye.models.indexer import Indexer
-from keye.ops.elementwise import table
+from keye.ops.elementwise import norm_rotate
 from keye.ops.reference import inverse_frequencies, rope_angles
 from keye_vllm.attention import SparseAttention
 
@@ -73,8 +73,8 @@ class DecoderAttention(nn.Module):
         qkv, _ = self.qkv_proj(x)
         widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(widths, dim=-1))
-        q = table.norm_rotate(q, self.q_norm.weight, self.eps, rope.cos, rope.sin)
-        k = table.norm_rotate(k, self.k_norm.weight, self.eps, rope.cos, rope.sin)
+        q = norm_rotate(q, self.q_norm.weight, self.eps, rope.cos, rope.sin)
+        k = norm_rotate(k, self.k_norm.weight, self.eps, rope.cos, rope.sin)
         if isinstance(self.attn, SparseAttention):
             attended = self.attn(q, k, v, self.sa_indexer(x, rope.index_cos, rope.index_sin)).flatten(1)
         else:
