@@ -12,6 +12,8 @@ from hypothesis import settings
 settings.register_profile("keye", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("keye")
 
+pytest_plugins = ["tests.support.fixtures"]
+
 
 @pytest.fixture
 def shared() -> Callable[[str], Path]:

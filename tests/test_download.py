@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,9 @@ from types import SimpleNamespace
 import huggingface_hub.file_download
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_hub import FakeHub, serve
 from keye import hub
 from keye.errors import KeyeError
+from tests.support.fake_hub import FakeHub, serve
 
 COMMIT = "a" * 40
 SHARDS = {"model-1.safetensors": os.urandom(5000), "model-2.safetensors": os.urandom(3000)}

@@ -1,7 +1,6 @@
 """Checkpoints of every generation, small and random, through the front door: `keye.load` and a question."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,7 @@ from keye.media import VisionInput, VisualSpan
 from keye.media.processor import MediaItem, Processor
 from keye.models.load import WEIGHTS_FILE, save_model
 from keye.train.recipes.nano.initialise import fresh_model
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import NANO, tiny_folder, tiny_raw
+from tests.support.tiny import NANO, tiny_folder, tiny_raw
 
 PREVIEW, V1_5, V2 = (
     "KeyeForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration", "KeyeVL2MoeForConditionalGeneration",

@@ -23,9 +23,7 @@ from keye.train.recipes.nano.initialise import fresh_model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
 import keye.hf
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import tiny_folder, tiny_raw
+from tests.support.tiny import tiny_folder, tiny_raw
 
 TALK = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (84, 56), "red")}, "what is it?"]}]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ import pytest
 from keye.cli import main
 from keye.data.frameforge import make_clip, write_mp4
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests of this folder import help_blocks
-sys.path.insert(0, str(Path(__file__).parents[1] / "media"))  # and clips
 NANO = Path(__file__).parents[2] / "configs/nano"
 
 

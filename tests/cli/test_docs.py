@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from help_blocks import DOCS, documented, with_current_help
 from PIL import Image
 
 from keye.cli import VERBS
@@ -18,6 +17,7 @@ from keye.hub import asset
 from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source
 from keye.media.video import open_video
+from tests.support.help_blocks import DOCS, documented, with_current_help
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import pytest
 from rich.console import Console
 
 from keye.commands import inputs
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from fake_hub import FakeHub, serve
+from tests.support.fake_hub import FakeHub, serve
 
 
 @pytest.fixture

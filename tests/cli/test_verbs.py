@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clips import write_with_sound
 from PIL import Image
 
 from keye.commands import doctor
 from keye.train import loop as trainer
+from tests.support.clips import write_with_sound
 
 
 def test_plan_of_a_video_and_an_image(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from fake_pool import FakePool, FakeWorker, Item
 
 from keye.cluster.decode_queue import Priority
 from keye.cluster.pool import WorkerDied
 from keye.cluster.service import DEATHS, DecodeService, Poisoned, open_service
 from keye.errors import KeyeError, MediaError
+from tests.support.fake_pool import FakePool, FakeWorker, Item
 
 
 def until(service: DecodeService, holds: Callable[[], bool]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clips import coded_frame, read_code, write_clip
 from PIL import Image
 
 from keye.compat import utils_1_5, utils_preview
@@ -17,6 +16,7 @@ from keye.compat.processor import OfficialProcessor
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, KeyeWarning
 from keye.hub import asset
+from tests.support.clips import coded_frame, read_code, write_clip
 
 
 def talk(*items: dict[str, Any]) -> list[dict[str, Any]]:

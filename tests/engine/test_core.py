@@ -25,7 +25,7 @@ from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
 from keye.engine.step import smallest_scratch
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 WORDS = ("what", "red circle", "when is it visible", "how many", "blue", "the left square and the right one")
 

@@ -23,7 +23,7 @@ from keye.engine.media import as_medium, plan_medium
 from keye.evals.tasks.frameforge import EvalOptions, evaluate
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 FRAMES = np.zeros((4, 56, 56, 3), dtype=np.uint8)
 PICTURE = Image.new("RGB", (56, 56), "red")

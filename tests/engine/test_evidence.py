@@ -21,7 +21,7 @@ from keye.engine.prompt import Prompt, PromptBuilder
 from keye.media.processor import Processor
 from keye.sessions.answer import Answer
 from keye.sessions.evidence_picture import WIDTH, draw_evidence
-from tiny import Tiny, tiny_folder, tiny_model
+from tests.support.tiny import Tiny, tiny_folder, tiny_model
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
 TIMES = [0.5 * i for i in range(8)]

@@ -36,7 +36,7 @@ from keye.engine.writer import Writer
 from keye.errors import KeyeWarning
 from keye.media import frame_stream
 from keye.media.processor import Processor
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 TEXT = [Message("user", ("what is red?",))]
 

@@ -18,7 +18,7 @@ from keye.cache.saved import ACCOUNT
 from keye.chat import Medium, Message
 from keye.engine.request import Delta, Failed, Finished, Inbox, Request, Stage
 from keye.engine.step import smallest_scratch
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from keye import Frames, Keye
 from keye.chat import Message
 from keye.engine.request import Inbox
 from keye.engine.turns import FairLock
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 56, 3), dtype=np.uint8)
 TIMES = tuple(i / 2 for i in range(40))

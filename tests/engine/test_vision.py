@@ -29,7 +29,7 @@ from keye.errors import MediaError
 from keye.media.pixels.patches import HeldPatches, VisionInput
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
-from tiny import Tiny, tiny_folder, tiny_model
+from tests.support.tiny import Tiny, tiny_folder, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from keye.evals.tasks.frameforge import (
 )
 from keye.media.processor import Processor
 from keye.train.recipes.nano.batches import BatchMaker
-from tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 SMALL = {"frames": (4, 6), "questions": 25, "max_tokens": 5}
 

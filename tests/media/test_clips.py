@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from clips import read_code, write_clip, write_with_sound
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
@@ -13,6 +12,7 @@ from keye.media.clips import cut_clips, fit_interval
 from keye.media.options import MediaOptions
 from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import open_video
+from tests.support.clips import read_code, write_clip, write_with_sound
 
 
 def codes_and_times(path: Path) -> tuple[list[int], list[float], float]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import read_code, trim_mp4, write_clip, write_with_sound
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Processor
 from keye.media.source.fetch import fetch_source
 from keye.media.video import VideoInfo, VideoReader, open_video, plan_video, probe
+from tests.support.clips import read_code, trim_mp4, write_clip, write_with_sound
 
 PREVIEW, V15, V20 = (ProcessorConfig.of(name) for name in ("preview", "1.5", "2.0"))  # type: ignore[arg-type]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clips import read_code, write_clip
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import fetch_source, media_kind, open_video
 from keye.media.source.download import FetchLimits, is_public, shown
+from tests.support.clips import read_code, write_clip
 
 LOCAL = FetchLimits(allow_private=True)
 Answer = Callable[[BaseHTTPRequestHandler], None]

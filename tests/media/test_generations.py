@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clips import coded_frame, read_code, write_clip
 from PIL import Image
 
 from keye.config import ProcessorConfig, load_processor_config
@@ -32,6 +31,7 @@ from keye.media import processor as processor_module
 from keye.media.image import resize_image
 from keye.media.inputs import open_frames, open_image
 from keye.media.pixels.pictures import as_frames, as_picture
+from tests.support.clips import coded_frame, read_code, write_clip
 
 PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)
 V15, V20 = ProcessorConfig.of("1.5"), ProcessorConfig.of("2.0")

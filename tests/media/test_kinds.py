@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.media.clips import write_clip, write_sound
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media import MediaOptions, fetch_source, media_kind, open_video, plan_image
 from keye.media.source.fetch import untrusted
+from tests.support.clips import write_clip, write_sound
 
 CONFIG = ProcessorConfig()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.media.clips import write_clip
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
@@ -25,6 +24,7 @@ from keye.media import (
 )
 from keye.media.clips import cut_clips
 from keye.media.source.fetch import FetchPolicy, OwnersPolicy
+from tests.support.clips import write_clip
 
 CONFIG = ProcessorConfig()
 NAMES = [

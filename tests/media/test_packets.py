@@ -7,12 +7,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import read_code, write_clip
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError
 from keye.media import MediaOptions, VideoInfo, VideoPlan, fetch_source, open_video, plan_video
 from keye.media.container.timeline import KEY, NONE, Joiner, Packets, lay_out
+from tests.support.clips import read_code, write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 slow = pytest.mark.slow

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import write_clip
 from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import MediaOptions, Processor, VisionInput, VisualSpan, fetch_source, open_video
 from keye.media.pixels.patches import images_to_patches
+from tests.support.clips import write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=16)
 RNG = np.random.default_rng(0)

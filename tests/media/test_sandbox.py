@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import read_code, write_clip
 from PIL import Image
 
 from keye.config import ProcessorConfig
@@ -28,6 +27,7 @@ from keye.media.decode.wire import END, ERROR, FRAME, HEADER, INFO
 from keye.media.decode.workers import Worker
 from keye.media.inputs import open_frames
 from keye.media.source.fetch import untrusted
+from tests.support.clips import read_code, write_clip
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
 CONFIG = ProcessorConfig()

@@ -10,7 +10,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import set_matrix
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
@@ -22,6 +21,7 @@ from keye.media.content import content_key, probed
 from keye.media.decode.deinterlace import deinterlaced
 from keye.media.decode.display import believed_aspect, orientation, shown_size
 from keye.media.pixels.tone_map import to_sdr
+from tests.support.clips import set_matrix
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 #: Colours of the quarters of a picture, so that each orientation looks its own way.

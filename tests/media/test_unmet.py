@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import write_clip
 from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError, Option
 from keye.media import MediaOptions, Processor, fetch_source, plan_image, plan_video
 from keye.media.source.fetch import Source
+from tests.support.clips import write_clip
 
 V15, V20 = ProcessorConfig.of("1.5"), ProcessorConfig()
 PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)

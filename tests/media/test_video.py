@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
 from PIL import Image
 
 from keye.config import ProcessorConfig
@@ -27,6 +26,7 @@ from keye.media import (
     probe,
     read_frames,
 )
+from tests.support.clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 

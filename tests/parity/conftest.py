@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 
 COMMITTED = HERE.parent / "golden"
 
@@ -32,7 +30,7 @@ def golden_folder(config: pytest.Config) -> Path:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        from parity_harness.cases import discover
+        from tests.support.parity.cases import discover
 
         cases = discover(golden_folder(metafunc.config))
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])

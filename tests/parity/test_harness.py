@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity_harness import dsa
-from parity_harness.cases import Case
-from parity_harness.processor import load_tokenizer
 
 from keye.cache.sequence import KVCache
 from keye.config import load_model_config
 from keye.hub import asset
 from keye.models.keye import KeyeModel
 from keye.train.recipes.nano.initialise import fresh_model
+from tests.support.parity import dsa
+from tests.support.parity.cases import Case
+from tests.support.parity.processor import load_tokenizer
 
 
 def selections(model: KeyeModel, lengths: list[int]) -> dict[str, Any]:

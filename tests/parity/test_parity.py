@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from parity_harness.cases import Case, Check, NotApplicable
-from parity_harness.dsa import run_dsa
-from parity_harness.networks import run_language_model, run_vision
-from parity_harness.preprocess import run_preprocess
-from parity_harness.processor import run_processor
-from parity_harness.rope import run_rope
+
+from tests.support.parity.cases import Case, Check, NotApplicable
+from tests.support.parity.dsa import run_dsa
+from tests.support.parity.networks import run_language_model, run_vision
+from tests.support.parity.preprocess import run_preprocess
+from tests.support.parity.processor import run_processor
+from tests.support.parity.rope import run_rope
 
 SETS: dict[str, Callable[[Case, Check], None]] = {
     "preprocess": run_preprocess,

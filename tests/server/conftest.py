@@ -5,27 +5,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "media"))  # tests of this folder import clips
 
 import pytest
 
 pytest.importorskip("fastapi")
 
-from mock_server import MockServer
 from openai import OpenAI
-from serving import Ask, Running
 from starlette.testclient import TestClient
 
 import keye
 from keye.data.frameforge import make_clip, write_mp4
 from keye.server.app import guarded_app
 from keye.server.settings import Settings
+from tests.support.mock_server import MockServer
+from tests.support.serving import Ask, Running
 
 CHROMIUM = shutil.which("chromium")
 NANO = Path(__file__).parents[2] / "configs/nano"

@@ -9,14 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from clips import write_with_sound
-from serving import Ask, Running, error_of, told
 from starlette.testclient import TestClient
 
 import keye
 from keye.server.app import guarded_app
 from keye.server.edge.audit import Audit
 from keye.server.settings import Settings
+from tests.support.clips import write_with_sound
+from tests.support.serving import Ask, Running, error_of, told
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from asgi import KEY, App, Ask, Reply, asked, send
-from attack_cases import (
+from keye.server.edge.guard import Guard, GuardSettings
+from keye.server.edge.keys import Keyring
+from keye.server.edge.limits import Limits
+from tests.support.asgi import KEY, App, Ask, Reply, asked, send
+from tests.support.attack_cases import (
     NOTED,
     Case,
     cases,
@@ -28,11 +28,7 @@ from attack_cases import (
     png_with_text_bomb,
     video,
 )
-from stub_app import stub_app
-
-from keye.server.edge.guard import Guard, GuardSettings
-from keye.server.edge.keys import Keyring
-from keye.server.edge.limits import Limits
+from tests.support.stub_app import stub_app
 
 CASES = cases()
 #: Addresses of memory, paths of ours, traces, names and versions of libraries: what no reply may hold.

@@ -6,12 +6,11 @@ import asyncio
 import json
 from pathlib import Path
 
-from serving import Running
-
 from keye.batch.journal import Journal
 from keye.batch.manifest import read_manifest
 from keye.batch.run import Batch
 from keye.batch.workers import ServerWorker
+from tests.support.serving import Running
 
 
 def test_questions_about_a_file_over_http(running: Running, video: Path, tmp_path: Path) -> None:

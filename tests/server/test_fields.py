@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import error_of, told
 from starlette.testclient import TestClient
 
 import keye
 from keye.server.app import guarded_app
 from keye.server.settings import Settings
+from tests.support.serving import error_of, told
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from asgi import HOST, KEY, Ask, asked, post, run, send
-from stub_app import stub_app
 
 from keye.server.edge.audit import Audit
 from keye.server.edge.guard import Guard, GuardSettings
 from keye.server.edge.keys import Keyring
 from keye.server.edge.limits import Limits
 from keye.server.edge.request_head import PAGE_CSP
+from tests.support.asgi import HOST, KEY, Ask, asked, post, run, send
+from tests.support.stub_app import stub_app
 
 HELLO = {"model": "nano", "messages": [{"role": "user", "content": "hello"}]}
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from serving import error_of
 from starlette.testclient import TestClient
+
+from tests.support.serving import error_of
 
 Ask = Callable[..., dict[str, Any]]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Running
 
 from keye.engine.request import Stage, Task
 from keye.server.routes import indexes
+from tests.support.serving import Running
 
 Reached = Callable[[Task], bool]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from PIL import Image
-from serving import error_of, told
 from starlette.testclient import TestClient
 
 from keye.server.routes.live import MOST_SESSIONS, LiveStore
+from tests.support.serving import error_of, told
 
 
 def picture(colour: str) -> str:

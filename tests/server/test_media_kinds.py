@@ -11,7 +11,8 @@ import pillow_heif
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import Ask, error_of
+
+from tests.support.serving import Ask, error_of
 
 PDF = b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import error_of, told
 from starlette.testclient import TestClient
 
 import keye
+from tests.support.serving import error_of, told
 
 
 def generate(http: TestClient, **fields: Any) -> Any:

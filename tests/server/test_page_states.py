@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mock_server import BROKEN, NOTE, SAMPLE, MockServer
-from test_page import THUMBNAILS_DRAWN, ask, choose, open_sample, position
+
+from tests.support.mock_server import BROKEN, NOTE, SAMPLE, MockServer
+from tests.support.page import THUMBNAILS_DRAWN, ask, choose, open_sample, position
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
+
 from benchmarks.refused_requests import Hostile, hostile, picture
-from serving import Running
+from tests.support.serving import Running
 
 #: Words of libraries that must not be in a sentence.
 INTERNALS = re.compile(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import error_of
 from starlette.testclient import TestClient
 
 import keye
@@ -17,6 +16,7 @@ from keye.server.errors import ApiError
 from keye.server.openai.response_store import Kept, ResponseStore, new_id
 from keye.server.settings import Settings
 from keye.server.uploads import FileStore
+from tests.support.serving import error_of
 
 ALICE, BOB = "key-of-alice-0123456789", "key-of-bob-0123456789"
 

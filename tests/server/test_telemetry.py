@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from serving import error_of, told
 from starlette.testclient import TestClient
+
+from tests.support.serving import error_of, told
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serving import Running
 
 import keye
 from keye.media import content
 from keye.server.context import MOST_DECODING
 from keye.server.routes import video as video_routes
 from keye.server.settings import Settings
+from tests.support.serving import Running
 
 
 def test_what_one_key_has_asked_costs_another_as_much_as_if_nobody_had(model: keye.Keye, video: Path) -> None:

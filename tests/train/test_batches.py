@@ -1,6 +1,5 @@
 """Packed batches: deterministic, nothing crosses a window, every label is where its answer is predicted."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -21,22 +20,12 @@ from keye.train.recipes.nano.batches import (
     derived_seed,
     make_batch,
 )
-from tiny import NANO
+from tests.support.tiny import NANO
+from tests.support.training import assert_same
 
 MIX = (Mix(frames=3, clips=3, questions=8), Mix(frames=5, clips=2, questions=6))
 LANGUAGE = StageConfig("language", steps=1, mix=MIX)
 VISION = StageConfig("vision", kind="vision", trains="vision", steps=1, batch=4, text_chance=1.0)
-
-
-def assert_same(one, two):
-    for field in dataclasses.fields(one):
-        a, b = getattr(one, field.name), getattr(two, field.name)
-        if isinstance(a, np.ndarray):
-            np.testing.assert_array_equal(a, b)
-        elif dataclasses.is_dataclass(a):
-            assert_same(a, b)
-        else:
-            assert a == b
 
 
 @pytest.mark.parametrize("config", [LANGUAGE, VISION])

@@ -10,7 +10,7 @@ from keye.data.frameforge.labels import CHARACTER_IDS
 from keye.data.frameforge.words import COLORS, SHAPES
 from keye.train.recipes.nano.batches import batch_maker
 from keye.train.recipes.nano.evidence import events_of
-from tiny import NANO
+from tests.support.tiny import NANO
 
 
 def packed(seed, tasks, frames=10, count=12, **options):

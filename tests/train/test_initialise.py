@@ -4,7 +4,7 @@ import torch
 
 from keye.chat.tokenizer import Tokenizer
 from keye.train.recipes.nano.initialise import fresh_model, number_tokens, order_numbers
-from tiny import NANO, tiny_config
+from tests.support.tiny import NANO, tiny_config
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
-from test_batches import assert_same
-from test_trainer import LANGUAGE, VISION, a_run, assert_same_weights
 
 from keye.errors import KeyeError
 from keye.train.loop import train
 from keye.train.recipes.nano.batches import make_batch
 from keye.train.recipes.nano.makers import BatchService
-from tiny import NANO
+from tests.support.tiny import NANO
+from tests.support.training import LANGUAGE, VISION, a_run, assert_same, assert_same_weights
 
 
 def test_batches_of_a_service() -> None:

@@ -9,7 +9,7 @@ from keye.train.config import Mix, StageConfig
 from keye.train.loop import is_muon_matrix, schedule
 from keye.train.optim import Optimizer, orthogonalise
 from keye.train.recipes.nano.initialise import fresh_model
-from tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 
 def optimizer(model, **options):

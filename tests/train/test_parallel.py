@@ -12,7 +12,7 @@ from keye.train.config import Mix, StageConfig, TrainConfig
 from keye.train.loop import train
 from keye.train.optim import Optimizer, orthogonalise
 from keye.train.parallel import Group, processes
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 
 def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from keye.train.packed import AttentionHint, PackedStep, _hint_loss
 from keye.train.recipes.nano.batches import WINDOW, make_batch
 from keye.train.recipes.nano.evidence import TRAINED_PAIRS
 from keye.train.stages import encode_frames, make_stage, trainable
-from tiny import NANO, tiny_model
+from tests.support.tiny import NANO, tiny_model
 
 MIX = (Mix(frames=3, clips=2, questions=5),)
 STAGES = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,26 +11,14 @@ from keye.commands.train import report_line
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
 from keye.models.load import load_model
-from keye.train.config import Mix, StageConfig, TrainConfig
+from keye.train.config import Mix, StageConfig
 from keye.train.loop import LOG_FILE, PROGRESS_FILE, STATE_FILE, rounded, train
-from tiny import tiny_folder
-
-MIX = (Mix(frames=2, clips=2, questions=4),)
-VISION = StageConfig("see", kind="vision", trains="vision", steps=2, batch=2, warmup_steps=1)
-LANGUAGE = StageConfig("read", steps=5, mix=MIX, warmup_steps=1, time_binding=0.3)
-SPARSE = StageConfig("select", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse")
+from tests.support.tiny import tiny_folder
+from tests.support.training import LANGUAGE, SPARSE, VISION, a_run, assert_same_weights, weights
 
 
 class Killed(Exception):
     """Stands for whatever ends a run early."""
-
-
-def a_run(folder: Path, output: str, *stages: StageConfig, **options) -> TrainConfig:
-    model = folder / "model"
-    if not model.exists():
-        tiny_folder(model, weights=False)
-    defaults = {"fresh": True, "seed": 4, "fused": False, "save_steps": 2, "log_seconds": 0.0}
-    return TrainConfig(model, folder / output, stages, **{**defaults, **options})
 
 
 def kill_at(stage: str, step: int):
@@ -40,16 +27,6 @@ def kill_at(stage: str, step: int):
             raise Killed
 
     return report
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, two: Path) -> None:
-    first, second = weights(one), weights(two)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def test_interrupted_run_ends_with_the_same_weights(tmp_path):

@@ -11,14 +11,11 @@ os.environ.update({
 })  # fmt: skip
 
 import gc
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
 
 StartEngine = Callable[..., Any]
 

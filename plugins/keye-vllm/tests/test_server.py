@@ -8,8 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from benchmarks import vllm_nano
 
+from benchmarks import vllm_nano
 from keye.hub import asset
 
 #: A few questions of each kind; `python -m benchmarks.vllm_nano` asks more.

@@ -14,7 +14,7 @@ from keye.models.keye import KeyeModel
 from keye.models.load import save_model
 from keye.train.recipes.nano.initialise import fresh_model
 
-NANO = Path(__file__).parents[1] / "configs" / "nano"
+NANO = Path(__file__).parents[2] / "configs" / "nano"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from keye.models.indexer import IndexerOutput, Numerics
 from keye.models.keye import KeyeModel
 from keye.ops import reference
 from keye.ops import registry as dsa
-from parity_harness.cases import FLOAT_TOLERANCE, LOGIT_TOLERANCE, Case, Check, NotApplicable
-from parity_harness.networks import build_model
+from tests.support.parity.cases import FLOAT_TOLERANCE, LOGIT_TOLERANCE, Case, Check, NotApplicable
+from tests.support.parity.networks import build_model
 
 NUMERICS: dict[str, Numerics] = {"fp32": "exact", "fp32q": "fp8", "bf16q": "official"}
 #: By mode: tolerance of indexer tensors, and the score gap below which a selection may differ.

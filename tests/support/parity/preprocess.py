@@ -25,7 +25,7 @@ from keye.media.pixels.resample import bilinear
 from keye.media.pixels.slowfast import compared_size, frame_types, similarity
 from keye.media.plan import VideoPlan, make_plan, with_frame_types
 from keye.media.video import VideoInfo
-from parity_harness.cases import Case, Check, NotApplicable, is_preview
+from tests.support.parity.cases import Case, Check, NotApplicable, is_preview
 
 CONFIGS = {"v15": ProcessorConfig.of("1.5"), "v20": ProcessorConfig.of("2.0")}
 TIMESTAMP_TOLERANCE, SIMILARITY_TOLERANCE = 1e-6, 1e-6
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 def run_preprocess(case: Case, check: Check) -> None:
     if is_preview(case.meta):
-        from parity_harness.preprocess_preview import run_preview
+        from tests.support.parity.preprocess_preview import run_preview
 
         run_preview(case, check)
         return

@@ -23,7 +23,7 @@ from keye.cache.tiers import KVOptions
 from keye.data.frameforge import make_clip, questions, render
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import PAGE, RowFormat
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8), [i / 2 for i in range(6)])
 LAYOUT = KVLayout(2, RowFormat("float32", 2, 8), RowFormat("float32", 2, 8), RowFormat("float32", 1, 4))

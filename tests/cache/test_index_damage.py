@@ -18,7 +18,7 @@ from keye.cache.index_file import IndexFile, open_mapped, read_index_file
 from keye.engine.generate import Decoding
 from keye.engine.request import Failed, Finished, Inbox
 from keye.ops.kv_blocks import PAGE
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 255, (200, 56, 56, 3), dtype=np.uint8))
 

@@ -20,7 +20,7 @@ from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
 from keye.media.processor import Processor
 from keye.sessions.live import LiveSession
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 56, 56, 3), dtype=np.uint8)
 TIMES = [0.5 * i for i in range(40)]

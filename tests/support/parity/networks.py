@@ -16,7 +16,7 @@ from keye.models import vision
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
 from keye.models.load import load_tensors
-from parity_harness.cases import LOGIT_TOLERANCE, Case, Check, NotApplicable, is_preview
+from tests.support.parity.cases import LOGIT_TOLERANCE, Case, Check, NotApplicable, is_preview
 
 ARCHITECTURES = {
     "preview": "KeyeForConditionalGeneration",

@@ -12,7 +12,7 @@ from keye.errors import KeyeError
 from keye.media.positions import PreviewLayout, build_position_ids, get_rope_index, split_grid_rows
 from keye.ops.elementwise import rotate
 from keye.ops.reference import inverse_frequencies, rope_angles
-from parity_harness.cases import Case, Check, NotApplicable, is_preview
+from tests.support.parity.cases import Case, Check, NotApplicable, is_preview
 
 #: Placeholder ids of cases that do not state their own.
 TOKEN_IDS = {"vision_start": 500, "image": 502, "video": 503, "fast_video": 504}

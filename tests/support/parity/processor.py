@@ -19,8 +19,8 @@ from keye.chat.tokenizer import Tokenizer
 from keye.compat.processor import OfficialProcessor, ProcessorOutput
 from keye.config import ProcessorConfig
 from keye.media.pixels.patches import VisionInput
-from parity_harness.cases import Case, Check, NotApplicable
-from parity_harness.preprocess import Row, outcome, picture
+from tests.support.parity.cases import Case, Check, NotApplicable
+from tests.support.parity.preprocess import Row, outcome, picture
 
 PREVIEW_LIMITS = {"processor_min_pixels": 3136, "processor_max_pixels": 1_003_520}
 PATCH_TOLERANCE, OTHER_PILLOW_TOLERANCE, RATE_TOLERANCE = 1e-5, 2e-2, 1e-6

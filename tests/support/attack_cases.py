@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import struct
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -22,9 +21,8 @@ from typing import Any
 import pillow_heif
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "media"))
-from asgi import KEY, Ask, post
-from clips import write_clip
+from tests.support.asgi import KEY, Ask, post
+from tests.support.clips import write_clip
 
 REFUSED = frozenset({400, 401, 403, 404, 405, 408, 413, 415, 422, 431})
 #: Of what is taken without effect: the answer has a note.

@@ -22,8 +22,16 @@ from keye.compat.processor import OfficialProcessor
 from keye.config import ProcessorConfig, preview_video_max_pixels
 from keye.media import sampling, sizes
 from keye.media.plan import make_plan
-from parity_harness.cases import Case, Check, NotApplicable
-from parity_harness.preprocess import Row, check_pixels, nframes_row, official_options, outcome, picture, video_info
+from tests.support.parity.cases import Case, Check, NotApplicable
+from tests.support.parity.preprocess import (
+    Row,
+    check_pixels,
+    nframes_row,
+    official_options,
+    outcome,
+    picture,
+    video_info,
+)
 
 CONFIG = ProcessorConfig.of("preview")
 RATE_TOLERANCE = 1e-9

@@ -26,7 +26,7 @@ from keye.data.frameforge import make_clip, questions, render, write_mp4
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import PAGE
 from keye.sessions.video_index import describe
-from tiny import tiny_folder
+from tests.support.tiny import tiny_folder
 
 PRELUDE = struct.Struct("<16sIQQ32s")
 PICTURE = Image.new("RGB", (56, 56), "red")

@@ -1,0 +1,1 @@
+"""What the tests share: tiny models, clips, fake servers and hubs, the parity harness."""
