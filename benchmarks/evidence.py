@@ -77,7 +77,7 @@ def selections(model: keye.Keye, trunk: Decoding, prompt: Prompt, branch: list[i
             break
         decoding.feed(token)
     assert decoding.counts is not None
-    (spans,) = frame_spans(prompt, model.config)
+    (spans,) = frame_spans(prompt)
     return np.stack([decoding.counts[:, start:stop].sum(1).numpy() for start, stop in spans], axis=1).astype(float)
 
 

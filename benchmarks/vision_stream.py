@@ -27,7 +27,6 @@ import torch
 
 import keye
 from keye.data import frameforge
-from keye.engine.prompt import Prompt
 from keye.engine.vision import VisionJob
 from keye.media.options import MediaOptions
 from keye.media.processor import MediaItem
@@ -46,7 +45,7 @@ def write_video(path: Path, frames: int) -> None:
 
 
 def run_stream(model: keye.Keye, item: MediaItem) -> None:
-    job = VisionJob(model.model, _prompt(item))
+    job = VisionJob(model.model, [item])
     while not job.done:
         job.wait()
         job.step(4096)
@@ -65,11 +64,6 @@ def run_decode(model: keye.Keye, item: MediaItem) -> None:
     for _ in range(len(item.grid_thw)):
         reader.take(1)
     reader.close()
-
-
-def _prompt(item: MediaItem) -> Prompt:
-    empty = torch.empty(0, dtype=torch.int64)
-    return Prompt(empty, empty.expand(3, 0), 0, (item,))
 
 
 WAYS: dict[str, Callable[[keye.Keye, MediaItem], None]] = {

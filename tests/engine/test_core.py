@@ -257,7 +257,9 @@ def test_probabilities_are_those_of_the_model(model: Keye) -> None:
         decoding.feed(one.token)
     assert [one.token for one in answer.prompt_logprobs] == prompt.token_ids[1:].tolist()
     first = Decoding(model.model)
-    first.prefill(keye.engine.prompt.Prompt(prompt.token_ids[:1], prompt.position_ids[:, :1], 1, ()))
+    first.prefill(
+        keye.engine.prompt.Prompt(prompt.token_ids[:1], prompt.position_ids[:, :1], prompt.is_visual[:1], 1, ())
+    )
     expected = first.logits.log_softmax(-1)[int(prompt.token_ids[1])]
     assert answer.prompt_logprobs[0].logprob == pytest.approx(float(expected), abs=1e-4)
     assert "logprobs" in answer.to_dict()

@@ -44,7 +44,7 @@ def prompt_of(tiny: Tiny, *media: object) -> Prompt:
 
 def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Tiny) -> None:
     prompt = prompt_of(tiny, Frames(FRAMES, TIMES), Image.new("RGB", (56, 56)))
-    video, image = frame_spans(prompt, tiny.model.config)
+    video, image = frame_spans(prompt)
     counts = torch.zeros(2, prompt.token_ids.shape[0] + 5, dtype=torch.int64)
     counts[:, video[2][0]] = 6
     counts[:, video[5][1] - 1] = 2

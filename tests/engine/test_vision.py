@@ -104,14 +104,14 @@ class _TrickleReader(HeldPatches):
 def test_steps_and_arrivals_change_no_bit(tiny: Tiny, builder: PromptBuilder) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (11, 112, 112, 3), dtype=np.uint8)
     prompt = prompt_of(builder, Frames(frames, list(range(11))), Image.new("RGB", (84, 56), "red"))
-    expected = run(VisionJob(tiny.model, prompt), 10**9)
+    expected = run(VisionJob(tiny.model, prompt.media), 10**9)
     assert (expected - whole(tiny, prompt)).abs().max() <= 1e-6
     rng = random.Random(0)
     for _ in range(5):
         arrived = [0]
         trickle = Trickle(prompt.media[0].vision, arrived)
         slow = replace(prompt, media=(replace(prompt.media[0], pixels=trickle), prompt.media[1]))
-        job, patches = VisionJob(tiny.model, slow), rng.choice([1, 64, 200, 500])
+        job, patches = VisionJob(tiny.model, slow.media), rng.choice([1, 64, 200, 500])
         while not job.done:
             before = job.ready
             if job.waiting:
@@ -125,14 +125,14 @@ def test_steps_and_arrivals_change_no_bit(tiny: Tiny, builder: PromptBuilder) ->
 
 @pytest.mark.usefixtures("small_groups")
 def test_a_step_keeps_to_its_patches(tiny: Tiny, builder: PromptBuilder) -> None:
-    job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((8, 112, 112, 3), np.uint8))))
+    job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((8, 112, 112, 3), np.uint8))).media)
     assert [job.step(400) for _ in range(3)] == [384, 128, 0]  # groups of three, three and two frames
 
 
 @pytest.mark.usefixtures("small_groups")
 def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:
     prompt, ledger = prompt_of(builder, video, video), Ledger()
-    job = VisionJob(tiny.model, prompt, ledger=ledger)
+    job = VisionJob(tiny.model, prompt.media, ledger=ledger)
     assert job.total == 2 * 8 * 16
     assert (run(job) - whole(tiny, prompt)).abs().max() <= 1e-6
     assert ledger.used("vision") == job.total * 64 * 4  # float32
@@ -144,7 +144,7 @@ def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Tiny, builder: Prompt
 @pytest.mark.usefixtures("small_groups")
 def test_used_tokens_are_freed(tiny: Tiny, builder: PromptBuilder) -> None:
     ledger = Ledger()
-    job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((9, 112, 112, 3), np.uint8))), ledger=ledger)
+    job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((9, 112, 112, 3), np.uint8))).media, ledger=ledger)
     run(job)
     held, last = ledger.used(), job.tokens(100, 144).clone()
     job.forget(100)  # the first two of three groups
@@ -160,7 +160,7 @@ def test_closing_at_any_moment_leaves_nothing(tiny: Tiny, builder: PromptBuilder
     cache = VisionCache(ledger=ledger)
     prompt = prompt_of(builder, video, Image.new("RGB", (56, 56)))
     for steps in range(4):
-        job = VisionJob(tiny.model, prompt, ledger=ledger, cache=cache if steps % 2 else None)
+        job = VisionJob(tiny.model, prompt.media, ledger=ledger, cache=cache if steps % 2 else None)
         for _ in range(steps):
             job.wait()
             job.step(1)
@@ -175,7 +175,7 @@ def test_a_broken_file_is_an_error_of_the_step(tiny: Tiny, builder: PromptBuilde
     copy.write_bytes(video.read_bytes())
     prompt = prompt_of(builder, copy)
     copy.write_bytes(video.read_bytes()[:3000])
-    job = VisionJob(tiny.model, prompt)
+    job = VisionJob(tiny.model, prompt.media)
     with pytest.raises(MediaError, match="copy.mp4"):
         run(job)
     job.close()
@@ -183,11 +183,11 @@ def test_a_broken_file_is_an_error_of_the_step(tiny: Tiny, builder: PromptBuilde
 
 def test_media_that_are_stored_already_are_left_out(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:
     prompt = prompt_of(builder, Image.new("RGB", (56, 56), "red"), video)
-    expected = run(VisionJob(tiny.model, prompt))
-    job = VisionJob(tiny.model, prompt, first=4)
+    expected = run(VisionJob(tiny.model, prompt.media))
+    job = VisionJob(tiny.model, prompt.media, first=4)
     job.run_until(job.total)
     assert torch.equal(job.tokens(4, job.total), expected[4:])
-    assert VisionJob(tiny.model, prompt, first=job.total).done
+    assert VisionJob(tiny.model, prompt.media, first=job.total).done
 
 
 # The cache
@@ -226,13 +226,13 @@ def test_the_cache_makes_room_for_others(tiny: Tiny, builder: PromptBuilder) -> 
     cache = VisionCache(size, ledger)
     old, new = (prompt_of(builder, Frames(np.full((8, 112, 112, 3), value, np.uint8))) for value in (1, 2))
     for prompt in (old, new):
-        job = VisionJob(tiny.model, prompt, cache=cache, ledger=ledger)
+        job = VisionJob(tiny.model, prompt.media, cache=cache, ledger=ledger)
         run(job)
         job.close()
     assert new.media[0].key is not None and old.media[0].key is not None
     assert cache.acquire(old.media[0].key) is None and cache.acquire(new.media[0].key) is not None
     with pytest.raises(OutOfMemory):
-        run(VisionJob(tiny.model, old, cache=cache, ledger=ledger))
+        run(VisionJob(tiny.model, old.media, cache=cache, ledger=ledger))
 
 
 def test_prefill_from_a_stream_gives_the_same_logits(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:

@@ -208,6 +208,7 @@ def _whole(prompt):
     return Prompt(
         torch.cat((trunk.token_ids, torch.tensor(branch))),
         torch.cat((trunk.position_ids, rest), dim=1),
+        torch.cat((trunk.is_visual, torch.zeros(len(branch), dtype=torch.bool))),
         trunk.next_position + len(branch),
         trunk.media,
     )

@@ -16,38 +16,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from keye.cache.sequence import KVCache
-from keye.config import KeyeConfig
-from keye.engine.prompt import Prompt
 from keye.ops.kv_blocks import PAGE
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Where the media of a prompt lie: (first, one past the last visual token, content key), in order."""
+class MediaSpans:
+    """Where the media of a prompt are: (first visual token, one past the last one, content key), in order."""
 
     media: tuple[tuple[int, int, bytes], ...]
-
-    @classmethod
-    def of(cls, prompt: Prompt, config: KeyeConfig) -> Spans | None:
-        """None where a medium has no key, so that nothing can be said of its content."""
-        ids = prompt.token_ids
-        places = ((ids == config.image_token_id) | (ids == config.video_token_id)).nonzero().squeeze(1).tolist()
-        if prompt.indexed is not None:
-            return None  # its tokens are stored in its file already
-        found, at = [], 0
-        for item in prompt.media:
-            if item.key is None:
-                return None
-            found.append((places[at], places[at + item.visual_tokens - 1] + 1, item.key))
-            at += item.visual_tokens
-        return cls(tuple(found))
 
     def inside(self, length: int) -> bool:
         """Whether a prefix of `length` tokens would end inside a medium."""
         return any(first < length < stop for first, stop, _ in self.media)
 
 
-def cut_points(length: int, spans: Spans) -> list[int]:
+def cut_points(length: int, spans: MediaSpans) -> list[int]:
     """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block
     boundary that leaves a token to compute."""
     points = {stop for _, stop, _ in spans.media if stop < length}
@@ -66,7 +49,7 @@ class PrefixCache:
         self._lock = threading.RLock()
         self.hits = self.misses = 0
 
-    def find(self, ids: Tensor, spans: Spans, secret: bytes) -> KVCache | None:
+    def find(self, ids: Tensor, spans: MediaSpans, secret: bytes) -> KVCache | None:
         """A fork of the longest prefix of `ids` that is known and leaves a token to compute; None without any."""
         with self._lock:
             lengths = {cache.length(0) for cache in self._entries.values()}
@@ -79,7 +62,7 @@ class PrefixCache:
             self.misses += 1
             return None
 
-    def keep(self, ids: Tensor, spans: Spans, secret: bytes, cache: KVCache, lengths: Iterable[int]) -> None:
+    def keep(self, ids: Tensor, spans: MediaSpans, secret: bytes, cache: KVCache, lengths: Iterable[int]) -> None:
         """Remembers prefixes of what `cache` holds."""
         with self._lock:
             for length, key in _hashes(ids, spans, sorted(lengths), secret):
@@ -108,7 +91,7 @@ class PrefixCache:
         return len(self._entries)
 
 
-def _hashes(ids: Tensor, spans: Spans, lengths: Sequence[int], secret: bytes) -> Iterator[tuple[int, bytes]]:
+def _hashes(ids: Tensor, spans: MediaSpans, lengths: Sequence[int], secret: bytes) -> Iterator[tuple[int, bytes]]:
     """The hash of each prefix, `lengths` ascending and outside media. A medium's content enters where it begins."""
     digest, done, media = hashlib.sha256(secret), 0, list(spans.media)
     raw = ids.numpy()

@@ -226,15 +226,14 @@ class EngineCore:
 
     def _begin_prompt(self, task: Task) -> None:
         """Opens the media of which something is not computed yet."""
-        prompt, parts, config = task.prompt, self.parts, self.parts.model.config
+        prompt, parts = task.prompt, self.parts
         assert prompt is not None
-        ids = prompt.token_ids
-        task.visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).cumsum(0)
-        if prompt.past is not None:
-            task.visual = task.visual - int(task.visual[prompt.past.length(0) - 1])
+        task.visual = prompt.visual_counts
         first = int(task.visual[task.done - 1]) if task.done else 0
         try:
-            task.vision = VisionJob(parts.model, prompt, first=first, cache=parts.vision_cache, ledger=parts.ledger)
+            task.vision = VisionJob(
+                parts.model, prompt.media, first=first, cache=parts.vision_cache, ledger=parts.ledger
+            )
         except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
             self._fail(task, error)
             return
@@ -375,7 +374,7 @@ class EngineCore:
         if task.vision is not None:
             task.vision.close()
             task.vision = None
-        remember(task, self.parts.prefixes, self.parts.model.config)
+        remember(task, self.parts.prefixes)
         if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
             task.tell(self.writer.prefilled(task))

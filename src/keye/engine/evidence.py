@@ -95,7 +95,7 @@ def make_evidence(
         )  # fmt: skip
     layers = counted_layers(counts.shape[0])
     selected = counts[layers, : prompt.token_ids.shape[0]].sum(0).cpu().numpy()
-    per_frame = [_per_frame(selected, spans) for spans in frame_spans(prompt, config)]
+    per_frame = [_per_frame(selected, spans) for spans in frame_spans(prompt)]
     total = max(1, sum(int(found.sum()) for found, _ in per_frame))
     made = [
         _of_medium(named, found, sizes, int(found.sum()) / total)
@@ -104,11 +104,10 @@ def make_evidence(
     return Evidence(tuple(made), steps)
 
 
-def frame_spans(prompt: Prompt, config: KeyeConfig) -> Iterator[list[tuple[int, int]]]:
+def frame_spans(prompt: Prompt) -> Iterator[list[tuple[int, int]]]:
     """Of each medium, an indexed video first, the first and one past the last visual token of every frame, as positions
     in the prompt."""
-    ids = prompt.token_ids.numpy()
-    places, done = np.flatnonzero((ids == config.image_token_id) | (ids == config.video_token_id)), 0
+    places, done = np.flatnonzero(prompt.is_visual.numpy()), 0
     media = [(item.pieces, item.frame_count) for item in prompt.media]
     if prompt.indexed is not None:
         media.insert(0, (prompt.indexed.pieces, prompt.indexed.plan.get("frames", 1)))

@@ -19,7 +19,7 @@ from keye.engine.turns import Turn
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeWarning
 from keye.models.attention import AttentionMode, CachedStep, Selection, Span
-from keye.models.keye import KeyeModel
+from keye.models.keye import KeyeModel, visual_mask
 
 #: Prompt tokens that pass through the decoder at once.
 PREFILL_CHUNK = 1024
@@ -74,10 +74,10 @@ class Decoding:
             self.cache, done = prompt.past.fork(), prompt.past.length(0)
         if self.cache.store is not None:
             self.cache.reserve(prompt.token_ids.shape[0])
-        config, device, ids = self.model.config, self.model.device, prompt.token_ids
-        is_visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+        device, ids = self.model.device, prompt.token_ids
+        is_visual = prompt.is_visual
         hidden, seen = torch.empty(0), 0
-        job = VisionJob(self.model, prompt, cache=vision)
+        job = VisionJob(self.model, prompt.media, cache=vision)
         try:
             # The step that produces the first token of the reply is that of the last token of the prompt: if selections
             # are counted, it goes alone.
@@ -114,8 +114,7 @@ class Decoding:
     ) -> None:
         """Appends tokens int64 [n] at `position_ids` [3, n] whose visual tokens [m, d] are known, in chunks, each in a
         turn of its own."""
-        config, device = self.model.config, self.model.device
-        is_visual = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
+        device, is_visual = self.model.device, visual_mask(self.model.config, token_ids)
         seen = 0
         for start in range(0, token_ids.shape[0], PREFILL_CHUNK):
             part = slice(start, start + PREFILL_CHUNK)

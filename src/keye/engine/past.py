@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from keye.cache.ledger import OutOfMemory
-from keye.cache.prefix import PrefixCache, Spans, cut_points
+from keye.cache.prefix import PrefixCache, cut_points
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVStore
 from keye.config import KeyeConfig
@@ -17,20 +17,20 @@ def find_past(task: Task, prefixes: PrefixCache, store: KVStore, config: KeyeCon
     if prompt.past is not None:
         return prompt.past.fork()
     if not task.request.deterministic and task.request.prompt_logprobs is None:
-        spans = Spans.of(prompt, config)
+        spans = prompt.spans
         found = None if spans is None else prefixes.find(prompt.token_ids, spans, _secret(task))
         if found is not None:
             return found
     return KVCache(config.text.num_hidden_layers, store)
 
 
-def remember(task: Task, prefixes: PrefixCache, config: KeyeConfig) -> None:
+def remember(task: Task, prefixes: PrefixCache) -> None:
     """Keeps a complete prompt for whoever begins with it, where there is room."""
     prompt, cache = task.prompt, task.cache
     assert prompt is not None and cache is not None
     if task.request.deterministic or prompt.past is not None:
         return
-    spans = Spans.of(prompt, config)
+    spans = prompt.spans
     if spans is None:
         return
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from keye.cache.prefix import MediaSpans
 from keye.cache.sequence import KVCache
 from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment, without_last_end
 from keye.chat.tokenizer import Tokenizer
@@ -26,6 +28,7 @@ from keye.media.plan import VideoPlan
 from keye.media.positions import PreviewLayout, build_position_ids
 from keye.media.processor import MediaItem, Piece, Processor, VisualSpan
 from keye.media.source.fetch import Source
+from keye.models.keye import visual_mask
 
 #: Plans of videos whose slow and fast frames are known (1.5), so that they are told apart once.
 REMEMBERED_PLANS = 64
@@ -56,7 +59,8 @@ class Room:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`token_ids` int64 [T]; `position_ids` int64 [3, T]; `next_position` of the first generated token; the media.
+    """`token_ids` int64 [T]; `position_ids` int64 [3, T]; `is_visual` bool [T], the placeholders of visual tokens;
+    `next_position` of the first generated token; the media.
 
     `past`, if given, holds the first tokens of the prompt, computed before: they and the media in them are not computed
     again, and `media` are those after it. It stays as it is. `indexed` is the video in it where it is an index of one.
@@ -65,12 +69,31 @@ class Prompt:
 
     token_ids: Tensor
     position_ids: Tensor
+    is_visual: Tensor
     next_position: int
     media: tuple[MediaItem, ...]
     past: KVCache | None = None
     indexed: IndexedVideo | None = None
     notes: tuple[KeyeWarning, ...] = ()
     windows: tuple[Window, ...] = ()
+
+    @cached_property
+    def visual_counts(self) -> Tensor:
+        """How many visual tokens of `media` stand at or before each position, int64 [T]; 0 or less within the past."""
+        counts = self.is_visual.cumsum(0)
+        return counts if self.past is None else counts - counts[self.past.length(0) - 1]
+
+    @cached_property
+    def spans(self) -> MediaSpans | None:
+        """Where the media are, for the prefix cache; None where a medium has no content key, and after an index, whose
+        tokens are in its file already."""
+        if self.indexed is not None or any(item.key is None for item in self.media):
+            return None
+        places, spans, count = self.is_visual.nonzero().squeeze(1).tolist(), [], 0
+        for item in self.media:
+            spans.append((places[count], places[count + item.visual_tokens - 1] + 1, item.key or b""))
+            count += item.visual_tokens
+        return MediaSpans(tuple(spans))
 
     @property
     def media_tokens(self) -> int:
@@ -303,13 +326,13 @@ class PromptBuilder:
         new = ids if indexed is None else ids[len(indexed.token_ids) :]
         array, delta = build_position_ids(new, grids, merge_size=merge, preview=preview)
         positions, next_position = torch.from_numpy(array), len(new) + delta
+        token_ids = torch.tensor(ids)
+        is_visual = visual_mask(self.config, token_ids)
         if indexed is None:
-            return Prompt(torch.tensor(ids), positions, next_position, tuple(items))
+            return Prompt(token_ids, positions, is_visual, next_position, tuple(items))
         first = indexed.next_position  # positions of what follows do not depend on where it begins
-        return Prompt(
-            torch.tensor(ids), torch.cat((indexed.position_ids, positions + first), dim=1), first + next_position,
-            tuple(items), indexed.cache, indexed,
-        )  # fmt: skip
+        positions = torch.cat((indexed.position_ids, positions + first), dim=1)
+        return Prompt(token_ids, positions, is_visual, first + next_position, tuple(items), indexed.cache, indexed)
 
     def _preview_layout(self, items: list[MediaItem]) -> PreviewLayout | None:
         """How Preview places media; None for the other generations. A video of unknown rate has a second a frame."""

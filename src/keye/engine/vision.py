@@ -18,7 +18,6 @@ from torch import Tensor
 
 from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.vision import VisionCache
-from keye.engine.prompt import Prompt
 from keye.engine.turns import Turn
 from keye.errors import KeyeWarning
 from keye.media.frame_stream import PixelReader
@@ -58,7 +57,7 @@ class _Part:
 
 
 class VisionJob:
-    """The visual tokens of one prompt, in order. `ready` of `total` are there; each call of `step` makes some more.
+    """The visual tokens of `media`, in order. `ready` of `total` are there; each call of `step` makes some more.
 
     With `first`, the media that end before visual token `first` are left out: their keys and values are stored already.
     A medium that `cache` knows is neither decoded nor encoded, others are added to it. Tokens held here count in the
@@ -68,26 +67,24 @@ class VisionJob:
     def __init__(
         self,
         model: KeyeModel,
-        prompt: Prompt,
+        media: Sequence[MediaItem],
         *,
         first: int = 0,
         cache: VisionCache | None = None,
         ledger: Ledger | None = None,
     ) -> None:
         self._model, self._cache, self._ledger = model, cache, ledger or Ledger()
-        self.total, self.ready = prompt.media_tokens, 0
+        self.total, self.ready = sum(item.visual_tokens for item in media), 0
         #: What was tolerated of the media that are complete, and of those that were read before.
         self._notes: list[KeyeWarning] = []
         if cache is not None:
-            named = [
-                (item.key, item.plan.name) for item in prompt.media if item.key is not None and item.plan is not None
-            ]
+            named = [(item.key, item.plan.name) for item in media if item.key is not None and item.plan is not None]
             self._notes = [note for key, name in named for note in cache.notes(key, name)]
         self._parts: list[_Part] = []
         self._forgotten = 0
         #: Whether the memory was full once: then nothing is kept for the cache any more.
         self._scarce = False
-        self._media = _needed(prompt.media, first)
+        self._media = _needed(media, first)
         self._groups: list[_Group] = []
         self._reader: PixelReader | None = None
         self._item_start = 0

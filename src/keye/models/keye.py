@@ -76,6 +76,11 @@ class Decoder(nn.Module):
         return Rope(cos, sin, *rope_angles(position_ids, index_freq, config.indexer_mrope_section()))
 
 
+def visual_mask(config: KeyeConfig, token_ids: Tensor) -> Tensor:
+    """Which of `token_ids` int64 [T] are placeholders of visual tokens: bool [T]."""
+    return (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
+
+
 class KeyeModel(Layer):
     """Keye-VL as one module; built on any device, including `meta`.
 
@@ -126,7 +131,7 @@ class KeyeModel(Layer):
     def embed(self, token_ids: Tensor, visual_tokens: Tensor | None = None) -> Tensor:
         """Token embeddings [T, d] with `visual_tokens` written over the image and video placeholders in order."""
         x = self.model.embed_tokens(token_ids)
-        is_visual = (token_ids == self.config.image_token_id) | (token_ids == self.config.video_token_id)
+        is_visual = visual_mask(self.config, token_ids)
         wanted, given = int(is_visual.sum()), 0 if visual_tokens is None else visual_tokens.shape[0]
         if wanted != given:
             raise KeyeError(f"the prompt has {wanted} visual placeholders but the media give {given} visual tokens")

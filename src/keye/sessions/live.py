@@ -34,6 +34,7 @@ from keye.media.pixels.pictures import Pixels, as_frames
 from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.video import open_video
+from keye.models.keye import visual_mask
 from keye.sessions.answer import Answer, AnswerStream
 
 if TYPE_CHECKING:
@@ -220,8 +221,7 @@ class LiveSession:
         self._frames += added
 
     def _encoded(self, item: MediaItem) -> Tensor:
-        empty = torch.empty(0, dtype=torch.int64)
-        job = VisionJob(self._model.model, Prompt(empty, empty.expand(3, 0), 0, (item,)))
+        job = VisionJob(self._model.model, [item])
         try:
             job.run_until(job.total, self._model.turn)
             return job.tokens(0, job.total)
@@ -308,7 +308,10 @@ class LiveSession:
         after = torch.arange(begin, begin + len(tail)).expand(3, -1)
         ids = torch.cat((seen, torch.tensor(tail)))
         positions = torch.cat((stored, after), dim=1)
-        return Prompt(ids, positions, begin + len(tail), (), cache, past, windows=sampled_windows([past.plan]))
+        return Prompt(
+            ids, positions, visual_mask(self._model.config, ids), begin + len(tail), (), cache, past,
+            windows=sampled_windows([past.plan]),
+        )  # fmt: skip
 
     def _frame_size(self, height: int, width: int) -> sizes.Size:
         """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""

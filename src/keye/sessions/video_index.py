@@ -34,7 +34,7 @@ from keye.errors import KeyeError, KeyeWarning
 from keye.media.processor import Piece, VisualSpan
 from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode
-from keye.models.keye import KeyeModel
+from keye.models.keye import KeyeModel, visual_mask
 from keye.sessions.fingerprint import Fingerprint
 from keye.version import __version__
 
@@ -296,7 +296,7 @@ def _check_layout(file: IndexFile, config: KeyeConfig, dtype: torch.dtype) -> No
 def _check_tokens(file: IndexFile, facts: _Facts, config: KeyeConfig) -> None:
     """Ids, positions and placeholders must be possible for the model."""
     ids, most = file.tokens[0], 1 << 31
-    visual = int(((ids == config.video_token_id) | (ids == config.image_token_id)).sum())
+    visual = int(visual_mask(config, ids).sum())
     good = 0 <= int(ids.min()) and int(ids.max()) < config.text.vocab_size and 0 < facts.next_position < most
     good = good and 0 <= int(file.tokens[1:].min()) and int(file.tokens.max()) < most
     if not good or visual != facts.visual_tokens:

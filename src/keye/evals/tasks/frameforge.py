@@ -204,7 +204,10 @@ class ClipPrompt:
         shared = whole.token_ids.shape[0] - len(self.branches[0])
         assert whole.token_ids[shared:].tolist() == self.branches[0], "the branch is the end of the prompt"
         next_position = int(whole.position_ids[0, shared])
-        self.trunk = Prompt(whole.token_ids[:shared], whole.position_ids[:, :shared], next_position, whole.media)
+        self.trunk = Prompt(
+            whole.token_ids[:shared], whole.position_ids[:, :shared], whole.is_visual[:shared], next_position,
+            whole.media,
+        )  # fmt: skip
 
 
 def _tokens_after_medium(tokenizer: Tokenizer, medium: Medium, question: str) -> list[int]:
