@@ -28,7 +28,7 @@ OTHERS = {
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with one model; cut connections are tried again at once, in small blocks."""
-    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 500)
     monkeypatch.setenv("HF_TOKEN", "secret")
     with serve(FakeHub(files={**SMALL, "model.safetensors.index.json": INDEX, **SHARDS, **OTHERS})) as running:

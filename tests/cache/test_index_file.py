@@ -19,7 +19,6 @@ from PIL import Image
 
 import keye
 from keye import Frames, Keye, KeyeError
-from keye.cache import mapped
 from keye.cache.index_file import ALIGN, check_whole, read_index_file
 from keye.chat import Medium, Message
 from keye.data.frameforge import make_clip, questions, render, write_mp4
@@ -293,7 +292,7 @@ def test_no_room_is_told_before_any_work(
         model.index(video, tmp_path / "letter.txt")
     assert (tmp_path / "letter.txt").read_text() == "dear"
     (tmp_path / "letter.txt").unlink()
-    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     with pytest.raises(KeyeError, match="do not fit on the disk"):
         model.index(video, tmp_path / "x.keye")
     assert list(tmp_path.iterdir()) == [] and model.ledger.used() == 0

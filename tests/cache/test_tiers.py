@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ def load(folder: Path) -> Callable[..., Keye]:
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, free: int = 1 << 20) -> None:
-    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
 def fill(cache: KVCache, tokens: int) -> torch.Tensor:
@@ -90,7 +91,8 @@ def test_the_kernels_get_addresses_in_the_map(tmp_path: Path) -> None:
 
 
 def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[tuple[int, int]] = []
+    base = 0
     monkeypatch.setattr(mapped, "_MADVISE", lambda start, nbytes, _: asked.append((start - base, nbytes)) or 0)
     rows = mapped.scratch_tensor(tmp_path, (400, 272))
     base, page = rows.data_ptr(), mmap.PAGESIZE

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.chat import PREVIEW_CHATML, CheckpointTemplate, Medium, Segment, load_template, render
-from keye.chat.foreign_template import TemplateLimits, _Hidden
+from keye.chat.foreign_template import _Hidden
+from keye.chat.template_process import TemplateLimits
 from keye.chat.template_worker import render as render_here
 from keye.chat.tokenizer import Tokenizer
 from keye.errors import KeyeError

@@ -204,7 +204,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 def test_a_template_that_loops(
     fails: Callable[..., str], own_model: Path, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keye.chat.foreign_template import TemplateLimits
+    from keye.chat.template_process import TemplateLimits
 
     monkeypatch.setattr(TemplateLimits, "__init__", functools.partialmethod(TemplateLimits.__init__, cpu_seconds=1))
     (own_model / "chat_template.jinja").write_text(LOOP)

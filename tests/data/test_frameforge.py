@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_timestamps_have_one_decimal_and_follow_start_and_step():
 def test_intervals_last_two_frames_and_stay_apart():
     for seed in range(300):
         clip = make_clip(seed, frames=12)
-        things = [*clip.scene.objects, *([clip.scene.text] if clip.scene.text else [])]
+        things: list[Any] = [*clip.scene.objects, *([clip.scene.text] if clip.scene.text else [])]
         for intervals in (thing.intervals for thing in things):
             assert all(0 <= first < last < 12 for first, last in intervals)
             assert len(intervals) == 1 or intervals[0][1] + 2 < intervals[1][0] + 1

@@ -574,7 +574,8 @@ def test_prompts_get_what_those_who_write_can_spare() -> None:
 
 
 def test_nan_fails_only_its_request(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = core_module.run
+    from keye.engine.step import run
+
     good, bad = Inbox(), Inbox()
     model.core.add(greedy(model, conversation(3), 4), "sparse", good)
     spoiled = model.core.add(greedy(model, conversation(6), 4), "sparse", bad)

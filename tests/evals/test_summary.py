@@ -101,7 +101,7 @@ def test_one_clip_has_no_standard_error():
     assert figures["tasks"]["count"]["error"] is None
     options = {"frames": [2, 2], "mode": "dense", "select": "indexer", "mp4": False, "split": "test"}
     costs = {"k_over_context": None, "seconds": 1.0, "tokens_per_second": 1.0, "mean_context": 1.0}
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=(shown_in := io.StringIO()), width=100)
     print_report({**figures, **costs, "options": options}, console)
-    shown = console.file.getvalue()
+    shown = shown_in.getvalue()
     assert "±" not in shown.replace("  ±  ", "") and "2 questions about 1 clip in 1.0 s" in shown

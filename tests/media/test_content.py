@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.media import Frames, as_medium, plan_medium
-from keye.media import content
 from keye.media.content import content_key, source_hash
 from keye.media.processor import Processor
 from keye.media.source.fetch import fetch_source
@@ -54,8 +54,8 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(
 ) -> None:
     path, read = tmp_path / "video.mp4", list[str]()
     shutil.copyfile(video, path)
-    digest = content.hashlib.file_digest
-    monkeypatch.setattr(content.hashlib, "file_digest", lambda file, name: (read.append(name), digest(file, name))[1])
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (read.append(name), digest(file, name))[1])
     first = source_hash(fetch_source(path))
     assert source_hash(fetch_source(path)) == first and len(read) == 1
     path.write_bytes(path.read_bytes() + b"\0")

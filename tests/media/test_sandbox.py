@@ -13,6 +13,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -314,7 +315,7 @@ def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.media.decode.workers._PACKAGE_ROOT", "")
     real = subprocess.Popen
 
-    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return real([*command[:5], said.hex()], **options)
 
     monkeypatch.setattr("keye.media.decode.workers.subprocess.Popen", start)

@@ -223,7 +223,7 @@ def test_rows_in_a_mapped_file(best_backend, tmp_path):
         addresses = rows.addresses - memory.data_ptr() + mapped.data_ptr()
         paged.append(replace(rows, addresses=addresses, mapped=True))
     stretch = stored.stretch(0, 4)
-    from_file = replace(stretch, pages=LayerPages(5000, *paged, stored.pages.index))
+    from_file = replace(stretch, pages=LayerPages(5000, paged[0], paged[1], stored.pages.index))
     assert torch.equal(step.sparse(best_backend, [from_file], 300), step.sparse(best_backend, [stretch], 300))
 
 

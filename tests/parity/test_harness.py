@@ -12,6 +12,7 @@ import torch
 from keye.cache.sequence import KVCache
 from keye.config import load_model_config
 from keye.hub import asset
+from keye.models.attention import Span
 from keye.models.keye import KeyeModel
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.parity import dsa
@@ -25,7 +26,7 @@ def selections(model: KeyeModel, lengths: list[int]) -> dict[str, Any]:
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(3, -1)
     spans, start = [], 0
     for length in lengths:
-        spans.append(dsa.Span(start, start + length, KVCache(model.config.text.num_hidden_layers)))
+        spans.append(Span(start, start + length, KVCache(model.config.text.num_hidden_layers)))
         start += length
     got: dict[str, Any] = {}
     with torch.no_grad():

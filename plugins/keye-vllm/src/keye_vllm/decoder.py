@@ -126,9 +126,11 @@ class Decoder(nn.Module):
             DecoderLayer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta), persistent=False)
         if config.sparse is not None:
             dim, theta = config.sparse.indexer_head_dim, float(int(config.rope_theta))
+            self.index_inv_freq: Tensor
             self.register_buffer("index_inv_freq", inverse_frequencies(dim, theta), persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

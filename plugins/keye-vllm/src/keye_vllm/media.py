@@ -247,7 +247,8 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
         opener, context = self.info.opener, self.info.ctx.model_config.max_model_len
         given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         videos = int(given.pop(_VIDEOS, 1))
-        defaults, output = defaults_of(given), {}
+        defaults = defaults_of(given)
+        output: dict[str, Any] = {}
         for kind, media in hf_data.items():
             items = [opener.open(_with_defaults(medium, defaults[kind]), videos, context) for medium in media]
             output |= self._fields(FIELDS[kind], items)
@@ -298,8 +299,7 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
             return PromptUpdateDetails.select_token_id(ids, pads[kind])
 
         return [
-            PromptReplacement(kind, [pads[kind]], lambda item, kind=kind: expansion(kind, item))  # type: ignore[misc]
-            for kind in mm_items
+            PromptReplacement(kind, [pads[kind]], lambda item, kind=kind: expansion(kind, item)) for kind in mm_items
         ]
 
 

@@ -44,10 +44,10 @@ class KeyeVL2MoeForConditionalGeneration(nn.Module, SupportsMultiModal, Supports
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config.keye
         text = config.text
-        with self._mark_tower_model(vllm_config, {"image", "video"}):
+        with self._mark_tower_model(vllm_config, {"image", "video"}):  # type: ignore[operator]  # of vLLM, which is not installed here
             self.visual = Visual(config.vision)
             self.mlp_AR = Projector(config.vision, text.hidden_size)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.model = Decoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
             self.lm_head = ParallelLMHead(
                 text.vocab_size, text.hidden_size, quant_config=vllm_config.quant_config,
