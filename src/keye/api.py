@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 
 from keye.cache.index_file import check_index_output
-from keye.cache.ledger import OutOfMemory
 from keye.cache.prefix import PrefixCache
 from keye.cache.slabs import KVFormat
 from keye.cache.tiers import KVOptions, Tier, byte_count, free_memory
@@ -58,8 +57,6 @@ from keye.sessions.fingerprint import Fingerprint, fingerprint
 from keye.sessions.live import Keep, LiveSession
 from keye.sessions.video_index import IndexInfo, open_video_index, write_video_index
 
-T = TypeVar("T")
-
 
 class Keye:
     """A model with its tokenizer and processor. Make one with `keye.load`.
@@ -93,7 +90,7 @@ class Keye:
         self.kv = kv or KVOptions()
         self.ledger = self.kv.ledger()
         self.store = self.kv.store(self.config.text, model.dtype, model.device, self.ledger)
-        self.vision_cache, self.prefixes = VisionCache(ledger=self.ledger), PrefixCache()
+        self.vision_cache, self.prefixes = VisionCache(ledger=self.ledger), PrefixCache(self.store)
 
     @property
     def config(self) -> KeyeConfig:
@@ -278,19 +275,9 @@ class Keye:
         return [collector.answer for collector in collectors if collector.answer is not None]
 
     def clear_caches(self) -> None:
-        """Gives back what is kept for later requests: prompts computed before, visual tokens of media."""
+        """Evicts what is kept for later requests: prompts computed before, visual tokens of media."""
         self.prefixes.clear()
-        self.vision_cache.give_back(self.vision_cache.nbytes())
-
-    def with_room(self, take: Callable[[], T]) -> T:
-        """What `take` gives. Where the memory is full, what is kept for later requests is given back; `OutOfMemory`
-        where that is not enough."""
-        while True:
-            try:
-                return take()
-            except OutOfMemory:
-                if not self.prefixes.give_back() and not self.vision_cache.give_back(1 << 20):
-                    raise
+        self.vision_cache.clear()
 
     @cached_property
     def core(self) -> EngineCore:

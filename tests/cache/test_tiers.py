@@ -106,7 +106,7 @@ def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: p
 
 def test_a_budget_of_disk_is_one_of_its_own(tmp_path: Path) -> None:
     far = LAYOUT.block_bytes - LAYOUT.index_block_bytes
-    store = KVStore(LAYOUT, ledger=Ledger(aside={"kv-file": 2 * far}), make_slab=file_slabs(tmp_path), slab_blocks=1)
+    store = KVStore(LAYOUT, ledger=Ledger(separate={"kv-file": 2 * far}), make_slab=file_slabs(tmp_path), slab_blocks=1)
     assert store.room() == 2 * PAGE
     with pytest.raises(OutOfMemory, match="for kv-file, but the disk budget is"):
         store.take(3)

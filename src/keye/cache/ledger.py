@@ -1,97 +1,137 @@
-"""Who holds how many bytes, and whether more may be taken. Knows numbers, not tensors."""
+"""The owner of memory: every byte of keys and values, visual tokens and scratch is reserved here. Knows numbers, not
+tensors.
+
+Caches keep what later requests may use again. They register a function that evicts some of it; a reservation that does
+not fit calls these functions before it fails. No other code evicts to make a reservation fit. One lock guards the
+ledger and everything that reserves in it (`Ledger.lock`), so that eviction can enter a cache from any thread, also
+while another cache is being changed.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Final, NamedTuple
 
 from keye.errors import KeyeError
 
 #: Accounts that do not count against the memory budget but each against one of its own, and what that one is about:
 #: keys and values in a mapped file, those of preempted requests, and those in main memory beside a model on a GPU.
-ASIDE: Final[Mapping[str, str]] = {"kv-file": "disk", "kv-saved": "disk", "kv-host": "host memory"}
+SEPARATE_BUDGETS: Final[Mapping[str, str]] = {"kv-file": "disk", "kv-saved": "disk", "kv-host": "host memory"}
+
+#: Evicts the least useful entry of a cache; False where the cache has none that it may evict.
+Evict = Callable[[], bool]
 
 
 class OutOfMemory(KeyeError):
     """A budget would be exceeded; nothing was taken."""
 
 
+class _Reclaimer(NamedTuple):
+    priority: int
+    accounts: Collection[str]
+    evict: Evict
+
+
 class Ledger:
     """Bytes by account (`kv`, `vision`, ...) under one budget, None for no limit. Safe to share by threads.
 
-    `aside` are budgets of the accounts in `ASIDE`; one that is not named has no limit.
+    `separate` are budgets of the accounts in `SEPARATE_BUDGETS`; one that is not named has no limit.
     """
 
-    def __init__(self, budget: int | None = None, *, aside: Mapping[str, int] | None = None) -> None:
-        assert set(aside or ()) <= set(ASIDE)
+    def __init__(self, budget: int | None = None, *, separate: Mapping[str, int] | None = None) -> None:
+        assert set(separate or ()) <= set(SEPARATE_BUDGETS)
         self.budget = budget
-        self._aside = dict(aside or {})
+        self._separate = dict(separate or {})
         self._held: Counter[str] = Counter()
-        # Reentrant: collecting garbage in the middle of an entry may free a cache, which gives its bytes back.
-        self._lock = threading.RLock()
+        self._reclaimers: list[_Reclaimer] = []
+        #: Guards the ledger, and the caches and stores that reserve in it. Reentrant: a reservation evicts entries of a
+        #: cache, and garbage collection may free a sequence anywhere; both release bytes in the same thread.
+        self.lock = threading.RLock()
         self.peak = 0
 
+    def register(self, evict: Evict, accounts: Collection[str], *, priority: int) -> None:
+        """Has `evict` called where bytes are missing in a budget that one of `accounts` counts against: the cache of
+        the lowest `priority` first, as long as it returns True. It runs in the thread that reserves and under `lock`,
+        and must neither reserve nor wait."""
+        reclaimers = [*self._reclaimers, _Reclaimer(priority, accounts, evict)]
+        self._reclaimers = sorted(reclaimers, key=lambda reclaimer: reclaimer.priority)
+
     def reserve(self, account: str, nbytes: int) -> None:
-        """Takes `nbytes`; `OutOfMemory` says what is held by whom when they are not there."""
+        """Takes `nbytes`, evicting what caches keep where they are missing; `OutOfMemory` says what is held by whom."""
+        if not self.try_reserve(account, nbytes):
+            raise OutOfMemory(self._shortage(account, nbytes))
+
+    def try_reserve(self, account: str, nbytes: int, *, evict: bool = True) -> bool:
+        """As `reserve`, but False where the bytes are missing. Without `evict` only what is free now is taken: for what
+        a cache keeps, which is not worth what another cache keeps."""
         assert nbytes >= 0
-        with self._lock:
-            used, budget = self._used_beside(account), self.limit(account)
-            if budget is not None and used + nbytes > budget:
-                raise OutOfMemory(self._refusal(account, nbytes, budget))
+        with self.lock:
+            while not self.has_room(account, nbytes):
+                if not (evict and self.reclaim(account)):
+                    return False
             self._held[account] += nbytes
-            if account not in ASIDE:
-                self.peak = max(self.peak, used + nbytes)
+            if account not in SEPARATE_BUDGETS:
+                self.peak = max(self.peak, self._used_in_budget(account))
+            return True
+
+    def reclaim(self, account: str) -> bool:
+        """Evicts an entry of a cache that shares the budget of `account`; False where there is none left. The bytes of
+        the entry may be in use elsewhere, so that none are free afterwards."""
+        with self.lock:
+            return any(
+                reclaimer.evict()
+                for reclaimer in self._reclaimers
+                if any(self._share_budget(account, other) for other in reclaimer.accounts)
+            )
 
     def release(self, account: str, nbytes: int) -> None:
-        """Gives back what `reserve` took."""
-        with self._lock:
-            assert 0 <= nbytes <= self._held[account], f"{account} gives back more than it took"
+        """Returns what `reserve` took."""
+        with self.lock:
+            assert 0 <= nbytes <= self._held[account], f"{account} releases more than it took"
             self._held[account] -= nbytes
 
-    @contextmanager
-    def holding(self, account: str, nbytes: int) -> Iterator[None]:
-        """`nbytes` for the length of a block."""
-        self.reserve(account, nbytes)
-        try:
-            yield
-        finally:
-            self.release(account, nbytes)
+    def has_room(self, account: str, nbytes: int) -> bool:
+        """Whether so many bytes are free now."""
+        with self.lock:
+            used, budget = self._used_in_budget(account), self.limit(account)
+            return budget is None or not used + nbytes > budget
 
     def used(self, account: str | None = None) -> int:
-        """Bytes held by one account, or by all, those aside included."""
-        with self._lock:
+        """Bytes held by one account, or by all, those of separate budgets included."""
+        with self.lock:
             return self._held.total() if account is None else self._held[account]
 
     def free(self, account: str = "kv") -> int | None:
         """Bytes that an account can still take; None without a budget."""
-        with self._lock:
+        with self.lock:
             budget = self.limit(account)
-            return None if budget is None else budget - self._used_beside(account)
+            return None if budget is None else budget - self._used_in_budget(account)
 
     def accounts(self) -> Mapping[str, int]:
         """Bytes of every account that holds any."""
-        with self._lock:
+        with self.lock:
             return {name: n for name, n in sorted(self._held.items()) if n}
 
     def limit(self, account: str) -> int | None:
         """Bytes of the budget that an account counts against; None without one."""
-        return self._aside.get(account) if account in ASIDE else self.budget
+        return self._separate.get(account) if account in SEPARATE_BUDGETS else self.budget
 
-    def _used_beside(self, account: str) -> int:
-        """Bytes that count against the same budget."""
-        return sum(self._held[name] for name in self._sharing(account))
+    def _used_in_budget(self, account: str) -> int:
+        return sum(n for name, n in self._held.items() if self._share_budget(account, name))
 
-    def _sharing(self, account: str) -> list[str]:
-        """Accounts under the same budget."""
-        return [account] if account in ASIDE else sorted(name for name in self._held if name not in ASIDE)
+    @staticmethod
+    def _share_budget(account: str, other: str) -> bool:
+        return account == other or not {account, other} & SEPARATE_BUDGETS.keys()
 
-    def _refusal(self, account: str, nbytes: int, budget: int) -> str:
-        what = ASIDE.get(account, "memory")
-        held = ", ".join(f"{name} {megabytes(self._held[name])}" for name in self._sharing(account) if self._held[name])
+    def _shortage(self, account: str, nbytes: int) -> str:
+        """The sentence of an `OutOfMemory`."""
+        with self.lock:
+            what, budget = SEPARATE_BUDGETS.get(account, "memory"), self.limit(account) or 0
+            holders = {name: n for name, n in self.accounts().items() if self._share_budget(account, name)}
+        held = ", ".join(f"{name} {megabytes(n)}" for name, n in holders.items())
         return (
             f"{megabytes(nbytes)} more are needed for {account}, but the {what} budget is {megabytes(budget)} and "
             f"holds {held or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about fewer "

@@ -1,14 +1,13 @@
-"""Prompts that were computed before: whoever begins with the same tokens and media goes on from there.
+"""The prefix cache: prompts that were computed before, from which prompts with the same beginning continue.
 
-An entry is a whole prefix under the hash of its tokens, media, attention mode and owner; its blocks are shared with
-those who use it. Entries end after a medium or at a block boundary outside any medium, never inside one. The least
-recently used are given up first, also when others need the room.
+An entry is a prefix under the hash of its tokens, media, attention mode and owner; its blocks are shared with the
+requests that use it. Entries end after a medium or at a block boundary outside any medium, never inside one. The least
+recently used are evicted first, also when a reservation needs their bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVStore
 from keye.ops.kv_blocks import PAGE
 
 
@@ -41,41 +41,47 @@ def cut_points(length: int, spans: MediaSpans) -> list[int]:
 
 
 class PrefixCache:
-    """Prefixes of one model, at most `entries`. Safe to share by threads."""
+    """Prefixes in one store, at most `entries`. Safe to share by threads."""
 
-    def __init__(self, entries: int = 64) -> None:
-        self.most = entries
+    def __init__(self, store: KVStore, entries: int = 64) -> None:
+        self.most, self._store = entries, store
         self._entries: OrderedDict[bytes, KVCache] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = store.ledger.lock
+        store.ledger.register(self.evict, store.accounts, priority=0)
         self.hits = self.misses = 0
 
     def find(self, ids: Tensor, spans: MediaSpans, secret: bytes) -> KVCache | None:
-        """A fork of the longest prefix of `ids` that is known and leaves a token to compute; None without any."""
+        """A sequence that continues the longest known prefix of `ids` that leaves a token to compute; None without any.
+        It is a fork of the entry, or the entry itself where memory is short of the block that a fork copies."""
         with self._lock:
             lengths = {cache.length(0) for cache in self._entries.values()}
             wanted = sorted(n for n in lengths if n < ids.shape[0] and not spans.inside(n))
             for _, key in reversed(list(_hashes(ids, spans, wanted, secret))):
                 if key in self._entries:
-                    self._entries.move_to_end(key)
                     self.hits += 1
-                    return self._entries[key].fork()
+                    entry = self._entries.pop(key)
+                    if not self._has_room(entry.length(0)):
+                        return entry
+                    self._entries[key] = entry
+                    return entry.fork()
             self.misses += 1
             return None
 
     def keep(self, ids: Tensor, spans: MediaSpans, secret: bytes, cache: KVCache, lengths: Iterable[int]) -> None:
-        """Remembers prefixes of what `cache` holds."""
+        """Remembers prefixes of what `cache` holds, as far as there is room without evicting anything."""
         with self._lock:
             for length, key in _hashes(ids, spans, sorted(lengths), secret):
                 if key in self._entries:
                     self._entries.move_to_end(key)
                     continue
-                prefix = cache.fork_prefix(length)
-                self._entries[key] = prefix
-                while len(self._entries) > self.most:
-                    self._entries.popitem(last=False)[1].free()
+                if not self._has_room(length):
+                    return
+                self._entries[key] = cache.fork_prefix(length)
+                if len(self._entries) > self.most:
+                    self.evict()
 
-    def give_back(self) -> bool:
-        """Gives up the least recently used entry; False when there is none."""
+    def evict(self) -> bool:
+        """Evicts the least recently used entry; False without any."""
         with self._lock:
             if not self._entries:
                 return False
@@ -83,9 +89,14 @@ class PrefixCache:
             return True
 
     def clear(self) -> None:
-        """Gives up everything."""
-        while self.give_back():
+        """Evicts everything."""
+        while self.evict():
             pass
+
+    def _has_room(self, length: int) -> bool:
+        """Whether a fork of `length` tokens has room for the copy of its last block, if that is not full."""
+        room = self._store.room()
+        return length % PAGE == 0 or room is None or room > 0
 
     def __len__(self) -> int:
         return len(self._entries)

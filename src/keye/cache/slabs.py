@@ -7,8 +7,7 @@ the account `kv`, keys and values that lie elsewhere in `kv-host` or `kv-file`. 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -16,7 +15,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from keye.cache.ledger import ASIDE, Ledger
+from keye.cache.ledger import SEPARATE_BUDGETS, Ledger
 from keye.cache.mapped import scratch_tensor
 from keye.config import TextConfig
 from keye.errors import KeyeError
@@ -194,7 +193,7 @@ class KVStore:
         self.layout, self.ledger = layout, ledger or Ledger()
         self._make_slab, self._slab_blocks = make_slab or memory_slabs(), slab_blocks
         self._slabs: list[Slab] = []
-        self._lock = threading.RLock()
+        self._lock = self.ledger.lock
 
     def take(self, count: int) -> list[Block]:
         """`count` new blocks, or `OutOfMemory` and none."""
@@ -202,7 +201,7 @@ class KVStore:
             taken: list[Block] = []
             try:
                 while len(taken) < count:
-                    slab = next((slab for slab in self._slabs if slab.free), None) or self._new_slab()
+                    slab = self._slab_with_room()
                     while slab.free and len(taken) < count:
                         taken.append(Block(slab, slab.free.pop()))
             except KeyeError:
@@ -233,13 +232,18 @@ class KVStore:
                 if block.references == 0:
                     self._free(block)
 
+    @property
+    def accounts(self) -> Collection[str]:
+        """The accounts of the ledger in which the bytes of slabs are."""
+        return self._costs().keys()
+
     def room(self) -> int | None:
         """Tokens that can still be stored under the budgets; None without any."""
         with self._lock:
             ready = sum(len(slab.free) for slab in self._slabs)
             left = [(self.ledger.free(account), n) for account, n in self._costs().items() if n]
             slabs = [free // n for free, n in left if free is not None]
-            return PAGE * (ready + min(slabs) * self._slab_blocks) if slabs else None
+            return PAGE * (ready + max(0, min(slabs)) * self._slab_blocks) if slabs else None
 
     def shortage(self, tokens: int, scratch: int = 0) -> tuple[int, int, int] | None:
         """None if a new sequence of `tokens` has room when all others are gone, beside `scratch` bytes of memory; else
@@ -249,7 +253,7 @@ class KVStore:
             budget = self.ledger.limit(account)
             if budget is None or not cost:
                 continue
-            budget = max(0, budget - (0 if account in ASIDE else scratch))
+            budget = max(0, budget - (0 if account in SEPARATE_BUDGETS else scratch))
             if slabs * cost > budget:
                 return slabs * cost, budget, budget // cost * self._slab_blocks * PAGE
         return None
@@ -274,6 +278,14 @@ class KVStore:
         costs = {"kv": near}
         costs[self._make_slab.account] = costs.get(self._make_slab.account, 0) + self.slab_bytes - near
         return costs
+
+    def _slab_with_room(self) -> Slab:
+        """A slab with a free block, a new one if need be. Evicting a prefix may free blocks and no bytes."""
+        while (slab := next((slab for slab in self._slabs if slab.free), None)) is None:
+            short = [account for account, nbytes in self._costs().items() if not self.ledger.has_room(account, nbytes)]
+            if not (short and self.ledger.reclaim(short[0])):
+                return self._new_slab()
+        return slab
 
     def _new_slab(self) -> Slab:
         held: dict[str, int] = {}

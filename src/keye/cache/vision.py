@@ -1,15 +1,14 @@
-"""Visual tokens of media that were seen before, the least recently used given up first. Knows keys and bytes."""
+"""Visual tokens of media that were seen before; the least recently used are evicted first. Knows keys and bytes."""
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.ledger import Ledger
 from keye.errors import KeyeError, KeyeWarning
 
 #: The ledger's account.
@@ -29,7 +28,7 @@ class _Entry:
 class VisionCache:
     """Visual tokens [n, d] of one model under the content keys of their media; safe to share by threads.
 
-    `budget` bytes at most are kept, 0 for none; each is reserved in `ledger`. Tokens in use are not given up.
+    `budget` bytes at most are kept, 0 for none; each is reserved in `ledger`. Tokens in use are not evicted.
     """
 
     def __init__(self, budget: int = DEFAULT_BUDGET, ledger: Ledger | None = None) -> None:
@@ -39,8 +38,9 @@ class VisionCache:
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         #: What was tolerated of media when they were read, by their keys, with the name that each had then.
         self._noted: OrderedDict[bytes, tuple[str, tuple[KeyeWarning, ...]]] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = self.ledger.lock
         self._held = 0
+        self.ledger.register(self.evict, {ACCOUNT}, priority=1)
 
     def accepts(self, nbytes: int) -> bool:
         """Whether tokens of this size can be kept at all."""
@@ -78,43 +78,38 @@ class VisionCache:
             entry.users -= 1
 
     def put(self, key: bytes, tokens: Tensor) -> Tensor | None:
-        """Keeps `tokens` and acquires them, giving up others; the tokens that are kept, None when there is no room."""
+        """Keeps `tokens` and acquires them, evicting others; the tokens that are kept, None when there is no room."""
         nbytes = tokens.numel() * tokens.element_size()
         with self._lock:
             if key in self._entries:  # another request encoded the same medium meanwhile
                 return self.acquire(key)
-            self.give_back(self._held + nbytes - self.budget)
-            if self._held + nbytes > self.budget or not self._reserve(nbytes):
+            if not self.accepts(nbytes):
                 return None
+            while self._held + nbytes > self.budget or not self.ledger.try_reserve(ACCOUNT, nbytes, evict=False):
+                if not self.evict():
+                    return None
             self._entries[key] = _Entry(tokens, users=1)
             self._held += nbytes
             return tokens
 
-    def give_back(self, nbytes: int) -> int:
-        """Frees at least `nbytes` if tokens that nobody uses hold as many; returns the bytes freed."""
-        freed = 0
+    def evict(self) -> bool:
+        """Evicts the least recently used tokens that are not in use; False without any."""
         with self._lock:
-            for key in [key for key, entry in self._entries.items() if not entry.users]:
-                if freed >= nbytes:
-                    break
-                tokens = self._entries.pop(key).tokens
-                freed += tokens.numel() * tokens.element_size()
-            self._held -= freed
-            self.ledger.release(ACCOUNT, freed)
-        return freed
+            key = next((key for key, entry in self._entries.items() if not entry.users), None)
+            if key is None:
+                return False
+            tokens = self._entries.pop(key).tokens
+            nbytes = tokens.numel() * tokens.element_size()
+            self._held -= nbytes
+            self.ledger.release(ACCOUNT, nbytes)
+            return True
+
+    def clear(self) -> None:
+        """Evicts all tokens that are not in use."""
+        while self.evict():
+            pass
 
     def nbytes(self) -> int:
         """Bytes kept."""
         with self._lock:
             return self._held
-
-    def _reserve(self, nbytes: int) -> bool:
-        """Takes bytes in the ledger, giving up others if it is full."""
-        for _ in range(2):
-            try:
-                self.ledger.reserve(ACCOUNT, nbytes)
-            except OutOfMemory:
-                self.give_back(nbytes)
-            else:
-                return True
-        return False

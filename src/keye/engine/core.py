@@ -34,6 +34,7 @@ from keye.engine.preempt import release, restore, save
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
 from keye.engine.scheduler import Pace, share_out
+from keye.engine.scratch import ACCOUNT as SCRATCH
 from keye.engine.scratch import Scratch
 from keye.engine.slices import computable, least_rows, prompt_slice, reply_slice
 from keye.engine.step import Slice, run
@@ -265,12 +266,8 @@ class EngineCore:
 
     def _encode_some(self, task: Task, job: VisionJob, patches: int) -> int:
         """Patches encoded; 0 where the memory is full and what is ready has to be computed first."""
-        try:
-            return job.step(patches)
-        except OutOfMemory:
-            if computable(task):
-                return 0
-        return self._make_room(partial(job.step, patches), task) or 0
+        step = partial(job.step, patches, required=not computable(task))
+        return self._make_room(step, task) or 0
 
     def _rotate(self, task: Task) -> None:
         """Lets others encode before this one does again: their order is that of the list."""
@@ -335,7 +332,7 @@ class EngineCore:
         # Making room for one may have taken it from another.
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         while (fitting := self.scratch.fitting([one for _, one in slices])) < len(slices):
-            if not self._evict():
+            if not self.parts.ledger.reclaim(SCRATCH):
                 break
         taken = slices[: max(1, fitting)]
         self._turns += 1
@@ -443,14 +440,13 @@ class EngineCore:
     # ---------------------------------------------------------------------------------------------------- room
 
     def _make_room(self, take: Callable[[], T], task: Task) -> T | None:
-        """What `take` gives. Where the store is full, caches are given back, then others preempted, the newest first; a
-        task that cannot even run alone fails, one in pieces after it began anew. None when `task` itself had to go."""
+        """What `take` gives. Where evicting from the caches is not enough, other tasks are preempted, the newest first;
+        a task that cannot even run alone fails, a fragmented one after a second attempt. None when `task` itself had to
+        go."""
         while True:
             try:
                 return take()
             except OutOfMemory as error:
-                if self._evict():
-                    continue
                 others = [t for t in self.tasks if t is not task and t.stage in (Stage.PREFILLING, Stage.DECODING)]
                 younger = [t for t in others if t.created > task.created]
                 if younger:
@@ -463,10 +459,6 @@ class EngineCore:
                     # The frames of its traceback may hold caches that were half made.
                     self._fail(task, error.with_traceback(None))
                     return None
-
-    def _evict(self) -> bool:
-        """Gives up some of what is kept for later requests; False where nothing is."""
-        return self.parts.prefixes.give_back() or bool(self.parts.vision_cache.give_back(1 << 20))
 
     def preempt(self, task: Task) -> None:
         """Takes the blocks of a task that runs; it goes on later, and loses nothing. What it had stored waits in a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from keye.cache.ledger import OutOfMemory
 from keye.cache.prefix import PrefixCache, cut_points
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVStore
@@ -30,13 +29,8 @@ def remember(task: Task, prefixes: PrefixCache) -> None:
     assert prompt is not None and cache is not None
     if task.request.deterministic or prompt.past is not None:
         return
-    spans = prompt.spans
-    if spans is None:
-        return
-    try:
+    if (spans := prompt.spans) is not None:
         prefixes.keep(prompt.token_ids, spans, _secret(task), cache, cut_points(task.length, spans))
-    except OutOfMemory:
-        return  # there is no room to keep it
 
 
 def _secret(task: Task) -> bytes:

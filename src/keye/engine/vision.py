@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.ledger import Ledger
 from keye.cache.vision import VisionCache
 from keye.engine.turns import Turn
 from keye.errors import KeyeWarning
@@ -113,19 +113,17 @@ class VisionJob:
         return bool(self._groups) and self._reader is not None and self._reader.wait(self._groups[0].rows, timeout)
 
     @torch.inference_mode()
-    def step(self, patches: int) -> int:
+    def step(self, patches: int, *, required: bool = True) -> int:
         """Encodes about `patches` patches, at least one group; returns how many it encoded, 0 when all are done or the
-        next are not decoded yet. `OutOfMemory` where there is room for none; then nothing has changed. Raises what went
-        wrong with a medium; after that only `close` makes sense."""
+        next are not decoded yet. Where there is memory for none, `OutOfMemory`, or 0 if the step is not `required`, and
+        nothing has changed. Raises what went wrong with a medium; after that only `close` makes sense."""
         count = 0
         while self._groups and not self.waiting and (not count or count + self._groups[0].patches <= patches):
             held = self._bytes_of(self._groups[0].tokens)
-            try:
-                self._reserve(held)
-            except OutOfMemory:
-                if count:
+            if not self._try_reserve(held):
+                if count or not required:
                     return count
-                raise
+                self._ledger.reserve(ACCOUNT, held)
             group = self._groups.pop(0)
             self._add(self._encode(group, held), held)
             count += group.patches
@@ -207,24 +205,13 @@ class VisionJob:
             self.ready = self._parts[-1].stop
             self._media.pop(0)
 
-    def _reserve(self, held: int) -> None:
-        """Takes bytes in the ledger; where they are missing, gives up the cache, and what was kept for it."""
-        for free in (self._give_back_cached, self._stop_keeping):
-            try:
-                self._ledger.reserve(ACCOUNT, held)
-            except OutOfMemory:
-                free(held)
-            else:
-                return
-        self._ledger.reserve(ACCOUNT, held)
-
-    def _give_back_cached(self, nbytes: int) -> None:
-        if self._cache is not None:
-            self._cache.give_back(nbytes)
-
-    def _stop_keeping(self, _: int) -> None:
+    def _try_reserve(self, nbytes: int) -> bool:
+        """Reserves bytes of visual tokens; where they are missing, those kept for the cache are freed."""
+        if self._ledger.try_reserve(ACCOUNT, nbytes):
+            return True
         self._scarce = True
         self.forget(self._forgotten)
+        return self._ledger.try_reserve(ACCOUNT, nbytes)
 
     def _encode(self, group: _Group, held: int) -> Tensor:
         """The visual tokens of the next rows, for which `held` bytes are reserved."""
@@ -260,15 +247,15 @@ class VisionJob:
     def _to_cache(self, item: MediaItem, start: int, own: Sequence[_Part]) -> None:
         assert self._cache is not None and item.key is not None
         joined = torch.cat([part.tokens for part in own])
-        # The parts go first: for a moment nobody counts the tokens, else they would be counted twice.
-        self._free(own)
-        del self._parts[len(self._parts) - len(own) :]
-        if (shared := self._cache.put(item.key, joined)) is not None:
-            self._parts.append(_Part(start, shared, key=item.key))
-            return
         held = joined.numel() * joined.element_size()
-        self._ledger.reserve(ACCOUNT, held)
-        self._parts.append(_Part(start, joined, held))
+        with self._ledger.lock:  # between two accounts the bytes are free, and no other thread may take them
+            self._free(own)
+            del self._parts[len(self._parts) - len(own) :]
+            if (shared := self._cache.put(item.key, joined)) is not None:
+                self._parts.append(_Part(start, shared, key=item.key))
+            else:
+                self._ledger.reserve(ACCOUNT, held)
+                self._parts.append(_Part(start, joined, held))
 
     def _free(self, parts: Sequence[_Part]) -> None:
         for part in parts:

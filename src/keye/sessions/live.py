@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -187,7 +186,7 @@ class LiveSession:
     def _start(self) -> None:
         """A past of nothing but what comes before the video."""
         self._trunk = Decoding(self._model.model, mode=self._model.attention, store=self._model.store)
-        self._model.with_room(partial(self._trunk.cache.reserve, len(self._head)))
+        self._trunk.cache.reserve(len(self._head))
         with self._model.turn():
             self._trunk.append(self._head)
 
@@ -250,7 +249,7 @@ class LiveSession:
         positions, delta = build_position_ids(ids, grids, merge_size=merge)
         visual = torch.cat([frame.visual for frame in frames if frame.visual is not None])
         start = self._trunk.position
-        self._model.with_room(partial(self._trunk.cache.reserve, self.tokens + len(ids)))
+        self._trunk.cache.reserve(self.tokens + len(ids))
         self._trunk.extend(
             torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
             turn=self._model.turn,

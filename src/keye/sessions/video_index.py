@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, get_args
 
@@ -53,8 +52,6 @@ class LoadedModel(Protocol):
 
     @property
     def fingerprint(self) -> Fingerprint: ...
-
-    def with_room(self, take: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def write_video_index(
     check_index_disk(path, layout, prompt.token_ids.shape[0])
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
-    owner.with_room(partial(decoding.cache.reserve, prompt.token_ids.shape[0]))
+    decoding.cache.reserve(prompt.token_ids.shape[0])
     decoding.prefill(prompt, turn=turn, on_progress=on_progress)
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)

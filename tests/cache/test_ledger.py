@@ -1,0 +1,195 @@
+"""Reservations that do not fit evict what caches keep: in order, within one budget, from any thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.prefix import MediaSpans, PrefixCache
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVLayout, KVStore
+from keye.cache.vision import VisionCache
+from keye.ops.kv_blocks import PAGE, RowFormat
+
+ROWS = RowFormat("float32", 1, 8)
+NO_MEDIA = MediaSpans(())
+
+
+def entries(ledger: Ledger, account: str, count: int, nbytes: int = 10) -> Callable[[], bool]:
+    """Reserves entries; returns the function that evicts one of them."""
+    left = [nbytes] * count
+    for size in left:
+        ledger.reserve(account, size)
+
+    def evict() -> bool:
+        if left:
+            ledger.release(account, left.pop())
+            return True
+        return False
+
+    return evict
+
+
+def make_store(ledger: Ledger, slab_blocks: int = 1) -> KVStore:
+    return KVStore(KVLayout(1, ROWS, ROWS, None), ledger=ledger, slab_blocks=slab_blocks)
+
+
+def keep(prefixes: PrefixCache, store: KVStore, tokens: int, first: int) -> torch.Tensor:
+    """Keeps the prefix of a prompt of so many tokens; returns its token ids and those of one token more."""
+    cache, rows = KVCache(1, store), torch.full((tokens, 1, 8), float(first))
+    cache.append(0, rows, rows, None)
+    ids = torch.arange(first, first + tokens + 1)
+    prefixes.keep(ids[:-1], NO_MEDIA, b"", cache, [tokens])
+    cache.free()
+    return ids
+
+
+def test_the_lowest_priority_is_evicted_first_and_only_as_far_as_needed() -> None:
+    ledger = Ledger(100)
+    ledger.register(entries(ledger, "late", 4), {"late"}, priority=1)
+    ledger.register(entries(ledger, "early", 4), {"early"}, priority=0)
+    ledger.reserve("kv", 50)
+    assert ledger.accounts() == {"early": 10, "kv": 50, "late": 40}
+    ledger.reserve("kv", 25)
+    assert ledger.accounts() == {"kv": 75, "late": 20}
+    with pytest.raises(OutOfMemory, match=r"for kv, but the memory budget is"):
+        ledger.reserve("kv", 30)
+    assert ledger.accounts() == {"kv": 75}
+
+
+def test_separate_budgets_evict_only_what_counts_against_them() -> None:
+    ledger = Ledger(100, separate={"kv-file": 50})
+    ledger.register(entries(ledger, "vision-cache", 10), {"vision-cache"}, priority=0)
+    ledger.register(entries(ledger, "kv-file", 5), {"kv", "kv-file"}, priority=1)
+    ledger.reserve("kv-file", 10)
+    assert ledger.accounts() == {"kv-file": 50, "vision-cache": 100}
+    ledger.reserve("kv-saved", 10**9)
+    assert ledger.used("vision-cache") == 100 and ledger.used("kv-file") == 50
+    ledger.reserve("scratch", 100)
+    assert ledger.used("vision-cache") == 0 and ledger.used("kv-file") == 50
+
+
+def test_what_a_cache_keeps_is_no_reason_to_evict_from_another() -> None:
+    ledger = Ledger(1000)
+    ledger.register(entries(ledger, "other", 100), {"other"}, priority=0)
+    cache, tokens = VisionCache(2000, ledger), torch.zeros(5, 16)
+    assert cache.put(b"a", tokens) is None
+    assert ledger.accounts() == {"other": 1000}
+
+
+def test_a_reservation_finds_the_blocks_that_an_eviction_freed() -> None:
+    """Evicting a prefix may free blocks of a slab that others use too, and so no bytes at all."""
+    ledger = Ledger()
+    store = make_store(ledger, slab_blocks=4)
+    prefixes = PrefixCache(store)
+    other = KVCache(1, store)
+    other.reserve(2 * PAGE)
+    keep(prefixes, store, 2 * PAGE, 0)
+    ledger.budget = store.slab_bytes
+    wanted = KVCache(1, store)
+    wanted.reserve(2 * PAGE)
+    assert len(prefixes) == 0 and ledger.used() == store.slab_bytes
+    with pytest.raises(OutOfMemory):
+        wanted.reserve(3 * PAGE)
+    assert wanted.blocks == 2
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_prefix_is_found_whole_though_there_is_no_room_for_a_copy(room: bool) -> None:
+    """Its last block, which is not full, is copied for the one who continues it, or else handed over."""
+    ledger = Ledger()
+    store = make_store(ledger)
+    prefixes = PrefixCache(store)
+    ids = keep(prefixes, store, PAGE + 10, 3)
+    ledger.budget = ledger.used() + (store.slab_bytes if room else 0)
+    found = prefixes.find(ids, NO_MEDIA, b"")
+    assert found is not None and found.length(0) == PAGE + 10
+    assert (found.rows(0, torch.arange(PAGE + 10))[0] == 3).all()
+    assert len(prefixes) == room
+    found.append(0, torch.ones(1, 1, 8), torch.ones(1, 1, 8), None)
+    prefixes.clear()
+    found.free()
+    assert ledger.accounts() == {}
+
+
+def test_a_prefix_is_not_kept_at_the_cost_of_others() -> None:
+    ledger = Ledger()
+    store = make_store(ledger)
+    prefixes, vision = PrefixCache(store), VisionCache(1 << 20, ledger)
+    first = keep(prefixes, store, PAGE + 10, 0)
+    assert vision.put(b"a", torch.zeros(100)) is not None
+    vision.release(b"a")
+    cache, rows = KVCache(1, store), torch.zeros(PAGE + 20, 1, 8)
+    cache.append(0, rows, rows, None)
+    ledger.budget = ledger.used()
+    prefixes.keep(torch.arange(1000, 1000 + PAGE + 20), NO_MEDIA, b"", cache, [PAGE + 20])
+    assert len(prefixes) == 1 and vision.nbytes() == 400
+    assert prefixes.find(first, NO_MEDIA, b"") is not None
+
+
+def test_a_cache_that_evicts_itself_while_it_reserves_stays_whole() -> None:
+    """The ledger calls a cache that is just making room for an entry of its own."""
+    ledger = Ledger(1000)
+    cache = VisionCache(10_000, ledger)
+    for number in range(20):
+        assert cache.put(number.to_bytes(1, "little"), torch.zeros(100)) is not None
+        cache.release(number.to_bytes(1, "little"))
+        assert cache.nbytes() == ledger.used("vision-cache") <= 1000
+    ledger.reserve("scratch", 900)
+    assert cache.nbytes() == 0
+
+
+def test_threads_that_reserve_evict_from_one_another_without_deadlock() -> None:
+    """Three kinds of work in a memory that holds little of each: nobody waits for ever, and every byte is released."""
+    ledger = Ledger()
+    store = make_store(ledger)
+    prefixes, vision = PrefixCache(store), VisionCache(8 * store.slab_bytes, ledger)
+    ledger.budget = 12 * store.slab_bytes
+    failures: list[BaseException] = []
+
+    def sequences(seed: int) -> None:
+        for number in range(60):
+            try:
+                ids = keep(prefixes, store, PAGE + 1 + number % 60, 1000 * seed + number)
+                if (found := prefixes.find(ids, NO_MEDIA, b"")) is not None:
+                    found.free()
+            except OutOfMemory:
+                pass
+
+    def media(seed: int) -> None:
+        for number in range(200):
+            key = bytes((seed, number))
+            if vision.put(key, torch.zeros(store.slab_bytes // 4)) is not None:
+                assert vision.acquire(key) is not None
+                vision.release(key)
+                vision.release(key)
+
+    def steps(_: int) -> None:
+        for _ in range(200):
+            if ledger.try_reserve("scratch", 3 * store.slab_bytes):
+                ledger.release("scratch", 3 * store.slab_bytes)
+
+    def guarded(work: Callable[[int], None], seed: int) -> None:
+        try:
+            work(seed)
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=guarded, args=(work, seed), daemon=True)
+        for work in (sequences, media, steps)
+        for seed in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "threads wait for one another"
+    assert not failures
+    prefixes.clear()
+    vision.clear()
+    assert ledger.accounts() == {} and store.nbytes() == 0
