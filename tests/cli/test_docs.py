@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_help_in_the_docs_is_current() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    assert text == with_current_help(text), "run: python tests/cli/help_blocks.py"
+    assert text == with_current_help(text), "run: python tests/support/help_blocks.py"
 
 
 def test_every_verb_is_documented() -> None:

@@ -1,4 +1,4 @@
-"""The help texts in docs/cli.md: python tests/cli/help_blocks.py writes them anew."""
+"""The help texts in docs/cli.md: python tests/support/help_blocks.py rewrites them."""
 
 from __future__ import annotations
 
