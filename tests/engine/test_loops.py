@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.engine.loops import EVERY, is_loop
+from keye.engine.sampling import LOOP_INTERVAL, is_loop
 
 
 def first_stop(reply: Sequence[int], max_tokens: int) -> int | None:
@@ -37,7 +37,7 @@ def test_lists_are_no_loops() -> None:
 @given(st.lists(st.integers(0, 3), max_size=300), st.integers(1, 4096))
 def test_only_repetitions_are_found(reply: list[int], max_tokens: int) -> None:
     if is_loop(reply, max_tokens):
-        assert len(reply) % EVERY == 0
+        assert len(reply) % LOOP_INTERVAL == 0
         length = min(max(48, max_tokens // 2), 256)
         assert any(
             len(reply) >= n and reply[-n:] == (reply[-n : -n + period] * n)[:n]

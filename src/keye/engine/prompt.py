@@ -15,10 +15,10 @@ from torch import Tensor
 from keye.cache.prefix import MediaSpans
 from keye.cache.sequence import KVCache
 from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment, without_last_end
+from keye.chat.moments import Window, sampled_windows
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
-from keye.engine.moments import Window, sampled_windows
 from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
 from keye.media.content import content_key
 from keye.media.image import ImagePlan

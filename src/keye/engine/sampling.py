@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ _NOTHING_LEFT = "allowed_token_ids and the form of the reply leave no token to g
 
 #: Most entries of a list of tokens, and most texts of `stop` and of `bad_words`.
 MAX_LISTED, MAX_TEXTS = 4096, 256
+#: A reply is looked at after each so many tokens.
+LOOP_INTERVAL: Final = 16
+#: How often its last part must have been repeated, and how long all repetitions must be, in tokens: half of what may be
+#: written, within these bounds.
+_LOOP_TIMES: Final = 8
+_LOOP_LEAST: Final = 48
+_LOOP_MOST: Final = 256
+#: The longer end of a reply that is searched for long repetitions, in lengths of the shorter.
+_LOOP_LONGER: Final = 4
 
 
 @dataclass(frozen=True)
@@ -281,3 +290,27 @@ class StopText:
         """What was held back when the stream ended without a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+def is_loop(reply: Sequence[int], max_tokens: int) -> bool:
+    """Whether a reply of token ids ends in a part that was repeated at least 8 times in a row.
+
+    Short parts (words, times, a sentence) count once the repetitions fill `max_tokens` / 2, at least 48 and at most 256
+    tokens; longer parts once they fill four times that. Looked at every 16 tokens; linear in those numbers.
+    """
+    if len(reply) % LOOP_INTERVAL:
+        return False
+    length = min(max(_LOOP_LEAST, max_tokens // 2), _LOOP_MOST)
+    return any(len(reply) >= n and _period(reply[-n:]) * _LOOP_TIMES <= n for n in (length, _LOOP_LONGER * length))
+
+
+def _period(tokens: Sequence[int]) -> int:
+    """The shortest part of which `tokens` is a repetition, the last one cut perhaps (Knuth, Morris and Pratt)."""
+    borders = [0] * len(tokens)
+    border = 0
+    for i in range(1, len(tokens)):
+        while border and tokens[i] != tokens[border]:
+            border = borders[border - 1]
+        border += tokens[i] == tokens[border]
+        borders[i] = border
+    return len(tokens) - border

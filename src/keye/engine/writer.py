@@ -11,9 +11,8 @@ from torch import Tensor
 from keye.chat.tokenizer import StreamDecoder, Tokenizer
 from keye.config import GenerationConfig, KeyeConfig
 from keye.engine.evidence import make_evidence
-from keye.engine.loops import is_loop
 from keye.engine.request import Choice, Delta, Ended, Finished, Prefilled, Request, Task, TokenProb
-from keye.engine.sampling import Sampler, StopText, check_logits
+from keye.engine.sampling import Sampler, StopText, check_logits, is_loop
 from keye.errors import KeyeError
 
 

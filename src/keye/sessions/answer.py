@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from keye.chat import Region, ToolCall, parse_reply
+from keye.chat.moments import keep_moments, keep_regions
 from keye.engine.evidence import Evidence
-from keye.engine.moments import keep_moments, keep_regions
 from keye.engine.prompt import Prompt
 from keye.engine.request import Delta, Ended, Event, Failed, Finished, Progress, Request, TokenProb
 from keye.errors import KeyeWarning, warn

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from keye.chat import Medium, Message
+from keye.chat.moments import sampled_windows
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
-from keye.engine.moments import sampled_windows
 from keye.engine.prompt import Prompt, Room, plan_of
 from keye.engine.request import Request
 from keye.engine.vision import VisionJob

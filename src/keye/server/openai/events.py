@@ -13,8 +13,8 @@ from itertools import chain
 from typing import Any
 
 from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
+from keye.chat.moments import keep_moments, keep_regions
 from keye.engine.evidence import Evidence
-from keye.engine.moments import keep_moments, keep_regions
 from keye.engine.request import Delta, Ended, Event, Finished, Prefilled, Progress, TokenProb
 from keye.engine.request import Request as Job
 from keye.errors import KeyeError

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from keye.chat import Interval, Region, format_seconds
+from keye.chat.grounding import Region
+from keye.chat.times import Interval, format_seconds
 from keye.errors import KeyeWarning
 
 #: Times in replies have one decimal.
