@@ -38,12 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.dsa_memory import MIB, resident_growth
+from keye.ops.backend import Kernel, Stretch
 from keye.ops.cpu import build as cpu_build
 from keye.ops.cpu.backend import CpuBackend, Timers
-from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat
-from keye.ops.registry import Kernel, Stretch
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
 
-HEADS, GROUPS, DIM, INDEX_HEADS, INDEX_DIM, TOPK = 32, 4, 128, 16, 64, 2048
+HEADS, GROUPS, DIM, INDEXER_HEADS, INDEXER_DIM, TOPK = 32, 4, 128, 16, 64, 2048
 CHUNK = 1024
 #: Correlation of neighbouring indexer queries and keys.
 QUERY_RHO, KEY_RHO = 0.975, 0.9
@@ -56,25 +56,24 @@ KERNELS: tuple[Kernel, ...] = ("union", "masked")
 
 
 class Layer:
-    """One layer's store of `length` tokens, pages filled at random, and queries for any part of it."""
+    """One layer's store of `length` tokens, KV blocks filled at random, and queries for any part of it."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.generator = torch.Generator().manual_seed(0)
         self.memory: list[Tensor] = []
-        index_k = self.walk(length, 1, INDEX_DIM, KEY_RHO)
-        self.pages = LayerPages(
-            length, self.store(GROUPS, DIM), self.store(GROUPS, DIM), self.store(1, INDEX_DIM, index_k)
-        )
+        indexer_k = self.walk(length, 1, INDEXER_DIM, KEY_RHO)
+        self.blocks = {"k": self.store(GROUPS, DIM), "v": self.store(GROUPS, DIM),
+                       "indexer_k": self.store(1, INDEXER_DIM, indexer_k)}  # fmt: skip
 
-    def store(self, heads: int, dim: int, x: Tensor | None = None) -> PagedRows:
-        form, pages = RowFormat("bfloat16", heads, dim), -(-self.length // PAGE)
-        memory = torch.zeros(pages * PAGE, heads, dim, dtype=BF16)
+    def store(self, heads: int, dim: int, x: Tensor | None = None) -> BlockRows:
+        form, blocks = RowFormat("bfloat16", heads, dim), -(-self.length // KV_BLOCK)
+        memory = torch.zeros(blocks * KV_BLOCK, heads, dim, dtype=BF16)
         for start in range(0, self.length, 4096):
             part = memory[start : min(self.length, start + 4096)]
             part.copy_(torch.randn(part.shape, generator=self.generator) if x is None else x[start : start + len(part)])
         self.memory.append(memory)
-        return PagedRows(form, memory.data_ptr() + torch.arange(pages) * form.page_bytes)
+        return BlockRows(form, memory.data_ptr() + torch.arange(blocks) * form.block_bytes)
 
     def walk(self, length: int, heads: int, dim: int, rho: float) -> Tensor:
         """An AR(1) walk of unit variance, bfloat16 [length, heads, dim]."""
@@ -91,11 +90,11 @@ class Layer:
     def queries(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, indexer queries and gates of n neighbouring tokens."""
         q = torch.randn(n, HEADS, DIM, generator=self.generator).to(BF16)
-        gate = self.walk(n, INDEX_HEADS, 1, QUERY_RHO).float().squeeze(-1) * INDEX_DIM**-0.5
-        return q, self.walk(n, INDEX_HEADS, INDEX_DIM, QUERY_RHO), gate
+        gate = self.walk(n, INDEXER_HEADS, 1, QUERY_RHO).float().squeeze(-1) * INDEXER_DIM**-0.5
+        return q, self.walk(n, INDEXER_HEADS, INDEXER_DIM, QUERY_RHO), gate
 
     def stretch(self, start: int, n: int, first: int) -> Stretch:
-        return Stretch(start, start + n, first, rows=_never, pages=self.pages)
+        return Stretch(start, start + n, first, rows=_never, blocks=self.blocks)
 
     def heads_first(self, which: int, length: int) -> Tensor:
         """Keys (0) or values (1) as [1, groups, length, dim], as SDPA takes them."""
@@ -103,7 +102,7 @@ class Layer:
 
 
 def _never(positions: Tensor) -> tuple[Tensor, Tensor]:
-    raise AssertionError("the compiled core reads pages")
+    raise AssertionError("the compiled core reads KV blocks")
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -134,8 +133,8 @@ def prefill(backend: CpuBackend, layer: Layer, n: int) -> tuple[dict[str, float]
     L, whole = layer.length, layer.length <= WHOLE_UP_TO
 
     def sparse(first: int, n: int, parts: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, index_q, gate = parts
-        backend.sparse(q, index_q, gate, [layer.stretch(0, n, first)], TOPK, torch.empty_like(q))
+        q, indexer_q, gate = parts
+        backend.sparse(q, indexer_q, gate, [layer.stretch(0, n, first)], TOPK, torch.empty_like(q))
 
     def dense(first: int, n: int, q: Tensor) -> None:
         backend.dense(q, [layer.stretch(0, n, first)], torch.empty_like(q))
@@ -166,7 +165,7 @@ def prefill(backend: CpuBackend, layer: Layer, n: int) -> tuple[dict[str, float]
 
 def decode(backend: CpuBackend, layer: Layer) -> dict[str, float]:
     """Seconds of one token at full depth."""
-    L, (q, index_q, gate) = layer.length, layer.queries(1)
+    L, (q, indexer_q, gate) = layer.length, layer.queries(1)
     k, v = layer.heads_first(0, L), layer.heads_first(1, L)
     out, stretch, heads = torch.empty_like(q), [layer.stretch(0, 1, L - 1)], q.transpose(0, 1).unsqueeze(0)
     packed, kt, vt = q.view(GROUPS, HEADS // GROUPS, DIM), k[0].transpose(1, 2).contiguous(), v[0]
@@ -182,7 +181,7 @@ def decode(backend: CpuBackend, layer: Layer) -> dict[str, float]:
         seconds(lambda: F.scaled_dot_product_attention(heads, *wide, enable_gqa=True), 5),
     )
     return {
-        "sparse": seconds(lambda: backend.sparse(q, index_q, gate, stretch, TOPK, out), 20),
+        "sparse": seconds(lambda: backend.sparse(q, indexer_q, gate, stretch, TOPK, out), 20),
         "own_dense": seconds(lambda: backend.dense(q, stretch, out), 5),
         "torch_sdpa": sdpa,
         "torch_packed": seconds(best_dense, 10),
@@ -197,12 +196,12 @@ def kernels(backend: CpuBackend, layer: Layer, n: int) -> dict[str, float]:
     """Each kernel at full depth: arithmetic per second, against torch's bfloat16 matrix product."""
     x = torch.randn(2048, 2048, generator=layer.generator).to(BF16)
     peak = 2 * 2048**3 / seconds(lambda: x @ x, 5)
-    q, index_q, gate = layer.queries(n)
+    q, indexer_q, gate = layer.queries(n)
     first, out = layer.length - n, torch.empty_like(q)
     stretch, backend_phases = layer.stretch(0, n, first), {}
     backend.timers()
     for name, run in (
-        ("sparse", lambda: backend.sparse(q, index_q, gate, [stretch], TOPK, out)),
+        ("sparse", lambda: backend.sparse(q, indexer_q, gate, [stretch], TOPK, out)),
         ("dense", lambda: backend.dense(q, [stretch], out)),
     ):
         best: dict[str, float] = {}
@@ -212,7 +211,7 @@ def kernels(backend: CpuBackend, layer: Layer, n: int) -> dict[str, float]:
         backend_phases[name] = best
     spent = backend_phases["sparse"]
     keys = sum(first + i + 1 for i in range(n))
-    score_flops = 2 * keys * INDEX_HEADS * INDEX_DIM
+    score_flops = 2 * keys * INDEXER_HEADS * INDEXER_DIM
     return {
         "peak_bf16_gflops": peak / 1e9,
         "score_gflops": score_flops / spent["score"] / 1e9,
@@ -227,9 +226,9 @@ def kernels(backend: CpuBackend, layer: Layer, n: int) -> dict[str, float]:
 
 def union16(backend: CpuBackend, layer: Layer, n: int = 64) -> float:
     """Mean size of the union of 16 neighbours' sets at the end of the context."""
-    _, index_q, gate = layer.queries(n)
+    _, indexer_q, gate = layer.queries(n)
     stretch = layer.stretch(0, n, layer.length - n)
-    sets = torch.cat([positions for _, positions in backend.select(index_q, gate, stretch, TOPK)])
+    sets = torch.cat([positions for _, positions in backend.select(indexer_q, gate, stretch, TOPK)])
     return sum(len(part.unique()) for part in sets.split(16)) / (n / 16)
 
 
@@ -239,9 +238,9 @@ def crossover(backend: CpuBackend, layer: Layer) -> list[dict[str, float]]:
     for length in (2560, 3072, 4096, 6144, 8192):
         if length > layer.length:
             break
-        q, index_q, gate = layer.queries(256)
+        q, indexer_q, gate = layer.queries(256)
         stretch, out = layer.stretch(0, 256, length - 256), torch.empty_like(q)
-        sets = list(backend.select(index_q, gate, stretch, TOPK))
+        sets = list(backend.select(indexer_q, gate, stretch, TOPK))
         row: dict[str, float] = {"length": length}
         for kernel in KERNELS:
             run = partial(backend.attend, q, sets, stretch, out, kernel=kernel)
@@ -253,12 +252,12 @@ def crossover(backend: CpuBackend, layer: Layer) -> list[dict[str, float]]:
 def scratch(library_of: CpuBackend, length: int) -> float:
     """MiB of a chunk of 1,024 queries that ends a context, in this (fresh) process."""
     layer = Layer(length)
-    q, index_q, gate = layer.queries(CHUNK)
+    q, indexer_q, gate = layer.queries(CHUNK)
     stretch = layer.stretch(0, CHUNK, length - CHUNK)
 
     def run() -> Tensor:
         out = torch.empty_like(q)
-        library_of.sparse(q, index_q, gate, [stretch], TOPK, out)
+        library_of.sparse(q, indexer_q, gate, [stretch], TOPK, out)
         return out
 
     library_of.timers()  # loads the library

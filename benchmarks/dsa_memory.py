@@ -58,10 +58,10 @@ def prepare(context: int, queries: int, dtype: torch.dtype) -> Callable[[], Tens
 
     cache.append(0, *keys(context))
     cache.truncate(context - queries)  # the chunk then finds room and the cache does not grow while measured
-    k, v, index_k = keys(queries)
+    k, v, indexer_k = keys(queries)
     q = draw(queries, heads, dim)
     gate = torch.empty(queries, SPARSE.indexer_num_heads).normal_()
-    index = IndexerOutput(draw(queries, SPARSE.indexer_num_heads, SPARSE.indexer_head_dim), index_k, gate)
+    index = IndexerOutput(draw(queries, SPARSE.indexer_num_heads, SPARSE.indexer_head_dim), indexer_k, gate)
     step = CachedStep([Span(0, queries, cache)], GEOMETRY)
 
     def attend() -> Tensor:

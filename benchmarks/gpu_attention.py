@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keye.ops import triton as kernels
-from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat
-from keye.ops.registry import Backend, Stretch
+from keye.ops.backend import Backend, Stretch
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
 
-HEADS, GROUPS, DIM, INDEX_HEADS, INDEX_DIM = 32, 4, 128, 16, 64
+HEADS, GROUPS, DIM, INDEXER_HEADS, INDEXER_DIM = 32, 4, 128, 16, 64
 #: How much of a token's indexer vectors is its neighbour's.
 CORRELATION = 0.97
 
@@ -64,37 +64,38 @@ class Layer:
 
     def __init__(self, sizes: Sizes, batch: int, queries: int, device: str, dtype: torch.dtype) -> None:
         self.sizes, self.batch, self.queries = sizes, batch, queries
-        pages = -(-sizes.length // PAGE)
-        formats = [RowFormat("bfloat16", GROUPS, DIM)] * 2 + [RowFormat("bfloat16", 1, INDEX_DIM)]
-        order = torch.randperm(batch * pages, device=device).int().view(batch, pages)
+        blocks = -(-sizes.length // KV_BLOCK)
+        formats = [RowFormat("bfloat16", GROUPS, DIM)] * 2 + [RowFormat("bfloat16", 1, INDEXER_DIM)]
+        order = torch.randperm(batch * blocks, device=device).int().view(batch, blocks)
         self.stored = []
         for rows in formats:
-            x = torch.randn(batch * pages, PAGE, rows.heads * rows.dim, device=device, dtype=torch.bfloat16)
+            x = torch.randn(batch * blocks, KV_BLOCK, rows.heads * rows.dim, device=device, dtype=torch.bfloat16)
             self.stored.append((rows, x.view(torch.uint8)))
-        keys = drifting(pages * PAGE, 1, INDEX_DIM, device).to(torch.bfloat16)
+        keys = drifting(blocks * KV_BLOCK, 1, INDEXER_DIM, device).to(torch.bfloat16)
         for sequence in range(batch):
-            self.stored[2][1].view(torch.bfloat16)[order[sequence].long()] = keys.view(pages, PAGE, INDEX_DIM)
+            self.stored[2][1].view(torch.bfloat16)[order[sequence].long()] = keys.view(blocks, KV_BLOCK, INDEXER_DIM)
         self.order = order
         self.q = torch.randn(batch * queries, HEADS, DIM, device=device, dtype=dtype)
-        self.index_q = drifting(batch * queries, INDEX_HEADS, INDEX_DIM, device).to(dtype)
-        self.gate = torch.rand(batch * queries, INDEX_HEADS, device=device)
+        self.indexer_q = drifting(batch * queries, INDEXER_HEADS, INDEXER_DIM, device).to(dtype)
+        self.gate = torch.rand(batch * queries, INDEXER_HEADS, device=device)
         self.out = torch.empty_like(self.q)
 
     def stretches(self, stop: int) -> list[Stretch]:
         """The queries at the end of a context of `stop` tokens."""
         found = []
         for i in range(self.batch):
-            paged = [PagedRows(rows, None, pool, self.order[i]) for rows, pool in self.stored]
+            names = zip(("k", "v", "indexer_k"), self.stored, strict=True)
+            stored = {name: BlockRows(rows, None, pool, self.order[i]) for name, (rows, pool) in names}
             start, n = i * self.queries, self.queries
-            found.append(Stretch(start, start + n, stop - n, rows=_unused, pages=LayerPages(stop, *paged)))
+            found.append(Stretch(start, start + n, stop - n, rows=_unused, blocks=stored))
         return found
 
     def dense_inputs(self, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, heads, tokens, dim] of the peer; keys and values repeated for the heads of a group beforehand."""
         q = self.q.view(self.batch, self.queries, HEADS, DIM).transpose(1, 2).contiguous()
-        pages = self.order[:, : -(-stop // PAGE)].long()
+        blocks = self.order[:, : -(-stop // KV_BLOCK)].long()
         k, v = (
-            pool.view(torch.bfloat16)[pages].view(self.batch, -1, GROUPS, DIM)[:, :stop].transpose(1, 2)
+            pool.view(torch.bfloat16)[blocks].view(self.batch, -1, GROUPS, DIM)[:, :stop].transpose(1, 2)
             .repeat_interleave(HEADS // GROUPS, 1).to(q.dtype).contiguous()
             for _, pool in self.stored[:2]
         )  # fmt: skip
@@ -102,7 +103,7 @@ class Layer:
 
 
 def _unused(positions: Tensor) -> tuple[Tensor, Tensor]:
-    raise AssertionError("the kernels read pages")
+    raise AssertionError("the kernels read KV blocks")
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -126,7 +127,7 @@ def _wait() -> None:
 def union16(backend: Backend, layer: Layer, stop: int) -> float:
     """Mean size of the union of 16 adjacent sets."""
     (stretch,) = layer.stretches(stop)
-    sets = torch.cat([part for _, part in backend.select(layer.index_q, layer.gate, stretch, layer.sizes.topk)])
+    sets = torch.cat([part for _, part in backend.select(layer.indexer_q, layer.gate, stretch, layer.sizes.topk)])
     unions = [part.unique() for part in sets.split(16)]
     return sum(int((union >= 0).sum()) for union in unions) / len(unions)
 
@@ -143,7 +144,7 @@ def prefill(backend: Backend, sizes: Sizes, device: str, dtype: torch.dtype) -> 
         held = torch.cuda.memory_allocated() if device == "cuda" else 0
 
         def sparse(stretches: list[Stretch] = stretches) -> None:
-            backend.sparse(layer.q, layer.index_q, layer.gate, stretches, topk, layer.out)
+            backend.sparse(layer.q, layer.indexer_q, layer.gate, stretches, topk, layer.out)
 
         ours = seconds(sparse, sizes.repeats)
         scratch = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
@@ -164,13 +165,13 @@ def decode(backend: Backend, sizes: Sizes, batch: int, device: str, dtype: torch
     layer = Layer(sizes, batch, 1, device, dtype)
     stretches = layer.stretches(sizes.length)
     ours = seconds(
-        lambda: backend.sparse(layer.q, layer.index_q, layer.gate, stretches, sizes.topk, layer.out), sizes.repeats
+        lambda: backend.sparse(layer.q, layer.indexer_q, layer.gate, stretches, sizes.topk, layer.out), sizes.repeats
     )
-    pages = layer.order.long()
+    blocks = layer.order.long()
     # The heads of a group are queries of one key head: the packed form reads each key once.
     q = layer.q.view(batch, GROUPS, HEADS // GROUPS, DIM)
     k, v = (
-        pool.view(torch.bfloat16)[pages].view(batch, -1, GROUPS, DIM)[:, : sizes.length].transpose(1, 2)
+        pool.view(torch.bfloat16)[blocks].view(batch, -1, GROUPS, DIM)[:, : sizes.length].transpose(1, 2)
         .to(dtype).contiguous()
         for _, pool in layer.stored[:2]
     )  # fmt: skip

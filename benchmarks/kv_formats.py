@@ -63,7 +63,7 @@ def main() -> None:
 def bytes_of(config: TextConfig, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Bytes of a token in each format, and how many times more bfloat16 keys and values take."""
     layouts = {kv: KVLayout.of(config, dtype, kv) for kv in FORMATS}
-    index = {kv: layout.index_block_bytes // 64 for kv, layout in layouts.items()}
+    index = {kv: layout.indexer_block_bytes // 64 for kv, layout in layouts.items()}
     alone = {kv: layout.token_bytes - index[kv] for kv, layout in layouts.items()}
     return {
         kv: {

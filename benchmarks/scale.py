@@ -34,7 +34,7 @@ from keye.engine.generate import PREFILL_CHUNK
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span
 from keye.models.keye import Decoder
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 from keye.planning.measure import fill_with_noise
 
 GIB = 2**30
@@ -94,7 +94,7 @@ def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     text = replace(whole, num_hidden_layers=options.layers or whole.num_hidden_layers, vocab_size=8)
     decoder = shared_decoder(text)
     layout = KVLayout.of(text, DTYPE, options.kv)
-    need = -(-options.length // PAGE) * layout.block_bytes
+    need = -(-options.length // KV_BLOCK) * layout.block_bytes
     free = shutil.disk_usage(options.folder).free
     if need * 1.05 > free:
         sys.exit(f"the store takes {need / GIB:.1f} GiB, but {options.folder} has {free / GIB:.1f} GiB free; "
@@ -115,7 +115,7 @@ def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
         held = max(held, memory()["anonymous_gib"])
         tell(f"token {step + 1}: {seconds[-1]:.2f} s, {held:.2f} GiB of anonymous memory")
     later = sorted(seconds[1:])
-    near = cache.blocks * layout.index_block_bytes / GIB
+    near = cache.blocks * layout.indexer_block_bytes / GIB
     weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize / GIB
     return {
         "weights_gib": round(weights, 2), "indexer_keys_gib": round(near, 2), "anonymous_gib_while_decoding": held,
@@ -156,17 +156,17 @@ def fill(cache: KVCache, length: int) -> None:
     layout = store.layout
     cache.reserve(length + 64)
     noise = [
-        None if rows is None else rows.encode(torch.randn(4 * PAGE, rows.heads, rows.dim).to(DTYPE))
+        None if rows is None else rows.encode(torch.randn(4 * KV_BLOCK, rows.heads, rows.dim).to(DTYPE))
         for rows in layout.formats
     ]
     for number, block in enumerate(cache._blocks):
         for kind, rows in zip(block.slab.kinds, noise, strict=True):
             if kind is not None and rows is not None:
                 for layer in range(layout.layers):
-                    at = (number * 29 + layer * 7) % (3 * PAGE)
-                    kind[layer, block.slot].copy_(rows[at : at + PAGE])
+                    at = (number * 29 + layer * 7) % (3 * KV_BLOCK)
+                    kind[layer, block.slot].copy_(rows[at : at + KV_BLOCK])
         if number % 256 == 255:
-            tell(f"{(number + 1) * PAGE:,} tokens stored")
+            tell(f"{(number + 1) * KV_BLOCK:,} tokens stored")
     cache._lengths = [length] * layout.layers
 
 

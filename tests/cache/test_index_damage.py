@@ -17,7 +17,7 @@ from keye import Frames, Keye, KeyeError
 from keye.cache.index_file import IndexFile, open_mapped, read_index_file
 from keye.engine.generate import Decoding
 from keye.engine.request import Failed, Finished, Inbox
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 255, (200, 56, 56, 3), dtype=np.uint8))
@@ -133,7 +133,7 @@ def test_pages_are_compared_once_until_the_file_changes(
 
 def test_the_block_that_is_copied_is_compared_on_opening(index: Path, tmp_path: Path) -> None:
     file = read_index_file(index)
-    assert file.length % PAGE, "its last block is not full"
+    assert file.length % KV_BLOCK, "its last block is not full"
     own = tmp_path / "own.keye"
     for kind in ("index", "keys", "values"):
         for layer in range(file.layout.layers):

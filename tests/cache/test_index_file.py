@@ -23,7 +23,7 @@ from keye.cache.index_file import ALIGN, check_whole, read_index_file
 from keye.chat import Medium, Message
 from keye.data.frameforge import make_clip, questions, render, write_mp4
 from keye.models.keye import KeyeModel
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 from keye.sessions.video_index import describe
 from tests.support.tiny import tiny_folder
 
@@ -207,7 +207,7 @@ def test_what_a_file_holds(index: Path, video: Path, model: Keye) -> None:
     file = check_whole(index)
     assert all(section.offset % ALIGN == 0 for section in file.sections.values())
     last = file.sections["keys"].offset + file.sections["keys"].nbytes - file.layout.keys.row_bytes
-    assert file.length % PAGE != 0, "the last row of the last page was never written"
+    assert file.length % KV_BLOCK != 0, "the last row of the last page was never written"
     assert index.read_bytes()[last : last + file.layout.keys.row_bytes].strip(b"\0") == b""
 
 
@@ -318,10 +318,10 @@ def test_damage_between_the_samples_is_found_by_a_whole_check(own: Path, model: 
     model.index(video, own, media_options={"max_pixels": 12544, "fps": 2})
     file = read_index_file(own)
     for page in range(file.layout.layers * file.blocks):
-        changed(own, file.sections["values"].offset + page * file.layout.values.page_bytes + 77)
+        changed(own, file.sections["values"].offset + page * file.layout.values.block_bytes + 77)
         with pytest.raises(KeyeError, match="differs from its checksum"):
             check_whole(own)
-        changed(own, file.sections["values"].offset + page * file.layout.values.page_bytes + 77)
+        changed(own, file.sections["values"].offset + page * file.layout.values.block_bytes + 77)
     assert check_whole(own).length == file.length
 
 

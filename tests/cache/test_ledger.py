@@ -13,7 +13,7 @@ from keye.cache.prefix import MediaSpans, PrefixCache
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, KVStore
 from keye.cache.vision import VisionCache
-from keye.ops.kv_blocks import PAGE, RowFormat
+from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 
 ROWS = RowFormat("float32", 1, 8)
 NO_MEDIA = MediaSpans(())
@@ -87,14 +87,14 @@ def test_a_reservation_finds_the_blocks_that_an_eviction_freed() -> None:
     store = make_store(ledger, slab_blocks=4)
     prefixes = PrefixCache(store)
     other = KVCache(1, store)
-    other.reserve(2 * PAGE)
-    keep(prefixes, store, 2 * PAGE, 0)
+    other.reserve(2 * KV_BLOCK)
+    keep(prefixes, store, 2 * KV_BLOCK, 0)
     ledger.budget = store.slab_bytes
     wanted = KVCache(1, store)
-    wanted.reserve(2 * PAGE)
+    wanted.reserve(2 * KV_BLOCK)
     assert len(prefixes) == 0 and ledger.used() == store.slab_bytes
     with pytest.raises(OutOfMemory):
-        wanted.reserve(3 * PAGE)
+        wanted.reserve(3 * KV_BLOCK)
     assert wanted.blocks == 2
 
 
@@ -104,11 +104,11 @@ def test_a_prefix_is_found_whole_though_there_is_no_room_for_a_copy(room: bool) 
     ledger = Ledger()
     store = make_store(ledger)
     prefixes = PrefixCache(store)
-    ids = keep(prefixes, store, PAGE + 10, 3)
+    ids = keep(prefixes, store, KV_BLOCK + 10, 3)
     ledger.budget = ledger.used() + (store.slab_bytes if room else 0)
     found = prefixes.find(ids, NO_MEDIA, b"")
-    assert found is not None and found.length(0) == PAGE + 10
-    assert (found.rows(0, torch.arange(PAGE + 10))[0] == 3).all()
+    assert found is not None and found.length(0) == KV_BLOCK + 10
+    assert (found.rows(0, torch.arange(KV_BLOCK + 10))[0] == 3).all()
     assert len(prefixes) == room
     found.append(0, torch.ones(1, 1, 8), torch.ones(1, 1, 8), None)
     prefixes.clear()
@@ -120,13 +120,13 @@ def test_a_prefix_is_not_kept_at_the_cost_of_others() -> None:
     ledger = Ledger()
     store = make_store(ledger)
     prefixes, vision = PrefixCache(store), VisionCache(1 << 20, ledger)
-    first = keep(prefixes, store, PAGE + 10, 0)
+    first = keep(prefixes, store, KV_BLOCK + 10, 0)
     assert vision.put(b"a", torch.zeros(100)) is not None
     vision.release(b"a")
-    cache, rows = KVCache(1, store), torch.zeros(PAGE + 20, 1, 8)
+    cache, rows = KVCache(1, store), torch.zeros(KV_BLOCK + 20, 1, 8)
     cache.append(0, rows, rows, None)
     ledger.budget = ledger.used()
-    prefixes.keep(torch.arange(1000, 1000 + PAGE + 20), NO_MEDIA, b"", cache, [PAGE + 20])
+    prefixes.keep(torch.arange(1000, 1000 + KV_BLOCK + 20), NO_MEDIA, b"", cache, [KV_BLOCK + 20])
     assert len(prefixes) == 1 and vision.nbytes() == 400
     assert prefixes.find(first, NO_MEDIA, b"") is not None
 
@@ -154,7 +154,7 @@ def test_threads_that_reserve_evict_from_one_another_without_deadlock() -> None:
     def sequences(seed: int) -> None:
         for number in range(60):
             try:
-                ids = keep(prefixes, store, PAGE + 1 + number % 60, 1000 * seed + number)
+                ids = keep(prefixes, store, KV_BLOCK + 1 + number % 60, 1000 * seed + number)
                 if (found := prefixes.find(ids, NO_MEDIA, b"")) is not None:
                     found.free()
             except OutOfMemory:

@@ -11,7 +11,7 @@ from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, KVStore
 from keye.errors import KeyeError
-from keye.ops.kv_blocks import PAGE, RowFormat, RowKind
+from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind
 
 LAYERS = 2
 
@@ -33,13 +33,13 @@ def fill(cache: KVCache, tokens: int, seed: int = 0) -> list[torch.Tensor]:
 def test_a_fork_shares_full_blocks_and_copies_the_last() -> None:
     store = make_store()
     cache = KVCache(LAYERS, store)
-    fill(cache, 2 * PAGE + 5)
+    fill(cache, 2 * KV_BLOCK + 5)
     before = store.nbytes()
     fork = cache.fork()
     assert store.nbytes() - before <= store.layout.block_bytes * 2, "one block more, in at most one slab"
-    shared = cache.pages(0), fork.pages(0)
+    shared = cache.layer_blocks(0), fork.layer_blocks(0)
     assert shared[0] is not None and shared[1] is not None
-    ours, theirs = shared[0].keys.addresses, shared[1].keys.addresses
+    ours, theirs = shared[0]["k"].addresses, shared[1]["k"].addresses
     assert ours is not None and theirs is not None
     assert (ours == theirs).tolist() == [True, True, False]
 
@@ -47,11 +47,13 @@ def test_a_fork_shares_full_blocks_and_copies_the_last() -> None:
 def test_everything_is_given_back() -> None:
     store = make_store()
     cache = KVCache(LAYERS, store)
-    fill(cache, 3 * PAGE)
+    fill(cache, 3 * KV_BLOCK)
     fork = cache.fork()
     cache.free()
     assert store.ledger.used() > 0, "the fork still holds its blocks"
-    assert torch.equal(fork.rows(0, torch.arange(3 * PAGE))[0], fill(KVCache(LAYERS, make_store()), 3 * PAGE)[0])
+    assert torch.equal(
+        fork.rows(0, torch.arange(3 * KV_BLOCK))[0], fill(KVCache(LAYERS, make_store()), 3 * KV_BLOCK)[0]
+    )
     del fork
     assert store.ledger.used() == 0
 
@@ -60,12 +62,12 @@ def test_a_budget_that_is_too_small_takes_nothing() -> None:
     store = make_store()
     store.ledger.budget = 4 * store.layout.block_bytes
     cache = KVCache(LAYERS, store)
-    fill(cache, PAGE)
+    fill(cache, KV_BLOCK)
     with pytest.raises(OutOfMemory, match="budget"):
-        cache.reserve(5 * PAGE)
+        cache.reserve(5 * KV_BLOCK)
     assert cache.nbytes() == store.layout.block_bytes
-    assert store.room() == 3 * PAGE
-    cache.reserve(4 * PAGE)
+    assert store.room() == 3 * KV_BLOCK
+    cache.reserve(4 * KV_BLOCK)
     assert store.room() == 0
 
 
@@ -83,7 +85,7 @@ def test_any_history_ends_at_zero(history: list[tuple[str, int]]) -> None:
         elif what == "free":
             cache.free()
         else:
-            length = min(number, cache.length(0)) // PAGE * PAGE
+            length = min(number, cache.length(0)) // KV_BLOCK * KV_BLOCK
             cache.truncate(length)
         assert all(c.length(0) == c.length(1) for c in caches)
     for cache in caches:
@@ -146,7 +148,7 @@ def test_formats_that_do_not_exist_are_named() -> None:
 def test_a_cache_collected_in_the_middle_of_an_entry_does_not_lock_up() -> None:
     store = make_store()
     cache = KVCache(LAYERS, store)
-    fill(cache, PAGE)
+    fill(cache, KV_BLOCK)
 
     class Budget(int):
         """Collects the cache while the ledger reads its budget."""

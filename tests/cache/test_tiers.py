@@ -23,7 +23,7 @@ from keye.cache.slabs import KVFormat, KVLayout, KVStore, file_slabs
 from keye.cache.tiers import KVOptions
 from keye.data.frameforge import make_clip, questions, render
 from keye.models.keye import KeyeModel
-from keye.ops.kv_blocks import PAGE, RowFormat
+from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8), [i / 2 for i in range(6)])
@@ -65,29 +65,29 @@ def test_a_mapped_file_gives_the_same_tokens(tmp_path: Path, kv: KVFormat) -> No
 
 
 def test_keys_and_values_are_booked_aside_and_indexer_keys_near(tmp_path: Path) -> None:
-    ledger = Ledger(budget=2 * LAYOUT.index_block_bytes)
+    ledger = Ledger(budget=2 * LAYOUT.indexer_block_bytes)
     store = KVStore(LAYOUT, ledger=ledger, make_slab=file_slabs(tmp_path), slab_blocks=1)
     cache = KVCache(2, store)
-    keys = fill(cache, PAGE + 1)
-    near, far = 2 * LAYOUT.index_block_bytes, 2 * (LAYOUT.block_bytes - LAYOUT.index_block_bytes)
+    keys = fill(cache, KV_BLOCK + 1)
+    near, far = 2 * LAYOUT.indexer_block_bytes, 2 * (LAYOUT.block_bytes - LAYOUT.indexer_block_bytes)
     assert ledger.accounts() == {"kv": near, "kv-file": far}
     assert list(tmp_path.iterdir()) == [], "the file has no name"
-    assert torch.equal(cache.rows(1, torch.tensor([PAGE, 3]))[0], keys[[PAGE, 3]])
+    assert torch.equal(cache.rows(1, torch.tensor([KV_BLOCK, 3]))[0], keys[[KV_BLOCK, 3]])
     assert store.room() == 0
     with pytest.raises(OutOfMemory, match="memory budget"):
-        cache.reserve(3 * PAGE)
+        cache.reserve(3 * KV_BLOCK)
     cache.free()
-    assert ledger.used() == 0 and store.room() == 2 * PAGE
+    assert ledger.used() == 0 and store.room() == 2 * KV_BLOCK
 
 
 def test_the_kernels_get_addresses_in_the_map(tmp_path: Path) -> None:
     cache = KVCache(2, KVStore(LAYOUT, make_slab=file_slabs(tmp_path), slab_blocks=2))
-    fill(cache, 2 * PAGE)
-    pages = cache.pages(0)
-    assert pages is not None and pages.index is not None
-    for one in (pages.keys, pages.values, pages.index):
-        assert one.addresses is not None
-        assert (one.addresses[1] - one.addresses[0]).item() == one.format.page_bytes
+    fill(cache, 2 * KV_BLOCK)
+    blocks = cache.layer_blocks(0)
+    assert blocks is not None and set(blocks) == {"k", "v", "indexer_k"}
+    for rows in blocks.values():
+        assert rows.addresses is not None
+        assert (rows.addresses[1] - rows.addresses[0]).item() == rows.format.block_bytes
 
 
 def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +105,9 @@ def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: p
 
 
 def test_a_budget_of_disk_is_one_of_its_own(tmp_path: Path) -> None:
-    far = LAYOUT.block_bytes - LAYOUT.index_block_bytes
+    far = LAYOUT.block_bytes - LAYOUT.indexer_block_bytes
     store = KVStore(LAYOUT, ledger=Ledger(separate={"kv-file": 2 * far}), make_slab=file_slabs(tmp_path), slab_blocks=1)
-    assert store.room() == 2 * PAGE
+    assert store.room() == 2 * KV_BLOCK
     with pytest.raises(OutOfMemory, match="for kv-file, but the disk budget is"):
         store.take(3)
     assert store.ledger.used() == 0

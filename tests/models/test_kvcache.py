@@ -23,7 +23,7 @@ def assert_holds(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, i
     got_k, got_v = cache.rows(layer, torch.arange(length))
     assert torch.equal(got_k, k)
     assert torch.equal(got_v, v)
-    assert torch.equal(cache.index_keys(layer, 0, length), index)
+    assert torch.equal(cache.indexer_keys(layer, 0, length), index)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=6))
@@ -44,7 +44,7 @@ def test_rows_by_position() -> None:
     chosen = torch.tensor([3, 3, 49, 0])
     assert torch.equal(cache.rows(0, chosen)[0], k[chosen])
     assert torch.equal(cache.rows(0, chosen)[1], v[chosen])
-    assert torch.equal(cache.index_keys(0, 10, 20), index[10:20])
+    assert torch.equal(cache.indexer_keys(0, 10, 20), index[10:20])
 
 
 def test_fork_is_independent() -> None:

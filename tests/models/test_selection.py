@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keye.ops import reference
-from keye.ops.reference import index_scores, select_random, select_recent, select_topk, topk_mask
+from keye.ops.reference import indexer_scores, select_random, select_recent, select_topk, topk_mask
 
 Chunks = Callable[[int, int], list[int]]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -67,7 +67,7 @@ class TestSmallTiles:
     def test_equals_a_stable_sort(self, seed: int, make_chunks: Chunks) -> None:
         length, topk = 20 + 9 * seed % 170, 1 + seed % 13
         q, k, gate = integers(seed, length)
-        want = stable_topk(index_scores(q, k, gate), topk)
+        want = stable_topk(indexer_scores(q, k, gate), topk)
         got = select_in_chunks(q, k, gate, topk, make_chunks(seed, length))
         assert [[p for p in row if p >= 0] for row in got.tolist()] == want
 
@@ -104,7 +104,7 @@ def test_real_blocks_and_tiles(make_chunks: Chunks) -> None:
     length, topk = reference.KEY_TILE + 130, 40
     q, k, gate = integers(0, length)
     whole = select_in_chunks(q, k, gate, topk, [length])
-    assert [[p for p in row if p >= 0] for row in whole.tolist()] == stable_topk(index_scores(q, k, gate), topk)
+    assert [[p for p in row if p >= 0] for row in whole.tolist()] == stable_topk(indexer_scores(q, k, gate), topk)
     assert torch.equal(select_in_chunks(q, k, gate, topk, make_chunks(1, length)), whole)
 
 

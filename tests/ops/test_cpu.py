@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from keye.ops.backend import REFERENCE, Stretch
 from keye.ops.cpu.backend import CpuBackend
 from keye.ops.cpu.trial import Problem
-from keye.ops.kv_blocks import LayerPages, RowKind
-from keye.ops.registry import REFERENCE, Stretch
+from keye.ops.kv_blocks import RowKind
 
 FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEEDS = st.integers(0, 2**32 - 1)
@@ -31,13 +31,13 @@ class Step:
         self.q = torch.randn(total, heads, dim, generator=generator).to(dtype)
         shape = (total, *index)
         numbers = torch.randint(-2, 3, shape, generator=generator).float()
-        self.index_q = (numbers if whole else torch.randn(shape, generator=generator)).to(dtype)
+        self.indexer_q = (numbers if whole else torch.randn(shape, generator=generator)).to(dtype)
         gates = torch.randint(-2, 3, shape[:2], generator=generator).float()
         self.gate = gates if whole else torch.randn(shape[:2], generator=generator)
 
     def sparse(self, backend: object, stretches: list[Stretch], topk: int) -> Tensor:
         out = torch.zeros_like(self.q)
-        backend.sparse(self.q, self.index_q, self.gate, stretches, topk, out)  # type: ignore[attr-defined]
+        backend.sparse(self.q, self.indexer_q, self.gate, stretches, topk, out)  # type: ignore[attr-defined]
         return out
 
     def dense(self, backend: object, stretches: list[Stretch]) -> Tensor:
@@ -46,7 +46,7 @@ class Step:
         return out
 
     def sets(self, backend: object, stretch: Stretch, topk: int) -> Tensor:
-        selected = backend.select(self.index_q, self.gate, stretch, topk)  # type: ignore[attr-defined]
+        selected = backend.select(self.indexer_q, self.gate, stretch, topk)  # type: ignore[attr-defined]
         return torch.cat([positions for _, positions in selected])
 
 
@@ -55,7 +55,7 @@ def near(ours: Tensor, wanted: Tensor) -> bool:
 
 
 def problem(length: int, dtype: torch.dtype, seed: int = 0, **shape: object) -> Problem:
-    sizes = {"groups": 2, "dim": 64, "index_dim": 64} | shape
+    sizes = {"groups": 2, "dim": 64, "indexer_dim": 64} | shape
     return Problem(length, dtype=dtype, generator=torch.Generator().manual_seed(seed), **sizes)  # type: ignore[arg-type]
 
 
@@ -70,7 +70,7 @@ def problem(length: int, dtype: torch.dtype, seed: int = 0, **shape: object) -> 
     topk=st.integers(1, 300),
 )
 def test_sets_and_outputs_are_those_of_the_reference(backend, seed, ratio, dim, index, dtype, length, topk):
-    stored = problem(length, dtype, seed, dim=dim, index_dim=index[1], whole=True)
+    stored = problem(length, dtype, seed, dim=dim, indexer_dim=index[1], whole=True)
     n = 1 + seed % min(length, 70)
     step = Step(n, 2 * ratio, dim, index, dtype, seed, whole=True)
     stretch = stored.stretch(0, n)
@@ -86,8 +86,8 @@ def test_sets_of_random_scores_differ_only_within_rounding(backend, seed, length
     step = Step(n, 4, 64, (4, 64), torch.float32, seed, whole=False)
     stretch = stored.stretch(0, n)
     ours, wanted = step.sets(backend, stretch, topk), step.sets(REFERENCE, stretch, topk)
-    keys = stored.index_keys(0, length)
-    scores = (step.gate.unsqueeze(-1) * (step.index_q @ keys.T).relu()).sum(1)
+    keys = stored.indexer_keys(0, length)
+    scores = (step.gate.unsqueeze(-1) * (step.indexer_q @ keys.T).relu()).sum(1)
     for row, (a, b) in enumerate(zip(ours.tolist(), wanted.tolist(), strict=True)):
         assert a == sorted(a, key=lambda p: (p < 0, p))
         only_ours, only_wanted = set(a) - set(b), set(b) - set(a)
@@ -108,7 +108,7 @@ def test_a_prompt_in_chunks_selects_the_same_sets_to_the_last_bit(backend):
     for cuts in ([1, 2, 33, 100, 364], [250, 250]):
         parts, first = [], 0
         for n in cuts:
-            part = Stretch(first, first + n, first, stored.rows, stored.index_keys, stored.pages)
+            part = Stretch(first, first + n, first, stored.rows, stored.indexer_keys, stored.blocks)
             parts.append(step.sets(backend, part, 37))
             first += n
         assert torch.equal(torch.cat(parts), whole)
@@ -131,7 +131,7 @@ def test_rows_of_every_number_format(backend, kind: RowKind, dtype, queries):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "fp8", "int8"])
 def test_indexer_keys_of_every_number_format(backend, kind: RowKind):
-    stored = problem(400, torch.float32, 6, index_kind=kind, whole=True)
+    stored = problem(400, torch.float32, 6, indexer_kind=kind, whole=True)
     step = Step(40, 4, 64, (4, 64), torch.float32, 6, whole=True)
     stretch = stored.stretch(0, 40)
     ours, wanted = step.sets(backend, stretch, 50), step.sets(REFERENCE, stretch, 50)
@@ -191,7 +191,7 @@ def test_fixed_results_do_not_depend_on_neighbours(backend, dtype):
     stored, step = problem(500, dtype, 12), Step(64, 8, 64, (4, 64), dtype, 12, whole=False)
     together = stored.stretch(0, 64, fixed=True)
     alone = [
-        Stretch(i, i + 1, 436 + i, stored.rows, stored.index_keys, stored.pages, fixed=True) for i in range(0, 64, 9)
+        Stretch(i, i + 1, 436 + i, stored.rows, stored.indexer_keys, stored.blocks, fixed=True) for i in range(0, 64, 9)
     ]
     rows = [stretch.start for stretch in alone]
     assert torch.equal(step.sparse(backend, [together], 50)[rows], step.sparse(backend, alone, 50)[rows])
@@ -207,23 +207,22 @@ def test_sets_decoded_in_tiles_do_not_depend_on_neighbours(backend, kind: RowKin
     together, alone = torch.zeros_like(step.q), torch.zeros_like(step.q)
     backend.attend(step.q, [(0, sets)], stored.stretch(0, 8, fixed=True), together)
     for i in range(8):
-        part = Stretch(i, i + 1, 2492 + i, stored.rows, pages=stored.pages, fixed=True)
+        part = Stretch(i, i + 1, 2492 + i, stored.rows, blocks=stored.blocks, fixed=True)
         backend.attend(step.q, [(0, sets[i : i + 1])], part, alone)
     assert torch.equal(together, alone)
 
 
 def test_rows_in_a_mapped_file(best_backend, tmp_path):
     stored, step = problem(5000, torch.bfloat16, 15), Step(4, 8, 64, (4, 64), torch.bfloat16, 15, whole=False)
-    paged = []
-    for rows, memory in zip((stored.pages.keys, stored.pages.values), stored.memory, strict=False):
-        path = tmp_path / f"{len(paged)}"
+    blocks, maps = dict(stored.blocks), []
+    for name in ("k", "v"):
+        path, rows, memory = tmp_path / name, stored.blocks[name], stored.memory[name]
         path.write_bytes(memory.numpy().tobytes())
-        mapped = torch.from_file(str(path), shared=False, size=memory.numel(), dtype=torch.uint8)
-        stored.memory.append(mapped)
-        addresses = rows.addresses - memory.data_ptr() + mapped.data_ptr()
-        paged.append(replace(rows, addresses=addresses, mapped=True))
+        maps.append(torch.from_file(str(path), shared=False, size=memory.numel(), dtype=torch.uint8))
+        addresses = rows.addresses - memory.data_ptr() + maps[-1].data_ptr()
+        blocks[name] = replace(rows, addresses=addresses, mapped=True)
     stretch = stored.stretch(0, 4)
-    from_file = replace(stretch, pages=LayerPages(5000, paged[0], paged[1], stored.pages.index))
+    from_file = replace(stretch, blocks=blocks)
     assert torch.equal(step.sparse(best_backend, [from_file], 300), step.sparse(best_backend, [stretch], 300))
 
 
@@ -237,7 +236,7 @@ def test_two_threads_give_what_one_gives(backend):
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_threads_share_the_keys_of_a_single_query(best_backend, queries):
-    stored = problem(90_000, torch.float32, 16, groups=2, dim=16, index_dim=32, whole=True)
+    stored = problem(90_000, torch.float32, 16, groups=2, dim=16, indexer_dim=32, whole=True)
     counts = torch.zeros(90_000, dtype=torch.int64)
     step, stretch = Step(queries, 4, 16, (32, 32), torch.float32, 16, True), stored.stretch(0, queries, counts=counts)
     one = step.sparse(best_backend, [stretch], 500)
@@ -252,4 +251,6 @@ def test_what_the_core_does_not_take(best_backend: CpuBackend):
     assert best_backend.takes(step.q, stretch)
     assert not best_backend.takes(step.q.double(), stretch)
     assert not best_backend.takes(step.q[..., :63], stretch)
-    assert not best_backend.takes(step.q, Stretch(0, 1, 99, stored.rows, stored.index_keys))
+    assert not best_backend.takes(step.q, Stretch(0, 1, 99, stored.rows, stored.indexer_keys))
+    latent = {"latent": stored.blocks["k"], "rope_k": stored.blocks["v"]}
+    assert not best_backend.takes(step.q, replace(stretch, blocks=latent)), "rows of other names"

@@ -9,23 +9,22 @@ from __future__ import annotations
 import torch
 
 from keye.ops import reference
-from keye.ops import registry as dsa
-from keye.ops.registry import Stretch
+from keye.ops.backend import REFERENCE, Stretch
 
 
 def test_attention_and_selection_stay_on_the_device_of_their_inputs() -> None:
     q, keys = torch.randn(40, 8, 32), torch.randn(100, 2, 32)
-    index_q, index_keys, gate = torch.randn(40, 4, 32), torch.randn(100, 32), torch.randn(40, 4)
+    indexer_q, indexer_keys, gate = torch.randn(40, 4, 32), torch.randn(100, 32), torch.randn(40, 4)
     counts = torch.zeros(100, dtype=torch.int64)
     stretch = Stretch(
-        0, 40, 60, rows=lambda at: (keys[at], keys[at]), key_tiles=lambda a, b: index_keys[a:b], counts=counts
+        0, 40, 60, rows=lambda at: (keys[at], keys[at]), key_tiles=lambda a, b: indexer_keys[a:b], counts=counts
     )
     sparse, dense, recent = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
     with torch.device("meta"):
-        dsa.REFERENCE.sparse(q, index_q, gate, [stretch], 16, sparse)
-        dsa.REFERENCE.dense(q, [stretch], dense)
+        REFERENCE.sparse(q, indexer_q, gate, [stretch], 16, sparse)
+        REFERENCE.dense(q, [stretch], dense)
         sets = list(reference.select_recent(40, 60, 16, q.device))
-        dsa.REFERENCE.attend(q, sets, stretch, recent)
+        REFERENCE.attend(q, sets, stretch, recent)
     assert {positions.device for _, positions in sets} == {q.device}
     assert int(counts.sum()) == 2 * 40 * 16
     assert all(out.isfinite().all() for out in (sparse, dense, recent))

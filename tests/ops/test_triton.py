@@ -49,7 +49,16 @@ def test_attention_compiles_for_cards(capability: int) -> None:
     stored = rows.Operand(rows_of, torch.empty(1, dtype=torch.int8), torch.empty(1, dtype=torch.bfloat16))
     names = [f"{kind}{name}" for kind in "KV" for name in ("KIND", "ROW", "HEAD", "GROUP")]
     constants = dict(zip(names, stored.constants * 2, strict=True))
-    constants |= {"R": 8, "RP": 16, "D": 128, "BN": 64, "PART": 256, "SPLIT": False, "PAGE": 64, "INTERPRETED": False}
+    constants |= {
+        "R": 8,
+        "RP": 16,
+        "D": 128,
+        "BN": 64,
+        "PART": 256,
+        "SPLIT": False,
+        "KV_BLOCK": 64,
+        "INTERPRETED": False,
+    }
     constants["DOT"] = rows.dot_dtype(torch.empty(0, dtype=torch.bfloat16), rows_of)
     pointers = {"q": "*bf16", "out": "*bf16", "part_sums": "*fp32", "part_stats": "*fp32", "scale": "fp32"}
     pointers |= {"keys": "*i8", "values": "*i8", "key_scales": "*bf16", "value_scales": "*bf16"}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from keye.ops import grouped, reference
-from keye.ops import registry as dsa
-from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat, RowKind
-from keye.ops.registry import REFERENCE, Stretch
+from keye.ops.backend import REFERENCE, Backend, Kernel, Stretch
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
+from keye.ops.registry import backends
 from keye.ops.triton import encode, experts, selection
 from keye.ops.triton.backend import TritonBackend
 
@@ -22,18 +22,18 @@ NEAR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """A step of several sequences: `lengths` tokens of which `news` are new, in pools of shuffled pages."""
+    """A step of several sequences: `lengths` tokens of which `news` are new, in pools of shuffled KV blocks."""
 
     lengths: tuple[int, ...]
     news: tuple[int, ...]
     heads: int = 8
     groups: int = 2
     dim: int = 32
-    index_heads: int = 4
-    index_dim: int = 32
+    indexer_heads: int = 4
+    indexer_dim: int = 32
     topk: int = 16
     rows: RowKind = "float32"
-    index_rows: RowKind = "float32"
+    indexer_rows: RowKind = "float32"
     dtype: torch.dtype = torch.float32
     integers: bool = False
     fixed: bool = False
@@ -42,7 +42,7 @@ class Case:
 @dataclass(frozen=True)
 class Step:
     q: Tensor
-    index_q: Tensor
+    indexer_q: Tensor
     gate: Tensor
     stretches: list[Stretch]
 
@@ -54,44 +54,44 @@ def draw(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(case.dtype)
 
 
-def store(vectors: list[Tensor], kind: RowKind, generator: torch.Generator) -> list[tuple[PagedRows, Tensor]]:
+def store(vectors: list[Tensor], kind: RowKind, generator: torch.Generator) -> list[tuple[BlockRows, Tensor]]:
     """Sequences [n, G, D] in one pool, garbage in unused rows; with what `RowFormat.decode` gives back."""
     rows = RowFormat(kind, *vectors[0].shape[1:])
-    pages = [-(-len(v) // PAGE) for v in vectors]
-    order = torch.randperm(sum(pages) + 3, generator=generator).int()
-    pool = torch.randint(0, 255, (len(order), PAGE, rows.row_bytes), dtype=torch.uint8, generator=generator)
+    blocks = [-(-len(v) // KV_BLOCK) for v in vectors]
+    order = torch.randperm(sum(blocks) + 3, generator=generator).int()
+    pool = torch.randint(0, 255, (len(order), KV_BLOCK, rows.row_bytes), dtype=torch.uint8, generator=generator)
     stored = []
-    for v, table in zip(vectors, order.split([*pages, 3]), strict=False):
+    for v, table in zip(vectors, order.split([*blocks, 3]), strict=False):
         encoded = rows.encode(v)
-        flat = torch.nn.functional.pad(encoded, (0, 0, 0, len(table) * PAGE - len(v)), value=127)
-        pool[table.long()] = flat.view(len(table), PAGE, -1)
-        stored.append((PagedRows(rows, None, pool, table), rows.decode(encoded)))
+        flat = torch.nn.functional.pad(encoded, (0, 0, 0, len(table) * KV_BLOCK - len(v)), value=127)
+        pool[table.long()] = flat.view(len(table), KV_BLOCK, -1)
+        stored.append((BlockRows(rows, None, pool, table), rows.decode(encoded)))
     return stored
 
 
 def make(case: Case, seed: int = 0) -> Step:
     generator = torch.Generator().manual_seed(seed)
 
-    def stored(groups: int, dim: int, kind: RowKind) -> list[tuple[PagedRows, Tensor]]:
+    def stored(groups: int, dim: int, kind: RowKind) -> list[tuple[BlockRows, Tensor]]:
         return store([draw(case, generator, n, groups, dim) for n in case.lengths], kind, generator)
 
     keys, values = (stored(case.groups, case.dim, case.rows) for _ in range(2))
-    index = stored(1, case.index_dim, case.index_rows)
+    index = stored(1, case.indexer_dim, case.indexer_rows)
     stretches, start = [], 0
     for length, new, (kp, k), (vp, v), (xp, x) in zip(case.lengths, case.news, keys, values, index, strict=True):
         stretches.append(Stretch(
             start, start + new, length - new,
             rows=lambda at, k=k, v=v: (k[at], v[at]), key_tiles=lambda a, b, x=x: x[a:b, 0],
-            pages=LayerPages(length, kp, vp, xp), counts=torch.zeros(length, dtype=torch.int64), fixed=case.fixed,
+            blocks={"k": kp, "v": vp, "indexer_k": xp}, counts=torch.zeros(length, dtype=torch.int64), fixed=case.fixed,
         ))  # fmt: skip
         start += new
     q = draw(case, generator, start, case.heads, case.dim)
-    index_q = draw(case, generator, start, case.index_heads, case.index_dim)
-    return Step(q, index_q, draw(case, generator, start, case.index_heads).float(), stretches)
+    indexer_q = draw(case, generator, start, case.indexer_heads, case.indexer_dim)
+    return Step(q, indexer_q, draw(case, generator, start, case.indexer_heads).float(), stretches)
 
 
-def sets(backend: dsa.Backend, step: Step, stretch: Stretch, topk: int) -> Tensor:
-    return torch.cat([part for _, part in backend.select(step.index_q, step.gate, stretch, topk)])
+def sets(backend: Backend, step: Step, stretch: Stretch, topk: int) -> Tensor:
+    return torch.cat([part for _, part in backend.select(step.indexer_q, step.gate, stretch, topk)])
 
 
 def near(got: Tensor, want: Tensor, factor: float = 1.0) -> bool:
@@ -105,11 +105,11 @@ def check(case: Case, seed: int = 0, factor: float = 1.0) -> None:
     for stretch in step.stretches:
         assert torch.equal(sets(BACKEND, step, stretch, case.topk), sets(REFERENCE, step, stretch, case.topk))
     got, want = torch.empty_like(step.q), torch.empty_like(step.q)
-    BACKEND.sparse(step.q, step.index_q, step.gate, step.stretches, case.topk, got)
+    BACKEND.sparse(step.q, step.indexer_q, step.gate, step.stretches, case.topk, got)
     counted = [stretch.counts.clone() for stretch in step.stretches if stretch.counts is not None]
     for stretch in step.stretches:
         stretch.counts.zero_()
-    REFERENCE.sparse(step.q, step.index_q, step.gate, step.stretches, case.topk, want)
+    REFERENCE.sparse(step.q, step.indexer_q, step.gate, step.stretches, case.topk, want)
     assert near(got, want, factor)
     assert all(torch.equal(n, s.counts) for n, s in zip(counted, step.stretches, strict=True))
     BACKEND.dense(step.q, step.stretches, got)
@@ -124,7 +124,7 @@ def test_heads_of_a_group(ratio: int) -> None:
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 32), (4, 64), (16, 64), (3, 128)])
 def test_indexers(heads: int, dim: int) -> None:
-    check(Case((75,), (10,), groups=1, index_heads=heads, index_dim=dim))
+    check(Case((75,), (10,), groups=1, indexer_heads=heads, indexer_dim=dim))
 
 
 @pytest.mark.parametrize("topk", [1, 3, 64, 200])
@@ -134,7 +134,7 @@ def test_ties_and_sets_larger_than_the_context(topk: int) -> None:
 
 def test_every_score_equal() -> None:
     step = make(Case((90,), (9,), integers=True))
-    step = replace(step, index_q=torch.zeros_like(step.index_q))
+    step = replace(step, indexer_q=torch.zeros_like(step.indexer_q))
     assert sets(BACKEND, step, step.stretches[0], 5).tolist() == [[0, 1, 2, 3, 4]] * 9
 
 
@@ -149,7 +149,7 @@ def test_many_chunks(topk: int) -> None:
 def test_row_kinds(kind: RowKind) -> None:
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     index: RowKind = "fp8" if kind == "int4" else kind
-    check(Case((90, 70), (9, 1), dim=128, groups=1, rows=kind, index_rows=index, dtype=dtype), factor=2.0)
+    check(Case((90, 70), (9, 1), dim=128, groups=1, rows=kind, indexer_rows=index, dtype=dtype), factor=2.0)
 
 
 def test_decoding_a_batch_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_decoding_a_batch_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(selection, "select_rows", lambda *a: launches.append(a) or select(*a))
     case = Case((90, 70, 100), (1, 2, 1))
     step = make(case)
-    BACKEND.sparse(step.q, step.index_q, step.gate, step.stretches, case.topk, torch.empty_like(step.q))
+    BACKEND.sparse(step.q, step.indexer_q, step.gate, step.stretches, case.topk, torch.empty_like(step.q))
     assert len(launches) == 1
 
 
@@ -175,7 +175,7 @@ def test_fixed_results_do_not_depend_on_the_neighbours() -> None:
     step = make(case)
     together, alone = torch.empty_like(step.q), torch.empty_like(step.q)
     for compute in (
-        lambda part, out: BACKEND.sparse(step.q, step.index_q, step.gate, part, case.topk, out),
+        lambda part, out: BACKEND.sparse(step.q, step.indexer_q, step.gate, part, case.topk, out),
         lambda part, out: BACKEND.dense(step.q, part, out),
     ):
         compute(step.stretches, together)
@@ -185,7 +185,7 @@ def test_fixed_results_do_not_depend_on_the_neighbours() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["union", "masked"])
-def test_either_kernel_over_given_sets(kernel: dsa.Kernel) -> None:
+def test_either_kernel_over_given_sets(kernel: Kernel) -> None:
     step = make(Case((80,), (9,)))
     got, want = torch.empty_like(step.q), torch.empty_like(step.q)
     BACKEND.attend(step.q, reference.select_recent(9, 71, 16), step.stretches[0], got, kernel)
@@ -204,7 +204,7 @@ def test_what_is_left_to_the_reference() -> None:
     stretch = step.stretches[0]
     assert not BACKEND.takes(step.q.double(), stretch)
     assert not BACKEND.takes(step.q.clone().requires_grad_(), stretch)
-    assert not BACKEND.takes(step.q, replace(stretch, pages=None))
+    assert not BACKEND.takes(step.q, replace(stretch, blocks=None))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
@@ -213,18 +213,17 @@ def test_encoding_of_indexer_keys(kind: RowKind, dtype: torch.dtype) -> None:
     keys = torch.randn(37, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 4, 37)[:, None]
     keys[3] = 0
     keys, rows = keys.to(dtype), RowFormat(kind, 1, 64)
-    assert torch.equal(encode.encode_index_keys(keys, rows, transform=False), rows.encode(keys.unsqueeze(1)))
+    assert torch.equal(encode.encode_indexer_keys(keys, rows, transform=False), rows.encode(keys.unsqueeze(1)))
     want = rows.encode(reference.hadamard_transform(keys).unsqueeze(1))
-    assert torch.equal(encode.encode_index_keys(keys, rows, transform=True), want)
+    assert torch.equal(encode.encode_indexer_keys(keys, rows, transform=True), want)
 
 
 def test_products_of_experts() -> None:
     x, weights, sizes = torch.randn(70, 48), torch.randn(5, 48, 80), [0, 33, 1, 0, 36]
     want = torch.cat([part @ weight for part, weight in zip(x.split(sizes), weights, strict=True)])
     assert torch.allclose(experts.grouped_matmul(x, weights, sizes), want, atol=1e-4)
-    dsa.choose("triton")
-    assert not grouped.fast(x, weights), "gradients are on"
-    with torch.no_grad():
-        assert grouped.fast(x, weights)
-        assert torch.allclose(grouped.matmul(x, weights, sizes), want, atol=1e-4)
-    dsa.choose("auto")
+    with backends.using("triton"):
+        assert not grouped.fast(x, weights), "gradients are on"
+        with torch.no_grad():
+            assert grouped.fast(x, weights)
+            assert torch.allclose(grouped.matmul(x, weights, sizes), want, atol=1e-4)

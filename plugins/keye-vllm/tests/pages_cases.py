@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +11,7 @@ from torch import Tensor
 from keye.config import TextConfig
 from keye.config.model import SparseConfig
 from keye.models.indexer import IndexerOutput
-from keye.ops import registry as dsa
-from keye.ops.registry import BackendName
+from keye.ops.registry import BackendName, backends
 from keye_vllm import attention, pages
 from keye_vllm.attention import SparseAttention
 from keye_vllm.pages import Span, StepPages
@@ -44,17 +41,11 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> SparseAttention:
     return layer
 
 
-@pytest.fixture
-def choose() -> Iterator[Any]:
-    yield dsa.choose
-    dsa.choose("auto")
-
-
 def random_rows(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, IndexerOutput]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((H, D), (G, D), (G, D), (J, I), (I,), (J,))
-    q, k, v, index_q, index_k, gate = (torch.randn(tokens, *shape, generator=generator) for shape in shapes)
-    return q, k, v, IndexerOutput(index_q, index_k, gate)
+    q, k, v, indexer_q, indexer_k, gate = (torch.randn(tokens, *shape, generator=generator) for shape in shapes)
+    return q, k, v, IndexerOutput(indexer_q, indexer_k, gate)
 
 
 def step_of(tables: list[Tensor], counts: list[tuple[int, int]]) -> StepPages:
@@ -86,27 +77,25 @@ def run_steps(layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> Tensor
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_kernels_read_the_pages(
-    backend: BackendName, layer: SparseAttention, choose: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choose("reference")
-    expected = run_steps(layer, monkeypatch)
+def test_kernels_read_the_pages(backend: BackendName, layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    with backends.using("reference"):
+        expected = run_steps(layer, monkeypatch)
     taken: list[bool] = []
-    kernels = dsa._get(backend)
+    kernels = backends.find(backend)
     if kernels is None:
         pytest.skip(f"{backend} kernels cannot run here")
     takes = kernels.takes
     monkeypatch.setattr(kernels, "takes", lambda q, stretch: taken.append(takes(q, stretch)) or taken[-1])
-    choose(backend)
-    torch.testing.assert_close(run_steps(layer, monkeypatch), expected)
+    with backends.using(backend):
+        torch.testing.assert_close(run_steps(layer, monkeypatch), expected)
     assert taken and all(taken)
 
 
-def test_sets_are_not_everything(layer: SparseAttention, choose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose("reference")
-    sparse = run_steps(layer, monkeypatch)
-    layer.topk = 1000
-    dense = run_steps(layer, monkeypatch)
+def test_sets_are_not_everything(layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    with backends.using("reference"):
+        sparse = run_steps(layer, monkeypatch)
+        layer.topk = 1000
+        dense = run_steps(layer, monkeypatch)
     short = sum(new for _, new in SEQUENCES[:2])
     assert (sparse[:short] - dense[:short]).abs().mean() > 0.1
     torch.testing.assert_close(sparse[short:], dense[short:])

@@ -38,7 +38,7 @@ from keye.cache.slabs import Kinds, KVLayout
 from keye.errors import KeyeError
 from keye.files import check_output, output_file
 from keye.media.source.fetch import INDEX_MAGIC
-from keye.ops.kv_blocks import PAGE, RowFormat
+from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 
 VERSION: Final = 1
 #: Sections begin at multiples of this: pages of memory are no larger on any system.
@@ -77,7 +77,7 @@ class IndexFile:
 
     @property
     def blocks(self) -> int:
-        return -(-self.length // PAGE)
+        return -(-self.length // KV_BLOCK)
 
     def kinds(self, mapped: mmap.mmap) -> Kinds:
         """Keys, values and indexer keys in a map of the file. Rows of keys and values will be read one by one, all
@@ -92,11 +92,11 @@ class IndexFile:
 
     def checker(self, mapped: mmap.mmap, identity: Identity) -> PageCheck:
         """What compares pages of a map of the file with their checksums."""
-        sections = [(name, self.sections[name].offset, rows.page_bytes) for name, rows in _kinds_of(self.layout)]
+        sections = [(name, self.sections[name].offset, rows.block_bytes) for name, rows in _kinds_of(self.layout)]
         return PageCheck(self.path, mapped, sections, self.crcs, identity)
 
     def _kind(self, mapped: mmap.mmap, name: str, rows: RowFormat) -> Tensor:
-        shape = (self.layout.layers, self.blocks, PAGE, rows.row_bytes)
+        shape = (self.layout.layers, self.blocks, KV_BLOCK, rows.row_bytes)
         return map_tensor(mapped, self.sections[name].offset, shape)
 
 
@@ -111,7 +111,7 @@ def _kinds_of(layout: KVLayout) -> list[tuple[str, RowFormat]]:
 
 def index_bytes(layout: KVLayout, tokens: int) -> int:
     """Bytes that an index of so many tokens takes, up to its header and gaps."""
-    return -(-tokens // PAGE) * layout.block_bytes + 32 * tokens
+    return -(-tokens // KV_BLOCK) * layout.block_bytes + 32 * tokens
 
 
 def check_index_disk(path: Path, layout: KVLayout, tokens: int) -> None:
@@ -236,8 +236,8 @@ def _checked(path: Path, file: BinaryIO, header: Any, end: int) -> IndexFile:
     if not {"keys", "values"} <= set(formats):
         raise damaged(path, "its header names no keys and values")
     layout = KVLayout(layers, formats["keys"], formats["values"], formats.get("index"))
-    blocks = -(-length // PAGE)
-    sizes = {name: layers * blocks * rows.page_bytes for name, rows in _kinds_of(layout)}
+    blocks = -(-length // KV_BLOCK)
+    sizes = {name: layers * blocks * rows.block_bytes for name, rows in _kinds_of(layout)}
     sizes |= {"tokens": 32 * length, "checksums": 4 * len(sizes) * layers * blocks}
     sections = {name: _section(path, storage, name, nbytes, end) for name, nbytes in sizes.items()}
     tokens = np.frombuffer(_verified(path, file, storage, "tokens", sections), dtype="<i8").reshape(4, length)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVStore
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def cut_points(length: int, spans: MediaSpans) -> list[int]:
     """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block
     boundary that leaves a token to compute."""
     points = {stop for _, stop, _ in spans.media if stop < length}
-    whole = (length - 1) // PAGE * PAGE
+    whole = (length - 1) // KV_BLOCK * KV_BLOCK
     if whole and not spans.inside(whole):
         points.add(whole)
     return sorted(points)
@@ -96,7 +96,7 @@ class PrefixCache:
     def _has_room(self, length: int) -> bool:
         """Whether a fork of `length` tokens has room for the copy of its last block, if that is not full."""
         room = self._store.room()
-        return length % PAGE == 0 or room is None or room > 0
+        return length % KV_BLOCK == 0 or room is None or room > 0
 
     def __len__(self) -> int:
         return len(self._entries)

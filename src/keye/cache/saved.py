@@ -16,7 +16,7 @@ from keye.cache.checksums import PageCheck
 from keye.cache.mapped import DISK_RESERVE, scratch_tensor
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import Block, KVStore
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 
 #: The ledger's account: bytes on disk.
 ACCOUNT = "kv-saved"
@@ -44,7 +44,7 @@ class SavedCaches:
         tables: list[list[int | Block]] = []
         for cache in caches:
             table: list[int | Block] = []
-            for block in cache.block_table[: -(-cache.length(0) // PAGE)]:
+            for block in cache.block_table[: -(-cache.length(0) // KV_BLOCK)]:
                 if id(block) in staying:
                     table.append(block)
                     continue

@@ -6,7 +6,7 @@ Legend: n tokens, G key/value heads, D head dim, I indexer dim.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
@@ -18,7 +18,7 @@ from keye.cache.checksums import PageCheck
 from keye.cache.mapped import fetch_rows
 from keye.cache.slabs import Block, KVLayout, KVStore, Slab, memory_slabs
 from keye.errors import KeyeError
-from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
 
 #: What slabs hold, in this order.
 KINDS: Final = ("keys", "values", "index")
@@ -39,7 +39,7 @@ class KVCache:
         self._blocks: list[Block] = []
         #: Where the pages of each kind, layer and block begin; int64 [3, layers, blocks and room to grow].
         self._addresses = torch.zeros(3, layers, 0, dtype=torch.int64)
-        self._pages: dict[int, tuple[PagedRows, PagedRows, PagedRows | None]] = {}
+        self._pages: dict[int, dict[str, BlockRows]] = {}
         self._places: _Places | None = None
         #: Compares the first blocks with their checksums, where they are those of a file.
         self.check: PageCheck | None = None
@@ -70,28 +70,28 @@ class KVCache:
     def reserve(self, tokens: int) -> None:
         """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes."""
         assert self.store is not None
-        if (more := -(-tokens // PAGE) - len(self._blocks)) > 0:
+        if (more := -(-tokens // KV_BLOCK) - len(self._blocks)) > 0:
             self._extend(self.store.take(more))
 
-    def append(self, layer: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
-        """Adds n tokens: `k`, `v` [n, G, D]; `index_k` [n, I] or None."""
+    def append(self, layer: int, k: Tensor, v: Tensor, indexer_k: Tensor | None) -> None:
+        """Adds n tokens: `k`, `v` [n, G, D]; `indexer_k` [n, I] or None."""
         if self.store is None:
-            self.store = _own_store(len(self._lengths), k, v, index_k)
+            self.store = _own_store(len(self._lengths), k, v, indexer_k)
         start = self._lengths[layer]
         self.reserve(start + k.shape[0])
         layout = self.store.layout
         self._write(_KEYS, layer, start, layout.keys.encode(k.detach()))
         self._write(_VALUES, layer, start, layout.values.encode(v.detach()))
-        if index_k is not None and layout.index is not None:
-            self._write(_INDEX, layer, start, layout.index.encode(index_k.detach().unsqueeze(1)))
+        if indexer_k is not None and layout.index is not None:
+            self._write(_INDEX, layer, start, layout.index.encode(indexer_k.detach().unsqueeze(1)))
         self._lengths[layer] = start + k.shape[0]
 
-    def index_keys(self, layer: int, start: int, stop: int) -> Tensor:
+    def indexer_keys(self, layer: int, start: int, stop: int) -> Tensor:
         """Indexer keys [stop - start, I] of these positions."""
         assert stop <= self._lengths[layer] and self.store is not None and self.store.layout.index is not None
-        first, last = start // PAGE, -(-stop // PAGE)
+        first, last = start // KV_BLOCK, -(-stop // KV_BLOCK)
         pages = [self._page(_INDEX, layer, block) for block in self._blocks[first:last]]
-        rows = torch.cat(pages)[start - first * PAGE : stop - first * PAGE]
+        rows = torch.cat(pages)[start - first * KV_BLOCK : stop - first * KV_BLOCK]
         return self.store.layout.index.decode(rows).squeeze(1)
 
     def rows(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,23 +101,21 @@ class KVCache:
         keys = layout.keys.decode(self._gather(_KEYS, layer, positions, layout.keys))
         return keys, layout.values.decode(self._gather(_VALUES, layer, positions, layout.values))
 
-    def pages(self, layer: int) -> LayerPages | None:
-        """Where the pages of a layer lie. None before anything was stored."""
+    def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
+        """Where the KV blocks of a layer lie, by the names of rows. None before anything was stored."""
         if self.store is None:
             return None
         if layer not in self._pages:
-            kinds = enumerate(self.store.layout.formats)
-            keys, values, index = (None if rows is None else self._paged(kind, layer, rows) for kind, rows in kinds)
-            assert keys is not None and values is not None
-            self._pages[layer] = keys, values, index
-        return LayerPages(self._lengths[layer], *self._pages[layer])
+            kinds = zip(("k", "v", "indexer_k"), enumerate(self.store.layout.formats), strict=True)
+            self._pages[layer] = {n: self._paged(kind, layer, rows) for n, (kind, rows) in kinds if rows is not None}
+        return self._pages[layer]
 
     def stored_pages(self, kind: int, layer: int) -> Iterator[Tensor]:
         """Encoded pages uint8 [64, row_bytes] of kind `KINDS[kind]`, in main memory. Rows after the last token, which
         nobody has written, are zeros."""
         for place, block in enumerate(self._blocks):
             page = self._page(kind, layer, block).cpu()
-            if (rest := self._lengths[layer] - place * PAGE) < PAGE:
+            if (rest := self._lengths[layer] - place * KV_BLOCK) < KV_BLOCK:
                 page = page.clone()
                 page[rest:] = 0
             yield page
@@ -138,8 +136,8 @@ class KVCache:
             return
         blocks = None
         if counts is not None:
-            whole = counts.shape[0] // PAGE
-            blocks = counts[: whole * PAGE].view(whole, PAGE).amax(1).nonzero().squeeze(1).numpy()
+            whole = counts.shape[0] // KV_BLOCK
+            blocks = counts[: whole * KV_BLOCK].view(whole, KV_BLOCK).amax(1).nonzero().squeeze(1).numpy()
         self.check.compare("keys", layer, blocks)
         self.check.compare("values", layer, blocks)
 
@@ -154,9 +152,9 @@ class KVCache:
         copy.check = self.check
         if self.store is None:
             return copy
-        full = min(self._lengths) // PAGE
+        full = min(self._lengths) // KV_BLOCK
         copy._extend(self.store.share(self._blocks[:full]))
-        if rest := self._blocks[full : -(-max(self._lengths) // PAGE)]:
+        if rest := self._blocks[full : -(-max(self._lengths) // KV_BLOCK)]:
             copy._extend(self.store.take(len(rest)))
             for source, target in zip(rest, copy._blocks[full:], strict=True):
                 _copy_block(source, target)
@@ -168,9 +166,9 @@ class KVCache:
         last one in part is copied."""
         assert self.store is not None and length <= min(self._lengths)
         copy = KVCache(len(self._lengths), self.store)
-        full = length // PAGE
+        full = length // KV_BLOCK
         copy._extend(self.store.share(self._blocks[:full]))
-        if length % PAGE:
+        if length % KV_BLOCK:
             copy._extend(self.store.take(1))
             _copy_block(self._blocks[full], copy._blocks[full])
         copy._lengths = [length] * len(self._lengths)
@@ -179,7 +177,7 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on, in all layers. The last block may be shared with nobody."""
         self._lengths = [min(length, n) for n in self._lengths]
-        keep = -(-max(self._lengths) // PAGE)
+        keep = -(-max(self._lengths) // KV_BLOCK)
         dropped, self._blocks = self._blocks[keep:], self._blocks[:keep]
         if dropped:
             self._changed()
@@ -217,16 +215,16 @@ class KVCache:
         self._pages.clear()
         self._places = None
 
-    def _paged(self, kind: int, layer: int, rows: RowFormat) -> PagedRows:
+    def _paged(self, kind: int, layer: int, rows: RowFormat) -> BlockRows:
         tensors = {id(block.slab): self._kind(kind, block) for block in self._blocks}
         if all(tensor.device.type == "cpu" for tensor in tensors.values()):
             mapped = kind != _INDEX and any(block.slab.mapped for block in self._blocks)
-            return PagedRows(rows, self._addresses[kind, layer, : len(self._blocks)], mapped=mapped)
+            return BlockRows(rows, self._addresses[kind, layer, : len(self._blocks)], mapped=mapped)
         if len(tensors) != 1:
-            return PagedRows(rows, None)
+            return BlockRows(rows, None)
         (tensor,) = tensors.values()
         table = torch.tensor([block.slot for block in self._blocks], dtype=torch.int32, device=tensor.device)
-        return PagedRows(rows, None, tensor[layer], table)
+        return BlockRows(rows, None, tensor[layer], table)
 
     @staticmethod
     def _kind(kind: int, block: Block) -> Tensor:
@@ -241,8 +239,8 @@ class KVCache:
         """Puts encoded rows uint8 [n, row_bytes] at positions from `start` on."""
         width, done = rows.shape[1], 0
         while done < rows.shape[0]:
-            place, offset = divmod(start + done, PAGE)
-            count, block = min(PAGE - offset, rows.shape[0] - done), self._blocks[place]
+            place, offset = divmod(start + done, KV_BLOCK)
+            count, block = min(KV_BLOCK - offset, rows.shape[0] - done), self._blocks[place]
             assert block.slab.writable and block.references == 1, "a shared block is written"
             target = int(self._addresses[kind, layer, place]) + offset * width
             if target > offset * width and rows.device.type == "cpu":  # a tenth of the time of a copy by torch
@@ -255,8 +253,8 @@ class KVCache:
         """Encoded rows uint8 [N, row_bytes] of positions, on their device."""
         if self._places is None or self._places.number.device != positions.device:
             self._places = _Places.of(self._blocks, positions.device)
-        block, places = positions // PAGE, self._places
-        slab_of, row_of = places.number[block], places.slot[block] * PAGE + positions % PAGE
+        block, places = positions // KV_BLOCK, self._places
+        slab_of, row_of = places.number[block], places.slot[block] * KV_BLOCK + positions % KV_BLOCK
         if len(places.slabs) == 1:
             return _rows_of(places.slabs[0], kind, layer, row_of).to(positions.device)
         out = torch.empty(positions.shape[0], rows.row_bytes, dtype=torch.uint8, device=positions.device)
@@ -296,8 +294,8 @@ def _rows_of(slab: Slab, kind: int, layer: int, rows: Tensor) -> Tensor:
     return torch.index_select(flat, 0, chosen, out=out)
 
 
-def _own_store(layers: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> KVStore:
-    return KVStore(KVLayout.like(layers, k, v, index_k), make_slab=memory_slabs(k.device))
+def _own_store(layers: int, k: Tensor, v: Tensor, indexer_k: Tensor | None) -> KVStore:
+    return KVStore(KVLayout.like(layers, k, v, indexer_k), make_slab=memory_slabs(k.device))
 
 
 def _page_addresses(blocks: list[Block], layers: int) -> Tensor:

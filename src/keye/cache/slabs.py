@@ -19,7 +19,7 @@ from keye.cache.ledger import SEPARATE_BUDGETS, Ledger
 from keye.cache.mapped import scratch_tensor
 from keye.config import TextConfig
 from keye.errors import KeyeError
-from keye.ops.kv_blocks import PAGE, RowFormat, RowKind
+from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind
 
 #: How keys and values are stored, as users say it; `auto` is the model's own number format.
 KVFormat = Literal["auto", "bf16", "fp8", "int8", "int4"]
@@ -54,9 +54,9 @@ class KVLayout:
         return cls(config.num_hidden_layers, rows, rows, keys)
 
     @classmethod
-    def like(cls, layers: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> KVLayout:
-        """The layout that holds such tensors as they are: `k`, `v` [n, G, D], `index_k` [n, I]."""
-        index = None if index_k is None else RowFormat(_OF_DTYPE[index_k.dtype], 1, index_k.shape[1])
+    def like(cls, layers: int, k: Tensor, v: Tensor, indexer_k: Tensor | None) -> KVLayout:
+        """The layout that holds such tensors as they are: `k`, `v` [n, G, D], `indexer_k` [n, I]."""
+        index = None if indexer_k is None else RowFormat(_OF_DTYPE[indexer_k.dtype], 1, indexer_k.shape[1])
         return cls(layers, _format_of(k), _format_of(v), index)
 
     @property
@@ -72,12 +72,12 @@ class KVLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block."""
-        return PAGE * self.token_bytes
+        return KV_BLOCK * self.token_bytes
 
     @property
-    def index_block_bytes(self) -> int:
+    def indexer_block_bytes(self) -> int:
         """Those of them that are indexer keys."""
-        return 0 if self.index is None else self.layers * self.index.page_bytes
+        return 0 if self.index is None else self.layers * self.index.block_bytes
 
 
 def _format_of(x: Tensor) -> RowFormat:
@@ -161,7 +161,7 @@ def file_slabs(folder: Path, device: torch.device | str = "cpu") -> SlabMaker:
 
     def make(layout: KVLayout, blocks: int) -> Kinds:
         rows = (layout.keys, layout.values)
-        keys, values = (scratch_tensor(folder, (layout.layers, blocks, PAGE, one.row_bytes)) for one in rows)
+        keys, values = (scratch_tensor(folder, (layout.layers, blocks, KV_BLOCK, one.row_bytes)) for one in rows)
         return keys, values, _near_index(layout, blocks, device)
 
     return SlabMaker(make, "kv-file", mapped=True)
@@ -171,7 +171,7 @@ def _empty(
     layout: KVLayout, rows: RowFormat, blocks: int, device: torch.device | str, *, pinned: bool = False
 ) -> Tensor:
     with torch.inference_mode(False):
-        shape = (layout.layers, blocks, PAGE, rows.row_bytes)
+        shape = (layout.layers, blocks, KV_BLOCK, rows.row_bytes)
         return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
@@ -243,7 +243,7 @@ class KVStore:
             ready = sum(len(slab.free) for slab in self._slabs)
             left = [(self.ledger.free(account), n) for account, n in self._costs().items() if n]
             slabs = [free // n for free, n in left if free is not None]
-            return PAGE * (ready + max(0, min(slabs)) * self._slab_blocks) if slabs else None
+            return KV_BLOCK * (ready + max(0, min(slabs)) * self._slab_blocks) if slabs else None
 
     def shortage(self, tokens: int, scratch: int = 0) -> tuple[int, int, int] | None:
         """None if a new sequence of `tokens` has room when all others are gone, beside `scratch` bytes of memory; else
@@ -255,7 +255,7 @@ class KVStore:
                 continue
             budget = max(0, budget - (0 if account in SEPARATE_BUDGETS else scratch))
             if slabs * cost > budget:
-                return slabs * cost, budget, budget // cost * self._slab_blocks * PAGE
+                return slabs * cost, budget, budget // cost * self._slab_blocks * KV_BLOCK
         return None
 
     @property
@@ -265,7 +265,7 @@ class KVStore:
 
     def slabs_for(self, tokens: int) -> int:
         """Slabs that a new sequence of `tokens` takes."""
-        return -(-tokens // (PAGE * self._slab_blocks))
+        return -(-tokens // (KV_BLOCK * self._slab_blocks))
 
     def nbytes(self) -> int:
         """Bytes of all slabs."""
@@ -274,7 +274,7 @@ class KVStore:
 
     def _costs(self) -> dict[str, int]:
         """Bytes of a new slab by the account that they are taken from."""
-        near = self._slab_blocks * self.layout.index_block_bytes
+        near = self._slab_blocks * self.layout.indexer_block_bytes
         costs = {"kv": near}
         costs[self._make_slab.account] = costs.get(self._make_slab.account, 0) + self.slab_bytes - near
         return costs

@@ -98,8 +98,8 @@ def description(model: str) -> dict[str, Any]:
         "bytes": {name: total * size for name, size in FORMATS.items()},
         "kv_bytes_per_token": {name: made.kv_numbers * size for name, size in FORMATS.items()},
         "indexer_bytes_per_token": {
-            **{name: made.index_numbers * size for name, size in FORMATS.items()},
-            "float8": made.index_bytes_float8(),
+            **{name: made.indexer_numbers * size for name, size in FORMATS.items()},
+            "float8": made.indexer_bytes_float8(),
         },
         "files": files,
         "memory": [asdict(one) for one in memory],
@@ -147,7 +147,7 @@ def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, An
     """Whether weights in `dtype` fit into the free memory of a device, and the longest context beside them."""
     size = FORMATS[dtype]
     left = memory.free - RESERVE_BYTES - numbers * size
-    tokens = max(0, left) // ((made.kv_numbers + made.index_numbers) * size)
+    tokens = max(0, left) // ((made.kv_numbers + made.indexer_numbers) * size)
     context = min(tokens, made.context) if made.runs else 0
     limit = None if not context else ("model" if tokens >= made.context else "memory")
     return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "fits": context > 0, "context": context,

@@ -10,7 +10,7 @@ from keye.cache.slabs import KVStore
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request, Task
 from keye.errors import KeyeError, KeyeWarning, Option
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 
 #: Most probabilities of prompt tokens, and of others beside them, that one request gets.
 MAX_PROBS: Final = 100_000
@@ -55,5 +55,5 @@ def scattered(task: Task) -> bool:
     held = [cache for cache in (task.cache, *(choice.cache for choice in task.choices)) if cache is not None]
     store = held[0].store if held else None
     return store is not None and store.nbytes() > store.slab_bytes * store.slabs_for(
-        PAGE * sum(cache.blocks for cache in held)
+        KV_BLOCK * sum(cache.blocks for cache in held)
     )

@@ -9,7 +9,7 @@ Legend: T tokens of the step, H query heads, G key/value heads, D head dim, I in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from keye.config import TextConfig
 from keye.models.indexer import Indexer, IndexerOutput
 from keye.models.layers import Layer, RMSNorm
-from keye.ops import reference
-from keye.ops import registry as dsa
-from keye.ops.kv_blocks import LayerPages
-from keye.ops.registry import Stretch
+from keye.ops import reference, registry
+from keye.ops.backend import Stretch
+from keye.ops.kv_blocks import BlockRows
 
 #: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
 #: fallback outside Hopper GPUs, and another function once the context exceeds k.
@@ -37,27 +36,27 @@ class Rope(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    index_cos: Tensor | None
-    index_sin: Tensor | None
+    indexer_cos: Tensor | None
+    indexer_sin: Tensor | None
 
 
 class SequenceCache(Protocol):
-    """What a layer needs of the stored past of one sequence. Paged, quantised or on-disk stores implement it."""
+    """What a layer needs of the stored past of one sequence. Block-wise, quantised or on-disk stores implement it."""
 
     def length(self, layer: int) -> int:
         """Tokens stored for `layer`."""
 
-    def append(self, layer: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, indexer_k: Tensor | None) -> None:
         """Adds n tokens: `k`, `v` [n, G, D] and, in sparse models, indexer keys [n, I]."""
 
-    def index_keys(self, layer: int, start: int, stop: int) -> Tensor:
+    def indexer_keys(self, layer: int, start: int, stop: int) -> Tensor:
         """Indexer keys of positions start .. stop: [stop - start, I]."""
 
     def rows(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `positions` (int64 [N]): two tensors [N, G, D]."""
 
-    def pages(self, layer: int) -> LayerPages | None:
-        """The same as it lies in memory, for the fast kernels; None where it does not lie in pages."""
+    def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
+        """The same as it lies in memory, for the fast kernels; None where it does not lie in KV blocks."""
 
     def wants_reads(self, layer: int) -> bool:
         """Whether it is to be told what of a layer is read."""
@@ -108,7 +107,7 @@ class Attention(Layer):
         index = None
         if step.sparse:
             # The indexer never trains the trunk: its input is detached (2.0 report, sparse adaptation).
-            index = self.sa_indexer(x.detach(), rope.index_cos, rope.index_sin)
+            index = self.sa_indexer(x.detach(), rope.indexer_cos, rope.indexer_sin)
         return self.o_proj(step.attend(self.layer, q, k, v, index).flatten(1))
 
 
@@ -155,7 +154,7 @@ class CachedStep:
         sparse = [stretch for stretch in stretches if index is not None and stretch.length > self.topk]
         out = torch.empty_like(q)
         if dense:
-            dsa.dense_attention(q, dense, out)
+            registry.dense_attention(q, dense, out)
         if sparse:
             assert index is not None
             self._attend_sparse(layer, q, index, sparse, out)
@@ -171,10 +170,10 @@ class CachedStep:
         self, layer: int, q: Tensor, index: IndexerOutput, stretches: Sequence[Stretch], out: Tensor
     ) -> None:
         if self.select == "indexer":
-            dsa.sparse_attention(q, index.q, index.gate, stretches, self.topk, out)
+            registry.sparse_attention(q, index.q, index.gate, stretches, self.topk, out)
             return
         for stretch in stretches:
-            dsa.attend_selected(q, self._control(layer, stretch, q.device), stretch, out)
+            registry.attend_selected(q, self._control(layer, stretch, q.device), stretch, out)
 
     def _control(self, layer: int, stretch: Stretch, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """Sets that no indexer chose."""
@@ -197,8 +196,8 @@ class CachedStep:
             span.stop,
             cache.length(layer) - (span.stop - span.start),
             rows=partial(cache.rows, layer),
-            key_tiles=partial(cache.index_keys, layer),
-            pages=cache.pages(layer),
+            key_tiles=partial(cache.indexer_keys, layer),
+            blocks=cache.layer_blocks(layer),
             counts=counts,
             fixed=self.fixed,
         )

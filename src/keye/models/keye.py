@@ -72,8 +72,8 @@ class Decoder(nn.Module):
         cos, sin = rope_angles(position_ids, inv_freq, config.mrope_section)
         if config.sparse is None:
             return Rope(cos, sin, None, None)
-        index_freq = inverse_frequencies(config.sparse.indexer_head_dim, float(int(config.rope_theta)), device)
-        return Rope(cos, sin, *rope_angles(position_ids, index_freq, config.indexer_mrope_section()))
+        indexer_freq = inverse_frequencies(config.sparse.indexer_head_dim, float(int(config.rope_theta)), device)
+        return Rope(cos, sin, *rope_angles(position_ids, indexer_freq, config.indexer_mrope_section()))
 
 
 def visual_mask(config: KeyeConfig, token_ids: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Outline:
-    """`shapes` are the tensors of an official checkpoint. `kv_numbers` and `index_numbers` are what the cache keeps of
-    one token over all layers. `experts` is (chosen for a token, all) of a routed layer, None without routing."""
+    """`shapes` are the tensors of an official checkpoint. `kv_numbers` and `indexer_numbers` are what the cache keeps
+    of one token over all layers. `experts` is (chosen for a token, all) of a routed layer, None without routing."""
 
     architecture: str
     generation: str
@@ -64,14 +64,14 @@ class Outline:
     text: Mapping[str, Any]
     context: int
     kv_numbers: int
-    index_numbers: int
-    index_keys: int
+    indexer_numbers: int
+    indexer_keys: int
     experts: tuple[int, int] | None
     config: KeyeConfig | None
 
-    def index_bytes_float8(self) -> int:
+    def indexer_bytes_float8(self) -> int:
         """Bytes of one token's indexer keys in the official float8 pages."""
-        return self.index_numbers + FLOAT8_SCALE_BYTES * self.index_keys
+        return self.indexer_numbers + FLOAT8_SCALE_BYTES * self.indexer_keys
 
 
 def outline(raw: Mapping[str, Any]) -> Outline:
@@ -94,8 +94,8 @@ def outline(raw: Mapping[str, Any]) -> Outline:
         text=asdict(text),
         context=text.max_position_embeddings,
         kv_numbers=text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2,
-        index_numbers=text.num_hidden_layers * sparse.indexer_head_dim if sparse is not None else 0,
-        index_keys=text.num_hidden_layers if sparse is not None else 0,
+        indexer_numbers=text.num_hidden_layers * sparse.indexer_head_dim if sparse is not None else 0,
+        indexer_keys=text.num_hidden_layers if sparse is not None else 0,
         experts=(text.num_experts_per_tok, text.num_experts) if text.num_experts else None,
         config=config,
     )
@@ -113,8 +113,8 @@ def _latent_outline(name: str, text: LatentTextConfig, vision: VisionConfig) -> 
         text=asdict(text),
         context=text.max_position_embeddings,
         kv_numbers=text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim),
-        index_numbers=0,
-        index_keys=0,
+        indexer_numbers=0,
+        indexer_keys=0,
         experts=(text.num_experts_per_tok, text.n_routed_experts),
         config=None,
     )

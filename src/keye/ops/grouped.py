@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keye.ops import registry as dsa
+from keye.ops.registry import backends
 
 
 def fast(x: Tensor, weights: Tensor) -> bool:
     """Whether `matmul` takes these: rows on a card that the Triton backend serves, no gradients, one dtype."""
-    if torch.is_grad_enabled() or x.dtype != weights.dtype or dsa.backend_of(x.device).name != "triton":
+    if torch.is_grad_enabled() or x.dtype != weights.dtype or backends.of(x.device).name != "triton":
         return False
     from keye.ops import triton
 

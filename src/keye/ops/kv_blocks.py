@@ -1,7 +1,8 @@
-"""How keys, values and indexer keys lie in memory: rows of a number format, 64 tokens a page.
+"""How cached rows lie in memory: rows of a number format, 64 tokens a KV block.
 
-A page is 64 rows behind one another; a row holds all heads of one token, so a selected token is one read. Fast paths
-read pages by address (processor) or by number in a pool (GPU); `RowFormat.decode` is the definition of what they read.
+A KV block is 64 rows behind one another; a row holds all heads of one token, so a selected token is one read. Fast
+paths read blocks by address (processor) or by number in a pool (GPU); `RowFormat.decode` is the definition of what they
+read.
 
 Legend: N rows, G heads, D head dim.
 """
@@ -17,8 +18,8 @@ from torch import Tensor
 from keye.errors import KeyeError
 from keye.ops.reference import hadamard_transform, quantize_fp8
 
-#: Tokens of a page.
-PAGE: Final = 64
+#: Tokens of a KV block.
+KV_BLOCK: Final = 64
 #: Dimensions that share a scale in int4; all of a head where it has fewer.
 INT4_GROUP: Final = 64
 
@@ -93,9 +94,9 @@ class RowFormat:
         return self.heads * self.head_bytes
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of a page."""
-        return PAGE * self.row_bytes
+    def block_bytes(self) -> int:
+        """Bytes of a KV block."""
+        return KV_BLOCK * self.row_bytes
 
     def encode(self, x_NGD: Tensor) -> Tensor:
         """Vectors of any floating dtype [N, G, D] -> uint8 [N, row_bytes]."""
@@ -162,13 +163,13 @@ def _int4_codes(x: Tensor, scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PagedRows:
-    """One layer's rows of one kind of one sequence, for the fast paths.
+class BlockRows:
+    """One layer's rows of one name of one sequence, for the fast paths.
 
-    Token t is row t % 64 of page t // 64. `addresses` int64 [pages] are where pages begin in this process's memory
-    (processor only). `pool` uint8 [pages of the pool, 64, row_bytes] with `table` int32 [pages] says the same where all
-    pages lie in one tensor of a device; None where they do not. `mapped`: the addresses lie in a mapped file, and rows
-    may have to be read from it first.
+    Token t is row t % 64 of KV block t // 64. `addresses` int64 [blocks] are where blocks begin in this process's
+    memory (processor only). `pool` uint8 [blocks of the pool, 64, row_bytes] with `table` int32 [blocks] says the same
+    where all blocks lie in one tensor of a device; None where they do not. `mapped`: the addresses lie in a mapped
+    file, and rows may have to be read from it first.
     """
 
     format: RowFormat
@@ -176,13 +177,3 @@ class PagedRows:
     pool: Tensor | None = None
     table: Tensor | None = None
     mapped: bool = False
-
-
-@dataclass(frozen=True)
-class LayerPages:
-    """What one layer of one sequence has stored; `index` is None in models without an indexer."""
-
-    length: int
-    keys: PagedRows
-    values: PagedRows
-    index: PagedRows | None

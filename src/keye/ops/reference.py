@@ -72,7 +72,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def index_scores(q_TJI: Tensor, k_SI: Tensor, gate_TJ: Tensor) -> Tensor:
+def indexer_scores(q_TJI: Tensor, k_SI: Tensor, gate_TJ: Tensor) -> Tensor:
     """I[t,s] without mask, float32 [T, S]. The definition; `select_topk` computes the same in blocks."""
     logits_TJS = torch.matmul(q_TJI.float(), k_SI.float().transpose(-1, -2))
     return (gate_TJ.float().unsqueeze(-1) * logits_TJS.relu_()).sum(-2)
@@ -139,7 +139,7 @@ def _topk_of_block(q_BJI: Tensor, gate_BJ: Tensor, key_tiles: KeyTiles, block: i
         k_SI = q_BJI.new_zeros(KEY_TILE, q_BJI.shape[2])
         k_SI[: stop - tile] = key_tiles(tile, stop).float()
         tile_positions = torch.arange(tile, stop, device=device).expand(QUERY_BLOCK, -1)
-        tile_scores = index_scores(q_BJI, k_SI, gate_BJ)[:, : stop - tile]
+        tile_scores = indexer_scores(q_BJI, k_SI, gate_BJ)[:, : stop - tile]
         tile_scores = tile_scores.masked_fill(tile_positions > limit_B1, -torch.inf)
         scores = torch.cat((scores, tile_scores), dim=1)
         positions = torch.cat((positions, tile_positions), dim=1)

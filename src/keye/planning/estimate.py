@@ -16,7 +16,7 @@ from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
 from keye.models.outline import outline, read_parameters
 from keye.models.vision import PATCHES_PER_CHUNK
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 from keye.ops.reference import SCRATCH_BYTES
 from keye.planning.measure import LayerRates, Rates, layer_bytes, measure_frame, measure_head, measure_layer
 
@@ -139,6 +139,6 @@ def what_fits(config: KeyeConfig, request: Request, dtype: torch.dtype, free: in
         return f"weights and scratch alone take {megabytes(fixed)}"
     each = KVLayout.of(config.text, dtype, "int4").token_bytes
     per_frame = max(1, request.prompt // max(1, request.frames))
-    tokens = (free - fixed - parts["vision"]) // each // PAGE * PAGE - request.reply
+    tokens = (free - fixed - parts["vision"]) // each // KV_BLOCK * KV_BLOCK - request.reply
     frames = max(0, tokens // per_frame)
     return f"with --kv int4 about {frames:,} of its {request.frames:,} frames fit: --max-frames {frames}"

@@ -118,11 +118,11 @@ class PackedStep:
     def _attend_and_teach(self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput) -> Tensor:
         """Attention as the mode says, with the KL of the indexer against it: first the trunk, then the windows."""
         B, N, P, D = self.batch, self.trunk + self.tail, self.trunk, q.shape[-1]
-        index_q = index.q.float().view(B, N, 1, *index.q.shape[1:]).permute(0, 2, 3, 1, 4)  # B 1 J N I
-        index_k = index.k.float().view(B, 1, N, -1)
+        indexer_q = index.q.float().view(B, N, 1, *index.q.shape[1:]).permute(0, 2, 3, 1, 4)  # B 1 J N I
+        indexer_k = index.k.float().view(B, 1, N, -1)
         gate = index.gate.view(B, N, -1).transpose(1, 2)  # B J N
         logits = torch.matmul(q[..., :P, :].flatten(2, 3), k[:, :, :P].mT).unflatten(2, (q.shape[2], P))
-        scores = torch.matmul(index_q[:, 0, :, :P], index_k[..., :P, :].mT)  # B J P P
+        scores = torch.matmul(indexer_q[:, 0, :, :P], indexer_k[..., :P, :].mT)  # B J P P
         scores = (scores.relu() * gate[:, :, :P, None]).sum(1)
         mask = torch.ones(P, P, dtype=torch.bool).tril().expand(B, P, P)
         probs, loss = self._select_and_teach(logits, scores, mask, D)
@@ -130,7 +130,7 @@ class PackedStep:
         count = torch.tensor(B * P)
         if self.tail:
             logits = self._window_logits(q[..., P:, :], k)
-            scores = self._window_logits(index_q[..., P:, :], index_k)[:, 0]  # B J M W (P + W)
+            scores = self._window_logits(indexer_q[..., P:, :], indexer_k)[:, 0]  # B J M W (P + W)
             scores = (scores.relu() * gate[:, :, P:].unflatten(2, (-1, self.window))[..., None]).sum(1)
             probs, more = self._select_and_teach(logits, scores, self.window_mask, D)
             parts.append(self._window_output(probs, v))

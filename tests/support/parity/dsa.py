@@ -16,7 +16,7 @@ from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput, Numerics
 from keye.models.keye import KeyeModel
 from keye.ops import reference
-from keye.ops import registry as dsa
+from keye.ops.registry import backends
 from tests.support.parity.cases import FLOAT_TOLERANCE, LOGIT_TOLERANCE, Case, Check, NotApplicable
 from tests.support.parity.networks import build_model
 
@@ -117,7 +117,7 @@ def _causal_scores(q: Tensor, keys: Tensor, gate: Tensor) -> Tensor:
     """Scores of the last queries of a sequence against all its keys, -inf where a query may not look."""
     length = len(keys)
     last = torch.arange(length - len(q), length).unsqueeze(1)
-    return reference.index_scores(q, keys, gate).masked_fill(torch.arange(length) > last, -torch.inf)
+    return reference.indexer_scores(q, keys, gate).masked_fill(torch.arange(length) > last, -torch.inf)
 
 
 def _padded(scores: list[Tensor]) -> Tensor:
@@ -165,7 +165,7 @@ class _ObservedStep(CachedStep):
         parts = [
             _causal_scores(
                 index.q[span.start : span.stop],
-                span.cache.index_keys(layer, 0, span.cache.length(layer)),
+                span.cache.indexer_keys(layer, 0, span.cache.length(layer)),
                 index.gate[span.start : span.stop],
             )
             for span in self.spans
@@ -201,13 +201,15 @@ class _Calls:
             return dense(q, rows, first)
 
         # The compiled kernels choose and attend in one call, where nothing can be watched.
-        self._patch.setattr(dsa, "backend_of", lambda _: dsa.REFERENCE)
+        self._kernels = backends.using("reference")
+        self._kernels.__enter__()
         self._patch.setattr(reference, "sparse_attention", watch_sparse)
         self._patch.setattr(reference, "dense_attention", watch_dense)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._patch.undo()
+        self._kernels.__exit__(None, None, None)
 
 
 @contextmanager

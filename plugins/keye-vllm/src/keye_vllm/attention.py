@@ -16,9 +16,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from keye.config import TextConfig
 from keye.models.indexer import IndexerOutput
-from keye.ops import registry as dsa
-from keye.ops.kv_blocks import LayerPages
-from keye.ops.registry import Stretch
+from keye.ops.backend import Stretch
+from keye.ops.registry import dense_attention, sparse_attention
 from keye_vllm.config import ATTENTION_OP
 from keye_vllm.pages import Cache, Span, StepPages
 
@@ -48,37 +47,33 @@ class SparseAttention(nn.Module):
         if not isinstance(steps, dict):  # memory is measured before there are caches
             out.zero_()
             return
-        step, index_step = steps[self.rows.name], steps[self.index.name]
-        assert isinstance(step, StepPages) and isinstance(index_step, StepPages)
+        step, indexer_step = steps[self.rows.name], steps[self.index.name]
+        assert isinstance(step, StepPages) and isinstance(indexer_step, StepPages)
         n = step.tokens
         self.rows.write(_KEYS, step.slots, k[:n])
         self.rows.write(_VALUES, step.slots, v[:n])
-        self.index.write(0, index_step.slots, index.k[:n].unsqueeze(1))
-        stretches = [self._stretch(*pair) for pair in zip(step.spans, index_step.spans, strict=True)]
+        self.index.write(0, indexer_step.slots, index.k[:n].unsqueeze(1))
+        stretches = [self._stretch(*pair) for pair in zip(step.spans, indexer_step.spans, strict=True)]
         # Up to k tokens the top-k is everything: dense attention is then the same function.
         short = [stretch for stretch in stretches if stretch.length <= self.topk]
         long = [stretch for stretch in stretches if stretch.length > self.topk]
         if short:
-            dsa.dense_attention(q, short, out)
+            dense_attention(q, short, out)
         if long:
-            dsa.sparse_attention(q, index.q, index.gate, long, self.topk, out)
+            sparse_attention(q, index.q, index.gate, long, self.topk, out)
         out[n:].zero_()
 
-    def _stretch(self, span: Span, index_span: Span) -> Stretch:
+    def _stretch(self, span: Span, indexer_span: Span) -> Stretch:
         rows, index, table = self.rows, self.index, span.table
-        pages = LayerPages(
-            span.length,
-            rows.pages(_KEYS, table),
-            rows.pages(_VALUES, table),
-            index.pages(0, index_span.table),
-        )
+        blocks = {"k": rows.pages(_KEYS, table), "v": rows.pages(_VALUES, table),
+                  "indexer_k": index.pages(0, indexer_span.table)}  # fmt: skip
         return Stretch(
             span.start,
             span.stop,
             span.length - (span.stop - span.start),
             rows=lambda positions: (rows.read(_KEYS, table, positions), rows.read(_VALUES, table, positions)),
-            key_tiles=partial(self._key_tile, index_span.table),
-            pages=pages,
+            key_tiles=partial(self._key_tile, indexer_span.table),
+            blocks=blocks,
         )
 
     def _key_tile(self, table: Tensor, start: int, stop: int) -> Tensor:
@@ -86,13 +81,13 @@ class SparseAttention(nn.Module):
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, gate: Tensor, out: Tensor, name: str
+    q: Tensor, k: Tensor, v: Tensor, indexer_q: Tensor, indexer_k: Tensor, gate: Tensor, out: Tensor, name: str
 ) -> None:
-    get_forward_context().no_compile_layers[name].attend(q, k, v, IndexerOutput(index_q, index_k, gate), out)
+    get_forward_context().no_compile_layers[name].attend(q, k, v, IndexerOutput(indexer_q, indexer_k, gate), out)
 
 
 def _attend_fake(
-    q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor, gate: Tensor, out: Tensor, name: str
+    q: Tensor, k: Tensor, v: Tensor, indexer_q: Tensor, indexer_k: Tensor, gate: Tensor, out: Tensor, name: str
 ) -> None:
     """Shapes only."""
 

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from keye.config import KeyeConfig, model_config_from_dict
 from keye.errors import KeyeError
-from keye.ops.kv_blocks import PAGE
+from keye.ops.kv_blocks import KV_BLOCK
 
 #: The name under which prompts are written as keye writes them (`--tokenizer-mode`).
 TOKENIZER_MODE = "keye"
@@ -78,9 +78,9 @@ class Settings(VerifyAndUpdateConfig):
                             "--enable-expert-parallel; use tensor parallelism alone")  # fmt: skip
         if text.sparse is None:
             return
-        if cache.user_specified_block_size and cache.block_size != PAGE:
-            raise KeyeError(f"--block-size is {cache.block_size}: sparse attention has pages of {PAGE} tokens")
-        cache.block_size, cache.user_specified_block_size = PAGE, True
+        if cache.user_specified_block_size and cache.block_size != KV_BLOCK:
+            raise KeyeError(f"--block-size is {cache.block_size}: sparse attention has pages of {KV_BLOCK} tokens")
+        cache.block_size, cache.user_specified_block_size = KV_BLOCK, True
         if is_quantized_kv_cache(cache.cache_dtype):
             raise KeyeError(f"--kv-cache-dtype is {cache.cache_dtype}: the plug-in stores plain numbers; use auto")
         if vllm_config.speculative_config is not None:

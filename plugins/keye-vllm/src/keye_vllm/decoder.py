@@ -76,7 +76,7 @@ class DecoderAttention(nn.Module):
         q = norm_rotate(q, self.q_norm.weight, self.eps, rope.cos, rope.sin)
         k = norm_rotate(k, self.k_norm.weight, self.eps, rope.cos, rope.sin)
         if isinstance(self.attn, SparseAttention):
-            attended = self.attn(q, k, v, self.sa_indexer(x, rope.index_cos, rope.index_sin)).flatten(1)
+            attended = self.attn(q, k, v, self.sa_indexer(x, rope.indexer_cos, rope.indexer_sin)).flatten(1)
         else:
             attended = self.attn(q.flatten(1), k.flatten(1), v.flatten(1))
         return self.o_proj(attended)[0]
@@ -130,8 +130,8 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta), persistent=False)
         if config.sparse is not None:
             dim, theta = config.sparse.indexer_head_dim, float(int(config.rope_theta))
-            self.index_inv_freq: Tensor
-            self.register_buffer("index_inv_freq", inverse_frequencies(dim, theta), persistent=False)
+            self.indexer_inv_freq: Tensor
+            self.register_buffer("indexer_inv_freq", inverse_frequencies(dim, theta), persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """int [T] -> [T, d]."""
@@ -160,5 +160,5 @@ class Decoder(nn.Module):
         cos, sin = rope_angles(positions, self.inv_freq, self.config.mrope_section)
         if self.config.sparse is None:
             return Rope(cos, sin, None, None)
-        index = rope_angles(positions, self.index_inv_freq, self.config.indexer_mrope_section())
+        index = rope_angles(positions, self.indexer_inv_freq, self.config.indexer_mrope_section())
         return Rope(cos, sin, *index)

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SparseCacheRole
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from keye.ops.kv_blocks import PAGE, PagedRows, RowFormat, RowKind
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
 
 _KINDS: dict[torch.dtype, RowKind] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
@@ -68,8 +68,9 @@ class StepPagesBuilder(AttentionMetadataBuilder[StepPages]):
         # Exact where there is no speculative decoding, which `config` refuses; the other waits for the device.
         known = step.seq_lens_cpu_upper_bound
         lengths = (step.seq_lens if known is None else known).tolist()
+        tables = step.block_table_tensor
         spans = [
-            Span(starts[row], starts[row + 1], lengths[row], step.block_table_tensor[row, : -(-lengths[row] // PAGE)])
+            Span(starts[row], starts[row + 1], lengths[row], tables[row, : -(-lengths[row] // KV_BLOCK)])
             for row in range(step.num_reqs)
             if starts[row + 1] > starts[row]  # the others are padding
         ]
@@ -96,7 +97,7 @@ class KeyeBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[Any]:
-        return [PAGE]
+        return [KV_BLOCK]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -130,7 +131,7 @@ class Cache(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         form = self.format
-        shape: dict[str, Any] = {"block_size": PAGE, "num_kv_heads": form.heads, "head_size": form.dim,
+        shape: dict[str, Any] = {"block_size": KV_BLOCK, "num_kv_heads": form.heads, "head_size": form.dim,
                                  "dtype": self.dtype}  # fmt: skip
         if self.planes == 1:
             return MLAAttentionSpec(**shape, cache_role=SparseCacheRole.INDEXER)
@@ -139,7 +140,7 @@ class Cache(nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Takes the memory: [pages, planes, 64, heads * dim]."""
         assert kv_cache.is_contiguous(), "vLLM allocated pages in another layout than was asked for"
-        assert kv_cache.shape[1:] == (self.planes, PAGE, self.format.heads * self.format.dim)
+        assert kv_cache.shape[1:] == (self.planes, KV_BLOCK, self.format.heads * self.format.dim)
         self.kv_cache = kv_cache
 
     def forward(self) -> None:
@@ -147,18 +148,18 @@ class Cache(nn.Module, AttentionLayerBase):
 
     def write(self, plane: int, slots: Tensor, rows: Tensor) -> None:
         """Stores `rows` [tokens, heads, dim] at `slots` int64 [tokens]."""
-        self.kv_cache[slots // PAGE, plane, slots % PAGE] = rows.flatten(1).to(self.dtype)
+        self.kv_cache[slots // KV_BLOCK, plane, slots % KV_BLOCK] = rows.flatten(1).to(self.dtype)
 
     def read(self, plane: int, table: Tensor, positions: Tensor) -> Tensor:
         """The rows of `positions` int64 [n] of a sequence: [n, heads, dim]."""
-        rows = self.kv_cache[table[positions // PAGE].long(), plane, positions % PAGE]
+        rows = self.kv_cache[table[positions // KV_BLOCK].long(), plane, positions % KV_BLOCK]
         return rows.unflatten(1, (self.format.heads, self.format.dim))
 
-    def pages(self, plane: int, table: Tensor) -> PagedRows:
+    def pages(self, plane: int, table: Tensor) -> BlockRows:
         """The same for the kernels: planes of a page are pages of their own to them."""
-        pool = self.kv_cache.view(torch.uint8).view(-1, PAGE, self.format.row_bytes)
+        pool = self.kv_cache.view(torch.uint8).view(-1, KV_BLOCK, self.format.row_bytes)
         pages = table * self.planes + plane if self.planes > 1 else table
         addresses = None
         if pool.device.type == "cpu":
-            addresses = pages.long() * (PAGE * self.format.row_bytes) + pool.data_ptr()
-        return PagedRows(self.format, addresses, pool, pages)
+            addresses = pages.long() * (KV_BLOCK * self.format.row_bytes) + pool.data_ptr()
+        return BlockRows(self.format, addresses, pool, pages)

@@ -1,4 +1,4 @@
-"""The compiled core as a backend of `keye.ops.registry`: selection and attention on the processor, over paged rows.
+"""The compiled core as a backend: selection and attention on the processor, over rows in KV blocks.
 
 Knows the C interface in `native/keye.h` and hands it addresses; how the library comes to be is known to
 `keye.ops.cpu.build`. A step is one call, whatever the number of its sequences.
@@ -10,15 +10,15 @@ import ctypes
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from keye.ops.backend import Kernel, Selected, Stretch
 from keye.ops.cpu import build as cpu_build
 from keye.ops.cpu.build import Status
-from keye.ops.kv_blocks import PagedRows
-from keye.ops.registry import Kernel, Selected, Stretch
+from keye.ops.kv_blocks import BlockRows, RowFormat
 
 #: Up to this many times k keys, attention of a prefill block over its sets is computed over every key with a mask:
 #: packing tiles once for all queries then beats reading each query's rows. `masked_crossover` of
@@ -32,12 +32,14 @@ _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "fp8": 3, "int8": 4, "int4": 5}
 _KERNELS: Final[dict[Kernel, int]] = {"auto": 0, "union": 1, "masked": 2}
 _FIXED, _WILL_NEED = 1, 2
+#: Names of the rows that the library reads.
+_ROWS: Final = ("k", "v", "indexer_k")
 _MAX_DIM = 256
 
 
 class _Rows(ctypes.Structure):
     _fields_ = (
-        ("pages", ctypes.c_int64), ("row_bytes", ctypes.c_int64),
+        ("blocks", ctypes.c_int64), ("row_bytes", ctypes.c_int64),
         ("kind", ctypes.c_int32), ("heads", ctypes.c_int32), ("dim", ctypes.c_int32), ("head_bytes", ctypes.c_int32),
     )  # fmt: skip
 
@@ -45,16 +47,16 @@ class _Rows(ctypes.Structure):
 class _Stretch(ctypes.Structure):
     _fields_ = (
         ("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("first", ctypes.c_int64),
-        ("keys", _Rows), ("values", _Rows), ("index", _Rows),
+        ("k", _Rows), ("v", _Rows), ("indexer_k", _Rows),
         ("counts", ctypes.c_int64), ("sets", ctypes.c_int64), ("flags", ctypes.c_int64),
     )  # fmt: skip
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("q", ctypes.c_int64), ("index_q", ctypes.c_int64), ("gate", ctypes.c_int64), ("out", ctypes.c_int64),
+        ("q", ctypes.c_int64), ("indexer_q", ctypes.c_int64), ("gate", ctypes.c_int64), ("out", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (
-            "dtype", "index_dtype", "heads", "dim", "index_heads", "index_dim", "topk", "kernel", "threads",
+            "dtype", "indexer_dtype", "heads", "dim", "indexer_heads", "indexer_dim", "topk", "kernel", "threads",
             "masked_below")),
     )  # fmt: skip
 
@@ -69,7 +71,7 @@ class Timers(ctypes.Structure):
 
 
 class CpuBackend:
-    """`keye.ops.registry.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` in multiples of
+    """`keye.ops.backend.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` in multiples of
     k."""
 
     name = "cpu"
@@ -82,36 +84,35 @@ class CpuBackend:
         self.masked_up_to = masked_up_to
 
     def takes(self, q: Tensor, stretch: Stretch) -> bool:
-        pages = stretch.pages
-        if pages is None or q.device.type != "cpu" or q.dtype not in _DTYPES:
+        if stretch.blocks is None or q.device.type != "cpu" or q.dtype not in _DTYPES:
             return False
         H, D = q.shape[1:]
-        keys, values, index = pages.keys, pages.values, pages.index
-        if keys.addresses is None or values.addresses is None or D % 16 or D > _MAX_DIM or H % keys.format.heads:
+        k, v, indexer_k = map(stretch.blocks.get, _ROWS)
+        if k is None or v is None or k.addresses is None or v.addresses is None:
             return False
-        if not keys.format.dim == values.format.dim == D:
+        if D % 16 or D > _MAX_DIM or H % k.format.heads or not k.format.dim == v.format.dim == D:
             return False
-        if index is not None and (
-            index.addresses is None or index.format.dim % 16 or index.format.dim > _MAX_DIM or index.format.rotated
-        ):
-            return False
+        if indexer_k is not None:
+            form = indexer_k.format
+            if indexer_k.addresses is None or form.dim % 16 or form.dim > _MAX_DIM or form.rotated:
+                return False
         return self._loaded(stretch.length) is not None
 
     def dense(self, q: Tensor, stretches: Sequence[Stretch], out: Tensor) -> None:
         self._call("keye_dense", q, None, None, stretches, 0, out)
 
     def sparse(
-        self, q: Tensor, index_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], topk: int, out: Tensor
+        self, q: Tensor, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], topk: int, out: Tensor
     ) -> None:
-        self._call("keye_sparse", q, index_q, gate, stretches, topk, out)
+        self._call("keye_sparse", q, indexer_q, gate, stretches, topk, out)
 
-    def select(self, index_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
+    def select(self, indexer_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
         total = stretch.stop - stretch.start
         for offset in range(0, total, _CHUNK):
             n = min(_CHUNK, total - offset)
             sets = torch.empty(n, topk, dtype=torch.int32)
             part = _part(stretch, offset, n)
-            self._call("keye_select", None, index_q, gate, [part], topk, None, sets=sets)
+            self._call("keye_select", None, indexer_q, gate, [part], topk, None, sets=sets)
             yield offset, sets.long()
 
     def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:
@@ -141,7 +142,7 @@ class CpuBackend:
         return self._library
 
     def _call(
-        self, name: str, q: Tensor | None, index_q: Tensor | None, gate: Tensor | None, stretches: Sequence[Stretch],
+        self, name: str, q: Tensor | None, indexer_q: Tensor | None, gate: Tensor | None, stretches: Sequence[Stretch],
         topk: int, out: Tensor | None, sets: Tensor | None = None, kernel: Kernel = "auto",
     ) -> None:  # fmt: skip
         """One call of the library. Tensors that are not contiguous are copied."""
@@ -156,11 +157,11 @@ class CpuBackend:
             step.q, step.out, step.dtype, step.heads, step.dim = (
                 q.data_ptr(), result.data_ptr(), _DTYPES[q.dtype], q.shape[1], q.shape[2]
             )  # fmt: skip
-        if index_q is not None:
+        if indexer_q is not None:
             assert gate is not None
-            index_q, gate = index_q.contiguous(), gate.float().contiguous()
-            step.index_q, step.gate, step.index_dtype = index_q.data_ptr(), gate.data_ptr(), _DTYPES[index_q.dtype]
-            step.index_heads, step.index_dim = index_q.shape[1:]
+            indexer_q, gate = indexer_q.contiguous(), gate.float().contiguous()
+            step.indexer_q, step.gate = indexer_q.data_ptr(), gate.data_ptr()
+            step.indexer_dtype, (step.indexer_heads, step.indexer_dim) = _DTYPES[indexer_q.dtype], indexer_q.shape[1:]
         array = (_Stretch * len(stretches))()
         kept = [_fill(array[i], stretch, sets) for i, stretch in enumerate(stretches)]
         library = self._library
@@ -177,39 +178,36 @@ def _part(stretch: Stretch, offset: int, n: int) -> Stretch:
     """Queries offset .. offset + n of a stretch."""
     start = stretch.start + offset
     return Stretch(
-        start, start + n, stretch.first + offset, stretch.rows, stretch.key_tiles, stretch.pages, stretch.counts,
+        start, start + n, stretch.first + offset, stretch.rows, stretch.key_tiles, stretch.blocks, stretch.counts,
         stretch.fixed,
     )  # fmt: skip
 
 
 def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
     """Writes a stretch for the library; returns what must stay alive while it reads."""
-    pages = stretch.pages
-    assert pages is not None
+    assert stretch.blocks is not None
     to.start, to.stop, to.first = stretch.start, stretch.stop, stretch.first
-    kept = [_fill_rows(to.keys, pages.keys), _fill_rows(to.values, pages.values)]
-    if pages.index is not None:
-        kept.append(_fill_rows(to.index, pages.index))
+    kept = [_fill_rows(getattr(to, name), stretch.blocks[name]) for name in _ROWS if name in stretch.blocks]
     if stretch.counts is not None:
         assert stretch.counts.dtype == torch.int64 and stretch.counts.is_contiguous()
         to.counts = stretch.counts.data_ptr()
     if sets is not None:
         to.sets = sets.data_ptr()
-    mapped = pages.keys.mapped or pages.values.mapped
+    mapped = stretch.blocks["k"].mapped or stretch.blocks["v"].mapped
     to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
     return kept
 
 
-def _fill_rows(to: _Rows, rows: PagedRows) -> Tensor:
+def _fill_rows(to: _Rows, rows: BlockRows) -> Tensor:
     assert rows.addresses is not None
     addresses = rows.addresses.contiguous()
-    to.pages = addresses.data_ptr()
+    to.blocks = addresses.data_ptr()
     to.kind, to.row_bytes, to.heads, to.dim, to.head_bytes = _shape(rows.format)
     return addresses
 
 
 @functools.lru_cache(maxsize=64)
-def _shape(form: Any) -> tuple[int, int, int, int, int]:
+def _shape(form: RowFormat) -> tuple[int, int, int, int, int]:
     return _KINDS[form.kind], form.row_bytes, form.heads, form.dim, form.head_bytes
 
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keye.ops.backend import REFERENCE, Stretch
 from keye.ops.cpu.backend import CpuBackend
-from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows, RowFormat, RowKind
-from keye.ops.registry import REFERENCE, Stretch
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
 
 #: Largest difference of outputs from the reference, for values of about 1.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-def pages_of(rows: Tensor, form: RowFormat) -> tuple[PagedRows, Tensor]:
-    """Encoded rows uint8 [N, row_bytes] as pages, and the memory that must outlive them."""
-    pages = -(-rows.shape[0] // PAGE)
-    memory = torch.zeros(pages, PAGE, form.row_bytes, dtype=torch.uint8)
+def split_blocks(rows: Tensor, form: RowFormat) -> tuple[BlockRows, Tensor]:
+    """Encoded rows uint8 [N, row_bytes] in KV blocks, and the memory that must outlive them."""
+    blocks = -(-rows.shape[0] // KV_BLOCK)
+    memory = torch.zeros(blocks, KV_BLOCK, form.row_bytes, dtype=torch.uint8)
     memory.view(-1, form.row_bytes)[: rows.shape[0]] = rows
-    return PagedRows(form, memory.data_ptr() + torch.arange(pages) * form.page_bytes), memory
+    return BlockRows(form, memory.data_ptr() + torch.arange(blocks) * form.block_bytes), memory
 
 
 class Problem:
@@ -34,42 +34,40 @@ class Problem:
         length: int,
         groups: int,
         dim: int,
-        index_dim: int,
+        indexer_dim: int,
         dtype: torch.dtype,
         generator: torch.Generator,
         kind: RowKind | None = None,
-        index_kind: RowKind | None = None,
+        indexer_kind: RowKind | None = None,
         whole: bool = False,
     ) -> None:
         plain: RowKind = "float32" if dtype == torch.float32 else "bfloat16"
-        forms = [RowFormat(kind or plain, groups, dim)] * 2 + [RowFormat(index_kind or plain, 1, index_dim)]
-        self.dtype, self.length, self.memory = dtype, length, []
-        paged = []
-        for form in forms:
+        kv = RowFormat(kind or plain, groups, dim)
+        forms = {"k": kv, "v": kv, "indexer_k": RowFormat(indexer_kind or plain, 1, indexer_dim)}
+        self.dtype, self.length = dtype, length
+        self.blocks: dict[str, BlockRows] = {}
+        self.memory: dict[str, Tensor] = {}
+        for name, form in forms.items():
             shape = (length, form.heads, form.dim)
             # Small whole numbers give exactly equal scores wherever they are multiplied.
             numbers = torch.randint(-1, 2, shape, generator=generator).float()
             x = numbers if whole else torch.randn(shape, generator=generator)
-            rows, memory = pages_of(form.encode(x.to(dtype)), form)
-            paged.append(rows)
-            self.memory.append(memory)
-        self.pages = LayerPages(length, *paged)
+            self.blocks[name], self.memory[name] = split_blocks(form.encode(x.to(dtype)), form)
 
-    def _decode(self, which: int, positions: Tensor) -> Tensor:
-        form = (self.pages.keys, self.pages.values, self.pages.index)[which]
-        assert form is not None
-        return form.format.decode(self.memory[which].view(-1, form.format.row_bytes)[positions], self.dtype)
+    def _decode(self, name: str, positions: Tensor) -> Tensor:
+        form = self.blocks[name].format
+        return form.decode(self.memory[name].view(-1, form.row_bytes)[positions], self.dtype)
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self._decode(0, positions), self._decode(1, positions)
+        return self._decode("k", positions), self._decode("v", positions)
 
-    def index_keys(self, start: int, stop: int) -> Tensor:
-        return self._decode(2, torch.arange(start, stop))[:, 0]
+    def indexer_keys(self, start: int, stop: int) -> Tensor:
+        return self._decode("indexer_k", torch.arange(start, stop))[:, 0]
 
     def stretch(self, start: int, n: int, fixed: bool = False, counts: Tensor | None = None) -> Stretch:
         """The last `n` tokens as queries, at rows start .. start + n of the step."""
         return Stretch(
-            start, start + n, self.length - n, self.rows, self.index_keys, self.pages, counts=counts, fixed=fixed
+            start, start + n, self.length - n, self.rows, self.indexer_keys, self.blocks, counts=counts, fixed=fixed
         )
 
 
@@ -79,12 +77,12 @@ def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None
     for length, n, topk in ((70, 70, 70), (700, 40, 90), (333, 1, 64)):
         problem = Problem(length, 2, 64, 64, dtype, generator, kind=kind, whole=True)
         q = torch.randn(n, 8, 64, generator=generator).to(dtype)
-        index_q = torch.randint(-2, 3, (n, 4, 64), generator=generator).to(dtype)
+        indexer_q = torch.randint(-2, 3, (n, 4, 64), generator=generator).to(dtype)
         gate = torch.randint(-2, 3, (n, 4), generator=generator).float()
         stretch = problem.stretch(0, n)
         for (_, ours), (_, wanted) in zip(
-            [_joined(backend.select(index_q, gate, stretch, topk))],
-            [_joined(REFERENCE.select(index_q, gate, stretch, topk))],
+            [_joined(backend.select(indexer_q, gate, stretch, topk))],
+            [_joined(REFERENCE.select(indexer_q, gate, stretch, topk))],
             strict=True,
         ):
             assert torch.equal(ours, wanted), "the selected sets differ from the reference"
@@ -92,7 +90,7 @@ def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None
         for run in ("sparse", "dense"):
             for used, out in ((backend, ours), (REFERENCE, wanted)):
                 if run == "sparse":
-                    used.sparse(q, index_q, gate, [stretch], topk, out)
+                    used.sparse(q, indexer_q, gate, [stretch], topk, out)
                 else:
                     used.dense(q, [stretch], out)
             difference = float((ours.float() - wanted.float()).abs().max())

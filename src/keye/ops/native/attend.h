@@ -292,7 +292,7 @@ template <class P> class GroupProducts {
     using Elem = typename P::Elem;
 
     GroupProducts(const KeyeStep &step, const KeyeStretch &stretch, int n, int dim, int longest, AttendScratch &scratch)
-        : heads(step.heads / stretch.keys.heads), dim(dim), stride(round_up(longest, LANES) + LANES) {
+        : heads(step.heads / stretch.k.heads), dim(dim), stride(round_up(longest, LANES) + LANES) {
 #if defined(KEYE_AMX)
         tiles_ = P::PAIR == 2 && !(stretch.flags & KEYE_FIXED);
         padded_heads_ = (int)round_up(heads, TILE_SIDE);
@@ -376,16 +376,16 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
                   int first_group, int last_group, int64_t *counts, AttendScratch &scratch) {
     using Elem = typename P::Elem;
     Clock clock;
-    const Source<P> keys(stretch.keys, PAD_TO), values(stretch.values, PAD_TO);
+    const Source<P> keys(stretch.k, PAD_TO), values(stretch.v, PAD_TO);
     const int64_t token = stretch.start + begin, length = stretch.first + begin + n;
     const int longest = std::max(1, *std::max_element(sets.sizes, sets.sizes + n));
-    const bool keys_rotated = stretch.keys.kind == KEYE_INT4, values_rotated = stretch.values.kind == KEYE_INT4;
+    const bool keys_rotated = stretch.k.kind == KEYE_INT4, values_rotated = stretch.v.kind == KEYE_INT4;
     GroupProducts<P> products(step, stretch, n, keys.padded, longest, scratch);
     const int heads = products.heads;
     float *totals = scratch.totals.get((int64_t)n * heads);
     if (stretch.flags & KEYE_WILL_NEED) {
-        will_need(stretch.keys, sets, n);
-        will_need(stretch.values, sets, n);
+        will_need(stretch.k, sets, n);
+        will_need(stretch.v, sets, n);
     }
     const RowWalk<P> key_walk(keys, sets, n, scratch), value_walk(values, sets, n, scratch);
     const bool in_place = n == 1 && keys.in_place && values.in_place;

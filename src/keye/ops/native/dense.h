@@ -222,8 +222,8 @@ void dense_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
     tile_begin();
 #endif
     constexpr int PANELS = DENSE_TILE / LANES;
-    const Source<P> keys(stretch.keys, PAD_TO), values(stretch.values, PAD_TO);
-    const int groups = stretch.keys.heads, heads = step.heads / groups, dim = keys.padded;
+    const Source<P> keys(stretch.k, PAD_TO), values(stretch.v, PAD_TO);
+    const int groups = stretch.k.heads, heads = step.heads / groups, dim = keys.padded;
     const int64_t first = stretch.first + begin, token = stretch.start + begin, length = first + n;
     const int rows = n * heads, padded_rows = (int)round_up(rows, DENSE_ROWS);
     Elem *q = (Elem *)scratch.queries.get((int64_t)padded_rows * dim * (int64_t)sizeof(Elem) / 2);
@@ -235,7 +235,7 @@ void dense_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
     for (int g = 0; g < groups; g++) {
         std::fill(q, q + (int64_t)padded_rows * dim, (Elem)0);
         for (int i = 0; i < n; i++)
-            load_queries<P>(step, token + i, g * heads, heads, stretch.keys.kind == KEYE_INT4, dim,
+            load_queries<P>(step, token + i, g * heads, heads, stretch.k.kind == KEYE_INT4, dim,
                             q + (int64_t)i * heads * dim);
         std::fill(out, out + (int64_t)padded_rows * dim, 0.0f);
         std::fill(most, most + padded_rows, -INFINITY);
@@ -257,7 +257,7 @@ void dense_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
             }
         }
         for (int i = 0; i < n; i++)
-            write_outputs<P>(step, token + i, g * heads, heads, stretch.values.kind == KEYE_INT4, dim,
+            write_outputs<P>(step, token + i, g * heads, heads, stretch.v.kind == KEYE_INT4, dim,
                              out + (int64_t)i * heads * dim, total + i * heads);
     }
     if (sets && stretch.counts) count_keys(*sets, n, stretch.counts, step.threads > 1);

@@ -104,7 +104,7 @@ template <class P> void dense(const KeyeStep &step, const Block &block, Scratch 
     std::iota(all, all + length, 0);
     int sizes[BLOCK];
     for (int i = 0; i < block.n; i++) sizes[i] = (int)(length - block.n + i + 1);
-    attend_block<P>(step, stretch, block.begin, block.n, {all, 0, sizes}, 0, stretch.keys.heads, nullptr,
+    attend_block<P>(step, stretch, block.begin, block.n, {all, 0, sizes}, 0, stretch.k.heads, nullptr,
                     scratch.attend);
 }
 
@@ -119,7 +119,7 @@ void attend(const KeyeStep &step, const Block &block, const Sets &sets, Scratch 
         using P = decltype(product);
         if (masked) dense_block<P>(step, stretch, block.begin, block.n, &sets, scratch.dense);
         else
-            attend_block<P>(step, stretch, block.begin, block.n, sets, 0, stretch.keys.heads, stretch.counts,
+            attend_block<P>(step, stretch, block.begin, block.n, sets, 0, stretch.k.heads, stretch.counts,
                             scratch.attend);
     });
 }
@@ -127,9 +127,9 @@ void attend(const KeyeStep &step, const Block &block, const Sets &sets, Scratch 
 // The best of keys from .. to for every query of a block, left in the scratch.
 void score(const KeyeStep &step, const Block &block, int64_t from, int64_t to, ScoreScratch &scratch) {
     // Keys that are stored in more detail than bfloat16 are not rounded to it.
-    const int32_t kind = block.stretch->index.kind;
+    const int32_t kind = block.stretch->indexer_k.kind;
     const bool detailed = kind == KEYE_FLOAT32 || kind == KEYE_FLOAT16;
-    with_product(detailed ? (int32_t)KEYE_FLOAT32 : step.index_dtype, [&](auto product) {
+    with_product(detailed ? (int32_t)KEYE_FLOAT32 : step.indexer_dtype, [&](auto product) {
         score_range<decltype(product)>(step, *block.stretch, block.begin, block.n, from, to, scratch);
     });
 }
@@ -182,7 +182,7 @@ int select_in_ranges(const KeyeStep &step, const std::vector<Block> &blocks, int
 }
 
 double attend_work(const KeyeStep &step) { return 2.0 * step.heads * step.dim; }
-double score_work(const KeyeStep &step) { return (double)step.index_heads * step.index_dim; }
+double score_work(const KeyeStep &step) { return (double)step.indexer_heads * step.indexer_dim; }
 
 // A step of fewer blocks than threads, as in decoding: ranges of keys, then groups of heads are shared out.
 int sparse_by_few(const KeyeStep &step, const std::vector<Block> &blocks, int threads) {
@@ -190,7 +190,7 @@ int sparse_by_few(const KeyeStep &step, const std::vector<Block> &blocks, int th
     int32_t *sets = set_memory.get((int64_t)blocks.size() * BLOCK * step.topk);
     std::vector<int> sizes(blocks.size() * BLOCK);
     if (select_in_ranges(step, blocks, threads, sets, sizes.data())) return 1;
-    const int64_t groups = blocks[0].stretch->keys.heads;
+    const int64_t groups = blocks[0].stretch->k.heads;
     return run((int64_t)blocks.size() * groups, threads, [&](int64_t item) {
         const Block &block = blocks[item / groups];
         const int group = (int)(item % groups);

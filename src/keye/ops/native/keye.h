@@ -1,12 +1,12 @@
 // The plain C interface of the compiled core. Knows addresses and numbers; knows nothing of torch or Python.
 //
-// Every structure mirrors a ctypes.Structure in keye/ops/cpu.py, field by field.
+// Every structure mirrors a ctypes.Structure in keye/ops/cpu/backend.py, field by field.
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-// Number formats, as in keye/ops/pages.py. The first three are also the dtypes of queries and outputs.
+// Number formats, as in keye/ops/kv_blocks.py. The first three are also the dtypes of queries and outputs.
 enum KeyeKind { KEYE_FLOAT32 = 0, KEYE_FLOAT16 = 1, KEYE_BFLOAT16 = 2, KEYE_FP8 = 3, KEYE_INT8 = 4, KEYE_INT4 = 5 };
 
 enum KeyeKernel { KEYE_AUTO = 0, KEYE_UNION = 1, KEYE_MASKED = 2 };
@@ -16,9 +16,9 @@ enum KeyeFlags {
     KEYE_WILL_NEED = 2,  // rows lie in a mapped file: ask the kernel for the selected ones before reading them
 };
 
-// Rows of 64 tokens a page. Token t is row t % 64 of the page that begins at address pages[t / 64].
+// Rows of 64 tokens a KV block. Token t is row t % 64 of the block that begins at address blocks[t / 64].
 struct KeyeRows {
-    const int64_t *pages;
+    const int64_t *blocks;
     int64_t row_bytes;
     int32_t kind, heads, dim, head_bytes;
 };
@@ -27,18 +27,18 @@ struct KeyeRows {
 // [stop - start, step.topk], ascending and -1 behind the last, are only read by keye_attend and written by keye_select.
 struct KeyeStretch {
     int64_t start, stop, first;
-    KeyeRows keys, values, index;
+    KeyeRows k, v, indexer_k;
     int64_t *counts;
     int32_t *sets;
     int64_t flags;
 };
 
-// q, out [T, heads, dim]; index_q [T, index_heads, index_dim]; gate float32 [T, index_heads]; all contiguous.
+// q, out [T, heads, dim]; indexer_q [T, indexer_heads, indexer_dim]; gate float32 [T, indexer_heads]; all contiguous.
 struct KeyeStep {
-    const void *q, *index_q;
+    const void *q, *indexer_q;
     const float *gate;
     void *out;
-    int32_t dtype, index_dtype, heads, dim, index_heads, index_dim, topk, kernel, threads, masked_below;
+    int32_t dtype, indexer_dtype, heads, dim, indexer_heads, indexer_dim, topk, kernel, threads, masked_below;
 };
 
 // Seconds that the calling process spent in each phase, over all threads, since the last keye_timers call.

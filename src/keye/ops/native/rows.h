@@ -1,4 +1,4 @@
-// Stored rows: where a token's row lies, and its numbers as operands of products. keye/ops/pages.py defines the bytes.
+// Stored rows: where a token's row lies, and its numbers as operands of products. keye/ops/kv_blocks.py defines the bytes.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -12,7 +12,7 @@ constexpr int MAX_DIM = 256;
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline const char *row_of(const KeyeRows &rows, int64_t position) {
-    return (const char *)rows.pages[position >> 6] + (position & 63) * rows.row_bytes;
+    return (const char *)rows.blocks[position >> 6] + (position & 63) * rows.row_bytes;
 }
 
 inline float from_bfloat(uint16_t bits) {

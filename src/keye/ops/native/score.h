@@ -80,7 +80,7 @@ inline void score_panels(const float *q, int heads, int units, const float *keys
 
 // Packs the indexer keys of positions start .. stop into panels; lanes beyond `stop` repeat the last key.
 template <class P>
-inline void pack_index_keys(const Source<P> &source, int64_t start, int64_t stop, float *rows, float *panels) {
+inline void pack_indexer_keys(const Source<P> &source, int64_t start, int64_t stop, float *rows, float *panels) {
     const int units = source.padded / P::PAIR;
     for (int64_t at = start; at < stop; at += LANES) {
         const float *lanes[LANES];
@@ -102,8 +102,8 @@ inline void pack_index_keys(const Source<P> &source, int64_t start, int64_t stop
 template <class P>
 void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, int64_t from, int64_t to,
                  ScoreScratch &scratch) {
-    const Source<P> source(stretch.index, 32);
-    const int heads = step.index_heads, padded = source.padded, units = padded / P::PAIR, topk = step.topk;
+    const Source<P> source(stretch.indexer_k, 32);
+    const int heads = step.indexer_heads, padded = source.padded, units = padded / P::PAIR, topk = step.topk;
     const int64_t first = stretch.first + begin, row = stretch.start + begin;
     const int64_t stride_q = round_up(heads, HEAD_MULTIPLE) * units;
     float *q = scratch.queries.get(n * stride_q);
@@ -123,14 +123,14 @@ void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
         candidates[i].begin(scores + (int64_t)i * stride, positions + (int64_t)i * stride, capacity);
         for (int j = 0; j < heads; j++) {
             alignas(64) float x[MAX_DIM];
-            load_plain(step.index_dtype, step.index_q, ((row + i) * heads + j) * step.index_dim, step.index_dim, x);
-            to_operand<P>(x, step.index_dim, padded, (typename P::Elem *)(q + i * stride_q + (int64_t)j * units));
+            load_plain(step.indexer_dtype, step.indexer_q, ((row + i) * heads + j) * step.indexer_dim, step.indexer_dim, x);
+            to_operand<P>(x, step.indexer_dim, padded, (typename P::Elem *)(q + i * stride_q + (int64_t)j * units));
         }
     }
     to = std::min(to, first + n);
     for (int64_t tile = from; tile < to; tile += SCORE_TILE) {
         const int64_t stop = std::min(to, tile + SCORE_TILE);
-        pack_index_keys(source, tile, stop, decoded, panels);
+        pack_indexer_keys(source, tile, stop, decoded, panels);
         for (int i = 0; i < n; i++) {
             Candidates &c = candidates[i];
             const float *gate = step.gate + (row + i) * heads;

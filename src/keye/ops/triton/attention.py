@@ -1,4 +1,4 @@
-"""Attention over paged rows: over selected keys, and over every earlier key with or without a mask.
+"""Attention over rows of KV blocks: over selected keys, and over every earlier key with or without a mask.
 
 Softmax runs over tiles of keys under a running maximum (online softmax, Milakov and Gimelshein, arXiv:1805.02867), sums
 in float32. The heads of a group share their keys: they, and in `_dense_kernel` neighbouring queries, are the rows of
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keye.ops.kv_blocks import PAGE
+from keye.ops.backend import Stretch
+from keye.ops.kv_blocks import KV_BLOCK
 from keye.ops.reference import hadamard_transform
-from keye.ops.registry import Stretch
 from keye.ops.triton.layout import Batch, Pools, tuned
 from keye.ops.triton.rows import INTERPRETED, cast, dot_dtype, launch_constants, load_rows, product, row_numbers
 
@@ -79,7 +79,7 @@ def _selected_kernel(
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr, SPLIT: tl.constexpr,
     KKIND: tl.constexpr, KROW: tl.constexpr, KHEAD: tl.constexpr, KGROUP: tl.constexpr,
     VKIND: tl.constexpr, VROW: tl.constexpr, VHEAD: tl.constexpr, VGROUP: tl.constexpr,
-    DOT: tl.constexpr, PAGE: tl.constexpr, INTERPRETED: tl.constexpr,
+    DOT: tl.constexpr, KV_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One query, one group, one part of its selected keys, gathered tile by tile."""
     group = tl.program_id(0)
@@ -107,9 +107,9 @@ def _selected_kernel(
         position = tl.load(selected + query.to(tl.int64) * topk + index, mask=index < stop, other=-1)
         keep = position >= 0
         position = tl.maximum(position, 0)
-        rows = row_numbers(key_table + start, position, keep, PAGE)
+        rows = row_numbers(key_table + start, position, keep, KV_BLOCK)
         k = load_rows(keys, key_scales, rows, keep, group, D, KKIND, KROW, KHEAD, KGROUP, INTERPRETED)
-        rows = row_numbers(value_table + start, position, keep, PAGE)
+        rows = row_numbers(value_table + start, position, keep, KV_BLOCK)
         v = load_rows(values, value_scales, rows, keep, group, D, VKIND, VROW, VHEAD, VGROUP, INTERPRETED)
         largest, total, sums = _online(x, k, v, keep[None, :], largest, total, sums, scale, DOT, INTERPRETED)
     number = query.to(tl.int64) * heads + head
@@ -128,7 +128,7 @@ def _dense_kernel(
     SPLIT: tl.constexpr, MASKED: tl.constexpr,
     KKIND: tl.constexpr, KROW: tl.constexpr, KHEAD: tl.constexpr, KGROUP: tl.constexpr,
     VKIND: tl.constexpr, VROW: tl.constexpr, VHEAD: tl.constexpr, VGROUP: tl.constexpr,
-    DOT: tl.constexpr, PAGE: tl.constexpr, INTERPRETED: tl.constexpr,
+    DOT: tl.constexpr, KV_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one sequence, one group, one part of the keys, tile by tile. Rows are (query, head).
     MASKED: a key counts where `mask` uint8 [B, mask_width] is not 0."""
@@ -156,9 +156,9 @@ def _dense_kernel(
     for tile in range(first, stop, BN):
         position = tile + tl.arange(0, BN)
         inside = position < limit
-        rows = row_numbers(key_table + start, position, inside, PAGE)
+        rows = row_numbers(key_table + start, position, inside, KV_BLOCK)
         k = load_rows(keys, key_scales, rows, inside, group, D, KKIND, KROW, KHEAD, KGROUP, INTERPRETED)
-        rows = row_numbers(value_table + start, position, inside, PAGE)
+        rows = row_numbers(value_table + start, position, inside, KV_BLOCK)
         v = load_rows(values, value_scales, rows, inside, group, D, VKIND, VROW, VHEAD, VGROUP, INTERPRETED)
         keep = position[None, :] <= last[:, None]
         if MASKED:
@@ -241,7 +241,7 @@ class _Parts:
 def attend_selected(q: Tensor, selected: Tensor, batch: Batch, pools: Pools, out: Tensor, *, split: bool) -> None:
     """Attention of the queries of a batch over their sets: `selected` int32 [B, K], ascending, then -1. Writes the rows
     of `out` [T, H, D] that the batch names; `q` [T, H, D] is contiguous. `split` is for few queries."""
-    topk, groups = selected.shape[1], pools.keys.format.heads
+    topk, groups = selected.shape[1], pools.k.format.heads
     ratio = q.shape[1] // groups
     parts = _Parts.make(triton.cdiv(topk, SELECTED_PART) if split else 1, batch.queries, q)
     _tuned_selected[(groups, batch.queries, parts.count)](
@@ -257,14 +257,14 @@ def attend_tiles(
 ) -> None:
     """Causal attention of the queries of a batch over every key, or over those where `mask` (bool [B, S]) is true.
     Writes as `attend_selected` does."""
-    groups = pools.keys.format.heads
+    groups = pools.k.format.heads
     ratio = q.shape[1] // groups
     parts = _Parts.make(triton.cdiv(batch.length, DENSE_PART) if split else 1, batch.queries, q)
     ratio_padded = max(triton.next_power_of_2(ratio), FEWEST_ROWS // batch.block)
     _tuned_dense[(groups, batch.queries // batch.block, parts.count)](
         q, out, parts.sums, parts.stats, batch.last if mask is None else mask.view(torch.uint8),
         *_where(batch, pools), 0 if mask is None else mask.shape[1], q.shape[1], parts.count, _scale(q),
-        R=ratio, RP=ratio_padded, BQ=batch.block, BN=_tile(q, PAGE), PART=DENSE_PART, SPLIT=parts.split,
+        R=ratio, RP=ratio_padded, BQ=batch.block, BN=_tile(q, KV_BLOCK), PART=DENSE_PART, SPLIT=parts.split,
         MASKED=mask is not None, **_constants(q, pools),
     )  # fmt: skip
     _merge(parts, batch, out)
@@ -274,9 +274,9 @@ def rotate_queries(q: Tensor, out: Tensor, pools: Pools) -> tuple[Tensor, Tensor
     """Queries and the tensor that kernels write. Keys that are stored Hadamard transformed get queries that are so too:
     dot products stay. Values stored so give outputs that `rotate_outputs` transforms back; until then they are float32
     in a tensor of their own."""
-    if pools.keys.format.rotated:
+    if pools.k.format.rotated:
         q = hadamard_transform(q)
-    return q, torch.empty_like(out, dtype=torch.float32) if pools.values.format.rotated else out
+    return q, torch.empty_like(out, dtype=torch.float32) if pools.v.format.rotated else out
 
 
 def rotate_outputs(written: Tensor, out: Tensor, stretches: Sequence[Stretch]) -> None:
@@ -288,19 +288,19 @@ def rotate_outputs(written: Tensor, out: Tensor, stretches: Sequence[Stretch]) -
 
 
 def _where(batch: Batch, pools: Pools) -> tuple[Tensor, ...]:
-    keys, values = pools.keys, pools.values
+    k, v = pools.k, pools.v
     return (
         batch.rows, batch.last, batch.starts,
-        batch.key_table, keys.values, keys.scales, batch.value_table, values.values, values.scales,
+        batch.k_table, k.values, k.scales, batch.v_table, v.values, v.scales,
     )  # fmt: skip
 
 
 def _constants(q: Tensor, pools: Pools) -> dict[str, Any]:
     names = ("KIND", "ROW", "HEAD", "GROUP")
-    of_keys = {f"K{name}": value for name, value in zip(names, pools.keys.constants, strict=True)}
-    of_values = {f"V{name}": value for name, value in zip(names, pools.values.constants, strict=True)}
-    dot = dot_dtype(q, pools.keys.format)
-    if dot_dtype(q, pools.values.format) != dot:
+    of_keys = {f"K{name}": value for name, value in zip(names, pools.k.constants, strict=True)}
+    of_values = {f"V{name}": value for name, value in zip(names, pools.v.constants, strict=True)}
+    dot = dot_dtype(q, pools.k.format)
+    if dot_dtype(q, pools.v.format) != dot:
         dot = tl.float32
     return {"D": q.shape[2], "DOT": dot, **of_keys, **of_values, **launch_constants()}
 

@@ -1,4 +1,4 @@
-"""`TritonBackend`: the attention of a step by Triton kernels over one pool of pages a kind.
+"""`TritonBackend`: the attention of a step by Triton kernels over one pool of KV blocks for each name of rows.
 
 Computes stretches of few queries (decoding) in one launch, whatever their number, and longer ones in slices whose
 scratch memory fits a budget. Knows which stretches it can take; does not know how kernels work.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from keye.ops.registry import Kernel, Selected, Stretch
+from keye.ops.backend import Kernel, Selected, Stretch
 from keye.ops.triton import attention, selection, serves
 from keye.ops.triton.layout import FEW, Batch, Piece, Pools, by_pools, make_batch
 from keye.ops.triton.rows import readable
@@ -20,7 +20,7 @@ _MASK_BYTES = selection.SCRATCH_BYTES
 
 
 class TritonBackend:
-    """Implements `keye.ops.registry.Backend` for inference on GPUs of compute capability 8.0 and newer, and, in
+    """Implements `keye.ops.backend.Backend` for inference on GPUs of compute capability 8.0 and newer, and, in
     Triton's interpreter, on tensors of the processor.
 
     Results of a `fixed` stretch come from tiles of one shape and are not split. Others depend, in their last bits, on
@@ -30,22 +30,22 @@ class TritonBackend:
     name = "triton"
 
     def takes(self, q: Tensor, stretch: Stretch) -> bool:
-        pages = stretch.pages
-        if pages is None or not serves(q) or (q.requires_grad and torch.is_grad_enabled()):
+        blocks = stretch.blocks
+        if blocks is None or not serves(q) or (q.requires_grad and torch.is_grad_enabled()):
             return False
-        if not (readable(pages.keys, q.device) and readable(pages.values, q.device)):
+        if not {"k", "v"} <= set(blocks) or not all(readable(rows, q.device) for rows in blocks.values()):
             return False
-        if q.shape[2] != pages.keys.format.dim or q.shape[2] != pages.values.format.dim:
+        if q.shape[2] != blocks["k"].format.dim or q.shape[2] != blocks["v"].format.dim:
             return False
-        index = pages.index
-        return index is None or (readable(index, q.device) and index.format.heads == 1 and not index.format.rotated)
+        indexer_k = blocks.get("indexer_k")
+        return indexer_k is None or (indexer_k.format.heads == 1 and not indexer_k.format.rotated)
 
     def dense(self, q: Tensor, stretches: Sequence[Stretch], out: Tensor) -> None:
         q = q.contiguous()
         for pools, group in by_pools(stretches):
             fixed, few, many = _sorted(group)
             queries, written = attention.rotate_queries(q, out, pools)
-            ratio = q.shape[1] // pools.keys.format.heads
+            ratio = q.shape[1] // pools.k.format.heads
             block = attention.block_queries(ratio, q.dtype, alone=not fixed)
             for pieces in _packed(few, lambda length: attention.most_queries(length, q)):
                 batch = make_batch(pieces, block, q.device)
@@ -56,10 +56,10 @@ class TritonBackend:
                 attention.attend_tiles(queries, batch, pools, written, split=False)
             attention.rotate_outputs(written, out, group)
 
-    def select(self, index_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
-        index_q, gate, pools = index_q.contiguous(), gate.float().contiguous(), Pools.of(stretch)
-        for piece in _slices(stretch, topk, selection.block_queries(index_q, alone=False)):
-            _, selected = _select(index_q, gate, [piece], pools, topk, alone=False)
+    def select(self, indexer_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
+        indexer_q, gate, pools = indexer_q.contiguous(), gate.float().contiguous(), Pools.of(stretch)
+        for piece in _slices(stretch, topk, selection.block_queries(indexer_q, alone=False)):
+            _, selected = _select(indexer_q, gate, [piece], pools, topk, alone=False)
             yield piece.begin, selected[: piece.stop - piece.begin].long()
 
     def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:
@@ -78,18 +78,18 @@ class TritonBackend:
         attention.rotate_outputs(written, out, [stretch])
 
     def sparse(
-        self, q: Tensor, index_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], topk: int, out: Tensor
+        self, q: Tensor, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], topk: int, out: Tensor
     ) -> None:
-        q, index_q, gate = q.contiguous(), index_q.contiguous(), gate.float().contiguous()
+        q, indexer_q, gate = q.contiguous(), indexer_q.contiguous(), gate.float().contiguous()
         for pools, group in by_pools(stretches):
             fixed, few, many = _sorted(group)
             queries, written = attention.rotate_queries(q, out, pools)
             packed = _packed(few, lambda length: selection.most_queries(length, topk))
             launches = [(pieces, not fixed) for pieces in packed]
-            block = selection.block_queries(index_q, alone=False)
+            block = selection.block_queries(indexer_q, alone=False)
             launches += [([piece], False) for stretch in many for piece in _slices(stretch, topk, block)]
             for pieces, alone in launches:
-                batch, selected = _select(index_q, gate, pieces, pools, topk, alone=alone)
+                batch, selected = _select(indexer_q, gate, pieces, pools, topk, alone=alone)
                 attention.attend_selected(queries, selected, batch, pools, written, split=alone)
                 for piece, part in zip(pieces, batch.parts(pieces), strict=True):
                     _count(selected[part], piece.stretch.counts)
@@ -129,18 +129,18 @@ def _slices(stretch: Stretch, topk: int, block: int) -> Iterator[Piece]:
 
 
 def _select(
-    index_q: Tensor, gate: Tensor, pieces: Sequence[Piece], pools: Pools, topk: int, *, alone: bool
+    indexer_q: Tensor, gate: Tensor, pieces: Sequence[Piece], pools: Pools, topk: int, *, alone: bool
 ) -> tuple[Batch, Tensor]:
     """The batch of some pieces and its sets, int32 [B, topk]."""
-    assert pools.index is not None, "this model has no indexer"
-    batch = make_batch(pieces, selection.block_queries(index_q, alone=alone), index_q.device)
-    return batch, selection.select_rows(index_q, gate, batch, pools.index, topk)
+    assert pools.indexer_k is not None, "this model has no indexer"
+    batch = make_batch(pieces, selection.block_queries(indexer_q, alone=alone), indexer_q.device)
+    return batch, selection.select_rows(indexer_q, gate, batch, pools.indexer_k, topk)
 
 
 def _attend_masked(q: Tensor, chosen: Tensor, piece: Piece, pools: Pools, out: Tensor) -> None:
     """Attention over every key with the sets as a mask, in slices of queries whose masks fit the scratch memory."""
     width = piece.length + 1  # the last column takes the -1 that fill the sets
-    block = attention.block_queries(q.shape[1] // pools.keys.format.heads, q.dtype, alone=False)
+    block = attention.block_queries(q.shape[1] // pools.k.format.heads, q.dtype, alone=False)
     most = max(block, _MASK_BYTES // width // block * block)
     for begin in range(0, chosen.shape[0], most):
         part = chosen[begin : begin + most].long()

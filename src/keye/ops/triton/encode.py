@@ -81,7 +81,7 @@ def _to_e4m3(x):
     return tl.where(size < 0.015625, small, normal) | ((bits >> 24) & 0x80)
 
 
-def encode_index_keys(keys: Tensor, rows: RowFormat, *, transform: bool) -> Tensor:
+def encode_indexer_keys(keys: Tensor, rows: RowFormat, *, transform: bool) -> Tensor:
     """Keys of any floating dtype [N, I] -> uint8 [N, row_bytes] in a format `fp8` or `int8` of one head; Hadamard
     transformed first if `transform`. I is a power of two."""
     assert rows.heads == 1 and rows.kind in ("fp8", "int8") and keys.shape[1] == rows.dim

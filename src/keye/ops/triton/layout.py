@@ -1,4 +1,4 @@
-"""Which queries of a step go into one launch, and where the pages of their sequences lie.
+"""Which queries of a step go into one launch, and where the KV blocks of their sequences lie.
 
 A launch takes blocks of queries. The queries of a block belong to one sequence; blocks that a sequence does not fill
 are padded with queries at position -1, which see nothing and whose outputs are not written.
@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from keye.ops.kv_blocks import PAGE, LayerPages, PagedRows
-from keye.ops.registry import Stretch
+from keye.ops.backend import Stretch
+from keye.ops.kv_blocks import KV_BLOCK
 from keye.ops.triton.rows import INTERPRETED, Operand, operand
 
 #: Sequences that bring at most this many queries are computed together in one launch, the keys of each split over
@@ -38,7 +38,7 @@ class Piece:
 @dataclass(frozen=True)
 class Batch:
     """Queries of one launch, in blocks of `block`. int32 [B] each: `rows` of the step's tensors, `last` the position of
-    each query (-1 for padding); `starts` int64 [B] where the pages of its sequence begin in the tables (int32), which
+    each query (-1 for padding); `starts` int64 [B] where the blocks of its sequence begin in the tables (int32), which
     hold those of all sequences one after another. `length` is the most keys that a query sees."""
 
     block: int
@@ -46,9 +46,9 @@ class Batch:
     rows: Tensor
     last: Tensor
     starts: Tensor
-    key_table: Tensor
-    value_table: Tensor
-    index_table: Tensor
+    k_table: Tensor
+    v_table: Tensor
+    indexer_table: Tensor
 
     @property
     def queries(self) -> int:
@@ -66,7 +66,7 @@ class Batch:
 
 def make_batch(pieces: Sequence[Piece], block: int, device: torch.device) -> Batch:
     """Lays out the queries of `pieces` in blocks; one copy to the device."""
-    rows, last, starts, pages = [], [], [], 0
+    rows, last, starts, blocks = [], [], [], 0
     tables: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
     for piece in pieces:
         count = piece.stop - piece.begin
@@ -74,46 +74,43 @@ def make_batch(pieces: Sequence[Piece], block: int, device: torch.device) -> Bat
         offset = torch.arange(piece.begin, piece.stop)
         rows.append(torch.nn.functional.pad(offset + piece.stretch.start, (0, pad)))
         last.append(torch.nn.functional.pad(offset + piece.stretch.first, (0, pad), value=-1))
-        starts.append(torch.full((count + pad,), pages))
-        needed = triton.cdiv(piece.length, PAGE)
-        for table, stored in zip(tables, _kinds(piece.stretch.pages), strict=True):
-            assert stored.table is not None and stored.table.shape[0] >= needed, "a sequence has too few pages"
-            table.append(stored.table[:needed].to(device))
-        pages += needed
+        starts.append(torch.full((count + pad,), blocks))
+        needed = triton.cdiv(piece.length, KV_BLOCK)
+        stored = piece.stretch.blocks
+        assert stored is not None
+        # The table of keys stands for that of indexer keys in models without an indexer.
+        for table, part in zip(tables, (stored["k"], stored["v"], stored.get("indexer_k", stored["k"])), strict=True):
+            assert part.table is not None and part.table.shape[0] >= needed, "a sequence has too few KV blocks"
+            table.append(part.table[:needed].to(device))
+        blocks += needed
     numbers = torch.stack((torch.cat(rows), torch.cat(last), torch.cat(starts))).to(torch.int32).to(device)
     length = max(piece.length for piece in pieces)
     return Batch(block, length, *numbers.unbind(0), *(torch.cat(table) for table in tables))
 
 
-def _kinds(pages: LayerPages | None) -> tuple[PagedRows, PagedRows, PagedRows]:
-    """Keys, values and indexer keys; the tables of keys stand for those of models without an indexer."""
-    assert pages is not None
-    return pages.keys, pages.values, pages.index or pages.keys
-
-
 @dataclass(frozen=True)
 class Pools:
-    """What the sequences of a launch share: the memory of their pages, by kind."""
+    """What the sequences of a launch share: the memory of their KV blocks, by the names of rows."""
 
-    keys: Operand
-    values: Operand
-    index: Operand | None
+    k: Operand
+    v: Operand
+    indexer_k: Operand | None
 
     @staticmethod
     def of(stretch: Stretch) -> "Pools":
         """The pools that a stretch lies in."""
-        assert stretch.pages is not None
-        pages = stretch.pages
-        return Pools(operand(pages.keys), operand(pages.values), None if pages.index is None else operand(pages.index))
+        assert stretch.blocks is not None
+        operands = {name: operand(rows) for name, rows in stretch.blocks.items()}
+        return Pools(operands["k"], operands["v"], operands.get("indexer_k"))
 
 
 def by_pools(stretches: Sequence[Stretch]) -> Iterator[tuple[Pools, list[Stretch]]]:
     """Stretches that lie in the same pools and ask for the same exactness."""
     groups: dict[object, list[Stretch]] = {}
     for stretch in stretches:
-        assert stretch.pages is not None
-        stored = (stretch.pages.keys, stretch.pages.values, stretch.pages.index)
-        where = [(rows.format, rows.pool.data_ptr()) for rows in stored if rows is not None and rows.pool is not None]
+        assert stretch.blocks is not None
+        stored = stretch.blocks.values()
+        where = [(rows.format, rows.pool.data_ptr()) for rows in stored if rows.pool is not None]
         groups.setdefault((*where, stretch.fixed), []).append(stretch)
     for group in groups.values():
         yield Pools.of(group[0]), group

@@ -1,4 +1,4 @@
-"""Reading paged rows inside kernels: `RowFormat.decode`, and where a token's row lies.
+"""Reading rows of KV blocks inside kernels: `RowFormat.decode`, and where a token's row lies.
 
 Legend: N rows, D dims of a head. Kernels see a pool as flat memory of the number format (`Operand.values`), and the
 scales of formats that have them as bfloat16 in the same memory (`Operand.scales`).
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keye.ops.kv_blocks import PAGE, PagedRows, RowFormat
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
 
 #: Whether kernels run in Triton's interpreter, on tensors of the processor.
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
@@ -45,7 +45,7 @@ class Operand:
         )
 
 
-def operand(rows: PagedRows) -> Operand:
+def operand(rows: BlockRows) -> Operand:
     """Views of a pool; nothing is copied."""
     assert rows.pool is not None
     pool, kind = rows.pool, rows.format.kind
@@ -55,9 +55,9 @@ def operand(rows: PagedRows) -> Operand:
     return Operand(rows.format, pool.view(torch.int8) if kind == "int8" else pool, pool.view(torch.bfloat16))
 
 
-def readable(rows: PagedRows | None, device: torch.device) -> bool:
+def readable(rows: BlockRows, device: torch.device) -> bool:
     """Whether kernels can read these rows: one pool on the device, and a head that fits the tiles."""
-    if rows is None or rows.pool is None or rows.table is None or rows.pool.device != device:
+    if rows.pool is None or rows.table is None or rows.pool.device != device:
         return False
     dim, head_bytes = rows.format.dim, rows.format.head_bytes
     return rows.pool.is_contiguous() and dim in (16, 32, 64, 128) and head_bytes % 2 == 0
@@ -73,10 +73,10 @@ def dot_dtype(q: Tensor, rows: RowFormat) -> tl.dtype:
 
 
 @triton.jit
-def row_numbers(table, positions, keep, PAGE: tl.constexpr):
-    """Row of the pool of each position, int64 [N]; `table` points at the first page of the sequence."""
-    page = tl.load(table + positions // PAGE, mask=keep, other=0)
-    return page.to(tl.int64) * PAGE + positions % PAGE
+def row_numbers(table, positions, keep, KV_BLOCK: tl.constexpr):
+    """Row of the pool of each position, int64 [N]; `table` points at the first KV block of the sequence."""
+    block = tl.load(table + positions // KV_BLOCK, mask=keep, other=0)
+    return block.to(tl.int64) * KV_BLOCK + positions % KV_BLOCK
 
 
 @triton.jit
@@ -153,5 +153,5 @@ def hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr):
 
 
 def launch_constants() -> dict[str, object]:
-    """Compile-time arguments that every kernel over pages takes."""
-    return {"PAGE": PAGE, "INTERPRETED": INTERPRETED}
+    """Compile-time arguments that every kernel over KV blocks takes."""
+    return {"KV_BLOCK": KV_BLOCK, "INTERPRETED": INTERPRETED}

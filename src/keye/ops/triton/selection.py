@@ -56,7 +56,7 @@ def _score_kernel(
     q, gate, row_of, last_of, start_of, table, values, scales, scores, peaks, width, heads,
     BQ: tl.constexpr, JP: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     KIND: tl.constexpr, ROW: tl.constexpr, HEAD: tl.constexpr, SCALES: tl.constexpr,
-    DOT: tl.constexpr, PAGE: tl.constexpr, INTERPRETED: tl.constexpr,
+    DOT: tl.constexpr, KV_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Scores of BQ queries of one sequence against CHUNK keys: int32 [B, width] and their peaks [B, width / GROUP].
 
@@ -76,12 +76,12 @@ def _score_kernel(
         dims = tl.arange(0, D)
         x = tl.load(q + (row * heads + head)[None, :] * D + dims[:, None], mask=real[None, :], other=0.0)
         weight = tl.load(gate + row * heads + head, mask=real, other=0.0)
-        pages = table + tl.load(start_of + block * BQ)
+        blocks = table + tl.load(start_of + block * BQ)
         stop = tl.minimum(begin + CHUNK, limit)
         for tile in range(begin, stop, BK):
             positions = tile + tl.arange(0, BK)
             keep = positions < limit
-            rows = row_numbers(pages, positions, keep, PAGE)
+            rows = row_numbers(blocks, positions, keep, KV_BLOCK)
             k = load_rows(values, scales, rows, keep, 0, D, KIND, ROW, HEAD, SCALES, INTERPRETED)
             s = tl.maximum(product(k, x, DOT, INTERPRETED), 0.0) * weight[None, :]
             s = tl.sum(tl.reshape(s, [BK, BQ, JP]), 2)
@@ -274,20 +274,20 @@ def most_queries(length: int, topk: int, block: int = 1) -> int:
     return max(block, SCRATCH_BYTES // Room.of(length, topk).nbytes // block * block)
 
 
-def block_queries(index_q: Tensor, *, alone: bool) -> int:
-    """Queries of one matrix product, for `index_q` [T, J, I]: as many as its columns hold, or, for queries that have no
-    neighbours, as few as a product can have."""
-    many = SCORE_COLUMNS if index_q.dtype.itemsize == 2 else SCORE_COLUMNS // 2
-    return max(1, (FEWEST_COLUMNS if alone else many) // triton.next_power_of_2(index_q.shape[1]))
+def block_queries(indexer_q: Tensor, *, alone: bool) -> int:
+    """Queries of one matrix product, for `indexer_q` [T, J, I]: as many as its columns hold, or, for queries that have
+    no neighbours, as few as a product can have."""
+    many = SCORE_COLUMNS if indexer_q.dtype.itemsize == 2 else SCORE_COLUMNS // 2
+    return max(1, (FEWEST_COLUMNS if alone else many) // triton.next_power_of_2(indexer_q.shape[1]))
 
 
-def select_rows(index_q: Tensor, gate: Tensor, batch: Batch, keys: Operand, topk: int) -> Tensor:
+def select_rows(indexer_q: Tensor, gate: Tensor, batch: Batch, keys: Operand, topk: int) -> Tensor:
     """The sets of every query of a batch, int32 [B, topk]: ascending positions, then -1.
 
-    `index_q` [T, J, I], `gate` float32 [T, J], both contiguous; the batch says which of their rows are meant.
+    `indexer_q` [T, J, I], `gate` float32 [T, J], both contiguous; the batch says which of their rows are meant.
     """
-    need, B, device = Room.of(batch.length, topk), batch.queries, index_q.device
-    heads, dim = index_q.shape[1:]
+    need, B, device = Room.of(batch.length, topk), batch.queries, indexer_q.device
+    heads, dim = indexer_q.shape[1:]
     padded_heads = max(triton.next_power_of_2(heads), FEWEST_COLUMNS // batch.block)
 
     def integers(*shape: int) -> Tensor:
@@ -296,11 +296,11 @@ def select_rows(index_q: Tensor, gate: Tensor, batch: Batch, keys: Operand, topk
     scores, peaks = integers(B, need.width), integers(B, need.width // GROUP)
     kind, row, head, group = keys.constants
     grid = (B // batch.block, triton.cdiv(batch.length, SCORE_CHUNK))
-    tile = SCORE_TILE if index_q.dtype.itemsize == 2 else SCORE_TILE // 2
+    tile = SCORE_TILE if indexer_q.dtype.itemsize == 2 else SCORE_TILE // 2
     _tuned_scores[grid](
-        index_q, gate, batch.rows, batch.last, batch.starts, batch.index_table, keys.values, keys.scales,
+        indexer_q, gate, batch.rows, batch.last, batch.starts, batch.indexer_table, keys.values, keys.scales,
         scores, peaks, need.width, heads, BQ=batch.block, JP=padded_heads, D=dim, BK=tile, CHUNK=SCORE_CHUNK,
-        GROUP=GROUP, KIND=kind, ROW=row, HEAD=head, SCALES=group, DOT=dot_dtype(index_q, keys.format),
+        GROUP=GROUP, KIND=kind, ROW=row, HEAD=head, SCALES=group, DOT=dot_dtype(indexer_q, keys.format),
         **launch_constants(),
     )  # fmt: skip
     return _topk(scores, peaks, batch, need)
