@@ -85,7 +85,7 @@ def workers() -> list[int]:
             command = (folder / "cmdline").read_bytes()
         except (OSError, NotADirectoryError):
             continue
-        if b"keye.batch.child" in command or b"ray::Engine" in command:
+        if b"keye.server.batch_engine" in command or b"ray::Engine" in command:
             found.append(int(folder.name))
     return sorted(found)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keye.commands.ask import save_picture
 from keye.commands.evidence import check_evidence
 from keye.commands.serve import audit_log
+from keye.commands.shared.outputs import save_picture
 from keye.errors import KeyeError
 from keye.files import check_output, complete_file, has_mark, output_file
 from keye.media.clips import cut_clips

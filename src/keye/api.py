@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from keye.cache.index_file import check_index_output
 from keye.cache.prefix import PrefixCache
 from keye.cache.slabs import KVFormat
@@ -52,6 +50,7 @@ from keye.media.source.fetch import Source
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.load import LoadReport, load_model, torch_dtype
+from keye.process import check_device
 from keye.sessions.answer import Answer, AnswerStream, Collector
 from keye.sessions.fingerprint import Fingerprint, fingerprint
 from keye.sessions.live import Keep, LiveSession
@@ -352,16 +351,6 @@ def check_attention(attention: object) -> None:
     """`KeyeError` for anything but "sparse" and "dense"."""
     if attention not in get_args(AttentionMode):
         raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
-
-
-def check_device(device: str) -> None:
-    """`KeyeError` for a device that a model cannot run on here."""
-    try:
-        kind = torch.empty(0, device=device).device.type
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise KeyeError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    if kind == "meta":
-        raise KeyeError("device 'meta' cannot be used here: it holds shapes without numbers; choose cpu or cuda")
 
 
 def load(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import click
 
-from keye.commands import options
-from keye.commands.group import LazyGroup, Verb, run
+from keye.commands.shared import options
+from keye.commands.shared.group import LazyGroup, Verb, run
 from keye.version import __version__
 
 VERBS = {

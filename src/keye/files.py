@@ -1,21 +1,31 @@
-"""Writing files so that nobody ever sees half of one, and so that nothing is replaced that keye did not write."""
+"""Atomic file writes that replace only what keye wrote, and private temporary folders."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from keye.errors import KeyeError, Option
 
+log: Final = logging.getLogger("keye")
+#: Name prefixes of private folders, and the file in each that its process keeps locked.
+SERVER_PREFIX: Final = "keye-serve-"
+BATCH_PREFIX: Final = "keye-batch-"
+LOCK: Final = "lock"
 #: What pictures and videos that keye wrote say of themselves, in the first or last bytes of the file.
 MARK: Final = "made by keye"
 _MARK_BYTES: Final = 1 << 16
-#: A larger file of JSON is not read to find out whose it is.
+#: Larger JSON files are not read to find out who wrote them.
 _MOST_JSON: Final = 64 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -53,14 +63,14 @@ def unwritable(path: Path, error: OSError) -> KeyeError:
 
 def check_output(path: Path, is_own: Callable[[Path], bool], *, overwrite: bool = False) -> None:
     """`KeyeError` where a file at `path` could not be written, or would take the place of one that is not `is_own` and
-    may not be overwritten. An empty file is nobody's."""
+    may not be overwritten. An empty file may always be replaced."""
     try:
         if not path.absolute().parent.is_dir() or path.is_dir():
             raise KeyeError(f"{path} cannot be written: name a file in a folder that exists")
         if not path.exists():
             return
         if not path.is_file():
-            raise KeyeError(f"{path} is no file that can be replaced: name another")
+            raise KeyeError(f"{path} is not a file that can be replaced: name another")
         if overwrite or not path.stat().st_size or is_own(path):
             return
     except OSError as error:
@@ -86,3 +96,51 @@ def is_json_with(path: Path, names: frozenset[str]) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and names <= value.keys()
+
+
+class PrivateFolder:
+    """A temporary folder at `path` that only this user may enter, created now and locked while this process lives.
+    Creating one removes those of processes that were killed."""
+
+    def __init__(self, prefix: str = SERVER_PREFIX) -> None:
+        remove_abandoned_folders()
+        self._home = Path(tempfile.mkdtemp(prefix=prefix))
+        self._lock: IO[bytes] = (self._home / LOCK).open("xb")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path = self._home / "files"
+        self.path.mkdir(mode=0o700)
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it."""
+        shutil.rmtree(self._home, ignore_errors=True)
+        self._lock.close()
+
+
+def remove_abandoned_folders() -> None:
+    """Removes the private folders of this user that no process holds locked."""
+    try:
+        entries = [
+            entry for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith((SERVER_PREFIX, BATCH_PREFIX))
+        ]
+    except OSError:
+        return
+    for entry in entries:
+        try:
+            _remove_if_abandoned(entry)
+        except OSError as error:
+            log.debug("%s was not removed: %s", entry.path, error)
+
+
+def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
+    status = entry.stat(follow_symlinks=False)
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    if not ours:
+        return
+    # A folder without a lock file is about to get one: keep it.
+    descriptor = os.open(os.path.join(entry.path, LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its process lives
+        shutil.rmtree(entry.path, ignore_errors=True)
+        log.warning("removed %s, left by a process that was killed", entry.path)
+    finally:
+        os.close(descriptor)

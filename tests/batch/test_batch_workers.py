@@ -16,9 +16,9 @@ httpx = pytest.importorskip("httpx")
 from PIL import Image
 
 from keye.batch import workers as batch_workers
-from keye.batch.workers import Answer, Client, ProcessWorker, ServerWorker, WorkerLost, with_files
+from keye.batch.workers import Answer, Client, ProcessWorker, ServerWorker, WorkerLost, retry_wait, with_files
 from keye.errors import KeyeError
-from keye.server.folders import BATCH_PREFIX, ServerFolder
+from keye.files import BATCH_PREFIX, PrivateFolder
 
 FINE = {"choices": [{"message": {"content": "yes"}}]}
 
@@ -49,10 +49,9 @@ def test_a_full_or_failing_server_is_asked_again() -> None:
     assert post(client(answers(400, 200), tries=2)).status == 400
 
 
-def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def at_once(attempt: int, told: str | None) -> None: ...
+def test_a_server_that_is_gone() -> None:
+    async def no_pause(seconds: float) -> None: ...
 
-    monkeypatch.setattr(batch_workers, "_wait", at_once)
     asked: list[int] = []
 
     def refuse(request: Any) -> Any:
@@ -63,7 +62,7 @@ def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         raise httpx.ReadError("reset")
 
     with pytest.raises(WorkerLost, match=r"http://server does not answer \(refused\)") as lost:
-        post(client(refuse, tries=3))
+        post(client(refuse, tries=3, pause=no_pause))
     assert len(asked) == 3 and not lost.value.during
     with pytest.raises(WorkerLost) as lost:
         post(client(break_off))
@@ -106,16 +105,9 @@ def test_a_server_that_hangs_is_lost_after_its_time() -> None:
     assert lost.value.during and len(asked) == 1
 
 
-@pytest.mark.parametrize("told", ["\xb2", "Wed, 21 Oct 2099 07:28:00 GMT", "-1", "1" * 5000, ""])
-def test_waits_that_are_no_seconds_are_ours(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        waited.append(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    asyncio.run(batch_workers._wait(0, told))
-    assert 0 < waited[0] < 1
+@pytest.mark.parametrize("header", ["\xb2", "Wed, 21 Oct 2099 07:28:00 GMT", "-1", "1" * 5000, ""])
+def test_retry_after_without_seconds_is_ignored(header: str) -> None:
+    assert 0 < retry_wait(0, header) < 1
 
 
 def test_files_travel_in_the_question_and_addresses_do_not(tmp_path: Path) -> None:
@@ -145,8 +137,8 @@ def test_a_file_that_is_too_large_to_send(tmp_path: Path) -> None:
 
 def started(handler: Callable[[Any], Any], **options: Any) -> ServerWorker:
     """A worker on a server that `handler` plays, started."""
-    worker = ServerWorker("http://server/v1/", **{"model": None, "key": "secret", "slots": 2, "tries": 2, **options})
-    worker._http._transport = httpx.MockTransport(handler)
+    settings = {"model": None, "key": "secret", "slots": 2, "tries": 2, **options}
+    worker = ServerWorker("http://server/v1/", **settings, transport=httpx.MockTransport(handler))
     asyncio.run(worker.start())
     return worker
 
@@ -176,16 +168,16 @@ def test_a_server_that_cannot_be_used(status: int, body: dict[str, Any], sentenc
 
 
 def test_an_address_that_is_none() -> None:
-    with pytest.raises(KeyeError, match="'localhost:8000' is no address of a server"):
+    with pytest.raises(KeyeError, match="'localhost:8000' is not the address of a server"):
         ServerWorker("localhost:8000", model=None, key=None, slots=1, tries=1)
 
 
 def test_folders_of_killed_batches_go_when_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    killed = ServerFolder(BATCH_PREFIX)
+    killed = PrivateFolder(BATCH_PREFIX)
     (killed.path / "rest").write_text("x")
     killed._lock.close()  # what the end of its process does
-    worker = ProcessWorker({}, slots=1, name="engine")
+    worker = ProcessWorker((), {}, slots=1, name="engine")
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith("keye-batch-") and folder != killed.path.parent
     asyncio.run(worker.close())

@@ -75,7 +75,7 @@ def test_a_corrected_line_is_asked(run: Callable, model_folder: Path, manifest: 
     [
         (["--server", "http://127.0.0.1:9", "--workers", "2"], "give one of them"),
         (["--server", "http://127.0.0.1:9", "--kv", "int8"], "--kv cannot be set with --server"),
-        (["--server", "nowhere"], "'nowhere' is no address of a server"),
+        (["--server", "nowhere"], "'nowhere' is not the address of a server"),
         (["--server", "http://127.0.0.1:9", "--tries", "1"], "http://127.0.0.1:9 cannot be reached"),
         (["--model", "/nothing/here"], "/nothing/here"),
     ],
@@ -103,7 +103,7 @@ def test_a_cluster_that_is_not_there(run: Callable, manifest: Path, tmp_path: Pa
 def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from keye.commands.inputs import shares
+    from keye.commands.shared.inputs import shares
 
     given = {"device": "cuda", "threads": None, "memory": None}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

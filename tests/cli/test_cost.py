@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from keye.errors import KeyeError
-from keye.machine import Memory
 from keye.planning import measure
 from keye.planning import question as cost
+from keye.process import Memory
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +51,10 @@ def test_fewer_bits_take_less_room(run: Callable, model_folder: Path, video: Pat
 def test_what_does_not_fit_is_said(
     run: Callable, model_folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "memories", lambda: [Memory("cpu", 2**20, 2**20)])
+    monkeypatch.setattr("keye.process.memories", lambda: [Memory("cpu", 2**20, 2**20)])
     prediction = run("plan", video, "--model", model_folder, "--device", "cpu", "--json").data["prediction"]
     assert prediction["fits"] is False and "weights and scratch alone take" in prediction["what_fits"]
-    monkeypatch.setattr(cost, "memories", lambda: [Memory("cpu", 1000, 1000)])
+    monkeypatch.setattr("keye.process.memories", lambda: [Memory("cpu", 1000, 1000)])
     prediction = run("plan", video, "--model", model_folder, "--device", "cpu", "--json").data["prediction"]
     assert "time is not predicted" in prediction["notes"][0] and "prefill" not in prediction["seconds"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from keye.commands import inputs
+from keye.commands.shared import inputs
 from tests.support.fake_hub import FakeHub, serve
 
 

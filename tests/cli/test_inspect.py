@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from keye.commands import show_model
 from keye.commands.inspect import RESERVE_BYTES, fit
+from keye.commands.shared import show_model
 from keye.config import read_json
 from keye.hub import asset
-from keye.machine import Memory, main_memory
 from keye.models.outline import outline
+from keye.process import Memory, main_memory
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_text_fits_the_terminal(run: Callable, model: str, width: int, monkeypat
 
 def test_text_says_what_the_data_says(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = [Memory("cpu", 80 * 10**9, 70 * 10**9), Memory("cuda:0", 24 * 10**9, 24 * 10**9)]
-    monkeypatch.setattr("keye.machine.memories", lambda: memory)
+    monkeypatch.setattr("keye.process.memories", lambda: memory)
     monkeypatch.setenv("COLUMNS", "100")
     out = " ".join(run("inspect", "2.0").out.split())
     assert "16 indexer heads of 64 choose 2,048 keys" in out

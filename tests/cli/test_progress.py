@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keye.commands import progress
+from keye.commands.shared import progress
 from keye.engine.request import Progress
 
 

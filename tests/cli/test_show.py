@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from keye.commands.show import filled_cells, listed_times, print_stream, timeline, usage_line, video_length
-from keye.commands.terminal import one_line, printable
+from keye.commands.shared.show import filled_cells, listed_times, print_stream, timeline, usage_line, video_length
+from keye.commands.shared.terminal import one_line, printable
 from keye.errors import KeyeWarning, warn
 from keye.sessions.answer import Answer, AnswerStream, Usage
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 import pytest
 
-from keye.commands.group import LazyGroup, Verb
-from keye.commands.group import run as run_command
+from keye.commands.shared.group import LazyGroup, Verb
+from keye.commands.shared.group import run as run_command
 from keye.errors import KeyeError
 from keye.hub import asset
 

@@ -147,7 +147,7 @@ def test_a_picture_is_not_drawn_over(run: Callable, model_folder: Path, tmp_path
     before = (tmp_path / "picture.png").read_bytes()
     result = run("ask", tmp_path / "picture.png", "where?", "--draw", tmp_path / "picture.png", "--model", model_folder)
     assert result.code == 2
-    assert "is the picture itself" in result.err
+    assert "is the input itself" in result.err
     assert (tmp_path / "picture.png").read_bytes() == before
 
 

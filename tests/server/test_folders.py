@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from keye.files import LOCK, SERVER_PREFIX, PrivateFolder
 from keye.server.errors import ApiError
-from keye.server.folders import LOCK, PREFIX, ServerFolder
 from keye.server.settings import Settings
 from keye.server.uploads import FileStore
 
 HOLD = (
-    "import sys; from keye.server.folders import ServerFolder; folder = ServerFolder(); "
+    "import sys; from keye.files import PrivateFolder; folder = PrivateFolder(); "
     "(folder.path / 'upload').write_text('x'); print(folder.path, flush=True); sys.stdin.read()"
 )
 
@@ -32,18 +32,18 @@ def test_folders_of_killed_servers_are_removed_and_of_live_ones_stay(temporary: 
     with subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdin is not None
         theirs = Path(other.stdout.readline().decode().strip())
-        ServerFolder().remove()
+        PrivateFolder().remove()
         assert (theirs / "upload").is_file(), "its server lives"
         other.kill()
         other.wait()
-    ours = ServerFolder()
+    ours = PrivateFolder()
     assert not theirs.exists() and not theirs.parent.exists()
     ours.remove()
     assert not list(temporary.iterdir())
 
 
 def test_folders_that_no_server_made_stay(temporary: Path) -> None:
-    plain, open_to_all, link = (temporary / f"{PREFIX}{name}" for name in ("plain", "open", "link"))
+    plain, open_to_all, link = (temporary / f"{SERVER_PREFIX}{name}" for name in ("plain", "open", "link"))
     plain.mkdir(mode=0o700)
     open_to_all.mkdir()
     os.chmod(open_to_all, 0o755)
@@ -51,7 +51,7 @@ def test_folders_that_no_server_made_stay(temporary: Path) -> None:
     (temporary / "target").mkdir(mode=0o700)
     (temporary / "target" / LOCK).touch()
     link.symlink_to(temporary / "target")
-    ServerFolder().remove()
+    PrivateFolder().remove()
     assert plain.is_dir() and open_to_all.is_dir() and link.is_symlink() and (temporary / "target" / LOCK).is_file()
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from keye.server.routes.live import MOST_SESSIONS, LiveStore
+from keye.server.live_sessions import MAX_SESSIONS, LiveSessions
 from tests.support.serving import error_of, told
 
 
@@ -58,7 +58,7 @@ def test_mistakes(http: TestClient, session: str, file_id: str) -> None:
 
 
 def test_sessions_are_counted_and_end(http: TestClient) -> None:
-    opened = [http.post("/v1/live", json={}).json()["id"] for _ in range(MOST_SESSIONS)]
+    opened = [http.post("/v1/live", json={}).json()["id"] for _ in range(MAX_SESSIONS)]
     answer = http.post("/v1/live", json={})
     assert "end one first" in error_of(answer, 429)["message"]
     for name in opened:
@@ -67,7 +67,7 @@ def test_sessions_are_counted_and_end(http: TestClient) -> None:
 
 
 def test_one_that_nobody_uses_ends_by_itself(http: TestClient) -> None:
-    store: LiveStore = http.app.app.state.keye.live  # type: ignore[attr-defined]
+    store: LiveSessions = http.app.app.state.keye.live  # type: ignore[attr-defined]
     name = http.post("/v1/live", json={}).json()["id"]
     store.sweep(idle=0.0)
     error_of(http.delete(f"/v1/live/{name}"), 404)

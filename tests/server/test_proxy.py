@@ -25,24 +25,24 @@ class Fake:
     """A server with uploads of owners. It notes what it is asked; `broken` ends it before it answers."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.alive, self.broken = name, False, False
+        self.name, self.is_ready, self.broken = name, False, False
         self.cut_off, self.kind = False, "application/json"
         self.killed = 0
         self.asked: list[tuple[str, str, Any]] = []
         self.files: dict[str, tuple[str | None, bytes]] = {}
 
     async def start(self) -> None:
-        self.alive = True
+        self.is_ready = True
 
-    async def ended(self) -> None:
+    async def wait_ended(self) -> None:
         await asyncio.Event().wait()
 
     async def close(self) -> None:
-        self.alive = False
+        self.is_ready = False
 
     async def kill(self) -> None:
         self.killed += 1
-        self.alive = False
+        self.is_ready = False
 
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
@@ -133,11 +133,11 @@ def test_files_of_two_replicas_are_brought_together_once(http: Any, fakes: list[
 def test_a_response_is_followed_and_read_where_it_was_stored(http: Any, fakes: list[Fake]) -> None:
     for fake in fakes:
         for other in fakes:
-            other.alive = other is fake  # so that each makes one
+            other.is_ready = other is fake  # so that each makes one
         made = http.post("/v1/responses", json={"input": "x"}).json()
         assert made["at"] == fake.name
         for other in fakes:
-            other.alive = True
+            other.is_ready = True
         body = {"input": "y", "previous_response_id": made["id"]}
         assert {http.post("/v1/responses", json=body).json()["at"] for _ in range(3)} == {fake.name}
         assert http.get(f"/v1/responses/{made['id']}").json() == {"at": fake.name}
@@ -159,7 +159,7 @@ def test_a_replica_that_ends_is_passed_over(http: Any, fakes: list[Fake]) -> Non
     answer = ask(http, "https://e/1")
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     for fake in fakes:
-        fake.alive = False
+        fake.is_ready = False
     assert ask(http, "https://e/1").json()["error"]["code"] == "no_replica"
     assert http.get("/health").status_code == 503
 
@@ -223,14 +223,14 @@ def test_silent_replicas_are_passed_over_and_ended() -> None:
             return await super().send(*request)
 
     fake, watch, heard = Silent("a"), Watch(lambda: now), list[bool]()
-    fake.alive = True
+    fake.is_ready = True
 
     async def look() -> None:
         task = asyncio.create_task(watch.watch(fake, pause=0))  # type: ignore[arg-type]
         for broken in (False, True):
             fake.broken = broken
             until = now + 3 if not broken else now + LOST_SECONDS + 5
-            while now < until and fake.alive:
+            while now < until and fake.is_ready:
                 await asyncio.sleep(0)
                 heard.append(watch.is_silent(fake))  # type: ignore[arg-type]
         task.cancel()

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import keye
 from keye.server.app import guarded_app
 from keye.server.errors import ApiError
-from keye.server.openai.response_store import Kept, ResponseStore, new_id
+from keye.server.response_store import Kept, ResponseStore, new_id
 from keye.server.settings import Settings
 from keye.server.uploads import FileStore
 from tests.support.serving import error_of

@@ -64,7 +64,7 @@ def test_helpers_end_with_the_process_that_started_them():
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from keye.train.parallel import end_with_parent
+from keye.process import end_with_parent
 pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
 pool.submit(os.getpid).result()
 pool.submit(time.sleep, 600)

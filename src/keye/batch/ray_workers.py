@@ -5,20 +5,30 @@ its nodes, which have keye installed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from keye.batch.manifest import Item
-from keye.batch.workers import Answer, EngineWorker, Worker, WorkerLost, own_model
+from keye.batch.workers import Answer, EngineWorker, Worker, WorkerLost, without_model
 from keye.cluster.ray_cluster import connect
 from keye.errors import KeyeError
 
+#: Makes an application of settings, the number of slots, and whether private addresses may be opened
+#: (`keye.server.batch_engine.engine_app`).
+MakeApp = Callable[[Mapping[str, Any], int, bool], Any]
 #: Seconds in which a cluster must find room for an engine and the engine must load its model.
 _READY_SECONDS: Final = 1800.0
 
 
 def ray_workers(
-    address: str, settings: Mapping[str, Any], *, count: int | None, slots: int, private: bool = False
+    address: str,
+    make_app: MakeApp,
+    settings: Mapping[str, Any],
+    *,
+    count: int | None,
+    slots: int,
+    allow_private: bool = False,
 ) -> list[Worker]:
     """`count` workers on the cluster at `address` (see `ray_cluster.connect`): by default one for each GPU where
     engines run on GPUs, else one for each node."""
@@ -29,23 +39,21 @@ def ray_workers(
     if count == 0:
         raise KeyeError(f"the cluster at {address} has no GPU: add nodes that have one, or give --device cpu")
     return [
-        RayWorker(ray, settings, slots=slots, private=private, gpus=int(gpus), name=f"actor {number}")
+        RayWorker(
+            ray, (make_app, dict(settings), slots, allow_private), slots=slots, gpus=int(gpus), name=f"actor {number}"
+        )
         for number in range(count)
     ]
 
 
 class Engine:
-    """What runs on the cluster: the worker of one process, asked from elsewhere."""
+    """What runs on the cluster: the worker of one process."""
 
-    def __init__(self, settings: Mapping[str, Any], slots: int, private: bool) -> None:
-        from keye.batch.child import load_engine
-
-        self._worker = EngineWorker(load_engine(dict(settings)), slots=slots, private=private)
+    def __init__(self, make_app: MakeApp, settings: Mapping[str, Any], slots: int, allow_private: bool) -> None:
+        self._worker = EngineWorker(make_app(settings, slots, allow_private), slots=slots)
 
     async def start(self) -> int:
-        """Makes it ready; the number of its process."""
-        import os
-
+        """Makes it ready and returns its process id."""
         await self._worker.start()
         return os.getpid()
 
@@ -55,20 +63,18 @@ class Engine:
 
 
 class RayWorker:
-    """One engine on a cluster, placed anew when it is lost."""
+    """One engine on a cluster, placed again when it is lost. `arguments` are those of `Engine`."""
 
-    def __init__(
-        self, ray: Any, settings: Mapping[str, Any], *, slots: int, private: bool, gpus: int, name: str
-    ) -> None:
-        self.name, self.slots, self._ray, self._settings, self._private = name, slots, ray, settings, private
+    def __init__(self, ray: Any, arguments: tuple[Any, ...], *, slots: int, gpus: int, name: str) -> None:
+        self.name, self.slots, self._ray, self._arguments = name, slots, ray, arguments
         # One more call than questions, for `start`.
-        self._made = ray.remote(Engine).options(num_cpus=1, num_gpus=gpus, max_concurrency=slots + 1)
+        self._actor_class = ray.remote(Engine).options(num_cpus=1, num_gpus=gpus, max_concurrency=slots + 1)
         self._actor: Any = None
         self.pid: int | None = None
 
     async def start(self) -> None:
         await self.close()
-        self._actor = self._made.remote(dict(self._settings), self.slots, self._private)
+        self._actor = self._actor_class.remote(*self._arguments)
         try:
             async with asyncio.timeout(_READY_SECONDS):
                 self.pid = await self._actor.start.remote()
@@ -81,7 +87,7 @@ class RayWorker:
         if self._actor is None:
             raise WorkerLost(f"{self.name} has ended", during=False)
         try:
-            status, body = await self._actor.ask.remote(own_model(item.body))
+            status, body = await self._actor.ask.remote(without_model(item.body))
         except self._ray.exceptions.RayTaskError as error:  # of the engine, which goes on
             message = f"the engine failed: {_first_line(error.cause or error)}"
             return Answer(500, {"error": {"code": "engine_failed", "message": message}})

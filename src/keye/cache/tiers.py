@@ -24,7 +24,7 @@ from keye.cache.slabs import (
 )
 from keye.config import TextConfig
 from keye.errors import KeyeError, Option
-from keye.machine import memories
+from keye.process import memory_on
 
 #: Where keys and values lie: in the memory of the model's device, in main memory, or in a mapped file.
 Tier = Literal["memory", "host", "file"]
@@ -46,10 +46,8 @@ def byte_count(size: str | int) -> int:
 
 def free_memory(device: torch.device | str) -> int | None:
     """Bytes that a model on `device` may take by default: a share of what is free now. None where that is not known."""
-    where = torch.device(device)
-    name = "cpu" if where.type == "cpu" else f"{where.type}:{where.index or 0}"
-    found = next((memory for memory in memories() if memory.device == name), None)
-    return None if found is None else int(FREE_SHARE * found.free)
+    memory = memory_on(str(device))
+    return None if memory is None else int(FREE_SHARE * memory.free)
 
 
 @dataclass(frozen=True)

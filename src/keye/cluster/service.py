@@ -6,7 +6,6 @@ there is an elsewhere; one that has cost `DEATHS` workers is poison and set asid
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -19,6 +18,7 @@ from keye.cluster.decode_work import Work
 from keye.cluster.pool import LocalPool, Pool, PoolWorker, WorkerDied
 from keye.cluster.pool_worker import ABSENT, DONE, REFUSED
 from keye.errors import KeyeError, KeyeWarning, MediaError, warn
+from keye.process import available_cores
 
 #: Workers that a piece of work may cost.
 DEATHS: Final = 3
@@ -372,14 +372,9 @@ def open_service(address: str, *, budget: int = BUDGET, queue: int = QUEUE) -> D
     """
     kind, _, count = address.partition(":")
     if kind == "local" and (not count or count.isdecimal()) and (count or address == "local"):
-        return DecodeService(LocalPool(int(count) if count else processors()), budget=budget, queue=queue)
+        return DecodeService(LocalPool(int(count) if count else available_cores()), budget=budget, queue=queue)
     if address == "ray" or address.startswith("ray://"):
         from keye.cluster.ray_pool import RayPool
 
         return DecodeService(RayPool(address), budget=budget, queue=queue)
-    raise KeyeError(f"{address!r} is no address of a decode service: give local, local:N, ray or ray://host:port")
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    raise KeyeError(f"{address!r} is not an address of a decode service: give local, local:N, ray or ray://host:port")

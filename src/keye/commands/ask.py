@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options, outputs
 from keye.errors import KeyeError
-from keye.files import MARK, check_output, has_mark, output_file
+from keye.files import check_output, has_mark
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from keye.api import Keye
     from keye.chat import Medium, Region
-
-#: Formats that a picture with marks can be written in, by the end of the file's name.
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-#: The tag of EXIF that names the program that wrote a picture.
-_SOFTWARE = 0x0131
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -85,8 +78,8 @@ def ask(
     files, question = split_words(words)
     if logprobs is not None and not as_json:
         raise KeyeError("--logprobs gives numbers for programs: add --json")
-    from keye.commands import inputs, show
-    from keye.commands.progress import watching
+    from keye.commands.shared import inputs, show
+    from keye.commands.shared.progress import watching
 
     media = inputs.open_media(files, given)
     offered = inputs.read_tools(tools) if tools is not None else ()
@@ -116,7 +109,10 @@ def ask(
     if prediction is not None:
         from keye.planning.question import errors_of
 
-        extra["estimate"] = {**prediction, "errors": errors_of(prediction, answer)}
+        extra["estimate"] = {
+            **prediction,
+            "errors": errors_of(prediction, answer.seconds, answer.usage.completion_tokens),
+        }
     if as_json:
         show.print_json({**answer.to_dict(), **extra})
         return
@@ -138,14 +134,14 @@ def check_choices(model: Keye, settings: Mapping[str, Any]) -> None:
 
 def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
     """The prediction, also told where people read."""
-    from keye.commands import show
+    from keye.commands.shared import inputs, show
     from keye.media.source.fetch import Source, is_index
     from keye.planning.question import predict_question
 
     for medium in media:
         if isinstance(medium.source, Source) and is_index(medium.source):
             raise KeyeError(f"{medium.source.name} is an index, computed already: leave --estimate out")
-    prediction = predict_question(media, given)
+    prediction = predict_question(media, inputs.find_model(given["model"], weights=False), given)
     if not given.get("as_json"):
         show.print_prediction(prediction)
     return prediction
@@ -153,35 +149,16 @@ def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, An
 
 def check_drawing(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
     """`KeyeError` where `--draw` cannot work, before a model is loaded."""
-    if path.suffix.lower() not in PICTURE_FORMATS:
-        raise KeyeError(f"{path} is no name for a picture: end it in {', '.join(PICTURE_FORMATS)}")
-    if path.exists() and any(is_file(medium.source, path) for medium in media):
-        raise KeyeError(f"{path} is the picture itself: give --draw another name, so that it is kept")
+    outputs.check_suffix(path, "--draw", outputs.PICTURE_FORMATS)
+    outputs.check_not_input(path, "--draw", [medium.source for medium in media])
     check_output(path, has_mark, overwrite=overwrite)
     if len(media) != 1 or media[0].kind != "image":
         raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a picture in the format that its name ends in, with a mark that it is ours."""
-    exif = picture.getexif()
-    exif.clear()
-    exif[_SOFTWARE] = MARK
-    with output_file(path) as draft:
-        picture.save(draft, PICTURE_FORMATS[path.suffix.lower()], exif=exif)
-
-
-def is_file(source: object, path: Path) -> bool:
-    """Whether a medium's source is the file at `path`, under whatever name."""
-    from keye.media.source.fetch import Source
-
-    where = source.path if isinstance(source, Source) else None
-    return where is not None and path.samefile(where)
-
-
 def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path) -> bool:
     """Writes the image with its marks; notes instead that there are none, and returns whether it wrote."""
-    from keye.commands.inputs import note
+    from keye.commands.shared.inputs import note
     from keye.media.image import read_image
     from keye.sessions.draw import draw_regions
 
@@ -189,7 +166,7 @@ def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path
         note(f"the answer marks no place, so {path} was not written")
         return False
     drawn = draw_regions(read_image(media[0].source, planned=True), regions)  # type: ignore[arg-type]
-    save_picture(drawn, path)
+    outputs.save_picture(drawn, path)
     return True
 
 

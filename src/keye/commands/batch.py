@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
 from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
     from keye.batch.journal import Journal
     from keye.batch.manifest import read_manifest
     from keye.batch.run import Batch, unknown_ids
-    from keye.commands import inputs, show
+    from keye.commands.shared import inputs, show
 
     check_workers(given)
     lines = read_manifest(manifest, defaults_of(given))
@@ -125,15 +125,15 @@ def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Worker]:
-    """Whoever is to answer; engines in other processes are not started yet."""
-    from keye.commands import inputs
+    """The workers; engines in other processes are not started yet."""
+    from keye.commands.shared import inputs
     from keye.config.environment import api_key
 
     try:
         from keye.batch import workers as kinds
     except ModuleNotFoundError as error:
         raise missing_package(error.name, "keye batch", "serve") from None
-    slots, private = given["concurrency"], given["allow_private_urls"]
+    slots, allow_private = given["concurrency"], given["allow_private_urls"]
     if given["servers"]:
         urls = list(dict.fromkeys(url.strip() for url in given["servers"].split(",") if url.strip()))
         seconds = given["timeout"] or kinds.ANSWER_SECONDS
@@ -143,10 +143,15 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
             )
             for url in urls
         ]
-    check_engine()
+    try:
+        from keye.server import batch_engine
+    except ModuleNotFoundError as error:
+        raise missing_package(error.name, "keye batch", "serve") from None
     named = {**given, "model": given["model"] or "nano"}
     if given["ray"] is None and given["workers"] is None:
-        return [kinds.EngineWorker(inputs.load_model(named, decoder=decoder), slots=slots, private=private)]
+        model = inputs.load_model(named, decoder=decoder)
+        app = batch_engine.local_app(model, slots, allow_private=allow_private)
+        return [kinds.EngineWorker(app, slots=slots)]
     from keye.hub import check_runs
 
     check_runs(named["model"])
@@ -154,20 +159,18 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
     if given["ray"] is not None:
         from keye.batch.ray_workers import ray_workers
 
-        return ray_workers(given["ray"], settings, count=given["workers"], slots=slots, private=private)
+        return ray_workers(
+            given["ray"], batch_engine.engine_app, settings, count=given["workers"], slots=slots,
+            allow_private=allow_private,
+        )  # fmt: skip
     inputs.find_model(named["model"])
     return [
-        kinds.ProcessWorker({**settings, **own}, slots=slots, private=private, name=f"engine {number}")
-        for number, own in enumerate(inputs.shares(named, given["workers"]))
-    ]
-
-
-def check_engine() -> None:
-    """`KeyeError` where the parts that answer chats are not installed."""
-    try:
-        import keye.server.app  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise missing_package(error.name, "keye batch", "serve") from None
+        kinds.ProcessWorker(
+            ("-m", batch_engine.__name__), {**settings, **share}, slots=slots, allow_private=allow_private,
+            name=f"engine {number}",
+        )
+        for number, share in enumerate(inputs.shares(named, given["workers"]))
+    ]  # fmt: skip
 
 
 @contextmanager
@@ -175,7 +178,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with what is done, the rate and the time left on a terminal; elsewhere a note for each tenth."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from keye.commands.inputs import note, stderr
+    from keye.commands.shared.inputs import note, stderr
 
     console, tenth = stderr(), 0
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -201,7 +204,7 @@ def _left(bar: Any) -> str:
 
 def told(data: Mapping[str, Any]) -> str:
     """The report in words."""
-    from keye.commands.terminal import plural
+    from keye.commands.shared.terminal import plural
 
     done = data["ok"] + data["errors"]
     if not done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from keye.commands import options
-from keye.commands.terminal import one_line
+from keye.commands.shared import options
+from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError
-from keye.machine import main_memory
+from keye.process import available_cores, main_memory
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -38,7 +37,7 @@ def doctor(as_json: bool) -> int:
     checks = [check() for check in CHECKS]
     failed = any(check.ok is False for check in checks)
     if as_json:
-        from keye.commands.show import print_json
+        from keye.commands.shared.show import print_json
 
         print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
     else:
@@ -50,7 +49,7 @@ def print_checks(checks: list[Check]) -> None:
     """One line for each check."""
     from rich.table import Table
 
-    from keye.commands.show import stdout
+    from keye.commands.shared.show import stdout
 
     table = Table(box=None, show_header=False, pad_edge=False)
     marks = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("", "")}
@@ -99,12 +98,9 @@ def check_processor() -> Check:
     facts = {name.strip(): value.strip() for name, value in facts.items()}
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     found = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS)
-    return Check("processor", None, f"{facts.get('model name', platform.machine())}, {_cores()} cores; {found}")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check(
+        "processor", None, f"{facts.get('model name', platform.machine())}, {available_cores()} cores; {found}"
+    )
 
 
 def check_memory() -> Check:

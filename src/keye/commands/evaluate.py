@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
 
 
 @click.group(name="eval", context_settings=options.CONTEXT)
@@ -40,7 +40,7 @@ def frameforge(
     keye eval frameforge --n 500
     keye eval frameforge --split unseen --frames 64-64 --json
     """
-    from keye.commands import inputs, show
+    from keye.commands.shared import inputs, show
     from keye.evals.report import print_report
     from keye.evals.tasks.frameforge import EvalOptions, parse_frames
     from keye.evals.tasks.frameforge import evaluate as run

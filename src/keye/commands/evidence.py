@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keye.commands.ask import PICTURE_FORMATS, is_file, save_picture
-from keye.errors import KeyeError
+from keye.commands.shared import outputs
 from keye.files import check_output, has_mark, is_json_with, output_file
 
 if TYPE_CHECKING:
@@ -26,11 +25,8 @@ _NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
 
 def check_evidence(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
     """`KeyeError` where `--evidence` cannot work, before a model is loaded."""
-    known = (*PICTURE_FORMATS, ".json")
-    if path.suffix.lower() not in known:
-        raise KeyeError(f"{path} is no name for evidence: end it in {', '.join(known)}")
-    if path.exists() and any(is_file(medium.source, path) for medium in media):
-        raise KeyeError(f"{path} is one of the media: give --evidence another name, so that it is kept")
+    outputs.check_suffix(path, "--evidence", (*outputs.PICTURE_FORMATS, ".json"))
+    outputs.check_not_input(path, "--evidence", [medium.source for medium in media])
     check_output(path, _is_own, overwrite=overwrite)
 
 
@@ -55,7 +51,7 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
         if made.kind == "video"
     }
     picture = draw_evidence(answer.evidence, question, answer.text, answer.intervals, thumbnails)
-    save_picture(picture, path)
+    outputs.save_picture(picture, path)
 
 
 def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:

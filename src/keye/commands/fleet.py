@@ -165,8 +165,8 @@ def summary(
 def print_fleet(result: Mapping[str, Any]) -> None:
     """A plan for people."""
     from keye.cache.ledger import megabytes
-    from keye.commands.show import stdout
-    from keye.commands.terminal import one_line
+    from keye.commands.shared.show import stdout
+    from keye.commands.shared.terminal import one_line
 
     console = stdout()
     seconds, busy, moved = result["seconds"], result["busy"], result["bytes_per_second"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
-from keye.commands.terminal import plural
+from keye.commands.shared import options
+from keye.commands.shared.terminal import plural
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     keye ground video.mp4 "the red circle"
     keye ground video.mp4 "the red circle" --clips found
     """
-    from keye.commands import inputs, show
-    from keye.commands.progress import watching
+    from keye.commands.shared import inputs, show
+    from keye.commands.shared.progress import watching
     from keye.media.source.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():
@@ -65,7 +65,7 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
 
 def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, overwrite: bool) -> list[Path]:
     """Cuts the intervals into files under a progress bar."""
-    from keye.commands import inputs, show
+    from keye.commands.shared import inputs, show
     from keye.media.clips import cut_clips
     from keye.media.options import media_options
     from keye.media.source.fetch import fetch_source

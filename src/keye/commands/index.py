@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
+from keye.commands.shared.outputs import check_not_input
 from keye.errors import KeyeError
 
 
@@ -42,11 +43,13 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
         return
     if output is None:
         raise KeyeError("name the index to write with -o, as in: keye index talk.mp4 -o talk.keye")
-    from keye.commands import inputs, show
-    from keye.commands.progress import watching
+    from keye.cache.index_file import check_index_output
+    from keye.commands.shared import inputs, show
+    from keye.commands.shared.progress import watching
 
     medium = inputs.only_video(video, given)
-    _check_output(output, medium.source, overwrite)
+    check_not_input(output, "-o", [medium.source])
+    check_index_output(output, overwrite=overwrite)
     model = inputs.load_model(given)
     with watching("watching the video") as on_progress:
         info = model.index(medium, output, attention=given["attention"], overwrite=overwrite, on_progress=on_progress)
@@ -56,19 +59,9 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
         show.print_index(info)
 
 
-def _check_output(output: Path, source: Any, overwrite: bool) -> None:
-    """`KeyeError` where `-o` cannot work, before a model is loaded."""
-    from keye.cache.index_file import check_index_output
-
-    where = getattr(source, "path", None)
-    if output.exists() and where is not None and output.samefile(where):
-        raise KeyeError(f"{output} is the video itself: give -o another name, so that it is kept")
-    check_index_output(output, overwrite=overwrite)
-
-
 def _check(file: Path, output: Path | None, as_json: bool) -> None:
     from keye.cache.index_file import check_whole
-    from keye.commands import show
+    from keye.commands.shared import show
 
     if output is not None:
         raise KeyeError("--check reads an index and writes none: leave -o out")

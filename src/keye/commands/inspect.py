@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.machine import Memory
     from keye.models.outline import Outline
+    from keye.process import Memory
 
 #: Number formats that keye loads weights in, and the bytes of a number.
 FORMATS = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -46,7 +46,7 @@ def inspect(model: str, as_json: bool) -> None:
     keye inspect 2.0 --json
     keye inspect talk.keye
     """
-    from keye.commands import inputs, show, show_model
+    from keye.commands.shared import inputs, show, show_model
     from keye.media.source.fetch import fetch_source, is_index
 
     if os.path.isfile(model) and is_index(fetch_source(model)):
@@ -65,10 +65,10 @@ def inspect(model: str, as_json: bool) -> None:
 
 def description(model: str) -> dict[str, Any]:
     """Everything that `keye inspect --json` prints."""
-    from keye.commands.inputs import describing_folder
+    from keye.commands.shared.inputs import describing_folder
     from keye.config import read_json
-    from keye.machine import memories
     from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
+    from keye.process import memories
 
     folder, packaged = describing_folder(model)
     raw = read_json(folder / "config.json")

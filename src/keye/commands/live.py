@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
-from keye.commands.options import VIDEO_OPTIONS, Positive, given
+from keye.commands.shared import options
+from keye.commands.shared.options import VIDEO_OPTIONS, Positive, given
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def live(video: str, question: str, every: float, keep: str, as_json: bool, **se
     keye live video.mp4 "how often did the light change?" --every 60 --keep recent --json
     """
     from keye.chat import format_seconds
-    from keye.commands import inputs, show
+    from keye.commands.shared import inputs, show
     from keye.media.source.fetch import is_index
 
     medium = inputs.only_video(video, settings)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
 from keye.errors import KeyeError
 
 
@@ -53,7 +53,7 @@ def plan(
     keye plan --model 2.0 --video 2h --kv int8 --device cpu
     keye plan --model 2.0 --video 2m --fleet configs/fleet.toml
     """
-    from keye.commands import inputs, show
+    from keye.commands.shared import inputs, show
     from keye.config import load_model_config, load_processor_config
     from keye.media.options import media_options
     from keye.media.plan import make_plan

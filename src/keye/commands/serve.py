@@ -6,17 +6,17 @@ import os
 import signal
 import socket
 import stat
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
 from keye.errors import KeyeError, missing_package
+from keye.process import report_ready, watch_stdin
 
 if TYPE_CHECKING:
     from keye.server.edge.audit import Audit
@@ -57,7 +57,9 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Answer by N servers, those about one video by one.")
 @click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
-@click.option("--with-parent", is_flag=True, hidden=True, help="End when standard input does, as replicas must.")
+@click.option(
+    "--ready-fd", type=int, hidden=True, help="Report the address on this descriptor; end with standard input."
+)
 @options.decode
 @options.template
 @options.running_device
@@ -66,7 +68,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.pass_context
 def serve(
     context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
-    ray: str | None, with_parent: bool, decode: str | None, **given: Any,
+    ray: str | None, ready_fd: int | None, decode: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
@@ -79,10 +81,12 @@ def serve(
     keye serve --host 0.0.0.0 --api-key-file keys.txt
     keye serve --replicas 2
     """
-    from keye.commands import inputs
+    from keye.commands.shared import inputs
 
-    if with_parent:
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    on_ready: Callable[[str], None] | None = None
+    if ready_fd is not None:
+        watch_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        on_ready = partial(_report_address, ready_fd)
     settings = settings_of(api_key_file, given)
     check_packages()  # before minutes are spent on loading a model
     from keye.server.run import run_server
@@ -97,7 +101,8 @@ def serve(
     with listening, inputs.decode_service(decode) as service:
         loaded = inputs.load_model({**given, "model": model}, decoder=inputs.decoder_of(service))
         with audit_log(audit) as log:
-            run_server(loaded, settings, listening, log, gauges=None if service is None else service.gauges)
+            gauges = None if service is None else service.gauges
+            run_server(loaded, settings, listening, log, gauges=gauges, on_ready=on_ready)
 
 
 def check_packages() -> None:
@@ -108,17 +113,16 @@ def check_packages() -> None:
         raise missing_package(error.name, "keye serve", "serve") from None
 
 
-def end_with_parent() -> None:
-    """Ends as by SIGTERM when whoever holds the other end of standard input has ended."""
-    sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGTERM)
+def _report_address(descriptor: int, address: str) -> None:
+    """Tells the process in front of this replica where it listens."""
+    report_ready(descriptor, {"address": address})
 
 
 def serve_replicas(
     context: click.Context, count: int, settings: Settings, listening: socket.socket, log: Audit | None
 ) -> None:
     """Serves by children that run this command with the same options, or by replicas on a cluster."""
-    from keye.commands import inputs
+    from keye.commands.shared import inputs
     from keye.hub import check_runs
     from keye.server.replicas.processes import LocalReplica, Replica
     from keye.server.replicas.proxy import proxy_app
@@ -149,7 +153,7 @@ def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:
     found = [context.params["model"]]
     for parameter in context.command.params:
         value = given.get(parameter.name or "")
-        ours = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "with_parent")
+        ours = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "ready_fd")
         if isinstance(parameter, click.Option) and not ours and value is not None:
             if parameter.is_flag and not parameter.secondary_opts:
                 found += [parameter.opts[-1]] if value else []
@@ -204,7 +208,7 @@ def read_keys(file: Path) -> dict[str, str]:
     except UnicodeDecodeError:
         raise KeyeError(f"{file} is no text: give a file with one key a line") from None
     if status.st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        from keye.commands.inputs import note
+        from keye.commands.shared.inputs import note
 
         note(f"{file} can be read by other users of this machine: chmod 600 {file}")
     keys: dict[str, str] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from keye.commands import options
+from keye.commands.shared import options
 
 if TYPE_CHECKING:
     from keye.train.config import StageConfig
@@ -55,7 +55,7 @@ class Reports:
     def __init__(self, stages: Sequence[StageConfig]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from keye.commands.inputs import stderr
+        from keye.commands.shared.inputs import stderr
 
         self.stages = {stage.name: stage for stage in stages}
         self.names = list(self.stages)

@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from keye.api import check_device
 from keye.cache.sequence import KVCache
 from keye.config import load_generation_config
 from keye.engine.generate import PREFILL_CHUNK, Decoding, generate
@@ -24,6 +23,7 @@ from keye.media.positions import build_position_ids
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
 from keye.models.load import load_model, save_model, torch_dtype
+from keye.process import check_device
 
 
 class _Model(transformers.PreTrainedModel):

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from keye.config import KeyeConfig, ProcessorConfig
 from keye.errors import KeyeError
-from keye.machine import Memory, memories
 from keye.media.image import ImagePlan, plan_image
 from keye.media.options import MediaOptions, media_options
 from keye.media.plan import VideoPlan
 from keye.media.processor import VisualSpan, expand_frames
 from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import VideoInfo, open_video, plan_video
+from keye.process import check_device, memory_on
 
 if TYPE_CHECKING:
     from keye.cache.slabs import KVFormat
     from keye.chat import Medium
     from keye.models.attention import AttentionMode
-    from keye.sessions.answer import Answer
 
 #: Tokens that the template and a short question take, where the tokenizer is not here to count them.
 WORDS = 40
@@ -86,28 +85,26 @@ def plan_media(media: Sequence[Medium], config: ProcessorConfig) -> list[Planned
     return planned
 
 
-def predict_question(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What asking about opened media will take, before the model is loaded."""
-    from keye.commands.inputs import find_model
+def predict_question(media: Sequence[Medium], folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What asking the model in `folder` about opened media will take, before it is loaded."""
     from keye.config import load_model_config, load_processor_config
 
-    folder = find_model(given["model"], weights=False)
     config = load_processor_config(folder)
     asked = {**given, "max_tokens": given["max_tokens"] or REPLY}
     return predict(load_model_config(folder), config, folder, plan_media(media, config), asked)
 
 
-def errors_of(prediction: Mapping[str, Any], answer: Answer) -> dict[str, float]:
-    """How far the prediction was off: 0.25 is a quarter too short, -0.25 a quarter too long. `first_token` is all that
-    comes before the reply, `token` one token of it."""
-    seconds, tokens = prediction["seconds"], answer.usage.completion_tokens
-    if "prefill" not in seconds:
+def errors_of(prediction: Mapping[str, Any], seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
+    """How far a prediction was from the `seconds` that a reply of `tokens` took: 0.25 is a quarter too short, -0.25 a
+    quarter too long. `first_token` is all that comes before the reply, `token` one token of it."""
+    predicted = prediction["seconds"]
+    if "prefill" not in predicted:
         return {}
-    before = sum(seconds[name] for name in ("media", "vision", "prefill") if name in seconds)
-    pairs = {"first_token": (before, answer.seconds["media"] + answer.seconds["prefill"])}
+    before = sum(predicted[name] for name in ("media", "vision", "prefill") if name in predicted)
+    pairs = {"first_token": (before, seconds["media"] + seconds["prefill"])}
     if tokens > 1:
-        pairs["token"] = (1 / prediction["decode_tokens_per_second"], answer.seconds["decode"] / (tokens - 1))
-    return {name: round((taken - told) / taken, 3) for name, (told, taken) in pairs.items() if taken > 0}
+        pairs["token"] = (1 / prediction["decode_tokens_per_second"], seconds["decode"] / (tokens - 1))
+    return {name: round((actual - guess) / actual, 3) for name, (guess, actual) in pairs.items() if actual > 0}
 
 
 def predict(
@@ -120,7 +117,6 @@ def predict(
     """Memory and time of one question about the planned media, as plain data; what cannot be had is in `notes`."""
     import torch
 
-    from keye.api import check_device
     from keye.models.load import torch_dtype
     from keye.planning.estimate import estimate, measure_rates, what_fits
 
@@ -132,7 +128,7 @@ def predict(
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     request = request_of(model, config, folder, planned, given["max_tokens"])
-    memory = memory_on(device)
+    memory = memory_on(str(device))
     rates = None
     try:
         free = None if memory is None else memory.free
@@ -220,9 +216,3 @@ def _imagined_seconds(plan: VideoPlan) -> float:
             reader.read(made)
             each = (time.perf_counter() - begin) / CLIP_FRAMES
     return each * (plan.duration - plan.start_offset) * plan.native_fps
-
-
-def memory_on(device: Any) -> Memory | None:
-    """Memory of a device; None where it is not known."""
-    name = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
-    return next((memory for memory in memories() if memory.device == name), None)

@@ -23,7 +23,7 @@ from keye.server.edge.guard import Guard
 from keye.server.edge.policy import fetch_policy, guard_settings
 from keye.server.metrics import Metrics
 from keye.server.notes import begin_notes, collect_warnings
-from keye.server.openai.response_store import ResponseStore
+from keye.server.response_store import ResponseStore
 from keye.server.routes import (
     chat,
     completions,
@@ -81,7 +81,7 @@ def create_app(
     policy = replace(policy, limits=replace(policy.limits, folder=store.folder))
     metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})
     context = Context(
-        model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy, live=live.LiveStore(),
+        model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy,
         responses=ResponseStore(store, settings.file_seconds),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -21,16 +21,13 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.guide import GuideFactory
 from keye.media.source.fetch import FetchPolicy
 from keye.server.errors import ApiError
+from keye.server.live_sessions import LiveSessions
 from keye.server.metrics import Metrics
 from keye.server.notes import add_note
-from keye.server.openai.media_parts import Openers
-from keye.server.openai.response_store import ResponseStore
+from keye.server.response_store import ResponseStore
 from keye.server.settings import Settings
-from keye.server.uploads import FileStore, OwnedFiles
+from keye.server.uploads import FileStore, MediaOpener
 from keye.version import __version__
-
-if TYPE_CHECKING:
-    from keye.server.routes.live import LiveStore
 
 T = TypeVar("T")
 
@@ -52,13 +49,16 @@ class Context:
     metrics: Metrics
     salt: Callable[[str], bytes]
     policy: FetchPolicy
-    live: LiveStore
     responses: ResponseStore
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_DECODING))
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
+
+    @cached_property
+    def live(self) -> LiveSessions:
+        return LiveSessions(self.in_thread)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs what blocks in a thread; notes of settings that are not honoured still reach the request."""
@@ -79,9 +79,9 @@ class Context:
         working.add_done_callback(leave)
         return await asyncio.wrap_future(working)
 
-    def openers(self, owner: str) -> Openers:
-        """What opens the media of a request of this owner."""
-        return Openers(OwnedFiles(self.files, owner), self.policy)
+    def opener(self, owner: str) -> MediaOpener:
+        """Opens the media of a request of this owner."""
+        return MediaOpener(self.files, owner, self.policy)
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from keye.engine.async_engine import Overloaded, Stopping
 from keye.errors import ContextError, KeyeError, Option
 from keye.server.edge.dialect import prompt_field, translate_error
-from keye.server.openai.validation import describe
+from keye.server.validation import describe
 
 log: Final = logging.getLogger("keye.server")
 

@@ -8,7 +8,7 @@ import math
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 
@@ -35,15 +35,17 @@ def run_server(
     audit: Audit | None = None,
     *,
     gauges: Callable[[], Mapping[str, float]] | None = None,
+    on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves a model on a bound socket; see `_run`. `gauges` are numbers of the decode service for /metrics."""
+    """Serves a model on a bound socket; see `run_app`. `gauges` are numbers of the decode service for /metrics.
+    `on_ready` is called with the address when requests are taken, by default a summary is printed."""
     app = guarded_app(model, settings, audit, decode_gauges=gauges)
     engine = app.app.state.keye.engine
 
     async def cut() -> None:
         engine.fail_open()
 
-    _run(app, settings, listening, lambda address: _block(model, settings, address), cut)
+    _run(app, settings, listening, on_ready or (lambda address: _print_rows(address, facts(model, settings))), cut)
 
 
 def run_app(
@@ -55,16 +57,17 @@ def run_app(
     *,
     cut: Cut,
 ) -> None:
-    """Serves any application behind the guard in the same way; `rows` tell at start-up what it is. `cut` is called in
-    the event loop when the time for what still runs is over: it ends each with an error."""
-
-    def block(address: Any) -> str:
-        return "\n".join(f"{name:<10} {value}" for name, value in {"address": _address(address), **rows}.items())
-
-    _run(Guard(app, guard_settings(settings), audit=audit), settings, listening, block, cut)
+    """Serves any application behind the guard; `rows` are printed at start-up. `cut` is called in the event loop when
+    the time for running requests is over: it ends each with an error."""
+    guard = Guard(app, guard_settings(settings), audit=audit)
+    _run(guard, settings, listening, lambda address: _print_rows(address, rows), cut)
 
 
-def _run(app: App, settings: Settings, listening: socket.socket, block: Callable[[Any], str], cut: Cut) -> None:
+def _print_rows(address: str, rows: Mapping[str, str]) -> None:
+    print("\n".join(f"{name:<10} {value}" for name, value in {"address": address, **rows}.items()), flush=True)
+
+
+def _run(app: App, settings: Settings, listening: socket.socket, on_ready: Callable[[str], None], cut: Cut) -> None:
     """SIGTERM stops listening, lets running requests end for `drain_seconds`, ends the others by `cut`, and returns."""
     config = uvicorn.Config(
         app,
@@ -76,17 +79,17 @@ def _run(app: App, settings: Settings, listening: socket.socket, block: Callable
     )
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it is done
     try:
-        _Server(config, block, settings.drain_seconds, cut).run(sockets=[listening])
+        _Server(config, on_ready, settings.drain_seconds, cut).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 class _Server(uvicorn.Server):
-    """Prints the start-up block when requests are taken, and calls `cut` when the time to end them is over."""
+    """Calls `on_ready` when requests are taken, and `cut` when the time to end them is over."""
 
-    def __init__(self, config: uvicorn.Config, block: Callable[[Any], str], seconds: float, cut: Cut) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[str], None], seconds: float, cut: Cut) -> None:
         super().__init__(config)
-        self._block, self._seconds, self._cut = block, seconds, cut
+        self._on_ready, self._seconds, self._cut = on_ready, seconds, cut
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         cutting = asyncio.create_task(self._cut_in_time())
@@ -101,42 +104,31 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # What is here stays: searching it for rubbish again and again would stop the server for a tenth of a second.
+        # Keeps the garbage collector from scanning start-up objects again, which would stop the server for 0.1 s.
         gc.collect()
         gc.freeze()
         if self.started and sockets:
-            print(self._block(sockets[0].getsockname()), flush=True)
+            host, port = sockets[0].getsockname()[:2]
+            self._on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
 
-def _block(model: Keye, settings: Settings, address: Any) -> str:
-    return f"{start_block(model, settings, address)}\n{'sandbox':<10} {_confined()}"
-
-
-def _address(address: Any) -> str:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"http://{host}:{address[1]}"
-
-
-def start_block(model: Keye, settings: Settings, address: Any) -> str:
-    """What someone who starts the server wants to know: where it is, what it serves, and which limits hold."""
+def facts(model: Keye, settings: Settings) -> dict[str, str]:
+    """What the start-up summary says: what is served, and which limits hold."""
     config = model.config
-    keys = f"{len(settings.keys)} of them may ask" if settings.keys else "none needed: only this machine can ask"
-    urls = ", ".join(settings.allow_urls) or "none are fetched; upload files or send data: URLs"
-    names = ", ".join(settings.served_names) or model.name
-    rows = {
-        "address": _address(address),
-        "model": f"{names}, Keye-VL {config.generation}, {model.attention} attention",
+    return {
+        "model": f"{', '.join(settings.served_names) or model.name}, Keye-VL {config.generation}, "
+        f"{model.attention} attention",
         "context": f"{config.text.max_position_embeddings:,} tokens",
-        "keys": keys,
-        "addresses": urls,
+        "keys": f"{len(settings.keys)} accepted" if settings.keys else "none needed: only this machine can connect",
+        "addresses": ", ".join(settings.allow_urls) or "none are fetched; upload files or send data: URLs",
         "uploads": f"{_size(settings.upload_bytes)} each, {_size(settings.stored_bytes)} in all, "
         f"kept for {settings.file_seconds / 3600:g} h",
         "requests": f"{settings.queue} at once, {settings.request_seconds:g} s each",
+        "sandbox": _sandbox(),
     }
-    return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
 
 
-def _confined() -> str:
+def _sandbox() -> str:
     """Which limits of the decode workers hold on this system."""
     try:
         return held().sentence()

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 from keye.chat import MediumKind
 from keye.errors import KeyeError
+from keye.files import PrivateFolder
 from keye.media.image import plan_image
-from keye.media.source.fetch import Source, media_kind, untrusted
+from keye.media.source.fetch import FetchPolicy, Source, media_kind, untrusted
 from keye.media.video import probe
 from keye.server.errors import ApiError
-from keye.server.folders import ServerFolder
 from keye.server.settings import Settings
 
 #: How ids begin, of uploads and of indexes made from them.
@@ -59,7 +59,7 @@ class FileStore:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._home = ServerFolder()
+        self._home = PrivateFolder()
         self.folder = self._home.path
         self._files: dict[str, StoredFile] = {}
         self._arriving: dict[Path, tuple[str, int]] = {}
@@ -191,18 +191,29 @@ class FileStore:
         self._home.remove()
 
 
+def is_stored(reference: object) -> bool:
+    """Whether a reference to a medium is the id of an upload or an index."""
+    return isinstance(reference, str) and reference.startswith((FILE, INDEX))
+
+
 @dataclass(frozen=True)
-class OwnedFiles:
-    """The uploads that one owner may use in messages."""
+class MediaOpener:
+    """Opens the media of one owner's requests: files of `store`, and what `policy` allows. `ApiError` 404 for the id of
+    another owner's file."""
 
     store: FileStore
     owner: str
+    policy: FetchPolicy
 
     def kind(self, file_id: str) -> MediumKind:
+        """What an upload is."""
         return self.store.get(file_id, self.owner).kind
 
-    def source(self, file_id: str) -> Source:
-        return self.store.get(file_id, self.owner).source()
+    def open(self, reference: object, kind: MediumKind) -> Source:
+        """The file of an id, a data: URL or an address. Blocks."""
+        if is_stored(reference):
+            return self.store.get(str(reference), self.owner).source()
+        return self.policy.fetch(reference, kind)
 
 
 def look_into(source: Source) -> dict[str, Any]:

@@ -6,18 +6,17 @@ the whole model and take the same steps; Muon's orthogonalisation is divided amo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from keye.process import end_with_parent
 
 #: How long a process waits for the others before it gives up.
 PATIENCE = timedelta(minutes=15)
@@ -86,18 +85,6 @@ def processes(size: int, folder: Path, follow: Callable[[Group], None]) -> Itera
             process.join(timeout=10)
             process.kill()
         meeting.unlink(missing_ok=True)
-
-
-def end_with_parent() -> None:
-    """Ends this process as soon as the one that started it is gone, however that ended."""
-    parent = parent_process()
-    assert parent is not None, "only started processes have a parent to end with"
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    Thread(target=watch, name="parent watch", daemon=True).start()
 
 
 def _run(follow: Callable[[Group], None], rank: int, size: int, meeting: Path) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, cast
+from dataclasses import replace
+from typing import Any, Final, cast
 
 from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, Message, normalize
 from keye.errors import KeyeError
 from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
 from keye.media.source.data_urls import parse_data_url
-from keye.media.source.fetch import FetchPolicy, Source, media_kind
+from keye.media.source.fetch import Source, media_kind
 from keye.server.errors import ApiError
 from keye.server.openai.fields import read_fields
+from keye.server.uploads import MediaOpener, is_stored
 
 #: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
 _IGNORED: Final = {
@@ -38,8 +39,6 @@ _INNER_KEYS: Final = {"url", "detail", "preprocess_kwargs", *VIDEO_OPTIONS}
 #: Keys by which a part without a type says what it is.
 _KINDS: Final = ("text", "image_url", "video_url", "image", "video", "file", "input_image", "input_video")
 _SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
-#: How the ids of uploads and of indexes begin.
-_KEPT: Final = ("file-", "index-")
 #: First bytes of a file in a data URL that are looked at.
 _SEEN_BYTES: Final = 1 << 16
 #: Keys of parts of text that replies have and that are sent back.
@@ -47,30 +46,12 @@ _FROM_REPLIES: Final = ("annotations", "logprobs", "prompt_cache_breakpoint", "c
 _PLAIN_TEXT: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
-class Uploads(Protocol):
-    """The uploads of one owner; `ApiError` 404 for an id that is none of them."""
-
-    def kind(self, file_id: str) -> MediumKind:
-        """What an upload is."""
-
-    def source(self, file_id: str) -> Source:
-        """The file of an upload."""
-
-
-@dataclass(frozen=True)
-class Openers:
-    """What opens the media of one request: `uploads`, and `policy` for data URLs and addresses."""
-
-    uploads: Uploads
-    policy: FetchPolicy
-
-
 def to_messages(
-    messages: Sequence[Mapping[str, Any]], uploads: Uploads, defaults: Mapping[str, Any] | None = None
+    messages: Sequence[Mapping[str, Any]], opener: MediaOpener, defaults: Mapping[str, Any] | None = None
 ) -> list[Message]:
     """The messages of a chat; `defaults` are settings of media that have none of their own. The sources of media are
-    still what the client sent; `uploads` only tells what kind of medium a file is."""
-    plain = [_message(f"messages[{index}]", message, uploads) for index, message in enumerate(messages)]
+    still what the client sent; `opener` only tells what kind of medium an upload is."""
+    plain = [_message(f"messages[{index}]", message, opener) for index, message in enumerate(messages)]
     checked = normalize(_one_system(plain))
     return _with_defaults(checked, defaults) if defaults else checked
 
@@ -80,31 +61,31 @@ def media_of(messages: Sequence[Message]) -> list[Medium]:
     return [part for message in messages for part in message.parts if isinstance(part, Medium)]
 
 
-def open_sources(messages: Sequence[Message], openers: Openers) -> list[Message]:
+def open_sources(messages: Sequence[Message], opener: MediaOpener) -> list[Message]:
     """The same messages with files in the place of what the client named. Blocks."""
     return [
         replace(
             message,
-            parts=tuple(open_medium(part, openers) if isinstance(part, Medium) else part for part in message.parts),
+            parts=tuple(open_medium(part, opener) if isinstance(part, Medium) else part for part in message.parts),
         )
         for message in messages
     ]
 
 
-def open_medium(medium: Medium, openers: Openers) -> Medium:
+def open_medium(medium: Medium, opener: MediaOpener) -> Medium:
     """One medium with its file, or its list of pictures. Blocks."""
     value = medium.source
     if isinstance(value, Source):
         return medium
-    if isinstance(value, str) and not value.startswith(_KEPT):
-        pictures = openers.policy.fetch_list(value)
+    if isinstance(value, str) and not is_stored(value):
+        pictures = opener.policy.fetch_list(value)
         if pictures is not None:
             return replace(medium, source=pictures)
     if isinstance(value, list):
-        if len(value) > openers.policy.list_frames:
-            raise KeyeError(f"a list of frames has more than {openers.policy.list_frames:,} pictures; send fewer")
-        return replace(medium, source=[_open(picture, "image", openers) for picture in value])
-    source = _open(value, medium.kind, openers)
+        if len(value) > opener.policy.list_frames:
+            raise KeyeError(f"a list of frames has more than {opener.policy.list_frames:,} pictures; send fewer")
+        return replace(medium, source=[opener.open(picture, "image") for picture in value])
+    source = opener.open(value, medium.kind)
     found = media_kind(source)
     if medium.kind == "image" and found != "image" and not is_image_format(source.head(HEAD_BYTES)):
         raise KeyeError(f"{source.name} is no image that keye reads; send a video as video_url")
@@ -113,13 +94,7 @@ def open_medium(medium: Medium, openers: Openers) -> Medium:
     return replace(medium, source=source)
 
 
-def _open(value: object, kind: MediumKind, openers: Openers) -> Source:
-    if isinstance(value, str) and value.startswith(_KEPT):
-        return openers.uploads.source(value)
-    return openers.policy.fetch(value, kind)
-
-
-def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
+def _message(where: str, message: Mapping[str, Any], opener: MediaOpener) -> dict[str, Any]:
     fields = {key: value for key, value in message.items() if value is not None or key == "role"}
     role = fields.get("role")
     if role == "developer":
@@ -132,7 +107,7 @@ def _message(where: str, message: Mapping[str, Any], uploads: Uploads) -> dict[s
     fields = read_fields(fields, _KEYS.get(str(role), _OTHER_KEYS), where=f"{where}.")
     content = fields.get("content")
     if isinstance(content, list):
-        fields["content"] = [_part(f"{where}.content[{index}]", part, uploads) for index, part in enumerate(content)]
+        fields["content"] = [_part(f"{where}.content[{index}]", part, opener) for index, part in enumerate(content)]
     if role == "assistant" and content in ("", []) and fields.get("tool_calls"):
         del fields["content"]
     elif role == "assistant" and content is None and "content" in message and not fields.get("tool_calls"):
@@ -150,7 +125,7 @@ def _with_thought(where: str, thought: object, content: object) -> list[Any]:
     return [f"<think>\n{thought}\n</think>\n\n", *(part for part in said if part != "")]
 
 
-def _part(where: str, part: object, uploads: Uploads) -> object:
+def _part(where: str, part: object, opener: MediaOpener) -> object:
     """A part of a message in the forms of `keye.chat`."""
     if not isinstance(part, Mapping):
         return part
@@ -162,7 +137,7 @@ def _part(where: str, part: object, uploads: Uploads) -> object:
         told = {key: value for key, value in part.items() if key not in _FROM_REPLIES}
         return {"type": "text", "text": read_fields(told, known, where=f"{where}.").get(_PLAIN_TEXT[kind])}
     if kind in ("input_video", "file", "input_image", "input_file"):
-        return _named_file(where, cast(str, kind), part, uploads)
+        return _named_file(where, cast(str, kind), part, opener)
     if kind not in ("image", "video", "image_url", "video_url"):
         return part
     fields = {key: value for key, value in part.items() if value is not None}
@@ -177,7 +152,7 @@ def _part(where: str, part: object, uploads: Uploads) -> object:
     return found_fields
 
 
-def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
+def _named_file(where: str, kind: str, part: Mapping[str, Any], opener: MediaOpener) -> dict[str, Any]:
     """A part that names an upload or holds a file; its settings beside it or inside it."""
     inner = part.get(kind, {})
     if isinstance(inner, str):
@@ -203,7 +178,7 @@ def _named_file(where: str, kind: str, part: Mapping[str, Any], uploads: Uploads
     if isinstance(value, Mapping) and set(value) == {"url"}:
         value = value["url"]
     value = _as_data_url(named[0], value)
-    medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, uploads)
+    medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, opener)
     settings = read_fields(fields, {"preprocess_kwargs", *VIDEO_OPTIONS}, where=f"{where}.")
     return {"type": medium, medium: value, **settings}
 
@@ -215,11 +190,11 @@ def _as_data_url(name: str, value: object) -> object:
     return f"data:application/octet-stream;base64,{value}"
 
 
-def _kind_of(value: object, uploads: Uploads) -> MediumKind:
+def _kind_of(value: object, opener: MediaOpener) -> MediumKind:
     """What the file of a part is that does not say it: of an upload that is known, in a data URL it is seen from the
     first bytes; at an address it is taken for a video."""
-    if isinstance(value, str) and value.startswith(_KEPT):
-        return uploads.kind(value)
+    if isinstance(value, str) and is_stored(value):
+        return opener.kind(value)
     url = parse_data_url(value)
     return "image" if url is not None and kind_of(io.BytesIO(url.head(_SEEN_BYTES))) == "image" else "video"
 

@@ -97,15 +97,15 @@ def _is_short(wanted: Wanted) -> bool:
 
 def prompt_of(context: Context, owner: str, wanted: Wanted) -> list[Segment]:
     """The rendered prompt of a chat, its media opened and not decoded. Blocks."""
-    openers = context.openers(owner)
-    messages = to_messages(wanted.messages, openers.uploads, wanted.media_defaults)
+    opener = context.opener(owner)
+    messages = to_messages(wanted.messages, opener, wanted.media_defaults)
     if (count := len(media_of(messages))) > context.settings.media:
         raise ApiError(400, f"messages hold {count} media, more than {context.settings.media}", param="messages")
     check_length(context.model, messages)
     messages, typed = _without_switch(messages)
     offered, _ = _tools(wanted)
     return context.model.render(
-        open_sources(messages, openers),
+        open_sources(messages, opener),
         thinking=typed if wanted.thinking is None else wanted.thinking,
         tools=offered,
         add_generation_prompt=wanted.begins_reply,

@@ -1,16 +1,13 @@
-"""Replicas of the server: processes that run `keye serve` on ports of this machine only, started anew when they end.
+"""Replicas of the server: processes that run `keye serve` on ports of this machine only, restarted when they end.
 
-Knows processes and HTTP, not what is asked; which replica is asked, and what for, is decided in `replicas_proxy`.
+Knows processes and HTTP, no requests; `keye.server.replicas.proxy` decides which replica gets which request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +16,10 @@ from typing import Final, Protocol
 import httpx
 
 from keye.errors import KeyeError
+from keye.process import ChildProcess
 
 log: Final = logging.getLogger("keye.server")
-#: Longest wait before a replica is started anew, in seconds.
+#: Longest wait before a replica is restarted, in seconds.
 _LONGEST_WAIT: Final = 30.0
 #: Seconds in which a replica must have ended after SIGTERM: more than it gives running requests.
 _CLOSE_SECONDS: Final = 45.0
@@ -33,8 +31,8 @@ class ReplicaLost(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a replica answers: `pieces` of the body as they come (`ReplicaLost` where it ends before them), `close` ends
-    it early."""
+    """An answer: `pieces` of its body as they come (`ReplicaLost` where the replica ends before them); `close` ends it
+    early."""
 
     status: int
     headers: Mapping[str, str]
@@ -43,26 +41,25 @@ class Reply:
 
 
 class Replica(Protocol):
-    """One server. `alive` says whether it can be asked."""
+    """One server. `is_ready`: it can be sent requests."""
 
     name: str
 
     @property
-    def alive(self) -> bool: ...
+    def is_ready(self) -> bool: ...
 
     async def start(self) -> None:
-        """Starts it, and returns when it answers; `KeyeError` where it cannot."""
+        """Starts it and returns when it listens; `KeyeError` where it cannot."""
 
-    async def ended(self) -> None:
-        """Waits until it is gone."""
+    async def wait_ended(self) -> None: ...
 
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
     ) -> Reply:
-        """Asks; `ReplicaLost` where it is gone before it answers."""
+        """Sends a request; `ReplicaLost` where the replica ends before it answers."""
 
     async def kill(self) -> None:
-        """Ends it at once, although it may not listen any more."""
+        """Ends it at once, also when it no longer responds."""
 
     async def close(self) -> None: ...
 
@@ -72,7 +69,7 @@ class LocalReplica:
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
         self.name, self._arguments = name, tuple(arguments)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._http: httpx.AsyncClient | None = None
 
     @property
@@ -80,32 +77,21 @@ class LocalReplica:
         return None if self._process is None else self._process.pid
 
     @property
-    def alive(self) -> bool:
-        return self._http is not None and self._process is not None and self._process.poll() is None
+    def is_ready(self) -> bool:
+        return self._http is not None and self._process is not None and self._process.is_running
 
     async def start(self) -> None:
         await self.close()
-        command = [sys.executable, "-m", "keye", "serve", *self._arguments]
-        self._process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", "0", "--with-parent"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        address = await asyncio.to_thread(self._read_address, self._process)
+        listen = ("--host", "127.0.0.1", "--port", "0", "--ready-fd")
+        self._process = ChildProcess(("-m", "keye", "serve", *self._arguments, *listen))
+        report = await asyncio.to_thread(self._process.read_report)
+        if report is None:
+            raise KeyeError(f"replica {self.name} could not start; see its messages above")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(base_url=address, timeout=httpx.Timeout(None, connect=10.0), limits=limits)
+        times = httpx.Timeout(None, connect=10.0)
+        self._http = httpx.AsyncClient(base_url=report["address"], timeout=times, limits=limits)
 
-    def _read_address(self, process: subprocess.Popen[bytes]) -> str:
-        """From the block that `keye serve` prints; all of it is read, so that the child never waits for us."""
-        assert process.stdout is not None
-        address = ""
-        for line in process.stdout:
-            name, _, value = line.decode(errors="replace").partition(" ")
-            address = value.strip() if name == "address" else address
-            if name == "sandbox":  # the last line
-                return address
-        raise KeyeError(f"replica {self.name} could not start; what it told stands above")
-
-    async def ended(self) -> None:
+    async def wait_ended(self) -> None:
         if self._process is not None:
             await asyncio.to_thread(self._process.wait)
 
@@ -130,37 +116,34 @@ class LocalReplica:
 
     async def kill(self) -> None:
         """Ends the child with all that it has started."""
-        if self._process is not None and self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self.ended()
+        if self._process is not None:
+            self._process.kill()
+            await self.wait_ended()
 
     async def close(self) -> None:
-        """SIGTERM lets what is under way end; this waits for it, and ends what does not end by itself."""
+        """SIGTERM lets running requests end; a child that does not end in time is killed."""
         if self._process is not None:
             self._process.terminate()
             try:
                 await asyncio.to_thread(self._process.wait, _CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 await self.kill()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            self._process.close()
             self._process = None
         if self._http is not None:
             await self._http.aclose()
             self._http = None
 
 
-async def keep_alive(replica: Replica, lost: Callable[[str], None]) -> None:
-    """Starts a replica anew whenever it ends, after a wait that doubles while it does not come up; `lost` is told each
-    time."""
+async def restart_when_ended(replica: Replica, on_lost: Callable[[str], None]) -> None:
+    """Starts a replica again whenever it ends, after a wait that doubles while it cannot start; calls `on_lost` with
+    its name each time."""
     wait = 1.0
     while True:
-        await replica.ended()
-        lost(replica.name)
+        await replica.wait_ended()
+        on_lost(replica.name)
         log.warning("replica %s has ended and is started again", replica.name)
-        while not replica.alive:
+        while not replica.is_ready:
             try:
                 await replica.start()
             except KeyeError as error:

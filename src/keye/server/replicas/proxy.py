@@ -22,7 +22,7 @@ from pydantic_core import from_json
 
 from keye.server.errors import ApiError, install
 from keye.server.openai.sse import count_numbers, error_end, until_gone
-from keye.server.replicas.processes import Replica, ReplicaLost, Reply, close_all, keep_alive, start_all
+from keye.server.replicas.processes import Replica, ReplicaLost, Reply, close_all, restart_when_ended, start_all
 from keye.server.replicas.routing import choose, media_key
 from keye.server.replicas.watch import Watch
 from keye.version import __version__
@@ -70,7 +70,7 @@ class Proxy:
         """Starts all replicas, and looks after them until `close`."""
         await start_all(list(self.replicas.values()))
         for replica in self.replicas.values():
-            self._keeping.append(asyncio.create_task(keep_alive(replica, self.forget)))
+            self._keeping.append(asyncio.create_task(restart_when_ended(replica, self.forget)))
             self._keeping.append(asyncio.create_task(self.watch.watch(replica)))
 
     async def close(self) -> None:
@@ -104,7 +104,7 @@ class Proxy:
 
     def _loads(self, without: str | None = None) -> dict[str, int]:
         """What those that can be asked have to do; `ApiError` where there are none. Silent ones only where all are."""
-        alive = [name for name, one in self.replicas.items() if one.alive and name != without]
+        alive = [name for name, one in self.replicas.items() if one.is_ready and name != without]
         if not alive:
             raise ApiError(503, "no replica is ready; try again soon", code="no_replica", retry=2)
         answering = [name for name in alive if not self.watch.is_silent(self.replicas[name])]
@@ -256,7 +256,7 @@ class Proxy:
 
     def health(self) -> dict[str, bool]:
         """Which replicas can be asked."""
-        return {name: one.alive and not self.watch.is_silent(one) for name, one in self.replicas.items()}
+        return {name: one.is_ready and not self.watch.is_silent(one) for name, one in self.replicas.items()}
 
     async def _ask_all(self, request: Request) -> dict[str, tuple[int, bytes]]:
         """Status and body of what each replica answers to this request; those that do not answer in time are left

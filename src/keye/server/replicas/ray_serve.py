@@ -24,16 +24,16 @@ _QUEUED: Final = 64
 
 class Server:
     """What runs on the cluster: the guarded application, called without a socket. `settings` are those of
-    `batch_child.load_engine`."""
+    `keye.server.batch_engine.load_engine`."""
 
     def __init__(self, settings: Mapping[str, Any], serving: Settings) -> None:
-        from keye.batch.child import load_engine
         from keye.server.app import create_app
+        from keye.server.batch_engine import load_engine
         from keye.server.edge.guard import Guard
         from keye.server.edge.policy import guard_settings
 
         guard = guard_settings(serving)
-        self._inner = create_app(load_engine(dict(settings)), serving, salt=guard.keys.salt)
+        self._inner = create_app(load_engine(settings), serving, salt=guard.keys.salt)
         self._app = Guard(self._inner, guard)
         self._life: Any = None
         self._name = secrets.token_hex(8)
@@ -117,7 +117,7 @@ class RayReplica:
         self._lost = asyncio.Event()
 
     @property
-    def alive(self) -> bool:
+    def is_ready(self) -> bool:
         return self._instance is not None
 
     async def start(self) -> None:
@@ -136,7 +136,7 @@ class RayReplica:
 
         return serve.run(self._application, name=f"keye-{self.name}", route_prefix=None)
 
-    async def ended(self) -> None:
+    async def wait_ended(self) -> None:
         await self._lost.wait()
 
     async def send(

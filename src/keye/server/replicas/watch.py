@@ -28,12 +28,12 @@ class Watch:
     def is_silent(self, replica: Replica) -> bool:
         """Whether a replica that runs has not answered for a while."""
         last = self._answered.get(replica.name)
-        return replica.alive and last is not None and self._clock() - last > SILENT_SECONDS
+        return replica.is_ready and last is not None and self._clock() - last > SILENT_SECONDS
 
     async def watch(self, replica: Replica, *, pause: float = PAUSE) -> None:
         """Asks again and again; ends what does not answer for `LOST_SECONDS`, so that it is started again."""
         while True:
-            if not replica.alive:
+            if not replica.is_ready:
                 self._answered.pop(replica.name, None)
             elif await answers(replica, SILENT_SECONDS):
                 self._answered[replica.name] = self._clock()

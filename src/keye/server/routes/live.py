@@ -3,15 +3,10 @@ used."""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import threading
-import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -22,6 +17,7 @@ from keye.engine.request import Request as Job
 from keye.errors import collect_warnings
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError, spelled
+from keye.server.live_sessions import IDLE_SECONDS
 from keye.server.openai.events import Choice, each, growing, written
 from keye.server.openai.schemas import LiveAppend, LiveAsk, LiveRequest
 from keye.server.openai.sse import streamed, until_gone
@@ -29,84 +25,7 @@ from keye.server.routes.json_route import JsonRoute
 from keye.sessions.answer import Collector
 from keye.sessions.live import LiveSession
 
-T = TypeVar("T")
 router = APIRouter(route_class=JsonRoute)
-#: Sessions of one key, and seconds after which an unused one ends.
-MOST_SESSIONS: Final = 8
-IDLE_SECONDS: Final = 600.0
-
-
-@dataclass
-class _Session:
-    """`line` is where requests wait for one another, `lock` is held while a thread works on the session."""
-
-    owner: str
-    live: LiveSession
-    used: float
-    line: asyncio.Lock = field(default_factory=asyncio.Lock)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class LiveStore:
-    """The sessions of all owners; each works for one request at a time. One that is let go gives back what it holds."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, _Session] = {}
-        self._opening: Counter[str] = Counter()
-
-    async def open(self, context: Context, owner: str, make: Callable[[], LiveSession]) -> str:
-        """A new session's id; `ApiError` 429 where the owner has too many."""
-        self.sweep()
-        mine = sum(session.owner == owner for session in self._sessions.values())
-        if mine + self._opening[owner] >= MOST_SESSIONS:
-            raise ApiError(429, f"{MOST_SESSIONS} live sessions are open; end one first", code="too_many", retry=60)
-        self._opening[owner] += 1
-        try:
-            live = await context.in_thread(make)
-        finally:
-            self._opening[owner] -= 1
-        name = f"live-{secrets.token_hex(16)}"
-        self._sessions[name] = _Session(owner, live, time.monotonic())
-        return name
-
-    async def work(self, context: Context, name: str, owner: str, what: Callable[[LiveSession], T]) -> T:
-        """Does something with a session, in a thread; `ApiError` 404 for one that is not this owner's, or has ended."""
-        session = self._get(name, owner)
-
-        def locked() -> T:
-            # Whoever gives up waiting leaves the line; its thread still has to end.
-            with session.lock:
-                session.used = time.monotonic()
-                try:
-                    return what(session.live)
-                finally:
-                    session.used = time.monotonic()
-
-        async with session.line:
-            return await context.in_thread(locked)
-
-    def end(self, name: str, owner: str) -> None:
-        """Ends a session; a request that still works on it goes on."""
-        self._get(name, owner)
-        del self._sessions[name]
-
-    def sweep(self, idle: float = IDLE_SECONDS) -> None:
-        """Ends sessions that nobody has used for a while."""
-        oldest = time.monotonic() - idle
-        for name, session in list(self._sessions.items()):
-            if session.used < oldest and not session.lock.locked():
-                del self._sessions[name]
-
-    def close(self) -> None:
-        """Ends all sessions."""
-        self._sessions.clear()
-
-    def _get(self, name: str, owner: str) -> _Session:
-        self.sweep()
-        session = self._sessions.get(name)
-        if session is None or session.owner != owner:
-            raise ApiError(404, "there is no live session of this id; open one", param="session_id", code="not_found")
-        return session
 
 
 @router.post("/v1/live")
@@ -118,7 +37,7 @@ async def create(request: Request, body: LiveRequest) -> JSONResponse:
     def make() -> LiveSession:
         return context.model.live(keep=body.keep, **(body.preprocess_kwargs or {}))
 
-    name = await context.live.open(context, owner, make)
+    name = await context.live.open(owner, make)
     return JSONResponse({"id": name, "object": "keye.live", "idle_seconds": IDLE_SECONDS})
 
 
@@ -128,7 +47,7 @@ async def append(request: Request, session_id: str, body: LiveAppend) -> JSONRes
     context, owner = context_of(request), owner_of(request)
     if (body.file_id is None) == (body.frames is None):
         raise ApiError(400, "give frames with timestamps, or the file_id of a clip", param="frames")
-    adding = context.live.work(context, session_id, owner, lambda live: _append(context, owner, live, body))
+    adding = context.live.work(session_id, owner, lambda live: _append(context, owner, live, body))
     return JSONResponse(await until_gone(request, adding))
 
 
@@ -155,7 +74,7 @@ async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
 
 async def _job(context: Context, owner: str, session_id: str, body: LiveAsk) -> Job:
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "seed", "evidence")}
-    job = await context.live.work(context, session_id, owner, lambda live: live.request(body.question, **options))
+    job = await context.live.work(session_id, owner, lambda live: live.request(body.question, **options))
     return replace(job, salt=context.salt(owner), seconds=context.settings.request_seconds)
 
 

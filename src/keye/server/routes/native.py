@@ -152,9 +152,9 @@ def _segments(
         raise ApiError(400, f"{len(content)} media are more than {context.settings.media}", param="image_data")
     media: dict[str, list[Medium]] = {"image": [], "video": []}
     if content:
-        openers = context.openers(owner)
-        messages = to_messages([{"role": "user", "content": content}], openers.uploads, defaults)
-        for medium in media_of(open_sources(messages, openers)):
+        opener = context.opener(owner)
+        messages = to_messages([{"role": "user", "content": content}], opener, defaults)
+        for medium in media_of(open_sources(messages, opener)):
             check_medium(medium)
             media[medium.kind].append(medium)
     pieces = _PLACE.split(check_unicode(text))

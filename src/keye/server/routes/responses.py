@@ -20,10 +20,10 @@ from keye.server.openai.forms import form_of, response_form
 from keye.server.openai.media_settings import media_settings
 from keye.server.openai.prepare import Prepared, Wanted, check_stream_options, prepare, thinking_of, tokens_of
 from keye.server.openai.response_events import ResponseWriter, items_of
-from keye.server.openai.response_store import Kept, new_id
 from keye.server.openai.schemas import ResponseRequest
 from keye.server.openai.sse import streamed, until_gone
 from keye.server.openai.telemetry import Telemetry
+from keye.server.response_store import Kept, new_id
 from keye.server.routes.json_route import JsonRoute
 from keye.server.routes.response_items import items_with_ids
 

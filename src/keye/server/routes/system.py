@@ -81,7 +81,7 @@ def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     tokenizer = context.model.tokenizer
     if body.prompt is not None:
         return _counted(tokenizer, [(check_unicode(body.prompt), False)], "prompt")
-    messages = to_messages(body.messages or (), context.openers(owner).uploads)
+    messages = to_messages(body.messages or (), context.opener(owner))
     if media_of(messages):
         raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
     thinking = thinking_of(body.chat_template_kwargs, None)

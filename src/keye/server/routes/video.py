@@ -42,15 +42,15 @@ async def plan(request: Request, body: PlanRequest) -> JSONResponse:
 
 
 def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
-    openers = context.openers(owner)
-    messages = to_messages([{"role": "user", "content": body.content}], openers.uploads, body.preprocess_kwargs)
+    opener = context.opener(owner)
+    messages = to_messages([{"role": "user", "content": body.content}], opener, body.preprocess_kwargs)
     if not media_of(messages):
         raise ApiError(400, "content holds no medium; give a video_url or an image_url", param="content")
     if (count := len(media_of(messages))) > context.settings.media:
         raise ApiError(400, f"content holds {count} media, more than {context.settings.media}", param="content")
     model = context.model
     with collect_warnings() as notes:
-        segments = model.render(open_sources(messages, openers))
+        segments = model.render(open_sources(messages, opener))
         measured = model.measure(segments, context.salt(owner))
     limit = model.config.text.max_position_embeddings
     return {

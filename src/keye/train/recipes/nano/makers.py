@@ -10,8 +10,8 @@ from typing import Any
 from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import CallWork
 from keye.cluster.service import open_service
+from keye.process import end_with_parent
 from keye.train.config import StageConfig
-from keye.train.parallel import end_with_parent
 from keye.train.recipes.nano.batches import make_batch
 
 #: Batches that are made ahead by one process, and by a service beyond one for each of its workers.

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
 from keye.checks import is_number
-from keye.commands.inputs import stderr
-from keye.commands.terminal import one_line, plural, printable
+from keye.commands.shared.inputs import stderr
+from keye.commands.shared.terminal import one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.api import Keye

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from keye.commands.inputs import note, stderr
+from keye.commands.shared.inputs import note, stderr
 
 if TYPE_CHECKING:
     from keye.engine.request import Progress as Step

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from keye.chat import Medium, normalize_tools
-from keye.commands.options import (
+from keye.commands.shared.options import (
     FORMAT_OPTIONS,
     IMAGE_OPTIONS,
     SAMPLING_OPTIONS,
@@ -23,7 +23,7 @@ from keye.commands.options import (
     flag,
     given,
 )
-from keye.commands.terminal import one_line
+from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.source.download import FetchLimits
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind

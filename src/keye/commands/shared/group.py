@@ -18,8 +18,8 @@ from typing import Any
 
 import click
 
-from keye.commands.options import spelled
-from keye.commands.terminal import one_line
+from keye.commands.shared.options import spelled
+from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError, KeyeWarning
 
 DEFECT, MISTAKE, INTERRUPTED = 1, 2, 130
@@ -107,7 +107,7 @@ def _noted_warnings() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if isinstance(message, KeyeWarning):
-                from keye.commands.inputs import note
+                from keye.commands.shared.inputs import note
 
                 if (sentence := message.worded(spelled)) not in shown:
                     shown.add(sentence)
