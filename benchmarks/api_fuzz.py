@@ -73,9 +73,9 @@ def server() -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        found = re.search(r"http://\S+", process.stdout.readline())
-        assert found is not None, "the server has not started"
-        yield found[0]
+        result = re.search(r"http://\S+", process.stdout.readline())
+        assert result is not None, "the server has not started"
+        yield result[0]
     finally:
         process.terminate()
         process.wait(60)
@@ -99,7 +99,7 @@ class Seen:
             except (ValueError, KeyError, TypeError):
                 fine = what.startswith("HEAD")
             if not fine:
-                self.failures.append(f"{what}: an error that is no error object: {body[:200]!r}")
+                self.failures.append(f"{what}: an error that is not an error object: {body[:200]!r}")
 
 
 def short(body: Any) -> Any:
@@ -118,9 +118,9 @@ def short(body: Any) -> Any:
 def from_schema(url: str, seen: Seen, cases: int, number: int) -> None:
     """Cases of schemathesis, as many for each operation and for valid and invalid ones."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [operation.ok() for operation in schema.get_all_operations()]
     modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
-    kinds = [(one, mode) for one in operations for mode in modes]
+    kinds = [(operation, mode) for operation in operations for mode in modes]
     session = requests.Session()
     for place, (operation, mode) in enumerate(kinds):
         share = cases * (place + 1) // len(kinds) - cases * place // len(kinds)
@@ -159,13 +159,13 @@ def real_requests(file_id: str, index_id: str, live_id: str) -> list[tuple[str, 
     """Requests that the server answers, of all routes that take JSON."""
     video = {"type": "video_url", "video_url": {"url": file_id, "max_frames": 4, "fps": 1}}
     index, words = {"type": "video_url", "video_url": {"url": index_id}}, {"type": "text", "text": "what is seen?"}
-    asked = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [video, words]}]
+    request = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [video, words]}]
     numbers = {"type": "object", "properties": {"at": {"type": "number"}}}
     tools = [{"type": "function", "function": {"name": "cut", "parameters": numbers}}]
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": numbers}}
     drawn = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "stop": ["x"], "n": 2}
     streamed = {"stream": True, "stream_options": {"include_usage": True}, "keye": {"evidence": True, "progress": True}}
-    written = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
+    output = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
 
     def chat(content: Any, **fields: Any) -> tuple[str, dict[str, Any]]:
         messages = content if isinstance(content[0], dict) and "role" in content[0] else None
@@ -173,14 +173,14 @@ def real_requests(file_id: str, index_id: str, live_id: str) -> list[tuple[str, 
         return "/v1/chat/completions", {"messages": messages, "max_tokens": REPLY, **fields}
 
     return [
-        chat(asked, model="nano", logprobs=True, top_logprobs=2, **drawn),
-        chat(asked, preprocess_kwargs={"max_frames": 2}, **streamed),
+        chat(request, model="nano", logprobs=True, top_logprobs=2, **drawn),
+        chat(request, preprocess_kwargs={"max_frames": 2}, **streamed),
         chat([index, words]),
         chat("hi", tools=tools, tool_choice="auto"),
         chat("hi", response_format=form, chat_template_kwargs={"enable_thinking": False}),
         chat("hi", structured_outputs={"regex": "[a-c]+"}),
         ("/v1/completions", {"prompt": ["one", "two"], "max_tokens": REPLY, "echo": True, "logprobs": 1, "n": 1}),
-        ("/v1/responses", {"input": written, "instructions": "Be short.", "max_output_tokens": REPLY}),
+        ("/v1/responses", {"input": output, "instructions": "Be short.", "max_output_tokens": REPLY}),
         ("/v1/media/plan", {"content": [index, video], "preprocess_kwargs": {"fps": 1}}),
         ("/v1/video/ground", {"video": video, "event": "the red circle", "max_tokens": REPLY, "evidence": True}),
         ("/v1/clips", {"file_id": file_id, "intervals": [[0, 0.5], [1, 1.5]]}),
@@ -196,8 +196,8 @@ def made_before(url: str) -> tuple[str, str, str]:
     """The ids of an upload, an index and a live session."""
     with httpx.Client(base_url=url, timeout=60) as client:
         file_id = client.post("/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}).json()["id"]
-        made = {"file_id": file_id, "preprocess_kwargs": {"max_frames": 4}}
-        index = client.post("/v1/indexes", json=made).json()
+        result = {"file_id": file_id, "preprocess_kwargs": {"max_frames": 4}}
+        index = client.post("/v1/indexes", json=result).json()
         return file_id, index["id"], client.post("/v1/live", json={}).json()["id"]
 
 

@@ -130,7 +130,7 @@ def chunks(length: int) -> Iterator[tuple[int, int]]:
 
 def prefill(backend: CpuBackend, layer: Layer, n: int) -> tuple[dict[str, float], str]:
     """Seconds of keye's sparse and dense prefill, and of torch's."""
-    L, whole = layer.length, layer.length <= WHOLE_UP_TO
+    L, total = layer.length, layer.length <= WHOLE_UP_TO
 
     def sparse(first: int, n: int, parts: tuple[Tensor, Tensor, Tensor]) -> None:
         q, indexer_q, gate = parts
@@ -148,7 +148,7 @@ def prefill(backend: CpuBackend, layer: Layer, n: int) -> tuple[dict[str, float]
     sparse(L - n, n, parts)  # scratch is allocated once
     result = {"own_dense": integrate(lambda depth: seconds(lambda: dense(depth - n, n, parts[0]), 2) / n, L)}
     backend.timers()
-    if not whole:
+    if not total:
         result["sparse"] = integrate(lambda depth: seconds(lambda: sparse(depth - n, n, parts), 2) / n, L)
         result["torch_dense"] = integrate(torch_block, L)
         depths = ", ".join(f"{share:g}" for share in DEPTHS)

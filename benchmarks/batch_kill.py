@@ -40,9 +40,9 @@ def write_manifest(folder: Path, items: int, videos: int) -> Path:
     for seed in range(videos):
         clip = make_clip(seed, frames=16, objects=3, split="test", start=0.0, step=0.5)
         write_mp4(clip, folder / f"{seed}.mp4", SIZE)
-        asked = questions(clip, random.Random(seed), 16)
+        request = questions(clip, random.Random(seed), 16)
         for number in range(seed, items, videos):
-            question = asked[number // videos % len(asked)].text
+            question = request[number // videos % len(request)].text
             lines.append({"id": f"q{number}", "video": f"{seed}.mp4", "question": question, "max_tokens": 12})
     random.Random(0).shuffle(lines)
     path = folder / "questions.jsonl"
@@ -72,22 +72,22 @@ class Run:
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Lets it come to its end, which must be a good one."""
-        _, told = process.communicate()
+        _, events = process.communicate()
         if process.returncode != 0:
-            raise SystemExit(f"keye batch failed: {told.decode(errors='replace')[-2000:]}")
+            raise SystemExit(f"keye batch failed: {events.decode(errors='replace')[-2000:]}")
 
 
 def workers() -> list[int]:
     """Processes with an engine that belong to a batch of this user: children, or actors."""
-    found = []
+    result = []
     for folder in Path("/proc").iterdir():
         try:
             command = (folder / "cmdline").read_bytes()
         except (OSError, NotADirectoryError):
             continue
         if b"keye.server.batch_engine" in command or b"ray::Engine" in command:
-            found.append(int(folder.name))
-    return sorted(found)
+            result.append(int(folder.name))
+    return sorted(result)
 
 
 def kill(pids: Sequence[int]) -> None:
@@ -129,12 +129,12 @@ def outcome(out: Path, ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
     records = [json.loads(line) for line in out.read_text().splitlines()]
     counts = Counter(record["id"] for record in records)
     texts = {record["id"]: record.get("text") for record in records}
-    told = {
-        "records": len(records), "missing": sum(one not in counts for one in ids),
+    events = {
+        "records": len(records), "missing": sum(item not in counts for item in ids),
         "twice": sum(count > 1 for count in counts.values()),
         "errors": sum(record["error"] is not None for record in records),
     }  # fmt: skip
-    return told, texts
+    return events, texts
 
 
 def main() -> int:
@@ -143,26 +143,26 @@ def main() -> int:
     parser.add_argument("--videos", type=int, default=20)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--ray", action="store_true", help="engines are actors on a Ray cluster of this machine")
-    given = parser.parse_args()
-    options = ["--workers", str(given.workers), "--threads", "1", "--json"]
-    if given.ray:
+    value = parser.parse_args()
+    options = ["--workers", str(value.workers), "--threads", "1", "--json"]
+    if value.ray:
         import ray
 
-        ray.init("local", num_cpus=given.workers, log_to_driver=False, include_dashboard=False)
+        ray.init("local", num_cpus=value.workers, log_to_driver=False, include_dashboard=False)
         options += ["--ray", ray.get_runtime_context().gcs_address]
-    result: dict[str, Any] = {"items": given.items, "videos": given.videos, "workers": given.workers, "runs": {}}
+    result: dict[str, Any] = {"items": value.items, "videos": value.videos, "workers": value.workers, "runs": {}}
     with tempfile.TemporaryDirectory() as name:
-        manifest = write_manifest(Path(name), given.items, given.videos)
+        manifest = write_manifest(Path(name), value.items, value.videos)
         ids = [json.loads(line)["id"] for line in manifest.read_text().splitlines()]
         first: dict[str, Any] = {}
         for how in ("undisturbed", "worker", "half", "driver"):
             run = Run(manifest, Path(name) / f"{how}.jsonl", options)
-            told = disturb(run, how, given.items)
+            events = disturb(run, how, value.items)
             holds, texts = outcome(run.out, ids)
-            first = first or {"texts": texts, "seconds": told["seconds"]}
+            first = first or {"texts": texts, "seconds": events["seconds"]}
             result["runs"][how] = {
-                **holds, "different": sum(text != first["texts"].get(one) for one, text in texts.items()), **told,
-                "ratio": round(told["seconds"] / first["seconds"], 2),
+                **holds, "different": sum(text != first["texts"].get(item) for item, text in texts.items()), **events,
+                "ratio": round(events["seconds"] / first["seconds"], 2),
             }  # fmt: skip
     print(json.dumps(result))
     return int(any(run["missing"] or run["twice"] or run["left"] for run in result["runs"].values()))

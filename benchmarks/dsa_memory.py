@@ -94,10 +94,10 @@ def allocator_growth(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
         out = run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
+    usage = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
+        usage += event.nbytes()
+        highest = max(highest, usage)
     return highest, out
 
 

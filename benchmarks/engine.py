@@ -69,9 +69,9 @@ def decode_seconds(model: Keye, requests: Sequence[Request]) -> float:
     return (time.perf_counter() - begin) / (len(requests) * TOKENS - done)
 
 
-def batch(model: Keye, options: argparse.Namespace, **asked: Any) -> dict[str, Any]:
+def batch(model: Keye, options: argparse.Namespace, **request: Any) -> dict[str, Any]:
     """Tokens a second of requests decoded together against the same one after another."""
-    requests = [question(model, seed, **asked) for seed in range(CLIENTS)]
+    requests = [question(model, seed, **request) for seed in range(CLIENTS)]
     for request in requests:  # their prompts stay in the prefix cache, so that all begin to write at once
         decode_seconds(model, [request])
     rounds = []
@@ -102,13 +102,13 @@ def gaps(model: Keye, long: Request | None) -> list[float]:
     for seed in range(4):
         stamps = times.setdefault(seed, [])
 
-        def tell(event: object, stamps: list[float] = stamps) -> None:
+        def on_event(event: object, stamps: list[float] = stamps) -> None:
             if isinstance(event, Delta) and event.tokens:
                 stamps.append(time.perf_counter())
 
         words = Message("user", (Medium("video", clip(seed)), "when is the red circle visible?"))
         request = model.request([words], max_tokens=600, ignore_eos=True)
-        tasks.append(core.add(request, "sparse", tell))
+        tasks.append(core.add(request, "sparse", on_event))
     while any(task.stage is not Stage.DECODING for task in tasks):
         if not core.step():
             core.rest()
@@ -137,9 +137,9 @@ def latency(model: Keye, options: argparse.Namespace) -> dict[str, Any]:
     long = model.request([words], max_tokens=1)
     rounds = []
     for _ in range(options.rounds):
-        alone, beside = gaps(model, None), gaps(model, long)
-        rounds.append((p95(alone), p95(beside), max(beside), len(beside) // 4))
-    ratios = sorted(beside / alone for alone, beside, _, _ in rounds)
+        alone, companion = gaps(model, None), gaps(model, long)
+        rounds.append((p95(alone), p95(companion), max(companion), len(companion) // 4))
+    ratios = sorted(companion / alone for alone, companion, _, _ in rounds)
     tokens = model.prompts.lay_out(long.prompt).token_ids.shape[0]  # type: ignore[arg-type]
     return {
         "prompt_tokens": tokens, "steps_beside": rounds[0][3],

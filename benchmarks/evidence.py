@@ -36,7 +36,7 @@ Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Row:
     """One question: selections [layers, frames] and which frames are inside the true intervals; `clip` numbers it."""
 
     clip: int
@@ -51,11 +51,11 @@ def clips(split: str, wanted: int) -> Iterator[tuple[Clip, list[Question]]]:
         clip = frameforge.make_clip(
             rng.getrandbits(60), frames=rng.randint(16, 32), objects=4, split=split, size=FRAME_SIZE
         )
-        asked = [q for q in frameforge.questions(clip, rng, 8, tasks=GROUNDING_TASKS) if not _inside(clip, q).all()]
-        asked = asked[:wanted]
-        wanted -= len(asked)
-        if asked:
-            yield clip, asked
+        request = [q for q in frameforge.questions(clip, rng, 8, tasks=GROUNDING_TASKS) if not _inside(clip, q).all()]
+        request = request[:wanted]
+        wanted -= len(request)
+        if request:
+            yield clip, request
 
 
 def _inside(clip: Clip, question: Question) -> NDArray[np.bool_]:
@@ -81,30 +81,30 @@ def selections(model: keye.Keye, trunk: Decoding, prompt: Prompt, branch: list[i
     return np.stack([decoding.counts[:, start:stop].sum(1).numpy() for start, stop in spans], axis=1).astype(float)
 
 
-def ask_all(model: keye.Keye, split: str, wanted: int) -> list[Asked]:
+def ask_all(model: keye.Keye, split: str, wanted: int) -> list[Row]:
     builder = PromptBuilder(model.config, model.tokenizer, model.processor)
-    eos, rows = set(model.config.eos_token_ids) | {model.tokenizer.token_id("<|im_end|>")}, list[Asked]()
-    for number, (clip, asked) in enumerate(clips(split, wanted)):
-        prompt = ClipPrompt(builder, frames_of(clip), [question.text for question in asked])
+    eos, rows = set(model.config.eos_token_ids) | {model.tokenizer.token_id("<|im_end|>")}, list[Row]()
+    for number, (clip, request) in enumerate(clips(split, wanted)):
+        prompt = ClipPrompt(builder, frames_of(clip), [question.text for question in request])
         trunk = Decoding(model.model)
         trunk.prefill(prompt.trunk)
-        for question, branch in zip(asked, prompt.branches, strict=True):
-            rows.append(Asked(number, selections(model, trunk, prompt.trunk, branch, eos), _inside(clip, question)))
+        for question, branch in zip(request, prompt.branches, strict=True):
+            rows.append(Row(number, selections(model, trunk, prompt.trunk, branch, eos), _inside(clip, question)))
     return rows
 
 
-def figures(rows: list[Asked], score: Callable[[Asked], Scores]) -> dict[str, float]:
+def figures(rows: list[Row], score: Callable[[Row], Scores]) -> dict[str, float]:
     """Percent of top-1 frames inside, of top-3 frames inside, and of questions with any of the top 3 inside."""
     orders = [np.argsort(-score(row), kind="stable")[:3] for row in rows]
     hits = [row.inside[order] for row, order in zip(rows, orders, strict=True)]
-    found = {
+    result = {
         "top1": np.mean([hit[0] for hit in hits]), "top3": np.mean([hit.mean() for hit in hits]),
         "any_of_top3": np.mean([hit.any() for hit in hits]),
     }  # fmt: skip
-    return {name: round(100 * float(value), 1) for name, value in found.items()}
+    return {name: round(100 * float(value), 1) for name, value in result.items()}
 
 
-def standard_error(rows: list[Asked], score: Callable[[Asked], Scores]) -> float:
+def standard_error(rows: list[Row], score: Callable[[Row], Scores]) -> float:
     """Of top 1 in percent, with clips as clusters."""
     hits = np.array([row.inside[np.argmax(score(row))] for row in rows], dtype=float)
     clusters = np.array([row.clip for row in rows])
@@ -112,14 +112,14 @@ def standard_error(rows: list[Asked], score: Callable[[Asked], Scores]) -> float
     return round(100 * float(np.sqrt(np.square(sums).sum())) / len(hits), 1)
 
 
-def over_others(rows: list[Asked], used: slice) -> Callable[[Asked], Scores]:
+def over_others(rows: list[Row], used: slice) -> Callable[[Row], Scores]:
     """The share of each frame over its mean share in the other questions on the clip; the share alone without any."""
 
-    def shares(row: Asked) -> Scores:
+    def shares(row: Row) -> Scores:
         total = row.selected[used].sum(0)
         return total / max(1.0, total.sum())
 
-    def score(row: Asked) -> Scores:
+    def score(row: Row) -> Scores:
         others = [shares(other) for other in rows if other.clip == row.clip and other is not row]
         return shares(row) / (np.mean(others, axis=0) + 1 / row.inside.size) if others else shares(row)
 

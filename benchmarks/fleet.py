@@ -90,8 +90,8 @@ class Site:
         """Seconds of each video, and of all."""
         self.model.clear_caches()
         begin = time.perf_counter()
-        taken = await asyncio.gather(*(self.visit(i, at, begin) for i, at in enumerate(arrivals)))
-        return taken, time.perf_counter() - begin
+        results = await asyncio.gather(*(self.visit(i, at, begin) for i, at in enumerate(arrivals)))
+        return results, time.perf_counter() - begin
 
 
 async def measure(site: Site, rounds: int) -> dict[str, Any]:
@@ -139,11 +139,11 @@ async def costs_of(site: Site) -> Costs:
         begin = time.perf_counter()
         for _ in range(PASSES):
             site.model.clear_caches()
-            await asyncio.gather(*(site.answer(one) for one in decoded))
+            await asyncio.gather(*(site.answer(item) for item in decoded))
         engine.append((together, (time.perf_counter() - begin) / (PASSES * len(decoded))))
     begin = time.perf_counter()
-    for one in decoded:  # the last run has left all of them in the caches
-        await site.answer(one)
+    for item in decoded:  # the last run has left all of them in the caches
+        await site.answer(item)
     later = (time.perf_counter() - begin) / len(decoded) / engine[0][1]
     return Costs(statistics.mean(seconds), tuple(engine), later, spread_of(seconds))
 
@@ -151,28 +151,28 @@ async def costs_of(site: Site) -> Costs:
 async def compared(site: Site, costs: Costs, load: Load, arrivals: Sequence[float]) -> dict[str, Any]:
     """One run and its simulation."""
     company = Company()
-    taken, whole = await site.play(arrivals)
+    results, total = await site.play(arrivals)
     others = company.others()
     played = [simulate(load, costs, FLEET, videos=arrivals, seed=seed) for seed in range(SEEDS)]
     if load.at_once:
-        measured, predicted = len(taken) / whole, statistics.mean(one.answers for one in played)
+        measured, predicted = len(results) / total, statistics.mean(item.answers for item in played)
         return {
             "answers_per_second": measured, "predicted": predicted, "error": predicted / measured - 1, "others": others
         }  # fmt: skip
-    measured = statistics.mean(taken[len(taken) // 10 :])
-    predicted = statistics.mean(one.mean for one in played)
+    measured = statistics.mean(results[len(results) // 10 :])
+    predicted = statistics.mean(item.mean for item in played)
     return {"mean_seconds": measured, "predicted": predicted, "error": predicted / measured - 1, "others": others}
 
 
 def write_videos(folder: Path, count: int) -> list[Source]:
-    made = []
+    result = []
     for number in range(count):
         path = folder / f"{number}.mp4"
         frameforge.write_mp4(
             frameforge.make_clip(number, frames=FRAMES, objects=3, start=0.0, step=0.5), path, (448, 448)
         )
-        made.append(fetch_source(path))
-    return made
+        result.append(fetch_source(path))
+    return result
 
 
 if __name__ == "__main__":

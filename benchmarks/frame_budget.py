@@ -40,20 +40,20 @@ def main() -> None:
 def measure(model: keye.Keye, folder: Path, shape: str, clips: int) -> list[dict[str, Any]]:
     """One row for each number of frames."""
     rows: list[dict[str, Any]] = [{"frames": frames, "correct": 0.0} for frames in FRAMES]
-    asked = 0
+    request = 0
     for seed in range(7000, 7000 + clips):
         size, file_size = SHAPES[shape]
         clip = make_clip(seed, frames=2 * SECONDS, split="test", size=size, start=0.0, step=0.5, text_chance=0)
         write_mp4(clip, folder / "clip.mp4", file_size)
         about = questions(clip, random.Random(0), QUESTIONS)
-        asked += len(about)
+        request += len(about)
         for row in rows:
             for question in about:
                 answer = model.ask(folder / "clip.mp4", question.text, media_options={"max_frames": row["frames"]})
                 row["tokens_per_frame"] = answer.plan[0]["tokens_per_frame"]
                 row["tokens"] = answer.plan[0]["visual_tokens"]
                 row["correct"] += score(clip, question, answer.text, seed).correct
-    return [{**row, "correct": round(row["correct"] / asked, 3), "questions": asked} for row in rows]
+    return [{**row, "correct": round(row["correct"] / request, 3), "questions": request} for row in rows]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 sentences for people that give nothing away, does anything leak?
 
 Makes small files of every common kind, damages them (bits, bytes, numbers in headers, cuts, pieces moved, repeated or
-taken from another file), plans and reads each as a stranger's, prints JSON. Run:
+taken from another file), plans and reads each as an untrusted file, prints JSON. Run:
     python benchmarks/fuzz_media.py [--minutes 10] [--seed 0] [--keep FOLDER] --json
 Exit code 1 when something was found; `--keep` saves the files that did it.
 """
@@ -37,7 +37,7 @@ CONFIG = ProcessorConfig()
 LIMITS = DecodeLimits(memory_bytes=1 << 30, cpu_seconds=10, wait_seconds=20.0, total_seconds=30.0, frames=100_000,
                       duration=24 * 3600.0)  # fmt: skip
 OPTIONS = MediaOptions(max_frames=8, min_frames=4, max_pixels=40_000)
-#: What a sentence for a stranger must not hold: addresses, paths, names of our software, traces.
+#: What a sentence for an untrusted user must not contain: addresses, paths, names of our software, traces.
 LEAK = re.compile(
     r"\b0x[0-9a-f]{4}|/(?:tmp|usr|home|root|work|proc|opt)/|\.py\b|Traceback|site-packages|PIL|libav|<_io"
 )
@@ -59,7 +59,7 @@ def seeds() -> list[tuple[str, bytes]]:
     """A small sound file of every kind."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
-    found = []
+    result = []
     with tempfile.TemporaryDirectory() as folder:
         for suffix, codec, form in VIDEOS:
             path = Path(folder) / f"seed.{suffix}"
@@ -73,7 +73,7 @@ def seeds() -> list[tuple[str, bytes]]:
                     frame.pts, frame.time_base = index, Fraction(1, 12)
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode(None))
-            found.append((f"{suffix}-{codec}", path.read_bytes()))
+            result.append((f"{suffix}-{codec}", path.read_bytes()))
     for kind in IMAGES:
         out = io.BytesIO()
         frames = [Image.fromarray(picture) for picture in pixels[:3]]
@@ -83,19 +83,19 @@ def seeds() -> list[tuple[str, bytes]]:
         if kind in ("JPEG", "WEBP", "PNG", "TIFF", "HEIF"):
             many["exif"] = exif
         frames[0].save(out, kind, **many)
-        found.append((kind.lower(), out.getvalue()))
+        result.append((kind.lower(), out.getvalue()))
         if kind in SEVERAL or kind == "PNG":
             out = io.BytesIO()
             moving = {"save_all": True, "append_images": frames[1:], "duration": 50} if kind == "PNG" else {}
             frames[0].save(out, kind, **moving)
-            found.append((f"{kind.lower()}-{'moving' if moving else 'single'}", out.getvalue()))
-    return found + deep()
+            result.append((f"{kind.lower()}-{'moving' if moving else 'single'}", out.getvalue()))
+    return result + deep()
 
 
 def deep() -> list[tuple[str, bytes]]:
     """Images of 16 and 32 bits and with transparency."""
     ramp = np.linspace(0, 1, 64 * 48).reshape(48, 64)
-    found = []
+    result = []
     for name, kind, image in [
         ("grey16", "PNG", Image.fromarray((ramp * 65535).astype(np.uint16))),
         ("float", "TIFF", Image.fromarray((ramp * 1000).astype(np.float32))),
@@ -104,11 +104,11 @@ def deep() -> list[tuple[str, bytes]]:
     ]:
         out = io.BytesIO()
         image.save(out, kind)
-        found.append((f"{kind.lower()}-{name}", out.getvalue()))
-    return found
+        result.append((f"{kind.lower()}-{name}", out.getvalue()))
+    return result
 
 
-def damaged(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+def damage(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     """The file with one to eight kinds of damage; half of them hit the first 2 KB, where headers are."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
@@ -141,7 +141,7 @@ def damaged(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def read(data: bytes) -> str:
-    """What comes of a stranger's file: `read`, or the sentence that refuses it."""
+    """The result of an untrusted file: `read`, or the sentence that rejects it."""
     source = untrusted(fetch_source(data))
     if media_kind(source) == "image":
         plan_image(source, CONFIG)
@@ -177,7 +177,7 @@ def main() -> int:
     slowest, start = 0.0, resources()
     while time.monotonic() - begin < arguments.minutes * 60:
         name, data = rng.choice(files)
-        broken, then = damaged(data, [other for _, other in files], rng), time.monotonic()
+        broken, then = damage(data, [other for _, other in files], rng), time.monotonic()
         outcome, problem = attempt(broken)
         slowest = max(slowest, time.monotonic() - then)
         outcomes[outcome] += 1

@@ -82,13 +82,13 @@ class Layer:
 
     def stretches(self, stop: int) -> list[Stretch]:
         """The queries at the end of a context of `stop` tokens."""
-        found = []
+        result = []
         for i in range(self.batch):
             names = zip(("k", "v", "indexer_k"), self.stored, strict=True)
             stored = {name: BlockRows(rows, None, pool, self.order[i]) for name, (rows, pool) in names}
             start, n = i * self.queries, self.queries
-            found.append(Stretch(start, start + n, stop - n, rows=_unused, blocks=stored))
-        return found
+            result.append(Stretch(start, start + n, stop - n, rows=_unused, blocks=stored))
+        return result
 
     def dense_inputs(self, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, heads, tokens, dim] of the peer; keys and values repeated for the heads of a group beforehand."""
@@ -141,13 +141,13 @@ def prefill(backend: Backend, sizes: Sizes, device: str, dtype: torch.dtype) -> 
         stretches, dense = layer.stretches(stop), layer.dense_inputs(stop)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated() if device == "cuda" else 0
+        usage = torch.cuda.memory_allocated() if device == "cuda" else 0
 
         def sparse(stretches: list[Stretch] = stretches) -> None:
             backend.sparse(layer.q, layer.indexer_q, layer.gate, stretches, topk, layer.out)
 
         ours = seconds(sparse, sizes.repeats)
-        scratch = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
+        scratch = torch.cuda.max_memory_allocated() - usage if device == "cuda" else None
         peer = seconds(lambda dense=dense: F.scaled_dot_product_attention(*dense), sizes.repeats)
         rows.append({"depth": stop, "dsa_ms": ours * 1e3, "sdpa_ms": peer * 1e3, "scratch_bytes": scratch})
     blocks = sizes.length / sizes.block / sizes.depths

@@ -127,8 +127,8 @@ def score(kv: KVFormat, count: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     result = evaluate(keye.load("nano"), EvalOptions(questions=count, kv=kv))
     print(f"{kv}: accuracy {result['accuracy']}, mIoU {result['miou']}", file=sys.stderr, flush=True)
-    kept = ("questions", "accuracy", "accuracy_error", "miou", "miou_error", "seconds")
-    return {name: result[name] for name in kept}
+    remaining = ("questions", "accuracy", "accuracy_error", "miou", "miou_error", "seconds")
+    return {name: result[name] for name in remaining}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from keye.cache.slabs import KVFormat, KVLayout
 from keye.config import load_model_config
 from keye.hub import asset
 
-TOPK, KEPT = 2048, 0.75
+TOPK, DEVICE_SHARE = 2048, 0.75
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     width = KVLayout.of(load_model_config(asset("configs/2.0")).text, torch.bfloat16, options.kv).keys.row_bytes
-    result: dict[str, Any] = {"tokens": options.tokens, "row_bytes": width, "rows": TOPK, "kept": KEPT}
+    result: dict[str, Any] = {"tokens": options.tokens, "row_bytes": width, "rows": TOPK, "kept": DEVICE_SHARE}
     stored = torch.randint(0, 256, (options.tokens, width), dtype=torch.uint8)
     result["memory"] = measure(lambda: stored, lambda: None, options.repeats)
     with tempfile.TemporaryDirectory(prefix="keye-tiers-", dir=options.folder) as folder:
@@ -83,7 +83,7 @@ def measure(
         keys, generator = open_keys(), torch.Generator().manual_seed(repeat)
         places = torch.randperm(keys.shape[0], generator=generator)[:TOPK]
         others = torch.randint(0, keys.shape[0], (TOPK,), generator=generator)
-        following = torch.where(torch.rand(TOPK, generator=generator) < KEPT, places, others)
+        following = torch.where(torch.rand(TOPK, generator=generator) < DEVICE_SHARE, places, others)
         runs.append([*gather(keys, places, fetched), *gather(keys, following, fetched)])
     names = ("first_ms", "first_read_mb", "next_ms", "next_read_mb")
     return {

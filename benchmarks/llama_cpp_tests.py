@@ -65,15 +65,15 @@ def main() -> None:
 
 def archive() -> Path:
     """The source distribution, fetched once."""
-    found = next(CACHE.glob("llama_cpp_python-*.tar.gz"), None)
-    if found is None:
+    result = next(CACHE.glob("llama_cpp_python-*.tar.gz"), None)
+    if result is None:
         CACHE.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", PACKAGE, "--dest",
              str(CACHE)], check=True,
         )  # fmt: skip
-        found = next(CACHE.glob("llama_cpp_python-*.tar.gz"))
-    return found
+        result = next(CACHE.glob("llama_cpp_python-*.tar.gz"))
+    return result
 
 
 def unpack(source: tarfile.TarFile, tests: Path) -> None:

@@ -59,23 +59,23 @@ def measure(folder: Path, gigabytes: float, repeats: int) -> dict[str, Any]:
         loads.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         command = [sys.executable, __file__, "--fill", str(loads[0]["model_bytes"])]
         fills.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    held, anonymous = loads[0]["model_bytes"], max(one["anonymous_peak"] for one in loads)
+    usage, anonymous = loads[0]["model_bytes"], max(item["anonymous_peak"] for item in loads)
     read_rates = [total / seconds / 1e9 for seconds in reads]
-    load_rates = [held / one["seconds"] / 1e9 for one in loads]
+    load_rates = [usage / item["seconds"] / 1e9 for item in loads]
     ratios = [loaded / read for loaded, read in zip(load_rates, read_rates, strict=True)]
     return {
         "checkpoint_gb": round(total / 1e9, 3),
         "files": len(list(folder.glob("*.safetensors"))),
         "read_gb_per_s": [round(rate, 3) for rate in read_rates],
         "load_gb_per_s": [round(rate, 3) for rate in load_rates],
-        "fill_gb_per_s": [round(held / seconds / 1e9, 3) for seconds in fills],
+        "fill_gb_per_s": [round(usage / seconds / 1e9, 3) for seconds in fills],
         "ratios": [round(ratio, 3) for ratio in ratios],
         "ratio": round(statistics.median(ratios), 3),
         "ratio_target": 0.8,
-        "model_mb": round(held / 1e6, 1),
+        "model_mb": round(usage / 1e6, 1),
         "anonymous_peak_mb": round(anonymous / 1e6, 1),
         "anonymous_before_mb": round(loads[0]["anonymous_before"] / 1e6, 1),
-        "anonymous_beyond_model_mb": round((anonymous - held) / 1e6, 1),
+        "anonymous_beyond_model_mb": round((anonymous - usage) / 1e6, 1),
         "anonymous_beyond_model_target_mb": 300,
     }
 
@@ -102,8 +102,8 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     def size(tensors: dict[str, tuple[int, ...]]) -> int:
         return sum(2 * torch.Size(shape).numel() for shape in tensors.values())
 
-    one = size(shapes(2)) - size(shapes(1))
-    layers = max(1, round((gigabytes * 1e9 - size(shapes(1))) / one) + 1)
+    item = size(shapes(2)) - size(shapes(1))
+    layers = max(1, round((gigabytes * 1e9 - size(shapes(1))) / item) + 1)
     noise = torch.empty(2**24, dtype=torch.int16).random_().view(torch.bfloat16)
     wanted, weight_map = shapes(layers), dict[str, str]()
     (folder / "config.json").write_text(json.dumps(config(layers)))
@@ -162,8 +162,8 @@ def load(folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     done.set()
     watcher.join()
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return {"seconds": seconds, "model_bytes": held, "anonymous_before": before,
+    usage = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return {"seconds": seconds, "model_bytes": usage, "anonymous_before": before,
             "anonymous_peak": max(*peak, anonymous_bytes())}  # fmt: skip
 
 

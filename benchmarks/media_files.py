@@ -93,8 +93,8 @@ def copied(*arguments: str, of: Case, source: str, before: list[str] | None = No
     """A copy without encoding of another case's file; `before` stands before the input."""
 
     def make(folder: Folder, name: str) -> Path:
-        whole = of(folder, f"{name}.{source}")
-        folder.ffmpeg(*(before or []), "-i", str(whole), "-c", "copy", *arguments, name)
+        total = of(folder, f"{name}.{source}")
+        folder.ffmpeg(*(before or []), "-i", str(total), "-c", "copy", *arguments, name)
         return folder.path / name
 
     return make
@@ -120,7 +120,7 @@ def variable(times: str, *arguments: str, count: int = 60) -> Case:
                    "1/1000", *arguments, count=count)  # fmt: skip
 
 
-def damaged(of: Case, source: str, change: Callable[[bytes], bytes]) -> Case:
+def damage(of: Case, source: str, change: Callable[[bytes], bytes]) -> Case:
     def make(folder: Folder, name: str) -> Path:
         path = folder.path / name
         path.write_bytes(change(of(folder, f"{name}.{source}").read_bytes()))
@@ -131,7 +131,7 @@ def damaged(of: Case, source: str, change: Callable[[bytes], bytes]) -> Case:
 
 def renamed(of: Case, box: bytes) -> Case:
     """An MP4 file without the boxes of a name."""
-    return damaged(of, "mp4", lambda data: data.replace(box, b"free"))
+    return damage(of, "mp4", lambda data: data.replace(box, b"free"))
 
 
 def edited(of: Case, *edits: tuple[int, int]) -> Case:
@@ -150,7 +150,7 @@ def edited(of: Case, *edits: tuple[int, int]) -> Case:
             file[around : around + 4] = longer.to_bytes(4, "big")
         return bytes(file)
 
-    return damaged(of, "mp4", change)
+    return damage(of, "mp4", change)
 
 
 def all_keys(data: bytes) -> bytes:
@@ -174,17 +174,17 @@ def without_packets(*places: float) -> Callable[[bytes], bytes]:
 
 def segments(folder: Folder, name: str, *numbers: int) -> Path:
     """DASH pieces: the initialisation and later segments."""
-    whole = folder.encode(f"{name}.whole.mp4", *_X264, "-g", "30", count=120)
+    total = folder.encode(f"{name}.whole.mp4", *_X264, "-g", "30", count=120)
     base = name.split(".", maxsplit=1)[0]
-    folder.ffmpeg("-i", str(whole), "-c", "copy", "-f", "dash", "-seg_duration", "1", "-init_seg_name", f"{base}-i.m4s",
+    folder.ffmpeg("-i", str(total), "-c", "copy", "-f", "dash", "-seg_duration", "1", "-init_seg_name", f"{base}-i.m4s",
                   "-media_seg_name", f"{base}-$Number$.m4s", f"{base}.mpd")  # fmt: skip
     return folder.join(name, folder.path / f"{base}-i.m4s", *(folder.path / f"{base}-{n}.m4s" for n in numbers))
 
 
 def hls_piece(folder: Folder, name: str) -> Path:
     base = name.split(".", maxsplit=1)[0]
-    whole = folder.encode(f"{name}.whole.mp4", *_X264, "-g", "30", count=120)
-    folder.ffmpeg("-i", str(whole), "-c", "copy", "-f", "hls", "-hls_time", "1", "-hls_segment_filename",
+    total = folder.encode(f"{name}.whole.mp4", *_X264, "-g", "30", count=120)
+    folder.ffmpeg("-i", str(total), "-c", "copy", "-f", "hls", "-hls_time", "1", "-hls_segment_filename",
                   f"{base}-%d.ts", f"{base}.m3u8")  # fmt: skip
     return folder.join(name, folder.path / f"{base}-2.ts")
 
@@ -364,24 +364,24 @@ CASES: dict[str, Case] = {
     "refresh.mp4": encoded(*_X264, *_LOW_DELAY),
     "refresh.mkv": encoded(*_X264, *_LOW_DELAY),
     "refresh.ts": encoded(*_X264, *_LOW_DELAY),
-    "middle.ts": damaged(_ts("-bf", "0", count=90), "ts", lambda data: data[188 * 40 :]),
-    "middle-refresh.ts": damaged(encoded(*_X264, *_LOW_DELAY), "ts", lambda data: data[188 * 40 :]),
-    "middle-open.ts": damaged(encoded(*_X264, *_OPEN_264), "ts", lambda data: data[188 * 40 :]),
-    "middle-mpeg2.ts": damaged(encoded(*_MPEG2, "-bf", "2"), "ts", lambda data: data[188 * 40 :]),
+    "middle.ts": damage(_ts("-bf", "0", count=90), "ts", lambda data: data[188 * 40 :]),
+    "middle-refresh.ts": damage(encoded(*_X264, *_LOW_DELAY), "ts", lambda data: data[188 * 40 :]),
+    "middle-open.ts": damage(encoded(*_X264, *_OPEN_264), "ts", lambda data: data[188 * 40 :]),
+    "middle-mpeg2.ts": damage(encoded(*_MPEG2, "-bf", "2"), "ts", lambda data: data[188 * 40 :]),
     "all-keys.mp4": renamed(encoded(*_X264, "-g", "20"), b"stss"),
     "all-keys-hevc.mp4": renamed(encoded(*_X265, *_QUIET_265), b"stss"),
     "all-keys-mpeg4.mp4": renamed(encoded(*_MPEG4), b"stss"),
-    "all-keys.avi": damaged(encoded(*_MPEG4), "avi", all_keys),
-    "lost.ts": damaged(_ts(), "ts", without_packets(0.4)),
-    "lost-three.ts": damaged(_ts(), "ts", without_packets(0.2, 0.5, 0.8)),
-    "lost-mpeg2.ts": damaged(encoded(*_MPEG2, "-bf", "2"), "ts", without_packets(0.4)),
-    "cut.avi": damaged(encoded(*_MPEG4), "avi", lambda data: data[: len(data) * 6 // 10]),
-    "cut.flv": damaged(encoded(*_X264, "-g", "20"), "flv", lambda data: data[: len(data) * 6 // 10]),
-    "cut.webm": damaged(encoded(*_VP8), "webm", lambda data: data[: len(data) * 6 // 10]),
-    "cut.ts": damaged(_ts(), "ts", lambda data: data[: len(data) * 6 // 10]),
-    "cut.mkv": damaged(encoded(*_X264, "-g", "20"), "mkv", lambda data: data[: len(data) * 6 // 10]),
-    "cut-fragmented.mp4": damaged(encoded(*_X264, "-g", "20", "-movflags", "frag_keyframe+empty_moov"), "mp4",
+    "all-keys.avi": damage(encoded(*_MPEG4), "avi", all_keys),
+    "lost.ts": damage(_ts(), "ts", without_packets(0.4)),
+    "lost-three.ts": damage(_ts(), "ts", without_packets(0.2, 0.5, 0.8)),
+    "lost-mpeg2.ts": damage(encoded(*_MPEG2, "-bf", "2"), "ts", without_packets(0.4)),
+    "cut.avi": damage(encoded(*_MPEG4), "avi", lambda data: data[: len(data) * 6 // 10]),
+    "cut.flv": damage(encoded(*_X264, "-g", "20"), "flv", lambda data: data[: len(data) * 6 // 10]),
+    "cut.webm": damage(encoded(*_VP8), "webm", lambda data: data[: len(data) * 6 // 10]),
+    "cut.ts": damage(_ts(), "ts", lambda data: data[: len(data) * 6 // 10]),
+    "cut.mkv": damage(encoded(*_X264, "-g", "20"), "mkv", lambda data: data[: len(data) * 6 // 10]),
+    "cut-fragmented.mp4": damage(encoded(*_X264, "-g", "20", "-movflags", "frag_keyframe+empty_moov"), "mp4",
                                   lambda data: data[: len(data) * 6 // 10]),
-    "cut.mp4": damaged(encoded(*_X264, "-g", "20", "-movflags", "faststart"), "mp4",
+    "cut.mp4": damage(encoded(*_X264, "-g", "20", "-movflags", "faststart"), "mp4",
                        lambda data: data[: len(data) * 6 // 10]),
 }  # fmt: skip

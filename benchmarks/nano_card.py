@@ -47,7 +47,7 @@ def write_card(lines: Path) -> None:
     """Replaces the tables of the packaged model card, each between its marks, by those of the results in `lines`."""
     from keye.hub import asset
 
-    results = {one["setting"]: one for one in map(json.loads, lines.read_text().splitlines())}
+    results = {item["setting"]: item for item in map(json.loads, lines.read_text().splitlines())}
     card = asset("nano") / "README.md"
     text = card.read_text()
     for mark, table in (("scores", score_table(results)), ("tasks", task_table(results["test"], results["unseen"]))):
@@ -63,23 +63,23 @@ def score_table(results: dict[str, dict[str, Any]]) -> str:
     head = "setting | questions | mIoU | whole video | R1@0.3 / 0.5 / 0.7 | accuracy | k / context"
     rows = [head, "|".join(["---"] * 7)]
     for name in SETTINGS:
-        if (one := results.get(name)) is None:
+        if (item := results.get(name)) is None:
             continue
-        recall = " / ".join(f"{one['grounding'][f'r1@{level}']:.1f}" for level in (0.3, 0.5, 0.7))
-        scores = f"{one['miou']:.1f} ± {one['miou_error']:.1f} | {one['whole_video_miou']:.1f} | {recall}"
-        right = f"{one['accuracy']:.1f} ± {one['accuracy_error']:.1f}"
-        rows.append(f"{name} | {one['questions']} | {scores} | {right} | {one['k_over_context']}")
+        recall = " / ".join(f"{item['grounding'][f'r1@{level}']:.1f}" for level in (0.3, 0.5, 0.7))
+        scores = f"{item['miou']:.1f} ± {item['miou_error']:.1f} | {item['whole_video_miou']:.1f} | {recall}"
+        right = f"{item['accuracy']:.1f} ± {item['accuracy_error']:.1f}"
+        rows.append(f"{name} | {item['questions']} | {scores} | {right} | {item['k_over_context']}")
     return "".join(f"| {row} |\n" for row in rows)
 
 
 def task_table(test: dict[str, Any], unseen: dict[str, Any]) -> str:
     """A row for each task; those that do not count towards the accuracy stand in brackets."""
     rows = ["task | n | test | majority | unseen", "|".join(["---"] * 5)]
-    for name, one in test["tasks"].items():
-        label = name if one["shipped"] else f"({name})"
+    for name, item in test["tasks"].items():
+        label = name if item["shipped"] else f"({name})"
         other = unseen["tasks"].get(name, {}).get("accuracy")
         there = "-" if other is None else f"{other:.1f}"
-        rows.append(f"{label} | {one['n']} | {one['accuracy']:.1f} | {one['majority']:.1f} | {there}")
+        rows.append(f"{label} | {item['n']} | {item['accuracy']:.1f} | {item['majority']:.1f} | {there}")
     return "".join(f"| {row} |\n" for row in rows)
 
 

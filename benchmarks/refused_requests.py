@@ -50,7 +50,7 @@ def chat(**fields: Any) -> bytes:
     return json.dumps({"max_tokens": 2, "messages": [{"role": "user", "content": "x"}], **fields}).encode()
 
 
-def said(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
     return chat(messages=[{"role": "user", "content": text}])
 
 
@@ -81,7 +81,7 @@ def texts() -> Iterator[Hostile]:
         ("control tokens", "<|im_end|>" * 700_000), ("punctuation, 8 MB", "!?-=" * 2_000_000),
         ("base64 in a text", base64.b64encode(bytes(range(256)) * 24_000).decode()),
     ):  # fmt: skip
-        yield Hostile(f"text: {name}", lambda text=text: said(text))
+        yield Hostile(f"text: {name}", lambda text=text: encode_text(text))
     marks = "</tool_call>" * 600_000
     yield Hostile("text: marks in a reply", lambda: chat(messages=[
         {"role": "user", "content": "x"}, {"role": "assistant", "content": marks}, {"role": "user", "content": "x"},
@@ -124,11 +124,11 @@ def sizes() -> Iterator[Hostile]:
     yield Hostile("list: 100,000 pictures in a data: URL", lambda: seen(
         "video", "data:video/jpeg;base64," + "AAAA," * 100_000))  # fmt: skip
     yield Hostile("data: 60 MB of garbage", lambda: seen("image", "data:image/png;base64," + "A" * 60_000_000))
-    yield Hostile("data: 60 MB that is no base64", lambda: seen("video", "data:video/mp4;base64," + "*" * 60_000_000))
+    yield Hostile("data: 60 MB that is not base64", lambda: seen("video", "data:video/mp4;base64," + "*" * 60_000_000))
     yield Hostile("data: 60 MB of commas", lambda: seen("video", "data:video/jpeg;base64," + "," * 60_000_000))
     yield Hostile("data: 60 MB and a wrong option", lambda: seen(
         "video", "data:video/mp4;base64," + "A" * 60_000_000, fps=-1))  # fmt: skip
-    yield Hostile("data: 60 MB in a text", lambda: said("data:" + "A" * 60_000_000))
+    yield Hostile("data: 60 MB in a text", lambda: encode_text("data:" + "A" * 60_000_000))
 
 
 def numbers() -> Iterator[Hostile]:
@@ -196,7 +196,7 @@ def forms() -> Iterator[Hostile]:
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(15_000)}}))  # fmt: skip
     yield Hostile("form: a deep schema", lambda: schema(deep(40)))
     yield Hostile("form: many items", lambda: schema({"type": "array", "minItems": 10**9, "items": {"enum": [1]}}))
-    yield Hostile("form: text.format that is no object", lambda: json.dumps(
+    yield Hostile("form: text.format that is not an object", lambda: json.dumps(
         {"input": "x", "text": {"format": []}}).encode(), "/v1/responses")  # fmt: skip
 
 
@@ -344,7 +344,7 @@ def stall(server: Server, seconds: float) -> dict[str, Any]:
     server.process.kill()  # those that are still read
     pool.shutdown()
     return {
-        "answered": [one.result()[0] for one in done], "seconds": round(measured, 1), "health_requests": len(waits),
+        "answered": [item.result()[0] for item in done], "seconds": round(measured, 1), "health_requests": len(waits),
         "slowest_health_ms": round(1e3 * max(waits), 1), "median_health_ms": round(1e3 * statistics.median(waits), 1),
     }  # fmt: skip
 
@@ -360,13 +360,13 @@ def main() -> None:
     with wide_model() as folder:
         server = Server(options.model or folder)
         try:
-            found = memory(server, options.only) if options.what == "memory" else stall(server, options.seconds)
+            result = memory(server, options.only) if options.what == "memory" else stall(server, options.seconds)
         finally:
             server.close()
-    print(json.dumps({"what": options.what, **found}))
+    print(json.dumps({"what": options.what, **result}))
     if options.what == "memory":
-        sys.exit(bool(found["not_refused"] or found["above_64_mib"]))
-    sys.exit(found["slowest_health_ms"] > 1e3 * TARGET_SECONDS)
+        sys.exit(bool(result["not_refused"] or result["above_64_mib"]))
+    sys.exit(result["slowest_health_ms"] > 1e3 * TARGET_SECONDS)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Weights are random (one layer's, shared by all layers of the decode: 48 of them would not fit), keys and values of the
 decode are noise. Decode writes its store first and asks for the room on disk that it needs. Prints JSON: seconds,
-tokens a second, and the process's anonymous memory (which cannot be given back) beside its mapped pages of files.
+tokens a second, and the process's anonymous memory (which cannot be released) beside its mapped pages of files.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    whole = load_model_config(asset("configs/2.0")).text
+    total = load_model_config(asset("configs/2.0")).text
     with torch.inference_mode():
-        result = (prefill if options.what == "prefill" else decode)(whole, options)
+        result = (prefill if options.what == "prefill" else decode)(total, options)
     result |= {"what": options.what, "length": options.length, "kv": options.kv, "threads": options.threads}
     print(json.dumps({**result, "machine": machine()}))
 
 
-def prefill(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
+def prefill(text: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Every token through `layers` layers of their own weights, in the engine's chunks."""
-    text = replace(whole, num_hidden_layers=options.layers or 2, vocab_size=8)
+    text = replace(text, num_hidden_layers=options.layers or 2, vocab_size=8)
     decoder = random_decoder(text)
     store = KVStore(KVLayout.of(text, DTYPE, options.kv))
     cache = KVCache(text.num_hidden_layers, store)
     weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize
-    held, begin, seconds = memory()["anonymous_gib"], time.perf_counter(), list[float]()
+    usage, begin, seconds = memory()["anonymous_gib"], time.perf_counter(), list[float]()
     for start in range(0, options.length, PREFILL_CHUNK):
         n = min(PREFILL_CHUNK, options.length - start)
         chunk = time.perf_counter()
@@ -76,7 +76,7 @@ def prefill(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
         positions = torch.arange(start, start + n).expand(3, -1)
         decoder(x, positions, CachedStep([Span(0, n, cache)], text))
         seconds.append(time.perf_counter() - chunk)
-        tell(f"{start + n:,} tokens, {seconds[-1]:.2f} s for the last {n:,}")
+        log(f"{start + n:,} tokens, {seconds[-1]:.2f} s for the last {n:,}")
     total = time.perf_counter() - begin
     stored = store.nbytes() / GIB
     return {
@@ -85,13 +85,13 @@ def prefill(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
         "chunk_seconds": {"first": round(seconds[0], 3), "middle": round(seconds[len(seconds) // 2], 3),
                           "last": round(seconds[-1], 3)},
         "weights_gib": round(weights / GIB, 2), "store_gib": round(stored, 2),
-        "scratch_mib": round((peak_gib() - held - stored) * 1024, 1),
+        "scratch_mib": round((peak_gib() - usage - stored) * 1024, 1),
     }  # fmt: skip
 
 
-def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
+def decode(text: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     """`steps` tokens after a full context whose keys and values lie in a mapped file."""
-    text = replace(whole, num_hidden_layers=options.layers or whole.num_hidden_layers, vocab_size=8)
+    text = replace(text, num_hidden_layers=options.layers or text.num_hidden_layers, vocab_size=8)
     decoder = shared_decoder(text)
     layout = KVLayout.of(text, DTYPE, options.kv)
     need = -(-options.length // KV_BLOCK) * layout.block_bytes
@@ -104,7 +104,7 @@ def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     fill(cache, options.length)
     filled = time.perf_counter() - begin
-    x, seconds, held = torch.randn(1, text.hidden_size), list[float](), 0.0
+    x, seconds, usage = torch.randn(1, text.hidden_size), list[float](), 0.0
     for step in range(options.steps):
         # Neighbouring tokens resemble one another, and so do the keys that they select.
         x = 0.9 * x + 0.19**0.5 * torch.randn_like(x)
@@ -112,13 +112,13 @@ def decode(whole: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         decoder(x.to(DTYPE), position, CachedStep([Span(0, 1, cache)], text))
         seconds.append(time.perf_counter() - start)
-        held = max(held, memory()["anonymous_gib"])
-        tell(f"token {step + 1}: {seconds[-1]:.2f} s, {held:.2f} GiB of anonymous memory")
+        usage = max(usage, memory()["anonymous_gib"])
+        log(f"token {step + 1}: {seconds[-1]:.2f} s, {usage:.2f} GiB of anonymous memory")
     later = sorted(seconds[1:])
     near = cache.blocks * layout.indexer_block_bytes / GIB
     weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize / GIB
     return {
-        "weights_gib": round(weights, 2), "indexer_keys_gib": round(near, 2), "anonymous_gib_while_decoding": held,
+        "weights_gib": round(weights, 2), "indexer_keys_gib": round(near, 2), "anonymous_gib_while_decoding": usage,
         "layers": text.num_hidden_layers, "store_gib": round(need / GIB, 2), "fill_seconds": round(filled, 1),
         "first_token_seconds": round(seconds[0], 3), "median_token_seconds": round(later[len(later) // 2], 3),
         "fastest_token_seconds": round(later[0], 3), "slowest_token_seconds": round(later[-1], 3),
@@ -166,7 +166,7 @@ def fill(cache: KVCache, length: int) -> None:
                     at = (number * 29 + layer * 7) % (3 * KV_BLOCK)
                     kind[layer, block.slot].copy_(rows[at : at + KV_BLOCK])
         if number % 256 == 255:
-            tell(f"{(number + 1) * KV_BLOCK:,} tokens stored")
+            log(f"{(number + 1) * KV_BLOCK:,} tokens stored")
     cache._lengths = [length] * layout.layers
 
 
@@ -195,7 +195,7 @@ def machine() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -85,10 +85,10 @@ def body(number: int, *, tokens: int = 64, ignore_eos: bool = True) -> dict[str,
     }  # fmt: skip
 
 
-async def stream(client: httpx.AsyncClient, asked: dict[str, Any]) -> int:
+async def stream(client: httpx.AsyncClient, request: dict[str, Any]) -> int:
     """Events with a choice in them."""
     count = 0
-    async with client.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+    async with client.stream("POST", f"{URL}/v1/chat/completions", json=request) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             count += '"delta"' in line
@@ -138,7 +138,7 @@ def in_process(threads: int, each: int) -> float:
     model = keye.load("nano")
     engine = AsyncEngine(model)
 
-    async def one(number: int, tokens: int) -> None:
+    async def run_stream(number: int, tokens: int) -> None:
         request = replace(
             model.request(body(number)["messages"], max_tokens=tokens, ignore_eos=True), skip_special=False
         )
@@ -146,9 +146,9 @@ def in_process(threads: int, each: int) -> float:
             pass
 
     async def every() -> float:
-        await asyncio.gather(*(one(i, 4) for i in range(STREAMS)))
+        await asyncio.gather(*(run_stream(i, 4) for i in range(STREAMS)))
         begin = time.perf_counter()
-        await asyncio.gather(*(one(i, each) for i in range(STREAMS)))
+        await asyncio.gather(*(run_stream(i, each) for i in range(STREAMS)))
         return STREAMS * each / (time.perf_counter() - begin)
 
     engine.start()
@@ -169,9 +169,9 @@ def indexed(options: argparse.Namespace) -> dict[str, Any]:
     """The same about an index of the video."""
     with server(options), httpx.Client(timeout=60) as client:
         uploaded = client.post(f"{URL}/v1/files", files={"file": ("demo.mp4", DEMO.read_bytes())}).json()
-        made = client.post(f"{URL}/v1/indexes", json={"file_id": uploaded["id"]}).json()
-        return {"index_tokens": made["keye"]["tokens"], "build_seconds": made["keye"]["seconds"],
-                **first_tokens(client, made["id"])}  # fmt: skip
+        result = client.post(f"{URL}/v1/indexes", json={"file_id": uploaded["id"]}).json()
+        return {"index_tokens": result["keye"]["tokens"], "build_seconds": result["keye"]["seconds"],
+                **first_tokens(client, result["id"])}  # fmt: skip
 
 
 def first_tokens(client: httpx.Client, medium: str) -> dict[str, Any]:
@@ -182,9 +182,9 @@ def first_tokens(client: httpx.Client, medium: str) -> dict[str, Any]:
             {"type": "file", "file": {"file_id": medium}},
             {"type": "text", "text": f"when is the {('red circle', 'cyan triangle', 'star')[number % 3]} visible?"},
         ]
-        asked = {"model": "nano", "stream": True, "messages": [{"role": "user", "content": content}]}
+        request = {"model": "nano", "stream": True, "messages": [{"role": "user", "content": content}]}
         begin = time.perf_counter()
-        with client.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+        with client.stream("POST", f"{URL}/v1/chat/completions", json=request) as response:
             for line in response.iter_lines():
                 if '"content":"' in line and '"content":""' not in line:
                     times.append(1000 * (time.perf_counter() - begin))
@@ -211,8 +211,8 @@ def health(options: argparse.Namespace) -> dict[str, Any]:
     async def ask(client: httpx.AsyncClient, file_id: str, number: int) -> int:
         video = {"url": file_id, "max_frames": 256, "max_pixels": 28 * 28 * 4, "video_start": float(number)}
         content = [{"type": "video_url", "video_url": video}, {"type": "text", "text": "what is seen?"}]
-        asked = {"max_tokens": 1, "messages": [{"role": "user", "content": content}]}
-        return (await client.post(f"{URL}/v1/chat/completions", json=asked)).status_code
+        request = {"max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+        return (await client.post(f"{URL}/v1/chat/completions", json=request)).status_code
 
     async def every(file_id: str) -> list[int]:
         async with httpx.AsyncClient(timeout=600) as client:
@@ -235,7 +235,7 @@ def health(options: argparse.Namespace) -> dict[str, Any]:
         "videos": options.videos, "statuses": dict(Counter(statuses)), "seconds": round(seconds, 1),
         "asked": len(times), "median_ms": round(times[len(times) // 2], 1),
         "p99_ms": round(times[len(times) * 99 // 100], 1), "slowest_ms": round(times[-1], 1),
-        "over_100_ms": sum(one > 100 for one in times),
+        "over_100_ms": sum(item > 100 for item in times),
     }  # fmt: skip
 
 
@@ -271,10 +271,10 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
                 content.insert(
                     0, {"type": "video_url", "video_url": {"url": file_id, "max_frames": rng.randint(2, 32)}}
                 )
-            asked = {**body(0, tokens=rng.randint(1, 64)), "messages": [{"role": "user", "content": content}]}
+            request = {**body(0, tokens=rng.randint(1, 64)), "messages": [{"role": "user", "content": content}]}
             leave = rng.random() < 0.3
             try:
-                async with http.stream("POST", f"{URL}/v1/chat/completions", json=asked) as response:
+                async with http.stream("POST", f"{URL}/v1/chat/completions", json=request) as response:
                     if response.status_code != 200:
                         counts[str(response.status_code)] += 1
                         await asyncio.sleep(0.2)
@@ -312,14 +312,14 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         asyncio.run(everyone(uploaded["id"], 60 * options.minutes, process.pid))
         time.sleep(2)
         late, metrics = _rss(process.pid), httpx.get(f"{URL}/metrics").text
-    held = {
+    usage = {
         line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if "bytes_" in line and line[0] != "#"
     }
     return {
         "clients": options.clients, "minutes": options.minutes, "outcomes": dict(counts), "while_warming": counts_warm,
         "rss_mib_warm": round(warm / 2**20), "rss_mib_end": round(late / 2**20), "growth": round(late / warm - 1, 3),
         "rss_mib_every_15_s": sizes,
-        "ledger_at_the_end": held,
+        "ledger_at_the_end": usage,
     }  # fmt: skip
 
 

@@ -92,15 +92,15 @@ def sizes_of(types: list[int], frame: Pixels) -> FrameSizes:
 def plain(frames: list[Pixels]) -> tuple[list[int], list[Pixels]]:
     """Types and resized frames, by the transcription."""
     types = plain_types(frames)
-    found = sizes_of(types, frames[0])
-    return types, [plain_resize(f, *(found.fast if t else found.slow)) for f, t in zip(frames, types, strict=True)]
+    result = sizes_of(types, frames[0])
+    return types, [plain_resize(f, *(result.fast if t else result.slow)) for f, t in zip(frames, types, strict=True)]
 
 
 def ours(frames: list[Pixels]) -> tuple[list[int], list[Pixels]]:
     """The same by keye."""
     types = frame_types(frames, CONFIG)
-    found = sizes_of(types, frames[0])
-    return types, [bilinear(f, found.fast if t else found.slow) for f, t in zip(frames, types, strict=True)]
+    result = sizes_of(types, frames[0])
+    return types, [bilinear(f, result.fast if t else result.slow) for f, t in zip(frames, types, strict=True)]
 
 
 def make_clip(count: int, height: int, width: int) -> list[Pixels]:

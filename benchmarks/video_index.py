@@ -88,7 +88,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "index_seconds": dict(info.seconds),
         "index_megabytes": round(info.bytes / 1e6, 1),
         "ask_video": round(ask_video, 3),
-        "ask_video_media": round(statistics.median(one["media"] for one in asked_video), 3),
+        "ask_video_media": round(statistics.median(item["media"] for item in asked_video), 3),
         "ask_index": round(ask_index, 4),
         "open": round(statistics.median(open_times), 4),
         "ask_index_fresh": fresh["seconds"],

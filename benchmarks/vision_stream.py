@@ -105,8 +105,8 @@ def main() -> None:
             process.start()
             result[way] = here.recv()
             process.join()
-    shown = {"frames": arguments.frames, "threads": torch.get_num_threads(), **result}
-    print(json.dumps(shown, indent=None if arguments.json else 2))
+    text = {"frames": arguments.frames, "threads": torch.get_num_threads(), **result}
+    print(json.dumps(text, indent=None if arguments.json else 2))
 
 
 if __name__ == "__main__":

@@ -110,13 +110,13 @@ def ask(client: OpenAI, video: str, question: str, **video_options: Any) -> Repl
 
 def questions(count: int) -> list[tuple[int, Clip, str, list[Question]]]:
     """Clips with their number, their file as a data URL, and what is asked of each: `count` questions in all."""
-    asked = []
+    request = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (clip, own) in enumerate(exam(EvalOptions(questions=count))):
             path = Path(folder) / "clip.mp4"
             write_mp4(clip, path, FILE_SIZE)
-            asked.append((number, clip, data_url(path), own))
-    return asked
+            request.append((number, clip, data_url(path), own))
+    return request
 
 
 def data_url(path: Path) -> str:
@@ -130,37 +130,37 @@ def sampling(clip: Clip) -> dict[str, Any]:
     return {"nframes": clip.frames} | ({"video_start": start} if start > 0 else {})
 
 
-def gap(one: Reply, other: Reply) -> float:
+def gap(reply: Reply, other: Reply) -> float:
     """By how much the servers prefer their own token where two different replies part, in nats: the larger of both.
     Infinite where a server does not count the other's token among its `LIKELIEST`."""
-    pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+    pairs = enumerate(zip(reply.tokens, other.tokens, strict=False))
     place = next((i for i, (ours, theirs) in pairs if ours != theirs), None)
     if place is None:
         return float("inf")
-    ours, theirs, least = one.tokens[place], other.tokens[place], float("-inf")
+    ours, theirs, least = reply.tokens[place], other.tokens[place], float("-inf")
     return max(
-        one.likeliest[place][ours] - one.likeliest[place].get(theirs, least),
+        reply.likeliest[place][ours] - reply.likeliest[place].get(theirs, least),
         other.likeliest[place][theirs] - other.likeliest[place].get(ours, least),
     )
 
 
 def compare(count: int, log: Path, *vllm_options: str) -> dict[str, Any]:
     """Asks both servers `count` questions."""
-    asked = questions(count)
+    request = questions(count)
     replies, seconds = {}, {}
     for name, command in (("keye", keye_command()), ("vllm", vllm_command(PORT, *vllm_options))):
         with running(command, log) as client:
             begin = time.perf_counter()
             replies[name] = [
-                ask(client, video, one.text, **sampling(clip)) for _, clip, video, own in asked for one in own
+                ask(client, video, item.text, **sampling(clip)) for _, clip, video, own in request for item in own
             ]
             seconds[name] = round(time.perf_counter() - begin, 1)
     pairs = list(zip(replies["keye"], replies["vllm"], strict=True))
     differing = [pair for pair in pairs if pair[0].text != pair[1].text]
     gaps = sorted(gap(*pair) for pair in differing)
-    flat = [(number, clip, one) for number, clip, _, own in asked for one in own]
+    flat = [(number, clip, item) for number, clip, _, own in request for item in own]
     scored = {
-        name: [score(clip, one, reply.text, number) for (number, clip, one), reply in zip(flat, own, strict=True)]
+        name: [score(clip, item, reply.text, number) for (number, clip, item), reply in zip(flat, own, strict=True)]
         for name, own in replies.items()
     }
     return {

@@ -46,8 +46,8 @@ def draw_terminal() -> str:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(asset("demo.mp4"), folder)
         for command in COMMANDS:
-            shown = " ".join(f'"{word}"' if " " in word else word for word in command)
-            console.print(Text(f"$ {shown}", style="bold"))
+            text = " ".join(f'"{word}"' if " " in word else word for word in command)
+            console.print(Text(f"$ {text}", style="bold"))
             console.print(Text.from_ansi(run_on_terminal(command, Path(folder))))
     svg = console.export_svg(title="keye")
     # Without the fonts that rich refers to on the web: a viewer's own monospace font serves.

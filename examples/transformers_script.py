@@ -18,7 +18,7 @@ from keye.hub import asset
 
 
 def main() -> None:
-    """What keye-nano says about the demo, and the times that it was told."""
+    """What keye-nano says about the demo, and the times that it received."""
     folder = str(asset("nano"))
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", device_map="auto")
     processor = AutoProcessor.from_pretrained(folder)

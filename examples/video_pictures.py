@@ -42,12 +42,12 @@ def lines_over_duration(title: str, pick: int, top: int) -> str:
             _, y = place(10, 10**power)
             parts.append(f'<path d="M60 {y:.0f}H560" stroke="#d8dee4"/>')
             parts.append(f'<text x="8" y="{y + 4:.0f}" {FONT}>{10**power:,}</text>')
-    for row, generation in enumerate(GENERATIONS):
-        places = (place(seconds, tokens_of(seconds, generation)[pick]) for seconds in durations)
+    for row, release in enumerate(GENERATIONS):
+        places = (place(seconds, tokens_of(seconds, release)[pick]) for seconds in durations)
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        colour = COLOURS[generation]
+        colour = COLOURS[release]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        name = f'<tspan fill="{colour}">{generation.capitalize()}</tspan>'
+        name = f'<tspan fill="{colour}">{release.capitalize()}</tspan>'
         parts.append(f'<text x="575" y="{60 + 20 * row}" {FONT}>{name}</text>')
     return svg(650, 245, parts)
 
@@ -56,11 +56,11 @@ def slow_and_fast() -> str:
     """Twelve frames of a 720p video of three scenes, at the sizes that 1.5 gives them."""
     types = [0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
     fast = sum(types)
-    found = sizes.frame_sizes(720, 1280, len(types) - fast, ProcessorConfig.of("1.5"), fast=fast)
+    result = sizes.frame_sizes(720, 1280, len(types) - fast, ProcessorConfig.of("1.5"), fast=fast)
     parts, x = [], 10.0
     for i, kind in enumerate(types):
-        height, width = (side / 12 for side in (found.fast if kind else found.slow))
-        tokens = (found.fast if kind else found.slow)[0] * (found.fast if kind else found.slow)[1] // 784
+        height, width = (side / 12 for side in (result.fast if kind else result.slow))
+        tokens = (result.fast if kind else result.slow)[0] * (result.fast if kind else result.slow)[1] // 784
         parts.append(
             f'<rect x="{x:.0f}" y="{90 - height:.0f}" width="{width:.0f}" height="{height:.0f}" rx="2" '
             f'fill="{"#b6d4fe" if kind else "#2f81f7"}"/>'
@@ -82,10 +82,10 @@ def main(folder: Path) -> None:
     (folder / "frames.svg").write_text(lines_over_duration("frames sampled from a 720p video, by duration", 0, 10_000))
     (folder / "tokens.svg").write_text(lines_over_duration("visual tokens of one frame, by duration", 1, 1_000))
     (folder / "slow-fast.svg").write_text(slow_and_fast())
-    for generation in GENERATIONS:
+    for release in GENERATIONS:
         for seconds in (10, 60, 600, 3600):
-            frames, tokens = tokens_of(seconds, generation)
-            name, total = generation.capitalize(), frames * tokens
+            frames, tokens = tokens_of(seconds, release)
+            name, total = release.capitalize(), frames * tokens
             print(f"{name:8} {seconds:5} s: {frames:5} frames of {tokens:4} tokens = {total:7}")
 
 
