@@ -6,24 +6,24 @@ Needs keye alone, no extra. Each number in the pictures is computed by the libra
 import sys
 from pathlib import Path
 
-from keye.config import Generation, ProcessorConfig
+from keye.config import ProcessorConfig
 from keye.media import sampling, sizes
 
-GENERATIONS: tuple[Generation, ...] = ("preview", "1.5", "2.0")
+RELEASES = ("preview", "1.5", "2.0")
 COLOURS = {"preview": "#8a63d2", "1.5": "#2f81f7", "2.0": "#1a7f64"}
 FONT = 'font-family="sans-serif" font-size="12" fill="#57606a"'
 
 
-def tokens_of(seconds: float, generation: Generation, height: int = 720, width: int = 1280) -> tuple[int, int]:
+def tokens_of(seconds: float, release: str, height: int = 720, width: int = 1280) -> tuple[int, int]:
     """(frames, tokens of a frame) of a 720p video at 30 frames per second; for 1.5 with every frame slow."""
-    config = ProcessorConfig.of(generation)
+    config = ProcessorConfig.of(release)
     frames = sampling.smart_nframes(int(seconds * 30), 30.0, config)
     h, w = sizes.frame_sizes(height, width, frames, config).slow
     return frames, h * w // config.token_pixels
 
 
 def lines_over_duration(title: str, pick: int, top: int) -> str:
-    """A chart over durations from 10 s to 2 h, one line for each generation; both axes are logarithmic."""
+    """A chart over durations from 10 s to 2 h, one line for each release; both axes are logarithmic."""
     import math
 
     durations = [10 * 720 ** (i / 60) for i in range(61)]
@@ -42,7 +42,7 @@ def lines_over_duration(title: str, pick: int, top: int) -> str:
             _, y = place(10, 10**power)
             parts.append(f'<path d="M60 {y:.0f}H560" stroke="#d8dee4"/>')
             parts.append(f'<text x="8" y="{y + 4:.0f}" {FONT}>{10**power:,}</text>')
-    for row, release in enumerate(GENERATIONS):
+    for row, release in enumerate(RELEASES):
         places = (place(seconds, tokens_of(seconds, release)[pick]) for seconds in durations)
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         colour = COLOURS[release]
@@ -82,7 +82,7 @@ def main(folder: Path) -> None:
     (folder / "frames.svg").write_text(lines_over_duration("frames sampled from a 720p video, by duration", 0, 10_000))
     (folder / "tokens.svg").write_text(lines_over_duration("visual tokens of one frame, by duration", 1, 1_000))
     (folder / "slow-fast.svg").write_text(slow_and_fast())
-    for release in GENERATIONS:
+    for release in RELEASES:
         for seconds in (10, 60, 600, 3600):
             frames, tokens = tokens_of(seconds, release)
             name, total = release.capitalize(), frames * tokens

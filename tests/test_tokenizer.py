@@ -14,7 +14,6 @@ from tokenizers import models
 from keye.chat.tokenizer import (
     CONTROL_TOKENS,
     FRAME_TOKENS,
-    IDS_OF_1_5,
     MARKUP_TOKENS,
     POLYGON_TOKENS,
     StreamDecoder,
@@ -24,6 +23,7 @@ from keye.chat.tokenizer import (
 from keye.config import KeyeConfig, load_model_config, model_config_from_dict
 from keye.data.nano_tokenizer import MAX_VOCAB, build_nano_tokenizer, save_nano_tokenizer
 from keye.errors import KeyeError
+from keye.releases import V1_5
 
 WORDS = ("red", "circle", "when", "is", "the", "visible", "seconds", "s", "?", "[[", "a")
 ADDED = CONTROL_TOKENS + MARKUP_TOKENS + FRAME_TOKENS + POLYGON_TOKENS
@@ -41,8 +41,8 @@ def pieces(text: str) -> list[str]:
 
 def test_the_tokens_that_1_5_adds() -> None:
     """Six ids in a row after Preview's last; a config.json that says otherwise of the fast frames is refused."""
-    assert sorted(IDS_OF_1_5.values()) == list(range(151675, 151681))
-    assert set(FRAME_TOKENS) | set(POLYGON_TOKENS) < set(IDS_OF_1_5)
+    assert sorted(V1_5.official_token_ids.values()) == list(range(151675, 151681))
+    assert set(FRAME_TOKENS) | set(POLYGON_TOKENS) < set(V1_5.official_token_ids)
     backend = build_nano_tokenizer(WORDS)
     backend.add_tokens(["<|fast_video_pad|>"])
     tokenizer = Tokenizer(backend)

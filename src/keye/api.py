@@ -51,6 +51,7 @@ from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.process import check_device
+from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector
 from keye.sessions.fingerprint import Fingerprint, fingerprint
 from keye.sessions.live import Keep, LiveSession
@@ -81,7 +82,7 @@ class Keye:
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
         self.generation = generation or GenerationConfig()
         self.attention: AttentionMode = attention if model.config.text.sparse is not None else "dense"
-        own = template_of(model.config.architecture, self.generation.default_system)
+        own = template_of(model.config.release, self.generation.default_system)
         self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
         if isinstance(self.template, CheckpointTemplate):
             self.template = self.template.for_model(own, self.generation.default_system)
@@ -396,7 +397,7 @@ def load(
     # The small files come first: what they refuse need not be downloaded.
     folder = resolve(name, revision=revision, weights=False, progress=progress)
     config = load_model_config(folder)
-    chosen = _template(template, folder, config.architecture)
+    chosen = _template(template, folder, config.release)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     processor = Processor(load_processor_config(folder), decoder=decoder)
@@ -416,13 +417,13 @@ def load(
     )
 
 
-def _template(asked: str | Path, folder: Path, architecture: str) -> CheckpointTemplate | None:
+def _template(asked: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
     """The template that is asked for; None for keye's own."""
     if asked == "keye":
         return None
     if asked == "auto":
         found = find_template(folder)
-        return None if found is None else found.for_model(template_of(architecture), None, fall_back=True)
+        return None if found is None else found.for_model(template_of(release), None, fall_back=True)
     return load_template(folder if asked == "checkpoint" else asked)
 
 
@@ -438,8 +439,8 @@ def format_notes(
     if has_keye_fields(folder):
         return
     if template is None:
-        yield f"the checkpoint brings no chat template: prompts follow keye's own for Keye-VL {config.generation}"
-    if config.generation == "2.0":
+        yield f"the checkpoint brings no chat template: prompts follow keye's own for Keye-VL {config.release.name}"
+    if not config.release.processor_is_published:
         yield (
             "frames are labelled by the frame_text of the checkpoint"
             if frame_text_of(folder) is not None
@@ -452,7 +453,7 @@ def load_notes(folder: Path, config: KeyeConfig, report: LoadReport) -> Iterator
     if config.unknown:
         yield f"config.json has keys without meaning to keye: {_listed(config.unknown)}"
     if not (folder / PROCESSOR_FILE).exists():
-        yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.generation}"
+        yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.release.name}"
     if report.lacks_indexer:
         yield "the files hold no indexer weights: the model attends densely"
     if report.unused:

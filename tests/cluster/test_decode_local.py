@@ -59,9 +59,9 @@ def same(found: PlannedFrames, expected: PlannedFrames) -> bool:
     return found.plan == expected.plan and all(np.array_equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("generation", ["preview", "1.5", "2.0"])
-def test_frames_are_those_of_this_process(service: DecodeService, clips: list[Source], generation: Any) -> None:
-    config = ProcessorConfig.of(generation, video_min_tokens=4)
+@pytest.mark.parametrize("release", ["preview", "1.5", "2.0"])
+def test_frames_are_those_of_this_process(service: DecodeService, clips: list[Source], release: Any) -> None:
+    config = ProcessorConfig.of(release, video_min_tokens=4)
     for source in clips[:2]:
         expected = whole(source, config, max_frames=5)
         found = service.submit(VideoWork(source, config, MediaOptions(max_frames=5))).result(60)
@@ -70,14 +70,14 @@ def test_frames_are_those_of_this_process(service: DecodeService, clips: list[So
         assert same(service.submit(VideoWork(source, config, MediaOptions(), expected.plan)).result(60), expected)
 
 
-@pytest.mark.parametrize("generation", ["preview", "1.5", "2.0"])
+@pytest.mark.parametrize("release", ["preview", "1.5", "2.0"])
 def test_media_are_those_of_this_process(
-    service: DecodeService, clips: list[Source], generation: Any, monkeypatch: pytest.MonkeyPatch
+    service: DecodeService, clips: list[Source], release: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a video comes in many parts."""
     monkeypatch.setattr(decode_reader, "FIRST_PART", 100_000)
     monkeypatch.setattr(decode_reader, "LARGEST_PART", 200_000)
-    config = ProcessorConfig.of(generation, video_min_tokens=4)
+    config = ProcessorConfig.of(release, video_min_tokens=4)
     here, there = Processor(config), Processor(config, decoder=ServiceDecoder(service))
     expected = here.video(clips[5])
     for item in (there.video(clips[5]), there.video_stream(clips[5], plan=expected.plan)):  # type: ignore[arg-type]

@@ -250,16 +250,14 @@ def test_the_estimate_is_the_prompt(model: Keye, video: Path) -> None:
         model.ask(video, "what?", max_tokens=16_384 - used + 1)
 
 
-@pytest.mark.parametrize("generation", ["preview", "1.5", "2.0"])
+@pytest.mark.parametrize("release", ["preview", "1.5", "2.0"])
 @pytest.mark.parametrize("options", [{}, {"nframes": 6}, {"max_pixels": 20_000}, {"video_total_pixels": 60_000}])
-def test_the_plan_never_counts_more_than_the_medium_takes(
-    video: Path, generation: Any, options: dict[str, Any]
-) -> None:
-    processor = Processor(ProcessorConfig.of(generation, video_min_tokens=4))
+def test_the_plan_never_counts_more_than_the_medium_takes(video: Path, release: Any, options: dict[str, Any]) -> None:
+    processor = Processor(ProcessorConfig.of(release, video_min_tokens=4))
     planned = plan_medium(as_medium(str(video), options), processor)
     item = processor.video(planned.source, planned.options)
     assert 0 < planned.visual_tokens <= item.visual_tokens
-    if generation != "1.5":  # whose fast frames are told apart by their pixels
+    if release != "1.5":  # whose fast frames are told apart by their pixels
         assert planned.pieces == item.pieces
 
 

@@ -33,9 +33,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return fetch_source(path)
 
 
-@pytest.mark.parametrize("generation", ["preview", "1.5", "2.0"])
-def test_a_stream_gives_what_the_whole_gives(source: Source, generation: Any) -> None:
-    processor = Processor(ProcessorConfig.of(generation, video_min_tokens=4))
+@pytest.mark.parametrize("release", ["preview", "1.5", "2.0"])
+def test_a_stream_gives_what_the_whole_gives(source: Source, release: Any) -> None:
+    processor = Processor(ProcessorConfig.of(release, video_min_tokens=4))
     whole, streamed = processor.video(source), processor.video_stream(source)
     assert streamed.pieces == whole.pieces and streamed.plan == whole.plan
     assert streamed.timestamps == whole.timestamps and streamed.second_per_grid == whole.second_per_grid

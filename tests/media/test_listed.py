@@ -17,6 +17,7 @@ from keye.media.listed import least_list_tokens
 from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, untrusted
+from keye.releases import find_release
 
 
 def pictures(count: int, width: int = 200, height: int = 120) -> list[Source]:
@@ -36,12 +37,12 @@ def header_of(width: int, height: int) -> Source:
     [{}, {"fps": 4.0}, {"timestamps": (0.0, 1.0, 2.5, 4.0, 9.0)}, {"min_pixels": 90_000}, {"nframes": 3},
      {"resized_height": 280, "resized_width": 560}, {"timestamps": (0.0, 1.0, 2.5, 4.0, 9.0), "video_end": 3.0}],
 )  # fmt: skip
-@pytest.mark.parametrize("generation", ["2.0", "preview", "1.5"])
-def test_tokens_of_a_list_are_those_of_its_item(generation: Any, given: dict[str, Any]) -> None:
-    config, options, listed = ProcessorConfig(generation=generation), MediaOptions(**given), pictures(5)
+@pytest.mark.parametrize("release", ["2.0", "preview", "1.5"])
+def test_tokens_of_a_list_are_those_of_its_item(release: Any, given: dict[str, Any]) -> None:
+    config, options, listed = ProcessorConfig(release=find_release(release)), MediaOptions(**given), pictures(5)
     item = Processor(config).frames(open_frames(listed), options)
     least = least_list_tokens(listed, config, options)
-    assert least <= item.visual_tokens if generation == "1.5" else least == item.visual_tokens
+    assert least <= item.visual_tokens if release == "1.5" else least == item.visual_tokens
 
 
 def test_pictures_of_strangers_are_measured_and_not_decoded() -> None:

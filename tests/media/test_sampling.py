@@ -11,6 +11,7 @@ from keye.errors import KeyeError
 from keye.hub import asset
 from keye.media import sampling, sizes
 from keye.media.options import MediaOptions
+from keye.releases.base import tokens_per_frame
 
 CONFIG = ProcessorConfig()
 SIDES = st.integers(1, 5000)
@@ -194,7 +195,7 @@ def test_displayed_frames(timestamps: list[float], targets: list[float]) -> None
 @given(st.integers(1, 2880), st.integers(1, 400), st.integers(0, 400), st.integers(1, 200_000))
 def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, extra: int, budget: int) -> None:
     high = low + extra
-    found = sizes.tokens_per_frame(frames, low, high, budget)
+    found = tokens_per_frame(frames, low, high, budget)
     assert low <= found <= high
     assert frames * (found - 1) <= budget or found == low
     # The official off-by-one: the first number above the budget, unless the limit of a frame comes first.

@@ -20,6 +20,7 @@ from keye.config import ProcessorConfig
 from keye.media import sizes
 from keye.media.options import MediaOptions
 from keye.media.pixels.slowfast import FAST, SLOW, SlowFastClassifier, frame_types, similarity, to_hsv
+from keye.releases.base import tokens_per_frame
 
 CONFIG = ProcessorConfig.of("1.5")
 PLAIN = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/slow_fast.py"))
@@ -126,7 +127,7 @@ def test_the_plain_transcription_on_recorded_cases() -> None:
 
 @given(st.integers(1, 400), st.integers(0, 1000), st.integers(48, 900), st.integers(1000, 100_000))
 def test_the_budget_is_met_but_for_one_token(slow: int, fast: int, high: int, budget: int) -> None:
-    found = sizes.tokens_per_frame(slow, 48, high, budget, fast=fast)
+    found = tokens_per_frame(slow, 48, high, budget, fast=fast)
     cost = slow * (found - 1) + fast * max(int(0.3 * (found - 1)), 48)
     assert found in (48, high) or cost <= budget
 

@@ -43,10 +43,14 @@ def told(plan: object) -> list[str]:
         (V20, {"fps": 60}, "fps=60 cannot be met for clip.mp4: it gets 30 frames a second"),
         (V20, {"max_pixels": 1}, "max_pixels=1 cannot be met for clip.mp4: it gets 308x196 pixels a frame"),
         (V20, {"min_pixels": 200_000, "video_total_pixels": 400_000}, "video_total_pixels=400000 cannot be met"),
-        (V20, {"min_frame_similarity": 0.5}, "min_frame_similarity has no effect on clip.mp4: only Keye-VL 1.5"),
+        (
+            V20,
+            {"min_frame_similarity": 0.5},
+            "min_frame_similarity has no effect on clip.mp4: Keye-VL 2.0 has no slow and fast frames",
+        ),
         (V20, {"adaptive_budget": True, "video_count": 2}, "adaptive_budget has no effect on clip.mp4: several"),
         (V20, {"timestamps": (0.0, 1.0)}, "timestamps has no effect on clip.mp4: a file has times of its own"),
-        (V15, {"adaptive_budget": True}, "adaptive_budget has no effect on clip.mp4: only Keye-VL 2.0 has it"),
+        (V15, {"adaptive_budget": True}, "adaptive_budget has no effect on clip.mp4: Keye-VL 1.5 has none"),
         (PREVIEW, {"nframes": 5}, "nframes=5 cannot be met for clip.mp4: it gets 4 frames"),
     ],
 )

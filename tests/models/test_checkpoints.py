@@ -106,7 +106,7 @@ def test_every_layout_loads_strictly(layout: str, tmp_path: Path, make_model: An
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_generations_differ_where_the_spec_says(make_model: Any) -> None:
+def test_releases_differ_where_the_spec_says(make_model: Any) -> None:
     shapes = {
         arch: {name: tuple(t.shape) for name, t in make_model(architectures=[arch]).state_dict().items()}
         for arch in (PREVIEW, V1_5, V2)
@@ -119,7 +119,7 @@ def test_generations_differ_where_the_spec_says(make_model: Any) -> None:
     assert shapes[V2]["model.layers.0.self_attn.sa_indexer.q_proj.weight"] == (8 * 16 + 8, 48)
 
 
-def test_a_checkpoint_of_another_generation_is_refused(tmp_path: Path, make_model: Any, raw_config: Any) -> None:
+def test_a_checkpoint_of_another_release_is_refused(tmp_path: Path, make_model: Any, raw_config: Any) -> None:
     raw = {**raw_config, "architectures": [V1_5]}
     write(tmp_path, raw, dict(make_model(architectures=[PREVIEW]).state_dict()))
     message = r"mis-shaped: mlp_AR.pre_norm.bias is \[32\] instead of \[128\], mlp_AR.pre_norm.weight"

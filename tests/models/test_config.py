@@ -42,12 +42,12 @@ def test_official_parameter_count(name: str, total: int) -> None:
     assert parameters + PACKING_ROWS * config.vision.hidden_size == total
 
 
-def test_generations(official: dict[str, Any]) -> None:
+def test_releases(official: dict[str, Any]) -> None:
     preview, v15, v2 = (
         model_config_from_dict(read_json(asset(f"configs/{name}") / "config.json"))
         for name in ("preview", "1.5", "2.0")
     )
-    assert [config.generation for config in (preview, v15, v2)] == ["preview", "1.5", "2.0"]
+    assert [config.release.name for config in (preview, v15, v2)] == ["preview", "1.5", "2.0"]
     assert [config.tokens_per_second for config in (preview, v15, v2)] == [2.0, None, None]
     assert [config.vision.norm_before_merge for config in (preview, v15, v2)] == [True, False, False]
     assert [config.vision.whole_video_attention for config in (preview, v15, v2)] == [True, False, False]

@@ -1,4 +1,4 @@
-"""A conversation to the text that the model reads, in our own chat format: the default for every generation."""
+"""A conversation to the text that the model reads, in our own chat format: the default for every release."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, Final, Literal, cast
 from keye.chat.messages import Medium, Message, normalize, normalize_tools, to_json
 from keye.chat.tokenizer import MARKUP_TOKENS, POLYGON_TOKENS
 from keye.errors import KeyeError
+from keye.releases import PREVIEW, Release
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What differs between the generations' chat formats.
+    """What differs between the releases' chat formats.
 
     `default_system` is inserted if the first message is not the system's. `thinking` says how reasoning is switched:
     "prefill" opens (or closes at once) the reasoning block in the generation prompt, as Qwen3 does; "suffix" ends the
@@ -33,17 +34,14 @@ class ChatTemplate:
 CHATML: Final = ChatTemplate()
 """2.0 and keye-nano. The template of 2.0 was never seen; this is the format of the model it was built from."""
 
-PREVIEW_CHATML: Final = ChatTemplate(default_system="You are a helpful assistant.", thinking="suffix")
+
+def template_of(release: Release, default_system: str | None = None) -> ChatTemplate:
+    """Our template for the models of a release; `default_system` replaces the release's own."""
+    return ChatTemplate(release.default_system if default_system is None else default_system, release.thinking)
+
+
+PREVIEW_CHATML: Final = template_of(PREVIEW)
 """Preview and 1.5."""
-
-_SUFFIX_ARCHITECTURES: Final = frozenset({"KeyeForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration"})
-
-
-def template_of(architecture: str, default_system: str | None = None) -> ChatTemplate:
-    """Our template for a model of this architecture (`architectures` in config.json); `default_system` replaces the
-    generation's own."""
-    template = PREVIEW_CHATML if architecture in _SUFFIX_ARCHITECTURES else CHATML
-    return template if default_system is None else replace(template, default_system=default_system)
 
 
 @dataclass(frozen=True)

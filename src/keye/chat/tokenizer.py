@@ -64,17 +64,6 @@ FRAME_TOKENS: Final = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
 POLYGON_TOKENS: Final = ("<|polygon_start|>", "<|polygon_end|>")
 """Grounding marks of the 1.5 report (table 1)."""
 
-IDS_OF_1_5: Final = {
-    "<|polygon_start|>": 151675,
-    "<|polygon_end|>": 151676,
-    "<|frame|>": 151677,
-    "<|fast_video_pad|>": 151678,
-    "<|fast_start|>": 151679,
-    "<|fast_end|>": 151680,
-}
-"""Ids of the tokens that 1.5 adds after Preview's last, 151674. The first two, and the order of the last two, are
-inferred from the ids around them; the others were seen in official logs."""
-
 
 _MEDIA_TOKENS: Final = {
     "image_token_id": "<|image_pad|>",

@@ -19,5 +19,5 @@ The decode service turns video files into planned frames in many workers:
 cluster, with one sentence for whatever is wrong with it.
 
 Imports: above `keye.engine`, below `keye.server`, `keye.train` and the commands. The modules that workers load
-(`decode_work`, `pool_worker`) leave torch alone unless a generation's resizing needs it.
+(`decode_work`, `pool_worker`) leave torch alone unless a release's resizing needs it.
 """

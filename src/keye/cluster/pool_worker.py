@@ -1,6 +1,6 @@
 """The process of this machine that does decode work, and the desk that every worker sits at, here or on a cluster.
 
-Without torch, but for what a generation's resizing needs. Decoding itself happens in confined processes below this one
+Without torch, but for what a release's resizing needs. Decoding itself happens in confined processes below this one
 (`keye.media.decode.workers`).
 """
 

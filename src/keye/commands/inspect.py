@@ -77,7 +77,7 @@ def description(model: str) -> dict[str, Any]:
     if packaged:
         notes.append("Not on this machine: described from the configuration that ships with keye, put together from "
                      "what is published; the values in a real checkpoint win.")  # fmt: skip
-    if not made.runs:
+    if not made.release.runs:
         notes.append("keye loads the vision tower and projector of this model; its language model does not run yet.")
     if unknown := (made.config.unknown if made.config is not None else ()):
         notes.append(f"Without meaning to keye in config.json: {', '.join(unknown)}.")
@@ -88,8 +88,8 @@ def description(model: str) -> dict[str, Any]:
         "model": model,
         "folder": None if packaged else str(folder),
         "architecture": made.architecture,
-        "generation": made.generation,
-        "runs": made.runs,
+        "release": made.release.name,
+        "runs": made.release.runs,
         "text": made.text,
         "vision": asdict(made.vision),
         "tokens_per_second": made.config.tokens_per_second if made.config is not None else None,
@@ -148,7 +148,7 @@ def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, An
     size = FORMATS[dtype]
     left = memory.free - RESERVE_BYTES - numbers * size
     tokens = max(0, left) // ((made.kv_numbers + made.indexer_numbers) * size)
-    context = min(tokens, made.context) if made.runs else 0
+    context = min(tokens, made.context) if made.release.runs else 0
     limit = None if not context else ("model" if tokens >= made.context else "memory")
     return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "fits": context > 0, "context": context,
             "limited_by": limit}  # fmt: skip
@@ -156,8 +156,9 @@ def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, An
 
 def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """Size and marks of `tokenizer.json`; None without one. `disagreements` are ids that config.json says otherwise."""
-    from keye.chat.tokenizer import FRAME_TOKENS, IDS_OF_1_5, Tokenizer
+    from keye.chat.tokenizer import FRAME_TOKENS, Tokenizer
     from keye.config import architecture_name
+    from keye.releases import releases_by_architecture
 
     if not (folder / "tokenizer.json").is_file():
         return None
@@ -165,9 +166,9 @@ def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | No
     added = tokenizer.added_tokens
     wrong = [f"{mark} is {added.get(mark)} but {field} is {raw.get(field)}"
              for mark, field in MARKS.items() if added.get(mark) != raw.get(field)]  # fmt: skip
-    if architecture_name(raw) == "KeyeVL1_5ForConditionalGeneration":
-        wrong += [f"{mark} is {added[mark]} but {index} in the official 1.5" for mark, index in IDS_OF_1_5.items()
-                  if added.get(mark, index) != index]  # fmt: skip
+    release = releases_by_architecture()[architecture_name(raw)]
+    wrong += [f"{mark} is {added[mark]} but {index} in the official {release.name}"
+              for mark, index in release.official_token_ids.items() if added.get(mark, index) != index]  # fmt: skip
     if (rows := raw.get("vocab_size")) is not None and tokenizer.vocab_size > rows:
         wrong.append(f"{tokenizer.vocab_size} tokens but vocab_size {rows}")
     return {

@@ -1,4 +1,4 @@
-"""What the utilities of all generations share: the media of a conversation, and the options beside each."""
+"""What the utilities of all releases share: the media of a conversation, and the options beside each."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class OfficialProcessor:
     """The processor of Preview or 1.5 under its configuration (`load_processor_config`)."""
 
     def __init__(self, config: ProcessorConfig) -> None:
-        if config.generation == "2.0":
-            raise KeyeError("the official 2.0 processor is not published; use keye.media.Processor")
+        if not config.release.processor_is_published:
+            raise KeyeError(f"the official {config.release.name} processor is not published; use keye.media.Processor")
         self.config = config
 
     def __call__(
@@ -80,7 +80,7 @@ class OfficialProcessor:
             expansions["image"] = [[VisualSpan("image", self._tokens(p)[0])] for p in pictures]
         clips, seconds, grids = [], None, []
         if videos:
-            if self.config.generation == "preview":
+            if self.config.release.whole_video:
                 seconds = tuple(1 / rate for rate in _rates(fps, len(videos)))
                 clips = [self.video(video).as_one_video() for video in videos]
                 expansions["video"] = [[VisualSpan("video", self._tokens(clip)[0])] for clip in clips]

@@ -30,10 +30,11 @@ from keye.media.pixels.pictures import Pixels
 from keye.media.pixels.slowfast import frame_types
 from keye.media.processor import sampled_list
 from keye.media.video import open_video
+from keye.releases import V1_5
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
 
-CONFIG = ProcessorConfig.of("1.5")
+CONFIG = ProcessorConfig.of(V1_5)
 IMAGE_FACTOR = FACTOR
 MIN_PIXELS = CONFIG.image_min_tokens * CONFIG.token_pixels
 MAX_PIXELS = CONFIG.image_max_tokens * CONFIG.token_pixels

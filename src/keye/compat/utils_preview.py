@@ -27,10 +27,11 @@ from keye.media.pixels.resample import bicubic
 from keye.media.processor import listed_indices
 from keye.media.sampling import frame_range
 from keye.media.video import VideoInfo, open_video
+from keye.releases import PREVIEW
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
 
-CONFIG = ProcessorConfig.of("preview")
+CONFIG = ProcessorConfig.of(PREVIEW)
 IMAGE_FACTOR = FACTOR
 MIN_PIXELS = CONFIG.image_min_tokens * CONFIG.token_pixels
 MAX_PIXELS = CONFIG.image_max_tokens * CONFIG.token_pixels

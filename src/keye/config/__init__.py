@@ -1,9 +1,8 @@
-"""Every configuration of keye: model, processor, generation, environment. Reads and validates the official files.
+"""Every configuration of keye: model, processor, sampling, environment. Reads and validates the official files.
 
 All classes are frozen: a configuration is read once and passed around.
 """
 
-from keye.config.architecture import ARCHITECTURES, Architecture, Generation, architecture_name
 from keye.config.environment import HubConfig, KernelConfig, hub_config, kernel_config, preview_video_max_pixels
 from keye.config.files import ConfigError, read_json
 from keye.config.model import (
@@ -12,6 +11,7 @@ from keye.config.model import (
     SparseConfig,
     TextConfig,
     VisionConfig,
+    architecture_name,
     load_generation_config,
     load_model_config,
     model_config_from_dict,
@@ -26,11 +26,8 @@ from keye.config.processor import (
 )
 
 __all__ = [
-    "ARCHITECTURES",
     "PROCESSOR_FILE",
-    "Architecture",
     "ConfigError",
-    "Generation",
     "GenerationConfig",
     "HubConfig",
     "KernelConfig",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from keye.checks import is_number
-from keye.config.architecture import ARCHITECTURES, Architecture, architecture_name
 from keye.config.files import ConfigError, own_fields, read_json, refuse, require, require_whole
 from keye.config.problems import generation_problems, model_problems, text_field_problems, vision_problems
+from keye.releases import Architecture, Release, releases_by_architecture
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class VisionConfig:
     """The vision tower (SigLIP geometry) and the merge of its projector. Sizes in pixels, patches or channels.
 
     Preview differs from its successors: `whole_video_attention` lets every patch of a grid row (t, h, w) see all t
-    frames instead of its own, and `norm_before_merge` puts the projector's norm on single patches. The architecture
-    decides both, not the file.
+    frames instead of its own, and `norm_before_merge` puts the projector's norm on single patches. The release decides
+    both, not the file.
     """
 
     hidden_size: int
@@ -123,9 +123,9 @@ class KeyeConfig:
     unknown: tuple[str, ...] = field(default=(), compare=False)
 
     @property
-    def generation(self) -> str:
-        """preview, 1.5 or 2.0."""
-        return ARCHITECTURES[self.architecture].generation
+    def release(self) -> Release:
+        """The release that the architecture belongs to."""
+        return releases_by_architecture()[self.architecture]
 
     def without_indexer(self) -> KeyeConfig:
         """The same model run dense: every token attends to every earlier one."""
@@ -199,11 +199,11 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     """
     raw, official = _with_rope_scaling(raw), raw
     architecture = architecture_name(raw)
-    kind = ARCHITECTURES[architecture]
-    if not kind.runs:
+    release = releases_by_architecture()[architecture]
+    if not release.runs:
         raise ConfigError(
-            f"the language model of {architecture} (Keye-VL-{kind.generation}) is DeepSeek-V3, which keye does not run "
-            "yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
+            f"the language model of {architecture} (Keye-VL-{release.name}) is {release.decoder}, which keye does not "
+            "run yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
         )
     if raw.get("quantization_config"):
         raise ConfigError(_quantised(raw["quantization_config"]))
@@ -211,7 +211,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     require_whole(raw, _TEXT_SIZES, "config.json")
     require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
     refuse(text_field_problems(raw))
-    text = _text_config(raw, kind)
+    text = _text_config(raw, release.architectures[architecture])
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
     config = KeyeConfig(
@@ -222,7 +222,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         pad_token_id=raw.get("pad_token_id"),
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
         raw=dict(official),
-        tokens_per_second=_tokens_per_second(raw["vision_config"]) if kind.preview else None,
+        tokens_per_second=_tokens_per_second(raw["vision_config"], release),
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw[name]) for name in _TOKEN_IDS},
     )
@@ -263,6 +263,16 @@ def _with_rope_scaling(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         "rope_scaling": old or scaling,
         "rope_theta": theta if raw.get("rope_theta") is None else raw["rope_theta"],
     }
+
+
+def architecture_name(raw: Mapping[str, Any]) -> str:
+    """The first known name in `architectures` of a parsed config.json; `ConfigError` when there is none."""
+    names, known = raw.get("architectures") or [], releases_by_architecture()
+    for name in names:
+        if name in known:
+            return str(name)
+    listed = ", ".join(map(str, names)) or "none"
+    raise ConfigError(f"architecture {listed} is not supported; supported are {', '.join(known)}")
 
 
 def load_model_config(folder: Path) -> KeyeConfig:
@@ -310,7 +320,7 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
 
 def vision_config_from_dict(raw: Mapping[str, Any]) -> VisionConfig:
     """The vision part of an official `config.json` (already parsed), of any known architecture."""
-    preview = ARCHITECTURES[architecture_name(raw)].preview
+    release = releases_by_architecture()[architecture_name(raw)]
     require(raw, ["vision_config"], "config.json")
     vision = raw["vision_config"]
     if not isinstance(vision, Mapping):
@@ -321,18 +331,18 @@ def vision_config_from_dict(raw: Mapping[str, Any]) -> VisionConfig:
     fields = {f.name for f in dataclasses.fields(VisionConfig)} - {"whole_video_attention", "norm_before_merge"}
     config = VisionConfig(
         **{k: v for k, v in vision.items() if k in fields and v is not None},
-        whole_video_attention=preview,
-        norm_before_merge=preview,
+        whole_video_attention=release.whole_video,
+        norm_before_merge=release.norm_before_merge,
     )
     refuse(vision_problems(config))
     return config
 
 
-def _tokens_per_second(vision: Mapping[str, Any]) -> float:
-    """Preview's steps of the time axis in a second of video; 2 where the file says nothing, as in the official code."""
+def _tokens_per_second(vision: Mapping[str, Any], release: Release) -> float | None:
+    """Steps of the time axis in a second of video; the release's where the file says nothing."""
     value = vision.get("tokens_per_second")
-    if value is None:
-        return 2.0
+    if value is None or release.tokens_per_second is None:
+        return release.tokens_per_second
     if not (is_number(value) and value > 0):
         raise ConfigError(f"vision_config.tokens_per_second is {value!r}; it must be a number above 0")
     return float(value)

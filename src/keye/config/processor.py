@@ -1,4 +1,4 @@
-"""How media become visual tokens, by generation: the official values, and those of a checkpoint's files."""
+"""How media become visual tokens: the official values of a release, and those of a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -8,32 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye.config.architecture import ARCHITECTURES, Generation
 from keye.config.files import ConfigError, own_fields, read_json, refuse, require_whole
 from keye.config.problems import patch_problems, processor_problems
+from keye.releases import V2, Release, find_release, releases_by_architecture
 
 #: The file that says how a checkpoint wants its media prepared, and the one that newer versions of transformers write
 #: for videos alone.
 PROCESSOR_FILE = "preprocessor_config.json"
 VIDEO_PROCESSOR_FILE = "video_preprocessor_config.json"
 
-#: What the utilities of the older generations set otherwise than 2.0 (keye-vl-utils 1.0.0 and 1.5.2).
-_PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "preview": {
-        "image_max_tokens": 16384, "video_min_tokens": 128, "video_max_tokens": 768, "video_total_tokens": 115200,
-        "min_frames": 4, "max_frames": 768, "frame_factor": 2, "frame_text": "",
-    },
-    "1.5": {"video_min_tokens": 48, "video_max_tokens": 768, "video_total_tokens": 65536, "min_frames": 1},
-    "2.0": {},
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class ProcessorConfig:
     """How media become visual tokens. One token stands for `factor` x `factor` pixels; budgets are in tokens.
 
-    `generation` chooses the rules: Preview (absolute time, an even number of frames, a second resize by the
-    processor), 1.5 (slow and fast frames) or 2.0. `frame_factor` is what the number of frames is a multiple of.
+    `release` has the rules. `frame_factor` is what the number of frames is a multiple of, where the release says so.
     `processor_min_pixels` and `processor_max_pixels` limit the second resize; None means there is none.
     `fast_ratio` is the tokens of a fast frame over those of a slow one, `min_frame_similarity` the share of similar
     patches below which a frame is slow.
@@ -41,7 +30,7 @@ class ProcessorConfig:
     The text of the official 2.0 processor is not published; the default is the form of 1.5 and is our reading of it.
     """
 
-    generation: Generation = "2.0"
+    release: Release = V2
     patch_size: int = 14
     merge_size: int = 2
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -63,9 +52,10 @@ class ProcessorConfig:
     frame_text: str = "<|frame|>{seconds:.1f}"
 
     @classmethod
-    def of(cls, generation: Generation, **changes: Any) -> ProcessorConfig:
-        """The official values of a generation, with `changes`."""
-        return cls(**{"generation": generation, **_PROCESSOR_DEFAULTS[generation], **changes})
+    def of(cls, release: Release | str, **changes: Any) -> ProcessorConfig:
+        """The official values of a release, given by its name or itself, with `changes`."""
+        release = release if isinstance(release, Release) else find_release(release)
+        return cls(**{"release": release, **release.processor_defaults, **changes})
 
     @property
     def factor(self) -> int:
@@ -78,23 +68,25 @@ class ProcessorConfig:
         return self.factor**2
 
     def __post_init__(self) -> None:
-        if self.generation not in _PROCESSOR_DEFAULTS:
-            raise ConfigError(f"generation {self.generation!r} is unknown; use preview, 1.5 or 2.0")
         refuse(processor_problems(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain data, the release by its name."""
+        return {**dataclasses.asdict(self), "release": self.release.name}
 
 
 def load_processor_config(folder: Path) -> ProcessorConfig:
-    """Reads `folder/preprocessor_config.json` if present; absent fields keep the official values of the generation,
-    which the architecture in `folder/config.json` tells.
+    """Reads `folder/preprocessor_config.json` if present; absent fields keep the official values of the release,
+    to which the architecture in `folder/config.json` belongs.
 
-    `min_pixels`/`max_pixels` of the file are the limits of an image; for Preview and 1.5, whose utilities resize with
-    limits of their own first, those of the processor's second resize. A `keye` object in the file holds our own fields
-    (video budgets, `frame_text`); unknown fields in it are errors. A `frame_text` beside the official fields, in this
-    file or in `video_preprocessor_config.json`, is the checkpoint's own text before a frame.
+    `min_pixels`/`max_pixels` of the file are the limits of an image, or, where the release resizes images
+    twice, of the processor's second resize. A `keye` object in the file holds our own fields (video budgets,
+    `frame_text`); unknown fields in it are errors. A `frame_text` beside the official fields, in this file or in
+    `video_preprocessor_config.json`, is the checkpoint's own text before a frame.
     """
     beside = Path(folder) / "config.json"
     model = read_json(beside) if beside.exists() else {}
-    config = _processor_config(Path(folder) / PROCESSOR_FILE, _generation(model), frame_text_of(Path(folder)))
+    config = _processor_config(Path(folder) / PROCESSOR_FILE, _release_of(model), frame_text_of(Path(folder)))
     refuse(patch_problems(config, model))
     return config
 
@@ -115,10 +107,10 @@ def has_keye_fields(folder: Path) -> bool:
     return path.exists() and "keye" in read_json(path)
 
 
-def _processor_config(path: Path, generation: Generation, frame_text: str | None) -> ProcessorConfig:
+def _processor_config(path: Path, release: Release, frame_text: str | None) -> ProcessorConfig:
     brought = {} if frame_text is None else {"frame_text": frame_text}
     if not path.exists():
-        return ProcessorConfig.of(generation, **brought)
+        return ProcessorConfig.of(release, **brought)
     raw = {name: value for name, value in read_json(path).items() if value is not None}
     require_whole(raw, ("patch_size", "merge_size", "min_pixels", "max_pixels"), str(path))
     values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
@@ -130,15 +122,17 @@ def _processor_config(path: Path, generation: Generation, frame_text: str | None
         if f"{bound}_pixels" not in raw:
             continue
         pixels = raw[f"{bound}_pixels"]
-        if generation == "2.0":
-            values[f"image_{bound}_tokens"] = max(1, pixels // token)
-        else:
+        if release.resizes_images_twice:
             values[f"processor_{bound}_pixels"] = pixels
-    own = own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)})
-    return ProcessorConfig.of(generation, **{**values, **brought, **own})
+        else:
+            values[f"image_{bound}_tokens"] = max(1, pixels // token)
+    own = dict(own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)} | {"generation"}))
+    if "generation" in own:
+        raise ConfigError(f"{path} has keye.generation; the field is called release now")
+    return ProcessorConfig.of(str(own.pop("release", release.name)), **{**values, **brought, **own})
 
 
-def _generation(model: Mapping[str, Any]) -> Generation:
-    """The generation whose rules for media a checkpoint follows, by its parsed config.json; 2.0 without one."""
-    names = model.get("architectures") or []
-    return next((ARCHITECTURES[name].media for name in names if name in ARCHITECTURES), "2.0")
+def _release_of(model: Mapping[str, Any]) -> Release:
+    """The release of a checkpoint, by its parsed config.json; 2.0 without one."""
+    known = releases_by_architecture()
+    return next((known[name] for name in model.get("architectures") or [] if name in known), V2)

@@ -177,10 +177,10 @@ def check_index_options(name: str, options: Collection[str]) -> None:
 
 
 def _least_pieces(plan: VideoPlan, config: ProcessorConfig, options: MediaOptions) -> list[Piece]:
-    if config.generation == "preview":
+    if config.release.whole_video:
         return [VisualSpan("video", plan.visual_tokens)]
     tokens = plan.tokens_per_frame
-    if config.generation == "1.5":
+    if config.release.classifies_frames:
         # As if all frames were fast: with slow ones among them both kinds get at least as many tokens.
         height, width = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, config, options).fast
         tokens = (height // config.factor) * (width // config.factor)

@@ -83,7 +83,7 @@ class KeyeProcessor:
         self._tokenizer = Tokenizer.from_file(folder)
         check_tokenizer(self._tokenizer, config)
         self.prompts = _Builder(config, self._tokenizer, Processor(load_processor_config(folder)))
-        own = template_of(config.architecture, generation.default_system)
+        own = template_of(config.release, generation.default_system)
         brought = find_template(folder)
         self._template: ChatTemplate | CheckpointTemplate = own
         if brought is not None:
@@ -181,7 +181,7 @@ class KeyeProcessor:
             raise KeyeError(
                 f"unknown option {', '.join(unknown)} of the processor; it takes what process_vision_info returns."
             )
-        if config.generation == "preview" and (wrong := sorted(settings.keys() - {"fps"})):
+        if config.release.whole_video and (wrong := sorted(settings.keys() - {"fps"})):
             raise KeyeError(f"Preview has no {wrong[0]} of a video: take process_vision_info of utils_preview.")
         rows: list[dict[str, Any]] = [{} for _ in videos]
         for name, values in settings.items():
@@ -197,11 +197,11 @@ class KeyeProcessor:
         """One of `count` videos; `row` holds its own settings."""
         config = self.prompts.processor.config
         rate, times = row.get("fps"), row.get("timestamps")
-        if config.generation == "2.0":
+        if not config.release.processor_is_published:
             return self._frames_of_2_0(video, row, count)
         known: dict[str, Any] = {name: [value] for name, value in row.items() if name in _FRAME_SETTINGS}
         seconds = None
-        if config.generation == "preview":
+        if config.release.whole_video:
             known["fps"] = config.fps if rate is None else rate
             seconds = 1 / known["fps"]
             limits: dict[str, Any] = {f"processor_{name}": int(value) for name, value in self._limits.items()}
@@ -209,7 +209,7 @@ class KeyeProcessor:
         output = OfficialProcessor(config)(VIDEO_PAD, videos=[video], **known)
         pixels, grid = output.pixel_values_videos, output.video_grid_thw
         assert pixels is not None and grid is not None
-        if config.generation == "1.5":
+        if config.release.classifies_frames:
             grid = split_grid_rows(grid)  # the positions of 1.5 count frame by frame
         pieces = re.split(f"((?:{re.escape(VIDEO_PAD)})+)", output.text[0])
         spans = [

@@ -16,20 +16,15 @@ from typing import Final
 from keye.config import HubConfig, hub_config
 from keye.errors import KeyeError
 from keye.hub.download import INDEX_FILE, Progress, RemoteFile, Store, fetch, list_remote, shards_of
+from keye.releases import RELEASES
 
 PACKAGED: Final = {"nano": "nano", "keye-nano": "nano"}
 """Names of the models inside this package, and their folders under assets/."""
 
 PUBLISHED: Final = {
-    "preview": "Kwai-Keye/Keye-VL-8B-Preview",
-    "1.5": "Kwai-Keye/Keye-VL-1_5-8B",
-    "2.0": "Kwai-Keye/Keye-VL-2.0-30B-A3B",
-    "671b": "Kwai-Keye/Keye-VL-671B-A37B",
+    release.name.lower(): release.hub_name for release in RELEASES.values() if release.hub_name is not None
 }
 """Short names of the published checkpoints, and their names on the hub."""
-
-DESCRIBED_ONLY: Final = frozenset({"671b"})
-"""Those whose language model keye does not run: see `check_runs`."""
 
 _GGUF: Final = "which keye does not read yet"
 
@@ -45,10 +40,11 @@ def known_names() -> list[str]:
 
 
 def check_runs(name: str) -> None:
-    """`KeyeError` for a published model that keye only describes, so that nobody downloads it in vain."""
-    for short in DESCRIBED_ONLY:
-        if name.partition("@")[0].lower() in (short, PUBLISHED[short].lower()):
-            raise KeyeError(f"the language model of {PUBLISHED[short]} is DeepSeek-V3, which keye does not run yet; "
+    """`KeyeError` for a published model that keye only describes: before anything is downloaded."""
+    for release in RELEASES.values():
+        short, hub_name = release.name.lower(), release.hub_name or release.name
+        if not release.runs and name.partition("@")[0].lower() in (short, hub_name.lower()):
+            raise KeyeError(f"the language model of {hub_name} is {release.decoder}, which keye does not run yet; "
                             f"`keye inspect {short}` describes it")  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def content_key(
     """
     digest = hashlib.sha256(hashlib.sha256(salt).digest())
     facts = {} if plan is None else {k: v for k, v in asdict(plan).items() if k != "name"}
-    described = {"kind": medium.kind, "options": asdict(medium.options), "config": asdict(config), "plan": facts}
+    described = {"kind": medium.kind, "options": asdict(medium.options), "config": config.to_dict(), "plan": facts}
     digest.update(json.dumps(described, sort_keys=True, default=_plain).encode())
     digest.update(_of_value(medium.source))
     return digest.digest()

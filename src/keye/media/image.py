@@ -91,8 +91,9 @@ def read_image(
 
 
 def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
-    """RGB of a picture as the utilities make it: Preview puts RGBA on white, the others drop the alpha channel."""
-    if image.mode == "RGBA" and config.generation == "preview":
+    """RGB of a picture as the utilities make it: RGBA on white where the release says so, else without its alpha
+    channel."""
+    if image.mode == "RGBA" and config.release.puts_alpha_on_white:
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white

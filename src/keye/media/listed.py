@@ -19,7 +19,7 @@ def least_list_tokens(pictures: Sequence[Source], config: ProcessorConfig, optio
     """Visual tokens that a list of picture files takes at least: exactly so many but for 1.5, whose fast frames are not
     told apart yet. `MediaError` where the pictures have too many pixels together, `KeyeError` for bad options."""
     (height, width), count = _first_size(pictures), len(pictures)
-    if config.generation == "preview":
+    if config.release.sizes_lists_as_images:
         indices, _ = listed_indices(count, config, options)
         held = sizes.image_size(height, width, config, options)
         return len(indices) * _tokens(sizes.encoded_size(*held, config, options), config)
@@ -30,7 +30,7 @@ def least_list_tokens(pictures: Sequence[Source], config: ProcessorConfig, optio
     if count < 1:
         return 0
     found = sizes.frame_sizes(height, width, count, config, options)
-    return count * _tokens(found.fast if config.generation == "1.5" else found.slow, config)
+    return count * _tokens(found.fast, config)
 
 
 def _tokens(size: sizes.Size, config: ProcessorConfig) -> int:

@@ -1,6 +1,6 @@
 """What a request may set for one image or video, in one frozen object that every planning function takes.
 
-Knows names and ranges, not what they lead to: `sampling` and `sizes` hold the rules of each generation.
+Knows names and ranges, not what they lead to: `sampling` and `sizes` hold the rules of each release.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MediaOptions:
     video_total_pixels: limit on the area of all frames together (Preview calls it `total_pixels`).
     resized_height, resized_width: the size itself, rounded to whole tokens; both or neither.
     video_start, video_end: the part of the video to use, in seconds; of a list, where `timestamps` or `fps` tell times.
-    adaptive_budget: 2.0 only, a single short video gets a share of the budget by its length (`sizes.ADAPTIVE_SHARES`).
+    adaptive_budget: a single short video gets a share of the budget by its length (2.0: `Release.adaptive_shares`).
     min_frame_similarity: 1.5 only, share of similar patches below which a frame becomes a slow frame.
     track: which video track of a file, counted from 1; else the one that players choose.
     deinterlace: whether frames that the file calls interlaced are deinterlaced; else they are unless `strict_official`.

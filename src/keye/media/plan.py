@@ -155,9 +155,9 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     """
     info = as_read(info, options)
     start, end = options.video_start, options.video_end
-    if options.strict_official and config.generation == "1.5" and (start is not None or end is not None):
+    if options.strict_official and not config.release.official_parts and (start is not None or end is not None):
         named = map(Option, ("video_start", "video_end", "strict_official"))
-        raise KeyeError("the official 1.5 code takes neither {} nor {}; leave {} out", *named)
+        raise KeyeError(f"the official {config.release.name} code takes neither {{}} nor {{}}; leave {{}} out", *named)
     check_whole(info, options)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
     part = (_official_part if options.strict_official else _part)(info, start, end)
@@ -169,7 +169,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if not indices:
         raise sampling.no_frame(info.name, config, options)
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
-    if config.generation == "preview":
+    if config.release.frame_resize == "twice":
         height, width = sizes.encoded_size(height, width, config, options)
     warn_of_video(info.name, len(indices), (height, width), config, asked, seconds=part.seconds, sampled=sampled)
     emit(info.name, info.notes)
@@ -252,11 +252,11 @@ def _sample(info: VideoInfo, part: _Part, config: ProcessorConfig, options: Medi
 
 def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, options: MediaOptions) -> VideoPlan:
     """The plan with the times that the model is told where they are not those of players, and a note of it."""
-    if config.generation == "preview":
+    if config.release.whole_video:
         first = plan.timestamps[0]
         text = (
-            "Preview is told no times: in the text of its answers they count from the first sampled frame, at "
-            f"{first:.1f} s; intervals are turned into those that players show"
+            "the model sees no absolute times: in the text of its answers they count from the first sampled frame, at "
+            f"{first:.1f} s; intervals are converted to those that players show"
         )
         return _noted(plan, Note(text)) if first >= VISIBLE else plan
     if not options.strict_official:

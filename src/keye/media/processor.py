@@ -1,7 +1,7 @@
 """Media -> what the model eats: patches, grids, and the text and visual spans that stand for a medium in the prompt.
 
-The same code serves training and inference, decoded files and pictures in memory. What differs between the generations
-is in `sizes`, `sampling` and `slowfast`; here is the order of the steps. Numpy; torch only where a generation's resize
+The same code serves training and inference, decoded files and pictures in memory. What differs between the releases
+is in `keye.releases`; here is the order of the steps. Numpy; torch only where a release's resize
 needs it.
 """
 
@@ -34,8 +34,6 @@ from keye.media.video import DecodeLimits, VideoReader, open_video
 
 Kind = Literal["image", "video"]
 
-#: Marks around the visual tokens of a fast frame (1.5).
-FAST_START, FAST_END = "<|fast_start|>", "<|fast_end|>"
 #: Native frames of a video that are kept while its frames are told apart; above, they are decoded a second time.
 _KEPT_BYTES = 128 * 1024**2
 #: What sentences call a video that is given as pictures.
@@ -192,7 +190,7 @@ class Processor:
         Preview, which attends over a whole video. Frames of 1.5 are told apart first, which decodes them once."""
         source = fetch_source(source)
         frames: Callable[[], Iterator[Pixels]] | None = None
-        if plan is None or (self.config.generation == "1.5" and plan.fast is None):
+        if plan is None or (self.config.release.classifies_frames and plan.fast is None):
             plan, frames = self._complete(source, options, plan)
         made, shape = plan, self._shape(plan)
         pixels: PixelSource
@@ -214,8 +212,8 @@ class Processor:
         `video_start` and `video_end` choose among the pictures. `size` (2.0) is that of more frames of the same video.
         """
         given = as_frames(frames)
-        if self.config.generation == "preview":
-            return self._preview_list(given, options)
+        if self.config.release.sizes_lists_as_images:
+            return self._list_of_images(given, options)
         times = options.timestamps
         if times is not None:
             first, last, _ = listed_range(len(given), options)
@@ -225,7 +223,7 @@ class Processor:
             pixels, times = sampled_list(given, self.config, options)
         height, width = pixels[0].shape[:2]
         types = None
-        if self.config.generation == "1.5":
+        if self.config.release.classifies_frames:
             types = frame_types(pixels, self.config, options.min_frame_similarity)
         fast = sum(types or ())
         if size is None:
@@ -234,7 +232,7 @@ class Processor:
             found = sizes.FrameSizes(size, size)
         warn_of_video(_LISTED, len(pixels), found.slow, self.config, options)
         frame_sizes = [found.fast if types and types[i] else found.slow for i in range(len(pixels))]
-        resize = _shrunk if self.config.generation == "2.0" else bilinear
+        resize = bilinear if self.config.release.frame_resize == "bilinear" else _shrunk
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
         return self._video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
 
@@ -255,15 +253,16 @@ class Processor:
 
     def _shape(self, plan: VideoPlan) -> FrameShape:
         sizes_of = [plan.frame_size(i) for i in range(plan.frames)]
-        return FrameShape(sizes_of, self.config, one_row=self.config.generation == "preview")
+        return FrameShape(sizes_of, self.config, one_row=self.config.release.whole_video)
 
     def _planned_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
         """Frames of an open file at the sizes of a plan in which they are told apart."""
-        if self.config.generation == "2.0":
+        resize = self.config.release.frame_resize
+        if resize == "decoder":
             return reader.frames(plan)
-        if self.config.generation == "1.5":
+        if resize == "bilinear":
             return _at_size(reader.frames(plan, native=True), plan)
-        return self._preview_frames(reader, plan, options)
+        return self._frames_resized_twice(reader, plan, options)
 
     def _of_plan(self, pixels: VisionInput | PixelSource, plan: VideoPlan, options: MediaOptions) -> MediaItem:
         types = None if plan.fast is None else plan.fast.types
@@ -277,7 +276,7 @@ class Processor:
     ) -> tuple[VideoPlan, list[Pixels] | None]:
         """The plan with slow and fast frames (1.5), and the frames at the file's own size if they are few; many are
         decoded again, so that memory does not grow with the video."""
-        if plan.fast is not None or self.config.generation != "1.5":
+        if plan.fast is not None or not self.config.release.classifies_frames:
             return plan, None
         keep = plan.frames * plan.source_height * plan.source_width * 3 <= _KEPT_BYTES
         classifier = SlowFastClassifier(self.config, options.min_frame_similarity)
@@ -288,13 +287,13 @@ class Processor:
                 kept.append(frame)
         return with_frame_types(plan, types, self.config, options), kept if keep else None
 
-    def _preview_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
-        """Preview resizes twice: the utilities by the video's budget, the processor by its own limits."""
+    def _frames_resized_twice(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
+        """Frames resized by the video's budget, as the utilities do, then by the processor's own limits."""
         held = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).slow
         for frame in reader.frames(plan, native=True):
             yield _shrunk(bicubic(frame, held), (plan.height, plan.width))
 
-    def _preview_list(self, given: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
+    def _list_of_images(self, given: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
         """Every picture is sized as an image; all then get the processor's size of the first."""
         indices, fps = listed_indices(len(given), self.config, options)
         held = [hold_image(_picture(given[i]), self.config, options) for i in indices]
@@ -318,7 +317,7 @@ class Processor:
     ) -> MediaItem:
         tokens = pixels.grid_thw.prod(axis=1) // self.config.merge_size**2
         times = tuple(float(t) for t in timestamps or ())
-        if self.config.generation == "preview":
+        if self.config.release.whole_video:
             span = VisualSpan("video", int(tokens.sum()))
             return MediaItem("video", pixels, (span,), times, seconds, plan)
         labels = timestamps if plan is None else plan.labels
@@ -388,12 +387,13 @@ def expand_frames(
 ) -> list[Piece]:
     """Text and visual span of each frame, in turn: its mark, its time if known, its `tokens` visual tokens.
 
-    A fast frame (type 1) of 1.5 has marks around its tokens. Source: `KeyeVL1_5Processor`.
+    A fast frame (type 1) has marks around its tokens. Source: `KeyeVL1_5Processor`.
     """
+    start, end = config.release.fast_frame_marks or ("", "")
     pieces: list[Piece] = []
     for i, count in enumerate(tokens):
         text, span = frame_label(config, timestamps[i] if timestamps is not None else None), VisualSpan("video", count)
-        pieces += [text + FAST_START, span, FAST_END] if types is not None and types[i] else [text, span]
+        pieces += [text + start, span, end] if types is not None and types[i] else [text, span]
     return _without_empty(pieces)
 
 
@@ -401,10 +401,7 @@ def frame_label(config: ProcessorConfig, seconds: float | None) -> str:
     """The text before a frame; without a time, what comes before the time in it."""
     if seconds is None:
         return config.frame_text.partition("{")[0]
-    if config.generation == "1.5":
-        # The official code keeps times in float32, which decides some roundings to one decimal (1.55 -> "1.5").
-        seconds = float(np.float32(seconds))
-    return config.frame_text.format(seconds=seconds)
+    return config.frame_text.format(seconds=config.release.label_seconds(seconds))
 
 
 def _without_empty(pieces: Iterable[Piece]) -> list[Piece]:

@@ -1,8 +1,7 @@
 """Which frames of a video are taken, and how many. Integer arithmetic only: no pixels, no torch.
 
-The rules are those of each generation's own code, reproduced to the last integer, oddities included; `MediaOptions`
-says where a request departs from them. Their sources: `smart_nframes` of keye-vl-utils 1.0.0 (Preview) and 1.5.2 (1.5),
-and of `keye_adaptive_video.py` in Kwai-Keye/sglang (2.0).
+The rules are those of each release's own code, reproduced to the last integer, oddities included; `keye.releases` has
+those that differ, and `MediaOptions` says where a request departs from them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.options import DEFAULTS, MediaOptions
+from keye.releases import FrameDemand
 
 #: Times that differ by less, in seconds, are the same: containers round to milliseconds.
 SAME_TIME = 1e-3
@@ -26,62 +26,31 @@ _MAX_LOOKUPS = 1 << 16
 def smart_nframes(
     total_frames: int, native_fps: float, config: ProcessorConfig, options: MediaOptions = DEFAULTS
 ) -> int:
-    """How many of `total_frames` frames are sampled, at `fps` (default: the configuration's, never above native).
-
-    1.5 and 2.0: n = min(max(int(total / native * fps), min_frames), max_frames, cap, total), where the cap is what the
-    budget holds when every frame has the fewest tokens. Preview: an even number between even limits.
-    `max_frames` is the configuration's where the request names no number of frames.
-    `nframes` asks for a number outright; the cap and the length of the video still limit it. Officially 1.5 and 2.0
-    ignore `nframes`, 1.5 ignores `min_frames` and finds no frame in a clip shorter than 1 / fps, and Preview fails
-    where its limits leave less than two frames; `strict_official` reproduces all that.
-    """
-    if config.generation == "preview":
-        return _even_nframes(total_frames, native_fps, config, options)
-    cap = min(frame_cap(config, options), total_frames)
-    asked = None if options.strict_official else options.nframes
-    limit = options.max_frames
-    if limit is None and config.max_frames is not None and asked is None:
-        limit = max(config.max_frames, options.min_frames or 0)
-    if limit is not None:
-        cap = min(cap, limit)
-    if asked is not None:
-        return min(asked, cap)
-    wanted = int(total_frames / native_fps * min(options.fps or config.fps, native_fps))
-    if not (options.strict_official and config.generation == "1.5"):
-        wanted = max(wanted, options.min_frames or config.min_frames)
-    return min(wanted, cap)
-
-
-def _even_nframes(total: int, native_fps: float, config: ProcessorConfig, options: MediaOptions) -> int:
-    """Preview: `nframes` rounded to a multiple of `frame_factor`, or the rate's number within limits so rounded."""
-    factor = config.frame_factor
-    if options.nframes is not None:
-        if options.fps is not None:
-            raise KeyeError("{} and {} exclude each other; give one of them", Option("fps"), Option("nframes"))
-        count = round(options.nframes / factor) * factor
-    else:
-        low = math.ceil((options.min_frames or config.min_frames) / factor) * factor
-        most = options.max_frames or min(config.max_frames or total, total)
-        high = most // factor * factor
-        wanted = total / native_fps * (options.fps or config.fps)
-        count = math.floor(min(max(wanted, low), high, total) / factor) * factor
-    if factor <= count <= total:
-        return count
-    if options.strict_official:
-        raise KeyeError(f"{count} frames cannot be taken from a video of {total}; at least {factor} are needed")
-    return total if total < factor else min(max(count, factor), total // factor * factor)
+    """How many of `total_frames` frames are sampled, by the rule of the release (`Release.count_frames`): at `fps`
+    (default: the configuration's, never above native), or `nframes` outright, within the request's limits, the budget
+    and the length of the video."""
+    return config.release.count_frames(
+        FrameDemand(
+            total=total_frames,
+            native_fps=native_fps,
+            cap=frame_cap(config, options),
+            fps=options.fps,
+            nframes=options.nframes,
+            min_frames=options.min_frames,
+            max_frames=options.max_frames,
+            default_fps=config.fps,
+            default_min_frames=config.min_frames,
+            default_max_frames=config.max_frames,
+            frame_factor=config.frame_factor,
+            strict=options.strict_official,
+        )
+    )
 
 
 def frame_cap(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
-    """The most frames the budget can hold when every frame has the fewest tokens (1.5 and 2.0).
-
-    2.0 uses the configuration's smallest frame, whatever limits the request sets; 1.5 the request's.
-    """
-    token = config.token_pixels
-    total = options.video_total_pixels
-    smallest: float = config.video_min_tokens * token
-    if config.generation == "1.5" and options.min_pixels is not None:
-        smallest = options.min_pixels
+    """The most frames the budget can hold when every frame has the fewest tokens."""
+    token, total = config.token_pixels, options.video_total_pixels
+    smallest = config.release.smallest_counted_frame(config.video_min_tokens * token, options.min_pixels)
     return math.floor((config.video_total_tokens * token if total is None else total) / smallest)
 
 

@@ -1,7 +1,8 @@
 """At which size pictures and frames are encoded, and how a budget of tokens is shared among frames.
 
-Integer arithmetic only: no pixels, no torch. The rules are those of each generation's own code, reproduced to the last
-integer, oddities included. Sizes are (height, width) in pixels; one visual token stands for `factor` x `factor` pixels.
+Integer arithmetic only: no pixels, no torch. The rules are those of each release's own code, reproduced to the last
+integer, oddities included; `keye.releases` has those that differ.
+Sizes are (height, width) in pixels; one visual token stands for `factor` x `factor` pixels.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ from dataclasses import dataclass
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.options import DEFAULTS, MediaOptions
+from keye.releases import FrameBudget
 
 #: Longest side over shortest side that an image or frame may have.
 MAX_ASPECT_RATIO = 200
 #: Most pixels of one encoded picture, more than any context holds: larger ones are refused before they are made.
 MAX_ENCODED_PIXELS = 2**28
-#: Duration in seconds up to which the share of the token budget applies (option `adaptive_budget`); longer: all of it.
-ADAPTIVE_SHARES = ((259.0, 0.09), (518.0, 0.18), (1036.0, 0.36), (2016.0, 0.7))
-#: Preview: by how much the limit of one frame is at least above the minimum.
-_PREVIEW_HEADROOM = 1.05
 
 Size = tuple[int, int]
 
@@ -138,9 +136,9 @@ def encoded_size(height: int, width: int, config: ProcessorConfig, options: Medi
 def listed_frame_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
     """The size at which a picture of a list that stands for a video is first held, before the video's own size.
 
-    Preview treats it as an image; 1.5 and 2.0 use the limits of a frame.
+    It is treated as an image where the release says so, else the limits of a frame apply.
     """
-    if config.generation == "preview" or options.resized is not None:
+    if config.release.sizes_lists_as_images or options.resized is not None:
         return image_size(height, width, config, options)
     token = config.token_pixels
     low, high = _limits(options, config.video_min_tokens * token, config.video_max_tokens * token)
@@ -169,19 +167,17 @@ class FrameSizes:
 def total_pixels(config: ProcessorConfig, duration: float, options: MediaOptions = DEFAULTS) -> float:
     """Pixel budget of one video that lasts `duration` seconds.
 
-    2.0 divides the budget (the request's, else the configuration's) by the number of videos, and with
-    `adaptive_budget` gives a single short video a share of it; the older generations give every video the whole budget.
-    Source: `get_video_total_pixels_by_duration`.
+    The budget is the request's, else the configuration's. The release may divide it by the number of videos, and with
+    `adaptive_budget` give a single short video a share of it. Source: `get_video_total_pixels_by_duration`.
     """
     total: float = config.video_total_tokens * config.token_pixels
     if options.video_total_pixels is not None:
         total = options.video_total_pixels
-    if config.generation != "2.0":
-        return float(total)
-    total /= options.video_count
+    if config.release.splits_budget:
+        total /= options.video_count
     adaptive = config.adaptive_budget if options.adaptive_budget is None else options.adaptive_budget
     if adaptive and options.video_count == 1:
-        total *= next((share for limit, share in ADAPTIVE_SHARES if duration <= limit), 1.0)
+        total *= next((share for limit, share in config.release.adaptive_shares if duration <= limit), 1.0)
     return float(total)
 
 
@@ -190,60 +186,36 @@ def frame_sizes(
 ) -> FrameSizes:
     """The sizes at which `slow` slow and `fast` fast frames of height x width pixels are encoded.
 
-    `min_pixels` and `max_pixels` limit one frame, `video_total_pixels` all of them. In 1.5 and 2.0 the smallest frame
-    of the configuration is a floor for both. A fast frame (1.5) gets `fast_ratio` of the tokens that a slow frame
-    has after rounding. Sources: `fetch_video` of keye-vl-utils 1.0.0 and 1.5.2, `keye_adaptive_video.py`.
+    `min_pixels` and `max_pixels` limit one frame, `video_total_pixels` all of them, by the rule of the release
+    (`Release.frame_limits`). A fast frame gets `fast_ratio` of the tokens that a slow frame has after rounding.
+    Sources: `fetch_video` of keye-vl-utils 1.0.0 and 1.5.2, `keye_adaptive_video.py`.
     """
-    if config.generation == "preview":
-        size = _preview_frame_size(height, width, slow, config, options)
-        return FrameSizes(size, size)
-    token = config.token_pixels
+    release, token = config.release, config.token_pixels
     least = config.video_min_tokens * token
-    low = max(least if options.min_pixels is None else int(options.min_pixels), least)
-    if options.resized is not None and not options.strict_official:
+    if options.resized is not None and (release.official_frame_size or not options.strict_official):
         size = height, width = image_size(height, width, config, options)
         # The size asked for may be below the smallest frame; a fast frame is never larger than a slow one.
-        least = low = min(least, height * width)
+        low: float = min(least, height * width)
+        least = int(low)
     else:
-        high = config.video_max_tokens * token if options.max_pixels is None else options.max_pixels
-        total = config.video_total_tokens * token
-        budget = total if options.video_total_pixels is None else options.video_total_pixels
-        tokens = tokens_per_frame(slow, low / token, high / token, budget / token, fast=fast, ratio=config.fast_ratio)
-        size = smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=tokens * token)
-    if config.generation == "2.0":
+        total = options.video_total_pixels
+        low, high = release.frame_limits(
+            FrameBudget(
+                slow=slow,
+                fast=fast,
+                total=config.video_total_tokens * token if total is None else total,
+                smallest=least,
+                largest=config.video_max_tokens * token,
+                min_pixels=options.min_pixels,
+                max_pixels=options.max_pixels,
+                token=token,
+                fast_ratio=config.fast_ratio,
+                frame_factor=config.frame_factor,
+                strict=options.strict_official,
+            )
+        )
+        size = smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
+    if not release.classifies_frames:
         return FrameSizes(size, size)
     most = max(int(size[0] * size[1] / token * config.fast_ratio) * token, least)
     return FrameSizes(size, smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=most))
-
-
-def tokens_per_frame(slow: int, low: float, high: float, budget: float, *, fast: int = 0, ratio: float = 0.3) -> float:
-    """Tokens that each of `slow` frames may have under a budget of tokens, between `low` and `high`; each of `fast`
-    frames costs `ratio` of that, at least `low`.
-
-    The official binary search ends on the first number above the budget, one more than fits; kept for parity.
-    """
-    left, right = low, high
-    while left < right:
-        middle = int(left + right) // 2
-        if slow * middle + fast * max(int(ratio * middle), int(low)) > budget:
-            right = middle
-        else:
-            left = middle + 1
-    return left
-
-
-def _preview_frame_size(height: int, width: int, frames: int, config: ProcessorConfig, options: MediaOptions) -> Size:
-    """Preview: the budget allows `frame_factor` times its share to one frame; the maximum stays above the minimum."""
-    if options.resized is not None:
-        return image_size(height, width, config, options)
-    token = config.token_pixels
-    low = config.video_min_tokens * token if options.min_pixels is None else options.min_pixels
-    total = config.video_total_tokens * token if options.video_total_pixels is None else options.video_total_pixels
-    share = min(config.video_max_tokens * token, total / frames * config.frame_factor)
-    if options.max_pixels is not None and not options.strict_official:
-        # Officially a request cannot lift the limit of one frame, only lower it.
-        share = min(options.max_pixels, total / frames * config.frame_factor)
-    high = max(share, int(low * _PREVIEW_HEADROOM))
-    if options.max_pixels is not None:
-        high = min(options.max_pixels, high)
-    return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)

@@ -61,12 +61,12 @@ def warn_of_video(
 
 def _warn_of_no_effect(name: str, config: ProcessorConfig, options: MediaOptions, useless: dict[str, str]) -> None:
     reasons = {option: why for option, why in useless.items() if getattr(options, option) not in (None, False)}
-    if options.adaptive_budget and config.generation != "2.0":
-        reasons["adaptive_budget"] = "only Keye-VL 2.0 has it"
+    if options.adaptive_budget and not config.release.adaptive_shares:
+        reasons["adaptive_budget"] = f"Keye-VL {config.release.name} has none"
     elif options.adaptive_budget and options.video_count > 1:
         reasons["adaptive_budget"] = "several videos share the whole budget"
-    if options.min_frame_similarity is not None and config.generation != "1.5":
-        reasons["min_frame_similarity"] = "only Keye-VL 1.5 tells slow and fast frames apart"
+    if options.min_frame_similarity is not None and not config.release.classifies_frames:
+        reasons["min_frame_similarity"] = f"Keye-VL {config.release.name} has no slow and fast frames"
     for option, why in reasons.items():
         _warn(KeyeWarning("{} has no effect on {}: {}", Option(option), name, why))
 
@@ -88,9 +88,7 @@ def _warn_of_budget(name: str, pixels: int, frames: int, config: ProcessorConfig
     total = options.video_total_pixels
     if total is None:
         return
-    # By the official rules a frame of Preview may take twice its share, one of the others a token more than it.
-    allowed = 2 * total if config.generation == "preview" else total + frames * config.token_pixels
-    if pixels > allowed:
+    if pixels > config.release.allowed_pixels(total, frames, config.token_pixels):
         _unmet(name, Option("video_total_pixels", total), f"{pixels:,} pixels in all")
 
 

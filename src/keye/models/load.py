@@ -54,7 +54,7 @@ _QUANTISED = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_pa
 class LoadReport:
     """Names of the tensors that loading left out, sorted.
 
-    `ignored` are parts that no forward pass of any generation reads. `unused` have no place in this model: indexer
+    `ignored` are parts that no forward pass of any release reads. `unused` have no place in this model: indexer
     weights under a config without `sa_config`, a second copy of tied embeddings, and whatever else the files hold when
     they were not read strictly. `lacks_indexer`: the config describes a sparse-attention indexer but the files hold
     none, so the model was built without it and attends densely.
@@ -96,7 +96,7 @@ def check_fit(tensors: Mapping[str, Source], config: KeyeConfig) -> LoadReport:
 def load_vision(
     folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[VisionTower, LoadReport]:
-    """The vision tower and projector of any generation, also of Keye-VL-671B, whose language model keye does not run.
+    """The vision tower and projector of any release, also of Keye-VL-671B, whose language model keye does not run.
 
     Of a sharded checkpoint only the shards that hold them are opened. Errors as in `load_model`.
     """

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from keye.config import (
-    ARCHITECTURES,
     KeyeConfig,
     VisionConfig,
     architecture_name,
@@ -25,6 +24,7 @@ from keye.models.keye import KeyeModel
 from keye.models.latent import LatentTextConfig, latent_shapes, latent_text_config
 from keye.models.load import IGNORED
 from keye.models.vision import VisionTower
+from keye.releases import Release, releases_by_architecture
 
 #: Rows of the packing position table, which official files hold and no forward pass reads.
 PACKING_ROWS = 32768
@@ -57,8 +57,7 @@ class Outline:
     of one token over all layers. `experts` is (chosen for a token, all) of a routed layer, None without routing."""
 
     architecture: str
-    generation: str
-    runs: bool
+    release: Release
     shapes: Mapping[str, tuple[int, ...]]
     vision: VisionConfig
     text: Mapping[str, Any]
@@ -75,9 +74,9 @@ class Outline:
 
 
 def outline(raw: Mapping[str, Any]) -> Outline:
-    """The outline of an official `config.json` (already parsed) of any generation, the 671B model too."""
+    """The outline of an official `config.json` (already parsed) of any release, the 671B model too."""
     name = architecture_name(raw)
-    if not ARCHITECTURES[name].runs:
+    if not releases_by_architecture()[name].runs:
         return _latent_outline(name, latent_text_config(raw), vision_config_from_dict(raw))
     config = model_config_from_dict(raw)
     text, sparse = config.text, config.text.sparse
@@ -87,8 +86,7 @@ def outline(raw: Mapping[str, Any]) -> Outline:
         del shapes["lm_head.weight"]
     return Outline(
         architecture=name,
-        generation=config.generation,
-        runs=True,
+        release=config.release,
         shapes={**shapes, PACKING_TABLE: (PACKING_ROWS, config.vision.hidden_size)},
         vision=config.vision,
         text=asdict(text),
@@ -106,8 +104,7 @@ def _latent_outline(name: str, text: LatentTextConfig, vision: VisionConfig) -> 
         shapes = {n: tuple(t.shape) for n, t in VisionTower(vision, text.hidden_size).state_dict().items()}
     return Outline(
         architecture=name,
-        generation=ARCHITECTURES[name].generation,
-        runs=False,
+        release=releases_by_architecture()[name],
         shapes={**shapes, PACKING_TABLE: (PACKING_ROWS, vision.hidden_size), **dict(latent_shapes(text))},
         vision=vision,
         text=asdict(text),

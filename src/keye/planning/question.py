@@ -164,7 +164,7 @@ def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned
             continue
         frames += plan.frames
         pieces = expand_frames([plan.tokens_per_frame] * plan.frames, config, plan.labels)
-        if config.generation != "preview":
+        if not config.release.whole_video:
             text += sum(count(piece) for piece in pieces if not isinstance(piece, VisualSpan))
     return Request(frames, grid, visual + text, reply, media_seconds(planned))
 

@@ -116,7 +116,7 @@ def facts(model: Keye, settings: Settings) -> dict[str, str]:
     """What the start-up summary says: what is served, and which limits hold."""
     config = model.config
     return {
-        "model": f"{', '.join(settings.served_names) or model.name}, Keye-VL {config.generation}, "
+        "model": f"{', '.join(settings.served_names) or model.name}, Keye-VL {config.release.name}, "
         f"{model.attention} attention",
         "context": f"{config.text.max_position_embeddings:,} tokens",
         "keys": f"{len(settings.keys)} accepted" if settings.keys else "none needed: only this machine can connect",

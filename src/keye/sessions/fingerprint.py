@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -33,11 +33,13 @@ class Fingerprint:
 
 def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fingerprint:
     """Of a model as it is in memory. Reads at most 256 KiB of each tensor."""
+    facts = processor.to_dict()
+    facts["generation"] = facts.pop("release")  # its name in index files, so that earlier ones stay valid
     return Fingerprint(
         name,
         str(model.dtype).removeprefix("torch."),
         _hash_of(model.config.raw),
-        _hash_of(asdict(processor)),
+        _hash_of(facts),
         weights_hash(model.state_dict()),
     )
 

@@ -77,11 +77,11 @@ class LiveSession:
     def __init__(self, model: Keye, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
         if keep not in get_args(Keep):
             raise KeyeError(f"keep is {keep!r}; choose one of {', '.join(get_args(Keep))}")
-        generation = model.processor.config.generation
-        if generation != "2.0":
+        release = model.processor.config.release
+        if not release.reads_frames_alone:
             raise KeyeError(
-                f"{model.name} is of generation {generation}, which looks at a video as a whole; live sessions need "
-                "a model of Keye-VL 2.0"
+                f"{model.name} is of release {release.name}, which needs all frames of a video at once; live sessions "
+                "need a model of Keye-VL 2.0"
             )
         self._model, self._keep = model, keep
         self._limit = model.config.text.max_position_embeddings

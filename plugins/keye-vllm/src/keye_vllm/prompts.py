@@ -53,7 +53,7 @@ class KeyeRenderer(HfRenderer):
         check_tokenizer(self._own, keye_config)
         self._pads = {"image": keye_config.image_token_id, "video": keye_config.video_token_id}
         default_system = load_generation_config(folder).default_system
-        own, brought = template_of(keye_config.architecture, default_system), find_template(folder)
+        own, brought = template_of(keye_config.release, default_system), find_template(folder)
         self._format: ChatTemplate | CheckpointTemplate = own
         if brought is not None:
             self._format = brought.for_model(own, default_system, fall_back=True)

@@ -65,7 +65,7 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
 
 def architecture_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     text, vision = result["text"], result["vision"]
-    rows = [("generation", result["generation"])]
+    rows = [("release", result["release"])]
     rows += _latent_rows(text) if "kv_lora_rank" in text else _decoder_rows(text)
     rows += [
         ("context", f"{result['context']:,} tokens"),
@@ -190,7 +190,7 @@ def file_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
                                  f"knows {', '.join(template['knows']) or 'text only'}"))  # fmt: skip
     sampling = {name: value for name, value in result["sampling"].items() if value not in (None, [])}
     if sampling:
-        rows.append(("generation", ", ".join(f"{name} {_plain(value)}" for name, value in sampling.items())))
+        rows.append(("sampling", ", ".join(f"{name} {_plain(value)}" for name, value in sampling.items())))
     return rows
 
 

@@ -49,7 +49,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
     config = context.model.config
     facts = {
         "context": config.text.max_position_embeddings,
-        "generation": config.generation,
+        "release": config.release.name,
         "attention": context.model.attention,
         "examples": list(context.model.generation.examples),
     }

@@ -1,4 +1,4 @@
-"""Checkpoints of every generation, small and random, through the front door: `keye.load` and a question."""
+"""Checkpoints of every release, small and random, through the front door: `keye.load` and a question."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def checkpoint(folder: Path, architecture: str) -> Path:
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [(PREVIEW, "dense"), (V1_5, "dense"), (V2, "sparse")])
-def test_every_generation_answers(architecture: str, attention: str, tmp_path: Path) -> None:
+def test_every_release_answers(architecture: str, attention: str, tmp_path: Path) -> None:
     model = keye.load(checkpoint(tmp_path / "model", architecture))
     answer = model.ask([Image.new("RGB", (112, 56), color) for color in ("red", "blue")], "what?", max_tokens=4)
     assert answer.attention == attention

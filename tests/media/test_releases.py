@@ -48,26 +48,26 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "generation"),
+    ("architecture", "release"),
     [
         ("KeyeForConditionalGeneration", "preview"),
         ("KeyeVL1_5ForConditionalGeneration", "1.5"),
-        ("KeyeVLMoeForConditionalGeneration", "1.5"),
+        ("KeyeVLMoeForConditionalGeneration", "671B"),
         ("KeyeVL2MoeForConditionalGeneration", "2.0"),
     ],
 )
-def test_the_architecture_tells_the_rules(tmp_path: Path, architecture: str, generation: str) -> None:
+def test_the_architecture_tells_the_rules(tmp_path: Path, architecture: str, release: str) -> None:
     (tmp_path / "config.json").write_text(f'{{"architectures": ["{architecture}"]}}')
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 3136, "max_pixels": 1003520}')
     config = load_processor_config(tmp_path)
-    assert config.generation == generation
-    if generation == "2.0":
+    assert config.release.name == release
+    if release == "2.0":
         assert (config.image_max_tokens, config.processor_max_pixels) == (1280, None)
     else:
         assert (config.processor_min_pixels, config.processor_max_pixels) == (3136, 1003520)
 
 
-def test_budgets_of_the_generations() -> None:
+def test_budgets_of_the_releases() -> None:
     budgets = [(c.video_min_tokens, c.video_max_tokens, c.video_total_tokens) for c in (PREVIEW, V15, V20)]
     assert budgets == [(128, 768, 115_200), (48, 768, 65_536), (64, 256, 184_320)]
 
@@ -111,7 +111,7 @@ def test_thin_pictures_work_unless_strict() -> None:
 # Video files
 
 
-def test_one_file_by_three_generations(tmp_path: Path) -> None:
+def test_one_file_by_three_releases(tmp_path: Path) -> None:
     """Preview has one run of tokens and time in its positions, the others a mark and a time before each frame."""
     source = fetch_source(write_clip(tmp_path / "clip.mp4", frames=90))
     preview, v15, v20 = (Processor(config).video(source) for config in (PREVIEW, V15, V20))
