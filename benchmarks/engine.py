@@ -58,7 +58,7 @@ def question(model: Keye, seed: int, **options: Any) -> Request:
 def decode_seconds(model: Keye, requests: Sequence[Request]) -> float:
     """Seconds of writing: from the step after which all prompts are computed to the end."""
     core = model.core
-    tasks = [core.add(request, "sparse", Inbox()) for request in requests]
+    tasks = [core.add(request, Inbox()) for request in requests]
     while any(task.stage not in (Stage.DECODING, Stage.ENDED) for task in tasks):
         if not core.step():
             core.rest()
@@ -108,7 +108,7 @@ def gaps(model: Keye, long: Request | None) -> list[float]:
 
         words = Message("user", (Medium("video", clip(seed)), "when is the red circle visible?"))
         request = model.request([words], max_tokens=600, ignore_eos=True)
-        tasks.append(core.add(request, "sparse", on_event))
+        tasks.append(core.add(request, on_event))
     while any(task.stage is not Stage.DECODING for task in tasks):
         if not core.step():
             core.rest()
@@ -120,7 +120,7 @@ def gaps(model: Keye, long: Request | None) -> list[float]:
             core.step()
         end = time.perf_counter()
     else:
-        task = core.add(long, "sparse", Inbox())
+        task = core.add(long, Inbox())
         while task.stage not in (Stage.DECODING, Stage.ENDED):
             core.step()
         end = time.perf_counter()
@@ -140,7 +140,7 @@ def latency(model: Keye, options: argparse.Namespace) -> dict[str, Any]:
         alone, companion = gaps(model, None), gaps(model, long)
         rounds.append((p95(alone), p95(companion), max(companion), len(companion) // 4))
     ratios = sorted(companion / alone for alone, companion, _, _ in rounds)
-    tokens = model.prompts.lay_out(long.prompt).token_ids.shape[0]  # type: ignore[arg-type]
+    tokens = model.runtime.prompts.lay_out(long.prompt).token_ids.shape[0]  # type: ignore[arg-type]
     return {
         "prompt_tokens": tokens, "steps_beside": rounds[0][3],
         "p95_alone_ms": round(1000 * min(row[0] for row in rounds), 2),

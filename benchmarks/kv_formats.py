@@ -125,7 +125,7 @@ def score(kv: KVFormat, count: int) -> dict[str, Any]:
     from keye.evals.tasks.frameforge import EvalOptions, evaluate
 
     torch.set_num_threads(1)
-    result = evaluate(keye.load("nano"), EvalOptions(questions=count, kv=kv))
+    result = evaluate(keye.load("nano").runtime, EvalOptions(questions=count, kv=kv))
     print(f"{kv}: accuracy {result['accuracy']}, mIoU {result['miou']}", file=sys.stderr, flush=True)
     remaining = ("questions", "accuracy", "accuracy_error", "miou", "miou_error", "seconds")
     return {name: result[name] for name in remaining}

@@ -40,7 +40,7 @@ def run(name: str, model: str, count: int) -> dict[str, Any]:
     from keye.evals.tasks.frameforge import EvalOptions, evaluate
 
     torch.set_num_threads(1)
-    return {"setting": name, **evaluate(keye.load(model), EvalOptions(questions=count, **SETTINGS[name]))}
+    return {"setting": name, **evaluate(keye.load(model).runtime, EvalOptions(questions=count, **SETTINGS[name]))}
 
 
 def write_card(lines: Path) -> None:

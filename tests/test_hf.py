@@ -39,14 +39,14 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def own_prompt(model: keye.Keye, messages: Any) -> Any:
-    return model.prompts.build(messages, template=model.template)
+    return model.runtime.prompts.build(messages, template=model.runtime.template)
 
 
 def greedy(model: keye.Keye, messages: Any, tokens: int) -> list[int]:
     from keye.engine.generate import Decoding, generate
     from keye.engine.sampling import SamplingParams
 
-    decoding = Decoding(model.model, mode=model.attention)
+    decoding = Decoding(model.model, mode=model.runtime.attention)
     decoding.prefill(own_prompt(model, messages))
     return list(generate(decoding, SamplingParams(max_tokens=tokens), ()))
 

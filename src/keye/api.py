@@ -7,15 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from keye.cache.index_file import check_index_output
-from keye.cache.prefix import PrefixCache
 from keye.cache.slabs import KVFormat
 from keye.cache.tiers import KVOptions, Tier, byte_count, free_memory
-from keye.cache.vision import VisionCache
 from keye.chat import (
-    ChatTemplate,
     CheckpointTemplate,
     Message,
     Segment,
@@ -29,7 +26,6 @@ from keye.chat import (
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import (
     PROCESSOR_FILE,
-    GenerationConfig,
     KeyeConfig,
     frame_text_of,
     has_keye_fields,
@@ -37,73 +33,62 @@ from keye.config import (
     load_model_config,
     load_processor_config,
 )
-from keye.engine.core import EngineCore, Parts
-from keye.engine.media import IndexedVideo, as_medium
-from keye.engine.prompt import Measured, PromptBuilder
-from keye.engine.request import Inbox, Progress, Request, Stage
-from keye.engine.sampling import SamplingParams
+from keye.engine.core import EngineCore
+from keye.engine.media import as_medium
+from keye.engine.prompt import Measured
+from keye.engine.request import Inbox, Progress, Request, Stage, check_attention
+from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
 from keye.errors import KeyeError, collect_warnings
 from keye.hub import check_runs, resolve
 from keye.media.processor import Decoder, Processor
-from keye.media.source.fetch import Source
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.process import check_device
 from keye.releases import Release
-from keye.sessions.answer import Answer, AnswerStream, Collector
-from keye.sessions.fingerprint import Fingerprint, fingerprint
+from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
 from keye.sessions.live import Keep, LiveSession
 from keye.sessions.video_index import IndexInfo, open_video_index, write_video_index
 
 
 class Keye:
-    """A model with its tokenizer and processor. Make one with `keye.load`.
+    """A model with its tokenizer and processor, which answers. Create one with `keye.load`.
 
     `notes` are sentences about what loading left out or took for granted; empty where all is as it should be.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: KeyeModel,
-        tokenizer: Tokenizer,
-        processor: Processor,
-        generation: GenerationConfig | None = None,
-        *,
-        attention: AttentionMode = "sparse",
-        template: ChatTemplate | CheckpointTemplate | None = None,
-        kv: KVOptions | None = None,
-        notes: Sequence[str] = (),
-    ) -> None:
-        check_attention(attention)
-        self.notes = tuple(notes)
-        self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
-        self.generation = generation or GenerationConfig()
-        self.attention: AttentionMode = attention if model.config.text.sparse is not None else "dense"
-        own = template_of(model.config.release, self.generation.default_system)
-        self.template: ChatTemplate | CheckpointTemplate = own if template is None else template
-        if isinstance(self.template, CheckpointTemplate):
-            self.template = self.template.for_model(own, self.generation.default_system)
-        self.prompts = PromptBuilder(self.config, tokenizer, processor, self._open_index)
-        self.kv = kv or KVOptions()
-        self.ledger = self.kv.ledger()
-        self.store = self.kv.store(self.config.text, model.dtype, model.device, self.ledger)
-        self.vision_cache, self.prefixes = VisionCache(ledger=self.ledger), PrefixCache(self.store)
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    @property
+    def name(self) -> str:
+        return self.runtime.name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.runtime.notes
+
+    @property
+    def model(self) -> KeyeModel:
+        return self.runtime.model
 
     @property
     def config(self) -> KeyeConfig:
-        return self.model.config
+        return self.runtime.config
 
     @property
-    def processor_config(self) -> Any:
-        return self.processor.config
+    def tokenizer(self) -> Tokenizer:
+        return self.runtime.tokenizer
+
+    @property
+    def processor(self) -> Processor:
+        return self.runtime.processor
 
     @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """What tells this model from others. The weights are taken to stay as they were loaded."""
-        return fingerprint(self.name, self.model, self.processor.config)
+    def core(self) -> EngineCore:
+        """The engine that all requests of this model share; created when it is first needed."""
+        return EngineCore(self.runtime)
 
     def ask(self, media: object, question: str, **options: Any) -> Answer:
         """Answers a question about one medium or a list of them; see `stream_ask`."""
@@ -146,11 +131,9 @@ class Keye:
         medium = as_medium(video, media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
-        mode = self.attention_of(attention)
+        mode = self.runtime.resolve_attention(attention)
         check_index_output(Path(path), overwrite=overwrite)
-        return write_video_index(
-            self, self.prompts, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress
-        )
+        return write_video_index(self.core, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress)
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -174,9 +157,9 @@ class Keye:
         subject = event.strip() if isinstance(event, str) else ""
         if not subject:
             raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
-        if "{article}" in self.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
+        if "{article}" in self.runtime.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
             subject = subject.split(" ", 1)[1]
-        return self.generation.ground_prompt.format(event=subject, article="the")
+        return self.runtime.generation.ground_prompt.format(event=subject, article="the")
 
     def render(
         self,
@@ -189,14 +172,14 @@ class Keye:
     ) -> list[Segment]:
         """The prompt of a conversation under this model's template, its media in their places and not yet opened. With
         `continue_final_message` the last message, the assistant's, is left open for the model to go on with."""
-        return self.prompts.render(
-            messages, template=self.template, thinking=thinking, tools=normalize_tools(tools),
+        return self.runtime.prompts.render(
+            messages, template=self.runtime.template, thinking=thinking, tools=normalize_tools(tools),
             add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
         )  # fmt: skip
 
     def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt would cost: its media are probed and not decoded."""
-        return self.prompts.measure(segments, salt)
+        return self.runtime.prompts.measure(segments, salt)
 
     def stream(
         self,
@@ -218,7 +201,7 @@ class Keye:
         called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
         model's own defaults for those not given."""
         request = self.request(messages, **options)
-        return AnswerStream(self.reply(request, self.attention_of(request.attention), on_progress))
+        return stream_answer(self.core, request, on_progress)
 
     def request(
         self,
@@ -238,7 +221,7 @@ class Keye:
         **sampling: Any,
     ) -> Request:
         """What `stream` asks of the engine; its options are explained there."""
-        params = self.sampling_params(**sampling)
+        params = self.runtime.sampling_params(**sampling)
         if not isinstance(thinking, bool | None):
             raise KeyeError(f"thinking is {thinking!r}; give true, false or nothing")
         if isinstance(prompt_logprobs, bool):
@@ -248,8 +231,8 @@ class Keye:
                 messages, thinking=thinking, tools=tools, continue_final_message=continue_final_message
             )
         return Request(
-            segments, params, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos,
-            attention=self.attention_of(attention), evidence=evidence, deterministic=deterministic,
+            segments, params, self.runtime.resolve_attention(attention), n=n, logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos, evidence=evidence, deterministic=deterministic,
             stop_loops=stop_loops, notes=tuple(notes), reasoning=opens_reasoning(segments),
         )  # fmt: skip
 
@@ -258,10 +241,7 @@ class Keye:
         Answers are in the order of the conversations. The first mistake in any of them is raised, and ends all."""
         requests = [self.request(messages, **options) for messages in conversations]
         inboxes, collectors = [Inbox() for _ in requests], [Collector(one, self.name) for one in requests]
-        tasks = [
-            self.core.add(one, self.attention_of(one.attention), inbox)
-            for one, inbox in zip(requests, inboxes, strict=True)
-        ]
+        tasks = [self.core.add(one, inbox) for one, inbox in zip(requests, inboxes, strict=True)]
         try:
             for inbox, collector in zip(inboxes, collectors, strict=True):
                 while collector.answer is None:
@@ -276,17 +256,8 @@ class Keye:
 
     def clear_caches(self) -> None:
         """Evicts what is kept for later requests: prompts computed before, visual tokens of media."""
-        self.prefixes.clear()
-        self.vision_cache.clear()
-
-    @cached_property
-    def core(self) -> EngineCore:
-        """The engine that all requests of this model share; made when it is first needed."""
-        parts = Parts(
-            self.model, self.tokenizer, self.generation, self.prompts, self.store, self.ledger, self.vision_cache,
-            self.prefixes, self.kv.folder,
-        )  # fmt: skip
-        return EngineCore(parts)
+        self.runtime.prefixes.clear()
+        self.runtime.vision_cache.clear()
 
     def turn(self) -> AbstractContextManager[object]:
         """Entered around each piece of work on the model that is no step of the engine."""
@@ -296,62 +267,13 @@ class Keye:
         """A session to which frames are appended while questions are asked (`keye.sessions.live`). When the context is
         full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
         answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
-        return LiveSession(self, keep=keep, reserve=reserve, **media_options)
-
-    def sampling_params(self, **given: Any) -> SamplingParams:
-        """The model's defaults with the given fields in their place; `None` means not given."""
-        known = SamplingParams.fields()
-        if unknown := sorted(set(given) - set(known)):
-            raise KeyeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
-        defaults = self.generation.sampling_defaults()
-        chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
-        if isinstance(chosen.get("stop"), str):
-            chosen["stop"] = (chosen["stop"],)
-        params, size = SamplingParams(**chosen), self.config.text.vocab_size
-        for name, token in params.token_ids:
-            if token >= size:
-                raise KeyeError(f"{name} has the token {token}; this model's tokens are numbered 0 to {size - 1}")
-        return params
-
-    def _open_index(self, source: Source) -> IndexedVideo:
-        return open_video_index(self, self.config, source)
-
-    def attention_of(self, attention: AttentionMode | None) -> AttentionMode:
-        if attention is None:
-            return self.attention
-        check_attention(attention)
-        if attention == "sparse" and self.config.text.sparse is None:
-            raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
-        return attention
-
-    def reply(
-        self, request: Request, mode: AttentionMode, on_progress: Callable[[Progress], None] | None = None
-    ) -> Iterator[str | Answer]:
-        """One request on the engine: its text, then the answer. Stepped by who reads, given up when the reader goes."""
-        inbox, collector = Inbox(), Collector(request, self.name, on_progress)
-        task = self.core.add(request, mode, inbox)
-        try:
-            while collector.answer is None:
-                self.core.run_until(inbox)
-                while inbox.events:
-                    if text := collector.take(inbox.events.popleft()):
-                        yield text
-            yield collector.answer
-        finally:
-            if task.stage is not Stage.ENDED:
-                self.core.abort(task)
+        return LiveSession(self.core, keep=keep, reserve=reserve, **media_options)
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:
     yield from stream
     answer = stream.finish()
     yield replace(answer, intervals=tuple(merge_intervals(answer.intervals)))
-
-
-def check_attention(attention: object) -> None:
-    """`KeyeError` for anything but "sparse" and "dense"."""
-    if attention not in get_args(AttentionMode):
-        raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
 
 
 def load(
@@ -405,15 +327,21 @@ def load(
     folder = resolve(name, revision=revision, progress=progress)
     model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
     return Keye(
-        str(config.raw.get("keye_name") or Path(name).name),
-        model,
-        tokenizer,
-        processor,
-        generation,
-        attention=attention,
-        template=chosen,
-        kv=replace(storing, memory=limit or free_memory(device)),
-        notes=(*load_notes(folder, config, report), *format_notes(folder, config, chosen, asked=template != "auto")),
+        Runtime.create(
+            str(config.raw.get("keye_name") or Path(name).name),
+            model,
+            tokenizer,
+            processor,
+            generation,
+            attention=attention,
+            template=chosen,
+            kv=replace(storing, memory=limit or free_memory(device)),
+            notes=(
+                *load_notes(folder, config, report),
+                *format_notes(folder, config, chosen, asked=template != "auto"),
+            ),
+            open_index=open_video_index,
+        )
     )
 
 

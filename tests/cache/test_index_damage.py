@@ -47,7 +47,7 @@ def ask(model: Keye, path: Path, **options: Any) -> Any:
     messages = [{"role": "user", "content": content}]
     request: Any = model.request(messages, max_tokens=6, ignore_eos=True, logprobs=0, **options)
     inbox = Inbox()
-    model.core.add(request, model.attention_of(request.attention), inbox)
+    model.core.add(request, inbox)
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
@@ -99,7 +99,7 @@ def test_only_the_question_about_the_damaged_index_fails(model: Keye, index: Pat
     good, bad = Inbox(), Inbox()
     for path, inbox in ((index, good), (own, bad)):
         content = [{"type": "video", "video": str(path)}, {"type": "text", "text": "what is red?"}]
-        model.core.add(model.request([{"role": "user", "content": content}], max_tokens=3), "sparse", inbox)
+        model.core.add(model.request([{"role": "user", "content": content}], max_tokens=3), inbox)
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
@@ -110,7 +110,7 @@ def test_one_sequence_by_itself_compares_too(model: Keye, index: Path, tmp_path:
     own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
     spoil(own, read_index_file(index), "index", 0, 9)
     content = [{"type": "video", "video": str(own)}, {"type": "text", "text": "what?"}]
-    prompt = model.prompts.lay_out(model.request([{"role": "user", "content": content}]).prompt)  # type: ignore[arg-type]
+    prompt = model.runtime.prompts.lay_out(model.request([{"role": "user", "content": content}]).prompt)  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="is damaged"):
         Decoding(model.model).prefill(prompt)
 

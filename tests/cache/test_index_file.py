@@ -118,7 +118,7 @@ def test_answers_are_those_of_the_video(nano: Keye, video: Path, answering: Path
     assert ours.usage.media_tokens == 128
     assert nano.ground(answering, "the circle").intervals == nano.ground(video, "the circle").intervals
     nano.clear_caches()
-    assert answering.read_bytes() == before and nano.ledger.used() == 0
+    assert answering.read_bytes() == before and nano.runtime.ledger.used() == 0
 
 
 def test_other_processes_ask_it(nano: Keye, video: Path, answering: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_conversation_and_other_media_go_on_from_it(nano: Keye, video: Path, a
 
 def test_positions_go_on_after_it(model: Keye, video: Path, index: Path) -> None:
     whole, continued = (
-        model.prompts.build([Message("user", (Medium("video", str(path)), Medium("image", PICTURE), "what?"))])
+        model.runtime.prompts.build([Message("user", (Medium("video", str(path)), Medium("image", PICTURE), "what?"))])
         for path in (video, index)
     )
     assert whole.token_ids.tolist() == continued.token_ids.tolist()
@@ -170,7 +170,7 @@ def test_evidence_tells_the_frames_of_the_index(model: Keye, video: Path, index:
         assert mine.shares == pytest.approx(other.shares) and mine.share == pytest.approx(other.share)
     assert sum(ours[0].shares) == pytest.approx(1.0)
     model.clear_caches()
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 def test_an_index_has_no_probabilities_of_its_prompt(model: Keye, index: Path) -> None:
@@ -295,7 +295,7 @@ def test_no_room_is_told_before_any_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     with pytest.raises(KeyeError, match="do not fit on the disk"):
         model.index(video, tmp_path / "x.keye")
-    assert list(tmp_path.iterdir()) == [] and model.ledger.used() == 0
+    assert list(tmp_path.iterdir()) == [] and model.runtime.ledger.used() == 0
 
 
 @pytest.mark.parametrize("length", [0, 16, 40, 71, 72, 5000, -1, -100_000])

@@ -58,10 +58,10 @@ def test_a_mapped_file_gives_the_same_tokens(tmp_path: Path, kv: KVFormat) -> No
     for question in questions(clip, random.Random(0), 2):
         told = [model.ask(Frames(render(clip), clip.timestamps), question.text).text for model in (memory, file)]
         assert told[0] == told[1] != ""
-    assert file.store.layout == memory.store.layout
+    assert file.runtime.store.layout == memory.runtime.store.layout
     for model in (memory, file):
         model.clear_caches()
-        assert model.ledger.used() == 0
+        assert model.runtime.ledger.used() == 0
 
 
 def test_keys_and_values_are_booked_aside_and_indexer_keys_near(tmp_path: Path) -> None:
@@ -125,13 +125,13 @@ def test_a_full_disk_is_refused_before_any_work(
     monkeypatch.setattr(KeyeModel, "encode_vision", fail)
     with pytest.raises(OutOfMemory, match="do not fit on the disk of .*free some, name a folder on another disk"):
         model.ask(FRAMES, "what?")
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 def test_formats_change_what_a_token_takes(load: Callable[..., Keye]) -> None:
-    sizes = [load(kv=kv).store.layout.token_bytes for kv in ("auto", "bf16", "int8", "int4")]
+    sizes = [load(kv=kv).runtime.store.layout.token_bytes for kv in ("auto", "bf16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
-    layout = load(kv="int4", index_kv="fp8").store.layout
+    layout = load(kv="int4", index_kv="fp8").runtime.store.layout
     assert (layout.keys.kind, layout.index and layout.index.kind) == ("int4", "fp8")
 
 

@@ -62,7 +62,7 @@ def alone(model: Keye, messages: list[Message], max_tokens: int) -> list[int]:
     """Greedy tokens of the reference: one sequence, nothing cached."""
     request = model.request(messages, max_tokens=max_tokens, ignore_eos=True)
     decoding = Decoding(model.model)
-    decoding.prefill(model.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
+    decoding.prefill(model.runtime.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
     return list(generate(decoding, request.params, ()))
 
 
@@ -70,7 +70,7 @@ def together(model: Keye, requests: list[Any]) -> tuple[list[list[int]], list[Fi
     """Tokens of the first choice of requests that run at once, and how each finished."""
     inboxes = [Inbox() for _ in requests]
     for request, inbox in zip(requests, inboxes, strict=True):
-        model.core.add(request, model.attention_of(request.attention), inbox)
+        model.core.add(request, inbox)
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
@@ -91,7 +91,7 @@ def tokens_of(inbox: Inbox) -> list[int]:
 
 def budget(model: Keye, slabs: int) -> int:
     """Memory for so many slabs, and for the smallest step."""
-    return slabs * model.store.slab_bytes + smallest_scratch(model.model)
+    return slabs * model.runtime.store.slab_bytes + smallest_scratch(model.model)
 
 
 def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
@@ -100,7 +100,7 @@ def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
     assert got == [alone(model, messages, 12) for messages in asked]
     assert [end.completion_tokens for end in ends] == [12] * 8
     model.clear_caches()
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 @pytest.mark.parametrize("alone_tokens", [1, 7, 64])
@@ -113,24 +113,21 @@ def test_prompts_may_be_cut_anywhere(model: Keye, monkeypatch: pytest.MonkeyPatc
 
 def test_too_little_memory_delays_and_loses_nothing(load: Callable[..., Keye]) -> None:
     model = load()
-    model.ledger.budget = budget(model, 3)
+    model.runtime.ledger.budget = budget(model, 3)
     long = [[Message("user", ("word " * 700 + str(i),))] for i in range(4)]
     sampled = [greedy(model, messages, 8, temperature=1.0, seed=3) for messages in long]
     got, _ = together(model, sampled)
-    model.ledger.budget = None
+    model.runtime.ledger.budget = None
     model.clear_caches()
     free, _ = together(load(), sampled)
     assert got == free
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 def test_preempted_requests_go_on_where_they_were(model: Keye) -> None:
     asked = [conversation(seed) for seed in range(4)]
     inboxes = [Inbox() for _ in asked]
-    tasks = [
-        model.core.add(greedy(model, messages, 10), "sparse", inbox)
-        for messages, inbox in zip(asked, inboxes, strict=True)
-    ]
+    tasks = [model.core.add(greedy(model, messages, 10), inbox) for messages, inbox in zip(asked, inboxes, strict=True)]
     steps = 0
     while not model.core.idle():
         if not model.core.step():
@@ -163,7 +160,7 @@ def test_settings_hold_through_company_and_preemptions(model: Keye, options: dic
     def run(preempt: bool) -> list[Any]:
         requests = [greedy(model, conversation(seed), 12, **options) for seed in range(3 if preempt else 1)]
         inboxes = [Inbox() for _ in requests]
-        tasks = [model.core.add(one, "sparse", inbox) for one, inbox in zip(requests, inboxes, strict=True)]
+        tasks = [model.core.add(one, inbox) for one, inbox in zip(requests, inboxes, strict=True)]
         steps = 0
         while not model.core.idle():
             if not model.core.step():
@@ -213,7 +210,7 @@ def test_a_reply_may_be_continued(model: Keye) -> None:
 
 
 def test_what_never_fits_is_refused_with_what_would(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.ledger.budget = budget(model, 1)
+    model.runtime.ledger.budget = budget(model, 1)
 
     def fail(*_: Any) -> None:
         raise AssertionError("something was computed")
@@ -223,7 +220,7 @@ def test_what_never_fits_is_refused_with_what_would(model: Keye, monkeypatch: py
         OutOfMemory, match=r"memory budget leaves [\d.]+ MiB, enough for 1,024 tokens.*max_frames.*kv=int4"
     ):
         model.chat([Message("user", ("word " * 3000,))], max_tokens=4)
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 def test_draws_depend_on_the_seed_alone(model: Keye) -> None:
@@ -246,7 +243,7 @@ def test_choices_differ_and_the_first_is_that_of_one(model: Keye) -> None:
 def test_probabilities_are_those_of_the_model(model: Keye) -> None:
     messages = conversation(1)
     answer = model.chat(messages, max_tokens=3, logprobs=2, prompt_logprobs=True, ignore_eos=True)
-    prompt = model.prompts.lay_out(model.request(messages).prompt)  # type: ignore[arg-type]
+    prompt = model.runtime.prompts.lay_out(model.request(messages).prompt)  # type: ignore[arg-type]
     decoding = Decoding(model.model)
     decoding.prefill(prompt)
     assert answer.logprobs is not None and answer.prompt_logprobs is not None
@@ -295,11 +292,11 @@ def test_another_video_or_owner_or_mode_shares_nothing(model: Keye) -> None:
 def test_prefixes_are_given_up_for_those_who_need_the_room(model: Keye) -> None:
     for seed in range(12):
         model.chat([Message("user", ("word " * 300 + str(seed),))], max_tokens=1)
-    assert len(model.prefixes) == 12
-    slabs = model.store.nbytes() // model.store.slab_bytes
-    model.ledger.budget = budget(model, slabs)
+    assert len(model.runtime.prefixes) == 12
+    slabs = model.runtime.store.nbytes() // model.runtime.store.slab_bytes
+    model.runtime.ledger.budget = budget(model, slabs)
     model.chat([Message("user", ("other " * 300,))], max_tokens=1)
-    assert len(model.prefixes) < 13 and model.store.nbytes() <= slabs * model.store.slab_bytes
+    assert len(model.runtime.prefixes) < 13 and model.runtime.store.nbytes() <= slabs * model.runtime.store.slab_bytes
 
 
 # Determinism
@@ -313,9 +310,9 @@ def test_deterministic_tokens_do_not_depend_on_company(folder: Path) -> None:
     def probabilities(company: list[Any]) -> list[list[float]]:
         inboxes = [Inbox() for _ in fixed]
         for request in company:
-            model.core.add(request, "sparse", Inbox())
+            model.core.add(request, Inbox())
         for request, inbox in zip(fixed, inboxes, strict=True):
-            model.core.add(request, "sparse", inbox)
+            model.core.add(request, inbox)
         while not model.core.idle():
             if not model.core.step():
                 model.core.rest()
@@ -333,7 +330,7 @@ def test_requests_dropped_at_any_stage_leave_nothing(model: Keye) -> None:
     rng, open_tasks = random.Random(0), list[Any]()
     for number in range(1000):
         messages = conversation(1 + number % 2) if number % 50 == 0 else [Message("user", (f"q {number % 7}",))]
-        open_tasks.append(model.core.add(greedy(model, messages, 6), "sparse", Inbox()))
+        open_tasks.append(model.core.add(greedy(model, messages, 6), Inbox()))
         for _ in range(rng.randint(0, 1)):
             model.core.step()
         if rng.random() < 0.9:
@@ -343,7 +340,7 @@ def test_requests_dropped_at_any_stage_leave_nothing(model: Keye) -> None:
     model.core.step()
     assert model.core.idle()
     model.clear_caches()
-    assert model.ledger.used() == 0 and model.ledger.accounts() == {}
+    assert model.runtime.ledger.used() == 0 and model.runtime.ledger.accounts() == {}
 
 
 def test_a_stream_that_is_let_go_ends_its_request(model: Keye) -> None:
@@ -356,7 +353,7 @@ def test_a_stream_that_is_let_go_ends_its_request(model: Keye) -> None:
 
 def test_one_that_fails_leaves_the_others_alone(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = Inbox(), Inbox()
-    model.core.add(greedy(model, conversation(3), 4), "sparse", good)
+    model.core.add(greedy(model, conversation(3), 4), good)
     frames = Processor.frames
 
     def broken(self: Processor, *given: Any) -> Any:
@@ -365,7 +362,7 @@ def test_one_that_fails_leaves_the_others_alone(model: Keye, monkeypatch: pytest
         return frames(self, *given)
 
     monkeypatch.setattr(Processor, "frames", broken)
-    model.core.add(greedy(model, conversation(1), 4), "sparse", bad)
+    model.core.add(greedy(model, conversation(1), 4), bad)
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
@@ -389,7 +386,7 @@ def test_a_request_out_of_time_says_so(model: Keye) -> None:
 
     request = replace(greedy(model, conversation(3), 500), seconds=0.0)
     inbox = Inbox()
-    model.core.add(request, "sparse", inbox)
+    model.core.add(request, inbox)
     model.core.run_until(inbox)
     assert "took longer than 0 s" in str(inbox.events[-1].error)  # type: ignore[union-attr]
 
@@ -418,7 +415,7 @@ def test_a_batch_is_answered_in_order(model: Keye) -> None:
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
-    engine = AsyncEngine(model)
+    engine = AsyncEngine(model.core)
     engine.start()
     try:
         return asyncio.run(work(engine))
@@ -462,7 +459,7 @@ def test_a_client_that_goes_gives_everything_back(model: Keye) -> None:
 
     run_async(model, leave)
     model.clear_caches()
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 def test_what_is_submitted_can_be_aborted_and_let_go(model: Keye) -> None:
@@ -479,16 +476,13 @@ def test_what_is_submitted_can_be_aborted_and_let_go(model: Keye) -> None:
 
     run_async(model, submit)
     model.clear_caches()
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 def ready(model: Keye, asked: list[list[Message]]) -> tuple[list[Inbox], list[Task]]:
     """Requests that are laid out and not started."""
     inboxes = [Inbox() for _ in asked]
-    tasks = [
-        model.core.add(greedy(model, messages), model.attention_of(None), inbox)
-        for messages, inbox in zip(asked, inboxes, strict=True)
-    ]
+    tasks = [model.core.add(greedy(model, messages), inbox) for messages, inbox in zip(asked, inboxes, strict=True)]
     while any(task.stage in (Stage.WAITING, Stage.PREPARING) for task in tasks):
         model.core._prepare()
         model.core.rest()
@@ -509,7 +503,7 @@ def test_a_video_that_several_ask_about_at_once_is_encoded_once(
     """But for where the cache has no place for it: then nobody waits, and each encodes its own."""
     encoded: list[int] = []
     monkeypatch.setattr(Pace, "saw_patches", lambda self, seconds, patches: encoded.append(patches))
-    model.vision_cache.budget = cache
+    model.runtime.vision_cache.budget = cache
     # What stands before the video differs, so that stored prefixes are of no use.
     asked = [[Message("user", (f"the {word}", Medium("video", clip(77, 12)), "?"))] for word in WORDS[:4]]
     expected = [alone(model, messages, 12) for messages in asked]
@@ -577,8 +571,8 @@ def test_nan_fails_only_its_request(model: Keye, monkeypatch: pytest.MonkeyPatch
     from keye.engine.step import run
 
     good, bad = Inbox(), Inbox()
-    model.core.add(greedy(model, conversation(3), 4), "sparse", good)
-    spoiled = model.core.add(greedy(model, conversation(6), 4), "sparse", bad)
+    model.core.add(greedy(model, conversation(3), 4), good)
+    spoiled = model.core.add(greedy(model, conversation(6), 4), bad)
 
     def poisoned(given: KeyeModel, slices: Any) -> Any:
         out = run(given, slices)

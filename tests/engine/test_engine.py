@@ -89,7 +89,7 @@ def test_what_cannot_be_loaded(folder: Path, options: dict[str, Any], sentence: 
 
 
 def test_attention_is_what_was_asked_for(folder: Path, model: Keye) -> None:
-    assert (model.attention, keye.load(folder, attention="dense").attention) == ("sparse", "dense")
+    assert (model.runtime.attention, keye.load(folder, attention="dense").runtime.attention) == ("sparse", "dense")
     assert model.ask(Frames(FRAMES), "what?", attention="dense", max_tokens=1).attention == "dense"
     with pytest.raises(KeyeError, match="attention is 'foo'"):
         model.stream_ask(Frames(FRAMES), "what?", attention="foo")
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_nan_ends_with_a_sentence(own: Callable[..., Path]) -> N
     with pytest.raises(KeyeError, match="the model computes NaN"):
         broken.ask(Frames(FRAMES), "what?")
     with pytest.raises(KeyeError, match="the model computes NaN"):
-        evaluate(broken, EvalOptions(questions=1))
+        evaluate(broken.runtime, EvalOptions(questions=1))
 
 
 # Mistakes of a request

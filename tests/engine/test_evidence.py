@@ -18,17 +18,18 @@ from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame
 from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.runtime import Runtime
 from keye.media.processor import Processor
-from keye.sessions.answer import Answer
+from keye.sessions.answer import Answer, stream_answer
 from keye.sessions.evidence_picture import WIDTH, draw_evidence
-from tests.support.tiny import Tiny, tiny_folder, tiny_model
+from tests.support.tiny import tiny_folder, tiny_model
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
 TIMES = [0.5 * i for i in range(8)]
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Tiny:
+def tiny() -> Runtime:
     return tiny_model(topk=16)
 
 
@@ -37,12 +38,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Keye:
     return keye.load(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"), dtype="float32")
 
 
-def prompt_of(tiny: Tiny, *media: object) -> Prompt:
-    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor_config))
+def prompt_of(tiny: Runtime, *media: object) -> Prompt:
+    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor.config))
     return builder.build([Message("user", (*map(as_medium, media), "what?"))])
 
 
-def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Tiny) -> None:
+def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Runtime) -> None:
     prompt = prompt_of(tiny, Frames(FRAMES, TIMES), Image.new("RGB", (56, 56)))
     video, image = frame_spans(prompt)
     counts = torch.zeros(2, prompt.token_ids.shape[0] + 5, dtype=torch.int64)
@@ -59,7 +60,7 @@ def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Tiny) -> N
     assert made.to_dict()["media"][0]["top"] == [2, 5]
 
 
-def test_counts_are_those_of_the_steps_that_write_the_reply(tiny: Tiny) -> None:
+def test_counts_are_those_of_the_steps_that_write_the_reply(tiny: Runtime) -> None:
     """What is counted for the first token is what the last token of the prompt selects, k keys in every layer."""
     prompt = prompt_of(tiny, Frames(FRAMES, TIMES))
     plain, counting = Decoding(tiny.model), Decoding(tiny.model, room=prompt.token_ids.shape[0] + 4)
@@ -83,7 +84,7 @@ def test_an_answer_carries_evidence_on_request(model: Keye) -> None:
     assert answer.to_dict()["evidence"] == answer.evidence.to_dict()
 
 
-def test_without_selection_there_is_a_reason(model: Keye, tiny: Tiny) -> None:
+def test_without_selection_there_is_a_reason(model: Keye, tiny: Runtime) -> None:
     dense = model.ask(Frames(FRAMES), "what?", max_tokens=1, attention="dense", evidence=True).evidence
     assert dense is not None and dense.media == () and "attention was dense" in str(dense.reason)
     short = tiny_model(topk=4096)
@@ -152,7 +153,7 @@ def test_an_empty_answer_rests_on_no_frame(model: Keye) -> None:
     first = model.ask(Frames(FRAMES), "what?", max_tokens=1, ignore_eos=True, logprobs=0).logprobs
     assert first is not None
     stopping = replace(request, params=replace(request.params, stop_token_ids=(first[0].token,)))
-    *_, answer = model.reply(stopping, "sparse")
+    answer = stream_answer(model.core, stopping).finish()
     assert isinstance(answer, Answer) and (answer.text, answer.usage.completion_tokens) == ("", 0)
     assert answer.evidence is not None and answer.evidence.media == ()
     assert answer.evidence.reason == "the answer is empty: it rests on no frame"

@@ -75,17 +75,17 @@ def alone(model: Keye, messages: list[Message], max_tokens: int = 6) -> list[int
     """Greedy tokens of the reference: one sequence, nothing cached."""
     request = greedy(model, messages, max_tokens)
     decoding = Decoding(model.model)
-    decoding.prefill(model.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
+    decoding.prefill(model.runtime.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
     return list(generate(decoding, request.params, ()))
 
 
 def laid_out(model: Keye, request: Request) -> Request:
-    return replace(request, prompt=model.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
+    return replace(request, prompt=model.runtime.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
 
 
 def add(model: Keye, request: Request) -> Inbox:
     inbox = Inbox()
-    model.core.add(request, model.attention_of(request.attention), inbox)
+    model.core.add(request, inbox)
     return inbox
 
 
@@ -114,7 +114,7 @@ def failure(inbox: Inbox) -> str:
 
 def nothing_held(model: Keye) -> bool:
     model.clear_caches()
-    return model.ledger.accounts() == {}
+    return model.runtime.ledger.accounts() == {}
 
 
 # Media
@@ -205,11 +205,11 @@ def test_few_media_are_open_before_their_turn(model: Keye) -> None:
 
 def test_visual_tokens_wait_for_room(model: Keye) -> None:
     """Two clips whose visual tokens do not fit beside each other, nor beside all keys and values."""
-    model.vision_cache.budget = 0
+    model.runtime.vision_cache.budget = 0
     asked = [about(clip(seed, 60)) for seed in range(3)]
     expected = [alone(model, messages) for messages in asked]
     one = 60 * 4 * model.config.text.hidden_size * 4  # bytes of the visual tokens of a clip
-    model.ledger.budget = 2 * model.store.slab_bytes + one // 2 + smallest_scratch(model.model)
+    model.runtime.ledger.budget = 2 * model.runtime.store.slab_bytes + one // 2 + smallest_scratch(model.model)
     inboxes = [add(model, greedy(model, messages)) for messages in asked]
     run(model)
     assert [tokens(inbox) for inbox in inboxes] == expected
@@ -230,9 +230,9 @@ def test_one_whose_blocks_are_scattered_begins_anew_before_it_fails(model: Keye)
     model.core.abort(model.core.tasks[0])
     model.clear_caches()
     task = model.core.tasks[0]
-    held = model.store.nbytes() // model.store.slab_bytes
+    held = model.runtime.store.nbytes() // model.runtime.store.slab_bytes
     assert scattered(task) and held == 2 and not isinstance(other.events[-1], Finished)
-    model.ledger.budget = model.store.slab_bytes + smallest_scratch(model.model)
+    model.runtime.ledger.budget = model.runtime.store.slab_bytes + smallest_scratch(model.model)
 
     def full() -> None:
         if not task.retried:
@@ -249,7 +249,7 @@ def test_the_choices_of_one_may_take_the_room_of_a_younger_prompt(model: Keye, m
     old, young = [Message("user", ("word " * 60,))], [Message("user", ("other " * 30,))]
     expected = alone(model, old), alone(model, young)
     monkeypatch.setattr(Pace, "budget", lambda *_: 120)
-    model.ledger.budget = model.store.slab_bytes + smallest_scratch(model.model)
+    model.runtime.ledger.budget = model.runtime.store.slab_bytes + smallest_scratch(model.model)
     # Laid out before, so that both begin in the same step however slow the thread that would do it.
     first, second = (add(model, laid_out(model, one)) for one in (greedy(model, old, n=13), greedy(model, young)))
     run(model)
@@ -262,14 +262,14 @@ def test_a_mapped_store_is_not_bound_by_the_memory_budget(folder: Path, tmp_path
     """Only the indexer keys are in memory; keys and values lie on the disk."""
     model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
     text = [Message("user", ("word " * 300,))]
-    near = model.store._costs()["kv"]
-    model.ledger.budget = near + smallest_scratch(model.model)
-    assert near < model.store.slab_bytes
+    near = model.runtime.store._costs()["kv"]
+    model.runtime.ledger.budget = near + smallest_scratch(model.model)
+    assert near < model.runtime.store.slab_bytes
     inbox = add(model, greedy(model, text, 2))
     run(model)
     assert len(tokens(inbox)) == 2
     model.clear_caches()
-    model.ledger.budget = near - 1 + smallest_scratch(model.model)
+    model.runtime.ledger.budget = near - 1 + smallest_scratch(model.model)
     with pytest.raises(KeyeError, match="enough for 0 tokens"):
         model.chat(text, max_tokens=2)
 
@@ -353,7 +353,7 @@ def test_an_answer_names_damage_that_only_decoding_showed(model: Keye, tmp_path:
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
-    engine = AsyncEngine(model)
+    engine = AsyncEngine(model.core)
     engine.start()
     try:
         return asyncio.run(work(engine))
@@ -395,20 +395,14 @@ def test_a_defect_in_a_step_is_told_and_the_thread_goes_on(model: Keye, monkeypa
     assert isinstance(run_async(model, both)[-1], Finished)
 
 
-def test_a_request_that_cannot_run_counts_as_none(model: Keye) -> None:
-    async def wrong(engine: AsyncEngine) -> None:
-        engine.most_requests = 1
-        for _ in range(2):
-            with pytest.raises(KeyeError, match="choose sparse or dense"):
-                await anext(engine.run(replace(greedy(model, TEXT), attention="spares")))  # type: ignore[arg-type]
-        assert [event async for event in engine.run(greedy(model, TEXT, 1))]
-
-    run_async(model, wrong)
+def test_a_request_names_a_mode_that_exists(model: Keye) -> None:
+    with pytest.raises(KeyeError, match="choose sparse or dense"):
+        replace(greedy(model, TEXT), attention="spares")  # type: ignore[arg-type]
 
 
 def test_an_abort_during_the_last_step_is_cleaned_up(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever gives up while another thread steps does not clean up itself; nobody may step afterwards."""
-    task = model.core.add(greedy(model, about(clip(1)), 50), "sparse", Inbox())
+    task = model.core.add(greedy(model, about(clip(1)), 50), Inbox())
     while task.stage is not Stage.DECODING:
         if not model.core.step():
             model.core.rest()

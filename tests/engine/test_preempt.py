@@ -45,7 +45,7 @@ def run(model: Keye, *requests: Request, preempt_at: Mapping[int, int] | None = 
     """Runs requests together. `preempt_at`: after how many tokens computed the request of a number is preempted."""
     inboxes, left = [Inbox() for _ in requests], dict(preempt_at or {})
     pairs = zip(requests, inboxes, strict=True)
-    tasks = [model.core.add(one, model.attention_of(one.attention), inbox) for one, inbox in pairs]
+    tasks = [model.core.add(one, inbox) for one, inbox in pairs]
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
@@ -54,7 +54,7 @@ def run(model: Keye, *requests: Request, preempt_at: Mapping[int, int] | None = 
             computed = task.done + sum(len(choice.reply) for choice in task.choices)
             if task.stage in (Stage.PREFILLING, Stage.DECODING) and computed >= tokens:
                 model.core.preempt(task)
-                assert model.ledger.used(ACCOUNT) > 0
+                assert model.runtime.ledger.used(ACCOUNT) > 0
                 del left[number]
     assert not left, "nobody was preempted"
     return inboxes
@@ -72,7 +72,7 @@ def exact(inbox: Inbox) -> dict[int, list[tuple[int, float]]]:
 
 def nothing_held(model: Keye) -> bool:
     model.clear_caches()
-    return model.ledger.accounts() == {}
+    return model.runtime.ledger.accounts() == {}
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_what_a_question_shares_with_a_session_stays_shared(folder: Path, tmp_pa
         asked = lambda: replace(live.request("what is red?", max_tokens=30), ignore_eos=True, logprobs=0)  # noqa: E731
     (plain,) = run(model, asked())
     request = asked()
-    before = model.store.nbytes()
+    before = model.runtime.store.nbytes()
     (again,) = run(model, request, preempt_at={0: 10 + plain.events[-1].prompt_tokens})  # type: ignore[union-attr]
     assert exact(again) == exact(plain)
-    assert model.store.nbytes() == before, "the past of the session was not copied"
+    assert model.runtime.store.nbytes() == before, "the past of the session was not copied"
 
 
 class Only:
@@ -202,7 +202,7 @@ def test_requests_that_fit_alone_finish_together(folder: Path) -> None:
     ]
     expected = [exact(run(model, one)[0]) for one in requests]
     assert nothing_held(model)
-    model.ledger.budget = smallest_scratch(model.model) + 2 * model.store.slab_bytes
+    model.runtime.ledger.budget = smallest_scratch(model.model) + 2 * model.runtime.store.slab_bytes
     inboxes = run(model, *requests)
     assert model.core.preemptions > 0
     for inbox, alone in zip(inboxes, expected, strict=True):
@@ -218,12 +218,12 @@ def test_without_room_on_the_disk_a_reply_is_computed_again(folder: Path, tmp_pa
     model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
     model.core._folder = tmp_path / "gone"
     inbox, prompt = Inbox(), plain.events[-1].prompt_tokens  # type: ignore[union-attr]
-    task = model.core.add(about_clip(model), "sparse", inbox)
+    task = model.core.add(about_clip(model), inbox)
     while len(task.choices[0].reply if task.choices else ()) < 20:
         if not model.core.step():
             model.core.rest()
     model.core.preempt(task)
-    assert task.saved is None and model.ledger.used(ACCOUNT) == 0
+    assert task.saved is None and model.runtime.ledger.used(ACCOUNT) == 0
     while not model.core.idle():
         if not model.core.step():
             model.core.rest()
@@ -233,7 +233,7 @@ def test_without_room_on_the_disk_a_reply_is_computed_again(folder: Path, tmp_pa
 
 def test_a_request_whose_steps_never_fit_is_refused_at_once(folder: Path) -> None:
     model = keye.load(folder, dtype="float32")
-    model.ledger.budget = smallest_scratch(model.model) + model.store.slab_bytes
+    model.runtime.ledger.budget = smallest_scratch(model.model) + model.runtime.store.slab_bytes
     (inbox,) = run(model, about_words(model, 20, deterministic=True))
     assert isinstance(inbox.events[-1], Failed) and isinstance(inbox.events[-1].error, OutOfMemory)
     (inbox,) = run(model, about_words(model, 20))
@@ -242,12 +242,12 @@ def test_a_request_whose_steps_never_fit_is_refused_at_once(folder: Path) -> Non
 
 def test_a_preempted_request_that_is_given_up_leaves_nothing(folder: Path) -> None:
     model = keye.load(folder)
-    task = model.core.add(about_clip(model), "sparse", Inbox())
+    task = model.core.add(about_clip(model), Inbox())
     while task.stage is not Stage.DECODING:
         if not model.core.step():
             model.core.rest()
     model.core.preempt(task)
-    assert model.ledger.used(ACCOUNT) > 0 and model.ledger.used("kv") == model.store.nbytes()
+    assert model.runtime.ledger.used(ACCOUNT) > 0 and model.runtime.ledger.used("kv") == model.runtime.store.nbytes()
     model.core.abort(task)
     assert nothing_held(model)
 
@@ -255,6 +255,6 @@ def test_a_preempted_request_that_is_given_up_leaves_nothing(folder: Path) -> No
 def test_choices_that_find_no_room_leave_nothing_behind(folder: Path) -> None:
     """Not even while its error is kept."""
     model = keye.load(folder)
-    model.ledger.budget = smallest_scratch(model.model) + model.store.slab_bytes
+    model.runtime.ledger.budget = smallest_scratch(model.model) + model.runtime.store.slab_bytes
     (inbox,) = run(model, about_words(model, 800, n=8))
     assert isinstance(inbox.events[-1], Failed) and nothing_held(model)

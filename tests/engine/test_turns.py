@@ -65,7 +65,7 @@ def test_no_step_runs_while_an_index_works(model: Keye, tmp_path: Path) -> None:
 
 
 def test_an_index_is_ended_between_pieces(model: Keye, tmp_path: Path) -> None:
-    before, pieces = model.ledger.accounts(), 0
+    before, pieces = model.runtime.ledger.accounts(), 0
 
     @contextmanager
     def turn() -> Iterator[None]:
@@ -79,12 +79,12 @@ def test_an_index_is_ended_between_pieces(model: Keye, tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         model.index(VIDEO, tmp_path / "video.keye", turn=turn)
     gc.collect()
-    assert list(tmp_path.iterdir()) == [] and model.ledger.accounts() == before
+    assert list(tmp_path.iterdir()) == [] and model.runtime.ledger.accounts() == before
 
 
 def test_an_abort_during_a_piece_is_cleaned_up_after_it(model: Keye) -> None:
     request = model.request([Message("user", ("hello",))], max_tokens=4)
-    task = model.core.add(request, model.attention, Inbox())
+    task = model.core.add(request, Inbox())
     with model.turn():
         model.core.abort(task)
         assert not model.core.idle()

@@ -24,22 +24,23 @@ from keye.engine import vision
 from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.runtime import Runtime
 from keye.engine.vision import VisionJob
 from keye.errors import MediaError
 from keye.media.pixels.patches import HeldPatches, VisionInput
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
-from tests.support.tiny import Tiny, tiny_folder, tiny_model
+from tests.support.tiny import tiny_folder, tiny_model
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Tiny:
+def tiny() -> Runtime:
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def builder(tiny: Tiny) -> PromptBuilder:
-    return PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor_config))
+def builder(tiny: Runtime) -> PromptBuilder:
+    return PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor.config))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def prompt_of(builder: PromptBuilder, *media: object) -> Prompt:
     return builder.lay_out(builder.render([message]), stream=True)
 
 
-def whole(tiny: Tiny, prompt: Prompt) -> Tensor:
+def whole(tiny: Runtime, prompt: Prompt) -> Tensor:
     """All visual tokens of a prompt at once."""
     found = prompt.vision()
     assert found is not None
@@ -101,7 +102,7 @@ class _TrickleReader(HeldPatches):
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_steps_and_arrivals_change_no_bit(tiny: Tiny, builder: PromptBuilder) -> None:
+def test_steps_and_arrivals_change_no_bit(tiny: Runtime, builder: PromptBuilder) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (11, 112, 112, 3), dtype=np.uint8)
     prompt = prompt_of(builder, Frames(frames, list(range(11))), Image.new("RGB", (84, 56), "red"))
     expected = run(VisionJob(tiny.model, prompt.media), 10**9)
@@ -124,13 +125,13 @@ def test_steps_and_arrivals_change_no_bit(tiny: Tiny, builder: PromptBuilder) ->
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_a_step_keeps_to_its_patches(tiny: Tiny, builder: PromptBuilder) -> None:
+def test_a_step_keeps_to_its_patches(tiny: Runtime, builder: PromptBuilder) -> None:
     job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((8, 112, 112, 3), np.uint8))).media)
     assert [job.step(400) for _ in range(3)] == [384, 128, 0]  # groups of three, three and two frames
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:
+def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Runtime, builder: PromptBuilder, video: Path) -> None:
     prompt, ledger = prompt_of(builder, video, video), Ledger()
     job = VisionJob(tiny.model, prompt.media, ledger=ledger)
     assert job.total == 2 * 8 * 16
@@ -142,7 +143,7 @@ def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Tiny, builder: Prompt
 
 
 @pytest.mark.usefixtures("small_groups")
-def test_used_tokens_are_freed(tiny: Tiny, builder: PromptBuilder) -> None:
+def test_used_tokens_are_freed(tiny: Runtime, builder: PromptBuilder) -> None:
     ledger = Ledger()
     job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((9, 112, 112, 3), np.uint8))).media, ledger=ledger)
     run(job)
@@ -155,7 +156,7 @@ def test_used_tokens_are_freed(tiny: Tiny, builder: PromptBuilder) -> None:
     assert ledger.used() == 0
 
 
-def test_closing_at_any_moment_leaves_nothing(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:
+def test_closing_at_any_moment_leaves_nothing(tiny: Runtime, builder: PromptBuilder, video: Path) -> None:
     ledger = Ledger()
     cache = VisionCache(ledger=ledger)
     prompt = prompt_of(builder, video, Image.new("RGB", (56, 56)))
@@ -170,7 +171,9 @@ def test_closing_at_any_moment_leaves_nothing(tiny: Tiny, builder: PromptBuilder
     assert ledger.used() == 0
 
 
-def test_a_broken_file_is_an_error_of_the_step(tiny: Tiny, builder: PromptBuilder, video: Path, tmp_path: Path) -> None:
+def test_a_broken_file_is_an_error_of_the_step(
+    tiny: Runtime, builder: PromptBuilder, video: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(video.read_bytes())
     prompt = prompt_of(builder, copy)
@@ -181,7 +184,7 @@ def test_a_broken_file_is_an_error_of_the_step(tiny: Tiny, builder: PromptBuilde
     job.close()
 
 
-def test_media_that_are_stored_already_are_left_out(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:
+def test_media_that_are_stored_already_are_left_out(tiny: Runtime, builder: PromptBuilder, video: Path) -> None:
     prompt = prompt_of(builder, Image.new("RGB", (56, 56), "red"), video)
     expected = run(VisionJob(tiny.model, prompt.media))
     job = VisionJob(tiny.model, prompt.media, first=4)
@@ -194,14 +197,14 @@ def test_media_that_are_stored_already_are_left_out(tiny: Tiny, builder: PromptB
 
 
 def test_a_second_question_decodes_and_encodes_nothing(
-    tiny: Tiny, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Runtime, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = keye.load(tiny_folder(tmp_path / "model"))
     first = model.ask([video, Image.new("RGB", (56, 56))], "what?", max_tokens=4)
     monkeypatch.setattr(VideoReader, "__init__", lambda *_, **__: pytest.fail("a worker was started"))
     monkeypatch.setattr(model.model, "encode_vision", lambda *_: pytest.fail("frames were encoded"))
     again = model.ask([video, Image.new("RGB", (56, 56))], "what?", max_tokens=4)
-    assert again.text == first.text and model.vision_cache.nbytes() == (8 * 16 + 4) * 64 * 2
+    assert again.text == first.text and model.runtime.vision_cache.nbytes() == (8 * 16 + 4) * 64 * 2
 
 
 def test_the_cache_keeps_to_its_budget_and_gives_up_the_oldest() -> None:
@@ -220,7 +223,7 @@ def test_the_cache_keeps_to_its_budget_and_gives_up_the_oldest() -> None:
     assert cache.evict() and cache.acquire(b"a") is None
 
 
-def test_the_cache_makes_room_for_others(tiny: Tiny, builder: PromptBuilder) -> None:
+def test_the_cache_makes_room_for_others(tiny: Runtime, builder: PromptBuilder) -> None:
     size = 128 * 64 * 4
     ledger = Ledger(size + size // 2)
     cache = VisionCache(size, ledger)
@@ -235,7 +238,7 @@ def test_the_cache_makes_room_for_others(tiny: Tiny, builder: PromptBuilder) -> 
         run(VisionJob(tiny.model, old.media, cache=cache, ledger=ledger))
 
 
-def test_prefill_from_a_stream_gives_the_same_logits(tiny: Tiny, builder: PromptBuilder, video: Path) -> None:
+def test_prefill_from_a_stream_gives_the_same_logits(tiny: Runtime, builder: PromptBuilder, video: Path) -> None:
     streamed = prompt_of(builder, video)
     decoded = builder.build([Message("user", (as_medium(video), "what?"))])
     runs = [Decoding(tiny.model) for _ in range(3)]

@@ -47,7 +47,7 @@ def figures(result):
 
 
 def clip_prompt(tiny, clip, texts):
-    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor_config))
+    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor.config))
     return ClipPrompt(builder, frames_of(clip), texts)
 
 
@@ -153,7 +153,7 @@ def test_clip_too_long_for_the_context(tiny):
 )
 def test_mp4_gives_back_the_clip(tiny, start, step):
     clip = make_clip(3, frames=7, split="test", start=start, step=step)
-    through = frames_through_mp4(clip, tiny.processor_config)
+    through = frames_through_mp4(clip, tiny.processor.config)
     assert through.timestamps == pytest.approx(clip.timestamps, abs=0.05)
     text = [f"{seconds:.1f}" for seconds in through.timestamps]
     assert text == [f"{seconds:.1f}" for seconds in clip.timestamps]
@@ -170,7 +170,7 @@ def test_mp4_evaluation_asks_the_same(tiny):
 
 
 def test_prompts_are_those_of_training(tiny):
-    maker = BatchMaker(tiny.tokenizer, tiny.processor_config)
+    maker = BatchMaker(tiny.tokenizer, tiny.processor.config)
     clip, asked = next(exam(EvalOptions(frames=(5, 5), seed=3)))
     batch = maker.pack([clip], [asked])
     prompt = clip_prompt(tiny, clip, [question.text for question in asked])
@@ -245,11 +245,11 @@ def test_scores_of_replies():
 
 
 def test_prompts_about_pictures_are_those_of_training(tiny):
-    maker = BatchMaker(tiny.tokenizer, tiny.processor_config)
+    maker = BatchMaker(tiny.tokenizer, tiny.processor.config)
     clip = make_clip(3, frames=1)
     asked = picture_questions(clip, random.Random(0), 4)
     batch = maker.pack([clip], [asked], pictures=True)
-    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor_config))
+    builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor.config))
     for number, answer in enumerate(batch.answers):
         picture = Medium("image", Image.fromarray(render(clip)[0]))
         prompt = builder.build([Message("user", (picture, asked[number].text))])

@@ -64,7 +64,7 @@ def test_who_leaves_gives_everything_back(
     core = model.core
     gc.collect()
     model.clear_caches()
-    before = model.ledger.accounts()
+    before = model.runtime.ledger.accounts()
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
     content = [{"type": "video_url", "video_url": {"url": uploaded}}, {"type": "text", "text": f"what is {stage}?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -80,7 +80,7 @@ def test_who_leaves_gives_everything_back(
         go_on.set()
     gc.collect()
     model.clear_caches()
-    assert core.idle() and model.ledger.accounts() == before
+    assert core.idle() and model.runtime.ledger.accounts() == before
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
+from keye.engine.runtime import Runtime
 from keye.media.processor import Processor
 from keye.sessions.live import LiveSession
 from tests.support.tiny import tiny_folder
@@ -40,7 +42,7 @@ def model(folder: Path) -> Keye:
 def logits_of(session: LiveSession, question: str) -> torch.Tensor:
     """Logits of the first token of an answer."""
     _, tail = session._around(question)
-    fork = Decoding(session._model.model, cache=session._trunk.cache.fork())
+    fork = Decoding(session._runtime.model, cache=session._trunk.cache.fork())
     fork.position = session._trunk.position
     fork.append(tail)
     return fork.logits
@@ -48,7 +50,7 @@ def logits_of(session: LiveSession, question: str) -> torch.Tensor:
 
 def logits_of_video(model: Keye, frames: NDArray[np.uint8], times: list[float], question: str) -> torch.Tensor:
     decoding = Decoding(model.model)
-    decoding.prefill(model.prompts.build([Message("user", (as_medium(Frames(frames, times), SIZE), question))]))
+    decoding.prefill(model.runtime.prompts.build([Message("user", (as_medium(Frames(frames, times), SIZE), question))]))
     return decoding.logits
 
 
@@ -107,15 +109,10 @@ def test_a_file_is_appended_with_its_times(model: Keye, tmp_path: Path) -> None:
 
 def small(model: Keye, context: int) -> Keye:
     """The same model with room for few tokens."""
-    import copy
-    import dataclasses
-
-    other = copy.copy(model)
     network = copy.copy(model.model)
-    text = dataclasses.replace(model.config.text, max_position_embeddings=context)
-    network.config = dataclasses.replace(model.config, text=text)
-    other.model = network
-    return other
+    text = replace(model.config.text, max_position_embeddings=context)
+    network.config = replace(model.config, text=text)
+    return keye.Keye(Runtime.create(model.name, network, model.tokenizer, model.processor))
 
 
 def test_a_full_context_is_told_and_nothing_is_lost(model: Keye) -> None:
@@ -145,16 +142,16 @@ def test_the_past_is_in_the_ledger_of_the_model(folder: Path) -> None:
     """In the formats of the model, and under its budget; what is kept for later requests goes first."""
     model = keye.load(folder, dtype="float32", kv="int8")
     model.chat([Message("user", ("word " * 200,))], max_tokens=1)
-    model.ledger.budget = model.ledger.used() + model.store.slab_bytes // 2
+    model.runtime.ledger.budget = model.runtime.ledger.used() + model.runtime.store.slab_bytes // 2
     session = model.live(**SIZE)
     session.append(FRAMES[:2], TIMES[:2])
-    assert session._trunk.cache.store is model.store
-    assert len(model.prefixes) > 0
+    assert session._trunk.cache.store is model.runtime.store
+    assert len(model.runtime.prefixes) > 0
     with pytest.raises(KeyeError, match="more are needed for kv"):
         session.append(np.concatenate([FRAMES] * 20), [100.0 + i for i in range(800)])
-    assert len(model.prefixes) == 0 and 2 < session.frames < 802
+    assert len(model.runtime.prefixes) == 0 and 2 < session.frames < 802
     del session
-    assert model.ledger.used() == 0
+    assert model.runtime.ledger.used() == 0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +180,7 @@ def test_sessions_that_cannot_be(model: Keye) -> None:
         model.live(reserve=0)
     with pytest.raises(KeyeError, match="no frame was appended yet"):
         model.live().ask("what?")
-    other = keye.Keye(model.name, model.model, model.tokenizer, Processor(ProcessorConfig.of("1.5")))
+    other = keye.Keye(Runtime.create(model.name, model.model, model.tokenizer, Processor(ProcessorConfig.of("1.5"))))
     with pytest.raises(KeyeError, match="live sessions need a model of Keye-VL 2.0"):
         other.live()
 

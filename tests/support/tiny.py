@@ -2,28 +2,19 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from keye.chat.tokenizer import Tokenizer
-from keye.config import KeyeConfig, ProcessorConfig, load_processor_config, model_config_from_dict
-from keye.models.keye import KeyeModel
+from keye.config import KeyeConfig, load_processor_config, model_config_from_dict
+from keye.engine.runtime import Runtime
+from keye.media.processor import Processor
 from keye.models.load import save_model
 from keye.train.recipes.nano.initialise import fresh_model
 
 NANO = Path(__file__).parents[2] / "configs" / "nano"
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """What an evaluation needs of a loaded model."""
-
-    model: KeyeModel
-    tokenizer: Tokenizer
-    processor_config: ProcessorConfig
 
 
 def tiny_raw(topk: int = 16) -> dict[str, Any]:
@@ -44,10 +35,10 @@ def tiny_config(topk: int = 16) -> KeyeConfig:
     return model_config_from_dict(tiny_raw(topk))
 
 
-def tiny_model(seed: int = 0, topk: int = 16) -> Tiny:
+def tiny_model(seed: int = 0, topk: int = 16) -> Runtime:
     """Fresh weights, float32."""
     model = fresh_model(tiny_config(topk), seed).eval()
-    return Tiny(model, Tokenizer.from_file(NANO), load_processor_config(NANO))
+    return Runtime.create("tiny", model, Tokenizer.from_file(NANO), Processor(load_processor_config(NANO)))
 
 
 def tiny_folder(folder: Path, *, weights: bool = True) -> Path:

@@ -79,7 +79,7 @@ def greedy(**settings: Any) -> SamplingParams:
 def check(own: keye.Keye, messages: list[Any], output: Any, *, mode: Any = "sparse") -> float:
     """Holds an output of vLLM to keye: the same prompt, and the same log-probabilities of all its tokens that vLLM
     tells. Returns the mean difference that dense attention would make."""
-    return check_prompt(own, own.prompts.build(messages), output, mode=mode)
+    return check_prompt(own, own.runtime.prompts.build(messages), output, mode=mode)
 
 
 def check_prompt(own: keye.Keye, prompt: Prompt, output: Any, *, mode: Any = "sparse") -> float:

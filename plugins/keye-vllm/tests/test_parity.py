@@ -98,7 +98,7 @@ def test_tools_and_reasoning(thinking: bool | None, engine: LLM, own: keye.Keye)
     ]
     settings = {} if thinking is None else {"enable_thinking": thinking}
     (output,) = engine.chat(messages, greedy(), use_tqdm=False, tools=[TOOL], chat_template_kwargs=settings)
-    prompt = own.prompts.build(messages, tools=[TOOL], thinking=thinking)
+    prompt = own.runtime.prompts.build(messages, tools=[TOOL], thinking=thinking)
     assert output.prompt_token_ids == prompt.token_ids.tolist()
 
 
@@ -117,7 +117,7 @@ def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
         Segment("image", Medium("image", given["image"][0])), Segment("video", Medium("video", path)),
         Segment("template", "what?"),
     ]  # fmt: skip
-    check_prompt(own, own.prompts.lay_out(parts), output)
+    check_prompt(own, own.runtime.prompts.lay_out(parts), output)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def ask(
 
 def check_choices(model: Keye, settings: Mapping[str, Any]) -> None:
     """`KeyeError` for several replies that would all be the same."""
-    if settings["n"] > 1 and model.sampling_params(temperature=settings.get("temperature")).temperature == 0:
+    if settings["n"] > 1 and model.runtime.sampling_params(temperature=settings.get("temperature")).temperature == 0:
         raise KeyeError(f"--n {settings['n']} writes the same reply each time at temperature 0: add --temperature 1")
 
 

@@ -51,7 +51,7 @@ def frameforge(
     )  # fmt: skip
     model = inputs.load_model(given)
     with show.progress_bar("asking") as advance:
-        result = {"model": model.name, **run(model, settings, advance)}
+        result = {"model": model.name, **run(model.runtime, settings, advance)}
     if as_json:
         show.print_json(result)
     else:

@@ -1,6 +1,7 @@
 """The engine for programs with an event loop: requests go in, events come out, a thread of its own computes.
 
-    engine = AsyncEngine(keye.load("nano"))
+    model = keye.load("nano")
+    engine = AsyncEngine(model.core)
     engine.start()
     async for event in engine.run(model.request(messages)):
         ...
@@ -18,7 +19,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
-from keye.api import Keye
 from keye.engine.core import EngineCore
 from keye.engine.request import Delta, Event, Failed, Finished, Request, Stage, Task
 from keye.errors import KeyeError
@@ -122,9 +122,8 @@ class Running:
 class AsyncEngine:
     """Requests of many clients on one model, computed together. Use from one event loop; `start` and `close` once."""
 
-    def __init__(self, model: Keye, *, most_requests: int = MOST_REQUESTS) -> None:
-        self.model, self.most_requests = model, most_requests
-        self.core: EngineCore = model.core
+    def __init__(self, core: EngineCore, *, most_requests: int = MOST_REQUESTS) -> None:
+        self.core, self.most_requests = core, most_requests
         self._thread = threading.Thread(target=self._work, name="keye-engine", daemon=True)
         self._closing, self._draining = False, False
         self._open: set[Task] = set()
@@ -141,7 +140,6 @@ class AsyncEngine:
             raise Stopping("the server is ending and takes no more requests; try again")
         if len(self._open) >= self.most_requests:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
-        mode = self.model.attention_of(request.attention)
         loop, mailbox = asyncio.get_running_loop(), _Mailbox()
         begun: set[int] = set()
 
@@ -159,7 +157,7 @@ class AsyncEngine:
                     self._waking = True
                     loop.call_soon_threadsafe(self._hand_out)
 
-        task = self.core.add(request, mode, tell)
+        task = self.core.add(request, tell)
         self._open.add(task)
         return Running(self, task, mailbox)
 
@@ -217,16 +215,16 @@ class AsyncEngine:
         core = self.core
         stages = [task.stage for task in list(core.tasks)]
         waiting = sum(stage in (Stage.WAITING, Stage.PREPARING, Stage.READY) for stage in stages)
-        parts = core.parts
+        runtime = core.runtime
         return {
             "requests_waiting": waiting,
             "requests_running": len(stages) - waiting,
             "computed_prompt_tokens_total": core.computed["prompt"],
             "computed_reply_tokens_total": core.computed["reply"],
             "preemptions_total": core.preemptions,
-            "prefix_cache_hits_total": parts.prefixes.hits,
-            "prefix_cache_queries_total": parts.prefixes.hits + parts.prefixes.misses,
-            **{f"{name.replace('-', '_')}_bytes": float(held) for name, held in parts.ledger.accounts().items()},
+            "prefix_cache_hits_total": runtime.prefixes.hits,
+            "prefix_cache_queries_total": runtime.prefixes.hits + runtime.prefixes.misses,
+            **{f"{name.replace('-', '_')}_bytes": float(held) for name, held in runtime.ledger.accounts().items()},
         }
 
     def _work(self) -> None:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,19 +19,15 @@ from typing import TypeVar
 
 import torch
 
-from keye.cache.ledger import Ledger, OutOfMemory
-from keye.cache.prefix import PrefixCache
+from keye.cache.ledger import OutOfMemory
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVStore
-from keye.cache.vision import VisionCache
-from keye.chat.tokenizer import Tokenizer
-from keye.config import GenerationConfig
 from keye.engine.admission import clamped, refusal, scattered
 from keye.engine.media_loader import Preparation
 from keye.engine.past import find_past, remember
 from keye.engine.preempt import release, restore, save
-from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.prompt import Prompt
 from keye.engine.request import Event, Failed, Inbox, Progress, Request, Stage, Task
+from keye.engine.runtime import Runtime
 from keye.engine.scheduler import Pace, share_out
 from keye.engine.scratch import ACCOUNT as SCRATCH
 from keye.engine.scratch import Scratch
@@ -42,52 +37,34 @@ from keye.engine.turns import FairLock
 from keye.engine.vision import VisionJob, being_encoded
 from keye.engine.writer import Writer
 from keye.errors import KeyeError
-from keye.models.attention import AttentionMode
-from keye.models.keye import KeyeModel
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the engine works with; one model and what belongs to it. Preempted requests wait in files of `folder`, by
-    default the system's folder for temporary files."""
-
-    model: KeyeModel
-    tokenizer: Tokenizer
-    generation: GenerationConfig
-    builder: PromptBuilder
-    store: KVStore
-    ledger: Ledger
-    vision_cache: VisionCache
-    prefixes: PrefixCache
-    folder: Path | None = None
 
 
 class EngineCore:
     """Requests on one model. `add` and `abort` may be called from any thread; `step` from one at a time."""
 
-    def __init__(self, parts: Parts, *, most_running: int = 64) -> None:
-        self.parts, self.most_running = parts, most_running
-        self.writer = Writer(parts.model.config, parts.tokenizer, parts.generation)
+    def __init__(self, runtime: Runtime, *, most_running: int = 64) -> None:
+        self.runtime, self.most_running = runtime, most_running
+        self.writer = Writer(runtime.config, runtime.tokenizer, runtime.generation)
         self.pace = Pace()
         self.tasks: list[Task] = []
         self.wake = threading.Condition()
         self.stepping = FairLock()
         self._numbers = count()
-        self.preparation = Preparation(parts.builder, parts.model.config.text.max_position_embeddings, self.wake)
+        self.preparation = Preparation(runtime.prompts, runtime.config.text.max_position_embeddings, self.wake)
         self.computed = {"prompt": 0, "reply": 0}
         self.preemptions = self._turns = 0
         self._encoded = False
-        self.scratch = Scratch(parts.model, parts.ledger)
-        self._folder = parts.folder or Path(tempfile.gettempdir())
+        self.scratch = Scratch(runtime.model, runtime.ledger)
+        self._folder = runtime.kv.folder or Path(tempfile.gettempdir())  # of preempted requests
         #: Requests that have ended: one that found no room looks again when this has grown.
         self.ended = 0
 
-    def add(self, request: Request, mode: AttentionMode, tell: Callable[[Event], None]) -> Task:
+    def add(self, request: Request, tell: Callable[[Event], None]) -> Task:
         """Takes a request; `tell` is called with its events, the last being `Finished` or `Failed`."""
         with self.wake:
-            task = Task(next(self._numbers), request, mode, tell, time.perf_counter())
+            task = Task(next(self._numbers), request, tell, time.perf_counter())
             self.tasks.append(task)
             self.wake.notify_all()
         return task
@@ -176,10 +153,10 @@ class EngineCore:
 
     def _laid_out(self, task: Task, prompt: Prompt) -> None:
         task.prompt, task.stage = prompt, Stage.READY
-        task.request, notes = clamped(task.request, task.length, self.parts.model.config.text.max_position_embeddings)
+        task.request, notes = clamped(task.request, task.length, self.runtime.config.text.max_position_embeddings)
         task.notes += notes
         task.times["laid out"] = time.perf_counter()
-        store = prompt.past.store if prompt.past is not None else self.parts.store
+        store = prompt.past.store if prompt.past is not None else self.runtime.store
         assert store is not None
         if (error := refusal(prompt, task.request, store, self.scratch.least(*least_rows(task.request)))) is not None:
             self._fail(task, error)
@@ -210,8 +187,8 @@ class EngineCore:
                 task.stage = Stage.DECODING
                 return
         else:
-            model, store = self.parts.model, self.parts.store
-            task.cache = self._make_room(partial(find_past, task, self.parts.prefixes, store, model.config), task)
+            prefixes, store = self.runtime.prefixes, self.runtime.store
+            task.cache = self._make_room(partial(find_past, task, prefixes, store, self.runtime.config), task)
         if task.cache is None:
             return
         # Room for the whole prompt before any work: what cannot be stored is refused, and not begun.
@@ -227,13 +204,13 @@ class EngineCore:
 
     def _begin_prompt(self, task: Task) -> None:
         """Opens the media of which something is not computed yet."""
-        prompt, parts = task.prompt, self.parts
+        prompt, runtime = task.prompt, self.runtime
         assert prompt is not None
         task.visual = prompt.visual_counts
         first = int(task.visual[task.done - 1]) if task.done else 0
         try:
             task.vision = VisionJob(
-                parts.model, prompt.media, first=first, cache=parts.vision_cache, ledger=parts.ledger
+                runtime.model, prompt.media, first=first, cache=runtime.vision_cache, ledger=runtime.ledger
             )
         except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
             self._fail(task, error)
@@ -287,7 +264,7 @@ class EngineCore:
         # Making room for one may have taken it from another.
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         try:
-            computed = run(self.parts.model, [one for _, one in slices])
+            computed = run(self.runtime.model, [one for _, one in slices])
         except (RuntimeError, MemoryError) as error:  # what torch raises when a device fails or is full
             for task in {task.number: task for task, _ in slices}.values():
                 self._fail(task, error)
@@ -332,7 +309,7 @@ class EngineCore:
         # Making room for one may have taken it from another.
         slices = [(task, one) for task, one in slices if one.cache.blocks]
         while (fitting := self.scratch.fitting([one for _, one in slices])) < len(slices):
-            if not self.parts.ledger.reclaim(SCRATCH):
+            if not self.runtime.ledger.reclaim(SCRATCH):
                 break
         taken = slices[: max(1, fitting)]
         self._turns += 1
@@ -371,7 +348,7 @@ class EngineCore:
         if task.vision is not None:
             task.vision.close()
             task.vision = None
-        remember(task, self.parts.prefixes)
+        remember(task, self.runtime.prefixes)
         if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
             task.tell(self.writer.prefilled(task))

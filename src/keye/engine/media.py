@@ -62,6 +62,13 @@ class IndexedVideo:
         return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
 
 
+def check_index_attention(indexed: IndexedVideo, mode: AttentionMode) -> None:
+    """`KeyeError` where a question attends in another mode than the index was computed in."""
+    if indexed.attention != mode:
+        raise KeyeError(f"{indexed.name} was indexed with {indexed.attention} attention, but the question asks for "
+                        f"{mode}: ask with {indexed.attention}, or index the video again")  # fmt: skip
+
+
 #: Opens an index for a model.
 OpenIndex = Callable[[Source], IndexedVideo]
 

@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from keye.chat import Medium
+from keye.engine.media import check_index_attention
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.request import Progress, Stage, Task
-from keye.sessions.video_index import check_attention_of
 
 #: Requests whose media are opened at the same time; and how many may be open before their turn has come, since
 #: pictures are held in memory.
@@ -75,5 +75,5 @@ class Preparation:
             with self._wake:
                 self._wake.notify_all()
         if prompt.indexed is not None:
-            check_attention_of(prompt.indexed, task.mode)
+            check_index_attention(prompt.indexed, request.attention)
         return prompt

@@ -35,4 +35,4 @@ def remember(task: Task, prefixes: PrefixCache) -> None:
 
 def _secret(task: Task) -> bytes:
     """What parts one owner's prefixes from another's, and one way to compute from another."""
-    return task.request.salt + b"\0" + task.mode.encode()
+    return task.request.salt + b"\0" + task.request.attention.encode()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
@@ -57,13 +57,13 @@ class Request:
 
     prompt: Sequence[Segment] | Prompt
     params: SamplingParams
+    attention: AttentionMode
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
     skip_special: bool = True
     guide: Guide | None = None
-    attention: AttentionMode | None = None
     evidence: bool = False
     deterministic: bool = False
     salt: bytes = b""
@@ -74,12 +74,19 @@ class Request:
     reasoning: bool = False
 
     def __post_init__(self) -> None:
+        check_attention(self.attention)
         if type(self.n) is not int or not 1 <= self.n <= MAX_CHOICES:
             raise KeyeError(f"n is {self.n!r}; choose 1 to {MAX_CHOICES}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value <= MAX_LOGPROBS):
                 raise KeyeError(f"{name} is {value!r}; choose 0 to {MAX_LOGPROBS}")
+
+
+def check_attention(attention: object) -> None:
+    """`KeyeError` for anything but "sparse" and "dense"."""
+    if attention not in get_args(AttentionMode):
+        raise KeyeError(f"attention is {attention!r}; choose sparse or dense")
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,6 @@ class Task:
 
     number: int
     request: Request
-    mode: AttentionMode
     tell: Callable[[Event], None]
     created: float
     stage: Stage = Stage.WAITING

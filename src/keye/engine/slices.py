@@ -43,7 +43,7 @@ def prompt_slice(task: Task, stop: int, counts: Tensor | None) -> Slice:
     return Slice(
         cache, prompt.token_ids[task.done : stop], prompt.position_ids[:, task.done : stop],
         task.vision.tokens(before, after) if after > before else None,
-        wanted, task.mode, counts, task.request.deterministic,
+        wanted, task.request.attention, counts, task.request.deterministic,
     )  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def reply_slice(task: Task, choice: Choice, counts: Tensor | None) -> Slice:
     assert choice.cache is not None
     place = torch.full((3, 1), choice.position)
     return Slice(
-        choice.cache, torch.tensor(choice.pending[:1]), place, None, "last", task.mode, counts,
-        task.request.deterministic,
+        choice.cache, torch.tensor(choice.pending[:1]), place, None, "last",
+        task.request.attention, counts, task.request.deterministic,
     )  # fmt: skip
 
 

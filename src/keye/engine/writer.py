@@ -57,7 +57,7 @@ class Writer:
         """Where the selections of `new` tokens, the last of the first `length`, are counted for evidence; None where
         nothing is selected."""
         sparse = self.config.text.sparse
-        if sparse is None or task.mode == "dense":
+        if sparse is None or task.request.attention == "dense":
             return None
         if task.counts is None:
             size = task.length + task.request.params.max_tokens
@@ -188,7 +188,7 @@ class Writer:
             cached_tokens=task.cached,
             media=prompt.plans,
             seconds={name: round(value, 4) for name, value in seconds.items()},
-            attention=task.mode,
+            attention=task.request.attention,
             prompt=prompt,
             evidence=evidence,
             prompt_probs=self._prompt_probs(task),

@@ -74,7 +74,7 @@ def create_app(
     is not left to the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
     in front."""
     settings = settings or Settings()
-    engine = AsyncEngine(model, most_requests=settings.queue)
+    engine = AsyncEngine(model.core, most_requests=settings.queue)
     store = FileStore(settings)
     policy = policy or fetch_policy(settings)
     # What is downloaded goes with the server's folder, however the server ends.
@@ -126,7 +126,7 @@ async def _tidy(context: Context) -> None:
 
 
 def _guides(model: Keye) -> GuideFactory | None:
-    eos = model.generation.eos_token_ids or model.config.eos_token_ids
+    eos = model.runtime.generation.eos_token_ids or model.config.eos_token_ids
     try:
         return GuideFactory(model.tokenizer, eos, model.config.text.vocab_size)
     except KeyeError as error:

@@ -93,7 +93,7 @@ class Context:
         """What `system_fingerprint` says: the version of keye, and a hash that changes with the model's configuration
         and the way it computes. The same replies to the same seeds need at least the same fingerprint."""
         model = self.model
-        facts = [model.name, model.attention, str(model.model.dtype), dict(model.config.raw)]
+        facts = [model.name, model.runtime.attention, str(model.model.dtype), dict(model.config.raw)]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return f"b{__version__}-{digest[:10]}"
 

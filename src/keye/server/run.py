@@ -117,7 +117,7 @@ def facts(model: Keye, settings: Settings) -> dict[str, str]:
     config = model.config
     return {
         "model": f"{', '.join(settings.served_names) or model.name}, Keye-VL {config.release.name}, "
-        f"{model.attention} attention",
+        f"{model.runtime.attention} attention",
         "context": f"{config.text.max_position_embeddings:,} tokens",
         "keys": f"{len(settings.keys)} accepted" if settings.keys else "none needed: only this machine can connect",
         "addresses": ", ".join(settings.allow_urls) or "none are fetched; upload files or send data: URLs",

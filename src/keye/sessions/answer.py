@@ -9,9 +9,21 @@ from typing import Any
 
 from keye.chat import Region, ToolCall, parse_reply
 from keye.chat.moments import keep_moments, keep_regions
+from keye.engine.core import EngineCore
 from keye.engine.evidence import Evidence
 from keye.engine.prompt import Prompt
-from keye.engine.request import Delta, Ended, Event, Failed, Finished, Progress, Request, TokenProb
+from keye.engine.request import (
+    Delta,
+    Ended,
+    Event,
+    Failed,
+    Finished,
+    Inbox,
+    Progress,
+    Request,
+    Stage,
+    TokenProb,
+)
 from keye.errors import KeyeWarning, warn
 
 #: The note on a reply that was ended because it repeated itself.
@@ -135,6 +147,30 @@ class AnswerStream(Iterator[str]):
         close = getattr(self._pieces, "close", None)
         if close is not None:
             close()
+
+
+def stream_answer(
+    core: EngineCore, request: Request, on_progress: Callable[[Progress], None] | None = None
+) -> AnswerStream:
+    """Computes one request, step by step as its answer is read; aborts it when the reader closes the stream."""
+    return AnswerStream(_pieces(core, request, on_progress))
+
+
+def _pieces(
+    core: EngineCore, request: Request, on_progress: Callable[[Progress], None] | None
+) -> Iterator[str | Answer]:
+    inbox, collector = Inbox(), Collector(request, core.runtime.name, on_progress)
+    task = core.add(request, inbox)
+    try:
+        while collector.answer is None:
+            core.run_until(inbox)
+            while inbox.events:
+                if text := collector.take(inbox.events.popleft()):
+                    yield text
+        yield collector.answer
+    finally:
+        if task.stage is not Stage.ENDED:
+            core.abort(task)
 
 
 class Collector:

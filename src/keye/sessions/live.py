@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from keye.chat import Medium, Message
 from keye.chat.moments import sampled_windows
+from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
 from keye.engine.prompt import Prompt, Room, plan_of
@@ -34,10 +35,7 @@ from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.video import open_video
 from keye.models.keye import visual_mask
-from keye.sessions.answer import Answer, AnswerStream
-
-if TYPE_CHECKING:
-    from keye.api import Keye
+from keye.sessions.answer import Answer, AnswerStream, stream_answer
 
 #: What happens when the context is full: `all` refuses more frames, `recent` forgets the oldest half.
 Keep = Literal["all", "recent"]
@@ -74,17 +72,18 @@ class LiveSession:
     `frames` and `tokens` count what is remembered; `dropped` frames were forgotten.
     """
 
-    def __init__(self, model: Keye, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
+    def __init__(self, core: EngineCore, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
         if keep not in get_args(Keep):
             raise KeyeError(f"keep is {keep!r}; choose one of {', '.join(get_args(Keep))}")
-        release = model.processor.config.release
+        runtime = core.runtime
+        release = runtime.processor.config.release
         if not release.reads_frames_alone:
             raise KeyeError(
-                f"{model.name} is of release {release.name}, which needs all frames of a video at once; live sessions "
-                "need a model of Keye-VL 2.0"
+                f"{runtime.name} is of release {release.name}, which needs all frames of a video at once; live "
+                "sessions need a model of Keye-VL 2.0"
             )
-        self._model, self._keep = model, keep
-        self._limit = model.config.text.max_position_embeddings
+        self._core, self._runtime, self._keep = core, runtime, keep
+        self._limit = runtime.config.text.max_position_embeddings
         self._reserve = min(RESERVE, self._limit // 4) if reserve is None else reserve
         if not 0 < self._reserve < self._limit:
             raise KeyeError(f"reserve is {reserve}; keep 1 to {self._limit - 1} tokens free for question and answer")
@@ -137,7 +136,7 @@ class LiveSession:
     def frames_of(self, video: object) -> Iterator[tuple[Pixels, float]]:
         """Frames of a video file, uint8 RGB [H, W, 3] at the file's own size, and their seconds, sampled by the
         session's options; decoded as they are asked for."""
-        source, processor = as_source(video), self._model.processor
+        source, processor = as_source(video), self._runtime.processor
         with open_video(source, processor.limits, track=self._options.track) as reader:
             plan = reader.plan(processor.config, self._options)
             yield from zip(reader.frames(plan, native=True), plan.timestamps, strict=True)
@@ -159,15 +158,15 @@ class LiveSession:
             raise KeyeError("the question is empty; ask something about the video")
         if not self._frames:
             raise KeyeError("no frame was appended yet; append frames before asking")
-        params = self._model.sampling_params(**sampling)
+        params = self._runtime.sampling_params(**sampling)
         prompt = self._prompt(self._around(question, thinking)[1])
         Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
-        return Request(prompt, params, attention=self._trunk.mode, evidence=evidence)
+        return Request(prompt, params, self._runtime.attention, evidence=evidence)
 
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:
         """Asks a question, with the options of `request`; the engine writes the reply."""
         request = self.request(question, **options)
-        return AnswerStream(self._model.reply(request, self._trunk.mode))
+        return stream_answer(self._core, request)
 
     def ask(self, question: str, **options: Any) -> Answer:
         """The whole answer; see `stream_ask`."""
@@ -185,16 +184,16 @@ class LiveSession:
 
     def _start(self) -> None:
         """A past of nothing but what comes before the video."""
-        self._trunk = Decoding(self._model.model, mode=self._model.attention, store=self._model.store)
+        self._trunk = Decoding(self._runtime.model, mode=self._runtime.attention, store=self._runtime.store)
         self._trunk.cache.reserve(len(self._head))
-        with self._model.turn():
+        with self._core.beside():
             self._trunk.append(self._head)
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
         """Token ids before the video, and those after it with the question."""
-        builder, medium = self._model.prompts, Medium("video", Frames(()))
+        builder, medium = self._runtime.prompts, Medium("video", Frames(()))
         message = Message("user", (medium, question))
-        segments = builder.render([message], template=self._model.template, thinking=thinking)
+        segments = builder.render([message], template=self._runtime.template, thinking=thinking)
         place = next(i for i, segment in enumerate(segments) if segment.value is medium)
         head, tail = (
             builder.tokenizer.encode_parts((str(s.value), s.kind == "template") for s in part)
@@ -206,10 +205,10 @@ class LiveSession:
         first = frames[0]
         height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
         size = self._frame_size(height, width)
-        least = len(frames) * size[0] * size[1] // self._model.processor.config.token_pixels
+        least = len(frames) * size[0] * size[1] // self._runtime.processor.config.token_pixels
         if len(self._head) + least + self._reserve > self._limit:
             raise self._too_many(least)
-        item = self._model.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=size)
+        item = self._runtime.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=size)
         added = self._as_frames(item, times, self._encoded(item))
         grown = sum(len(frame.token_ids) for frame in added)
         if self.tokens + grown + self._reserve > self._limit:
@@ -220,9 +219,9 @@ class LiveSession:
         self._frames += added
 
     def _encoded(self, item: MediaItem) -> Tensor:
-        job = VisionJob(self._model.model, [item])
+        job = VisionJob(self._runtime.model, [item])
         try:
-            job.run_until(job.total, self._model.turn)
+            job.run_until(job.total, self._core.beside)
             return job.tokens(0, job.total)
         finally:
             job.close()
@@ -234,7 +233,7 @@ class LiveSession:
             pieces.append(piece)
             if isinstance(piece, VisualSpan):
                 own = tuple(pieces)
-                ids = tuple(self._model.prompts.piece_ids(own))
+                ids = tuple(self._runtime.prompts.piece_ids(own))
                 made.append(_Frame(times[len(made)], own, ids, visual[done : done + piece.tokens]))
                 done += piece.tokens
                 pieces = []
@@ -244,15 +243,15 @@ class LiveSession:
     def _compute(self, frames: Sequence[_Frame], item: MediaItem) -> None:
         """Stores frames behind what is stored; positions count on."""
         ids = np.array([token for frame in frames for token in frame.token_ids], dtype=np.int64)
-        grids = {self._model.config.video_token_id: item.grid_thw}
-        merge = self._model.config.vision.spatial_merge_size
+        grids = {self._runtime.config.video_token_id: item.grid_thw}
+        merge = self._runtime.config.vision.spatial_merge_size
         positions, delta = build_position_ids(ids, grids, merge_size=merge)
         visual = torch.cat([frame.visual for frame in frames if frame.visual is not None])
         start = self._trunk.position
         self._trunk.cache.reserve(self.tokens + len(ids))
         self._trunk.extend(
             torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
-            turn=self._model.turn,
+            turn=self._core.beside,
         )  # fmt: skip
 
     def _make_room(self, tokens: int) -> None:
@@ -288,7 +287,7 @@ class LiveSession:
     def _item(self) -> MediaItem:
         """All frames as one medium, without their pixels."""
         assert self._size is not None
-        shape = FrameShape([self._size] * len(self._frames), self._model.processor.config)
+        shape = FrameShape([self._size] * len(self._frames), self._runtime.processor.config)
         pieces = tuple(piece for frame in self._frames for piece in frame.pieces)
         return MediaItem("video", HeldFrames(lambda: iter(()), shape), pieces, self.times)
 
@@ -298,7 +297,7 @@ class LiveSession:
         item, begin = self._item(), self._trunk.position
         seen = torch.tensor([*self._head, *(token for frame in self._frames for token in frame.token_ids)])
         stored = torch.zeros(3, len(seen), dtype=torch.int64)
-        with self._model.turn():
+        with self._core.beside():
             cache = self._trunk.cache.fork()
         past = IndexedVideo(
             "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, plan_of(item), self._trunk.mode,
@@ -308,13 +307,13 @@ class LiveSession:
         ids = torch.cat((seen, torch.tensor(tail)))
         positions = torch.cat((stored, after), dim=1)
         return Prompt(
-            ids, positions, visual_mask(self._model.config, ids), begin + len(tail), (), cache, past,
+            ids, positions, visual_mask(self._runtime.config, ids), begin + len(tail), (), cache, past,
             windows=sampled_windows([past.plan]),
         )  # fmt: skip
 
     def _frame_size(self, height: int, width: int) -> sizes.Size:
         """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""
         if self._size is None:
-            config = self._model.processor.config
+            config = self._runtime.processor.config
             self._size = sizes.frame_sizes(height, width, 2, config, self._options).slow
         return self._size

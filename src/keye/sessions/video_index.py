@@ -12,46 +12,30 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar, get_args
+from typing import Any, Final, get_args
 
 import torch
 
 from keye.cache.checksums import damaged
+from keye.cache.fingerprint import Fingerprint
 from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
-from keye.cache.ledger import Ledger
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout
-from keye.cache.tiers import KVOptions
-from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Message
+from keye.chat import Medium, Message
 from keye.config import KeyeConfig
+from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding
 from keye.engine.media import IndexedVideo
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.request import Progress
+from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.processor import Piece, VisualSpan
 from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode
-from keye.models.keye import KeyeModel, visual_mask
-from keye.sessions.fingerprint import Fingerprint
+from keye.models.keye import visual_mask
 from keye.version import __version__
-
-T = TypeVar("T")
-
-
-class LoadedModel(Protocol):
-    """The loaded model that indexes and answers; `keye.Keye` is one."""
-
-    kv: KVOptions
-    ledger: Ledger
-    template: ChatTemplate | CheckpointTemplate
-
-    @property
-    def model(self) -> KeyeModel: ...
-
-    @property
-    def fingerprint(self) -> Fingerprint: ...
 
 
 @dataclass(frozen=True)
@@ -73,8 +57,7 @@ class IndexInfo:
 
 
 def write_video_index(
-    owner: LoadedModel,
-    builder: PromptBuilder,
+    core: EngineCore,
     medium: Medium,
     path: Path,
     mode: AttentionMode,
@@ -88,7 +71,8 @@ def write_video_index(
     begin = time.perf_counter()
     if isinstance(medium.source, Source) and is_index(medium.source):
         raise KeyeError(f"{medium.source.name} is an index already: give the video itself")
-    model = owner.model
+    owner = core.runtime
+    builder, model = owner.prompts, owner.model
     segments = builder.render([Message("user", (medium, "."))], template=owner.template)
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
@@ -112,7 +96,7 @@ def write_video_index(
 
 
 def _about(
-    owner: LoadedModel, builder: PromptBuilder, prompt: Prompt, medium: Medium, mode: AttentionMode
+    owner: Runtime, builder: PromptBuilder, prompt: Prompt, medium: Medium, mode: AttentionMode
 ) -> dict[str, Any]:
     """The header of an index, storage excepted."""
     (item,) = prompt.media
@@ -151,7 +135,7 @@ def _file_hash(source: Any) -> str | None:
     return found.hexdigest()
 
 
-def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> IndexedVideo:
+def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
     """An index as the beginning of prompts of a model. `KeyeError` where the file is damaged, or is not of this model.
 
     Its pages are read only and shared by all that continue it; what they add goes to a store of the same formats in
@@ -165,8 +149,8 @@ def open_video_index(owner: LoadedModel, config: KeyeConfig, source: Source) -> 
     if "native_fps" in facts.plan and "start_offset" not in facts.plan:
         raise KeyeError(f"{source.path} was made by an older keye, whose times counted from the first picture and not "
                         "from the start of the file: index the video again")  # fmt: skip
-    _check_layout(file, config, owner.model.dtype)
-    _check_tokens(file, facts, config)
+    _check_layout(file, owner.config, owner.model.dtype)
+    _check_tokens(file, facts, owner.config)
     keys, values, index = file.kinds(mapped)
     near, device = 0, owner.model.device
     if index is not None and device.type != "cpu":
@@ -197,13 +181,6 @@ def check_same_model(path: Path, theirs: Fingerprint, ours: Fingerprint) -> None
         raise KeyeError(f"{path} is an index of the model {theirs.name} with other weights: ask with those, {again}")
     if theirs.processor != ours.processor:
         raise KeyeError(f"{path} was made when {theirs.name} prepared media otherwise: {again.removeprefix('or ')}")
-
-
-def check_attention_of(indexed: IndexedVideo, mode: AttentionMode) -> None:
-    """`KeyeError` where a question attends otherwise than the index was computed."""
-    if indexed.attention != mode:
-        raise KeyeError(f"{indexed.name} was indexed with {indexed.attention} attention, but the question asks for "
-                        f"{mode}: ask with {indexed.attention}, or index the video again")  # fmt: skip
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
 def reply_options(model: Keye, options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for `Keye.stream`; says which of them will have no effect."""
     sampling = given(options, SAMPLING_OPTIONS)
-    if model.sampling_params(**sampling).temperature == 0:
+    if model.runtime.sampling_params(**sampling).temperature == 0:
         unused = [flag(name) for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
         if unused:
             note(f"{', '.join(unused)} has no effect at temperature 0")

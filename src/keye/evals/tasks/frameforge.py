@@ -1,6 +1,6 @@
 """The FrameForge evaluation: a model answers questions about unseen synthetic clips whose answers are known exactly.
 
-    result = evaluate(keye.load("nano"), EvalOptions(questions=500))
+    result = evaluate(keye.load("nano").runtime, EvalOptions(questions=500))
 
 Clips and questions follow from the options alone, so runs that differ in `mode`, `select` or `mp4` ask the same.
 """
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -28,14 +28,13 @@ from keye.engine.branches import greedy_branches
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames
 from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.runtime import Runtime
 from keye.errors import KeyeError
 from keye.evals.summary import Scored, summarise
 from keye.media.options import MediaOptions
-from keye.media.processor import Processor
 from keye.media.source.fetch import fetch_source
 from keye.media.video import open_video
 from keye.models.attention import AttentionMode, Selection
-from keye.models.keye import KeyeModel
 from keye.scoring import metrics
 
 #: Splits that a model has not been trained on.
@@ -49,19 +48,6 @@ TIME_TASKS = ("start", "end", "change_time", "cut_time")
 TIME_TOLERANCE = 0.05
 
 Progress = Callable[[int, int], None]
-
-
-class Evaluable(Protocol):
-    """What is evaluated; `keye.Keye` is one."""
-
-    @property
-    def model(self) -> KeyeModel: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def processor_config(self) -> ProcessorConfig: ...
 
 
 @dataclass(frozen=True)
@@ -115,16 +101,16 @@ def parse_frames(text: str) -> tuple[int, int]:
         raise KeyeError(f"frames is {text!r}; give a number or a range such as 16-32") from None
 
 
-def evaluate(model: Evaluable, options: EvalOptions, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(runtime: Runtime, options: EvalOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Asks `options.questions` questions and returns figures as plain data for JSON.
 
     `accuracy` and `miou` (0 to 100) are those of the given mode; `keye.evals.summary.summarise` names every field.
     `progress(done, total)` is called after each clip. KeyeError when the model cannot run in the mode asked for, or a
     clip does not fit its context.
     """
-    if options.mode == "sparse" and model.model.config.text.sparse is None:
+    if options.mode == "sparse" and runtime.config.text.sparse is None:
         raise KeyeError("the model has no sparse-attention indexer; use mode dense")
-    examiner, scored = _Examiner(model, options), list[Scored]()
+    examiner, scored = _Examiner(runtime, options), list[Scored]()
     for number, (clip, asked) in enumerate(exam(options)):
         scored += examiner.ask(number, clip, asked)
         if progress:
@@ -219,11 +205,9 @@ def _tokens_after_medium(tokenizer: Tokenizer, medium: Medium, question: str) ->
 class _Examiner:
     """Asks the questions about one clip after another and keeps count of tokens and time."""
 
-    def __init__(self, evaluated: Evaluable, options: EvalOptions) -> None:
-        self.evaluated, self.options = evaluated, options
-        self.model, self.tokenizer = evaluated.model, evaluated.tokenizer
-        processor = Processor(evaluated.processor_config)
-        self.builder = PromptBuilder(self.model.config, self.tokenizer, processor)
+    def __init__(self, runtime: Runtime, options: EvalOptions) -> None:
+        self.runtime, self.options = runtime, options
+        self.model, self.tokenizer = runtime.model, runtime.tokenizer
         self.stop_ids = set(self.model.config.eos_token_ids) | {self.tokenizer.token_id("<|im_end|>")}
         layout = KVLayout.of(self.model.config.text, self.model.dtype, options.kv)
         self.store = KVStore(layout, make_slab=memory_slabs(self.model.device))
@@ -234,10 +218,10 @@ class _Examiner:
 
     def ask(self, number: int, clip: Clip, asked: list[Question]) -> list[Scored]:
         """The scored replies to the questions about one clip."""
-        config, options = self.evaluated.processor_config, self.options
+        config, options = self.runtime.processor.config, self.options
         with self._timed("media"):
             frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
-            prompt = ClipPrompt(self.builder, frames, [question.text for question in asked])
+            prompt = ClipPrompt(self.runtime.prompts, frames, [question.text for question in asked])
             longest = max(map(len, prompt.branches))
             room = Room(self.model.config.text.max_position_embeddings, longest + options.max_tokens)
             room.check(prompt.trunk.token_ids.shape[0], prompt.trunk.media_tokens)

@@ -82,7 +82,7 @@ async def prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     if not _continues(wanted) and [one.get("role") for one in wanted.messages[-2:]] == ["assistant"] * 2:
         sentence = "messages end with two replies of the assistant; end with a message of the user"
         raise ApiError(400, sentence, param="messages")
-    if _is_short(wanted) and not isinstance(context.model.template, CheckpointTemplate):  # which has a process
+    if _is_short(wanted) and not isinstance(context.model.runtime.template, CheckpointTemplate):  # which has a process
         return replace(_prepare(context, owner, wanted), notes=notes)
     return replace(await context.in_thread(_prepare, context, owner, wanted), notes=notes)
 
@@ -182,7 +182,7 @@ def job_of(
 ) -> Job:
     """A job with the settings of sampling; what is not given is the model's own. `held` says that a form ends it."""
     bias = sampling.logit_bias
-    params = context.model.sampling_params(
+    params = context.model.runtime.sampling_params(
         max_tokens=max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -206,9 +206,9 @@ def job_of(
     return Job(
         prompt,
         params,
+        context.model.runtime.resolve_attention(sampling.attention),
         ignore_eos=bool(sampling.ignore_eos) and not held,
         skip_special=sampling.skip_special_tokens is not False,
-        attention=sampling.attention,
         deterministic=bool(sampling.deterministic),
         clamp=not context.settings.strict_limits,
         salt=context.salt(owner),

@@ -113,7 +113,7 @@ def _laid_out(
     if cut is not None:
         prompt = prompt[-(max(1, limit - (body.max_tokens or 1)) if cut == -1 else cut) :]
     Room(limit, 1 if not context.settings.strict_limits else max(1, body.max_tokens or 1)).check(len(prompt), 0)
-    return model.prompts.of_tokens(prompt), model.tokenizer.decode(prompt, skip_special=False)
+    return model.runtime.prompts.of_tokens(prompt), model.tokenizer.decode(prompt, skip_special=False)
 
 
 async def _whole(context: Context, runs: Sequence[_Run], body: CompletionRequest) -> dict[str, Any]:

@@ -50,8 +50,9 @@ async def load(request: Request) -> JSONResponse:
 async def health_generate(request: Request) -> Response:
     """Whether the model still writes: one token is generated."""
     context = context_of(request)
-    params = context.model.sampling_params(max_tokens=1, temperature=0.0)
-    job = Job([Segment("text", "1")], params, ignore_eos=True, salt=context.salt(owner_of(request)))
+    runtime = context.model.runtime
+    params, salt = runtime.sampling_params(max_tokens=1, temperature=0.0), context.salt(owner_of(request))
+    job = Job([Segment("text", "1")], params, runtime.attention, ignore_eos=True, salt=salt)
     try:
         async with asyncio.timeout(_HEALTHY_SECONDS), aclosing(each(context, job)) as events:
             async for _ in events:

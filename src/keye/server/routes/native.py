@@ -118,7 +118,7 @@ def _prompts(context: Context, owner: str, body: GenerateRequest) -> tuple[list[
             )
         listed = isinstance(body.input_ids[0], list)
         many = body.input_ids if listed else [body.input_ids]
-        return [context.model.prompts.of_tokens(ids) for ids in many], listed  # type: ignore[arg-type]
+        return [context.model.runtime.prompts.of_tokens(ids) for ids in many], listed  # type: ignore[arg-type]
     assert body.text is not None
     texts = body.text if isinstance(body.text, list) else [body.text]
     images = _of_each(body.image_data, len(texts), "image_data")

@@ -50,8 +50,8 @@ def _model(context: Context, name: str) -> dict[str, Any]:
     facts = {
         "context": config.text.max_position_embeddings,
         "release": config.release.name,
-        "attention": context.model.attention,
-        "examples": list(context.model.generation.examples),
+        "attention": context.model.runtime.attention,
+        "examples": list(context.model.runtime.generation.examples),
     }
     return {
         "id": name, "object": "model", "created": int(context.started), "owned_by": "keye",
