@@ -24,7 +24,7 @@ import torch
 
 import keye
 from keye import Frames, Keye
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.engine.request import Delta, Inbox, Request, Stage
 
 CLIENTS, TOKENS = 16, 64

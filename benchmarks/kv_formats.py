@@ -28,7 +28,7 @@ import torch
 import keye
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVFormat, KVLayout, KVStore
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.config import TextConfig, load_model_config
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from keye.chat import parse_reply
+from keye.chat.replies import parse_reply
 from keye.config import ProcessorConfig
 from keye.hub import asset
 from keye.media.options import MediaOptions

@@ -12,17 +12,10 @@ from typing import Any
 from keye.cache.index_file import check_index_output
 from keye.cache.slabs import KVFormat
 from keye.cache.tiers import KVOptions, Tier, byte_count, free_memory
-from keye.chat import (
-    CheckpointTemplate,
-    Message,
-    Segment,
-    find_template,
-    load_template,
-    merge_intervals,
-    normalize_tools,
-    opens_reasoning,
-    template_of,
-)
+from keye.chat.foreign_template import CheckpointTemplate, find_template, load_template
+from keye.chat.messages import Message, normalize_tools
+from keye.chat.template import Segment, opens_reasoning, template_of
+from keye.chat.times import merge_intervals
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import (
     PROCESSOR_FILE,

@@ -20,7 +20,7 @@ from PIL import Image
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.index_file import ALIGN, check_whole, read_index_file
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.data.frameforge import make_clip, questions, render, write_mp4
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import KV_BLOCK

@@ -10,23 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.chat import (
-    CHATML,
-    PREVIEW_CHATML,
-    Medium,
-    Message,
-    Reply,
-    Segment,
-    format_seconds,
-    merge_intervals,
-    normalize,
-    opens_reasoning,
-    parse_intervals,
-    parse_reply,
-    render,
-    to_seconds,
-    without_last_end,
-)
+from keye.chat.messages import Medium, Message, normalize
+from keye.chat.replies import Reply, parse_reply
+from keye.chat.template import CHATML, PREVIEW_CHATML, Segment, opens_reasoning, render, without_last_end
+from keye.chat.times import format_seconds, merge_intervals, parse_intervals, to_seconds
 from keye.errors import KeyeError, KeyeWarning
 
 

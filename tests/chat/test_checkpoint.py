@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keye.chat import PREVIEW_CHATML, CheckpointTemplate, Medium, Segment, load_template, render
-from keye.chat.foreign_template import _Hidden
+from keye.chat.foreign_template import CheckpointTemplate, _Hidden, load_template
+from keye.chat.messages import Medium
+from keye.chat.template import PREVIEW_CHATML, Segment, render
 from keye.chat.template_process import TemplateLimits
 from keye.chat.template_worker import render as render_here
 from keye.chat.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keye.chat import Region
+from keye.chat.grounding import Region
 from keye.chat.moments import Window, keep_moments, keep_regions, sampled_windows
 
 PLAN = {"timestamps": [30.0, 30.5, 31.0], "sample_fps": 2.0, "duration": 60.0}

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.chat import Region, ToolCall, parse_regions, parse_reply
+from keye.chat.grounding import Region, parse_regions
+from keye.chat.messages import ToolCall
+from keye.chat.replies import parse_reply
 from keye.chat.tokenizer import MARKUP_TOKENS, POLYGON_TOKENS
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.chat import ReplyPiece, ReplyStream, joined_reply, parse_reply
+from keye.chat.replies import parse_reply
+from keye.chat.stream import ReplyPiece, ReplyStream, joined_reply
 
 CALL = '<tool_call>\n{"name": "cut_clip", "arguments": {"start": 1.5, "title": "a \\"}\\" b"}}\n</tool_call>'
 REPLIES = [

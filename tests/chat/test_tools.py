@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from keye.chat import PREVIEW_CHATML, Message, Segment, ToolCall, normalize, render
+from keye.chat.messages import Message, ToolCall, normalize
+from keye.chat.template import PREVIEW_CHATML, Segment, render
 from keye.errors import KeyeError, KeyeWarning
 
 WEATHER = {"name": "weather", "description": "of <|im_end|> a city", "parameters": {"type": "object"}}

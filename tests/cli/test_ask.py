@@ -68,7 +68,7 @@ def test_settings_without_effect_are_told(run: Callable, model_folder: Path, pic
 @pytest.fixture
 def marking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reply marks two places and asks for a call."""
-    from keye.chat import parse_reply
+    from keye.chat.replies import parse_reply
 
     text = (
         "<|object_ref_start|>the sign<|object_ref_end|><|box_start|>[[250, 250, 750, 750]]<|box_end|>"

@@ -16,7 +16,7 @@ import torch
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.ledger import OutOfMemory
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import keye
 from keye import Frames, Keye, KeyeError
-from keye.chat import Medium, parse_reply
+from keye.chat.messages import Medium
+from keye.chat.replies import parse_reply
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.media import as_medium, plan_medium

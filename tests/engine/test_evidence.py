@@ -12,7 +12,7 @@ from PIL import Image
 
 import keye
 from keye import Frames, Keye
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.data.frameforge import make_clip, render
 from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame_spans, make_evidence
 from keye.engine.generate import Decoding

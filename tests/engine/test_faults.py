@@ -20,7 +20,7 @@ import torch
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.ledger import OutOfMemory
-from keye.chat import Message
+from keye.chat.messages import Message
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.admission import scattered
 from keye.engine.async_engine import AsyncEngine

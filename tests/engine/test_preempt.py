@@ -15,7 +15,7 @@ import keye
 from keye import Frames, Keye
 from keye.cache.ledger import OutOfMemory
 from keye.cache.saved import ACCOUNT
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.engine.request import Delta, Failed, Finished, Inbox, Request, Stage
 from keye.engine.step import smallest_scratch
 from tests.support.tiny import tiny_folder

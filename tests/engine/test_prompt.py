@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from keye.chat import CHATML, PREVIEW_CHATML, ChatTemplate, CheckpointTemplate
+from keye.chat.foreign_template import CheckpointTemplate
+from keye.chat.template import CHATML, PREVIEW_CHATML, ChatTemplate
 from keye.chat.tokenizer import CONTROL_TOKENS, FRAME_TOKENS, MARKUP_TOKENS, POLYGON_TOKENS, Tokenizer
 from keye.config import load_model_config, load_processor_config
 from keye.engine.prompt import PromptBuilder

@@ -13,7 +13,7 @@ import pytest
 
 import keye
 from keye import Frames, Keye
-from keye.chat import Message
+from keye.chat.messages import Message
 from keye.engine.request import Inbox
 from keye.engine.turns import FairLock
 from tests.support.tiny import tiny_folder

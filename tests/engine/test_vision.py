@@ -18,7 +18,7 @@ import keye
 from keye import Frames
 from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.vision import VisionCache
-from keye.chat import Message
+from keye.chat.messages import Message
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine import vision
 from keye.engine.generate import Decoding

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from keye.cache.slabs import KVLayout
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.data.frameforge import Question, make_clip, picture_questions, render
 from keye.engine.branches import greedy_branches
 from keye.engine.generate import Decoding, generate

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keye.chat import render, template_of
+from keye.chat.template import render, template_of
 from keye.config import ProcessorConfig, load_processor_config, model_config_from_dict
 from keye.errors import KeyeError
 from keye.hub import asset

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import keye.server
-from keye.chat import parse_intervals
+from keye.chat.times import parse_intervals
 
 STATIC = Path(keye.server.__file__).parent / "web" / "static"
 FILES = sorted(STATIC.iterdir())

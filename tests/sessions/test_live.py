@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import keye
 from keye import Frames, Keye, KeyeError
-from keye.chat import Message
+from keye.chat.messages import Message
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.generate import Decoding

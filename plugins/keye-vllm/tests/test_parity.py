@@ -32,7 +32,8 @@ from cases import (
 )
 from checkpoints import TOPK, random_checkpoint
 from conftest import StartEngine
-from keye.chat import Medium, Segment
+from keye.chat.messages import Medium
+from keye.chat.template import Segment
 from keye.errors import KeyeError
 from keye.hub import asset
 

@@ -15,7 +15,8 @@ from keye.files import check_output, has_mark
 
 if TYPE_CHECKING:
     from keye.api import Keye
-    from keye.chat import Medium, Region
+    from keye.chat.grounding import Region
+    from keye.chat.messages import Medium
 
 
 @click.command(context_settings=options.CONTEXT)

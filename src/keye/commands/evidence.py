@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from keye.api import Keye
-    from keye.chat import Medium
+    from keye.chat.messages import Medium
     from keye.sessions.answer import Answer
 
 

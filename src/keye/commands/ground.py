@@ -12,7 +12,8 @@ from keye.commands.shared.terminal import plural
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.chat import Interval, Medium
+    from keye.chat.messages import Medium
+    from keye.chat.times import Interval
 
 
 @click.command(context_settings=options.CONTEXT)

@@ -43,7 +43,7 @@ def live(video: str, question: str, every: float, keep: str, as_json: bool, **se
     keye live video.mp4 "what is visible now?" --every 5
     keye live video.mp4 "how often did the light change?" --every 60 --keep recent --json
     """
-    from keye.chat import format_seconds
+    from keye.chat.times import format_seconds
     from keye.commands.shared import inputs, show
     from keye.media.source.fetch import is_index
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from keye.cache.sequence import KVCache
-from keye.chat import Medium, MediumKind
+from keye.chat.messages import Medium, MediumKind
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, Option
 from keye.media import sizes

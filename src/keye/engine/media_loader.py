@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from keye.chat import Medium
+from keye.chat.messages import Medium
 from keye.engine.media import check_index_attention
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.request import Progress, Stage, Task

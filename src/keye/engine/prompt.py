@@ -14,8 +14,10 @@ from torch import Tensor
 
 from keye.cache.prefix import MediaSpans
 from keye.cache.sequence import KVCache
-from keye.chat import CHATML, ChatTemplate, CheckpointTemplate, Medium, Message, Segment, without_last_end
+from keye.chat.foreign_template import CheckpointTemplate
+from keye.chat.messages import Medium, Message
 from keye.chat.moments import Window, sampled_windows
+from keye.chat.template import CHATML, ChatTemplate, Segment, without_last_end
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
 from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from keye.cache.saved import SavedCaches
 from keye.cache.sequence import KVCache
-from keye.chat import Segment
+from keye.chat.template import Segment
 from keye.chat.tokenizer import StreamDecoder
 from keye.engine.evidence import Evidence
 from keye.engine.prompt import Prompt

@@ -13,7 +13,8 @@ from keye.cache.prefix import PrefixCache
 from keye.cache.slabs import KVStore
 from keye.cache.tiers import KVOptions
 from keye.cache.vision import VisionCache
-from keye.chat import ChatTemplate, CheckpointTemplate, template_of
+from keye.chat.foreign_template import CheckpointTemplate
+from keye.chat.template import ChatTemplate, template_of
 from keye.chat.tokenizer import Tokenizer
 from keye.config import GenerationConfig, KeyeConfig
 from keye.engine.media import IndexedVideo

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from keye.chat import ChatTemplate, CheckpointTemplate, Medium, Segment, find_template, template_of
+from keye.chat.foreign_template import CheckpointTemplate, find_template
+from keye.chat.messages import Medium
+from keye.chat.template import ChatTemplate, Segment, template_of
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.compat.processor import VIDEO_PAD, OfficialProcessor
 from keye.config import load_generation_config, load_model_config, load_processor_config

@@ -23,7 +23,7 @@ from keye.process import check_device, memory_on
 
 if TYPE_CHECKING:
     from keye.cache.slabs import KVFormat
-    from keye.chat import Medium
+    from keye.chat.messages import Medium
     from keye.models.attention import AttentionMode
 
 #: Tokens that the template and a short question take, where the tokenizer is not here to count them.
@@ -62,7 +62,7 @@ def imagine_video(text: str) -> VideoInfo:
 
 
 def _seconds(length: str) -> float | None:
-    from keye.chat import to_seconds
+    from keye.chat.times import to_seconds
 
     match = _LENGTH.fullmatch(length)
     if match is not None and any(match.groups()):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keye.chat import Interval, merge_intervals
+from keye.chat.times import Interval, merge_intervals
 
 #: Seconds above this are no time of a video.
 MAX_SECONDS = 1e9

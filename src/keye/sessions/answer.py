@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from keye.chat import Region, ToolCall, parse_reply
+from keye.chat.grounding import Region
+from keye.chat.messages import ToolCall
 from keye.chat.moments import keep_moments, keep_regions
+from keye.chat.replies import parse_reply
 from keye.engine.core import EngineCore
 from keye.engine.evidence import Evidence
 from keye.engine.prompt import Prompt

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from keye.chat import Interval, format_seconds
+from keye.chat.times import Interval, format_seconds
 from keye.engine.evidence import Evidence, MediumEvidence
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import Source

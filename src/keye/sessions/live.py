@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.chat.moments import sampled_windows
 from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding

@@ -21,7 +21,7 @@ from keye.cache.fingerprint import Fingerprint
 from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout
-from keye.chat import Medium, Message
+from keye.chat.messages import Medium, Message
 from keye.config import KeyeConfig
 from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keye.chat import CHATML, PREVIEW_CHATML, Medium, render
+from keye.chat.messages import Medium
+from keye.chat.template import CHATML, PREVIEW_CHATML, render
 from keye.chat.tokenizer import Tokenizer
 from keye.compat.processor import OfficialProcessor, ProcessorOutput
 from keye.config import ProcessorConfig

@@ -31,7 +31,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.video import VideoLoader
 
-from keye.chat import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind
+from keye.chat.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind
 from keye.chat.tokenizer import Tokenizer
 from keye.config import load_processor_config
 from keye.engine.media import Frames, check_medium, plan_medium

@@ -16,16 +16,9 @@ from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_a
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 
-from keye.chat import (
-    ChatTemplate,
-    CheckpointTemplate,
-    Medium,
-    MediumKind,
-    Segment,
-    find_template,
-    normalize,
-    template_of,
-)
+from keye.chat.foreign_template import CheckpointTemplate, find_template
+from keye.chat.messages import Medium, MediumKind, normalize
+from keye.chat.template import ChatTemplate, Segment, template_of
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import load_generation_config
 from keye.errors import KeyeError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from keye.chat import Medium, normalize_tools
+from keye.chat.messages import Medium, normalize_tools
 from keye.commands.shared.options import (
     FORMAT_OPTIONS,
     IMAGE_OPTIONS,

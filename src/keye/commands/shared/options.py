@@ -37,7 +37,7 @@ class Seconds(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
             return float(value)
-        from keye.chat import to_seconds
+        from keye.chat.times import to_seconds
 
         try:
             return to_seconds(value)

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from keye.chat import Interval, Region, ToolCall, format_seconds, merge_intervals
+from keye.chat.grounding import Region
+from keye.chat.messages import ToolCall
+from keye.chat.times import Interval, format_seconds, merge_intervals
 from keye.checks import is_number
 from keye.commands.shared.inputs import stderr
 from keye.commands.shared.terminal import one_line, plural, printable

@@ -18,7 +18,9 @@ from typing import Any, get_args
 import torch
 
 from keye.cache.slabs import KVFormat, KVLayout, KVStore, check_kv_format, memory_slabs
-from keye.chat import Interval, Medium, Message, merge_intervals, render
+from keye.chat.messages import Medium, Message
+from keye.chat.template import render
+from keye.chat.times import Interval, merge_intervals
 from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig
 from keye.data import frameforge

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from keye.chat import Medium, ReplyPiece, ReplyStream, merge_intervals, parse_intervals, parse_regions
+from keye.chat.grounding import parse_regions
+from keye.chat.messages import Medium
 from keye.chat.moments import keep_moments, keep_regions
+from keye.chat.stream import ReplyPiece, ReplyStream
+from keye.chat.times import merge_intervals, parse_intervals
 from keye.engine.evidence import Evidence
 from keye.engine.request import Delta, Ended, Event, Finished, Prefilled, Progress, TokenProb
 from keye.engine.request import Request as Job

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from keye.chat import normalize_tools
 from keye.chat.json_schema import ANY_OBJECT
+from keye.chat.messages import normalize_tools
 from keye.engine.guide import Form, Tag
 from keye.server.errors import ApiError
 from keye.server.notes import add_note

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keye.api import Keye
-from keye.chat import Message, count_marks
+from keye.chat.messages import Message
+from keye.chat.template import count_marks
 from keye.errors import ContextError
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any, Final
 
-from keye.chat import ReplyPiece
+from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
 from keye.server.context import Context
 from keye.server.edge.ids import unique

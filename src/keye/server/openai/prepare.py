@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from keye.chat import CheckpointTemplate, Message, Segment, opens_reasoning
+from keye.chat.foreign_template import CheckpointTemplate
+from keye.chat.messages import Message
+from keye.chat.template import Segment, opens_reasoning
 from keye.engine.guide import Form, Guide
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request as Job

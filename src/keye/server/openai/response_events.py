@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
-from keye.chat import ReplyPiece
+from keye.chat.stream import ReplyPiece
 from keye.server.edge.ids import unique
 from keye.server.openai.events import Choice, prob_object
 from keye.server.openai.sse import event

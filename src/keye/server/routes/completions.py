@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from keye.chat import Segment
+from keye.chat.template import Segment
 from keye.chat.tokenizer import check_unicode
 from keye.engine.admission import MAX_PROBS
 from keye.engine.prompt import Prompt, Room

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from keye.chat import ReplyStream
+from keye.chat.stream import ReplyStream
 from keye.engine.request import Event
 from keye.engine.request import Request as Job
 from keye.errors import collect_warnings

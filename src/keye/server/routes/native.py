@@ -15,7 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from keye.chat import Medium, Segment
+from keye.chat.messages import Medium
+from keye.chat.template import Segment
 from keye.chat.tokenizer import check_unicode
 from keye.engine.media import check_medium
 from keye.engine.prompt import Prompt, Room
