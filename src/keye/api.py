@@ -11,7 +11,7 @@ from typing import Any
 
 from keye.cache.index_file import check_index_output
 from keye.cache.slabs import KVFormat
-from keye.cache.tiers import KVOptions, Tier, byte_count, free_memory
+from keye.cache.tiers import KVOptions, Tier, free_memory
 from keye.chat.foreign_template import CheckpointTemplate, find_template, load_template
 from keye.chat.messages import Message, normalize_tools
 from keye.chat.template import Segment, opens_reasoning, template_of
@@ -43,6 +43,7 @@ from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
 from keye.sessions.live import Keep, LiveSession
 from keye.sessions.video_index import IndexInfo, open_video_index, write_video_index
+from keye.units import parse_bytes
 
 
 class Keye:
@@ -306,7 +307,7 @@ def load(
     check_attention(attention)
     check_device(device)
     storing = KVOptions(kv, index_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
-    limit = None if memory is None else byte_count(memory)
+    limit = None if memory is None else parse_bytes(memory, "memory")
     name = str(name_or_path)
     check_runs(name)
     # The small files come first: what they refuse need not be downloaded.

@@ -208,7 +208,7 @@ def test_names_that_no_file_has_stay_for_whoever_answers(tmp_path: Path, source:
 def test_a_line_that_is_too_long_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.batch.manifest.MAX_LINE", 100)
     long, good = read(tmp_path, {**QUESTION, "system": "x" * 3_000_000}, QUESTION)
-    assert isinstance(long, Refused) and "more than 0 MiB" in long.reason
+    assert isinstance(long, Refused) and "more than 100 B" in long.reason
     assert isinstance(good, Item) and good.line == 2
 
 

@@ -110,12 +110,12 @@ def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     monkeypatch.setattr("keye.cache.tiers.free_memory", lambda device: 8 << 30)
     assert shares(given, 3) == [
-        {"device": "cuda:0", "threads": 2, "memory": "4096MiB"},
-        {"device": "cuda:1", "threads": 2, "memory": "8192MiB"},
-        {"device": "cuda:0", "threads": 2, "memory": "4096MiB"},
+        {"device": "cuda:0", "threads": 2, "memory": 4 << 30},
+        {"device": "cuda:1", "threads": 2, "memory": 8 << 30},
+        {"device": "cuda:0", "threads": 2, "memory": 4 << 30},
     ]
-    assert shares({"device": "cpu", "threads": 3, "memory": "1GiB"}, 1) == [
-        {"device": "cpu", "threads": 3, "memory": "1GiB"}
+    assert shares({"device": "cpu", "threads": 3, "memory": 1 << 30}, 1) == [
+        {"device": "cpu", "threads": 3, "memory": 1 << 30}
     ]
 
 

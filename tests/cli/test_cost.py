@@ -23,13 +23,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_and_time_of_a_video(run: Callable, model_folder: Path, video: Path) -> None:
     result = run("plan", video, "--model", model_folder, "--device", "cpu", "--json")
     prediction = result.data["prediction"]
-    assert set(prediction["seconds"]) == {"media", "vision", "prefill", "decode"}
+    assert set(prediction["seconds"]) == {"media", "vision", "prefill", "generate"}
     assert all(value > 0 for value in prediction["seconds"].values())
     assert prediction["fits"] and prediction["what_fits"] is None and prediction["notes"] == []
     assert prediction["total_bytes"] == sum(prediction["bytes"].values())
     assert prediction["context"] == prediction["prompt_tokens"] + 128
     text = run("plan", video, "--model", model_folder, "--device", "cpu").out
-    assert "decode rate" in text and "it fits" in text
+    assert "tokens/s" in text and "it fits" in text
 
 
 def test_the_prompt_is_counted_as_it_will_be(run: Callable, model_folder: Path, video: Path) -> None:
@@ -104,4 +104,4 @@ def test_a_question_tells_how_far_the_prediction_was_off(run: Callable, model_fo
     told = run(*words, "--json").data["estimate"]
     assert told["errors"]["first_token"] < 1 and told["prompt_tokens"] > 64
     text = run(*words).out
-    assert "decode rate" in text and "against the prediction: time to the first token" in text
+    assert "tokens/s" in text and "against the prediction: time to the first token" in text

@@ -38,7 +38,7 @@ def test_lines_without_a_terminal(capfd: pytest.CaptureFixture[str], monkeypatch
     share = progress.Share
     monkeypatch.setattr(progress, "Share", lambda: share(lambda: float(next(seconds))))
     with progress.watching("watching") as on_progress:
-        on_progress(Progress("decode", 0, 1))
+        on_progress(Progress("media", 0, 1))
         for done in range(0, 101, 10):
             on_progress(Progress("prefill", done, 100))
     lines = capfd.readouterr().err.splitlines()

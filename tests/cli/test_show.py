@@ -18,7 +18,7 @@ def answer(**changed: Any) -> Answer:
     fields: dict[str, Any] = {
         "text": "[[3.0, 8.5]]", "reasoning": None, "intervals": ((3.0, 8.5),), "usage": Usage(640, 512, 9),
         "plan": ({"name": "v.mp4", "duration": 16.0, "timestamps": [0.0, 8.0]},), "model": "nano",
-        "attention": "sparse", "finish_reason": "stop", "seconds": {"media": 0.25, "prefill": 0.5, "decode": 0.05},
+        "attention": "sparse", "finish_reason": "stop", "seconds": {"media": 0.25, "prefill": 0.5, "generate": 0.05},
     }  # fmt: skip
     return Answer(**{**fields, **changed})
 

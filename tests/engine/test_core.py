@@ -536,7 +536,7 @@ def test_too_many_are_refused_and_progress_is_told(model: Keye) -> None:
         return told
 
     phases = [event.phase for event in run_async(model, crowd) if isinstance(event, Progress)]
-    assert phases[0] == "decode" and "encode" in phases and phases[-1] == "prefill"
+    assert phases[0] == "media" and "encode" in phases and phases[-1] == "prefill"
 
 
 # The scheduler

@@ -165,7 +165,7 @@ def test_a_name_is_resolved_once(server: tuple[str, dict[str, Answer]], monkeypa
         (body(b"abc", length="many"), {}, "declares a length of 'many' bytes"),
         (body(b"abcdef", length=4), {}, "sends more than the 4 bytes that it declares"),
         (body(b"\0" * 600_000, length=599_999), {}, "sends more than the 599999 bytes that it declares"),
-        (body(b"\x89PNG\r\n\x1a\n" + b"\0" * 99, length=1 << 30), {}, "1.00 GiB, more than the limit of 0.5 GiB"),
+        (body(b"\x89PNG\r\n\x1a\n" + b"\0" * 99, length=1 << 30), {}, "1 GiB, more than the limit of 512 MiB"),
         (endless, {"total_seconds": 0.3}, "took more than 0.3 s"),
         (body(b"abc", length=1000), {}, "ended after 3 of 1000 bytes"),
         (body(b"abc", length=1 << 40), {}, "more than the limit of"),

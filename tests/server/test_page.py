@@ -25,7 +25,8 @@ def test_a_question_is_answered_with_marks_evidence_and_clips(page: Any, server:
     turn.locator(".answer-text .mark").first.click()
     assert position(page) == pytest.approx(3.0, abs=0.01)
     page.hover("#evidence", position={"x": 5, "y": 5})
-    assert "frame at 0:00.0: 0.2 % of the attention, 0.1 times an even share" in page.inner_text("#preview-text")
+    shown = "frame at 0:00.0: 0.2 % of the indexer's selections, 0.1 times an even share"
+    assert shown in page.inner_text("#preview-text")
     with page.expect_download() as saved:
         choose(turn, "Save all clips")
     assert saved.value.suggested_filename == "sample-clips.zip"
@@ -99,7 +100,7 @@ def test_find_says_how_far_it_has_come(page: Any, server: MockServer) -> None:
     page.fill("#question", "the slow red circle")
     page.keyboard.press("Enter")
     page.get_by_text("32 of 32").wait_for()
-    assert page.get_by_role("progressbar", name="Reading the video").is_visible()
+    assert page.get_by_role("progressbar", name="Opening the media").is_visible()
     server.release.set()
     page.locator(".bar").wait_for()
 

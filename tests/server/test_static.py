@@ -120,13 +120,14 @@ def test_times_are_written_and_read() -> None:
 @needs_node
 def test_strange_evidence_is_bounded_and_finite() -> None:
     code = 'const m = await import(STATIC + "/data.js"); result = value.map((v) => m.evidence(v));'
-    evil = {"times": [1, -5, "3", None, 2], "share": [1e9, 0.5, 0.1, 0.2, -4], "lift": "none", "top": [10**9, -1, 0]}
-    long = {"times": [0] * 50_000, "share": [0.1] * 50_000}
-    bounded, cut, nothing = run_module(code, [evil, long, 7])
+    evil = {"times": [1, -5, "3", None, 2], "shares": [1e9, 0.5, 0.1, 0.2, -4], "lifts": "none", "top": [10**9, -1, 0]}
+    long = {"times": [0] * 50_000, "shares": [0.1] * 50_000}
+    evidence = [{"media": [evil]}, {"media": [long] * 20}, 7, {"reason": "dense", "media": []}]
+    [bounded], many, [nothing], [dense] = run_module(code, evidence)
     assert bounded["frames"] == [{"time": 1, "share": 1, "lift": None}, {"time": 2, "share": 0, "lift": None}]
     assert bounded["top"] == [1]
-    assert len(cut["frames"]) == 20_000
-    assert nothing == {"frames": [], "top": [], "reason": ""}
+    assert len(many) == 16 and len(many[0]["frames"]) == 20_000
+    assert nothing == {"frames": [], "top": [], "reason": ""} and dense["reason"] == "dense"
 
 
 @needs_node

@@ -41,19 +41,28 @@ PLAN = {
     "notes": ["the file has 2 video tracks; the second is read"],
 }  # fmt: skip
 EVIDENCE = {
+    "kind": "video", "name": "demo.mp4", "share": 1.0,
     "times": [i / 2 for i in range(32)],
-    "share": [0.09 if 6 <= i <= 16 else 0.002 for i in range(32)],
-    "lift": [2.9 if 6 <= i <= 16 else 0.1 for i in range(32)],
+    "shares": [0.09 if 6 <= i <= 16 else 0.002 for i in range(32)],
+    "lifts": [2.9 if 6 <= i <= 16 else 0.1 for i in range(32)],
     "top": [7, 12, 15],
-    "reason": None,
-}
+}  # fmt: skip
 EVIL_EVIDENCE = {
+    "kind": "video",
+    "name": "demo.mp4",
+    "share": 1.0,
     "times": [0, -5, 1e9, "3", None, {"a": 1}, *range(30_000)],
-    "share": [1e9, 0.5, 0.1, -4, "<b>", 0.2, *([0.1] * 30_000)],
-    "lift": "none",
+    "shares": [1e9, 0.5, 0.1, -4, "<b>", 0.2, *([0.1] * 30_000)],
+    "lifts": "none",
     "top": [10**9, -1, 0, "x"],
-    "reason": "<img src=x onerror=window.hacked=1>",
 }
+
+
+def _evidence(medium: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    """The shape of `keye.engine.evidence.Evidence.to_dict`."""
+    return {"reason": reason, "steps": 12, "media": [medium]}
+
+
 EXAMPLES = ["When is the red circle visible?", "What color is the triangle?"]
 BROKEN = "broken.mp4 is cut short: 3.0 of 16.0 s can be read; download it again"
 NOTE = "the reply names 50:00.0 to 50:05.0: outside what was looked at (0.0 s to 16.0 s), so not shown as a moment"
@@ -92,7 +101,7 @@ class MockServer:
 
 def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
     """What a streamed answer to a question is made of."""
-    for phase, total in (("decode", 32), ("encode", 32), ("prefill", 636)):
+    for phase, total in (("media", 32), ("encode", 32), ("prefill", 636)):
         for done in (total // 2, total):
             yield {"choices": [], "keye": {"progress": {"phase": phase, "done": done, "total": total}}}
     text = HOSTILE if "hostile" in question else CIRCLE
@@ -107,7 +116,9 @@ def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
         "keye": {
             "intervals": [[-1, 5], [2, "x"], None, [1e9, 2e9], [3.0, 8.5]] if evil else [[3.0, 8.5], [12.0, 15.5]],
             "regions": [{"kind": "box", "points": [[-4, 1e9]]}, 7] if evil else [box] if "box" in question else [],
-            "evidence": [EVIL_EVIDENCE if evil else EVIDENCE],
+            "evidence": _evidence(
+                EVIL_EVIDENCE if evil else EVIDENCE, "<img src=x onerror=window.hacked=1>" if evil else None
+            ),
             "attention": "sparse",
             **({"notes": [NOTE]} if "far" in question else {}),
         },
@@ -151,10 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/media/plan":
             self._json({"media": [PLAN], "visual_tokens": 512, "prompt_tokens": 620, "context": 8192, "fits": True})
         elif self.path == "/v1/video/ground":
-            keye = {"intervals": [[3.0, 8.5]], "regions": [], "evidence": [EVIDENCE], "attention": "sparse"}
+            keye = {"intervals": [[3.0, 8.5]], "regions": [], "evidence": _evidence(EVIDENCE), "attention": "sparse"}
             usage = {"prompt_tokens": 636, "completion_tokens": 7, "media": [PLAN]}
             found = {"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye}
-            steps = [{"keye": {"progress": {"phase": "decode", "done": done, "total": 32}}} for done in (16, 32)]
+            steps = [{"keye": {"progress": {"phase": "media", "done": done, "total": 32}}} for done in (16, 32)]
             self._stream(
                 body["event"],
                 [*steps, {"delta": {"content": "[[3.0, 8.5]]"}}, {"object": "keye.ground", **found}],

@@ -22,9 +22,10 @@ from typing import Any, BinaryIO, Final
 from keye.chat.messages import IMAGE_OPTIONS, VIDEO_OPTIONS
 from keye.errors import KeyeError
 from keye.media.source.fetch import fetch_source, media_kind
+from keye.units import MIB, format_bytes
 
 #: Longest line, in bytes.
-MAX_LINE: Final = 64 << 20
+MAX_LINE: Final = 64 * MIB
 #: Settings of replies that a line may give; commands have options for most.
 SAMPLING: Final = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "attention",
@@ -125,7 +126,7 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _parsed(text: bytes) -> object:
     if len(text) > MAX_LINE:
-        return f"the line has more than {MAX_LINE >> 20} MiB; name files instead of sending them"
+        return f"the line has more than {format_bytes(MAX_LINE)}; name files instead of sending them"
     try:
         value = json.loads(text.decode(), parse_int=_whole, parse_float=_number, parse_constant=_number)
     except KeyeError as error:

@@ -25,13 +25,14 @@ from keye.errors import KeyeError
 from keye.files import BATCH_PREFIX, PrivateFolder
 from keye.media.source.fetch import fetch_source
 from keye.process import ChildProcess
+from keye.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _ROUTE: Final = "/v1/chat/completions"
 #: Largest file that is sent inside a request, in bytes: a body of keye serve may have 64 MiB, and base64 adds a third.
-INLINE_BYTES: Final = 45 << 20
+INLINE_BYTES: Final = 45 * MIB
 #: Statuses after which the same request may succeed.
 _RETRY_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 #: Longest wait before another try, in seconds.
@@ -302,7 +303,7 @@ def _data_url(name: str, kind: str) -> str:
     source = fetch_source(name)
     if source.size > INLINE_BYTES:
         raise KeyeError(
-            f"{source.name} has {source.size / 2**20:,.0f} MiB, more than the {INLINE_BYTES >> 20} MiB that are sent "
+            f"{source.name} has {format_bytes(source.size)}, more than the {format_bytes(INLINE_BYTES)} that are sent "
             "with a question: give its address, the id of an upload, or ask without --server"
         )
     guessed = mimetypes.guess_type(source.name)[0] or ""

@@ -9,13 +9,13 @@ while another cache is being changed.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Final, NamedTuple
 
 from keye.errors import KeyeError
+from keye.units import format_bytes
 
 #: Accounts that do not count against the memory budget but each against one of its own, and what that one is about:
 #: keys and values in a mapped file, those of preempted requests, and those in main memory beside a model on a GPU.
@@ -131,16 +131,9 @@ class Ledger:
         with self.lock:
             what, budget = SEPARATE_BUDGETS.get(account, "memory"), self.limit(account) or 0
             holders = {name: n for name, n in self.accounts().items() if self._share_budget(account, name)}
-        held = ", ".join(f"{name} {megabytes(n)}" for name, n in holders.items())
+        held = ", ".join(f"{name} {format_bytes(n)}" for name, n in holders.items())
         return (
-            f"{megabytes(nbytes)} more are needed for {account}, but the {what} budget is {megabytes(budget)} and "
-            f"holds {held or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about fewer "
+            f"{format_bytes(nbytes)} more are needed for {account}, but the {what} budget is {format_bytes(budget)} "
+            f"and holds {held or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about fewer "
             "frames"
         )
-
-
-def megabytes(nbytes: int) -> str:
-    """A byte count as people read it: 0.1 MiB, 812 MiB, 25.8 GiB."""
-    if nbytes < 10 * 2**20:
-        return f"{math.ceil(nbytes / 2**20 * 10) / 10:g} MiB"
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 10 * 2**30 else f"{-(-nbytes // 2**20)} MiB"

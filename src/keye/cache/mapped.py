@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye.cache.ledger import OutOfMemory, megabytes
+from keye.cache.ledger import OutOfMemory
 from keye.errors import KeyeError
+from keye.units import format_bytes
 
 #: Bytes that are left free on a disk.
 DISK_RESERVE: Final = 1 << 30
@@ -48,7 +49,7 @@ def scratch_tensor(folder: Path, shape: Sequence[int], *, reserve: int = DISK_RE
             _take_room(file.fileno(), nbytes)
             mapped = mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
-        raise OutOfMemory(f"{folder} cannot hold {megabytes(nbytes)} of keys and values ({error.strerror}); "
+        raise OutOfMemory(f"{folder} cannot hold {format_bytes(nbytes)} of keys and values ({error.strerror}); "
                           "name another folder") from None  # fmt: skip
     read_rows(mapped)
     return _tensor(mapped, 0, shape)
@@ -69,9 +70,9 @@ def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
     free = shutil.disk_usage(folder).free
     if free - nbytes < reserve:
         raise OutOfMemory(
-            f"{megabytes(nbytes)} of keys and values, and {megabytes(reserve)} that stay free, do not fit on the disk "
-            f"of {folder}, where {megabytes(free)} are free; free some, name a folder on another disk, or store them "
-            "in fewer bits"
+            f"{format_bytes(nbytes)} of keys and values, and {format_bytes(reserve)} that stay free, do not fit on the "
+            f"disk of {folder}, where {format_bytes(free)} are free; free some, name a folder on another disk, or "
+            "store them in fewer bits"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +29,8 @@ from keye.process import memory_on
 Tier = Literal["memory", "host", "file"]
 #: Share of the free memory that may be taken where nothing else is said.
 FREE_SHARE: Final = 0.85
-_SIZE: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT]i?B?|B)?", re.IGNORECASE)
-_POWERS: Final = "BKMGT"
 #: Blocks of a slab in a file: 4,096 tokens, so that the longest context needs few files.
 FILE_BLOCKS: Final = 64
-
-
-def byte_count(size: str | int) -> int:
-    """Bytes of 8000000, "8GiB", "512M" or "1.5 TiB", units being powers of 1,024; `KeyeError` for anything else."""
-    match = _SIZE.fullmatch(str(size).strip())
-    if match is None or float(match[1]) == 0:
-        raise KeyeError("{} is {!r}; write a size such as 8GiB or 512MiB", Option("memory"), size)
-    return int(float(match[1]) * 1024 ** _POWERS.index((match[2] or "B")[0].upper()))
 
 
 def free_memory(device: torch.device | str) -> int | None:

@@ -26,6 +26,7 @@ from keye.cluster.decode_work import Work
 from keye.cluster.pool_worker import DONE, Answer
 from keye.errors import KeyeError
 from keye.media.pixels.pictures import Pixels
+from keye.units import format_bytes
 from keye.version import PACKAGE_FOLDER
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from keye.cluster.pool_worker import main; main({})"
@@ -165,7 +166,7 @@ def shared_file(nbytes: int) -> IO[bytes]:
             return file
         file.close()
     raise KeyeError(
-        f"{nbytes / 2**20:,.0f} MiB of frames have no room in {_SHARED_MEMORY} nor in {tempfile.gettempdir()}: "
+        f"{format_bytes(nbytes)} of frames have no room in {_SHARED_MEMORY} nor in {tempfile.gettempdir()}: "
         "make room there, or lower the byte budget of the decode service"
     )
 

@@ -15,6 +15,7 @@ from keye.commands.shared import options
 from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError
 from keye.process import available_cores, main_memory
+from keye.units import format_bytes, format_count
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -107,7 +108,7 @@ def check_memory() -> Check:
     memory = main_memory()
     if memory is None:
         return Check("memory", None, "unknown")
-    return Check("memory", None, f"{memory.total / 2**30:.1f} GiB, {memory.free / 2**30:.1f} GiB free")
+    return Check("memory", None, f"{format_bytes(memory.total)}, {format_bytes(memory.free)} free")
 
 
 def check_gpu() -> Check:
@@ -116,7 +117,7 @@ def check_gpu() -> Check:
     if not torch.cuda.is_available():
         return Check("gpu", None, "none that torch can use")
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return Check("gpu", None, ", ".join(f"{card.name} {card.total_memory / 2**30:.0f} GiB" for card in cards))
+    return Check("gpu", None, ", ".join(f"{card.name} {format_bytes(card.total_memory)}" for card in cards))
 
 
 def check_attention() -> Check:
@@ -167,7 +168,7 @@ def check_nano() -> Check:
     except KeyeError as error:
         return Check("nano", False, one_line(str(error)))
     size = sum(parameter.numel() for parameter in model.model.parameters())
-    return Check("nano", True, f"{size / 1e6:.1f} million parameters, loaded in {time.perf_counter() - begin:.1f} s")
+    return Check("nano", True, f"{format_count(size)} parameters, loaded in {time.perf_counter() - begin:.1f} s")
 
 
 def check_hub() -> Check:

@@ -127,7 +127,7 @@ def costs_of(
     decode = measured.decode if measured.decode is not None else seconds.get("media")
     engine = [(int(count), float(each)) for count, each in measured.engine]
     if not engine and "prefill" in seconds:
-        engine = [(1, sum(seconds[name] for name in ("vision", "prefill", "decode")))]
+        engine = [(1, sum(seconds[name] for name in ("vision", "prefill", "generate")))]
         notes.append("times of the engine are predicted for one request at once; with several it gets through more")
     if decode is None or not engine:
         lacks = "decode" if decode is None else "engine"
@@ -164,9 +164,9 @@ def summary(
 
 def print_fleet(result: Mapping[str, Any]) -> None:
     """A plan for people."""
-    from keye.cache.ledger import megabytes
     from keye.commands.shared.show import stdout
     from keye.commands.shared.terminal import one_line
+    from keye.units import format_bytes
 
     console = stdout()
     seconds, busy, moved = result["seconds"], result["busy"], result["bytes_per_second"]
@@ -178,8 +178,8 @@ def print_fleet(result: Mapping[str, Any]) -> None:
         f"{result['requests_at_once']} requests at once in each, at work {busy['engine']:.0%} of the time",
         f"  answers   median {seconds['median']:.3g} s after the video, 95 of 100 within {seconds['p95']:.3g} s "
         f"(wanted: {seconds['goal']:g} s)",
-        f"  network   {megabytes(round(moved['to_decoders']))}/s to the decoders, "
-        f"{megabytes(round(moved['to_engines']))}/s to the engines",
+        f"  network   {format_bytes(round(moved['to_decoders']))}/s to the decoders, "
+        f"{format_bytes(round(moved['to_engines']))}/s to the engines",
     )
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)

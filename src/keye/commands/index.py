@@ -10,6 +10,7 @@ import click
 from keye.commands.shared import options
 from keye.commands.shared.outputs import check_not_input
 from keye.errors import KeyeError
+from keye.units import format_bytes
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -70,4 +71,4 @@ def _check(file: Path, output: Path | None, as_json: bool) -> None:
     if as_json:
         show.print_json({"index": str(file), "tokens": checked.length, "bytes": checked.size, "sound": True})
     else:
-        show.print_line(f"{file} is sound: {checked.length:,} tokens, {checked.size / 1e6:,.1f} MB")
+        show.print_line(f"{file} is sound: {checked.length:,} tokens, {format_bytes(checked.size)}")

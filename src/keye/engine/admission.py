@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from keye.cache.ledger import OutOfMemory, megabytes
+from keye.cache.ledger import OutOfMemory
 from keye.cache.slabs import KVStore
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request, Task
 from keye.errors import KeyeError, KeyeWarning, Option
 from keye.ops.kv_blocks import KV_BLOCK
+from keye.units import format_bytes
 
 #: Most probabilities of prompt tokens, and of others beside them, that one request gets.
 MAX_PROBS: Final = 100_000
@@ -34,7 +35,7 @@ def refusal(prompt: Prompt, request: Request, store: KVStore, scratch: int) -> K
     return OutOfMemory(
         "the prompt of {} tokens takes {} of keys and values, but the memory budget leaves {}, enough for {} tokens; "
         "sample fewer or smaller frames ({}, {}), store fewer bits ({}), or raise the budget",
-        f"{tokens - 1:,}", megabytes(need), megabytes(budget), f"{most:,}",
+        f"{tokens - 1:,}", format_bytes(need), format_bytes(budget), f"{most:,}",
         Option("max_frames"), Option("max_pixels"), Option("kv", "int4"),
     )  # fmt: skip
 

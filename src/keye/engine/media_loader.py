@@ -47,7 +47,7 @@ class Preparation:
                 continue
             ahead += seen
             task.stage = Stage.PREPARING
-            task.tell(Progress("decode", 0, 1))
+            task.tell(Progress("media", 0, 1))
             characters = sum(len(segment.value) for segment in given if isinstance(segment.value, str))
             text_thread = self._book_thread if characters > LONG_TEXT else self._text_thread
             threads = self._threads if seen else text_thread

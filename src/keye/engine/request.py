@@ -91,7 +91,7 @@ def check_attention(attention: object) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request has come before its first token: `phase` is decode, encode or prefill. `cached` tokens of a
+    """How far a request has come before its first token: `phase` is media, encode or prefill. `cached` tokens of a
     prompt were computed before."""
 
     phase: str

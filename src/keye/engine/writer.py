@@ -175,7 +175,7 @@ class Writer:
         prompt, now = task.prompt, time.perf_counter()
         assert prompt is not None
         laid, filled = task.times["laid out"], task.times["prefilled"]
-        seconds = {"media": laid - task.created, "prefill": filled - laid, "decode": now - filled}
+        seconds = {"media": laid - task.created, "prefill": filled - laid, "generate": now - filled}
         evidence = None
         if task.request.evidence:
             text = self.tokenizer.decode(task.choices[0].reply, skip_special=False)

@@ -20,6 +20,7 @@ from typing import Any, Final, cast
 from keye.config import HubConfig
 from keye.errors import KeyeError
 from keye.files import complete_file
+from keye.units import format_bytes
 
 SMALL_SUFFIXES: Final = frozenset({".json", ".txt", ".jinja"})
 WEIGHT_SUFFIXES: Final = frozenset({".safetensors", ".gguf"})
@@ -167,7 +168,7 @@ def _fetch_all(store: Store, commit: str, files: list[RemoteFile], progress: Pro
     held = sum(part.stat().st_size for part in (store.folder / "blobs").glob("*.incomplete"))
     if needed > free + held:
         raise KeyeError(
-            f"{store.name} needs {needed / 1e9:.1f} GB, but {store.config.cache} has {free / 1e9:.1f} GB left: free "
+            f"{store.name} needs {format_bytes(needed)}, but {store.config.cache} has {format_bytes(free)} left: free "
             "some space, or set HF_HOME to another disk."
         )
     counter = _Counter(sum(file.size for file in files) - needed, sum(file.size for file in files), progress)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from keye.cache.ledger import megabytes
 from keye.cache.slabs import KVFormat, KVLayout, KVStore
 from keye.config import KeyeConfig
 from keye.engine.generate import PREFILL_CHUNK
@@ -19,6 +18,7 @@ from keye.models.vision import PATCHES_PER_CHUNK
 from keye.ops.kv_blocks import KV_BLOCK
 from keye.ops.reference import SCRATCH_BYTES
 from keye.planning.measure import LayerRates, Rates, layer_bytes, measure_frame, measure_head, measure_layer
+from keye.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Request:
 @dataclass(frozen=True)
 class Estimate:
     """`bytes` by part (weights, kv, vision, scratch) and their sum in `total`; `seconds` by phase, without those that
-    are not known; `decode_tokens_per_second` of this request alone. `context` is the prompt and the reply."""
+    are not known; `generate_tokens_per_second` of this request alone. `context` is the prompt and the reply."""
 
     device: str
     kv: str
     context: int
     bytes: Mapping[str, int]
     seconds: Mapping[str, float]
-    decode_tokens_per_second: float | None
+    generate_tokens_per_second: float | None
 
     @property
     def total(self) -> int:
@@ -85,7 +85,7 @@ def measure_rates(
     """Measures one layer of everything; `KeyeError` when `free` bytes are too few for that."""
     need = layer_bytes(config.text, dtype)
     if free is not None and 1.5 * need > free:
-        raise KeyeError(f"timing one layer takes {megabytes(int(1.5 * need))}, but {megabytes(free)} are free")
+        raise KeyeError(f"timing one layer takes {format_bytes(int(1.5 * need))}, but {format_bytes(free)} are free")
     layout = KVLayout.of(config.text, dtype, kv)
     prefill, decode = measure_layer(config.text, layout, dtype, device, mode)
     frame = measure_frame(config.vision, config.text.hidden_size, grid, dtype, device)
@@ -106,7 +106,7 @@ def estimate(
         seconds["vision"] = request.frames * rates.frame * patches / max(1, rates.patches)
         seconds["prefill"] = layers * prefill_seconds(rates.prefill, request.prompt) + rates.head
         step = layers * rates.decode.at(request.prompt + request.reply / 2) + rates.head
-        seconds["decode"] = step * max(0, request.reply - 1)
+        seconds["generate"] = step * max(0, request.reply - 1)
         rate = 1 / step
     return Estimate(
         device,
@@ -136,7 +136,7 @@ def what_fits(config: KeyeConfig, request: Request, dtype: torch.dtype, free: in
     parts = memory_of(config, request, dtype, "int4")
     fixed = parts["weights"] + parts["scratch"]
     if fixed > free:
-        return f"weights and scratch alone take {megabytes(fixed)}"
+        return f"weights and scratch alone take {format_bytes(fixed)}"
     each = KVLayout.of(config.text, dtype, "int4").token_bytes
     per_frame = max(1, request.prompt // max(1, request.frames))
     tokens = (free - fixed - parts["vision"]) // each // KV_BLOCK * KV_BLOCK - request.reply

@@ -103,7 +103,7 @@ def errors_of(prediction: Mapping[str, Any], seconds: Mapping[str, float], token
     before = sum(predicted[name] for name in ("media", "vision", "prefill") if name in predicted)
     pairs = {"first_token": (before, seconds["media"] + seconds["prefill"])}
     if tokens > 1:
-        pairs["token"] = (1 / prediction["decode_tokens_per_second"], seconds["decode"] / (tokens - 1))
+        pairs["token"] = (1 / prediction["generate_tokens_per_second"], seconds["generate"] / (tokens - 1))
     return {name: round((actual - guess) / actual, 3) for name, (guess, actual) in pairs.items() if actual > 0}
 
 

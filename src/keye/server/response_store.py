@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from keye.server.errors import ApiError
 from keye.server.uploads import FileStore
+from keye.units import MIB
 
 #: Bytes that the responses of one key may take; the oldest go first.
-MOST_BYTES: Final = 64 * 1024**2
+MOST_BYTES: Final = 64 * MIB
 #: What each counts for at least: a file takes a block.
 _BLOCK: Final = 4096
 RESPONSE: Final = "resp_"

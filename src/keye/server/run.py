@@ -21,6 +21,7 @@ from keye.server.edge.limits import Limits
 from keye.server.edge.policy import guard_settings
 from keye.server.edge.protocol import limits_of_system, uvicorn_options
 from keye.server.settings import Settings
+from keye.units import format_bytes
 
 #: Ends with an error whatever still runs.
 Cut = Callable[[], Awaitable[None]]
@@ -121,7 +122,7 @@ def facts(model: Keye, settings: Settings) -> dict[str, str]:
         "context": f"{config.text.max_position_embeddings:,} tokens",
         "keys": f"{len(settings.keys)} accepted" if settings.keys else "none needed: only this machine can connect",
         "addresses": ", ".join(settings.allow_urls) or "none are fetched; upload files or send data: URLs",
-        "uploads": f"{_size(settings.upload_bytes)} each, {_size(settings.stored_bytes)} in all, "
+        "uploads": f"{format_bytes(settings.upload_bytes)} each, {format_bytes(settings.stored_bytes)} in all, "
         f"kept for {settings.file_seconds / 3600:g} h",
         "requests": f"{settings.queue} at once, {settings.request_seconds:g} s each",
         "sandbox": _sandbox(),
@@ -134,7 +135,3 @@ def _sandbox() -> str:
         return held().sentence()
     except RuntimeError as error:
         return f"decode workers cannot start: {error}"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:g} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:g} MiB"

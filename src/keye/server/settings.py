@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from keye.errors import KeyeError, Option
+from keye.units import GIB, MIB
 
-GIB = 1024**3
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -43,7 +43,7 @@ class Settings:
     stored_files: int = 256
     key_bytes: int | None = None
     file_seconds: float = 24 * 3600.0
-    body_bytes: int = 64 * 1024**2
+    body_bytes: int = 64 * MIB
     messages: int = 1024
     media: int = 64
     pictures: int = 2048

@@ -19,6 +19,7 @@ from keye.media.source.fetch import FetchPolicy, Source, media_kind, untrusted
 from keye.media.video import probe
 from keye.server.errors import ApiError
 from keye.server.settings import Settings
+from keye.units import format_bytes
 
 #: How ids begin, of uploads and of indexes made from them.
 FILE, INDEX = "file-", "index-"
@@ -104,7 +105,7 @@ class FileStore:
             owner, size = self._arriving[path]
             size += count
             if size > self._settings.upload_bytes:
-                most = f"{self._settings.upload_bytes / 2**20:,.0f} MiB"
+                most = format_bytes(self._settings.upload_bytes)
                 raise ApiError(413, f"the file is larger than {most}; cut it into parts or re-encode it", param="file")
             self._check_bytes(owner, count)
             self._arriving[path] = owner, size

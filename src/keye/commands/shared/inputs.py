@@ -27,6 +27,7 @@ from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.source.download import FetchLimits
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
+from keye.units import format_bytes
 
 if TYPE_CHECKING:
     from keye.api import Keye
@@ -85,7 +86,9 @@ def read_stdin(most: int = MAX_VIDEO_BYTES) -> Source:
         size += len(part)
         if size > most:
             kept.close()
-            raise MediaError(f"standard input has more than the limit of {most >> 30} GiB; cut the video into parts")
+            raise MediaError(
+                f"standard input has more than the limit of {format_bytes(most)}; cut the video into parts"
+            )
         try:
             kept.write(part)
         except OSError as error:
@@ -149,7 +152,7 @@ def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         if not begun:
             begun = True
             if not console.is_terminal:
-                note(f"fetching {name}: {(total - done) / 1e6:,.1f} MB")
+                note(f"fetching {name}: {format_bytes(total - done)}")
             bar.start()
             bar.reset(task, total=total, completed=done)
         bar.update(task, completed=done, total=total)
@@ -201,14 +204,10 @@ def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         {
             "device": device,
             "threads": options["threads"] or max(1, torch.get_num_threads() // count),
-            "memory": options["memory"] or _part(free_memory(device), devices.count(device)),
+            "memory": options["memory"] or (free_memory(device) or 0) // devices.count(device) or None,
         }
         for device in devices
     ]
-
-
-def _part(nbytes: int | None, count: int) -> str | None:
-    return None if nbytes is None else f"{max(nbytes // count >> 20, 1)}MiB"
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from keye.errors import Option
+from keye.units import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -61,19 +61,12 @@ class Positive(click.ParamType):
 
 
 class Bytes(click.ParamType):
-    """A number of bytes: 8GiB, 500MB, 4096."""
+    """A size in bytes: 8GiB, 500MB, 4096."""
 
     name = "size"
-    _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-                     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s?([A-Za-z]{0,3})", value.strip())
-        if match is None or match[2].upper() not in self._UNITS or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a size such as 8GiB or 500MB.", param, ctx)
-        return round(float(match[1]) * self._UNITS[match[2].upper()])
+        return parse_bytes(value, (param.name if param is not None else None) or "size")
 
 
 COUNT = click.IntRange(min=1)
@@ -155,6 +148,7 @@ storing: Callable[[F], F] = _all(
     ),
     click.option(
         "--memory",
+        type=Bytes(),
         metavar="SIZE",
         help="Most that keys, values and visual tokens take, as 8GiB.  [default: what is free]",
     ),

@@ -69,7 +69,7 @@ def watching(title: str) -> Iterator[Callable[[Step], None]]:
 
         def show(step: Step) -> None:
             nonlocal told
-            if step.phase == "decode":  # opening the media, of unknown length
+            if step.phase == "media":  # of unknown length
                 return
             share.add(step.phase, step.done, step.total)
             if console.is_terminal:

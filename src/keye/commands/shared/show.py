@@ -21,6 +21,7 @@ from keye.chat.times import Interval, format_seconds, merge_intervals
 from keye.checks import is_number
 from keye.commands.shared.inputs import stderr
 from keye.commands.shared.terminal import one_line, plural, printable
+from keye.units import format_bytes
 
 if TYPE_CHECKING:
     from keye.api import Keye
@@ -188,24 +189,22 @@ def print_plans(result: Mapping[str, Any]) -> None:
 
 def print_prediction(prediction: Mapping[str, Any]) -> None:
     """What a request will take: memory by part beside what is free, seconds by phase."""
-    from keye.cache.ledger import megabytes
-
     console = stdout()
     table = Table(box=None, pad_edge=False)
     for name, justify in (("memory", "left"), ("", "right"), ("  time", "left"), ("", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    memory = [*((name, megabytes(n)) for name, n in prediction["bytes"].items())]
-    memory.append(("in all", megabytes(prediction["total_bytes"])))
+    memory = [*((name, format_bytes(n)) for name, n in prediction["bytes"].items())]
+    memory.append(("in all", format_bytes(prediction["total_bytes"])))
     seconds = [(f"  {name}", f"{value:,.2f} s") for name, value in prediction["seconds"].items()]
-    if prediction["decode_tokens_per_second"] is not None:
-        seconds.append(("  decode rate", f"{prediction['decode_tokens_per_second']:,.1f} tokens/s"))
+    if prediction["generate_tokens_per_second"] is not None:
+        seconds.append(("  generation", f"{prediction['generate_tokens_per_second']:,.1f} tokens/s"))
     for left, right in zip_longest(memory, seconds, fillvalue=("", "")):
         table.add_row(*left, *right)
     console.print(table)
     free = prediction["free_bytes"]
     if free is not None:
         verdict = "fits" if prediction["fits"] else f"does not fit; {prediction['what_fits']}"
-        console.print(f"{megabytes(free)} are free on {prediction['device']}: it {verdict}", soft_wrap=True)
+        console.print(f"{format_bytes(free)} are free on {prediction['device']}: it {verdict}", soft_wrap=True)
     for note in prediction["notes"]:
         console.print(one_line(note), style="yellow", soft_wrap=True)
 
@@ -261,7 +260,7 @@ def print_index(info: IndexInfo) -> None:
     frames = info.plan.get("frames", 0)
     print_line(
         f"wrote {info.path}: {plural(frames, 'frame')} · {plural(info.tokens, 'token')} ({info.media_tokens:,} visual)"
-        f" · {info.kv} · {info.bytes / 1e6:,.1f} MB · {sum(info.seconds.values()):.1f} s"
+        f" · {info.kv} · {format_bytes(info.bytes)} · {sum(info.seconds.values()):.1f} s"
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from keye.commands.shared.show import stdout
 from keye.commands.shared.terminal import one_line, plural
+from keye.units import format_bytes, format_count
 
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
 BAR, NARROW = 20, 64
@@ -36,9 +37,9 @@ def headline(result: Mapping[str, Any]) -> Text:
     parameters = result["parameters"]
     text = Text(one_line(result["model"]), style="bold")
     text.append(f"  {one_line(result['architecture'])}", style="not bold")
-    text.append(f"\n{count(parameters['total'])} parameters", style="not bold")
+    text.append(f"\n{format_count(parameters['total'])} parameters", style="not bold")
     if parameters["parts"].get("experts"):
-        text.append(f", {count(parameters['active'])} of the decoder at work on a token", style="not bold")
+        text.append(f", {format_count(parameters['active'])} of the decoder at work on a token", style="not bold")
     return text
 
 
@@ -137,7 +138,7 @@ def memory_table(result: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     kv, index = result["kv_bytes_per_token"], result["indexer_bytes_per_token"]
     for dtype, name in ROWS.items():
-        table.add_row(name, size(result["bytes"][dtype]), f"{kv[dtype]:,} B", _bytes(index[dtype]))
+        table.add_row(name, format_bytes(result["bytes"][dtype]), f"{kv[dtype]:,} B", _bytes(index[dtype]))
     if index["float8"]:
         table.add_row("8-bit (official server)", "", "", _bytes(index["float8"]))
     return table
@@ -148,7 +149,7 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for memory in result["memory"]:
         device = memory["device"]
-        free = f"{size(memory['free'])} of {size(memory['total'])} free"
+        free = f"{format_bytes(memory['free'])} of {format_bytes(memory['total'])} free"
         rows.append((device, f"{free}, 1 GB of it kept for activations"))
         for one in result["fits"]:
             if one["device"] == device and one["dtype"] in ROWS:
@@ -158,7 +159,7 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _fit(one: Mapping[str, Any]) -> str:
     if not one["fits"]:
-        return f"does not fit: the weights take {size(one['weights'])}"
+        return f"does not fit: the weights take {format_bytes(one['weights'])}"
     whole = ", all that the model knows" if one["limited_by"] == "model" else ""
     return f"fits with {one['context']:,} tokens of context{whole}"
 
@@ -171,7 +172,7 @@ def file_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         formats = ", ".join(sorted(files["bytes_by_dtype"]))
         rows.append(("weights", f"{files['tensors']:,} tensors in {plural(files['files'], 'file')}, "
-                                f"{size(files['bytes'])} of {formats}" + _verdict(files)))  # fmt: skip
+                                f"{format_bytes(files['bytes'])} of {formats}" + _verdict(files)))  # fmt: skip
         if left := [*files.get("ignored", ()), *files.get("unused", ())]:
             rows.append(("not used", listed(left)))
     if tokenizer is None:
@@ -205,22 +206,6 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def count(number: int) -> str:
-    """A number of parameters in words: 31.12 billion."""
-    for unit, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if number >= unit:
-            return f"{number / unit:.4g} {name}"
-    return str(number)
-
-
-def size(number: int) -> str:
-    """Bytes in decimal units: 62.2 GB."""
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number} B"
 
 
 def _bytes(number: int) -> str:

@@ -215,7 +215,7 @@ class _Examiner:
         self.store = KVStore(layout, make_slab=memory_slabs(self.model.device))
         self.generator = torch.Generator(self.model.device).manual_seed(options.seed)
         self.begin = time.perf_counter()
-        self.seconds = {"media": 0.0, "prefill": 0.0, "decode": 0.0}
+        self.seconds = {"media": 0.0, "prefill": 0.0, "generate": 0.0}
         self.prefilled, self.decoded, self.contexts = 0, 0, list[int]()
 
     def ask(self, number: int, clip: Clip, asked: list[Question]) -> list[Scored]:
@@ -230,7 +230,7 @@ class _Examiner:
         with self._timed("prefill"):
             trunk = Decoding(self.model, mode=options.mode, select=options.select, store=self.store)
             trunk.prefill(prompt.trunk)
-        with self._timed("decode"):
+        with self._timed("generate"):
             replies = greedy_branches(
                 self.model, trunk.cache, trunk.position, prompt.branches, stop_ids=self.stop_ids,
                 max_tokens=options.max_tokens, mode=options.mode, select=options.select, generator=self.generator,

@@ -22,8 +22,8 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from keye.errors import MediaError
 from keye.media.source.hosts import allows_host, check_address
+from keye.units import GIB, format_bytes
 
-GIB = 1024**3
 _CHUNK = 1 << 18
 #: Bytes that tell an image from a video.
 _HEAD = 32
@@ -233,7 +233,7 @@ def _save(
             size += len(chunk)
             if size > most:
                 raise MediaError(
-                    f"{name} sends more than the limit of {most / GIB:.3g} GiB; "
+                    f"{name} sends more than the limit of {format_bytes(most)}; "
                     "check that it is a file, not a live stream"
                 )
             file.write(chunk)
@@ -251,7 +251,7 @@ def _save(
 def _check_declared(name: str, declared: int | None, most: int) -> None:
     if declared is not None and declared > most:
         raise MediaError(
-            f"{name} has {declared / GIB:.2f} GiB, more than the limit of {most / GIB:g} GiB; "
+            f"{name} has {format_bytes(declared)}, more than the limit of {format_bytes(most)}; "
             "cut it into parts or re-encode it"
         )
 

@@ -19,8 +19,9 @@ from urllib.request import url2pathname
 from keye.errors import MediaError
 from keye.media.container.kinds import Other, is_image_format, kind_of
 from keye.media.source.data_urls import DataUrl, parse_data_url, parse_list
-from keye.media.source.download import GIB, FetchLimits, download, shown
+from keye.media.source.download import FetchLimits, download, shown
 from keye.media.source.hosts import check_address
+from keye.units import GIB, format_bytes
 
 #: Largest video file, in bytes.
 MAX_VIDEO_BYTES = 64 * GIB
@@ -101,7 +102,7 @@ def _checked_size(source: Source, max_bytes: int) -> Source:
         raise MediaError(f"{source.name} is empty (0 bytes); check that it was copied completely")
     if source.size > max_bytes:
         raise MediaError(
-            f"{source.name} has {source.size / GIB:.2f} GiB, more than the limit of {max_bytes / GIB:g} GiB; "
+            f"{source.name} has {format_bytes(source.size)}, more than the limit of {format_bytes(max_bytes)}; "
             "cut it into parts or re-encode it"
         )
     return source
@@ -288,7 +289,7 @@ def _check_data(url: DataUrl, kind: str, most: int) -> None:
     if declared not in allowed:
         raise MediaError(f"the data: URL does not say that it holds {_an(kind)}; write data:{kind}/...;base64,...")
     if url.most_bytes > most + 2:
-        raise MediaError(f"the data: URL holds more than the limit of {most / GIB:.3g} GiB; upload the file instead")
+        raise MediaError(f"the data: URL holds more than the limit of {format_bytes(most)}; upload the file instead")
 
 
 def _an(kind: str) -> str:

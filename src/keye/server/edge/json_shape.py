@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from keye.errors import KeyeError
 from keye.server.edge.limits import Limits
+from keye.units import format_bytes
 
 #: What stands for an escaped backslash or quote while quotes and surrogates are looked for: as long, and neither.
 _STAND_IN = b"__"
@@ -108,7 +109,7 @@ def _taken_apart(body: bytes, unescaped: bytes | bytearray, limits: Limits) -> t
             media += end - begin if _is_media(body, begin) else 0
     if len(body) - media > limits.text_bytes:
         raise BadJson(
-            f"the body has more than {limits.text_bytes / 2**20:g} MiB beside its media; send media as data: URLs "
+            f"the body has more than {format_bytes(limits.text_bytes)} beside its media; send media as data: URLs "
             "or upload them"
         )
     skeleton += unescaped[at:]

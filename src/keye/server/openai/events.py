@@ -17,7 +17,6 @@ from keye.chat.messages import Medium
 from keye.chat.moments import keep_moments, keep_regions
 from keye.chat.stream import ReplyPiece, ReplyStream
 from keye.chat.times import merge_intervals, parse_intervals
-from keye.engine.evidence import Evidence
 from keye.engine.request import Delta, Ended, Event, Finished, Prefilled, Progress, TokenProb
 from keye.engine.request import Request as Job
 from keye.errors import KeyeError
@@ -217,24 +216,10 @@ def findings_of(finished: Finished, text: str, notes: Sequence[str], *, merged: 
         "attention": finished.attention,
     }
     if finished.evidence is not None:
-        found["evidence"] = _evidence_objects(finished.evidence, len(finished.media))
+        found["evidence"] = finished.evidence.to_dict()
     if listed := list(dict.fromkeys((*notes, *notes_of(finished), *(warning.worded(spelled) for warning in noted)))):
         found["notes"] = listed
     return found
-
-
-def _evidence_objects(evidence: Evidence, media: int) -> list[dict[str, Any]]:
-    """One object for each medium; without any selection all of them give the reason."""
-    if evidence.reason is not None:
-        nothing: dict[str, Any] = {"times": [], "share": [], "lift": [], "top": [], "reason": evidence.reason}
-        return [nothing] * media
-    return [
-        {
-            "kind": one.kind, "name": one.name, "times": list(one.times), "share": list(one.shares),
-            "lift": list(one.lifts), "top": one.top(), "share_of_media": one.share, "reason": None,
-        }
-        for one in evidence.media
-    ]  # fmt: skip
 
 
 def prob_object(prob: TokenProb, *, top: bool = True) -> dict[str, Any]:

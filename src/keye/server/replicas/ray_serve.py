@@ -16,9 +16,10 @@ from keye.errors import KeyeError, missing_package
 from keye.server.errors import ApiError
 from keye.server.replicas.processes import ReplicaLost, Reply
 from keye.server.settings import Settings
+from keye.units import MIB, format_bytes
 
 #: Largest upload, in bytes: a request travels as one message.
-MOST_BYTES: Final = 256 << 20
+MAX_UPLOAD_BYTES: Final = 256 * MIB
 _QUEUED: Final = 64
 
 
@@ -201,7 +202,7 @@ async def _joined(content: AsyncIterator[bytes]) -> bytes:
     body = bytearray()
     async for piece in content:
         body += piece
-        if len(body) > MOST_BYTES:
-            most = f"{MOST_BYTES >> 20} MiB"
+        if len(body) > MAX_UPLOAD_BYTES:
+            most = format_bytes(MAX_UPLOAD_BYTES)
             raise ApiError(413, f"replicas on Ray take uploads of at most {most}; send an address", param="file")
     return bytes(body)

@@ -10,7 +10,7 @@ import { button, copyText, element } from "./dom.js";
 import { menu } from "./menu.js";
 import { clock, pieces, span } from "./times.js";
 
-const PHASES = { decode: "Reading the video", encode: "Looking at frames", prefill: "Taking it in" };
+const PHASES = { media: "Opening the media", encode: "Encoding frames", prefill: "Computing the prompt" };
 
 export class AnswerView {
   #text = element("div", { class: "answer-text" });

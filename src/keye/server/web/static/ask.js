@@ -80,7 +80,7 @@ function takeUsage(turn, usage) {
 function takeExtras(turn, extras) {
   if (extras.intervals) turn.intervals = data.intervals(extras.intervals);
   if (extras.regions) turn.regions = data.regions(extras.regions);
-  if (Array.isArray(extras.evidence)) turn.evidence = extras.evidence.slice(0, 16).map(data.evidence);
+  if (extras.evidence) turn.evidence = data.evidence(extras.evidence);
   turn.attention = data.words(extras.attention, 20);
   turn.notes = data.sentences(extras.notes);
 }

@@ -10,7 +10,8 @@ const MAX_REGIONS = 200;
 const MAX_CORNERS = 500;
 const SCALE = 1000;
 const KINDS = new Set(["point", "box", "quad", "polygon"]);
-const PHASES = ["decode", "encode", "prefill"];
+const MAX_MEDIA = 16;
+const PHASES = ["media", "encode", "prefill"];
 
 function list(value, most) {
   return Array.isArray(value) ? value.slice(0, most) : [];
@@ -56,12 +57,19 @@ export function regions(value) {
 }
 
 /**
- * Evidence of one video: `{frames: [{time, share, lift}], top: [time, ...], reason}`, sorted by time. `lift` may be
- * null. Frames whose time or share is no number are left out; a share is held between 0 and 1.
+ * Evidence of an answer as a list with one `{frames: [{time, share, lift}], top: [time, ...], reason}` per medium, or
+ * one with the reason why there is none. Frames are sorted by time; those whose time or share is not a number are left
+ * out, a share is held between 0 and 1, and `lift` may be null.
  */
 export function evidence(value) {
-  const shares = list(value?.share, MAX_FRAMES);
-  const lifts = list(value?.lift, MAX_FRAMES);
+  const reason = words(value?.reason);
+  const media = list(value?.media, MAX_MEDIA).map((medium) => ({ ...mediumEvidence(medium), reason }));
+  return media.length ? media : [{ frames: [], top: [], reason }];
+}
+
+function mediumEvidence(value) {
+  const shares = list(value?.shares, MAX_FRAMES);
+  const lifts = list(value?.lifts, MAX_FRAMES);
   const all = list(value?.times, MAX_FRAMES).map((time, i) => ({
     time,
     share: finite(shares[i]) ? Math.min(1, Math.max(0, shares[i])) : null,
@@ -69,7 +77,7 @@ export function evidence(value) {
   }));
   const usable = (frame) => frame && amount(frame.time) !== null && frame.share !== null;
   const top = list(value?.top, 5).map((index) => all[index]).filter(usable).map((frame) => frame.time);
-  return { frames: all.filter(usable).sort((a, b) => a.time - b.time), top, reason: words(value?.reason) };
+  return { frames: all.filter(usable).sort((a, b) => a.time - b.time), top };
 }
 
 /** `{phase, done, total}` of a progress event, or null. */

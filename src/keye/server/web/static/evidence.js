@@ -1,5 +1,5 @@
 /**
- * The strip that shows how much of the attention each frame got while the answer was written.
+ * The strip that shows how often the indexer selected each frame while the answer was generated.
  *
  * It draws what `data.evidence` made safe; the part of the video that is seen is the timeline's.
  */
@@ -34,7 +34,7 @@ export class EvidenceStrip {
     const frame = this.#nearest(time);
     if (!frame) return "";
     const lift = frame.lift === null ? "" : `, ${frame.lift.toFixed(1)} times an even share`;
-    return `frame at ${clock(frame.time)}: ${percent(frame.share)} of the attention${lift}`;
+    return `frame at ${clock(frame.time)}: ${percent(frame.share)} of the indexer's selections${lift}`;
   }
 
   /** Draws the seconds from `view[0]` to `view[1]` over the width of the strip. */
@@ -83,7 +83,7 @@ export class EvidenceStrip {
 
   #legend(data, drawn) {
     if (!drawn) return [data.reason || "The server sent no evidence for this answer."];
-    const label = data.top.length ? "Looked at most: " : "Darker: looked at more.";
+    const label = data.top.length ? "Selected most: " : "Darker: selected more often.";
     const moments = data.top.map((time) => button(clock(time), () => this.jump(time), { class: "moment" }));
     return [label, ...moments, ...(data.reason ? [` ${data.reason}`] : [])];
   }
