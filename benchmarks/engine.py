@@ -25,7 +25,7 @@ import torch
 import keye
 from keye import Frames, Keye
 from keye.chat.messages import Medium, Message
-from keye.engine.request import Delta, Inbox, Request, Stage
+from keye.engine.request import Closed, Delta, Generating, Inbox, Request
 
 CLIENTS, TOKENS = 16, 64
 
@@ -59,12 +59,12 @@ def decode_seconds(model: Keye, requests: Sequence[Request]) -> float:
     """Seconds of writing: from the step after which all prompts are computed to the end."""
     core = model.core
     tasks = [core.add(request, Inbox()) for request in requests]
-    while any(task.stage not in (Stage.DECODING, Stage.ENDED) for task in tasks):
+    while any(not isinstance(task.state, Generating | Closed) for task in tasks):
         if not core.step():
-            core.rest()
+            core.wait_for_work()
     done = sum(len(choice.reply) for task in tasks for choice in task.choices)
     begin = time.perf_counter()
-    while not core.idle():
+    while not core.is_idle():
         core.step()
     return (time.perf_counter() - begin) / (len(requests) * TOKENS - done)
 
@@ -109,9 +109,9 @@ def gaps(model: Keye, long: Request | None) -> list[float]:
         words = Message("user", (Medium("video", clip(seed)), "when is the red circle visible?"))
         request = model.request([words], max_tokens=600, ignore_eos=True)
         tasks.append(core.add(request, on_event))
-    while any(task.stage is not Stage.DECODING for task in tasks):
+    while any(not isinstance(task.state, Generating) for task in tasks):
         if not core.step():
-            core.rest()
+            core.wait_for_work()
     for _ in range(30):  # the pace of writing becomes known
         core.step()
     begin = time.perf_counter()
@@ -121,7 +121,7 @@ def gaps(model: Keye, long: Request | None) -> list[float]:
         end = time.perf_counter()
     else:
         task = core.add(long, Inbox())
-        while task.stage not in (Stage.DECODING, Stage.ENDED):
+        while not isinstance(task.state, Generating | Closed):
             core.step()
         end = time.perf_counter()
         core.abort(task)

@@ -29,7 +29,7 @@ from keye.config import (
 from keye.engine.core import EngineCore
 from keye.engine.media import as_medium
 from keye.engine.prompt import Measured
-from keye.engine.request import Inbox, Progress, Request, Stage, check_attention
+from keye.engine.request import Inbox, Progress, Request, check_attention
 from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
 from keye.errors import KeyeError, collect_warnings
@@ -244,7 +244,7 @@ class Keye:
                         collector.take(inbox.events.popleft())
         finally:
             for task in tasks:
-                if task.stage is not Stage.ENDED:
+                if not task.has_ended:
                     self.core.abort(task)
         return [collector.answer for collector in collectors if collector.answer is not None]
 
@@ -255,7 +255,7 @@ class Keye:
 
     def turn(self) -> AbstractContextManager[object]:
         """Entered around each piece of work on the model that is no step of the engine."""
-        return self.core.beside()
+        return self.core.exclusive()
 
     def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
         """A session to which frames are appended while questions are asked (`keye.sessions.live`). When the context is

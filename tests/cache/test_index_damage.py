@@ -48,9 +48,9 @@ def ask(model: Keye, path: Path, **options: Any) -> Any:
     request: Any = model.request(messages, max_tokens=6, ignore_eos=True, logprobs=0, **options)
     inbox = Inbox()
     model.core.add(request, inbox)
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     end = inbox.events[-1]
     if isinstance(end, Failed):
         raise end.error
@@ -100,9 +100,9 @@ def test_only_the_question_about_the_damaged_index_fails(model: Keye, index: Pat
     for path, inbox in ((index, good), (own, bad)):
         content = [{"type": "video", "video": str(path)}, {"type": "text", "text": "what is red?"}]
         model.core.add(model.request([{"role": "user", "content": content}], max_tokens=3), inbox)
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     assert isinstance(good.events[-1], Finished) and isinstance(bad.events[-1], Failed)
 
 

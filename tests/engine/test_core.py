@@ -17,12 +17,25 @@ import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.ledger import OutOfMemory
 from keye.chat.messages import Medium, Message
-from keye.engine import core as core_module
 from keye.engine.async_engine import AsyncEngine, Overloaded
 from keye.engine.generate import Decoding, generate
-from keye.engine.request import Delta, Ended, Finished, Inbox, Prefilled, Progress, Stage, Task
-from keye.engine.scheduler import LEAST_TOKENS, Pace, share_out
-from keye.engine.step import smallest_scratch
+from keye.engine.request import (
+    Delta,
+    Ended,
+    Finished,
+    Generating,
+    Inbox,
+    LoadingMedia,
+    Prefilled,
+    Prefilling,
+    Progress,
+    Ready,
+    Running,
+    Task,
+    Waiting,
+)
+from keye.engine.scheduler import StepTimer, split_budget
+from keye.engine.step import LEAST_TOKENS, run_slices
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
 from tests.support.tiny import tiny_folder
@@ -71,9 +84,9 @@ def together(model: Keye, requests: list[Any]) -> tuple[list[list[int]], list[Fi
     inboxes = [Inbox() for _ in requests]
     for request, inbox in zip(requests, inboxes, strict=True):
         model.core.add(request, inbox)
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     events = [list(inbox.events) for inbox in inboxes]
     tokens = [[t for e in told if isinstance(e, Delta) and e.index == 0 for t in e.tokens] for told in events]
     ends = [told[-1] for told in events]
@@ -91,7 +104,7 @@ def tokens_of(inbox: Inbox) -> list[int]:
 
 def budget(model: Keye, slabs: int) -> int:
     """Memory for so many slabs, and for the smallest step."""
-    return slabs * model.runtime.store.slab_bytes + smallest_scratch(model.model)
+    return slabs * model.runtime.store.slab_bytes + model.core.scheduler.scratch.least
 
 
 def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
@@ -105,7 +118,7 @@ def test_a_mixed_batch_writes_what_each_would_alone(model: Keye) -> None:
 
 @pytest.mark.parametrize("alone_tokens", [1, 7, 64])
 def test_prompts_may_be_cut_anywhere(model: Keye, monkeypatch: pytest.MonkeyPatch, alone_tokens: int) -> None:
-    monkeypatch.setattr(Pace, "budget", lambda *_: alone_tokens)
+    monkeypatch.setattr(StepTimer, "token_budget", lambda *_: alone_tokens)
     asked = [conversation(seed) for seed in (1, 2, 3)]
     got, _ = together(model, [greedy(model, messages, 4) for messages in asked])
     assert got == [alone(model, messages, 4) for messages in asked]
@@ -129,16 +142,16 @@ def test_preempted_requests_go_on_where_they_were(model: Keye) -> None:
     inboxes = [Inbox() for _ in asked]
     tasks = [model.core.add(greedy(model, messages, 10), inbox) for messages, inbox in zip(asked, inboxes, strict=True)]
     steps = 0
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
         steps += 1
-        writing = [task for task in tasks if task.stage is Stage.DECODING]
+        writing = [task for task in tasks if isinstance(task.state, Generating)]
         if steps % 3 == 0 and writing:
-            model.core.preempt(writing[steps % len(writing)])
+            model.core.scheduler.preempt(writing[steps % len(writing)])
     got = [[t for e in inbox.events if isinstance(e, Delta) for t in e.tokens] for inbox in inboxes]
     assert got == [alone(model, messages, 10) for messages in asked]
-    assert model.core.preemptions > 3
+    assert model.core.scheduler.preemptions > 3
 
 
 @pytest.mark.parametrize(
@@ -162,13 +175,13 @@ def test_settings_hold_through_company_and_preemptions(model: Keye, options: dic
         inboxes = [Inbox() for _ in requests]
         tasks = [model.core.add(one, inbox) for one, inbox in zip(requests, inboxes, strict=True)]
         steps = 0
-        while not model.core.idle():
+        while not model.core.is_idle():
             if not model.core.step():
-                model.core.rest()
+                model.core.wait_for_work()
             steps += 1
-            writing = [task for task in tasks if task.stage is Stage.DECODING]
+            writing = [task for task in tasks if isinstance(task.state, Generating)]
             if preempt and steps % 3 == 0 and writing:
-                model.core.preempt(writing[steps % len(writing)])
+                model.core.scheduler.preempt(writing[steps % len(writing)])
         model.clear_caches()
         return list(inboxes[0].events)
 
@@ -313,9 +326,9 @@ def test_deterministic_tokens_do_not_depend_on_company(folder: Path) -> None:
             model.core.add(request, Inbox())
         for request, inbox in zip(fixed, inboxes, strict=True):
             model.core.add(request, inbox)
-        while not model.core.idle():
+        while not model.core.is_idle():
             if not model.core.step():
-                model.core.rest()
+                model.core.wait_for_work()
         return [[p.logprob for e in i.events if isinstance(e, Delta) for p in e.probs] for i in inboxes]
 
     by_themselves = probabilities([])
@@ -338,7 +351,7 @@ def test_requests_dropped_at_any_stage_leave_nothing(model: Keye) -> None:
     for task in open_tasks:
         model.core.abort(task)
     model.core.step()
-    assert model.core.idle()
+    assert model.core.is_idle()
     model.clear_caches()
     assert model.runtime.ledger.used() == 0 and model.runtime.ledger.accounts() == {}
 
@@ -346,9 +359,9 @@ def test_requests_dropped_at_any_stage_leave_nothing(model: Keye) -> None:
 def test_a_stream_that_is_let_go_ends_its_request(model: Keye) -> None:
     stream = model.stream(conversation(1), max_tokens=50, ignore_eos=True)
     next(stream)
-    assert not model.core.idle()
+    assert not model.core.is_idle()
     stream.close()
-    assert model.core.idle()
+    assert model.core.is_idle()
 
 
 def test_one_that_fails_leaves_the_others_alone(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,21 +376,21 @@ def test_one_that_fails_leaves_the_others_alone(model: Keye, monkeypatch: pytest
 
     monkeypatch.setattr(Processor, "frames", broken)
     model.core.add(greedy(model, conversation(1), 4), bad)
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     assert isinstance(good.events[-1], Finished)
     assert "decode worker died" in str(bad.events[-1].error)  # type: ignore[union-attr]
 
 
-def test_a_device_that_fails_ends_what_was_on_it(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_ends_what_was_on_it(model: Keye) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory on the device")
 
-    monkeypatch.setattr(core_module, "run", fail)
+    run_slices, model.core.run_slices = model.core.run_slices, fail
     with pytest.raises(RuntimeError, match="out of memory on the device"):
         model.chat(conversation(3), max_tokens=2)
-    monkeypatch.undo()
+    model.core.run_slices = run_slices
     assert model.chat(conversation(3), max_tokens=2).usage.completion_tokens > 0
 
 
@@ -481,19 +494,21 @@ def test_what_is_submitted_can_be_aborted_and_let_go(model: Keye) -> None:
 
 def ready(model: Keye, asked: list[list[Message]]) -> tuple[list[Inbox], list[Task]]:
     """Requests that are laid out and not started."""
+    most_running, model.core.scheduler.most_running = model.core.scheduler.most_running, 0
     inboxes = [Inbox() for _ in asked]
     tasks = [model.core.add(greedy(model, messages), inbox) for messages, inbox in zip(asked, inboxes, strict=True)]
-    while any(task.stage in (Stage.WAITING, Stage.PREPARING) for task in tasks):
-        model.core._prepare()
-        model.core.rest()
-    assert {task.stage for task in tasks} == {Stage.READY}
+    while any(isinstance(task.state, Waiting | LoadingMedia) for task in tasks):
+        model.core.step()
+        model.core.wait_for_work()
+    model.core.scheduler.most_running = most_running
+    assert all(isinstance(task.state, Ready) for task in tasks)
     return inboxes, tasks
 
 
 def finish_all(model: Keye) -> None:
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
 
 
 @pytest.mark.parametrize("cache", [1 << 20, 0])
@@ -502,7 +517,7 @@ def test_a_video_that_several_ask_about_at_once_is_encoded_once(
 ) -> None:
     """But for where the cache has no place for it: then nobody waits, and each encodes its own."""
     encoded: list[int] = []
-    monkeypatch.setattr(Pace, "saw_patches", lambda self, seconds, patches: encoded.append(patches))
+    monkeypatch.setattr(StepTimer, "record_patches", lambda self, seconds, patches: encoded.append(patches))
     model.runtime.vision_cache.budget = cache
     # What stands before the video differs, so that stored prefixes are of no use.
     asked = [[Message("user", (f"the {word}", Medium("video", clip(77, 12)), "?"))] for word in WORDS[:4]]
@@ -517,8 +532,8 @@ def test_a_video_that_several_ask_about_at_once_is_encoded_once(
 def test_who_waits_for_anothers_video_goes_on_when_that_one_leaves(model: Keye) -> None:
     asked = [[Message("user", (f"the {word}", Medium("video", clip(78, 12)), "?"))] for word in WORDS[:2]]
     (_, second), (leaving, waiting) = ready(model, asked)
-    model.core._admit()
-    assert (leaving.stage, waiting.stage) == (Stage.PREFILLING, Stage.READY)
+    model.core.scheduler.admit()
+    assert isinstance(leaving.state, Prefilling) and isinstance(waiting.state, Ready)
     model.core.abort(leaving)
     finish_all(model)
     assert tokens_of(second) == alone(model, asked[1], 12)
@@ -543,14 +558,14 @@ def test_too_many_are_refused_and_progress_is_told(model: Keye) -> None:
 
 
 def test_shares_are_equal_and_nothing_is_wasted() -> None:
-    assert share_out([(1, 1000), (2, 10), (3, 1000)], 100) == {1: 45, 2: 10, 3: 45}
-    assert share_out([(1, 5), (2, 5)], 100) == {1: 5, 2: 5}
-    assert share_out([(1, 50), (2, 50)], 1) == {1: 1}
+    assert split_budget([(1, 1000), (2, 10), (3, 1000)], 100) == {1: 45, 2: 10, 3: 45}
+    assert split_budget([(1, 5), (2, 5)], 100) == {1: 5, 2: 5}
+    assert split_budget([(1, 50), (2, 50)], 1) == {1: 1}
     rng = random.Random(0)
     for _ in range(200):
         waiting = [(i, rng.randint(1, 300)) for i in range(rng.randint(1, 9))]
         budget = rng.randint(1, 400)
-        shares = share_out(waiting, budget)
+        shares = split_budget(waiting, budget)
         assert sum(shares.values()) == min(budget, sum(need for _, need in waiting))
         assert all(shares.get(i, 0) <= need for i, need in waiting)
         if budget >= len(waiting):
@@ -558,34 +573,32 @@ def test_shares_are_equal_and_nothing_is_wasted() -> None:
 
 
 def test_prompts_get_what_those_who_write_can_spare() -> None:
-    pace = Pace()
-    assert pace.budget(0) > pace.budget(4)
-    pace.saw_step(0.010, 4, 0)
-    pace.saw_step(0.110, 4, 100)
-    assert LEAST_TOKENS <= pace.budget(4) < 100
-    pace.saw_step(5.0, 4, 100)
-    assert pace.budget(4) == LEAST_TOKENS
+    timer = StepTimer()
+    assert timer.token_budget(0) > timer.token_budget(4)
+    timer.record_step(0.010, 4, 0)
+    timer.record_step(0.110, 4, 100)
+    assert LEAST_TOKENS <= timer.token_budget(4) < 100
+    timer.record_step(5.0, 4, 100)
+    assert timer.token_budget(4) == LEAST_TOKENS
 
 
-def test_nan_fails_only_its_request(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keye.engine.step import run
+def test_nan_fails_only_its_request(model: Keye) -> None:
 
     good, bad = Inbox(), Inbox()
     model.core.add(greedy(model, conversation(3), 4), good)
     spoiled = model.core.add(greedy(model, conversation(6), 4), bad)
 
-    def poisoned(given: KeyeModel, slices: Any) -> Any:
-        out = run(given, slices)
-        mine = {id(spoiled.cache), *(id(choice.cache) for choice in spoiled.choices)}
+    def poisoned(network: KeyeModel, slices: Any) -> Any:
+        mine = spoiled.state.caches if isinstance(spoiled.state, Running) else []
         return [
-            torch.full_like(logits, torch.nan) if logits is not None and id(one.cache) in mine else logits
-            for one, logits in zip(slices, out, strict=True)
+            torch.full_like(logits, torch.nan) if logits is not None and item.cache in mine else logits
+            for item, logits in zip(slices, run_slices(network, slices), strict=True)
         ]
 
-    monkeypatch.setattr(core_module, "run", poisoned)
-    while not model.core.idle():
+    model.core.run_slices = poisoned
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     assert isinstance(good.events[-1], Finished)
     assert "computes NaN" in str(bad.events[-1].error)  # type: ignore[union-attr]
 

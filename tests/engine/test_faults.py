@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,21 @@ import torch
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.ledger import OutOfMemory
+from keye.cache.tiers import FILE_BLOCKS
 from keye.chat.messages import Message
 from keye.data.frameforge import make_clip, write_mp4
-from keye.engine.admission import scattered
 from keye.engine.async_engine import AsyncEngine
-from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding, generate
 from keye.engine.media import as_medium
 from keye.engine.media_loader import AHEAD
-from keye.engine.request import Choice, Delta, Failed, Finished, Inbox, Request, Stage, Task
-from keye.engine.scheduler import MOST_STRETCH, STRETCH, Pace, share_out
-from keye.engine.step import smallest_scratch
+from keye.engine.request import Delta, Failed, Finished, Generating, Inbox, LoadingMedia, Ready, Request, Running
+from keye.engine.scheduler import MOST_STRETCH, STRETCH, StepTimer, is_fragmented, split_budget
+from keye.engine.step import Slice, run_slices
 from keye.engine.vision import VisionJob
-from keye.engine.writer import Writer
 from keye.errors import KeyeWarning
 from keye.media import frame_stream
 from keye.media.processor import Processor
+from keye.models.keye import KeyeModel
 from tests.support.tiny import tiny_folder
 
 TEXT = [Message("user", ("what is red?",))]
@@ -90,9 +89,9 @@ def add(model: Keye, request: Request) -> Inbox:
 
 
 def run(model: Keye) -> None:
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
 
 
 def ran(model: Keye, request: Request) -> Inbox:
@@ -182,7 +181,7 @@ def test_media_that_do_not_come_hold_up_nobody_else(model: Keye, monkeypatch: py
     words = add(model, greedy(model, TEXT))
     while not (words.events and isinstance(words.events[-1], Finished | Failed)):
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     assert tokens(words) and not any(isinstance(event, Finished) for inbox in waiting for event in inbox.events)
     come.set()
     run(model)
@@ -191,12 +190,12 @@ def test_media_that_do_not_come_hold_up_nobody_else(model: Keye, monkeypatch: py
 
 def test_few_media_are_open_before_their_turn(model: Keye) -> None:
     """Pictures that wait are held in memory."""
-    model.core.most_running, most = 1, 0
+    model.core.scheduler.most_running, most = 1, 0
     inboxes = [add(model, greedy(model, about(clip(seed % 3)), 2)) for seed in range(30)]
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
-        most = max(most, sum(task.stage in (Stage.PREPARING, Stage.READY) for task in model.core.tasks))
+            model.core.wait_for_work()
+        most = max(most, sum(isinstance(task.state, LoadingMedia | Ready) for task in model.core.tasks))
     assert most == AHEAD and all(len(tokens(inbox)) == 2 for inbox in inboxes)
 
 
@@ -209,7 +208,7 @@ def test_visual_tokens_wait_for_room(model: Keye) -> None:
     asked = [about(clip(seed, 60)) for seed in range(3)]
     expected = [alone(model, messages) for messages in asked]
     one = 60 * 4 * model.config.text.hidden_size * 4  # bytes of the visual tokens of a clip
-    model.runtime.ledger.budget = 2 * model.runtime.store.slab_bytes + one // 2 + smallest_scratch(model.model)
+    model.runtime.ledger.budget = 2 * model.runtime.store.slab_bytes + one // 2 + model.core.scheduler.scratch.least
     inboxes = [add(model, greedy(model, messages)) for messages in asked]
     run(model)
     assert [tokens(inbox) for inbox in inboxes] == expected
@@ -220,25 +219,25 @@ def test_one_whose_blocks_are_scattered_begins_anew_before_it_fails(model: Keye)
     """Its blocks lie in two slabs because another was there first; in one it has room."""
     messages = [Message("user", ("word " * 500,))]
     other = add(model, greedy(model, [Message("user", ("a " * 700,))], 30))
-    while not any(task.stage is Stage.DECODING for task in model.core.tasks):
+    while not any(isinstance(task.state, Generating) for task in model.core.tasks):
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     inbox = add(model, greedy(model, messages, 12))
-    while not any(task.stage is Stage.DECODING and task.number == 1 for task in model.core.tasks):
+    while not any(isinstance(task.state, Generating) and task.number == 1 for task in model.core.tasks):
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     model.core.abort(model.core.tasks[0])
     model.clear_caches()
     task = model.core.tasks[0]
     held = model.runtime.store.nbytes() // model.runtime.store.slab_bytes
-    assert scattered(task) and held == 2 and not isinstance(other.events[-1], Finished)
-    model.runtime.ledger.budget = model.runtime.store.slab_bytes + smallest_scratch(model.model)
+    assert is_fragmented(task.state) and held == 2 and not isinstance(other.events[-1], Finished)
+    model.runtime.ledger.budget = model.runtime.store.slab_bytes + model.core.scheduler.scratch.least
 
     def full() -> None:
         if not task.retried:
             raise OutOfMemory("full")
 
-    assert model.core._make_room(full, task) is None and task.retried
+    assert model.core.scheduler.make_room(full, task) is None and task.retried
     run(model)
     assert tokens(inbox) == alone(model, messages, 12)
     assert nothing_held(model)
@@ -248,12 +247,12 @@ def test_the_choices_of_one_may_take_the_room_of_a_younger_prompt(model: Keye, m
     """The older's prompt is complete in the very step that computes a part of the younger's."""
     old, young = [Message("user", ("word " * 60,))], [Message("user", ("other " * 30,))]
     expected = alone(model, old), alone(model, young)
-    monkeypatch.setattr(Pace, "budget", lambda *_: 120)
-    model.runtime.ledger.budget = model.runtime.store.slab_bytes + smallest_scratch(model.model)
+    monkeypatch.setattr(StepTimer, "token_budget", lambda *_: 120)
+    model.runtime.ledger.budget = model.runtime.store.slab_bytes + model.core.scheduler.scratch.least
     # Laid out before, so that both begin in the same step however slow the thread that would do it.
     first, second = (add(model, laid_out(model, one)) for one in (greedy(model, old, n=13), greedy(model, young)))
     run(model)
-    assert model.core.preemptions > 0
+    assert model.core.scheduler.preemptions > 0
     assert (tokens(first), tokens(second)) == expected
     assert nothing_held(model)
 
@@ -262,14 +261,14 @@ def test_a_mapped_store_is_not_bound_by_the_memory_budget(folder: Path, tmp_path
     """Only the indexer keys are in memory; keys and values lie on the disk."""
     model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
     text = [Message("user", ("word " * 300,))]
-    near = model.runtime.store._costs()["kv"]
-    model.runtime.ledger.budget = near + smallest_scratch(model.model)
+    near = FILE_BLOCKS * model.runtime.store.layout.indexer_block_bytes
+    model.runtime.ledger.budget = near + model.core.scheduler.scratch.least
     assert near < model.runtime.store.slab_bytes
     inbox = add(model, greedy(model, text, 2))
     run(model)
     assert len(tokens(inbox)) == 2
     model.clear_caches()
-    model.runtime.ledger.budget = near - 1 + smallest_scratch(model.model)
+    model.runtime.ledger.budget = near - 1 + model.core.scheduler.scratch.least
     with pytest.raises(KeyeError, match="enough for 0 tokens"):
         model.chat(text, max_tokens=2)
 
@@ -280,18 +279,18 @@ def test_what_is_told_of_a_preempted_request_is_told_once(model: Keye) -> None:
     def asked(disturbed: bool) -> Finished:
         inbox = add(model, replace(greedy(model, about(clip(1)), 8, evidence=True), prompt_logprobs=0))
         steps = 0
-        while not model.core.idle():
+        while not model.core.is_idle():
             if not model.core.step():
-                model.core.rest()
+                model.core.wait_for_work()
             steps += 1
             for task in model.core.tasks if disturbed and steps in (4, 9) else ():
-                model.core.preempt(task)
+                model.core.scheduler.preempt(task)
         return inbox.events[-1]  # type: ignore[return-value]
 
     plain = asked(disturbed=False)
     model.clear_caches()
     again = asked(disturbed=True)
-    assert model.core.preemptions >= 1
+    assert model.core.scheduler.preemptions >= 1
     assert plain.evidence is not None and again.evidence is not None
     assert again.evidence.steps == plain.evidence.steps == 8
     assert again.evidence.media[0].shares == pytest.approx(plain.evidence.media[0].shares)
@@ -305,24 +304,24 @@ def test_deterministic_replies_survive_a_preemption_to_the_last_bit(folder: Path
     def probabilities(disturbed: bool) -> list[float]:
         inbox = add(model, greedy(model, about(clip(1, 30)), 16, deterministic=True, logprobs=0))
         steps = 0
-        while not model.core.idle():
+        while not model.core.is_idle():
             if not model.core.step():
-                model.core.rest()
+                model.core.wait_for_work()
             steps += 1
             for task in model.core.tasks if disturbed and steps >= 7 and writes(model) else ():
-                model.core.preempt(task)
+                model.core.scheduler.preempt(task)
                 disturbed = False
         return [prob.logprob for event in inbox.events if isinstance(event, Delta) for prob in event.probs]
 
     plain = probabilities(disturbed=False)
-    assert probabilities(disturbed=True) == plain and len(plain) == 16 and model.core.preemptions == 1
+    assert probabilities(disturbed=True) == plain and len(plain) == 16 and model.core.scheduler.preemptions == 1
 
 
 # Ends
 
 
 def writes(model: Keye) -> bool:
-    return any(task.stage is Stage.DECODING for task in model.core.tasks)
+    return any(isinstance(task.state, Generating) for task in model.core.tasks)
 
 
 def test_an_answer_names_damage_that_only_decoding_showed(model: Keye, tmp_path: Path) -> None:
@@ -375,16 +374,15 @@ def test_closing_tells_those_who_still_wait(model: Keye) -> None:
     assert model.chat(TEXT, max_tokens=1).usage.completion_tokens <= 1, "the model goes on without that engine"
 
 
-def test_a_defect_in_a_step_is_told_and_the_thread_goes_on(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = EngineCore._compute
+def test_a_defect_in_a_step_fails_its_requests_and_the_thread_goes_on(model: Keye) -> None:
     broken = iter([True])
 
-    def once(self: EngineCore, *, prompts: bool) -> bool:
-        if self.tasks and next(broken, False):
+    def fail_once(network: KeyeModel, slices: Sequence[Slice]) -> list[torch.Tensor | None]:
+        if next(broken, False):
             raise AssertionError("a defect")
-        return compute(self, prompts=prompts)
+        return run_slices(network, slices)
 
-    monkeypatch.setattr(EngineCore, "_compute", once)
+    model.core.run_slices = fail_once
 
     async def both(engine: AsyncEngine) -> list[Any]:
         with pytest.raises(AssertionError, match="a defect"):
@@ -400,32 +398,31 @@ def test_a_request_names_a_mode_that_exists(model: Keye) -> None:
         replace(greedy(model, TEXT), attention="spares")  # type: ignore[arg-type]
 
 
-def test_an_abort_during_the_last_step_is_cleaned_up(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever gives up while another thread steps does not clean up itself; nobody may step afterwards."""
+def test_an_abort_during_the_last_step_is_cleaned_up(model: Keye) -> None:
+    """An abort during the step of another thread ends nothing itself, and no step may follow."""
     task = model.core.add(greedy(model, about(clip(1)), 50), Inbox())
-    while task.stage is not Stage.DECODING:
+    while not isinstance(task.state, Generating):
         if not model.core.step():
-            model.core.rest()
-    compute = EngineCore._compute
+            model.core.wait_for_work()
 
-    def aborted_meanwhile(self: EngineCore, *, prompts: bool) -> bool:
-        other = threading.Thread(target=self.abort, args=(task,))
+    def abort_meanwhile(network: KeyeModel, slices: Sequence[Slice]) -> list[torch.Tensor | None]:
+        other = threading.Thread(target=model.core.abort, args=(task,))
         other.start()
         other.join()
-        return compute(self, prompts=prompts)
+        return run_slices(network, slices)
 
-    monkeypatch.setattr(EngineCore, "_compute", aborted_meanwhile)
+    model.core.run_slices = abort_meanwhile
     model.core.step()
-    assert model.core.idle() and task.stage is Stage.ENDED
+    assert model.core.is_idle() and task.has_ended
     assert nothing_held(model)
 
 
 def test_a_stream_that_is_dropped_leaves_nothing(model: Keye) -> None:
     stream = model.stream_ask(clip(1), "what?", max_tokens=50, ignore_eos=True)
     next(stream)
-    assert not model.core.idle()
+    assert not model.core.is_idle()
     del stream
-    assert model.core.idle() and nothing_held(model)
+    assert model.core.is_idle() and nothing_held(model)
 
 
 @pytest.mark.parametrize(
@@ -443,17 +440,19 @@ def test_options_out_of_range(model: Keye, options: dict[str, Any], sentence: st
         model.chat(TEXT, **options)
 
 
-def test_probabilities_that_are_none_fail_their_request_alone(model: Keye, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probabilities_that_are_none_fail_their_request_alone(model: Keye) -> None:
     assert tokens(ran(model, greedy(model, TEXT, temperature=1e-320))) == alone(model, TEXT)
-    write = Writer._next
+    bad, good = Inbox(), add(model, greedy(model, TEXT))
+    spoiled = model.core.add(greedy(model, TEXT, temperature=1.0), bad)
 
-    def spoiled(self: Writer, task: Task, choice: Choice, best: int) -> None:
-        if task.request.params.temperature and choice.logits is not None:
-            choice.logits = torch.full_like(choice.logits, torch.inf)
-        write(self, task, choice, best)
+    def spoil(network: KeyeModel, slices: Sequence[Slice]) -> list[torch.Tensor | None]:
+        mine = spoiled.state.caches if isinstance(spoiled.state, Running) else []
+        return [
+            torch.full_like(logits, torch.inf) if logits is not None and item.cache in mine else logits
+            for item, logits in zip(slices, run_slices(network, slices), strict=True)
+        ]
 
-    monkeypatch.setattr(Writer, "_next", spoiled)
-    bad, good = add(model, greedy(model, TEXT, temperature=1.0)), add(model, greedy(model, TEXT))
+    model.core.run_slices = spoil
     run(model)
     assert "probability" in failure(bad) and tokens(good) == alone(model, TEXT)
 
@@ -464,15 +463,15 @@ def test_probabilities_that_are_none_fail_their_request_alone(model: Keye, monke
 def test_nobody_starves_whatever_the_steps_take() -> None:
     """Prompts come all the time while others write, on a machine of changing speed: each is complete in time."""
     rng = random.Random(0)
-    pace, waiting, begun, number = Pace(), dict[int, int](), dict[int, int](), 0
+    timer, waiting, begun, number = StepTimer(), dict[int, int](), dict[int, int](), 0
     total, longest = 0, 0
     for step in range(4000):
         if rng.random() < 0.02 and len(waiting) < 40:
             waiting[number], begun[number] = rng.choice([3, 40, 400, 4000]), step
             number += 1
         writing = rng.choice([0, 1, 8, 32])
-        budget = pace.budget(writing, len(waiting))
-        shares = share_out(list(waiting.items()), budget)
+        budget = timer.token_budget(writing, len(waiting))
+        shares = split_budget(list(waiting.items()), budget)
         assert not waiting or sum(shares.values()) == min(budget, sum(waiting.values())) > 0
         for who, share in shares.items():
             waiting[who] -= share
@@ -482,31 +481,31 @@ def test_nobody_starves_whatever_the_steps_take() -> None:
                 del waiting[who]
         prompt = sum(shares.values())
         slow = rng.choice([1.0, 1.0, 3.0])
-        pace.saw_step(slow * (0.010 + 0.0001 * writing + 0.0002 * prompt), writing, prompt)
+        timer.record_step(slow * (0.010 + 0.0001 * writing + 0.0002 * prompt), writing, prompt)
     assert total > 50 and number - total < 15
     assert longest < 2000
 
 
 def test_a_step_with_prompts_is_not_much_longer_than_one_without() -> None:
-    pace = Pace()
+    timer = StepTimer()
     for _ in range(50):
-        pace.saw_step(0.020, 4, 0)
-        budget = pace.budget(4)
-        pace.saw_step(0.020 + 0.0001 * budget, 4, budget)
-    assert 0.020 + 0.0001 * pace.budget(4) <= STRETCH * 0.020 * 1.01
+        timer.record_step(0.020, 4, 0)
+        budget = timer.token_budget(4)
+        timer.record_step(0.020 + 0.0001 * budget, 4, budget)
+    assert 0.020 + 0.0001 * timer.token_budget(4) <= STRETCH * 0.020 * 1.01
 
 
 def test_where_prompts_outnumber_replies_a_step_is_longer_but_bounded() -> None:
-    pace = Pace()
+    timer = StepTimer()
     for _ in range(50):
-        pace.saw_step(0.020, 4, 0)
-        pace.saw_step(0.020 + 0.0001 * 100, 4, 100)
-    assert pace.budget(4, 4) == pace.budget(4, 1) < pace.budget(4, 8) < pace.budget(4, 1000)
-    assert 0.020 + 0.0001 * pace.budget(4, 1000) <= MOST_STRETCH * 0.020 * 1.01
+        timer.record_step(0.020, 4, 0)
+        timer.record_step(0.020 + 0.0001 * 100, 4, 100)
+    assert timer.token_budget(4, 4) == timer.token_budget(4, 1) < timer.token_budget(4, 8) < timer.token_budget(4, 1000)
+    assert 0.020 + 0.0001 * timer.token_budget(4, 1000) <= MOST_STRETCH * 0.020 * 1.01
 
 
 def test_where_there_is_not_a_token_for_each_short_prompts_do_not_wait_for_long_ones() -> None:
     """Nor do long ones wait for ever: the oldest always goes on."""
     waiting = [*((number, 100_000) for number in range(20)), (20, 3), (21, 2)]
-    assert share_out(waiting, 4) == {0: 1, 21: 1, 20: 1, 1: 1}
-    assert share_out(waiting, 1) == {0: 1} and share_out(waiting, 0) == {}
+    assert split_budget(waiting, 4) == {0: 1, 21: 1, 20: 1, 1: 1}
+    assert split_budget(waiting, 1) == {0: 1} and split_budget(waiting, 0) == {}

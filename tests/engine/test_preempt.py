@@ -16,8 +16,7 @@ from keye import Frames, Keye
 from keye.cache.ledger import OutOfMemory
 from keye.cache.saved import ACCOUNT
 from keye.chat.messages import Medium, Message
-from keye.engine.request import Delta, Failed, Finished, Inbox, Request, Stage
-from keye.engine.step import smallest_scratch
+from keye.engine.request import Delta, Failed, Finished, Generating, Inbox, Prefilling, Ready, Request, Task
 from tests.support.tiny import tiny_folder
 
 
@@ -41,19 +40,26 @@ def about_words(model: Keye, words: int, **options: Any) -> Request:
     return model.request(messages, **{"max_tokens": 8, "ignore_eos": True, "logprobs": 2, **options})
 
 
+def tokens_computed(task: Task) -> int:
+    """Tokens of the prompt and of the replies."""
+    done = task.state.done if isinstance(task.state, Prefilling) else 0
+    done = task.state.prompt.length if isinstance(task.state, Generating) else done
+    return done + sum(len(choice.reply) for choice in task.choices)
+
+
 def run(model: Keye, *requests: Request, preempt_at: Mapping[int, int] | None = None) -> list[Inbox]:
     """Runs requests together. `preempt_at`: after how many tokens computed the request of a number is preempted."""
     inboxes, left = [Inbox() for _ in requests], dict(preempt_at or {})
     pairs = zip(requests, inboxes, strict=True)
     tasks = [model.core.add(one, inbox) for one, inbox in pairs]
-    while not model.core.idle():
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
         for number, tokens in list(left.items()):
             task = tasks[number]
-            computed = task.done + sum(len(choice.reply) for choice in task.choices)
-            if task.stage in (Stage.PREFILLING, Stage.DECODING) and computed >= tokens:
-                model.core.preempt(task)
+            computed = tokens_computed(task)
+            if task.is_running and computed >= tokens:
+                model.core.scheduler.preempt(task)
                 assert model.runtime.ledger.used(ACCOUNT) > 0
                 del left[number]
     assert not left, "nobody was preempted"
@@ -96,7 +102,7 @@ def test_a_preempted_reply_is_the_same_to_the_last_bit(folder: Path, loading: An
     written = 25 * asking.get("n", 1)
     prompt = plain.events[-1].prompt_tokens  # type: ignore[union-attr]
     (again,) = run(model, about_clip(model, **asking), preempt_at={0: prompt + written})
-    assert model.core.preemptions == 1
+    assert model.core.scheduler.preemptions == 1
     assert exact(again) == exact(plain)
     if asking.get("evidence"):
         assert again.events[-1].evidence.to_dict() == plain.events[-1].evidence.to_dict()  # type: ignore[union-attr]
@@ -202,9 +208,9 @@ def test_requests_that_fit_alone_finish_together(folder: Path) -> None:
     ]
     expected = [exact(run(model, one)[0]) for one in requests]
     assert nothing_held(model)
-    model.runtime.ledger.budget = smallest_scratch(model.model) + 2 * model.runtime.store.slab_bytes
+    model.runtime.ledger.budget = model.core.scheduler.scratch.least + 2 * model.runtime.store.slab_bytes
     inboxes = run(model, *requests)
-    assert model.core.preemptions > 0
+    assert model.core.scheduler.preemptions > 0
     for inbox, alone in zip(inboxes, expected, strict=True):
         for index, choice in exact(inbox).items():
             assert [token for token, _ in choice] == [token for token, _ in alone[index]]
@@ -215,25 +221,28 @@ def test_requests_that_fit_alone_finish_together(folder: Path) -> None:
 def test_without_room_on_the_disk_a_reply_is_computed_again(folder: Path, tmp_path: Path) -> None:
     model = keye.load(folder, dtype="float32")
     (plain,) = run(model, about_clip(model))
-    model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
-    model.core._folder = tmp_path / "gone"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=disk)
     inbox, prompt = Inbox(), plain.events[-1].prompt_tokens  # type: ignore[union-attr]
     task = model.core.add(about_clip(model), inbox)
     while len(task.choices[0].reply if task.choices else ()) < 20:
         if not model.core.step():
-            model.core.rest()
-    model.core.preempt(task)
-    assert task.saved is None and model.runtime.ledger.used(ACCOUNT) == 0
-    while not model.core.idle():
+            model.core.wait_for_work()
+    disk.rmdir()  # the files in it have no names
+    model.core.scheduler.preempt(task)
+    disk.mkdir()
+    assert isinstance(task.state, Ready) and task.state.preempted is None and model.runtime.ledger.used(ACCOUNT) == 0
+    while not model.core.is_idle():
         if not model.core.step():
-            model.core.rest()
+            model.core.wait_for_work()
     assert model.core.computed["prompt"] >= prompt + 1
     assert [t for t, _ in exact(inbox)[0]] == [t for t, _ in exact(plain)[0]]
 
 
 def test_a_request_whose_steps_never_fit_is_refused_at_once(folder: Path) -> None:
     model = keye.load(folder, dtype="float32")
-    model.runtime.ledger.budget = smallest_scratch(model.model) + model.runtime.store.slab_bytes
+    model.runtime.ledger.budget = model.core.scheduler.scratch.least + model.runtime.store.slab_bytes
     (inbox,) = run(model, about_words(model, 20, deterministic=True))
     assert isinstance(inbox.events[-1], Failed) and isinstance(inbox.events[-1].error, OutOfMemory)
     (inbox,) = run(model, about_words(model, 20))
@@ -243,10 +252,10 @@ def test_a_request_whose_steps_never_fit_is_refused_at_once(folder: Path) -> Non
 def test_a_preempted_request_that_is_given_up_leaves_nothing(folder: Path) -> None:
     model = keye.load(folder)
     task = model.core.add(about_clip(model), Inbox())
-    while task.stage is not Stage.DECODING:
+    while not isinstance(task.state, Generating):
         if not model.core.step():
-            model.core.rest()
-    model.core.preempt(task)
+            model.core.wait_for_work()
+    model.core.scheduler.preempt(task)
     assert model.runtime.ledger.used(ACCOUNT) > 0 and model.runtime.ledger.used("kv") == model.runtime.store.nbytes()
     model.core.abort(task)
     assert nothing_held(model)
@@ -255,6 +264,6 @@ def test_a_preempted_request_that_is_given_up_leaves_nothing(folder: Path) -> No
 def test_choices_that_find_no_room_leave_nothing_behind(folder: Path) -> None:
     """Not even while its error is kept."""
     model = keye.load(folder)
-    model.runtime.ledger.budget = smallest_scratch(model.model) + model.runtime.store.slab_bytes
+    model.runtime.ledger.budget = model.core.scheduler.scratch.least + model.runtime.store.slab_bytes
     (inbox,) = run(model, about_words(model, 800, n=8))
     assert isinstance(inbox.events[-1], Failed) and nothing_held(model)

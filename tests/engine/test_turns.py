@@ -87,8 +87,8 @@ def test_an_abort_during_a_piece_is_cleaned_up_after_it(model: Keye) -> None:
     task = model.core.add(request, Inbox())
     with model.turn():
         model.core.abort(task)
-        assert not model.core.idle()
-    assert model.core.idle()
+        assert not model.core.is_idle()
+    assert model.core.is_idle()
 
 
 def test_frames_may_come_between_a_question_and_its_answer(model: Keye) -> None:

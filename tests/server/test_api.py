@@ -137,15 +137,15 @@ def test_a_client_that_leaves_gives_everything_back(running: Running, monkeypatc
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
     for _ in range(2000):
-        if core.idle() or any(task.aborted for task in list(core.tasks)):
+        if core.is_idle() or any(task.aborted for task in list(core.tasks)):
             break
         httpx.get(f"{running.url}/health")
     noticed.set()
     for _ in range(2000):
-        if core.idle():
+        if core.is_idle():
             break
         httpx.get(f"{running.url}/health")
-    assert core.idle() and core.computed["reply"] - before < 20
+    assert core.is_idle() and core.computed["reply"] - before < 20
 
 
 def test_small_routes(http: TestClient) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from keye.engine.request import Stage, Task
+from keye.engine.request import LoadingMedia, Prefilling, Ready, Task
+from keye.engine.vision import VisionJob
 from keye.server.routes import indexes
 from tests.support.serving import Running
 
@@ -30,25 +31,25 @@ def wait_until(running: Running, reached: Callable[[], bool]) -> None:
 def hold(core: Any, stage: str, patch: pytest.MonkeyPatch, go_on: threading.Event) -> Reached:
     """Keeps requests at a stage, threads that work for them until `go_on`; returns whether one is there."""
     if stage == "queue":
-        patch.setattr(core, "most_running", 0)
-        return lambda task: task.stage is Stage.READY
+        patch.setattr(core.scheduler, "most_running", 0)
+        return lambda task: isinstance(task.state, Ready)
     if stage == "decode":
-        lay_out = core.parts.builder.lay_out
+        lay_out = core.runtime.prompts.lay_out
 
         def slow(*given: Any, **options: Any) -> Any:
             go_on.wait(20)
             return lay_out(*given, **options)
 
-        patch.setattr(core.parts.builder, "lay_out", slow)
-        return lambda task: task.stage is Stage.PREPARING
+        patch.setattr(core.runtime.prompts, "lay_out", slow)
+        return lambda task: isinstance(task.state, LoadingMedia)
     if stage == "encode":
-        patch.setattr(core, "_encode", lambda: False)
-        return lambda task: task.vision is not None and not task.vision.done
+        patch.setattr(VisionJob, "waiting", property(lambda job: True))
+        return lambda task: isinstance(task.state, Prefilling) and not task.state.vision.done
     if stage == "prefill":
-        patch.setattr(core, "_prompt_slice", lambda task, share: [])
-        return lambda task: task.vision is not None and task.vision.done
+        patch.setattr(core.scheduler.timer, "token_budget", lambda *_: 0)
+        return lambda task: isinstance(task.state, Prefilling) and task.state.vision.done
     write = core.writer.write
-    patch.setattr(core.writer, "write", lambda tasks: write([task for task in tasks if not written(task)]))
+    patch.setattr(core.writer, "write", lambda pairs: write([pair for pair in pairs if not written(pair[0])]))
     return written
 
 
@@ -76,11 +77,11 @@ def test_who_leaves_gives_everything_back(
         ) as answer:
             assert answer.status_code == 200
             wait_until(running, lambda: any(map(reached, list(core.tasks))))
-        wait_until(running, core.idle)
+        wait_until(running, core.is_idle)
         go_on.set()
     gc.collect()
     model.clear_caches()
-    assert core.idle() and model.runtime.ledger.accounts() == before
+    assert core.is_idle() and model.runtime.ledger.accounts() == before
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
 
 

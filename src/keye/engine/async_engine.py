@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
 from keye.engine.core import EngineCore
-from keye.engine.request import Delta, Event, Failed, Finished, Request, Stage, Task
+from keye.engine.request import Delta, Event, Failed, Finished, Request, Task
 from keye.errors import KeyeError
 
 #: Requests that may wait or run at once.
@@ -99,7 +99,7 @@ class Running:
     def abort(self) -> None:
         """Gives the request up, at whatever stage it is; nothing happens to one that has ended."""
         self._leave()
-        if self._task.stage is not Stage.ENDED:
+        if not self._task.has_ended:
             self._engine.core.abort(self._task)
 
     def __del__(self) -> None:
@@ -183,8 +183,8 @@ class AsyncEngine:
     def fail_open(self) -> None:
         """Ends the requests that are there with an error, from the event loop's thread: the server is ending."""
         for task in list(self._open):
-            if task.stage is not Stage.ENDED:
-                task.tell(Failed(Stopping("the server is ending before the request was complete; try again")))
+            if not task.has_ended:
+                task.emit(Failed(Stopping("the server is ending before the request was complete; try again")))
                 self.core.abort(task)
 
     async def drain(self, seconds: float) -> bool:
@@ -206,22 +206,19 @@ class AsyncEngine:
 
     def _running(self) -> bool:
         """Whether a request of this engine holds anything still, also one that was given up in the running step."""
-        return any(task.stage is not Stage.ENDED for task in self._open) or any(
-            t.aborted for t in list(self.core.tasks)
-        )
+        return any(not task.has_ended for task in self._open) or any(t.aborted for t in list(self.core.tasks))
 
     def gauges(self) -> Mapping[str, float]:
-        """Numbers for monitoring: requests by stage, tokens computed, what the caches did, bytes by account."""
+        """Numbers for monitoring: requests by state, tokens computed, what the caches did, bytes by account."""
         core = self.core
-        stages = [task.stage for task in list(core.tasks)]
-        waiting = sum(stage in (Stage.WAITING, Stage.PREPARING, Stage.READY) for stage in stages)
-        runtime = core.runtime
+        runtime, tasks = core.runtime, list(core.tasks)
+        running = sum(task.is_running for task in tasks)
         return {
-            "requests_waiting": waiting,
-            "requests_running": len(stages) - waiting,
+            "requests_waiting": len(tasks) - running,
+            "requests_running": running,
             "computed_prompt_tokens_total": core.computed["prompt"],
             "computed_reply_tokens_total": core.computed["reply"],
-            "preemptions_total": core.preemptions,
+            "preemptions_total": core.scheduler.preemptions,
             "prefix_cache_hits_total": runtime.prefixes.hits,
             "prefix_cache_queries_total": runtime.prefixes.hits + runtime.prefixes.misses,
             **{f"{name.replace('-', '_')}_bytes": float(held) for name, held in runtime.ledger.accounts().items()},
@@ -230,14 +227,14 @@ class AsyncEngine:
     def _work(self) -> None:
         core = self.core
         while not self._closing:
-            if core.idle():
+            if core.is_idle():
                 with core.wake:
-                    if core.idle() and not self._closing:
+                    if core.is_idle() and not self._closing:
                         core.wake.wait(1.0)
                 continue
             try:
                 if not core.step():
-                    core.rest()
+                    core.wait_for_work()
             except Exception as error:
                 logging.getLogger("keye").exception("the engine failed in a step")
                 core.fail_all(error)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from keye.chat.messages import Medium
+from keye.chat.template import Segment
 from keye.engine.media import check_index_attention
 from keye.engine.prompt import Prompt, PromptBuilder, Room
-from keye.engine.request import Progress, Stage, Task
+from keye.engine.request import LoadingMedia, Progress, Ready, Request, Task, Waiting
 
 #: Requests whose media are opened at the same time; and how many may be open before their turn has come, since
 #: pictures are held in memory.
@@ -20,60 +20,46 @@ AHEAD: Final = 8
 LONG_TEXT: Final = 65_536
 
 
-class Preparation:
-    """Lays out prompts for a context of `limit` tokens; `wake` is told of every one that is done."""
+class MediaLoader:
+    """Lays out prompts for a context of `limit` tokens; `notify` is called in a thread after each."""
 
-    def __init__(self, builder: PromptBuilder, limit: int, wake: threading.Condition) -> None:
-        self._builder, self._limit, self._wake = builder, limit, wake
-        self._threads = ThreadPoolExecutor(PREPARING, "keye-media")
+    def __init__(self, builder: PromptBuilder, limit: int, notify: Callable[[], None]) -> None:
+        self._builder, self._limit, self._notify = builder, limit, notify
+        self._media_threads = ThreadPoolExecutor(PREPARING, "keye-media")
         #: Prompts without media do not wait behind files that are slow to come.
         self._text_thread = ThreadPoolExecutor(1, "keye-text")
         #: Nor short ones behind those of a book's length.
         self._book_thread = ThreadPoolExecutor(1, "keye-book")
-        self._running: dict[int, Future[Prompt]] = {}
 
-    def begin(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """Begins with those whose turn it is; yields tasks that came laid out."""
-        ahead = sum(task.stage in (Stage.PREPARING, Stage.READY) for task in tasks)
+    def load(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Prompt | BaseException]]:
+        """Starts to load the media of those whose turn it is; yields tasks that are laid out, or what went wrong."""
+        ahead = sum(isinstance(task.state, LoadingMedia | Ready) for task in tasks)
         for task in tasks:
-            if task.stage is not Stage.WAITING:
+            prompt = task.request.prompt
+            if isinstance(task.state, LoadingMedia) and task.state.prompt.done():
+                yield task, task.state.prompt.exception() or task.state.prompt.result()
+            elif not isinstance(task.state, Waiting):
                 continue
-            given = task.request.prompt
-            if isinstance(given, Prompt):
-                yield task
-                continue
-            seen = any(isinstance(segment.value, Medium) for segment in given)
-            if seen and ahead >= AHEAD:
-                continue
-            ahead += seen
-            task.stage = Stage.PREPARING
-            task.tell(Progress("media", 0, 1))
-            characters = sum(len(segment.value) for segment in given if isinstance(segment.value, str))
-            text_thread = self._book_thread if characters > LONG_TEXT else self._text_thread
-            threads = self._threads if seen else text_thread
-            self._running[task.number] = threads.submit(self._lay_out, task)
+            elif isinstance(prompt, Prompt):
+                yield task, prompt
+            else:
+                has_media = any(isinstance(segment.value, Medium) for segment in prompt)
+                if has_media and ahead >= AHEAD:
+                    continue
+                ahead += has_media
+                task.emit(Progress("media", 0, 1))
+                characters = sum(len(segment.value) for segment in prompt if isinstance(segment.value, str))
+                text_thread = self._book_thread if characters > LONG_TEXT else self._text_thread
+                threads = self._media_threads if has_media else text_thread
+                task.state = LoadingMedia(threads.submit(self._lay_out, task.request, prompt))
 
-    def ready(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Future[Prompt]]]:
-        """Tasks that are laid out, or could not be."""
-        for task in tasks:
-            if task.stage is Stage.PREPARING and self._running[task.number].done():
-                yield task, self._running.pop(task.number)
-
-    def drop(self, task: Task) -> None:
-        """Forgets a task. A thread at work on it ends by itself: what it lays out holds no decode worker yet."""
-        if (future := self._running.pop(task.number, None)) is not None:
-            future.cancel()
-
-    def _lay_out(self, task: Task) -> Prompt:
+    def _lay_out(self, request: Request, segments: Sequence[Segment]) -> Prompt:
         """In a thread: the prompt with its media probed, and their pixels on the way."""
-        request = task.request
-        assert not isinstance(request.prompt, Prompt)
         try:
             room = Room(self._limit, 1 if request.clamp else request.params.max_tokens)
-            prompt = self._builder.lay_out(request.prompt, room=room, stream=True, salt=request.salt)
+            prompt = self._builder.lay_out(segments, room=room, stream=True, salt=request.salt)
         finally:
-            with self._wake:
-                self._wake.notify_all()
+            self._notify()
         if prompt.indexed is not None:
             check_index_attention(prompt.indexed, request.attention)
         return prompt

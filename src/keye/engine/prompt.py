@@ -79,6 +79,10 @@ class Prompt:
     notes: tuple[KeyeWarning, ...] = ()
     windows: tuple[Window, ...] = ()
 
+    @property
+    def length(self) -> int:
+        return self.token_ids.shape[0]
+
     @cached_property
     def visual_counts(self) -> Tensor:
         """How many visual tokens of `media` stand at or before each position, int64 [T]; 0 or less within the past."""

@@ -1,15 +1,21 @@
-"""A request and what comes back while it is worked on: plain data, the same for every front.
+"""Requests, the events that they emit, and where they stand: plain data, the same for every front.
 
-`Request` is what is asked, the events are what is told; `Task` and `Choice` are how far it has come, for the engine
-alone.
+A `Request` and its events are what callers see. `Task` is a request in the engine; its `state` is one class per stage
+of its life, with the fields that exist in it:
+
+    Waiting -> LoadingMedia -> Ready -> Prefilling -> Generating -> Closed
+
+A preempted task is `Ready` again and keeps the state to resume from. Every state releases what it holds.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from torch import Tensor
@@ -181,82 +187,179 @@ class Failed:
 Event = Progress | Prefilled | Delta | Ended | Finished | Failed
 
 
-class Stage(Enum):
-    """Where a task stands. WAITING: not begun; PREPARING: its media are opened in a thread; READY: laid out, waits for
-    room; PREFILLING: its prompt is being computed, media encoded; DECODING: it writes; ENDED: it holds nothing."""
-
-    WAITING = "waiting"
-    PREPARING = "preparing"
-    READY = "ready"
-    PREFILLING = "prefilling"
-    DECODING = "decoding"
-    ENDED = "ended"
-
-
 @dataclass(eq=False)
 class Choice:
-    """One continuation: `pending` tokens are not computed yet; the first of them sits at `position`. `thought` counts
-    the tokens of reasoning so far while it is inside a block of reasoning."""
+    """One reply of a request: what it has generated and how it goes on. `reason` is set when it is complete; `thought`
+    counts the tokens of reasoning while it is inside a block of reasoning."""
 
     index: int
     sampler: Sampler
     decoder: StreamDecoder
     stop: StopText
     guide: Guide | None
-    cache: KVCache | None = None
-    pending: list[int] = field(default_factory=list)
-    position: int = 0
     reply: list[int] = field(default_factory=list)
     reason: str | None = None
-    logits: Tensor | None = None
     thought: int | None = None
 
 
 @dataclass(eq=False)
+class Branch:
+    """The sequence of a choice that is generating. `pending` tokens are not computed yet, the first of them is at
+    `position`; `logits` are those after the last computed token, until the next token is drawn."""
+
+    choice: Choice
+    cache: KVCache
+    pending: list[int]
+    position: int
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Not begun."""
+
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadingMedia:
+    """A thread opens its media and lays out its prompt."""
+
+    prompt: Future[Prompt]
+
+    def release(self) -> None:
+        """A thread at work ends by itself: what it lays out holds no decode worker yet."""
+        self.prompt.cancel()
+
+
+@dataclass(eq=False)
+class Ready:
+    """Laid out; waits for memory. `preempted` is what it goes on from, None at the beginning of the prompt. `blocked`
+    is how many requests had ended when it last found no memory: it tries again when that has grown."""
+
+    prompt: Prompt
+    preempted: Preempted | None = None
+    blocked: int | None = None
+
+    def release(self) -> None:
+        if self.preempted is not None:
+            self.preempted.saved.free()
+
+
+@dataclass(eq=False)
+class Prefilling:
+    """Its media are encoded and its prompt is computed. `logits` are those after the last token of the prompt, until
+    the choices start from them."""
+
+    prompt: Prompt
+    cache: KVCache
+    vision: VisionJob
+    logits: Tensor | None = None
+
+    @property
+    def done(self) -> int:
+        """Tokens of the prompt that are computed."""
+        return self.cache.length(0)
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return [self.cache]
+
+    def restore(self, caches: Sequence[KVCache]) -> None:
+        (self.cache,) = caches
+
+    def release(self) -> None:
+        self.vision.close()
+        self.cache.free()
+
+
+@dataclass(eq=False)
+class Generating:
+    """Its choices generate; `branches` are those that are not complete."""
+
+    prompt: Prompt
+    branches: list[Branch]
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return [branch.cache for branch in self.branches]
+
+    def restore(self, caches: Sequence[KVCache]) -> None:
+        for branch, cache in zip(self.branches, caches, strict=True):
+            branch.cache = cache
+
+    def release(self) -> None:
+        for branch in self.branches:
+            branch.cache.free()
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The task has ended: it holds nothing and emits nothing more."""
+
+    def release(self) -> None: ...
+
+
+Running = Prefilling | Generating
+RequestState = Waiting | LoadingMedia | Ready | Running | Closed
+
+
+@dataclass(frozen=True)
+class Preempted:
+    """The state of a preempted task, and its sequences, which are on disk meanwhile."""
+
+    state: Running
+    saved: SavedCaches
+
+    @classmethod
+    def save(cls, state: Running, folder: Path) -> Preempted | None:
+        """Copies the sequences of `state` to a file in `folder` and releases the state. None where nothing was computed
+        or the disk has no room: the prompt and what was generated are computed again then."""
+        preempted, past = None, state.prompt.past
+        if any(cache.length(0) for cache in state.caches):
+            with suppress(KeyeError):  # no room on the disk, or no such folder
+                saved = SavedCaches.save(state.caches, folder, () if past is None else past.block_table)
+                preempted = cls(state, saved)
+        state.release()
+        return preempted
+
+    def resume(self) -> Running:
+        """The state with its sequences in memory again. `OutOfMemory` where there is no room, and nothing changes."""
+        self.state.restore(self.saved.restore())
+        return self.state
+
+
+@dataclass(eq=False)
 class Task:
-    """A request on its way. `done` tokens of the prompt are in `cache`, of which `cached` were there before. `tell` is
-    called with every event, in the thread that steps."""
+    """A request in the engine. `emit` is called with every event, in the thread that steps. `cached` tokens of the
+    prompt were there before it started; `counts` and `counted` are the selections of `Evidence`."""
 
     number: int
     request: Request
-    tell: Callable[[Event], None]
+    emit: Callable[[Event], None]
     created: float
-    stage: Stage = Stage.WAITING
-    prompt: Prompt | None = None
-    cache: KVCache | None = None
-    vision: VisionJob | None = None
-    visual: Tensor | None = None
-    done: int = 0
+    state: RequestState = field(default_factory=Waiting)
     cached: int = 0
     choices: list[Choice] = field(default_factory=list)
     counts: Tensor | None = None
     counted: int = 0
     prompt_probs: list[TokenProb] = field(default_factory=list)
     notes: list[KeyeWarning] = field(default_factory=list)
-    #: Those after the last token of the prompt, until the choices take them over.
-    logits: Tensor | None = None
-    #: What it and its choices had stored when it was preempted, and whose each of the sequences is.
-    saved: SavedCaches | None = None
-    holders: list[Task | Choice] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     aborted: bool = False
-    #: Whether it made room for itself although nobody else was there, because its blocks lay scattered.
+    #: Whether it was preempted although it ran alone, because its blocks were fragmented.
     retried: bool = False
-    #: How many requests had ended when it found no room.
-    waits_since: int | None = None
-    #: Number of the pass that last computed something of it.
-    turn: int = 0
+    #: Number of the step that last computed something of it.
+    last_step: int = 0
 
     @property
-    def live(self) -> list[Choice]:
-        """Choices that still write."""
-        return [choice for choice in self.choices if choice.reason is None]
+    def has_ended(self) -> bool:
+        return isinstance(self.state, Closed)
 
     @property
-    def length(self) -> int:
-        """Tokens of the prompt."""
-        assert self.prompt is not None
-        return self.prompt.token_ids.shape[0]
+    def is_running(self) -> bool:
+        """Whether it holds memory for keys and values."""
+        return isinstance(self.state, Running)
 
 
 class Inbox:

@@ -1,22 +1,31 @@
-"""One pass of the model over slices of several sequences. Knows tensors and caches, not requests."""
+"""One step of the model over slices of several sequences, and the scratch memory for its activations.
+
+Knows tensors, caches and the ledger, not requests. A smallest share of scratch is reserved as long as anything runs, so
+that keys and values never take its place; more is reserved for a single step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
+from keye.cache.ledger import Ledger
 from keye.cache.sequence import KVCache
 from keye.config import TextConfig
-from keye.engine.scheduler import LEAST_TOKENS
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
 
+#: Prompt tokens of a step in which nothing is generated, and the fewest of one in which something is.
+ALONE_TOKENS: Final = 1024
+LEAST_TOKENS: Final = 32
+#: The ledger's account of scratch.
+SCRATCH: Final = "scratch"
 #: Scratch of the attention kernels for a chunk: the compiled ones take a few MiB at any context.
-SCRATCH_BYTES = 8 << 20
+KERNEL_BYTES: Final = 8 << 20
 
 #: Which logits of a slice are wanted: none, those after its last token, or those after each.
 Wanted = Literal["none", "last", "all"]
@@ -44,46 +53,129 @@ def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> 
     experts = max(1, config.num_experts_per_tok if config.num_experts else 1)
     inner = config.moe_intermediate_size if config.num_experts else config.intermediate_size
     per_row = itemsize * (4 * d + 2 * heads * config.head_dim + experts * (3 * inner + 2 * d)) + 4 * (2 + experts) * d
-    return 2 * rows * per_row + 4 * wanted * config.vocab_size + (SCRATCH_BYTES if rows > 1 else 1 << 20)
+    return 2 * rows * per_row + 4 * wanted * config.vocab_size + (KERNEL_BYTES if rows > 1 else 1 << 20)
 
 
-def smallest_scratch(model: KeyeModel) -> int:
-    """What the smallest step takes: the engine keeps so much free of keys and values."""
-    return scratch_bytes(model.config.text, LEAST_TOKENS, LEAST_TOKENS, model.dtype.itemsize)
+def least_scratch(config: TextConfig, itemsize: int) -> int:
+    """Bytes of the smallest share: enough for a few rows with the logits of each."""
+    return scratch_bytes(config, LEAST_TOKENS, LEAST_TOKENS, itemsize)
+
+
+def prompt_scratch(config: TextConfig, tokens: int, itemsize: int) -> int:
+    """Most bytes that the engine reserves for a request with a prompt of so many tokens which runs alone."""
+    last = tokens % ALONE_TOKENS or min(tokens, ALONE_TOKENS)
+    steps = [scratch_bytes(config, last, 1, itemsize), least_scratch(config, itemsize)]
+    if tokens > last:
+        steps.append(scratch_bytes(config, ALONE_TOKENS, 0, itemsize))
+    return max(steps)
+
+
+class Scratch:
+    """The scratch of one engine."""
+
+    def __init__(self, model: KeyeModel, ledger: Ledger) -> None:
+        self._config, self._itemsize, self._ledger = model.config.text, model.dtype.itemsize, ledger
+        self.least = least_scratch(self._config, self._itemsize)
+        self._has_least = False
+
+    def reserve_least(self) -> bool:
+        """Reserves the smallest share, unless it is reserved; `OutOfMemory` where it is not free."""
+        if not self._has_least:
+            self._ledger.reserve(SCRATCH, self.least)
+            self._has_least = True
+        return True
+
+    def release_least(self) -> None:
+        """Releases the smallest share."""
+        if self._has_least:
+            self._ledger.release(SCRATCH, self.least)
+            self._has_least = False
+
+    def reserve(self, slices: Sequence[Slice]) -> int:
+        """Reserves what a step over the slices needs beyond the smallest share; returns the bytes, for `release`.
+        `OutOfMemory` where they are not free."""
+        more = self._more(*_count_rows(slices))
+        self._ledger.reserve(SCRATCH, more)
+        return more
+
+    def release(self, nbytes: int) -> None:
+        """Releases what `reserve` took."""
+        self._ledger.release(SCRATCH, nbytes)
+
+    def limit_tokens(self, tokens: int, replies: int = 0, *, probes: bool = False) -> int:
+        """Prompt tokens for which a step beside so many replies has scratch, at most `tokens`; `probes` wants the
+        logits of every one. Fewer where memory is short, but some where there are no replies."""
+        free = self._ledger.free(SCRATCH)
+        while free is not None and tokens and self._more(tokens + replies, (tokens if probes else 1) + replies) > free:
+            tokens //= 2
+        return tokens
+
+    def count_fitting(self, slices: Sequence[Slice]) -> int:
+        """How many of the slices, from the first on, there is scratch for when caches are evicted; 0 where not even for
+        the first."""
+        while (count := self._count_fitting(slices)) < len(slices) and self._ledger.reclaim(SCRATCH):
+            pass
+        return count
+
+    def bytes_for(self, rows: int, wanted: int) -> int:
+        """Bytes that a step over so many rows needs, with the smallest share."""
+        return self.least + self._more(rows, wanted)
+
+    def _count_fitting(self, slices: Sequence[Slice]) -> int:
+        free = self._ledger.free(SCRATCH)
+        if free is None:
+            return len(slices)
+        rows = wanted = 0
+        for count, piece in enumerate(slices):
+            more = _count_rows([piece])
+            rows, wanted = rows + more[0], wanted + more[1]
+            if self._more(rows, wanted) > free:
+                return count
+        return len(slices)
+
+    def _more(self, rows: int, wanted: int) -> int:
+        """Bytes of a step beyond the smallest share."""
+        return max(0, scratch_bytes(self._config, rows, wanted, self._itemsize) - self.least)
+
+
+def _count_rows(slices: Sequence[Slice]) -> tuple[int, int]:
+    """Rows of a step over slices, and those whose logits are wanted."""
+    rows = [piece.token_ids.shape[0] for piece in slices]
+    return sum(rows), sum(n if s.wanted == "all" else s.wanted == "last" for n, s in zip(rows, slices, strict=True))
 
 
 @torch.inference_mode()
-def run(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
+def run_slices(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
     """Computes all slices; returns the wanted logits of each, float32 [1 or n, V] on the model's device."""
     out: list[Tensor | None] = [None] * len(slices)
-    for group in _passes(slices):
-        for place, logits in zip(group, _pass(model, [slices[i] for i in group]), strict=True):
+    for group in _group_slices(slices):
+        for place, logits in zip(group, _run_group(model, [slices[i] for i in group]), strict=True):
             out[place] = logits
     return out
 
 
-def _passes(slices: Sequence[Slice]) -> list[list[int]]:
+def _group_slices(slices: Sequence[Slice]) -> list[list[int]]:
     """Which slices share a pass: those of one attention mode, but for those that want to be alone."""
     groups: dict[object, list[int]] = {}
-    for i, one in enumerate(slices):
-        groups.setdefault(("alone", i) if one.alone else one.mode, []).append(i)
+    for i, piece in enumerate(slices):
+        groups.setdefault(("alone", i) if piece.alone else piece.mode, []).append(i)
     return list(groups.values())
 
 
-def _pass(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
+def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
     device = model.device
-    ids = torch.cat([one.token_ids for one in slices]).to(device)
-    positions = torch.cat([one.position_ids for one in slices], dim=1).to(device)
+    ids = torch.cat([piece.token_ids for piece in slices]).to(device)
+    positions = torch.cat([piece.position_ids for piece in slices], dim=1).to(device)
     x = model.model.embed_tokens(ids)
     spans, start = [], 0
-    for one in slices:
-        spans.append(Span(start, start + one.token_ids.shape[0], one.cache, one.counts))
+    for piece in slices:
+        spans.append(Span(start, start + piece.token_ids.shape[0], piece.cache, piece.counts))
         part, start = slice(start, spans[-1].stop), spans[-1].stop
-        if one.visual is not None:  # a placeholder elsewhere is a token that a model has drawn, and stands for itself
-            x[part] = model.embed(ids[part], one.visual)
+        if piece.visual is not None:  # a placeholder elsewhere is a token that a model has drawn, and stands for itself
+            x[part] = model.embed(ids[part], piece.visual)
     step = CachedStep(spans, model.config.text, mode=slices[0].mode, fixed=slices[0].alone)
     hidden = model(x, positions, step)
-    rows = [_rows(span, one.wanted) for span, one in zip(spans, slices, strict=True)]
+    rows = [_wanted_rows(span, piece.wanted) for span, piece in zip(spans, slices, strict=True)]
     chosen = [i for wanted in rows for i in wanted]
     if not chosen:
         return [None] * len(slices)
@@ -94,7 +186,7 @@ def _pass(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
     return [part if wanted else None for part, wanted in zip(parts, rows, strict=True)]
 
 
-def _rows(span: Span, wanted: Wanted) -> range:
+def _wanted_rows(span: Span, wanted: Wanted) -> range:
     if wanted == "none":
         return range(0)
     return range(span.stop - 1 if wanted == "last" else span.start, span.stop)

@@ -265,10 +265,10 @@ class VisionJob:
                 self._cache.release(part.key)
 
 
-def being_encoded(media: Sequence[MediaItem], jobs: Iterable[VisionJob | None]) -> bool:
+def is_being_encoded(media: Sequence[MediaItem], jobs: Iterable[VisionJob]) -> bool:
     """Whether one of the jobs is about to bring one of these media into the cache."""
     keys = {item.key for item in media if item.key is not None}
-    return any(job is not None and job.will_keep(key) for job in jobs for key in keys)
+    return any(job.will_keep(key) for job in jobs for key in keys)
 
 
 def _needed(media: Sequence[MediaItem], first: int) -> list[tuple[int, MediaItem]]:

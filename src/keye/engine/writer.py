@@ -1,4 +1,4 @@
-"""From logits to text: draws tokens, decides when a choice is complete, words the events. Holds no state."""
+"""From logits to text: draws tokens, decides when a choice is complete, builds the events. Holds no state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ from torch import Tensor
 from keye.chat.tokenizer import StreamDecoder, Tokenizer
 from keye.config import GenerationConfig, KeyeConfig
 from keye.engine.evidence import make_evidence
-from keye.engine.request import Choice, Delta, Ended, Finished, Prefilled, Request, Task, TokenProb
+from keye.engine.prompt import Prompt
+from keye.engine.request import (
+    Branch,
+    Choice,
+    Delta,
+    Ended,
+    Finished,
+    Generating,
+    Prefilled,
+    Prefilling,
+    Request,
+    Task,
+    TokenProb,
+)
 from keye.engine.sampling import Sampler, StopText, check_logits, is_loop
 from keye.errors import KeyeError
 
@@ -31,10 +44,10 @@ class Writer:
         added = tokenizer.added_tokens
         self.thought_ids = added.get("<think>"), added.get("</think>")
 
-    def choices(self, task: Task) -> list[Choice]:
-        """The continuations of a task, none of them begun. Each draws by itself: its numbers depend on the seed and its
-        index alone."""
-        request, params = task.request, task.request.params
+    def choices(self, request: Request) -> list[Choice]:
+        """The choices of a request, not begun. Each draws by itself: its numbers depend on the seed and its index
+        alone."""
+        params = request.params
         banned = self._banned(params.bad_words)
         return [
             Choice(
@@ -50,45 +63,49 @@ class Writer:
 
     def _banned(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text as they stand at the beginning of a text and after a space."""
-        found = [self.tokenizer.encode(form) for text in texts for form in (text, f" {text.lstrip()}")]
-        return [ids for ids in found if ids]
+        forms = [form for text in texts for form in (text, f" {text.lstrip()}")]
+        return [ids for form in forms if (ids := self.tokenizer.encode(form))]
 
-    def counts(self, task: Task, length: int, new: int) -> Tensor | None:
-        """Where the selections of `new` tokens, the last of the first `length`, are counted for evidence; None where
-        nothing is selected."""
+    def count_selections(self, task: Task, prompt: Prompt, length: int) -> Tensor | None:
+        """Where the selections of the last of `length` tokens are counted for evidence, int64 [layers, positions]; None
+        where nothing is selected."""
         sparse = self.config.text.sparse
         if sparse is None or task.request.attention == "dense":
             return None
         if task.counts is None:
-            size = task.length + task.request.params.max_tokens
+            size = prompt.length + task.request.params.max_tokens
             task.counts = torch.zeros(self.config.text.num_hidden_layers, size, dtype=torch.int64)
-        task.counted += min(new, max(0, length - sparse.topk))
+        task.counted += length > sparse.topk
         return task.counts
 
-    def write(self, tasks: Sequence[Task]) -> list[tuple[Task, Exception]]:
-        """Draws the next token of every choice that has logits and tells of it; returns the tasks that cannot go on."""
-        rows = [(task, choice) for task in tasks for choice in task.live if choice.logits is not None]
+    def write(self, generating: Sequence[tuple[Task, Generating]]) -> list[tuple[Task, Exception]]:
+        """Draws the next token of every branch that has logits and emits it; returns the tasks that cannot go on."""
+        rows = [
+            (task, branch, branch.logits)
+            for task, state in generating
+            for branch in state.branches
+            if branch.logits is not None
+        ]
         if not rows:
             return []
-        stacked = torch.stack([choice.logits for _, choice in rows])  # type: ignore[misc]
+        stacked = torch.stack([logits for _, _, logits in rows])
         broken = stacked.isnan().any(-1).tolist()
         best = stacked.argmax(-1).tolist()
         failed: dict[int, tuple[Task, Exception]] = {}
-        for (task, choice), bad, token in zip(rows, broken, best, strict=True):
+        for (task, branch, logits), bad, token in zip(rows, broken, best, strict=True):
             if task.number in failed:
                 continue
             try:
                 if bad:
-                    check_logits(choice.logits)  # type: ignore[arg-type]
-                self._next(task, choice, token)
+                    check_logits(logits)
+                branch.logits = None
+                self._draw(task, branch, logits, token)
             except (KeyeError, RuntimeError) as error:  # RuntimeError: torch, of probabilities that are none
                 failed[task.number] = task, error
         return list(failed.values())
 
-    def _next(self, task: Task, choice: Choice, best: int) -> None:
-        logits, request = choice.logits, task.request
-        assert logits is not None
-        choice.logits = None
+    def _draw(self, task: Task, branch: Branch, logits: Tensor, best: int) -> None:
+        choice, request = branch.choice, task.request
         mask = None if choice.guide is None else choice.guide.mask()
         if (forced := self._end_of_thought(choice, request.params.thinking_token_budget)) is not None:
             token = forced
@@ -105,28 +122,28 @@ class Writer:
             self._complete(task, choice, Ended(choice.index, "stop", token, asked), shown if asked else "")
             return
         choice.reply.append(token)
-        choice.pending = [token]
+        branch.pending = [token]
         self._count_thought(choice, token)
         probs = () if request.logprobs is None else (self._prob(logits, token, request.logprobs),)
         text = choice.decoder.push(token)
         text = choice.stop.push(text) if len(choice.reply) > params.min_tokens else choice.stop.skip(text)
-        task.tell(Delta(choice.index, text, (token,), probs))
+        task.emit(Delta(choice.index, text, (token,), probs))
         if choice.stop.stopped:
             choice.reason = "stop"
-            task.tell(Ended(choice.index, "stop", choice.stop.met, asked=True))
+            task.emit(Ended(choice.index, "stop", choice.stop.met, asked=True))
         elif len(choice.reply) >= params.max_tokens:
             self._complete(task, choice, Ended(choice.index, "length"))
         elif _may_stop(request, len(choice.reply)) and is_loop(choice.reply, params.max_tokens):
             self._complete(task, choice, Ended(choice.index, "loop"))
 
     def _complete(self, task: Task, choice: Choice, ended: Ended, more: str = "") -> None:
-        """Tells the text that was held back, then `more`; a stop string at the very end still counts."""
+        """Emits the text that was held back, then `more`; a stop string at the very end still counts."""
         rest = choice.stop.push(choice.decoder.finish())
         rest += more if choice.stop.stopped else choice.stop.finish() + more
         if rest:
-            task.tell(Delta(choice.index, rest))
+            task.emit(Delta(choice.index, rest))
         choice.reason = ended.reason
-        task.tell(ended)
+        task.emit(ended)
 
     def _end_of_thought(self, choice: Choice, budget: int | None) -> int | None:
         """The token that ends a block of reasoning, where a choice has written as much of it as it may."""
@@ -152,28 +169,25 @@ class Writer:
         raw = self.tokenizer.token_bytes(token)
         return TokenProb(token, raw.decode("utf-8", "replace"), raw, float(logs[token]), top, rank)
 
-    def probe(self, task: Task, logits: Tensor) -> None:
+    def probe(self, task: Task, state: Prefilling, logits: Tensor) -> None:
         """Notes the probabilities of prompt tokens; `logits` [n, V] are those after the tokens just computed."""
-        assert task.prompt is not None
-        first = task.done - logits.shape[0]
-        for row, token in enumerate(task.prompt.token_ids[first + 1 : task.done + 1].tolist()):
+        first = state.done - logits.shape[0]
+        for row, token in enumerate(state.prompt.token_ids[first + 1 : state.done + 1].tolist()):
             task.prompt_probs.append(self._prob(logits[row], token, task.request.prompt_logprobs or 0, ranked=True))
 
-    def prefilled(self, task: Task) -> Prefilled:
-        """What is told when the prompt is computed."""
-        assert task.prompt is not None
-        first = int(task.prompt.token_ids[0])
-        return Prefilled(task.length, first, self._prompt_probs(task), (*task.prompt.notes, *task.notes))
+    def prefilled(self, task: Task, prompt: Prompt) -> Prefilled:
+        """The event of a complete prompt."""
+        first, notes = int(prompt.token_ids[0]), (*prompt.notes, *task.notes)
+        return Prefilled(prompt.length, first, self._prompt_probs(task), notes)
 
     @staticmethod
     def _prompt_probs(task: Task) -> tuple[TokenProb, ...] | None:
         """The probabilities of the prompt where they were asked for."""
         return None if task.request.prompt_logprobs is None else tuple(task.prompt_probs)
 
-    def finished(self, task: Task) -> Finished:
-        """What is told when all choices are complete."""
-        prompt, now = task.prompt, time.perf_counter()
-        assert prompt is not None
+    def finished(self, task: Task, prompt: Prompt) -> Finished:
+        """The event of a complete request."""
+        now = time.perf_counter()
         laid, filled = task.times["laid out"], task.times["prefilled"]
         seconds = {"media": laid - task.created, "prefill": filled - laid, "generate": now - filled}
         evidence = None
@@ -182,7 +196,7 @@ class Writer:
             answered = task.request.ignore_eos or bool(text.strip())
             evidence = make_evidence(task.counts, task.counted, prompt, self.config, answered=answered)
         return Finished(
-            prompt_tokens=task.length,
+            prompt_tokens=prompt.length,
             media_tokens=prompt.visual_tokens,
             completion_tokens=sum(len(choice.reply) for choice in task.choices),
             cached_tokens=task.cached,

@@ -23,7 +23,6 @@ from keye.engine.request import (
     Inbox,
     Progress,
     Request,
-    Stage,
     TokenProb,
 )
 from keye.errors import KeyeWarning, warn
@@ -171,7 +170,7 @@ def _pieces(
                     yield text
         yield collector.answer
     finally:
-        if task.stage is not Stage.ENDED:
+        if not task.has_ended:
             core.abort(task)
 
 

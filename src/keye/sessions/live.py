@@ -186,7 +186,7 @@ class LiveSession:
         """A past of nothing but what comes before the video."""
         self._trunk = Decoding(self._runtime.model, mode=self._runtime.attention, store=self._runtime.store)
         self._trunk.cache.reserve(len(self._head))
-        with self._core.beside():
+        with self._core.exclusive():
             self._trunk.append(self._head)
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
@@ -221,7 +221,7 @@ class LiveSession:
     def _encoded(self, item: MediaItem) -> Tensor:
         job = VisionJob(self._runtime.model, [item])
         try:
-            job.run_until(job.total, self._core.beside)
+            job.run_until(job.total, self._core.exclusive)
             return job.tokens(0, job.total)
         finally:
             job.close()
@@ -251,7 +251,7 @@ class LiveSession:
         self._trunk.cache.reserve(self.tokens + len(ids))
         self._trunk.extend(
             torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
-            turn=self._core.beside,
+            turn=self._core.exclusive,
         )  # fmt: skip
 
     def _make_room(self, tokens: int) -> None:
@@ -297,7 +297,7 @@ class LiveSession:
         item, begin = self._item(), self._trunk.position
         seen = torch.tensor([*self._head, *(token for frame in self._frames for token in frame.token_ids)])
         stored = torch.zeros(3, len(seen), dtype=torch.int64)
-        with self._core.beside():
+        with self._core.exclusive():
             cache = self._trunk.cache.fork()
         past = IndexedVideo(
             "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, plan_of(item), self._trunk.mode,

@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.chat.template import Segment
 from keye.chat.tokenizer import check_unicode
-from keye.engine.admission import MAX_PROBS
 from keye.engine.prompt import Prompt, Room
 from keye.engine.request import Delta, Ended, Event, Finished, Prefilled, TokenProb
 from keye.engine.request import Request as Job
+from keye.engine.scheduler import MAX_PROBS
 from keye.server.context import Context, context_of, owner_of
 from keye.server.errors import ApiError
 from keye.server.notes import current_notes
