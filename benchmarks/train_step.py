@@ -19,25 +19,27 @@ import torch
 
 from keye.config import load_model_config
 from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
-from keye.train.config import Mix, StageConfig
+from keye.train.optim import mark_trainable
+from keye.train.recipe import move_batch
 from keye.train.recipes.nano.batches import make_batch
+from keye.train.recipes.nano.config import Mix, NanoStage, NanoTable
 from keye.train.recipes.nano.initialise import fresh_model
-from keye.train.stages import make_stage, trainable
+from keye.train.recipes.nano.recipe import NanoRecipe
 
 NANO = Path(__file__).parents[1] / "configs" / "nano"
-STAGE = StageConfig("step", steps=1, mix=(Mix(frames=16, clips=4, questions=16),))
+STAGE = NanoStage(name="step", steps=1, nano=NanoTable(mix=(Mix(frames=16, clips=4, questions=16),)))
 
 
 def step_seconds(steps: int, elementwise: Elementwise) -> list[float]:
     """Seconds of the forward and backward passes of `steps` steps, after three that warm up."""
     model = fresh_model(load_model_config(NANO), 0).bfloat16().train()
     model.set_elementwise(elementwise)
-    list(trainable(model, STAGE))
-    stage, seconds = make_stage(STAGE, model), []
+    list(mark_trainable(model, STAGE))
+    objective, seconds = NanoRecipe().make_objective(STAGE, model), []
     for number in range(steps + 3):
-        batch = make_batch(STAGE, NANO, number)
+        batch = move_batch(make_batch(STAGE, NANO, number), model.device)
         begin = time.perf_counter()
-        stage.loss(model, batch).backward()
+        objective.loss(model, batch).backward()
         seconds.append(time.perf_counter() - begin)
         model.zero_grad(set_to_none=True)
     return seconds[3:]

@@ -1,6 +1,6 @@
 """Numbers of keye-nano that a refactor must not move: logits in both attention modes, losses of every kind of stage.
 
-New weights move them rightly; then `python tests/test_snapshots.py` writes tests/data/nano-snapshots.json anew.
+New weights move them rightly; then `python tests/test_snapshots.py` writes tests/data/nano-snapshots.json again.
 """
 
 import json
@@ -14,17 +14,18 @@ from keye.config import load_model_config
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span
 from keye.models.load import load_model
-from keye.train.config import Mix, StageConfig
 from keye.train.recipes.nano.batches import make_batch
-from keye.train.stages import encode_frames, make_stage
+from keye.train.recipes.nano.config import Mix
+from keye.train.recipes.nano.objectives import encode_frames
+from tests.support.training import NANO_RECIPE, make_tensors, nano_stage
 
 SNAPSHOTS = Path(__file__).parent / "data" / "nano-snapshots.json"
 MIX = (Mix(frames=8, clips=1, questions=6),)
 STAGES = {
-    "vision": StageConfig("vision", kind="vision", trains="vision", steps=1, batch=2, text_chance=1.0),
-    "language": StageConfig("language", steps=1, mix=MIX),
-    "warm-up": StageConfig("warm-up", steps=1, mix=MIX, trains="indexer", attention="warmup"),
-    "sparse": StageConfig("sparse", steps=1, mix=MIX, attention="sparse"),
+    "vision": nano_stage("vision", kind="vision", trains="vision", steps=1, batch=2, text_chance=1.0),
+    "language": nano_stage("language", steps=1, mix=MIX),
+    "warm-up": nano_stage("warm-up", steps=1, mix=MIX, trains="indexer", attention="warmup"),
+    "sparse": nano_stage("sparse", steps=1, mix=MIX, attention="sparse"),
 }
 
 
@@ -55,7 +56,8 @@ def measure_logits(model, mode):
 @torch.no_grad()
 def measure_loss(model, name):
     torch.manual_seed(0)  # the heads of the vision stage
-    return float(make_stage(STAGES[name], model).loss(model, make_batch(STAGES[name], asset("nano"), 5)))
+    objective = NANO_RECIPE.make_objective(STAGES[name], model)
+    return float(objective.loss(model, make_tensors(STAGES[name], 5, asset("nano"))))
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_plan_reads_no_weights(run: Callable, own_model: Path, video: Path) -> N
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration, and a trainer that reports twice."""
 
-    def fake(config: Any, *, resume: bool, report: Callable[[dict[str, Any]], None], decode: str | None = None) -> Path:
+    def fake(config: Any, recipe: Any, *, resume: bool, report: Any, decode: str | None = None) -> Path:
         assert decode is None, "batches are made by a process of the run's own unless an address is given"
         for step in (1, 2):
             report({"stage": config.stages[0].name, "step": step, "minutes": 0.5, "loss": 1 / step, "resume": resume})
@@ -92,7 +92,8 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(trainer, "train", fake)
     path = tmp_path / "run.toml"
     path.write_text(
-        'model = "m"\noutput = "out"\n[[stage]]\nname = "look"\nkind = "vision"\ntrains = "vision"\nsteps = 2\n'
+        'recipe = "nano"\nmodel = "m"\noutput = "out"\n'
+        '[[stage]]\nname = "look"\ntrains = "vision"\nsteps = 2\nnano = {kind = "vision"}\n'
     )
     return path
 

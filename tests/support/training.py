@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from keye.train.config import Mix, StageConfig, TrainConfig
-from tests.support.tiny import tiny_folder
+from keye.train.loop import train
+from keye.train.recipe import move_batch
+from keye.train.recipes.nano.batches import make_batch
+from keye.train.recipes.nano.config import Mix, NanoConfig, NanoStage, NanoTable
+from keye.train.recipes.nano.recipe import NanoRecipe
+from tests.support.tiny import NANO, tiny_folder
+
+
+def nano_stage(name: str, **fields: Any) -> NanoStage:
+    """A stage whose fields may be its own or those of its table `nano`."""
+    table = {key: fields.pop(key) for key in NanoTable.model_fields if key in fields}
+    return NanoStage(name=name, nano=NanoTable(**table), **fields)
+
 
 MIX = (Mix(frames=2, clips=2, questions=4),)
-VISION = StageConfig("see", kind="vision", trains="vision", steps=2, batch=2, warmup_steps=1)
-LANGUAGE = StageConfig("read", steps=5, mix=MIX, warmup_steps=1, time_binding=0.3)
-SPARSE = StageConfig("select", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse")
+VISION = nano_stage("see", kind="vision", trains="vision", steps=2, batch=2, warmup_steps=1)
+LANGUAGE = nano_stage("read", steps=5, mix=MIX, warmup_steps=1, time_binding=0.3)
+SPARSE = nano_stage("select", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse")
 
 
-def a_run(folder: Path, output: str, *stages: StageConfig, **options) -> TrainConfig:
+def a_run(folder: Path, output: str, *stages: NanoStage, **options) -> NanoConfig:
     model = folder / "model"
     if not model.exists():
         tiny_folder(model, weights=False)
     defaults = {"fresh": True, "seed": 4, "fused": False, "save_steps": 2, "log_seconds": 0.0}
-    return TrainConfig(model, folder / output, stages, **{**defaults, **options})
+    return NanoConfig(recipe="nano", model=model, output=folder / output, stages=stages, **{**defaults, **options})
+
+
+NANO_RECIPE = NanoRecipe()
+
+
+def make_tensors(stage: NanoStage, seed: int, folder: Path = NANO) -> Any:
+    """The batch of `seed` as tensors."""
+    return move_batch(make_batch(stage, folder, seed), torch.device("cpu"))
+
+
+def train_nano(config: NanoConfig, **options: Any) -> Path:
+    """`keye.train.loop.train` with keye-nano's recipe."""
+    return train(config, NANO_RECIPE, **options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,23 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.data.frameforge import make_clip, questions, render, stream
-from keye.train.config import Mix, StageConfig
+from keye.train.batches import derived_seed
 from keye.train.recipes.nano.batches import (
     IGNORE,
     VISION_TARGETS,
     WINDOW,
     PackedBatch,
-    _fill_windows,
     batch_maker,
-    derived_seed,
+    fill_windows,
     make_batch,
 )
+from keye.train.recipes.nano.config import Mix
 from tests.support.tiny import NANO
-from tests.support.training import assert_same
+from tests.support.training import assert_same, nano_stage
 
 MIX = (Mix(frames=3, clips=3, questions=8), Mix(frames=5, clips=2, questions=6))
-LANGUAGE = StageConfig("language", steps=1, mix=MIX)
-VISION = StageConfig("vision", kind="vision", trains="vision", steps=1, batch=4, text_chance=1.0)
+LANGUAGE = nano_stage("language", steps=1, mix=MIX)
+VISION = nano_stage("vision", kind="vision", trains="vision", steps=1, batch=4, text_chance=1.0)
 
 
 @pytest.mark.parametrize("config", [LANGUAGE, VISION])
@@ -44,7 +44,7 @@ def test_derived_seeds_depend_on_every_part():
 
 @given(st.lists(st.integers(1, WINDOW), min_size=1, max_size=40))
 def test_windows_hold_every_branch_whole(lengths):
-    places = _fill_windows(lengths)
+    places = fill_windows(lengths)
     taken = set()
     for length, (start, stop) in zip(lengths, places, strict=True):
         assert stop - start == length
@@ -59,7 +59,7 @@ def test_windows_hold_every_branch_whole(lengths):
 
 def test_branch_longer_than_a_window():
     with pytest.raises(ValueError, match=f"take {WINDOW + 1} tokens; a window holds {WINDOW}"):
-        _fill_windows([3, WINDOW + 1])
+        fill_windows([3, WINDOW + 1])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,14 +137,14 @@ def test_making_batches_imports_no_torch():
 
 
 def test_a_mix_may_show_more_text_than_its_stage():
-    always = StageConfig("text", steps=1, mix=(Mix(frames=2, clips=6, questions=40, text_chance=1.0),), text_chance=0.0)
-    never = StageConfig("plain", steps=1, mix=(Mix(frames=2, clips=6, questions=40),), text_chance=0.0)
+    always = nano_stage("text", steps=1, mix=(Mix(frames=2, clips=6, questions=40, text_chance=1.0),), text_chance=0.0)
+    never = nano_stage("plain", steps=1, mix=(Mix(frames=2, clips=6, questions=40),), text_chance=0.0)
     assert make_batch(always, NANO, 1).events.text.any(axis=(1, 2)).all()
     assert not make_batch(never, NANO, 1).events.text.any()
 
 
 def test_pictures_are_asked_about_as_images():
-    config = StageConfig("pictures", steps=1, mix=(Mix(frames=1, clips=3, questions=6, pictures=True),))
+    config = nano_stage("pictures", steps=1, mix=(Mix(frames=1, clips=3, questions=6, pictures=True),))
     batch, maker = make_batch(config, NANO, 2), batch_maker(NANO)
     text = maker.tokenizer.decode(batch.trunk_ids[0].tolist(), skip_special=False)
     assert text == "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"

@@ -5,66 +5,80 @@ from pathlib import Path
 import pytest
 
 from keye.config import ConfigError
-from keye.train.config import Mix, load_train_config
+from keye.train.recipes import load_run
+from keye.train.recipes.nano.config import Mix
 
-HEADER = 'model = "nano"\noutput = "out"\n'
-STAGE = '[[stage]]\nname = "one"\nsteps = 3\nmix = [{frames = 4, clips = 2, questions = 3}]\n'
+HEADER = 'recipe = "nano"\nmodel = "nano"\noutput = "out"\n'
+STAGE = '[[stage]]\nname = "one"\nsteps = 3\n'
+MIX = "mix = [{frames = 4, clips = 2, questions = 3}]\n"
+NANO = "[stage.nano]\n" + MIX
+RUN = HEADER + STAGE + NANO
 
 
 def read(folder, text):
     path = folder / "run.toml"
     path.write_text(text)
-    return load_train_config(path)
+    return load_run(path)[0]
 
 
 def test_reads_a_run(tmp_path):
-    config = read(tmp_path, HEADER + "seed = 3\nsave_steps = 10\n" + STAGE)
+    config = read(tmp_path, HEADER + "seed = 3\nsave_steps = 10\n" + STAGE + NANO)
     assert config.model == tmp_path / "nano"
     assert config.output == tmp_path / "out"
-    assert (config.seed, config.save_steps) == (3, 10)
+    assert (config.seed, config.save_steps, config.device, config.dtype) == (3, 10, "cpu", "bfloat16")
     (stage,) = config.stages
-    assert stage.mix == (Mix(frames=4, clips=2, questions=3),)
-    assert (stage.kind, stage.attention, stage.trains) == ("language", "dense", "decoder")
+    assert stage.nano.mix == (Mix(frames=4, clips=2, questions=3),)
+    assert (stage.nano.kind, stage.attention, stage.trains) == ("language", "dense", "decoder")
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("model = ", "no readable TOML"),
-        (HEADER, r"no \[\[stage\]\]"),
-        (HEADER + "stage = 3", "stage must be a list of tables"),
-        ('model = "nano"\n' + STAGE, "lacks 'output'"),
-        (HEADER + "rate = 1\n" + STAGE, "unknown keys rate; known are model"),
-        (HEADER + "threads = 0\n" + STAGE, "threads is 0"),
-        (HEADER + "save_steps = 0\n" + STAGE, "save_steps is 0"),
-        (HEADER + STAGE + "speed = 1\n", "stage 'one': unknown keys speed"),
-        (HEADER + STAGE.replace("clips", "videos"), "mix: unknown keys videos"),
-        (HEADER + STAGE.replace("clips = 2, ", ""), "mix: .*clips"),
-        (HEADER + STAGE.replace("clips = 2", "clips = 0"), "clips is 0"),
-        (HEADER + STAGE.replace('name = "one"\n', ""), "name"),
-        (HEADER + STAGE.replace("steps = 3\n", ""), "needs steps or minutes"),
-        (HEADER + STAGE.replace("steps = 3", "steps = 0"), "steps is 0"),
-        (HEADER + STAGE + "lr = -1.0\n", "lr is -1.0"),
-        (HEADER + STAGE.split("mix")[0], "needs a mix"),
-        (HEADER + STAGE + 'kind = "sound"\n', "kind is 'sound'; choose vision, language"),
-        (HEADER + STAGE + 'trains = "nothing"\n', "trains is 'nothing'"),
-        (HEADER + STAGE + 'attention = "spares"\n', "attention is 'spares'; choose dense, warmup, sparse"),
-        (HEADER + STAGE + 'kind = "vision"\n', 'set trains = "vision"'),
-        (HEADER + STAGE + 'attention = "warmup"\n', 'set trains = "indexer"'),
-        (HEADER + STAGE + 'trains = "indexer"\n', "gives the indexer nothing to learn"),
-        (HEADER + STAGE + "task_weights = {juggle = 1.0}\n", "unknown tasks juggle; known are ground"),
-        (HEADER + STAGE + "task_weights = {ground = -1.0}\n", "weight of ground in task_weights"),
-        (HEADER + STAGE.replace("steps = 3", 'steps = "a"'), "steps is 'a'; it must be a whole number"),
-        (HEADER + STAGE.replace("frames = 4", "frames = 1.5"), "mix: frames is 1.5; it must be a whole number"),
-        (HEADER + 'seed = "x"\n' + STAGE, "seed is 'x'; it must be a whole number"),
-        (HEADER + "fresh = 1\n" + STAGE, "fresh is 1; it must be true or false"),
-        (HEADER + STAGE + 'split = "foo"\n', "split is 'foo'; choose train, test, unseen"),
-        (HEADER + STAGE + "objects = 100\n", "objects is 100; choose 1 to 8"),
-        (HEADER + STAGE + "text_chance = 1.5\n", "text_chance is 1.5; it must lie between 0 and 1"),
-        (HEADER + STAGE + "events = -0.1\n", "events is -0.1; it must not be negative"),
-        (HEADER + STAGE + "lr = inf\n", "lr is inf; it must be a number"),
-        (HEADER + STAGE + STAGE, "two stages are named 'one'"),
-        ('model = "nano"\noutput = 5\n' + STAGE, "output is 5; it must be a path in quotes"),
+        ("model = ", "not valid TOML"),
+        ('model = "nano"\n', 'recipe is missing; set recipe = "nano"'),
+        ('recipe = "nona"\n', "recipe is 'nona'; set recipe = \"nano\""),
+        (HEADER, r"run.toml: stage is missing; give it"),
+        (HEADER + "stage = []", "stage is .*; it must be a list of at least 1"),
+        (HEADER + "stage = 3", "stage is 3; it must be a list"),
+        (RUN.replace('output = "out"\n', ""), "output is missing"),
+        ("rate = 1\n" + RUN, "unknown key rate; known are recipe, model"),
+        ("threds = 1\n" + RUN, r"unknown key threds; did you mean threads\?"),
+        ("threads = 0\n" + RUN, "threads is 0; it must be above 0"),
+        ("save_steps = 0\n" + RUN, "save_steps is 0"),
+        ('device = "cuda"\nprocesses = 2\n' + RUN, "several processes train on the cpu only; set it to 1"),
+        ('dtype = "int8"\n' + RUN, "dtype is 'int8'; it must be one of 'bfloat16' or 'float32'"),
+        (HEADER + STAGE + "speed = 1\n" + NANO, r"stage\[0\]: unknown key speed; known are name"),
+        (HEADER + STAGE + MIX, r"stage\[0\]: mix has moved: write mix under \[stage.nano\]"),
+        (HEADER + STAGE + "objects = 3\n" + NANO, r"stage\[0\]: objects has moved"),
+        (HEADER + STAGE, r"stage\[0\].nano is missing"),
+        (RUN.replace("clips", "clip"), r"stage\[0\].nano.mix\[0\]: unknown key clip; did you mean clips"),
+        (RUN.replace("clips = 2, ", ""), r"mix\[0\].clips is missing"),
+        (RUN.replace("clips = 2", "clips = 0"), r"mix\[0\].clips is 0; it must be above 0"),
+        (RUN.replace("questions = 3", "questions = 3, pictures = true"), "pictures are single frames; set frames = 1"),
+        (RUN.replace('name = "one"\n', ""), r"stage\[0\].name is missing"),
+        (RUN.replace("steps = 3\n", ""), "stage 'one' needs steps or minutes"),
+        (RUN.replace("steps = 3", "steps = 0"), r"stage\[0\].steps is 0"),
+        (HEADER + STAGE + "lr = -1.0\n" + NANO, r"stage\[0\].lr is -1.0; it must be above 0"),
+        (HEADER + STAGE + "[stage.nano]\n", "needs a mix"),
+        (RUN + 'kind = "sound"\n', "nano.kind is 'sound'; it must be one of 'vision' or 'language'"),
+        (HEADER + STAGE + 'trains = "nothing"\n' + NANO, "trains is 'nothing'"),
+        (HEADER + STAGE + 'attention = "spares"\n' + NANO, "it must be one of 'dense', 'warmup' or 'sparse'"),
+        (RUN + 'kind = "vision"\n', 'set trains = "vision"'),
+        (HEADER + STAGE + 'attention = "warmup"\n' + NANO, 'set trains = "indexer"'),
+        (HEADER + STAGE + 'trains = "indexer"\n' + NANO, "gives the indexer nothing to learn"),
+        (RUN + "task_weights = {juggle = 1.0}\n", "unknown tasks juggle; known are ground"),
+        (RUN + "task_weights = {ground = -1.0}\n", "task_weights.ground is -1.0; it must be at least 0"),
+        (RUN.replace("steps = 3", 'steps = "a"'), "steps is 'a'; it must be a whole number"),
+        (RUN.replace("frames = 4", "frames = 1.5"), r"mix\[0\].frames is 1.5; it must be a whole number"),
+        ('seed = "x"\n' + RUN, "seed is 'x'; it must be a whole number"),
+        ("fresh = 1\n" + RUN, "fresh is 1; it must be true or false"),
+        (RUN + 'split = "foo"\n', "split: 'foo' is not a split; choose train, test, unseen"),
+        (RUN + "objects = 100\n", "objects is 100; it must be at most 8"),
+        (RUN + "text_chance = 1.5\n", "text_chance is 1.5; it must be at most 1"),
+        (RUN + "events = -0.1\n", "events is -0.1; it must be at least 0"),
+        (HEADER + STAGE + "lr = inf\n" + NANO, "lr is inf; it must be a finite number"),
+        (RUN + STAGE + NANO, "two stages are named 'one'"),
+        (RUN.replace('"out"', "5"), "output is 5; it must be a path in quotes"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, sentence):
@@ -74,10 +88,10 @@ def test_mistakes_are_named(tmp_path, text, sentence):
 
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
-        load_train_config(tmp_path / "none.toml")
+        load_run(tmp_path / "none.toml")
 
 
 def test_the_recipe_of_nano_is_a_valid_configuration():
-    config = load_train_config(Path(__file__).parents[2] / "configs" / "nano.toml")
+    config, _ = load_run(Path(__file__).parents[2] / "configs" / "nano.toml")
     assert [stage.attention for stage in config.stages] == ["dense", "dense", "dense", "warmup", "sparse"]
     assert (config.model / "config.json").is_file()

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from keye.errors import KeyeError
-from keye.train.config import Mix, StageConfig
-from keye.train.loop import is_muon_matrix, schedule
-from keye.train.optim import Optimizer, orthogonalise
+from keye.train.config import StageConfig
+from keye.train.loop import schedule
+from keye.train.optim import Optimizer, is_muon_matrix, orthogonalise
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.tiny import tiny_config
 
@@ -139,9 +139,7 @@ def test_which_matrices_follow_muon():
 
 
 def test_schedule_warms_up_stays_and_decays():
-    config = StageConfig(
-        "s", steps=100, warmup_steps=10, decay_fraction=0.5, final_lr=0.1, mix=(Mix(frames=2, clips=1, questions=1),)
-    )
+    config = StageConfig(name="s", steps=100, warmup_steps=10, decay_fraction=0.5, final_lr=0.1)
     factors = [schedule(config, step, step / 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == 1.0

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keye.train.config import Mix, StageConfig, TrainConfig
-from keye.train.loop import train
 from keye.train.optim import Optimizer, orthogonalise
 from keye.train.parallel import Group, processes
-from tests.support.tiny import tiny_folder
+from keye.train.recipes.nano.config import Mix
+from tests.support.training import a_run, nano_stage, train_nano
 
 
 def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
@@ -92,11 +91,9 @@ def test_two_processes_average_divide_and_agree(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_same_weights_each_time(tmp_path):
-    folder = tiny_folder(tmp_path / "model", weights=False)
-    stage = StageConfig("dense", steps=4, mix=(Mix(2, 2, 3),), warmup_steps=1)
+    stage = nano_stage("dense", steps=4, mix=(Mix(frames=2, clips=2, questions=3),), warmup_steps=1)
     weights = []
     for name in ("one", "two"):
-        config = TrainConfig(folder, tmp_path / name, (stage,), fresh=True, processes=2, fused=False)
-        train(config)
+        train_nano(a_run(tmp_path, name, stage, processes=2))
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

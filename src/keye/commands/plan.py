@@ -81,7 +81,7 @@ def plan(
     if given["device"] is not None:
         result["prediction"] = predict(whole, config, folder, planned, given)
     if fleet_file is not None:
-        from keye.commands.fleet import plan_fleet
+        from keye.planning.fleet_file import plan_fleet
 
         result["fleet"] = plan_fleet(fleet_file, planned, result.get("prediction"))
     if as_json:
@@ -89,8 +89,6 @@ def plan(
         return
     show.print_plans(result)
     if fleet_file is not None:
-        from keye.commands.fleet import print_fleet
-
         print_fleet(result["fleet"])
 
 
@@ -102,3 +100,33 @@ def summary(planned: Sequence[Any], context: int, model: str) -> dict[str, Any]:
         "media": plans, "visual_tokens": total, "context": context, "share_of_context": round(total / context, 6),
         "model": model,
     }  # fmt: skip
+
+
+def print_fleet(result: Mapping[str, Any]) -> None:
+    """The plan of a fleet as text."""
+    from keye.commands.shared.show import stdout
+    from keye.commands.shared.terminal import one_line
+    from keye.units import format_bytes
+
+    console = stdout()
+    seconds, busy, moved = result["seconds"], result["busy"], result["bytes_per_second"]
+    lines = (
+        "",
+        f"At {result['videos_per_second']:.3g} videos a second, the busiest hour:",
+        f"  decode    {result['decode_workers']} workers on {result['decode_nodes']} nodes, busy {busy['decode']:.0%}",
+        f"  engines   {result['engines']} on {result['engine_nodes']} nodes, "
+        f"{result['requests_at_once']} requests at once in each, at work {busy['engine']:.0%} of the time",
+        f"  answers   median {seconds['median']:.3g} s after the video, p95 {seconds['p95']:.3g} s "
+        f"(wanted: {seconds['goal']:g} s)",
+        f"  network   {format_bytes(round(moved['to_decoders']))}/s to the decoders, "
+        f"{format_bytes(round(moved['to_engines']))}/s to the engines",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    if result["price_per_day"]:
+        console.print(
+            f"  price     {result['price_per_day']:,.2f} a day, {result['price_per_video']:.2g} a video",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    for note in result["notes"]:
+        console.print(one_line(note), style="yellow", soft_wrap=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Go on at the last checkpoint of the output folder; --no-resume refuses a folder that holds a run.",
+    help="Go on at the last checkpoint of the output folder; --no-resume rejects a folder that holds a run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON, the output folder last.")
 @click.option(
@@ -34,18 +34,20 @@ def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None
 
     An interrupted run (Ctrl-C) goes on where it was last saved when the command is given again.
     """
-    from keye.train.config import load_train_config
     from keye.train.loop import train as run
+    from keye.train.recipes import load_run
 
-    settings = load_train_config(config)
+    settings, recipe = load_run(config)
     if as_json:
-        folder = run(
-            settings, resume=resume, report=lambda figures: print(json.dumps(figures), flush=True), decode=decode
-        )
+
+        def print_figures(figures: Mapping[str, Any]) -> None:
+            print(json.dumps(figures), flush=True)
+
+        folder = run(settings, recipe, resume=resume, report=print_figures, decode=decode)
         print(json.dumps({"output": str(folder)}))
         return
     with Reports(settings.stages) as reports:
-        folder = run(settings, resume=resume, report=reports, decode=decode)
+        folder = run(settings, recipe, resume=resume, report=reports, decode=decode)
     click.echo(f"The model is in {folder}.")
 
 

@@ -93,7 +93,7 @@ class Fleet:
 @dataclass(frozen=True)
 class Outcome:
     """What a fleet made of a load: `answers` a second, `seconds` from a video's arrival to the answer of its first
-    question (mean, median, 95 of 100), the share of time that `decoders` and `engines` were busy, and bytes a second
+    question (mean, median, p95), the share of time that `decoders` and `engines` were busy, and bytes a second
     that went to the decoders and to the engines."""
 
     answers: float
@@ -261,7 +261,7 @@ def size_fleet(load: Load, costs: Costs, *, seconds: float, together: int = 16) 
     alone = costs.decode + costs.each(1)
     if alone * 1.2 > seconds:
         raise KeyeError(
-            f"one video alone takes {alone:.3g} s, so that 95 of 100 cannot be answered within {seconds:g} s: sample "
+            f"one video alone takes {alone:.3g} s, so that a p95 of {seconds:g} s cannot be reached: sample "
             "fewer frames, or allow more time"
         )
     work = 1 + (load.questions - 1) * costs.later

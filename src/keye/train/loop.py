@@ -1,4 +1,7 @@
-"""The loop: stages one after another, batches made ahead by a worker process, logs, checkpoints that can be resumed."""
+"""The training loop: stages one after another, batches made ahead, logs, checkpoints that can be resumed.
+
+It knows no recipe: `keye.train.recipe` says what a recipe brings.
+"""
 
 from __future__ import annotations
 
@@ -8,144 +11,96 @@ import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
 
-from keye.chat.tokenizer import Tokenizer
-from keye.config import ConfigError, load_model_config, read_json
+from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
-from keye.files import complete_file
 from keye.models.keye import KeyeModel
-from keye.models.load import load_model, save_model
+from keye.models.load import load_model, save_model, torch_dtype
 from keye.ops.elementwise import compile_elementwise
+from keye.process import check_device
+from keye.train.batches import BatchProcess, BatchService, derived_seed
+from keye.train.checkpoint import LOG_FILE, PROGRESS_FILE, Checkpoint, Progress, check_output, copy_companions
 from keye.train.config import StageConfig, TrainConfig
-from keye.train.optim import Optimizer
+from keye.train.optim import Optimizer, adam_scale, is_muon_matrix, mark_trainable
 from keye.train.parallel import Group, processes
-from keye.train.recipes.nano.batches import derived_seed
-from keye.train.recipes.nano.initialise import fresh_model, number_tokens, order_numbers
-from keye.train.recipes.nano.makers import BatchProcess, BatchService
-from keye.train.stages import Stage, make_stage, trainable
-
-STATE_FILE, PROGRESS_FILE, LOG_FILE = "resume/state.safetensors", "progress.json", "log.jsonl"
-#: Files of the model folder that go along with the weights.
-COMPANIONS = ("config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json",
-              "tokenizer_config.json")  # fmt: skip
+from keye.train.recipe import Objective, Recipe, move_batch
 
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(config: TrainConfig, *, resume: bool = True, report: Report | None = None, decode: str | None = None) -> Path:
+def train(
+    config: TrainConfig, recipe: Recipe, *, resume: bool = True, report: Report | None = None, decode: str | None = None
+) -> Path:
     """Runs every stage that is not done yet and returns the output folder, which is a loadable model.
 
     With `resume`, a run that was interrupted goes on at its last checkpoint; without, an existing output is an error.
     `decode` is the address of a decode service (`keye.cluster.service.open_service`) whose workers make the batches; on
     a cluster they read the tokenizer in the output folder, which must be on a disk that all nodes share.
     """
-    fresh = _check_output(config, resume)
-    load_model_config(config.model)  # a mistake there is told before anything is written
+    check_device(config.device)
+    is_new = check_output(config, resume)
+    load_model_config(config.model)  # a mistake there is reported before anything is written
     config.output.mkdir(parents=True, exist_ok=True)
     try:
-        with processes(config.processes, config.output, partial(_train, config, _silent, decode)) as group:
-            _train(config, report or _silent, decode, group)
+        with processes(config.processes, config.output, partial(_train, config, recipe, _silent, decode)) as group:
+            _train(config, recipe, report or _silent, decode, group)
     except KeyeError:
-        if fresh and not (config.output / PROGRESS_FILE).exists():
+        if is_new and not (config.output / PROGRESS_FILE).exists():
             shutil.rmtree(config.output)
         raise
     return config.output
 
 
-def _check_output(config: TrainConfig, resume: bool) -> bool:
-    """Whether the output folder is new; ConfigError where a run there would overwrite something."""
-    out = config.output
-    if not out.exists():
-        return True
-    if not out.is_dir():
-        raise ConfigError(f"{out} is a file; output must be a folder")
-    if (out / PROGRESS_FILE).exists():
-        if not resume:
-            raise ConfigError(f"{out} already holds a run; resume it or choose another output")
-    else:
-        _check_unused(config)
-    return False
-
-
-def _check_unused(config: TrainConfig) -> None:
-    """ConfigError where a folder without a run has files that one would change. What a run that was killed early leaves
-    is its own."""
-    out = config.output
-    if any(out.glob("model*.safetensors*")):
-        raise ConfigError(f"{out} holds a model that is no run's output; choose another output so that it is kept")
-    for name in COMPANIONS:
-        ours, theirs = config.model / name, out / name
-        if theirs.exists() and ours.exists() and ours.read_bytes() != theirs.read_bytes():
-            raise ConfigError(f"{theirs} is of no run; choose another output so that it is kept")
-    if (log := out / LOG_FILE).exists() and not _is_log(log):
-        raise ConfigError(f"{log} is of no run; choose another output so that it is kept")
-
-
-def _is_log(path: Path) -> bool:
-    """Whether a file begins with a record of a run."""
-    with path.open("rb") as file:
-        first = file.readline(1 << 16)
-    try:
-        return {"stage", "step", "minutes"} <= json.loads(first or b"{}").keys()
-    except (ValueError, AttributeError):
-        return False
-
-
 def _silent(figures: dict[str, Any]) -> None:
-    """The report of a process that nobody watches."""
+    """The report of a process whose figures are not shown."""
 
 
-def _train(config: TrainConfig, report: Report, decode: str | None, group: Group) -> None:
+def _train(config: TrainConfig, recipe: Recipe, report: Report, decode: str | None, group: Group) -> None:
     """Every stage that is not done yet, in one of the run's processes."""
     torch.set_num_threads(config.threads)
-    run = Run(config, report, group, decode)
+    run = Run(config, recipe, report, group, decode)
     try:
-        for number in range(run.stage, len(config.stages)):
+        for number in range(run.progress.stage, len(config.stages)):
             run.train_stage(number)
     finally:
-        run.close()
+        run.batches.close()
 
 
 class Run:
-    """One training run: the model, where it stands, and its files."""
+    """One training run: the model, how far it is, and its files."""
 
-    def __init__(self, config: TrainConfig, report: Report, group: Group, decode: str | None = None) -> None:
-        self.config, self.report, self.group = config, report, group
-        self.out = config.output
-        self.stage, self.step, self.seconds = 0, 0, 0.0
-        self._state: dict[str, torch.Tensor] | None = None
-        self.model = self._start()
+    def __init__(
+        self, config: TrainConfig, recipe: Recipe, report: Report, group: Group, decode: str | None = None
+    ) -> None:
+        self.config, self.recipe, self.report, self.group = config, recipe, report, group
+        self.out, self.dtype = config.output, torch_dtype(config.dtype)
+        self.checkpoint = Checkpoint(self.out, [stage.name for stage in config.stages])
+        if group.rank == 0:
+            copy_companions(config.model, self.out)
+        self.progress, self._state = self.checkpoint.load()
+        self.model = self._load_model()
         if config.fused:
             self._fuse()
-        group.agree(0.0)  # nobody goes on before the files of the output folder are there
-        self.makers: BatchProcess | BatchService = BatchProcess() if decode is None else BatchService(decode)
+        group.agree(0.0)  # every process waits until the files of the output folder are there
+        self.batches: BatchProcess | BatchService = BatchProcess() if decode is None else BatchService(decode)
 
-    def _start(self) -> KeyeModel:
-        model_config = load_model_config(self.config.model)
-        for name in COMPANIONS:
-            if self.group.rank == 0 and (self.config.model / name).exists() and self.config.model != self.out:
-                shutil.copyfile(self.config.model / name, self.out / name)
-        if (self.out / PROGRESS_FILE).exists():
-            self._set_progress(read_json(self.out / PROGRESS_FILE))
-            self._restore()
-            return load_model(self.out, model_config, dtype=torch.bfloat16)[0]
-        if self.config.fresh:
-            model = fresh_model(model_config, self.config.seed)
-            order_numbers(model, number_tokens(Tokenizer.from_file(self.config.model)))
-            return model.bfloat16()
-        model, report = load_model(self.config.model, model_config, dtype=torch.bfloat16)
+    def _load_model(self) -> KeyeModel:
+        config = load_model_config(self.config.model)
+        resumed = (self.out / PROGRESS_FILE).exists()
+        if self.config.fresh and not resumed:
+            model = self.recipe.create_model(config, self.config.model, self.config.seed)
+            return model.to(device=self.config.device, dtype=self.dtype)
+        folder = self.out if resumed else self.config.model
+        model, report = load_model(folder, config, device=self.config.device, dtype=self.dtype)
         if report.lacks_indexer:
-            raise ConfigError(f"{self.config.model} has no indexer weights; start from a checkpoint that has them")
+            raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
         return model
 
     def _fuse(self) -> None:
@@ -154,116 +109,77 @@ class Run:
             return
         warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
 
-    def _restore(self) -> None:
-        """Takes up the optimiser's state, unless it is a left-over of a stage that has ended since."""
-        path = self.out / STATE_FILE
-        if not path.exists():
-            return
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {}).get("progress", self._progress()))
-            if (saved["stage"], saved["step"]) < (self.stage, self.step):
-                return
-            self._set_progress(saved)
-            self._state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def _set_progress(self, progress: Mapping[str, Any]) -> None:
-        self.stage, self.step, self.seconds = progress["stage"], progress["step"], progress["seconds"]
-        names = [stage.name for stage in self.config.stages]
-        begun = progress.get("names", names)[: self.stage + 1]
-        if names[: len(begun)] != begun:
-            raise ConfigError(f"{self.out} holds a run that began with the stages {', '.join(begun)}; keep these, or "
-                              "choose another output")  # fmt: skip
-
-    def _progress(self) -> str:
-        names = [stage.name for stage in self.config.stages]
-        return json.dumps({"stage": self.stage, "step": self.step, "seconds": self.seconds, "names": names})
-
-    def close(self) -> None:
-        self.makers.close()
-
     def train_stage(self, number: int) -> None:
         """Runs stage `number` to its end and saves."""
-        config = self.config.stages[number]
-        torch.manual_seed(derived_seed(self.config.seed, number, config.name, "heads"))
-        stage = make_stage(config, self.model)
-        optimizer = self._optimizer(config, stage)
+        stage = self.config.stages[number]
+        torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "heads"))
+        objective = self.recipe.make_objective(stage, self.model)
+        objective.heads.to(self.model.device)
+        optimizer = self._optimizer(stage, objective)
         if self._state is not None:
             optimizer.load_state(self._state)
             self._state = None
         self.model.train()
-        clock = Clock(config, self.step, self.seconds, self.config)
+        clock = Clock(stage, self.progress, self.config)
         norm = 0.0
         for batch in self._batches(number):
             progress = self.group.agree(clock.progress())
             if progress >= 1.0:
                 break
-            factor = schedule(config, clock.step, progress)
+            factor = schedule(stage, clock.step, progress)
             # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
-            torch.manual_seed(derived_seed(self.config.seed, number, config.name, "loss", clock.step, self.group.rank))
-            loss = stage.loss(self.model, batch)
-            loss.backward()
-            norm = optimizer.step(config.lr * factor, config.adam_lr * factor)
+            torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "loss", clock.step, self.group.rank))
+            objective.loss(self.model, move_batch(batch, self.model.device)).backward()
+            norm = optimizer.step(stage.lr * factor, stage.adam_lr * factor)
             clock.tick()
             if self.group.rank == 0:
                 if clock.log_due():
-                    self._log(config, clock, stage, norm)
+                    self._log(stage, clock, objective, norm)
                 if clock.save_due():
-                    self._save(number, clock, optimizer)
-        self.stage, self.step, self.seconds = number + 1, 0, 0.0
+                    self._save(Progress(number, clock.step, clock.seconds()), optimizer)
+        self.progress = Progress(number + 1)
         if self.group.rank == 0:
             if clock.has_unlogged_steps():
-                self._log(config, clock, stage, norm)
-            save_model(self.model, self.out, dtype=torch.bfloat16)
-            self._write_progress()
-            (self.out / STATE_FILE).unlink(missing_ok=True)
+                self._log(stage, clock, objective, norm)
+            self._save(self.progress)
 
-    def _optimizer(self, config: StageConfig, stage: Stage) -> Optimizer:
-        heads = [(f"heads.{name}", p) for name, p in stage.heads.named_parameters()]
-        parameters = [*trainable(self.model, config), *heads]
+    def _optimizer(self, stage: StageConfig, objective: Objective) -> Optimizer:
+        heads = [(f"heads.{name}", p) for name, p in objective.heads.named_parameters()]
+        parameters = [*mark_trainable(self.model, stage), *heads]
         return Optimizer(parameters, is_muon_matrix, adam_scale=adam_scale, group=self.group,
-                         weight_decay=config.weight_decay)  # fmt: skip
+                         weight_decay=stage.weight_decay)  # fmt: skip
 
     def _batches(self, number: int) -> Iterator[Any]:
         """Batches of step, step + 1, ... made ahead in other processes."""
         waiting: deque[Future[Any]] = deque()
-        config, step = self.config.stages[number], self.step
+        stage, step = self.config.stages[number], self.progress.step
         while True:
-            while len(waiting) < self.makers.ahead:
-                seed = derived_seed(self.config.seed, number, config.name, step, self.group.rank)
-                waiting.append(self.makers.submit(config, self.out, seed))
+            while len(waiting) < self.batches.ahead:
+                seed = derived_seed(self.config.seed, number, stage.name, step, self.group.rank)
+                waiting.append(self.batches.submit(self.recipe.make_batch, stage, self.out, seed))
                 step += 1
             yield waiting.popleft().result()
 
-    def _log(self, config: StageConfig, clock: Clock, stage: Stage, norm: float) -> None:
-        figures = {"stage": config.name, "step": clock.step, "minutes": round(clock.seconds() / 60, 2),
-                   "steps_per_second": round(clock.rate(), 3), "grad_norm": rounded(norm),
-                   **{name: rounded(value) for name, value in stage.figures.take().items()}}  # fmt: skip
+    def _log(self, stage: StageConfig, clock: Clock, objective: Objective, norm: float) -> None:
+        figures = {"stage": stage.name, "step": clock.step, "minutes": round(clock.seconds() / 60, 2),
+                   "steps_per_second": round(clock.rate(), 3), "grad_norm": round_figure(norm),
+                   **{name: round_figure(value) for name, value in objective.figures.take().items()}}  # fmt: skip
         with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
         self.report(figures)
 
-    def _save(self, number: int, clock: Clock, optimizer: Optimizer) -> None:
-        self.stage, self.step, self.seconds = number, clock.step, clock.seconds()
-        save_model(self.model, self.out, dtype=torch.bfloat16)
-        # The state knows its own step: a run that is killed between the two files goes on from where the state is.
-        path = self.out / STATE_FILE
-        path.parent.mkdir(exist_ok=True)
-        with complete_file(path) as draft:
-            save_file(optimizer.state(), draft, metadata={"progress": self._progress()})
-        self._write_progress()
-
-    def _write_progress(self) -> None:
-        with complete_file(self.out / PROGRESS_FILE) as draft:
-            draft.write_text(self._progress())
+    def _save(self, progress: Progress, optimizer: Optimizer | None = None) -> None:
+        save_model(self.model, self.out, dtype=self.dtype)
+        self.checkpoint.save(progress, None if optimizer is None else optimizer.state())
 
 
 class Clock:
     """Steps and seconds of a stage, those before a resume included."""
 
-    def __init__(self, stage: StageConfig, step: int, seconds: float, run: TrainConfig) -> None:
-        self.stage, self.step, self.run = stage, step, run
-        self._before, self._begin = seconds, time.monotonic()
-        self._logged, self._saved, self._logged_step = self._begin, self._begin, step
+    def __init__(self, stage: StageConfig, progress: Progress, run: TrainConfig) -> None:
+        self.stage, self.step, self.run = stage, progress.step, run
+        self._before, self._begin = progress.seconds, time.monotonic()
+        self._logged, self._saved, self._logged_step = self._begin, self._begin, self.step
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._begin
@@ -302,25 +218,13 @@ class Clock:
         return True
 
 
-def rounded(value: float) -> float | None:
+def round_figure(value: float) -> float | None:
     """A figure of the log with four significant digits; None where it is not finite, which JSON cannot write."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def schedule(config: StageConfig, step: int, progress: float) -> float:
+def schedule(stage: StageConfig, step: int, progress: float) -> float:
     """Learning-rate factor: linear warm-up, flat, then linear decay over the last `decay_fraction` of the stage."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    left = (1.0 - progress) / max(1e-9, config.decay_fraction)
-    return warmup * max(config.final_lr, min(1.0, left))
-
-
-def adam_scale(name: str) -> float:
-    """The head learns at a tenth of the rate: AdamW gives rare tokens steps as large as common ones, and their rows
-    would drift away from the embeddings that they copy."""
-    return 0.1 if name == "lm_head.weight" else 1.0
-
-
-def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Hidden matrices follow Muon; embeddings, heads, routers, indexers, patch and position tables follow AdamW."""
-    other = ("embed", "lm_head", "heads.", ".mlp.gate.", ".sa_indexer.", "norm")
-    return parameter.ndim in (2, 3) and not any(part in name for part in other)
+    warmup = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    left = (1.0 - progress) / max(1e-9, stage.decay_fraction)
+    return warmup * max(stage.final_lr, min(1.0, left))

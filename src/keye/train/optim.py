@@ -7,12 +7,13 @@ Polar Express (Amsel et al., 2025).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from keye.errors import KeyeError
+from keye.train.config import StageConfig
 from keye.train.parallel import Group
 
 _COEFFICIENTS = (
@@ -143,3 +144,31 @@ class Optimizer:
         self.count = int(state["count"])
         for name, p in self.parameters.items():
             p.copy_(self.master[name])
+
+
+def mark_trainable(model: nn.Module, stage: StageConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """Marks and yields the parameters that a stage changes; everything else stays as it is."""
+    for name, parameter in model.named_parameters():
+        vision = name.startswith(("visual.", "mlp_AR."))
+        indexer = ".sa_indexer." in name
+        wanted = {
+            "vision": vision,
+            "indexer": indexer,
+            "decoder": not vision and (not indexer or stage.attention == "sparse"),
+            "all": not indexer or stage.attention == "sparse",
+        }[stage.trains]
+        parameter.requires_grad_(wanted)
+        if wanted:
+            yield name, parameter
+
+
+def adam_scale(name: str) -> float:
+    """The head learns at a tenth of the rate: AdamW gives rare tokens steps as large as common ones, and their rows
+    would drift away from the embeddings that they copy."""
+    return 0.1 if name == "lm_head.weight" else 1.0
+
+
+def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Hidden matrices follow Muon; embeddings, heads, routers, indexers, patch and position tables follow AdamW."""
+    other = ("embed", "lm_head", "heads.", ".mlp.gate.", ".sa_indexer.", "norm")
+    return parameter.ndim in (2, 3) and not any(part in name for part in other)

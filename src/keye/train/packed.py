@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +19,10 @@ from torch import Tensor
 from keye.models.indexer import IndexerOutput
 from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.reference import topk_mask
+from keye.train.config import TrainMode
 
 #: Trunk queries that attend together; each such block skips the keys after it.
 TRUNK_BLOCK = 160
-
-#: `dense`: ordinary attention. `warmup`: the same, plus the indexer's KL against it over all causal keys.
-#: `sparse`: attention over the selected keys, plus the KL over that set.
-TrainMode = Literal["dense", "warmup", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class PackedStep:
         k, v = k.view(B, N, G, D).transpose(1, 2), v.view(B, N, G, D).transpose(1, 2)  # B G N D
         for hint in self.hints:
             if hint.layer == layer:
-                self.hint_losses[hint.name] = _hint_loss(hint, q.flatten(1, 2), k[:, :, :P])
+                self.hint_losses[hint.name] = hint_loss(hint, q.flatten(1, 2), k[:, :, :P])
         if index is None:
             parts = list(_attend_causally(q[..., :P, :], k[:, :, :P], v[:, :, :P], self.masked_softmax))
             if self.tail:
@@ -124,10 +120,10 @@ class PackedStep:
         logits = torch.matmul(q[..., :P, :].flatten(2, 3), k[:, :, :P].mT).unflatten(2, (q.shape[2], P))
         scores = torch.matmul(indexer_q[:, 0, :, :P], indexer_k[..., :P, :].mT)  # B J P P
         scores = (scores.relu() * gate[:, :, :P, None]).sum(1)
-        mask = torch.ones(P, P, dtype=torch.bool).tril().expand(B, P, P)
+        mask = torch.ones(P, P, dtype=torch.bool, device=q.device).tril().expand(B, P, P)
         probs, loss = self._select_and_teach(logits, scores, mask, D)
         parts = [torch.matmul(probs.flatten(2, 3), v[:, :, :P]).unflatten(2, probs.shape[2:4])]
-        count = torch.tensor(B * P)
+        count = torch.tensor(B * P, device=q.device)
         if self.tail:
             logits = self._window_logits(q[..., P:, :], k)
             scores = self._window_logits(indexer_q[..., P:, :], indexer_k)[:, 0]  # B J M W (P + W)
@@ -179,7 +175,7 @@ def _attend_causally(
         yield torch.matmul(probs.flatten(2, 3), v_BGTD[:, :, :stop]).unflatten(2, (R, stop - start))
 
 
-def _hint_loss(hint: AttentionHint, q_BHND: Tensor, k_BGPD: Tensor) -> Tensor:
+def hint_loss(hint: AttentionHint, q_BHND: Tensor, k_BGPD: Tensor) -> Tensor:
     groups = k_BGPD.shape[1]
     q = q_BHND[hint.rows, hint.head, hint.queries].float()
     k = k_BGPD[hint.rows, hint.head * groups // q_BHND.shape[1]].float()

@@ -44,7 +44,7 @@ class Group:
             return work(stack)
         share = -(-stack.shape[0] // self.size)
         mine = stack[self.rank * share : (self.rank + 1) * share]
-        done = torch.zeros(share, *stack.shape[1:], dtype=torch.bfloat16)
+        done = torch.zeros(share, *stack.shape[1:], dtype=torch.bfloat16, device=stack.device)
         if mine.shape[0]:
             done[: mine.shape[0]] = work(mine)
         parts = [torch.empty_like(done) for _ in range(self.size)]

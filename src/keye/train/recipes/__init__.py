@@ -1,1 +1,39 @@
-"""Training recipes."""
+"""Recipes by the names that training files give them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keye.checks import closest
+from keye.config import ConfigError
+from keye.config.settings import parse_settings, read_toml
+from keye.train.config import TrainConfig
+
+if TYPE_CHECKING:  # making batches needs no torch
+    from keye.train.recipe import Recipe
+
+NAMES = ("nano",)
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of a name in `NAMES`."""
+    assert name == "nano"
+    from keye.train.recipes.nano.recipe import NanoRecipe
+
+    return NanoRecipe()
+
+
+def load_run(path: Path) -> tuple[TrainConfig, Recipe]:
+    """Reads a training file and finds its recipe; `ConfigError` for the first thing that is wrong with the file."""
+    raw = read_toml(path, "a training configuration such as configs/nano.toml")
+    name = raw.get("recipe")
+    if name not in NAMES:
+        said = "is missing" if name is None else f"is {name!r}"
+        raise ConfigError(f'{path}: recipe {said}; set recipe = "{closest(str(name), NAMES) or NAMES[0]}"')
+    recipe = load_recipe(name)
+    config = parse_settings(recipe.config, raw, path)
+    folder = path.parent
+    return config.model_copy(
+        update={"model": (folder / config.model).resolve(), "output": (folder / config.output).resolve()}
+    ), recipe

@@ -5,12 +5,12 @@ Legend: B clips, F frames, P trunk tokens (the video), L tail tokens (questions 
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig, load_processor_config
 from keye.data.frameforge import Clip, Question, dense_labels, make_clip, picture_questions, questions, render
 from keye.media.positions import build_position_ids
-from keye.train.config import StageConfig
-from keye.train.recipes.nano.evidence import Comparison, Events, Pointer, PointerMaker, TrunkLayout, events_of
+from keye.train.recipes.nano.config import NanoStage, NanoTable
+from keye.train.recipes.nano.evidence import Array, Comparison, Events, Pointer, PointerMaker, TrunkLayout, events_of
 
 IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
@@ -39,45 +39,40 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """`frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64 [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are
-    the next token, `IGNORE` where nothing is learnt); `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the
-    tokens of each frame's timestamp (F is 0 for pictures). `keye.train.recipes.nano.evidence` describes the rest."""
+class PackedBatch(Generic[Array]):
+    """Arrays when the batch is made, tensors when it is learnt: `frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64
+    [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are the next token, `IGNORE` where nothing is learnt);
+    `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the tokens of each frame's timestamp (F is 0 for
+    pictures). `keye.train.recipes.nano.evidence` describes the rest."""
 
-    frames: NDArray[np.uint8]
-    trunk_ids: NDArray[np.int64]
-    tail_ids: NDArray[np.int64]
-    branch: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    time_ids: NDArray[np.int64]
+    frames: Array
+    trunk_ids: Array
+    tail_ids: Array
+    branch: Array
+    labels: Array
+    positions: Array
+    time_ids: Array
     answers: tuple[Answered, ...]
     layout: TrunkLayout
     pointers: tuple[Pointer, ...]
     comparisons: tuple[Comparison, ...]
-    events: Events
+    events: Events[Array]
 
 
 @dataclass(frozen=True)
-class VisionBatch:
+class VisionBatch(Generic[Array]):
     """Single frames uint8 [B, H, W, 3] and, for each visual token, targets [B, cells, k]: `ids` int64 (0 none) and
     `offset` float32 [B, cells, 2] (NaN where no object is centred)."""
 
-    frames: NDArray[np.uint8]
-    ids: NDArray[np.int64]
-    offset: NDArray[np.float32]
+    frames: Array
+    ids: Array
+    offset: Array
 
 
 #: Names and class counts of the columns of `VisionBatch.ids`.
 VISION_TARGETS = (("color", 9), ("shape", 6), ("size", 3), ("letter 1", 37), ("letter 2", 37), ("cover color", 9),
                   ("cover shape", 6), ("background", 9), ("row", 9), ("column", 9),
                   ("letter 1 order", 9), ("letter 2 order", 9), ("text length", 9))  # fmt: skip
-
-
-def derived_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class BatchMaker:
@@ -94,7 +89,7 @@ class BatchMaker:
         self.pointers = PointerMaker(encode)
         self.columns, self.rows = size[0] // processor.factor, size[1] // processor.factor
 
-    def packed(self, config: StageConfig, seed: int) -> PackedBatch:
+    def packed(self, config: NanoTable, seed: int) -> PackedBatch[NDArray]:
         """A batch for the language stages: one entry of the mix, clips and questions drawn from `seed`."""
         rng = random.Random(seed)
         mix = rng.choices(config.mix, [m.weight for m in config.mix])[0]
@@ -117,7 +112,7 @@ class BatchMaker:
 
     def pack(
         self, clips: Sequence[Clip], asked: Sequence[Sequence[Question]], *, pictures: bool = False
-    ) -> PackedBatch:
+    ) -> PackedBatch[NDArray]:
         """Packs clips of equally many frames with their questions; `pictures` shows the only frame as an image."""
         trunks, times = zip(*(self._picture() if pictures else self._trunk(clip) for clip in clips), strict=True)
         trunk_ids = np.array(trunks, dtype=np.int64)
@@ -126,7 +121,7 @@ class BatchMaker:
         trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
         first = trunk_ids.shape[1] + delta
         rendered = [[self._render(question) for question in items] for items in asked]
-        places = [_fill_windows([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
+        places = [fill_windows([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
         width = max(stop for row in places for _, stop in row)
         shape = (len(clips), -(-width // WINDOW) * WINDOW)
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
@@ -177,7 +172,7 @@ class BatchMaker:
         head = self.tokenizer.encode(question.text) + self.turn
         return question, head, self.tokenizer.encode(question.answer) + self.end
 
-    def vision(self, config: StageConfig, seed: int) -> VisionBatch:
+    def vision(self, config: NanoTable, seed: int) -> VisionBatch[NDArray]:
         """A batch of single frames for the vision stage."""
         rng = random.Random(seed)
         frames: list[NDArray[np.uint8]] = []
@@ -208,7 +203,7 @@ def _capitalised(question: Question, rng: random.Random) -> Question:
     return replace(question, text=question.text[:1].upper() + question.text[1:])
 
 
-def _fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """(start, stop) of each branch so that none crosses a multiple of `WINDOW`: longest first, first window with room.
 
     ValueError for a branch that fits no window.
@@ -234,9 +229,9 @@ def batch_maker(folder: Path) -> BatchMaker:
     return BatchMaker(Tokenizer.from_file(folder), load_processor_config(folder))
 
 
-def make_batch(config: StageConfig, folder: Path, seed: int) -> VisionBatch | PackedBatch:
-    """The batch of `seed` for a stage; a worker process calls it."""
+def make_batch(stage: NanoStage, folder: Path, seed: int) -> VisionBatch[NDArray] | PackedBatch[NDArray]:
+    """The batch of `seed` for a stage; other processes call it."""
     maker = batch_maker(folder)
-    if config.kind == "vision":
-        return maker.vision(config, seed)
-    return maker.packed(config, seed)
+    if stage.nano.kind == "vision":
+        return maker.vision(stage.nano, seed)
+    return maker.packed(stage.nano, seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
 SHAPE_RANK = {shape: rank for rank, shape in enumerate(SHAPES)}
 #: bool [8, 5]: the pairs of colour and shape that training clips can show; the others teach nothing.
 TRAINED_PAIRS = np.array([[(color, shape) not in HELD_OUT_PAIRS for shape in SHAPES] for color in COLORS])
+#: A numpy array where batches are made, a tensor where they are learnt.
+Array = TypeVar("Array")
 _TIME = re.compile(r"\b([0-9]+\.[0-9])\b")
 
 
@@ -55,18 +57,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Events:
+class Events(Generic[Array]):
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
     bool [B, F, 3] the same of rendered text, `background` int64 [B, F]. Everything in the first frame appeared.
     `so_far` bool [B, F, 8, 5]: the objects seen up to each frame, by their first colour."""
 
-    pairs: NDArray[np.bool_]
-    so_far: NDArray[np.bool_]
-    text: NDArray[np.bool_]
-    background: NDArray[np.int64]
+    pairs: Array
+    so_far: Array
+    text: Array
+    background: Array
 
 
-def events_of(clips: Sequence[Clip]) -> Events:
+def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
     """The events of clips of equally many frames."""
     frames = clips[0].frames
     seen = np.zeros((len(clips), frames, len(COLORS), len(SHAPES)), bool)

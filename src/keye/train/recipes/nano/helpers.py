@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from keye.data.frameforge.labels import BACKGROUND_IDS
 from keye.data.frameforge.words import COLORS, SHAPES
 from keye.models.keye import KeyeModel
-from keye.train.config import StageConfig
 from keye.train.packed import AttentionHint, PackedStep
 from keye.train.recipes.nano.batches import PackedBatch
+from keye.train.recipes.nano.config import NanoTable
 from keye.train.recipes.nano.evidence import TRAINED_PAIRS, Pointer, PointerKind
 
 #: Which head of which layer (as a share of all layers) each kind of pointer is shown to. The first come early: answers
@@ -61,7 +61,9 @@ class PairHead(nn.Module):
 class Helpers(nn.Module):
     """Heads and losses of one language stage; `record(name, sum, count)` takes figures for the log."""
 
-    def __init__(self, config: StageConfig, model: KeyeModel, record: Record) -> None:
+    _trained: Tensor
+
+    def __init__(self, config: NanoTable, model: KeyeModel, record: Record) -> None:
         super().__init__()
         self.config, self.record = config, record
         width, self.layers = model.config.text.hidden_size, model.config.text.num_hidden_layers
@@ -74,7 +76,7 @@ class Helpers(nn.Module):
             self.text = nn.Linear(width, 2)
             self.so_far = PairHead(width, 1)
             self.number, self.edges, self.later = nn.Linear(width, 1), nn.Linear(width, 2), nn.Linear(width, 1)
-        self._trained = torch.from_numpy(TRAINED_PAIRS)
+        self.register_buffer("_trained", torch.from_numpy(TRAINED_PAIRS), persistent=False)
 
     def _layer(self, depth: float) -> int:
         return min(int(depth * self.layers), self.layers - 1)
@@ -84,27 +86,28 @@ class Helpers(nn.Module):
         """Layers whose output the losses read."""
         return tuple(self._layer(depth) for depth in (SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH, COMPARE_DEPTH))
 
-    def hints(self, batch: PackedBatch) -> list[AttentionHint]:
+    def hints(self, batch: PackedBatch[Tensor]) -> list[AttentionHint]:
         """Where heads should look in this batch."""
         if not self.config.pointing:
             return []
         return [self._hint(kind, found, batch) for kind in HINTED if (found := _of_kind(batch, kind))]
 
-    def _hint(self, kind: PointerKind, pointers: list[Pointer], batch: PackedBatch) -> AttentionHint:
+    def _hint(self, kind: PointerKind, pointers: list[Pointer], batch: PackedBatch[Tensor]) -> AttentionHint:
         trunk = batch.layout.length
         targets = np.zeros((len(pointers), trunk), bool)
         for row, pointer in zip(targets, pointers, strict=True):
             for start, stop in pointer.spans:
                 row[start:stop] = True
         depth, head = HINTED[kind]
-        rows, queries = _rows_and_places(pointers, trunk)
+        device = batch.labels.device
+        rows, queries = _rows_and_places(pointers, trunk, device)
         return AttentionHint(
-            kind, self._layer(depth), rows, queries, torch.from_numpy(targets), head % self.query_heads
+            kind, self._layer(depth), rows, queries, torch.from_numpy(targets).to(device), head % self.query_heads
         )
 
-    def loss(self, model: KeyeModel, batch: PackedBatch, step: PackedStep) -> Tensor:
+    def loss(self, model: KeyeModel, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
         """The weighted sum of the losses, after the forward pass that `step` watched."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=model.device)
         if self.config.time_binding and batch.time_ids.shape[1]:
             total = total + self.config.time_binding * self._bind_times(model, batch, step)
         for name, hint in step.hint_losses.items():
@@ -114,19 +117,20 @@ class Helpers(nn.Module):
             total = total + self.config.events * self._events(batch, step)
         return total
 
-    def _hidden(self, step: PackedStep, depth: float, batch: PackedBatch) -> Tensor:
+    def _hidden(self, step: PackedStep, depth: float, batch: PackedBatch[Tensor]) -> Tensor:
         """[B, N, d] after the layer at `depth`."""
         hidden = step.hidden[self._layer(depth)]
         return hidden.view(batch.trunk_ids.shape[0], -1, hidden.shape[-1])
 
-    def _bind_times(self, model: KeyeModel, batch: PackedBatch, step: PackedStep) -> Tensor:
+    def _bind_times(self, model: KeyeModel, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
         """Two random visual tokens of each frame and the last token of a time in a question name their time; the token
         after a frame names its time and that of the frame before it."""
         layout, frames = batch.layout, range(batch.layout.frames)
         early = self._hidden(step, SEEN_DEPTH, batch)
         first = torch.tensor([layout.visual(frame) for frame in frames])
-        picked = first[:, None] + torch.randint(layout.cells, (layout.frames, 2))
-        times = torch.from_numpy(batch.time_ids)  # [B, F, 2]
+        # Drawn on the processor, so that every device draws the same.
+        picked = (first[:, None] + torch.randint(layout.cells, (layout.frames, 2))).to(early.device)
+        times = batch.time_ids  # [B, F, 2]
         own = times.unsqueeze(2).expand(-1, -1, 2, -1)
         loss = self._name_time(model, early[:, picked.flatten()].flatten(0, 1), own.reshape(-1, 2), 0, "time of frame")
         after = self._hidden(step, CHANGE_DEPTH, batch)[:, [layout.after(frame) for frame in frames]]
@@ -135,8 +139,8 @@ class Helpers(nn.Module):
             before = after[:, 1:].flatten(0, 1), times[:, :-1].flatten(0, 1)
             loss = loss + self._name_time(model, *before, 1, "time of frame before")
         if asked := _of_kind(batch, "time"):
-            rows, places = _rows_and_places(asked, layout.length)
-            target = times[rows, torch.tensor([pointer.frame for pointer in asked])]
+            rows, places = _rows_and_places(asked, layout.length, early.device)
+            target = times[rows, torch.tensor([pointer.frame for pointer in asked], device=early.device)]
             loss = loss + self._name_time(model, early[rows, places], target, 0, "time in question")
         return loss
 
@@ -149,81 +153,83 @@ class Helpers(nn.Module):
         self.record(name, float((logits.argmax(-1) == target.flatten()).float().mean()), 1.0)
         return F.cross_entropy(logits, target.flatten())
 
-    def _events(self, batch: PackedBatch, step: PackedStep) -> Tensor:
+    def _events(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
         """What the token after each frame knows of it, and what the time in a question knows of its frame."""
         events, after = batch.events, [batch.layout.after(frame) for frame in range(batch.layout.frames)]
-        pairs = torch.from_numpy(events.pairs).flatten(0, 1)  # [B F, 3, 8, 5]
+        pairs = events.pairs.flatten(0, 1)  # [B F, 3, 8, 5]
         early = self._hidden(step, SEEN_DEPTH, batch)[:, after].flatten(0, 1)
         late = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1)
-        loss = self._pair_loss(self.seen(early), pairs[:, :1], "seen")
-        loss = loss + self._pair_loss(self.changed(late), pairs[:, 1:], "changed")
-        background = torch.from_numpy(events.background)
+        loss = self.pair_loss(self.seen(early), pairs[:, :1], "seen")
+        loss = loss + self.pair_loss(self.changed(late), pairs[:, 1:], "changed")
+        background = events.background
         cut = F.pad(background[:, 1:] != background[:, :-1], (1, 0)).flatten().float()
         scene = self.scene(F.rms_norm(late.float(), late.shape[-1:]))
         loss = loss + F.cross_entropy(scene[:, :-1], background.flatten())
         loss = loss + F.binary_cross_entropy_with_logits(scene[:, -1], cut)
         text = self.text(F.rms_norm(late.float(), late.shape[-1:]))
-        target = torch.from_numpy(events.text)[..., 1:].flatten(0, 1).float()
+        target = events.text[..., 1:].flatten(0, 1).float()
         loss = loss + 2 * F.binary_cross_entropy_with_logits(text, target)
         loss = loss + self._frame_numbers(batch, step, after) + self._comparisons(batch, step)
         whole = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
-        so_far = torch.from_numpy(events.so_far).flatten(0, 1).unsqueeze(1)
-        loss = loss + self._pair_loss(self.so_far(whole), so_far, "seen so far")
+        so_far = events.so_far.flatten(0, 1).unsqueeze(1)
+        loss = loss + self.pair_loss(self.so_far(whole), so_far, "seen so far")
         if asked := _of_kind(batch, "time"):
-            rows, places = _rows_and_places(asked, batch.layout.length)
-            frames = torch.tensor([pointer.frame for pointer in asked])
-            shown = torch.from_numpy(events.pairs)[rows, frames, :1]
+            rows, places = _rows_and_places(asked, batch.layout.length, early.device)
+            frames = torch.tensor([pointer.frame for pointer in asked], device=early.device)
+            shown = events.pairs[rows, frames, :1]
             x = self._hidden(step, LOOKUP_DEPTH, batch)[rows, places]
-            loss = loss + self._pair_loss(self.looked_up(x), shown, "time look-up")
+            loss = loss + self.pair_loss(self.looked_up(x), shown, "time look-up")
         return loss
 
-    def _frame_numbers(self, batch: PackedBatch, step: PackedStep, after: list[int]) -> Tensor:
+    def _frame_numbers(self, batch: PackedBatch[Tensor], step: PackedStep, after: list[int]) -> Tensor:
         """The token after a frame knows the frame's number, an object's name the numbers of its first and last frame:
         what comes earlier is then a difference."""
         early = self._hidden(step, CHANGE_DEPTH, batch)[:, after]
         number = self.number(F.rms_norm(early.float(), early.shape[-1:])).squeeze(-1)
-        error = (number - torch.arange(len(after)) / FRAME_UNIT).pow(2).mean()
+        error = (number - torch.arange(len(after), device=early.device) / FRAME_UNIT).pow(2).mean()
         self.record("frame number error", float(error.detach().sqrt() * FRAME_UNIT), 1.0)
         late = self._hidden(step, LOOKUP_DEPTH, batch)
         edges: tuple[PointerKind, ...] = ("first", "last")
         for which, kind in enumerate(edges):
             if named := _of_kind(batch, kind):
-                x = late[_rows_and_places(named, batch.layout.length)]
-                found = self.edges(F.rms_norm(x.float(), x.shape[-1:]))[:, which]
-                frames = torch.tensor([pointer.frame for pointer in named])
-                miss = (found - frames / FRAME_UNIT).pow(2).mean()
+                x = late[_rows_and_places(named, batch.layout.length, late.device)]
+                edges_seen = self.edges(F.rms_norm(x.float(), x.shape[-1:]))[:, which]
+                frames = torch.tensor([pointer.frame for pointer in named], device=late.device)
+                miss = (edges_seen - frames / FRAME_UNIT).pow(2).mean()
                 self.record(f"{kind} frame error", float(miss.detach().sqrt() * FRAME_UNIT), 1.0)
                 error = error + miss
         return FRAME_WEIGHT * error
 
-    def _comparisons(self, batch: PackedBatch, step: PackedStep) -> Tensor:
+    def _comparisons(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
         """The second name of a question about order knows whether its object is the later one."""
-        if not batch.comparisons:
-            return torch.zeros(())
-        rows = torch.tensor([one.row for one in batch.comparisons])
-        places = torch.tensor([one.place + batch.layout.length for one in batch.comparisons])
+        device, comparisons = batch.labels.device, batch.comparisons
+        if not comparisons:
+            return torch.zeros((), device=device)
+        rows = torch.tensor([comparison.row for comparison in comparisons], device=device)
+        places = torch.tensor([comparison.place + batch.layout.length for comparison in comparisons], device=device)
         x = self._hidden(step, COMPARE_DEPTH, batch)[rows, places]
         logits = self.later(F.rms_norm(x.float(), x.shape[-1:])).squeeze(-1)
-        later = torch.tensor([one.later for one in batch.comparisons])
+        later = torch.tensor([comparison.later for comparison in comparisons], device=device)
         self.record("which comes later", float(((logits > 0) == later).sum()), len(later))
         return COMPARE_WEIGHT * F.binary_cross_entropy_with_logits(logits, later.float())
 
-    def _pair_loss(self, logits: Tensor, target: Tensor, name: str) -> Tensor:
+    def pair_loss(self, logits: Tensor, target: Tensor, name: str) -> Tensor:
         """Binary cross-entropy, summed over kinds and trained pairs, averaged over rows; the log gets the share of rows
         with something in them that are right in every pair."""
         logits, wanted = logits[..., self._trained], target[..., self._trained]
         some = wanted.flatten(1).any(1)
         right = ((logits > 0) == wanted).flatten(1).all(1)
         self.record(name, float(right[some].sum()), float(some.sum()))
-        rare = torch.tensor(RARE)
+        rare = torch.tensor(RARE, device=logits.device)
         loss = F.binary_cross_entropy_with_logits(logits, wanted.float(), pos_weight=rare, reduction="sum")
         return loss / logits.shape[0]
 
 
-def _of_kind(batch: PackedBatch, kind: PointerKind) -> list[Pointer]:
+def _of_kind(batch: PackedBatch[Tensor], kind: PointerKind) -> list[Pointer]:
     return [pointer for pointer in batch.pointers if pointer.kind == kind]
 
 
-def _rows_and_places(pointers: list[Pointer], trunk: int) -> tuple[Tensor, Tensor]:
+def _rows_and_places(pointers: list[Pointer], trunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sequence and place, counted from the start of the sequence, of each pointer's token."""
-    return torch.tensor([p.row for p in pointers]), torch.tensor([p.place + trunk for p in pointers])
+    rows, places = [p.row for p in pointers], [p.place + trunk for p in pointers]
+    return torch.tensor(rows, device=device), torch.tensor(places, device=device)

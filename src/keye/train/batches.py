@@ -1,7 +1,9 @@
-"""Who makes the batches of a training run ahead of it: a process of its own, or the workers of a decode service."""
+"""Makes the batches of a training run ahead of it: in a process of its own, or in the workers of a decode service."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,11 +13,18 @@ from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import CallWork
 from keye.cluster.service import open_service
 from keye.process import end_with_parent
-from keye.train.config import StageConfig
-from keye.train.recipes.nano.batches import make_batch
 
 #: Batches that are made ahead by one process, and by a service beyond one for each of its workers.
 PREFETCH = 3
+
+#: (stage, model folder, seed) -> batch.
+MakeBatch = Callable[[Any, Path, int], Any]
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class BatchProcess:
@@ -26,9 +35,9 @@ class BatchProcess:
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
 
-    def submit(self, config: StageConfig, folder: Path, seed: int) -> Future[Any]:
-        """`make_batch`, done elsewhere."""
-        return self._pool.submit(make_batch, config, folder, seed)
+    def submit(self, make_batch: MakeBatch, stage: Any, folder: Path, seed: int) -> Future[Any]:
+        """Calls `make_batch` in the process."""
+        return self._pool.submit(make_batch, stage, folder, seed)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -41,9 +50,9 @@ class BatchService:
         self._service = open_service(address)
         self.ahead = PREFETCH + int(self._service.gauges()["workers"])
 
-    def submit(self, config: StageConfig, folder: Path, seed: int) -> Future[Any]:
-        """`make_batch`, done elsewhere, after everything that somebody waits for."""
-        return self._service.submit(CallWork(make_batch, (config, folder.absolute(), seed)), Priority.TRAINING)
+    def submit(self, make_batch: MakeBatch, stage: Any, folder: Path, seed: int) -> Future[Any]:
+        """Calls `make_batch` in a worker, after all work that a request waits for."""
+        return self._service.submit(CallWork(make_batch, (stage, folder.absolute(), seed)), Priority.TRAINING)
 
     def close(self) -> None:
         self._service.close()

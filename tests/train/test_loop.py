@@ -1,6 +1,5 @@
 """Whole runs of a tiny model: files, resuming to the same weights, learning."""
 
-import dataclasses
 import json
 
 import pytest
@@ -11,10 +10,20 @@ from keye.commands.train import report_line
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
 from keye.models.load import load_model
-from keye.train.config import Mix, StageConfig
-from keye.train.loop import LOG_FILE, PROGRESS_FILE, STATE_FILE, rounded, train
+from keye.train.checkpoint import LOG_FILE, PROGRESS_FILE, STATE_FILE
+from keye.train.loop import round_figure
+from keye.train.recipes.nano.config import Mix
 from tests.support.tiny import tiny_folder
-from tests.support.training import LANGUAGE, SPARSE, VISION, a_run, assert_same_weights, weights
+from tests.support.training import (
+    LANGUAGE,
+    SPARSE,
+    VISION,
+    a_run,
+    assert_same_weights,
+    nano_stage,
+    train_nano,
+    weights,
+)  # fmt: skip
 
 
 class Killed(Exception):
@@ -31,18 +40,18 @@ def kill_at(stage: str, step: int):
 
 def test_interrupted_run_ends_with_the_same_weights(tmp_path):
     stages = (VISION, LANGUAGE, SPARSE)
-    straight = train(a_run(tmp_path, "straight", *stages))
+    straight = train_nano(a_run(tmp_path, "straight", *stages))
     config = a_run(tmp_path, "broken", *stages)
     # Between checkpoints, just before one, and right after a stage has begun.
     for stage, step in (("read", 3), ("read", 4), ("select", 1)):
         with pytest.raises(Killed):
-            train(config, report=kill_at(stage, step))
-    train(config)
+            train_nano(config, report=kill_at(stage, step))
+    train_nano(config)
     assert_same_weights(straight, config.output)
     assert not (config.output / STATE_FILE).exists()
     assert json.loads((config.output / PROGRESS_FILE).read_text())["stage"] == 3
     # Nothing is left to do, and the result is a model like any other.
-    train(config)
+    train_nano(config)
     assert_same_weights(straight, config.output)
     load_model(config.output, load_model_config(config.output))
     log = [json.loads(line) for line in (straight / LOG_FILE).read_text().splitlines()]
@@ -51,13 +60,13 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path):
 
 def test_the_last_record_of_a_stage_is_of_its_last_step(tmp_path):
     records = []
-    train(a_run(tmp_path, "out", VISION, log_seconds=3600.0), report=records.append)
+    train_nano(a_run(tmp_path, "out", VISION, log_seconds=3600.0), report=records.append)
     assert [record["step"] for record in records] == [VISION.steps]
     assert all(records[0][name] > 0 for name in ("grad_norm", "loss", "steps_per_second"))
 
 
 def test_figures_of_the_log_are_json():
-    assert [rounded(value) for value in (0.000123456, 12345.6, float("nan"), float("inf"))] == [
+    assert [round_figure(value) for value in (0.000123456, 12345.6, float("nan"), float("inf"))] == [
         1.235e-4,
         12350,
         None,
@@ -69,50 +78,50 @@ def test_figures_of_the_log_are_json():
 
 
 def test_killed_between_the_files_of_a_checkpoint(tmp_path):
-    straight = train(a_run(tmp_path, "straight", LANGUAGE))
+    straight = train_nano(a_run(tmp_path, "straight", LANGUAGE))
     config = a_run(tmp_path, "broken", LANGUAGE)
     with pytest.raises(Killed):
-        train(config, report=kill_at("read", 3))
+        train_nano(config, report=kill_at("read", 3))
     older = (config.output / PROGRESS_FILE).read_text()
     with pytest.raises(Killed):
-        train(config, report=kill_at("read", 5))
+        train_nano(config, report=kill_at("read", 5))
     (config.output / PROGRESS_FILE).write_text(older)  # state of step 4, progress of step 2
-    train(config)
+    train_nano(config)
     assert_same_weights(straight, config.output)
 
 
 def test_state_left_over_from_a_finished_stage_is_not_used(tmp_path):
-    straight = train(a_run(tmp_path, "straight", LANGUAGE, SPARSE))
+    straight = train_nano(a_run(tmp_path, "straight", LANGUAGE, SPARSE))
     config = a_run(tmp_path, "broken", LANGUAGE, SPARSE)
     with pytest.raises(Killed):
-        train(config, report=kill_at("read", 3))
+        train_nano(config, report=kill_at("read", 3))
     state = (config.output / STATE_FILE).read_bytes()
     with pytest.raises(Killed):
-        train(config, report=kill_at("select", 1))
+        train_nano(config, report=kill_at("select", 1))
     (config.output / STATE_FILE).write_bytes(state)
-    train(config)
+    train_nano(config)
     assert_same_weights(straight, config.output)
 
 
 def test_resuming_with_other_stages_is_an_error(tmp_path):
     config = a_run(tmp_path, "out", LANGUAGE)
     with pytest.raises(Killed):
-        train(config, report=kill_at("read", 3))
-    changed = dataclasses.replace(config, stages=(dataclasses.replace(LANGUAGE, trains="all"),))
+        train_nano(config, report=kill_at("read", 3))
+    changed = config.model_copy(update={"stages": (LANGUAGE.model_copy(update={"trains": "all"}),)})
     with pytest.raises(KeyeError, match="resume with the same stages"):
-        train(changed)
+        train_nano(changed)
 
 
 def test_existing_output_is_kept_unless_resumed(tmp_path):
     config = a_run(tmp_path, "out", VISION)
-    train(config)
+    train_nano(config)
     with pytest.raises(ConfigError, match="already holds a run"):
-        train(config, resume=False)
+        train_nano(config, resume=False)
 
 
 def test_a_run_starts_from_the_weights_of_its_model(tmp_path):
     tiny_folder(tmp_path / "model")
-    out = train(a_run(tmp_path, "out", VISION, fresh=False))
+    out = train_nano(a_run(tmp_path, "out", VISION, fresh=False))
     before, after = weights(tmp_path / "model"), weights(out)
     untouched = [name for name in before if not name.startswith(("visual.", "mlp_AR."))]
     assert untouched
@@ -121,19 +130,21 @@ def test_a_run_starts_from_the_weights_of_its_model(tmp_path):
 
 
 def test_seeds_and_fresh_weights(tmp_path):
-    one = train(a_run(tmp_path, "one", VISION))
-    two = train(a_run(tmp_path, "two", VISION, seed=5))
+    one = train_nano(a_run(tmp_path, "one", VISION))
+    two = train_nano(a_run(tmp_path, "two", VISION, seed=5))
     assert not torch.equal(weights(one)["lm_head.weight"], weights(two)["lm_head.weight"])
 
 
 @pytest.mark.slow
 def test_a_tiny_model_learns(tmp_path):
-    stage = StageConfig(
+    stage = nano_stage(
         "learn", steps=150, trains="all", lr=5e-3, adam_lr=5e-3, warmup_steps=10, text_chance=0.0,
         mix=(Mix(frames=2, clips=6, questions=8),), task_weights={"presence": 5.0, "count": 5.0, "start": 5.0},
     )  # fmt: skip
     losses = []
-    train(a_run(tmp_path, "out", stage, save_steps=None), report=lambda figures: losses.append(figures.get("loss")))
+    train_nano(
+        a_run(tmp_path, "out", stage, save_steps=None), report=lambda figures: losses.append(figures.get("loss"))
+    )
     kept = [loss for loss in losses if loss is not None]
     assert sum(kept[-10:]) < 0.35 * sum(kept[:10])
 
@@ -141,8 +152,8 @@ def test_a_tiny_model_learns(tmp_path):
 def test_a_model_that_is_no_run_is_not_overwritten(tmp_path):
     tiny_folder(tmp_path / "mine")
     before = (tmp_path / "mine" / "model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="holds a model that is no run's output"):
-        train(a_run(tmp_path, "mine", VISION))
+    with pytest.raises(ConfigError, match="holds a model that no run made"):
+        train_nano(a_run(tmp_path, "mine", VISION))
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
 
 
@@ -151,14 +162,14 @@ def test_files_of_others_are_kept(tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine\n")
     with pytest.raises(ConfigError, match="choose another output so that it is kept"):
-        train(a_run(tmp_path, "mine", VISION))
+        train_nano(a_run(tmp_path, "mine", VISION))
     assert [(file.name, file.read_text()) for file in (tmp_path / "mine").iterdir()] == [(name, "mine\n")]
 
 
 def test_output_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="is a file; output must be a folder"):
-        train(a_run(tmp_path, "out", VISION))
+        train_nano(a_run(tmp_path, "out", VISION))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -166,16 +177,16 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path, missing):
     tiny_folder(tmp_path / "model")
     (tmp_path / "model" / missing).unlink()
     with pytest.raises(KeyeError):
-        train(a_run(tmp_path, "out", LANGUAGE, fresh=missing == "tokenizer.json"))
+        train_nano(a_run(tmp_path, "out", LANGUAGE, fresh=missing == "tokenizer.json"))
     assert not (tmp_path / "out").exists()
 
 
 def test_stages_that_have_begun_keep_their_names(tmp_path):
     config = a_run(tmp_path, "out", VISION, LANGUAGE)
     with pytest.raises(Killed):
-        train(config, report=kill_at("read", 3))
+        train_nano(config, report=kill_at("read", 3))
     with pytest.raises(ConfigError, match="began with the stages see, read; keep these"):
-        train(a_run(tmp_path, "out", LANGUAGE, SPARSE))
+        train_nano(a_run(tmp_path, "out", LANGUAGE, SPARSE))
 
 
 def test_a_checkpoint_without_indexers_cannot_be_trained(tmp_path):
@@ -183,4 +194,4 @@ def test_a_checkpoint_without_indexers_cannot_be_trained(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "sa_indexer" not in k}, folder / "model.safetensors")
     with pytest.raises(ConfigError, match="has no indexer weights"):
-        train(a_run(tmp_path, "out", LANGUAGE, fresh=False))
+        train_nano(a_run(tmp_path, "out", LANGUAGE, fresh=False))

@@ -5,24 +5,24 @@ import torch
 
 from keye.cache.sequence import KVCache
 from keye.models.attention import CachedStep, Span
-from keye.train.config import Mix, StageConfig
-from keye.train.loop import is_muon_matrix
-from keye.train.optim import Optimizer
-from keye.train.packed import AttentionHint, PackedStep, _hint_loss
-from keye.train.recipes.nano.batches import WINDOW, make_batch
+from keye.train.optim import Optimizer, is_muon_matrix, mark_trainable
+from keye.train.packed import AttentionHint, PackedStep, hint_loss
+from keye.train.recipes.nano.batches import WINDOW
+from keye.train.recipes.nano.config import Mix
 from keye.train.recipes.nano.evidence import TRAINED_PAIRS
-from keye.train.stages import encode_frames, make_stage, trainable
-from tests.support.tiny import NANO, tiny_model
+from keye.train.recipes.nano.objectives import encode_frames
+from tests.support.tiny import tiny_model
+from tests.support.training import NANO_RECIPE, make_tensors, nano_stage
 
 MIX = (Mix(frames=3, clips=2, questions=5),)
 STAGES = {
-    "vision": StageConfig("vision", kind="vision", trains="vision", steps=2, batch=3, warmup_steps=1),
-    "language": StageConfig("language", steps=2, mix=MIX, warmup_steps=1, time_binding=0.1),
-    "all": StageConfig("all", steps=2, mix=MIX, warmup_steps=1, trains="all"),
-    "tower": StageConfig("tower", steps=2, mix=MIX, warmup_steps=1, trains="vision"),
-    "warmup": StageConfig("warmup", steps=2, mix=MIX, warmup_steps=1, trains="indexer", attention="warmup"),
-    "sparse": StageConfig("sparse", steps=2, mix=MIX, warmup_steps=1, attention="sparse"),
-    "sparse all": StageConfig("sparse all", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse"),
+    "vision": nano_stage("vision", kind="vision", trains="vision", steps=2, batch=3, warmup_steps=1),
+    "language": nano_stage("language", steps=2, mix=MIX, warmup_steps=1, time_binding=0.1),
+    "all": nano_stage("all", steps=2, mix=MIX, warmup_steps=1, trains="all"),
+    "tower": nano_stage("tower", steps=2, mix=MIX, warmup_steps=1, trains="vision"),
+    "warmup": nano_stage("warmup", steps=2, mix=MIX, warmup_steps=1, trains="indexer", attention="warmup"),
+    "sparse": nano_stage("sparse", steps=2, mix=MIX, warmup_steps=1, attention="sparse"),
+    "sparse all": nano_stage("sparse all", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse"),
 }
 
 
@@ -43,11 +43,11 @@ def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
     config, model = STAGES[name], tiny_model().model.bfloat16()
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     torch.manual_seed(0)
-    stage = make_stage(config, model)
+    stage = NANO_RECIPE.make_objective(config, model)
     heads = [(f"heads.{key}", parameter) for key, parameter in stage.heads.named_parameters()]
-    optimizer = Optimizer([*trainable(model, config), *heads], is_muon_matrix)
+    optimizer = Optimizer([*mark_trainable(model, config), *heads], is_muon_matrix)
     for step in range(2):
-        loss = stage.loss(model, make_batch(config, NANO, step))
+        loss = stage.loss(model, make_tensors(config, step))
         assert torch.isfinite(loss)
         loss.backward()
         assert optimizer.step(1e-2, 1e-2) > 0
@@ -61,8 +61,8 @@ def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
 
 def test_indexer_learns_from_the_kl_and_the_trunk_does_not():
     config, model = STAGES["sparse"], tiny_model().model
-    list(trainable(model, config))
-    step, _ = _packed(model, make_batch(config, NANO, 0), config.attention)
+    list(mark_trainable(model, config))
+    step, _ = _packed(model, make_tensors(config, 0), config.attention)
     step.indexer_kl().backward()
     touched = {part_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert touched == {"indexer"}
@@ -70,11 +70,11 @@ def test_indexer_learns_from_the_kl_and_the_trunk_does_not():
 
 def _packed(model, batch, mode):
     """The packed step of a batch after its forward pass, and its hidden states [B, P + L, d]."""
-    visual = encode_frames(model, torch.from_numpy(batch.frames).flatten(0, 1))
-    ids = torch.cat((torch.from_numpy(batch.trunk_ids), torch.from_numpy(batch.tail_ids)), dim=1)
-    positions = torch.from_numpy(batch.positions).transpose(0, 1).flatten(1)
+    visual = encode_frames(model, batch.frames.flatten(0, 1))
+    ids = torch.cat((batch.trunk_ids, batch.tail_ids), dim=1)
+    positions = batch.positions.transpose(0, 1).flatten(1)
     topk = model.config.text.sparse.topk
-    step = PackedStep(torch.from_numpy(batch.branch), batch.trunk_ids.shape[1], window=WINDOW, mode=mode, topk=topk)
+    step = PackedStep(batch.branch, batch.trunk_ids.shape[1], window=WINDOW, mode=mode, topk=topk)
     return step, model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
 
 
@@ -83,26 +83,26 @@ def _packed(model, batch, mode):
 def test_packed_training_computes_what_inference_does(mode):
     """Every branch of a packed batch has the hidden states of the same tokens after the same video in a cache."""
     model, config = tiny_model(seed=3, topk=16).model, STAGES["language"]
-    batch = make_batch(config, NANO, 7)
+    batch = make_tensors(config, 7)
     _, hidden = _packed(model, batch, mode)
     trunk = batch.trunk_ids.shape[1]
-    positions, text = torch.from_numpy(batch.positions), model.config.text
+    positions, text = batch.positions, model.config.text
     for row in range(len(batch.frames)):
         cache = KVCache(text.num_hidden_layers)
-        visual = encode_frames(model, torch.from_numpy(batch.frames[row]))
-        x = model.embed(torch.from_numpy(batch.trunk_ids[row]), visual)
+        visual = encode_frames(model, batch.frames[row])
+        x = model.embed(batch.trunk_ids[row], visual)
         out = model(x, positions[row, :, :trunk], CachedStep([Span(0, trunk, cache)], text, mode=mode))
         torch.testing.assert_close(out, hidden[row, :trunk], atol=2e-4, rtol=1e-3)
         for number in range(int(batch.branch[row].max()) + 1):
-            places = torch.from_numpy((batch.branch[row] == number).nonzero()[0])
-            ids = torch.from_numpy(batch.tail_ids[row])[places]
+            places = (batch.branch[row] == number).nonzero()[:, 0]
+            ids = batch.tail_ids[row][places]
             step = CachedStep([Span(0, len(ids), cache.fork())], text, mode=mode)
             out = model(model.embed(ids), positions[row][:, trunk + places], step)
             torch.testing.assert_close(out, hidden[row, trunk + places], atol=2e-4, rtol=1e-3)
 
 
 def test_figures_are_means_since_the_last_take():
-    stage = make_stage(STAGES["language"], tiny_model().model)
+    stage = NANO_RECIPE.make_objective(STAGES["language"], tiny_model().model)
     for value in (1.0, 2.0, 6.0):
         stage.figures.add("x", value)
     stage.figures.add("share", 3, 4)
@@ -110,13 +110,13 @@ def test_figures_are_means_since_the_last_take():
 
 
 def test_helper_losses_are_learnt():
-    config = StageConfig("helpers", steps=1, mix=MIX, time_binding=0.5, pointing=0.5, events=0.1)
+    config = nano_stage("helpers", steps=1, mix=MIX, time_binding=0.5, pointing=0.5, events=0.1)
     model = tiny_model().model
     torch.manual_seed(0)
-    stage = make_stage(config, model)
+    stage = NANO_RECIPE.make_objective(config, model)
     heads = [(f"heads.{name}", parameter) for name, parameter in stage.heads.named_parameters()]
-    optimizer = Optimizer([*trainable(model, config), *heads], is_muon_matrix)
-    batch = make_batch(config, NANO, 1)
+    optimizer = Optimizer([*mark_trainable(model, config), *heads], is_muon_matrix)
+    batch = make_tensors(config, 1)
     kinds = {pointer.kind for pointer in batch.pointers}
     assert {"time", "first", "last", "start", "end"} <= kinds
     before, after = None, None
@@ -136,8 +136,8 @@ def test_helper_losses_are_learnt():
 
 
 def test_helpers_without_weights_have_no_heads_and_no_loss():
-    stage, model = make_stage(STAGES["sparse"], tiny_model().model), tiny_model().model
-    batch = make_batch(STAGES["sparse"], NANO, 1)
+    stage, model = NANO_RECIPE.make_objective(STAGES["sparse"], tiny_model().model), tiny_model().model
+    batch = make_tensors(STAGES["sparse"], 1)
     assert list(stage.heads.parameters()) == []
     assert stage.heads.hints(batch) == []
     step, _ = _packed(model, batch, "dense")
@@ -145,9 +145,9 @@ def test_helpers_without_weights_have_no_heads_and_no_loss():
 
 
 def test_pairs_that_training_never_shows_teach_nothing():
-    helpers = make_stage(StageConfig("events", steps=1, mix=MIX, events=1.0), tiny_model().model).heads
+    helpers = NANO_RECIPE.make_objective(nano_stage("events", steps=1, mix=MIX, events=1.0), tiny_model().model).heads
     logits = torch.zeros(2, 1, 8, 5, requires_grad=True)
-    helpers._pair_loss(logits, torch.zeros(2, 1, 8, 5, dtype=torch.bool), "seen").backward()
+    helpers.pair_loss(logits, torch.zeros(2, 1, 8, 5, dtype=torch.bool), "seen").backward()
     assert ((logits.grad[0, 0] != 0).numpy() == TRAINED_PAIRS).all()
 
 
@@ -156,4 +156,4 @@ def test_a_hint_is_the_share_of_attention_that_the_targets_get():
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 8)
     hint = AttentionHint("time", 0, torch.tensor([0]), torch.tensor([2]), torch.tensor([[False, True]]), head=1)
     weights = (k[0, 0] @ q[0, 1, 2] * 8**-0.5).softmax(0)
-    assert torch.allclose(_hint_loss(hint, q, k), -weights[1].log())
+    assert torch.allclose(hint_loss(hint, q, k), -weights[1].log())
