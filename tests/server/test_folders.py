@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from keye.files import LOCK, SERVER_PREFIX, PrivateFolder
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.settings import Settings
 from keye.server.uploads import FileStore
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
+from keye.server.edge.errors import ApiError
 from keye.server.edge.json_shape import BadJson, check_json
 from keye.server.edge.keys import LOCAL, Keyring
 from keye.server.edge.limits import Limits
-from keye.server.edge.policy import FORM_BYTES, fetch_policy, guard_settings
-from keye.server.edge.throttle import Buckets, client_of, whole_seconds
+from keye.server.edge.throttle import Buckets, client_of
+from keye.server.settings import FORM_BYTES, Settings, fetch_policy, guard_settings
 
 LIMITS = Limits(json_depth=8, json_keys=100, json_values=200)
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -200,7 +201,8 @@ def test_a_bucket_fills_with_time() -> None:
     clock.now += 100.0
     assert buckets.take("a", 4.0) == 0.0  # never more than the burst
     assert buckets.take("a", 1.0) > 0
-    assert [whole_seconds(t) for t in (0.1, 1.0, 1.2)] == [1, 1, 2]
+    waits = [dict(ApiError(429, "busy", retry=seconds).headers)[b"retry-after"] for seconds in (0.1, 1.0, 1.2)]
+    assert waits == [b"1", b"1", b"2"]
 
 
 def test_buckets_are_bounded() -> None:
@@ -218,37 +220,28 @@ def test_whom_an_address_stands_for() -> None:
     assert client_of(None) == client_of("unix:") == "unknown"
 
 
-@dataclass(frozen=True)
-class Given:
-    """The settings of a server, as far as its edge needs them."""
+KEY = {"ann": "a" * 20}
 
-    host: str = "127.0.0.1"
-    keys: Mapping[str, str] = field(default_factory=dict)
-    allow_urls: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    allow_origins: tuple[str, ...] = ()
-    allow_media_hosts: tuple[str, ...] = ()
-    upload_bytes: int = 1000
-    body_bytes: int = 500
-    pictures: int = 7
-    queue: int = 40
+
+def settings(host: str = "127.0.0.1", keys: Mapping[str, str] | None = None, **options: Any) -> Settings:
+    return Settings(host, keys=keys or {}, upload_bytes=1000, body_bytes=500, pictures=7, queue=40, **options)
 
 
 def test_from_settings_to_defences() -> None:
-    guard = guard_settings(Given("Video.example", {"ann": "a" * 20}, allowed_hosts=("BOX",)))
+    guard = guard_settings(settings("Video.example", KEY, allowed_hosts=("BOX",)))
     assert guard.hosts == ("video.example", "box")
     assert guard.keys.owner(b"Bearer " + b"a" * 20) == "ann"
     assert (guard.limits.json_bytes, guard.limits.upload_bytes) == (500, 1000 + FORM_BYTES)
-    several = Given(keys={"ann": "a" * 20, "bob": "b" * 20})
+    several = settings(keys={**KEY, "bob": "b" * 20})
     assert (guard.limits.running_per_key, guard_settings(several).limits.running_per_key) == (256, 20)
-    assert guard_settings(Given("0.0.0.0")).hosts == guard_settings(Given("::1")).hosts == ()
-    policy = fetch_policy(Given(allow_urls=("Media.Example", "*.cdn.example")))
+    assert guard_settings(settings("0.0.0.0", KEY)).hosts == guard_settings(settings("::1", KEY)).hosts == ()
+    policy = fetch_policy(settings(allow_urls=("Media.Example", "*.cdn.example")))
     assert (policy.hosts, policy.video_bytes, policy.list_frames) == (("media.example", "*.cdn.example"), 1000, 7)
-    private = fetch_policy(Given(allow_urls=("a.example",), allow_media_hosts=("nas.local:8080",)))
+    private = fetch_policy(settings(allow_urls=("a.example",), allow_media_hosts=("nas.local:8080",)))
     assert (private.hosts, private.limits.private_hosts) == (("a.example", "nas.local:8080"), ("nas.local:8080",))
-    assert guard_settings(Given(allow_origins=("https://app.example",))).origins == ("https://app.example",)
+    assert guard_settings(settings(allow_origins=("https://app.example",))).origins == ("https://app.example",)
     for rules in ({"allow_urls": ("http://a",)}, {"allow_media_hosts": ("http://a",)}):
         with pytest.raises(KeyeError, match="no host that can be allowed"):
-            fetch_policy(Given(**rules))  # type: ignore[arg-type]
+            fetch_policy(settings(**rules))
     with pytest.raises(KeyeError, match="is not safe"):
-        guard_settings(Given(keys={"ann": "short"}))
+        guard_settings(settings(keys={"ann": "short"}))

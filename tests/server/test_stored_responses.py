@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 
 import keye
 from keye.server.app import guarded_app
-from keye.server.errors import ApiError
-from keye.server.response_store import Kept, ResponseStore, new_id
+from keye.server.edge.errors import ApiError
+from keye.server.response_store import Kept, ResponseStore, new_response_id
 from keye.server.settings import Settings
 from keye.server.uploads import FileStore
 from tests.support.serving import error_of
@@ -116,7 +116,11 @@ def test_another_key_never_sees_them(shared: TestClient) -> None:
 
 
 def kept(previous: str | None = None, text: str = "x") -> Kept:
-    response = {"id": new_id(), "previous_response_id": previous, "output": [{"type": "message", "text": text}]}
+    response = {
+        "id": new_response_id(),
+        "previous_response_id": previous,
+        "output": [{"type": "message", "text": text}],
+    }
     return Kept(response, [{"type": "message", "id": "msg_1", "role": "user", "content": text}])
 
 

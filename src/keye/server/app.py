@@ -20,7 +20,6 @@ from keye.server import errors, web
 from keye.server.context import Context
 from keye.server.edge.audit import Audit
 from keye.server.edge.guard import Guard
-from keye.server.edge.policy import fetch_policy, guard_settings
 from keye.server.metrics import Metrics
 from keye.server.notes import begin_notes, collect_warnings
 from keye.server.response_store import ResponseStore
@@ -38,7 +37,7 @@ from keye.server.routes import (
     system,
     video,
 )
-from keye.server.settings import Settings
+from keye.server.settings import Settings, fetch_policy, guard_settings
 from keye.server.uploads import FileStore
 from keye.version import __version__
 

@@ -20,7 +20,7 @@ from keye.api import Keye
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.guide import GuideFactory
 from keye.media.source.fetch import FetchPolicy
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.live_sessions import LiveSessions
 from keye.server.metrics import Metrics
 from keye.server.notes import add_note

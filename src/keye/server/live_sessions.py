@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.sessions.live import LiveSession
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.uploads import FileStore
 from keye.units import MIB
 
@@ -27,7 +27,7 @@ _BLOCK: Final = 4096
 RESPONSE: Final = "resp_"
 
 
-def new_id() -> str:
+def new_response_id() -> str:
     """The id of a response; it cannot be guessed."""
     return RESPONSE + secrets.token_hex(16)
 

@@ -18,9 +18,8 @@ from keye.server.app import guarded_app
 from keye.server.edge.audit import Audit
 from keye.server.edge.guard import App, Guard
 from keye.server.edge.limits import Limits
-from keye.server.edge.policy import guard_settings
 from keye.server.edge.protocol import limits_of_system, uvicorn_options
-from keye.server.settings import Settings
+from keye.server.settings import Settings, guard_settings
 from keye.units import format_bytes
 
 #: Ends with an error whatever still runs.

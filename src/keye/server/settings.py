@@ -1,15 +1,23 @@
-"""All settings of the server in one frozen object. Knows names, defaults and ranges; reads nothing."""
+"""All settings of the server in one frozen object, and what follows from them for its guard and for fetching media."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from keye.errors import KeyeError, Option
-from keye.units import GIB, MIB
+from keye.media.source.fetch import FetchPolicy
+from keye.media.source.hosts import parse_host_rule
+from keye.server.edge.guard import GuardSettings
+from keye.server.edge.keys import Keyring
+from keye.server.edge.limits import Limits
+from keye.server.edge.request_head import is_ip
+from keye.units import GIB, KIB, MIB
 
+#: Bytes that a form adds to the file in it.
+FORM_BYTES = 64 * KIB
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -67,9 +75,7 @@ class Settings:
                     "{} is {!r}; write the scheme and the host of a page in lower case, as https://app.example",
                     Option("allow_origin"), origin,
                 )  # fmt: skip
-        for name, key in self.keys.items():
-            if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
-                raise KeyeError(f"the key {name!r} is not safe; take 16 or more printable ASCII characters")
+        Keyring.of(self.keys)
 
     @property
     def bytes_of_key(self) -> int:
@@ -87,3 +93,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def guard_settings(settings: Settings, limits: Limits | None = None) -> GuardSettings:
+    """Settings of the guard. Create them once: their keyring also salts caches."""
+    own = () if settings.host in ("", "localhost") or is_ip(settings.host.strip("[]")) else (settings.host,)
+    limits = limits or Limits()
+    # One of several keys cannot fill the queue.
+    most = limits.running_per_key if len(settings.keys) < 2 else max(settings.queue // 2, 1)
+    sizes = replace(
+        limits, upload_bytes=settings.upload_bytes + FORM_BYTES, json_bytes=settings.body_bytes,
+        running_per_key=min(limits.running_per_key, most),
+    )  # fmt: skip
+    names = tuple(name.lower().rstrip(".") for name in (*own, *settings.allowed_hosts))
+    return GuardSettings(Keyring.of(settings.keys), names, tuple(settings.allow_origins), limits=sizes)
+
+
+def fetch_policy(settings: Settings) -> FetchPolicy:
+    """What a request may name; `KeyeError` for a rule that is not valid."""
+    private = tuple(parse_host_rule(rule) for rule in settings.allow_media_hosts)
+    hosts = (*(parse_host_rule(rule) for rule in settings.allow_urls), *private)
+    limits = replace(FetchPolicy.limits, private_hosts=private)
+    return FetchPolicy(hosts, limits=limits, video_bytes=min(settings.upload_bytes, FetchPolicy.video_bytes),
+                       list_frames=settings.pictures)  # fmt: skip

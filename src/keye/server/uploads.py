@@ -17,7 +17,7 @@ from keye.files import PrivateFolder
 from keye.media.image import plan_image
 from keye.media.source.fetch import FetchPolicy, Source, media_kind, untrusted
 from keye.media.video import probe
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.settings import Settings
 from keye.units import format_bytes
 

@@ -1,14 +1,16 @@
-"""One request and its answer on their way between the server's loop and the application: counted, timed, bounded."""
+"""One request and its answer between the server's event loop and the application: counted, timed, bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from keye.server.edge.audit import Record
+from keye.server.edge.errors import ApiError, Headers
 from keye.server.edge.limits import Limits
-from keye.server.edge.request_head import Head, Headers, Refusal, cross_origin, secured
+from keye.server.edge.request_head import Head, cross_origin, secured
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -25,25 +27,24 @@ class Exchange:
         self.page = page
         self.origin: str | None = None
         self.started = False
-        self._refusal: Refusal | None = None
+        self._rejection: ApiError | None = None
         self._body: bytes | None = None
         self._ended = True
         self._most, self._rate, self._begin = 0, 1.0, 0.0
 
     def expect_body(self, head: Head, most: int, rate: float) -> None:
-        """From now on a body of at most `most` bytes may come, at `rate` bytes a second. Refuses one that is declared
-        to be longer."""
+        """Allows a body of at most `most` bytes, at `rate` bytes a second; `ApiError` for one declared longer."""
         if head.length is not None and head.length > most:
             raise self._too_large(most)
         self._ended = not head.has_body
         self._most, self._rate, self._begin = most, rate, self._clock()
 
     def replay(self, body: bytes) -> None:
-        """The application is to receive this body, which has been read already."""
+        """Makes the application receive this body, which was read already."""
         self._body = body
 
     async def read(self) -> bytes | None:
-        """The next piece of the body, None at its end. Raises `Refusal` where it is too long or too slow, and
+        """The next piece of the body, None at its end. Raises `ApiError` where it is too long or too slow, and
         `ConnectionError` where the client has gone."""
         if self._ended:
             return None
@@ -55,7 +56,7 @@ class Exchange:
             async with asyncio.timeout(min(limits.idle_seconds, in_time)):
                 message = await self._receive()
         except TimeoutError:
-            raise Refusal(408, "the body comes too slowly; send it again", "slow_body") from None
+            raise ApiError(408, "the body comes too slowly; send it again", code="slow_body") from None
         if message["type"] == "http.disconnect":
             raise ConnectionError("the client has gone")
         self.record.bytes_in += len(message.get("body", b""))
@@ -65,15 +66,15 @@ class Exchange:
         return bytes(message.get("body", b""))
 
     async def receive(self) -> Message:
-        """The application's: the body, then the client's departure. A body that is refused on its way raises here, and
-        whatever the application makes of that, the client gets the refusal."""
+        """ASGI `receive`: the body, then the disconnect. A body that is rejected on its way raises here, and the client
+        gets that error whatever the application answers."""
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
         try:
             piece = await self.read()
-        except Refusal as refusal:
-            self._refusal = refusal
+        except ApiError as error:
+            self._rejection = error
             raise
         except ConnectionError:
             return {"type": "http.disconnect"}
@@ -82,31 +83,27 @@ class Exchange:
         return await self._receive()
 
     async def send(self, message: Message) -> None:
-        """The application's. Raises `TimeoutError` where the client does not take what it asked for."""
-        if self._refusal is not None and not self.started:
+        """ASGI `send`. Raises `TimeoutError` where the client does not read its answer."""
+        if self._rejection is not None and not self.started:
             return
         await self._pass(message)
 
-    def check_refused(self) -> None:
-        """Raises the refusal of a body that the application has swallowed."""
-        if self._refusal is not None:
-            raise self._refusal
+    def check_rejected(self) -> None:
+        """Raises the error of a body that the application swallowed."""
+        if self._rejection is not None:
+            raise self._rejection
 
-    async def refuse(self, refusal: Refusal) -> None:
-        """Answers in the application's place; the connection ends with it, since the body may still be on its way."""
-        self.record.code = refusal.code
-        body = refusal.body(self.record.path)
-        await self.answer(
-            refusal.status,
-            [(b"content-type", b"application/json"), (b"connection", b"close"), *refusal.headers],
-            b"" if self.record.method == "HEAD" else body,
-            length=len(body),
-        )
+    async def reject(self, error: ApiError) -> None:
+        """Answers in the application's place and closes the connection: the body may still be on its way."""
+        self.record.code = error.code or ""
+        body = json.dumps(error.body(self.record.path)).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *error.headers]
+        await self.answer(error.status, headers, b"" if self.record.method == "HEAD" else body, length=len(body))
 
     async def answer(self, status: int, headers: Headers, body: bytes = b"", length: int | None = None) -> None:
-        """A whole answer."""
-        given = [*headers, (b"content-length", str(len(body) if length is None else length).encode())]
-        await self._pass({"type": "http.response.start", "status": status, "headers": given})
+        """Sends a complete answer."""
+        headers = [*headers, (b"content-length", str(len(body) if length is None else length).encode())]
+        await self._pass({"type": "http.response.start", "status": status, "headers": headers})
         await self._pass({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _pass(self, message: Message) -> None:
@@ -120,5 +117,5 @@ class Exchange:
             await self._send(message)
 
     @staticmethod
-    def _too_large(most: int) -> Refusal:
-        return Refusal(413, f"the body has more than the limit of {most:,} bytes", "body_too_large")
+    def _too_large(most: int) -> ApiError:
+        return ApiError(413, f"the body has more than the limit of {most:,} bytes", code="body_too_large")

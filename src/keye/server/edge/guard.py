@@ -1,8 +1,8 @@
-"""The edge of the server: ASGI middleware that lets a request reach the application only if it may. No framework.
+"""The edge of the server: ASGI middleware that rejects requests before they reach the application. No framework.
 
-It knows heads, bodies, keys and rates, and nothing of models or routes beyond a few names. Everything is refused that
-is not expressly allowed: each path needs a key except the page's own files and the health check. In this order: the
-form of the head, Host, Origin, key, rate, number of running requests, length and arrival of the body, shape of JSON.
+It knows heads, bodies, keys and rates, and nothing of models or routes beyond a few paths. Each path needs a key except
+the page's own files and the health check. Checked in this order: form of the head, Host, Origin, key, rate, number of
+running requests, length and arrival of the body, shape of the JSON.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keye.server.edge.audit import CURRENT, Audit, Record
+from keye.server.edge.errors import ApiError
 from keye.server.edge.exchange import Exchange, Receive, Send
-from keye.server.edge.ids import unique
+from keye.server.edge.ids import new_id
 from keye.server.edge.json_shape import BadJson, check_json
 from keye.server.edge.keys import Keyring
 from keye.server.edge.limits import Limits
-from keye.server.edge.request_head import Head, Refusal, check_host, check_origin, preflight, read_head
-from keye.server.edge.throttle import Buckets, Running, client_of, whole_seconds
+from keye.server.edge.request_head import Head, check_host, check_origin, preflight, read_head
+from keye.server.edge.throttle import Buckets, Running, client_of
 
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 #: Bodies beyond this many bytes are checked in a thread, so that the loop goes on serving others.
 _LOOP_BYTES = 64 * 1024
 _UPLOADS = ("/v1/files",)
-#: Whether the server lives; nobody needs a key to ask.
+#: Health checks; they need no key.
 _HEALTH = ("/health", "/ping")
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """Whom and what the guard lets through. `hosts` are names of this server besides `localhost` and numeric addresses,
+    """What the guard allows. `hosts` are names of this server besides `localhost` and numeric addresses,
     in lower case; `origins` are web pages elsewhere that may use it, such as `https://app.example`."""
 
     keys: Keyring = field(default_factory=Keyring)
@@ -76,7 +77,7 @@ class Guard:
         client = scope.get("client")
         record = Record(
             datetime.now(UTC).isoformat(timespec="milliseconds"),
-            unique("req-"),
+            new_id("req-"),
             address=client_of(client[0] if client else None),
             method=scope["method"][:16],
             path=scope["path"],
@@ -84,10 +85,10 @@ class Guard:
         exchange = Exchange(receive, send, self._settings.limits, record, self._clock, page=_is_page(scope["path"]))
         try:
             await self._admit(scope, exchange)
-            exchange.check_refused()
-        except Refusal as refusal:
+            exchange.check_rejected()
+        except ApiError as error:
             if not exchange.started:
-                await exchange.refuse(refusal)
+                await exchange.reject(error)
         except ConnectionError:
             record.code = "client_gone"
         finally:
@@ -101,21 +102,21 @@ class Guard:
         check_host(head, self._settings.hosts)
         exchange.origin = check_origin(head, self._settings.origins)
         if exchange.origin and head.method == "OPTIONS" and b"access-control-request-method" in head.headers:
-            # A browser asks without the key; what it learns is what the configuration says.
+            # Browsers send preflight requests without the key; the answer holds configuration only.
             await exchange.answer(204, preflight(head))
             return
         record.key = self._owner(head, record)
         scope["keye.key"], scope["keye.request"] = record.key, record
         CURRENT.set(record)
         if head.path in (*_HEALTH, "/metrics") or _is_page(head.path):
-            # Answered whatever else goes on; they cost next to nothing.
+            # Cheap, and answered under any load.
             if head.method not in ("GET", "HEAD"):
-                raise Refusal(405, "this address is only read", "bad_method", [(b"allow", b"GET, HEAD")])
+                raise ApiError(405, "this address is only read", code="bad_method", headers=[(b"allow", b"GET, HEAD")])
             await self.app(scope, exchange.receive, exchange.send)
             return
         self._check_rate(record)
         if not self._running.enter(record.key):
-            raise Refusal(429, "too many requests are running; try again soon", "too_many_running", _retry(1))
+            raise ApiError(429, "too many requests are running; try again soon", code="too_many_running", retry=1)
         try:
             await self._pass(scope, head, exchange)
         finally:
@@ -127,33 +128,35 @@ class Guard:
         owner = self._settings.keys.owner(head.credentials)
         if owner is None:
             if wait := self._attempts.take(record.address, self._settings.limits.attempt_cost):
-                raise Refusal(429, "too many wrong keys from this address", "too_many_attempts", _retry(wait))
+                raise ApiError(429, "too many wrong keys from this address", code="too_many_attempts", retry=wait)
             sentence = "the request needs a valid key in the header `Authorization: Bearer KEY`"
-            raise Refusal(401, sentence, "invalid_api_key", [(b"www-authenticate", b"Bearer")])
+            raise ApiError(401, sentence, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
         return owner
 
     def _check_rate(self, record: Record) -> None:
-        # By key alone: behind a proxy all clients have one address. Who has no key pays for attempts by address.
+        # By key alone: behind a proxy all clients have one address. Attempts without a key count by address.
         if wait := self._buckets.take(record.key):
-            raise Refusal(429, "too many requests in a short time; slow down", "rate_limited", _retry(wait))
+            raise ApiError(429, "too many requests in a short time; slow down", code="rate_limited", retry=wait)
 
     async def _pass(self, scope: MutableMapping[str, Any], head: Head, exchange: Exchange) -> None:
         limits = self._settings.limits
         if head.method != "POST" or not head.has_body:
             await self.app(scope, exchange.receive, exchange.send)
-        elif _takes_files(head.path):
+        elif head.path in _UPLOADS:
             if head.media_type != "multipart/form-data":
-                raise Refusal(415, "this address takes multipart/form-data with a file", "bad_content_type")
+                raise ApiError(415, "this address takes multipart/form-data with a file", code="bad_content_type")
             exchange.expect_body(head, limits.upload_bytes, limits.upload_rate)
             await self.app(scope, exchange.receive, exchange.send)
         else:
             if head.media_type != "application/json":
-                raise Refusal(415, "the body must be JSON; send Content-Type: application/json", "bad_content_type")
+                raise ApiError(
+                    415, "the body must be JSON; send Content-Type: application/json", code="bad_content_type"
+                )
             exchange.expect_body(head, limits.json_bytes, limits.json_rate)
             await self._pass_json(scope, exchange)
 
     async def _pass_json(self, scope: MutableMapping[str, Any], exchange: Exchange) -> None:
-        """Reads the whole body, checks its shape, and lets the application read it from memory."""
+        """Reads the body, checks its shape, and replays it to the application from memory."""
         limits, pieces, size = self._settings.limits, list[bytes](), 0
         try:
             while (piece := await exchange.read()) is not None:
@@ -161,31 +164,23 @@ class Guard:
                 self._buffered += len(piece)
                 pieces.append(piece)
                 if self._buffered > limits.buffered_bytes:
-                    raise Refusal(503, "too many large requests at once; try again soon", "overloaded", _retry(2))
-            whole = b"".join(pieces)
+                    raise ApiError(503, "too many large requests at once; try again soon", code="overloaded", retry=2)
+            body = b"".join(pieces)
             del pieces, piece
             try:
                 if size > _LOOP_BYTES:
-                    await asyncio.to_thread(check_json, whole, limits)
+                    await asyncio.to_thread(check_json, body, limits)
                 else:
-                    check_json(whole, limits)
+                    check_json(body, limits)
             except BadJson as error:
-                raise Refusal(400, str(error), "invalid_json") from None
-            exchange.replay(whole)
-            del whole  # from here on the application alone holds it
+                raise ApiError(400, str(error), code="invalid_json") from None
+            exchange.replay(body)
+            del body  # from here on only the application holds it
             await self.app(scope, exchange.receive, exchange.send)
         finally:
             self._buffered -= size
 
 
 def _is_page(path: str) -> bool:
-    """The page's own files, which anybody may read."""
+    """The page's own files, which need no key."""
     return path == "/" or path.startswith("/static/")
-
-
-def _takes_files(path: str) -> bool:
-    return path in _UPLOADS
-
-
-def _retry(seconds: float) -> list[tuple[bytes, bytes]]:
-    return [(b"retry-after", str(whole_seconds(seconds)).encode())]

@@ -1,21 +1,16 @@
-"""What can be told from the head of a request, and what is added to the head of an answer. Pure functions of both.
-
-Refusals are raised as `Refusal`; the guard answers them.
-"""
+"""Checks on the head of a request, and headers that are added to answers. Pure functions; what is not allowed is raised
+as `ApiError`."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from keye.server.edge.dialect import translate_error
+from keye.server.edge.errors import ApiError
 from keye.server.edge.limits import Limits
-
-Headers = Sequence[tuple[bytes, bytes]]
 
 #: What a browser may do with the page: run and show only what this server sends.
 PAGE_CSP: Final = (
@@ -26,30 +21,11 @@ PAGE_CSP: Final = (
 DATA_CSP: Final = "default-src 'none'; sandbox; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
-_TYPES: Final = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 405: "invalid_request_error",
-    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
-    431: "invalid_request_error", 503: "overloaded_error",
-}  # fmt: skip
-#: Headers that decide something, and may stand once only: programs differ on which of two counts.
+#: Headers that may stand once only: programs differ on which of two counts.
 _ONCE: Final = (b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"content-type")
 _PLAIN_PATH: Final = re.compile(r"/(?:[A-Za-z0-9_~:@!$&'()*+,;=.-]+(?:/[A-Za-z0-9_~:@!$&'()*+,;=.-]+)*/?)?")
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _ASKED_HEADERS: Final = re.compile(r"[A-Za-z0-9, -]{0,1024}")
-
-
-class Refusal(Exception):
-    """A request that is not passed on: status, sentence, a code for programs, and further headers."""
-
-    def __init__(self, status: int, message: str, code: str, headers: Headers = ()) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, tuple(headers)
-
-    def body(self, path: str = "") -> bytes:
-        """The error object that clients of `path` read."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
-        return json.dumps(translate_error(path, self.status, {"error": error})).encode()
 
 
 @dataclass(frozen=True)
@@ -79,15 +55,17 @@ class Head:
 
 
 def read_head(scope: dict[str, Any], limits: Limits) -> Head:
-    """The head of an ASGI request. Raises `Refusal` where it is too large, ambiguous, or in no form that is served."""
+    """The head of an ASGI request. Raises `ApiError` where it is too large, ambiguous, or in no form that is served."""
     path, raw = scope["path"], scope.get("raw_path") or scope["path"].encode()
     if len(raw) > limits.path_bytes or len(scope.get("query_string", b"")) > limits.query_bytes:
-        raise Refusal(400, "the address is too long", "address_too_long")
+        raise ApiError(400, "the address is too long", code="address_too_long")
     if not _PLAIN_PATH.fullmatch(path) or b"%" in raw or any(part in (".", "..") for part in path.split("/")):
-        raise Refusal(400, "the address has a path that is not plain; see /openapi.json", "bad_path")
+        raise ApiError(400, "the address has a path that is not plain; see /openapi.json", code="bad_path")
     method = scope["method"]
     if method not in METHODS:
-        raise Refusal(405, "this method is not served", "bad_method", [(b"allow", ", ".join(METHODS).encode())])
+        raise ApiError(
+            405, "this method is not served", code="bad_method", headers=[(b"allow", ", ".join(METHODS).encode())]
+        )
     headers = _single_headers(scope["headers"], limits)
     return Head(method, path, headers, _body_length(method, headers))
 
@@ -96,28 +74,28 @@ def _single_headers(headers: Iterable[tuple[bytes, bytes]], limits: Limits) -> d
     """Headers by lower-case name."""
     pairs = list(headers)
     if len(pairs) > limits.header_count or sum(len(name) + len(value) for name, value in pairs) > limits.header_bytes:
-        raise Refusal(431, "the request has too many or too long headers", "headers_too_large")
+        raise ApiError(431, "the request has too many or too long headers", code="headers_too_large")
     found: dict[bytes, bytes] = {}
     for name, value in pairs:
         name = name.lower()
         if name in found and name in _ONCE:
-            raise Refusal(400, f"the request has the header {name.decode()} twice", "repeated_header")
+            raise ApiError(400, f"the request has the header {name.decode()} twice", code="repeated_header")
         found[name] = value
     return found
 
 
 def _body_length(method: str, headers: dict[bytes, bytes]) -> int | None:
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise Refusal(415, "the body is compressed; send it as it is", "compressed_body")
+        raise ApiError(415, "the body is compressed; send it as it is", code="compressed_body")
     declared = headers.get(b"content-length")
     chunked = b"transfer-encoding" in headers
     if chunked and declared is not None:
-        raise Refusal(400, "the request declares the length of its body in two ways", "ambiguous_length")
+        raise ApiError(400, "the request declares the length of its body in two ways", code="ambiguous_length")
     if declared is not None and not declared.isdigit():
-        raise Refusal(400, "the request's Content-Length is no number", "bad_length")
+        raise ApiError(400, "the request's Content-Length is no number", code="bad_length")
     length = None if chunked else int(declared[:20]) if declared else 0
     if method != "POST" and length != 0:
-        raise Refusal(400, f"a {method} request has no body", "unexpected_body")
+        raise ApiError(400, f"a {method} request has no body", code="unexpected_body")
     return length
 
 
@@ -127,10 +105,10 @@ def check_host(head: Head, hosts: Sequence[str]) -> None:
     given = head.headers.get(b"host", b"").decode("latin-1")
     match = _HOST.fullmatch(given)
     if match is None:
-        raise Refusal(400, "the request needs one Host header with a plain name", "bad_host")
+        raise ApiError(400, "the request needs one Host header with a plain name", code="bad_host")
     name = match[1].lower()
     if name != "localhost" and name not in hosts and not is_ip(name.strip("[]")):
-        raise Refusal(403, "this server is not known under the name in the Host header", "host_not_allowed")
+        raise ApiError(403, "this server is not known under the name in the Host header", code="host_not_allowed")
 
 
 def is_ip(text: str) -> bool:
@@ -145,7 +123,7 @@ def is_ip(text: str) -> bool:
 def check_origin(head: Head, origins: Sequence[str]) -> str | None:
     """The configured origin of the web page that asks, None for the server's own page and for programs.
 
-    Raises `Refusal` for any other page: without this, each page in the world could make the browser of somebody who
+    Raises `ApiError` for any other page: without this, each page in the world could make the browser of somebody who
     runs a server on his own machine send requests to it.
     """
     origin = head.headers.get(b"origin", b"").decode("latin-1")
@@ -153,11 +131,11 @@ def check_origin(head: Head, origins: Sequence[str]) -> str | None:
         return origin
     own = head.headers.get(b"host", b"").decode("latin-1").lower()
     if origin and origin.lower() not in (f"http://{own}", f"https://{own}"):
-        raise Refusal(403, "web pages of this origin may not use this server", "origin_not_allowed")
+        raise ApiError(403, "web pages of this origin may not use this server", code="origin_not_allowed")
     elsewhere = head.headers.get(b"sec-fetch-site", b"") in (b"cross-site", b"same-site")
     arriving = head.headers.get(b"sec-fetch-mode", b"") == b"navigate" and not head.path.startswith("/v1/")
     if elsewhere and not origin and not arriving:
-        raise Refusal(403, "other web pages may not use this server", "origin_not_allowed")
+        raise ApiError(403, "other web pages may not use this server", code="origin_not_allowed")
     return None
 
 

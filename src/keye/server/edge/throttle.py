@@ -7,7 +7,6 @@ forgotten, which can only be to its advantage.
 from __future__ import annotations
 
 import ipaddress
-import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
@@ -58,11 +57,6 @@ class Running:
         if not self._by_key[key]:
             del self._by_key[key]
         assert self.total >= 0
-
-
-def whole_seconds(seconds: float) -> int:
-    """What Retry-After says: at least one second."""
-    return max(1, math.ceil(seconds))
 
 
 def client_of(address: str | None) -> str:

@@ -22,8 +22,9 @@ from keye.engine.request import Request as Job
 from keye.errors import KeyeError
 from keye.server.context import Context
 from keye.server.edge.audit import CURRENT
-from keye.server.edge.ids import unique
-from keye.server.errors import ApiError, spelled
+from keye.server.edge.errors import ApiError
+from keye.server.edge.ids import new_id
+from keye.server.errors import spelled
 from keye.server.openai.prepare import Prepared, ShownReasoning
 from keye.server.openai.sse import event
 from keye.sessions.answer import LOOPED
@@ -118,7 +119,7 @@ class Choice:
             elif piece.kind == "reasoning":
                 self.reasoning += piece.text
             elif piece.kind == "call":
-                self.calls.append([unique("call_"), piece.text, ""])
+                self.calls.append([new_id("call_"), piece.text, ""])
             else:
                 self.calls[piece.index][2] += piece.text
         return pieces
@@ -276,6 +277,6 @@ def growing(
 def head(prefix: str, kind: str, context: Context) -> Mapping[str, Any]:
     """The fields that every object of a reply begins with."""
     return {
-        "id": unique(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": context.name,
+        "id": new_id(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": context.name,
         "system_fingerprint": context.fingerprint,
     }  # fmt: skip

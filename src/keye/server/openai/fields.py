@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from keye.checks import closest
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.notes import add_note, count_unknown
 
 #: Fields that other servers and clients know and that change nothing here.

@@ -11,7 +11,7 @@ from typing import Any
 from keye.chat.json_schema import ANY_OBJECT
 from keye.chat.messages import normalize_tools
 from keye.engine.guide import Form, Tag
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.notes import add_note
 from keye.server.openai.schemas import Forms, StructuredOutputs
 

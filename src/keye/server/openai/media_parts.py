@@ -17,7 +17,7 @@ from keye.errors import KeyeError
 from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
 from keye.media.source.data_urls import parse_data_url
 from keye.media.source.fetch import Source, media_kind
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.openai.fields import read_fields
 from keye.server.uploads import MediaOpener, is_stored
 

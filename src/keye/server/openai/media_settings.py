@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from keye.chat.messages import VIDEO_OPTIONS
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.schemas import MediaDefaults
 

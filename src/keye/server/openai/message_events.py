@@ -9,7 +9,7 @@ from typing import Any, Final
 from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
 from keye.server.context import Context
-from keye.server.edge.ids import unique
+from keye.server.edge.ids import new_id
 from keye.server.openai.events import Choice, findings_of, usage_of, written
 from keye.server.openai.prepare import Prepared
 from keye.server.openai.sse import event
@@ -111,7 +111,7 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 def _begin(model: str) -> dict[str, Any]:
-    return {"id": unique("msg_"), "type": "message", "role": "assistant", "model": model}
+    return {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
 
 
 def _end(choice: Choice) -> dict[str, Any]:

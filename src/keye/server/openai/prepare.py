@@ -18,7 +18,8 @@ from keye.engine.request import Request as Job
 from keye.engine.sampling import MAX_SEED
 from keye.errors import KeyeError
 from keye.server.context import Context
-from keye.server.errors import ApiError, of_mistake
+from keye.server.edge.errors import ApiError
+from keye.server.errors import error_of_mistake
 from keye.server.notes import add_note, current_notes
 from keye.server.openai.forms import chosen_tools, form_of
 from keye.server.openai.lengths import check_length
@@ -170,7 +171,7 @@ def guide_of(context: Context, form: Form | None, sampling: Sampling, *, after_r
     try:
         return context.guides.guide(form, after_reasoning=after_reasoning)
     except KeyeError as error:
-        raise of_mistake(error, param=form.field) from None
+        raise error_of_mistake(error, param=form.field) from None
 
 
 def job_of(

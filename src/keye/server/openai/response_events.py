@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 from keye.chat.stream import ReplyPiece
-from keye.server.edge.ids import unique
+from keye.server.edge.ids import new_id
 from keye.server.openai.events import Choice, prob_object
 from keye.server.openai.sse import event
 
@@ -36,7 +36,7 @@ def items_of(choice: Choice, status: str) -> list[dict[str, Any]]:
 
 def _new(kind: Kind, status: str) -> dict[str, Any]:
     """An item without its content."""
-    item: dict[str, Any] = {"id": unique(f"{_PREFIX[kind]}_"), "type": kind, "status": status}
+    item: dict[str, Any] = {"id": new_id(f"{_PREFIX[kind]}_"), "type": kind, "status": status}
     if kind == "message":
         return item | {"role": "assistant", "content": []}
     return item | {"summary": [], "content": []} if kind == "reasoning" else item

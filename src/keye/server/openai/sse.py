@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from keye.server.edge.dialect import ends_with_done, error_event
-from keye.server.errors import ApiError, of_exception
+from keye.server.edge.errors import ApiError, ends_with_done, error_event
+from keye.server.errors import error_of
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -78,7 +78,7 @@ async def _body(first: bytes, events: AsyncGenerator[bytes, None], tail: bytes, 
                 numbered += count_numbers(piece)
                 yield piece or _ALIVE
     except Exception as error:  # noqa: BLE001 - the response has begun: an error can only be an event now
-        yield error_end(path, of_exception(error, path=path), numbered)
+        yield error_end(path, error_of(error, path=path), numbered)
         return
     yield tail
 
@@ -90,5 +90,5 @@ def count_numbers(piece: bytes) -> int:
 
 def error_end(path: str, error: ApiError, numbered: int) -> bytes:
     """How a stream of this path ends with an error, after so many events with a number."""
-    last = event(*error_event(path, error.body(path), numbered))
+    last = event(*error_event(path, error, numbered))
     return last + (DONE if ends_with_done(path) else b"")

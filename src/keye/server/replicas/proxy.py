@@ -20,7 +20,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic_core import from_json
 
-from keye.server.errors import ApiError, install
+from keye.server.edge.errors import ApiError
+from keye.server.errors import install
 from keye.server.openai.sse import count_numbers, error_end, until_gone
 from keye.server.replicas.processes import Replica, ReplicaLost, Reply, close_all, restart_when_ended, start_all
 from keye.server.replicas.routing import choose, media_key

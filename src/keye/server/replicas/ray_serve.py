@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from keye.cluster.ray_cluster import connect
 from keye.errors import KeyeError, missing_package
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.replicas.processes import ReplicaLost, Reply
-from keye.server.settings import Settings
+from keye.server.settings import Settings, guard_settings
 from keye.units import MIB, format_bytes
 
 #: Largest upload, in bytes: a request travels as one message.
@@ -31,7 +31,6 @@ class Server:
         from keye.server.app import create_app
         from keye.server.batch_engine import load_engine
         from keye.server.edge.guard import Guard
-        from keye.server.edge.policy import guard_settings
 
         guard = guard_settings(serving)
         self._inner = create_app(load_engine(settings), serving, salt=guard.keys.salt)

@@ -18,7 +18,7 @@ from keye.engine.request import Delta, Ended, Event, Finished, Prefilled, TokenP
 from keye.engine.request import Request as Job
 from keye.engine.scheduler import MAX_PROBS
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.notes import current_notes
 from keye.server.openai.events import RunningUsage, each, head, notes_of, prompt_probs_of, stop_of, written
 from keye.server.openai.forms import form_of

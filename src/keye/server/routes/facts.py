@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from keye.chat.template import Segment
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.notes import noted
 from keye.server.openai.events import each
 from keye.server.openai.schemas_peers import DetokenizeRequest

@@ -13,7 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.routes.json_route import JsonRoute
 from keye.server.uploads import StoredFile, safe_name
 

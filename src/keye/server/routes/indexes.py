@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.openai.schemas import IndexRequest
 from keye.server.openai.sse import until_gone
 from keye.server.routes.json_route import JsonRoute

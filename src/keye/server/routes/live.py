@@ -16,7 +16,8 @@ from keye.engine.request import Event
 from keye.engine.request import Request as Job
 from keye.errors import collect_warnings
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError, spelled
+from keye.server.edge.errors import ApiError
+from keye.server.errors import spelled
 from keye.server.live_sessions import IDLE_SECONDS
 from keye.server.openai.events import Choice, each, growing, written
 from keye.server.openai.schemas import LiveAppend, LiveAsk, LiveRequest

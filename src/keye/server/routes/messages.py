@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.server.context import context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.notes import add_note
 from keye.server.openai.events import whole
 from keye.server.openai.forms import response_form

@@ -23,8 +23,9 @@ from keye.engine.prompt import Prompt, Room
 from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
 from keye.engine.request import Request as Job
 from keye.server.context import Context, context_of, owner_of
-from keye.server.edge.ids import unique
-from keye.server.errors import ApiError, of_validation
+from keye.server.edge.errors import ApiError
+from keye.server.edge.ids import new_id
+from keye.server.errors import error_of_validation
 from keye.server.notes import current_notes
 from keye.server.openai.events import each, notes_of, written
 from keye.server.openai.fields import note_ignored
@@ -96,7 +97,7 @@ def _runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
             start = start if body.logprob_start_len is not None else -1
             others = body.top_logprobs_num or 0
             job = replace(job, logprobs=others, prompt_logprobs=others if start >= 0 else None)
-        name = _of_prompt(body.rid, index, len(prompts), "rid") or unique("")
+        name = _of_prompt(body.rid, index, len(prompts), "rid") or new_id("")
         runs.append(_Run(job, name, listed, start, time.perf_counter(), current_notes()))
     return runs
 
@@ -208,7 +209,9 @@ def _job(context: Context, owner: str, prompt: Sequence[Segment] | Prompt, param
         sampling = Sampling.model_validate(given)
         structured = Forms.model_validate(forms)
     except ValidationError as error:
-        raise of_validation([{**one, "loc": ("sampling_params", *one["loc"])} for one in error.errors()]) from None
+        raise error_of_validation(
+            [{**one, "loc": ("sampling_params", *one["loc"])} for one in error.errors()]
+        ) from None
     guide = guide_of(context, form_of(structured), sampling)
     if isinstance(prompt, Prompt) and context.settings.strict_limits:
         Room(context.model.config.text.max_position_embeddings, tokens).check(len(prompt.token_ids), 0)

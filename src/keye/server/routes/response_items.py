@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from keye.server.context import context_of, owner_of
-from keye.server.edge.ids import unique
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
+from keye.server.edge.ids import new_id
 from keye.server.routes.json_route import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -64,7 +64,7 @@ def items_with_ids(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, A
         prefix = {"message": "msg_", "function_call": "fc_", "reasoning": "rs_"}.get(str(kind), "item_")
         kept = {"type": kind, **item}
         if not isinstance(kept.get("id"), str):
-            kept["id"] = unique(prefix)
+            kept["id"] = new_id(prefix)
         if kind == "message" and isinstance(kept.get("content"), str):
             part = "output_text" if kept.get("role") == "assistant" else "input_text"
             kept["content"] = [{"type": part, "text": kept["content"]}]

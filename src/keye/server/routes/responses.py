@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from keye.engine.guide import Form
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.server.openai.events import Choice, findings_of, usage_of, whole, written
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.forms import form_of, response_form
@@ -23,7 +23,7 @@ from keye.server.openai.response_events import ResponseWriter, items_of
 from keye.server.openai.schemas import ResponseRequest
 from keye.server.openai.sse import streamed, until_gone
 from keye.server.openai.telemetry import Telemetry
-from keye.server.response_store import Kept, new_id
+from keye.server.response_store import Kept, new_response_id
 from keye.server.routes.json_route import JsonRoute
 from keye.server.routes.response_items import items_with_ids
 
@@ -139,7 +139,7 @@ def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[s
     """The response object before it has any output."""
     params = prepared.job.params
     return {
-        "id": new_id(), "object": "response", "created_at": int(time.time()),
+        "id": new_response_id(), "object": "response", "created_at": int(time.time()),
         "model": context.name, "status": "in_progress", "error": None, "incomplete_details": None,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False, "store": body.store is not False,

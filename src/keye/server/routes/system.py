@@ -12,7 +12,8 @@ from keye.chat.tokenizer import Tokenizer, check_unicode
 from keye.engine.prompt import MOST_COUNTED
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError, of_mistake
+from keye.server.edge.errors import ApiError
+from keye.server.errors import error_of_mistake
 from keye.server.notes import noted
 from keye.server.openai.media_parts import media_of, to_messages
 from keye.server.openai.prepare import thinking_of
@@ -98,7 +99,7 @@ def _counted(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]], field: str
     try:
         tokens = tokenizer.encode_parts(parts, most=MOST_COUNTED)
     except KeyeError as error:
-        raise of_mistake(error, param=field) from None
+        raise error_of_mistake(error, param=field) from None
     if len(tokens) > MOST_COUNTED:
         raise ApiError(400, f"{field}: more than {MOST_COUNTED:,} tokens are not counted; send less", param=field)
     return tokens

@@ -20,7 +20,8 @@ from keye.media.clips import cut_clips
 from keye.media.options import MediaOptions, media_options
 from keye.media.source.fetch import Source
 from keye.server.context import Context, context_of, owner_of
-from keye.server.errors import ApiError, spelled
+from keye.server.edge.errors import ApiError
+from keye.server.errors import spelled
 from keye.server.openai.events import Choice, findings_of, growing, usage_of, whole, written
 from keye.server.openai.media_parts import media_of, open_sources, to_messages
 from keye.server.openai.media_settings import media_settings

@@ -11,7 +11,7 @@ from typing import Final
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from keye.server.errors import ApiError
+from keye.server.edge.errors import ApiError
 from keye.version import PACKAGE_FOLDER
 
 _FOLDER: Final = Path(__file__).parent / "static"
