@@ -261,7 +261,7 @@ def test_a_mapped_store_is_not_bound_by_the_memory_budget(folder: Path, tmp_path
     """Only the indexer keys are in memory; keys and values lie on the disk."""
     model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
     text = [Message("user", ("word " * 300,))]
-    near = FILE_BLOCKS * model.runtime.store.layout.indexer_block_bytes
+    near = FILE_BLOCKS * model.runtime.store.layout.scanned_block_bytes
     model.runtime.ledger.budget = near + model.core.scheduler.scratch.least
     assert near < model.runtime.store.slab_bytes
     inbox = add(model, greedy(model, text, 2))
