@@ -156,7 +156,7 @@ def test_a_defect_in_media_is_told_to_who_asked(
     if where == "frames":
         monkeypatch.setattr(VisionJob, "step", fail)
     elif where == "open":
-        monkeypatch.setattr(frame_stream.FileFrames, "open", fail)
+        monkeypatch.setattr(frame_stream.FileReader, "__init__", fail)
     else:
         monkeypatch.setattr(Processor, "video_stream", fail)
     bad, good = add(model, greedy(model, about(video))), add(model, greedy(model, TEXT))
