@@ -221,7 +221,7 @@ def test_what_another_program_fetched_serves_offline(remote: FakeHub, tmp_path: 
 
 def test_a_full_disk_is_told_before(remote: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.hub.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(KeyeError, match="GB left: free some space, or set HF_HOME"):
+    with pytest.raises(KeyeError, match="B left: free some space, or set HF_HOME"):
         resolve(remote, tmp_path)
 
 

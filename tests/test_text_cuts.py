@@ -12,8 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
-from keye.chat.text_cuts import _QWEN, cuts_of, pieces_of
-from keye.chat.tokenizer import MAX_RUN, Tokenizer, byte_characters
+from keye.chat.tokenizer import _QWEN, MAX_RUN, Tokenizer, byte_characters, cuts_of, pieces_of
 from keye.data.nano_tokenizer import build_nano_tokenizer
 from keye.errors import KeyeError
 

@@ -7,14 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from keye.cache.index_file import check_index_output
 from keye.cache.slabs import KVFormat
 from keye.cache.tiers import KVOptions, Tier, free_memory
-from keye.chat.foreign_template import CheckpointTemplate, find_template, load_template
 from keye.chat.messages import Message, normalize_tools
-from keye.chat.template import Segment, opens_reasoning, template_of
+from keye.chat.template import Segment, may_bring_template, opens_reasoning, template_of
 from keye.chat.times import merge_intervals
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import (
@@ -41,9 +39,16 @@ from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.process import check_device
 from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
-from keye.sessions.live import Keep, LiveSession
-from keye.sessions.video_index import IndexInfo, open_video_index, write_video_index
 from keye.units import parse_bytes
+
+if TYPE_CHECKING:
+    from keye.chat.foreign_template import CheckpointTemplate
+    from keye.engine.media import IndexedVideo
+    from keye.media.source.fetch import Source
+    from keye.sessions.live import Keep, LiveSession
+    from keye.sessions.video_index import IndexInfo
+
+# Sessions, indexes and foreign templates are imported where they are used: a question needs none of them.
 
 
 class Keye:
@@ -126,6 +131,9 @@ class Keye:
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
         mode = self.runtime.resolve_attention(attention)
+        from keye.cache.index_file import check_index_output
+        from keye.sessions.video_index import write_video_index
+
         check_index_output(Path(path), overwrite=overwrite)
         return write_video_index(self.core, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress)
 
@@ -261,6 +269,8 @@ class Keye:
         """A session to which frames are appended while questions are asked (`keye.sessions.live`). When the context is
         full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
         answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
+        from keye.sessions.live import LiveSession
+
         return LiveSession(self.core, keep=keep, reserve=reserve, **media_options)
 
 
@@ -277,7 +287,7 @@ def load(
     dtype: str | None = None,
     attention: AttentionMode = "sparse",
     kv: KVFormat = "auto",
-    indexer_kv: KVFormat = "auto",
+    index_kv: KVFormat = "auto",
     kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None,
     memory: str | int | None = None,
@@ -297,7 +307,7 @@ def load(
     its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
     lack, and whose formats are used.
 
-    `kv` and `indexer_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
+    `kv` and `index_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
     weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
     "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped. `memory` bytes ("8GiB") may be taken for
     keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
@@ -306,7 +316,7 @@ def load(
     """
     check_attention(attention)
     check_device(device)
-    storing = KVOptions(kv, indexer_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
+    storing = KVOptions(kv, index_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
     limit = None if memory is None else parse_bytes(memory, "memory")
     name = str(name_or_path)
     check_runs(name)
@@ -334,19 +344,27 @@ def load(
                 *load_notes(folder, config, report),
                 *format_notes(folder, config, chosen, asked=template != "auto"),
             ),
-            open_index=open_video_index,
+            open_index=_open_index,
         )
     )
 
 
 def _template(asked: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
     """The template that is asked for; None for keye's own."""
-    if asked == "keye":
+    if asked == "keye" or (asked == "auto" and not may_bring_template(folder)):
         return None
+    from keye.chat.foreign_template import find_template, load_template
+
     if asked == "auto":
         found = find_template(folder)
         return None if found is None else found.for_model(template_of(release), None, fall_back=True)
     return load_template(folder if asked == "checkpoint" else asked)
+
+
+def _open_index(runtime: Runtime, source: Source) -> IndexedVideo:
+    from keye.sessions.video_index import open_video_index
+
+    return open_video_index(runtime, source)
 
 
 def format_notes(

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 from keye.chat.messages import Medium, Message, normalize_tools, to_json
 from keye.chat.template import (
+    TEMPLATE_FILES,
     ChatTemplate,
     Segment,
     checked_turns,
@@ -29,8 +30,6 @@ from keye.chat.template_process import TemplateLimits, templates
 from keye.errors import KeyeError, KeyeWarning, warn
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
-#: Files of a checkpoint that may hold a chat template; the first that does counts.
-_FILES: Final = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _PADS: Final = re.compile(r"<\|(image|video)_pad\|>")
 _RISKY: Final = re.compile(r"[<|>]")
 """Characters without which no special token can be written."""
@@ -216,7 +215,7 @@ def _with_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]
 
 def find_template(folder: Path) -> CheckpointTemplate | None:
     """The template that a checkpoint folder brings, None if it brings none; as `load_template` finds it."""
-    return load_template(folder) if any(_templates(folder / name) for name in _FILES) else None
+    return load_template(folder) if any(_templates(folder / name) for name in TEMPLATE_FILES) else None
 
 
 def load_template(path: str | Path) -> CheckpointTemplate:
@@ -228,7 +227,7 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     path = Path(path)
     if not path.exists():
         raise KeyeError(f"{path} does not exist: give a chat template file, a checkpoint folder, keye or checkpoint.")
-    files = [path / name for name in _FILES]
+    files = [path / name for name in TEMPLATE_FILES]
     found = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
     if not found:
         raise KeyeError(f"{path} holds no chat template: choose template keye or auto.")

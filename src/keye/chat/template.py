@@ -6,12 +6,16 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from keye.chat.messages import Medium, Message, normalize, normalize_tools, to_json
 from keye.chat.tokenizer import MARKUP_TOKENS, POLYGON_TOKENS
 from keye.errors import KeyeError
 from keye.releases import PREVIEW, Release
+
+#: Files of a checkpoint that may hold a chat template; the first that does counts.
+TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,14 @@ PREVIEW_CHATML: Final = template_of(PREVIEW)
 """Preview and 1.5."""
 
 
+def may_bring_template(folder: Path) -> bool:
+    """Whether a checkpoint folder may hold a chat template of its own, found without parsing its files."""
+    if any((folder / name).exists() for name in TEMPLATE_FILES[:-1]):
+        return True
+    settings = folder / TEMPLATE_FILES[-1]
+    return settings.exists() and b"chat_template" in settings.read_bytes()
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of the prompt.
@@ -69,6 +81,7 @@ def count_marks(text: str, most: int) -> int:
     return sum(1 for _ in itertools.islice(_REPLY_MARKS.finditer(text), most + 1))
 
 
+_NO_THOUGHT: Final = "<think>\n\n</think>\n\n"
 _VISION_NAMES: Final = {"image": "Picture", "video": "Video"}
 
 #: How functions are offered: the words that the models were trained on (Preview's tokenizer_config.json).
@@ -122,7 +135,8 @@ def render(
             segments += _turn(turn, numbers, keep_reasoning=index > last_user)
             segments.append(Segment("template", "<|im_end|>\n"))
     if add_generation_prompt:
-        segments.append(Segment("template", _generation_prompt(template, thinking)))
+        block = "" if thinking is None or template.thinking == "suffix" else "<think>\n" if thinking else _NO_THOUGHT
+        segments.append(Segment("template", f"<|im_start|>assistant\n{block}"))
     return joined(segments)
 
 
@@ -229,13 +243,6 @@ def _reply(text: str) -> Iterable[Segment]:
     """A reply of the model: the marks it may write are tokens again, control tokens are not."""
     for index, piece in enumerate(reply_pieces(text)):
         yield Segment("template" if index % 2 else "text", piece)
-
-
-def _generation_prompt(template: ChatTemplate, thinking: bool | None) -> str:
-    prompt = "<|im_start|>assistant\n"
-    if thinking is None or template.thinking == "suffix":
-        return prompt
-    return prompt + ("<think>\n" if thinking else "<think>\n\n</think>\n\n")
 
 
 def joined(segments: Iterable[Segment]) -> list[Segment]:

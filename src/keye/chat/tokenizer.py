@@ -7,14 +7,14 @@ caller says that it is template text. Knows no chat format and no model.
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import tokenizers
 
-from keye.chat.text_cuts import cuts_of, pieces_of
 from keye.config import KeyeConfig
 from keye.errors import KeyeError
 
@@ -86,6 +86,61 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
+# Places at which a text may be cut so that its parts, encoded one by one, give the tokens of the whole. The regular
+# expressions of known pre-tokenizers are looked up, not understood; a text for an unknown one stays whole.
+
+#: Characters after which the next safe place is looked for.
+PIECE: Final = 16_384
+
+#: The pre-tokenizer of Qwen2 and Qwen3, from which the Keye-VL releases come.
+_QWEN: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+#: The pre-tokenizer of keye-nano begins so: no piece of it holds a letter and, after that, another character.
+_NANO: Final = r"\.[0-9](?![0-9])|[0-9]{1,3}(?=(?:[0-9]{3}){0,6}(?![0-9]))|"
+
+# Letters that no normalisation changes by what stands before them. A piece of _QWEN ends behind a digit, and where
+# a letter is followed by one other character and a letter, and behind line breaks. No piece looks back.
+_LETTER: Final = (
+    "A-Za-z\u0400-\u0481\u048a-\u052f\u05d0-\u05ea\u0620-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
+_MARK: Final = ' \\t!"#$%&()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b\u201c\u201d'
+_CUTS: Final = {
+    "qwen": re.compile(
+        rf"(?<=[0-9])(?=[0-9{_LETTER}])|(?<=[{_LETTER}])(?=[{_MARK}][{_LETTER}])|(?<=\n)(?=[0-9{_LETTER}])"
+    ),
+    "nano": re.compile(r"(?<=[A-Za-z])(?=[^A-Za-z])"),
+}
+
+
+def cuts_of(pre_tokenizer: Any, normalizer: Any) -> re.Pattern[str] | None:
+    """The empty matches at which texts may be cut for a pre-tokenizer of `tokenizers`, None where that is not known."""
+    if pre_tokenizer is None:
+        return None
+    described = json.loads(pre_tokenizer.__getstate__())
+    parts = described.get("pretokenizers", [described])
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    if len(parts) != 2 or parts[0].get("type") != "Split" or bytewise.items() - parts[1].items():
+        return None
+    if parts[0].get("behavior") != "Isolated" or parts[0].get("invert"):
+        return None
+    if normalizer is not None and json.loads(normalizer.__getstate__()).get("type") != "NFC":
+        return None
+    pattern = str(parts[0].get("pattern", {}).get("Regex", ""))
+    if pattern == _QWEN:
+        return _CUTS["qwen"]
+    return _CUTS["nano"] if normalizer is None and pattern.startswith(_NANO) else None
+
+
+def pieces_of(text: str, cuts: re.Pattern[str] | None, size: int = PIECE) -> Iterator[str]:
+    """The text in parts of about `size` characters, cut at safe places; a part without any is longer."""
+    begin = 0
+    while cuts is not None and (match := cuts.search(text, begin + size)) is not None:
+        yield text[begin : match.start()]
+        begin = match.start()
+    yield text[begin:] if begin else text
+
+
 #: Bytes without a place to cut that are encoded where the number of tokens is limited: 50 MB of memory.
 MAX_RUN: Final = 262_144
 
@@ -97,6 +152,9 @@ class Tokenizer:
 
     `tokenizers` finds added tokens in any text, so a user who types `<|im_end|>` would end the turn. Here the text
     between added tokens goes to a second tokenizer that shares the model and has no added tokens.
+
+    `added_tokens` are all added tokens with their ids, `special_tokens` those flagged `special`, which `decode` drops
+    by default. `largest_id` is at least `vocab_size` - 1, more where ids are left out.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -109,19 +167,21 @@ class Tokenizer:
             if (value := getattr(backend, part)) is not None:
                 setattr(self._plain, part, value)
         added = backend.get_added_tokens_decoder()
-        self._added = {token.content: index for index, token in added.items()}
-        self._special = {token.content: index for index, token in added.items() if token.special}
+        self.added_tokens = {token.content: index for index, token in added.items()}
+        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
         stripping = [token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word]
         if stripping:
             raise KeyeError(
                 f"tokenizer.json: added token {stripping[0]!r} sets lstrip, rstrip or single_word, which keye does not "
                 "support; use a tokenizer whose added tokens match exactly."
             )
-        longest_first = sorted(self._added, key=len, reverse=True)
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
         self._added_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._cuts = cuts_of(backend.pre_tokenizer, backend.normalizer)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.largest_id = max(vocabulary.values(), default=-1)
         # A token is written with a character for each of its bytes.
-        self._longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        self._longest = max(map(len, vocabulary), default=1)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -142,21 +202,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def largest_id(self) -> int:
-        """The largest id of a token; at least `vocab_size` - 1, more where ids are left out."""
-        return int(max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1))
-
-    @property
-    def added_tokens(self) -> dict[str, int]:
-        """Every added token and its id, whether flagged special or not."""
-        return dict(self._added)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The added tokens flagged `special`: those that `decode` drops by default."""
-        return dict(self._special)
 
     def token_id(self, token: str) -> int:
         """The id of one token written as in tokenizer.json; raises KeyeError if the vocabulary lacks it."""
@@ -227,7 +272,7 @@ class Tokenizer:
         end = 0
         for match in self._added_pattern.finditer(text):
             yield text[end : match.start()], None
-            yield match.group(), self._added[match.group()]
+            yield match.group(), self.added_tokens[match.group()]
             end = match.end()
         yield text[end:], None
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from keye.cache.fingerprint import Fingerprint, fingerprint
 from keye.cache.ledger import Ledger
 from keye.cache.prefix import PrefixCache
 from keye.cache.slabs import KVStore
 from keye.cache.tiers import KVOptions
 from keye.cache.vision import VisionCache
-from keye.chat.foreign_template import CheckpointTemplate
 from keye.chat.template import ChatTemplate, template_of
 from keye.chat.tokenizer import Tokenizer
 from keye.config import GenerationConfig, KeyeConfig
@@ -26,6 +24,10 @@ from keye.media.processor import Processor
 from keye.media.source.fetch import Source
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
+
+if TYPE_CHECKING:
+    from keye.cache.fingerprint import Fingerprint
+    from keye.chat.foreign_template import CheckpointTemplate
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ class Runtime:
         check_attention(attention)
         generation, kv = generation or GenerationConfig(), kv or KVOptions()
         own = template_of(model.config.release, generation.default_system)
-        if isinstance(template, CheckpointTemplate):
+        if not isinstance(template, ChatTemplate | None):
             template = template.for_model(own, generation.default_system)
         ledger = kv.ledger()
-        store = kv.store(kv.layout(model.cache_rows(), model.dtype), model.device, ledger)
+        store = kv.store(model.config.text, model.dtype, model.device, ledger)
         return cls(
             name=name, model=model, tokenizer=tokenizer, processor=processor, generation=generation,
             template=template or own, attention=attention if model.config.text.sparse is not None else "dense",
@@ -96,6 +98,8 @@ class Runtime:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Tells this model from others."""
+        from keye.cache.fingerprint import fingerprint
+
         return fingerprint(self.name, self.model, self.processor.config)
 
     def resolve_attention(self, attention: AttentionMode | None) -> AttentionMode:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Final
 
 from keye.config import HubConfig, hub_config
 from keye.errors import KeyeError
-from keye.hub.download import INDEX_FILE, Progress, RemoteFile, Store, fetch, list_remote, shards_of
 from keye.releases import RELEASES
 
 PACKAGED: Final = {"nano": "nano", "keye-nano": "nano"}
@@ -25,8 +24,6 @@ PUBLISHED: Final = {
     release.name.lower(): release.hub_name for release in RELEASES.values() if release.hub_name is not None
 }
 """Short names of the published checkpoints, and their names on the hub."""
-
-_GGUF: Final = "which keye does not read yet"
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -62,7 +59,7 @@ def resolve(
     revision: str | None = None,
     weights: bool = True,
     config: HubConfig | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The folder that holds the checkpoint `name_or_path`, fetched from the hub if it is not on this machine.
 
@@ -91,7 +88,9 @@ def resolve(
     chosen = revision or wanted[1] or "main"
     if not _REVISION.fullmatch(chosen) or ".." in chosen:
         raise KeyeError(f"{chosen!r} cannot be a revision: give a branch, tag or commit of {wanted[0]}.")
-    return _checked(_fetch(Store(wanted[0], config or hub_config()), chosen, weights, progress), weights)
+    from keye.hub.download import Store, fetch_checkpoint  # not needed for what is on this machine
+
+    return _checked(fetch_checkpoint(Store(wanted[0], config or hub_config()), chosen, weights, progress), weights)
 
 
 def _on_hub(name: str) -> tuple[str, str | None] | None:
@@ -114,12 +113,18 @@ def _checked(folder: Path, weights: bool) -> Path:
     """`folder` itself if it can be a checkpoint: a directory with config.json and no pickles in place of weights."""
     if not folder.is_dir():
         if _is_gguf(folder):
-            raise KeyeError(f"{folder} is a GGUF file, {_GGUF}: give a checkpoint folder with safetensors weights.")
+            raise KeyeError(
+                f"{folder} is a GGUF file, which keye does not read yet: give a checkpoint folder with "
+                "safetensors weights."
+            )
         raise KeyeError(f"{folder} is a file: give the checkpoint folder that holds config.json and the weights.")
     names = sorted(file.name for file in folder.iterdir())
     others = [name for name in names if Path(name).suffix.lower() in {".gguf", *PICKLE_SUFFIXES}]
     if others and others[0].lower().endswith(".gguf") and not any(name.endswith(".safetensors") for name in names):
-        raise KeyeError(f"{folder} holds its weights as GGUF ({others[0]}), {_GGUF}: fetch the safetensors release.")
+        raise KeyeError(
+            f"{folder} holds its weights as GGUF ({others[0]}), which keye does not read yet: "
+            "fetch the safetensors release."
+        )
     if "config.json" not in names:
         raise KeyeError(f"{folder} holds no config.json, so it is not a checkpoint: give the folder that does.")
     if weights and others and not any(name.endswith(".safetensors") for name in names):
@@ -136,91 +141,3 @@ def _is_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except OSError:
         return False
-
-
-def _fetch(store: Store, revision: str, weights: bool, progress: Progress | None) -> Path:
-    """The snapshot of a hub checkpoint: as it is here if nothing is missing, else completed from the hub."""
-    commit = store.commit_of(revision)
-    files = store.listing(commit) if commit is not None else None
-    if commit is not None and files is not None:
-        present = store.snapshot(commit).is_dir()
-        if present and all(store.is_here(commit, file) for file in store.wanted(commit, files, weights=weights)):
-            return store.snapshot(commit)
-    if store.config.offline:
-        return _found_offline(store, commit, weights, "the hub is set offline (HF_HUB_OFFLINE)")
-    try:
-        if commit is None or files is None:
-            commit, files = list_remote(store.name, revision, store.config)
-            _check_files(store.name, files, weights)
-            store.remember(revision, commit, files)
-        fetch(store, commit, files, weights=weights, progress=progress)
-    except Exception as error:  # the errors of the hub library and of its HTTP client share no other base
-        if sentence := _hub_sentence(store.name, revision, error):
-            raise KeyeError(sentence) from error
-        if not _is_no_connection(error):
-            raise
-        return _found_offline(store, commit, weights, f"the hub cannot be reached ({_first_line(error)})")
-    return store.snapshot(commit)
-
-
-def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
-    if not any(file.name == "config.json" for file in files):
-        raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
-    if weights and files and not any(file.name.endswith(".safetensors") for file in files):
-        if any(file.is_weight for file in files):
-            raise KeyeError(f"{name} on the hub holds its weights as GGUF, {_GGUF}: choose the safetensors release.")
-        raise KeyeError(
-            f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that does."
-        )
-
-
-def _found_offline(store: Store, commit: str | None, weights: bool, reason: str) -> Path:
-    """What another program has fetched, if it looks whole; it left no list of what belongs to it."""
-    if commit is not None and _looks_whole(store.snapshot(commit), weights):
-        return store.snapshot(commit)
-    raise KeyeError(
-        f"{store.name} is not complete on this machine and {reason}: connect and run the command again (what is here "
-        "is kept), or give a local folder."
-    )
-
-
-def _looks_whole(folder: Path, weights: bool) -> bool:
-    """Whether a snapshot has its configuration and every weight file its index names."""
-    if not (folder / "config.json").is_file():
-        return False
-    if not weights:
-        return True
-    if not (folder / INDEX_FILE).is_file():
-        return any(folder.glob("*.safetensors"))
-    named = shards_of(folder / INDEX_FILE)
-    return named is not None and all((folder / shard).is_file() for shard in named)
-
-
-def _hub_sentence(name: str, revision: str, error: Exception) -> str | None:
-    """What went wrong at the hub, and what to do about it; None for other errors."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} needs its terms accepted: do so on huggingface.co/{name}, then run `hf auth login`."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{name} is neither a folder here nor a model on the hub: check the name, or `hf auth login` if private."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}: give a branch, tag or commit of that repository."
-    if isinstance(error, errors.HfHubHTTPError):
-        if error.response is not None and error.response.status_code in (401, 403):
-            return f"The hub refuses access to {name}: run `hf auth login` with an account that may read it."
-        return f"The hub answered with an error for {name} ({_first_line(error)}): try again later."
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        return f"{name} could not be fetched ({_first_line(error)}): run the command again; what is here is kept."
-    return None
-
-
-def _is_no_connection(error: Exception) -> bool:
-    """Whether the network failed, as the HTTP client of any version of the hub library tells it."""
-    origins = {base.__module__.partition(".")[0] for base in type(error).__mro__}
-    return isinstance(error, ConnectionError | TimeoutError) or bool(origins & {"httpx", "httpx2", "requests"})
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -120,6 +120,97 @@ def shards_of(index: Path) -> set[str] | None:
         return None
 
 
+def fetch_checkpoint(store: Store, revision: str, weights: bool, progress: Progress | None) -> Path:
+    """The snapshot of a hub checkpoint: as it is here if nothing is missing, else completed from the hub."""
+    commit = store.commit_of(revision)
+    files = store.listing(commit) if commit is not None else None
+    if commit is not None and files is not None:
+        present = store.snapshot(commit).is_dir()
+        if present and all(store.is_here(commit, file) for file in store.wanted(commit, files, weights=weights)):
+            return store.snapshot(commit)
+    if store.config.offline:
+        return _find_offline(store, commit, weights, "the hub is set offline (HF_HUB_OFFLINE)")
+    try:
+        if commit is None or files is None:
+            commit, files = list_remote(store.name, revision, store.config)
+            _check_files(store.name, files, weights)
+            store.remember(revision, commit, files)
+        _fetch(store, commit, files, weights=weights, progress=progress)
+    except Exception as error:  # the errors of the hub library and of its HTTP client share no other base
+        if sentence := _hub_sentence(store.name, revision, error):
+            raise KeyeError(sentence) from error
+        if not _is_no_connection(error):
+            raise
+        return _find_offline(store, commit, weights, f"the hub cannot be reached ({_first_line(error)})")
+    return store.snapshot(commit)
+
+
+def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
+    if not any(file.name == "config.json" for file in files):
+        raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
+    if weights and files and not any(file.name.endswith(".safetensors") for file in files):
+        if any(file.is_weight for file in files):
+            raise KeyeError(
+                f"{name} on the hub holds its weights as GGUF, which keye does not read yet: "
+                "choose the safetensors release."
+            )
+        raise KeyeError(
+            f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that does."
+        )
+
+
+def _find_offline(store: Store, commit: str | None, weights: bool, reason: str) -> Path:
+    """What another program has fetched, if it looks whole; it left no list of what belongs to it."""
+    if commit is not None and _looks_whole(store.snapshot(commit), weights):
+        return store.snapshot(commit)
+    raise KeyeError(
+        f"{store.name} is not complete on this machine and {reason}: connect and run the command again (what is here "
+        "is kept), or give a local folder."
+    )
+
+
+def _looks_whole(folder: Path, weights: bool) -> bool:
+    """Whether a snapshot has its configuration and every weight file its index names."""
+    if not (folder / "config.json").is_file():
+        return False
+    if not weights:
+        return True
+    if not (folder / INDEX_FILE).is_file():
+        return any(folder.glob("*.safetensors"))
+    named = shards_of(folder / INDEX_FILE)
+    return named is not None and all((folder / shard).is_file() for shard in named)
+
+
+def _hub_sentence(name: str, revision: str, error: Exception) -> str | None:
+    """What went wrong at the hub, and what to do about it; None for other errors."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} needs its terms accepted: do so on huggingface.co/{name}, then run `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{name} is neither a folder here nor a model on the hub: check the name, or `hf auth login` if private."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision!r}: give a branch, tag or commit of that repository."
+    if isinstance(error, errors.HfHubHTTPError):
+        if error.response is not None and error.response.status_code in (401, 403):
+            return f"The hub refuses access to {name}: run `hf auth login` with an account that may read it."
+        return f"The hub answered with an error for {name} ({_first_line(error)}): try again later."
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return f"{name} could not be fetched ({_first_line(error)}): run the command again; what is here is kept."
+    return None
+
+
+def _is_no_connection(error: Exception) -> bool:
+    """Whether the network failed, as the HTTP client of any version of the hub library tells it."""
+    origins = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or bool(origins & {"httpx", "httpx2", "requests"})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
 def list_remote(name: str, revision: str, config: HubConfig) -> tuple[str, list[RemoteFile]]:
     """The commit of `revision` and the files that may be fetched, by one question to the hub. Errors of the hub library
     pass through."""
@@ -143,7 +234,7 @@ def list_remote(name: str, revision: str, config: HubConfig) -> tuple[str, list[
     return info.sha, files
 
 
-def fetch(store: Store, commit: str, files: list[RemoteFile], *, weights: bool, progress: Progress | None) -> None:
+def _fetch(store: Store, commit: str, files: list[RemoteFile], *, weights: bool, progress: Progress | None) -> None:
     """Brings all wanted files here. An interrupted file is continued at the next call, also by another process.
 
     Raises KeyeError for a file that does not match its checksum or is too large, and for a full disk; errors of the hub

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from keye.chat.foreign_template import CheckpointTemplate
 from keye.chat.messages import Message
-from keye.chat.template import Segment, opens_reasoning
+from keye.chat.template import ChatTemplate, Segment, opens_reasoning
 from keye.engine.guide import Form, Guide
 from keye.engine.prompt import Prompt
 from keye.engine.request import Request as Job
@@ -85,7 +84,7 @@ async def prepare(context: Context, owner: str, wanted: Wanted) -> Prepared:
     if not _continues(wanted) and [one.get("role") for one in wanted.messages[-2:]] == ["assistant"] * 2:
         sentence = "messages end with two replies of the assistant; end with a message of the user"
         raise ApiError(400, sentence, param="messages")
-    if _is_short(wanted) and not isinstance(context.model.runtime.template, CheckpointTemplate):  # which has a process
+    if _is_short(wanted) and isinstance(context.model.runtime.template, ChatTemplate):  # others use a process
         return replace(_prepare(context, owner, wanted), notes=notes)
     return replace(await context.in_thread(_prepare, context, owner, wanted), notes=notes)
 
