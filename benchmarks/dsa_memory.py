@@ -56,7 +56,8 @@ def prepare(context: int, queries: int, dtype: torch.dtype) -> Callable[[], Tens
     def keys(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         return draw(tokens, groups, dim), draw(tokens, groups, dim), draw(tokens, SPARSE.indexer_head_dim)
 
-    cache.append(0, *keys(context))
+    k, v, indexer_k = keys(context)
+    cache.append(0, {"k": k, "v": v, "indexer_k": indexer_k.unsqueeze(1)})
     cache.truncate(context - queries)  # the chunk then finds room and the cache does not grow while measured
     k, v, indexer_k = keys(queries)
     q = draw(queries, heads, dim)

@@ -21,8 +21,9 @@ import av
 import numpy as np
 
 from keye.config import ProcessorConfig
-from keye.media import MediaOptions, fetch_source, open_video
-from keye.media.video import DecodeLimits
+from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source
+from keye.media.video import DecodeLimits, open_video
 
 WIDTH, HEIGHT, FPS, SAMPLED = 640, 360, 24, 2
 #: 448 x 252 pixels a frame, and enough budget that the whole length is sampled.

@@ -30,8 +30,10 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError
-from keye.media import DecodeLimits, MediaOptions, fetch_source, media_kind, open_video, plan_image, read_image
-from keye.media.source.fetch import untrusted
+from keye.media.image import plan_image, read_image
+from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source, media_kind, untrusted
+from keye.media.video import DecodeLimits, open_video
 
 CONFIG = ProcessorConfig()
 LIMITS = DecodeLimits(memory_bytes=1 << 30, cpu_seconds=10, wait_seconds=20.0, total_seconds=30.0, frames=100_000,

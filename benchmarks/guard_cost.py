@@ -19,8 +19,9 @@ from typing import Any
 from PIL import Image
 
 from keye.hub import asset
-from keye.media import fetch_source, open_video, read_image
-from keye.media.source.fetch import untrusted
+from keye.media.image import read_image
+from keye.media.source.fetch import fetch_source, untrusted
+from keye.media.video import open_video
 from keye.server.edge.guard import Guard, GuardSettings
 from keye.server.edge.json_shape import check_json
 from keye.server.edge.limits import Limits

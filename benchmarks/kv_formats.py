@@ -31,7 +31,7 @@ from keye.cache.slabs import KVFormat, KVLayout, KVStore
 from keye.chat.messages import Medium, Message
 from keye.config import TextConfig, load_model_config
 from keye.hub import asset
-from keye.models.attention import CachedStep, Span
+from keye.models.attention import CachedStep, Span, cache_rows
 from keye.models.indexer import IndexerOutput
 
 FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
@@ -62,8 +62,8 @@ def main() -> None:
 
 def bytes_of(config: TextConfig, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Bytes of a token in each format, and how many times more bfloat16 keys and values take."""
-    layouts = {kv: KVLayout.of(config, dtype, kv) for kv in FORMATS}
-    index = {kv: layout.indexer_block_bytes // 64 for kv, layout in layouts.items()}
+    layouts = {kv: KVLayout.of(cache_rows(config), dtype, kv) for kv in FORMATS}
+    index = {kv: layout.scanned_block_bytes // 64 for kv, layout in layouts.items()}
     alone = {kv: layout.token_bytes - index[kv] for kv, layout in layouts.items()}
     return {
         kv: {
@@ -109,7 +109,7 @@ def attention_errors() -> dict[str, float]:
     frames = keye.Frames(render(clip), clip.timestamps)
     prompt = builder.build([Message("user", (Medium("video", frames), question))])
     text = model.config.text
-    layouts = {kv: KVLayout.of(text, torch.float32, kv) for kv in FORMATS if kv != "auto"}
+    layouts = {kv: KVLayout.of(cache_rows(text), torch.float32, kv) for kv in FORMATS if kv != "auto"}
     others = {kv: KVCache(text.num_hidden_layers, KVStore(layout)) for kv, layout in layouts.items()}
     vision = prompt.vision()
     assert vision is not None

@@ -29,6 +29,7 @@ from keye.cache.mapped import fetch_rows, map_file, map_tensor, read_rows
 from keye.cache.slabs import KVFormat, KVLayout
 from keye.config import load_model_config
 from keye.hub import asset
+from keye.models.attention import cache_rows
 
 TOPK, DEVICE_SHARE = 2048, 0.75
 
@@ -42,7 +43,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the file is written (default: the system's)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    width = KVLayout.of(load_model_config(asset("configs/2.0")).text, torch.bfloat16, options.kv).keys.row_bytes
+    text = load_model_config(asset("configs/2.0")).text
+    width = KVLayout.of(cache_rows(text), torch.bfloat16, options.kv).rows["k"].row_bytes
     result: dict[str, Any] = {"tokens": options.tokens, "row_bytes": width, "rows": TOPK, "kept": DEVICE_SHARE}
     stored = torch.randint(0, 256, (options.tokens, width), dtype=torch.uint8)
     result["memory"] = measure(lambda: stored, lambda: None, options.repeats)

@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 
 from benchmarks.media_files import CASES, Folder
 from keye.errors import KeyeError
-from keye.media import VideoInfo, fetch_source, open_video
+from keye.media.info import VideoInfo
 from keye.media.plan import VideoPlan
+from keye.media.source.fetch import fetch_source
+from keye.media.video import open_video
 
 #: Largest difference of the mean of a block of pixels: decoders and scalers round differently, pictures differ more.
 PICTURE_TOLERANCE = 24.0

@@ -32,7 +32,7 @@ from keye.cache.slabs import KVLayout, KVStore, file_slabs
 from keye.config import TextConfig, load_model_config
 from keye.engine.generate import PREFILL_CHUNK
 from keye.hub import asset
-from keye.models.attention import CachedStep, Span
+from keye.models.attention import CachedStep, Span, cache_rows
 from keye.models.keye import Decoder
 from keye.ops.kv_blocks import KV_BLOCK
 from keye.planning.measure import fill_with_noise
@@ -65,7 +65,7 @@ def prefill(text: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Every token through `layers` layers of their own weights, in the engine's chunks."""
     text = replace(text, num_hidden_layers=options.layers or 2, vocab_size=8)
     decoder = random_decoder(text)
-    store = KVStore(KVLayout.of(text, DTYPE, options.kv))
+    store = KVStore(KVLayout.of(cache_rows(text), DTYPE, options.kv))
     cache = KVCache(text.num_hidden_layers, store)
     weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize
     usage, begin, seconds = memory()["anonymous_gib"], time.perf_counter(), list[float]()
@@ -93,7 +93,7 @@ def decode(text: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     """`steps` tokens after a full context whose keys and values lie in a mapped file."""
     text = replace(text, num_hidden_layers=options.layers or text.num_hidden_layers, vocab_size=8)
     decoder = shared_decoder(text)
-    layout = KVLayout.of(text, DTYPE, options.kv)
+    layout = KVLayout.of(cache_rows(text), DTYPE, options.kv)
     need = -(-options.length // KV_BLOCK) * layout.block_bytes
     free = shutil.disk_usage(options.folder).free
     if need * 1.05 > free:
@@ -115,7 +115,7 @@ def decode(text: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
         usage = max(usage, memory()["anonymous_gib"])
         log(f"token {step + 1}: {seconds[-1]:.2f} s, {usage:.2f} GiB of anonymous memory")
     later = sorted(seconds[1:])
-    near = cache.blocks * layout.indexer_block_bytes / GIB
+    near = cache.blocks * layout.scanned_block_bytes / GIB
     weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize / GIB
     return {
         "weights_gib": round(weights, 2), "indexer_keys_gib": round(near, 2), "anonymous_gib_while_decoding": usage,
@@ -150,21 +150,20 @@ def _renumbered(layer: Any, number: int) -> Any:
 
 
 def fill(cache: KVCache, length: int) -> None:
-    """Noise in every page: a block of each kind is drawn once for each layer, and shifted from block to block."""
+    """Noise in every block: drawn once for each name of rows, and shifted from layer to layer and block to block."""
     store = cache.store
     assert store is not None
     layout = store.layout
     cache.reserve(length + 64)
-    noise = [
-        None if rows is None else rows.encode(torch.randn(4 * KV_BLOCK, rows.heads, rows.dim).to(DTYPE))
-        for rows in layout.formats
-    ]
+    noise = {
+        name: rows.encode(torch.randn(4 * KV_BLOCK, rows.heads, rows.dim).to(DTYPE))
+        for name, rows in layout.rows.items()
+    }
     for number, block in enumerate(cache._blocks):
-        for kind, rows in zip(block.slab.kinds, noise, strict=True):
-            if kind is not None and rows is not None:
-                for layer in range(layout.layers):
-                    at = (number * 29 + layer * 7) % (3 * KV_BLOCK)
-                    kind[layer, block.slot].copy_(rows[at : at + KV_BLOCK])
+        for name, rows in noise.items():
+            for layer in range(layout.layers):
+                at = (number * 29 + layer * 7) % (3 * KV_BLOCK)
+                block.slab.rows[name][layer, block.slot].copy_(rows[at : at + KV_BLOCK])
         if number % 256 == 255:
             log(f"{(number + 1) * KV_BLOCK:,} tokens stored")
     cache._lengths = [length] * layout.layers

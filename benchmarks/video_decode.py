@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.media import fetch_source, open_video
-from keye.media.video import DecodeLimits
+from keye.media.source.fetch import fetch_source
+from keye.media.video import DecodeLimits, open_video
 
 WIDTH, HEIGHT, FPS = 1920, 1080, 30
 #: 448 x 252 pixels, 16 x 9 tokens, is the only size this configuration can give a 16:9 frame.

@@ -14,8 +14,8 @@ from keye.chat.tokenizer import Tokenizer
 from keye.config import load_processor_config, model_config_from_dict
 from keye.engine.prompt import PromptBuilder
 from keye.errors import KeyeError, KeyeWarning
-from keye.media import VisionInput, VisualSpan
-from keye.media.processor import MediaItem, Processor
+from keye.media.pixels.patches import VisionInput
+from keye.media.processor import MediaItem, Processor, VisualSpan
 from keye.models.load import WEIGHTS_FILE, save_model
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.tiny import NANO, tiny_folder, tiny_raw

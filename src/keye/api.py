@@ -287,7 +287,7 @@ def load(
     dtype: str | None = None,
     attention: AttentionMode = "sparse",
     kv: KVFormat = "auto",
-    index_kv: KVFormat = "auto",
+    indexer_kv: KVFormat = "auto",
     kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None,
     memory: str | int | None = None,
@@ -307,7 +307,7 @@ def load(
     its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
     lack, and whose formats are used.
 
-    `kv` and `index_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
+    `kv` and `indexer_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
     weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in
     "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped. `memory` bytes ("8GiB") may be taken for
     keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
@@ -316,7 +316,7 @@ def load(
     """
     check_attention(attention)
     check_device(device)
-    storing = KVOptions(kv, index_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
+    storing = KVOptions(kv, indexer_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
     limit = None if memory is None else parse_bytes(memory, "memory")
     name = str(name_or_path)
     check_runs(name)

@@ -59,7 +59,7 @@ def ask(model: Keye, path: Path, **options: Any) -> Any:
 
 
 def spoil(path: Path, file: IndexFile, kind: str, layer: int, block: int) -> None:
-    """Puts noise into one page."""
+    """Puts noise into one KV block."""
     section = file.sections[kind]
     size = section.nbytes // (file.layout.layers * file.blocks)
     place = section.offset + (layer * file.blocks + block) * size
@@ -68,7 +68,7 @@ def spoil(path: Path, file: IndexFile, kind: str, layer: int, block: int) -> Non
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["index", "keys", "values"])
+@pytest.mark.parametrize("kind", ["indexer_k", "k", "v"])
 def test_noise_never_changes_an_answer(model: Keye, index: Path, tmp_path: Path, kind: str) -> None:
     own, file, plain = tmp_path / "own.keye", read_index_file(index), ask(model, index)
     said: list[str] = []
@@ -79,23 +79,23 @@ def test_noise_never_changes_an_answer(model: Keye, index: Path, tmp_path: Path,
             assert ask(model, own) == plain
         except KeyeError as error:
             said.append(str(error))
-    assert said and all("own.keye is damaged (page" in one and "with keye index" in one for one in said)
+    assert said and all("own.keye is damaged (KV block" in one and "with keye index" in one for one in said)
 
 
 def test_dense_attention_reads_and_compares_everything(load: Callable[..., Keye], index: Path, tmp_path: Path) -> None:
     dense, own = load(attention="dense"), tmp_path / "own.keye"
     dense.index(FRAMES, own)
     file, whole = read_index_file(own), own.read_bytes()
-    for kind in ("keys", "values"):
+    for kind in ("k", "v"):
         own.write_bytes(whole)
         spoil(own, file, kind, 1, 5)
-        with pytest.raises(KeyeError, match=rf"is damaged \(page {file.blocks + 5} of its {kind}"):
+        with pytest.raises(KeyeError, match=rf"is damaged \(KV block {file.blocks + 5} of its {kind}"):
             ask(dense, own)
 
 
 def test_only_the_question_about_the_damaged_index_fails(model: Keye, index: Path, tmp_path: Path) -> None:
     own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
-    spoil(own, read_index_file(index), "index", 1, 7)
+    spoil(own, read_index_file(index), "indexer_k", 1, 7)
     good, bad = Inbox(), Inbox()
     for path, inbox in ((index, good), (own, bad)):
         content = [{"type": "video", "video": str(path)}, {"type": "text", "text": "what is red?"}]
@@ -108,14 +108,14 @@ def test_only_the_question_about_the_damaged_index_fails(model: Keye, index: Pat
 
 def test_one_sequence_by_itself_compares_too(model: Keye, index: Path, tmp_path: Path) -> None:
     own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
-    spoil(own, read_index_file(index), "index", 0, 9)
+    spoil(own, read_index_file(index), "indexer_k", 0, 9)
     content = [{"type": "video", "video": str(own)}, {"type": "text", "text": "what?"}]
     prompt = model.runtime.prompts.lay_out(model.request([{"role": "user", "content": content}]).prompt)  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="is damaged"):
         Decoding(model.model).prefill(prompt)
 
 
-def test_pages_are_compared_once_until_the_file_changes(
+def test_blocks_are_compared_once_until_the_file_changes(
     model: Keye, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = Path(shutil.copyfile(index, tmp_path / "own.keye"))
@@ -126,7 +126,7 @@ def test_pages_are_compared_once_until_the_file_changes(
     first, file = len(compared), read_index_file(own)
     assert first > 0
     assert ask(model, own) == plain and len(compared) == first
-    spoil(own, file, "index", 0, 9)
+    spoil(own, file, "indexer_k", 0, 9)
     with pytest.raises(KeyeError, match="is damaged"):
         ask(model, own)
 
@@ -135,7 +135,7 @@ def test_the_block_that_is_copied_is_compared_on_opening(index: Path, tmp_path: 
     file = read_index_file(index)
     assert file.length % KV_BLOCK, "its last block is not full"
     own = tmp_path / "own.keye"
-    for kind in ("index", "keys", "values"):
+    for kind in ("indexer_k", "k", "v"):
         for layer in range(file.layout.layers):
             shutil.copyfile(index, own)
             spoil(own, file, kind, layer, file.blocks - 1)

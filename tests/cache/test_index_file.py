@@ -19,7 +19,7 @@ from PIL import Image
 
 import keye
 from keye import Frames, Keye, KeyeError
-from keye.cache.index_file import ALIGN, check_whole, read_index_file
+from keye.cache.index_file import ALIGN, check_full, read_index_file
 from keye.chat.messages import Medium, Message
 from keye.data.frameforge import make_clip, questions, render, write_mp4
 from keye.models.keye import KeyeModel
@@ -84,7 +84,7 @@ def header_of(path: Path) -> dict[str, Any]:
     return json.loads(data[place : place + length])
 
 
-def with_header(path: Path, header: object, *, version: int = 1) -> None:
+def with_header(path: Path, header: object, *, version: int = 2) -> None:
     """Puts another header in, with the right checksum: what a hostile writer can do."""
     data = path.read_bytes()
     magic, _, place, _, _ = PRELUDE.unpack(data[: PRELUDE.size])
@@ -204,11 +204,11 @@ def test_what_a_file_holds(index: Path, video: Path, model: Keye) -> None:
     held = describe(index)
     assert held["video"]["sha256"] == hashlib.sha256(video.read_bytes()).hexdigest()
     assert (held["visual_tokens"], held["model"]["name"]) == (128, model.name)
-    file = check_whole(index)
+    file = check_full(index)
     assert all(section.offset % ALIGN == 0 for section in file.sections.values())
-    last = file.sections["keys"].offset + file.sections["keys"].nbytes - file.layout.keys.row_bytes
-    assert file.length % KV_BLOCK != 0, "the last row of the last page was never written"
-    assert index.read_bytes()[last : last + file.layout.keys.row_bytes].strip(b"\0") == b""
+    last = file.sections["k"].offset + file.sections["k"].nbytes - file.layout.rows["k"].row_bytes
+    assert file.length % KV_BLOCK != 0, "the last row of the last KV block was never written"
+    assert index.read_bytes()[last : last + file.layout.rows["k"].row_bytes].strip(b"\0") == b""
 
 
 def test_an_index_stays_readable_while_it_is_replaced(nano: Keye, video: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_file_cut_short(model: Keye, own: Path, length: int) -> None:
         model.ask(own, "what?")
 
 
-@pytest.mark.parametrize("part", ["prelude", "header", "tokens", "checksums", "index", "keys", "values"])
+@pytest.mark.parametrize("part", ["prelude", "header", "tokens", "checksums", "indexer_k", "k", "v"])
 def test_damage_is_found_on_opening(model: Keye, own: Path, part: str) -> None:
     file = read_index_file(own)
     place = {"prelude": 50, "header": file.size - 9}.get(part)
@@ -318,22 +318,22 @@ def test_damage_between_the_samples_is_found_by_a_whole_check(own: Path, model: 
     model.index(video, own, media_options={"max_pixels": 12544, "fps": 2})
     file = read_index_file(own)
     for page in range(file.layout.layers * file.blocks):
-        changed(own, file.sections["values"].offset + page * file.layout.values.block_bytes + 77)
+        changed(own, file.sections["v"].offset + page * file.layout.rows["v"].block_bytes + 77)
         with pytest.raises(KeyeError, match="differs from its checksum"):
-            check_whole(own)
-        changed(own, file.sections["values"].offset + page * file.layout.values.block_bytes + 77)
-    assert check_whole(own).length == file.length
+            check_full(own)
+        changed(own, file.sections["v"].offset + page * file.layout.rows["v"].block_bytes + 77)
+    assert check_full(own).length == file.length
 
 
 def test_other_files_and_versions(model: Keye, own: Path, tmp_path: Path) -> None:
     with_header(own, header_of(own), version=7)
-    with pytest.raises(KeyeError, match="own.keye has version 7 of the index format, but this keye reads version 1"):
+    with pytest.raises(KeyeError, match=r"own.keye has version 7 of the index format, .* reads versions up to 2:"):
         model.ask(own, "what?")
     (tmp_path / "text.keye").write_text("no index")
     with pytest.raises(KeyeError, match="text.keye is no index of a video: make one with keye index"):
-        check_whole(tmp_path / "text.keye")
+        check_full(tmp_path / "text.keye")
     with pytest.raises(KeyeError, match="none.keye cannot be read"):
-        check_whole(tmp_path / "none.keye")
+        check_full(tmp_path / "none.keye")
 
 
 def replaced(header: dict[str, Any], where: str, value: object) -> dict[str, Any]:
@@ -349,11 +349,12 @@ def replaced(header: dict[str, Any], where: str, value: object) -> dict[str, Any
     ("where", "value"),
     [
         ("storage", None), ("storage.layers", 10**12), ("storage.layers", "2"), ("storage.layers", -1),
-        ("storage.length", 10**9), ("storage.length", 1), ("storage.keys", None), ("storage.keys.kind", ["int8"]),
-        ("storage.keys.kind", "int3"), ("storage.keys.heads", 10**6), ("storage.keys.heads", True),
-        ("storage.keys.dim", 0),
-        ("storage.keys.offset", -65536), ("storage.keys.offset", 2**62), ("storage.keys.offset", 65537),
-        ("storage.values.bytes", 10), ("storage.index", None), ("storage.tokens", None),
+        ("storage.length", 10**9), ("storage.length", 1), ("storage.rows.k", None), ("storage.rows.k.kind", ["int8"]),
+        ("storage.rows.k.kind", "int3"), ("storage.rows.k.heads", 10**6), ("storage.rows.k.heads", True),
+        ("storage.rows.k.dim", 0),
+        ("storage.rows.k.offset", -65536), ("storage.rows.k.offset", 2**62), ("storage.rows.k.offset", 65537),
+        ("storage.rows.v.bytes", 10), ("storage.rows.indexer_k", None), ("storage.rows.indexer_k.scanned", False),
+        ("storage.rows", {}), ("storage.rows.k.scanned", True), ("storage.tokens", None),
         ("storage.tokens.sha256", None), ("storage.checksums.offset", "0"), ("storage.checksums.bytes", 0),
         ("model", None), ("model.weights", 5), ("attention", "none"), ("next_position", -5), ("start", 10**6),
         ("start", 0), ("video", []), ("video.pieces", [10**9]), ("video.pieces", [{}]), ("video.pieces", []),

@@ -11,9 +11,10 @@ import torch
 from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.prefix import MediaSpans, PrefixCache
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVLayout, KVStore
+from keye.cache.slabs import KVStore
 from keye.cache.vision import VisionCache
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
+from tests.support.rows import kv_layout, kv_rows
 
 ROWS = RowFormat("float32", 1, 8)
 NO_MEDIA = MediaSpans(())
@@ -35,13 +36,13 @@ def entries(ledger: Ledger, account: str, count: int, nbytes: int = 10) -> Calla
 
 
 def make_store(ledger: Ledger, slab_blocks: int = 1) -> KVStore:
-    return KVStore(KVLayout(1, ROWS, ROWS, None), ledger=ledger, slab_blocks=slab_blocks)
+    return KVStore(kv_layout(1, ROWS), ledger=ledger, slab_blocks=slab_blocks)
 
 
 def keep(prefixes: PrefixCache, store: KVStore, tokens: int, first: int) -> torch.Tensor:
     """Keeps the prefix of a prompt of so many tokens; returns its token ids and those of one token more."""
     cache, rows = KVCache(1, store), torch.full((tokens, 1, 8), float(first))
-    cache.append(0, rows, rows, None)
+    cache.append(0, kv_rows(rows, rows))
     ids = torch.arange(first, first + tokens + 1)
     prefixes.keep(ids[:-1], NO_MEDIA, b"", cache, [tokens])
     cache.free()
@@ -108,9 +109,9 @@ def test_a_prefix_is_found_whole_though_there_is_no_room_for_a_copy(room: bool) 
     ledger.budget = ledger.used() + (store.slab_bytes if room else 0)
     found = prefixes.find(ids, NO_MEDIA, b"")
     assert found is not None and found.length(0) == KV_BLOCK + 10
-    assert (found.rows(0, torch.arange(KV_BLOCK + 10))[0] == 3).all()
+    assert (found.read(0, "k", torch.arange(KV_BLOCK + 10)) == 3).all()
     assert len(prefixes) == room
-    found.append(0, torch.ones(1, 1, 8), torch.ones(1, 1, 8), None)
+    found.append(0, kv_rows(torch.ones(1, 1, 8), torch.ones(1, 1, 8)))
     prefixes.clear()
     found.free()
     assert ledger.accounts() == {}
@@ -124,7 +125,7 @@ def test_a_prefix_is_not_kept_at_the_cost_of_others() -> None:
     assert vision.put(b"a", torch.zeros(100)) is not None
     vision.release(b"a")
     cache, rows = KVCache(1, store), torch.zeros(KV_BLOCK + 20, 1, 8)
-    cache.append(0, rows, rows, None)
+    cache.append(0, kv_rows(rows, rows))
     ledger.budget = ledger.used()
     prefixes.keep(torch.arange(1000, 1000 + KV_BLOCK + 20), NO_MEDIA, b"", cache, [KV_BLOCK + 20])
     assert len(prefixes) == 1 and vision.nbytes() == 400

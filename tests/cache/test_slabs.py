@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVLayout, KVStore
+from keye.cache.slabs import KVStore
 from keye.errors import KeyeError
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind
+from tests.support.rows import kv_layout, kv_rows
 
 LAYERS = 2
 
 
 def make_store(budget: int | None = None, kind: RowKind = "float32", slab_blocks: int = 2) -> KVStore:
-    rows = RowFormat(kind, 2, 8)
-    layout = KVLayout(LAYERS, rows, rows, RowFormat("float32", 1, 4))
+    layout = kv_layout(LAYERS, RowFormat(kind, 2, 8), RowFormat("float32", 1, 4))
     return KVStore(layout, ledger=Ledger(budget), slab_blocks=slab_blocks)
 
 
@@ -26,7 +26,7 @@ def fill(cache: KVCache, tokens: int, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(shape, generator=generator) for shape in ((tokens, 2, 8), (tokens, 2, 8), (tokens, 4))]
     for layer in range(LAYERS):
-        cache.append(layer, *parts)
+        cache.append(layer, kv_rows(*parts))
     return parts
 
 
@@ -51,9 +51,8 @@ def test_everything_is_given_back() -> None:
     fork = cache.fork()
     cache.free()
     assert store.ledger.used() > 0, "the fork still holds its blocks"
-    assert torch.equal(
-        fork.rows(0, torch.arange(3 * KV_BLOCK))[0], fill(KVCache(LAYERS, make_store()), 3 * KV_BLOCK)[0]
-    )
+    alone = fill(KVCache(LAYERS, make_store()), 3 * KV_BLOCK)
+    assert torch.equal(fork.read(0, "k", torch.arange(3 * KV_BLOCK)), alone[0])
     del fork
     assert store.ledger.used() == 0
 

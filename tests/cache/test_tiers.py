@@ -19,15 +19,16 @@ from keye import Frames, Keye, KeyeError
 from keye.cache import mapped
 from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVFormat, KVLayout, KVStore, file_slabs
+from keye.cache.slabs import KVFormat, KVStore, file_slabs
 from keye.cache.tiers import KVOptions
 from keye.data.frameforge import make_clip, questions, render
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
+from tests.support.rows import kv_layout, kv_rows
 from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8), [i / 2 for i in range(6)])
-LAYOUT = KVLayout(2, RowFormat("float32", 2, 8), RowFormat("float32", 2, 8), RowFormat("float32", 1, 4))
+LAYOUT = kv_layout(2, RowFormat("float32", 2, 8), RowFormat("float32", 1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, free: int = 1 << 20) -> None:
 def fill(cache: KVCache, tokens: int) -> torch.Tensor:
     keys = torch.randn(tokens, 2, 8, generator=torch.Generator().manual_seed(0))
     for layer in range(2):
-        cache.append(layer, keys, keys + 1, keys[:, 0, :4])
+        cache.append(layer, kv_rows(keys, keys + 1, keys[:, 0, :4]))
     return keys
 
 
@@ -65,14 +66,14 @@ def test_a_mapped_file_gives_the_same_tokens(tmp_path: Path, kv: KVFormat) -> No
 
 
 def test_keys_and_values_are_booked_aside_and_indexer_keys_near(tmp_path: Path) -> None:
-    ledger = Ledger(budget=2 * LAYOUT.indexer_block_bytes)
+    ledger = Ledger(budget=2 * LAYOUT.scanned_block_bytes)
     store = KVStore(LAYOUT, ledger=ledger, make_slab=file_slabs(tmp_path), slab_blocks=1)
     cache = KVCache(2, store)
     keys = fill(cache, KV_BLOCK + 1)
-    near, far = 2 * LAYOUT.indexer_block_bytes, 2 * (LAYOUT.block_bytes - LAYOUT.indexer_block_bytes)
+    near, far = 2 * LAYOUT.scanned_block_bytes, 2 * (LAYOUT.block_bytes - LAYOUT.scanned_block_bytes)
     assert ledger.accounts() == {"kv": near, "kv-file": far}
     assert list(tmp_path.iterdir()) == [], "the file has no name"
-    assert torch.equal(cache.rows(1, torch.tensor([KV_BLOCK, 3]))[0], keys[[KV_BLOCK, 3]])
+    assert torch.equal(cache.read(1, "k", torch.tensor([KV_BLOCK, 3])), keys[[KV_BLOCK, 3]])
     assert store.room() == 0
     with pytest.raises(OutOfMemory, match="memory budget"):
         cache.reserve(3 * KV_BLOCK)
@@ -105,7 +106,7 @@ def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: p
 
 
 def test_a_budget_of_disk_is_one_of_its_own(tmp_path: Path) -> None:
-    far = LAYOUT.block_bytes - LAYOUT.indexer_block_bytes
+    far = LAYOUT.block_bytes - LAYOUT.scanned_block_bytes
     store = KVStore(LAYOUT, ledger=Ledger(separate={"kv-file": 2 * far}), make_slab=file_slabs(tmp_path), slab_blocks=1)
     assert store.room() == 2 * KV_BLOCK
     with pytest.raises(OutOfMemory, match="for kv-file, but the disk budget is"):
@@ -131,15 +132,15 @@ def test_a_full_disk_is_refused_before_any_work(
 def test_formats_change_what_a_token_takes(load: Callable[..., Keye]) -> None:
     sizes = [load(kv=kv).runtime.store.layout.token_bytes for kv in ("auto", "bf16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
-    layout = load(kv="int4", index_kv="fp8").runtime.store.layout
-    assert (layout.keys.kind, layout.index and layout.index.kind) == ("int4", "fp8")
+    layout = load(kv="int4", indexer_kv="fp8").runtime.store.layout
+    assert (layout.kind, layout.rows["indexer_k"].kind) == ("int4", "fp8")
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"kv": "int3"}, "the key-value format is 'int3'; choose one of auto, bf16"),
-        ({"index_kv": "int4"}, "indexer keys cannot be stored as int4"),
+        ({"indexer_kv": "int4"}, "indexer keys cannot be stored as int4"),
         ({"kv_tier": "tape"}, "kv_tier is 'tape'; choose one of memory, host, file"),
         ({"kv_folder": "/tmp"}, "kv_folder has no effect without kv_tier=file"),
     ],
@@ -156,7 +157,7 @@ def test_a_folder_that_is_not_there(load: Callable[..., Keye], tmp_path: Path) -
 
 
 def test_host_memory_beside_a_model_in_main_memory_is_that_memory() -> None:
-    store = KVOptions(tier="host").store_of(LAYOUT, "cpu")
+    store = KVOptions(tier="host").store(LAYOUT, "cpu")
     fill(KVCache(2, store), 3)
     cache = KVCache(2, store)
     fill(cache, 3)

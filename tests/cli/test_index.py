@@ -57,7 +57,7 @@ def test_inspect_and_check(run: Callable, indexed: Path, tmp_path: Path) -> None
     assert shown.code == 0
     lines = [" ".join(line.split()) for line in shown.out.splitlines()]
     assert "model tiny, bfloat16, sparse attention" in lines
-    assert "formats keys bfloat16, values bfloat16, index bfloat16" in lines
+    assert "formats indexer_k bfloat16, k bfloat16, v bfloat16" in lines
     held = run("inspect", indexed, "--json").data
     assert (held["visual_tokens"], held["video"]["plan"]["name"]) == (128, "short.mp4")
     assert run("index", "--check", indexed).out.startswith(f"{indexed} is sound: ")
@@ -125,3 +125,8 @@ def test_options_beside_an_index_are_for_the_other_video(
     result = run("ask", indexed, video, "what?", "--model", model_folder, "--max-tokens", 2, "--nframes", 2, "--json")
     assert [len(plan["timestamps"]) for plan in result.data["plan"]][1] == 2
     assert f"--nframes has no effect on {indexed.name}, whose frames were chosen when it was made" in result.err
+
+
+def test_the_old_name_of_an_option_names_the_new_one(run: Callable, tmp_path: Path) -> None:
+    result = run("ask", "--index-kv", "int8", tmp_path / "a.mp4", "what?")
+    assert result.code == 2 and "--indexer-kv" in result.err

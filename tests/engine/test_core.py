@@ -230,7 +230,7 @@ def test_what_never_fits_is_refused_with_what_would(model: Keye, monkeypatch: py
 
     monkeypatch.setattr(KeyeModel, "encode_vision", fail)
     with pytest.raises(
-        OutOfMemory, match=r"memory budget leaves [\d.]+ MiB, enough for 1,024 tokens.*max_frames.*kv=int4"
+        OutOfMemory, match=r"memory budget leaves [\d.]+ [KM]iB, enough for 1,024 tokens.*max_frames.*kv=int4"
     ):
         model.chat([Message("user", ("word " * 3000,))], max_tokens=4)
     assert model.runtime.ledger.used() == 0

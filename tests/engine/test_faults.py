@@ -156,7 +156,7 @@ def test_a_defect_in_media_is_told_to_who_asked(
     if where == "frames":
         monkeypatch.setattr(VisionJob, "step", fail)
     elif where == "open":
-        monkeypatch.setattr(frame_stream.FileFrames, "open", fail)
+        monkeypatch.setattr(frame_stream.FileReader, "__init__", fail)
     else:
         monkeypatch.setattr(Processor, "video_stream", fail)
     bad, good = add(model, greedy(model, about(video))), add(model, greedy(model, TEXT))
@@ -261,7 +261,7 @@ def test_a_mapped_store_is_not_bound_by_the_memory_budget(folder: Path, tmp_path
     """Only the indexer keys are in memory; keys and values lie on the disk."""
     model = keye.load(folder, dtype="float32", kv_tier="file", kv_folder=tmp_path)
     text = [Message("user", ("word " * 300,))]
-    near = FILE_BLOCKS * model.runtime.store.layout.indexer_block_bytes
+    near = FILE_BLOCKS * model.runtime.store.layout.scanned_block_bytes
     model.runtime.ledger.budget = near + model.core.scheduler.scratch.least
     assert near < model.runtime.store.slab_bytes
     inbox = add(model, greedy(model, text, 2))

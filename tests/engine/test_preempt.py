@@ -88,7 +88,7 @@ def nothing_held(model: Keye) -> bool:
         ({}, {"temperature": 1.2, "seed": 7, "top_p": 0.9, "repetition_penalty": 1.1}),
         ({}, {"n": 3, "temperature": 1.0, "seed": 3}),
         ({"kv": "int8"}, {}),
-        ({"kv": "int4", "index_kv": "int8"}, {"temperature": 1.0, "seed": 1}),
+        ({"kv": "int4", "indexer_kv": "int8"}, {"temperature": 1.0, "seed": 1}),
         ({"kv_tier": "file"}, {}),
         ({}, {"evidence": True}),
         ({}, {"attention": "dense"}),

@@ -124,7 +124,7 @@ def test_keys_and_values_are_stored_as_asked(tiny, monkeypatch):
     monkeypatch.setattr(KVLayout, "of", lambda *given: stores.append(of(*given)) or stores[-1])
     result = evaluate(tiny, EvalOptions(kv="int4", **SMALL))
     assert result["options"]["kv"] == "int4"
-    assert [layout.keys.kind for layout in stores] == ["int4"]
+    assert [layout.kind for layout in stores] == ["int4"]
 
 
 def test_sparse_is_dense_while_k_holds_the_context():

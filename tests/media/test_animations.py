@@ -16,9 +16,11 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError
-from keye.media import DecodeLimits, MediaOptions, fetch_source, media_kind, open_video, probe, read_image
 from keye.media.clips import cut_clips
-from keye.media.source.fetch import untrusted
+from keye.media.image import read_image
+from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source, media_kind, untrusted
+from keye.media.video import DecodeLimits, open_video, probe
 
 CONFIG = ProcessorConfig()
 TIMES = (100, 40, 250, 100, 1000)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from keye.cluster.decode_work import VideoWork
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, KeyeWarning
+from keye.media.info import VideoInfo
 from keye.media.options import MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Processor
 from keye.media.source.fetch import fetch_source
-from keye.media.video import VideoInfo, VideoReader, open_video, plan_video, probe
+from keye.media.video import VideoReader, open_video, plan_video, probe
 from tests.support.clips import read_code, trim_mp4, write_clip, write_with_sound
 
 PREVIEW, V15, V20 = (ProcessorConfig.of(name) for name in ("preview", "1.5", "2.0"))  # type: ignore[arg-type]

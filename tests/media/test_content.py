@@ -25,7 +25,7 @@ CONFIG = ProcessorConfig.of("2.0", video_min_tokens=4)
 
 def key(value: object, options: dict[str, Any] | None = None, config: ProcessorConfig = CONFIG) -> bytes:
     planned = plan_medium(as_medium(value, options), Processor(config))
-    return content_key(planned, planned.plan, config)
+    return content_key(planned.kind, planned.source, planned.options, planned.plan, config)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import pytest
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import fetch_source, media_kind, open_video
 from keye.media.source.download import FetchLimits, is_public, shown
+from keye.media.source.fetch import fetch_source, media_kind
+from keye.media.video import open_video
 from tests.support.clips import read_code, write_clip
 
 LOCAL = FetchLimits(allow_private=True)

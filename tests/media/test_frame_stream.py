@@ -14,7 +14,7 @@ import pytest
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.errors import MediaError
-from keye.media.frame_stream import FileFrames, FrameShape, _FileFramesReader
+from keye.media.frame_stream import FileReader, FrameShape
 from keye.media.options import MediaOptions
 from keye.media.pixels.patches import VisionInput
 from keye.media.pixels.pictures import Pixels
@@ -55,7 +55,7 @@ def test_nothing_is_decoded_before_a_stream_is_opened(source: Source, monkeypatc
     assert item.frame_count == 8 and item.visual_tokens == 8 * 16
 
 
-def endless(source: Source, made: list[int], *, buffer_bytes: int) -> _FileFramesReader:
+def endless(source: Source, made: list[int], *, buffer_bytes: int) -> FileReader:
     """A reader whose frames never end; `made` counts them."""
 
     def frames(_: VideoReader) -> Iterator[Pixels]:
@@ -64,9 +64,7 @@ def endless(source: Source, made: list[int], *, buffer_bytes: int) -> _FileFrame
             yield FRAME
 
     shape = FrameShape([(28, 28)] * 100, CONFIG)
-    reader = FileFrames(source, DecodeLimits(), frames, shape, buffer_bytes).open()
-    assert isinstance(reader, _FileFramesReader)
-    return reader
+    return FileReader(source, DecodeLimits(), frames, shape, buffer_bytes=buffer_bytes)
 
 
 def test_decoding_waits_for_encoding(source: Source) -> None:
@@ -109,8 +107,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(source: Source) -> None:
             yielded.append(frame)
             yield frame
 
-    reader = FileFrames(source, DecodeLimits(), frames, FrameShape([(28, 28)], CONFIG)).open()
-    assert isinstance(reader, _FileFramesReader)
+    reader = FileReader(source, DecodeLimits(), frames, FrameShape([(28, 28)], CONFIG))
     assert reached.wait(60)
     assert not reader.has(1)
     worker, thread = reader._video._worker.process, reader._thread

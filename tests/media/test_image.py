@@ -15,8 +15,9 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import MediaOptions, fetch_source, media_kind, plan_image, read_image
-from keye.media.image import resize_image
+from keye.media.image import plan_image, read_image, resize_image
+from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source, media_kind
 
 CONFIG = ProcessorConfig()
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import MediaOptions, fetch_source, media_kind, open_video, plan_image
-from keye.media.source.fetch import untrusted
+from keye.media.image import plan_image
+from keye.media.options import MediaOptions
+from keye.media.source.fetch import fetch_source, media_kind, untrusted
+from keye.media.video import open_video
 from tests.support.clips import write_clip, write_sound
 
 CONFIG = ProcessorConfig()

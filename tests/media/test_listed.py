@@ -12,8 +12,8 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sizes
-from keye.media.inputs import open_frames
-from keye.media.listed import least_list_tokens
+from keye.media.image import open_frames
+from keye.media.lists import least_list_tokens
 from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, untrusted

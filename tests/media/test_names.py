@@ -9,21 +9,12 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import (
-    MediaOptions,
-    Processor,
-    fetch_source,
-    iter_frames,
-    media_kind,
-    open_video,
-    plan_image,
-    plan_video,
-    probe,
-    read_frames,
-    read_image,
-)
 from keye.media.clips import cut_clips
-from keye.media.source.fetch import FetchPolicy, OwnersPolicy
+from keye.media.image import plan_image, read_image
+from keye.media.options import MediaOptions
+from keye.media.processor import Processor
+from keye.media.source.fetch import FetchPolicy, OwnersPolicy, fetch_source, media_kind
+from keye.media.video import iter_frames, open_video, plan_video, probe, read_frames
 from tests.support.clips import write_clip
 
 CONFIG = ProcessorConfig()

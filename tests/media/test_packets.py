@@ -10,8 +10,12 @@ import pytest
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError
-from keye.media import MediaOptions, VideoInfo, VideoPlan, fetch_source, open_video, plan_video
 from keye.media.container.timeline import KEY, NONE, Joiner, Packets, lay_out
+from keye.media.info import VideoInfo
+from keye.media.options import MediaOptions
+from keye.media.plan import VideoPlan
+from keye.media.source.fetch import fetch_source
+from keye.media.video import open_video, plan_video
 from tests.support.clips import read_code, write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)

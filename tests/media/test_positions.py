@@ -8,8 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
-from keye.media import PreviewLayout, build_position_ids, get_rope_index, merge_grid_rows, split_grid_rows
-from keye.media.positions import frame_times
+from keye.media.positions import (
+    PreviewLayout,
+    build_position_ids,
+    frame_times,
+    get_rope_index,
+    merge_grid_rows,
+    split_grid_rows,
+)
 
 START, IMAGE, VIDEO, TEXT = 500, 502, 503, 7
 

@@ -10,8 +10,11 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
-from keye.media import MediaOptions, Processor, VisionInput, VisualSpan, fetch_source, open_video
-from keye.media.pixels.patches import images_to_patches
+from keye.media.options import MediaOptions
+from keye.media.pixels.patches import VisionInput, images_to_patches
+from keye.media.processor import Processor, VisualSpan
+from keye.media.source.fetch import fetch_source
+from keye.media.video import open_video
 from tests.support.clips import write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=16)

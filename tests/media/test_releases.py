@@ -14,23 +14,13 @@ from PIL import Image
 
 from keye.config import ProcessorConfig, load_processor_config
 from keye.errors import KeyeError
-from keye.media import (
-    DecodeLimits,
-    MediaOptions,
-    Processor,
-    VisualSpan,
-    fetch_source,
-    media_options,
-    open_video,
-    plan_image,
-    plan_video,
-    sampling,
-    sizes,
-)
-from keye.media import processor as processor_module
-from keye.media.image import resize_image
-from keye.media.inputs import open_frames, open_image
+from keye.media import sampling, sizes
+from keye.media.image import open_frames, open_image, plan_image, resize_image
+from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.pictures import as_frames, as_picture
+from keye.media.processor import Processor, VisualSpan
+from keye.media.source.fetch import fetch_source
+from keye.media.video import DecodeLimits, open_video, plan_video
 from tests.support.clips import coded_frame, read_code, write_clip
 
 PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)
@@ -146,7 +136,7 @@ def write_scenes(path: Path) -> Path:
     return path
 
 
-def test_slow_and_fast_frames_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_and_fast_frames_of_a_file(tmp_path: Path) -> None:
     source = fetch_source(write_scenes(tmp_path / "clip.mp4"))
     item = Processor(V15).video(source)
     plan = item.plan
@@ -161,8 +151,7 @@ def test_slow_and_fast_frames_of_a_file(tmp_path: Path, monkeypatch: pytest.Monk
     )  # fmt: skip
     assert plan.to_dict()["fast"]["types"] == [0, 1, 1, 1, 0, 1, 1, 1]
     # A video too long to keep is decoded twice, with the same result.
-    monkeypatch.setattr(processor_module, "_KEPT_BYTES", 0)
-    again = Processor(V15).video(source)
+    again = Processor(V15, native_bytes=0).video(source)
     assert np.array_equal(again.vision.pixel_values, item.vision.pixel_values)
     assert np.array_equal(Processor(V15).video(source, plan=plan).vision.pixel_values, item.vision.pixel_values)  # type: ignore[arg-type]
     # With no likeness demanded one frame is slow; before decoding, a plan counts all as slow.

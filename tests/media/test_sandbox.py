@@ -21,13 +21,14 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import DecodeLimits, MediaOptions, Source, fetch_source, media_kind, open_video, plan_image, read_image
 from keye.media.decode.confinement import Confinement, held
 from keye.media.decode.sandbox import _DENIED, call_filter
 from keye.media.decode.wire import END, ERROR, FRAME, HEADER, INFO
 from keye.media.decode.workers import Worker
-from keye.media.inputs import open_frames
-from keye.media.source.fetch import untrusted
+from keye.media.image import open_frames, plan_image, read_image
+from keye.media.options import MediaOptions
+from keye.media.source.fetch import Source, fetch_source, media_kind, untrusted
+from keye.media.video import DecodeLimits, open_video
 from tests.support.clips import read_code, write_clip
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")

@@ -15,12 +15,17 @@ from numpy.typing import NDArray
 from keye.config import ProcessorConfig
 from keye.engine.media import as_medium, plan_medium
 from keye.errors import KeyeError, KeyeWarning, MediaError
-from keye.media import MediaOptions, Processor, VideoInfo, VideoPlan, fetch_source, open_video, plan_video, probe
 from keye.media.clips import cut_clips
-from keye.media.content import content_key, probed
+from keye.media.content import content_key, probe_cached
 from keye.media.decode.deinterlace import deinterlaced
 from keye.media.decode.display import believed_aspect, orientation, shown_size
+from keye.media.info import VideoInfo
+from keye.media.options import MediaOptions
 from keye.media.pixels.tone_map import to_sdr
+from keye.media.plan import VideoPlan
+from keye.media.processor import Processor
+from keye.media.source.fetch import fetch_source
+from keye.media.video import open_video, plan_video, probe
 from tests.support.clips import set_matrix
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
@@ -207,11 +212,11 @@ def test_a_track_by_its_number(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::keye.errors.KeyeWarning")
 def test_tracks_and_looks_share_no_cache(tmp_path: Path) -> None:
     source = fetch_source(two_tracks(tmp_path / "two.mp4", "", "default", sizes=((96, 64), (96, 64))))
-    assert [probed(source, None, track=n).track for n in (None, 1, 2, None)] == [2, 1, 2, 2]
+    assert [probe_cached(source, None, track=n).track for n in (None, 1, 2, None)] == [2, 1, 2, 2]
     keys = set()
     for options in ({}, {"track": 1}, {"track": 2}, {"deinterlace": False}, {"tone_map": True}):
         medium = plan_medium(as_medium(source, options), Processor(CONFIG))
-        keys.add(content_key(medium, medium.plan, CONFIG))
+        keys.add(content_key(medium.kind, medium.source, medium.options, medium.plan, CONFIG))
     assert len(keys) == 5
 
 

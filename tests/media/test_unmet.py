@@ -12,8 +12,11 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, MediaError, Option
-from keye.media import MediaOptions, Processor, fetch_source, plan_image, plan_video
-from keye.media.source.fetch import Source
+from keye.media.image import plan_image
+from keye.media.options import MediaOptions
+from keye.media.processor import Processor
+from keye.media.source.fetch import Source, fetch_source
+from keye.media.video import plan_video
 from tests.support.clips import write_clip
 
 V15, V20 = ProcessorConfig.of("1.5"), ProcessorConfig()

@@ -13,19 +13,11 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError
-from keye.media import (
-    DecodeLimits,
-    MediaOptions,
-    VideoInfo,
-    VideoPlan,
-    VideoReader,
-    fetch_source,
-    iter_frames,
-    open_video,
-    plan_video,
-    probe,
-    read_frames,
-)
+from keye.media.info import VideoInfo
+from keye.media.options import MediaOptions
+from keye.media.plan import VideoPlan
+from keye.media.source.fetch import fetch_source
+from keye.media.video import DecodeLimits, VideoReader, iter_frames, open_video, plan_video, probe, read_frames
 from tests.support.clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from keye.cache.sequence import KVCache
 from keye.models.attention import CachedStep, Span
+from tests.support.rows import kv_rows
 
 
 def entries(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,10 +21,9 @@ def entries(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def assert_holds(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor) -> None:
     length = len(k)
     assert cache.length(layer) == length
-    got_k, got_v = cache.rows(layer, torch.arange(length))
-    assert torch.equal(got_k, k)
-    assert torch.equal(got_v, v)
-    assert torch.equal(cache.indexer_keys(layer, 0, length), index)
+    for name, rows in kv_rows(k, v, index).items():
+        assert torch.equal(cache.read(layer, name, torch.arange(length)), rows)
+        assert torch.equal(cache.read_range(layer, name, 0, length), rows)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=6))
@@ -32,7 +32,7 @@ def test_appended_tokens_come_back(lengths: list[int]) -> None:
     cache = KVCache(2)
     parts = [entries(i, n) for i, n in enumerate(lengths)]
     for part in parts:
-        cache.append(1, *part)
+        cache.append(1, kv_rows(*part))
     assert cache.length(0) == 0
     assert_holds(cache, 1, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -40,20 +40,20 @@ def test_appended_tokens_come_back(lengths: list[int]) -> None:
 def test_rows_by_position() -> None:
     cache = KVCache(1)
     k, v, index = entries(0, 50)
-    cache.append(0, k, v, index)
+    cache.append(0, kv_rows(k, v, index))
     chosen = torch.tensor([3, 3, 49, 0])
-    assert torch.equal(cache.rows(0, chosen)[0], k[chosen])
-    assert torch.equal(cache.rows(0, chosen)[1], v[chosen])
-    assert torch.equal(cache.indexer_keys(0, 10, 20), index[10:20])
+    assert torch.equal(cache.read(0, "k", chosen), k[chosen])
+    assert torch.equal(cache.read(0, "v", chosen), v[chosen])
+    assert torch.equal(cache.read_range(0, "indexer_k", 10, 20).squeeze(1), index[10:20])
 
 
 def test_fork_is_independent() -> None:
     cache = KVCache(1)
     first, mine, theirs = entries(0, 20), entries(1, 5), entries(2, 7)
-    cache.append(0, *first)
+    cache.append(0, kv_rows(*first))
     copy = cache.fork()
-    cache.append(0, *mine)
-    copy.append(0, *theirs)
+    cache.append(0, kv_rows(*mine))
+    copy.append(0, kv_rows(*theirs))
     assert_holds(cache, 0, *(torch.cat(pair) for pair in zip(first, mine, strict=True)))
     assert_holds(copy, 0, *(torch.cat(pair) for pair in zip(first, theirs, strict=True)))
 
@@ -61,11 +61,11 @@ def test_fork_is_independent() -> None:
 def test_truncate_forgets_and_can_be_written_again() -> None:
     cache = KVCache(2)
     first, second = entries(0, 30), entries(1, 10)
-    cache.append(0, *first)
-    cache.append(1, *first)
+    cache.append(0, kv_rows(*first))
+    cache.append(1, kv_rows(*first))
     cache.truncate(12)
     assert [cache.length(layer) for layer in (0, 1)] == [12, 12]
-    cache.append(0, *second)
+    cache.append(0, kv_rows(*second))
     assert_holds(cache, 0, *(torch.cat((a[:12], b)) for a, b in zip(first, second, strict=True)))
     cache.truncate(100)
     assert cache.length(0) == 22
@@ -74,7 +74,7 @@ def test_truncate_forgets_and_can_be_written_again() -> None:
 def test_dense_models_store_no_indexer_keys() -> None:
     cache = KVCache(1)
     k, v, _ = entries(0, 4)
-    cache.append(0, k, v, None)
+    cache.append(0, kv_rows(k, v))
     assert cache.length(0) == 4
     assert cache.nbytes() == 2 * 4 * 2 * 4 * 64, "one block"
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
-from keye.media.image import plan_image
-from keye.media.inputs import open_frames
+from keye.media.image import open_frames, plan_image
 from keye.media.source.fetch import FetchPolicy
 from keye.media.video import DecodeLimits, open_video
 

@@ -1,7 +1,7 @@
-"""Pages of an index are compared with their checksums when they are first read; noise in them never becomes an answer.
+"""KV blocks of an index are compared with their checksums when they are first read; noise never becomes an answer.
 
 What was compared is remembered for as long as the file does not change, so that the next question need not do it again.
-Knows pages and checksums, not what they hold.
+Knows bytes and checksums, not what they hold.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def identity_of(file: int) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class PageCheck:
-    """The pages of one mapped file. `sections` are name, offset and bytes of a page of each kind, in the order of
-    `crcs`, uint32 [kinds, layers, blocks]. `damage` is the error of the first page that differed."""
+class BlockCheck:
+    """The KV blocks of one mapped file. `sections` are name, offset and bytes of a block of each kind of rows, in the
+    order of `crcs`, uint32 [kinds, layers, blocks]. `damage` is the error of the first block that differed."""
 
     def __init__(
         self,
@@ -60,23 +60,23 @@ class PageCheck:
                 _sound.popitem(last=False)
 
     def is_complete(self, layer: int) -> bool:
-        """Whether every page of a layer has been compared."""
+        """Whether every block of a layer has been compared."""
         return bool(self._sound[:, layer].all())
 
     def compare(self, name: str, layer: int, blocks: NDArray[np.int64] | None = None) -> None:
-        """Compares the pages of some blocks of a layer, or of all, that were not compared before."""
+        """Compares some blocks of a layer, or all, that were not compared before."""
         if name not in self._sections:
             return
         number, offset, size = self._sections[name]
         sound, total = self._sound[number, layer], self._sound.shape[2]
         wanted = np.arange(total) if blocks is None else blocks[blocks < total]
         for block in wanted[~sound[wanted]].tolist():
-            page = layer * total + block
-            start = offset + page * size
+            number_in_file = layer * total + block
+            start = offset + number_in_file * size
             if zlib.crc32(self._mapped[start : start + size]) == int(self._crcs[number, layer, block]):
                 sound[block] = True
             elif self.damage is None:
-                self.damage = damaged(self._path, f"page {page} of its {name} differs from its checksum")
+                self.damage = damaged(self._path, f"KV block {number_in_file} of its {name} differs from its checksum")
 
 
 def damaged(path: Path, why: str) -> KeyeError:

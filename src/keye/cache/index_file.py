@@ -1,11 +1,13 @@
-"""The file that `keye index` writes: keys, values and indexer keys of a prompt's first tokens, and what they are of.
+"""The file that `keye index` writes: the cached rows of a prompt's first tokens, and the tokens that they are of.
 
     prelude     magic, version, place and SHA-256 of the header
-    index, keys, values
-                uint8 [layers, blocks, 64, row_bytes] each: slabs as a `KVStore` has them, to be mapped as they are
+    rows        uint8 [layers, blocks, 64, row_bytes] for each name, scanned rows first: slabs as a `KVStore` has them,
+                to be mapped as they are
     tokens      int64 [4, T]: token ids, then their positions on the three axes
-    checksums   uint32 [sections, layers, blocks]: CRC-32 of every page of index, keys and values, in this order
-    header      JSON
+    checksums   uint32 [names, layers, blocks]: CRC-32 of every KV block, names in the order of the header
+    header      JSON; `storage.rows` has name, number format and place of each kind of rows
+
+Files of version 1 have the rows `keys`, `values` and, in sparse models, `index` of keye 0.1, directly in `storage`.
 
 The header comes last, so that the file is written front to back; sections begin at multiples of 64 KiB. A file is data:
 nothing in it is executed, sizes are limited, and every place is checked against the file before it is read. Checksums
@@ -19,6 +21,7 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -31,21 +34,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keye.cache.checksums import FRESH, Identity, PageCheck, damaged, identity_of
+from keye.cache.checksums import FRESH, BlockCheck, Identity, damaged, identity_of
 from keye.cache.mapped import DISK_RESERVE, check_disk, map_file, map_tensor, read_rows, read_soon
-from keye.cache.sequence import KINDS, KVCache
-from keye.cache.slabs import Kinds, KVLayout
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVLayout, SlabRows
 from keye.errors import KeyeError
 from keye.files import check_output, output_file
 from keye.media.source.fetch import INDEX_MAGIC
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 
-VERSION: Final = 1
+VERSION: Final = 2
+#: Names of rows in files of version 1, in their order, and which of them were scanned.
+_VERSION_1: Final = {"index": ("indexer_k", True), "keys": ("k", False), "values": ("v", False)}
+#: Names that rows of a file can have.
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_MOST_NAMES: Final = 8
 #: Sections begin at multiples of this: pages of memory are no larger on any system.
 ALIGN: Final = 1 << 16
 MAX_HEADER_BYTES: Final = 16 << 20
-#: Pages of each section that are compared with their checksums when a file is opened.
-SAMPLED_PAGES: Final = 16
+#: KV blocks of each name that are compared with their checksums when a file is opened.
+SAMPLED_BLOCKS: Final = 16
 #: Magic, version, place and length of the header, SHA-256 of the header.
 _PRELUDE: Final = struct.Struct("<16sIQQ32s")
 #: More of anything than this is damage.
@@ -63,8 +71,8 @@ class Section:
 
 @dataclass(frozen=True)
 class IndexFile:
-    """A file whose header has been read and found sound. `about` is what its writer said of it; `size` in bytes;
-    `crcs` uint32 [sections, layers, blocks]; `tokens` int64 [4, T]."""
+    """A file whose header has been read and checked. `about` is what its writer said of it; `size` in bytes; `crcs`
+    uint32 [names of rows, layers, blocks]; `tokens` int64 [4, T]."""
 
     path: Path
     about: Mapping[str, Any]
@@ -79,31 +87,19 @@ class IndexFile:
     def blocks(self) -> int:
         return -(-self.length // KV_BLOCK)
 
-    def kinds(self, mapped: mmap.mmap) -> Kinds:
-        """Keys, values and indexer keys in a map of the file. Rows of keys and values will be read one by one, all
-        indexer keys soon."""
-        for name in ("keys", "values"):
-            read_rows(mapped, self.sections[name].offset, self.sections[name].nbytes)
-        index = None
-        if self.layout.index is not None:
-            read_soon(mapped, self.sections["index"].offset, self.sections["index"].nbytes)
-            index = self._kind(mapped, "index", self.layout.index)
-        return self._kind(mapped, "keys", self.layout.keys), self._kind(mapped, "values", self.layout.values), index
+    def rows(self, mapped: mmap.mmap) -> SlabRows:
+        """The rows in a map of the file. Scanned ones will be read soon, the others one by one."""
+        rows = {}
+        for name, form in self.layout.rows.items():
+            section = self.sections[name]
+            (read_soon if name in self.layout.scanned else read_rows)(mapped, section.offset, section.nbytes)
+            rows[name] = map_tensor(mapped, section.offset, (self.layout.layers, self.blocks, KV_BLOCK, form.row_bytes))
+        return rows
 
-    def checker(self, mapped: mmap.mmap, identity: Identity) -> PageCheck:
-        """What compares pages of a map of the file with their checksums."""
-        sections = [(name, self.sections[name].offset, rows.block_bytes) for name, rows in _kinds_of(self.layout)]
-        return PageCheck(self.path, mapped, sections, self.crcs, identity)
-
-    def _kind(self, mapped: mmap.mmap, name: str, rows: RowFormat) -> Tensor:
-        shape = (self.layout.layers, self.blocks, KV_BLOCK, rows.row_bytes)
-        return map_tensor(mapped, self.sections[name].offset, shape)
-
-
-def _kinds_of(layout: KVLayout) -> list[tuple[str, RowFormat]]:
-    """The slabs of a file in their order."""
-    index = [] if layout.index is None else [("index", layout.index)]
-    return [*index, ("keys", layout.keys), ("values", layout.values)]
+    def checker(self, mapped: mmap.mmap, identity: Identity) -> BlockCheck:
+        """What compares KV blocks of a map of the file with their checksums."""
+        sections = [(name, self.sections[name].offset, form.block_bytes) for name, form in self.layout.rows.items()]
+        return BlockCheck(self.path, mapped, sections, self.crcs, identity)
 
 
 # Writing
@@ -132,7 +128,7 @@ def _has_magic(path: Path) -> bool:
 
 
 def write_index_file(path: Path, cache: KVCache, tokens: Tensor, about: Mapping[str, Any]) -> None:
-    """Writes what a sequence has stored, page by page. `tokens` int64 [4, T] are its ids and positions, `about` plain
+    """Writes what a sequence has stored, block by block. `tokens` int64 [4, T] are its ids and positions, `about` plain
     data for the header. The file appears when it is complete. `KeyeError` where it cannot be written."""
     assert cache.store is not None and tokens.shape == (4, cache.length(0))
     layout = cache.store.layout
@@ -144,19 +140,20 @@ def write_index_file(path: Path, cache: KVCache, tokens: Tensor, about: Mapping[
 
 
 def _write(file: BinaryIO, cache: KVCache, layout: KVLayout, tokens: Tensor, about: Mapping[str, Any]) -> None:
-    storage: dict[str, Any] = {"layers": layout.layers, "length": cache.length(0)}
+    storage: dict[str, Any] = {"layers": layout.layers, "length": cache.length(0), "rows": {}}
     crcs: list[int] = []
     file.write(bytes(_PRELUDE.size))
-    for name, rows in _kinds_of(layout):
+    for name, form in sorted(layout.rows.items(), key=lambda item: item[0] not in layout.scanned):
         _pad(file)
         start = file.tell()
         for layer in range(layout.layers):
-            for page in cache.stored_pages(KINDS.index(name), layer):
-                stored = page.numpy().data
+            for block in cache.stored_blocks(name, layer):
+                stored = block.numpy().data
                 crcs.append(zlib.crc32(stored))
                 file.write(stored)
-        storage[name] = {
-            "kind": rows.kind, "heads": rows.heads, "dim": rows.dim, "offset": start, "bytes": file.tell() - start,
+        storage["rows"][name] = {
+            "kind": form.kind, "heads": form.heads, "dim": form.dim, "scanned": name in layout.scanned,
+            "offset": start, "bytes": file.tell() - start,
         }  # fmt: skip
     for name, data in (("tokens", tokens.contiguous().numpy()), ("checksums", np.array(crcs, dtype="<u4"))):
         _pad(file)
@@ -201,9 +198,9 @@ def _read(path: Path, file: BinaryIO) -> IndexFile:
     if len(start) < _PRELUDE.size:
         raise damaged(path, "it is cut short")
     _, version, place, length, digest = _PRELUDE.unpack(start)
-    if version != VERSION:
-        raise KeyeError(f"{path} has version {version} of the index format, but this keye reads version {VERSION}: "
-                        "index the video again")  # fmt: skip
+    if not 1 <= version <= VERSION:
+        raise KeyeError(f"{path} has version {version} of the index format, but this keye reads versions up to "
+                        f"{VERSION}: index the video again with keye index")  # fmt: skip
     if length > MAX_HEADER_BYTES or place < _PRELUDE.size:
         raise damaged(path, "its header is not where one can be")
     if place + length != size:
@@ -216,7 +213,7 @@ def _read(path: Path, file: BinaryIO) -> IndexFile:
         header = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise damaged(path, "its header is not JSON") from None
-    return _checked(path, file, header, place)
+    return _check_header(path, file, header, place, version)
 
 
 def _number(text: str) -> int | float:
@@ -227,32 +224,42 @@ def _number(text: str) -> int | float:
     return number if any(mark in text for mark in ".eE") else int(text)
 
 
-def _checked(path: Path, file: BinaryIO, header: Any, end: int) -> IndexFile:
-    """The file described by a header; all its places lie before `end`."""
+def _check_header(path: Path, file: BinaryIO, header: Any, end: int, version: int) -> IndexFile:
+    """The file described by a header; all its places are before `end`."""
     if not isinstance(header, dict) or not isinstance(storage := header.pop("storage", None), dict):
         raise damaged(path, "its header says nothing of what is stored")
-    layers, length = _whole(path, storage, "layers"), _whole(path, storage, "length")
-    formats = {name: _format(path, storage[name]) for name in KINDS if storage.get(name) is not None}
-    if not {"keys", "values"} <= set(formats):
-        raise damaged(path, "its header names no keys and values")
-    layout = KVLayout(layers, formats["keys"], formats["values"], formats.get("index"))
+    layers, length = _natural(path, storage, "layers"), _natural(path, storage, "length")
+    rows = _rows_of_version_1(storage) if version == 1 else storage.get("rows")
+    if not isinstance(rows, dict) or not 0 < len(rows) <= _MOST_NAMES or not all(map(_NAME.fullmatch, rows)):
+        raise damaged(path, "its header names no rows")
+    formats = {name: _format(path, entry) for name, entry in rows.items()}
+    layout = KVLayout(layers, formats, tuple(name for name, entry in rows.items() if entry.get("scanned") is True))
     blocks = -(-length // KV_BLOCK)
-    sizes = {name: layers * blocks * rows.block_bytes for name, rows in _kinds_of(layout)}
-    sizes |= {"tokens": 32 * length, "checksums": 4 * len(sizes) * layers * blocks}
-    sections = {name: _section(path, storage, name, nbytes, end) for name, nbytes in sizes.items()}
-    tokens = np.frombuffer(_verified(path, file, storage, "tokens", sections), dtype="<i8").reshape(4, length)
-    crcs = np.frombuffer(_verified(path, file, storage, "checksums", sections), dtype="<u4")
+    sizes = {name: layers * blocks * form.block_bytes for name, form in formats.items()}
+    sections = {name: _section(path, rows, name, nbytes, end) for name, nbytes in sizes.items()}
+    small = {"tokens": 32 * length, "checksums": 4 * len(sizes) * layers * blocks}
+    sections |= {name: _section(path, storage, name, nbytes, end) for name, nbytes in small.items()}
+    tokens = np.frombuffer(_read_section(path, file, storage, "tokens", sections), dtype="<i8")
+    crcs = np.frombuffer(_read_section(path, file, storage, "checksums", sections), dtype="<u4")
     size = os.fstat(file.fileno()).st_size
     return IndexFile(
-        path, header, layout, length, size, sections, torch.from_numpy(tokens.astype(np.int64)),
+        path, header, layout, length, size, sections, torch.from_numpy(tokens.reshape(4, length).astype(np.int64)),
         crcs.reshape(-1, layers, blocks),
     )  # fmt: skip
 
 
-def _verified(
+def _rows_of_version_1(storage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What version 2 has in `storage.rows`; None where keys or values are missing or no entries."""
+    entries = {name: storage[name] for name in _VERSION_1 if storage.get(name) is not None}
+    if not {"keys", "values"} <= set(entries) or not all(isinstance(entry, dict) for entry in entries.values()):
+        return None
+    return {_VERSION_1[name][0]: {**entry, "scanned": _VERSION_1[name][1]} for name, entry in entries.items()}
+
+
+def _read_section(
     path: Path, file: BinaryIO, storage: Mapping[str, Any], name: str, sections: Mapping[str, Section]
 ) -> bytes:
-    """A small section as a whole, compared with its SHA-256."""
+    """A small section in full, compared with its SHA-256."""
     file.seek(sections[name].offset)
     data = file.read(sections[name].nbytes)
     if hashlib.sha256(data).hexdigest() != storage[name].get("sha256"):
@@ -260,37 +267,37 @@ def _verified(
     return data
 
 
-def _section(path: Path, storage: Mapping[str, Any], name: str, nbytes: int, end: int) -> Section:
+def _section(path: Path, entries: Mapping[str, Any], name: str, nbytes: int, end: int) -> Section:
     """A section that must have exactly `nbytes`."""
-    given = storage.get(name)
-    if not isinstance(given, dict) or given.get("bytes") != nbytes:
+    entry = entries.get(name)
+    if not isinstance(entry, dict) or entry.get("bytes") != nbytes:
         raise damaged(path, f"its {name} have another size than its tokens need")
-    offset = given.get("offset")
+    offset = entry.get("offset")
     if type(offset) is not int or not _PRELUDE.size <= offset <= end - nbytes or offset % ALIGN:
-        raise damaged(path, f"its {name} lie outside the file")
+        raise damaged(path, f"its {name} are outside the file")
     return Section(offset, nbytes)
 
 
-def _format(path: Path, given: Any) -> RowFormat:
-    if not isinstance(given, dict):
+def _format(path: Path, entry: Any) -> RowFormat:
+    if not isinstance(entry, dict):
         raise damaged(path, "its header names no number format")
-    heads, dim, kind = _whole(path, given, "heads"), _whole(path, given, "dim"), given.get("kind")
+    heads, dim, kind = _natural(path, entry, "heads"), _natural(path, entry, "dim"), entry.get("kind")
     try:
         return RowFormat(kind, heads, dim)  # type: ignore[arg-type]  # it checks its kind
     except (KeyeError, TypeError) as error:
         raise damaged(path, str(error)) from None
 
 
-def _whole(path: Path, given: Mapping[str, Any], name: str) -> int:
-    value = given.get(name)
+def _natural(path: Path, entry: Mapping[str, Any], name: str) -> int:
+    value = entry.get(name)
     if type(value) is not int or not 0 < value <= _MOST:
         raise damaged(path, f"{name} in its header is {str(value)[:40]}")
     return value
 
 
-def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap, PageCheck]:
-    """Reads the header, maps the file, and compares some pages with their checksums: those of the last block, which is
-    copied for whoever goes on from it, and some of each section. `KeyeError` for the first that differs."""
+def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap, BlockCheck]:
+    """Reads the header, maps the file, and compares some KV blocks with their checksums: the last ones, which are
+    copied for each continuation, and some of each name. `KeyeError` for the first that differs."""
     file = read_index_file(path)
     try:
         with path.open("rb") as opened:
@@ -302,20 +309,20 @@ def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap, PageCheck]:
         raise damaged(path, "it changed while it was opened")
     check = file.checker(mapped, identity)
     total = file.layout.layers * file.blocks
-    some = {total * i // SAMPLED_PAGES for i in range(SAMPLED_PAGES)}
+    some = {total * i // SAMPLED_BLOCKS for i in range(SAMPLED_BLOCKS)}
     some |= {(layer + 1) * file.blocks - 1 for layer in range(file.layout.layers)}
-    for name in KINDS:
-        for page in sorted(some):
-            check.compare(name, page // file.blocks, np.array([page % file.blocks]))
+    for name in file.layout.rows:
+        for number in sorted(some):
+            check.compare(name, number // file.blocks, np.array([number % file.blocks]))
     if check.damage is not None:
         raise check.damage
     return file, mapped, check
 
 
-def check_whole(path: Path, progress: Progress | None = None) -> IndexFile:
-    """Compares every page with its checksum."""
+def check_full(path: Path, progress: Progress | None = None) -> IndexFile:
+    """Compares every KV block with its checksum."""
     file, mapped, _ = open_mapped(path)
-    names, layers = [name for name, _ in _kinds_of(file.layout)], file.layout.layers
+    names, layers = list(file.layout.rows), file.layout.layers
     check = file.checker(mapped, FRESH)
     for number, name in enumerate(names):
         for layer in range(layers):

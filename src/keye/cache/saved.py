@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from keye.cache.checksums import PageCheck
+from keye.cache.checksums import BlockCheck
 from keye.cache.mapped import DISK_RESERVE, scratch_tensor
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import Block, KVStore
@@ -32,7 +32,7 @@ class SavedCaches:
     rows: Tensor | None
     tables: list[list[int | Block]]
     lengths: list[int]
-    checks: list[PageCheck | None]
+    checks: list[BlockCheck | None]
 
     @classmethod
     def save(cls, caches: Sequence[KVCache], folder: Path, stay: Collection[Block] = ()) -> SavedCaches:
@@ -58,8 +58,8 @@ class SavedCaches:
             rows = _new_rows(folder, len(copied), store.layout.block_bytes)
             store.ledger.reserve(ACCOUNT, rows.numel())
             for row, block in zip(rows, copied, strict=True):
-                for part, kind in _parts(row, block):
-                    part.copy_(kind)
+                for part, stored in _parts(row, block):
+                    part.copy_(stored)
         store.share([entry for table in tables for entry in table if isinstance(entry, Block)])
         return cls(store, rows, tables, [cache.length(0) for cache in caches], [cache.check for cache in caches])
 
@@ -69,8 +69,8 @@ class SavedCaches:
         blocks = self.store.take(0 if self.rows is None else self.rows.shape[0])
         if self.rows is not None:
             for row, block in zip(self.rows, blocks, strict=True):
-                for part, kind in _parts(row, block):
-                    kind.copy_(part)
+                for part, stored in _parts(row, block):
+                    stored.copy_(part)
         caches, used = [], set[int]()
         for table, length, check in zip(self.tables, self.lengths, self.checks, strict=True):
             own = [blocks[entry] if isinstance(entry, int) else entry for entry in table]
@@ -101,10 +101,9 @@ def _new_rows(folder: Path, blocks: int, block_bytes: int) -> Tensor:
 
 
 def _parts(row: Tensor, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pages of a block, kind by kind, and the part of a saved row that is theirs, in the same shape."""
+    """Each part of a saved row and the rows of the block that it holds, name by name, in the same shape."""
     start = 0
-    for tensor in block.slab.kinds:
-        if tensor is not None:
-            pages = tensor[:, block.slot]
-            yield row[start : start + pages.numel()].view(pages.shape), pages
-            start += pages.numel()
+    for tensor in block.slab.rows.values():
+        stored = tensor[:, block.slot]
+        yield row[start : start + stored.numel()].view(stored.shape), stored
+        start += stored.numel()

@@ -1,14 +1,15 @@
-"""Where keys, values and indexer keys of all sequences lie: slabs of blocks, a block being 64 tokens of every layer.
+"""Where the cached rows of all sequences are stored: slabs of blocks, a block being 64 tokens of every layer.
 
-Keys, values and indexer keys are three tensors of a slab, so that each kind can lie elsewhere: `SlabMaker` decides.
+The rows of each name are a tensor of a slab, so that they can be stored in different memories: `SlabMaker` decides.
 Blocks are counted: sequences that share a prefix share its blocks. Every byte is in the ledger: those near the model in
-the account `kv`, keys and values that lie elsewhere in `kv-host` or `kv-file`. Knows formats and bytes, not tokens.
+the account `kv`, rows stored elsewhere in `kv-host` or `kv-file`. Knows formats and bytes, not tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from keye.cache.ledger import SEPARATE_BUDGETS, Ledger
 from keye.cache.mapped import scratch_tensor
-from keye.config import TextConfig
 from keye.errors import KeyeError
-from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind
+from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind, RowSpec
 
-#: How keys and values are stored, as users say it; `auto` is the model's own number format.
+#: How cached rows are stored, as users say it; `auto` is the model's own number format.
 KVFormat = Literal["auto", "bf16", "fp8", "int8", "int4"]
 _KINDS: Final[dict[str, RowKind]] = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 _OF_DTYPE: Final[dict[torch.dtype, RowKind]] = {
@@ -33,41 +33,44 @@ SLAB_BLOCKS: Final = 16
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The formats of one run: rows of keys, of values and, in sparse models, of indexer keys, in each of `layers`."""
+    """How one run stores the cached rows of its model: the format of the rows of each name in each of `layers`. Rows
+    named in `scanned` are read in full at every step and stay near the model."""
 
     layers: int
-    keys: RowFormat
-    values: RowFormat
-    index: RowFormat | None
+    rows: Mapping[str, RowFormat]
+    scanned: Collection[str] = ()
 
     @classmethod
-    def of(cls, config: TextConfig, dtype: torch.dtype, kv: KVFormat = "auto", index: KVFormat = "auto") -> KVLayout:
-        """The layout for a model whose activations are of `dtype`. `KeyeError` for formats that do not exist."""
+    def of(
+        cls, specs: Mapping[str, RowSpec], dtype: torch.dtype, kv: KVFormat = "auto", indexer: KVFormat = "auto"
+    ) -> KVLayout:
+        """The layout for the rows that a model declares, `auto` being `dtype`, that of its activations; `indexer` is
+        for scanned rows. `KeyeError` for formats that do not exist."""
         check_kv_format(kv)
-        check_kv_format(index)
-        own = _OF_DTYPE[dtype]
-        rows = RowFormat(_KINDS.get(kv, own), config.num_key_value_heads, config.head_dim)
-        sparse = config.sparse
-        if index == "int4":
+        check_kv_format(indexer)
+        if indexer == "int4":
             raise KeyeError("indexer keys cannot be stored as int4; choose auto, bf16, fp8 or int8")
-        keys = RowFormat(_KINDS.get(index, own), 1, sparse.indexer_head_dim) if sparse is not None else None
-        return cls(config.num_hidden_layers, rows, rows, keys)
+        own, (layers,) = _OF_DTYPE[dtype], {spec.layers for spec in specs.values()}
+        rows = {
+            name: RowFormat(_KINDS.get(indexer if spec.scanned else kv, own), spec.heads, spec.dim)
+            for name, spec in specs.items()
+        }
+        return cls(layers, rows, tuple(name for name, spec in specs.items() if spec.scanned))
 
     @classmethod
-    def like(cls, layers: int, k: Tensor, v: Tensor, indexer_k: Tensor | None) -> KVLayout:
-        """The layout that holds such tensors as they are: `k`, `v` [n, G, D], `indexer_k` [n, I]."""
-        index = None if indexer_k is None else RowFormat(_OF_DTYPE[indexer_k.dtype], 1, indexer_k.shape[1])
-        return cls(layers, _format_of(k), _format_of(v), index)
+    def like(cls, layers: int, rows: Mapping[str, Tensor]) -> KVLayout:
+        """The layout that holds such tensors [n, heads, dim] as they are."""
+        return cls(layers, {name: RowFormat(_OF_DTYPE[x.dtype], *x.shape[1:]) for name, x in rows.items()})
 
     @property
-    def formats(self) -> tuple[RowFormat, RowFormat, RowFormat | None]:
-        """Of keys, values and indexer keys, in the order in which slabs hold them."""
-        return self.keys, self.values, self.index
+    def kind(self) -> RowKind:
+        """The number format of the rows that are not scanned."""
+        return next(rows.kind for name, rows in self.rows.items() if name not in self.scanned)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in all layers."""
-        return self.layers * sum(f.row_bytes for f in self.formats if f is not None)
+        return self.layers * sum(rows.row_bytes for rows in self.rows.values())
 
     @property
     def block_bytes(self) -> int:
@@ -75,13 +78,9 @@ class KVLayout:
         return KV_BLOCK * self.token_bytes
 
     @property
-    def indexer_block_bytes(self) -> int:
-        """Those of them that are indexer keys."""
-        return 0 if self.index is None else self.layers * self.index.block_bytes
-
-
-def _format_of(x: Tensor) -> RowFormat:
-    return RowFormat(_OF_DTYPE[x.dtype], x.shape[1], x.shape[2])
+    def scanned_block_bytes(self) -> int:
+        """Those of them that are scanned rows."""
+        return self.layers * sum(self.rows[name].block_bytes for name in self.scanned)
 
 
 def check_kv_format(kv: object) -> None:
@@ -90,18 +89,19 @@ def check_kv_format(kv: object) -> None:
         raise KeyeError(f"the key-value format is {kv!r}; choose one of {', '.join(get_args(KVFormat))}")
 
 
-#: Keys, values and indexer keys of a slab, uint8 [layers, blocks, 64, row_bytes] each; no indexer keys in dense models.
-Kinds = tuple[Tensor, Tensor, Tensor | None]
+#: The rows of a slab by name, uint8 [layers, blocks, 64, row_bytes] each.
+SlabRows = Mapping[str, Tensor]
 
 
 @dataclass(eq=False)
 class Slab:
-    """Blocks taken together. `writable` is false for files that are only read, whose free blocks nobody gets again;
-    `held` are its bytes in the ledger, by account; keys and values of a `mapped` one may still be on disk."""
+    """Blocks reserved together. `writable` is false for files that are only read, whose free blocks are not used again;
+    `reserved` are its bytes in the ledger, by account; rows of a `mapped` one may still be on disk, unless they are
+    scanned."""
 
-    kinds: Kinds
+    rows: SlabRows
     blocks: int
-    held: Mapping[str, int]
+    reserved: Mapping[str, int]
     writable: bool = True
     mapped: bool = False
     free: list[int] = field(default_factory=list)
@@ -118,65 +118,45 @@ class Block:
 
 @dataclass(frozen=True)
 class SlabMaker:
-    """Makes the tensors of new slabs: `make(layout, blocks)`. `account` of the ledger pays for keys and values, which
-    may be `mapped` from a file; indexer keys are always near and in `kv`."""
+    """Makes the tensors of new slabs: `make(shape)` one for rows that are not scanned, which `account` of the ledger
+    pays for and which may be `mapped` from a file. Scanned rows are always on `device` and in `kv`."""
 
-    make: Callable[[KVLayout, int], Kinds]
+    make: Callable[[Sequence[int]], Tensor]
+    device: torch.device | str
     account: str = "kv"
     mapped: bool = False
 
+    def make_rows(self, layout: KVLayout, blocks: int) -> SlabRows:
+        """The tensors of a slab of `blocks`."""
+        near = memory_slabs(self.device).make
+        return {
+            name: (near if name in layout.scanned else self.make)((layout.layers, blocks, KV_BLOCK, rows.row_bytes))
+            for name, rows in layout.rows.items()
+        }
 
-def memory_slabs(device: torch.device | str = "cpu") -> SlabMaker:
+
+def memory_slabs(device: torch.device | str = "cpu", *, pinned: bool = False) -> SlabMaker:
     """Slabs in the memory of a device. Main memory is taken page by page as it is written."""
 
-    def make(layout: KVLayout, blocks: int) -> Kinds:
-        return (
-            _empty(layout, layout.keys, blocks, device),
-            _empty(layout, layout.values, blocks, device),
-            _near_index(layout, blocks, device),
-        )
+    def make(shape: Sequence[int]) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(tuple(shape), dtype=torch.uint8, device=device, pin_memory=pinned)
 
-    return SlabMaker(make)
+    return SlabMaker(make, device)
 
 
 def host_slabs(device: torch.device | str) -> SlabMaker:
-    """Keys and values in page-locked main memory beside a model on a GPU, indexer keys on the GPU. For a model in main
-    memory this is `memory_slabs`."""
+    """Rows in page-locked main memory beside a model on a GPU, scanned ones on the GPU. For a model in main memory this
+    is `memory_slabs`."""
     if torch.device(device).type == "cpu":
         return memory_slabs()
-
-    def make(layout: KVLayout, blocks: int) -> Kinds:
-        return (
-            _empty(layout, layout.keys, blocks, "cpu", pinned=True),
-            _empty(layout, layout.values, blocks, "cpu", pinned=True),
-            _near_index(layout, blocks, device),
-        )
-
-    return SlabMaker(make, "kv-host")
+    return SlabMaker(memory_slabs("cpu", pinned=True).make, device, "kv-host")
 
 
 def file_slabs(folder: Path, device: torch.device | str = "cpu") -> SlabMaker:
-    """Keys and values in mapped files of `folder` that have no name and vanish with the process, indexer keys near the
-    model. The system keeps recently used pages in memory as far as there is room."""
-
-    def make(layout: KVLayout, blocks: int) -> Kinds:
-        rows = (layout.keys, layout.values)
-        keys, values = (scratch_tensor(folder, (layout.layers, blocks, KV_BLOCK, one.row_bytes)) for one in rows)
-        return keys, values, _near_index(layout, blocks, device)
-
-    return SlabMaker(make, "kv-file", mapped=True)
-
-
-def _empty(
-    layout: KVLayout, rows: RowFormat, blocks: int, device: torch.device | str, *, pinned: bool = False
-) -> Tensor:
-    with torch.inference_mode(False):
-        shape = (layout.layers, blocks, KV_BLOCK, rows.row_bytes)
-        return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
-
-
-def _near_index(layout: KVLayout, blocks: int, device: torch.device | str) -> Tensor | None:
-    return None if layout.index is None else _empty(layout, layout.index, blocks, device)
+    """Rows in mapped files of `folder` that have no name and vanish with the process, scanned ones near the model. The
+    system keeps recently used memory pages of them as far as there is room."""
+    return SlabMaker(partial(scratch_tensor, folder), device, "kv-file", mapped=True)
 
 
 class KVStore:
@@ -216,11 +196,11 @@ class KVStore:
                 block.references += 1
         return list(blocks)
 
-    def adopt(self, kinds: Kinds, blocks: int, near: int = 0) -> list[Block]:
+    def adopt(self, rows: SlabRows, blocks: int, near: int = 0) -> list[Block]:
         """All `blocks` of the tensors of a mapped file, such as an opened index: they are read only. `near` bytes of
         them are in the memory that the budget is about; `OutOfMemory` when it has no room for them."""
         self.ledger.reserve("kv", near)
-        slab = Slab(kinds, blocks, {"kv": near}, writable=False, mapped=True)
+        slab = Slab(rows, blocks, {"kv": near}, writable=False, mapped=True)
         return [Block(slab, slot) for slot in range(blocks)]
 
     def drop(self, blocks: list[Block]) -> None:
@@ -270,11 +250,11 @@ class KVStore:
     def nbytes(self) -> int:
         """Bytes of all slabs."""
         with self._lock:
-            return sum(sum(slab.held.values()) for slab in self._slabs)
+            return sum(sum(slab.reserved.values()) for slab in self._slabs)
 
     def _costs(self) -> dict[str, int]:
         """Bytes of a new slab by the account that they are taken from."""
-        near = self._slab_blocks * self.layout.indexer_block_bytes
+        near = self._slab_blocks * self.layout.scanned_block_bytes
         costs = {"kv": near}
         costs[self._make_slab.account] = costs.get(self._make_slab.account, 0) + self.slab_bytes - near
         return costs
@@ -288,17 +268,17 @@ class KVStore:
         return slab
 
     def _new_slab(self) -> Slab:
-        held: dict[str, int] = {}
+        reserved: dict[str, int] = {}
         try:
             for account, nbytes in self._costs().items():
                 self.ledger.reserve(account, nbytes)
-                held[account] = nbytes
-            kinds = self._make_slab.make(self.layout, self._slab_blocks)
+                reserved[account] = nbytes
+            rows = self._make_slab.make_rows(self.layout, self._slab_blocks)
         except BaseException:
-            self._release(held)
+            self._release(reserved)
             raise
         free = list(reversed(range(self._slab_blocks)))
-        slab = Slab(kinds, self._slab_blocks, held, mapped=self._make_slab.mapped, free=free)
+        slab = Slab(rows, self._slab_blocks, reserved, mapped=self._make_slab.mapped, free=free)
         self._slabs.append(slab)
         return slab
 
@@ -308,10 +288,10 @@ class KVStore:
         if len(slab.free) == slab.blocks:
             if slab.writable:
                 self._slabs.remove(slab)
-            self._release(slab.held)
+            self._release(slab.reserved)
         elif slab.writable:  # the lowest slot is given out first
             slab.free.sort(reverse=True)
 
-    def _release(self, held: Mapping[str, int]) -> None:
-        for account, nbytes in held.items():
+    def _release(self, reserved: Mapping[str, int]) -> None:
+        for account, nbytes in reserved.items():
             self.ledger.release(account, nbytes)

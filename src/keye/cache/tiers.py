@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -21,8 +22,8 @@ from keye.cache.slabs import (
     host_slabs,
     memory_slabs,
 )
-from keye.config import TextConfig
 from keye.errors import KeyeError, Option
+from keye.ops.kv_blocks import RowSpec
 from keye.process import memory_on
 
 #: Where keys and values lie: in the memory of the model's device, in main memory, or in a mapped file.
@@ -41,19 +42,19 @@ def free_memory(device: torch.device | str) -> int | None:
 
 @dataclass(frozen=True)
 class KVOptions:
-    """`kv` is the format of keys and values, `index` that of indexer keys. `folder` is where the file tier lies, the
+    """`kv` is the format of keys and values, `indexer_kv` that of indexer keys. `folder` is that of the file tier, the
     system's folder for temporary files by default. `memory` bytes may be taken for keys, values and visual tokens, None
     for no limit. KeyeError names a field out of range."""
 
     kv: KVFormat = "auto"
-    index: KVFormat = "auto"
+    indexer_kv: KVFormat = "auto"
     tier: Tier = "memory"
     folder: Path | None = None
     memory: int | None = None
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv)
-        check_kv_format(self.index)
+        check_kv_format(self.indexer_kv)
         if self.tier not in get_args(Tier):
             raise KeyeError("{} is {!r}; choose one of {}", Option("kv_tier"), self.tier, ", ".join(get_args(Tier)))
         if self.folder is not None and self.tier != "file":
@@ -63,14 +64,12 @@ class KVOptions:
         """The account book of one model."""
         return Ledger(self.memory)
 
-    def store(
-        self, config: TextConfig, dtype: torch.dtype, device: torch.device | str, ledger: Ledger | None = None
-    ) -> KVStore:
-        """A store for a model whose activations are of `dtype` on `device`."""
-        return self.store_of(KVLayout.of(config, dtype, self.kv, self.index), device, ledger)
+    def layout(self, specs: Mapping[str, RowSpec], dtype: torch.dtype) -> KVLayout:
+        """The formats of the rows that a model with activations of `dtype` declares."""
+        return KVLayout.of(specs, dtype, self.kv, self.indexer_kv)
 
-    def store_of(self, layout: KVLayout, device: torch.device | str, ledger: Ledger | None = None) -> KVStore:
-        """A store of a given layout in this tier."""
+    def store(self, layout: KVLayout, device: torch.device | str, ledger: Ledger | None = None) -> KVStore:
+        """A store in this tier for a model on `device`."""
         blocks = FILE_BLOCKS if self.tier == "file" else SLAB_BLOCKS
         return KVStore(layout, ledger=ledger, make_slab=self._slabs(device), slab_blocks=blocks)
 

@@ -16,9 +16,7 @@ from keye.units import format_bytes
 @click.command(context_settings=options.CONTEXT)
 @click.argument("video", metavar="VIDEO")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="The index to write.")
-@click.option(
-    "--check", is_flag=True, help="Compare every page of an index, named in place of VIDEO, with its checksum."
-)
+@click.option("--check", is_flag=True, help="Compare all of an index, named in place of VIDEO, with its checksum.")
 @options.overwrite
 @options.sampling_frames
 @options.template
@@ -61,13 +59,13 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
 
 
 def _check(file: Path, output: Path | None, as_json: bool) -> None:
-    from keye.cache.index_file import check_whole
+    from keye.cache.index_file import check_full
     from keye.commands.shared import show
 
     if output is not None:
         raise KeyeError("--check reads an index and writes none: leave -o out")
     with show.progress_bar("checking") as advance:
-        checked = check_whole(file, advance)
+        checked = check_full(file, advance)
     if as_json:
         show.print_json({"index": str(file), "tokens": checked.length, "bytes": checked.size, "sound": True})
     else:

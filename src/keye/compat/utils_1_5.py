@@ -23,12 +23,12 @@ from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, k
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError, KeyeWarning
 from keye.media import sizes
-from keye.media.image import hold_image
-from keye.media.inputs import as_source, open_frames, open_image
+from keye.media.image import hold_image, open_frames, open_image
+from keye.media.lists import sampled_list
 from keye.media.options import MediaOptions
 from keye.media.pixels.pictures import Pixels
 from keye.media.pixels.slowfast import frame_types
-from keye.media.processor import sampled_list
+from keye.media.source.fetch import as_source
 from keye.media.video import open_video
 from keye.releases import V1_5
 

@@ -19,14 +19,15 @@ from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, k
 from keye.config import ProcessorConfig, preview_video_max_pixels
 from keye.errors import KeyeError
 from keye.media import sizes
-from keye.media.image import hold_image
-from keye.media.inputs import as_source, open_frames, open_image
+from keye.media.image import hold_image, open_frames, open_image
+from keye.media.info import VideoInfo
+from keye.media.lists import listed_indices
 from keye.media.options import MediaOptions
 from keye.media.pixels.pictures import as_frames
 from keye.media.pixels.resample import bicubic
-from keye.media.processor import listed_indices
 from keye.media.sampling import frame_range
-from keye.media.video import VideoInfo, open_video
+from keye.media.source.fetch import as_source
+from keye.media.video import open_video
 from keye.releases import PREVIEW
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]

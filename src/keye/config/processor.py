@@ -67,6 +67,10 @@ class ProcessorConfig:
         """Pixels that one visual token stands for."""
         return self.factor**2
 
+    def count_tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of a picture that is encoded at `size` (height, width)."""
+        return (size[0] // self.factor) * (size[1] // self.factor)
+
     def __post_init__(self) -> None:
         refuse(processor_problems(self))
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from keye.config import KeyeConfig
 from keye.engine.prompt import Prompt
-from keye.media.processor import Kind, Piece, VisualSpan
+from keye.media.options import MediumKind
+from keye.media.processor import Piece, VisualSpan
 
 #: Frames that a summary names.
 TOP_FRAMES: Final = 5
@@ -31,7 +32,7 @@ class MediumEvidence:
     medium's selections that fell on it, all together 1, and the lift: the share over that of an even spread over the
     medium's tokens. `share` is that of the medium among all media. Without any selection all shares are 0."""
 
-    kind: Kind
+    kind: MediumKind
     name: str
     times: tuple[float, ...]
     shares: tuple[float, ...]
@@ -135,7 +136,7 @@ def _per_frame(
     return sums[stops] - sums[starts], stops - starts
 
 
-def _named(prompt: Prompt) -> Iterator[tuple[Kind, str, tuple[float, ...]]]:
+def _named(prompt: Prompt) -> Iterator[tuple[MediumKind, str, tuple[float, ...]]]:
     """Kind, name and times of each medium, an indexed video first."""
     if prompt.indexed is not None:
         yield "video", prompt.indexed.name, prompt.indexed.timestamps
@@ -144,7 +145,7 @@ def _named(prompt: Prompt) -> Iterator[tuple[Kind, str, tuple[float, ...]]]:
 
 
 def _of_medium(
-    named: tuple[Kind, str, tuple[float, ...]], found: NDArray[np.int64], sizes: NDArray[np.int64], share: float
+    named: tuple[MediumKind, str, tuple[float, ...]], found: NDArray[np.int64], sizes: NDArray[np.int64], share: float
 ) -> MediumEvidence:
     kind, name, times = named
     shares = found / max(1, found.sum())

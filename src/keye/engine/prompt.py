@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,23 +18,16 @@ from keye.chat.moments import Window, sampled_windows
 from keye.chat.template import CHATML, ChatTemplate, Segment, without_last_end
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
-from keye.engine.media import IndexedVideo, OpenIndex, PlannedMedium, check_medium, plan_medium
+from keye.engine.media import IndexedVideo, OpenIndex, check_medium, plan_medium
 from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
-from keye.media.content import content_key
-from keye.media.image import ImagePlan
-from keye.media.inputs import open_frames
 from keye.media.pixels.patches import VisionInput
-from keye.media.plan import VideoPlan
 from keye.media.positions import PreviewLayout, build_position_ids
-from keye.media.processor import MediaItem, Piece, Processor, VisualSpan
-from keye.media.source.fetch import Source
+from keye.media.processor import MediaItem, Piece, PlannedMedium, Processor, VisualSpan
 from keye.models.keye import visual_mask
 
 if TYPE_CHECKING:
     from keye.chat.foreign_template import CheckpointTemplate
 
-#: Plans of videos whose slow and fast frames are known (1.5), so that they are told apart once.
-REMEMBERED_PLANS = 64
 #: Tokens of a text that are counted without a context to hold them.
 MOST_COUNTED = 2**20
 
@@ -153,7 +145,6 @@ class PromptBuilder:
         self, config: KeyeConfig, tokenizer: Tokenizer, processor: Processor, open_index: OpenIndex | None = None
     ) -> None:
         self.config, self.tokenizer, self.processor, self.open_index = config, tokenizer, processor, open_index
-        self._told_apart: OrderedDict[bytes, VideoPlan] = OrderedDict()
         self._pad = {"image": config.image_token_id, "video": config.video_token_id}
 
     def build(
@@ -220,7 +211,7 @@ class PromptBuilder:
         if indexed is not None:
             _check_prefix(indexed, ids)
             ids, text = [*indexed.token_ids.tolist(), *text[1]], text[1:]
-        items = [self._stream(medium, salt) if stream else self._decode(medium) for medium in planned]
+        items = [self.processor.stream(medium, salt) if stream else self.processor.load(medium) for medium in planned]
         for item, after in zip(items, text[1:], strict=True):
             ids += self.piece_ids(item.pieces) + after
         prompt = self._positioned(ids, items, indexed)
@@ -260,7 +251,7 @@ class PromptBuilder:
             Room(self.config.text.max_position_embeddings, 0).check(
                 planned.visual_tokens, planned.visual_tokens, at_least=True
             )
-            item = self._decode(planned)
+            item = self.processor.load(planned)
             plans.append({"kind": medium.kind, **plan_of(item)})
             pieces.append(item.pieces)
         text = 0
@@ -289,30 +280,6 @@ class PromptBuilder:
     def _label_tokens(self, pieces: Sequence[Piece]) -> int:
         """Tokens of the texts among the pieces of a medium."""
         return sum(len(self.tokenizer.encode(one, special=True)) for one in pieces if isinstance(one, str))
-
-    def _decode(self, medium: PlannedMedium) -> MediaItem:
-        if medium.kind == "image":
-            plan = medium.plan if isinstance(medium.plan, ImagePlan) else None
-            return self.processor.image(medium.source, medium.options, plan=plan)
-        if isinstance(medium.source, Source):
-            assert isinstance(medium.plan, VideoPlan)
-            return self.processor.video(medium.source, medium.options, plan=medium.plan)
-        return self.processor.frames(open_frames(medium.source), medium.options)
-
-    def _stream(self, medium: PlannedMedium, salt: bytes) -> MediaItem:
-        """A medium with the key of its content; a video file is not decoded, but for what a plan of 1.5 needs."""
-        key = content_key(medium, medium.plan, self.processor.config, salt)
-        if medium.kind == "image" or not isinstance(medium.source, Source):
-            return replace(self._decode(medium), key=key)
-        assert isinstance(medium.plan, VideoPlan)
-        item = self.processor.video_stream(
-            medium.source, medium.options, plan=self._told_apart.get(key, medium.plan)
-        )  # fmt: skip
-        if isinstance(item.plan, VideoPlan) and item.plan.fast is not None:
-            self._told_apart[key] = item.plan
-            while len(self._told_apart) > REMEMBERED_PLANS:
-                self._told_apart.popitem(last=False)
-        return replace(item, key=key)
 
     def piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
         """Token ids of what stands for a medium."""

@@ -77,7 +77,7 @@ class Runtime:
         if not isinstance(template, ChatTemplate | None):
             template = template.for_model(own, generation.default_system)
         ledger = kv.ledger()
-        store = kv.store(model.config.text, model.dtype, model.device, ledger)
+        store = kv.store(kv.layout(model.cache_rows(), model.dtype), model.device, ledger)
         return cls(
             name=name, model=model, tokenizer=tokenizer, processor=processor, generation=generation,
             template=template or own, attention=attention if model.config.text.sparse is not None else "dense",

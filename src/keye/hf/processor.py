@@ -49,7 +49,7 @@ class _Builder(PromptBuilder):
             if isinstance(segment.value, Medium):
                 ready = segment.value.source
                 if not isinstance(ready, MediaItem):
-                    ready = self._decode(plan_medium(segment.value, self.processor))
+                    ready = self.processor.load(plan_medium(segment.value, self.processor))
                 items.append(ready)
                 ids += self.piece_ids(items[-1].pieces)
             else:

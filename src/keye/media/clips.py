@@ -16,10 +16,11 @@ import av
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from keye.files import MARK, check_output, complete_file, has_mark, unwritable
+from keye.media.info import VideoInfo
 from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import Reference, Source, fetch_source
-from keye.media.video import DecodeLimits, VideoInfo, VideoReader
+from keye.media.video import DecodeLimits, VideoReader
 
 #: A clip is at least this long, in seconds; a shorter interval is extended evenly to both sides.
 MIN_CLIP = 0.5

@@ -13,22 +13,20 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.media.image import ImagePlan
-from keye.media.inputs import as_source
+from keye.media.info import VideoInfo
+from keye.media.options import MediaOptions, MediumKind
 from keye.media.pixels.pictures import is_array
 from keye.media.plan import VideoPlan
 from keye.media.source.data_urls import decode_list
-from keye.media.source.fetch import Source
-from keye.media.video import DecodeLimits, VideoInfo, probe
-
-if TYPE_CHECKING:
-    from keye.engine.media import PlannedMedium
+from keye.media.source.fetch import Source, as_source
+from keye.media.video import DecodeLimits, probe
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -45,18 +43,23 @@ _lock = threading.Lock()
 
 
 def content_key(
-    medium: PlannedMedium, plan: VideoPlan | ImagePlan | None, config: ProcessorConfig, salt: bytes = b""
+    kind: MediumKind,
+    source: Any,
+    options: MediaOptions,
+    plan: VideoPlan | ImagePlan | None,
+    config: ProcessorConfig,
+    salt: bytes = b"",
 ) -> bytes:
-    """32 bytes that name the visual tokens of a medium; `plan` is the medium's own, or a later one with more in it.
-    Who brings another `salt` has another name for the same medium, and so nothing in common in any cache.
+    """32 bytes that name the visual tokens of a medium: a file or pictures in memory, under its plan, if it has one. A
+    different `salt` gives a different key, so that owners share no entries of a cache.
 
     Reading a file of hours takes seconds; its hash is remembered by path, size, inode and time of change.
     """
     digest = hashlib.sha256(hashlib.sha256(salt).digest())
     facts = {} if plan is None else {k: v for k, v in asdict(plan).items() if k != "name"}
-    described = {"kind": medium.kind, "options": asdict(medium.options), "config": config.to_dict(), "plan": facts}
+    described = {"kind": kind, "options": asdict(options), "config": config.to_dict(), "plan": facts}
     digest.update(json.dumps(described, sort_keys=True, default=_plain).encode())
-    digest.update(_of_value(medium.source))
+    digest.update(_of_value(source))
     return digest.digest()
 
 
@@ -72,7 +75,9 @@ def source_hash(source: Source) -> bytes:
     return _remember(_hashes, identity, found, REMEMBERED)
 
 
-def probed(source: Source, limits: DecodeLimits | None, salt: bytes = b"", *, track: int | None = None) -> VideoInfo:
+def probe_cached(
+    source: Source, limits: DecodeLimits | None, salt: bytes = b"", *, track: int | None = None
+) -> VideoInfo:
     """Facts about a video file, found out once for each `salt` and track: a decode worker scans it at first."""
     if source.data is not None:
         key: _Identity | bytes = source_hash(source)

@@ -48,17 +48,6 @@ class PixelReader(Protocol):
         """Frees what the reader holds and ends what works for it."""
 
 
-class PixelSource(Protocol):
-    """The rows of a medium, read as often as needed."""
-
-    @property
-    def grid_thw(self) -> NDArray[np.int64]:
-        """[rows, 3], known before any pixel is."""
-
-    def open(self) -> PixelReader:
-        """A reader at the first row."""
-
-
 @dataclass(frozen=True)
 class FrameShape:
     """How the frames of a video become rows: sizes (H, W) of all frames, and whether they are one row (Preview)."""
@@ -84,21 +73,21 @@ class FrameShape:
 
 
 @dataclass(frozen=True)
-class HeldFrames:
-    """Frames in memory, made into patches when they are read. `frames` begins anew at each call."""
+class PixelSource:
+    """The rows of a medium, read as often as needed: `open` starts a reader at the first row."""
 
-    frames: Callable[[], Iterator[Pixels]]
     shape: FrameShape
+    open: Callable[[], PixelReader]
 
     @property
     def grid_thw(self) -> NDArray[np.int64]:
+        """[rows, 3], known before any pixel is."""
         return self.shape.grid_thw
 
-    def open(self) -> PixelReader:
-        return _HeldFramesReader(self.frames(), self.shape)
 
+class MemoryReader:
+    """`PixelReader` of frames in memory, converted to patches when they are read."""
 
-class _HeldFramesReader:
     def __init__(self, frames: Iterator[Pixels], shape: FrameShape) -> None:
         self._frames, self._shape, self._taken = frames, shape, 0
 
@@ -118,26 +107,6 @@ class _HeldFramesReader:
 
     def close(self) -> None:
         self._frames = iter(())
-
-
-@dataclass(frozen=True)
-class FileFrames:
-    """Frames of track `track` of a video file. `frames` gives those of an open file at the sizes of `shape`; a thread
-    runs it."""
-
-    source: Source
-    limits: DecodeLimits | None
-    frames: Callable[[VideoReader], Iterator[Pixels]]
-    shape: FrameShape
-    buffer_bytes: int = BUFFER_BYTES
-    track: int | None = None
-
-    @property
-    def grid_thw(self) -> NDArray[np.int64]:
-        return self.shape.grid_thw
-
-    def open(self) -> PixelReader:
-        return _FileFramesReader(self)
 
 
 class _Queue:
@@ -201,15 +170,25 @@ class _Queue:
             self.changed.notify_all()
 
 
-class _FileFramesReader:
-    """Owns a decode worker and the thread that reads it. The thread knows the queue but not this object, so that a
-    reader that nobody holds any more ends both."""
+class FileReader:
+    """`PixelReader` of track `track` of a video file: `frames` iterates over those of an open file, at the sizes of
+    `shape`. Owns a decode worker and the thread that reads it. The thread knows the queue but not this object, so that
+    a reader without references ends both."""
 
-    def __init__(self, file: FileFrames) -> None:
-        self._shape, self._taken = file.shape, 0
-        self._queue = _Queue(file.buffer_bytes)
-        self._video = VideoReader(file.source, file.limits, track=file.track, wait=False)
-        arguments = (self._video, file.frames, self._queue)
+    def __init__(
+        self,
+        source: Source,
+        limits: DecodeLimits | None,
+        frames: Callable[[VideoReader], Iterator[Pixels]],
+        shape: FrameShape,
+        *,
+        track: int | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        self._shape, self._taken = shape, 0
+        self._queue = _Queue(buffer_bytes)
+        self._video = VideoReader(source, limits, track=track, wait=False)
+        arguments = (self._video, frames, self._queue)
         self._thread = threading.Thread(target=_fill, args=arguments, name="keye-frames", daemon=True)
         self._thread.start()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Protocol
@@ -13,17 +13,24 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media import notes
 from keye.media.container.animations import tiff_pages
 from keye.media.decode.image_reader import Header, ImageReader, is_confined
 from keye.media.decode.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
 from keye.media.decode.wire import WorkerError
-from keye.media.notes import Note
+from keye.media.notes import Note, emit, warn_of_image
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.pixels.pictures import in_bytes
+from keye.media.pixels.pictures import as_picture, in_bytes, is_array
 from keye.media.sizes import check_sides, encoded_size, image_size
-from keye.media.source.fetch import MAX_IMAGE_BYTES, Reference, Source, check_media, fetch_source, media_kind
-from keye.media.unmet import warn_of_image
+from keye.media.source.data_urls import decode_list
+from keye.media.source.fetch import (
+    MAX_IMAGE_BYTES,
+    Reference,
+    Source,
+    as_source,
+    check_media,
+    fetch_source,
+    media_kind,
+)
 
 #: The EXIF orientations that swap the axes.
 SIDEWAYS = (5, 6, 7, 8)
@@ -65,8 +72,8 @@ def plan_image(
     new_height, new_width = encoded_size(*held, config, options)
     warn_of_image(source.name, (new_height, new_width), config, options)
     found = () if options.strict_official else tuple(_notes(source, header))
-    notes.emit(source.name, found)
-    tokens = (new_height // config.factor) * (new_width // config.factor)
+    emit(source.name, found)
+    tokens = config.count_tokens((new_height, new_width))
     return ImagePlan(source.name, width, height, new_width, new_height, tokens, tuple(map(str, found)))
 
 
@@ -86,8 +93,31 @@ def read_image(
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
     with _opened(source, pixel_limit) as image:
         if not planned and not strict_official:
-            notes.emit(source.name, _notes(source, image.header()))
+            emit(source.name, _notes(source, image.header()))
         return in_bytes(image.picture(strict_official=strict_official))
+
+
+def open_image(value: object, *, strict_official: bool = False) -> Image.Image:
+    """The picture that a user gave as a file or in memory; `strict_official` leaves it as stored, not upright."""
+    if isinstance(value, Image.Image) or is_array(value):
+        return as_picture(value, strict_official=strict_official)
+    return read_image(as_source(value), strict_official=strict_official)
+
+
+def open_frames(value: Any) -> Any:
+    """The frames of a video that is given as pictures: an array or tensor, a list of pictures (files or in memory), or
+    a data URL of several JPEG images. None for a video file."""
+    if is_array(value):
+        return value
+    pictures: Sequence[Any] | None = value if isinstance(value, list | tuple) else decode_list(value)
+    if pictures is None:
+        return None
+    untrusted = [picture for picture in pictures if isinstance(picture, Source) and picture.untrusted]
+    if untrusted and len(untrusted) == len(pictures):
+        # One confined process for all of them; a picture of its own for each would start as many.
+        with ImageReader([fetch_source(picture, max_bytes=MAX_IMAGE_BYTES) for picture in untrusted]) as reader:
+            return reader.pictures()
+    return [open_image(picture) for picture in pictures]
 
 
 def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError, KeyeWarning, Option, warn
+from keye.errors import KeyeError, KeyeWarning, MediaError, Option, warn
 from keye.media import sampling, sizes
-from keye.media.damage import check_whole
-from keye.media.notes import VISIBLE, Note, emit
+from keye.media.info import VideoInfo
+from keye.media.notes import VISIBLE, Note, emit, in_words, warn_of_video
 from keye.media.options import DEFAULTS, MediaOptions
-from keye.media.shown import as_read
-from keye.media.unmet import warn_of_video
-
-if TYPE_CHECKING:
-    from keye.media.video import VideoInfo
 
 #: Seconds by which the end of a part may lie after that of the video without a warning.
 _BEYOND = 0.5
@@ -46,7 +41,7 @@ class VideoPlan:
     code counts them (`strict_official`). `part` is from when to when the video was looked at: its first frame may be on
     display since before. `width` and `height` are those of the frames the model sees; each becomes `tokens_per_frame`
     visual tokens. `sample_fps` is the average rate of the sampled frames.
-    `fast` is there once the frames of a video for 1.5 have been told apart, which needs their pixels: until then
+    `fast` is there once the frames of a video for 1.5 have been classified, which needs their pixels: until then
     every frame counts as slow and the tokens are an estimate. `constant_rate` says whether the file's frames are evenly
     spaced. `notes` are sentences about how the file was read (`VideoInfo.notes`). `mirrored` and `track` are those of
     the file. With `deinterlace` interlaced frames are deinterlaced; `tone_map` is "pq" or "hlg" where frames of that
@@ -153,12 +148,12 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     evenly over the chosen range, and the frame on display at each is taken once; under `strict_official` indices are
     taken there too.
     """
-    info = as_read(info, options)
+    info = _apply_options(info, options)
     start, end = options.video_start, options.video_end
     if options.strict_official and not config.release.official_parts and (start is not None or end is not None):
         named = map(Option, ("video_start", "video_end", "strict_official"))
         raise KeyeError(f"the official {config.release.name} code takes neither {{}} nor {{}}; leave {{}} out", *named)
-    check_whole(info, options)
+    _check_complete(info, options)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
     part = (_official_part if options.strict_official else _part)(info, start, end)
     if end is not None and end > info.duration + _BEYOND and not options.strict_official:
@@ -173,7 +168,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         height, width = sizes.encoded_size(height, width, config, options)
     warn_of_video(info.name, len(indices), (height, width), config, asked, seconds=part.seconds, sampled=sampled)
     emit(info.name, info.notes)
-    rate, tokens = len(indices) / part.count * part.fps, _tokens(height, width, config)
+    rate, tokens = len(indices) / part.count * part.fps, config.count_tokens((height, width))
     plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=tokens, rate=rate, options=options)
     if not options.strict_official:
         shown = part.begin, info.duration if end is None else max(part.end, min(end, info.duration))
@@ -181,10 +176,50 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     return _with_labels(plan, info, config, options)
 
 
+def _apply_options(info: VideoInfo, options: MediaOptions) -> VideoInfo:
+    """The facts under `options`, with notes on what these make of the pictures."""
+    notes = list(info.notes)
+    if info.stored_size is not None:
+        width, height = info.stored_size
+        if options.strict_official:
+            info = dataclasses.replace(info, width=width, height=height, stored_size=None)
+        else:
+            notes.append(Note(f"its pixels are not square: {width}x{height} is shown as {info.width}x{info.height}"))
+    if info.transfer != "sdr" and not options.tone_map and not options.strict_official:
+        notes.append(Note(
+            "it has high dynamic range ({}), and its frames look pale: {} makes them ones of standard range",
+            (info.transfer.upper(), Option("tone_map")),
+        ))  # fmt: skip
+    elif info.transfer == "sdr" and options.tone_map:
+        notes.append(Note("it has standard range already, so that {} has no effect", (Option("tone_map"),)))
+    return dataclasses.replace(info, notes=tuple(notes))
+
+
+def _check_complete(info: VideoInfo, options: MediaOptions) -> None:
+    """Raises `MediaError` where the part that was asked for reaches into what the file declares but lacks; under
+    `strict_media` for any file that ends early or is damaged."""
+    end, strict = options.video_end, options.strict_media
+    if info.cut_short and (strict or end is None or end > info.duration):
+        option = Option("strict_media") if strict else Option("video_end", int(info.duration * 10) / 10)
+        raise MediaError(
+            "{} is cut short: {:.1f} of {:.1f} s can be read; download it again or " + ("leave {} out" if strict else
+            "pass {}"), info.name, info.duration, info.declared_duration, option,
+        )  # fmt: skip
+    if strict and info.ends_early:
+        raise MediaError(
+            "{} lacks bytes at its end; download it again or leave {} out", info.name, Option("strict_media")
+        )  # fmt: skip
+    if strict and info.damage:
+        raise MediaError(
+            "{} is damaged at {}; download it again or leave {} out",
+            info.name, in_words(info.damage), Option("strict_media"),
+        )  # fmt: skip
+
+
 def with_frame_types(
     plan: VideoPlan, types: Sequence[int], config: ProcessorConfig, options: MediaOptions = DEFAULTS
 ) -> VideoPlan:
-    """The plan of a video whose frames have been told apart (1.5): 0 slow, 1 fast. Sizes follow from how many are."""
+    """The plan of a video whose frames have been classified (1.5): 0 slow, 1 fast. Sizes follow from how many are."""
     fast = sum(types)
     found = sizes.frame_sizes(
         plan.source_height, plan.source_width, len(types) - fast, config, options, fast=fast
@@ -194,13 +229,9 @@ def with_frame_types(
         plan,
         height=height,
         width=width,
-        tokens_per_frame=_tokens(height, width, config),
-        fast=FastFrames(tuple(types), found.fast[1], found.fast[0], _tokens(*found.fast, config)),
+        tokens_per_frame=config.count_tokens((height, width)),
+        fast=FastFrames(tuple(types), found.fast[1], found.fast[0], config.count_tokens(found.fast)),
     )
-
-
-def _tokens(height: int, width: int, config: ProcessorConfig) -> int:
-    return (height // config.factor) * (width // config.factor)
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,52 @@
-"""Media -> what the model eats: patches, grids, and the text and visual spans that stand for a medium in the prompt.
+"""Media to model inputs: patches, grids, and the text and visual spans that stand for a medium in the prompt.
 
-The same code serves training and inference, decoded files and pictures in memory. What differs between the releases
-is in `keye.releases`; here is the order of the steps. Numpy; torch only where a release's resize
-needs it.
+The same code serves training and inference, decoded files and pictures in memory. What differs between the releases is
+in `keye.releases`; here is the order of the steps. Numpy; torch only where a release's resize needs it.
 """
 
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
-from keye.errors import KeyeError
 from keye.media import sampling, sizes
-from keye.media.frame_stream import FileFrames, FrameShape, HeldFrames, PixelReader, PixelSource
-from keye.media.image import ImagePlan, hold_image, read_image, resize_exactly, resize_image
-from keye.media.options import DEFAULTS, MediaOptions
+from keye.media.content import content_key, probe_cached
+from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelReader, PixelSource
+from keye.media.image import ImagePlan, hold_image, open_frames, plan_image, read_image, resize_exactly, resize_image
+from keye.media.lists import (
+    LISTED,
+    at_one_size,
+    least_list_tokens,
+    listed_indices,
+    listed_range,
+    open_frame,
+    sampled_list,
+)
+from keye.media.notes import warn_of_image, warn_of_video
+from keye.media.options import DEFAULTS, MediaOptions, MediumKind
 from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
-from keye.media.pixels.pictures import Pixels, as_frames, as_picture
+from keye.media.pixels.pictures import Pixels, as_frames, as_picture, is_array
 from keye.media.pixels.resample import bicubic, bilinear
 from keye.media.pixels.slowfast import SlowFastClassifier, frame_types
-from keye.media.plan import VideoPlan, with_frame_types
-from keye.media.source.fetch import Reference, Source, fetch_source
-from keye.media.unmet import warn_of_image, warn_of_video
+from keye.media.plan import VideoPlan, make_plan, with_frame_types
+from keye.media.source.data_urls import parse_list
+from keye.media.source.fetch import Reference, Source, as_source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader, open_video
 
-Kind = Literal["image", "video"]
-
-#: Native frames of a video that are kept while its frames are told apart; above, they are decoded a second time.
-_KEPT_BYTES = 128 * 1024**2
-#: What sentences call a video that is given as pictures.
-_LISTED = "the list of frames"
+#: Native frames of a video that stay in memory while they are classified; above, they are decoded a second time.
+NATIVE_BYTES = 128 * 1024**2
+#: Plans of videos with classified frames (1.5) that are remembered, so that a video is classified once.
+REMEMBERED_PLANS = 64
 #: How far from its even place a frame may lie, in steps: rounded times count as even.
 _EVEN = 0.05
 
@@ -46,7 +55,7 @@ _EVEN = 0.05
 class VisualSpan:
     """`tokens` placeholders of one image or one video frame, to be written as that kind's pad token."""
 
-    kind: Kind
+    kind: MediumKind
     tokens: int
 
 
@@ -54,11 +63,36 @@ class VisualSpan:
 Piece = str | VisualSpan
 
 
+def count_visual_tokens(pieces: Sequence[Piece]) -> int:
+    """Visual tokens of the pieces of a medium."""
+    return sum(piece.tokens for piece in pieces if isinstance(piece, VisualSpan))
+
+
+@dataclass(frozen=True)
+class PlannedMedium:
+    """A medium before its pixels are decoded: its options are valid and its file, if it is one, has been probed.
+
+    `source` is a `Source` for a file, pictures in memory, or a list of pictures that may be files; the engine adds
+    indexes of videos. `plan` and `pieces` are what is known before decoding: nothing of pictures in memory or in a list
+    in memory; of a video whose frames are not classified yet (1.5), the least that can stand for it; else exactly that.
+    """
+
+    kind: MediumKind
+    source: Any
+    options: MediaOptions = DEFAULTS
+    plan: VideoPlan | ImagePlan | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def visual_tokens(self) -> int:
+        return count_visual_tokens(self.pieces)
+
+
 @dataclass(frozen=True)
 class MediaItem:
     """One medium, ready for the prompt: its pixels, the pieces of its expansion, and its plan.
 
-    `pixels` are the patches, or what gives them while they are decoded (`frame_stream`). `key`, if known, names the
+    `pixels` are the patches, or their source while they are decoded (`frame_stream`). `key`, if known, names the
     content: media of one model with equal keys have equal visual tokens.
     `timestamps` are the seconds of a video's frames, empty for an image and where they are not known.
     `second_per_grid` is the time between two frames of a video for Preview, which has it in the positions instead of
@@ -66,7 +100,7 @@ class MediaItem:
     None for pictures in memory that stand for a video.
     """
 
-    kind: Kind
+    kind: MediumKind
     pixels: VisionInput | PixelSource
     pieces: tuple[Piece, ...]
     timestamps: tuple[float, ...] = ()
@@ -92,7 +126,7 @@ class MediaItem:
 
     @property
     def visual_tokens(self) -> int:
-        return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
+        return count_visual_tokens(self.pieces)
 
     @property
     def frame_count(self) -> int:
@@ -114,35 +148,61 @@ class Decoder(Protocol):
         """The frames of a plan that is complete, as they come."""
 
 
-@dataclass(frozen=True)
-class _DecoderFrames:
-    """Frames that a decoder gives, each time they are read."""
-
-    decoder: Decoder
-    source: Source
-    options: MediaOptions
-    plan: VideoPlan
-    processor: Processor
-    shape: FrameShape
-
-    @property
-    def grid_thw(self) -> NDArray[np.int64]:
-        return self.shape.grid_thw
-
-    def open(self) -> PixelReader:
-        return self.decoder.open(self.source, self.options, self.plan, self.processor, self.shape)
-
-
 class Processor:
-    """Turns media into `MediaItem`s under one configuration. With a `decoder`, it and not a process of our own decodes
+    """Converts media to `MediaItem`s under one configuration. With a `decoder`, it and not a process of our own decodes
     video files."""
 
     def __init__(
-        self, config: ProcessorConfig, *, limits: DecodeLimits | None = None, decoder: Decoder | None = None
+        self,
+        config: ProcessorConfig,
+        *,
+        limits: DecodeLimits | None = None,
+        decoder: Decoder | None = None,
+        native_bytes: int = NATIVE_BYTES,
     ) -> None:
-        self.config = config
-        self.limits = limits
-        self.decoder = decoder
+        self.config, self.limits, self.decoder, self.native_bytes = config, limits, decoder, native_bytes
+        self._classified: OrderedDict[bytes, VideoPlan] = OrderedDict()
+
+    def plan(self, kind: MediumKind, source: Any, options: MediaOptions, salt: bytes = b"") -> PlannedMedium:
+        """Probes a medium; of a video that was not probed before under `salt`, one frame is decoded."""
+        if isinstance(source, Image.Image) or is_array(source):
+            return PlannedMedium(kind, source, options)
+        if kind == "image":
+            file = as_source(source)
+            image = plan_image(file, self.config, options)
+            return PlannedMedium(kind, file, options, image, (VisualSpan(kind, image.visual_tokens),))
+        if isinstance(source, list | tuple) or parse_list(source) is not None:
+            pieces: tuple[Piece, ...] = ()
+            if source and isinstance(source, list | tuple) and all(isinstance(picture, Source) for picture in source):
+                pieces = (VisualSpan(kind, least_list_tokens(source, self.config, options)),)
+            return PlannedMedium(kind, source, options, None, pieces)
+        file = as_source(source)
+        plan = make_plan(probe_cached(file, self.limits, salt, track=options.track), self.config, options)
+        return PlannedMedium(kind, file, options, plan, tuple(self._least_pieces(plan, options)))
+
+    def load(self, medium: PlannedMedium) -> MediaItem:
+        """The medium with all its pixels."""
+        if medium.kind == "image":
+            plan = medium.plan if isinstance(medium.plan, ImagePlan) else None
+            return self.image(medium.source, medium.options, plan=plan)
+        if isinstance(medium.source, Source):
+            assert isinstance(medium.plan, VideoPlan)
+            return self.video(medium.source, medium.options, plan=medium.plan)
+        return self.frames(open_frames(medium.source), medium.options)
+
+    def stream(self, medium: PlannedMedium, salt: bytes) -> MediaItem:
+        """The medium with the key of its content under `salt`. A video file is not decoded yet, unless its frames have
+        to be classified first."""
+        key = content_key(medium.kind, medium.source, medium.options, medium.plan, self.config, salt)
+        if medium.kind == "image" or not isinstance(medium.source, Source):
+            return replace(self.load(medium), key=key)
+        assert isinstance(medium.plan, VideoPlan)
+        item = self.video_stream(medium.source, medium.options, plan=self._classified.get(key, medium.plan))
+        if isinstance(item.plan, VideoPlan) and item.plan.fast is not None:
+            self._classified[key] = item.plan
+            while len(self._classified) > REMEMBERED_PLANS:
+                self._classified.popitem(last=False)
+        return replace(item, key=key)
 
     def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
         """An image: a file (a `Source` or what names one), a PIL image, an array or a tensor (`pictures.as_picture`).
@@ -157,7 +217,7 @@ class Processor:
         height, width = pixels.shape[:2]
         if plan is None:
             warn_of_image(name, (height, width), self.config, options)
-        tokens = (height // self.config.factor) * (width // self.config.factor)
+        tokens = self.config.count_tokens((height, width))
         notes = () if plan is None else plan.notes
         plan = ImagePlan(name, image.width, image.height, width, height, tokens, notes)
         vision = images_to_patches(pixels[None], self.config)
@@ -177,31 +237,31 @@ class Processor:
     def decoding(
         self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
     ) -> Iterator[tuple[VideoPlan, Iterator[Pixels]]]:
-        """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: frames are told
-        apart), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
+        """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: with classified
+        frames), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
         with self._open(source, options, plan) as reader:
-            plan, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
+            plan, kept = self._classify(reader, plan or reader.plan(self.config, options), options)
             yield plan, self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
 
     def video_stream(
         self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
     ) -> MediaItem:
         """The same medium before its frames are decoded: its `pixels` give them as they come, in bounded memory but for
-        Preview, which attends over a whole video. Frames of 1.5 are told apart first, which decodes them once."""
+        Preview, which attends over a whole video. Frames of 1.5 are classified first, which decodes them once."""
         source = fetch_source(source)
         frames: Callable[[], Iterator[Pixels]] | None = None
         if plan is None or (self.config.release.classifies_frames and plan.fast is None):
             plan, frames = self._complete(source, options, plan)
-        made, shape = plan, self._shape(plan)
-        pixels: PixelSource
+        open_pixels: Callable[[], PixelReader]
+        shape = self._shape(plan)
         if frames is not None:
-            pixels = HeldFrames(frames, shape)
+            open_pixels = partial(_open_memory, frames, shape)
         elif self.decoder is not None:
-            pixels = _DecoderFrames(self.decoder, source, options, plan, self, shape)
+            open_pixels = partial(self.decoder.open, source, options, plan, self, shape)
         else:
-            decode = lambda reader: self._planned_frames(reader, made, options)  # noqa: E731 (a method with its arguments)
-            pixels = FileFrames(source, self.limits, decode, shape, track=plan.track)
-        return self._of_plan(pixels, plan, options)
+            read = partial(self._planned_frames, plan=plan, options=options)
+            open_pixels = partial(FileReader, source, self.limits, read, shape, track=plan.track)
+        return self._of_plan(PixelSource(shape, open_pixels), plan, options)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS, *, size: sizes.Size | None = None) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
@@ -218,7 +278,7 @@ class Processor:
         if times is not None:
             first, last, _ = listed_range(len(given), options)
             times = times[first : last + 1]
-            pixels = _one_size(given[first : last + 1], self.config, options, listed=False)
+            pixels = at_one_size(given[first : last + 1], self.config, options, listed=False)
         else:
             pixels, times = sampled_list(given, self.config, options)
         height, width = pixels[0].shape[:2]
@@ -230,7 +290,7 @@ class Processor:
             found = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
         else:
             found = sizes.FrameSizes(size, size)
-        warn_of_video(_LISTED, len(pixels), found.slow, self.config, options)
+        warn_of_video(LISTED, len(pixels), found.slow, self.config, options)
         frame_sizes = [found.fast if types and types[i] else found.slow for i in range(len(pixels))]
         resize = bilinear if self.config.release.frame_resize == "bilinear" else _shrunk
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
@@ -244,7 +304,7 @@ class Processor:
             made, decoded = self.decoder.decode(source, options, plan, self)
             return made, lambda: iter(decoded)
         with self._open(source, options, plan) as reader:
-            made, kept = self._tell_apart(reader, plan or reader.plan(self.config, options), options)
+            made, kept = self._classify(reader, plan or reader.plan(self.config, options), options)
         return made, None if kept is None else lambda: _at_size(kept, made)
 
     def _open(self, source: Reference, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
@@ -256,7 +316,7 @@ class Processor:
         return FrameShape(sizes_of, self.config, one_row=self.config.release.whole_video)
 
     def _planned_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
-        """Frames of an open file at the sizes of a plan in which they are told apart."""
+        """Frames of an open file at the sizes of a complete plan."""
         resize = self.config.release.frame_resize
         if resize == "decoder":
             return reader.frames(plan)
@@ -271,14 +331,14 @@ class Processor:
         seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
         return self._video_item(pixels, plan.timestamps, types, seconds, plan)
 
-    def _tell_apart(
+    def _classify(
         self, reader: VideoReader, plan: VideoPlan, options: MediaOptions
     ) -> tuple[VideoPlan, list[Pixels] | None]:
         """The plan with slow and fast frames (1.5), and the frames at the file's own size if they are few; many are
         decoded again, so that memory does not grow with the video."""
         if plan.fast is not None or not self.config.release.classifies_frames:
             return plan, None
-        keep = plan.frames * plan.source_height * plan.source_width * 3 <= _KEPT_BYTES
+        keep = plan.frames * plan.source_height * plan.source_width * 3 <= self.native_bytes
         classifier = SlowFastClassifier(self.config, options.min_frame_similarity)
         types, kept = [], []
         for frame in reader.frames(plan, native=True):
@@ -286,6 +346,17 @@ class Processor:
             if keep:
                 kept.append(frame)
         return with_frame_types(plan, types, self.config, options), kept if keep else None
+
+    def _least_pieces(self, plan: VideoPlan, options: MediaOptions) -> list[Piece]:
+        """What stands for a video at least: exactly that once its frames are classified."""
+        if self.config.release.whole_video:
+            return [VisualSpan("video", plan.visual_tokens)]
+        tokens = plan.tokens_per_frame
+        if self.config.release.classifies_frames:
+            # As if all frames were fast: with slow ones among them both kinds get at least as many tokens.
+            size = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).fast
+            tokens = self.config.count_tokens(size)
+        return expand_frames([tokens] * plan.frames, self.config, plan.labels)
 
     def _frames_resized_twice(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
         """Frames resized by the video's budget, as the utilities do, then by the processor's own limits."""
@@ -296,10 +367,10 @@ class Processor:
     def _list_of_images(self, given: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
         """Every picture is sized as an image; all then get the processor's size of the first."""
         indices, fps = listed_indices(len(given), self.config, options)
-        held = [hold_image(_picture(given[i]), self.config, options) for i in indices]
+        held = [hold_image(open_frame(given[i]), self.config, options) for i in indices]
         height, width, _ = held[0].shape
         size = sizes.encoded_size(height, width, self.config, options)
-        warn_of_video(_LISTED, len(held), size, self.config, options)
+        warn_of_video(LISTED, len(held), size, self.config, options)
         resized = (_shrunk(frame, size) for frame in held)
         vision = frames_to_patches(resized, [size] * len(held), self.config).as_one_video()
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
@@ -325,58 +396,8 @@ class Processor:
         return MediaItem("video", pixels, tuple(pieces), times, None, plan)
 
 
-def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
-    """First index, last index and number of the pictures of a list that lie in the part asked for; all of `count` where
-    no times are known. Officially a list has no parts."""
-    times = options.timestamps
-    if times is not None and len(times) != count:
-        raise KeyeError(f"{count} frames have {len(times)} timestamps; give one for each frame")
-    if times is None and options.fps is not None:
-        times = tuple(i / options.fps for i in range(count))
-    if not times or options.strict_official:
-        return 0, count - 1, count
-    # The last picture is on display as long as the others are on average.
-    step = (times[-1] - times[0]) / max(count - 1, 1)
-    return sampling.time_range(
-        times, times[-1] + step, video_start=options.video_start, video_end=options.video_end
-    )  # fmt: skip
-
-
-def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
-    """Preview: which of `count` listed pictures are used, the last repeated to an even number, and their average rate.
-
-    Officially all are; `nframes` and `max_frames` are honoured unless `strict_official`.
-    """
-    fps = options.fps or config.fps
-    first, last, count = listed_range(count, options)
-    if options.timestamps is not None:
-        fps = _rate(options.timestamps[first : last + 1]) or fps
-    wanted = min(options.nframes or count, options.max_frames or count, count)
-    indices = list(range(first, last + 1))
-    if wanted < count and not options.strict_official:
-        indices = sampling.sample_indices(first, last, wanted)
-        fps *= wanted / count
-    return indices + indices[-1:] * (-len(indices) % config.frame_factor), fps
-
-
-def sampled_list(
-    given: Any, config: ProcessorConfig, options: MediaOptions
-) -> tuple[Sequence[Pixels], tuple[float, ...] | None]:
-    """1.5 and 2.0: the sampled pictures of a list (or an array of frames), as RGB of one size, and their times.
-
-    They are sampled like the frames of a video at `fps`, else the configuration's rate; times are known only with
-    `fps` or `timestamps`.
-    """
-    frames = as_frames(given)
-    native = options.fps or config.fps
-    first, _, count = listed_range(len(frames), options)
-    indices = sampling.sample_frames(count, native, config, options, first=first)
-    if not indices:
-        raise sampling.no_frame(_LISTED, config, options)
-    pixels = _one_size([frames[i] for i in indices], config, options, listed=True)
-    if options.timestamps is not None:
-        return pixels, tuple(options.timestamps[i] for i in indices)
-    return pixels, None if options.fps is None else tuple(i / native for i in indices)
+def _open_memory(frames: Callable[[], Iterator[Pixels]], shape: FrameShape) -> MemoryReader:
+    return MemoryReader(frames(), shape)
 
 
 def expand_frames(
@@ -415,22 +436,6 @@ def _without_empty(pieces: Iterable[Piece]) -> list[Piece]:
     return kept
 
 
-def _one_size(
-    given: Pixels | Sequence[Any], config: ProcessorConfig, options: MediaOptions, *, listed: bool
-) -> Sequence[Pixels]:
-    """The frames as RGB arrays of one size, that of the first: its own, or if `listed` that of a picture of a list."""
-    first = given[0]
-    height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
-    size = sizes.listed_frame_size(height, width, config, options) if listed else (height, width)
-    if isinstance(given, np.ndarray) and size == (height, width):
-        return list(given)
-    return [resize_exactly(_picture(frame).convert("RGB"), *size) for frame in given]
-
-
-def _picture(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
-    return Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
-
-
 def _at_size(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:
     """Frames at the file's own size (1.5), resized to those of the plan."""
     return (bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(frames))
@@ -443,15 +448,9 @@ def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:
 
 def _evenly_spaced(timestamps: Sequence[float]) -> bool:
     """Whether frames lie at equal distances, but for rounded times; also where all have one time."""
-    rate = _rate(timestamps)
+    rate = sampling.average_rate(timestamps)
     return rate is None or all(abs((t - timestamps[0]) * rate - i) <= _EVEN for i, t in enumerate(timestamps))
 
 
 def _since_first(timestamps: Sequence[float]) -> tuple[float, ...]:
     return tuple(t - timestamps[0] for t in timestamps)
-
-
-def _rate(timestamps: Sequence[float]) -> float | None:
-    """Average frames per second; None when all frames have one time."""
-    span = timestamps[-1] - timestamps[0]
-    return (len(timestamps) - 1) / span if span > 0 else None

@@ -193,3 +193,9 @@ def displayed_frames(timestamps: Sequence[float], targets: Sequence[float], *, t
     """
     chosen = (max(bisect_right(timestamps, target + tolerance) - 1, 0) for target in targets)
     return sorted(set(chosen))
+
+
+def average_rate(timestamps: Sequence[float]) -> float | None:
+    """Average frames per second; None when all frames have one time."""
+    span = timestamps[-1] - timestamps[0]
+    return (len(timestamps) - 1) / span if span > 0 else None

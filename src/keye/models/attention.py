@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -22,7 +21,7 @@ from keye.models.indexer import Indexer, IndexerOutput
 from keye.models.layers import Layer, RMSNorm
 from keye.ops import reference, registry
 from keye.ops.backend import Stretch
-from keye.ops.kv_blocks import BlockRows
+from keye.ops.kv_blocks import BlockRows, RowSpec
 
 #: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
 #: fallback outside Hopper GPUs, and another function once the context exceeds k.
@@ -40,32 +39,38 @@ class Rope(NamedTuple):
     indexer_sin: Tensor | None
 
 
+def cache_rows(config: TextConfig) -> dict[str, RowSpec]:
+    """What a layer stores of each token: `k` and `v` and, in sparse models, `indexer_k`."""
+    kv = RowSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    rows = {"k": kv, "v": kv}
+    if config.sparse is not None:
+        rows["indexer_k"] = RowSpec(config.num_hidden_layers, 1, config.sparse.indexer_head_dim, scanned=True)
+    return rows
+
+
 class SequenceCache(Protocol):
     """What a layer needs of the stored past of one sequence. Block-wise, quantised or on-disk stores implement it."""
 
     def length(self, layer: int) -> int:
         """Tokens stored for `layer`."""
 
-    def append(self, layer: int, k: Tensor, v: Tensor, indexer_k: Tensor | None) -> None:
-        """Adds n tokens: `k`, `v` [n, G, D] and, in sparse models, indexer keys [n, I]."""
+    def append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
+        """Adds n tokens: rows [n, heads, dim] by name."""
 
-    def indexer_keys(self, layer: int, start: int, stop: int) -> Tensor:
-        """Indexer keys of positions start .. stop: [stop - start, I]."""
+    def read(self, layer: int, name: str, positions: Tensor) -> Tensor:
+        """The rows of a name at `positions` (int64 [N]): [N, heads, dim]."""
 
-    def rows(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `positions` (int64 [N]): two tensors [N, G, D]."""
+    def read_range(self, layer: int, name: str, start: int, stop: int) -> Tensor:
+        """The rows of a name at positions start .. stop: [stop - start, heads, dim]."""
 
     def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
-        """The same as it lies in memory, for the fast kernels; None where it does not lie in KV blocks."""
+        """The same by address, for the fast kernels; None where rows are not in KV blocks."""
 
     def wants_reads(self, layer: int) -> bool:
-        """Whether it is to be told what of a layer is read."""
+        """Whether `check_reads` is to be called for a layer."""
 
-    def check_index(self, layer: int) -> None:
-        """Told that all indexer keys of a layer are read."""
-
-    def check_rows(self, layer: int, counts: Tensor | None) -> None:
-        """Told that keys and values are read: of positions whose `counts` are not 0, or all."""
+    def check_reads(self, layer: int, names: Sequence[str], counts: Tensor | None = None) -> None:
+        """Is called after rows were read: those of positions whose `counts` are not 0, or all."""
 
 
 class Step(Protocol):
@@ -147,7 +152,10 @@ class CachedStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
         for span in self.spans:
             part = slice(span.start, span.stop)
-            span.cache.append(layer, k[part], v[part], None if index is None else index.k[part])
+            rows = {"k": k[part], "v": v[part]}
+            if index is not None:
+                rows["indexer_k"] = index.k[part].unsqueeze(1)
+            span.cache.append(layer, rows)
         stretches = [self._stretch(span, layer, counted=index is not None) for span in self.spans]
         # Up to k tokens the top-k is everything: dense attention is then the same function.
         dense = [stretch for stretch in stretches if index is None or stretch.length <= self.topk]
@@ -162,8 +170,8 @@ class CachedStep:
             if span.cache.wants_reads(layer):
                 selected = index is not None and stretch.length > self.topk
                 if selected and self.select == "indexer":
-                    span.cache.check_index(layer)
-                span.cache.check_rows(layer, stretch.counts if selected else None)
+                    span.cache.check_reads(layer, ("indexer_k",))
+                span.cache.check_reads(layer, ("k", "v"), stretch.counts if selected else None)
         return out
 
     def _attend_sparse(
@@ -195,8 +203,8 @@ class CachedStep:
             span.start,
             span.stop,
             cache.length(layer) - (span.stop - span.start),
-            rows=partial(cache.rows, layer),
-            key_tiles=partial(cache.indexer_keys, layer),
+            rows=lambda positions: (cache.read(layer, "k", positions), cache.read(layer, "v", positions)),
+            key_tiles=lambda start, stop: cache.read_range(layer, "indexer_k", start, stop).squeeze(1),
             blocks=cache.layer_blocks(layer),
             counts=counts,
             fixed=self.fixed,

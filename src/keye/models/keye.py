@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
-from keye.models.attention import Attention, Rope, Step
+from keye.models.attention import Attention, Rope, Step, cache_rows
 from keye.models.indexer import Indexer, Numerics
 from keye.models.layers import MLP, Layer, RMSNorm, embedding
 from keye.models.moe import MoE
 from keye.models.vision import Projector, Visual, encode_vision
 from keye.ops.elementwise import Elementwise
+from keye.ops.kv_blocks import RowSpec
 from keye.ops.reference import inverse_frequencies, rope_angles
 
 
@@ -103,6 +104,10 @@ class KeyeModel(Layer):
         """Makes head and embeddings one parameter where the config says so; needed again after `to_empty`."""
         if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def cache_rows(self) -> dict[str, RowSpec]:
+        """What the model stores of each token, by name."""
+        return cache_rows(self.config.text)
 
     @property
     def device(self) -> torch.device:

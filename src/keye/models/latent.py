@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from keye.config import ConfigError
+from keye.ops.kv_blocks import RowSpec
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ def latent_text_config(raw: Mapping[str, Any]) -> LatentTextConfig:
     if wrong := [name for name in names if type(raw.get(name)) is not int or raw[name] < 0]:
         raise ConfigError(f"config.json lacks {', '.join(wrong)}; the 671B decoder needs whole numbers there")
     return LatentTextConfig(**{name: raw[name] for name in names})
+
+
+def latent_cache_rows(config: LatentTextConfig) -> dict[str, RowSpec]:
+    """What a layer stores of each token, shared by all heads."""
+    layers = config.num_hidden_layers
+    return {"latent": RowSpec(layers, 1, config.kv_lora_rank), "rope_k": RowSpec(layers, 1, config.qk_rope_head_dim)}
 
 
 def latent_shapes(config: LatentTextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -20,10 +20,12 @@ from keye.config import (
     model_config_from_dict,
     vision_config_from_dict,
 )
+from keye.models.attention import cache_rows
 from keye.models.keye import KeyeModel
-from keye.models.latent import LatentTextConfig, latent_shapes, latent_text_config
+from keye.models.latent import LatentTextConfig, latent_cache_rows, latent_shapes, latent_text_config
 from keye.models.load import IGNORED
 from keye.models.vision import VisionTower
+from keye.ops.kv_blocks import RowSpec
 from keye.releases import Release, releases_by_architecture
 
 #: Rows of the packing position table, which official files hold and no forward pass reads.
@@ -53,8 +55,8 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Outline:
-    """`shapes` are the tensors of an official checkpoint. `kv_numbers` and `indexer_numbers` are what the cache keeps
-    of one token over all layers. `experts` is (chosen for a token, all) of a routed layer, None without routing."""
+    """`shapes` are the tensors of an official checkpoint, `cache_rows` what is stored of each token. `experts` is
+    (chosen for a token, all) of a routed layer, None without routing."""
 
     architecture: str
     release: Release
@@ -62,15 +64,24 @@ class Outline:
     vision: VisionConfig
     text: Mapping[str, Any]
     context: int
-    kv_numbers: int
-    indexer_numbers: int
-    indexer_keys: int
+    cache_rows: Mapping[str, RowSpec]
     experts: tuple[int, int] | None
     config: KeyeConfig | None
 
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers that the cache keeps of one token over all layers, indexer keys left out."""
+        return sum(row.layers * row.heads * row.dim for row in self.cache_rows.values() if not row.scanned)
+
+    @property
+    def indexer_numbers(self) -> int:
+        """Numbers of one token's indexer keys over all layers."""
+        return sum(row.layers * row.heads * row.dim for row in self.cache_rows.values() if row.scanned)
+
     def indexer_bytes_float8(self) -> int:
-        """Bytes of one token's indexer keys in the official float8 pages."""
-        return self.indexer_numbers + FLOAT8_SCALE_BYTES * self.indexer_keys
+        """Bytes of one token's indexer keys in the official float8 cache."""
+        keys = sum(row.layers for row in self.cache_rows.values() if row.scanned)
+        return self.indexer_numbers + FLOAT8_SCALE_BYTES * keys
 
 
 def outline(raw: Mapping[str, Any]) -> Outline:
@@ -79,7 +90,7 @@ def outline(raw: Mapping[str, Any]) -> Outline:
     if not releases_by_architecture()[name].runs:
         return _latent_outline(name, latent_text_config(raw), vision_config_from_dict(raw))
     config = model_config_from_dict(raw)
-    text, sparse = config.text, config.text.sparse
+    text = config.text
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in KeyeModel(config).state_dict().items()}
     if text.tie_word_embeddings:
@@ -91,9 +102,7 @@ def outline(raw: Mapping[str, Any]) -> Outline:
         vision=config.vision,
         text=asdict(text),
         context=text.max_position_embeddings,
-        kv_numbers=text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2,
-        indexer_numbers=text.num_hidden_layers * sparse.indexer_head_dim if sparse is not None else 0,
-        indexer_keys=text.num_hidden_layers if sparse is not None else 0,
+        cache_rows=cache_rows(text),
         experts=(text.num_experts_per_tok, text.num_experts) if text.num_experts else None,
         config=config,
     )
@@ -109,9 +118,7 @@ def _latent_outline(name: str, text: LatentTextConfig, vision: VisionConfig) -> 
         vision=vision,
         text=asdict(text),
         context=text.max_position_embeddings,
-        kv_numbers=text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim),
-        indexer_numbers=0,
-        indexer_keys=0,
+        cache_rows=latent_cache_rows(text),
         experts=(text.num_experts_per_tok, text.n_routed_experts),
         config=None,
     )

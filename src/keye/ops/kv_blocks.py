@@ -36,6 +36,20 @@ _INT4_ROWS: Final = 256
 
 
 @dataclass(frozen=True)
+class RowSpec:
+    """What a model stores of each token under one name in each of its `layers`: `heads` vectors of `dim` numbers.
+
+    Attention reads rows one by one, except where they are `scanned`: all of them at every step, as an indexer's keys.
+    Those stay in the memory of the model's device whatever holds the others, and have a number format of their own.
+    """
+
+    layers: int
+    heads: int
+    dim: int
+    scanned: bool = False
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """The bytes of one token's row: `heads` vectors of `dim` numbers.
 

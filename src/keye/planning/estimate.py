@@ -12,7 +12,7 @@ from keye.cache.slabs import KVFormat, KVLayout, KVStore
 from keye.config import KeyeConfig
 from keye.engine.generate import PREFILL_CHUNK
 from keye.errors import KeyeError
-from keye.models.attention import AttentionMode
+from keye.models.attention import AttentionMode, cache_rows
 from keye.models.outline import outline, read_parameters
 from keye.models.vision import PATCHES_PER_CHUNK
 from keye.ops.kv_blocks import KV_BLOCK
@@ -56,7 +56,7 @@ class Estimate:
 
 def memory_of(config: KeyeConfig, request: Request, dtype: torch.dtype, kv: KVFormat) -> dict[str, int]:
     """Bytes by part while the request runs."""
-    layout = KVLayout.of(config.text, dtype, kv)
+    layout = KVLayout.of(cache_rows(config.text), dtype, kv)
     tokens = request.prompt + request.reply
     made = outline(dict(config.raw))
     patches = min(PATCHES_PER_CHUNK, request.frames * request.grid[0] * request.grid[1])
@@ -86,7 +86,7 @@ def measure_rates(
     need = layer_bytes(config.text, dtype)
     if free is not None and 1.5 * need > free:
         raise KeyeError(f"timing one layer takes {format_bytes(int(1.5 * need))}, but {format_bytes(free)} are free")
-    layout = KVLayout.of(config.text, dtype, kv)
+    layout = KVLayout.of(cache_rows(config.text), dtype, kv)
     prefill, decode = measure_layer(config.text, layout, dtype, device, mode)
     frame = measure_frame(config.vision, config.text.hidden_size, grid, dtype, device)
     return Rates(prefill, decode, measure_head(config.text, dtype, device), frame, grid[0] * grid[1])
@@ -137,7 +137,7 @@ def what_fits(config: KeyeConfig, request: Request, dtype: torch.dtype, free: in
     fixed = parts["weights"] + parts["scratch"]
     if fixed > free:
         return f"weights and scratch alone take {format_bytes(fixed)}"
-    each = KVLayout.of(config.text, dtype, "int4").token_bytes
+    each = KVLayout.of(cache_rows(config.text), dtype, "int4").token_bytes
     per_frame = max(1, request.prompt // max(1, request.frames))
     tokens = (free - fixed - parts["vision"]) // each // KV_BLOCK * KV_BLOCK - request.reply
     frames = max(0, tokens // per_frame)

@@ -84,7 +84,7 @@ def _time_layer(
     weight = decoder.norm.weight
     store = KVStore(replace(layout, layers=1), make_slab=memory_slabs(weight.device))
     cache = KVCache(1, store)
-    _fill_cache(cache, text, depth, weight)
+    _fill_cache(cache, store.layout, depth, weight)
     x = torch.randn(tokens, text.hidden_size, device=weight.device).to(weight.dtype)
     positions = torch.arange(depth, depth + tokens, device=weight.device).expand(3, -1)
 
@@ -98,14 +98,13 @@ def _time_layer(
         cache.free()
 
 
-def _fill_cache(cache: KVCache, text: TextConfig, depth: int, like: torch.Tensor) -> None:
+def _fill_cache(cache: KVCache, layout: KVLayout, depth: int, like: torch.Tensor) -> None:
     """`depth` tokens of noise."""
-    index = text.sparse.indexer_head_dim if text.sparse is not None else None
     for start in range(0, depth, PREFILL_CHUNK):
         n = min(PREFILL_CHUNK, depth - start)
-        k, v = (torch.randn(n, text.num_key_value_heads, text.head_dim, device=like.device) for _ in range(2))
-        keys = None if index is None else torch.randn(n, index, device=like.device).to(like.dtype)
-        cache.append(0, k.to(like.dtype), v.to(like.dtype), keys)
+        shapes = {name: (n, rows.heads, rows.dim) for name, rows in layout.rows.items()}
+        noise = {name: torch.randn(shape, device=like.device) for name, shape in shapes.items()}
+        cache.append(0, {name: rows.to(like.dtype) for name, rows in noise.items()})
 
 
 @torch.inference_mode()

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from keye.config import KeyeConfig, ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.image import ImagePlan, plan_image
+from keye.media.info import VideoInfo
 from keye.media.options import MediaOptions, media_options
 from keye.media.plan import VideoPlan
 from keye.media.processor import VisualSpan, expand_frames
 from keye.media.source.fetch import Source, fetch_source
-from keye.media.video import VideoInfo, open_video, plan_video
+from keye.media.video import open_video, plan_video
 from keye.process import check_device, memory_on
 
 if TYPE_CHECKING:

@@ -27,12 +27,13 @@ from keye.engine.request import Request
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, Option
 from keye.media import sizes
-from keye.media.frame_stream import FrameShape, HeldFrames
-from keye.media.inputs import as_source, open_frames
+from keye.media.frame_stream import FrameShape, MemoryReader, PixelSource
+from keye.media.image import open_frames
 from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.pictures import Pixels, as_frames
 from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Piece, VisualSpan
+from keye.media.source.fetch import as_source
 from keye.media.video import open_video
 from keye.models.keye import visual_mask
 from keye.sessions.answer import Answer, AnswerStream, stream_answer
@@ -289,7 +290,7 @@ class LiveSession:
         assert self._size is not None
         shape = FrameShape([self._size] * len(self._frames), self._runtime.processor.config)
         pieces = tuple(piece for frame in self._frames for piece in frame.pieces)
-        return MediaItem("video", HeldFrames(lambda: iter(()), shape), pieces, self.times)
+        return MediaItem("video", PixelSource(shape, lambda: MemoryReader(iter(()), shape)), pieces, self.times)
 
     def _prompt(self, tail: list[int]) -> Prompt:
         """The prompt of a question. Its past is a fork of the stream in the form of an index, so that the engine

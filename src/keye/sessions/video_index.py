@@ -20,7 +20,6 @@ from keye.cache.checksums import damaged
 from keye.cache.fingerprint import Fingerprint
 from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVLayout
 from keye.chat.messages import Medium, Message
 from keye.config import KeyeConfig
 from keye.engine.core import EngineCore
@@ -33,8 +32,9 @@ from keye.engine.turns import Turn
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.processor import Piece, VisualSpan
 from keye.media.source.fetch import Source, is_index
-from keye.models.attention import AttentionMode
+from keye.models.attention import AttentionMode, cache_rows
 from keye.models.keye import visual_mask
+from keye.ops.kv_blocks import RowSpec
 from keye.version import __version__
 
 
@@ -76,11 +76,11 @@ def write_video_index(
     segments = builder.render([Message("user", (medium, "."))], template=owner.template)
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
-    layout = KVLayout.of(text, model.dtype, owner.kv.kv, owner.kv.index)
+    layout = owner.kv.layout(cache_rows(text), model.dtype)
     prompt = builder.lay_out(segments[: end + 1], room=Room(text.max_position_embeddings, 1), stream=True)
     check_index_disk(path, layout, prompt.token_ids.shape[0])
     prepared = time.perf_counter()
-    decoding = Decoding(model, mode=mode, store=owner.kv.store_of(layout, model.device, owner.ledger))
+    decoding = Decoding(model, mode=mode, store=owner.kv.store(layout, model.device, owner.ledger))
     decoding.cache.reserve(prompt.token_ids.shape[0])
     decoding.prefill(prompt, turn=turn, on_progress=on_progress)
     prefilled = time.perf_counter()
@@ -90,7 +90,7 @@ def write_video_index(
     done = time.perf_counter()
     seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "write": done - prefilled}
     return IndexInfo(
-        path, prompt.token_ids.shape[0], prompt.visual_tokens, path.stat().st_size, layout.keys.kind, plan,
+        path, prompt.token_ids.shape[0], prompt.visual_tokens, path.stat().st_size, layout.kind, plan,
         {name: round(value, 4) for name, value in seconds.items()},
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def _file_hash(source: Any) -> str | None:
 def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
     """An index as the beginning of prompts of a model. `KeyeError` where the file is damaged, or is not of this model.
 
-    Its pages are read only and shared by all that continue it; what they add goes to a store of the same formats in
+    Its blocks are read only and shared by all that continue it; what they add goes to a store of the same formats in
     the model's own tier.
     """
     if source.path is None:
@@ -151,16 +151,15 @@ def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
                         "from the start of the file: index the video again")  # fmt: skip
     _check_layout(file, owner.config, owner.model.dtype)
     _check_tokens(file, facts, owner.config)
-    keys, values, index = file.kinds(mapped)
-    near, device = 0, owner.model.device
-    if index is not None and device.type != "cpu":
+    rows, near, device = dict(file.rows(mapped)), 0, owner.model.device
+    for name in file.layout.scanned if device.type != "cpu" else ():
         for layer in range(file.layout.layers):
-            check.compare("index", layer)
+            check.compare(name, layer)
         if check.damage is not None:
             raise check.damage
-        near, index = index.nbytes, index.to(device)
-    store = owner.kv.store_of(file.layout, device, owner.ledger)
-    blocks = store.adopt((keys, values, index), file.blocks, near)
+        near, rows[name] = near + rows[name].nbytes, rows[name].to(device)
+    store = owner.kv.store(file.layout, device, owner.ledger)
+    blocks = store.adopt(rows, file.blocks, near)
     cache = KVCache.of_blocks(store, blocks, file.length, check)
     return IndexedVideo(
         source.name, file.tokens[0], file.tokens[1:], facts.next_position, facts.start, facts.pieces, facts.timestamps,
@@ -187,11 +186,10 @@ def describe(path: Path) -> dict[str, Any]:
     """What an index holds, from its header, as plain data for `keye inspect`."""
     file = read_index_file(path)
     facts = _Facts.read(file)
-    kinds = {"keys": file.layout.keys, "values": file.layout.values, "index": file.layout.index}
     return {
         "index": str(path), "bytes": file.size, "keye": file.about.get("keye"), "model": asdict(facts.model),
         "attention": facts.attention, "tokens": file.length, "visual_tokens": facts.visual_tokens,
-        "layers": file.layout.layers, "formats": {name: rows.kind for name, rows in kinds.items() if rows is not None},
+        "layers": file.layout.layers, "formats": {name: rows.kind for name, rows in file.layout.rows.items()},
         "bytes_per_token": file.layout.token_bytes, "video": {**facts.video, "pieces": len(facts.pieces)},
     }  # fmt: skip
 
@@ -259,11 +257,13 @@ def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[
 
 def _check_layout(file: IndexFile, config: KeyeConfig, dtype: torch.dtype) -> None:
     """The stored rows must be those of the model, in whatever format."""
-    text, layout = config.text, file.layout
-    heads = {(rows.heads, rows.dim) for rows in (layout.keys, layout.values)}
-    index = None if layout.index is None else (layout.index.heads, layout.index.dim)
-    ours = None if text.sparse is None or layout.index is None else (1, text.sparse.indexer_head_dim)
-    if layout.layers != text.num_hidden_layers or heads != {(text.num_key_value_heads, text.head_dim)} or index != ours:
+    layout = file.layout
+    specs = {
+        name: RowSpec(layout.layers, rows.heads, rows.dim, name in layout.scanned) for name, rows in layout.rows.items()
+    }
+    # An index of dense attention holds no scanned rows.
+    ours = {name: spec for name, spec in cache_rows(config.text).items() if name in specs or not spec.scanned}
+    if specs != ours:
         raise damaged(file.path, "its rows have another shape than those of its model")
 
 

@@ -165,7 +165,7 @@ class _ObservedStep(CachedStep):
         parts = [
             _causal_scores(
                 index.q[span.start : span.stop],
-                span.cache.indexer_keys(layer, 0, span.cache.length(layer)),
+                span.cache.read_range(layer, "indexer_k", 0, span.cache.length(layer)).squeeze(1),
                 index.gate[span.start : span.stop],
             )
             for span in self.spans

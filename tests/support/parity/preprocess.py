@@ -20,11 +20,11 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.image import resize_exactly, resize_image
+from keye.media.info import VideoInfo
 from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.resample import bilinear
 from keye.media.pixels.slowfast import compared_size, frame_types, similarity
 from keye.media.plan import VideoPlan, make_plan, with_frame_types
-from keye.media.video import VideoInfo
 from tests.support.parity.cases import Case, Check, NotApplicable, is_preview
 
 CONFIGS = {"v15": ProcessorConfig.of("1.5"), "v20": ProcessorConfig.of("2.0")}

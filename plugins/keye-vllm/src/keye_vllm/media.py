@@ -180,7 +180,7 @@ class _Opener(PromptBuilder):
         tokens holds; where its size can be planned, before anything of it is decoded."""
         planned, room = plan_medium(medium, self.processor, videos), Room(context, reply=1)
         room.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
-        item = self._decode(planned)
+        item = self.processor.load(planned)
         room.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
         return item
 

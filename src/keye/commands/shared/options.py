@@ -24,7 +24,7 @@ VIDEO_OPTIONS = (
     "min_frame_similarity", "adaptive_budget", "track", "deinterlace", "tone_map", "strict_media",
 )  # fmt: skip
 #: Formats, which an index has fixed; where what comes after it lies is free.
-FORMAT_OPTIONS = ("kv", "index_kv")
+FORMAT_OPTIONS = ("kv", "indexer_kv")
 STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder", "memory")
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
@@ -131,7 +131,7 @@ kv_format: Callable[[F], F] = click.option(
 storing: Callable[[F], F] = _all(
     kv_format,
     click.option(
-        "--index-kv",
+        "--indexer-kv",
         type=click.Choice(["auto", "bf16", "fp8", "int8"]),
         help="The same of indexer keys.",
     ),

@@ -211,7 +211,7 @@ class _Examiner:
         self.runtime, self.options = runtime, options
         self.model, self.tokenizer = runtime.model, runtime.tokenizer
         self.stop_ids = set(self.model.config.eos_token_ids) | {self.tokenizer.token_id("<|im_end|>")}
-        layout = KVLayout.of(self.model.config.text, self.model.dtype, options.kv)
+        layout = KVLayout.of(self.model.cache_rows(), self.model.dtype, options.kv)
         self.store = KVStore(layout, make_slab=memory_slabs(self.model.device))
         self.generator = torch.Generator(self.model.device).manual_seed(options.seed)
         self.begin = time.perf_counter()

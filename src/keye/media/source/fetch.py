@@ -307,3 +307,12 @@ def _reason(error: BaseException) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def as_source(value: object) -> Source:
+    """A path, URL, bytes or `Source` as a `Source`; `MediaError` for anything else."""
+    if isinstance(value, Source | str | bytes | bytearray) or hasattr(value, "__fspath__"):
+        return fetch_source(value)
+    raise MediaError(
+        f"a medium must be a path, URL, bytes, a PIL image, an array, a tensor or frames, not {type(value).__name__}"
+    )
