@@ -171,7 +171,7 @@ def fill(size: int) -> float:
     """Seconds to write to every page of fresh memory, with the same request for huge pages as loading."""
     import torch
 
-    from keye.weights.safetensors import ask_for_huge_pages
+    from keye.weights.source import ask_for_huge_pages
 
     torch.set_num_threads(1)
     memory = torch.empty(size, dtype=torch.uint8)

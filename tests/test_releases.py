@@ -16,8 +16,9 @@ from keye.engine.prompt import PromptBuilder
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.pixels.patches import VisionInput
 from keye.media.processor import MediaItem, Processor, VisualSpan
-from keye.models.load import WEIGHTS_FILE, save_model
+from keye.models.load import save_model
 from keye.train.recipes.nano.initialise import fresh_model
+from keye.weights.safetensors import WEIGHTS_FILE
 from tests.support.tiny import NANO, tiny_folder, tiny_raw
 
 PREVIEW, V1_5, V2 = (

@@ -19,14 +19,8 @@ from keye.hub import asset
 from keye.models.keye import KeyeModel
 from keye.models.load import LoadReport, load_model, load_vision, save_model
 from keye.weights import safetensors as checkpoint
-from keye.weights.safetensors import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    WeightsError,
-    ask_for_huge_pages,
-    copy_all,
-    open_checkpoint,
-)
+from keye.weights.safetensors import INDEX_FILE, WEIGHTS_FILE, open_checkpoint
+from keye.weights.source import WeightsError, ask_for_huge_pages, copy_all
 
 PREVIEW, V1_5, V2 = (
     "KeyeForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration", "KeyeVL2MoeForConditionalGeneration",

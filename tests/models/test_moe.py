@@ -62,15 +62,15 @@ def test_equals_the_naive_loop(tokens: int, normalise: bool, raw_config: dict[st
 
 def test_gradients_by_finite_differences(raw_config: dict[str, Any]) -> None:
     """Dispatch and collection have their own backward passes; the rest of the layer is torch's."""
-    from keye.models.moe import _Collect, _Dispatch, _plan_rows
+    from keye.models.moe import Collect, Dispatch, plan_rows
 
     chosen = torch.tensor([[0, 2], [2, 1], [0, 1]])
-    token_of_row, row_of_slot, sizes = _plan_rows(chosen, 4)
+    token_of_row, row_of_slot, sizes = plan_rows(chosen, 4)
     assert sizes == [2, 2, 2, 0]
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     y = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: _Dispatch.apply(t, token_of_row, row_of_slot), (x,))
-    assert torch.autograd.gradcheck(lambda t: _Collect.apply(t, row_of_slot), (y,))
+    assert torch.autograd.gradcheck(lambda t: Dispatch.apply(t, token_of_row, row_of_slot), (x,))
+    assert torch.autograd.gradcheck(lambda t: Collect.apply(t, row_of_slot), (y,))
 
 
 def test_router_is_float32_and_reports_its_choice(raw_config: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from keye.errors import KeyeWarning
 from keye.models.keye import KeyeModel
-from keye.models.load import INDEX_FILE, WEIGHTS_FILE, WeightsError, load_model, load_tensors, save_model
+from keye.models.load import load_model, load_tensors, save_model
+from keye.weights.safetensors import INDEX_FILE, WEIGHTS_FILE
+from keye.weights.source import WeightsError
 
 
 def assert_same(a: KeyeModel, b: KeyeModel) -> None:

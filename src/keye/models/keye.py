@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye.config import KeyeConfig, TextConfig
@@ -102,8 +101,13 @@ class KeyeModel(Layer):
 
     def tie_weights(self) -> None:
         """Makes head and embeddings one parameter where the config says so; needed again after `to_empty`."""
-        if self.config.text.tie_word_embeddings:
+        if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embeddings are one parameter."""
+        return self.config.text.tie_word_embeddings
 
     def cache_rows(self) -> dict[str, RowSpec]:
         """What the model stores of each token, by name."""
@@ -111,11 +115,11 @@ class KeyeModel(Layer):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.embed_tokens.weight.dtype
 
     def set_elementwise(self, elementwise: Elementwise) -> None:
         """Chooses the versions of the small operations that this model's layers call."""
@@ -150,4 +154,4 @@ class KeyeModel(Layer):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] -> float32 [n, V]."""
-        return F.linear(hidden, self.lm_head.weight).float()
+        return self.lm_head(hidden).float()

@@ -1,14 +1,13 @@
 """Weights between a checkpoint's files and the networks, under the official tensor names.
 
-Fused experts (`mlp.experts.gate_up_proj`) and per-expert tensors (`mlp.experts.3.up_proj.weight`) are both read; fused
-ones are written. Loading is strict: every tensor of the model must be there in its shape as floating-point numbers, and
-every tensor of the files must have a place, be known to have none, or be an error.
+Fused experts and per-expert tensors are both read; fused ones are written. Loading is strict: every tensor of the model
+must be there in its shape as floating-point numbers, and every tensor of the files must have a place, be known to have
+none, or be an error.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,37 +16,12 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig, read_json, vision_config_from_dict
 from keye.errors import KeyeError, KeyeWarning, warn
+from keye.models.factory import LayerFactory, replace_layers
 from keye.models.keye import KeyeModel
 from keye.models.vision import VisionTower
-from keye.weights.safetensors import (
-    INDEX_FILE,
-    SHARD_BYTES,
-    WEIGHTS_FILE,
-    MemoryTensor,
-    Source,
-    WeightsError,
-    ask_for_huge_pages,
-    copy_all,
-    open_checkpoint,
-    write_checkpoint,
-)
-
-__all__ = [
-    "INDEX_FILE", "WEIGHTS_FILE", "LoadReport", "WeightsError", "check_fit", "load_model", "load_tensors",
-    "load_vision", "open_checkpoint", "save_model", "torch_dtype",
-]  # fmt: skip
-
-#: In official files but never read by a forward pass: the SigLIP pooling head, the packing table, rotary buffers.
-IGNORED = re.compile(
-    r"visual\.vision_model\.head\.|\.packing_position_embedding\.|\.rotary_emb\.inv_freq$|\.position_ids$"
-)
-#: Those of them that are parameters of the official modules: other loaders (vLLM's) miss them in a checkpoint, so that
-#: saving copies them from the files that the model was loaded from.
-CARRIED = re.compile(r"visual\.vision_model\.head\.|\.packing_position_embedding\.")
-_EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-_INDEXER = ".sa_indexer."
-#: What quantised checkpoints hold beside or in place of weights.
-_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_packed|weight\.absmax|SCB)$")
+from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, View, file_tensors, per_expert_modules
+from keye.weights.safetensors import SHARD_BYTES, open_checkpoint, write_checkpoint
+from keye.weights.source import MemoryTensor, TensorSource, WeightsError, ask_for_huge_pages, copy_all
 
 
 @dataclass(frozen=True)
@@ -72,15 +46,17 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    layers: LayerFactory | None = None,
 ) -> tuple[KeyeModel, LoadReport]:
     """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
-    `dtype` defaults to the one in the config. A 2.0 checkpoint without any indexer weights gives a dense model. Raises
-    `WeightsError` that names every missing, mis-shaped and, if `strict`, unexpected tensor.
+    `dtype` defaults to the one in the config. `layers` replaces layers while they are on the meta device: the files
+    must then hold the tensors of the replacements. A 2.0 checkpoint without any indexer weights gives a dense model.
+    Raises `WeightsError` that names every missing, mis-shaped and, if `strict`, unexpected tensor.
     """
     dtype = dtype or torch_dtype(config.dtype)
     tensors = open_checkpoint(Path(folder))
-    model, plan, report = _planned(tensors, config, strict=strict)  # before any memory is taken
+    model, plan, report = _plan_model(tensors, config, strict=strict, layers=layers)  # before any memory is taken
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     _fill(model, plan, tensors)
@@ -88,9 +64,9 @@ def load_model(
     return model.eval(), report
 
 
-def check_fit(tensors: Mapping[str, Source], config: KeyeConfig) -> LoadReport:
+def check_fit(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> LoadReport:
     """What `load_model` would report of these tensors, or the error that it would raise; no tensor is read."""
-    return _planned(tensors, config, strict=True)[2]
+    return _plan_model(tensors, config, strict=True)[2]
 
 
 def load_vision(
@@ -105,7 +81,7 @@ def load_vision(
     hidden = raw.get("hidden_size")
     if type(hidden) is not int or hidden < 1:
         raise WeightsError(f"{folder}/config.json has hidden_size {hidden!r}; the projector needs the decoder's width")
-    tensors = open_checkpoint(Path(folder), lambda name: name.startswith(("visual.", "mlp_AR.")))
+    tensors = open_checkpoint(Path(folder), lambda name: name.startswith(VISION))
     with torch.device("meta"):
         tower = VisionTower(vision_config_from_dict(raw), hidden).to(dtype)
     plan, report = _plan(tower, tensors, strict=True)
@@ -128,8 +104,7 @@ def save_model(
     """Writes the weights under the official names: `model.safetensors`, or shards with an index if there are more than
     `shard_bytes`. Tensors of the official files that no forward pass reads (`CARRIED`) are copied from the folder
     that the model was loaded from. Returns the path of the file or index; see `checkpoint.write_checkpoint`."""
-    tied = model.config.text.tie_word_embeddings
-    state = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    state = {name: t for name, t in model.state_dict().items() if not (model.is_tied and name == "lm_head.weight")}
     return write_checkpoint({**state, **_carried(model)}, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
@@ -139,7 +114,7 @@ def _carried(model: KeyeModel) -> dict[str, Tensor]:
         return {}
     try:
         tensors = open_checkpoint(model.origin, lambda name: CARRIED.search(name) is not None)
-        return {name: tensor.read() for name, tensor in tensors.items() if tensor.unreadable is None}
+        return {name: tensor.read() for name, tensor in tensors.items() if tensor.is_readable}
     except KeyeError as error:
         warn(
             KeyeWarning(
@@ -161,23 +136,26 @@ def torch_dtype(name: str) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------------
 # Matching names
 
-_Place = Callable[[Tensor], Tensor]
-_Plan = dict[str, tuple[str, _Place]]
+_Plan = dict[str, tuple[str, View]]
 
 
-def _planned(tensors: Mapping[str, Source], config: KeyeConfig, *, strict: bool) -> tuple[KeyeModel, _Plan, LoadReport]:
+def _plan_model(
+    tensors: Mapping[str, TensorSource], config: KeyeConfig, *, strict: bool, layers: LayerFactory | None = None
+) -> tuple[KeyeModel, _Plan, LoadReport]:
     """A model without memory that suits the tensors, dense if they hold no indexer, and how they fill it."""
-    lacks_indexer = config.text.sparse is not None and not any(_INDEXER in name for name in tensors)
+    lacks_indexer = config.text.sparse is not None and not any(INDEXER in name for name in tensors)
     with torch.device("meta"):
         model = KeyeModel(config.without_indexer() if lacks_indexer else config)
+        if layers is not None:
+            replace_layers(model, layers)
     plan, report = _plan(model, tensors, strict=strict)
     return model, plan, replace(report, lacks_indexer=lacks_indexer)
 
 
-def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> tuple[_Plan, LoadReport]:
+def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool) -> tuple[_Plan, LoadReport]:
     """File name -> (module tensor, view of it to write), and what is left out; raises for whatever does not fit."""
-    state, tied = model.state_dict(), _is_tied(model)
-    per_expert = {match[1] for name in tensors if (match := _EXPERT.match(name))}
+    state, tied = model.state_dict(), isinstance(model, KeyeModel) and model.is_tied
+    per_expert = per_expert_modules(tensors)
     plan: _Plan = {}
     missing: list[str] = []
     wrong: list[str] = []
@@ -185,25 +163,25 @@ def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> t
     for name, tensor in state.items():
         if tied and name == "lm_head.weight":
             continue
-        for wanted, place in _sources(name, tensor, per_expert):
-            plan[wanted] = (name, place)
-            shape = tuple(place(tensor).shape)
+        for wanted, view in file_tensors(name, tuple(tensor.shape), per_expert):
+            plan[wanted] = (name, view)
+            shape = tuple(view(tensor).shape)
             if wanted not in tensors:
                 missing.append(wanted)
             elif tensors[wanted].shape != shape:
                 wrong.append(f"{wanted} is {list(tensors[wanted].shape)} instead of {list(shape)}")
-            elif dtype := tensors[wanted].unreadable:
-                unreadable.append(f"{wanted} is {dtype}")
+            elif not tensors[wanted].is_readable:
+                unreadable.append(f"{wanted} is {tensors[wanted].dtype}")
     rest = set(tensors) - set(plan)
     ignored = {name for name in rest if IGNORED.search(name)}
-    dense = not any(_INDEXER in name for name in state)
-    unused = {n for n in rest - ignored if (dense and _INDEXER in n) or (tied and n == "lm_head.weight")}
+    dense = not any(INDEXER in name for name in state)
+    unused = {n for n in rest - ignored if (dense and INDEXER in n) or (tied and n == "lm_head.weight")}
     unexpected = rest - ignored - unused if strict else set()
     problems = (
         ("missing", missing), ("mis-shaped", wrong), ("no floating-point numbers that keye reads", unreadable),
         ("unexpected", unexpected),
     )  # fmt: skip
-    if strict and (found := sorted(name for name in rest if _QUANTISED.search(name))):
+    if strict and (found := sorted(name for name in rest if QUANTISED.search(name))):
         raise WeightsError(f"the checkpoint is quantised (it holds {found[0]}), which keye does not read yet: use the "
                            "bfloat16 release of the model")  # fmt: skip
     if any(names for _, names in problems):
@@ -212,26 +190,7 @@ def _plan(model: nn.Module, tensors: Mapping[str, Source], *, strict: bool) -> t
     return plan, LoadReport(tuple(sorted(ignored)), tuple(sorted(rest - ignored)))
 
 
-def _is_tied(model: nn.Module) -> bool:
-    return isinstance(model, KeyeModel) and model.config.text.tie_word_embeddings
-
-
-def _sources(name: str, tensor: Tensor, per_expert: set[str]) -> Iterator[tuple[str, _Place]]:
-    """The file tensors that make up module tensor `name`: itself, or one piece for each expert."""
-    prefix, _, leaf = name.rpartition(".")
-    if prefix not in per_expert:
-        yield name, lambda t: t
-        return
-    inner = tensor.shape[2] // 2
-    for e in range(tensor.shape[0]):
-        if leaf == "down_proj":
-            yield f"{prefix}.{e}.down_proj.weight", lambda t, e=e: t[e].t()  # type: ignore[misc]
-        else:
-            yield f"{prefix}.{e}.gate_proj.weight", lambda t, e=e: t[e, :, :inner].t()  # type: ignore[misc]
-            yield f"{prefix}.{e}.up_proj.weight", lambda t, e=e: t[e, :, inner:].t()  # type: ignore[misc]
-
-
-def _fill(model: nn.Module, plan: _Plan, tensors: Mapping[str, Source]) -> None:
+def _fill(model: nn.Module, plan: _Plan, tensors: Mapping[str, TensorSource]) -> None:
     """Reads every planned tensor into its place, in the order in which the files hold them."""
     state = model.state_dict()
     for tensor in state.values():

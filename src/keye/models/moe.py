@@ -38,28 +38,36 @@ class Experts(Layer):
         return torch.cat([self.elementwise.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
 
 
+class Router(nn.Linear):
+    """Scores of all experts, in float32 whatever the weight's dtype: never quantised or sharded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d] -> float32 [T, E]."""
+        return F.linear(x.float(), self.weight.float())
+
+
 class MoE(Layer):
     """Routes each token to its top-k experts and sums their outputs with the router's weights."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Router(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, d] -> output [T, d], router logits float32 [T, E], chosen experts int64 [T, K]."""
-        logits = F.linear(x.float(), self.gate.weight.float())
+        logits = self.gate(x)
         weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        token_of_row, row_of_slot, sizes = _plan_rows(chosen, logits.shape[1])
-        y = self.experts(_Dispatch.apply(x, token_of_row, row_of_slot), sizes)
-        gathered = _Collect.apply(y, row_of_slot)
+        token_of_row, row_of_slot, sizes = plan_rows(chosen, logits.shape[1])
+        y = self.experts(Dispatch.apply(x, token_of_row, row_of_slot), sizes)
+        gathered = Collect.apply(y, row_of_slot)
         return self.elementwise.weighted_sum(gathered, weights.to(x.dtype)), logits, chosen
 
 
-def _plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
+def plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
     """Orders (token, expert) pairs by expert, with padding rows that nothing reads.
 
     Returns the token of each row int64 [rows], the row of each pair int64 [T, K], and rows per expert.
@@ -79,7 +87,7 @@ def _plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[in
     return token_of_row, row_of_slot.view_as(chosen_TK), sizes
 
 
-class _Dispatch(torch.autograd.Function):
+class Dispatch(torch.autograd.Function):
     """x[token_of_row], with a gather instead of a scatter-add in the backward pass."""
 
     @staticmethod
@@ -96,7 +104,7 @@ class _Dispatch(torch.autograd.Function):
         return total, None, None
 
 
-class _Collect(torch.autograd.Function):
+class Collect(torch.autograd.Function):
     """y[row_of_slot] as [T, K, d]; rows are distinct, so the backward pass writes each once."""
 
     @staticmethod

@@ -23,10 +23,10 @@ from keye.config import (
 from keye.models.attention import cache_rows
 from keye.models.keye import KeyeModel
 from keye.models.latent import LatentTextConfig, latent_cache_rows, latent_shapes, latent_text_config
-from keye.models.load import IGNORED
 from keye.models.vision import VisionTower
 from keye.ops.kv_blocks import RowSpec
 from keye.releases import Release, releases_by_architecture
+from keye.weights.names import IGNORED
 
 #: Rows of the packing position table, which official files hold and no forward pass reads.
 PACKING_ROWS = 32768

@@ -148,6 +148,7 @@ class Projector(nn.Module):
         self.merge, self.norm_before_merge = config.spatial_merge_size, config.norm_before_merge
         width = config.hidden_size * self.merge**2
         self.pre_norm = nn.LayerNorm(config.hidden_size if self.norm_before_merge else width, eps=PROJECTOR_EPS)
+        self.hidden_size = hidden_size
         self.linear_1 = nn.Linear(width, width)
         self.linear_2 = nn.Linear(width, hidden_size)
 
@@ -189,7 +190,7 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
         projector(model(patches.to(weight.dtype), height, width), height, width)
         for patches, height, width in _chunks(pixel_values, grids)
     ]
-    return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.linear_2.out_features)
+    return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.hidden_size)
 
 
 def _checked_grids(pixel_values: Tensor, grid_thw: Tensor, merge: int) -> list[tuple[int, int, int]]:

@@ -8,17 +8,13 @@ that is faulted in page by page is slower than the disk and counts as memory of 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
-import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,63 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keye.config import read_json
-from keye.errors import KeyeError
 from keye.files import complete_file
+from keye.weights.source import WeightsError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 #: Largest file that saving writes, as in the official releases.
 SHARD_BYTES = 5_000_000_000
-#: Bytes that are read at once, and how many such pieces are under way: while one waits for the disk another is copied,
-#: and the file is still read nearly from front to back.
-PIECE_BYTES, READERS = 16 * 2**20, 4
-_HUGE_PAGE = 2 * 2**20
+#: Bytes that are read at once.
+PIECE_BYTES = 16 * 2**20
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Numbers that a weight may be stored as, by their names in safetensors.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class WeightsError(KeyeError):
-    """A checkpoint's tensors cannot be read, or do not fit the model that its config describes."""
-
-
-class Source(Protocol):
-    """A tensor that can be written into a place of the same shape."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def unreadable(self) -> str | None:
-        """Its dtype where that is none of floating-point numbers that keye reads, else None."""
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """Sorting by it puts tensors in the order in which they are read fastest."""
-
-    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
-        """Work that together fills `target`, converting to its dtype and device; in any order, on any thread."""
-
-
-@dataclass(frozen=True)
-class MemoryTensor:
-    """A tensor that is in memory already."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def unreadable(self) -> str | None:
-        return None if self.tensor.dtype in _DTYPES.values() else str(self.tensor.dtype).removeprefix("torch.")
-
-    @property
-    def place(self) -> tuple[str, int]:
-        return "", 0
-
-    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
-        yield lambda: target.copy_(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -97,8 +47,8 @@ class StoredTensor:
     nbytes: int
 
     @property
-    def unreadable(self) -> str | None:
-        return None if self.dtype in _DTYPES else self.dtype
+    def is_readable(self) -> bool:
+        return self.dtype in _DTYPES
 
     @property
     def place(self) -> tuple[str, int]:
@@ -106,6 +56,7 @@ class StoredTensor:
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
         """Pieces of `PIECE_BYTES`; a target that is not contiguous is one piece, with this one tensor as its buffer."""
+        assert target.shape == self.shape
         dtype = _DTYPES[self.dtype]
         count = self.nbytes // dtype.itemsize
         if not count:
@@ -131,6 +82,7 @@ class StoredTensor:
     def _read(self, start: int, out: Tensor) -> Tensor:
         """Fills a contiguous CPU tensor with the bytes from `start` of this tensor on."""
         view = out.view(-1).view(torch.uint8).numpy().data
+        assert start + len(view) <= self.nbytes
         try:
             with open(self.file, "rb", buffering=0) as file:
                 if hasattr(os, "posix_fadvise"):  # doubles how far the kernel reads ahead
@@ -143,30 +95,6 @@ class StoredTensor:
         except OSError as error:
             raise WeightsError(f"{self.file} cannot be read: {error}") from None
         return out
-
-
-def ask_for_huge_pages(tensor: Tensor) -> bool:
-    """Asks the kernel to back a large CPU tensor that was not written to yet with huge pages: filling it then takes
-    hundreds of times fewer page faults, which cost more than a fast disk. False where that is not to be had."""
-    if tensor.device.type != "cpu" or tensor.nbytes < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return False
-    page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    length = tensor.data_ptr() + tensor.nbytes - begin
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return advise(begin, length, mmap.MADV_HUGEPAGE) == 0
-
-
-def copy_all(work: Iterable[Callable[[], object]]) -> None:
-    """Does the pieces of work on `READERS` threads; the first error stops the rest."""
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for done in [pool.submit(piece) for piece in work]:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from keye.errors import KeyeError
 from keye.media.positions import build_position_ids
-from keye.models.load import IGNORED
 from keye.models.vision import Projector, Visual, encode_vision
+from keye.weights.names import IGNORED
 from keye_vllm.decoder import Decoder
 from keye_vllm.media import FIELDS, DummyMedia, MediaInfo, MediaProcessor
 

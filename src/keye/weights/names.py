@@ -1,0 +1,48 @@
+"""Names of tensors in checkpoints: which files hold a module's tensor, and which names have no place in a model.
+
+Fused experts (`mlp.experts.gate_up_proj`) and per-expert tensors (`mlp.experts.3.up_proj.weight`) are both known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from torch import Tensor
+
+#: In official files but never read by a forward pass: the SigLIP pooling head, the packing table, rotary buffers.
+IGNORED = re.compile(
+    r"visual\.vision_model\.head\.|\.packing_position_embedding\.|\.rotary_emb\.inv_freq$|\.position_ids$"
+)
+#: Those of them that are parameters of the official modules: other loaders (vLLM's) miss them in a checkpoint, so that
+#: saving copies them from the files that the model was loaded from.
+CARRIED = re.compile(r"visual\.vision_model\.head\.|\.packing_position_embedding\.")
+#: Names of an indexer's tensors have this in them, those of the vision tower and projector begin with these.
+INDEXER = ".sa_indexer."
+VISION = ("visual.", "mlp_AR.")
+#: What quantised checkpoints hold beside or in place of weights.
+QUANTISED = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_packed|weight\.absmax|SCB)$")
+_EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+
+#: The part of a module's tensor that a tensor of the files fills.
+View = Callable[[Tensor], Tensor]
+
+
+def per_expert_modules(names: Iterable[str]) -> set[str]:
+    """Names of the modules of experts that the files hold expert by expert."""
+    return {match[1] for name in names if (match := _EXPERT.match(name))}
+
+
+def file_tensors(name: str, shape: tuple[int, ...], per_expert: Collection[str]) -> Iterator[tuple[str, View]]:
+    """The tensors of the files that make up a module's tensor: itself, or for fused experts one piece for each."""
+    module, _, leaf = name.rpartition(".")
+    if module not in per_expert or leaf not in ("gate_up_proj", "down_proj"):
+        yield name, lambda t: t
+        return
+    inner = shape[2] // 2
+    for e in range(shape[0]):
+        if leaf == "down_proj":
+            yield f"{module}.{e}.down_proj.weight", lambda t, e=e: t[e].t()  # type: ignore[misc]
+        else:
+            yield f"{module}.{e}.gate_proj.weight", lambda t, e=e: t[e, :, :inner].t()  # type: ignore[misc]
+            yield f"{module}.{e}.up_proj.weight", lambda t, e=e: t[e, :, inner:].t()  # type: ignore[misc]

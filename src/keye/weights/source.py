@@ -1,0 +1,100 @@
+"""Where tensors of a checkpoint come from: the interface that every file format implements, and filling a model.
+
+A source of weights is a mapping of official tensor names to `TensorSource`s. Knows shapes and bytes, not networks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from keye.errors import KeyeError
+
+#: Pieces of work that are under way at once: while one waits for the disk another is copied, and a file is still read
+#: nearly from front to back.
+READERS = 4
+_HUGE_PAGE = 2 * 2**20
+
+
+class WeightsError(KeyeError):
+    """A checkpoint's tensors cannot be read, or do not fit the model that its config describes."""
+
+
+class TensorSource(Protocol):
+    """A tensor that can be written into a place of the same shape, dequantised on the way where it is stored so."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """What it is stored as, in the words of its file format."""
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `pieces` can turn what is stored into floating-point numbers."""
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Sorting by it puts tensors in the order in which they are read fastest."""
+
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        """Work that together fills `target`, a tensor of this shape, converting to its dtype and device; in any order,
+        on any thread. `WeightsError` where the file does not hold what it declared."""
+
+
+@dataclass(frozen=True)
+class MemoryTensor:
+    """A tensor that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def is_readable(self) -> bool:
+        return self.tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return "", 0
+
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        yield lambda: target.copy_(self.tensor)
+
+
+def ask_for_huge_pages(tensor: Tensor) -> bool:
+    """Asks the kernel to back a large CPU tensor that was not written to yet with huge pages: filling it then takes
+    hundreds of times fewer page faults, which cost more than a fast disk. False where they are not available."""
+    if tensor.device.type != "cpu" or tensor.nbytes < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    length = tensor.data_ptr() + tensor.nbytes - begin
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return advise(begin, length, mmap.MADV_HUGEPAGE) == 0
+
+
+def copy_all(work: Iterable[Callable[[], object]]) -> None:
+    """Does the pieces of work on `READERS` threads; the first error stops the rest."""
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for done in [pool.submit(piece) for piece in work]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
