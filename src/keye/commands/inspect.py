@@ -14,13 +14,12 @@ from keye.commands.shared import options
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
+    from keye.config import KeyeConfig
     from keye.models.outline import Outline
     from keye.process import Memory
 
 #: Number formats that keye loads weights in, and the bytes of a number.
 FORMATS = {"bfloat16": 2, "float16": 2, "float32": 4}
-#: Memory left free beside weights and cache: activations, the vision tower's chunk, the program itself.
-RESERVE_BYTES = 10**9
 #: Placeholders and marks of the prompt, and the fields of config.json that hold their ids.
 MARKS = {
     "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id",
@@ -143,15 +142,26 @@ def weight_facts(folder: Path, made: Outline) -> tuple[dict[str, Any] | None, di
     return facts, {name: tensor.shape for name, tensor in tensors.items()}, notes
 
 
+def activation_bytes(config: KeyeConfig, itemsize: int) -> int:
+    """Bytes of the activations of a long prompt and of a chunk of its frames."""
+    from keye.engine.step import prompt_scratch
+    from keye.planning.estimate import encoding_bytes
+
+    tokens = config.text.max_position_embeddings
+    return prompt_scratch(config.text, tokens, itemsize) + encoding_bytes(config.vision, itemsize)
+
+
 def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, Any]:
-    """Whether weights in `dtype` fit into the free memory of a device, and the longest context beside them."""
+    """Whether weights in `dtype` fit into the free memory of a device, and the longest context beside them and what
+    the engine reserves for activations."""
     size = FORMATS[dtype]
-    left = memory.free - RESERVE_BYTES - numbers * size
+    activations = 0 if made.config is None else activation_bytes(made.config, size)
+    left = memory.free - activations - numbers * size
     tokens = max(0, left) // ((made.kv_numbers + made.indexer_numbers) * size)
     context = min(tokens, made.context) if made.release.runs else 0
     limit = None if not context else ("model" if tokens >= made.context else "memory")
-    return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "fits": context > 0, "context": context,
-            "limited_by": limit}  # fmt: skip
+    return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "activations": activations,
+            "fits": context > 0, "context": context, "limited_by": limit}  # fmt: skip
 
 
 def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from keye.cache.slabs import KVFormat, KVLayout, KVStore
-from keye.config import KeyeConfig
-from keye.engine.generate import PREFILL_CHUNK
+from keye.config import KeyeConfig, VisionConfig
+from keye.engine.step import prompt_scratch
 from keye.errors import KeyeError
 from keye.models.attention import AttentionMode, cache_rows
 from keye.models.outline import outline, read_parameters
 from keye.models.vision import PATCHES_PER_CHUNK
 from keye.ops.kv_blocks import KV_BLOCK
-from keye.ops.reference import SCRATCH_BYTES
 from keye.planning.measure import LayerRates, Rates, layer_bytes, measure_frame, measure_head, measure_layer
 from keye.units import format_bytes
 
@@ -59,17 +58,22 @@ def memory_of(config: KeyeConfig, request: Request, dtype: torch.dtype, kv: KVFo
     layout = KVLayout.of(cache_rows(config.text), dtype, kv)
     tokens = request.prompt + request.reply
     made = outline(dict(config.raw))
-    patches = min(PATCHES_PER_CHUNK, request.frames * request.grid[0] * request.grid[1])
-    vision, hidden = config.vision, config.text.hidden_size
-    pixels = 3 * vision.patch_size**2
-    activations = patches * (vision.intermediate_size + 6 * vision.hidden_size) * dtype.itemsize
-    visual_tokens = request.frames * request.grid[0] * request.grid[1] // vision.spatial_merge_size**2
+    patches = request.frames * request.grid[0] * request.grid[1]
+    visual_tokens = patches // config.vision.spatial_merge_size**2
+    encoding = encoding_bytes(config.vision, dtype.itemsize, patches)
     return {
         "weights": read_parameters(made.shapes) * dtype.itemsize,
         "kv": KVStore(layout).slabs_for(tokens) * KVStore(layout).slab_bytes,
-        "vision": patches * pixels * 4 + activations + visual_tokens * hidden * dtype.itemsize,
-        "scratch": SCRATCH_BYTES + PREFILL_CHUNK * hidden * 16 * dtype.itemsize,
+        "vision": encoding + visual_tokens * config.text.hidden_size * dtype.itemsize,
+        "scratch": prompt_scratch(config.text, request.prompt, dtype.itemsize),
     }
+
+
+def encoding_bytes(vision: VisionConfig, itemsize: int, patches: int = PATCHES_PER_CHUNK) -> int:
+    """Bytes of pixels and activations while so many patches are encoded, a chunk of them at a time."""
+    pixels = 3 * vision.patch_size**2
+    activations = vision.intermediate_size + 6 * vision.hidden_size
+    return min(PATCHES_PER_CHUNK, patches) * (4 * pixels + activations * itemsize)
 
 
 def measure_rates(

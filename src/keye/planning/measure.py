@@ -19,7 +19,7 @@ from torch import nn
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, KVStore, memory_slabs
 from keye.config import TextConfig, VisionConfig
-from keye.engine.generate import PREFILL_CHUNK
+from keye.engine.step import ALONE_TOKENS
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import Decoder
 from keye.models.vision import VisionTower, encode_vision
@@ -71,7 +71,7 @@ def measure_layer(
     unit = text.sparse.topk if text.sparse is not None else 2048
     depths = (0, *(factor * unit for factor in DEPTHS))
     made = []
-    for tokens in (PREFILL_CHUNK, 1):
+    for tokens in (ALONE_TOKENS, 1):
         seconds = [_time_layer(decoder, one, layout, tokens, depth, mode) for depth in depths]
         made.append(LayerRates(tokens, depths, tuple(seconds)))
     return made[0], made[1]
@@ -100,8 +100,8 @@ def _time_layer(
 
 def _fill_cache(cache: KVCache, layout: KVLayout, depth: int, like: torch.Tensor) -> None:
     """`depth` tokens of noise."""
-    for start in range(0, depth, PREFILL_CHUNK):
-        n = min(PREFILL_CHUNK, depth - start)
+    for start in range(0, depth, ALONE_TOKENS):
+        n = min(ALONE_TOKENS, depth - start)
         shapes = {name: (n, rows.heads, rows.dim) for name, rows in layout.rows.items()}
         noise = {name: torch.randn(shape, device=like.device) for name, shape in shapes.items()}
         cache.append(0, {name: rows.to(like.dtype) for name, rows in noise.items()})

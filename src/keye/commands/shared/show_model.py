@@ -149,8 +149,7 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for memory in result["memory"]:
         device = memory["device"]
-        free = f"{format_bytes(memory['free'])} of {format_bytes(memory['total'])} free"
-        rows.append((device, f"{free}, 1 GB of it kept for activations"))
+        rows.append((device, f"{format_bytes(memory['free'])} of {format_bytes(memory['total'])} free"))
         for one in result["fits"]:
             if one["device"] == device and one["dtype"] in ROWS:
                 rows.append((f"  {ROWS[one['dtype']]}", _fit(one)))
