@@ -3,5 +3,5 @@
 from pathlib import Path
 from typing import Final
 
-__version__: Final = "0.1.0"
+__version__: Final = "0.2.0"
 PACKAGE_FOLDER: Final = Path(__file__).resolve().parent

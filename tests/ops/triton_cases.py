@@ -1,7 +1,10 @@
-"""Cases of the Triton kernels against the reference. `test_triton.py` runs them with TRITON_INTERPRET=1."""
+"""Cases of the Triton kernels against the reference. `test_triton.py` runs them with TRITON_INTERPRET=1, and
+`make gpu` on a card with KEYE_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,8 +19,15 @@ from keye.ops.triton import encode, experts, selection
 from keye.ops.triton.backend import TritonBackend
 
 BACKEND = TritonBackend()
+DEVICE = torch.device(os.environ.get("KEYE_TEST_DEVICE", "cpu"))
 #: Largest difference of outputs of normal inputs by dtype; two for a result at the edge of a rounding step.
 NEAR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with DEVICE:
+        yield
 
 
 @dataclass(frozen=True)
@@ -50,16 +60,17 @@ class Step:
 def draw(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
     """Normal numbers, or small integers: their scores are exact in any order and often equal."""
     if case.integers:
-        return torch.randint(-1, 2, shape, generator=generator).to(case.dtype)
-    return torch.randn(shape, generator=generator).to(case.dtype)
+        return torch.randint(-1, 2, shape, generator=generator, device="cpu").to(DEVICE, case.dtype)
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE, case.dtype)
 
 
 def store(vectors: list[Tensor], kind: RowKind, generator: torch.Generator) -> list[tuple[BlockRows, Tensor]]:
     """Sequences [n, G, D] in one pool, garbage in unused rows; with what `RowFormat.decode` gives back."""
     rows = RowFormat(kind, *vectors[0].shape[1:])
     blocks = [-(-len(v) // KV_BLOCK) for v in vectors]
-    order = torch.randperm(sum(blocks) + 3, generator=generator).int()
-    pool = torch.randint(0, 255, (len(order), KV_BLOCK, rows.row_bytes), dtype=torch.uint8, generator=generator)
+    order = torch.randperm(sum(blocks) + 3, generator=generator, device="cpu").int().to(DEVICE)
+    shape = (len(order), KV_BLOCK, rows.row_bytes)
+    pool = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator, device="cpu").to(DEVICE)
     stored = []
     for v, table in zip(vectors, order.split([*blocks, 3]), strict=False):
         encoded = rows.encode(v)
@@ -70,7 +81,7 @@ def store(vectors: list[Tensor], kind: RowKind, generator: torch.Generator) -> l
 
 
 def make(case: Case, seed: int = 0) -> Step:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def stored(groups: int, dim: int, kind: RowKind) -> list[tuple[BlockRows, Tensor]]:
         return store([draw(case, generator, n, groups, dim) for n in case.lengths], kind, generator)
@@ -210,7 +221,8 @@ def test_what_is_left_to_the_reference() -> None:
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encoding_of_indexer_keys(kind: RowKind, dtype: torch.dtype) -> None:
-    keys = torch.randn(37, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 4, 37)[:, None]
+    drawn = torch.randn(37, 64, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(DEVICE)
+    keys = drawn * torch.logspace(-6, 4, 37)[:, None]
     keys[3] = 0
     keys, rows = keys.to(dtype), RowFormat(kind, 1, 64)
     assert torch.equal(encode.encode_indexer_keys(keys, rows, transform=False), rows.encode(keys.unsqueeze(1)))

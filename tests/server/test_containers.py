@@ -23,7 +23,7 @@ def test_images_copy_what_exists_and_run_what_parses(name: str) -> None:
     command = json.loads(re.search(r"^CMD (\[.+\])$", text, re.MULTILINE)[1])  # type: ignore[index]
     context = serve.make_context("keye serve", command)
     assert context.params["host"] == "0.0.0.0" and context.params["model"] == "nano"
-    assert text.index("USER keye") < text.index("ENTRYPOINT"), "it does not run as root"
+    assert text.index("USER 10001") < text.index("ENTRYPOINT"), "it does not run as root"
 
 
 def test_compose_runs_what_parses_and_mounts_what_exists() -> None:
