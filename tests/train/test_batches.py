@@ -45,12 +45,12 @@ def test_derived_seeds_depend_on_every_part():
 @given(st.lists(st.integers(1, WINDOW), min_size=1, max_size=40))
 def test_windows_hold_every_branch_whole(lengths):
     places = fill_windows(lengths)
-    taken = set()
+    used = set()
     for length, (start, stop) in zip(lengths, places, strict=True):
         assert stop - start == length
         assert start // WINDOW == (stop - 1) // WINDOW
-        assert taken.isdisjoint(range(start, stop))
-        taken.update(range(start, stop))
+        assert used.isdisjoint(range(start, stop))
+        used.update(range(start, stop))
     # First fit never opens a window while two others are both less than half full.
     windows = {start // WINDOW for start, _ in places}
     assert windows == set(range(len(windows)))

@@ -15,8 +15,8 @@ from tests.support.tiny import NANO
 
 def packed(seed, tasks, frames=10, count=12, **options):
     clip = make_clip(seed, frames=frames, objects=4, **options)
-    asked = questions(clip, random.Random(0), count, tasks=tasks)
-    return clip, asked, batch_maker(NANO).pack([clip], [asked])
+    chosen = questions(clip, random.Random(0), count, tasks=tasks)
+    return clip, chosen, batch_maker(NANO).pack([clip], [chosen])
 
 
 #: Clips that support questions about the order of two objects.
@@ -46,22 +46,22 @@ def test_the_layout_finds_the_visual_tokens():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_time_of_a_question_points_at_its_frame(seed):
-    clip, asked, batch = packed(seed, ["list_at", "count_at"])
+    clip, chosen, batch = packed(seed, ["list_at", "count_at"])
     pointers = [pointer for pointer in batch.pointers if pointer.kind == "time"]
-    assert len(pointers) == len(asked) > 2
-    for pointer, question in zip(pointers, asked, strict=True):
-        written = batch_maker(NANO).tokenizer.decode(batch.tail_ids[0, pointer.place - 1 : pointer.place + 1].tolist())
-        assert written in question.text
-        assert clip.timestamps[pointer.frame] == float(written)
+    assert len(pointers) == len(chosen) > 2
+    for pointer, question in zip(pointers, chosen, strict=True):
+        text = batch_maker(NANO).tokenizer.decode(batch.tail_ids[0, pointer.place - 1 : pointer.place + 1].tolist())
+        assert text in question.text
+        assert clip.timestamps[pointer.frame] == float(text)
         assert shown_frames(batch, pointer) == [pointer.frame]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_names_point_at_the_first_and_the_last_frame_of_their_object(seed):
-    clip, asked, batch = packed(seed, ["ground", "order"])
-    assert asked
+    clip, chosen, batch = packed(seed, ["ground", "order"])
+    assert chosen
     names = {thing.name: thing for thing in clip.scene.objects}
-    found = set()
+    names_seen = set()
     for pointer in batch.pointers:
         if pointer.kind not in ("first", "last"):
             continue
@@ -69,35 +69,35 @@ def test_names_point_at_the_first_and_the_last_frame_of_their_object(seed):
         thing = names[name.strip()]
         assert pointer.frame == (thing.first if pointer.kind == "first" else thing.last)
         assert pointer.frame in shown_frames(batch, pointer)
-        found.add(name.strip())
-    assert found == {name for name in names if any(name in question.text for question in asked)}
+        names_seen.add(name.strip())
+    assert names_seen == {name for name in names if any(name in question.text for question in chosen)}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_times_of_answers_point_at_their_frames(seed):
-    clip, asked, batch = packed(seed, ["ground", "start", "end"])
+    clip, chosen, batch = packed(seed, ["ground", "start", "end"])
     tokenizer = batch_maker(NANO).tokenizer
     count = 0
     for pointer in batch.pointers:
         if pointer.kind not in ("start", "end"):
             continue
         target = int(batch.labels[0, pointer.place])
-        written = f"{clip.timestamps[pointer.frame]:.1f}"
-        assert tokenizer.decode([target]) in (written[:-2], written[-2:])
+        text = f"{clip.timestamps[pointer.frame]:.1f}"
+        assert tokenizer.decode([target]) in (text[:-2], text[-2:])
         answer = next(a for a in batch.answers if a.start <= pointer.place < a.stop)
-        assert written in answer.question.answer
+        assert text in answer.question.answer
         if answer.question.task in ("start", "end"):
             assert pointer.kind == answer.question.task
         count += 1
-    assert count == 2 * sum(question.answer.count(".") for question in asked)
+    assert count == 2 * sum(question.answer.count(".") for question in chosen)
 
 
 def test_letters_point_at_the_cells_that_show_them():
-    found = 0
+    checked = 0
     for seed in range(12):
-        clip, asked, batch = packed(seed, ["read"], text_chance=1.0)
+        clip, chosen, batch = packed(seed, ["read"], text_chance=1.0)
         labels = dense_labels(clip, clip.scene.text.intervals[0][0])
-        pointers, text = [p for p in batch.pointers if p.kind == "letter"], asked[0].answer
+        pointers, text = [p for p in batch.pointers if p.kind == "letter"], chosen[0].answer
         assert len(pointers) == (1 if text.isdigit() else len(text))
         for index, pointer in enumerate(pointers):
             cells = [start - batch.layout.visual(pointer.frame) for start, _ in pointer.spans]
@@ -105,8 +105,8 @@ def test_letters_point_at_the_cells_that_show_them():
             letters = {int(letter) for cell in first_frame for letter in labels.letters.reshape(-1, 2)[cell]}
             assert {CHARACTER_IDS[letter] for letter in (text if text.isdigit() else text[index])} <= letters
             assert all(stop == start + 1 for start, stop in pointer.spans)
-            found += 1
-    assert found > 20
+            checked += 1
+    assert checked > 20
 
 
 def test_events_are_the_changes_from_frame_to_frame():
@@ -121,20 +121,20 @@ def test_events_are_the_changes_from_frame_to_frame():
     assert not vanished[:, 0].any()
     assert (seen[:, 1:] == ((seen[:, :-1] & ~vanished[:, 1:]) | appeared[:, 1:])).all()
     assert events.text.any()
-    assert len({int(one) for one in events.background.flatten()}) > 2
+    assert len({int(color) for color in events.background.flatten()}) > 2
 
 
 @pytest.mark.parametrize("seed", ORDERED)
 def test_the_order_of_two_objects_points_at_the_first_frame_of_the_earlier(seed):
-    clip, asked, batch = packed(seed, ["order"])
+    clip, chosen, batch = packed(seed, ["order"])
     pointers = [pointer for pointer in batch.pointers if pointer.kind == "start"]
     for answer in batch.answers:
-        found = [pointer.frame for pointer in pointers if answer.start <= pointer.place < answer.stop]
+        frames = [pointer.frame for pointer in pointers if answer.start <= pointer.place < answer.stop]
         named = [thing.first for thing in clip.scene.objects if thing.name in answer.question.text]
         assert len(named) == 2
-        assert found == [min(named)] * (answer.stop - answer.start - 1)
+        assert frames == [min(named)] * (answer.stop - answer.start - 1)
     assert len(batch.comparisons) == len(batch.answers)
-    for compared, question in zip(batch.comparisons, asked, strict=True):
+    for compared, question in zip(batch.comparisons, chosen, strict=True):
         first, second = sorted(
             (thing for thing in clip.scene.objects if thing.name in question.text),
             key=lambda thing: question.text.index(thing.name),

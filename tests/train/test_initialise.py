@@ -8,10 +8,10 @@ from tests.support.tiny import NANO, tiny_config
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
-    one, two, three = fresh_model(tiny_config(), 1), fresh_model(tiny_config(), 1), fresh_model(tiny_config(), 2)
-    same = [torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)]
+    first, second, third = fresh_model(tiny_config(), 1), fresh_model(tiny_config(), 1), fresh_model(tiny_config(), 2)
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
     assert all(same)
-    assert not torch.equal(one.lm_head.weight, three.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, third.lm_head.weight)
 
 
 def test_no_weight_is_left_unfilled():

@@ -130,9 +130,9 @@ def test_a_run_starts_from_the_weights_of_its_model(tmp_path):
 
 
 def test_seeds_and_fresh_weights(tmp_path):
-    one = train_nano(a_run(tmp_path, "one", VISION))
-    two = train_nano(a_run(tmp_path, "two", VISION, seed=5))
-    assert not torch.equal(weights(one)["lm_head.weight"], weights(two)["lm_head.weight"])
+    first = train_nano(a_run(tmp_path, "one", VISION))
+    second = train_nano(a_run(tmp_path, "two", VISION, seed=5))
+    assert not torch.equal(weights(first)["lm_head.weight"], weights(second)["lm_head.weight"])
 
 
 @pytest.mark.slow
@@ -145,8 +145,8 @@ def test_a_tiny_model_learns(tmp_path):
     train_nano(
         a_run(tmp_path, "out", stage, save_steps=None), report=lambda figures: losses.append(figures.get("loss"))
     )
-    kept = [loss for loss in losses if loss is not None]
-    assert sum(kept[-10:]) < 0.35 * sum(kept[:10])
+    finite = [loss for loss in losses if loss is not None]
+    assert sum(finite[-10:]) < 0.35 * sum(finite[:10])
 
 
 def test_a_model_that_is_no_run_is_not_overwritten(tmp_path):

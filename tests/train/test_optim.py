@@ -53,18 +53,18 @@ def test_the_scale_of_a_gradient_does_not_matter_to_muon():
 
 
 def test_state_round_trip():
-    one, two = network(), network()
-    first = optimizer(one)
+    left, right = network(), network()
+    first = optimizer(left)
     for seed in range(3):
-        give_gradients(one, seed)
+        give_gradients(left, seed)
         first.step(0.01, 0.01)
-    second = optimizer(two)
+    second = optimizer(right)
     second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
     for seed in range(3, 6):
-        for model, own in ((one, first), (two, second)):
+        for model, own in ((left, first), (right, second)):
             give_gradients(model, seed)
             own.step(0.01, 0.01)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -65,9 +65,9 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _costs(result: Mapping[str, Any]) -> str:
     share = result["k_over_context"]
-    asked = f"{_count(result['questions'], 'question')} about {_count(result['clips'], 'clip')}"
+    questions = f"{_count(result['questions'], 'question')} about {_count(result['clips'], 'clip')}"
     parts = [
-        f"{asked} in {result['seconds']:.1f} s",
+        f"{questions} in {result['seconds']:.1f} s",
         f"{result['tokens_per_second']:.0f} tokens/s",
         f"context {result['mean_context']:.0f} tokens",
     ]

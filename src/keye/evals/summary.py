@@ -58,10 +58,10 @@ def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) 
         share one pool of constant answers, since the model cannot know which of the two it is asked.
     """
     by_task: dict[str, list[Scored]] = defaultdict(list)
-    for one in scored:
-        by_task[one.task].append(one)
+    for answer in scored:
+        by_task[answer.task].append(answer)
     counted = [by_task[task] for task in shipped if task in by_task]
-    located = [one for task in GROUNDING_TASKS for one in by_task.get(task, [])]
+    located = [answer for task in GROUNDING_TASKS for answer in by_task.get(task, [])]
     with_none = [*located, *by_task.get(NEVER_TASK, [])]
     return {
         "accuracy": _percent(metrics.mean([_accuracy(items) for items in counted])),
@@ -73,7 +73,7 @@ def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) 
         "grounding": _grounding(located),
         "tasks": {task: _task(task, by_task, shipped) for task in sorted(by_task)},
         "questions": len(scored),
-        "clips": len({one.cluster for one in scored}),
+        "clips": len({answer.cluster for answer in scored}),
     }
 
 
@@ -99,36 +99,36 @@ def _task(task: str, by_task: dict[str, list[Scored]], shipped: Sequence[str]) -
     }
     if items[0].iou is not None:
         figures["miou"] = _percent(metrics.mean(_ious(items)))
-        figures["exact"] = _percent(metrics.mean([float(one.exact) for one in items]))
+        figures["exact"] = _percent(metrics.mean([float(answer.exact) for answer in items]))
     return figures
 
 
 def _best_constant(task: str, by_task: dict[str, list[Scored]]) -> Constant:
     """The most frequent gold answer or, where it is better, the whole video."""
     together = ("ground", NEVER_TASK) if task in ("ground", NEVER_TASK) else (task,)
-    pool = [one for name in together for one in by_task.get(name, [])]
-    best = metrics.majority([one.gold for one in pool])
-    whole = _whole_video_ious(by_task[task])
-    if whole:
-        score = metrics.mean([float(iou >= HIT_IOU) for iou in whole])
+    pool = [answer for name in together for answer in by_task.get(name, [])]
+    best = metrics.majority([answer.gold for answer in pool])
+    with_whole_video = _whole_video_ious(by_task[task])
+    if with_whole_video:
+        score = metrics.mean([float(iou >= HIT_IOU) for iou in with_whole_video])
         best = max(best, Constant(WHOLE_VIDEO, score), key=lambda constant: constant.score)
     return best
 
 
 def _accuracy(items: Sequence[Scored]) -> float:
-    return metrics.mean([one.correct for one in items])
+    return metrics.mean([answer.correct for answer in items])
 
 
 def _clusters(items: Sequence[Scored], *, correct: bool) -> list[tuple[int, float]]:
-    return [(one.cluster, one.correct if correct else one.iou or 0.0) for one in items]
+    return [(answer.cluster, answer.correct if correct else answer.iou or 0.0) for answer in items]
 
 
 def _ious(items: Iterable[Scored]) -> list[float]:
-    return [one.iou for one in items if one.iou is not None]
+    return [answer.iou for answer in items if answer.iou is not None]
 
 
 def _whole_video_ious(items: Iterable[Scored]) -> list[float]:
-    return [one.whole_video_iou for one in items if one.whole_video_iou is not None]
+    return [answer.whole_video_iou for answer in items if answer.whole_video_iou is not None]
 
 
 def _percent(share: float) -> float | None:

@@ -57,12 +57,12 @@ def memory_of(config: KeyeConfig, request: Request, dtype: torch.dtype, kv: KVFo
     """Bytes by part while the request runs."""
     layout = KVLayout.of(cache_rows(config.text), dtype, kv)
     tokens = request.prompt + request.reply
-    made = outline(dict(config.raw))
+    parts = outline(dict(config.raw))
     patches = request.frames * request.grid[0] * request.grid[1]
     visual_tokens = patches // config.vision.spatial_merge_size**2
     encoding = encoding_bytes(config.vision, dtype.itemsize, patches)
     return {
-        "weights": read_parameters(made.shapes) * dtype.itemsize,
+        "weights": read_parameters(parts.shapes) * dtype.itemsize,
         "kv": KVStore(layout).slabs_for(tokens) * KVStore(layout).slab_bytes,
         "vision": encoding + visual_tokens * config.text.hidden_size * dtype.itemsize,
         "scratch": prompt_scratch(config.text, request.prompt, dtype.itemsize),
@@ -124,9 +124,9 @@ def estimate(
 
 def prefill_seconds(rates: LayerRates, tokens: int) -> float:
     """One layer over a prompt of `tokens`, chunk by chunk; the last chunk counts by its share."""
-    whole, rest = divmod(tokens, rates.tokens)
-    total = sum(rates.at(chunk * rates.tokens) for chunk in range(whole))
-    return total + rates.at(whole * rates.tokens) * rest / rates.tokens
+    full, rest = divmod(tokens, rates.tokens)
+    total = sum(rates.at(chunk * rates.tokens) for chunk in range(full))
+    return total + rates.at(full * rates.tokens) * rest / rates.tokens
 
 
 def what_fits(config: KeyeConfig, request: Request, dtype: torch.dtype, free: int) -> str | None:

@@ -139,7 +139,7 @@ class _Simulation:
         self.free, self.between = fleet.decoders, 0
         self.now, self.count, self.decode_busy = 0.0, 0, 0.0
         self.ended: list[tuple[float, float]] = []
-        self.answered = 0
+        self.answers_given = 0
 
     def run(self) -> Outcome:
         for at in self._arrivals():
@@ -201,7 +201,7 @@ class _Simulation:
             engine.left[number] -= passed * speed
             if engine.left[number] <= 1e-9:
                 del engine.left[number]
-                self._answered(number)
+                self._answer(number)
         while engine.queue and len(engine.left) < self.fleet.together:
             number = engine.queue.popleft()
             engine.left[number] = self.jobs[number].work
@@ -218,9 +218,9 @@ class _Simulation:
         count = max(1, len(engine.left))
         return 1 / (count * self.costs.each(count))
 
-    def _answered(self, number: int) -> None:
+    def _answer(self, number: int) -> None:
         job = self.jobs[number]
-        self.answered += 1
+        self.answers_given += 1
         if not job.first:
             return
         self.ended.append((job.arrived, self.now - job.arrived))
@@ -233,7 +233,7 @@ class _Simulation:
         counted = sorted(seconds for _, seconds in self.ended[int(WARM_UP * len(self.ended)) :])
         videos = len(self.ended) / end
         return Outcome(
-            answers=self.answered / end,
+            answers=self.answers_given / end,
             mean=sum(counted) / len(counted),
             median=counted[len(counted) // 2],
             p95=counted[len(counted) * 95 // 100],
@@ -266,7 +266,7 @@ def size_fleet(load: Load, costs: Costs, *, seconds: float, together: int = 16) 
         )
     work = 1 + (load.questions - 1) * costs.later
     need = load.rate * costs.decode / MOST_BUSY, load.rate * work * costs.each(together) / MOST_BUSY
-    if not max(need) <= MOST_WORKERS:  # also of what is no number any more
+    if not max(need) <= MOST_WORKERS:  # also where it is NaN
         raise KeyeError(
             f"the load is beyond any fleet: it would take {need[0]:.3g} decode workers and {need[1]:.3g} engines, "
             f"and a plan has at most {MOST_WORKERS:,} of each; give fewer videos a day, or sample fewer frames"
@@ -279,7 +279,7 @@ def size_fleet(load: Load, costs: Costs, *, seconds: float, together: int = 16) 
             return fleet, outcome
         more_decoders = replace(fleet, decoders=fleet.decoders + _tenth(fleet.decoders))
         more_engines = replace(fleet, replicas=fleet.replicas + _tenth(fleet.replicas))
-        fleet = min((more_decoders, more_engines), key=lambda one: simulate(load, costs, one).p95)
+        fleet = min((more_decoders, more_engines), key=lambda option: simulate(load, costs, option).p95)
     raise KeyeError(f"no fleet of up to {fleet.decoders} decoders and {fleet.replicas} engines keeps to {seconds:g} s")
 
 
@@ -296,4 +296,4 @@ def throughput(costs: Costs, fleet: Fleet, questions: int = 1) -> float:
 def spread_of(samples: Sequence[float]) -> float:
     """Standard deviation over mean."""
     mean = sum(samples) / len(samples)
-    return math.sqrt(sum((one - mean) ** 2 for one in samples) / len(samples)) / mean
+    return math.sqrt(sum((sample - mean) ** 2 for sample in samples) / len(samples)) / mean

@@ -20,7 +20,7 @@ from keye.planning.fleet import Costs, Fleet, Load, Outcome, size_fleet
 from keye.planning.question import Planned
 
 DAY = 86_400.0
-#: Assumed bytes of a second of video where there is no file: 5 Mbit/s, as 720p often has.
+#: Assumed bytes of a second of video where the video is imagined: 5 Mbit/s, as 720p often has.
 BYTES_PER_SECOND = 625_000
 
 

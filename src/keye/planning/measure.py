@@ -64,17 +64,17 @@ def measure_layer(
     text: TextConfig, layout: KVLayout, dtype: torch.dtype, device: torch.device, mode: AttentionMode = "sparse"
 ) -> tuple[LayerRates, LayerRates]:
     """Times one decoder layer of the shapes of `text`: (prefill chunk, decode step)."""
-    one = replace(text, num_hidden_layers=1, vocab_size=8, mlp_only_layers=(), decoder_sparse_step=1)
+    config = replace(text, num_hidden_layers=1, vocab_size=8, mlp_only_layers=(), decoder_sparse_step=1)
     with torch.device("meta"):
-        decoder = Decoder(one)
+        decoder = Decoder(config)
     fill_with_noise(decoder.to_empty(device=device).to(dtype))
     unit = text.sparse.topk if text.sparse is not None else 2048
     depths = (0, *(factor * unit for factor in DEPTHS))
-    made = []
+    rates = []
     for tokens in (ALONE_TOKENS, 1):
-        seconds = [_time_layer(decoder, one, layout, tokens, depth, mode) for depth in depths]
-        made.append(LayerRates(tokens, depths, tuple(seconds)))
-    return made[0], made[1]
+        seconds = [_time_layer(decoder, config, layout, tokens, depth, mode) for depth in depths]
+        rates.append(LayerRates(tokens, depths, tuple(seconds)))
+    return rates[0], rates[1]
 
 
 @torch.inference_mode()

@@ -81,18 +81,18 @@ def plan_media(media: Sequence[Medium], config: ProcessorConfig) -> list[Planned
     for medium in media:
         source: Any = medium.source
         settings = media_options(medium.kind, medium.options, video_count=videos)
-        made = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
-        planned.append(Planned(medium.kind, source, made))
+        plan = plan_image(source, config, settings) if medium.kind == "image" else plan_video(source, config, settings)
+        planned.append(Planned(medium.kind, source, plan))
     return planned
 
 
-def predict_question(media: Sequence[Medium], folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def predict_question(media: Sequence[Medium], folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What asking the model in `folder` about opened media will take, before it is loaded."""
     from keye.config import load_model_config, load_processor_config
 
     config = load_processor_config(folder)
-    asked = {**given, "max_tokens": given["max_tokens"] or REPLY}
-    return predict(load_model_config(folder), config, folder, plan_media(media, config), asked)
+    options = {**options, "max_tokens": options["max_tokens"] or REPLY}
+    return predict(load_model_config(folder), config, folder, plan_media(media, config), options)
 
 
 def errors_of(prediction: Mapping[str, Any], seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
@@ -113,7 +113,7 @@ def predict(
     config: ProcessorConfig,
     folder: Path,
     planned: Sequence[Planned],
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Memory and time of one question about the planned media, as plain data; what cannot be had is in `notes`."""
     import torch
@@ -121,14 +121,14 @@ def predict(
     from keye.models.load import torch_dtype
     from keye.planning.estimate import estimate, measure_rates, what_fits
 
-    check_device(given["device"])
-    device = torch.device(given["device"])
-    kv: KVFormat = given["kv"] or "auto"
-    mode: AttentionMode = given["attention"] or "sparse"
-    dtype, notes = torch_dtype(given["dtype"] or model.dtype), list[str]()
-    if given["threads"]:
-        torch.set_num_threads(given["threads"])
-    request = request_of(model, config, folder, planned, given["max_tokens"])
+    check_device(options["device"])
+    device = torch.device(options["device"])
+    kv: KVFormat = options["kv"] or "auto"
+    mode: AttentionMode = options["attention"] or "sparse"
+    dtype, notes = torch_dtype(options["dtype"] or model.dtype), list[str]()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    request = request_of(model, config, folder, planned, options["max_tokens"])
     memory = memory_on(str(device))
     rates = None
     try:
@@ -136,13 +136,13 @@ def predict(
         rates = measure_rates(model, request.grid, dtype=dtype, device=device, kv=kv, mode=mode, free=free)
     except KeyeError as error:
         notes.append(f"{error}; time is not predicted")
-    made = estimate(model, request, rates, dtype=dtype, device=str(device), kv=kv)
-    fits = None if memory is None else made.total <= memory.free
+    prediction = estimate(model, request, rates, dtype=dtype, device=str(device), kv=kv)
+    fits = None if memory is None else prediction.total <= memory.free
     advice = None if memory is None or fits else what_fits(model, request, dtype, memory.free)
-    if made.context > model.text.max_position_embeddings:
+    if prediction.context > model.text.max_position_embeddings:
         notes.append(f"the context holds {model.text.max_position_embeddings:,} tokens: sample fewer or smaller frames")
     return {
-        **made.to_dict(), "prompt_tokens": request.prompt, "reply_tokens": request.reply, "fits": fits,
+        **prediction.to_dict(), "prompt_tokens": request.prompt, "reply_tokens": request.reply, "fits": fits,
         "free_bytes": None if memory is None else memory.free, "what_fits": advice, "notes": notes,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -155,8 +155,8 @@ def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned
     frames, visual, text = 0, 0, WORDS
     count = _text_counter(folder)
     grid, patch = (1, 1), config.patch_size
-    for one in planned:
-        plan = one.plan
+    for medium in planned:
+        plan = medium.plan
         visual += plan.visual_tokens
         if grid[0] * grid[1] <= (plan.height // patch) * (plan.width // patch):
             grid = plan.height // patch, plan.width // patch
@@ -184,9 +184,13 @@ def media_seconds(planned: Sequence[Planned]) -> float:
     """Seconds to open and decode, from the first second of reading each video. A video that is not there is counted
     like a clip made for that."""
     total = 0.0
-    for one in planned:
-        if isinstance(one.plan, VideoPlan):
-            total += _imagined_seconds(one.plan) if one.source is None else _reading_seconds(one.source, one.plan)
+    for medium in planned:
+        if isinstance(medium.plan, VideoPlan):
+            total += (
+                _imagined_seconds(medium.plan)
+                if medium.source is None
+                else _reading_seconds(medium.source, medium.plan)
+            )
     return total
 
 
@@ -212,8 +216,8 @@ def _imagined_seconds(plan: VideoPlan) -> float:
         path = Path(folder) / "clip.mp4"
         frameforge.write_mp4(frameforge.make_clip(0, frames=CLIP_FRAMES, size=size, step=0.5, start=0.0), path, size)
         with open_video(fetch_source(path)) as reader:
-            made = reader.plan(ProcessorConfig(), MediaOptions(nframes=CLIP_FRAMES))
+            plan = reader.plan(ProcessorConfig(), MediaOptions(nframes=CLIP_FRAMES))
             begin = time.perf_counter()
-            reader.read(made)
+            reader.read(plan)
             each = (time.perf_counter() - begin) / CLIP_FRAMES
     return each * (plan.duration - plan.start_offset) * plan.native_fps

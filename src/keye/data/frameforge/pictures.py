@@ -13,32 +13,32 @@ from keye.data.frameforge.words import PICTURE_PHRASES, with_article
 
 def picture_questions(clip: Clip, rng: random.Random, count: int) -> list[Question]:
     """Up to `count` different questions about the first frame of `clip`, in random order."""
-    shown = clip.scene.visible_objects(0)
-    asked = [
-        _ask(rng, "count", str(len(shown))),
+    visible = clip.scene.visible_objects(0)
+    chosen = [
+        _ask(rng, "count", str(len(visible))),
         _ask(rng, "list_at", listing(clip, 0)),
         _ask(rng, "background", clip.scene.background_at(0).color),
     ]
     if clip.scene.text is not None and clip.scene.text.visible(0):
-        asked.append(_ask(rng, "read", clip.scene.text.content))
-    for thing in shown:
-        color, others = thing.color_at(0), [one for one in shown if one is not thing]
+        chosen.append(_ask(rng, "read", clip.scene.text.content))
+    for thing in visible:
+        color, others = thing.color_at(0), [other for other in visible if other is not thing]
         name = f"{color} {thing.shape}"
-        asked.append(_ask(rng, "presence", "yes", x=with_article(name)))
-        asked.append(_ask(rng, "size", thing.size, x=name))
-        if all(one.shape != thing.shape for one in others):
-            asked.append(_ask(rng, "attribute_at.color", color, x=thing.shape))
-        if all(one.color_at(0) != color for one in others):
-            asked.append(_ask(rng, "attribute_at.shape", thing.shape, x=color))
-    absent = absent_pairs(clip, rng, len(shown))
-    asked += [_ask(rng, "presence", "no", x=with_article(" ".join(pair))) for pair in absent]
-    rng.shuffle(asked)
-    return _different(asked)[:count]
+        chosen.append(_ask(rng, "presence", "yes", x=with_article(name)))
+        chosen.append(_ask(rng, "size", thing.size, x=name))
+        if all(other.shape != thing.shape for other in others):
+            chosen.append(_ask(rng, "attribute_at.color", color, x=thing.shape))
+        if all(other.color_at(0) != color for other in others):
+            chosen.append(_ask(rng, "attribute_at.shape", thing.shape, x=color))
+    absent = absent_pairs(clip, rng, len(visible))
+    chosen += [_ask(rng, "presence", "no", x=with_article(" ".join(pair))) for pair in absent]
+    rng.shuffle(chosen)
+    return _different(chosen)[:count]
 
 
 def _ask(rng: random.Random, form: str, answer: str, **slots: str) -> Question:
     return Question(form.split(".")[0], rng.choice(PICTURE_PHRASES[form]).format(**slots), answer)
 
 
-def _different(asked: Sequence[Question]) -> list[Question]:
-    return list({question.text: question for question in asked}.values())
+def _different(chosen: Sequence[Question]) -> list[Question]:
+    return list({question.text: question for question in chosen}.values())

@@ -83,17 +83,17 @@ def questions(
     """
     shares = _shares(tasks, weights)
     pools: dict[str, list[Question]] = {}
-    asked: dict[str, Question] = {}
-    while len(asked) < count and shares:
+    chosen: dict[str, Question] = {}
+    while len(chosen) < count and shares:
         task = rng.choices(list(shares), list(shares.values()))[0]
         if task not in pools:
             pools[task] = _POOLS[task](clip, rng)
         if pools[task]:
             question = pools[task].pop()
-            asked.setdefault(question.text, question)
+            chosen.setdefault(question.text, question)
         else:
             del shares[task]
-    return list(asked.values())
+    return list(chosen.values())
 
 
 def format_intervals(intervals: Iterable[Seconds]) -> str:
@@ -254,9 +254,9 @@ _COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
 def _visible_at(clip: Clip, rng: random.Random) -> list[Question]:
     pool = []
     for thing in _steady(clip):
-        shown = _visible_frames(thing)
-        hidden = sorted(set(range(clip.frames)) - set(shown))
-        for frames, answer in ((shown, "yes"), (hidden, "no")):
+        visible = _visible_frames(thing)
+        hidden = sorted(set(range(clip.frames)) - set(visible))
+        for frames, answer in ((visible, "yes"), (hidden, "no")):
             if hidden:
                 time = clip.timestamps[rng.choice(frames)]
                 pool.append(_ask(rng, "visible_at", answer, {"x": thing.name}, time=time))
@@ -267,11 +267,11 @@ def _attribute_at(clip: Clip, rng: random.Random) -> list[Question]:
     pool = []
     for thing in clip.scene.objects:
         frame = rng.choice(_visible_frames(thing))
-        color, others = thing.color_at(frame), [one for one in clip.scene.visible_objects(frame) if one is not thing]
-        time = clip.timestamps[frame]
-        if all(one.shape != thing.shape for one in others):
+        others = [other for other in clip.scene.visible_objects(frame) if other is not thing]
+        color, time = thing.color_at(frame), clip.timestamps[frame]
+        if all(other.shape != thing.shape for other in others):
             pool.append(_ask(rng, "attribute_at.color", color, {"x": thing.shape}, time=time))
-        if all(one.color_at(frame) != color for one in others):
+        if all(other.color_at(frame) != color for other in others):
             pool.append(_ask(rng, "attribute_at.shape", thing.shape, {"x": color}, time=time))
     return _shuffled(rng, pool)
 

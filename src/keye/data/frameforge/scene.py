@@ -433,15 +433,15 @@ def _text_track(text: RenderedText) -> _Track:
     )
 
 
-def _meet(one: _Track, two: _Track) -> bool:
+def _meet(a: _Track, b: _Track) -> bool:
     """Whether the boxes come closer than a gap of 2.5 units while both are visible."""
-    reach_x = one.half_width + two.half_width + 2.5
-    reach_y = one.half_height + two.half_height + 2.5
-    for first, last in one.intervals:
-        for other_first, other_last in two.intervals:
+    reach_x = a.half_width + b.half_width + 2.5
+    reach_y = a.half_height + b.half_height + 2.5
+    for first, last in a.intervals:
+        for other_first, other_last in b.intervals:
             low, high = float(max(first, other_first)), float(min(last, other_last))
-            low, high = _within(one.x - two.x, one.vx - two.vx, reach_x, low, high)
-            low, high = _within(one.y - two.y, one.vy - two.vy, reach_y, low, high)
+            low, high = _within(a.x - b.x, a.vx - b.vx, reach_x, low, high)
+            low, high = _within(a.y - b.y, a.vy - b.vy, reach_y, low, high)
             if low <= high:
                 return True
     return False

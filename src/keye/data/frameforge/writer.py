@@ -67,8 +67,8 @@ def write_dataset(
         clip = make_clip(seed + index, frames=frames, objects=objects, split=split, size=size)
         name = f"clip-{index:06d}.mp4"
         write_mp4(clip, target / name, size)
-        asked = questions(clip, stream(split, clip.seed, "questions"), questions_per_clip, tasks)
-        lines.append(json.dumps(_entry(name, clip, asked)))
+        chosen = questions(clip, stream(split, clip.seed, "questions"), questions_per_clip, tasks)
+        lines.append(json.dumps(_entry(name, clip, chosen)))
         if progress:
             progress(index + 1, count)
     with complete_file(target / MANIFEST) as draft:
@@ -76,7 +76,7 @@ def write_dataset(
     return target / MANIFEST
 
 
-def _entry(name: str, clip: Clip, asked: Sequence[Question]) -> dict[str, Any]:
+def _entry(name: str, clip: Clip, chosen: Sequence[Question]) -> dict[str, Any]:
     return {
         "file": name,
         "seed": clip.seed,
@@ -86,7 +86,8 @@ def _entry(name: str, clip: Clip, asked: Sequence[Question]) -> dict[str, Any]:
         "step": clip.step,
         "timestamps": list(clip.timestamps),
         "questions": [
-            {"task": one.task, "text": one.text, "answer": one.answer, "intervals": one.intervals} for one in asked
+            {"task": question.task, "text": question.text, "answer": question.answer, "intervals": question.intervals}
+            for question in chosen
         ],
     }
 

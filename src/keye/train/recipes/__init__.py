@@ -29,8 +29,8 @@ def load_run(path: Path) -> tuple[TrainConfig, Recipe]:
     raw = read_toml(path, "a training configuration such as configs/nano.toml")
     name = raw.get("recipe")
     if name not in NAMES:
-        said = "is missing" if name is None else f"is {name!r}"
-        raise ConfigError(f'{path}: recipe {said}; set recipe = "{closest(str(name), NAMES) or NAMES[0]}"')
+        problem = "is missing" if name is None else f"is {name!r}"
+        raise ConfigError(f'{path}: recipe {problem}; set recipe = "{closest(str(name), NAMES) or NAMES[0]}"')
     recipe = load_recipe(name)
     config = parse_settings(recipe.config, raw, path)
     folder = path.parent

@@ -29,7 +29,7 @@ CAPITAL_CHANCE = 0.25
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerSpan:
     """Where one answer lies in a batch: row, tail positions start .. stop of the predicting tokens, the question."""
 
     row: int
@@ -52,7 +52,7 @@ class PackedBatch(Generic[Array]):
     labels: Array
     positions: Array
     time_ids: Array
-    answers: tuple[Answered, ...]
+    answers: tuple[AnswerSpan, ...]
     layout: TrunkLayout
     pointers: tuple[Pointer, ...]
     comparisons: tuple[Comparison, ...]
@@ -95,23 +95,23 @@ class BatchMaker:
         mix = rng.choices(config.mix, [m.weight for m in config.mix])[0]
         text_chance = config.text_chance if mix.text_chance is None else mix.text_chance
         clips: list[Clip] = []
-        asked: list[list[Question]] = []
+        chosen_questions: list[list[Question]] = []
         while len(clips) < mix.clips:
             plain = rng.random() < config.plain_times
             clip = make_clip(rng.getrandbits(60), frames=mix.frames, objects=config.objects, split=config.split,
                              size=self.size, text_chance=text_chance,
                              start=0.0 if plain else None, step=0.5 if plain else None)  # fmt: skip
             if mix.pictures:
-                found = picture_questions(clip, rng, mix.questions)
+                drawn = picture_questions(clip, rng, mix.questions)
             else:
-                found = questions(clip, rng, mix.questions, weights=config.task_weights or None)
-            if found:
+                drawn = questions(clip, rng, mix.questions, weights=config.task_weights or None)
+            if drawn:
                 clips.append(clip)
-                asked.append([_capitalised(question, rng) for question in found])
-        return self.pack(clips, asked, pictures=mix.pictures)
+                chosen_questions.append([_capitalised(question, rng) for question in drawn])
+        return self.pack(clips, chosen_questions, pictures=mix.pictures)
 
     def pack(
-        self, clips: Sequence[Clip], asked: Sequence[Sequence[Question]], *, pictures: bool = False
+        self, clips: Sequence[Clip], questions: Sequence[Sequence[Question]], *, pictures: bool = False
     ) -> PackedBatch[NDArray]:
         """Packs clips of equally many frames with their questions; `pictures` shows the only frame as an image."""
         trunks, times = zip(*(self._picture() if pictures else self._trunk(clip) for clip in clips), strict=True)
@@ -120,13 +120,13 @@ class BatchMaker:
         grid = np.tile([1, self.rows * patch, self.columns * patch], (clips[0].frames, 1))
         trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
         first = trunk_ids.shape[1] + delta
-        rendered = [[self._render(question) for question in items] for items in asked]
+        rendered = [[self._render(question) for question in items] for items in questions]
         places = [fill_windows([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
         width = max(stop for row in places for _, stop in row)
         shape = (len(clips), -(-width // WINDOW) * WINDOW)
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-        answers: list[Answered] = []
+        answers: list[AnswerSpan] = []
         layout = self._layout(clips[0].frames, trunk_ids.shape[1])
         pointers: list[Pointer] = []
         comparisons: list[Comparison] = []
@@ -136,7 +136,7 @@ class BatchMaker:
                 tail_ids[row, start:stop] = head + tail[:-1]
                 labels[row, answer:stop] = tail
                 branch[row, start:stop], offsets[row, start:stop] = number, np.arange(stop - start)
-                answers.append(Answered(row, answer, stop, question))
+                answers.append(AnswerSpan(row, answer, stop, question))
                 if compared := self.pointers.comparison(clips[row], question, head, row, start):
                     comparisons.append(compared)
                 pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)

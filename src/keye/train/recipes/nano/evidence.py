@@ -183,13 +183,13 @@ class PointerMaker:
     def _of_text(self, clip: Clip, layout: TrunkLayout, tail: list[int], row: int, start: int) -> Iterator[Pointer]:
         """Pointers of the tokens that spell the clip's text: one a letter; a number is one token of all its digits."""
         text = clip.scene.text
-        assert text is not None, "only clips with text are asked to be read"
-        shown = [frame for first, last in text.intervals for frame in range(first, last + 1)]
+        assert text is not None, "only clips with text have questions about it"
+        frames = [frame for first, last in text.intervals for frame in range(first, last + 1)]
         width, height = clip.scene.canvas
         line = int(text.middle * (layout.cells // layout.columns) / height) * layout.columns
         cells = [line + int(center * layout.columns / width) for center in text.centers]
         spelled = [[cell] for cell in cells] if len(tail) == len(cells) + 1 else [cells]
         for index, parts in enumerate(spelled):
             spans = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1)
-                          for frame in shown for cell in parts)  # fmt: skip
-            yield Pointer("letter", row, start + index, shown[0], spans)
+                          for frame in frames for cell in parts)  # fmt: skip
+            yield Pointer("letter", row, start + index, frames[0], spans)

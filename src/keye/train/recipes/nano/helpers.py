@@ -90,7 +90,7 @@ class Helpers(nn.Module):
         """Where heads should look in this batch."""
         if not self.config.pointing:
             return []
-        return [self._hint(kind, found, batch) for kind in HINTED if (found := _of_kind(batch, kind))]
+        return [self._hint(kind, pointers, batch) for kind in HINTED if (pointers := _of_kind(batch, kind))]
 
     def _hint(self, kind: PointerKind, pointers: list[Pointer], batch: PackedBatch[Tensor]) -> AttentionHint:
         trunk = batch.layout.length
@@ -138,9 +138,9 @@ class Helpers(nn.Module):
         if layout.frames > 1:
             before = after[:, 1:].flatten(0, 1), times[:, :-1].flatten(0, 1)
             loss = loss + self._name_time(model, *before, 1, "time of frame before")
-        if asked := _of_kind(batch, "time"):
-            rows, places = _rows_and_places(asked, layout.length, early.device)
-            target = times[rows, torch.tensor([pointer.frame for pointer in asked], device=early.device)]
+        if pointers := _of_kind(batch, "time"):
+            rows, places = _rows_and_places(pointers, layout.length, early.device)
+            target = times[rows, torch.tensor([pointer.frame for pointer in pointers], device=early.device)]
             loss = loss + self._name_time(model, early[rows, places], target, 0, "time in question")
         return loss
 
@@ -170,15 +170,15 @@ class Helpers(nn.Module):
         target = events.text[..., 1:].flatten(0, 1).float()
         loss = loss + 2 * F.binary_cross_entropy_with_logits(text, target)
         loss = loss + self._frame_numbers(batch, step, after) + self._comparisons(batch, step)
-        whole = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
+        late_hidden = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
         so_far = events.so_far.flatten(0, 1).unsqueeze(1)
-        loss = loss + self.pair_loss(self.so_far(whole), so_far, "seen so far")
-        if asked := _of_kind(batch, "time"):
-            rows, places = _rows_and_places(asked, batch.layout.length, early.device)
-            frames = torch.tensor([pointer.frame for pointer in asked], device=early.device)
-            shown = events.pairs[rows, frames, :1]
+        loss = loss + self.pair_loss(self.so_far(late_hidden), so_far, "seen so far")
+        if pointers := _of_kind(batch, "time"):
+            rows, places = _rows_and_places(pointers, batch.layout.length, early.device)
+            frames = torch.tensor([pointer.frame for pointer in pointers], device=early.device)
+            visible = events.pairs[rows, frames, :1]
             x = self._hidden(step, LOOKUP_DEPTH, batch)[rows, places]
-            loss = loss + self.pair_loss(self.looked_up(x), shown, "time look-up")
+            loss = loss + self.pair_loss(self.looked_up(x), visible, "time look-up")
         return loss
 
     def _frame_numbers(self, batch: PackedBatch[Tensor], step: PackedStep, after: list[int]) -> Tensor:
