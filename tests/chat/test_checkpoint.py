@@ -167,9 +167,9 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     [
         ("{", "cannot be read as a JSON object"),
         ("[]", "cannot be read as a JSON object"),
-        ('{"chat_template": 3}', "no text of at most"),
+        ('{"chat_template": 3}', "not a text of at most"),
         ('{"chat_template": [3]}', "neither a text nor a list"),
-        (json.dumps({"chat_template": "x" * (1 << 21)}), "no text of at most 1,048,576 characters"),
+        (json.dumps({"chat_template": "x" * (1 << 21)}), "not a text of at most 1,048,576 characters"),
     ],
 )
 def test_broken_template_files(content: str, sentence: str, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_arrays_and_tensors_are_the_same_pictures() -> None:
         (frames / 255, "multiply them by 255"),
         (frames.astype(np.float32) - 300, "between 0 and 255"),
         (np.zeros((2, 5, 5, 5), np.uint8), "no axis of 1, 3 or 4 channels"),
-        (np.zeros((5, 5, 3), np.uint8), "is no picture"),
+        (np.zeros((5, 5, 3), np.uint8), "is not a picture"),
         (np.zeros((2, 8, 8, 4), np.uint8), "4 channels"),
         ([], "is not empty"),
         ("frames", "list of pictures"),
@@ -259,7 +259,7 @@ def test_frames_as_a_data_url(tmp_path: Path) -> None:
         2,
         1,
     ]
-    with pytest.raises(KeyeError, match="no valid base64"):
+    with pytest.raises(KeyeError, match="not valid base64"):
         open_frames("data:video/jpeg;base64,AAAA,%%%")
     with pytest.raises(KeyeError, match="not int"):
         open_image(5)
@@ -271,8 +271,8 @@ def test_frames_as_a_data_url(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("image", {"fps": 2}, "fps is no option of images"),
-        ("video", {"speed": 2}, "speed is no option of videos"),
+        ("image", {"fps": 2}, "fps is not an option of images"),
+        ("video", {"speed": 2}, "speed is not an option of videos"),
         ("video", {"fps": float("nan")}, "fps is nan"),
         ("video", {"nframes": 2.5}, "must be a whole number"),
         ("video", {"total_pixels": 1, "video_total_pixels": 1}, "are the same option"),

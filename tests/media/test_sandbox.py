@@ -21,7 +21,7 @@ from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.errors import MediaError
-from keye.media.decode.confinement import Confinement, held
+from keye.media.decode.confinement import Confinement, measure_confinement
 from keye.media.decode.sandbox import _DENIED, call_filter
 from keye.media.decode.wire import END, ERROR, FRAME, HEADER, INFO
 from keye.media.decode.workers import Worker
@@ -67,7 +67,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 @linux
 def test_all_layers_hold_or_are_named() -> None:
-    found = held()
+    found = measure_confinement()
     assert found.memory
     assert found.reading
     assert found.writing

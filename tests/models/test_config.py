@@ -109,7 +109,7 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
         ({"num_hidden_layers": 1.5}, "num_hidden_layers 1.5; it must be a whole number"),
         ({"image_token_id": "<image>"}, "image_token_id '<image>'; it must be a whole number"),
         ({"rope_scaling": {"mrope_section": [16, 24, 24], "mrope_interleaved": True}}, "mrope_interleaved is true"),
-        ({"num_key_value_heads": 5}, "no multiple of num_key_value_heads 5"),
+        ({"num_key_value_heads": 5}, "not a multiple of num_key_value_heads 5"),
         ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 must lie between 1 and num_experts 128"),
         ({"moe_intermediate_size": None}, "num_experts needs moe_intermediate_size"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),

@@ -174,7 +174,7 @@ def test_frames_that_cannot_be_appended(model: Keye, frames: Any, times: list[fl
 def test_sessions_that_cannot_be(model: Keye) -> None:
     with pytest.raises(KeyeError, match="keep is 'some'; choose one of all, recent"):
         model.live(keep="some")  # type: ignore[arg-type]
-    with pytest.raises(KeyeError, match="foo is no option of videos"):
+    with pytest.raises(KeyeError, match="foo is not an option of videos"):
         model.live(foo=1)
     with pytest.raises(KeyeError, match="reserve is 0"):
         model.live(reserve=0)

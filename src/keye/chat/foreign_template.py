@@ -1,8 +1,8 @@
 """The chat template that came with a checkpoint, rendered without trusting it or the user.
 
 The template runs in a sandbox in a process with limits (`template_worker`). It never sees what a user wrote: every text
-is replaced by a stand-in that nobody can guess, and put back as plain text afterwards. So the special tokens that count
-are those that the template itself writes.
+is replaced by a random stand-in and restored as plain text afterwards. So the special tokens that count are those that
+the template itself writes.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class CheckpointTemplate:
         }
         if thinking is not None and self.thinking == "prefill":
             variables["enable_thinking"] = thinking
-        written = templates.render(self.name, template, variables, hidden.nonce, self.limits)
-        segments = list(hidden.restore(self.name, written))
+        rendered = templates.render(self.name, template, variables, hidden.nonce, self.limits)
+        segments = list(hidden.restore(self.name, rendered))
         _check_last_words(self.name, turns, segments)
         return joined(_with_media(self.name, turns, segments))
 
@@ -159,15 +159,15 @@ class _Hidden:
             ]
         return message
 
-    def restore(self, name: str, written: str) -> Iterable[Segment]:
+    def restore(self, name: str, rendered: str) -> Iterable[Segment]:
         """What the template wrote, with the texts back in their places."""
         end = 0
-        for match in self._pattern.finditer(written):
-            yield self._own(name, written[end : match.start()])
+        for match in self._pattern.finditer(rendered):
+            yield self._own(name, rendered[end : match.start()])
             text = self._texts[int(match[2])]
             yield Segment("text", to_json(text)[1:-1] if match[1] == "J" else text)
             end = match.end()
-        yield self._own(name, written[end:])
+        yield self._own(name, rendered[end:])
 
     def _own(self, name: str, text: str) -> Segment:
         if self.nonce in text.upper():
@@ -183,8 +183,8 @@ def _check_last_words(name: str, turns: Sequence[Message], segments: Sequence[Se
     texts = (
         [part.strip() for part in turns[index].parts if isinstance(part, str) and part.strip()] if index >= 0 else []
     )
-    written = {segment.value for segment in segments if segment.kind == "text"}
-    if any(text not in written for text in texts):
+    rendered = {segment.value for segment in segments if segment.kind == "text"}
+    if any(text not in rendered for text in texts):
         raise KeyeError(f"{name} leaves out what the user wrote last: load it with template keye or correct it.")
 
 
@@ -228,12 +228,14 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     if not path.exists():
         raise KeyeError(f"{path} does not exist: give a chat template file, a checkpoint folder, keye or checkpoint.")
     files = [path / name for name in TEMPLATE_FILES]
-    found = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
-    if not found:
+    listed_templates = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
+    if not listed_templates:
         raise KeyeError(f"{path} holds no chat template: choose template keye or auto.")
-    named = dict(reversed(found))
-    text = named.get("default", found[0][1])
-    tool_text = named.get("tool_use") or next((text for _, text in found if re.search(r"\btools\b", text)), None)
+    named = dict(reversed(listed_templates))
+    text = named.get("default", listed_templates[0][1])
+    tool_text = named.get("tool_use") or next(
+        (text for _, text in listed_templates if re.search(r"\btools\b", text)), None
+    )
     return CheckpointTemplate(f"The chat template of {path}", text, tool_text)
 
 
@@ -256,9 +258,9 @@ def _templates(file: Path) -> list[tuple[str, str]]:
         return []
     listed = content if isinstance(content, list) else [{"name": "default", "template": content}]
     try:
-        found = [(str(entry["name"]), entry["template"]) for entry in listed]
+        listed_templates = [(str(entry["name"]), entry["template"]) for entry in listed]
     except (TypeError, LookupError):
         raise KeyeError(f"{file} has a chat_template that is neither a text nor a list of named texts.") from None
-    if not all(isinstance(template, str) and len(template) <= MAX_TEMPLATE_CHARS for _, template in found):
-        raise KeyeError(f"{file} has a chat template that is no text of at most {MAX_TEMPLATE_CHARS:,} characters.")
-    return found
+    if not all(isinstance(template, str) and len(template) <= MAX_TEMPLATE_CHARS for _, template in listed_templates):
+        raise KeyeError(f"{file} has a chat template that is not a text of at most {MAX_TEMPLATE_CHARS:,} characters.")
+    return listed_templates

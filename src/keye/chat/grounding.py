@@ -81,9 +81,9 @@ def parse_regions(text: str) -> list[Region]:
         elif name == "clip_time":
             regions += _clips(text, start, end)
         elif (shapes := _shapes(name, body)) is not None:
-            told, told_kind = label or (None, None)
+            label_text, label_kind = label or (None, None)
             kind = cast(Kind, name)
-            regions += [Region(kind, points, label=told, label_kind=told_kind) for points in shapes]
+            regions += [Region(kind, points, label=label_text, label_kind=label_kind) for points in shapes]
             label_end, labelled = end, True
     if label is not None and not labelled:
         regions.append(Region("label", label=label[0], label_kind=label[1]))
@@ -119,16 +119,16 @@ def _shapes(kind: str, body: str) -> list[tuple[Point, ...]] | None:
     if len(body) > _MAX_BODY:
         return None
     body = body.translate(str.maketrans("()", "[]"))
-    for written in (body, f"[{body}]"):
+    for candidate in (body, f"[{body}]"):
         try:
-            return _corners(kind, json.loads(written), _MAX_DEPTH)
+            return _corners(kind, json.loads(candidate), _MAX_DEPTH)
         except (ValueError, RecursionError):
             continue
     return None
 
 
 def _corners(kind: str, value: Any, depth: int) -> list[tuple[Point, ...]]:
-    """Shapes in nested lists; ValueError where a list is no shape."""
+    """Shapes in nested lists; ValueError where a list is not a shape."""
     if not isinstance(value, list) or not value or not depth:
         raise ValueError
     if all(_is_coordinate(number) for number in value):

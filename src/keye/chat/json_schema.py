@@ -1,7 +1,7 @@
 """JSON schemas as forms of a reply: closed, compact and bounded, so that a weak model comes to an end.
 
 An object has the properties that its schema names and no others, unless the schema says otherwise; between values there
-is no white space; numbers have a bounded number of digits. Knows schemas, no grammars and no tokens.
+is not any white space; numbers have a bounded number of digits. Knows schemas, no grammars and no tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _COMBINE: Final = ("allOf", "anyOf", "oneOf")
 _NOTES: Final = frozenset(
     "title description default examples example $comment deprecated readOnly writeOnly $schema $id".split()
 )
-_ONE: Final = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
+_SINGLE_SCHEMAS: Final = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
                "unevaluatedItems", "unevaluatedProperties", "additionalItems")  # fmt: skip
 _NAMED: Final = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
@@ -49,13 +49,13 @@ def compact_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[
     """The schema whose JSON is closed, compact and bounded; `schema` must have passed `check_schema`. With `lenient`,
     keywords that cannot be held to are left out of account."""
     open_targets = set(_merged_targets(schema))
-    found = _node(schema, merged=False, open_targets=open_targets)
-    if found == _TO_ANY:
-        found = {"anyOf": [_TO_ANY]}
-    if not isinstance(definitions := found.get("$defs", {}), Mapping):
+    node_found = _node(schema, merged=False, open_targets=open_targets)
+    if node_found == _TO_ANY:
+        node_found = {"anyOf": [_TO_ANY]}
+    if not isinstance(definitions := node_found.get("$defs", {}), Mapping):
         raise KeyeError("the JSON schema has $defs that are no object; give one schema for each name")
-    found["$defs"] = {**definitions, _ANY: _any_value()}
-    return {**found, "x-guidance": {**_COMPACT, "lenient": lenient}}
+    node_found["$defs"] = {**definitions, _ANY: _any_value()}
+    return {**node_found, "x-guidance": {**_COMPACT, "lenient": lenient}}
 
 
 def call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -88,29 +88,29 @@ def _node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
     node = dict(value)
     if "$schema" in node and not _DRAFT.fullmatch(str(node["$schema"])):
         del node["$schema"]  # it could only be fetched
-    beside = "properties" in node or "$ref" in node
-    for key in _ONE:
+    has_properties = "properties" in node or "$ref" in node
+    for key in _SINGLE_SCHEMAS:
         if key in node and isinstance(node[key], bool | Mapping) and not (key == "additionalProperties" and merged):
             node[key] = _node(node[key], merged=merged or key in ("not", "if", "then", "else"),
                               open_targets=open_targets)  # fmt: skip
     for key in (*_COMBINE, "prefixItems", "items"):
         if isinstance(node.get(key), list):
-            shared = key in _COMBINE and (merged or beside or (key == "allOf" and len(node[key]) > 1))
-            node[key] = [_node(one, merged=shared, open_targets=open_targets) for one in node[key]]
+            shared = key in _COMBINE and (merged or has_properties or (key == "allOf" and len(node[key]) > 1))
+            node[key] = [_node(part, merged=shared, open_targets=open_targets) for part in node[key]]
     for key in _NAMED:
         if isinstance(node.get(key), Mapping):
             node[key] = {
-                name: _node(one, merged=f"#/{key}/{name}" in open_targets, open_targets=open_targets)
-                for name, one in node[key].items()
+                name: _node(part, merged=f"#/{key}/{name}" in open_targets, open_targets=open_targets)
+                for name, part in node[key].items()
             }
     return _settled(node, merged)
 
 
 def _settled(node: dict[str, Any], merged: bool) -> dict[str, Any]:
     """A node whose inner schemas are done, closed and bounded itself."""
-    given = node.get("type")
-    listed = given if isinstance(given, list) else [given]
-    kinds = {one for one in listed if isinstance(one, str)}
+    types = node.get("type")
+    listed = types if isinstance(types, list) else [types]
+    kinds = {part for part in listed if isinstance(part, str)}
     mixed = any(key in node for key in (*_COMBINE, "$ref", "if", "enum", "const"))
     if "properties" in node and not kinds and not mixed and not merged:
         node["type"], kinds = "object", {"object"}
@@ -153,8 +153,8 @@ def _clamped(node: dict[str, Any]) -> None:
 
 def _limit(node: Mapping[str, Any], *names: str) -> float:
     """Ten times a limit that the schema itself sets, so that the other one lies beyond it."""
-    found = [node[name] for name in names if isinstance(node.get(name), int | float)]
-    return found[0] * 10 if found else 0
+    node_found = [node[name] for name in names if isinstance(node.get(name), int | float)]
+    return node_found[0] * 10 if node_found else 0
 
 
 def _merged_targets(schema: object) -> Iterator[str]:
@@ -162,14 +162,14 @@ def _merged_targets(schema: object) -> Iterator[str]:
     for _, _, node in _walk(schema):
         if not isinstance(node, Mapping):
             continue
-        beside = "properties" in node
-        if beside and isinstance(node.get("$ref"), str):
+        has_properties = "properties" in node
+        if has_properties and isinstance(node.get("$ref"), str):
             yield node["$ref"]
         for key in _COMBINE:
             branches = node.get(key)
-            if isinstance(branches, list) and (beside or (key == "allOf" and len(branches) > 1)):
+            if isinstance(branches, list) and (has_properties or (key == "allOf" and len(branches) > 1)):
                 yield from (
-                    one["$ref"] for one in branches if isinstance(one, Mapping) and isinstance(one.get("$ref"), str)
+                    part["$ref"] for part in branches if isinstance(part, Mapping) and isinstance(part.get("$ref"), str)
                 )
 
 
@@ -180,7 +180,7 @@ def check_together(schemas: Iterable[object], name: str) -> None:
 
 
 def check_schema(schema: object) -> None:
-    """`KeyeError` for a JSON schema that is no object, too large, too deep, or refers to anything outside itself."""
+    """`KeyeError` for a JSON schema that is not an object, is too large or too deep, or refers to others."""
     if not isinstance(schema, Mapping):
         raise KeyeError(f"the JSON schema is a {type(schema).__name__}; give an object")
     for nodes, (depth, name, value) in enumerate(_walk(schema), 1):

@@ -55,7 +55,7 @@ class ToolCall:
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    written: str | None = None
+    written: str | None = None  # vocabulary: allow (a field of public data)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `written` only where there is one."""

@@ -20,12 +20,12 @@ _LISTED: Final = 3
 @dataclass(frozen=True)
 class Window:
     """From when to when a video was looked at, in seconds as the model counts them. Where players count otherwise, they
-    show what the model is told is at `counted`, ascending, at `shown`."""
+    show what the model sees at `counted` is, ascending, at `shown`."""
 
     start: float
     end: float
     counted: tuple[float, ...] = ()
-    shown: tuple[float, ...] = ()
+    displayed: tuple[float, ...] = ()
 
     def to_shown(self, interval: Interval) -> Interval:
         """An interval as players count it."""
@@ -37,14 +37,14 @@ class Window:
         before = max(place - 1, 0)
         rate = 1.0
         if 0 < place < len(self.counted):
-            rate = (self.shown[place] - self.shown[before]) / (self.counted[place] - self.counted[before])
-        return round(self.shown[before] + (seconds - self.counted[before]) * rate, 3)
+            rate = (self.displayed[place] - self.displayed[before]) / (self.counted[place] - self.counted[before])
+        return round(self.displayed[before] + (seconds - self.counted[before]) * rate, 3)
 
 
 def sampled_windows(plans: Iterable[Mapping[str, Any]], *, relative: bool = False) -> tuple[Window, ...]:
     """The windows in which the frames of each video were sampled: the `part` of its plan, else from its
     first sampled frame until the last one makes way for the next. `relative` counts them from the first sampled frame,
-    for a model that is told no times. Plans without times (images, frames of unknown times) have no window."""
+    for a model that sees no absolute times. Plans without times (images, frames of unknown times) have no window."""
     return tuple(window for plan in plans if (window := _window(plan, relative)) is not None)
 
 
@@ -76,7 +76,7 @@ def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tu
     Left out are intervals without length, and those outside every window; one that reaches beyond the windows is cut to
     them. Without windows only the first rule holds: then no time is known to have been looked at or not.
     """
-    kept: dict[Interval, None] = {}
+    inside: dict[Interval, None] = {}
     empty, outside, cut = [], [], []
     for start, end in intervals:
         if not start < end:
@@ -87,7 +87,7 @@ def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tu
             outside.append((start, end))
             continue
         (low, high), window = within
-        kept[window.to_shown((low, high)) if window is not None else (low, high)] = None
+        inside[window.to_shown((low, high)) if window is not None else (low, high)] = None
         if max(abs(low - start), abs(high - end)) > _ROUNDING:
             cut.append((start, end))
     looked = f"what was looked at ({_spans([(window.start, window.end) for window in windows])})"
@@ -100,19 +100,19 @@ def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tu
         )
         if spans
     ]
-    return list(kept), notes
+    return list(inside), notes
 
 
 def keep_regions(regions: Sequence[Region], windows: Sequence[Window]) -> list[Region]:
     """The marked places, without clips that are no moments; clips that reach beyond the windows are cut to them, and
     have seconds that players show."""
-    kept = []
+    inside = []
     for region in regions:
         if region.interval is None:
-            kept.append(region)
+            inside.append(region)
         elif moments := keep_moments([region.interval], windows)[0]:
-            kept.append(replace(region, interval=moments[0]))
-    return kept
+            inside.append(replace(region, interval=moments[0]))
+    return inside
 
 
 def _within(interval: Interval, windows: Sequence[Window]) -> tuple[Interval, Window | None] | None:
@@ -125,11 +125,11 @@ def _within(interval: Interval, windows: Sequence[Window]) -> tuple[Interval, Wi
     low, high, window = max(parts, key=lambda part: part[1] - part[0])
     if high <= low or (high - low < _ROUNDING and high - low < end - start):
         return None
-    # What rounding to a tenth of a second adds is no excess.
+    # What rounding to a tenth of a second adds does not count as excess.
     return (start if low - start <= _ROUNDING else low, end if end - high <= _ROUNDING else high), window
 
 
 def _spans(intervals: Sequence[Interval]) -> str:
-    told = list(dict.fromkeys(f"{format_seconds(start)} to {format_seconds(end)}" for start, end in intervals))
-    more = f" and {len(told) - _LISTED} more" if len(told) > _LISTED else ""
-    return ", ".join(told[:_LISTED]) + more
+    spans = list(dict.fromkeys(f"{format_seconds(start)} to {format_seconds(end)}" for start, end in intervals))
+    more = f" and {len(spans) - _LISTED} more" if len(spans) > _LISTED else ""
+    return ", ".join(spans[:_LISTED]) + more

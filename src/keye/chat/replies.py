@@ -61,16 +61,16 @@ def _split_block(text: str, tag: str) -> tuple[str, str]:
 def _split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """The text without the calls in it, and the calls in their order."""
     before, *blocks = text.split(_OPEN_CALL)
-    kept, calls = [before], []
+    texts, calls = [before], []
     for block in blocks:
         body, closed, after = block.partition(_CLOSE_CALL)
         call = read_call(body)
         if call is not None:
             calls.append(call)
-            kept.append(after.lstrip("\n"))
+            texts.append(after.lstrip("\n"))
         elif closed or not begins_call(body):
-            kept.append(body + after)
-    return "".join(kept).replace(_CLOSE_CALL, ""), tuple(calls)
+            texts.append(body + after)
+    return "".join(texts).replace(_CLOSE_CALL, ""), tuple(calls)
 
 
 def begins_call(body: str) -> bool:

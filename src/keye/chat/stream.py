@@ -45,7 +45,7 @@ class ReplyStream:
 
     def __init__(self, *, tools: bool = False, reasoning: bool = False, continues: bool = False) -> None:
         self._tools = tools
-        self._held = ""
+        self._pending = ""
         self._blank = {"reasoning": "", "content": ""}
         self._begun = {"reasoning": False, "content": continues and not reasoning}
         self._close = "</think>" if reasoning else ""
@@ -62,7 +62,7 @@ class ReplyStream:
 
     def push(self, text: str) -> list[ReplyPiece]:
         """Adds text; returns what is certain now."""
-        self._held += text
+        self._pending += text
         return self._run()
 
     def finish(self) -> list[ReplyPiece]:
@@ -70,97 +70,109 @@ class ReplyStream:
         self._ended = True
         pieces = self._run()
         if self._mode == self._whole_call or self._mode == self._head:
-            pieces += self._call_of(self._held, closed=False)
-        elif self._mode == self._content and self._tools and len(self._held) > 1 and _OPEN_CALL.startswith(self._held):
+            pieces += self._call_of(self._pending, closed=False)
+        elif (
+            self._mode == self._content
+            and self._tools
+            and len(self._pending) > 1
+            and _OPEN_CALL.startswith(self._pending)
+        ):
             pass  # the first characters of a call
         elif self._mode not in (self._call_arguments, self._tail):
-            pieces += self._shown("reasoning" if self._mode == self._reasoning else "content", self._held)
-        self._held = ""
+            pieces += self._emit_text("reasoning" if self._mode == self._reasoning else "content", self._pending)
+        self._pending = ""
         return pieces
 
     def _run(self) -> list[ReplyPiece]:
         pieces: list[ReplyPiece] = []
         while True:
-            mode, before = self._mode, len(self._held)
+            mode, before = self._mode, len(self._pending)
             pieces += mode()
-            if self._mode == mode and len(self._held) == before:
+            if self._mode == mode and len(self._pending) == before:
                 return pieces
 
     def _start(self) -> list[ReplyPiece]:
         """Before anything but white space: a block of reasoning may come."""
-        rest = self._held.lstrip()
+        rest = self._pending.lstrip()
         for opening, closing in _REASONING.items():
             if rest.startswith(opening):
-                self._held, self._close, self._mode = rest[len(opening) :], closing, self._reasoning
+                self._pending, self._close, self._mode = rest[len(opening) :], closing, self._reasoning
                 return []
         if self._ended or (rest and not any(opening.startswith(rest) for opening in _REASONING)):
             self._mode = self._content
         return []
 
     def _reasoning(self) -> list[ReplyPiece]:
-        inside, closed, rest = self._held.partition(self._close)
+        inside, closed, rest = self._pending.partition(self._close)
         if closed:
-            pieces = self._shown("reasoning", inside)
-            self._held, self._mode = rest, self._start
+            pieces = self._emit_text("reasoning", inside)
+            self._pending, self._mode = rest, self._start
             self._blank["reasoning"] = "\n\n" if self._begun["reasoning"] else ""
             return pieces
-        return self._shown("reasoning", self._take(self._close))
+        return self._emit_text("reasoning", self._take(self._close))
 
     def _content(self) -> list[ReplyPiece]:
-        if "<" not in self._held:  # most of the time: every mark begins so
-            text, self._held = self._held, ""
-            return self._shown("content", text) if text else []
+        if "<" not in self._pending:  # most of the time: every mark begins so
+            text, self._pending = self._pending, ""
+            return self._emit_text("content", text) if text else []
         marks = (*_WRAPPING, _OPEN_CALL, _CLOSE_CALL) if self._tools else _WRAPPING
-        found = min(((at, mark) for mark in marks if (at := self._held.find(mark)) >= 0), default=None)
-        if found is None:
-            return self._shown("content", self._take(*marks))
-        at, mark = found
-        pieces = self._shown("content", self._held[:at])
-        self._held = self._held[at + len(mark) :]
+        first_mark = min(((at, mark) for mark in marks if (at := self._pending.find(mark)) >= 0), default=None)
+        if first_mark is None:
+            return self._emit_text("content", self._take(*marks))
+        at, mark = first_mark
+        pieces = self._emit_text("content", self._pending[:at])
+        self._pending = self._pending[at + len(mark) :]
         if mark == _OPEN_CALL:
             self._mode = self._head
         return pieces
 
     def _head(self) -> list[ReplyPiece]:
         """Inside a call: its name, if the text begins as models write it."""
-        match = _HEAD.match(self._held)
+        match = _HEAD.match(self._pending)
         if match is not None and _callable(match.group(1)):
-            self._held, self._mode = self._held[match.end() :], self._call_arguments
+            self._pending, self._mode = self._pending[match.end() :], self._call_arguments
             self._arguments = _Arguments()
             self.calls += 1
             return [ReplyPiece("call", match.group(1), self.calls - 1)]
-        if match is not None or len(self._held) > _MAX_HEAD or _CLOSE_CALL in self._held or _OPEN_CALL in self._held:
+        if (
+            match is not None
+            or len(self._pending) > _MAX_HEAD
+            or _CLOSE_CALL in self._pending
+            or _OPEN_CALL in self._pending
+        ):
             self._mode, self._searched = self._whole_call, 0
         return []
 
     def _call_arguments(self) -> list[ReplyPiece]:
         """Inside the arguments: their JSON text as it comes, to its closing bracket."""
-        end = self._arguments.end(self._held)
-        text, self._held = self._held[:end], self._held[end:]
+        end = self._arguments.end(self._pending)
+        text, self._pending = self._pending[:end], self._pending[end:]
         if self._arguments.closed:
             self._mode = self._tail
         return [ReplyPiece("arguments", text, self.calls - 1)] if text else []
 
     def _tail(self) -> list[ReplyPiece]:
         """After the arguments: nothing counts up to the end of the call."""
-        _, closed, rest = self._held.partition(_CLOSE_CALL)
+        _, closed, rest = self._pending.partition(_CLOSE_CALL)
         if closed:
-            self._held, self._mode = rest.lstrip("\n"), self._content
+            self._pending, self._mode = rest.lstrip("\n"), self._content
         else:
             self._take(_CLOSE_CALL)
         return []
 
     def _whole_call(self) -> list[ReplyPiece]:
         """A call in another order: read when it is complete, or text if it is none. Its marks are never text."""
-        ends = [(at, mark) for mark in (_CLOSE_CALL, _OPEN_CALL) if (at := self._held.find(mark, self._searched)) >= 0]
+        ends = [
+            (at, mark) for mark in (_CLOSE_CALL, _OPEN_CALL) if (at := self._pending.find(mark, self._searched)) >= 0
+        ]
         if not ends:
-            self._searched = max(0, len(self._held) - len(_CLOSE_CALL) + 1)
-            if len(self._held) > _MAX_CALL:
-                text, self._held, self._mode = self._held, "", self._content
-                return self._shown("content", text)
+            self._searched = max(0, len(self._pending) - len(_CLOSE_CALL) + 1)
+            if len(self._pending) > _MAX_CALL:
+                text, self._pending, self._mode = self._pending, "", self._content
+                return self._emit_text("content", text)
             return []
         at, mark = min(ends)
-        body, self._held = self._held[:at], self._held[at + len(mark) :]
+        body, self._pending = self._pending[:at], self._pending[at + len(mark) :]
         self._mode, self._searched = (self._content if mark == _CLOSE_CALL else self._head), 0
         return self._call_of(body, closed=mark == _CLOSE_CALL)
 
@@ -168,32 +180,32 @@ class ReplyStream:
         """The pieces of a call as a whole; of one that is none its text, unless it was cut off."""
         call = read_call(body)
         if call is None:
-            return self._shown("content", body) if closed or not begins_call(body) else []
+            return self._emit_text("content", body) if closed or not begins_call(body) else []
         self.calls += 1
         name, arguments = call.name, to_json(call.arguments)
         return [ReplyPiece("call", name, self.calls - 1), ReplyPiece("arguments", arguments, self.calls - 1)]
 
     def _take(self, *marks: str) -> str:
         """The held text but for an end that may be the beginning of a mark."""
-        cut = self._held.find("<", max(0, len(self._held) - max(map(len, marks)) + 1))
-        while cut >= 0 and not any(mark.startswith(self._held[cut:]) for mark in marks):
-            cut = self._held.find("<", cut + 1)
+        cut = self._pending.find("<", max(0, len(self._pending) - max(map(len, marks)) + 1))
+        while cut >= 0 and not any(mark.startswith(self._pending[cut:]) for mark in marks):
+            cut = self._pending.find("<", cut + 1)
         if cut < 0:
-            cut = len(self._held)
-        text, self._held = self._held[:cut], self._held[cut:]
+            cut = len(self._pending)
+        text, self._pending = self._pending[:cut], self._pending[cut:]
         return text
 
-    def _shown(self, kind: Literal["reasoning", "content"], text: str) -> list[ReplyPiece]:
+    def _emit_text(self, kind: Literal["reasoning", "content"], text: str) -> list[ReplyPiece]:
         """`text` without the white space at the beginning and, until more comes, at the end."""
         text = self._blank[kind] + text
         if not self._begun[kind]:
             text = text.lstrip()
-        shown = text.rstrip()
-        self._blank[kind] = text[len(shown) :]
-        if not shown:
+        visible = text.rstrip()
+        self._blank[kind] = text[len(visible) :]
+        if not visible:
             return []
         self._begun[kind] = True
-        return [ReplyPiece(kind, shown)]
+        return [ReplyPiece(kind, visible)]
 
 
 class _Arguments:

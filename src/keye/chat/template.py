@@ -143,9 +143,9 @@ def render(
 def opens_reasoning(segments: Sequence[Segment]) -> bool:
     """Whether a prompt ends inside a block of reasoning that the template, or the reply to be continued, has opened."""
     for segment in reversed(segments):
-        written = str(segment.value) if segment.kind == "template" else ""
-        last = max(("<think>", "</think>", "<|im_start|>"), key=written.rfind)
-        if last in written:
+        markup = str(segment.value) if segment.kind == "template" else ""
+        last = max(("<think>", "</think>", "<|im_start|>"), key=markup.rfind)
+        if last in markup:
             return last == "<think>"
     return False
 
@@ -227,9 +227,9 @@ def _turn(turn: Message, numbers: Mapping[str, Iterator[int]] | None, *, keep_re
             yield from _reply(part if keep_reasoning else _without_reasoning(part))
         else:
             yield from _part(part)
-    said = _without_reasoning("".join(part for part in turn.parts if isinstance(part, str)))
+    text = _without_reasoning("".join(part for part in turn.parts if isinstance(part, str)))
     for index, call in enumerate(turn.tool_calls):
-        yield Segment("template", "\n<tool_call>\n" if index or said else "<tool_call>\n")
+        yield Segment("template", "\n<tool_call>\n" if index or text else "<tool_call>\n")
         yield Segment("text", call.to_json())
         yield Segment("template", "\n</tool_call>")
 

@@ -23,8 +23,8 @@ _WORKER: Final = Path(__file__).with_name("template_worker.py")
 
 @dataclass(frozen=True)
 class TemplateLimits:
-    """What rendering a template may take. Processor time is the limit that counts, since a busy machine is no fault of
-    a template; `wait_seconds` holds where processor time cannot be limited."""
+    """What rendering a template may take. Processor time is the limit that counts, since a template is not to
+    blame for a busy machine; `wait_seconds` holds where processor time cannot be limited."""
 
     cpu_seconds: int = 5
     wait_seconds: float = 120.0
@@ -45,7 +45,7 @@ class TemplateProcess:
                    "memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds}  # fmt: skip
         with self._lock:
             answer = self._ask(name, json.dumps(request).encode() + b"\n", limits.wait_seconds)
-            if "error" in answer:  # it may have used up memory that it does not give back
+            if "error" in answer:  # it may have used memory that it does not release
                 self._end()
         if "error" in answer:
             raise KeyeError(f"{name} cannot be rendered ({answer['error']}): load it with template keye or correct it.")
@@ -65,16 +65,16 @@ class TemplateProcess:
         try:
             worker.stdin.write(line)
             worker.stdin.flush()
-            written = worker.stdout.readline()
+            line = worker.stdout.readline()
         except OSError:
-            written = b""
+            line = b""
         except BaseException:  # an interrupt: what the worker still writes belongs to no later prompt
             self._end()
             raise
         finally:
             clock.cancel()
         try:
-            answer = json.loads(written)
+            answer = json.loads(line)
         except ValueError:
             raise self._broken(name) from None
         assert isinstance(answer, dict)

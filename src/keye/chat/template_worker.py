@@ -1,7 +1,7 @@
 """The program that renders a checkpoint's chat templates, in a process of its own that may be killed.
 
 For each line of standard input, one JSON object, it writes a line to standard output: `{"text": ...}` or
-`{"error": ...}`. Imports nothing of keye. A template is a program from a stranger: the sandbox keeps it from reaching
+`{"error": ...}`. Imports nothing of keye. A template is an untrusted program: the sandbox keeps it from reaching
 Python, and the limits of this process end one that loops, counts or doubles its text for ever.
 """
 
@@ -24,12 +24,12 @@ def main() -> None:
         _limit(request["memory_bytes"], request["cpu_seconds"])
         try:
             answer = {"text": render(request["template"], request["variables"], request["nonce"], request["max_chars"])}
-            written = json.dumps(answer)
+            line = json.dumps(answer)
         except MemoryError:
-            written = json.dumps({"error": "needs too much memory"})
+            line = json.dumps({"error": "needs too much memory"})
         except Exception as error:  # noqa: BLE001 - a template can raise anything, and all of it is its own fault
-            written = json.dumps({"error": f"{type(error).__name__}: {error}"[:300]})
-        print(written, flush=True)
+            line = json.dumps({"error": f"{type(error).__name__}: {error}"[:300]})
+        print(line, flush=True)
 
 
 def render(template: str, variables: dict[str, Any], nonce: str, max_chars: int) -> str:
@@ -54,10 +54,8 @@ def _to_json(nonce: str) -> Any:
 
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
                 sort_keys: bool = False) -> str:  # fmt: skip
-        written = json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-        return text_mark.sub("KJ", written)
+        line = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return text_mark.sub("KJ", line)
 
     return to_json
 

@@ -28,7 +28,7 @@ def parse_intervals(text: str) -> list[Interval] | None:
     coordinates between point, box, quad and polygon marks.
     """
     text = _without_coordinates(text)
-    found: list[Interval] = []
+    intervals: list[Interval] = []
     previous_end = None
     for match in _PAIR.finditer(text):
         continues = previous_end is not None and _COMMA.fullmatch(text, previous_end, match.start())
@@ -38,25 +38,25 @@ def parse_intervals(text: str) -> list[Interval] | None:
         previous_end = match.end()
         start, end = to_seconds(match.group(1)), to_seconds(match.group(2))
         if start <= end:
-            found.append((start, end))
-    return found if found or _EMPTY.search(text) else None
+            intervals.append((start, end))
+    return intervals if intervals or _EMPTY.search(text) else None
 
 
 def _without_coordinates(text: str) -> str:
     for name in _COORDINATE_MARKS:
-        kept = []
+        outside = []
         opening, closing = f"<|{name}_start|>", f"<|{name}_end|>"
         before, *blocks = text.split(opening)
         for block in blocks:
-            kept.append(block.partition(closing)[2])
-        text = before + "".join(kept)
+            outside.append(block.partition(closing)[2])
+        text = before + "".join(outside)
     return text
 
 
 def to_seconds(time: str) -> float:
     """Seconds of "75.5", "1:15.5" or "0:01:15.5"; raises KeyeError for anything else."""
     if not re.fullmatch(_TIME, time):
-        raise KeyeError(f"{time[:40]!r} is no time: write seconds, mm:ss or hh:mm:ss.")
+        raise KeyeError(f"{time[:40]!r} is not a valid time: write seconds, mm:ss or hh:mm:ss.")
     seconds = 0.0
     for field_ in time.split(":"):
         seconds = seconds * 60 + float(field_)

@@ -295,8 +295,8 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 def check_unicode(text: str) -> str:
     """`text` if it is valid Unicode; `KeyeError` where it holds half of a surrogate pair."""
-    if not text.isascii() and (found := _SURROGATE.search(text)) is not None:
-        raise KeyeError(f"The text holds a lone surrogate at character {found.start()}; give valid Unicode text.")
+    if not text.isascii() and (surrogate := _SURROGATE.search(text)) is not None:
+        raise KeyeError(f"The text holds a lone surrogate at character {surrogate.start()}; give valid Unicode text.")
     return text
 
 

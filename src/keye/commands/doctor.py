@@ -131,10 +131,10 @@ def check_attention() -> Check:
 
 def check_limits() -> Check:
     """Starts a process like those that decode and lets it try what it must not be able to do."""
-    from keye.media.decode.confinement import held
+    from keye.media.decode.confinement import measure_confinement
 
     try:
-        found = held()
+        found = measure_confinement()
     except RuntimeError as error:
         return Check("decode limits", False, f"the decode worker cannot start: {one_line(str(error))[-200:]}")
     return Check("decode limits", True if found.complete else None, found.sentence())

@@ -80,15 +80,15 @@ def options_of(item: Item, kind: MediumKind, *, total_key: str) -> MediaOptions:
     """The options beside a medium. A key that no release of the utilities reads for this kind gets a warning; so does
     one of two sides of a size without the other, which the utilities ignore."""
     known = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS
-    given = {key: value for key, value in item.items() if key in known and value is not None}
+    options = {key: value for key, value in item.items() if key in known and value is not None}
     unused = sorted(item.keys() - known - _OTHER_KEYS)
-    if ("resized_height" in given) != ("resized_width" in given):
-        unused += [key for key in ("resized_height", "resized_width") if given.pop(key, None) is not None]
+    if ("resized_height" in options) != ("resized_width" in options):
+        unused += [key for key in ("resized_height", "resized_width") if options.pop(key, None) is not None]
     other = {"total_pixels", "video_total_pixels"} - {total_key}
-    unused += [key for key in other if key in given and total_key in given and given.pop(key) is not None]
+    unused += [key for key in other if key in options and total_key in options and options.pop(key) is not None]
     if unused:
         warnings.warn(f"{', '.join(unused)} has no effect on this {kind}", stacklevel=4)
-    return media_options(kind, given)
+    return media_options(kind, options)
 
 
 def check_factor(factor: int) -> None:

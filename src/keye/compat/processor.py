@@ -155,7 +155,7 @@ def _settings(video_kwargs: dict[str, Sequence[Any]], index: int, count: int) ->
     """The settings of one video, sequences as plain lists."""
     known = ("height", "width", "fast_height", "fast_width", "frame_types", "timestamps")
     if unknown := sorted(video_kwargs.keys() - set(known)):
-        raise KeyeError(f"{unknown[0]} is no setting of a video; known are {', '.join(known)}")
+        raise KeyeError(f"{unknown[0]} is not a setting of a video; known are {', '.join(known)}")
     for name, values in video_kwargs.items():
         if len(values) != count:
             raise KeyeError(f"{name} has {len(values)} entries for {count} videos; give one for each video")

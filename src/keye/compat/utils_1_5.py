@@ -64,20 +64,20 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
     `frame_types` int32 [F] (0 slow, 1 fast) and, where times are known, `timestamps` float32 [F] in seconds."""
     check_factor(image_factor)
     options = options_of(ele, "video", total_key="video_total_pixels")
-    given = open_frames(video_of(ele))
-    if given is not None:
-        frames, times = sampled_list(given, CONFIG, options)
+    pictures = open_frames(video_of(ele))
+    if pictures is not None:
+        frames, times = sampled_list(pictures, CONFIG, options)
         array = np.stack(list(frames))
     else:
         array, times = _decoded(video_of(ele), options)
     types = frame_types(array, CONFIG, options.min_frame_similarity)
     fast, (_, height, width, _) = sum(types), array.shape
-    found = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
+    result = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
     kwargs: dict[str, Any] = {
-        "height": found.slow[0],
-        "width": found.slow[1],
-        "fast_height": found.fast[0],
-        "fast_width": found.fast[1],
+        "height": result.slow[0],
+        "width": result.slow[1],
+        "fast_height": result.fast[0],
+        "fast_width": result.fast[1],
     }
     if times is not None:
         kwargs["timestamps"] = torch.tensor(times, dtype=torch.float32)
@@ -123,8 +123,8 @@ def process_vision_info(
     kwargs: dict[str, list[Any]] = defaultdict(list)
     for name in dict.fromkeys(name for facts in all_facts for name in facts):
         kwargs[name] = [facts.get(name) for facts in all_facts]
-    found = (images or None, videos or None)
-    return found if return_video_kwargs is False else (*found, kwargs)
+    result = (images or None, videos or None)
+    return result if return_video_kwargs is False else (*result, kwargs)
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:

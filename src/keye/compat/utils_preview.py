@@ -85,14 +85,14 @@ def process_vision_info(conversations: Sequence[Any], return_video_kwargs: bool 
             video, fps = fetch_video(item, return_video_sample_fps=True)
             videos.append(video)  # type: ignore[arg-type]
             rates.append(fps)  # type: ignore[arg-type]
-    found = (images or None, videos or None)
-    return (*found, {"fps": rates}) if return_video_kwargs else found
+    media = (images or None, videos or None)
+    return (*media, {"fps": rates}) if return_video_kwargs else media
 
 
 def _listed(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], float]:
-    given = as_frames(frames)
-    indices, fps = listed_indices(len(given), CONFIG, options)
-    return [Image.fromarray(hold_image(open_image(given[i]), CONFIG, options)) for i in indices], fps
+    pictures = as_frames(frames)
+    indices, fps = listed_indices(len(pictures), CONFIG, options)
+    return [Image.fromarray(hold_image(open_image(pictures[i]), CONFIG, options)) for i in indices], fps
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Tensor, float]:

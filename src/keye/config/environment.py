@@ -21,7 +21,7 @@ class HubConfig:
 
 
 def worker_environment() -> dict[str, str]:
-    """What a process that reads strangers' files gets of the environment: where the system's loader finds libraries, if
+    """What a process that reads untrusted files gets of the environment: where the system's loader finds libraries, if
     they lie in unusual places. Everything else may hold secrets."""
     return {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
 

@@ -105,7 +105,7 @@ class KeyeConfig:
     """A whole model as its `config.json` describes it. `unknown` lists keys that were kept but have no meaning here.
 
     `tokens_per_second` is what one second of video adds to the time axis of M-RoPE (Preview); None means that a frame
-    is placed like an image and time is told in words (1.5, 2.0).
+    is placed like an image and its time is in the text (1.5, 2.0).
     """
 
     architecture: str

@@ -80,7 +80,7 @@ def model_problems(config: KeyeConfig) -> Iterator[str]:
     if sum(text.mrope_section) * 2 != text.head_dim or min(text.mrope_section) < 0:
         yield f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.head_dim // 2}"
     if text.num_attention_heads % text.num_key_value_heads:
-        yield (f"num_attention_heads {text.num_attention_heads} is no multiple of "
+        yield (f"num_attention_heads {text.num_attention_heads} is not a multiple of "
                f"num_key_value_heads {text.num_key_value_heads}")  # fmt: skip
     if text.num_experts > 0 and not 0 < text.num_experts_per_tok <= text.num_experts:
         yield f"num_experts_per_tok {text.num_experts_per_tok} must lie between 1 and num_experts {text.num_experts}"
@@ -102,14 +102,14 @@ def model_problems(config: KeyeConfig) -> Iterator[str]:
 
 
 def _token_problems(config: KeyeConfig) -> Iterator[str]:
-    taken: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name in _TOKEN_IDS:
         index = getattr(config, name)
         if index >= config.text.vocab_size:
             yield f"{name} {index} is beyond the vocabulary: vocab_size is {config.text.vocab_size}"
-        if index in taken:
-            yield f"{taken[index]} and {name} are both {index}; each needs a token of its own"
-        taken[index] = name
+        if index in names:
+            yield f"{names[index]} and {name} are both {index}; each needs a token of its own"
+        names[index] = name
 
 
 def processor_problems(config: ProcessorConfig) -> Iterator[str]:
@@ -148,9 +148,9 @@ def patch_problems(processor: ProcessorConfig, raw: Mapping[str, Any]) -> Iterat
     if not isinstance(vision, Mapping):
         return
     for ours, theirs, default in (("patch_size", "patch_size", 14), ("merge_size", "spatial_merge_size", 2)):
-        made, wanted = getattr(processor, ours), vision.get(theirs) or default
-        if made != wanted:
-            yield f"the processor makes {ours} {made} but vision_config.{theirs} is {wanted}; they must agree"
+        actual, wanted = getattr(processor, ours), vision.get(theirs) or default
+        if actual != wanted:
+            yield f"the processor makes {ours} {actual} but vision_config.{theirs} is {wanted}; they must agree"
 
 
 def generation_problems(config: GenerationConfig) -> Iterator[str]:
@@ -176,7 +176,9 @@ def generation_problems(config: GenerationConfig) -> Iterator[str]:
     if not isinstance(system, str | None):
         yield f"{where} default_system {system!r}; it must be a text"
     examples: Any = config.examples
-    if not (isinstance(examples, list | tuple) and all(isinstance(one, str) and one.strip() for one in examples)):
+    if not (
+        isinstance(examples, list | tuple) and all(isinstance(example, str) and example.strip() for example in examples)
+    ):
         yield f"{where} examples {examples!r}; it must be a list of questions"
     yield from _format_problems("ground_prompt", config.ground_prompt, event="", article="")
 

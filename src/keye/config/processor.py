@@ -88,8 +88,8 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     `frame_text`); unknown fields in it are errors. A `frame_text` beside the official fields, in this file or in
     `video_preprocessor_config.json`, is the checkpoint's own text before a frame.
     """
-    beside = Path(folder) / "config.json"
-    model = read_json(beside) if beside.exists() else {}
+    model_file = Path(folder) / "config.json"
+    model = read_json(model_file) if model_file.exists() else {}
     config = _processor_config(Path(folder) / PROCESSOR_FILE, _release_of(model), frame_text_of(Path(folder)))
     refuse(patch_problems(config, model))
     return config

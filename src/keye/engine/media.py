@@ -74,12 +74,14 @@ def as_medium(value: object, options: Mapping[str, Any] | None = None) -> Medium
     """
     if options is not None and not isinstance(options, Mapping):
         raise KeyeError(f"media_options is a {type(options).__name__}; give a dictionary such as {{'fps': 1}}")
-    given = dict(options or {})
+    values = dict(options or {})
     if isinstance(value, Medium):
-        if given:
-            raise KeyeError(f"media_options {', '.join(map(str, given))} stand beside a medium with options of its own")
+        if values:
+            raise KeyeError(
+                f"media_options {', '.join(map(str, values))} stand beside a medium with options of its own"
+            )
         return check_medium(value)
-    return check_medium(_classify(value, given))
+    return check_medium(_classify(value, values))
 
 
 def _classify(value: object, options: dict[str, Any]) -> Medium:
@@ -100,14 +102,14 @@ def check_medium(medium: Medium) -> Medium:
 
 
 def _options(medium: Medium, videos: int = 1) -> MediaOptions:
-    given = dict(medium.options)
-    if unknown := [name for name in given if not isinstance(name, str)]:
-        raise KeyeError(f"{unknown[0]!r} is no option of {medium.kind}s; options have names such as 'fps'")
-    if not isinstance(given.get("strict_official"), bool | None):
-        raise KeyeError(f"strict_official is {given['strict_official']!r}; give true or false")
+    values = dict(medium.options)
+    if unknown := [name for name in values if not isinstance(name, str)]:
+        raise KeyeError(f"{unknown[0]!r} is not an option of {medium.kind}s; options have names such as 'fps'")
+    if not isinstance(values.get("strict_official"), bool | None):
+        raise KeyeError(f"strict_official is {values['strict_official']!r}; give true or false")
     if isinstance(medium.source, Frames) and medium.source.timestamps is not None:
-        given["timestamps"] = medium.source.timestamps
-    return media_options(medium.kind, given, video_count=max(videos, 1))
+        values["timestamps"] = medium.source.timestamps
+    return media_options(medium.kind, values, video_count=max(videos, 1))
 
 
 def plan_medium(

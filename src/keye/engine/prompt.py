@@ -43,10 +43,10 @@ class Room:
         """`KeyeError` when a prompt of (at least) `tokens`, `visual` of them visual, does not fit; the sentence says
         what to change."""
         if tokens + self.reply > self.limit:
-            taken = f"{'at least ' if at_least else ''}{tokens} tokens"
+            length = f"{'at least ' if at_least else ''}{tokens} tokens"
             seen = f", {visual} of them visual" if visual else ""
             raise ContextError(
-                f"the prompt is too long: it takes {taken}{seen} and the reply up to {self.reply}, but the context "
+                f"the prompt is too long: it takes {length}{seen} and the reply up to {self.reply}, but the context "
                 f"holds {self.limit}; "
                 "sample fewer or smaller frames ({}, {}, {}) or lower {}",
                 *map(Option, ("fps", "max_frames", "max_pixels", "max_tokens")),
@@ -226,7 +226,7 @@ class PromptBuilder:
             raise KeyeError("the prompt has no tokens; give at least one")
         Room(self.config.text.max_position_embeddings, 1).check(len(ids), 0)
         if min(ids) < 0 or max(ids) >= self.config.text.vocab_size:
-            wrong = next(one for one in ids if not 0 <= one < self.config.text.vocab_size)
+            wrong = next(token for token in ids if not 0 <= token < self.config.text.vocab_size)
             raise KeyeError(f"the prompt has the token {wrong}; this model has {self.config.text.vocab_size:,}")
         if not set(self._pad.values()).isdisjoint(ids):
             raise KeyeError("the prompt has tokens that stand for media; give text and the media themselves")
@@ -269,17 +269,17 @@ class PromptBuilder:
         if room is None:
             return [self.tokenizer.encode_parts(run) for run in runs]
         visual = sum(medium.visual_tokens for medium in planned)
-        used, found = visual + sum(self._label_tokens(medium.pieces) for medium in planned), list[list[int]]()
+        used, ids = visual + sum(self._label_tokens(medium.pieces) for medium in planned), list[list[int]]()
         room.check(used, visual, at_least=True)
         for run in runs:
-            found.append(self.tokenizer.encode_parts(run, most=max(room.limit - room.reply - used, 0)))
-            used += len(found[-1])
+            ids.append(self.tokenizer.encode_parts(run, most=max(room.limit - room.reply - used, 0)))
+            used += len(ids[-1])
             room.check(used, visual, at_least=True)
-        return found
+        return ids
 
     def _label_tokens(self, pieces: Sequence[Piece]) -> int:
         """Tokens of the texts among the pieces of a medium."""
-        return sum(len(self.tokenizer.encode(one, special=True)) for one in pieces if isinstance(one, str))
+        return sum(len(self.tokenizer.encode(piece, special=True)) for piece in pieces if isinstance(piece, str))
 
     def piece_ids(self, pieces: Sequence[Piece]) -> list[int]:
         """Token ids of what stands for a medium."""

@@ -101,7 +101,7 @@ def _on_hub(name: str) -> tuple[str, str | None] | None:
 
 
 def _unknown(name: str) -> str:
-    """The sentence for a name nobody knows: what is near it, and all there is."""
+    """The sentence for an unknown name: the closest names, and all that are known."""
     full_names = {known.lower(): known for known in known_names()}
     full_names |= {known.rpartition("/")[2].lower(): known for known in known_names()}
     near = {full_names[match]: None for match in difflib.get_close_matches(name.lower(), full_names, n=2)}

@@ -256,8 +256,8 @@ def _fetch_all(store: Store, commit: str, files: list[RemoteFile], progress: Pro
     store.snapshot(commit).mkdir(parents=True, exist_ok=True)
     (store.folder / "blobs").mkdir(exist_ok=True)
     needed, free = sum(file.size for file in missing), shutil.disk_usage(store.folder).free
-    held = sum(part.stat().st_size for part in (store.folder / "blobs").glob("*.incomplete"))
-    if needed > free + held:
+    partial_bytes = sum(part.stat().st_size for part in (store.folder / "blobs").glob("*.incomplete"))
+    if needed > free + partial_bytes:
         raise KeyeError(
             f"{store.name} needs {format_bytes(needed)}, but {store.config.cache} has {format_bytes(free)} left: free "
             "some space, or set HF_HOME to another disk."
@@ -268,7 +268,7 @@ def _fetch_all(store: Store, commit: str, files: list[RemoteFile], progress: Pro
 
 
 def _fetch_one(store: Store, commit: str, file: RemoteFile, counter: _Counter) -> None:
-    """One file: from another commit if that has it, from where it was cut, or anew; checked, then linked."""
+    """One file: from another commit if that has it, from where it was cut, or from its start; checked, then linked."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
@@ -337,7 +337,7 @@ class _Counter:
         self._done, self._total, self._progress = done, total, progress
 
     def update(self, count: int) -> None:
-        """Adds bytes; a negative count takes back what a server wants to send anew."""
+        """Adds bytes; a negative count subtracts what a server wants to send again."""
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -55,8 +55,8 @@ def cut_clips(
     source = fetch_source(source)
     stem = _stem(source)[:_MAX_STEM]
     with VideoReader(source, limits, track=options.track) as reader:
-        shown = reader.info.start_offset, reader.info.duration
-        spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *shown))}
+        displayed = reader.info.start_offset, reader.info.duration
+        spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *displayed))}
         meter = _Meter(sum(end - start for start, end in spans.values()), progress)
         names = {n: f"{stem}-{n:03d}-{start:.1f}s-{end:.1f}s.mp4" for n, (start, end) in spans.items()}
         with _folder(folder), ExitStack() as drafts:
@@ -78,14 +78,14 @@ def _stem(source: Source) -> str:
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
     """Makes a folder with those above it; where the block fails, they are removed again."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
-        for one in missing:
+        for path in missing:
             with suppress(OSError):
-                one.rmdir()
+                path.rmdir()
         if isinstance(error, OSError):
             raise unwritable(folder, error) from None
         raise

@@ -71,8 +71,8 @@ def source_hash(source: Source) -> bytes:
         identity = _identity(file, source)
         if (known := _recall(_hashes, identity)) is not None:
             return known
-        found = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # a file on disk has readinto
-    return _remember(_hashes, identity, found, REMEMBERED)
+        digest = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # a file on disk has readinto
+    return _remember(_hashes, identity, digest, REMEMBERED)
 
 
 def probe_cached(

@@ -89,7 +89,7 @@ class MemoryReader:
     """`PixelReader` of frames in memory, converted to patches when they are read."""
 
     def __init__(self, frames: Iterator[Pixels], shape: FrameShape) -> None:
-        self._frames, self._shape, self._taken = frames, shape, 0
+        self._frames, self._shape, self._next_frame = frames, shape, 0
 
     def has(self, rows: int) -> bool:
         return True
@@ -99,8 +99,8 @@ class MemoryReader:
 
     def take(self, rows: int) -> VisionInput:
         frames = list(islice(self._frames, self._shape.frames(rows)))
-        self._taken += len(frames)
-        return self._shape.patches(frames, self._taken - len(frames))
+        self._next_frame += len(frames)
+        return self._shape.patches(frames, self._next_frame - len(frames))
 
     def notes(self) -> Sequence[KeyeWarning]:
         return ()
@@ -115,7 +115,7 @@ class _Queue:
     def __init__(self, buffer_bytes: int) -> None:
         self.buffer_bytes = buffer_bytes
         self.frames: deque[Pixels] = deque()
-        self.held, self.wanted = 0, 1
+        self.queued_bytes, self.wanted = 0, 1
         self.error: Exception | None = None
         self.notes: Sequence[KeyeWarning] = ()
         self.ended, self.closed = False, False
@@ -123,15 +123,15 @@ class _Queue:
 
     def put(self, frame: Pixels) -> bool:
         """Adds a frame when there is room: below the limit, or while fewer are here than are asked for. False when
-        nobody wants it any more."""
+        the reader is closed."""
         with self.changed:
             self.changed.wait_for(
-                lambda: self.closed or self.held < self.buffer_bytes or len(self.frames) < self.wanted
+                lambda: self.closed or self.queued_bytes < self.buffer_bytes or len(self.frames) < self.wanted
             )
             if self.closed:
                 return False
             self.frames.append(frame)
-            self.held += frame.nbytes
+            self.queued_bytes += frame.nbytes
             self.changed.notify_all()
             return True
 
@@ -156,17 +156,17 @@ class _Queue:
             if len(self.frames) < frames:
                 assert self.error is not None, "a video gave fewer frames than its plan"
                 raise self.error
-            taken = [self.frames.popleft() for _ in range(frames)]
-            self.held -= sum(frame.nbytes for frame in taken)
+            frames_out = [self.frames.popleft() for _ in range(frames)]
+            self.queued_bytes -= sum(frame.nbytes for frame in frames_out)
             self.wanted = 1
             self.changed.notify_all()
-            return taken
+            return frames_out
 
     def close(self) -> None:
         with self.changed:
             self.closed = True
             self.frames.clear()
-            self.held = 0
+            self.queued_bytes = 0
             self.changed.notify_all()
 
 
@@ -185,7 +185,7 @@ class FileReader:
         track: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
-        self._shape, self._taken = shape, 0
+        self._shape, self._next_frame = shape, 0
         self._queue = _Queue(buffer_bytes)
         self._video = VideoReader(source, limits, track=track, wait=False)
         arguments = (self._video, frames, self._queue)
@@ -200,8 +200,8 @@ class FileReader:
 
     def take(self, rows: int) -> VisionInput:
         frames = self._queue.take(self._shape.frames(rows))
-        self._taken += len(frames)
-        return self._shape.patches(frames, self._taken - len(frames))
+        self._next_frame += len(frames)
+        return self._shape.patches(frames, self._next_frame - len(frames))
 
     def notes(self) -> Sequence[KeyeWarning]:
         with self._queue.changed:
@@ -220,7 +220,7 @@ class FileReader:
 
 
 def _fill(video: VideoReader, frames: Callable[[VideoReader], Iterator[Pixels]], queue: _Queue) -> None:
-    """What the thread does: frames into the queue until they end, fail, or nobody wants them."""
+    """What the thread does: frames into the queue until they end, fail, or the reader is closed."""
     with collect_warnings() as notes:
         try:
             with video:

@@ -60,7 +60,7 @@ def plan_image(
     *,
     pixel_limit: int = MAX_IMAGE_PIXELS,
 ) -> ImagePlan:
-    """Reads only the header. Raises `MediaError` for a file that is no image we read, or an image too large."""
+    """Reads only the header. Raises `MediaError` for a file that is not an image that keye reads, or is too large."""
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
     with _opened(source, pixel_limit) as image:
         header = image.header()
@@ -68,13 +68,13 @@ def plan_image(
     if not options.strict_official and header.orientation in SIDEWAYS:
         width, height = height, width
     check_sides(height, width, source.name, ratio=options.resized is None)
-    held = image_size(height, width, config, options)
-    new_height, new_width = encoded_size(*held, config, options)
+    first_size = image_size(height, width, config, options)
+    new_height, new_width = encoded_size(*first_size, config, options)
     warn_of_image(source.name, (new_height, new_width), config, options)
-    found = () if options.strict_official else tuple(_notes(source, header))
-    emit(source.name, found)
+    file_notes = () if options.strict_official else tuple(_notes(source, header))
+    emit(source.name, file_notes)
     tokens = config.count_tokens((new_height, new_width))
-    return ImagePlan(source.name, width, height, new_width, new_height, tokens, tuple(map(str, found)))
+    return ImagePlan(source.name, width, height, new_width, new_height, tokens, tuple(map(str, file_notes)))
 
 
 def read_image(
@@ -86,9 +86,10 @@ def read_image(
 ) -> Image.Image:
     """Decodes an image and turns it upright (EXIF; the official code leaves it as stored). Images with transparency, as
     an alpha channel or a transparent colour, become RGBA, all others RGB; how levels of more than 8 bits become 8 is
-    told in docs/video.md. `planned` leaves out the notes that `plan_image` gives.
+    described in docs/video.md. `planned` leaves out the notes that `plan_image` gives.
 
-    Raises `MediaError` for a file that is no image we read, has more than `pixel_limit` pixels, or is damaged.
+    Raises `MediaError` for a file that is not an image that keye reads, is damaged, or has more than `pixel_limit`
+    pixels.
     """
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
     with _opened(source, pixel_limit) as image:

@@ -168,8 +168,8 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1],
         ends_early=early is True,
     )
-    told = declared is not None and facts["known_times"]
-    length = declared - facts["container_start"] if told else None
+    declares_length = declared is not None and facts["known_times"]
+    length = declared - facts["container_start"] if declares_length else None
     joins = [info.start_offset + float((time - pts[0]) * time_base) for time in facts.get("joins", ())]
     damage = tuple((first, last) for first, last in (info.seconds(interval) for interval in facts.get("damage", ())))
     length_notes = _notes(info, length, facts.get("declared_frames"))
@@ -234,7 +234,9 @@ def _picture_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
     if facts["aspect"] is not None and not all(isinstance(value, int) for value in facts["aspect"]):
         raise ValueError("impossible shape of pixels")
     tracks = tuple(facts["tracks"])
-    if not 1 <= facts["track"] <= len(tracks) or not all(isinstance(one, str) and one.isprintable() for one in tracks):
+    if not 1 <= facts["track"] <= len(tracks) or not all(
+        isinstance(track, str) and track.isprintable() for track in tracks
+    ):
         raise ValueError("impossible tracks")
     if facts["rotation"] % 180:
         size, stored = size[::-1], stored[::-1]

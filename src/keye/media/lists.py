@@ -57,14 +57,14 @@ def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -
 
 
 def sampled_list(
-    given: Any, config: ProcessorConfig, options: MediaOptions
+    pictures: Any, config: ProcessorConfig, options: MediaOptions
 ) -> tuple[Sequence[Pixels], tuple[float, ...] | None]:
     """1.5 and 2.0: the sampled pictures of a list (or an array of frames), as RGB of one size, and their times.
 
     They are sampled like the frames of a video at `fps`, else the configuration's rate; times are known only with
     `fps` or `timestamps`.
     """
-    frames = as_frames(given)
+    frames = as_frames(pictures)
     native = options.fps or config.fps
     first, _, count = listed_range(len(frames), options)
     indices = sampling.sample_frames(count, native, config, options, first=first)
@@ -77,15 +77,15 @@ def sampled_list(
 
 
 def at_one_size(
-    given: Pixels | Sequence[Any], config: ProcessorConfig, options: MediaOptions, *, listed: bool
+    pictures: Pixels | Sequence[Any], config: ProcessorConfig, options: MediaOptions, *, listed: bool
 ) -> Sequence[Pixels]:
     """The frames as RGB arrays of one size, that of the first: its own, or if `listed` that of a picture of a list."""
-    first = given[0]
+    first = pictures[0]
     height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
     size = sizes.listed_frame_size(height, width, config, options) if listed else (height, width)
-    if isinstance(given, np.ndarray) and size == (height, width):
-        return list(given)
-    return [resize_exactly(open_frame(frame).convert("RGB"), *size) for frame in given]
+    if isinstance(pictures, np.ndarray) and size == (height, width):
+        return list(pictures)
+    return [resize_exactly(open_frame(frame).convert("RGB"), *size) for frame in pictures]
 
 
 def open_frame(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
@@ -98,16 +98,16 @@ def least_list_tokens(pictures: Sequence[Source], config: ProcessorConfig, optio
     (height, width), count = _first_size(pictures), len(pictures)
     if config.release.sizes_lists_as_images:
         indices, _ = listed_indices(count, config, options)
-        held = sizes.image_size(height, width, config, options)
-        return len(indices) * config.count_tokens(sizes.encoded_size(*held, config, options))
+        first_size = sizes.image_size(height, width, config, options)
+        return len(indices) * config.count_tokens(sizes.encoded_size(*first_size, config, options))
     _, _, count = listed_range(count, options)
     if options.timestamps is None:
         height, width = sizes.listed_frame_size(height, width, config, options)
         count = sampling.smart_nframes(count, options.fps or config.fps, config, options)
     if count < 1:
         return 0
-    found = sizes.frame_sizes(height, width, count, config, options)
-    return count * config.count_tokens(found.fast)
+    frame_sizes = sizes.frame_sizes(height, width, count, config, options)
+    return count * config.count_tokens(frame_sizes.fast)
 
 
 def _first_size(pictures: Sequence[Source]) -> sizes.Size:

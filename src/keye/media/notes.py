@@ -27,7 +27,7 @@ _LISTED = 5
 #: Seconds between damaged frames that count as one place.
 _NEAR = 1.0
 #: Seconds that a sentence displays as one time.
-_ONE = 0.05
+_SAME_TIME = 0.05
 
 #: Options that files, or pictures in memory, have no use for, and why.
 _FILE_ONLY = dict.fromkeys(("adaptive_budget", "track", "deinterlace", "tone_map"), "it is a list of pictures")
@@ -72,21 +72,22 @@ def damage_notes(places: Places) -> Iterator[Note]:
 
 def decoded_damage(name: str, seconds: Sequence[float], known: Places) -> KeyeWarning | None:
     """The warning of frames at `seconds` that turned out to be damaged; None where all of them were `known` to be."""
-    found: list[tuple[float, float]] = []
+    places: list[tuple[float, float]] = []
     for second in sorted(seconds):
         if any(first <= second <= last for first, last in known):
             continue
-        if found and second - found[-1][1] <= _NEAR:
-            found[-1] = (found[-1][0], second)
+        if places and second - places[-1][1] <= _NEAR:
+            places[-1] = (places[-1][0], second)
         else:
-            found.append((second, second))
-    return next(iter(damage_notes(found))).warning(name) if found else None
+            places.append((second, second))
+    return next(iter(damage_notes(places))).warning(name) if places else None
 
 
 def in_words(places: Places) -> str:
     """Such as "2.4 s, 7.0 to 8.1 s and 12 more places"."""
     words = [
-        f"{first:.1f} s" if last - first < _ONE else f"{first:.1f} to {last:.1f} s" for first, last in places[:_LISTED]
+        f"{first:.1f} s" if last - first < _SAME_TIME else f"{first:.1f} to {last:.1f} s"
+        for first, last in places[:_LISTED]
     ]
     if len(places) > _LISTED:
         more = len(places) - _LISTED
@@ -157,8 +158,8 @@ def _warn_of_size(name: str, size: Size, config: ProcessorConfig, options: Media
     height, width = size
     got = f"{width}x{height} pixels{each}"
     if options.resized is not None and size != whole_tokens(*options.resized, config.factor):
-        asked = Option("resized_height", options.resized[0]), Option("resized_width", options.resized[1])
-        _warn(KeyeWarning("{} and {} cannot be met for {}: it gets {}", *asked, name, got))
+        size_options = Option("resized_height", options.resized[0]), Option("resized_width", options.resized[1])
+        _warn(KeyeWarning("{} and {} cannot be met for {}: it gets {}", *size_options, name, got))
     if options.max_pixels is not None and height * width > options.max_pixels:
         _unmet(name, Option("max_pixels", options.max_pixels), got)
     # Sides are whole tokens: what one token more on either side would meet is rounding.

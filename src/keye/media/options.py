@@ -130,15 +130,15 @@ IMAGE_OPTIONS = frozenset({"min_pixels", "max_pixels", "resized_height", "resize
 VIDEO_OPTIONS = frozenset(f.name for f in dataclasses.fields(MediaOptions)) - {"video_count"} | {"total_pixels"}
 
 
-def media_options(kind: MediumKind, given: Mapping[str, Any], *, video_count: int = 1) -> MediaOptions:
+def media_options(kind: MediumKind, options: Mapping[str, Any], *, video_count: int = 1) -> MediaOptions:
     """The options of one medium from the keys of a message or a command; unknown keys are errors.
 
     `total_pixels` is another name of `video_total_pixels`. Values of None count as not given.
     """
     known = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS
-    if unknown := sorted(given.keys() - known):
-        raise KeyeError(f"{unknown[0]} is no option of {kind}s; known are {', '.join(sorted(known))}")
-    values = {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(options.keys() - known):
+        raise KeyeError(f"{unknown[0]} is not an option of {kind}s; known are {', '.join(sorted(known))}")
+    values = {name: value for name, value in options.items() if value is not None}
     if "total_pixels" in values:
         if "video_total_pixels" in values:
             raise KeyeError("total_pixels and video_total_pixels are the same option; give one of them")

@@ -134,8 +134,8 @@ class VideoPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: every field but what only decoding and positions need, and the counts."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("pts", "constant_rate", "strict_media")}
-        data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
+        displayed = {k: v for k, v in asdict(self).items() if k not in ("pts", "constant_rate", "strict_media")}
+        data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in displayed.items()}
         if self.fast is not None:
             data["fast"]["types"] = list(self.fast.types)
         return {**data, "frames": self.frames, "visual_tokens": self.visual_tokens}
@@ -159,20 +159,25 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if end is not None and end > info.duration + _BEYOND and not options.strict_official:
         sentence = "{} lies after the end of {} at {:.1f} s; the part ends there"
         warn(KeyeWarning(sentence, Option("video_end", f"{end:g}"), info.name, info.duration), stacklevel=2)
-    asked, options = options, options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options))
+    request_options, options = (
+        options,
+        options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options)),
+    )
     indices, sampled = _sample(info, part, config, options)
     if not indices:
         raise sampling.no_frame(info.name, config, options)
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.release.frame_resize == "twice":
         height, width = sizes.encoded_size(height, width, config, options)
-    warn_of_video(info.name, len(indices), (height, width), config, asked, seconds=part.seconds, sampled=sampled)
+    warn_of_video(
+        info.name, len(indices), (height, width), config, request_options, seconds=part.seconds, sampled=sampled
+    )
     emit(info.name, info.notes)
     rate, tokens = len(indices) / part.count * part.fps, config.count_tokens((height, width))
     plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=tokens, rate=rate, options=options)
     if not options.strict_official:
-        shown = part.begin, info.duration if end is None else max(part.end, min(end, info.duration))
-        plan = dataclasses.replace(plan, part=shown)
+        displayed = part.begin, info.duration if end is None else max(part.end, min(end, info.duration))
+        plan = dataclasses.replace(plan, part=displayed)
     return _with_labels(plan, info, config, options)
 
 
@@ -221,16 +226,16 @@ def with_frame_types(
 ) -> VideoPlan:
     """The plan of a video whose frames have been classified (1.5): 0 slow, 1 fast. Sizes follow from how many are."""
     fast = sum(types)
-    found = sizes.frame_sizes(
+    frame_sizes = sizes.frame_sizes(
         plan.source_height, plan.source_width, len(types) - fast, config, options, fast=fast
     )  # fmt: skip
-    height, width = found.slow
+    height, width = frame_sizes.slow
     return dataclasses.replace(
         plan,
         height=height,
         width=width,
         tokens_per_frame=config.count_tokens((height, width)),
-        fast=FastFrames(tuple(types), found.fast[1], found.fast[0], config.count_tokens(found.fast)),
+        fast=FastFrames(tuple(types), frame_sizes.fast[1], frame_sizes.fast[0], config.count_tokens(frame_sizes.fast)),
     )
 
 
@@ -259,9 +264,9 @@ def _part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
     stop = max(begin, times[-1] if end is None else min(times[-1], end))
     fps, seconds = info.fps, count / info.fps
     if not info.constant_rate and count < info.frame_count:
-        shown = (info.duration if end is None else min(info.duration, end)) - begin
-        if shown > sampling.SAME_TIME:
-            fps, seconds = count / shown, shown
+        displayed = (info.duration if end is None else min(info.duration, end)) - begin
+        if displayed > sampling.SAME_TIME:
+            fps, seconds = count / displayed, displayed
     return _Part(first, last, fps, seconds, begin, stop)
 
 
@@ -282,7 +287,7 @@ def _sample(info: VideoInfo, part: _Part, config: ProcessorConfig, options: Medi
 
 
 def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, options: MediaOptions) -> VideoPlan:
-    """The plan with the times that the model is told where they are not those of players, and a note of it."""
+    """The plan with the times in the labels where they are not those of players, and a note of it."""
     if config.release.whole_video:
         first = plan.timestamps[0]
         text = (

@@ -126,19 +126,19 @@ def get_rope_index(
     deltas = np.zeros((ids.shape[0], 1), dtype=np.int64)
     last = ids.shape[0] - 1
     for b, (sequence, valid) in enumerate(zip(ids, mask, strict=True)):
-        kept = sequence[valid]
+        tokens = sequence[valid]
         rest = {token: grid[used[token] :] for token, grid in rows.items()}
         if preview is None:
-            # The last sequence takes all rows left, so that rows nobody used are an error.
-            own = rest if b == last else {t: g[: _rows_needed(kept, t, g, merge_size)] for t, g in rest.items()}
-            blocks = _blocks(kept, own, merge_size)
+            # The last sequence takes all rows left, so that unused rows are an error.
+            own = rest if b == last else {t: g[: _rows_needed(tokens, t, g, merge_size)] for t, g in rest.items()}
+            blocks = _blocks(tokens, own, merge_size)
         else:
-            counts = _announced(kept, rows, preview.vision_start)
+            counts = _announced(tokens, rows, preview.vision_start)
             own = {token: grid[: counts[token]] for token, grid in rest.items()}
-            blocks = _preview_blocks(kept, rest, merge_size, preview, used)
+            blocks = _preview_blocks(tokens, rest, merge_size, preview, used)
         used = {token: count + len(own[token]) for token, count in used.items()}
-        positions[:, b, valid], delta = _place(len(kept), blocks)
-        deltas[b, 0] = delta + len(kept) - ids.shape[1]
+        positions[:, b, valid], delta = _place(len(tokens), blocks)
+        deltas[b, 0] = delta + len(tokens) - ids.shape[1]
     return positions, deltas
 
 
@@ -249,13 +249,13 @@ def _preview_blocks(
 
 def _next_placeholder(places: Mapping[int, IntArray], end: int) -> tuple[int, int]:
     """The kind and place of the first placeholder at `end` or after."""
-    found = []
+    candidates = []
     for token, positions in places.items():
         i = int(np.searchsorted(positions, end))
         if i == len(positions):
             raise KeyeError(f"the grid rows of placeholder {token} make more visual tokens than it has placeholders")
-        found.append((int(positions[i]), token))
-    start, token = min(found)
+        candidates.append((int(positions[i]), token))
+    start, token = min(candidates)
     return token, start
 
 
@@ -263,8 +263,12 @@ def _row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> Int
     """Offsets of a row's frames on the time axis."""
     if token not in preview.seconds_per_frame:
         return np.zeros(frames, dtype=np.int64)
-    given = preview.seconds_per_frame[token]
-    rows = given if isinstance(given, list | tuple) else np.asarray(given, dtype=np.float64).reshape(-1)
+    seconds_of_rows = preview.seconds_per_frame[token]
+    rows = (
+        seconds_of_rows
+        if isinstance(seconds_of_rows, list | tuple)
+        else np.asarray(seconds_of_rows, dtype=np.float64).reshape(-1)
+    )
     seconds = np.asarray(rows[row] if row < len(rows) else 1.0, dtype=np.float64)
     if seconds.ndim == 0:
         return frame_times(frames, float(seconds), preview.tokens_per_second)
@@ -287,7 +291,7 @@ def _as_grid(grid: ArrayLike) -> IntArray:
 
 def _merged_shapes(grid: IntArray, merge_size: int) -> IntArray:
     if (grid[:, 1:] % merge_size).any():
-        raise KeyeError(f"a grid row has a side that is no multiple of merge_size={merge_size}")
+        raise KeyeError(f"a grid row has a side that is not a multiple of merge_size={merge_size}")
     return grid // np.array([1, merge_size, merge_size])
 
 

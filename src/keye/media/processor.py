@@ -228,10 +228,10 @@ class Processor:
         if self.decoder is not None:
             item = self.video_stream(source, options, plan=plan)
             return replace(item, pixels=item.vision)
-        with self.decoding(source, options, plan=plan) as (made, frames):
-            shape = self._shape(made)
+        with self.decoding(source, options, plan=plan) as (complete, frames):
+            shape = self._shape(complete)
             vision = frames_to_patches(frames, shape.sizes, self.config)
-        return self._of_plan(vision.as_one_video() if shape.one_row else vision, made, options)
+        return self._of_plan(vision.as_one_video() if shape.one_row else vision, complete, options)
 
     @contextmanager
     def decoding(
@@ -240,8 +240,8 @@ class Processor:
         """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: with classified
         frames), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
         with self._open(source, options, plan) as reader:
-            plan, kept = self._classify(reader, plan or reader.plan(self.config, options), options)
-            yield plan, self._planned_frames(reader, plan, options) if kept is None else _at_size(kept, plan)
+            plan, frames = self._classify(reader, plan or reader.plan(self.config, options), options)
+            yield plan, self._planned_frames(reader, plan, options) if frames is None else _at_size(frames, plan)
 
     def video_stream(
         self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
@@ -271,27 +271,27 @@ class Processor:
         (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
         `video_start` and `video_end` choose among the pictures. `size` (2.0) is that of more frames of the same video.
         """
-        given = as_frames(frames)
+        pictures = as_frames(frames)
         if self.config.release.sizes_lists_as_images:
-            return self._list_of_images(given, options)
+            return self._list_of_images(pictures, options)
         times = options.timestamps
         if times is not None:
-            first, last, _ = listed_range(len(given), options)
+            first, last, _ = listed_range(len(pictures), options)
             times = times[first : last + 1]
-            pixels = at_one_size(given[first : last + 1], self.config, options, listed=False)
+            pixels = at_one_size(pictures[first : last + 1], self.config, options, listed=False)
         else:
-            pixels, times = sampled_list(given, self.config, options)
+            pixels, times = sampled_list(pictures, self.config, options)
         height, width = pixels[0].shape[:2]
         types = None
         if self.config.release.classifies_frames:
             types = frame_types(pixels, self.config, options.min_frame_similarity)
         fast = sum(types or ())
         if size is None:
-            found = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
+            video_sizes = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
         else:
-            found = sizes.FrameSizes(size, size)
-        warn_of_video(LISTED, len(pixels), found.slow, self.config, options)
-        frame_sizes = [found.fast if types and types[i] else found.slow for i in range(len(pixels))]
+            video_sizes = sizes.FrameSizes(size, size)
+        warn_of_video(LISTED, len(pixels), video_sizes.slow, self.config, options)
+        frame_sizes = [video_sizes.fast if types and types[i] else video_sizes.slow for i in range(len(pixels))]
         resize = bilinear if self.config.release.frame_resize == "bilinear" else _shrunk
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
         return self._video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
@@ -301,11 +301,11 @@ class Processor:
     ) -> tuple[VideoPlan, Callable[[], Iterator[Pixels]] | None]:
         """A complete plan, and the frames where finding it has decoded them and they are few."""
         if self.decoder is not None:
-            made, decoded = self.decoder.decode(source, options, plan, self)
-            return made, lambda: iter(decoded)
+            complete, decoded = self.decoder.decode(source, options, plan, self)
+            return complete, lambda: iter(decoded)
         with self._open(source, options, plan) as reader:
-            made, kept = self._classify(reader, plan or reader.plan(self.config, options), options)
-        return made, None if kept is None else lambda: _at_size(kept, made)
+            complete, frames = self._classify(reader, plan or reader.plan(self.config, options), options)
+        return complete, None if frames is None else lambda: _at_size(frames, complete)
 
     def _open(self, source: Reference, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
         """The file, at the track of the plan, which may have been chosen."""
@@ -340,12 +340,12 @@ class Processor:
             return plan, None
         keep = plan.frames * plan.source_height * plan.source_width * 3 <= self.native_bytes
         classifier = SlowFastClassifier(self.config, options.min_frame_similarity)
-        types, kept = [], []
+        types, frames = [], []
         for frame in reader.frames(plan, native=True):
             types.append(classifier.push(frame))
             if keep:
-                kept.append(frame)
-        return with_frame_types(plan, types, self.config, options), kept if keep else None
+                frames.append(frame)
+        return with_frame_types(plan, types, self.config, options), frames if keep else None
 
     def _least_pieces(self, plan: VideoPlan, options: MediaOptions) -> list[Piece]:
         """What stands for a video at least: exactly that once its frames are classified."""
@@ -360,19 +360,19 @@ class Processor:
 
     def _frames_resized_twice(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
         """Frames resized by the video's budget, as the utilities do, then by the processor's own limits."""
-        held = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).slow
+        first_size = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).slow
         for frame in reader.frames(plan, native=True):
-            yield _shrunk(bicubic(frame, held), (plan.height, plan.width))
+            yield _shrunk(bicubic(frame, first_size), (plan.height, plan.width))
 
-    def _list_of_images(self, given: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
+    def _list_of_images(self, pictures: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
         """Every picture is sized as an image; all then get the processor's size of the first."""
-        indices, fps = listed_indices(len(given), self.config, options)
-        held = [hold_image(open_frame(given[i]), self.config, options) for i in indices]
-        height, width, _ = held[0].shape
+        indices, fps = listed_indices(len(pictures), self.config, options)
+        images = [hold_image(open_frame(pictures[i]), self.config, options) for i in indices]
+        height, width, _ = images[0].shape
         size = sizes.encoded_size(height, width, self.config, options)
-        warn_of_video(LISTED, len(held), size, self.config, options)
-        resized = (_shrunk(frame, size) for frame in held)
-        vision = frames_to_patches(resized, [size] * len(held), self.config).as_one_video()
+        warn_of_video(LISTED, len(images), size, self.config, options)
+        resized = (_shrunk(frame, size) for frame in images)
+        vision = frames_to_patches(resized, [size] * len(images), self.config).as_one_video()
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
         # Without the last frame's repetition, which has no time of its own.
         even = times is None or options.strict_official or _evenly_spaced(times[: len(set(indices))])
@@ -427,13 +427,13 @@ def frame_label(config: ProcessorConfig, seconds: float | None) -> str:
 
 def _without_empty(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbouring texts joined, empty ones left out."""
-    kept: list[Piece] = []
+    joined: list[Piece] = []
     for piece in pieces:
-        if isinstance(piece, str) and kept and isinstance(kept[-1], str):
-            kept[-1] += piece
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
         elif piece:
-            kept.append(piece)
-    return kept
+            joined.append(piece)
+    return joined
 
 
 def _at_size(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:

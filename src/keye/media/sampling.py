@@ -110,7 +110,7 @@ def time_range(
     last.
     """
     first, last = 0, len(timestamps) - 1
-    start, end = Option("video_start", _shown(video_start)), Option("video_end", _shown(video_end))
+    start, end = Option("video_start", _format_seconds(video_start)), Option("video_end", _format_seconds(video_end))
     if video_start is not None and video_end is not None and video_end < video_start:
         raise KeyeError("{} lies before {}; swap them or leave one out", end, start)
     if video_start is not None:
@@ -126,7 +126,7 @@ def time_range(
     return first, last, last - first + 1
 
 
-def _shown(seconds: float | None) -> str | None:
+def _format_seconds(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:g}"
 
 

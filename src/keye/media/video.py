@@ -20,7 +20,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError, MediaError, warn
 from keye.media.container.kinds import is_png_or_webp
 from keye.media.decode.wire import END, FRAME
-from keye.media.decode.workers import STRANGERS, Worker
+from keye.media.decode.workers import UNTRUSTED_LIMITS, Worker
 from keye.media.decode.workers import DecodeLimits as DecodeLimits
 from keye.media.info import VideoInfo, parse_info, size_notes
 from keye.media.notes import decoded_damage, emit
@@ -36,20 +36,20 @@ _MAX_FACTS = 1 << 16
 class VideoReader:
     """An open video with its worker process. Use as a context manager; closing kills the worker.
 
-    Without `limits`, those of strangers (`workers.STRANGERS`) hold for an untrusted source. Raises `MediaError` on
-    opening when the file is no readable video or breaks a limit; without `wait`, when its facts or frames are read.
+    Without `limits`, `workers.UNTRUSTED_LIMITS` hold for an untrusted source. Raises `MediaError` on
+    opening when the file is not a readable video or breaks a limit; without `wait`, when its facts or frames are read.
     """
 
     def __init__(
         self, source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None, wait: bool = True
     ) -> None:
         source = fetch_source(source, max_bytes=(limits or DecodeLimits()).file_bytes)
-        self.limits = limits or (STRANGERS if source.untrusted else DecodeLimits())
+        self.limits = limits or (UNTRUSTED_LIMITS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
         check_video(source)
         self._worker = self._start(track)
         #: How many times frames were asked for, and the bytes of each frame that may still come.
-        self._asked = self._coming = 0
+        self._requests = self._coming = 0
         try:
             if wait:
                 _ = self.info
@@ -75,7 +75,7 @@ class VideoReader:
         self._worker.close()
 
     def stop(self) -> None:
-        """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
+        """Kills the worker; a reader in another thread gets an error, and closes."""
         self._worker.stop()
 
     def plan(self, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
@@ -93,19 +93,19 @@ class VideoReader:
         if turned:
             width, height = height, width
         self._drop_coming()
-        self._asked, self._coming = self._asked + 1, height * width * 3
-        number = self._asked
+        self._requests, self._coming = self._requests + 1, height * width * 3
+        number = self._requests
         self._worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
                               "strict": plan.strict_media})  # fmt: skip
         for _ in range(plan.frames):
-            if number != self._asked:
+            if number != self._requests:
                 raise KeyeError("frames of another plan were asked for meanwhile; read one plan after the other")
             kind, body = self._worker.receive(self._coming)
             if kind != FRAME or len(body) != self._coming:
                 raise self._worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
             yield _orient(frame, plan)
-        if number == self._asked:
+        if number == self._requests:
             self._end(plan.name)
 
     def _end(self, name: str) -> None:
@@ -113,15 +113,15 @@ class VideoReader:
         kind, body = self._worker.receive(_MAX_FACTS)
         self._coming = 0
         try:
-            found = json.loads(bytes(body))
-            damaged = array("q", found["damaged"])
-            sizes = [tuple(array("q", change)) for change in found["resized"]]
+            answer = json.loads(bytes(body))
+            damage = array("q", answer["damaged"])
+            sizes = [tuple(array("q", change)) for change in answer["resized"]]
             resized = list(size_notes(self.info, [(time, width, height) for time, width, height in sizes]))
         except (ValueError, TypeError, LookupError, OverflowError):
             raise self._worker.broken() from None
         if kind != END:
             raise self._worker.broken()
-        if (warning := decoded_damage(name, self.info.seconds(damaged), self.info.damage)) is not None:
+        if (warning := decoded_damage(name, self.info.seconds(damage), self.info.damage)) is not None:
             warn(warning, stacklevel=3)
         emit(name, resized, stacklevel=3)
 

@@ -153,14 +153,14 @@ class Release:
         configuration's where the request names no number of frames. Officially `nframes` is ignored.
         """
         cap = min(demand.cap, demand.total)
-        asked = None if demand.strict else demand.nframes
+        nframes = None if demand.strict else demand.nframes
         limit = demand.max_frames
-        if limit is None and demand.default_max_frames is not None and asked is None:
+        if limit is None and demand.default_max_frames is not None and nframes is None:
             limit = max(demand.default_max_frames, demand.min_frames or 0)
         if limit is not None:
             cap = min(cap, limit)
-        if asked is not None:
-            return min(asked, cap)
+        if nframes is not None:
+            return min(nframes, cap)
         wanted = int(demand.total / demand.native_fps * min(demand.wanted_fps, demand.native_fps))
         return min(max(wanted, self.least_frames(demand)), cap)
 

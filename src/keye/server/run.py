@@ -13,7 +13,7 @@ from typing import Final
 import uvicorn
 
 from keye.api import Keye
-from keye.media.decode.confinement import held
+from keye.media.decode.confinement import measure_confinement
 from keye.server.app import guarded_app
 from keye.server.edge.audit import Audit
 from keye.server.edge.guard import App, Guard
@@ -131,6 +131,6 @@ def facts(model: Keye, settings: Settings) -> dict[str, str]:
 def _sandbox() -> str:
     """Which limits of the decode workers hold on this system."""
     try:
-        return held().sentence()
+        return measure_confinement().sentence()
     except RuntimeError as error:
         return f"decode workers cannot start: {error}"

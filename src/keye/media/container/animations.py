@@ -157,7 +157,7 @@ def webp_times(file: BinaryIO) -> list[Fraction]:
     for name, place, length in _webp_chunks(file):
         if name == b"ANMF" and length >= 16:
             file.seek(place + 12)
-            times.append(_shown(int.from_bytes(file.read(3), "little"), 1000))
+            times.append(_display_seconds(int.from_bytes(file.read(3), "little"), 1000))
     return times
 
 
@@ -171,26 +171,26 @@ def png_times(file: BinaryIO) -> list[Fraction]:
             declared = int.from_bytes(file.read(4), "big")
         elif name == b"fcTL" and length >= 26:
             delay, unit = struct.unpack("!HH", file.read(26)[20:24])
-            times.append(_shown(delay, unit or 100))
+            times.append(_display_seconds(delay, unit or 100))
     if len(times) < declared:
         raise ValueError("fewer frames than declared")
     return times[:declared]
 
 
-def _shown(delay: int, unit: int) -> Fraction:
+def _display_seconds(delay: int, unit: int) -> Fraction:
     time = Fraction(delay, unit)
     return time if time >= _SHORTEST else _USUAL
 
 
 def _has_two(chunks: Iterator[tuple[bytes, int, int]], wanted: bytes) -> bool:
-    found = 0
+    count = 0
     try:
         for name, _, _ in chunks:
-            found += name == wanted
-            if found == 2:
+            count += name == wanted
+            if count == 2:
                 return True
     except ValueError:  # Cut short: more may have followed.
-        return found > 0
+        return count > 0
     return False
 
 
@@ -259,9 +259,9 @@ def _find(file: BinaryIO, mark: bytes, most: int) -> int | None:
     for _ in range(0, most, _JPEG_PIECE):
         begin = file.tell() - len(last)
         piece = last + file.read(_JPEG_PIECE)
-        found = piece.find(mark)
-        if found >= 0:
-            return begin + found + len(mark)
+        position = piece.find(mark)
+        if position >= 0:
+            return begin + position + len(mark)
         if len(piece) <= len(last):
             return None
         last = piece[-1:]

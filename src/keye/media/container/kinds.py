@@ -188,8 +188,8 @@ def _other(head: bytes) -> Other | None:
     if b"%PDF-" in head[:1024]:
         return Other("a PDF document", _PDF)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        found = next((what for mark, what in _ZIPPED.items() if mark in head), None)
-        return Other(found, _EXPORT) if found else Other("a ZIP archive", _UNPACK)
+        content = next((what for mark, what in _ZIPPED.items() if mark in head), None)
+        return Other(content, _EXPORT) if content else Other("a ZIP archive", _UNPACK)
     if head[128:132] == b"DICM":
         return Other("a DICOM picture", _PICTURE)
     if head[257:262] == b"ustar":

@@ -48,14 +48,14 @@ def packet_key(packet: av.Packet[Any]) -> tuple[int | None, int | None, int | No
 
 def scan(container: InputContainer, stream: VideoStream) -> Scan:
     """Reads every packet; of those before the first frame that decodes, it is tried whether they do."""
-    found, codec = Scan(), stream.codec_context.name
+    scan, codec = Scan(), stream.codec_context.name
     assert stream.time_base is not None
     unit = float(stream.time_base)
     restarts = bool(container.format.flags & _RESTARTS)
     joiner = None if container.format.name.startswith(_EDITED) else Joiner(unit, jumps=restarts)
     units = {s.index: float(s.time_base) for s in container.streams if s.time_base is not None}
     timed = {s.index for s in container.streams if s.type in ("audio", "video")}
-    packets, wanted = found.packets, stream.index
+    packets, wanted = scan.packets, stream.index
     leading = _Leading()
     prefix = _prefix_size(codec, stream.codec_context.extradata)
     for packet in container.demux():
@@ -65,7 +65,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
         time = dts if pts is None else pts
         if index != wanted:
             if time is not None:
-                _extend(found.ends, index, (time + duration) * units[index])
+                _extend(scan.ends, index, (time + duration) * units[index])
                 if joiner is not None and index in timed:
                     joiner.follow(index, (time if dts is None else dts) * units[index], duration * units[index])
             continue
@@ -76,19 +76,19 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
             dts, pts, joins = joiner.shift(dts, pts, duration)
             flags |= JOIN if joins else 0
         if not len(packets):
-            found.first_packet = packet_key(packet)
-        if found.first_frame is None:
-            found.first_frame = _first_frame(packet)
+            scan.first_packet = packet_key(packet)
+        if scan.first_frame is None:
+            scan.first_frame = _first_frame(packet)
         packets.add(pts, dts, duration, flags)
         time = dts if pts is None else pts
         if time is not None:
-            _extend(found.ends, index, (time + duration) * unit)
+            _extend(scan.ends, index, (time + duration) * unit)
     if restarts:
         packets.mend_times(unit)
-    if found.first_frame is None:
-        found.first_frame = _first_frame(None, stream)
-    found.ends.setdefault(wanted, 0.0)
-    return found
+    if scan.first_frame is None:
+        scan.first_frame = _first_frame(None, stream)
+    scan.ends.setdefault(wanted, 0.0)
+    return scan
 
 
 def _extend(ends: dict[int, float], index: int, end: float) -> None:

@@ -17,7 +17,7 @@ NONE = -(1 << 63)
 #: Flags of a packet: decoding can begin at it; its frame is not shown; the container misses parts of it; no frame after
 #: it needs one before it; its frame is decoded right before it is shown (a B-picture); the clock begins again with it;
 #: it cannot be decoded without faults.
-KEY, HIDDEN, CORRUPT, CLOSED, BETWEEN, JOIN, DAMAGED = 1, 2, 4, 8, 16, 32, 64
+KEY, HIDDEN, CORRUPT, CLOSED, BETWEEN, JOIN, DAMAGE = 1, 2, 4, 8, 16, 32, 64
 
 #: Codecs with B-pictures of which each lies right between two others.
 MPEG = frozenset({"mpeg1video", "mpeg2video"})
@@ -78,12 +78,12 @@ class Packets:
             if NONE < before < after and time != NONE and not before - least <= time <= after + least:
                 dts[place] = (before + after) // 2
                 pts[place] = dts[place] if pts[place] == time else pts[place]
-        for place, (time, shown) in enumerate(zip(dts, pts, strict=True)):
-            if NONE in (time, shown) or abs(shown - time) * unit <= _JUMP:
+        for place, (time, displayed) in enumerate(zip(dts, pts, strict=True)):
+            if NONE in (time, displayed) or abs(displayed - time) * unit <= _JUMP:
                 continue
             near = [other for other in dts[max(place - _MOST_HELD, 0) : place + _MOST_HELD + 1] if other != NONE]
             longest = max((b - a for a, b in pairwise(near)), default=0)
-            if abs(shown - time) * unit > _JUMP + _MOST_HELD * unit * longest:
+            if abs(displayed - time) * unit > _JUMP + _MOST_HELD * unit * longest:
                 pts[place] = time
 
     def groups(self) -> list[tuple[int, int]]:
@@ -188,13 +188,13 @@ def lay_out(packets: Packets, codec: str, delay: int, step: int, reorders: Calla
     be those of decoding: they ascend in the order of the file, as those of reordered frames cannot, or the codec is
     MPEG-4, of which AVI files packed two frames in one packet.
     """
-    shown = [place for place, flags in enumerate(packets.flags) if not flags & HIDDEN]
-    pts = [packets.pts[place] for place in shown]
+    displayed = [place for place, flags in enumerate(packets.flags) if not flags & HIDDEN]
+    pts = [packets.pts[place] for place in displayed]
     if NONE not in pts:
         doubtful = codec == PACKED or all(a < b for a, b in pairwise(pts))
         if delay == 0 or len(pts) <= delay + 1 or not doubtful or not reorders():
             return _by_pts(packets)
-    elif delay == 0 and all(packets.dts[place] != NONE for place in shown if packets.pts[place] == NONE):
+    elif delay == 0 and all(packets.dts[place] != NONE for place in displayed if packets.pts[place] == NONE):
         return _by_pts(packets)
     if codec in MPEG:
         return _by_picture_type(packets, delay, step)
@@ -209,14 +209,14 @@ def _by_pts(packets: Packets) -> Timeline:
     keys = packets.places(KEY)
     pts = array("q", (d if p == NONE else p for p, d in zip(packets.pts, packets.dts, strict=True)))
     first = keys[0] if keys else 0
-    shown = [place for place in range(first, len(packets))
+    displayed = [place for place in range(first, len(packets))
              if not packets.flags[place] & HIDDEN and pts[place] != NONE]  # fmt: skip
     order: array[int] = array("q")
     begin = 0
     # No frame of a part, and none after a picture that begins afresh, is shown before any that came before it.
     for join in [*packets.places(JOIN | CLOSED), len(packets)]:
-        end = bisect_right(shown, join - 1)
-        order.extend(sorted(shown[begin:end], key=pts.__getitem__))
+        end = bisect_right(displayed, join - 1)
+        order.extend(sorted(displayed[begin:end], key=pts.__getitem__))
         begin = end
     return _timeline(packets, order, [pts[place] for place in order], keys, pts)
 
@@ -226,18 +226,18 @@ def _by_picture_type(packets: Packets, delay: int, step: int) -> Timeline:
     keys = packets.places(KEY)
     first = keys[0] if keys else 0
     order: array[int] = array("q")
-    held: int | None = None
+    previous: int | None = None
     for place in range(first, len(packets)):
         if packets.flags[place] & HIDDEN:
             continue
         if packets.flags[place] & BETWEEN:
             order.append(place)
             continue
-        if held is not None:
-            order.append(held)
-        held = place
-    if held is not None:
-        order.append(held)
+        if previous is not None:
+            order.append(previous)
+        previous = place
+    if previous is not None:
+        order.append(previous)
     times = _guessed([packets.pts[place] for place in order], _delayed(packets, first, delay), step)
     pts = array("q", packets.pts)
     for place, time in zip(order, times, strict=True):
@@ -262,8 +262,8 @@ def _by_count(packets: Packets, delay: int, step: int) -> Timeline:
         begins.append(before)
         place = start
     last = step if times else None
-    shown = array("q", times)
-    return Timeline(shown, None, starts, begins, exact, last, _damage(packets, shown, None))
+    displayed = array("q", times)
+    return Timeline(displayed, None, starts, begins, exact, last, _damage(packets, displayed, None))
 
 
 def _timeline(
@@ -288,32 +288,34 @@ def _ascending(values: Sequence[int]) -> list[int]:
 
 def _delayed(packets: Packets, first: int, delay: int) -> list[int]:
     """The dts with which a decoder gives each frame, in the order of showing."""
-    told = packets.dts if any(dts != NONE for dts in packets.dts) else packets.pts
-    dts = [told[place] for place in range(first, len(packets)) if not packets.flags[place] & HIDDEN]
+    known = packets.dts if any(dts != NONE for dts in packets.dts) else packets.pts
+    dts = [known[place] for place in range(first, len(packets)) if not packets.flags[place] & HIDDEN]
     return [*dts[delay:], *[NONE] * min(delay, len(dts))]
 
 
 def _guessed(pts: Sequence[int], dts: Sequence[int], step: int) -> list[int]:
     """ffmpeg's guess of the times of frames in the order of showing: pts, or dts where those ascend more often; where
-    neither is told, `step` after the frame before."""
+    neither is known, `step` after the frame before."""
     faults_pts = faults_dts = 0
     last_pts = last_dts = NONE
     times: list[int] = []
-    told = ((i, s if s != NONE else d) for i, (s, d) in enumerate(zip(pts, dts, strict=True)) if (s, d) != (NONE, NONE))
-    place, first = next(told, (0, 0))
+    known = (
+        (i, s if s != NONE else d) for i, (s, d) in enumerate(zip(pts, dts, strict=True)) if (s, d) != (NONE, NONE)
+    )
+    place, first = next(known, (0, 0))
     before = first - (place + 1) * step
-    for shown, decoded in zip(pts, dts, strict=True):
+    for displayed, decoded in zip(pts, dts, strict=True):
         if decoded != NONE:
             faults_dts += decoded <= last_dts
             last_dts = decoded
-        elif shown != NONE:
-            last_dts = shown
-        if shown != NONE:
-            faults_pts += shown <= last_pts
-            last_pts = shown
+        elif displayed != NONE:
+            last_dts = displayed
+        if displayed != NONE:
+            faults_pts += displayed <= last_pts
+            last_pts = displayed
         elif decoded != NONE:
             last_pts = decoded
-        time = shown if shown != NONE and (faults_pts <= faults_dts or decoded == NONE) else decoded
+        time = displayed if displayed != NONE and (faults_pts <= faults_dts or decoded == NONE) else decoded
         if time == NONE:
             time = (times[-1] if times else before) + step
         times.append(time if not times or time > times[-1] else times[-1] + 1)
@@ -324,7 +326,7 @@ def _damage(packets: Packets, times: array[int], stamps: array[int] | None) -> l
     """Intervals from a packet that lacks parts to the next key, where that shows: its frame, or one after it, cannot be
     decoded without faults, or a frame is missing from the times around it. The last packet of a file that was cut off
     does not count."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     known = packets.dts if stamps is None else stamps
     for first, end in packets.groups():
         place = next((i for i in range(first, end) if packets.flags[i] & CORRUPT), len(packets) - 1)
@@ -335,6 +337,6 @@ def _damage(packets: Packets, times: array[int], stamps: array[int] | None) -> l
         index = bisect_left(times, begin)
         around = times[max(index - _AROUND, 0) : index + _AROUND + 1]
         longest = max((b - a for a, b in pairwise(around)), default=0)
-        if packets.flags[place] & DAMAGED or 2 * longest > 3 * packets.durations[place]:
-            found.append((begin, stop))
-    return found
+        if packets.flags[place] & DAMAGE or 2 * longest > 3 * packets.durations[place]:
+            ranges.append((begin, stop))
+    return ranges

@@ -46,12 +46,12 @@ class Confinement:
     def sentence(self) -> str:
         """One clause for people: what is limited, and what is not."""
         layers = asdict(self)
-        kept = ", ".join(name for name, holds in layers.items() if holds) or "nothing"
+        active = ", ".join(name for name, holds in layers.items() if holds) or "nothing"
         open_ = ", ".join(name for name, holds in layers.items() if not holds)
-        return f"decode workers are confined: {kept}" + (f"; not on this system: {open_}" if open_ else "")
+        return f"decode workers are confined: {active}" + (f"; not on this system: {open_}" if open_ else "")
 
 
-def held() -> Confinement:
+def measure_confinement() -> Confinement:
     """Starts a worker and lets it try. Raises `RuntimeError` where workers cannot start."""
     from keye.media.decode.workers import DecodeLimits, Worker  # Not needed by the process that tries.
 
@@ -84,7 +84,7 @@ def attempts(memory_bytes: int, parent: int, scratch: str) -> dict[str, list[Cal
     }
 
 
-def refused(attempt: Callable[[], object]) -> bool:
+def is_rejected(attempt: Callable[[], object]) -> bool:
     """Whether the system forbids it. Failing for another reason counts as not forbidden."""
     try:
         attempt()
@@ -125,5 +125,5 @@ def main(arguments: list[str]) -> None:
     parent, scratch = os.getppid(), f"/tmp/keye-trial-{os.getpid()}"
     tried = attempts(options["memory_bytes"], parent, scratch)
     confine(options["memory_bytes"], options["cpu_seconds"])
-    found = {name: all(map(refused, tried[name])) for name in (field.name for field in fields(Confinement))}
-    send(sys.stdout.buffer, INFO, json.dumps(found).encode())
+    layers = {name: all(map(is_rejected, tried[name])) for name in (field.name for field in fields(Confinement))}
+    send(sys.stdout.buffer, INFO, json.dumps(layers).encode())

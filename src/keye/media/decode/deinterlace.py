@@ -36,17 +36,17 @@ def deinterlaced(before: VideoFrame | None, frame: VideoFrame, after: VideoFrame
     )  # fmt: skip
     graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=all"), graph.add("buffersink")).configure()
     before = before if before is not None and _alike(before, frame) else None
-    for one in (before, frame, after if after is not None and _alike(after, frame) else None):
-        if one is not None:
-            graph.vpush(one)
+    for frame_in in (before, frame, after if after is not None and _alike(after, frame) else None):
+        if frame_in is not None:
+            graph.vpush(frame_in)
     graph.vpush(None)
     if before is not None:
         graph.vpull()
     picture = graph.vpull()
-    # The filter is told of sizes alone.
+    # The filter receives sizes alone.
     picture.colorspace, picture.color_range = frame.colorspace, frame.color_range
     return picture
 
 
-def _alike(one: VideoFrame, other: VideoFrame) -> bool:
-    return (one.width, one.height, one.format.name) == (other.width, other.height, other.format.name)
+def _alike(frame_in: VideoFrame, other: VideoFrame) -> bool:
+    return (frame_in.width, frame_in.height, frame_in.format.name) == (other.width, other.height, other.format.name)

@@ -1,4 +1,4 @@
-"""Images decoded by a confined process (`image_worker`): those of strangers, and formats with very large decoders. This
+"""Images decoded by a confined process (`image_worker`): untrusted ones, and formats with very large decoders. This
 side asks and checks what comes back."""
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ class ImageReader:
 
     def pictures(self, total: int = MAX_LIST_PIXELS) -> list[Image.Image]:
         """All images, of at most `total` pixels together."""
-        made: list[Image.Image] = []
+        pictures: list[Image.Image] = []
         for index in range(len(self.sources)):
-            made.append(self.picture(index))
-            total -= made[-1].width * made[-1].height
+            pictures.append(self.picture(index))
+            total -= pictures[-1].width * pictures[-1].height
             if total < 0:
                 raise MediaError(
                     f"the pictures of {self.sources[index].name} have too many pixels together; "
                     "shrink them or send a video file"
                 )
-        return made
+        return pictures
 
     def _ask(self, index: int, pixel_limit: int, names: tuple[str, ...], **request: object) -> dict[str, Any]:
         self._worker.name = self.sources[index].name
@@ -139,9 +139,9 @@ def _joined(sources: Sequence[Source]) -> Iterator[BinaryIO]:
         with sources[0].open_file() as file:
             yield file
         return
-    with tempfile.TemporaryFile() as whole:
+    with tempfile.TemporaryFile() as joined:
         for source in sources:
             with source.open() as file:
-                whole.write(file.read())
-        whole.seek(0)
-        yield whole
+                joined.write(file.read())
+        joined.seek(0)
+        yield joined

@@ -1,4 +1,4 @@
-"""The process that touches strangers' images, and everybody's HEIC and AVIF: reads the header, or decodes, under
+"""The process that touches untrusted images, and all HEIC and AVIF: reads the header, or decodes, under
 limits. Standard library, Pillow and pillow-heif.
 
 Started by `keye.media.decode.image_reader` with an open file that holds one or more images. Each request line (JSON)

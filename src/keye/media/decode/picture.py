@@ -1,6 +1,6 @@
 """Pillow at work on one image file: opened under limits, turned upright, converted. Knows no sources, names or arrays.
 
-Runs in the main process for files of one's own and in a confined process for those of strangers. numpy is not imported.
+Runs in the main process for files of one's own and in a confined process for untrusted ones. numpy is not imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from keye.media.decode.wire import WorkerError
 
 #: Formats that are read; of an animation or a file of several pages the first picture, of an icon the largest.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO")
-#: Formats whose decoders are so large that they run in a confined process only, whoever gave the file.
+#: Formats whose decoders are so large that they run in a confined process only, also for trusted files.
 CONFINED = ("AVIF", "HEIF")
 #: Most pixels an image may have before it is decoded (300 MB as RGB).
 MAX_IMAGE_PIXELS = 100_000_000
@@ -39,7 +39,7 @@ _UPPER_BYTE = [level >> 8 for level in range(1 << 16)]
 
 
 class DamagedPicture(WorkerError):
-    """The file's content is wrong. The cause is what Pillow said; it may hold addresses, so strangers are not told."""
+    """The file's content is wrong. The cause is Pillow's error; it may hold addresses, so clients do not see it."""
 
     def __init__(self) -> None:
         super().__init__("is damaged; download or export it again")
@@ -107,9 +107,9 @@ def in_color(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        made = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
-        assert made is not None
-        return made
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
+        assert converted is not None
+        return converted
     clear = image.info.get("transparency")
     if isinstance(clear, tuple) and max(clear) > 255:
         image.info["transparency"] = tuple(level >> 8 for level in clear)

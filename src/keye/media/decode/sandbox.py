@@ -1,7 +1,7 @@
-"""Confines the process that calls it before it reads a stranger's file. Standard library only; Linux system calls.
+"""Confines the process that calls it before it reads an untrusted file. Standard library only; Linux system calls.
 
 Knows no media. Each layer is optional, since systems differ, and `keye.media.decode.confinement` tells which of them
-hold by trying. After `confine` the process computes on the descriptors it has: it opens nothing, talks to nobody,
+hold by trying. After `confine` the process computes on the descriptors it has: it opens nothing, connects to nothing,
 starts nothing. So whatever it needs must have been imported before.
 """
 
@@ -109,7 +109,7 @@ def _system() -> ctypes.CDLL:
 
 
 def _call(libc: ctypes.CDLL, number: int, *arguments: int | bytes | None) -> int:
-    """A system call, with whole words for numbers: what is narrower may arrive with rubbish in its upper half."""
+    """A system call, with whole words for numbers: what is narrower may arrive with garbage in its upper half."""
     words = [
         ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in (number, *arguments)
     ]

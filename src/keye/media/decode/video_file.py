@@ -19,7 +19,7 @@ from keye.media.container.packets import Scan, packet_key, scan
 from keye.media.decode.tracks import choose_track, video_tracks
 from keye.media.decode.wire import WorkerError
 
-#: What strangers' files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
+#: What untrusted files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
 #: seldom used and seldom tested.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,ivf,yuv4mpegpipe,mxf,mjpeg"
 _CODECS = frozenset(
@@ -51,7 +51,7 @@ class VideoFile:
     """A file with one of its video tracks. `faults` counts the packets with which the decoder has found fault;
     `ends_early` tells whether bytes are missing at the end, as far as the file tells.
 
-    Raises `WorkerError` where the file is no video or beyond the limits.
+    Raises `WorkerError` where the file is not a video or beyond the limits.
     """
 
     def __init__(self, file: BinaryIO, opening: Opening) -> None:

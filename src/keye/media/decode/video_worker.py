@@ -26,7 +26,7 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGED, HIDDEN, KEY, NONE, Timeline, lay_out
+from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, Timeline, lay_out
 from keye.media.decode.deinterlace import deinterlaced, with_neighbours
 from keye.media.decode.display import display_facts
 from keye.media.decode.sandbox import confine
@@ -60,9 +60,9 @@ _EVERYTHING = 1 << 62
 _INTRA = 1
 #: Most starts that are found damaged one by one.
 _MOST_RERUNS = 8
-#: Most joins of parts that are told of.
+#: Most joins of parts that are reported.
 _MOST_JOINS = 100
-#: Most damaged places that are told of.
+#: Most damaged places that are reported.
 _MOST_DAMAGE = 100
 #: Packets that are decoded to see whether fields come in packets of their own, and whether frames are reordered.
 _FIELDS, _ORDER = 16, 64
@@ -75,7 +75,7 @@ class Reader:
     def __init__(self, file: BinaryIO, opening: Opening, frame_limit: int) -> None:
         self.video = VideoFile(file, opening)
         self.deinterlace = False
-        self.damaged: Sequence[int] = ()
+        self.damage: Sequence[int] = ()
         #: Where the frames read last are of another size than the one before: (time, width, height), as stored.
         self.resized: list[tuple[int, int, int]] = []
         #: How many groups of pictures before the one that holds a wanted frame decoding begins.
@@ -134,15 +134,15 @@ class Reader:
         mirrored; with `deinterlace` of interlaced frames their first moment. `strict`: damaged frames are errors."""
         self.deinterlace = deinterlace
         wanted = Wanted(targets)
-        self.damaged = wanted.damaged
+        self.damage = wanted.damage
         self.resized = []
         resize, size = VideoReformatter(), self._first_size()
         for target, frame in zip(targets, self._decoded(wanted), strict=False):
             if size != (size := (frame.width, frame.height)):
                 self.resized.append((target, *size))
-            if strict and wanted.damaged:
+            if strict and wanted.damage:
                 raise WorkerError(
-                    f"is damaged near {self._seconds(wanted.damaged[0]):.1f} s; download it again or leave {{}} out",
+                    f"is damaged near {self._seconds(wanted.damage[0]):.1f} s; download it again or leave {{}} out",
                     "strict_media",
                 )
             yield packed_rgb(resize, frame, width, height, self.video.opening.threads)
@@ -156,8 +156,8 @@ class Reader:
         """Frames a second, as far as the file tells."""
         stream = self.video.stream
         if (name := self.video.container.format.name) in _RAW:
-            told = stream.codec_context.framerate if name in _TELLING else None
-            return told or stream.guessed_rate or stream.average_rate
+            declared = stream.codec_context.framerate if name in _TELLING else None
+            return declared or stream.guessed_rate or stream.average_rate
         return stream.average_rate or stream.guessed_rate
 
     def _lay_out(self) -> Timeline:
@@ -171,8 +171,8 @@ class Reader:
         packets that lack parts, and the first one where it may have no beginning."""
         packets, first = self.video.scan.packets, self.video.scan.first_frame
         groups = packets.groups()
-        damaged = [i for i, (begin, end) in enumerate(groups) if any(f & CORRUPT for f in packets.flags[begin:end])]
-        doubtful = list(damaged)
+        damage = [i for i, (begin, end) in enumerate(groups) if any(f & CORRUPT for f in packets.flags[begin:end])]
+        doubtful = list(damage)
         recovers = self.video.stream.codec_context.name in _RECOVERING
         number = 0 if packets.flags and packets.flags[0] & KEY else min(1, len(groups) - 1)
         key, end = groups[number]
@@ -183,13 +183,13 @@ class Reader:
         if not doubtful:
             return
         needed = sorted({near for i in doubtful for near in (max(i - 1, 0), i)})
-        given: dict[Any, bool] = {f.opaque: f.is_corrupt for f in self.video.sample([groups[i] for i in needed])}
-        for i in damaged:
+        decoded: dict[Any, bool] = {f.opaque: f.is_corrupt for f in self.video.sample([groups[i] for i in needed])}
+        for i in damage:
             place = next(place for place in range(*groups[i]) if packets.flags[place] & CORRUPT)
-            if any(given.get(other, True) for other in range(place, groups[i][1])):
-                packets.flags[place] |= DAMAGED
+            if any(decoded.get(other, True) for other in range(place, groups[i][1])):
+                packets.flags[place] |= DAMAGE
         for place in (place for i in doubtful for place in range(*groups[i])):
-            if place not in given:
+            if place not in decoded:
                 packets.flags[place] |= HIDDEN
 
     def _has_field_packets(self) -> bool:
@@ -200,12 +200,12 @@ class Reader:
     def _reorders(self) -> bool:
         """Whether the decoder gives frames in another order than that of their packets' times of showing."""
         packets = self.video.scan.packets
-        given: list[Any] = [frame.opaque for frame in self.video.sample([(0, min(_ORDER, len(packets)))])]
-        times = [packets.pts[place] for place in given]
+        decoded: list[Any] = [frame.opaque for frame in self.video.sample([(0, min(_ORDER, len(packets)))])]
+        times = [packets.pts[place] for place in decoded]
         return times != sorted(times)
 
     def _decoded(self, wanted: Wanted) -> Iterator[VideoFrame]:
-        """The frame for each target: first without the frames nobody needs, then, if any is missing, with them.
+        """The frame for each target: first without the frames that are not needed, then, if any is missing, with them.
 
         A pass that finds out that decoding cannot begin where the container says so is run again from further back.
         """
@@ -239,12 +239,14 @@ class Reader:
             # What refers to a damaged frame is damaged as well, up to the next key.
             tainted = frame.is_corrupt or self.video.faults > known or (tainted and not frame.key_frame)
             known = self.video.faults
-            whole = not frame.is_corrupt and (frame.key_frame or not tainted)
+            complete = not frame.is_corrupt and (frame.key_frame or not tainted)
             # Deinterlacing takes a frame's neighbours, which a lean pass may have left out.
             combed = self.deinterlace and frame.interlaced_frame
             if self.lead == 1 and not known and not wanted.done and wanted.pending < (frame.pts or 0):
                 raise _NoStart  # one group was not enough
-            for hit in wanted.take(frame, whole=whole, exact=lean, usable=not combed, faults=self._is_faulty(known)):
+            for hit in wanted.take(
+                frame, complete=complete, exact=lean, usable=not combed, faults=self._is_faulty(known)
+            ):
                 plain = hit is not frame or not combed
                 yield hit if plain else deinterlaced(before, hit, after, self.video.opening.threads)
             if wanted.done or wanted.missed:
@@ -336,7 +338,7 @@ class Wanted:
         self.targets = targets
         self.times = frozenset(targets)
         self.place = 0
-        self.damaged: list[int] = []
+        self.damage: list[int] = []
         self.missed = False
         self._previous: VideoFrame | None = None
 
@@ -352,18 +354,20 @@ class Wanted:
     def begin_pass(self) -> None:
         self.missed, self._previous = False, None
 
-    def take(self, frame: VideoFrame, *, whole: bool, exact: bool, usable: bool, faults: bool) -> Iterator[VideoFrame]:
+    def take(
+        self, frame: VideoFrame, *, complete: bool, exact: bool, usable: bool, faults: bool
+    ) -> Iterator[VideoFrame]:
         """The frame on display at each target up to the time of a frame, which is `whole` where it was decoded without
         faults. An `exact` pass has only whole and `usable` frames. Without `faults` of the decoder so far, a target
-        without a frame of its own is no damage: some packets have none."""
+        without a frame of its own is not damage: some packets have none."""
         assert frame.pts is not None
         while not self.done and self.pending <= frame.pts:
             late = self.pending < frame.pts
-            if exact and (late or not whole or not usable):
+            if exact and (late or not complete or not usable):
                 self.missed = True
                 return
-            if faults if late else not whole:
-                self.damaged.append(self.pending)
+            if faults if late else not complete:
+                self.damage.append(self.pending)
             self.place += 1
             yield self._previous or frame if late else frame
         self._previous = frame
@@ -374,7 +378,7 @@ class Wanted:
         missing = len(self.targets) - self.place
         if self._previous is None or 2 * missing > len(self.targets):
             return
-        self.damaged += self.targets[self.place :] if faults else []
+        self.damage += self.targets[self.place :] if faults else []
         for _ in range(missing):
             self.place += 1
             yield self._previous
@@ -402,11 +406,11 @@ def _reader(file: BinaryIO, options: dict[str, Any]) -> Reader | AnimationReader
     return Reader(file, opening, options["frame_limit"])
 
 
-def _found(reader: Reader | AnimationReader) -> dict[str, Any]:
+def _facts_of(reader: Reader | AnimationReader) -> dict[str, Any]:
     """What reading frames has shown."""
     if not isinstance(reader, Reader):
         return {"damaged": [], "resized": []}
-    return {"damaged": list(reader.damaged[:_MOST_DAMAGE]), "resized": reader.resized[:_MOST_DAMAGE]}
+    return {"damaged": list(reader.damage[:_MOST_DAMAGE]), "resized": reader.resized[:_MOST_DAMAGE]}
 
 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
@@ -422,9 +426,9 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
             wanted = (request[name] for name in ("targets", "width", "height", "deinterlace", "strict"))
             for frame in reader.frames(*wanted):
                 if select.select([requests], [], [], 0)[0]:
-                    break  # whoever asked for these frames wants no more of them, or has gone away
+                    break  # the caller needs no more of these frames, or has exited
                 send(out, FRAME, frame)
-            send(out, END, json.dumps(_found(reader)).encode())
+            send(out, END, json.dumps(_facts_of(reader)).encode())
     except WorkerError as error:
         send_error(out, *error.args)
     except MemoryError:

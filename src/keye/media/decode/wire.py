@@ -21,7 +21,7 @@ MAX_WORDS = 1 << 16
 
 class WorkerError(Exception):
     """What is wrong with the file and what to do, without its name: a sentence, with `{}` for each option named after
-    it, which whoever tells the user spells."""
+    it, which each interface spells in its own way."""
 
 
 def send(out: BinaryIO, kind: bytes, body: bytes) -> None:

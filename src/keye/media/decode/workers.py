@@ -1,4 +1,4 @@
-"""Worker processes that read strangers' media: started with nothing, listened to under limits, never believed.
+"""Worker processes that read untrusted media: without privileges, under limits, their output validated.
 
 Knows processes, pipes and limits; what the messages mean is known to `video` and `image`. A worker gets one open file,
 an empty environment and `/` as its folder, and confines itself (`keye.media.decode.sandbox`) before it reads. This
@@ -56,8 +56,8 @@ class DecodeLimits:
     duration: float = math.inf
 
 
-#: For files of strangers.
-STRANGERS = DecodeLimits(
+#: For untrusted files.
+UNTRUSTED_LIMITS = DecodeLimits(
     memory_bytes=2 * 1024**3, cpu_seconds=900, wait_seconds=60.0, total_seconds=900.0, frames=5_000_000,
     duration=24 * 3600.0,
 )  # fmt: skip
@@ -66,7 +66,7 @@ STRANGERS = DecodeLimits(
 class Worker:
     """A running worker. `name` is the medium, for sentences; `what` the program, such as "video decoder".
 
-    With `untrusted` a defect of the worker counts as the file's fault, since a stranger's file may provoke one.
+    With `untrusted` a defect of the worker counts as the file's fault, since an untrusted file may provoke one.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Worker:
             raise
 
     def stop(self) -> None:
-        """Kills the worker; whoever reads from it in another thread gets an error, and closes."""
+        """Kills the worker; a reader in another thread gets an error, and closes."""
         if self.process.poll() is None:
             self._kill(MediaError(f"reading of {self.name} was stopped"))
 
@@ -137,7 +137,7 @@ class Worker:
                 raise self.broken() from defect
             raise defect
         if kind == ERROR:
-            raise self._said(body)
+            raise self._worker_error(body)
         return kind, body
 
     def broken(self) -> MediaError:
@@ -149,18 +149,18 @@ class Worker:
         self.process.kill()
         return verdict
 
-    def _said(self, body: bytearray) -> MediaError:
+    def _worker_error(self, body: bytearray) -> MediaError:
         try:
             sentence, *options = json.loads(bytes(body))
             words = [sentence, *options]
             if not all(isinstance(word, str) and word.isprintable() for word in words):
                 return self.broken()
-            said = MediaError("{} " + sentence, self.name, *map(Option, options)) if options else None
-            if said is not None:
-                str(said)  # A sentence with more gaps than options is none that our own worker would send.
+            error = MediaError("{} " + sentence, self.name, *map(Option, options)) if options else None
+            if error is not None:
+                str(error)  # A sentence with more gaps than options is none that our own worker would send.
         except (ValueError, TypeError, LookupError, RecursionError):
             return self.broken()
-        return said or MediaError(f"{self.name} {sentence}")
+        return error or MediaError(f"{self.name} {sentence}")
 
     def _patience(self, begin: float) -> float:
         """Seconds left to wait, of a wait that began at `begin`."""

@@ -1,4 +1,4 @@
-"""Pixels -> what the vision tower eats: normalised patches and their grid."""
+"""Pixels to the inputs of the vision tower: normalised patches and their grid."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Pictures in memory: PIL images, numpy arrays and torch tensors, single or as the frames of a video, to RGB uint8.
 
-torch is not imported: a tensor is told by what it can do.
+torch is not imported: a tensor is recognised by its methods.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def as_picture(value: Any, *, strict_official: bool = False) -> Image.Image:
 
 def in_bytes(image: Image.Image) -> Image.Image:
     """RGB of an image of 32-bit levels (modes I and F), any other as it is. Levels from 0 to 255, and of floats from 0
-    to 1, mean what they say; others are stretched from the lowest, black, to the highest, white. What is no number is
+    to 1, mean what they say; others are stretched from the lowest, black, to the highest, white. NaN is
     black."""
     if image.mode not in ("I", "F"):
         return image
@@ -78,7 +78,7 @@ def as_frames(value: Any) -> Pixels | list[Image.Image]:
 def _channels_last(array: Pixels, *, tensor: bool, axes: int) -> Pixels:
     if array.ndim != axes:
         what = "a picture needs [H, W, 3] or [3, H, W]" if axes == 3 else "frames need [F, H, W, 3] or [F, 3, H, W]"
-        raise MediaError(f"an array of shape {tuple(array.shape)} is no picture: {what}")
+        raise MediaError(f"an array of shape {tuple(array.shape)} is not a picture: {what}")
     known = (1, 3, 4)
     first, last = array.shape[-3] in known, array.shape[-1] in known
     if not first and not last:
@@ -93,7 +93,7 @@ def _levels(value: Any) -> Pixels:
         return array
     if array.dtype.kind not in "fiu" or array.size == 0:
         raise MediaError(
-            f"an array of {array.dtype} {tuple(array.shape)} is no picture; give uint8, or numbers up to 255"
+            f"an array of {array.dtype} {tuple(array.shape)} is not a picture; give uint8, or numbers up to 255"
         )
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 255):

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-#: Luminances in cd/m2: of white of standard range, and the brightest that is told apart.
+#: Luminances in cd/m2: of white of standard range, and the brightest that is distinguished.
 WHITE: Final = 203.0
 PEAK: Final = 1000.0
 #: BT.2020 luminance of red, green and blue, and the matrix from its primaries to those of BT.709 (BT.2087).

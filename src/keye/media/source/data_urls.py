@@ -53,18 +53,18 @@ class DataUrl:
         return 1 + self.text.count(",", self.start) if self.is_base64 else 1
 
     def decode(self) -> bytes:
-        """The content. Raises `MediaError` for what is no base64."""
+        """The content. Raises `MediaError` for what is not base64."""
         return self._decoded(self.start, len(self.text))
 
     def decode_parts(self) -> list[bytes]:
         """The files of a URL that holds several."""
-        found, begin = [], self.start
+        pieces, begin = [], self.start
         for _ in range(self.parts):
             end = self.text.find(",", begin) if self.is_base64 else -1
             end = len(self.text) if end < 0 else end
-            found.append(self._decoded(begin, end))
+            pieces.append(self._decoded(begin, end))
             begin = end + 1
-        return found
+        return pieces
 
     def head(self, count: int) -> bytes:
         """The first bytes of the content, about `count`; empty where they cannot be decoded."""
@@ -91,9 +91,9 @@ class DataUrl:
             letters = rest + piece.translate(_STANDARD, _BLANKS.encode())
             if letters and padded:
                 raise _invalid()
-            whole = len(letters) if begin == end else len(letters) // 4 * 4
-            rest, padded = letters[whole:], b"=" in letters[:whole]
-            out.write(_base64(letters[:whole]))
+            usable = len(letters) if begin == end else len(letters) // 4 * 4
+            rest, padded = letters[usable:], b"=" in letters[:usable]
+            out.write(_base64(letters[:usable]))
         return out.getvalue()
 
 
@@ -147,4 +147,4 @@ def _base64(letters: bytes) -> bytes:
 
 
 def _invalid() -> MediaError:
-    return MediaError("the data: URL is no valid base64; encode the file again")
+    return MediaError("the data: URL is not valid base64; encode the file again")

@@ -76,10 +76,10 @@ def download(
             except (OSError, http.client.HTTPException) as error:
                 raise _failure(parts, error, expired, limits) from None
         url = urljoin(url, location)
-    raise MediaError(f"{shown(url)} redirects more than {limits.redirects} times; give the final address")
+    raise MediaError(f"{redact_url(url)} redirects more than {limits.redirects} times; give the final address")
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """An address for people: without its query, which may hold a key, and without a user's name."""
     parts = urlsplit(url)
     text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -95,11 +95,11 @@ def _checked(url: str, limits: FetchLimits) -> SplitResult:
     except ValueError:
         raise MediaError("the address is not valid; write it as https://host/path") from None
     if parts.scheme not in ("http", "https"):
-        raise MediaError(f"{shown(url)} is no http or https address; download the file and pass its path")
+        raise MediaError(f"{redact_url(url)} is not an http or https address; download the file and pass its path")
     if not valid:
         raise MediaError("the address is not valid; write it as https://host/path")
     if parts.username or parts.password:
-        raise MediaError(f"{shown(url)} holds a user name; download the file and pass its path")
+        raise MediaError(f"{redact_url(url)} holds a user name; download the file and pass its path")
     return parts
 
 
@@ -108,31 +108,31 @@ def _address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
     assert parts.hostname is not None
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise MediaError(f"{shown(parts.geturl())} names an unknown host; check the address") from None
-    for *_, address in found:
+        raise MediaError(f"{redact_url(parts.geturl())} names an unknown host; check the address") from None
+    for *_, address in addresses:
         private = limits.allow_private or allows_host(limits.private_hosts, parts.hostname, port, parts.scheme)
         if not private and not is_public(str(address[0])):
             if limits.hosts is not None:
-                raise MediaError(f"{shown(parts.geturl())} leads to a private address; send the file itself")
+                raise MediaError(f"{redact_url(parts.geturl())} leads to a private address; send the file itself")
             raise MediaError(
-                f"{shown(parts.geturl())} leads to the private address {address[0]}; download the file yourself, "
+                f"{redact_url(parts.geturl())} leads to the private address {address[0]}; download the file yourself, "
                 "or allow private addresses if you trust it"
             )
-    return tuple(found[0][4])
+    return tuple(addresses[0][4])
 
 
-def is_public(address: str) -> bool:
+def is_public(text: str) -> bool:
     """Whether an IP address belongs to the public internet, also where it is wrapped in an IPv6 address."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = ipaddress.ip_address(text.partition("%")[0])
     inner = [ip]
     if isinstance(ip, ipaddress.IPv6Address):
         wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
         if ip in ipaddress.ip_network("64:ff9b::/96"):
             wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        inner = [found for found in wrapped if found is not None] or inner
-    return all(found.is_global and not found.is_multicast and not found.is_reserved for found in inner)
+        inner = [address for address in wrapped if address is not None] or inner
+    return all(address.is_global and not address.is_multicast and not address.is_reserved for address in inner)
 
 
 @contextmanager
@@ -182,19 +182,19 @@ def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> htt
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if any(ord(letter) <= 32 or ord(letter) > 126 for letter in target):
         raise MediaError(
-            f"{shown(parts.geturl())} holds blanks or letters that an address must escape; use %20 and the like"
+            f"{redact_url(parts.geturl())} holds blanks or letters that an address must escape; use %20 and the like"
         )
     headers = {"User-Agent": "keye", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
     connection.request("GET", target, headers=headers)
     response = connection.getresponse()
     if response.status in _REDIRECTS and (location := response.getheader("Location")):
         return location
-    name = shown(parts.geturl())
+    name = redact_url(parts.geturl())
     if response.status != 200:
         # The phrase is the standard's: what a server writes there may be anything.
         phrase = http.client.responses.get(response.status, "an unknown status")
         raise MediaError(f"{name} answers {response.status} {phrase}; check the address")
-    # The standard library takes a length that is no number for none at all.
+    # The standard library ignores a length that is not a number.
     length = response.getheader("Content-Length")
     if length is not None and not (length.strip().isascii() and length.strip().isdigit()):
         raise MediaError(f"{name} declares a length of {length[:40]!r} bytes; download it and pass the file")
@@ -214,7 +214,7 @@ def _save(
     folder: Path | None,
 ) -> tuple[IO[bytes], int]:
     """The body, as long as it is declared to be, in a temporary file, and its size."""
-    name = shown(parts.geturl())
+    name = redact_url(parts.geturl())
     declared = response.length
     _check_declared(name, declared, most)
     if declared is not None:
@@ -270,12 +270,12 @@ def _check_end(
     if surplus:
         file.close()
         raise MediaError(
-            f"{shown(parts.geturl())} sends more than the {size} bytes that it declares; download it and pass the file"
+            f"{redact_url(parts.geturl())} sends more than the {size} bytes it declares; download it and pass the file"
         )
 
 
 def _failure(parts: SplitResult, error: Exception, expired: threading.Event, limits: FetchLimits) -> MediaError:
-    name = shown(parts.geturl())
+    name = redact_url(parts.geturl())
     if expired.is_set():
         return MediaError(f"{name} took more than {limits.total_seconds:g} s; download it and pass the file")
     if isinstance(error, TimeoutError):

@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 from keye.errors import MediaError
 from keye.media.container.kinds import Other, is_image_format, kind_of
 from keye.media.source.data_urls import DataUrl, parse_data_url, parse_list
-from keye.media.source.download import FetchLimits, download, shown
+from keye.media.source.download import FetchLimits, download, redact_url
 from keye.media.source.hosts import check_address
 from keye.units import GIB, format_bytes
 
@@ -33,7 +33,7 @@ INDEX_MAGIC = b"\x89KEYE INDEX\r\n\x1a\n\x00"
 
 #: Longest text that may be a path, in letters.
 _LONGEST_PATH = 4096
-#: Names of files that look like an address or like somebody's home.
+#: Names of files that look like an address or like a home folder.
 _ODD = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]*:")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -43,7 +43,7 @@ class Source:
     """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`).
 
     `keep` holds a temporary file at `path`, which is removed when the last source of it is gone. With `untrusted`, for
-    what a stranger sent, images too are decoded in a confined process, as videos always are.
+    untrusted files, images too are decoded in a confined process, as videos always are.
     """
 
     name: str
@@ -109,12 +109,12 @@ def _checked_size(source: Source, max_bytes: int) -> Source:
 
 
 _OWNERS = FetchLimits()
-_STRANGERS = FetchLimits(download_bytes=2 * GIB, total_seconds=120.0, idle_seconds=10.0, redirects=3)
+_UNTRUSTED_LIMITS = FetchLimits(download_bytes=2 * GIB, total_seconds=120.0, idle_seconds=10.0, redirects=3)
 
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """What somebody who is not trusted with this machine may name: `data:` URLs, and http(s) addresses of `hosts`
+    """What an untrusted user may name: `data:` URLs, and http(s) addresses of `hosts`
     (`keye.media.source.hosts.parse_host_rule`), which are none unless given. Never a path, a file: URL or another
     scheme.
 
@@ -126,7 +126,7 @@ class FetchPolicy:
     video_bytes: int = 2 * GIB
     image_bytes: int = GIB // 16
     list_frames: int = 1024
-    limits: FetchLimits = _STRANGERS
+    limits: FetchLimits = _UNTRUSTED_LIMITS
 
     def fetch(self, reference: object, kind: str = "video") -> Source:
         """The file that a request names by a `data:` URL or an address; `kind` is `"image"` or `"video"`."""
@@ -166,7 +166,7 @@ class FetchPolicy:
 
 @dataclass(frozen=True)
 class OwnersPolicy(FetchPolicy):
-    """What somebody may name to whom this machine belongs: whatever `fetch_source` opens, by `limits`."""
+    """Policy for the local user: whatever `fetch_source` opens, by `limits`."""
 
     limits: FetchLimits = _OWNERS
 
@@ -181,7 +181,7 @@ class OwnersPolicy(FetchPolicy):
 
 
 def untrusted(source: Source) -> Source:
-    """A source whose content came from a stranger, such as an uploaded file: decoded in confined processes only."""
+    """A source whose content is untrusted, such as an uploaded file: decoded in confined processes only."""
     return replace(source, untrusted=True)
 
 
@@ -190,10 +190,10 @@ def media_kind(source: Reference) -> str:
     judge. Raises `MediaError` for what is neither, such as a PDF or a text file."""
     source = fetch_source(source)
     with source.open() as file:
-        found = kind_of(file)
-    if isinstance(found, Other):
-        raise MediaError(f"{source.name} {found}")
-    return found
+        kind = kind_of(file)
+    if isinstance(kind, Other):
+        raise MediaError(f"{source.name} {kind}")
+    return kind
 
 
 def check_media(source: Source) -> None:
@@ -243,7 +243,7 @@ def _fetch(text: str, max_bytes: int, limits: FetchLimits) -> Source | None:
     scheme = text.partition(":")[0].lower() if ":" in text else ""
     if scheme in ("http", "https"):
         file, size = download(text, limits, max_bytes, max_bytes_of=_max_bytes_of)
-        return Source(shown(text).rpartition("/")[2] or shown(text), size, path=Path(file.name), keep=file)
+        return Source(redact_url(text).rpartition("/")[2] or redact_url(text), size, path=Path(file.name), keep=file)
     if scheme in ("ftp", "rtsp", "rtmp") or (scheme != "file" and _ADDRESS.match(text)):
         raise MediaError(f"{_short(text)} is a {scheme} address; download it first and pass the file")
     return None
@@ -263,7 +263,7 @@ def _file(text: str, *, expand: bool = True) -> Source:
     if stat.S_ISDIR(status.st_mode):
         raise MediaError(f"{_short(text)} is a directory; name a file inside it")
     if not stat.S_ISREG(status.st_mode):
-        raise MediaError(f"{_short(text)} is no regular file; save its content to a file first")
+        raise MediaError(f"{_short(text)} is not a regular file; save its content to a file first")
     source = Source(path.name, status.st_size, path=path)
     source.open().close()
     return source
@@ -274,11 +274,13 @@ def _file_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise MediaError(f"{_short(text)} names another machine; copy the file here and pass its path")
-    whole = text[5:].removeprefix("//").removeprefix(parts.netloc)
+    path_text = text[5:].removeprefix("//").removeprefix(parts.netloc)
     try:
-        return next((path for path in (url2pathname(whole), whole) if os.path.isfile(path)), url2pathname(parts.path))
+        return next(
+            (path for path in (url2pathname(path_text), path_text) if os.path.isfile(path)), url2pathname(parts.path)
+        )
     except ValueError:
-        return whole
+        return path_text
 
 
 def _check_data(url: DataUrl, kind: str, most: int) -> None:

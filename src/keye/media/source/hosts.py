@@ -1,4 +1,4 @@
-"""Which addresses strangers may make this machine fetch from, by how they are written. Opens nothing, resolves nothing.
+"""Which addresses untrusted users may have this machine fetch, by how they are written. Opens and resolves nothing.
 
 Programs disagree about odd URLs, and what one checks another may fetch. So an address passes only in the plain form in
 which all agree: ASCII, a DNS name in lower case, no user, no escapes in the host, the scheme's own port.
@@ -29,9 +29,9 @@ def parse_host_rule(text: str) -> str:
     name, colon, port = rule.removeprefix("*.").partition(":")
     valid = _NAME.fullmatch(name) and (not _NUMERIC.fullmatch(name) or (_is_ipv4(name) and not rule.startswith("*.")))
     if rule.startswith("*.") and "." not in name:
-        valid = None  # A whole top-level domain, which is nobody's.
+        valid = None  # A whole top-level domain, which belongs to no owner.
     if not valid or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
-        raise KeyeError(f"{text!r} is no host that can be allowed; write host, host:port or *.domain.example")
+        raise KeyeError(f"{text!r} is not a host that can be allowed; write host, host:port or *.domain.example")
     return rule
 
 
