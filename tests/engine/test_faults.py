@@ -282,8 +282,9 @@ def test_what_is_told_of_a_preempted_request_is_told_once(model: Keye) -> None:
         while not model.core.is_idle():
             if not model.core.step():
                 model.core.wait_for_work()
+                continue
             steps += 1
-            for task in model.core.tasks if disturbed and steps in (4, 9) else ():
+            for task in model.core.tasks if disturbed and steps in (2, 6) else ():
                 model.core.scheduler.preempt(task)
         return inbox.events[-1]  # type: ignore[return-value]
 

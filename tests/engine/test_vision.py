@@ -133,7 +133,7 @@ def test_a_step_keeps_to_its_patches(tiny: Runtime, builder: PromptBuilder) -> N
 @pytest.mark.usefixtures("small_groups")
 def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Runtime, builder: PromptBuilder, video: Path) -> None:
     prompt, ledger = prompt_of(builder, video, video), Ledger()
-    job = VisionJob(tiny.model, prompt.media, ledger=ledger)
+    job = VisionJob(tiny.model, prompt.media, cache=VisionCache(0, ledger))
     assert job.total == 2 * 8 * 16
     assert (run(job) - whole(tiny, prompt)).abs().max() <= 1e-6
     assert ledger.used("vision") == job.total * 64 * 4  # float32
@@ -145,7 +145,9 @@ def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Runtime, builder: Pro
 @pytest.mark.usefixtures("small_groups")
 def test_used_tokens_are_freed(tiny: Runtime, builder: PromptBuilder) -> None:
     ledger = Ledger()
-    job = VisionJob(tiny.model, prompt_of(builder, Frames(np.zeros((9, 112, 112, 3), np.uint8))).media, ledger=ledger)
+    job = VisionJob(
+        tiny.model, prompt_of(builder, Frames(np.zeros((9, 112, 112, 3), np.uint8))).media, cache=VisionCache(0, ledger)
+    )
     run(job)
     held, last = ledger.used(), job.tokens(100, 144).clone()
     job.forget(100)  # the first two of three groups
@@ -161,7 +163,7 @@ def test_closing_at_any_moment_leaves_nothing(tiny: Runtime, builder: PromptBuil
     cache = VisionCache(ledger=ledger)
     prompt = prompt_of(builder, video, Image.new("RGB", (56, 56)))
     for steps in range(4):
-        job = VisionJob(tiny.model, prompt.media, ledger=ledger, cache=cache if steps % 2 else None)
+        job = VisionJob(tiny.model, prompt.media, cache=cache if steps % 2 else VisionCache(0, ledger))
         for _ in range(steps):
             job.wait()
             job.step(1)
@@ -229,13 +231,13 @@ def test_the_cache_makes_room_for_others(tiny: Runtime, builder: PromptBuilder) 
     cache = VisionCache(size, ledger)
     old, new = (prompt_of(builder, Frames(np.full((8, 112, 112, 3), value, np.uint8))) for value in (1, 2))
     for prompt in (old, new):
-        job = VisionJob(tiny.model, prompt.media, cache=cache, ledger=ledger)
+        job = VisionJob(tiny.model, prompt.media, cache=cache)
         run(job)
         job.close()
     assert new.media[0].key is not None and old.media[0].key is not None
     assert cache.acquire(old.media[0].key) is None and cache.acquire(new.media[0].key) is not None
     with pytest.raises(OutOfMemory):
-        run(VisionJob(tiny.model, old.media, cache=cache, ledger=ledger))
+        run(VisionJob(tiny.model, old.media, cache=cache))
 
 
 def test_prefill_from_a_stream_gives_the_same_logits(tiny: Runtime, builder: PromptBuilder, video: Path) -> None:

@@ -45,7 +45,7 @@ class Ledger:
         assert set(separate or ()) <= set(SEPARATE_BUDGETS)
         self.budget = budget
         self._separate = dict(separate or {})
-        self._held: Counter[str] = Counter()
+        self._reserved: Counter[str] = Counter()
         self._reclaimers: list[_Reclaimer] = []
         #: Guards the ledger, and the caches and stores that reserve in it. Reentrant: a reservation evicts entries of a
         #: cache, and garbage collection may free a sequence anywhere; both release bytes in the same thread.
@@ -72,7 +72,7 @@ class Ledger:
             while not self.has_room(account, nbytes):
                 if not (evict and self.reclaim(account)):
                     return False
-            self._held[account] += nbytes
+            self._reserved[account] += nbytes
             if account not in SEPARATE_BUDGETS:
                 self.peak = max(self.peak, self._used_in_budget(account))
             return True
@@ -90,8 +90,8 @@ class Ledger:
     def release(self, account: str, nbytes: int) -> None:
         """Returns what `reserve` took."""
         with self.lock:
-            assert 0 <= nbytes <= self._held[account], f"{account} releases more than it took"
-            self._held[account] -= nbytes
+            assert 0 <= nbytes <= self._reserved[account], f"{account} releases more than it took"
+            self._reserved[account] -= nbytes
 
     def has_room(self, account: str, nbytes: int) -> bool:
         """Whether so many bytes are free now."""
@@ -102,7 +102,7 @@ class Ledger:
     def used(self, account: str | None = None) -> int:
         """Bytes held by one account, or by all, those of separate budgets included."""
         with self.lock:
-            return self._held.total() if account is None else self._held[account]
+            return self._reserved.total() if account is None else self._reserved[account]
 
     def free(self, account: str = "kv") -> int | None:
         """Bytes that an account can still take; None without a budget."""
@@ -113,14 +113,14 @@ class Ledger:
     def accounts(self) -> Mapping[str, int]:
         """Bytes of every account that holds any."""
         with self.lock:
-            return {name: n for name, n in sorted(self._held.items()) if n}
+            return {name: n for name, n in sorted(self._reserved.items()) if n}
 
     def limit(self, account: str) -> int | None:
         """Bytes of the budget that an account counts against; None without one."""
         return self._separate.get(account) if account in SEPARATE_BUDGETS else self.budget
 
     def _used_in_budget(self, account: str) -> int:
-        return sum(n for name, n in self._held.items() if self._share_budget(account, name))
+        return sum(n for name, n in self._reserved.items() if self._share_budget(account, name))
 
     @staticmethod
     def _share_budget(account: str, other: str) -> bool:
@@ -131,9 +131,9 @@ class Ledger:
         with self.lock:
             what, budget = SEPARATE_BUDGETS.get(account, "memory"), self.limit(account) or 0
             holders = {name: n for name, n in self.accounts().items() if self._share_budget(account, name)}
-        held = ", ".join(f"{name} {format_bytes(n)}" for name, n in holders.items())
+        reserved = ", ".join(f"{name} {format_bytes(n)}" for name, n in holders.items())
         return (
             f"{format_bytes(nbytes)} more are needed for {account}, but the {what} budget is {format_bytes(budget)} "
-            f"and holds {held or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about fewer "
-            "frames"
+            f"and holds {reserved or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about "
+            "fewer frames"
         )

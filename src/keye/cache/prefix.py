@@ -34,9 +34,9 @@ def cut_points(length: int, spans: MediaSpans) -> list[int]:
     """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block
     boundary that leaves a token to compute."""
     points = {stop for _, stop, _ in spans.media if stop < length}
-    whole = (length - 1) // KV_BLOCK * KV_BLOCK
-    if whole and not spans.inside(whole):
-        points.add(whole)
+    last = (length - 1) // KV_BLOCK * KV_BLOCK
+    if last and not spans.inside(last):
+        points.add(last)
     return sorted(points)
 
 

@@ -39,7 +39,7 @@ class VisionCache:
         #: What was tolerated of media when they were read, by their keys, with the name that each had then.
         self._noted: OrderedDict[bytes, tuple[str, tuple[KeyeWarning, ...]]] = OrderedDict()
         self._lock = self.ledger.lock
-        self._held = 0
+        self._nbytes = 0
         self.ledger.register(self.evict, {ACCOUNT}, priority=1)
 
     def accepts(self, nbytes: int) -> bool:
@@ -85,11 +85,11 @@ class VisionCache:
                 return self.acquire(key)
             if not self.accepts(nbytes):
                 return None
-            while self._held + nbytes > self.budget or not self.ledger.try_reserve(ACCOUNT, nbytes, evict=False):
+            while self._nbytes + nbytes > self.budget or not self.ledger.try_reserve(ACCOUNT, nbytes, evict=False):
                 if not self.evict():
                     return None
             self._entries[key] = _Entry(tokens, users=1)
-            self._held += nbytes
+            self._nbytes += nbytes
             return tokens
 
     def evict(self) -> bool:
@@ -100,7 +100,7 @@ class VisionCache:
                 return False
             tokens = self._entries.pop(key).tokens
             nbytes = tokens.numel() * tokens.element_size()
-            self._held -= nbytes
+            self._nbytes -= nbytes
             self.ledger.release(ACCOUNT, nbytes)
             return True
 
@@ -112,4 +112,4 @@ class VisionCache:
     def nbytes(self) -> int:
         """Bytes kept."""
         with self._lock:
-            return self._held
+            return self._nbytes

@@ -148,7 +148,7 @@ class EngineCore:
             except Exception as error:  # noqa: BLE001 - whatever went wrong in a decoder fails the request of the file
                 scheduler.fail(task, error)
                 return True
-            job.give_notes(task.notes)
+            job.add_notes(task.notes)
             if patches:
                 scheduler.timer.record_patches(time.perf_counter() - begin, patches)
                 task.emit(Progress("encode", job.ready, job.total))

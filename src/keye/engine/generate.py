@@ -95,7 +95,7 @@ class Decoding:
                     hidden = self._forward(x, prompt.position_ids[:, part].to(device), replies=end == ids.shape[0])
                 if on_progress is not None:
                     on_progress(Progress("prefill", end, ids.shape[0]))
-            job.give_notes(self.notes)
+            job.add_notes(self.notes)
         finally:
             job.close()
         with turn():

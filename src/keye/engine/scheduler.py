@@ -256,14 +256,14 @@ class Scheduler:
         if "started" not in task.times:  # after a preemption what is stored is its own
             task.times["started"], task.cached = time.perf_counter(), state.done
         first = int(ready.prompt.visual_counts[state.done - 1]) if state.done else 0
-        cache, ledger = self.runtime.vision_cache, self.runtime.ledger
+        model, cache = self.runtime.model, self.runtime.vision_cache
         try:
-            state.vision = VisionJob(self.runtime.model, ready.prompt.media, first=first, cache=cache, ledger=ledger)
+            state.vision = VisionJob(model, ready.prompt.media, first=first, cache=cache)
         except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
             self.fail(task, error)
             return
         state.vision.forget(first)
-        state.vision.give_notes(task.notes)
+        state.vision.add_notes(task.notes)
         if state.logits is not None:
             self.complete_prompt(task, state)
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keye.cache.ledger import Ledger
 from keye.cache.vision import VisionCache
 from keye.engine.turns import Turn
 from keye.errors import KeyeWarning
@@ -25,8 +24,8 @@ from keye.media.processor import MediaItem
 from keye.models.keye import KeyeModel
 from keye.models.vision import PATCHES_PER_CHUNK
 
-#: Patches that are encoded at once in main memory: more do not make a core faster, and would keep those waiting who
-#: write meanwhile. Other devices take whole chunks.
+#: Patches that are encoded at once in main memory: more do not make a core faster, and would delay the replies that are
+#: generated meanwhile. Other devices take full chunks.
 GROUP_PATCHES = 256
 #: The ledger's account.
 ACCOUNT = "vision"
@@ -43,12 +42,12 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Part:
-    """Visual tokens `start .. start + len(tokens)` of the prompt. `held` are their bytes in the ledger; `key` that of
-    the cache, which holds them instead."""
+    """Visual tokens `start .. start + len(tokens)` of the prompt: `nbytes` reserved in the ledger, or those of `key` in
+    the cache."""
 
     start: int
     tokens: Tensor
-    held: int = 0
+    nbytes: int = 0
     key: bytes | None = None
 
     @property
@@ -57,11 +56,11 @@ class _Part:
 
 
 class VisionJob:
-    """The visual tokens of `media`, in order. `ready` of `total` are there; each call of `step` makes some more.
+    """The visual tokens of `media`, in order. `ready` of `total` are there; each call of `step` encodes some more.
 
     With `first`, the media that end before visual token `first` are left out: their keys and values are stored already.
     A medium that `cache` knows is neither decoded nor encoded, others are added to it. Tokens held here count in the
-    account `vision` of `ledger`. Close a job that is not needed any more: it may have a decode worker.
+    account `vision` of its ledger. Close a job that is not needed any more: it may have a decode worker.
     """
 
     def __init__(
@@ -71,20 +70,18 @@ class VisionJob:
         *,
         first: int = 0,
         cache: VisionCache | None = None,
-        ledger: Ledger | None = None,
     ) -> None:
-        self._model, self._cache, self._ledger = model, cache, ledger or Ledger()
+        self._model, self._cache = model, cache or VisionCache(0)
+        self._ledger = self._cache.ledger
         self.total, self.ready = sum(item.visual_tokens for item in media), 0
         #: What was tolerated of the media that are complete, and of those that were read before.
-        self._notes: list[KeyeWarning] = []
-        if cache is not None:
-            named = [(item.key, item.plan.name) for item in media if item.key is not None and item.plan is not None]
-            self._notes = [note for key, name in named for note in cache.notes(key, name)]
+        named = [(item.key, item.plan.name) for item in media if item.key is not None and item.plan is not None]
+        self._notes = [note for key, name in named for note in self._cache.notes(key, name)]
         self._parts: list[_Part] = []
         self._forgotten = 0
-        #: Whether the memory was full once: then nothing is kept for the cache any more.
-        self._scarce = False
-        self._media = _needed(media, first)
+        #: Whether memory was full once: then nothing is retained for the cache any more.
+        self._is_scarce = False
+        self._media = _select_media(media, first)
         self._groups: list[_Group] = []
         self._reader: PixelReader | None = None
         self._item_start = 0
@@ -106,7 +103,7 @@ class VisionJob:
 
     def will_keep(self, key: bytes) -> bool:
         """Whether a medium of this key is still to be encoded and will go into the cache then."""
-        return not self._scarce and any(item.key == key and self._has_place(item) for _, item in self._media)
+        return not self._is_scarce and any(item.key == key and self._is_cacheable(item) for _, item in self._media)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps while `waiting`, at most `timeout` seconds; returns whether `step` has something to do."""
@@ -119,13 +116,15 @@ class VisionJob:
         nothing has changed. Raises what went wrong with a medium; after that only `close` makes sense."""
         count = 0
         while self._groups and not self.waiting and (not count or count + self._groups[0].patches <= patches):
-            held = self._bytes_of(self._groups[0].tokens)
-            if not self._try_reserve(held):
+            nbytes = self._bytes_of(self._groups[0].tokens)
+            if not self._try_reserve(nbytes):
                 if count or not required:
                     return count
-                self._ledger.reserve(ACCOUNT, held)
+                self._ledger.reserve(ACCOUNT, nbytes)
             group = self._groups.pop(0)
-            self._add(self._encode(group, held), held)
+            self._parts.append(_Part(self.ready, self._encode(group, nbytes), nbytes))
+            self.ready = self._parts[-1].stop
+            self.forget(self._forgotten)  # of a medium that was begun before, what was computed then
             count += group.patches
             if not self._groups:
                 self._finish_medium()
@@ -144,25 +143,25 @@ class VisionJob:
         if start == stop:
             return torch.empty(0, self._model.config.text.hidden_size, dtype=self._model.dtype)
         place = bisect_right(self._parts, start, key=lambda part: part.start) - 1
-        found: list[Tensor] = []
+        pieces: list[Tensor] = []
         while start < stop:
             part = self._parts[place]
-            found.append(part.tokens[start - part.start : stop - part.start])
+            pieces.append(part.tokens[start - part.start : stop - part.start])
             start, place = part.stop, place + 1
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def forget(self, before: int) -> None:
-        """Frees visual tokens before this one; a medium on its way to the cache is kept until it is complete."""
+        """Frees visual tokens before this one; a medium on its way to the cache is retained until it is complete."""
         self._forgotten = max(self._forgotten, before)
-        kept = self._item_start if self._keeps else self._forgotten
-        count = bisect_right(self._parts, min(self._forgotten, kept), key=lambda part: part.stop)
+        retained = self._item_start if self._caches_medium else self._forgotten
+        count = bisect_right(self._parts, min(self._forgotten, retained), key=lambda part: part.stop)
         self._free(self._parts[:count])
         self._parts = self._parts[count:]
 
-    def give_notes(self, known: list[KeyeWarning]) -> None:
-        """Adds what was tolerated of media that were completed since the last call, once each."""
-        said = set(map(str, known))
-        known += [note for note in self._notes if str(note) not in said]
+    def add_notes(self, notes: list[KeyeWarning]) -> None:
+        """Adds to `notes` what was tolerated of media that were completed since the last call, once each."""
+        known = set(map(str, notes))
+        notes += [note for note in self._notes if str(note) not in known]
         self._notes = []
 
     def close(self) -> None:
@@ -175,15 +174,12 @@ class VisionJob:
         self._parts = []
 
     @property
-    def _keeps(self) -> bool:
+    def _caches_medium(self) -> bool:
         """Whether the medium being encoded will go into the cache."""
-        return bool(self._media) and not self._scarce and self._has_place(self._media[0][1])
+        return bool(self._media) and not self._is_scarce and self._is_cacheable(self._media[0][1])
 
-    def _has_place(self, item: MediaItem) -> bool:
-        """Whether the cache can hold a medium."""
-        if self._cache is None or item.key is None:
-            return False
-        return self._cache.accepts(self._bytes_of(item.visual_tokens))
+    def _is_cacheable(self, item: MediaItem) -> bool:
+        return item.key is not None and self._cache.accepts(self._bytes_of(item.visual_tokens))
 
     def _bytes_of(self, tokens: int) -> int:
         """Bytes of visual tokens."""
@@ -193,9 +189,7 @@ class VisionJob:
         """Starts the next medium that has to be encoded; takes those before it from the cache."""
         while self._media:
             self._item_start, item = self._media[0]
-            cached = None
-            if self._cache is not None and item.key is not None:
-                cached = self._cache.acquire(item.key)
+            cached = None if item.key is None else self._cache.acquire(item.key)
             if cached is None:
                 self._reader = item.pixels.open()
                 limit = GROUP_PATCHES if self._model.device.type == "cpu" else PATCHES_PER_CHUNK
@@ -206,62 +200,57 @@ class VisionJob:
             self._media.pop(0)
 
     def _try_reserve(self, nbytes: int) -> bool:
-        """Reserves bytes of visual tokens; where they are missing, those kept for the cache are freed."""
+        """Reserves bytes of visual tokens; where they are missing, those retained for the cache are freed."""
         if self._ledger.try_reserve(ACCOUNT, nbytes):
             return True
-        self._scarce = True
+        self._is_scarce = True
         self.forget(self._forgotten)
         return self._ledger.try_reserve(ACCOUNT, nbytes)
 
-    def _encode(self, group: _Group, held: int) -> Tensor:
-        """The visual tokens of the next rows, for which `held` bytes are reserved."""
+    def _encode(self, group: _Group, nbytes: int) -> Tensor:
+        """The visual tokens of the next rows, for which `nbytes` are reserved."""
         assert self._reader is not None
         try:
             pixels, grids = self._reader.take(group.rows).tensors()
             return self._model.encode_vision(pixels.to(self._model.device), grids)
         except BaseException:
-            self._ledger.release(ACCOUNT, held)
+            self._ledger.release(ACCOUNT, nbytes)
             raise
 
-    def _add(self, tokens: Tensor, held: int) -> None:
-        self._parts.append(_Part(self.ready, tokens, held))
-        self.ready += tokens.shape[0]
-        self.forget(self._forgotten)  # of a medium that was begun before, what was computed then
-
     def _finish_medium(self) -> None:
-        """Gives a whole medium to the cache, and turns to the next."""
+        """Moves a complete medium to the cache, and starts the next."""
         assert self._reader is not None
         notes = self._reader.notes()
         self._reader.close()
         self._reader = None
         start, item = self._media[0]
         self._notes += notes
-        if notes and self._cache is not None and item.key is not None and item.plan is not None:
+        if notes and item.key is not None and item.plan is not None:
             self._cache.note(item.key, item.plan.name, notes)
-        if self._keeps:
-            own = [part for part in self._parts if part.start >= start]
-            self._to_cache(item, start, own)
+        if self._caches_medium:
+            self._move_to_cache(item, start)
         self._media.pop(0)
         self._next_medium()
 
-    def _to_cache(self, item: MediaItem, start: int, own: Sequence[_Part]) -> None:
-        assert self._cache is not None and item.key is not None
+    def _move_to_cache(self, item: MediaItem, start: int) -> None:
+        """Replaces the parts from `start` on, those of a medium, by its tokens in the cache."""
+        assert item.key is not None
+        own = [part for part in self._parts if part.start >= start]
         joined = torch.cat([part.tokens for part in own])
-        held = joined.numel() * joined.element_size()
+        nbytes = joined.numel() * joined.element_size()
         with self._ledger.lock:  # between two accounts the bytes are free, and no other thread may take them
             self._free(own)
             del self._parts[len(self._parts) - len(own) :]
             if (shared := self._cache.put(item.key, joined)) is not None:
                 self._parts.append(_Part(start, shared, key=item.key))
             else:
-                self._ledger.reserve(ACCOUNT, held)
-                self._parts.append(_Part(start, joined, held))
+                self._ledger.reserve(ACCOUNT, nbytes)
+                self._parts.append(_Part(start, joined, nbytes))
 
     def _free(self, parts: Sequence[_Part]) -> None:
         for part in parts:
-            self._ledger.release(ACCOUNT, part.held)
+            self._ledger.release(ACCOUNT, part.nbytes)
             if part.key is not None:
-                assert self._cache is not None
                 self._cache.release(part.key)
 
 
@@ -271,7 +260,7 @@ def is_being_encoded(media: Sequence[MediaItem], jobs: Iterable[VisionJob]) -> b
     return any(job.will_keep(key) for job in jobs for key in keys)
 
 
-def _needed(media: Sequence[MediaItem], first: int) -> list[tuple[int, MediaItem]]:
+def _select_media(media: Sequence[MediaItem], first: int) -> list[tuple[int, MediaItem]]:
     """The media that end after visual token `first`, each with its own first token."""
     needed, start = [], 0
     for item in media:
