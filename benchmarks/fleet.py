@@ -63,7 +63,7 @@ class Site:
     def __init__(self, sources: Sequence[Source], service: DecodeService) -> None:
         self.sources, self.service = sources, service
         self.model = keye.load("nano")
-        self.engine = AsyncEngine(self.model.core)
+        self.engine = AsyncEngine(self.model.engine)
         self.gate = asyncio.Semaphore(TOGETHER)
 
     async def decode(self, number: int) -> Any:

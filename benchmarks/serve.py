@@ -136,7 +136,7 @@ def in_process(threads: int, each: int) -> float:
 
     torch.set_num_threads(threads)
     model = keye.load("nano")
-    engine = AsyncEngine(model.core)
+    engine = AsyncEngine(model.engine)
 
     async def run_stream(number: int, tokens: int) -> None:
         request = replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,10 @@ from keye.config import (
     load_processor_config,
 )
 from keye.engine.core import EngineCore
+from keye.engine.engine import Engine
 from keye.engine.media import as_medium
 from keye.engine.prompt import Measured
-from keye.engine.request import Inbox, Progress, Request, check_attention
+from keye.engine.request import Progress, Request, check_attention
 from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
 from keye.errors import KeyeError, collect_warnings
@@ -59,6 +59,8 @@ class Keye:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        #: Computes all requests of this model; also by token ids.
+        self.engine = Engine(runtime)
 
     @property
     def name(self) -> str:
@@ -84,10 +86,9 @@ class Keye:
     def processor(self) -> Processor:
         return self.runtime.processor
 
-    @cached_property
+    @property
     def core(self) -> EngineCore:
-        """The engine that all requests of this model share; created when it is first needed."""
-        return EngineCore(self.runtime)
+        return self.engine.core
 
     def ask(self, media: object, question: str, **options: Any) -> Answer:
         """Answers a question about one medium or a list of them; see `stream_ask`."""
@@ -203,7 +204,7 @@ class Keye:
         called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
         model's own defaults for those not given."""
         request = self.request(messages, **options)
-        return stream_answer(self.core, request, on_progress)
+        return stream_answer(self.engine, request, on_progress)
 
     def request(
         self,
@@ -242,18 +243,9 @@ class Keye:
         """Continues many conversations at once, which costs far less than one after another; see `stream` for options.
         Answers are in the order of the conversations. The first mistake in any of them is raised, and ends all."""
         requests = [self.request(messages, **options) for messages in conversations]
-        inboxes, collectors = [Inbox() for _ in requests], [Collector(one, self.name) for one in requests]
-        tasks = [self.core.add(one, inbox) for one, inbox in zip(requests, inboxes, strict=True)]
-        try:
-            for inbox, collector in zip(inboxes, collectors, strict=True):
-                while collector.answer is None:
-                    self.core.run_until(inbox)
-                    while inbox.events:
-                        collector.take(inbox.events.popleft())
-        finally:
-            for task in tasks:
-                if not task.has_ended:
-                    self.core.abort(task)
+        collectors = [Collector(request, self.name) for request in requests]
+        for number, event in self.engine.run(requests):
+            collectors[number].take(event)
         return [collector.answer for collector in collectors if collector.answer is not None]
 
     def clear_caches(self) -> None:
@@ -271,7 +263,7 @@ class Keye:
         answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
         from keye.sessions.live import LiveSession
 
-        return LiveSession(self.core, keep=keep, reserve=reserve, **media_options)
+        return LiveSession(self.engine, keep=keep, reserve=reserve, **media_options)
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:

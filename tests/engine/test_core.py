@@ -428,7 +428,7 @@ def test_a_batch_is_answered_in_order(model: Keye) -> None:
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
-    engine = AsyncEngine(model.core)
+    engine = AsyncEngine(model.engine)
     engine.start()
     try:
         return asyncio.run(work(engine))

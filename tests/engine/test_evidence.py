@@ -153,7 +153,7 @@ def test_an_empty_answer_rests_on_no_frame(model: Keye) -> None:
     first = model.ask(Frames(FRAMES), "what?", max_tokens=1, ignore_eos=True, logprobs=0).logprobs
     assert first is not None
     stopping = replace(request, params=replace(request.params, stop_token_ids=(first[0].token,)))
-    answer = stream_answer(model.core, stopping).finish()
+    answer = stream_answer(model.engine, stopping).finish()
     assert isinstance(answer, Answer) and (answer.text, answer.usage.completion_tokens) == ("", 0)
     assert answer.evidence is not None and answer.evidence.media == ()
     assert answer.evidence.reason == "the answer is empty: it rests on no frame"

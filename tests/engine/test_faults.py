@@ -353,7 +353,7 @@ def test_an_answer_names_damage_that_only_decoding_showed(model: Keye, tmp_path:
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
-    engine = AsyncEngine(model.core)
+    engine = AsyncEngine(model.engine)
     engine.start()
     try:
         return asyncio.run(work(engine))

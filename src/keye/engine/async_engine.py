@@ -1,7 +1,7 @@
 """The engine for programs with an event loop: requests go in, events come out, a thread of its own computes.
 
     model = keye.load("nano")
-    engine = AsyncEngine(model.core)
+    engine = AsyncEngine(model.engine)
     engine.start()
     async for event in engine.run(model.request(messages)):
         ...
@@ -18,9 +18,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
+from typing import Any
 
-from keye.engine.core import EngineCore
+from torch import Tensor
+
+from keye.engine.engine import AnyPrompt, Engine, GenerationResult, ResultBuilder, ScoreResult
 from keye.engine.request import Delta, Event, Failed, Finished, Request, Task
+from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 
 #: Requests that may wait or run at once.
@@ -122,8 +126,8 @@ class Running:
 class AsyncEngine:
     """Requests of many clients on one model, computed together. Use from one event loop; `start` and `close` once."""
 
-    def __init__(self, core: EngineCore, *, most_requests: int = MOST_REQUESTS) -> None:
-        self.core, self.most_requests = core, most_requests
+    def __init__(self, engine: Engine, *, most_requests: int = MOST_REQUESTS) -> None:
+        self.engine, self.core, self.most_requests = engine, engine.core, most_requests
         self._thread = threading.Thread(target=self._work, name="keye-engine", daemon=True)
         self._closing, self._draining = False, False
         self._open: set[Task] = set()
@@ -179,6 +183,25 @@ class AsyncEngine:
                 yield event
         finally:
             running.abort()
+
+    async def generate(self, prompt: AnyPrompt, sampling: SamplingParams, **options: Any) -> GenerationResult:
+        """Continues one prompt; options as in `Engine.generate`. Concurrent calls are computed together."""
+        request = self.engine.generate_request(prompt, sampling, **options)
+        return (await self._result(request)).generation()
+
+    async def score(self, token_ids: AnyPrompt, **options: Any) -> ScoreResult:
+        """The log-probabilities of given tokens; see `Engine.score` for options."""
+        return (await self._result(self.engine.score_request(token_ids, **options))).score()
+
+    async def update_weights(self, state: Mapping[str, Tensor]) -> int:
+        """Replaces weights between two steps; see `Engine.update_weights`."""
+        return await asyncio.to_thread(self.engine.update_weights, state)
+
+    async def _result(self, request: Request) -> ResultBuilder:
+        builder = ResultBuilder(request)
+        async for event in self.run(request):
+            builder.add(event)
+        return builder
 
     def fail_open(self) -> None:
         """Ends the requests that are there with an error, from the event loop's thread: the server is ending."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keye.engine.media_loader import MediaLoader
 from keye.engine.prompt import Prompt
-from keye.engine.request import Event, Generating, Inbox, Prefilling, Progress, Request, Task
+from keye.engine.request import Event, Generating, Inbox, Prefilling, Progress, Ready, Request, Task
 from keye.engine.runtime import Runtime
 from keye.engine.scheduler import Scheduler, Work, count_computable
 from keye.engine.step import Slice, run_slices
@@ -38,7 +38,7 @@ class EngineCore:
 
     def __init__(self, runtime: Runtime, *, most_running: int = 64, run_slices: RunSlices = run_slices) -> None:
         self.runtime, self.run_slices = runtime, run_slices
-        self.writer = Writer(runtime.config, runtime.tokenizer, runtime.generation)
+        self.writer = Writer(runtime)
         self.wake = threading.Condition()
         self.stepping = FairLock()
         self.scheduler = Scheduler(runtime, self.writer, self._notify, most_running)
@@ -102,6 +102,21 @@ class EngineCore:
         with self.stepping:
             yield
         self._reap_aborted()
+
+    def restart_prompts(self) -> None:
+        """Computes prompts from their beginning that were begun with weights that have been replaced; those that
+        continue a stored sequence fail. Called under `exclusive`."""
+        for task in list(self.tasks):
+            state = task.state.preempted.state if isinstance(task.state, Ready) and task.state.preempted else task.state
+            if not isinstance(state, Ready | Prefilling):
+                continue  # not laid out, or generating
+            if state.prompt.past is not None:
+                error = KeyeError("the weights were replaced since the beginning of the prompt was computed")
+                self.scheduler.fail(task, error)
+            else:
+                task.state.release()
+                task.forget_computed()
+                task.state = Ready(state.prompt)
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with an error that none of them caused."""
@@ -204,6 +219,7 @@ class EngineCore:
             computed = item.slice.token_ids.shape[0]
             branch.position, branch.pending = branch.position + computed, branch.pending[computed:]
             branch.logits = None if branch.pending else logits[-1]
+            branch.routing = self.writer.routing(task, item.slice, branch.choice.index)
             return
         assert isinstance(state, Prefilling)
         done, length = state.done, state.prompt.length
@@ -214,6 +230,7 @@ class EngineCore:
         if done == length:
             assert logits is not None
             state.logits = logits[-1]
+            state.routing = self.writer.routing(task, item.slice, 0)
 
     def _draw(self) -> bool:
         """Draws the next token of every branch that has logits, and ends what is complete. Returns whether there was

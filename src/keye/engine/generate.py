@@ -164,7 +164,7 @@ def generate(decoding: Decoding, params: SamplingParams, eos: tuple[int, ...]) -
     `KeyeError` when the model computes NaN."""
     sampler, reply = Sampler(params), list[int]()
     while len(reply) < params.max_tokens:
-        token = sampler(decoding.logits, reply)
+        token = sampler.draw(decoding.logits, reply).token
         if token in eos:
             return
         reply.append(token)

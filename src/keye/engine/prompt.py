@@ -81,7 +81,7 @@ class Prompt:
     def visual_counts(self) -> Tensor:
         """How many visual tokens of `media` stand at or before each position, int64 [T]; 0 or less within the past."""
         counts = self.is_visual.cumsum(0)
-        return counts if self.past is None else counts - counts[self.past.length(0) - 1]
+        return counts if self.past is None or not self.past.length(0) else counts - counts[self.past.length(0) - 1]
 
     @cached_property
     def spans(self) -> MediaSpans | None:
@@ -219,18 +219,24 @@ class PromptBuilder:
             room.check(len(ids), prompt.visual_tokens)
         return prompt
 
-    def of_tokens(self, ids: Sequence[int]) -> Prompt:
-        """A prompt of text given as token ids. `KeyeError` for ids that the model does not have, and for those that
-        stand for media, `ContextError` for more of them than the context holds."""
-        if not ids:
+    def of_tokens(self, ids: Sequence[int], media: Sequence[MediaItem] = (), *, reply: int = 1) -> Prompt:
+        """A prompt by token ids, with the `media` that stand at its placeholders, in order. `KeyeError` for ids that
+        the model does not have, and for placeholders of another number than the media have visual tokens;
+        `ContextError` where the context does not hold them and `reply` more tokens."""
+        if not len(ids):
             raise KeyeError("the prompt has no tokens; give at least one")
-        Room(self.config.text.max_position_embeddings, 1).check(len(ids), 0)
+        visual = sum(item.visual_tokens for item in media)
+        Room(self.config.text.max_position_embeddings, reply).check(len(ids), visual)
         if min(ids) < 0 or max(ids) >= self.config.text.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self.config.text.vocab_size)
             raise KeyeError(f"the prompt has the token {wrong}; this model has {self.config.text.vocab_size:,}")
-        if not set(self._pad.values()).isdisjoint(ids):
+        expected = [self._pad[item.kind] for item in media for _ in range(item.visual_tokens)]
+        if not media and not set(self._pad.values()).isdisjoint(ids):
             raise KeyeError("the prompt has tokens that stand for media; give text and the media themselves")
-        return self._positioned(list(ids), [])
+        if media and [token for token in ids if token in self._pad.values()] != expected:
+            raise KeyeError(f"the prompt's placeholders are not those of its media, which have {visual} visual tokens; "
+                            "write one of the medium's kind for each, in the order of the media")  # fmt: skip
+        return self._positioned(list(ids), list(media))
 
     def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
         """What a rendered prompt costs, at least (see `PlannedMedium`). Videos are probed; lists of pictures, which

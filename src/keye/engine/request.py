@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 from keye.cache.saved import SavedCaches
@@ -29,7 +30,7 @@ from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams, StopText
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, KeyeWarning
-from keye.models.attention import AttentionMode
+from keye.models.attention import AttentionMode, Selection
 
 #: Most choices of one request, and most alternatives told beside a token.
 MAX_CHOICES, MAX_LOGPROBS = 128, 20
@@ -49,6 +50,15 @@ class Guide(Protocol):
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What is recorded of each generated token beside its probabilities: the `experts` that computed it, which also
+    covers the prompt, and the `indexer_sets`, the positions that were attended to."""
+
+    experts: bool = False
+    indexer_sets: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """A rendered prompt (or one laid out before), and how to continue it, `n` times.
 
@@ -58,7 +68,10 @@ class Request:
     makes the tokens independent of whatever else is computed, at a cost. `stop_loops` ends a reply that repeats itself
     without end. `notes` are warnings on the request itself. `salt` keeps what is cached for one owner from all others.
     `seconds` is the longest the request may take. With `clamp` a `max_tokens` beyond the context's end becomes what is
-    left of it, else it is an error. `reasoning` says that the prompt has opened a block of reasoning.
+    left of it, else it is an error. `reasoning` says that the prompt has opened a block of reasoning. A `prefill_only`
+    request is complete when its prompt is computed, and `Finished` hands over its stored sequence. `trace` asks for the
+    probabilities and the routing of each token. Without `detokenize` there is no text, and no stop string. `select`
+    other than "indexer" replaces the choice of keys in sparse attention, as a control.
     """
 
     prompt: Sequence[Segment] | Prompt
@@ -78,6 +91,24 @@ class Request:
     notes: tuple[KeyeWarning, ...] = ()
     clamp: bool = False
     reasoning: bool = False
+    prefill_only: bool = False
+    trace: Trace | None = None
+    detokenize: bool = True
+    select: Selection = "indexer"
+
+    @property
+    def counts_selections(self) -> bool:
+        """Whether the selections of each step that produces a token are counted."""
+        return self.evidence or (self.trace is not None and self.trace.indexer_sets)
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every token of the prompt has to be computed, also those in the prefix cache."""
+        return self.deterministic or self.prompt_logprobs is not None or self.traces_experts
+
+    @property
+    def traces_experts(self) -> bool:
+        return self.trace is not None and self.trace.experts
 
     def __post_init__(self) -> None:
         check_attention(self.attention)
@@ -85,6 +116,8 @@ class Request:
             raise KeyeError(f"n is {self.n!r}; choose 1 to {MAX_CHOICES}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
+            if name == "prompt_logprobs" and self.prefill_only:
+                continue  # `Engine.score` returns tensors, which take far less memory than `TokenProb`
             if value is not None and (type(value) is not int or not 0 <= value <= MAX_LOGPROBS):
                 raise KeyeError(f"{name} is {value!r}; choose 0 to {MAX_LOGPROBS}")
 
@@ -120,6 +153,48 @@ class TokenProb:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Of the forward pass of one token, where its request asks for it: the selected `experts` int16 [routed layers,
+    experts per token], and the positions that it attended to, `indexer_set` int32 [layers, k], ascending and -1 after
+    the last."""
+
+    experts: Tensor | None = None
+    indexer_set: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """A generated token: its natural log-probability in the distribution that it was sampled from (after temperature,
+    filters, penalties and guide; 0 for greedy and forced tokens) and in the model's own, and the version of the weights
+    that computed it. `routing` is that of the forward pass that produced it."""
+
+    token: int
+    logprob: float
+    raw_logprob: float
+    weights_version: int
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the tokens of a prompt but the first. `token_ids`, `ranks` (from 1, the likeliest token)
+    int64 [T - 1]; `logprobs` float32 [T - 1]; the likeliest tokens at each place `top_ids` int64 [T - 1, k] and their
+    `top_logprobs` float32 [T - 1, k]. On the CPU."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    @staticmethod
+    def concatenate(parts: Sequence[PromptScores]) -> PromptScores:
+        """Consecutive parts as one."""
+        rows = [(p.token_ids, p.logprobs, p.ranks, p.top_ids, p.top_logprobs) for p in parts]
+        return PromptScores(*map(torch.cat, zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
 class Prefilled:
     """The prompt, which begins with `first_token`, is computed; replies follow. `prompt_probs` and `notes` as in
     `Finished`."""
@@ -132,24 +207,26 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Delta:
-    """More of choice `index`: text, and the tokens of it; `probs` if they were asked for."""
+    """More of choice `index`: text, and the tokens of it; `probs` and `records` if they were asked for."""
 
     index: int
     text: str
     tokens: tuple[int, ...] = ()
     probs: tuple[TokenProb, ...] = ()
+    records: tuple[TokenRecord, ...] = ()
 
 
 @dataclass(frozen=True)
 class Ended:
     """Choice `index` is complete: `reason` is "stop", "length", or "loop" for one that repeated itself. `met` is the
     string or the token that stopped it; `asked` says that it was one of the request's own, and no end-of-sequence
-    token."""
+    token. `record` is that of the token, which no `Delta` has."""
 
     index: int
     reason: str
     met: str | int | None = None
     asked: bool = False
+    record: TokenRecord | None = None
 
     @property
     def openai_reason(self) -> str:
@@ -161,7 +238,9 @@ class Ended:
 class Finished:
     """The whole request is complete. `media` are the plans, `seconds` wall time by phase. `prompt_probs` has one entry
     for each token of the prompt but the first. `looped` tells that a choice was ended because it repeated itself,
-    `notes` what of the request was not honoured."""
+    `notes` what of the request was not honoured. A `prefill_only` request hands over its `sequence`, which the receiver
+    frees, and its `scores` if prompt_logprobs were asked for. `prompt_experts` int16 [prompt tokens, routed layers,
+    experts per token] if the trace asks for experts."""
 
     prompt_tokens: int
     media_tokens: int
@@ -175,6 +254,10 @@ class Finished:
     prompt_probs: tuple[TokenProb, ...] | None = None
     looped: bool = False
     notes: tuple[KeyeWarning, ...] = ()
+    weights_version: int = 0
+    sequence: KVCache | None = None
+    scores: PromptScores | None = None
+    prompt_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +277,7 @@ class Choice:
 
     index: int
     sampler: Sampler
-    decoder: StreamDecoder
+    decoder: StreamDecoder | None
     stop: StopText
     guide: Guide | None
     reply: list[int] = field(default_factory=list)
@@ -205,13 +288,14 @@ class Choice:
 @dataclass(eq=False)
 class Branch:
     """The sequence of a choice that is generating. `pending` tokens are not computed yet, the first of them is at
-    `position`; `logits` are those after the last computed token, until the next token is drawn."""
+    `position`; `logits` and `routing` are those of the last computed token, until the next token is drawn."""
 
     choice: Choice
     cache: KVCache
     pending: list[int]
     position: int
     logits: Tensor | None
+    routing: Routing = field(default_factory=Routing)
 
 
 @dataclass(frozen=True)
@@ -255,6 +339,7 @@ class Prefilling:
     cache: KVCache
     vision: VisionJob
     logits: Tensor | None = None
+    routing: Routing = field(default_factory=Routing)
 
     @property
     def done(self) -> int:
@@ -343,7 +428,9 @@ class Task:
     choices: list[Choice] = field(default_factory=list)
     counts: Tensor | None = None
     counted: int = 0
-    prompt_probs: list[TokenProb] = field(default_factory=list)
+    prompt_scores: list[PromptScores] = field(default_factory=list)
+    #: Of the tokens of the prompt, in parts int16 [n, routed layers, experts per token], if the request asks for it.
+    experts: list[Tensor] = field(default_factory=list)
     notes: list[KeyeWarning] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     aborted: bool = False
@@ -351,6 +438,10 @@ class Task:
     retried: bool = False
     #: Number of the step that last computed something of it.
     last_step: int = 0
+
+    def forget_computed(self) -> None:
+        """Forgets what was recorded while its tokens were computed, which are computed again."""
+        self.prompt_scores, self.experts, self.counts, self.counted = [], [], None, 0
 
     @property
     def has_ended(self) -> bool:

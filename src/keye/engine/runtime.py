@@ -102,6 +102,12 @@ class Runtime:
 
         return fingerprint(self.name, self.model, self.processor.config)
 
+    def forget_weights(self) -> None:
+        """Forgets what was computed with weights that were replaced since; the caller has ended what uses it."""
+        self.prefixes.clear()
+        self.vision_cache.clear()
+        self.__dict__.pop("fingerprint", None)
+
     def resolve_attention(self, attention: AttentionMode | None) -> AttentionMode:
         """The mode of a request that asks for `attention`, None for the default; `KeyeError` for a mode that the model
         does not have."""

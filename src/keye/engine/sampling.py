@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -147,6 +147,13 @@ def check_logits(logits: Tensor) -> None:
         )
 
 
+class Drawn(NamedTuple):
+    """A token, and its natural log-probability in the distribution that it was drawn from: 0 for a greedy one."""
+
+    token: int
+    logprob: float = 0.0
+
+
 class Sampler:
     """Draws tokens under fixed settings; the same seed, index and logits give the same tokens. `index` parts the
     choices of one request, `ends` are the tokens that may not come before `min_tokens`, `banned` sequences of tokens
@@ -172,9 +179,9 @@ class Sampler:
         """Whether the next token is simply the likeliest."""
         return self.params.temperature < GREEDY_BELOW and self.params.takes_logits_as_they_are
 
-    def __call__(self, logits: Tensor, history: Sequence[int], mask: Tensor | None = None) -> int:
+    def draw(self, logits: Tensor, history: Sequence[int], mask: Tensor | None = None) -> Drawn:
         """`logits` float32 [V], the tokens of the reply so far (which grows from call to call), and which tokens may
-        come (bool [V], None for all) -> the next token id; `KeyeError` for NaN, and where no token is left."""
+        come (bool [V], None for all) -> the next token; `KeyeError` for NaN, and where no token is left."""
         check_logits(logits)
         if not self.params.takes_logits_as_they_are:
             logits = self._adjusted(logits, history)
@@ -186,9 +193,10 @@ class Sampler:
             token = int(logits.argmax())
             if logits[token] == -torch.inf:
                 raise KeyeError(_NOTHING_LEFT)
-            return token
+            return Drawn(token)
         probabilities = filtered_probabilities(logits.cpu(), self.params)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return Drawn(token, float(probabilities[token].log()))
 
     def _adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor:
         """Logits after penalties and bias, those of tokens that are not allowed minus infinity."""

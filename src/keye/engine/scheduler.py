@@ -128,7 +128,8 @@ def check_request(prompt: Prompt, request: Request, store: KVStore, scratch: Scr
         raise KeyeError("the prompt begins with an index, whose tokens are computed already: leave out "
                         "prompt_logprobs, or give the video itself")  # fmt: skip
     tokens = prompt.length + 1
-    if request.prompt_logprobs is not None and (tokens - 1) * (request.prompt_logprobs + 1) > MAX_PROBS:
+    probs = 0 if request.prompt_logprobs is None or request.prefill_only else request.prompt_logprobs + 1
+    if (tokens - 1) * probs > MAX_PROBS:
         raise KeyeError(
             f"prompt_logprobs of {tokens - 1:,} tokens, {request.prompt_logprobs} others with each, are more than "
             f"{MAX_PROBS:,} probabilities: ask for fewer others or send a shorter prompt"
@@ -162,7 +163,7 @@ def clamp_reply(request: Request, length: int, context: int) -> tuple[Request, l
 def count_computable(request: Request, state: Prefilling) -> int:
     """Tokens of a prompt that can be computed now: those before the first visual token that is not encoded."""
     stop, done = state.prompt.length, state.done
-    if request.evidence and done < stop - 1:
+    if request.counts_selections and done < stop - 1:
         stop -= 1  # the last token goes alone: it produces the first of the reply
     if request.prompt_logprobs is not None:
         stop = min(stop, done + PROBED_TOKENS)
@@ -273,15 +274,15 @@ class Scheduler:
         runtime, cache = self.runtime, None
         if prompt.past is not None:
             cache = prompt.past.fork()
-        elif prompt.spans is not None and not task.request.deterministic and task.request.prompt_logprobs is None:
+        elif prompt.spans is not None and not task.request.needs_whole_prompt:
             cache = runtime.prefixes.find(prompt.token_ids, prompt.spans, _cache_namespace(task.request))
         cache = cache or KVCache(runtime.config.text.num_hidden_layers, runtime.store)
         return Prefilling(prompt, cache, VisionJob(runtime.model, ()))
 
     def complete_prompt(self, task: Task, state: Prefilling) -> None:
         """Keeps the prefixes of a prompt for others and goes on to the reply: every choice continues a fork of the
-        prompt, the last one the prompt itself. What was generated before a preemption that could not be saved comes
-        again as tokens to compute."""
+        prompt, the last one the prompt itself. Without a reply the sequence is handed over. What was generated before a
+        preemption that could not be saved comes again as tokens to compute."""
         prompt, trunk = state.prompt, state.cache
         state.vision.close()
         if not task.request.deterministic and prompt.spans is not None:
@@ -292,11 +293,17 @@ class Scheduler:
             task.times["prefilled"] = time.perf_counter()
             task.emit(self.writer.prefilled(task, prompt))
             task.choices = self.writer.choices(task.request)
+        if task.request.prefill_only:
+            task.emit(self.writer.finished(task, prompt, trunk))
+            task.state = Ready(prompt)  # the receiver of the event has the sequence
+            self.end(task)
+            return
         live = [choice for choice in task.choices if choice.reason is None]
         forks = self.make_room(lambda: [trunk.fork() for _ in live[1:]], task)
         if forks is not None:
             task.state = Generating(prompt, [
-                Branch(choice, cache, list(choice.reply), prompt.next_position, None if choice.reply else state.logits)
+                Branch(choice, cache, list(choice.reply), prompt.next_position, None if choice.reply else state.logits,
+                       state.routing)
                 for choice, cache in zip(live, [*forks, trunk], strict=True)
             ])  # fmt: skip
 
@@ -347,11 +354,12 @@ class Scheduler:
         before, after = int(prompt.visual_counts[start - 1]) if start else 0, int(prompt.visual_counts[stop - 1])
         is_last = stop == prompt.length
         wanted: Wanted = "all" if request.prompt_logprobs is not None else "last" if is_last else "none"
-        counts = self.writer.count_selections(task, prompt, stop) if is_last and request.evidence else None
+        counts = self.writer.count_selections(task, prompt, stop, 0) if is_last else None
         piece = Slice(
             state.cache, prompt.token_ids[start:stop], prompt.position_ids[:, start:stop],
             state.vision.tokens(before, after) if after > before else None,
-            wanted, request.attention, counts, request.deterministic,
+            wanted, request.attention, counts, request.deterministic, request.select,
+            task.experts if request.traces_experts else None,
         )  # fmt: skip
         return [Work(task, piece)]
 
@@ -366,11 +374,11 @@ class Scheduler:
                 continue
             if self.make_room(partial(_reserve, branch.cache, length), task) is None:
                 return []
-            is_counted = request.evidence and branch.choice.index == 0
-            counts = self.writer.count_selections(task, state.prompt, length) if is_counted else None
+            counts = self.writer.count_selections(task, state.prompt, length, branch.choice.index)
             piece = Slice(
                 branch.cache, torch.tensor(branch.pending[:1]), torch.full((3, 1), branch.position), None, "last",
-                request.attention, counts, request.deterministic,
+                request.attention, counts, request.deterministic, request.select,
+                [] if request.traces_experts else None,
             )  # fmt: skip
             work.append(Work(task, piece, branch))
         return work
@@ -405,7 +413,7 @@ class Scheduler:
             self.preemptions += any(cache.length(0) for cache in state.caches)
             preempted = Preempted.save(state, self._folder)
             if preempted is None:
-                task.prompt_probs, task.counts, task.counted = [], None, 0
+                task.forget_computed()
             task.state = state = Ready(state.prompt, preempted)
         assert isinstance(state, Ready)
         state.blocked = self.ended
@@ -429,7 +437,7 @@ class Scheduler:
 
 def _cache_namespace(request: Request) -> bytes:
     """Separates the prefixes of one owner from another's, and one way to compute from another."""
-    return request.salt + b"\0" + request.attention.encode()
+    return request.salt + b"\0" + f"{request.attention} {request.select}".encode()
 
 
 def _reserve(cache: KVCache, tokens: int) -> bool:

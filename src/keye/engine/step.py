@@ -16,7 +16,7 @@ from torch import Tensor
 from keye.cache.ledger import Ledger
 from keye.cache.sequence import KVCache
 from keye.config import TextConfig
-from keye.models.attention import AttentionMode, CachedStep, Span
+from keye.models.attention import AttentionMode, CachedStep, Selection, Span
 from keye.models.keye import KeyeModel
 
 #: Prompt tokens of a step in which nothing is generated, and the fewest of one in which something is.
@@ -34,7 +34,8 @@ Wanted = Literal["none", "last", "all"]
 @dataclass(frozen=True)
 class Slice:
     """New tokens of one sequence: `token_ids` int64 [n], `position_ids` int64 [3, n], and the `visual` tokens [m, d]
-    that stand at its placeholders. `alone` slices are computed in a pass of their own."""
+    that stand at its placeholders. `alone` slices are computed in a pass of their own. `counts` and `experts` receive
+    what `keye.models.attention.Span` counts, and the selected experts int16 [n, routed layers, experts per token]."""
 
     cache: KVCache
     token_ids: Tensor
@@ -44,6 +45,8 @@ class Slice:
     mode: AttentionMode = "sparse"
     counts: Tensor | None = None
     alone: bool = False
+    select: Selection = "indexer"
+    experts: list[Tensor] | None = None
 
 
 def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> int:
@@ -155,10 +158,10 @@ def run_slices(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
 
 
 def _group_slices(slices: Sequence[Slice]) -> list[list[int]]:
-    """Which slices share a pass: those of one attention mode, but for those that want to be alone."""
+    """Which slices share a pass: those of one kind of attention, but for those that want to be alone."""
     groups: dict[object, list[int]] = {}
     for i, piece in enumerate(slices):
-        groups.setdefault(("alone", i) if piece.alone else piece.mode, []).append(i)
+        groups.setdefault(("alone", i) if piece.alone else (piece.mode, piece.select), []).append(i)
     return list(groups.values())
 
 
@@ -173,8 +176,18 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
         part, start = slice(start, spans[-1].stop), spans[-1].stop
         if piece.visual is not None:  # a placeholder elsewhere is a token that a model has drawn, and stands for itself
             x[part] = model.embed(ids[part], piece.visual)
-    step = CachedStep(spans, model.config.text, mode=slices[0].mode, fixed=slices[0].alone)
+    routed: list[Tensor] = []
+    is_traced = any(piece.experts is not None for piece in slices)
+    step = CachedStep(
+        spans, model.config.text, mode=slices[0].mode, select=slices[0].select, fixed=slices[0].alone,
+        on_router=(lambda _layer, _logits, experts: routed.append(experts)) if is_traced else None,
+    )  # fmt: skip
     hidden = model(x, positions, step)
+    if routed:
+        experts = torch.stack(routed, dim=1).to("cpu", torch.int16)
+        for span, piece in zip(spans, slices, strict=True):
+            if piece.experts is not None:
+                piece.experts.append(experts[span.start : span.stop])
     rows = [_wanted_rows(span, piece.wanted) for span, piece in zip(spans, slices, strict=True)]
     chosen = [i for wanted in rows for i in wanted]
     if not chosen:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from keye.chat.tokenizer import StreamDecoder, Tokenizer
-from keye.config import GenerationConfig, KeyeConfig
+from keye.cache.sequence import KVCache
+from keye.chat.tokenizer import StreamDecoder
 from keye.engine.evidence import make_evidence
 from keye.engine.prompt import Prompt
 from keye.engine.request import (
@@ -21,11 +22,16 @@ from keye.engine.request import (
     Generating,
     Prefilled,
     Prefilling,
+    PromptScores,
     Request,
+    Routing,
     Task,
     TokenProb,
+    TokenRecord,
 )
-from keye.engine.sampling import Sampler, StopText, check_logits, is_loop
+from keye.engine.runtime import Runtime
+from keye.engine.sampling import Drawn, Sampler, StopText, check_logits, is_loop
+from keye.engine.step import Slice
 from keye.errors import KeyeError
 
 
@@ -35,13 +41,17 @@ def _may_stop(request: Request, length: int) -> bool:
     return request.stop_loops and free
 
 
+#: Prompt tokens that are scored at once: each takes a float32 for every token of the vocabulary.
+_SCORED_ROWS: Final = 16
+
+
 class Writer:
     """Writes the replies of one model."""
 
-    def __init__(self, config: KeyeConfig, tokenizer: Tokenizer, generation: GenerationConfig) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.stop_ids = frozenset(generation.eos_token_ids or config.eos_token_ids)
-        added = tokenizer.added_tokens
+    def __init__(self, runtime: Runtime) -> None:
+        self.model, self.config, self.tokenizer = runtime.model, runtime.config, runtime.tokenizer
+        self.stop_ids = frozenset(runtime.generation.eos_token_ids or runtime.config.eos_token_ids)
+        added = self.tokenizer.added_tokens
         self.thought_ids = added.get("<think>"), added.get("</think>")
 
     def choices(self, request: Request) -> list[Choice]:
@@ -53,7 +63,7 @@ class Writer:
             Choice(
                 index,
                 Sampler(params, index, ends=self.stop_ids, banned=banned),
-                StreamDecoder(self.tokenizer, skip_special=request.skip_special),
+                StreamDecoder(self.tokenizer, skip_special=request.skip_special) if request.detokenize else None,
                 StopText(params.stop, shows=params.include_stop_str_in_output),
                 None if request.guide is None else request.guide.fork(),
                 thought=0 if request.reasoning else None,
@@ -66,17 +76,43 @@ class Writer:
         forms = [form for text in texts for form in (text, f" {text.lstrip()}")]
         return [ids for form in forms if (ids := self.tokenizer.encode(form))]
 
-    def count_selections(self, task: Task, prompt: Prompt, length: int) -> Tensor | None:
-        """Where the selections of the last of `length` tokens are counted for evidence, int64 [layers, positions]; None
-        where nothing is selected."""
-        sparse = self.config.text.sparse
-        if sparse is None or task.request.attention == "dense":
+    def count_selections(self, task: Task, prompt: Prompt, length: int, choice_index: int) -> Tensor | None:
+        """Where the selections of the last of `length` tokens, which produces the next one of a choice, are counted,
+        int64 [layers, at least length]; None where nothing is selected or counted."""
+        request, sparse = task.request, self.config.text.sparse
+        if not request.counts_selections or sparse is None or request.attention == "dense":
             return None
-        if task.counts is None:
-            size = prompt.length + task.request.params.max_tokens
-            task.counts = torch.zeros(self.config.text.num_hidden_layers, size, dtype=torch.int64)
-        task.counted += length > sparse.topk
-        return task.counts
+        layers, is_evidence = self.config.text.num_hidden_layers, request.evidence and choice_index == 0
+        if is_evidence:
+            task.counted += length > sparse.topk
+            if task.counts is None:
+                task.counts = torch.zeros(layers, prompt.length + request.params.max_tokens, dtype=torch.int64)
+        if request.trace is not None and request.trace.indexer_sets:
+            return torch.zeros(layers, length, dtype=torch.int64)
+        return task.counts if is_evidence else None
+
+    def routing(self, task: Task, piece: Slice, choice_index: int) -> Routing:
+        """What is recorded of the last token of a slice."""
+        trace = task.request.trace
+        if trace is None:
+            return Routing()
+        experts = piece.experts[-1][-1] if piece.experts else None
+        if piece.counts is None or not trace.indexer_sets:
+            return Routing(experts)
+        if task.counts is not None and choice_index == 0:
+            task.counts[:, : piece.counts.shape[1]] += piece.counts
+        return Routing(experts, self._selected(piece.counts))
+
+    def _selected(self, counts: Tensor) -> Tensor:
+        """Positions that were counted, int32 [layers, k]; up to k all were selected and none counted."""
+        assert self.config.text.sparse is not None
+        topk = self.config.text.sparse.topk
+        selected = counts if counts.shape[1] > topk else torch.ones_like(counts)
+        out = torch.full((counts.shape[0], topk), -1, dtype=torch.int32)
+        for row, layer in zip(out, selected, strict=True):
+            places = layer.nonzero().squeeze(1)
+            row[: places.shape[0]] = places
+        return out
 
     def write(self, generating: Sequence[tuple[Task, Generating]]) -> list[tuple[Task, Exception]]:
         """Draws the next token of every branch that has logits and emits it; returns the tasks that cannot go on."""
@@ -108,26 +144,30 @@ class Writer:
         choice, request = branch.choice, task.request
         mask = None if choice.guide is None else choice.guide.mask()
         if (forced := self._end_of_thought(choice, request.params.thinking_token_budget)) is not None:
-            token = forced
+            drawn = Drawn(forced)
         elif mask is None and choice.sampler.takes_best():
-            token = best
+            drawn = Drawn(best)
         else:
-            token = choice.sampler(logits, choice.reply, mask)
+            drawn = choice.sampler.draw(logits, choice.reply, mask)
+        token, record = drawn.token, None
         if choice.guide is not None:
             token = choice.guide.settle(token)
             choice.guide.advance(token)
+        if request.trace is not None:
+            raw_logprob = float(logits.float().log_softmax(-1)[token])
+            record = TokenRecord(token, drawn.logprob, raw_logprob, self.model.weights_version, branch.routing)
         params, asked = request.params, token in request.params.stop_token_ids
         if asked or (token in self.stop_ids and not request.ignore_eos):
             shown = self.tokenizer.decode([token], skip_special=False) if params.include_stop_str_in_output else ""
-            self._complete(task, choice, Ended(choice.index, "stop", token, asked), shown if asked else "")
+            self._complete(task, choice, Ended(choice.index, "stop", token, asked, record), shown if asked else "")
             return
         choice.reply.append(token)
         branch.pending = [token]
         self._count_thought(choice, token)
         probs = () if request.logprobs is None else (self._prob(logits, token, request.logprobs),)
-        text = choice.decoder.push(token)
+        text = "" if choice.decoder is None else choice.decoder.push(token)
         text = choice.stop.push(text) if len(choice.reply) > params.min_tokens else choice.stop.skip(text)
-        task.emit(Delta(choice.index, text, (token,), probs))
+        task.emit(Delta(choice.index, text, (token,), probs, () if record is None else (record,)))
         if choice.stop.stopped:
             choice.reason = "stop"
             task.emit(Ended(choice.index, "stop", choice.stop.met, asked=True))
@@ -138,7 +178,7 @@ class Writer:
 
     def _complete(self, task: Task, choice: Choice, ended: Ended, more: str = "") -> None:
         """Emits the text that was held back, then `more`; a stop string at the very end still counts."""
-        rest = choice.stop.push(choice.decoder.finish())
+        rest = choice.stop.push("" if choice.decoder is None else choice.decoder.finish())
         rest += more if choice.stop.stopped else choice.stop.finish() + more
         if rest:
             task.emit(Delta(choice.index, rest))
@@ -159,34 +199,44 @@ class Writer:
         elif token == begin and len(choice.reply) == 1:
             choice.thought = 0
 
-    def _prob(self, logits: Tensor, token: int, top: int, *, ranked: bool = False) -> TokenProb:
-        logs = logits.float().log_softmax(-1)
-        others = logs.topk(top).indices.tolist() if top else ()
-        best = tuple(self._named(logs, other, rank=place if ranked else None) for place, other in enumerate(others, 1))
-        return self._named(logs, token, best, int((logs > logs[token]).sum()) + 1 if ranked else None)
+    def _prob(self, logits: Tensor, token: int, top: int) -> TokenProb:
+        (prob,) = self._probs(_score(logits[None], torch.tensor([token]), top), ranked=False)
+        return prob
 
-    def _named(self, logs: Tensor, token: int, top: tuple[TokenProb, ...] = (), rank: int | None = None) -> TokenProb:
+    def _probs(self, scores: PromptScores, *, ranked: bool) -> list[TokenProb]:
+        """Scores with the texts of the tokens, and their ranks if these are wanted."""
+        rows = (scores.token_ids, scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)
+        probs = []
+        for token, logprob, rank, ids, logprobs in zip(*(row.tolist() for row in rows), strict=True):
+            others = enumerate(zip(ids, logprobs, strict=True), 1)
+            top = tuple(self._named(*pair, place if ranked else None) for place, pair in others)
+            probs.append(self._named(token, logprob, rank if ranked else None, top))
+        return probs
+
+    def _named(self, token: int, logprob: float, rank: int | None, top: tuple[TokenProb, ...] = ()) -> TokenProb:
         raw = self.tokenizer.token_bytes(token)
-        return TokenProb(token, raw.decode("utf-8", "replace"), raw, float(logs[token]), top, rank)
+        return TokenProb(token, raw.decode("utf-8", "replace"), raw, logprob, top, rank)
 
     def probe(self, task: Task, state: Prefilling, logits: Tensor) -> None:
-        """Notes the probabilities of prompt tokens; `logits` [n, V] are those after the tokens just computed."""
-        first = state.done - logits.shape[0]
-        for row, token in enumerate(state.prompt.token_ids[first + 1 : state.done + 1].tolist()):
-            task.prompt_probs.append(self._prob(logits[row], token, task.request.prompt_logprobs or 0, ranked=True))
+        """Keeps the scores of prompt tokens; `logits` [n, V] are those after the tokens just computed."""
+        tokens = state.prompt.token_ids[state.done - logits.shape[0] + 1 : state.done + 1]
+        top = task.request.prompt_logprobs or 0
+        pairs = zip(logits[: tokens.shape[0]].split(_SCORED_ROWS), tokens.split(_SCORED_ROWS), strict=True)
+        task.prompt_scores += [_score(rows, part, top) for rows, part in pairs if part.shape[0]]
 
     def prefilled(self, task: Task, prompt: Prompt) -> Prefilled:
         """The event of a complete prompt."""
         first, notes = int(prompt.token_ids[0]), (*prompt.notes, *task.notes)
         return Prefilled(prompt.length, first, self._prompt_probs(task), notes)
 
-    @staticmethod
-    def _prompt_probs(task: Task) -> tuple[TokenProb, ...] | None:
+    def _prompt_probs(self, task: Task) -> tuple[TokenProb, ...] | None:
         """The probabilities of the prompt where they were asked for."""
-        return None if task.request.prompt_logprobs is None else tuple(task.prompt_probs)
+        if task.request.prompt_logprobs is None or task.request.prefill_only:
+            return None
+        return tuple(prob for scores in task.prompt_scores for prob in self._probs(scores, ranked=True))
 
-    def finished(self, task: Task, prompt: Prompt) -> Finished:
-        """The event of a complete request."""
+    def finished(self, task: Task, prompt: Prompt, sequence: KVCache | None = None) -> Finished:
+        """The event of a complete request, which hands over a `sequence`."""
         now = time.perf_counter()
         laid, filled = task.times["laid out"], task.times["prefilled"]
         seconds = {"media": laid - task.created, "prefill": filled - laid, "generate": now - filled}
@@ -208,4 +258,18 @@ class Writer:
             prompt_probs=self._prompt_probs(task),
             looped=any(choice.reason == "loop" for choice in task.choices),
             notes=tuple(task.notes),
+            weights_version=self.model.weights_version,
+            sequence=sequence,
+            scores=PromptScores.concatenate(task.prompt_scores) if task.prompt_scores else None,
+            prompt_experts=torch.cat(task.experts) if task.experts else None,
         )
+
+
+def _score(logits: Tensor, tokens: Tensor, top: int) -> PromptScores:
+    """Scores of tokens int64 [n] under logits [n, V], with the `top` likeliest at each place."""
+    logs = logits.float().log_softmax(-1)
+    own = logs.gather(1, tokens.to(logs.device)[:, None])
+    best = logs.topk(top)
+    tensors = own.squeeze(1), (logs > own).sum(1) + 1, best.indices, best.values
+    logprobs, ranks, top_ids, top_logprobs = (tensor.cpu() for tensor in tensors)
+    return PromptScores(tokens, logprobs, ranks, top_ids, top_logprobs)

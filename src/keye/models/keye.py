@@ -88,6 +88,8 @@ class KeyeModel(Layer):
     """
 
     origin: Path | None = None
+    #: How often the weights were replaced in place (`keye.models.load.update_tensors`).
+    weights_version = 0
 
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()

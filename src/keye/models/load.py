@@ -98,6 +98,34 @@ def load_tensors(model: KeyeModel, tensors: Mapping[str, Tensor], *, strict: boo
     return report
 
 
+def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
+    """Replaces weights in place with `tensors` under official names, all or some of the model's; returns the new
+    version of the weights. `WeightsError` that names the tensor, before anything is changed, for a name that the model
+    does not have, another shape, and numbers that are not floating-point."""
+    state, per_expert = model.state_dict(), per_expert_modules(tensors)
+    if model.is_tied:
+        del state["lm_head.weight"]
+    places = {
+        name: view(tensor)
+        for own, tensor in state.items()
+        for name, view in file_tensors(own, tuple(tensor.shape), per_expert)
+    }
+    unused = {"lm_head.weight"} if model.is_tied else set()
+    given = {name: t for name, t in tensors.items() if name not in unused and not IGNORED.search(name)}
+    for name, tensor in given.items():
+        if name not in places:
+            raise WeightsError(f"the model has no tensor {name}; give official names of its weights")
+        if tensor.shape != places[name].shape:
+            raise WeightsError(f"{name} is {list(tensor.shape)} instead of {list(places[name].shape)}")
+        if not tensor.is_floating_point():
+            raise WeightsError(f"{name} is {tensor.dtype}; give floating-point numbers")
+    with torch.no_grad():
+        for name, tensor in given.items():
+            places[name].copy_(tensor)
+    model.weights_version += 1
+    return model.weights_version
+
+
 def save_model(
     model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Path:

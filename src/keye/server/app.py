@@ -73,7 +73,7 @@ def create_app(
     is not left to the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
     in front."""
     settings = settings or Settings()
-    engine = AsyncEngine(model.core, most_requests=settings.queue)
+    engine = AsyncEngine(model.engine, most_requests=settings.queue)
     store = FileStore(settings)
     policy = policy or fetch_policy(settings)
     # What is downloaded goes with the server's folder, however the server ends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from keye.chat.grounding import Region
 from keye.chat.messages import ToolCall
 from keye.chat.moments import keep_moments, keep_regions
 from keye.chat.replies import parse_reply
-from keye.engine.core import EngineCore
+from keye.engine.engine import Engine
 from keye.engine.evidence import Evidence
 from keye.engine.prompt import Prompt
 from keye.engine.request import (
@@ -20,7 +21,6 @@ from keye.engine.request import (
     Event,
     Failed,
     Finished,
-    Inbox,
     Progress,
     Request,
     TokenProb,
@@ -151,27 +151,20 @@ class AnswerStream(Iterator[str]):
 
 
 def stream_answer(
-    core: EngineCore, request: Request, on_progress: Callable[[Progress], None] | None = None
+    engine: Engine, request: Request, on_progress: Callable[[Progress], None] | None = None
 ) -> AnswerStream:
     """Computes one request, step by step as its answer is read; aborts it when the reader closes the stream."""
-    return AnswerStream(_pieces(core, request, on_progress))
+    return AnswerStream(_pieces(engine, request, on_progress))
 
 
-def _pieces(
-    core: EngineCore, request: Request, on_progress: Callable[[Progress], None] | None
-) -> Iterator[str | Answer]:
-    inbox, collector = Inbox(), Collector(request, core.runtime.name, on_progress)
-    task = core.add(request, inbox)
-    try:
-        while collector.answer is None:
-            core.run_until(inbox)
-            while inbox.events:
-                if text := collector.take(inbox.events.popleft()):
-                    yield text
-        yield collector.answer
-    finally:
-        if not task.has_ended:
-            core.abort(task)
+def _pieces(engine: Engine, request: Request, on_progress: Callable[[Progress], None] | None) -> Iterator[str | Answer]:
+    collector = Collector(request, engine.runtime.name, on_progress)
+    with closing(engine.run([request])) as events:
+        for _, event in events:
+            if text := collector.take(event):
+                yield text
+    assert collector.answer is not None
+    yield collector.answer
 
 
 class Collector:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from keye.chat.messages import Medium, Message
 from keye.chat.moments import sampled_windows
-from keye.engine.core import EngineCore
+from keye.engine.engine import Engine
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
 from keye.engine.prompt import Prompt, Room, plan_of
@@ -73,17 +73,17 @@ class LiveSession:
     `frames` and `tokens` count what is remembered; `dropped` frames were forgotten.
     """
 
-    def __init__(self, core: EngineCore, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
+    def __init__(self, engine: Engine, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
         if keep not in get_args(Keep):
             raise KeyeError(f"keep is {keep!r}; choose one of {', '.join(get_args(Keep))}")
-        runtime = core.runtime
+        runtime = engine.runtime
         release = runtime.processor.config.release
         if not release.reads_frames_alone:
             raise KeyeError(
                 f"{runtime.name} is of release {release.name}, which needs all frames of a video at once; live "
                 "sessions need a model of Keye-VL 2.0"
             )
-        self._core, self._runtime, self._keep = core, runtime, keep
+        self._engine, self._runtime, self._keep = engine, runtime, keep
         self._limit = runtime.config.text.max_position_embeddings
         self._reserve = min(RESERVE, self._limit // 4) if reserve is None else reserve
         if not 0 < self._reserve < self._limit:
@@ -167,7 +167,7 @@ class LiveSession:
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:
         """Asks a question, with the options of `request`; the engine writes the reply."""
         request = self.request(question, **options)
-        return stream_answer(self._core, request)
+        return stream_answer(self._engine, request)
 
     def ask(self, question: str, **options: Any) -> Answer:
         """The whole answer; see `stream_ask`."""
@@ -187,7 +187,7 @@ class LiveSession:
         """A past of nothing but what comes before the video."""
         self._trunk = Decoding(self._runtime.model, mode=self._runtime.attention, store=self._runtime.store)
         self._trunk.cache.reserve(len(self._head))
-        with self._core.exclusive():
+        with self._engine.exclusive():
             self._trunk.append(self._head)
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
@@ -222,7 +222,7 @@ class LiveSession:
     def _encoded(self, item: MediaItem) -> Tensor:
         job = VisionJob(self._runtime.model, [item])
         try:
-            job.run_until(job.total, self._core.exclusive)
+            job.run_until(job.total, self._engine.exclusive)
             return job.tokens(0, job.total)
         finally:
             job.close()
@@ -252,7 +252,7 @@ class LiveSession:
         self._trunk.cache.reserve(self.tokens + len(ids))
         self._trunk.extend(
             torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
-            turn=self._core.exclusive,
+            turn=self._engine.exclusive,
         )  # fmt: skip
 
     def _make_room(self, tokens: int) -> None:
@@ -298,7 +298,7 @@ class LiveSession:
         item, begin = self._item(), self._trunk.position
         seen = torch.tensor([*self._head, *(token for frame in self._frames for token in frame.token_ids)])
         stored = torch.zeros(3, len(seen), dtype=torch.int64)
-        with self._core.exclusive():
+        with self._engine.exclusive():
             cache = self._trunk.cache.fork()
         past = IndexedVideo(
             "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, plan_of(item), self._trunk.mode,
