@@ -75,19 +75,19 @@ def counted_layers(layers: int) -> slice:
 
 
 def make_evidence(
-    counts: Tensor | None, steps: int, prompt: Prompt, config: KeyeConfig, *, answered: bool = True
+    counts: Tensor | None, steps: int, prompt: Prompt, config: KeyeConfig, *, has_text: bool = True
 ) -> Evidence:
     """The evidence of a reply to `prompt`.
 
     `counts` int64 [layers, positions >= T] of the counted steps (`keye.models.attention.Span`), None where attention
-    was dense; `steps` is how many there were with more than k tokens before them. An answer of no text, which is not
-    `answered`, rests on nothing.
+    was dense; `steps` is how many there were with more than k tokens before them. An answer without
+    text rests on nothing.
     """
     if not prompt.media and prompt.indexed is None:
         return Evidence((), 0, "the request has no media")
     if config.text.sparse is None or counts is None:
         return Evidence((), 0, "attention was dense: every token was read, none selected")
-    if not answered:
+    if not has_text:
         return Evidence((), 0, "the answer is empty: it rests on no frame")
     if steps == 0:
         return Evidence(
@@ -97,12 +97,12 @@ def make_evidence(
     layers = counted_layers(counts.shape[0])
     selected = counts[layers, : prompt.token_ids.shape[0]].sum(0).cpu().numpy()
     per_frame = [_per_frame(selected, spans) for spans in frame_spans(prompt)]
-    total = max(1, sum(int(found.sum()) for found, _ in per_frame))
-    made = [
-        _of_medium(named, found, sizes, int(found.sum()) / total)
-        for named, (found, sizes) in zip(_named(prompt), per_frame, strict=True)
+    total = max(1, sum(int(hits.sum()) for hits, _ in per_frame))
+    media = [
+        _of_medium(facts, hits, sizes, int(hits.sum()) / total)
+        for facts, (hits, sizes) in zip(_iter_facts(prompt), per_frame, strict=True)
     ]
-    return Evidence(tuple(made), steps)
+    return Evidence(tuple(media), steps)
 
 
 def frame_spans(prompt: Prompt) -> Iterator[list[tuple[int, int]]]:
@@ -136,7 +136,7 @@ def _per_frame(
     return sums[stops] - sums[starts], stops - starts
 
 
-def _named(prompt: Prompt) -> Iterator[tuple[MediumKind, str, tuple[float, ...]]]:
+def _iter_facts(prompt: Prompt) -> Iterator[tuple[MediumKind, str, tuple[float, ...]]]:
     """Kind, name and times of each medium, an indexed video first."""
     if prompt.indexed is not None:
         yield "video", prompt.indexed.name, prompt.indexed.timestamps
@@ -145,9 +145,9 @@ def _named(prompt: Prompt) -> Iterator[tuple[MediumKind, str, tuple[float, ...]]
 
 
 def _of_medium(
-    named: tuple[MediumKind, str, tuple[float, ...]], found: NDArray[np.int64], sizes: NDArray[np.int64], share: float
+    facts: tuple[MediumKind, str, tuple[float, ...]], hits: NDArray[np.int64], sizes: NDArray[np.int64], share: float
 ) -> MediumEvidence:
-    kind, name, times = named
-    shares = found / max(1, found.sum())
+    kind, name, times = facts
+    shares = hits / max(1, hits.sum())
     lifts = shares * sizes.sum() / sizes
     return MediumEvidence(kind, name, times, tuple(shares.tolist()), tuple(lifts.tolist()), share)

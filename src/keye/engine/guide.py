@@ -43,14 +43,14 @@ _END_OF_REASONING: Final = b"</think>"
 _NOT_ENFORCED: Final = re.compile(r"(?:Unimplemented keys:|Unknown)([^\n]*)")
 
 
-#: Beginnings of what llguidance says that tell more of its insides than of the form, and our words for them.
-_TOLD: Final = (
+#: Beginnings of llguidance's messages that say more about its internals than about the form, and our words for them.
+_MESSAGES: Final = (
     ("Failed to generate regex", "its limits of numbers cannot be followed"),
     ("initial lexer configuration", "it is too complex; make it simpler"),
     ("panic", "it is too complex; make it simpler"),
     ("invalid multiple of", "multipleOf must be above 0"),
 )
-_SHOWN: Final = 300
+_MAX_MESSAGE: Final = 300
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Guide:
     def advance(self, token: int) -> None:
         """Takes the token that was drawn."""
         if self._reasoning:
-            # A model may write the mark as characters, too, and whoever reads the reply takes both for it.
+            # A model may write the mark as characters, too, and a reader of the reply takes both for it.
             self._tail = self._tail[-len(_END_OF_REASONING) :] + self._factory.bytes_of(token)
             self._reasoning = _END_OF_REASONING not in self._tail
         elif not self._matcher.is_stopped():
@@ -153,14 +153,14 @@ class GuideFactory:
         """A guide for a reply from its first token, or from the end of its reasoning on. `KeyeError` for a form that
         cannot be read, is too large, or too complex; takes up to some 100 ms."""
         matcher = self._matcher(form)
-        if matcher.is_error() and (found := _NOT_ENFORCED.search(str(matcher.get_error()))):
+        if matcher.is_error() and (match := _NOT_ENFORCED.search(str(matcher.get_error()))):
             matcher = self._matcher(form, lenient=True)
             if not matcher.is_error():
-                parts = re.sub(r"[^\w, ]", "", found[1]).strip()[:200]
+                parts = re.sub(r"[^\w, ]", "", match[1]).strip()[:200]
                 note = f"the reply is not held to these parts of its JSON schema: {parts}"
                 warn(KeyeWarning(note), stacklevel=2)
         if matcher.is_error():
-            raise _refused(form, matcher.get_error())
+            raise _reject(form, matcher.get_error())
         return Guide(matcher, self, reasoning=after_reasoning, name=form.field or "the form of the reply")
 
     def _matcher(self, form: Form, *, lenient: bool = False) -> Any:
@@ -169,7 +169,7 @@ class GuideFactory:
         except (ValueError, AssertionError) as error:
             if isinstance(error, KeyeError):
                 raise
-            raise _refused(form, str(error)) from None
+            raise _reject(form, str(error)) from None
         return self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
 
     def _grammar(self, form: Form, lenient: bool) -> str:
@@ -222,12 +222,12 @@ class GuideFactory:
             if mark not in self._tokenizer.added_tokens:
                 raise KeyeError(f"the model has no token {mark}, so calls of tools cannot be required of it")
         functions = [tool["function"] for tool in form.value]
-        schemas = [call_schema(one["name"], one.get("parameters")) for one in functions]
+        schemas = [call_schema(function["name"], function.get("parameters")) for function in functions]
         check_together(schemas, "the functions")
         rules = [f"call_{i}: {_json_rule(schema, lenient)}" for i, schema in enumerate(schemas)]
         either = " | ".join(f"call_{i}" for i in range(len(rules)))
-        one = f'{_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL}'
-        start = f'{one} ("\\n" {one})*' if form.several else one
+        call = f'{_OPEN_CALL} "\\n" any "\\n" {_CLOSE_CALL}'
+        start = f'{call} ("\\n" {call})*' if form.several else call
         if form.otherwise is not None:
             check_schema(form.otherwise)
             start, rules = f"calls | answer\ncalls: {start}", [*rules, f"answer: {_json_rule(form.otherwise, lenient)}"]
@@ -238,16 +238,17 @@ def _json_rule(schema: Mapping[str, Any], lenient: bool) -> str:
     return f"%json {json.dumps(compact_schema(schema, lenient=lenient), ensure_ascii=False)}"
 
 
-def _refused(form: Form, reason: str) -> KeyeError:
+def _reject(form: Form, reason: str) -> KeyeError:
     """The sentence for a form that llguidance does not take; of its own words those on the form itself are shown."""
-    told = reason.rpartition("failed to compile JSON schema:")[2].strip()
-    if "regex parse error:" in told:
-        told = told.rpartition("\nerror: ")[2]
-    told = re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(told.partition("\n")[0][: 2 * _SHOWN].split()))[:_SHOWN]
-    told = next(
-        (ours for theirs, ours in _TOLD if told.startswith(theirs)), told.replace("Expected f64", "expected a number")
-    )
-    return KeyeError("the {} cannot be used: {}", _NAMES[form.kind], told or "it is not valid")
+    message = reason.rpartition("failed to compile JSON schema:")[2].strip()
+    if "regex parse error:" in message:
+        message = message.rpartition("\nerror: ")[2]
+    message = re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(message.partition("\n")[0][: 2 * _MAX_MESSAGE].split()))[
+        :_MAX_MESSAGE
+    ]
+    numbered = message.replace("Expected f64", "expected a number")
+    message = next((ours for theirs, ours in _MESSAGES if message.startswith(theirs)), numbered)
+    return KeyeError("the {} cannot be used: {}", _NAMES[form.kind], message or "it is not valid")
 
 
 def _lark(grammar: str) -> str:

@@ -243,8 +243,8 @@ class Writer:
         evidence = None
         if task.request.evidence:
             text = self.tokenizer.decode(task.choices[0].reply, skip_special=False)
-            answered = task.request.ignore_eos or bool(text.strip())
-            evidence = make_evidence(task.counts, task.counted, prompt, self.config, answered=answered)
+            has_text = task.request.ignore_eos or bool(text.strip())
+            evidence = make_evidence(task.counts, task.counted, prompt, self.config, has_text=has_text)
         return Finished(
             prompt_tokens=prompt.length,
             media_tokens=prompt.visual_tokens,
