@@ -29,20 +29,11 @@ VERBS = {
 #: Set before a verb's module, and with it torch, is imported. Threads that wait sleep: where other programs want the
 #: cores too, spinning makes a small model up to 50 times slower.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-#: The same for single verbs: training meets many batch shapes, whose kernels should stay in the cache.
-VERB_ENVIRONMENT = {"train": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}}
+#: The same for training, which meets many batch shapes, whose kernels should stay in the cache.
+TRAIN_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
 
 
-class Verbs(LazyGroup):
-    """The verbs with their environment; what the user has set stays."""
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for name, value in (ENVIRONMENT | VERB_ENVIRONMENT.get(cmd_name, {})).items():
-            os.environ.setdefault(name, value)
-        return super().get_command(ctx, cmd_name)
-
-
-@click.command(cls=Verbs, verbs=VERBS, context_settings=options.CONTEXT)
+@click.command(cls=LazyGroup, verbs=VERBS, context_settings=options.CONTEXT)
 @click.version_option(__version__, prog_name="keye")
 @options.debug
 def cli() -> None:
@@ -56,7 +47,10 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 a failure of ours, 2 a mistake of the user, 130 Ctrl-C."""
-    return run(cli, sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for name, value in (ENVIRONMENT | (TRAIN_ENVIRONMENT if "train" in arguments else {})).items():
+        os.environ.setdefault(name, value)
+    return run(cli, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Byte sizes and large numbers as people write and read them. `8GB` is 8 * 10**9 bytes, `8GiB` is 8 * 2**30."""
+"""What people write and read: byte sizes, large numbers, and text that is safe to print.
+
+`8GB` is 8 * 10**9 bytes, `8GiB` is 8 * 2**30.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +52,21 @@ def format_count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.4g} {name}"
     return str(number)
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters (but line ends and tabs) and changes of direction replaced."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def one_line(text: str) -> str:
+    """`text` printable and on one line."""
+    return printable(" ".join(text.split()))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from keye.commands.shared import progress
+from keye.commands.shared import show
 from keye.engine.request import Progress
 
 
 def test_share_and_time_left() -> None:
     now = [0.0]
-    share = progress.Share(lambda: now[0])
+    share = show.Share(lambda: now[0])
     assert str(share) == "0%"
     share.add("encode", 50, 100)
     now[0] = 2.0
@@ -30,14 +30,14 @@ def test_share_and_time_left() -> None:
     [(0.2, "about 1 s left"), (12.0, "about 15 s left"), (100.0, "2 min left"), (7200.0, "2.0 h left")],
 )
 def test_times_for_people(seconds: float, text: str) -> None:
-    assert progress.time_left(seconds) == text
+    assert show.time_left(seconds) == text
 
 
 def test_lines_without_a_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(range(0, 1000, 3))
-    share = progress.Share
-    monkeypatch.setattr(progress, "Share", lambda: share(lambda: float(next(seconds))))
-    with progress.watching("watching") as on_progress:
+    share = show.Share
+    monkeypatch.setattr(show, "Share", lambda: share(lambda: float(next(seconds))))
+    with show.watching("watching") as on_progress:
         on_progress(Progress("media", 0, 1))
         for done in range(0, 101, 10):
             on_progress(Progress("prefill", done, 100))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from keye.commands.shared.show import filled_cells, listed_times, print_stream, timeline, usage_line, video_length
-from keye.commands.shared.terminal import one_line, printable
 from keye.errors import KeyeWarning, warn
 from keye.sessions.answer import Answer, AnswerStream, Usage
+from keye.units import one_line, printable
 
 
 def answer(**changed: Any) -> Answer:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
-from keye.checks import closest
-from keye.errors import KeyeError, KeyeWarning, brief, is_finite, warn
+from keye.errors import KeyeError, KeyeWarning, brief, closest, is_finite, warn
 
 #: One of ROLES, or a name of a user's own.
 Role = str

@@ -80,7 +80,7 @@ def ask(
     if logprobs is not None and not as_json:
         raise KeyeError("--logprobs gives numbers for programs: add --json")
     from keye.commands.shared import inputs, show
-    from keye.commands.shared.progress import watching
+    from keye.commands.shared.show import watching
 
     media = inputs.open_media(files, given)
     offered = inputs.read_tools(tools) if tools is not None else ()
@@ -117,7 +117,6 @@ def ask(
     if as_json:
         show.print_json({**answer.to_dict(), **extra})
         return
-    show.print_alternatives(answer)
     show.print_answer(answer, model)
     if answer.evidence is not None:
         show.print_evidence(answer.evidence)

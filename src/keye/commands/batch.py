@@ -204,7 +204,7 @@ def _left(bar: Any) -> str:
 
 def told(data: Mapping[str, Any]) -> str:
     """The report in words."""
-    from keye.commands.shared.terminal import plural
+    from keye.units import plural
 
     done = data["ok"] + data["errors"]
     if not done:

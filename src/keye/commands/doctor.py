@@ -12,10 +12,9 @@ from pathlib import Path
 import click
 
 from keye.commands.shared import options
-from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError
 from keye.process import available_cores, main_memory
-from keye.units import format_bytes, format_count
+from keye.units import format_bytes, format_count, one_line
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keye.commands.shared import options
-from keye.commands.shared.terminal import plural
 from keye.errors import KeyeError
+from keye.units import plural
 
 if TYPE_CHECKING:
     from keye.chat.messages import Medium
@@ -40,7 +40,7 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     keye ground video.mp4 "the red circle" --clips found
     """
     from keye.commands.shared import inputs, show
-    from keye.commands.shared.progress import watching
+    from keye.commands.shared.show import watching
     from keye.media.source.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():

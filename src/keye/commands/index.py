@@ -44,7 +44,7 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
         raise KeyeError("name the index to write with -o, as in: keye index talk.mp4 -o talk.keye")
     from keye.cache.index_file import check_index_output
     from keye.commands.shared import inputs, show
-    from keye.commands.shared.progress import watching
+    from keye.commands.shared.show import watching
 
     medium = inputs.only_video(video, given)
     check_not_input(output, "-o", [medium.source])

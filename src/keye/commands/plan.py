@@ -105,8 +105,7 @@ def summary(planned: Sequence[Any], context: int, model: str) -> dict[str, Any]:
 def print_fleet(result: Mapping[str, Any]) -> None:
     """The plan of a fleet as text."""
     from keye.commands.shared.show import stdout
-    from keye.commands.shared.terminal import one_line
-    from keye.units import format_bytes
+    from keye.units import format_bytes, one_line
 
     console = stdout()
     seconds, busy, moved = result["seconds"], result["busy"], result["bytes_per_second"]

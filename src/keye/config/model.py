@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.checks import is_number
 from keye.config.files import ConfigError, own_fields, read_json, refuse, require, require_whole
 from keye.config.problems import generation_problems, model_problems, text_field_problems, vision_problems
+from keye.errors import is_number
 from keye.releases import Architecture, Release, releases_by_architecture
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from keye.checks import is_number, is_whole
+from keye.errors import is_number, is_whole
 
 if TYPE_CHECKING:
     from keye.config import GenerationConfig, KeyeConfig, ProcessorConfig, VisionConfig

@@ -12,9 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from keye.checks import closest
 from keye.config.files import ConfigError
-from keye.errors import brief
+from keye.errors import brief, closest
 
 _WANTED = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",

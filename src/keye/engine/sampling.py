@@ -11,8 +11,7 @@ from typing import Any, Final, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from keye.checks import is_number, is_whole
-from keye.errors import KeyeError
+from keye.errors import KeyeError, is_number, is_whole
 
 MAX_SEED = 2**63 - 1
 #: Temperatures below this are greedy: dividing by them would leave the range of numbers.

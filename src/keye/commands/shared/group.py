@@ -19,8 +19,8 @@ from typing import Any
 import click
 
 from keye.commands.shared.options import spelled
-from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError, KeyeWarning
+from keye.units import one_line
 
 DEFECT, MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -63,16 +63,12 @@ class LazyGroup(click.Group):
             hint = f"did you mean {near[0]}? " if near else ""
             ctx.fail(f"no command {args[0][:80]!r}: {hint}Commands are {', '.join(self.verbs)}.")
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command, [_as_path(argument, command) for argument in rest]
-
-
-def _as_path(argument: str, command: click.Command | None) -> str:
-    """A file whose name begins like a flag, written so that it is not taken for one; any other argument as it is."""
-    if not argument.startswith("-") or argument in ("-", "--") or not os.path.isfile(argument):
-        return argument
-    params = command.params if command is not None else []
-    flags = {"-h", "--help"}.union(*((*param.opts, *param.secondary_opts) for param in params))
-    return argument if argument.partition("=")[0] in flags else os.path.join(os.curdir, argument)
+        params = command.params if command is not None else []
+        flags = {"-", "--", "-h", "--help"}.union(*((*param.opts, *param.secondary_opts) for param in params))
+        for place, argument in enumerate(rest):  # a file whose name begins like a flag must not be taken for one
+            if argument.startswith("-") and argument.partition("=")[0] not in flags and os.path.isfile(argument):
+                rest[place] = os.path.join(os.curdir, argument)
+        return name, command, rest
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:

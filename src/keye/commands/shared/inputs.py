@@ -23,11 +23,10 @@ from keye.commands.shared.options import (
     flag,
     given,
 )
-from keye.commands.shared.terminal import one_line
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.source.download import FetchLimits
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
-from keye.units import format_bytes
+from keye.units import format_bytes, one_line
 
 if TYPE_CHECKING:
     from keye.api import Keye

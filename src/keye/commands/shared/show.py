@@ -4,35 +4,47 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from keye.chat.grounding import Region
 from keye.chat.messages import ToolCall
 from keye.chat.times import Interval, format_seconds, merge_intervals
-from keye.checks import is_number
-from keye.commands.shared.inputs import stderr
-from keye.commands.shared.terminal import one_line, plural, printable
-from keye.units import format_bytes
+from keye.commands.shared.inputs import note, stderr
+from keye.errors import is_number
+from keye.units import format_bytes, one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.api import Keye
     from keye.engine.evidence import Evidence, MediumEvidence
+    from keye.engine.request import Progress as Step
     from keye.sessions.answer import Answer, AnswerStream
     from keye.sessions.video_index import IndexInfo
 
 #: Widest timeline, in characters.
-MAX_BAR = 72
+MAX_BAR: Final = 72
+#: Seconds between two lines where standard error is no terminal, and those before the first time left is told.
+LINE_SECONDS: Final = 5.0
+FIRST_SECONDS: Final = 3.0
 #: Times of a plan that are listed before the middle is left out.
-MAX_TIMES = 48
+MAX_TIMES: Final = 48
 
 
 def stdout() -> Console:
@@ -67,8 +79,11 @@ def print_stream(stream: AnswerStream, first: str) -> Answer:
 
 
 def print_answer(answer: Answer, model: Keye) -> None:
-    """What follows the text of an answer: what it marks and calls, its intervals on a timeline, and what it cost."""
+    """What follows the text of an answer: the other replies where several were asked for, what it marks and calls, its
+    intervals on a timeline, and what it cost."""
     console = stdout()
+    for number, other in enumerate(answer.alternatives, 2):
+        console.print(f"{number}: {printable(other.text)}", soft_wrap=True)
     for found in [*map(call_line, answer.tool_calls), *region_lines(answer.regions)]:
         console.print(found, soft_wrap=True)
     if answer.intervals:
@@ -205,14 +220,8 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
     if free is not None:
         verdict = "fits" if prediction["fits"] else f"does not fit; {prediction['what_fits']}"
         console.print(f"{format_bytes(free)} are free on {prediction['device']}: it {verdict}", soft_wrap=True)
-    for note in prediction["notes"]:
-        console.print(one_line(note), style="yellow", soft_wrap=True)
-
-
-def print_alternatives(answer: Answer) -> None:
-    """The other replies, where several were asked for."""
-    for number, other in enumerate(answer.alternatives, 2):
-        stdout().print(f"{number}: {printable(other.text)}", soft_wrap=True)
+    for sentence in prediction["notes"]:
+        console.print(one_line(sentence), style="yellow", soft_wrap=True)
 
 
 def print_errors(errors: Mapping[str, float]) -> None:
@@ -296,3 +305,66 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=stderr(), transient=True, disable=not stderr().is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def time_left(seconds: float) -> str:
+    """Seconds left for people, rounded up: "about 40 s left", "6 min left"."""
+    if seconds < 90:
+        return f"about {max(1, math.ceil(seconds / 5) * 5 if seconds > 10 else math.ceil(seconds))} s left"
+    if seconds < 5400:
+        return f"{math.ceil(seconds / 60)} min left"
+    return f"{seconds / 3600:.1f} h left"
+
+
+class Share:
+    """How much of the work before a reply is done: visual tokens encoded and prompt tokens computed, together."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._begin = clock, clock()
+        self._done: dict[str, tuple[int, int]] = {}
+        self.share = 0.0
+
+    def add(self, phase: str, done: int, total: int) -> None:
+        """Takes the state of a phase; the share never falls."""
+        self._done[phase] = (done, total)
+        whole = sum(total for _, total in self._done.values())
+        if whole:
+            self.share = max(self.share, sum(done for done, _ in self._done.values()) / whole)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return self._clock() - self._begin
+
+    def __str__(self) -> str:
+        """The share, and the time left once it can be known."""
+        if not self.share or self.seconds < FIRST_SECONDS:
+            return f"{self.share:.0%}"
+        return f"{self.share:.0%}, {time_left(self.seconds * (1 - self.share) / self.share)}"
+
+
+@contextmanager
+def watching(title: str) -> Iterator[Callable[[Step], None]]:
+    """Yields what takes the engine's progress on one request or index and shows it; gone when the block ends, or once
+    all is computed, so that the reply can be printed."""
+    console, share = stderr(), Share()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TextColumn("{task.fields[left]}"))  # fmt: skip
+    told = 0.0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, left="")
+
+        def show(step: Step) -> None:
+            nonlocal told
+            if step.phase == "media":  # of unknown length
+                return
+            share.add(step.phase, step.done, step.total)
+            if console.is_terminal:
+                bar.update(task, completed=share.share, total=1.0, left=str(share).partition(", ")[2])
+                if share.share == 1.0:
+                    bar.stop()
+            elif share.seconds - told >= LINE_SECONDS and share.share < 1.0:
+                told = share.seconds
+                note(f"{title}: {share}")
+
+        yield show

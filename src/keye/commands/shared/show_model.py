@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.commands.shared.show import stdout
-from keye.commands.shared.terminal import one_line, plural
-from keye.units import format_bytes, format_count
+from keye.units import format_bytes, format_count, one_line, plural
 
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
 BAR, NARROW = 20, 64

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from keye.checks import closest
+from keye.errors import closest
 from keye.server.edge.errors import ApiError
 from keye.server.notes import add_note, count_unknown
 

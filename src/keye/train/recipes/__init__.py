@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keye.checks import closest
 from keye.config import ConfigError
 from keye.config.settings import parse_settings, read_toml
+from keye.errors import closest
 from keye.train.config import TrainConfig
 
 if TYPE_CHECKING:  # making batches needs no torch

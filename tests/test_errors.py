@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keye.checks import closest
+from keye.errors import closest
 
 KNOWN = ("temperature", "top_p", "top_k", "max_tokens", "n", "stop", "stream")
 
