@@ -145,11 +145,11 @@ def test_what_vllm_adds_to_a_request() -> None:
     """Unknown `chat_template_kwargs` are refused, so those that vLLM adds by itself must be known."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    from keye_vllm.prompts import _OF_VLLM, _SETTINGS
+    from keye_vllm.prompts import SETTINGS, VLLM_SETTINGS
 
     request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}])
     added = request.build_chat_params(None, "auto").chat_template_kwargs
-    assert not {name for name, value in added.items() if value is not None} - _SETTINGS - _OF_VLLM
+    assert not {name for name, value in added.items() if value is not None} - SETTINGS - VLLM_SETTINGS
 
 
 def test_parts_of_messages_keep_their_options() -> None:

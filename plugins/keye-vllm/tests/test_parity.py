@@ -1,6 +1,6 @@
 """vLLM with the plug-in computes what keye computes: log-probabilities of prompts and replies in float32.
 
-One engine with experts; it computes prompts in chunks of 64 tokens and keeps their pages.
+One engine with experts; it computes prompts in chunks of 64 tokens and keeps their KV blocks.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def test_prompt_and_reply(case: str, engine: LLM, own: keye.Keye) -> None:
 
 
 def test_several_at_once_from_kept_pages(engine: LLM, own: keye.Keye) -> None:
-    """Prompts that were computed before go on from their pages, side by side with new ones."""
+    """Prompts that were computed before go on from their KV blocks, side by side with new ones."""
     new = user(text("what is written on the sign? " * 5))
     every = [*CONVERSATIONS.values(), new]
     outputs = engine.chat(every, [greedy()] * len(every), use_tqdm=False)
     for messages, output in zip(every, outputs, strict=True):
         check(own, messages, output)
-    for output in outputs[:-1]:  # whole pages but the last token, whose hidden state is needed
+    for output in outputs[:-1]:  # full blocks but the last token, whose hidden state is needed
         assert output.num_cached_tokens == (len(output.prompt_token_ids) - 1) // 64 * 64
     assert outputs[-1].num_cached_tokens == 0
 

@@ -42,7 +42,7 @@ def test_a_checkpoint_without_another_tensor(tmp_path: Path, start_engine: Start
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"block_size": 32}, "--block-size is 32: sparse attention has pages of 64 tokens"),
+        ({"block_size": 32}, "--block-size is 32: sparse attention has KV blocks of 64 tokens"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype is fp8: the plug-in stores plain numbers"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2},

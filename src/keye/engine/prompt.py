@@ -219,6 +219,18 @@ class PromptBuilder:
             room.check(len(ids), prompt.visual_tokens)
         return prompt
 
+    def open(self, medium: Medium, *, videos: int = 1, room: Room | None = None) -> MediaItem:
+        """A medium with its pixels, one of `videos` in its prompt, for engines that lay out prompts themselves (with
+        `piece_ids`). `ContextError` for one that does not fit `room` by itself; where its size can be planned, before
+        anything of it is decoded."""
+        planned = plan_medium(medium, self.processor, videos, self.open_index)
+        if room is not None:
+            room.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
+        item = self.processor.load(planned)
+        if room is not None:
+            room.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
+        return item
+
     def of_tokens(self, ids: Sequence[int], media: Sequence[MediaItem] = (), *, reply: int = 1) -> Prompt:
         """A prompt by token ids, with the `media` that stand at its placeholders, in order. `KeyeError` for ids that
         the model does not have, and for placeholders of another number than the media have visual tokens;

@@ -4,15 +4,17 @@ vLLM brings the engine and the layers of the decoder; keye brings the indexer, s
 and prompts. What each module knows:
 
 * `config`: the configuration that vLLM reads, and which settings of vLLM it allows.
-* `model`, `decoder`: the networks; `attention`: sparse attention over vLLM's pages; `pages`: how they lie in memory.
-* `media`: images and videos of a prompt, by `keye.media`; `prompts`: conversations, by `keye.chat`.
+* `model`, `decoder`: the networks; `attention`: sparse attention over vLLM's blocks; `cache`: the rows in them.
+* `media`: images and videos of a prompt; `prompts`: conversations.
+
+Of keye only the names of `keye` itself and `keye.spi` are imported.
 """
 
 from __future__ import annotations
 
 import re
 
-from keye.errors import KeyeError
+from keye import KeyeError
 
 #: vLLM that this was tested with: at least the first, below the second.
 TESTED = ((0, 32), (0, 33))

@@ -1,12 +1,12 @@
-"""Sparse attention of one layer over vLLM's pages, by the same functions as everywhere in keye.
+"""Sparse attention of one layer over vLLM's blocks, by the same functions as everywhere in keye.
 
-`keye.ops.registry` chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled
+keye chooses what computes it: Triton kernels on GPUs of compute capability 8.0 and newer, the compiled
 core or plain torch elsewhere. A sequence of more than k tokens is never attended densely.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,9 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from keye.config import TextConfig
-from keye.models.indexer import IndexerOutput
-from keye.ops.backend import Stretch
-from keye.ops.registry import dense_attention, sparse_attention
+from keye.spi import IndexerOutput, Stretch, TextConfig, cache_rows, dense_attention, sparse_attention
+from keye_vllm.cache import Cache, Span, StepBlocks
 from keye_vllm.config import ATTENTION_OP
-from keye_vllm.pages import Cache, Span, StepPages
-
-_KEYS, _VALUES = 0, 1
 
 
 class SparseAttention(nn.Module):
@@ -31,8 +26,10 @@ class SparseAttention(nn.Module):
         super().__init__()
         assert config.sparse is not None
         self.topk, self.name = config.sparse.topk, f"{prefix}.sparse_attn"
-        self.rows = Cache(kv_heads, config.head_dim, planes=2, name=f"{prefix}.attn")
-        self.index = Cache(1, config.sparse.indexer_head_dim, planes=1, name=f"{prefix}.sa_indexer.cache")
+        specs = cache_rows(config)
+        kv = {name: replace(spec, heads=kv_heads) for name, spec in specs.items() if not spec.scanned}
+        self.kv = Cache(kv, f"{prefix}.attn")
+        self.indexer = Cache({name: specs[name] for name in specs.keys() - kv}, f"{prefix}.sa_indexer.cache")
         get_current_vllm_config().compilation_config.static_forward_context[self.name] = self
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput) -> Tensor:
@@ -47,12 +44,12 @@ class SparseAttention(nn.Module):
         if not isinstance(steps, dict):  # memory is measured before there are caches
             out.zero_()
             return
-        step, indexer_step = steps[self.rows.name], steps[self.index.name]
-        assert isinstance(step, StepPages) and isinstance(indexer_step, StepPages)
+        step, indexer_step = steps[self.kv.name], steps[self.indexer.name]
+        assert isinstance(step, StepBlocks) and isinstance(indexer_step, StepBlocks)
         n = step.tokens
-        self.rows.write(_KEYS, step.slots, k[:n])
-        self.rows.write(_VALUES, step.slots, v[:n])
-        self.index.write(0, indexer_step.slots, index.k[:n].unsqueeze(1))
+        self.kv.write("k", step.slots, k[:n])
+        self.kv.write("v", step.slots, v[:n])
+        self.indexer.write("indexer_k", indexer_step.slots, index.k[:n].unsqueeze(1))
         stretches = [self._stretch(*pair) for pair in zip(step.spans, indexer_step.spans, strict=True)]
         # Up to k tokens the top-k is everything: dense attention is then the same function.
         short = [stretch for stretch in stretches if stretch.length <= self.topk]
@@ -64,20 +61,20 @@ class SparseAttention(nn.Module):
         out[n:].zero_()
 
     def _stretch(self, span: Span, indexer_span: Span) -> Stretch:
-        rows, index, table = self.rows, self.index, span.table
-        blocks = {"k": rows.pages(_KEYS, table), "v": rows.pages(_VALUES, table),
-                  "indexer_k": index.pages(0, indexer_span.table)}  # fmt: skip
+        kv, indexer, table, indexer_table = self.kv, self.indexer, span.table, indexer_span.table
+
+        def key_tiles(start: int, stop: int) -> Tensor:
+            positions = torch.arange(start, stop, device=indexer_table.device)
+            return indexer.read("indexer_k", indexer_table, positions).squeeze(1)
+
         return Stretch(
             span.start,
             span.stop,
             span.length - (span.stop - span.start),
-            rows=lambda positions: (rows.read(_KEYS, table, positions), rows.read(_VALUES, table, positions)),
-            key_tiles=partial(self._key_tile, indexer_span.table),
-            blocks=blocks,
+            rows=lambda positions: (kv.read("k", table, positions), kv.read("v", table, positions)),
+            key_tiles=key_tiles,
+            blocks={**kv.blocks(table), **indexer.blocks(indexer_table)},
         )
-
-    def _key_tile(self, table: Tensor, start: int, stop: int) -> Tensor:
-        return self.index.read(0, table, torch.arange(start, stop, device=table.device)).squeeze(1)
 
 
 def _attend(

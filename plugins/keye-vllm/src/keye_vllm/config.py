@@ -11,9 +11,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from keye.config import KeyeConfig, model_config_from_dict
-from keye.errors import KeyeError
-from keye.ops.kv_blocks import KV_BLOCK
+from keye import KeyeError
+from keye.spi import KV_BLOCK, KeyeConfig, model_config_from_dict
 
 #: The name under which prompts are written as keye writes them (`--tokenizer-mode`).
 TOKENIZER_MODE = "keye"
@@ -69,8 +68,8 @@ class Settings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Pages of 64 tokens, plain numbers in them, and graphs that are cut around attention. `KeyeError` for settings
-        that sparse attention cannot honour."""
+        """Blocks of 64 tokens, plain numbers in them, and graphs that are cut around attention. `KeyeError` for
+        settings that sparse attention cannot honour."""
         text = vllm_config.model_config.hf_config.keye.text
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
         if text.num_experts and parallel.enable_expert_parallel and current_platform.is_cpu():
@@ -79,7 +78,7 @@ class Settings(VerifyAndUpdateConfig):
         if text.sparse is None:
             return
         if cache.user_specified_block_size and cache.block_size != KV_BLOCK:
-            raise KeyeError(f"--block-size is {cache.block_size}: sparse attention has pages of {KV_BLOCK} tokens")
+            raise KeyeError(f"--block-size is {cache.block_size}: sparse attention has KV blocks of {KV_BLOCK} tokens")
         cache.block_size, cache.user_specified_block_size = KV_BLOCK, True
         if is_quantized_kv_cache(cache.cache_dtype):
             raise KeyeError(f"--kv-cache-dtype is {cache.cache_dtype}: the plug-in stores plain numbers; use auto")

@@ -19,12 +19,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from keye.config import TextConfig
-from keye.models import layers
-from keye.models.attention import Rope
-from keye.models.indexer import Indexer
-from keye.ops.elementwise import norm_rotate
-from keye.ops.reference import inverse_frequencies, rope_angles
+from keye.spi import Indexer, Rope, TextConfig, inverse_frequencies, norm_rotate, rope_angles
+from keye.spi import RMSNorm as HeadNorm
 from keye_vllm.attention import SparseAttention
 
 #: Official names to the names of vLLM's merged layers. The indexer has a `q_proj` and a `k_proj` of its own.
@@ -57,7 +53,7 @@ class DecoderAttention(nn.Module):
             config.num_attention_heads * D, config.hidden_size, bias=config.attention_bias, quant_config=quant,
             prefix=f"{prefix}.o_proj",
         )  # fmt: skip
-        self.q_norm, self.k_norm = layers.RMSNorm(D, self.eps), layers.RMSNorm(D, self.eps)
+        self.q_norm, self.k_norm = HeadNorm(D, self.eps), HeadNorm(D, self.eps)
         self.attn: SparseAttention | Attention
         if config.sparse is not None:
             self.sa_indexer = Indexer(config)

@@ -27,7 +27,7 @@ def install() -> None:
         if name not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(name, f"keye_vllm.model:{name}")
     if "KEYE_DSA" not in AttentionBackendEnum.__members__:
-        register_backend("KEYE_DSA", "keye_vllm.pages.KeyeBackend")
+        register_backend("KEYE_DSA", "keye_vllm.cache.KeyeBackend")
     if TOKENIZER_MODE not in RENDERER_REGISTRY.renderers:
         TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
         RENDERER_REGISTRY.register(TOKENIZER_MODE, "keye_vllm.prompts", "KeyeRenderer")

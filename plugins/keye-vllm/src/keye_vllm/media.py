@@ -31,17 +31,27 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.video import VideoLoader
 
-from keye.chat.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind
-from keye.chat.tokenizer import Tokenizer
-from keye.config import load_processor_config
-from keye.engine.media import Frames, check_medium, plan_medium
-from keye.engine.prompt import PromptBuilder, Room
-from keye.errors import KeyeError
-from keye.hub import resolve
-from keye.media.pixels.pictures import is_array
-from keye.media.processor import MediaItem, Processor
-from keye.media.source.data_urls import decode_list, parse_list
-from keye.media.source.fetch import Source, fetch_source, untrusted
+from keye import Frames, KeyeError
+from keye.spi import (
+    IMAGE_OPTIONS,
+    VIDEO_OPTIONS,
+    MediaItem,
+    Medium,
+    MediumKind,
+    Processor,
+    PromptBuilder,
+    Room,
+    Source,
+    Tokenizer,
+    check_medium,
+    decode_list,
+    fetch_source,
+    is_array,
+    load_processor_config,
+    parse_list,
+    resolve,
+    untrusted,
+)
 
 #: The name of the way in which vLLM loads a video of 2.0.
 VIDEO_LOADER = "keye"
@@ -172,27 +182,14 @@ def _times(known: Mapping[str, Any]) -> tuple[float, ...] | None:
     return None
 
 
-class _Opener(PromptBuilder):
-    """Opens media one by one: vLLM lays out prompts itself."""
-
-    def open(self, medium: Medium, videos: int, context: int) -> MediaItem:
-        """The medium with its pixels, one of `videos` in its prompt. `KeyeError` for one that no context of so many
-        tokens holds; where its size can be planned, before anything of it is decoded."""
-        planned, room = plan_medium(medium, self.processor, videos), Room(context, reply=1)
-        room.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
-        item = self.processor.load(planned)
-        room.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
-        return item
-
-
 class MediaInfo(BaseProcessingInfo):
     """The checkpoint's own rules for media, and how many tokens they can take."""
 
     @cached_property
-    def opener(self) -> _Opener:
+    def builder(self) -> PromptBuilder:
         folder = resolve(self.model_id, revision=self.ctx.model_config.revision, weights=False)
-        return _Opener(self.ctx.model_config.hf_config.keye, Tokenizer.from_file(folder),
-                       Processor(load_processor_config(folder)))  # fmt: skip
+        return PromptBuilder(self.ctx.model_config.hf_config.keye, Tokenizer.from_file(folder),
+                             Processor(load_processor_config(folder)))  # fmt: skip
 
     def get_data_parser(self) -> MultiModalDataParser:
         return MediaParser()
@@ -202,7 +199,7 @@ class MediaInfo(BaseProcessingInfo):
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """By the limits of the checkpoint; an option of a request may ask for more, up to the length of the context."""
-        config = self.opener.processor.config
+        config = self.builder.processor.config
         most = {"image": config.image_max_tokens, "video": config.video_total_tokens}
         return {kind: min(seq_len, most[kind]) for kind in most if mm_counts.get(kind, 0)}
 
@@ -214,7 +211,7 @@ class DummyMedia(BaseDummyInputsBuilder[MediaInfo]):
         return "".join(f"<|{kind}_pad|>" * count for kind, count in mm_counts.items())
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        config = self.info.opener.processor.config
+        config = self.info.builder.processor.config
         side = isqrt(min(config.image_max_tokens, seq_len)) * config.factor
         image = Image.new("RGB", (side, side))
         side = isqrt(min(config.video_max_tokens, seq_len)) * config.factor
@@ -244,18 +241,19 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Opens the media that are not in vLLM's cache."""
-        opener, context = self.info.opener, self.info.ctx.model_config.max_model_len
+        builder, room = self.info.builder, Room(self.info.ctx.model_config.max_model_len, reply=1)
         given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         videos = int(given.pop(_VIDEOS, 1))
         defaults = defaults_of(given)
         output: dict[str, Any] = {}
         for kind, media in hf_data.items():
-            items = [opener.open(_with_defaults(medium, defaults[kind]), videos, context) for medium in media]
+            options = defaults[kind]
+            items = [builder.open(_with_defaults(medium, options), videos=videos, room=room) for medium in media]
             output |= self._fields(FIELDS[kind], items)
         return BatchFeature(output)
 
     def _fields(self, names: Fields, items: Sequence[MediaItem]) -> dict[str, Any]:
-        ids = [self.info.opener.piece_ids(item.pieces) for item in items]
+        ids = [self.info.builder.piece_ids(item.pieces) for item in items]
         vision = [item.vision for item in items]
         pixels = torch.from_numpy(np.concatenate([one.pixel_values for one in vision]))
         return {
@@ -291,7 +289,7 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         """A placeholder becomes what stands for its medium: visual tokens, and the marks and times of frames."""
-        config = self.info.opener.config
+        config = self.info.builder.config
         pads = {"image": config.image_token_id, "video": config.video_token_id}
 
         def expansion(kind: str, item: int) -> PromptUpdateDetails:

@@ -19,14 +19,10 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-from keye.errors import KeyeError
-from keye.media.positions import build_position_ids
-from keye.models.vision import Projector, Visual, encode_vision
-from keye.weights.names import IGNORED
+from keye import KeyeError
+from keye.spi import IGNORED, INDEXER, Projector, Visual, build_position_ids, encode_vision
 from keye_vllm.decoder import Decoder
 from keye_vllm.media import FIELDS, DummyMedia, MediaInfo, MediaProcessor
-
-_INDEXER = ".sa_indexer."
 
 
 @MULTIMODAL_REGISTRY.register_processor(MediaProcessor, info=MediaInfo, dummy_inputs=DummyMedia)
@@ -112,8 +108,8 @@ class KeyeVL2MoeForConditionalGeneration(nn.Module, SupportsMultiModal, Supports
         one: it would be dense attention beyond k, which is another function."""
         sparse, indexer = self.config.text.sparse is not None, False
         for name, tensor in weights:
-            indexer = indexer or _INDEXER in name
-            if not IGNORED.search(name) and (sparse or _INDEXER not in name):
+            indexer = indexer or INDEXER in name
+            if not IGNORED.search(name) and (sparse or INDEXER not in name):
                 yield name, tensor
         if sparse and not indexer:
             raise KeyeError(

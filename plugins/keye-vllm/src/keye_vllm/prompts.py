@@ -16,20 +16,28 @@ from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_a
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 
-from keye.chat.foreign_template import CheckpointTemplate, find_template
-from keye.chat.messages import Medium, MediumKind, normalize
-from keye.chat.template import ChatTemplate, Segment, template_of
-from keye.chat.tokenizer import Tokenizer, check_tokenizer
-from keye.config import load_generation_config
-from keye.errors import KeyeError
-from keye.hub import resolve
+from keye import KeyeError
+from keye.spi import (
+    ChatTemplate,
+    CheckpointTemplate,
+    Medium,
+    MediumKind,
+    Segment,
+    Tokenizer,
+    check_tokenizer,
+    find_template,
+    load_generation_config,
+    normalize,
+    resolve,
+    template_of,
+)
 from keye_vllm.media import as_medium
 
 _KINDS: dict[str, MediumKind] = {"image_url": "image", "input_image": "image", "image_pil": "image",
                                  "video_url": "video"}  # fmt: skip
 #: What a request may say of the format, and what vLLM adds to that for the formats of others.
-_SETTINGS = {"tools", "enable_thinking", "add_generation_prompt"}
-_OF_VLLM = {"documents", "reasoning_effort", "continue_final_message", "cohere_format", "tokenize"}
+SETTINGS = {"tools", "enable_thinking", "add_generation_prompt"}
+VLLM_SETTINGS = {"documents", "reasoning_effort", "continue_final_message", "cohere_format", "tokenize"}
 
 #: Where `keye.chat` wants a source and vLLM holds it.
 _NO_SOURCE = "data:,"
@@ -74,7 +82,7 @@ class KeyeRenderer(HfRenderer):
 
     def _prompt(self, conversation: Sequence[Any], params: ChatParams, media: Any, uuids: Any) -> dict[str, Any]:
         settings = {name: value for name, value in params.chat_template_kwargs.items() if value is not None}
-        if unknown := sorted(settings.keys() - _SETTINGS - _OF_VLLM):
+        if unknown := sorted(settings.keys() - SETTINGS - VLLM_SETTINGS):
             raise KeyeError(f"chat_template_kwargs.{unknown[0]} is not known to keye's own format of prompts; use a "
                             "chat template that knows it (--chat-template)")  # fmt: skip
         for name in ("documents", "continue_final_message"):

@@ -1,12 +1,13 @@
-"""How keys, values and indexer keys lie in vLLM's memory, and where those of a step's sequences are.
+"""How cached rows are stored in vLLM's memory, and where those of a step's sequences are.
 
-vLLM allocates, shares and frees the pages; a page holds 64 tokens, as `keye.ops.kv_blocks` wants it, so that every
-kernel of keye reads them where they are. A layer has a page of keys and one of values behind one another, and in a
-cache of its own a page of indexer keys.
+vLLM allocates, shares and frees blocks of 64 tokens, keye's KV blocks, so that every kernel of keye reads them where
+they are. Rows of one shape share a cache, their blocks one after another: keys and values, and in a cache of their own
+indexer keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SparseCacheRole
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
+from keye.spi import KV_BLOCK, BlockRows, RowFormat, RowKind, RowSpec
 
 _KINDS: dict[torch.dtype, RowKind] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
@@ -33,7 +34,7 @@ _KINDS: dict[torch.dtype, RowKind] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start .. stop of a step are the last of a sequence of `length`, whose pages are `table` int32 [pages]."""
+    """Tokens start .. stop of a step are the last of a sequence of `length`, with its blocks in `table` int32 [n]."""
 
     start: int
     stop: int
@@ -42,7 +43,7 @@ class Span:
 
 
 @dataclass
-class StepPages(AttentionMetadata):
+class StepBlocks(AttentionMetadata):
     """One cache in one step: its sequences, and the `slots` int64 [tokens] that the new tokens are written to."""
 
     spans: list[Span]
@@ -54,15 +55,15 @@ class StepPages(AttentionMetadata):
         return self.slots.shape[0]
 
 
-class StepPagesBuilder(AttentionMetadataBuilder[StepPages]):
-    """Makes `StepPages` of what vLLM scheduled."""
+class StepBlocksBuilder(AttentionMetadataBuilder[StepBlocks]):
+    """Makes `StepBlocks` of what vLLM scheduled."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> StepPages:
+    ) -> StepBlocks:
         step = common_attn_metadata
         starts = step.query_start_loc_cpu.tolist()
         # Exact where there is no speculative decoding, which `config` refuses; the other waits for the device.
@@ -74,7 +75,7 @@ class StepPagesBuilder(AttentionMetadataBuilder[StepPages]):
             for row in range(step.num_reqs)
             if starts[row + 1] > starts[row]  # the others are padding
         ]
-        return StepPages(spans, step.slot_mapping[: step.num_actual_tokens].long())
+        return StepBlocks(spans, step.slot_mapping[: step.num_actual_tokens].long())
 
 
 class KeyeBackend(AttentionBackend):
@@ -92,8 +93,8 @@ class KeyeBackend(AttentionBackend):
         raise NotImplementedError("sparse attention is computed by keye_vllm.attention.SparseAttention")
 
     @staticmethod
-    def get_builder_cls() -> type[StepPagesBuilder]:
-        return StepPagesBuilder
+    def get_builder_cls() -> type[StepBlocksBuilder]:
+        return StepBlocksBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[Any]:
@@ -113,13 +114,15 @@ class KeyeBackend(AttentionBackend):
 
 
 class Cache(nn.Module, AttentionLayerBase):
-    """One kind of rows of one layer in pages of vLLM's: `heads` vectors of `dim` numbers a token, `planes` times."""
+    """Rows of one layer that have one shape, in blocks of vLLM's: a block for each name of `specs`."""
 
-    def __init__(self, heads: int, dim: int, planes: int, name: str) -> None:
+    def __init__(self, specs: Mapping[str, RowSpec], name: str) -> None:
         super().__init__()
         config = get_current_vllm_config()
         self.dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, config.model_config)
-        self.format, self.planes, self.name = RowFormat(_KINDS[self.dtype], heads, dim), planes, name
+        (spec,) = set(specs.values())
+        self.format, self.scanned = RowFormat(_KINDS[self.dtype], spec.heads, spec.dim), spec.scanned
+        self.planes, self.name = {row: plane for plane, row in enumerate(specs)}, name
         self.kv_cache = torch.tensor([])
         layers = config.compilation_config.static_forward_context
         if name in layers:
@@ -133,33 +136,36 @@ class Cache(nn.Module, AttentionLayerBase):
         form = self.format
         shape: dict[str, Any] = {"block_size": KV_BLOCK, "num_kv_heads": form.heads, "head_size": form.dim,
                                  "dtype": self.dtype}  # fmt: skip
-        if self.planes == 1:
+        if self.scanned:
             return MLAAttentionSpec(**shape, cache_role=SparseCacheRole.INDEXER)
-        return FullAttentionSpec(**shape, num_head_slots=self.planes, state_content_bytes=form.row_bytes)
+        return FullAttentionSpec(**shape, num_head_slots=len(self.planes), state_content_bytes=form.row_bytes)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Takes the memory: [pages, planes, 64, heads * dim]."""
-        assert kv_cache.is_contiguous(), "vLLM allocated pages in another layout than was asked for"
-        assert kv_cache.shape[1:] == (self.planes, KV_BLOCK, self.format.heads * self.format.dim)
+        """Takes the memory: [blocks, names, 64, heads * dim]."""
+        assert kv_cache.is_contiguous(), "vLLM allocated blocks in another layout than was asked for"
+        assert kv_cache.shape[1:] == (len(self.planes), KV_BLOCK, self.format.heads * self.format.dim)
         self.kv_cache = kv_cache
 
     def forward(self) -> None:
         """A cache computes nothing."""
 
-    def write(self, plane: int, slots: Tensor, rows: Tensor) -> None:
+    def write(self, name: str, slots: Tensor, rows: Tensor) -> None:
         """Stores `rows` [tokens, heads, dim] at `slots` int64 [tokens]."""
-        self.kv_cache[slots // KV_BLOCK, plane, slots % KV_BLOCK] = rows.flatten(1).to(self.dtype)
+        self.kv_cache[slots // KV_BLOCK, self.planes[name], slots % KV_BLOCK] = rows.flatten(1).to(self.dtype)
 
-    def read(self, plane: int, table: Tensor, positions: Tensor) -> Tensor:
+    def read(self, name: str, table: Tensor, positions: Tensor) -> Tensor:
         """The rows of `positions` int64 [n] of a sequence: [n, heads, dim]."""
-        rows = self.kv_cache[table[positions // KV_BLOCK].long(), plane, positions % KV_BLOCK]
+        rows = self.kv_cache[table[positions // KV_BLOCK].long(), self.planes[name], positions % KV_BLOCK]
         return rows.unflatten(1, (self.format.heads, self.format.dim))
 
-    def pages(self, plane: int, table: Tensor) -> BlockRows:
-        """The same for the kernels: planes of a page are pages of their own to them."""
+    def blocks(self, table: Tensor) -> dict[str, BlockRows]:
+        """The same for the kernels, by name; `table` int32 [blocks] of a sequence."""
         pool = self.kv_cache.view(torch.uint8).view(-1, KV_BLOCK, self.format.row_bytes)
-        pages = table * self.planes + plane if self.planes > 1 else table
-        addresses = None
-        if pool.device.type == "cpu":
-            addresses = pages.long() * (KV_BLOCK * self.format.row_bytes) + pool.data_ptr()
-        return BlockRows(self.format, addresses, pool, pages)
+        rows = {}
+        for name, plane in self.planes.items():
+            numbers = table * len(self.planes) + plane if len(self.planes) > 1 else table
+            addresses = None
+            if pool.device.type == "cpu":
+                addresses = numbers.long() * self.format.block_bytes + pool.data_ptr()
+            rows[name] = BlockRows(self.format, addresses, pool, numbers)
+        return rows

@@ -1,4 +1,4 @@
-"""Kernels over vLLM's pages, also those for GPUs, in Triton's interpreter."""
+"""Kernels over vLLM's blocks, also those for GPUs, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = Path(__file__).with_name("pages_cases.py")
+CASES = Path(__file__).with_name("cache_cases.py")
 
 
 def test_cases_with_the_interpreter() -> None:

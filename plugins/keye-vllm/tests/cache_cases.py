@@ -1,4 +1,4 @@
-"""Every kernel reads vLLM's pages where they lie. Run by `test_pages.py`, in a process with Triton's interpreter."""
+"""Every kernel reads vLLM's blocks where they are. Run by `test_cache.py`, in a process with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from keye.config import TextConfig
 from keye.config.model import SparseConfig
 from keye.models.indexer import IndexerOutput
 from keye.ops.registry import BackendName, backends
-from keye_vllm import attention, pages
+from keye_vllm import attention, cache
 from keye_vllm.attention import SparseAttention
-from keye_vllm.pages import Span, StepPages
+from keye_vllm.cache import Span, StepBlocks
 
 H, G, D, J, I, TOPK, POOL = 4, 2, 32, 2, 16, 16, 12
 TEXT = TextConfig(
@@ -33,11 +33,11 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> SparseAttention:
         cache_config=SimpleNamespace(cache_dtype="auto"), model_config=SimpleNamespace(dtype=torch.float32),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )  # fmt: skip
-    for module in (attention, pages):
+    for module in (attention, cache):
         monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
     layer = SparseAttention(TEXT, G, "layers.0.self_attn")
-    layer.rows.bind_kv_cache(torch.full((POOL, 2, 64, G * D), float("nan")))
-    layer.index.bind_kv_cache(torch.full((POOL, 1, 64, I), float("nan")))
+    layer.kv.bind_kv_cache(torch.full((POOL, 2, 64, G * D), float("nan")))
+    layer.indexer.bind_kv_cache(torch.full((POOL, 1, 64, I), float("nan")))
     return layer
 
 
@@ -48,7 +48,7 @@ def random_rows(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Indexer
     return q, k, v, IndexerOutput(indexer_q, indexer_k, gate)
 
 
-def step_of(tables: list[Tensor], counts: list[tuple[int, int]]) -> StepPages:
+def step_of(tables: list[Tensor], counts: list[tuple[int, int]]) -> StepBlocks:
     """`counts` of each sequence: tokens before the step and in it."""
     spans, slots, start = [], [], 0
     for table, (before, new) in zip(tables, counts, strict=True):
@@ -56,16 +56,16 @@ def step_of(tables: list[Tensor], counts: list[tuple[int, int]]) -> StepPages:
         slots.append(table[positions // 64].long() * 64 + positions % 64)
         spans.append(Span(start, start + new, before + new, table))
         start += new
-    return StepPages(spans, torch.cat(slots))
+    return StepBlocks(spans, torch.cat(slots))
 
 
 def run_steps(layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """What came before, then the step itself, in shuffled pages that differ between the two caches."""
+    """What came before, then the step itself, in shuffled blocks that differ between the two caches."""
     shuffled = torch.randperm(POOL, generator=torch.Generator().manual_seed(1)).to(torch.int32)
     tables, others = list(shuffled.split(3))[:3], list(shuffled.flip(0).split(3))[:3]
     out = torch.empty(0)
     for seed, counts in enumerate(([(0, before) for before, _ in SEQUENCES], list(SEQUENCES))):
-        steps = {layer.rows.name: step_of(tables, counts), layer.index.name: step_of(others, counts)}
+        steps = {layer.kv.name: step_of(tables, counts), layer.indexer.name: step_of(others, counts)}
         context = SimpleNamespace(attn_metadata=steps, no_compile_layers={layer.name: layer})
         monkeypatch.setattr(attention, "get_forward_context", lambda context=context: context)
         tokens = sum(new for _, new in counts)
@@ -77,7 +77,7 @@ def run_steps(layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> Tensor
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_kernels_read_the_pages(backend: BackendName, layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_read_the_blocks(backend: BackendName, layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     with backends.using("reference"):
         expected = run_steps(layer, monkeypatch)
     taken: list[bool] = []
