@@ -114,6 +114,8 @@ def describe(module: ModuleType) -> Iterator[str]:
             yield document(value)
         elif isinstance(value, str | int | float):
             yield f"A constant of type `{type(value).__name__}`.\n"
+        elif isinstance(value, frozenset):
+            yield code(f"{path} = {sorted(value)}")
         else:
             yield code(f"{path} = {value}")
 

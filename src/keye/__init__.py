@@ -17,19 +17,35 @@ from keye.version import __version__
 
 if TYPE_CHECKING:
     from keye.api import Keye, load
+    from keye.engine.async_engine import AsyncEngine
+    from keye.engine.engine import Engine, Generation, GenerationResult, ScoreResult, TokenPrompt
     from keye.engine.media import Frames
-    from keye.errors import KeyeError
+    from keye.engine.runtime import Runtime
+    from keye.engine.sampling import SamplingParams
+    from keye.errors import KeyeError, KeyeWarning
     from keye.sessions.answer import Answer, AnswerStream
 
-__all__ = ["Answer", "AnswerStream", "Frames", "Keye", "KeyeError", "__version__", "load"]
+__all__ = [
+    "Answer", "AnswerStream", "AsyncEngine", "Engine", "Frames", "Generation", "GenerationResult", "Keye", "KeyeError",
+    "KeyeWarning", "Runtime", "SamplingParams", "ScoreResult", "TokenPrompt", "__version__", "load",
+]  # fmt: skip
 
 _HOME = {
     "Answer": "keye.sessions.answer",
     "AnswerStream": "keye.sessions.answer",
-    "Keye": "keye.api",
-    "load": "keye.api",
+    "AsyncEngine": "keye.engine.async_engine",
+    "Engine": "keye.engine.engine",
     "Frames": "keye.engine.media",
+    "Generation": "keye.engine.engine",
+    "GenerationResult": "keye.engine.engine",
+    "Keye": "keye.api",
     "KeyeError": "keye.errors",
+    "KeyeWarning": "keye.errors",
+    "Runtime": "keye.engine.runtime",
+    "SamplingParams": "keye.engine.sampling",
+    "ScoreResult": "keye.engine.engine",
+    "TokenPrompt": "keye.engine.engine",
+    "load": "keye.api",
 }
 
 

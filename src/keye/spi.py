@@ -42,15 +42,15 @@ from keye.ops.backend import Backend, Stretch
 from keye.ops.elementwise import norm_rotate
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind, RowSpec
 from keye.ops.reference import inverse_frequencies, rope_angles
-from keye.ops.registry import Backends, backends, dense_attention, sparse_attention
+from keye.ops.registry import dense_attention, sparse_attention
 from keye.releases import Release
 from keye.weights.names import IGNORED, INDEXER
 
 __all__ = [
-    "IGNORED", "IMAGE_OPTIONS", "INDEXER", "KV_BLOCK", "VIDEO_OPTIONS", "Backend", "Backends", "BlockRows",
+    "IGNORED", "IMAGE_OPTIONS", "INDEXER", "KV_BLOCK", "VIDEO_OPTIONS", "Backend", "BlockRows",
     "ChatTemplate", "CheckpointTemplate", "Indexer", "IndexerOutput", "KeyeConfig", "MediaItem", "Medium", "MediumKind",
     "Processor", "Projector", "Prompt", "PromptBuilder", "RMSNorm", "Release", "Room", "Rope", "RowFormat", "RowKind",
-    "RowSpec", "Segment", "Source", "Stretch", "TextConfig", "Tokenizer", "Visual", "backends", "build_position_ids",
+    "RowSpec", "Segment", "Source", "Stretch", "TextConfig", "Tokenizer", "Visual", "build_position_ids",
     "cache_rows", "check_medium", "check_tokenizer", "decode_list", "dense_attention", "encode_vision", "fetch_source",
     "find_template", "inverse_frequencies", "is_array", "load_generation_config", "load_processor_config",
     "model_config_from_dict", "norm_rotate", "normalize", "parse_list", "resolve", "rope_angles", "sparse_attention",
