@@ -25,7 +25,7 @@ import torch
 import keye
 from keye import Frames, Keye
 from keye.chat.messages import Medium, Message
-from keye.engine.request import Closed, Delta, Generating, Inbox, Request
+from keye.engine.request import Closed, Delta, Generating, GenerationRequest, Inbox
 
 CLIENTS, TOKENS = 16, 64
 
@@ -50,12 +50,12 @@ def clip(seed: int, frames: int = 16) -> Frames:
     return Frames(pixels, tuple(i / 2 for i in range(frames)))
 
 
-def question(model: Keye, seed: int, **options: Any) -> Request:
+def question(model: Keye, seed: int, **options: Any) -> GenerationRequest:
     words = Message("user", (Medium("video", clip(seed)), "when is the red circle visible?"))
     return model.request([words], max_tokens=TOKENS, ignore_eos=True, **options)
 
 
-def decode_seconds(model: Keye, requests: Sequence[Request]) -> float:
+def decode_seconds(model: Keye, requests: Sequence[GenerationRequest]) -> float:
     """Seconds of writing: from the step after which all prompts are computed to the end."""
     core = model.core
     tasks = [core.add(request, Inbox()) for request in requests]
@@ -95,7 +95,7 @@ def deterministic(model: Keye, options: argparse.Namespace) -> dict[str, Any]:
     return {"free": free, "deterministic": fixed, "slower_in_a_batch": round(cost, 2), "slower_alone": round(alone, 2)}
 
 
-def gaps(model: Keye, long: Request | None) -> list[float]:
+def gaps(model: Keye, long: GenerationRequest | None) -> list[float]:
     """Seconds between tokens of four requests that write; with `long`, only while its prompt is computed."""
     core, times = model.core, dict[int, list[float]]()
     tasks = []

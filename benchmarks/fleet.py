@@ -38,7 +38,7 @@ from keye.cluster.service import DecodeService, open_service
 from keye.data import frameforge
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.media import Frames
-from keye.engine.request import Request
+from keye.engine.request import GenerationRequest
 from keye.media.source.fetch import Source, fetch_source
 from keye.planning.fleet import Costs, Fleet, Load, simulate, spread_of, throughput
 
@@ -70,7 +70,7 @@ class Site:
         work = VideoWork(self.sources[number], self.model.processor.config)
         return await asyncio.wrap_future(self.service.submit(work))
 
-    def request(self, decoded: Any) -> Request:
+    def request(self, decoded: Any) -> GenerationRequest:
         video = Frames(list(decoded.frames), decoded.plan.timestamps)
         content = [{"type": "video", "video": video}, {"type": "text", "text": "when is the red circle visible?"}]
         return self.model.request([{"role": "user", "content": content}], max_tokens=16, ignore_eos=True)

@@ -27,7 +27,7 @@ from keye.engine.core import EngineCore
 from keye.engine.engine import Engine
 from keye.engine.media import as_medium
 from keye.engine.prompt import Measured
-from keye.engine.request import Progress, Request, check_attention
+from keye.engine.request import Progress, GenerationRequest, check_attention
 from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
 from keye.errors import KeyeError, collect_warnings
@@ -222,7 +222,7 @@ class Keye:
         deterministic: bool = False,
         stop_loops: bool = True,
         **sampling: Any,
-    ) -> Request:
+    ) -> GenerationRequest:
         """What `stream` asks of the engine; its options are explained there."""
         params = self.runtime.sampling_params(**sampling)
         if not isinstance(thinking, bool | None):
@@ -233,7 +233,7 @@ class Keye:
             segments = self.render(
                 messages, thinking=thinking, tools=tools, continue_final_message=continue_final_message
             )
-        return Request(
+        return GenerationRequest(
             segments, params, self.runtime.resolve_attention(attention), n=n, logprobs=logprobs,
             prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos, evidence=evidence, deterministic=deterministic,
             stop_loops=stop_loops, notes=tuple(notes), reasoning=opens_reasoning(segments),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from keye import Frames, Keye
 from keye.cache.ledger import OutOfMemory
 from keye.cache.saved import ACCOUNT
 from keye.chat.messages import Medium, Message
-from keye.engine.request import Delta, Failed, Finished, Generating, Inbox, Prefilling, Ready, Request, Task
+from keye.engine.request import Delta, Failed, Finished, Generating, GenerationRequest, Inbox, Prefilling, Ready, Task
 from tests.support.tiny import tiny_folder
 
 
@@ -30,12 +30,12 @@ def clip(seed: int, frames: int = 30) -> Frames:
     return Frames(pixels, tuple(i / 2 for i in range(frames)))
 
 
-def about_clip(model: Keye, number: int = 1, **options: Any) -> Request:
+def about_clip(model: Keye, number: int = 1, **options: Any) -> GenerationRequest:
     messages = [Message("user", (Medium("video", clip(number)), "what is red?"))]
     return model.request(messages, **{"max_tokens": 40, "ignore_eos": True, "logprobs": 2, **options})
 
 
-def about_words(model: Keye, words: int, **options: Any) -> Request:
+def about_words(model: Keye, words: int, **options: Any) -> GenerationRequest:
     messages = [Message("user", ("word " * words,))]
     return model.request(messages, **{"max_tokens": 8, "ignore_eos": True, "logprobs": 2, **options})
 
@@ -47,7 +47,7 @@ def tokens_computed(task: Task) -> int:
     return done + sum(len(choice.reply) for choice in task.choices)
 
 
-def run(model: Keye, *requests: Request, preempt_at: Mapping[int, int] | None = None) -> list[Inbox]:
+def run(model: Keye, *requests: GenerationRequest, preempt_at: Mapping[int, int] | None = None) -> list[Inbox]:
     """Runs requests together. `preempt_at`: after how many tokens computed the request of a number is preempted."""
     inboxes, left = [Inbox() for _ in requests], dict(preempt_at or {})
     pairs = zip(requests, inboxes, strict=True)
@@ -155,7 +155,10 @@ def test_what_a_question_shares_with_a_session_stays_shared(folder: Path, tmp_pa
     if session == "index":
         model.index(clip(4), tmp_path / "a.keye")
         messages = [Message("user", (Medium("video", str(tmp_path / "a.keye")), "what is red?"))]
-        asked: Callable[[], Request] = lambda: model.request(messages, max_tokens=30, ignore_eos=True, logprobs=0)  # noqa: E731
+
+        def asked() -> GenerationRequest:
+            return model.request(messages, max_tokens=30, ignore_eos=True, logprobs=0)
+
     else:
         live = model.live()
         live.append(clip(4).frames, [i / 2 for i in range(30)])

@@ -56,7 +56,7 @@ def test_indexes_are_listed_apart_from_files_and_removed(http: TestClient, index
 
 def test_what_cannot_be_indexed(http: TestClient, file_id: str, index: dict[str, Any]) -> None:
     error_of(http.post("/v1/indexes", json={"file_id": "file-none"}), 404)
-    assert "no video" in error_of(http.post("/v1/indexes", json={"file_id": index["id"]}))["message"]
+    assert "not a video" in error_of(http.post("/v1/indexes", json={"file_id": index["id"]}))["message"]
     error_of(http.post("/v1/indexes", json={"file_id": file_id, "preprocess_kwargs": {"fps": -1}}))
     error_of(http.post("/v1/indexes", json={"file_id": file_id, "nonsense": 1}))
     beside = [{"type": "video_url", "video_url": {"url": index["id"], "max_frames": 2}}, {"type": "text", "text": "?"}]

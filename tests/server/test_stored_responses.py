@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import keye
 from keye.server.app import guarded_app
 from keye.server.edge.errors import ApiError
-from keye.server.response_store import Kept, ResponseStore, new_response_id
+from keye.server.response_store import ResponseStore, StoredResponse, new_response_id
 from keye.server.settings import Settings
 from keye.server.uploads import FileStore
 from tests.support.serving import error_of
@@ -115,13 +115,13 @@ def test_another_key_never_sees_them(shared: TestClient) -> None:
     assert shared.get(path, headers=headers(ALICE)).json() == made
 
 
-def kept(previous: str | None = None, text: str = "x") -> Kept:
+def kept(previous: str | None = None, text: str = "x") -> StoredResponse:
     response = {
         "id": new_response_id(),
         "previous_response_id": previous,
         "output": [{"type": "message", "text": text}],
     }
-    return Kept(response, [{"type": "message", "id": "msg_1", "role": "user", "content": text}])
+    return StoredResponse(response, [{"type": "message", "id": "msg_1", "role": "user", "content": text}])
 
 
 @pytest.fixture

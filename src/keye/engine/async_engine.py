@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from keye.engine.engine import AnyPrompt, Engine, GenerationResult, ResultBuilder, ScoreResult
-from keye.engine.request import Delta, Event, Failed, Finished, Request, Task
+from keye.engine.request import Delta, Event, Failed, Finished, GenerationRequest, Task
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 
@@ -138,7 +138,7 @@ class AsyncEngine:
         """Begins to compute."""
         self._thread.start()
 
-    def submit(self, request: Request) -> Running:
+    def submit(self, request: GenerationRequest) -> Running:
         """Takes a request, from the event loop's thread; `Overloaded`, and nothing taken, when too many are there."""
         if self._draining or self._closing:
             raise Stopping("the server is ending and takes no more requests; try again")
@@ -175,7 +175,7 @@ class AsyncEngine:
             mailbox, event = self._told.popleft()
             mailbox.put(event)
 
-    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
+    async def run(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Works on a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""
         running = self.submit(request)
         try:
@@ -197,7 +197,7 @@ class AsyncEngine:
         """Replaces weights between two steps; see `Engine.update_weights`."""
         return await asyncio.to_thread(self.engine.update_weights, state)
 
-    async def _result(self, request: Request) -> ResultBuilder:
+    async def _result(self, request: GenerationRequest) -> ResultBuilder:
         builder = ResultBuilder(request)
         async for event in self.run(request):
             builder.add(event)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keye.engine.media_loader import MediaLoader
 from keye.engine.prompt import Prompt
-from keye.engine.request import Event, Generating, Inbox, Prefilling, Progress, Ready, Request, Task
+from keye.engine.request import Event, Generating, Inbox, Prefilling, Progress, Ready, GenerationRequest, Task
 from keye.engine.runtime import Runtime
 from keye.engine.scheduler import Scheduler, Work, count_computable
 from keye.engine.step import Slice, run_slices
@@ -49,7 +49,7 @@ class EngineCore:
         self._numbers = count()
         self._encoded = False
 
-    def add(self, request: Request, emit: Callable[[Event], None]) -> Task:
+    def add(self, request: GenerationRequest, emit: Callable[[Event], None]) -> Task:
         """Takes a request; `emit` is called with its events, the last being `Finished` or `Failed`."""
         with self.wake:
             task = Task(next(self._numbers), request, emit, time.perf_counter())

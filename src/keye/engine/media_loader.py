@@ -10,7 +10,7 @@ from keye.chat.messages import Medium
 from keye.chat.template import Segment
 from keye.engine.media import check_index_attention
 from keye.engine.prompt import Prompt, PromptBuilder, Room
-from keye.engine.request import LoadingMedia, Progress, Ready, Request, Task, Waiting
+from keye.engine.request import GenerationRequest, LoadingMedia, Progress, Ready, Task, Waiting
 
 #: Requests whose media are opened at the same time; and how many may be open before their turn has come, since
 #: pictures are held in memory.
@@ -53,7 +53,7 @@ class MediaLoader:
                 threads = self._media_threads if has_media else text_thread
                 task.state = LoadingMedia(threads.submit(self._lay_out, task.request, prompt))
 
-    def _lay_out(self, request: Request, segments: Sequence[Segment]) -> Prompt:
+    def _lay_out(self, request: GenerationRequest, segments: Sequence[Segment]) -> Prompt:
         """In a thread: the prompt with its media probed, and their pixels on the way."""
         try:
             room = Room(self._limit, 1 if request.clamp else request.params.max_tokens)

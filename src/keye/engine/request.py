@@ -1,6 +1,6 @@
 """Requests, the events that they emit, and where they stand: plain data, the same for every front.
 
-A `Request` and its events are what callers see. `Task` is a request in the engine; its `state` is one class per stage
+A `GenerationRequest` and its events are what callers see. `Task` is a request in the engine; its `state` is one class per stage
 of its life, with the fields that exist in it:
 
     Waiting -> LoadingMedia -> Ready -> Prefilling -> Generating -> Closed
@@ -59,7 +59,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A rendered prompt (or one laid out before), and how to continue it, `n` times.
 
     `logprobs` is the number of alternatives wanted beside each token, None for no probabilities; `prompt_logprobs` the
@@ -420,7 +420,7 @@ class Task:
     prompt were there before it started; `counts` and `counted` are the selections of `Evidence`."""
 
     number: int
-    request: Request
+    request: GenerationRequest
     emit: Callable[[Event], None]
     created: float
     state: RequestState = field(default_factory=Waiting)

@@ -26,10 +26,10 @@ from keye.engine.request import (
     Closed,
     Failed,
     Generating,
+    GenerationRequest,
     Preempted,
     Prefilling,
     Ready,
-    Request,
     Running,
     Task,
 )
@@ -122,7 +122,7 @@ def _average(old: float | None, new: float) -> float:
     return new if old is None else (1 - _NEWEST) * old + _NEWEST * new
 
 
-def check_request(prompt: Prompt, request: Request, store: KVStore, scratch: Scratch) -> None:
+def check_request(prompt: Prompt, request: GenerationRequest, store: KVStore, scratch: Scratch) -> None:
     """`KeyeError` for a prompt that can never be computed, however much is evicted and preempted."""
     if prompt.past is not None and request.prompt_logprobs is not None:
         raise KeyeError("the prompt begins with an index, whose tokens are computed already: leave out "
@@ -149,7 +149,7 @@ def check_request(prompt: Prompt, request: Request, store: KVStore, scratch: Scr
         )  # fmt: skip
 
 
-def clamp_reply(request: Request, length: int, context: int) -> tuple[Request, list[KeyeWarning]]:
+def clamp_reply(request: GenerationRequest, length: int, context: int) -> tuple[GenerationRequest, list[KeyeWarning]]:
     """The request with a reply that fits into what a prompt of `length` tokens leaves of the context, and a note where
     that is less than was asked for; unchanged unless it may be clamped."""
     left, params = context - length, request.params
@@ -160,7 +160,7 @@ def clamp_reply(request: Request, length: int, context: int) -> tuple[Request, l
     return replace(request, params=replace(params, max_tokens=left, min_tokens=least)), [KeyeWarning(note)]
 
 
-def count_computable(request: Request, state: Prefilling) -> int:
+def count_computable(request: GenerationRequest, state: Prefilling) -> int:
     """Tokens of a prompt that can be computed now: those before the first visual token that is not encoded."""
     stop, done = state.prompt.length, state.done
     if request.counts_selections and done < stop - 1:
@@ -435,7 +435,7 @@ class Scheduler:
         self._notify()
 
 
-def _cache_namespace(request: Request) -> bytes:
+def _cache_namespace(request: GenerationRequest) -> bytes:
     """Separates the prefixes of one owner from another's, and one way to compute from another."""
     return request.salt + b"\0" + f"{request.attention} {request.select}".encode()
 

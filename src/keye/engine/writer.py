@@ -23,7 +23,7 @@ from keye.engine.request import (
     Prefilled,
     Prefilling,
     PromptScores,
-    Request,
+    GenerationRequest,
     Routing,
     Task,
     TokenProb,
@@ -35,7 +35,7 @@ from keye.engine.step import Slice
 from keye.errors import KeyeError
 
 
-def _may_stop(request: Request, length: int) -> bool:
+def _may_stop(request: GenerationRequest, length: int) -> bool:
     """Whether a reply that repeats itself is ended: not one that has to go on, or that is held to a form."""
     free = not request.ignore_eos and request.guide is None and length >= request.params.min_tokens
     return request.stop_loops and free
@@ -54,7 +54,7 @@ class Writer:
         added = self.tokenizer.added_tokens
         self.thought_ids = added.get("<think>"), added.get("</think>")
 
-    def choices(self, request: Request) -> list[Choice]:
+    def choices(self, request: GenerationRequest) -> list[Choice]:
         """The choices of a request, not begun. Each draws by itself: its numbers depend on the seed and its index
         alone."""
         params = request.params

@@ -21,7 +21,7 @@ from keye.units import format_bytes
 
 
 @dataclass(frozen=True)
-class Request:
+class CostQuery:
     """What is asked: `frames` frames (or images) of `grid` (height, width) patches, `prompt` tokens in all, `reply`
     tokens; `media_seconds` is what opening and decoding the media takes, None where that is not known."""
 
@@ -53,7 +53,7 @@ class Estimate:
         return {**asdict(self), "total_bytes": self.total}
 
 
-def memory_of(config: KeyeConfig, request: Request, dtype: torch.dtype, kv: KVFormat) -> dict[str, int]:
+def memory_of(config: KeyeConfig, request: CostQuery, dtype: torch.dtype, kv: KVFormat) -> dict[str, int]:
     """Bytes by part while the request runs."""
     layout = KVLayout.of(cache_rows(config.text), dtype, kv)
     tokens = request.prompt + request.reply
@@ -97,7 +97,13 @@ def measure_rates(
 
 
 def estimate(
-    config: KeyeConfig, request: Request, rates: Rates | None, *, dtype: torch.dtype, device: str, kv: KVFormat = "auto"
+    config: KeyeConfig,
+    request: CostQuery,
+    rates: Rates | None,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    kv: KVFormat = "auto",
 ) -> Estimate:
     """The prediction; without rates that of memory alone."""
     seconds: dict[str, float] = {}
@@ -129,7 +135,7 @@ def prefill_seconds(rates: LayerRates, tokens: int) -> float:
     return total + rates.at(full * rates.tokens) * rest / rates.tokens
 
 
-def what_fits(config: KeyeConfig, request: Request, dtype: torch.dtype, free: int) -> str | None:
+def what_fits(config: KeyeConfig, request: CostQuery, dtype: torch.dtype, free: int) -> str | None:
     """A sentence on how the request could be made to fit into `free` bytes; None where it does."""
     if sum(memory_of(config, request, dtype, "auto").values()) <= free:
         return None

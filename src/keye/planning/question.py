@@ -149,8 +149,8 @@ def predict(
 
 
 def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned: Sequence[Planned], reply: int) -> Any:
-    """The planned media and one short question as `keye.planning.estimate.Request`."""
-    from keye.planning.estimate import Request
+    """The planned media and one short question as `CostQuery`."""
+    from keye.planning.estimate import CostQuery
 
     frames, visual, text = 0, 0, WORDS
     count = _text_counter(folder)
@@ -167,7 +167,7 @@ def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned
         pieces = expand_frames([plan.tokens_per_frame] * plan.frames, config, plan.labels)
         if not config.release.whole_video:
             text += sum(count(piece) for piece in pieces if not isinstance(piece, VisualSpan))
-    return Request(frames, grid, visual + text, reply, media_seconds(planned))
+    return CostQuery(frames, grid, visual + text, reply, media_seconds(planned))
 
 
 def _text_counter(folder: Path) -> Any:

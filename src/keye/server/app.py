@@ -26,13 +26,11 @@ from keye.server.response_store import ResponseStore
 from keye.server.routes import (
     chat,
     completions,
-    facts,
     files,
     indexes,
     live,
     messages,
     native,
-    response_items,
     responses,
     system,
     video,
@@ -47,7 +45,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
-    system.router, messages.router, native.router, facts.router, response_items.router,
+    system.router, messages.router, native.router,
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredResponse:
     """A response as it was returned, and the items of the request that it answers."""
 
     response: Mapping[str, Any]
@@ -56,7 +56,7 @@ class ResponseStore:
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
 
-    def keep(self, owner: str, kept: Kept) -> bool:
+    def keep(self, owner: str, kept: StoredResponse) -> bool:
         """Keeps a response under its id; the oldest of the owner make room. False where there is no room for it.
         Blocks."""
         body = json.dumps([kept.response, kept.items], ensure_ascii=False).encode("utf-8", "replace")
@@ -79,7 +79,7 @@ class ResponseStore:
             self._sizes[owner] += size
         return True
 
-    def get(self, owner: str, name: str, param: str = "response_id") -> Kept:
+    def get(self, owner: str, name: str, param: str = "response_id") -> StoredResponse:
         """A response of this owner; `ApiError` 404 for any other id. Blocks."""
         with self._lock:
             path = self._entry(owner, name, param).path
@@ -87,12 +87,12 @@ class ResponseStore:
             response, items = json.loads(path.read_bytes())
         except FileNotFoundError:  # it went in this moment
             raise _missing(param) from None
-        return Kept(response, items)
+        return StoredResponse(response, items)
 
     def history(self, owner: str, name: str, most: int) -> list[Mapping[str, Any]]:
         """All items up to and with a response, those of the responses that it follows among them; `ApiError` where one
         of these is gone, or they are more than `most`. Blocks."""
-        turns: list[Kept] = []
+        turns: list[StoredResponse] = []
         count, at = 0, name
         while True:
             turns.append(self.get(owner, at, "previous_response_id"))

@@ -23,7 +23,7 @@ from keye.engine.engine import Engine
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
 from keye.engine.prompt import Prompt, Room, plan_of
-from keye.engine.request import Request
+from keye.engine.request import GenerationRequest
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, Option
 from keye.media import sizes
@@ -150,7 +150,7 @@ class LiveSession:
         thinking: bool | None = None,
         evidence: bool = False,
         **sampling: Any,
-    ) -> Request:
+    ) -> GenerationRequest:
         """A question about all that was seen so far, for the engine; the stream stays as it is, and frames may be
         appended before it is answered. Options are those of `Keye.stream`; the mode of attention is the model's, since
         the past was computed in it."""
@@ -162,7 +162,7 @@ class LiveSession:
         params = self._runtime.sampling_params(**sampling)
         prompt = self._prompt(self._around(question, thinking)[1])
         Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
-        return Request(prompt, params, self._runtime.attention, evidence=evidence)
+        return GenerationRequest(prompt, params, self._runtime.attention, evidence=evidence)
 
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:
         """Asks a question, with the options of `request`; the engine writes the reply."""

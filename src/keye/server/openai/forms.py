@@ -4,9 +4,9 @@ functions that a reply may or must call."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from keye.chat.json_schema import ANY_OBJECT
 from keye.chat.messages import normalize_tools
@@ -17,24 +17,13 @@ from keye.server.openai.schemas import Forms, StructuredOutputs
 
 
 def form_of(forms: Forms) -> Form | None:
-    """The one form that a body asks for, None where the reply is free; `ApiError` for two of them."""
-    found = {
-        "response_format": response_form(forms.response_format, "response_format"),
-        "structured_outputs": _structured(forms.structured_outputs),
-        "json_schema": _schema(forms.json_schema, "json_schema"),
-        "regex": _plain("regex", forms.regex),
-        "ebnf": _plain("grammar", forms.ebnf),
-        "grammar": _plain("grammar", forms.grammar),
-        "structural_tag": _tagged(forms.structural_tag, "structural_tag"),
-        "guided_json": _schema(forms.guided_json, "guided_json"),
-        "guided_regex": _plain("regex", forms.guided_regex),
-        "guided_choice": _plain("choice", forms.guided_choice),
-        "guided_grammar": _plain("grammar", forms.guided_grammar),
-    }
-    given = {name: form for name, form in found.items() if form is not None}
-    if len(given) > 1:
-        raise ApiError(400, f"{' and '.join(given)} exclude each other; give one form", param=list(given)[-1])
-    return next((replace(form, field=name) for name, form in given.items()), None)
+    """The form that a body asks for, None where the reply is free; `ApiError` for two of them."""
+    requested = [name for name in _PARSERS if getattr(forms, name) is not None]
+    parsed = {name: _PARSERS[name](getattr(forms, name), name) for name in requested}
+    found = {name: form for name, form in parsed.items() if form is not None}
+    if len(found) > 1:
+        raise ApiError(400, f"{' and '.join(found)} exclude each other; give one form", param=list(found)[-1])
+    return next((replace(form, field=name) for name, form in found.items()), None)
 
 
 def response_form(value: object, where: str) -> Form | None:
@@ -65,17 +54,14 @@ def _schema_of(value: Mapping[str, Any], where: str) -> Form:
     return Form("json_schema", value["schema"], field=where)
 
 
-def _structured(given: StructuredOutputs | None) -> Form | None:
-    if given is None:
-        return None
-    where = "structured_outputs"
+def _structured(outputs: StructuredOutputs, where: str) -> Form:
     forms = [
-        _schema(given.json_schema, f"{where}.json"),
-        _plain("regex", given.regex),
-        _plain("choice", given.choice),
-        _plain("grammar", given.grammar),
-        Form("json_schema", ANY_OBJECT) if given.json_object else None,
-        _tagged(given.structural_tag, f"{where}.structural_tag"),
+        None if outputs.json_schema is None else _schema(outputs.json_schema, f"{where}.json"),
+        None if outputs.regex is None else Form("regex", outputs.regex),
+        None if outputs.choice is None else Form("choice", outputs.choice),
+        None if outputs.grammar is None else Form("grammar", outputs.grammar),
+        Form("json_schema", ANY_OBJECT) if outputs.json_object else None,
+        None if outputs.structural_tag is None else _tagged(outputs.structural_tag, f"{where}.structural_tag"),
     ]
     found = [form for form in forms if form is not None]
     if len(found) != 1:
@@ -83,16 +69,16 @@ def _structured(given: StructuredOutputs | None) -> Form | None:
     return found[0]
 
 
-def _plain(kind: Any, value: object) -> Form | None:
-    return None if value is None else Form(kind, value)
+def _plain(kind: Any) -> Callable[[Any, str], Form]:
+    return lambda value, where: Form(kind, value)
 
 
-def _schema(value: Mapping[str, Any] | str | None, where: str) -> Form | None:
-    return None if value is None else Form("json_schema", _object(value, where))
+def _schema(value: Mapping[str, Any] | str, where: str) -> Form:
+    return Form("json_schema", _object(value, where))
 
 
-def _tagged(value: Mapping[str, Any] | str | None, where: str) -> Form | None:
-    return None if value is None else _tags(_object(value, where), where)
+def _tagged(value: Mapping[str, Any] | str, where: str) -> Form:
+    return _tags(_object(value, where), where)
 
 
 def _object(value: Mapping[str, Any] | str, where: str) -> Mapping[str, Any]:
@@ -116,11 +102,11 @@ def _tags(value: Mapping[str, Any], where: str) -> Form:
     if not (_listed(listed, Mapping) and _listed(triggers, str)):
         raise ApiError(400, f"{where} needs lists of structures and of triggers", param=where)
     assert isinstance(listed, list) and isinstance(triggers, list)
-    return Form("tags", [_tag(one, triggers, where) for one in listed])
+    return Form("tags", [_tag(structure, triggers, where) for structure in listed])
 
 
 def _listed(value: object, kind: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, kind) and one for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) and item for item in value)
 
 
 def _tag(value: Mapping[str, Any], triggers: Sequence[str], where: str) -> Tag:
@@ -129,16 +115,27 @@ def _tag(value: Mapping[str, Any], triggers: Sequence[str], where: str) -> Tag:
     begin, end = value.get("begin"), value.get("end")
     if not (isinstance(begin, str) and isinstance(end, str) and isinstance(schema, Mapping)):
         raise ApiError(400, f"{where}: a structure needs begin, schema and end", param=where)
-    trigger = next((one for one in triggers if begin.startswith(one)), None)
+    trigger = next((start for start in triggers if begin.startswith(start)), None)
     if trigger is None:
         raise ApiError(400, f"{where}: no trigger is the beginning of {begin[:100]!r}", param=where)
     return Tag(trigger, begin, schema, end)
 
 
-def chosen_tools(
-    tools: Sequence[Mapping[str, Any]], choice: object, form: Form | None, *, several: bool
+#: How each field of `Forms` is read.
+_PARSERS: Final[Mapping[str, Callable[[Any, str], Form | None]]] = {
+    "response_format": response_form, "structured_outputs": _structured, "json_schema": _schema,
+    "regex": _plain("regex"), "ebnf": _plain("grammar"), "grammar": _plain("grammar"), "structural_tag": _tagged,
+    "guided_json": _schema, "guided_regex": _plain("regex"), "guided_choice": _plain("choice"),
+    "guided_grammar": _plain("grammar"),
+}  # fmt: skip
+
+
+def choose_tools(
+    tools: Sequence[Mapping[str, Any]], choice: object, form: Form | None, *, parallel: bool
 ) -> tuple[Sequence[Mapping[str, Any]], Form | None]:
     """The functions that a prompt offers, and the form that follows from the choice among them."""
+    if not tools and choice in (None, "none", "auto"):
+        return (), form
     offered = normalize_tools(_functions(tools))
     names = [tool["function"]["name"] for tool in offered]
     if len(set(names)) < len(names):
@@ -154,12 +151,12 @@ def chosen_tools(
         return (), form
     if choice in (None, "auto"):
         if form is not None and form.kind == "json_schema":
-            return offered, Form("calls", offered, several, otherwise=form.value, field="tools")
+            return offered, Form("calls", offered, parallel, otherwise=form.value, field="tools")
         if form is not None:
             raise ApiError(400, "a form of the reply other than JSON cannot be used with tools", param="tools")
         return offered, None
     if choice == "required":
-        return offered, Form("calls", offered, several, field="tools")
+        return offered, Form("calls", offered, parallel, field="tools")
     name = _chosen_name(choice)
     if name not in names:
         raise ApiError(400, "tool_choice names a function that is not among the tools", param="tool_choice")
@@ -169,19 +166,19 @@ def chosen_tools(
 def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The functions among tools, as chats have them; tools of other types, which servers of others run themselves, are
     left out with a note."""
-    found, foreign = [], set()
+    functions, foreign = [], set()
     for tool in tools:
         kind = tool.get("type", "function")
         if kind != "function":
             foreign.add(str(kind)[:60])
         elif "function" in tool or "type" not in tool:
-            found.append(tool)
+            functions.append(tool)
         else:  # the form of /v1/responses, without an inner object
             inner = {key: value for key, value in tool.items() if key != "type" and value is not None}
-            found.append({"type": "function", "function": inner})
+            functions.append({"type": "function", "function": inner})
     if foreign:
         add_note(f"only functions can be offered; tools of other types were left out: {', '.join(sorted(foreign)[:8])}")
-    return found
+    return functions
 
 
 def _allowed(
@@ -193,7 +190,7 @@ def _allowed(
     mode = inner.get("mode") if isinstance(inner, Mapping) else None
     if not _listed(listed, Mapping) or mode not in ("auto", "required"):
         raise ApiError(400, "tool_choice.allowed_tools needs tools, and a mode: auto or required", param="tool_choice")
-    names = [_chosen_name(one) for one in listed or ()]
+    names = [_chosen_name(tool) for tool in listed or ()]
     return tuple(tool for tool in offered if tool["function"]["name"] in names), mode
 
 

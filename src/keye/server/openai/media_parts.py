@@ -18,7 +18,8 @@ from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
 from keye.media.source.data_urls import parse_data_url
 from keye.media.source.fetch import Source, media_kind
 from keye.server.edge.errors import ApiError
-from keye.server.openai.fields import read_fields
+from keye.server.openai.fields import note_ignored, read_fields
+from keye.server.openai.schemas import MediaDefaults
 from keye.server.uploads import MediaOpener, is_stored
 
 #: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
@@ -36,6 +37,9 @@ _KEYS: Final = {
 _OTHER_KEYS: Final = {"role", "content"}
 _PART_KEYS: Final = {"type", "image", "video", "image_url", "video_url", "preprocess_kwargs", *VIDEO_OPTIONS}
 _INNER_KEYS: Final = {"url", "detail", "preprocess_kwargs", *VIDEO_OPTIONS}
+#: Processors of transformers, whose arguments vLLM passes on, call some settings otherwise.
+_PROCESSOR_NAMES: Final = {"num_frames": "nframes", "shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+_GROUPS: Final = ("size", "images_kwargs", "videos_kwargs")
 #: Keys by which a part without a type says what it is.
 _KINDS: Final = ("text", "image_url", "video_url", "image", "video", "file", "input_image", "input_video")
 _SOURCES: Final = ("file_id", "url", "data", "file_data", "image_url", "video_url", "file_url")
@@ -233,3 +237,40 @@ def _own_value(name: str, value: object, number: int) -> object:
     if not isinstance(value, list) or not value or (name == "timestamps" and not isinstance(value[0], list)):
         return value
     return value[number] if number < len(value) else value[0] if len(value) == 1 else None
+
+
+def media_settings(body: MediaDefaults) -> dict[str, Any] | None:
+    """The settings of a body; what it gives under two names counts as keye's own field has it."""
+    settings: dict[str, Any] = {}
+    if body.media_io_kwargs is not None:
+        settings |= _loader_settings(body.media_io_kwargs.video or {}, "media_io_kwargs.video.")
+        if body.media_io_kwargs.image:
+            note_ignored([f"media_io_kwargs.image.{name}" for name in body.media_io_kwargs.image])
+    if body.mm_processor_kwargs is not None:
+        settings |= _processor_settings(body.mm_processor_kwargs, "mm_processor_kwargs.")
+    if body.preprocess_kwargs is not None:
+        settings |= read_fields(body.preprocess_kwargs, VIDEO_OPTIONS, where="preprocess_kwargs.")
+    return {name: value for name, value in settings.items() if value is not None} or None
+
+
+def _loader_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """vLLM's loader of videos: so many frames, -1 for all, at most at a rate."""
+    known = read_fields(options, {"num_frames", "fps", *VIDEO_OPTIONS}, where=where)
+    frames = known.pop("num_frames", None)
+    if frames is None or frames == -1:
+        return known
+    return {**known, "max_frames" if known.get("fps") is not None else "nframes": frames}
+
+
+def _processor_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _GROUPS:
+            if not isinstance(value, Mapping):
+                raise ApiError(400, f"{where}{name} must be an object", param=f"{where}{name}")
+            flat |= _processor_settings(value, f"{where}{name}.") if name != "size" else value
+        else:
+            flat[name] = value
+    return read_fields(
+        {_PROCESSOR_NAMES.get(name, name): value for name, value in flat.items()}, VIDEO_OPTIONS, where=where
+    )

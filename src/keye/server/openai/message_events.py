@@ -1,18 +1,17 @@
-"""A reply as Anthropic's clients read it: the message, and the events in which it is written."""
+"""A reply in the form of Anthropic's interface: the message, and the events of its stream."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
-from keye.server.context import Context
 from keye.server.edge.ids import new_id
-from keye.server.openai.events import Choice, findings_of, usage_of, written
-from keye.server.openai.prepare import Prepared
-from keye.server.openai.sse import event
+from keye.server.openai.events import ChatReply, keye_fields, usage_of
+from keye.server.openai.http import event
+from keye.server.openai.prepare import PreparedChat
 
 _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _BLOCKS: Final = {"reasoning": "thinking", "content": "text", "arguments": "tool_use"}
@@ -23,57 +22,51 @@ _DELTAS: Final = {
 }  # fmt: skip
 
 
-def message_object(model: str, choice: Choice, finished: Finished, prepared: Prepared) -> dict[str, Any]:
+def message_object(model: str, reply: ChatReply, finished: Finished, chat: PreparedChat) -> dict[str, Any]:
     """A finished reply."""
     content: list[dict[str, Any]] = []
-    if choice.reasoning:
-        content.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
-    if choice.text or not choice.calls:
-        content.append({"type": "text", "text": choice.text})
+    if reply.reasoning:
+        content.append({"type": "thinking", "thinking": reply.reasoning, "signature": ""})
+    if reply.text or not reply.calls:
+        content.append({"type": "text", "text": reply.text})
     content += [
         {"type": "tool_use", "id": _tool_id(number), "name": name, "input": _arguments(arguments)}
-        for number, name, arguments in choice.calls
+        for number, name, arguments in reply.calls
     ]
     return {
         **_begin(model),
         "content": content,
-        **_end(choice),
-        "usage": _usage(finished, choice, prepared),
-        "keye": findings_of(finished, choice.text, prepared.notes),
+        **_end(reply),
+        "usage": _usage(finished, reply, chat),
+        "keye": keye_fields(finished, reply.text, chat.notes),
     }
 
 
-def stream_message(context: Context, prepared: Prepared) -> AsyncGenerator[bytes, None]:
-    """The events of a reply."""
-    writer = _Writer(context.name, Choice.of(prepared), prepared)
-    return written(context, prepared.job, writer.write)
+class MessageEncoder:
+    """Encodes the events of one message. One block is open at a time, `_index` is its number."""
 
-
-class _Writer:
-    """Writes the events of one message. One block is open at a time, and `_index` is its number."""
-
-    def __init__(self, model: str, choice: Choice, prepared: Prepared) -> None:
-        self._model, self._choice, self._prepared = model, choice, prepared
+    def __init__(self, model: str, chat: PreparedChat) -> None:
+        self._model, self._reply, self._chat = model, ChatReply.of(chat), chat
         self._begun, self._kind, self._index = False, "", -1
 
-    def write(self, one: Event) -> Iterator[bytes]:
-        if isinstance(one, Progress) and one.phase == "prefill":
-            yield from self._start(one.total)
-        elif isinstance(one, Delta | Ended):
+    def encode(self, item: Event) -> Iterator[bytes]:
+        if isinstance(item, Progress) and item.phase == "prefill":
+            yield from self._start(item.total)
+        elif isinstance(item, Delta | Ended):
             yield from self._start(0)
-            for piece in self._choice.add(one) if isinstance(one, Delta) else self._choice.end(one):
+            for piece in self._reply.add(item) if isinstance(item, Delta) else self._reply.end(item):
                 yield from self._piece(piece)
-        elif isinstance(one, Finished):
+        elif isinstance(item, Finished):
             if self._index < 0:
                 yield from self._open("text", {"text": ""})
             yield from self._close()
-            usage = _usage(one, self._choice, self._prepared)
-            findings = findings_of(one, self._choice.text, self._prepared.notes)
-            yield _event("message_delta", delta=_end(self._choice), usage=usage, keye=findings)
+            usage = _usage(item, self._reply, self._chat)
+            fields = keye_fields(item, self._reply.text, self._chat.notes)
+            yield _event("message_delta", delta=_end(self._reply), usage=usage, keye=fields)
             yield _event("message_stop")
 
     def _start(self, tokens: int) -> Iterator[bytes]:
-        """The beginning, as soon as the length of the prompt is known: what of it was cached is told at the end."""
+        """The beginning, as soon as the length of the prompt is known; cached tokens are reported at the end."""
         if self._begun:
             return
         self._begun = True
@@ -86,7 +79,7 @@ class _Writer:
 
     def _piece(self, piece: ReplyPiece) -> Iterator[bytes]:
         if piece.kind == "call":
-            number, name, _ = self._choice.calls[piece.index]
+            number, name, _ = self._reply.calls[piece.index]
             yield from self._open("tool_use", {"id": _tool_id(number), "name": name, "input": {}})
             return
         kind = _BLOCKS[piece.kind]
@@ -114,11 +107,11 @@ def _begin(model: str) -> dict[str, Any]:
     return {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
 
 
-def _end(choice: Choice) -> dict[str, Any]:
-    ended = choice.ended
-    if ended is not None and ended.asked and isinstance(ended.met, str) and choice.reason == "stop":
+def _end(reply: ChatReply) -> dict[str, Any]:
+    ended = reply.ended
+    if ended is not None and ended.asked and isinstance(ended.met, str) and reply.reason == "stop":
         return {"stop_reason": "stop_sequence", "stop_sequence": ended.met}
-    return {"stop_reason": _REASONS.get(str(choice.reason), "end_turn"), "stop_sequence": None}
+    return {"stop_reason": _REASONS.get(str(reply.reason), "end_turn"), "stop_sequence": None}
 
 
 def _tool_id(number: str) -> str:
@@ -126,19 +119,19 @@ def _tool_id(number: str) -> str:
 
 
 def _arguments(text: str) -> Any:
-    """The arguments of a call; of one that was cut short what its text is worth: nothing."""
+    """The arguments of a call; {} for one that was cut short."""
     try:
         return json.loads(text)
     except ValueError:
         return {}
 
 
-def _usage(finished: Finished, choice: Choice, prepared: Prepared) -> dict[str, Any]:
-    """Usage as Anthropic counts: what came from a cache is not among the tokens of the input."""
+def _usage(finished: Finished, reply: ChatReply, chat: PreparedChat) -> dict[str, Any]:
+    """Usage as Anthropic counts it: cached tokens are not among those of the input."""
     return {
         "input_tokens": finished.prompt_tokens - finished.cached_tokens,
         "output_tokens": finished.completion_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": finished.cached_tokens,
-        "media": usage_of(finished, [choice], prepared)["media"],
+        "media": usage_of(finished, [reply], chat)["media"],
     }

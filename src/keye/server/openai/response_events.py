@@ -1,4 +1,4 @@
-"""The items of a response and the events in which they are written. Knows what the official client expects of them."""
+"""The items of a response and the events of its stream, as the official client expects them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 from keye.chat.stream import ReplyPiece
 from keye.server.edge.ids import new_id
-from keye.server.openai.events import Choice, prob_object
-from keye.server.openai.sse import event
+from keye.server.openai.events import ChatReply, prob_object
+from keye.server.openai.http import event
 
 _NOTHING: Final[Mapping[str, Any]] = {}
 Kind = Literal["reasoning", "message", "function_call"]
@@ -20,16 +20,16 @@ _DELTA: Final[dict[Kind, str]] = {
 }  # fmt: skip
 
 
-def items_of(choice: Choice, status: str) -> list[dict[str, Any]]:
+def items_of(reply: ChatReply, status: str) -> list[dict[str, Any]]:
     """The items of a finished reply."""
     items = []
-    if choice.reasoning:
-        items.append(_new("reasoning", status) | {"content": [{"type": "reasoning_text", "text": choice.reasoning}]})
-    if choice.text or not choice.calls:
-        items.append(_new("message", status) | {"content": [_text_part(choice.text, choice)]})
+    if reply.reasoning:
+        items.append(_new("reasoning", status) | {"content": [{"type": "reasoning_text", "text": reply.reasoning}]})
+    if reply.text or not reply.calls:
+        items.append(_new("message", status) | {"content": [_text_part(reply.text, reply)]})
     items += [
         _new("function_call", status) | {"call_id": number, "name": name, "arguments": arguments}
-        for number, name, arguments in choice.calls
+        for number, name, arguments in reply.calls
     ]
     return items
 
@@ -42,8 +42,8 @@ def _new(kind: Kind, status: str) -> dict[str, Any]:
     return item | {"summary": [], "content": []} if kind == "reasoning" else item
 
 
-def _text_part(text: str, choice: Choice | None = None) -> dict[str, Any]:
-    probs = [prob_object(prob) for prob in choice.probs] if choice is not None else []
+def _text_part(text: str, reply: ChatReply | None = None) -> dict[str, Any]:
+    probs = [prob_object(prob) for prob in reply.probs] if reply is not None else []
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": probs}
 
 
@@ -57,15 +57,15 @@ def _within(kind: Kind) -> dict[str, Any]:
 class ResponseWriter:
     """Writes the events of one response; `items` are those that are complete."""
 
-    def __init__(self, choice: Choice) -> None:
-        self._choice = choice
+    def __init__(self, reply: ChatReply) -> None:
+        self._reply = reply
         self._number = 0
         self._open: dict[str, Any] | None = None
         self._text = ""
         self.items: list[dict[str, Any]] = []
 
     @property
-    def begun(self) -> bool:
+    def has_begun(self) -> bool:
         return self._number > 0
 
     def event(self, kind: str, **fields: Any) -> bytes:
@@ -78,7 +78,7 @@ class ResponseWriter:
         fields of its delta."""
         if piece.kind == "call":
             yield from self._close_item()
-            number, name, _ = self._choice.calls[piece.index]
+            number, name, _ = self._reply.calls[piece.index]
             yield from self._open_item("function_call", {"call_id": number, "name": name, "arguments": ""})
             return
         kind = _KIND[piece.kind]
@@ -116,11 +116,11 @@ class ResponseWriter:
         kind: Kind = self._open["type"]
         if kind == "function_call":
             done = {**self._open, "status": "completed", "arguments": self._text}
-            told: dict[str, Any] = {"name": done["name"], "arguments": self._text}
+            fields: dict[str, Any] = {"name": done["name"], "arguments": self._text}
         else:
             done = {**self._open, "status": "completed", "content": [self._part()]}
-            told = {**_within(kind), "text": self._text}
-        yield self.event(f"response.{_DELTA[kind]}.done", **self._place(), **told)
+            fields = {**_within(kind), "text": self._text}
+        yield self.event(f"response.{_DELTA[kind]}.done", **self._place(), **fields)
         if kind != "function_call":
             yield self.event("response.content_part.done", **self._place(), content_index=0, part=self._part())
         yield self.event("response.output_item.done", output_index=len(self.items), item=done)

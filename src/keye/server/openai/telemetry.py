@@ -48,8 +48,8 @@ class Telemetry:
         self._reported = True
         milliseconds = round(1000 * (time.perf_counter() - self._begin))
         for done in processed:
-            told = {"total": event.total, "cache": event.cached, "processed": done, "time_ms": milliseconds}
-            yield {"prompt_progress": told}
+            step = {"total": event.total, "cache": event.cached, "processed": done, "time_ms": milliseconds}
+            yield {"prompt_progress": step}
 
 
 def _speed(name: str, tokens: int, seconds: float) -> dict[str, float]:

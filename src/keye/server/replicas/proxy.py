@@ -22,7 +22,7 @@ from pydantic_core import from_json
 
 from keye.server.edge.errors import ApiError
 from keye.server.errors import install
-from keye.server.openai.sse import count_numbers, error_end, until_gone
+from keye.server.openai.http import cancel_on_disconnect, count_numbers, error_end
 from keye.server.replicas.processes import Replica, ReplicaLost, Reply, close_all, restart_when_ended, start_all
 from keye.server.replicas.routing import choose, media_key
 from keye.server.replicas.watch import Watch
@@ -154,7 +154,7 @@ class Proxy:
             name = self.choose(media_key(body), ids, without=name)
             try:
                 sent = await self._with_copies(request, name, content, body, ids)
-                reply = await until_gone(request, self.send(name, request, sent))
+                reply = await cancel_on_disconnect(request, self.send(name, request, sent))
                 return await self._told(request, name, reply)
             except ReplicaLost:
                 if last or found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,23 +12,22 @@ from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
 from keye.server.openai.events import (
-    Choice,
+    ChatReply,
     RunningUsage,
-    findings_of,
-    head,
+    collect_chat,
+    encode_events,
+    keye_fields,
     prob_object,
-    progress_of,
-    prompt_probs_of,
-    stop_of,
+    progress_fields,
+    prompt_prob_objects,
+    reply_head,
+    stop_fields,
     usage_of,
-    whole,
-    written,
 )
-from keye.server.openai.prepare import Prepared, chat_wanted, prepare, text_of, tokens_of
-from keye.server.openai.schemas import ChatRequest, KeyeFields
-from keye.server.openai.sse import event, streamed, until_gone
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
+from keye.server.openai.prepare import PreparedChat, count_prompt_tokens, prepare_chat, prompt_text, query_of_chat
+from keye.server.openai.schemas import ChatRequest
 from keye.server.openai.telemetry import Telemetry
-from keye.server.routes.json_route import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -37,62 +36,60 @@ router = APIRouter(route_class=JsonRoute)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Continues a conversation about text, images and videos; with `stream` as server-sent events."""
     context = context_of(request)
-    prepared = await until_gone(request, prepare(context, owner_of(request), chat_wanted(body)))
+    chat = await cancel_on_disconnect(request, prepare_chat(context, owner_of(request), query_of_chat(body)))
     if body.stream:
-        events = _chunks(context, prepared, body)
-        return await streamed(request, events, at_once=_own(body).progress)
-    return JSONResponse(await until_gone(request, _whole(context, prepared, body)))
+        encoder = _ChunkEncoder(context, chat, body)
+        events = encode_events(context, (chat.request, encoder.encode))
+        return await stream_events(request, events, at_once=encoder.wants_progress)
+    replies, finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    return JSONResponse({
+        **reply_head("chatcmpl", "chat.completion", context),
+        "choices": [_choice(index, reply, chat, body) for index, reply in enumerate(replies)],
+        "usage": usage_of(finished, replies, chat),
+        **_prompt_fields(finished, chat, body),
+        "keye": keye_fields(finished, replies[0].text, chat.notes),
+    })  # fmt: skip
 
 
 @router.post("/v1/chat/completions/input_tokens")
 async def count_tokens(request: Request, body: ChatRequest) -> JSONResponse:
-    """How many tokens the prompt of a chat takes. Media are looked into, and not decoded."""
+    """How many tokens the prompt of a chat takes. Media are probed, and not decoded."""
     context = context_of(request)
     context.check_model(body.model)
-    count = await until_gone(request, context.decode(tokens_of, context, owner_of(request), chat_wanted(body)))
+    counting = context.decode(count_prompt_tokens, context, owner_of(request), query_of_chat(body))
+    count = await cancel_on_disconnect(request, counting)
     return JSONResponse({"object": "chat.completion.input_tokens", "input_tokens": count})
 
 
-async def _whole(context: Context, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
-    choices, finished = await whole(context, prepared)
-    return {
-        **head("chatcmpl", "chat.completion", context),
-        "choices": [_choice(index, choice, prepared, body) for index, choice in enumerate(choices)],
-        "usage": usage_of(finished, choices, prepared),
-        **_prompt_fields(finished, prepared, body),
-        "keye": findings_of(finished, choices[0].text, prepared.notes),
-    }
-
-
-def _prompt_fields(finished: Finished, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
-    """What was asked for about the prompt."""
-    found: dict[str, Any] = {}
+def _prompt_fields(finished: Finished, chat: PreparedChat, body: ChatRequest) -> dict[str, Any]:
+    """What was requested about the prompt."""
+    fields: dict[str, Any] = {}
     if body.prompt_logprobs is not None:
-        found["prompt_logprobs"] = prompt_probs_of(finished.prompt_probs)
+        fields["prompt_logprobs"] = prompt_prob_objects(finished.prompt_probs)
     if body.return_token_ids:
-        found["prompt_token_ids"] = finished.prompt.token_ids.tolist()
+        fields["prompt_token_ids"] = finished.prompt.token_ids.tolist()
     if body.verbose:
-        found["__verbose"] = {"prompt": text_of(prepared.prompt)}
-    return found
+        fields["__verbose"] = {"prompt": prompt_text(chat.prompt)}
+    return fields
 
 
-def _choice(index: int, choice: Choice, prepared: Prepared, body: ChatRequest) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-    if choice.reasoning:
-        message["reasoning_content"] = choice.reasoning
-    if choice.calls:
-        message["content"] = choice.text or None
+def _choice(index: int, reply: ChatReply, chat: PreparedChat, body: ChatRequest) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    if reply.calls:
+        message["content"] = reply.text or None
         message["tool_calls"] = [
-            {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
-            for number, name, arguments in choice.calls
+            {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for call_id, name, arguments in reply.calls
         ]
     return {
         "index": index,
         "message": message,
-        "logprobs": None if prepared.job.logprobs is None else _probs(choice.probs),
-        "finish_reason": choice.reason,
-        **stop_of(choice.ended),
-        **({"token_ids": choice.tokens} if body.return_token_ids else {}),
+        "logprobs": None if chat.request.logprobs is None else _probs(reply.probs),
+        "finish_reason": reply.reason,
+        **stop_fields(reply.ended),
+        **({"token_ids": reply.tokens} if body.return_token_ids else {}),
     }
 
 
@@ -100,74 +97,75 @@ def _probs(probs: Sequence[TokenProb]) -> dict[str, Any]:
     return {"content": [prob_object(prob) for prob in probs], "refusal": None}
 
 
-def _chunks(context: Context, prepared: Prepared, body: ChatRequest) -> AsyncGenerator[bytes, None]:
-    """The events of a stream, the last of them with usage and findings where they are asked for."""
-    choices = [Choice.of(prepared) for _ in range(prepared.job.n)]
-    options, begun = body.stream_options, set[int]()
-    begin = head("chatcmpl", "chat.completion.chunk", context)
-    count = RunningUsage(bool(options and options.continuous_usage_stats))
-    telemetry = Telemetry(body.timings_per_token, body.return_progress)
-    wants_usage = bool(options and (options.include_usage or options.continuous_usage_stats))
+class _ChunkEncoder:
+    """Encodes the events of a chat as chunks, the last with usage and keye's fields where they were requested."""
 
-    tells_more = wants_usage or _tells_more(body)
-    ends: list[Ended] = []
+    def __init__(self, context: Context, chat: PreparedChat, body: ChatRequest) -> None:
+        self._chat, self._body = chat, body
+        self._begin = reply_head("chatcmpl", "chat.completion.chunk", context)
+        self._replies = [ChatReply.of(chat) for _ in range(chat.request.n)]
+        self._begun: set[int] = set()
+        self._ends: list[Ended] = []
+        options = body.stream_options
+        in_chunks = bool(options and options.continuous_usage_stats)
+        self._usage = RunningUsage(in_chunks)
+        self._telemetry = Telemetry(body.timings_per_token, body.return_progress)
+        self.wants_progress = body.keye is not None and body.keye.progress
+        extras = (in_chunks, options and options.include_usage, body.keye, body.return_token_ids, body.verbose)
+        #: Whether a chunk follows that of the last choice.
+        self._has_tail = any(extras) or body.prompt_logprobs is not None
 
-    def chunk(index: int, delta: Mapping[str, Any], more: Mapping[str, Any]) -> bytes:
-        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return event({**begin, "choices": [choice], **count.fields(), **telemetry.timings()})
+    def encode(self, item: Event) -> Iterator[bytes]:
+        self._usage.see(item)
+        if isinstance(item, Delta | Ended) and item.index not in self._begun:
+            self._begun.add(item.index)
+            yield self._chunk(item.index, {"role": "assistant", "content": None})
+        self._telemetry.see(item)
+        if isinstance(item, Delta):
+            yield from self._encode_delta(item)
+        elif isinstance(item, Ended):
+            for piece in self._replies[item.index].end(item):
+                yield self._chunk(item.index, _delta(self._replies[item.index], piece))
+            self._ends.append(item)
+            if len(self._ends) < len(self._replies):  # the last item waits for the notes of `Finished`
+                yield self._last_chunk(item)
+        elif isinstance(item, Progress):
+            if self.wants_progress:
+                yield event({**self._begin, "choices": [], "keye": progress_fields(item)})
+            yield from (event({**self._begin, "choices": [], **step}) for step in self._telemetry.progress(item))
+        elif isinstance(item, Finished):
+            fields = keye_fields(item, self._replies[0].text, self._chat.notes)
+            yield self._last_chunk(self._ends[-1], () if self._has_tail else fields.get("notes", ()))
+            if self._has_tail:
+                usage = usage_of(item, self._replies, self._chat)
+                tail = {"usage": usage, **_prompt_fields(item, self._chat, self._body), "keye": fields}
+                yield event({**self._begin, "choices": [], **tail, **self._telemetry.timings()})
 
-    def last_chunk(end: Ended, notes: Sequence[str] = ()) -> bytes:
-        choice: dict[str, Any] = {"index": end.index, "delta": {}, "logprobs": None}
-        choice |= {"finish_reason": choices[end.index].reason, **stop_of(end)}
+    def _encode_delta(self, delta: Delta) -> Iterator[bytes]:
+        reply = self._replies[delta.index]
+        deltas = [_delta(reply, piece) for piece in reply.add(delta)]
+        more: dict[str, Any] = {"logprobs": _probs(delta.probs)} if delta.probs else {}
+        if self._body.return_token_ids and delta.tokens:
+            more["token_ids"] = list(delta.tokens)
+        for fields in deltas or ([{}] if more else []):
+            yield self._chunk(delta.index, fields, more)
+            more = {"logprobs": _probs(())} if delta.probs else {}
+
+    def _chunk(self, index: int, delta: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(more or {})}
+        return event({**self._begin, "choices": [choice], **self._usage.fields(), **self._telemetry.timings()})
+
+    def _last_chunk(self, end: Ended, notes: Sequence[str] = ()) -> bytes:
+        """The chunk that ends a choice."""
+        choice = {
+            "index": end.index, "delta": {}, "logprobs": None, "finish_reason": self._replies[end.index].reason,
+            **stop_fields(end),
+        }  # fmt: skip
         own = {"keye": {"notes": notes}} if notes else {}
-        return event({**begin, "choices": [choice], **count.fields(), **telemetry.timings(), **own})
-
-    def told(one: Event) -> Iterator[bytes]:
-        count.see(one)
-        if isinstance(one, Delta | Ended) and one.index not in begun:
-            begun.add(one.index)
-            yield chunk(one.index, {"role": "assistant", "content": None}, {})
-        telemetry.see(one)
-        if isinstance(one, Delta):
-            deltas = [_delta(choices[one.index], piece) for piece in choices[one.index].add(one)]
-            more: dict[str, Any] = {"logprobs": _probs(one.probs)} if one.probs else {}
-            if body.return_token_ids and one.tokens:
-                more["token_ids"] = list(one.tokens)
-            for delta in deltas or ([{}] if more else []):
-                yield chunk(one.index, delta, more)
-                more = {"logprobs": _probs(())} if one.probs else {}
-        elif isinstance(one, Ended):
-            for piece in choices[one.index].end(one):
-                yield chunk(one.index, _delta(choices[one.index], piece), {})
-            ends.append(one)
-            if len(ends) < len(choices):  # what the last one tells is known when all is finished
-                yield last_chunk(one)
-        elif isinstance(one, Progress):
-            if _own(body).progress:
-                yield event({**begin, "choices": [], "keye": progress_of(one)})
-            yield from (event({**begin, "choices": [], **told}) for told in telemetry.progress(one))
-        elif isinstance(one, Finished):
-            findings = findings_of(one, choices[0].text, prepared.notes)
-            yield last_chunk(ends[-1], () if tells_more else findings.get("notes", ()))
-            if tells_more:
-                usage = usage_of(one, choices, prepared)
-                last = {"usage": usage, **_prompt_fields(one, prepared, body), "keye": findings}
-                yield event({**begin, "choices": [], **last, **telemetry.timings()})
-
-    return written(context, prepared.job, told)
+        return event({**self._begin, "choices": [choice], **self._usage.fields(), **self._telemetry.timings(), **own})
 
 
-def _own(body: ChatRequest) -> KeyeFields:
-    return body.keye or KeyeFields()
-
-
-def _tells_more(body: ChatRequest) -> bool:
-    """Whether a stream has more to say at its end than its usage."""
-    asked = (body.return_token_ids, body.verbose)
-    return body.keye is not None or body.prompt_logprobs is not None or any(asked)
-
-
-def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:
+def _delta(reply: ChatReply, piece: ReplyPiece) -> dict[str, Any]:
     """What a piece of a reply adds to a message."""
     if piece.kind == "content":
         return {"content": piece.text}
@@ -175,6 +173,6 @@ def _delta(choice: Choice, piece: ReplyPiece) -> dict[str, Any]:
         return {"reasoning_content": piece.text}
     if piece.kind == "arguments":
         return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
-    number, name, _ = choice.calls[piece.index]
-    call = {"index": piece.index, "id": number, "type": "function", "function": {"name": name, "arguments": ""}}
+    call_id, name, _ = reply.calls[piece.index]
+    call = {"index": piece.index, "id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
     return {"tool_calls": [call]}

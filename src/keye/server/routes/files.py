@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
-from keye.server.routes.json_route import JsonRoute
+from keye.server.openai.http import JsonRoute
 from keye.server.uploads import StoredFile, safe_name
 
 router = APIRouter(route_class=JsonRoute)
@@ -73,13 +73,13 @@ async def list_files(request: Request) -> JSONResponse:
 
 @router.get("/v1/files/{file_id}")
 async def get_file(request: Request, file_id: str) -> JSONResponse:
-    """One upload's facts."""
+    """One upload."""
     return JSONResponse(_file(request, file_id).to_dict())
 
 
 @router.get("/v1/files/{file_id}/content")
 async def get_content(request: Request, file_id: str) -> FileResponse:
-    """One upload's bytes; ranges are honoured."""
+    """One upload's bytes, also a range of them."""
     file = _file(request, file_id)
     headers = {"Content-Disposition": "attachment", "Cache-Control": "private, no-store"}
     return FileResponse(file.path, media_type="application/octet-stream", headers=headers)

@@ -14,9 +14,8 @@ from fastapi.responses import JSONResponse
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect
 from keye.server.openai.schemas import IndexRequest
-from keye.server.openai.sse import until_gone
-from keye.server.routes.json_route import JsonRoute
 from keye.server.uploads import INDEX, StoredFile
 
 router = APIRouter(route_class=JsonRoute)
@@ -24,33 +23,32 @@ router = APIRouter(route_class=JsonRoute)
 
 @router.post("/v1/indexes")
 async def create(request: Request, body: IndexRequest) -> JSONResponse:
-    """Reads an uploaded video with the model and keeps what it computed; the index is then a medium of messages, by its
-    id, in the place of the video."""
+    """Computes the KV state of an uploaded video and keeps it; messages then name the index in place of the video."""
     context = context_of(request)
     context.check_model(body.model)
     file = context.files.get(body.file_id, owner_of(request))
     if file.kind != "video" or file.id.startswith(INDEX):
-        raise ApiError(400, "file_id is no video; indexes are made of videos", param="file_id")
-    given_up = threading.Event()
+        raise ApiError(400, "file_id is not a video; indexes are made of videos", param="file_id")
+    cancelled = threading.Event()
     try:
-        made = await until_gone(request, _in_turn(context, file, body, given_up))
+        index = await cancel_on_disconnect(request, _in_turn(context, file, body, cancelled))
     except BaseException:
-        given_up.set()
+        cancelled.set()
         raise
-    return JSONResponse(index_object(made))
+    return JSONResponse(_index_object(index))
 
 
 @router.get("/v1/indexes")
 async def list_indexes(request: Request) -> JSONResponse:
     """All indexes of this key, the newest first."""
-    kept = context_of(request).files.list(owner_of(request), INDEX)
-    return JSONResponse({"object": "list", "data": [index_object(one) for one in kept], "has_more": False})
+    stored = context_of(request).files.list(owner_of(request), INDEX)
+    return JSONResponse({"object": "list", "data": [_index_object(index) for index in stored], "has_more": False})
 
 
 @router.get("/v1/indexes/{index_id}")
 async def get_index(request: Request, index_id: str) -> JSONResponse:
     """One index."""
-    return JSONResponse(index_object(_index(request, index_id)))
+    return JSONResponse(_index_object(_index(request, index_id)))
 
 
 @router.delete("/v1/indexes/{index_id}")
@@ -61,8 +59,8 @@ async def delete_index(request: Request, index_id: str) -> JSONResponse:
     return JSONResponse({"id": index.id, "object": "keye.index", "deleted": True})
 
 
-def index_object(index: StoredFile) -> dict[str, object]:
-    """An index as the API tells of it."""
+def _index_object(index: StoredFile) -> dict[str, object]:
+    """The index object of the API."""
     return {
         "id": index.id, "object": "keye.index", "bytes": index.size, "created_at": int(index.created),
         "filename": index.name, "keye": dict(index.facts),
@@ -75,17 +73,17 @@ def _index(request: Request, index_id: str) -> StoredFile:
     return context_of(request).files.get(index_id, owner_of(request))
 
 
-class _GivenUp(KeyeError):
-    """Nobody waits for this index any more, or it took too long."""
+class _Cancelled(KeyeError):
+    """The client has disconnected, or the index took too long."""
 
 
-async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, given_up: threading.Event) -> StoredFile:
-    """Waits here and not in a thread, of which there are few."""
+async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, cancelled: threading.Event) -> StoredFile:
+    """Waits in the event loop, not in one of the few threads."""
     async with context.indexing:
-        return await context.in_thread(_build, context, file, body, given_up)
+        return await context.in_thread(_build, context, file, body, cancelled)
 
 
-def _build(context: Context, file: StoredFile, body: IndexRequest, given_up: threading.Event) -> StoredFile:
+def _build(context: Context, file: StoredFile, body: IndexRequest, cancelled: threading.Event) -> StoredFile:
     """Computes and keeps an index. Blocks for as long as the video takes, by turns with the engine."""
     store, path = context.files, context.files.folder / secrets.token_hex(16)
     seconds = context.settings.request_seconds
@@ -93,10 +91,10 @@ def _build(context: Context, file: StoredFile, body: IndexRequest, given_up: thr
 
     @contextmanager
     def turn() -> Iterator[None]:
-        if given_up.is_set():
-            raise _GivenUp("the index is not wanted any more")
+        if cancelled.is_set():
+            raise _Cancelled("the client has disconnected")
         if time.monotonic() > end:
-            raise _GivenUp(f"the index took longer than {seconds:g} s, and was given up; sample fewer frames")
+            raise _Cancelled(f"the index took longer than {seconds:g} s, and was aborted; sample fewer frames")
         with context.model.turn():
             yield
 
@@ -107,11 +105,11 @@ def _build(context: Context, file: StoredFile, body: IndexRequest, given_up: thr
             "kind": "video", "file_id": file.id, "tokens": info.tokens, "frames": info.plan["frames"], "kv": info.kv,
             "seconds": round(sum(info.seconds.values()), 3),
         }  # fmt: skip
-        made = StoredFile(INDEX + secrets.token_hex(16), file.owner, file.name, info.bytes, time.time(), path, facts)
-        if given_up.is_set():
-            raise _GivenUp("the index is not wanted any more")
-        store.keep(made)
+        index = StoredFile(INDEX + secrets.token_hex(16), file.owner, file.name, info.bytes, time.time(), path, facts)
+        if cancelled.is_set():
+            raise _Cancelled("the client has disconnected")
+        store.keep(index)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return made
+    return index

@@ -1,9 +1,8 @@
-"""/v1/live: a video that goes on while questions about it are asked. Sessions live in memory, for as long as they are
-used."""
+"""/v1/live: frames are appended to a video while questions about it are asked."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -12,17 +11,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat.stream import ReplyStream
-from keye.engine.request import Event
-from keye.engine.request import Request as Job
+from keye.engine.request import Event, GenerationRequest
 from keye.errors import collect_warnings
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import spelled
 from keye.server.live_sessions import IDLE_SECONDS
-from keye.server.openai.events import Choice, each, growing, written
+from keye.server.openai.events import ChatReply, KeyeStreamEncoder, encode_events, iter_events
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
 from keye.server.openai.schemas import LiveAppend, LiveAsk, LiveRequest
-from keye.server.openai.sse import streamed, until_gone
-from keye.server.routes.json_route import JsonRoute
 from keye.sessions.answer import Collector
 from keye.sessions.live import LiveSession
 
@@ -49,7 +46,7 @@ async def append(request: Request, session_id: str, body: LiveAppend) -> JSONRes
     if (body.file_id is None) == (body.frames is None):
         raise ApiError(400, "give frames with timestamps, or the file_id of a clip", param="frames")
     adding = context.live.work(session_id, owner, lambda live: _append(context, owner, live, body))
-    return JSONResponse(await until_gone(request, adding))
+    return JSONResponse(await cancel_on_disconnect(request, adding))
 
 
 def _append(context: Context, owner: str, live: LiveSession, body: LiveAppend) -> dict[str, Any]:
@@ -58,45 +55,42 @@ def _append(context: Context, owner: str, live: LiveSession, body: LiveAppend) -
             live.append_video(context.files.get(body.file_id, owner).source(), offset=body.offset)
         else:
             live.append([context.policy.fetch(frame, "image") for frame in body.frames or ()], body.timestamps or [])
-    found = {"object": "keye.live", "frames": live.frames, "tokens": live.tokens, "dropped": live.dropped}
-    return {**found, "keye": {"notes": [note.worded(spelled) for note in notes]}}
+    return {
+        "object": "keye.live", "frames": live.frames, "tokens": live.tokens, "dropped": live.dropped,
+        "keye": {"notes": [note.worded(spelled) for note in notes]},
+    }  # fmt: skip
 
 
 @router.post("/v1/live/{session_id}/ask")
 async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
-    """Answers a question about all that was seen so far; frames may be added meanwhile. With `stream` as server-sent
-    events, the answer last."""
-    context = context_of(request)
-    job = await until_gone(request, _job(context, owner_of(request), session_id, body))
-    if body.stream:
-        return await streamed(request, _written(context, job), at_once=True)
-    return JSONResponse(await until_gone(request, _answer(context, job)))
+    """Answers a question about all frames so far; more may be added meanwhile. With `stream` as server-sent events, the
+    answer last."""
+    context, owner = context_of(request), owner_of(request)
+    generation = await cancel_on_disconnect(request, _generation_request(context, owner, session_id, body))
+    collector = Collector(generation, context.names[0])
+    if not body.stream:
+        return JSONResponse(await cancel_on_disconnect(request, _collect(context, generation, collector)))
+    begin = {"object": "keye.live.answer.chunk", "model": context.names[0]}
+    encoder = KeyeStreamEncoder(ChatReply(ReplyStream()), begin, lambda _: _answer_object(collector))
+
+    def encode(event: Event) -> Iterator[bytes]:
+        collector.take(event)
+        yield from encoder.encode(event)
+
+    return await stream_events(request, encode_events(context, (generation, encode)), at_once=True)
 
 
-async def _job(context: Context, owner: str, session_id: str, body: LiveAsk) -> Job:
+async def _generation_request(context: Context, owner: str, session_id: str, body: LiveAsk) -> GenerationRequest:
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "seed", "evidence")}
-    job = await context.live.work(session_id, owner, lambda live: live.request(body.question, **options))
-    return replace(job, salt=context.salt(owner), seconds=context.settings.request_seconds)
+    request = await context.live.work(session_id, owner, lambda live: live.request(body.question, **options))
+    return replace(request, salt=context.salt(owner), seconds=context.settings.request_seconds)
 
 
-async def _answer(context: Context, job: Job) -> dict[str, Any]:
-    collector = Collector(job, context.name)
-    async with aclosing(each(context, job)) as events:
+async def _collect(context: Context, request: GenerationRequest, collector: Collector) -> dict[str, Any]:
+    async with aclosing(iter_events(context, request)) as events:
         async for event in events:
             collector.take(event)
     return _answer_object(collector)
-
-
-def _written(context: Context, job: Job) -> AsyncGenerator[bytes, None]:
-    collector, choice = Collector(job, context.name), Choice(ReplyStream())
-    begin = {"object": "keye.live.answer.chunk", "model": context.name}
-    growth = growing(choice, begin, lambda _: _answer_object(collector))
-
-    def told(event: Event) -> Iterator[bytes]:
-        collector.take(event)
-        yield from growth(event)
-
-    return written(context, job, told)
 
 
 def _answer_object(collector: Collector) -> dict[str, Any]:

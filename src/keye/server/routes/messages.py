@@ -13,13 +13,12 @@ from fastapi.responses import JSONResponse, Response
 from keye.server.context import context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.notes import add_note
-from keye.server.openai.events import whole
+from keye.server.openai.events import collect_chat, encode_events
 from keye.server.openai.forms import response_form
-from keye.server.openai.message_events import message_object, stream_message
-from keye.server.openai.prepare import Wanted, prepare, tokens_of
-from keye.server.openai.schemas_peers import CountTokensRequest, MessagesRequest
-from keye.server.openai.sse import streamed, until_gone
-from keye.server.routes.json_route import JsonRoute
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
+from keye.server.openai.message_events import MessageEncoder, message_object
+from keye.server.openai.prepare import ChatQuery, count_prompt_tokens, prepare_chat
+from keye.server.openai.schemas import CountTokensRequest, MessagesRequest
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -32,42 +31,43 @@ _DROPPED: Final = ("redacted_thinking", "server_tool_use", "web_search_tool_resu
 async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of Anthropic's interface."""
     context = context_of(request)
-    wanted = _wanted(body)
+    query = _query(body)
     more: dict[str, Any] = {"stop": body.stop_sequences} if body.stop_sequences else {}
     if body.thinking is not None and body.thinking.type != "disabled" and body.thinking_token_budget is None:
         more["thinking_token_budget"] = body.thinking.budget_tokens
-    wanted = replace(wanted, sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
-    prepared = await until_gone(request, prepare(context, owner_of(request), wanted))
+    query = replace(query, sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
+    chat = await cancel_on_disconnect(request, prepare_chat(context, owner_of(request), query))
+    model = context.names[0]
     if body.stream:
-        return await streamed(request, stream_message(context, prepared), tail=b"")
-    (choice,), finished = await until_gone(request, whole(context, prepared))
-    return JSONResponse(message_object(context.name, choice, finished, prepared))
+        events = encode_events(context, (chat.request, MessageEncoder(model, chat).encode))
+        return await stream_events(request, events, tail=b"")
+    (reply,), finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    return JSONResponse(message_object(model, reply, finished, chat))
 
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request, body: CountTokensRequest) -> JSONResponse:
-    """How many tokens a conversation takes as a prompt. Media are looked into, and not decoded."""
+    """How many tokens a conversation takes as a prompt. Media are probed, and not decoded."""
     context = context_of(request)
     context.check_model(body.model)
-    wanted = _wanted(body)
-    count = await until_gone(request, context.decode(tokens_of, context, owner_of(request), wanted))
+    counting = context.decode(count_prompt_tokens, context, owner_of(request), _query(body))
+    count = await cancel_on_disconnect(request, counting)
     return JSONResponse({"input_tokens": count})
 
 
-def _wanted(body: CountTokensRequest) -> Wanted:
-    """What a body asks for."""
+def _query(body: CountTokensRequest) -> ChatQuery:
     messages: list[dict[str, Any]] = []
     if body.system:
         messages.append({"role": "system", "content": _system(body.system)})
     for index, message in enumerate(body.messages):
         messages += _messages(f"messages[{index}]", message)
     choice = body.tool_choice or {}
-    return Wanted(
+    return ChatQuery(
         messages=messages,
         sampling=body,
         tools=list(_tools(body.tools or ())),
         tool_choice=_tool_choice(choice),
-        several_calls=choice.get("disable_parallel_tool_use") is not True,
+        parallel_calls=choice.get("disable_parallel_tool_use") is not True,
         form=_form(body),
         thinking=None if body.thinking is None else body.thinking.type != "disabled",
         media_defaults=body.preprocess_kwargs,
@@ -95,8 +95,8 @@ def _tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         parameters = tool.get("input_schema")
         if not isinstance(parameters, Mapping):
             raise ApiError(400, f"tools[{index}].input_schema: give a JSON schema, an object", param="tools")
-        told = {"description": tool["description"]} if tool.get("description") else {}
-        yield {"type": "function", "function": {"name": tool.get("name"), **told, "parameters": parameters}}
+        extra = {"description": tool["description"]} if tool.get("description") else {}
+        yield {"type": "function", "function": {"name": tool.get("name"), **extra, "parameters": parameters}}
 
 
 def _tool_choice(choice: Mapping[str, Any]) -> object:
@@ -118,7 +118,7 @@ def _messages(where: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
         raise ApiError(400, f"{where}.content: give a text or a list of blocks", param=f"{where}.content")
-    said: dict[str, Any] = {"role": role, "content": []}
+    turn: dict[str, Any] = {"role": role, "content": []}
     results: list[dict[str, Any]] = []
     for index, block in enumerate(content):
         at = f"{where}.content[{index}]"
@@ -127,20 +127,20 @@ def _messages(where: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
             results.append(_tool_result(at, block))
         elif kind == "tool_use" and role == "assistant":
             call = {"name": block.get("name"), "arguments": block.get("input") or {}}
-            said.setdefault("tool_calls", []).append({"id": block.get("id"), "type": "function", "function": call})
+            turn.setdefault("tool_calls", []).append({"id": block.get("id"), "type": "function", "function": call})
         elif kind == "thinking" and role == "assistant":
-            said["reasoning_content"] = said.get("reasoning_content", "") + str(block.get("thinking") or "")
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + str(block.get("thinking") or "")
         elif kind not in _DROPPED:
-            said["content"] += _parts(at, block)
-    if not said["content"] and (results or "tool_calls" not in said):
-        return results or [{**said, "content": ""}]
-    return [*results, said]
+            turn["content"] += _parts(at, block)
+    if not turn["content"] and (results or "tool_calls" not in turn):
+        return results or [{**turn, "content": ""}]
+    return [*results, turn]
 
 
 def _tool_result(where: str, block: Mapping[str, Any]) -> dict[str, Any]:
     content = block.get("content")
     if isinstance(content, list):
-        content = [part for index, one in enumerate(content) for part in _parts(f"{where}.content[{index}]", one)]
+        content = [part for index, item in enumerate(content) for part in _parts(f"{where}.content[{index}]", item)]
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content or ""}
 
 
@@ -175,9 +175,9 @@ def _medium(where: str, kind: str, block: Mapping[str, Any]) -> dict[str, Any]:
         )
     if form == "base64":
         if isinstance(source, dict):
-            del source["data"]  # A body of media is not held twice.
+            del source["data"]  # media are not held twice
         value = f"data:{source.get('media_type') or 'application/octet-stream'};base64,{value}"
-    own = {key: one for key, one in block.items() if key not in ("type", "source", "cache_control", "title", "context")}
+    own = {key: own for key, own in block.items() if key not in ("type", "source", "cache_control", "title", "context")}
     if form == "file":
         return {"type": f"input_{kind}", "file_id": value, **own}
     return {"type": f"{kind}_url", f"{kind}_url": {"url": value}, **own}
@@ -194,5 +194,5 @@ def _document(where: str, block: Mapping[str, Any]) -> list[dict[str, Any]]:
         if isinstance(content, str):
             return [{"type": "text", "text": content}]
         if isinstance(content, list):
-            return [part for i, one in enumerate(content) for part in _parts(f"{where}.source.content[{i}]", one)]
+            return [part for i, item in enumerate(content) for part in _parts(f"{where}.source.content[{i}]", item)]
     raise ApiError(400, f"{where}: a document must be plain text; send its pages as images", param=where)

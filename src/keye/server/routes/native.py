@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -20,22 +19,19 @@ from keye.chat.template import Segment
 from keye.chat.tokenizer import check_unicode
 from keye.engine.media import check_medium
 from keye.engine.prompt import Prompt, Room
-from keye.engine.request import Delta, Ended, Event, Finished, TokenProb
-from keye.engine.request import Request as Job
+from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.edge.ids import new_id
 from keye.server.errors import error_of_validation
 from keye.server.notes import current_notes
-from keye.server.openai.events import each, notes_of, written
+from keye.server.openai.events import Continuation, collect, encode_events, notes_of
 from keye.server.openai.fields import note_ignored
 from keye.server.openai.forms import form_of
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
 from keye.server.openai.media_parts import media_of, open_sources, to_messages
-from keye.server.openai.prepare import guide_of, job_of
-from keye.server.openai.schemas import Forms, Sampling
-from keye.server.openai.schemas_peers import GenerateRequest
-from keye.server.openai.sse import event, streamed, until_gone
-from keye.server.routes.json_route import JsonRoute
+from keye.server.openai.prepare import make_guide, make_request
+from keye.server.openai.schemas import Forms, GenerateRequest, Sampling
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -49,66 +45,61 @@ _FORMS: Final = ("json_schema", "regex", "ebnf", "structural_tag")
 
 @router.post("/generate")
 async def generate(request: Request, body: GenerateRequest) -> Response:
-    """Continues each prompt, as SGLang's own interface does; with `stream` each event has the whole text so far."""
+    """Continues each prompt, as SGLang's own interface does; with `stream` each event has the text so far."""
     context = context_of(request)
     context.check_model(body.model)
-    runs = await until_gone(request, context.in_thread(_runs, context, owner_of(request), body))
+    runs = await cancel_on_disconnect(request, context.in_thread(_make_runs, context, owner_of(request), body))
     if body.stream:
-        return await streamed(request, _events(context, runs))
-    replies = await until_gone(request, _whole(context, runs))
-    many = len(runs) > 1 or runs[0].job.n > 1 or runs[0].listed
-    return JSONResponse(replies if many else replies[0])
-
-
-@dataclass
-class _Reply:
-    """One continuation while it grows."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    probs: list[TokenProb] = field(default_factory=list)
-    reason: str | None = None
-    met: str | int | None = None
+        encoders = [(run.request, _Encoder(run, first).encode) for run, first in zip(runs, _offsets(runs), strict=True)]
+        return await stream_events(request, encode_events(context, *encoders))
+    objects = await cancel_on_disconnect(request, _answer(context, runs))
+    many = len(runs) > 1 or runs[0].request.n > 1 or runs[0].is_listed
+    return JSONResponse(objects if many else objects[0])
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One prompt: its job, the id of its replies, whether it came in a list, and from which of its tokens on their
-    probabilities are wanted; none where that is negative. `notes` are those of the request."""
+    """One prompt: its request, the id of its replies, whether it came in a list, and from which of its tokens on their
+    probabilities are wanted; none where `start` is negative. `notes` are those of the HTTP request."""
 
-    job: Job
+    request: GenerationRequest
     name: str
-    listed: bool
+    is_listed: bool
     start: int
     begin: float
     notes: Sequence[str]
 
 
-def _runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
-    """The jobs of a body. Blocks: media are opened, forms read."""
-    prompts, listed = _prompts(context, owner, body)
+def _offsets(runs: Sequence[_Run]) -> list[int]:
+    """The number of the first choice of each prompt."""
+    return [0, *accumulate(run.request.n for run in runs[:-1])]
+
+
+def _make_runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
+    """The engine's requests of a body. Blocks: media are opened, forms compiled."""
+    prompts, is_listed = _prompts(context, owner, body)
     params = body.sampling_params or {}
     runs = []
     for index, prompt in enumerate(prompts):
-        job = _job(context, owner, prompt, _of_prompt(params, index, len(prompts), "sampling_params"))
+        request = _make_request(context, owner, prompt, _of_prompt(params, index, len(prompts), "sampling_params"))
         start = -1
         if _of_prompt(body.return_logprob, index, len(prompts), "return_logprob"):
             start = _of_prompt(body.logprob_start_len, index, len(prompts), "logprob_start_len") or 0
             start = start if body.logprob_start_len is not None else -1
             others = body.top_logprobs_num or 0
-            job = replace(job, logprobs=others, prompt_logprobs=others if start >= 0 else None)
+            request = replace(request, logprobs=others, prompt_logprobs=others if start >= 0 else None)
         name = _of_prompt(body.rid, index, len(prompts), "rid") or new_id("")
-        runs.append(_Run(job, name, listed, start, time.perf_counter(), current_notes()))
+        runs.append(_Run(request, name, is_listed, start, time.perf_counter(), current_notes()))
     return runs
 
 
-def _of_prompt(given: Any, index: int, count: int, name: str) -> Any:
+def _of_prompt(value: Any, index: int, count: int, name: str) -> Any:
     """The value for one of `count` prompts of a field that is one for all, or a list."""
-    if not isinstance(given, list):
-        return given
-    if len(given) != count:
+    if not isinstance(value, list):
+        return value
+    if len(value) != count:
         raise ApiError(400, f"{name}: give one, or as many as prompts", param=name)
-    return given[index]
+    return value[index]
 
 
 def _prompts(context: Context, owner: str, body: GenerateRequest) -> tuple[list[list[Segment] | Prompt], bool]:
@@ -123,24 +114,24 @@ def _prompts(context: Context, owner: str, body: GenerateRequest) -> tuple[list[
         return [context.model.runtime.prompts.of_tokens(ids) for ids in many], listed  # type: ignore[arg-type]
     assert body.text is not None
     texts = body.text if isinstance(body.text, list) else [body.text]
-    images = _of_each(body.image_data, len(texts), "image_data")
-    videos = _of_each(body.video_data, len(texts), "video_data")
+    images = _media_of_prompts(body.image_data, len(texts), "image_data")
+    videos = _media_of_prompts(body.video_data, len(texts), "video_data")
     return [
         _segments(context, owner, text, image, video, body.preprocess_kwargs)
         for text, image, video in zip(texts, images, videos, strict=True)
     ], isinstance(body.text, list)
 
 
-def _of_each(given: Any, count: int, name: str) -> list[list[Any]]:
+def _media_of_prompts(media: Any, count: int, name: str) -> list[list[Any]]:
     """The media of each of `count` prompts: one medium, a list for the one prompt, or a list for each."""
-    if given is None:
+    if media is None:
         return [[] for _ in range(count)]
     if count == 1:
-        flat = given if isinstance(given, list) else [given]
+        flat = media if isinstance(media, list) else [media]
         return [flat[0] if len(flat) == 1 and isinstance(flat[0], list) else flat]
-    if not isinstance(given, list) or len(given) != count:
+    if not isinstance(media, list) or len(media) != count:
         raise ApiError(400, f"{name}: give a list with the media of each of the {count} prompts", param=name)
-    return [one if isinstance(one, list) else [] if one is None else [one] for one in given]
+    return [item if isinstance(item, list) else [] if item is None else [item] for item in media]
 
 
 def _segments(
@@ -149,7 +140,7 @@ def _segments(
     """A text with its media where their marks stand, or before it where it has none."""
     if not text and not images and not videos:
         raise ApiError(400, "text is empty; give a text to continue", param="text")
-    content = [_part("image", one) for one in images] + [_part("video", one) for one in videos]
+    content = [_part("image", name) for name in images] + [_part("video", name) for name in videos]
     if len(content) > context.settings.media:
         raise ApiError(400, f"{len(content)} media are more than {context.settings.media}", param="image_data")
     media: dict[str, list[Medium]] = {"image": [], "video": []}
@@ -161,7 +152,7 @@ def _segments(
             media[medium.kind].append(medium)
     pieces = _PLACE.split(check_unicode(text))
     if len(pieces) == 1:
-        return [*(one for kind in media.values() for medium in kind for one in _marked(medium)),
+        return [*(segment for kind in media.values() for medium in kind for segment in _marked(medium)),
                 Segment("template", text)]  # fmt: skip
     segments = [Segment("template", pieces[0])]
     for kind, after in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -188,101 +179,90 @@ def _part(kind: str, value: object) -> dict[str, Any]:
     return {"type": f"{kind}_url", f"{kind}_url": {"url": value}}
 
 
-def _job(context: Context, owner: str, prompt: Sequence[Segment] | Prompt, params: Mapping[str, Any]) -> Job:
-    """A job with settings in SGLang's words."""
-    given = {key: value for key, value in params.items() if value is not None}
-    if idle := given.keys() & _WITHOUT_MEANING:
-        note_ignored([f"sampling_params.{name}" for name in idle])
-        given = {key: value for key, value in given.items() if key not in idle}
-    tokens, n = given.pop("max_new_tokens", _DEFAULT_TOKENS), given.pop("n", 1)
+def _make_request(
+    context: Context, owner: str, prompt: Sequence[Segment] | Prompt, params: Mapping[str, Any]
+) -> GenerationRequest:
+    """A request with settings in SGLang's words."""
+    settings = {key: value for key, value in params.items() if value is not None}
+    if ignored := settings.keys() & _WITHOUT_MEANING:
+        note_ignored([f"sampling_params.{name}" for name in ignored])
+        settings = {key: value for key, value in settings.items() if key not in ignored}
+    tokens, n = settings.pop("max_new_tokens", _DEFAULT_TOKENS), settings.pop("n", 1)
     if type(tokens) is not int or not 1 <= tokens <= 10_000_000:
         raise ApiError(400, "max_new_tokens must be a number from 1 to 10,000,000", param="sampling_params")
     if type(n) is not int or not 1 <= n <= 16:
         raise ApiError(400, "n must be a number from 1 to 16", param="sampling_params")
     for theirs, ours in (("min_new_tokens", "min_tokens"), ("sampling_seed", "seed")):
-        if theirs in given:
-            given[ours] = given.pop(theirs)
-    if given.get("top_k", 0) == 1 << 30:  # SGLang's way to say all
-        del given["top_k"]
-    forms = {name: given.pop(name) for name in _FORMS if name in given}
+        if theirs in settings:
+            settings[ours] = settings.pop(theirs)
+    if settings.get("top_k", 0) == 1 << 30:  # SGLang's way to say all
+        del settings["top_k"]
+    forms = {name: settings.pop(name) for name in _FORMS if name in settings}
     try:
-        sampling = Sampling.model_validate(given)
+        sampling = Sampling.model_validate(settings)
         structured = Forms.model_validate(forms)
     except ValidationError as error:
-        raise error_of_validation(
-            [{**one, "loc": ("sampling_params", *one["loc"])} for one in error.errors()]
-        ) from None
-    guide = guide_of(context, form_of(structured), sampling)
+        details = [{**detail, "loc": ("sampling_params", *detail["loc"])} for detail in error.errors()]
+        raise error_of_validation(details) from None
+    guide = make_guide(context, form_of(structured), sampling)
     if isinstance(prompt, Prompt) and context.settings.strict_limits:
         Room(context.model.config.text.max_position_embeddings, tokens).check(len(prompt.token_ids), 0)
-    job = job_of(context, owner, prompt, sampling, tokens, held=guide is not None)
-    return replace(job, n=n, guide=guide)
+    request = make_request(context, owner, prompt, sampling, tokens, has_form=guide is not None)
+    return replace(request, n=n, guide=guide)
 
 
-async def _whole(context: Context, runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = []
+async def _answer(context: Context, runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    objects: list[dict[str, Any]] = []
     for run in runs:
-        mine = [_Reply() for _ in range(run.job.n)]
-        async with aclosing(each(context, run.job)) as events:
-            async for one in events:
-                _grow(mine, one)
-                if isinstance(one, Finished):
-                    told += [_told(run, reply, len(reply.tokens), one) for reply in mine]
-    return told
+        replies = [Continuation() for _ in range(run.request.n)]
+        finished = await collect(context, run.request, replies)
+        objects += [_reply_object(run, reply, finished) for reply in replies]
+    return objects
 
 
-async def _events(context: Context, runs: Sequence[_Run]) -> AsyncGenerator[bytes, None]:
-    first = 0
-    for run in runs:
-        mine = [_Reply() for _ in range(run.job.n)]
+class _Encoder:
+    """Encodes the events of one prompt, whose first choice is number `first`."""
 
-        def write(one: Event, run: _Run, mine: list[_Reply], first: int) -> Iterator[bytes]:
-            _grow(mine, one)
-            if isinstance(one, Delta) and one.tokens:
-                yield event({**_told(run, mine[one.index], len(mine[one.index].tokens)), "index": first + one.index})
-            elif isinstance(one, Finished):
-                for index, reply in enumerate(mine):
-                    yield event({**_told(run, reply, len(reply.tokens), one), "index": first + index})
+    def __init__(self, run: _Run, first: int) -> None:
+        self._run, self._first = run, first
+        self._replies = [Continuation() for _ in range(run.request.n)]
 
-        async with aclosing(written(context, run.job, partial(write, run=run, mine=mine, first=first))) as pieces:
-            async for piece in pieces:
-                yield piece
-        first += run.job.n
-
-
-def _grow(replies: Sequence[_Reply], one: Event) -> None:
-    if isinstance(one, Delta):
-        reply = replies[one.index]
-        reply.text += one.text
-        reply.tokens += one.tokens
-        reply.probs += one.probs
-    elif isinstance(one, Ended):
-        replies[one.index].reason, replies[one.index].met = one.reason, one.met
+    def encode(self, item: Event) -> Iterator[bytes]:
+        if isinstance(item, Delta):
+            self._replies[item.index].add(item)
+            if item.tokens:
+                data = _reply_object(self._run, self._replies[item.index])
+                yield event({**data, "index": self._first + item.index})
+        elif isinstance(item, Ended):
+            self._replies[item.index].end(item)
+        elif isinstance(item, Finished):
+            for index, reply in enumerate(self._replies):
+                yield event({**_reply_object(self._run, reply, item), "index": self._first + index})
 
 
-def _told(run: _Run, reply: _Reply, tokens: int, finished: Finished | None = None) -> dict[str, Any]:
-    """A reply as SGLang tells of it; `finished` at its end."""
+def _reply_object(run: _Run, reply: Continuation, finished: Finished | None = None) -> dict[str, Any]:
+    """A reply in SGLang's form; `finished` at its end."""
     meta: dict[str, Any] = {
         "id": run.name,
-        "finish_reason": None if finished is None else _reason(reply, tokens),
+        "finish_reason": None if finished is None else _finish_reason(reply),
         "prompt_tokens": 0 if finished is None else finished.prompt_tokens,
-        "completion_tokens": tokens,
+        "completion_tokens": len(reply.tokens),
         "cached_tokens": 0 if finished is None else finished.cached_tokens,
         "weight_version": "default",
         "e2e_latency": round(time.perf_counter() - run.begin, 6),
     }
-    if run.job.logprobs is not None and finished is not None:
-        meta["output_token_logprobs"] = [[one.logprob, one.token, one.text] for one in reply.probs]
+    if run.request.logprobs is not None and finished is not None:
+        meta["output_token_logprobs"] = [[prob.logprob, prob.token, prob.text] for prob in reply.probs]
         meta["input_token_logprobs"] = _prompt_probs(run, finished)
-        if run.job.logprobs:
+        if run.request.logprobs:
             meta["output_top_logprobs"] = [
-                [[other.logprob, other.token, other.text] for other in one.top] for one in reply.probs
+                [[other.logprob, other.token, other.text] for other in prob.top] for prob in reply.probs
             ]
-    told: dict[str, Any] = {"text": reply.text, "meta_info": meta}
+    data: dict[str, Any] = {"text": reply.text, "meta_info": meta}
     if finished is None:
-        return told
+        return data
     notes = list(dict.fromkeys((*run.notes, *notes_of(finished))))
-    return {**told, "output_ids": reply.tokens, **({"keye": {"notes": notes}} if notes else {})}
+    return {**data, "output_ids": reply.tokens, **({"keye": {"notes": notes}} if notes else {})}
 
 
 def _prompt_probs(run: _Run, finished: Finished) -> list[list[Any]]:
@@ -290,12 +270,13 @@ def _prompt_probs(run: _Run, finished: Finished) -> list[list[Any]]:
     if run.start < 0 or finished.prompt_probs is None:
         return []
     first: list[list[Any]] = [[None, int(finished.prompt.token_ids[0]), None]]
-    probs = [[one.logprob, one.token, one.text] for one in finished.prompt_probs]
+    probs = [[prob.logprob, prob.token, prob.text] for prob in finished.prompt_probs]
     return [*first, *probs][run.start :]
 
 
-def _reason(reply: _Reply, tokens: int) -> dict[str, Any]:
-    """Why a reply has ended, with what was met."""
-    if reply.reason == "length":
-        return {"type": "length", "length": tokens}
-    return {"type": "stop", "matched": reply.met}
+def _finish_reason(reply: Continuation) -> dict[str, Any]:
+    """Why a reply has ended, with the stop that it met."""
+    assert reply.ended is not None
+    if reply.ended.reason == "length":
+        return {"type": "length", "length": len(reply.tokens)}
+    return {"type": "stop", "matched": reply.ended.met}

@@ -5,27 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.engine.guide import Form
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
-from keye.server.openai.events import Choice, findings_of, usage_of, whole, written
+from keye.server.edge.ids import new_id
+from keye.server.openai.events import ChatReply, collect_chat, encode_events, keye_fields, usage_of
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.forms import form_of, response_form
-from keye.server.openai.media_settings import media_settings
-from keye.server.openai.prepare import Prepared, Wanted, check_stream_options, prepare, thinking_of, tokens_of
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
+from keye.server.openai.media_parts import media_settings
+from keye.server.openai.prepare import (
+    ChatQuery,
+    PreparedChat,
+    check_stream_options,
+    count_prompt_tokens,
+    prepare_chat,
+    thinking_of,
+)
 from keye.server.openai.response_events import ResponseWriter, items_of
 from keye.server.openai.schemas import ResponseRequest
-from keye.server.openai.sse import streamed, until_gone
 from keye.server.openai.telemetry import Telemetry
-from keye.server.response_store import Kept, new_response_id
-from keye.server.routes.json_route import JsonRoute
-from keye.server.routes.response_items import items_with_ids
+from keye.server.response_store import StoredResponse, new_response_id
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -37,24 +43,28 @@ _ITEMS: Final = ("message", "function_call", "function_call_output", "reasoning"
 async def create_response(request: Request, body: ResponseRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of OpenAI's newer interface."""
     context, owner = context_of(request), owner_of(request)
-    before = await until_gone(request, _before(context, owner, body))
-    prepared = await until_gone(request, prepare(context, owner, _wanted(body, before)))
+    history = await cancel_on_disconnect(request, _history(context, owner, body))
+    chat = await cancel_on_disconnect(request, prepare_chat(context, owner, _query(body, history)))
     if body.stream:
-        return await streamed(request, _events(context, owner, prepared, body), tail=b"")
-    return JSONResponse(await until_gone(request, _whole(context, owner, prepared, body)))
+        return await stream_events(request, _stream(context, owner, chat, body), tail=b"")
+    (reply,), finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    response = _completed(_head(context, chat, body), reply, finished, chat)
+    response["output"] = items_of(reply, response["status"])
+    return JSONResponse(await _store(context, owner, body, response))
 
 
 @router.post("/v1/responses/input_tokens")
 async def count_tokens(request: Request, body: ResponseRequest) -> JSONResponse:
-    """How many tokens the prompt of a response takes. Media are looked into, and not decoded."""
+    """How many tokens the prompt of a response takes. Media are probed, and not decoded."""
     context, owner = context_of(request), owner_of(request)
-    before = await until_gone(request, _before(context, owner, body))
+    history = await cancel_on_disconnect(request, _history(context, owner, body))
     context.check_model(body.model)
-    count = await until_gone(request, context.decode(tokens_of, context, owner, _wanted(body, before)))
+    counting = context.decode(count_prompt_tokens, context, owner, _query(body, history))
+    count = await cancel_on_disconnect(request, counting)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
-async def _before(context: Context, owner: str, body: ResponseRequest) -> Sequence[Mapping[str, Any]]:
+async def _history(context: Context, owner: str, body: ResponseRequest) -> Sequence[Mapping[str, Any]]:
     """The items of the conversation that the request follows."""
     if body.previous_response_id is None:
         return ()
@@ -63,22 +73,22 @@ async def _before(context: Context, owner: str, body: ResponseRequest) -> Sequen
     )
 
 
-def _wanted(body: ResponseRequest, before: Sequence[Mapping[str, Any]] = ()) -> Wanted:
+def _query(body: ResponseRequest, history: Sequence[Mapping[str, Any]]) -> ChatQuery:
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
     new = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
-    messages += _messages([*before, *new], len(before))
+    messages += _messages([*history, *new], len(history))
     text = read_fields(body.text or {}, ("format",), where="text.")
     check_stream_options(body.stream, body.stream_options)
-    return Wanted(
+    return ChatQuery(
         messages=messages,
         sampling=body,
         max_tokens=body.max_output_tokens,
         logprobs=_alternatives(body),
         tools=body.tools or (),
         tool_choice=body.tool_choice,
-        several_calls=body.parallel_tool_calls is not False,
+        parallel_calls=body.parallel_tool_calls is not False,
         form=_form(body, text.get("format")),
         thinking=thinking_of(body.chat_template_kwargs, body.reasoning.effort if body.reasoning else None),
         media_defaults=media_settings(body),
@@ -94,24 +104,24 @@ def _form(body: ResponseRequest, value: object) -> Form | None:
 
 
 def _alternatives(body: ResponseRequest) -> int | None:
-    """How many other tokens are told beside each; what else `include` asks for is not there, and noted."""
+    """How many other tokens are returned beside each; a note says what else of `include` is not available."""
     include = body.include or []
     if others := [name for name in include if name != _LOGPROBS]:
         note_ignored([f"include {name}" for name in others])
     return (body.top_logprobs or 0) if _LOGPROBS in include else body.top_logprobs
 
 
-def _messages(items: Sequence[Mapping[str, Any]], first: int = 0) -> list[dict[str, Any]]:
+def _messages(items: Sequence[Mapping[str, Any]], first: int) -> list[dict[str, Any]]:
     """The items of an input as messages of a chat; calls join the assistant's message before them. The request's own
     begin with number `first`."""
     messages: list[dict[str, Any]] = []
-    thought = ""
+    reasoning = ""
     for index, item in enumerate(items):
         where, kind = f"input[{max(index - first, 0)}]", item.get("type") or "message"
         if kind not in _ITEMS:
             raise ApiError(400, f"{where}.type is {kind!r}; use one of {', '.join(_ITEMS)}", param=f"{where}.type")
         if kind == "reasoning":
-            thought = _thought(item)
+            reasoning = _reasoning_text(item)
         elif kind == "function_call_output":
             output = item.get("output")
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
@@ -123,24 +133,24 @@ def _messages(items: Sequence[Mapping[str, Any]], first: int = 0) -> list[dict[s
         else:
             fields = {key: value for key, value in item.items() if key not in ("type", "id", "status", "phase")}
             messages.append({"role": None, **fields})
-        if thought and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
-            messages[-1]["reasoning_content"], thought = thought, ""
+        if reasoning and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
+            messages[-1]["reasoning_content"], reasoning = reasoning, ""
     return messages
 
 
-def _thought(item: Mapping[str, Any]) -> str:
+def _reasoning_text(item: Mapping[str, Any]) -> str:
     """The text of an item of reasoning that an earlier response gave out."""
     content = item.get("content") or ()
     parts = content if isinstance(content, list) else ()
     return "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
 
 
-def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
+def _head(context: Context, chat: PreparedChat, body: ResponseRequest) -> dict[str, Any]:
     """The response object before it has any output."""
-    params = prepared.job.params
+    params = chat.request.params
     return {
         "id": new_response_id(), "object": "response", "created_at": int(time.time()),
-        "model": context.name, "status": "in_progress", "error": None, "incomplete_details": None,
+        "model": context.names[0], "status": "in_progress", "error": None, "incomplete_details": None,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False, "store": body.store is not False,
         "previous_response_id": body.previous_response_id,
@@ -151,10 +161,10 @@ def _head(context: Context, prepared: Prepared, body: ResponseRequest) -> dict[s
     }  # fmt: skip
 
 
-def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prepared: Prepared) -> dict[str, Any]:
-    """The response object with its output and its usage."""
-    usage = usage_of(finished, [choice], prepared)
-    cut = choice.reason == "length"
+def _completed(head: Mapping[str, Any], reply: ChatReply, finished: Finished, chat: PreparedChat) -> dict[str, Any]:
+    """The response object with its status and its usage."""
+    usage = usage_of(finished, [reply], chat)
+    cut = reply.reason == "length"
     return {
         **head,
         "status": "incomplete" if cut else "completed",
@@ -164,57 +174,111 @@ def _completed(head: Mapping[str, Any], choice: Choice, finished: Finished, prep
             "total_tokens": usage["total_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens_details": usage["completion_tokens_details"], "media": usage["media"],
         },
-        "keye": findings_of(finished, choice.text, prepared.notes),
+        "keye": keye_fields(finished, reply.text, chat.notes),
     }  # fmt: skip
 
 
-async def _kept(context: Context, owner: str, body: ResponseRequest, complete: dict[str, Any]) -> dict[str, Any]:
-    """The complete response, stored if that is wanted; a note says where there was no room for it."""
+async def _store(context: Context, owner: str, body: ResponseRequest, response: dict[str, Any]) -> dict[str, Any]:
+    """The complete response, stored unless the client declines; a note says where there was no room for it."""
     if body.store is False:
-        return complete
-
-    def keep() -> bool:
-        return context.responses.keep(owner, Kept(complete, items_with_ids(body.input)))
-
-    if await context.in_thread(keep):
-        return complete
-    notes = [*complete["keye"].get("notes", ()), "store: there was no room for this response, so it was not stored"]
-    return {**complete, "store": False, "keye": {**complete["keye"], "notes": notes}}
+        return response
+    stored = StoredResponse(response, _items_with_ids(body.input))
+    if await context.in_thread(context.responses.keep, owner, stored):
+        return response
+    notes = [*response["keye"].get("notes", ()), "store: there was no room for this response, so it was not stored"]
+    return {**response, "store": False, "keye": {**response["keye"], "notes": notes}}
 
 
-async def _whole(context: Context, owner: str, prepared: Prepared, body: ResponseRequest) -> dict[str, Any]:
-    (choice,), finished = await whole(context, prepared)
-    complete = _completed(_head(context, prepared, body), choice, finished, prepared)
-    complete["output"] = items_of(choice, complete["status"])
-    return await _kept(context, owner, body, complete)
-
-
-async def _events(
-    context: Context, owner: str, prepared: Prepared, body: ResponseRequest
+async def _stream(
+    context: Context, owner: str, chat: PreparedChat, body: ResponseRequest
 ) -> AsyncGenerator[bytes, None]:
-    choice, head = Choice.of(prepared), _head(context, prepared, body)
-    writer, telemetry = ResponseWriter(choice), Telemetry(body.timings_per_token, body.return_progress)
-    complete: dict[str, Any] = {}
-
-    def told(one: Event) -> Iterator[bytes]:
-        telemetry.see(one)
-        steps = list(telemetry.progress(one)) if isinstance(one, Progress) else []
-        if (isinstance(one, Delta | Ended) or steps) and not writer.begun:
-            for kind in ("created", "in_progress"):
-                yield writer.event(f"response.{kind}", response=head)
-        for step in steps:
-            yield writer.event("response.in_progress", response=head, **step)
-        if isinstance(one, Delta | Ended):
-            for piece in choice.add(one) if isinstance(one, Delta) else choice.end(one):
-                yield from writer.piece(piece, telemetry.timings())
-        if isinstance(one, Ended):
-            yield from writer.close()
-        elif isinstance(one, Finished):
-            complete.update(_completed(head, choice, one, prepared), output=writer.items)
-
-    async with aclosing(written(context, prepared.job, told)) as pieces:
+    encoder = _Encoder(_head(context, chat, body), chat, body)
+    async with aclosing(encode_events(context, (chat.request, encoder.encode))) as pieces:
         async for piece in pieces:
             yield piece
-    # Who reads the last event may refer to the response at once.
-    stored = await _kept(context, owner, body, complete)
-    yield writer.event(f"response.{stored['status']}", response=stored, **telemetry.timings())
+    # Stored before the last event is sent: the client may refer to the response at once.
+    yield encoder.last_event(await _store(context, owner, body, encoder.response))
+
+
+class _Encoder:
+    """Encodes the events of one response; `response` is complete when the engine has finished."""
+
+    def __init__(self, head: dict[str, Any], chat: PreparedChat, body: ResponseRequest) -> None:
+        self._chat, self._reply, self.response = chat, ChatReply.of(chat), head
+        self._writer = ResponseWriter(self._reply)
+        self._telemetry = Telemetry(body.timings_per_token, body.return_progress)
+
+    def encode(self, item: Event) -> Iterator[bytes]:
+        self._telemetry.see(item)
+        writer, steps = self._writer, list(self._telemetry.progress(item)) if isinstance(item, Progress) else []
+        if (isinstance(item, Delta | Ended) or steps) and not writer.has_begun:
+            for kind in ("created", "in_progress"):
+                yield writer.event(f"response.{kind}", response=self.response)
+        for step in steps:
+            yield writer.event("response.in_progress", response=self.response, **step)
+        if isinstance(item, Delta | Ended):
+            for piece in self._reply.add(item) if isinstance(item, Delta) else self._reply.end(item):
+                yield from writer.piece(piece, self._telemetry.timings())
+        if isinstance(item, Ended):
+            yield from writer.close()
+        elif isinstance(item, Finished):
+            self.response = {**_completed(self.response, self._reply, item, self._chat), "output": writer.items}
+
+    def last_event(self, stored: dict[str, Any]) -> bytes:
+        return self._writer.event(f"response.{stored['status']}", response=stored, **self._telemetry.timings())
+
+
+@router.get("/v1/responses/{response_id}")
+async def get_response(request: Request, response_id: str) -> JSONResponse:
+    """A response as it was returned."""
+    context = context_of(request)
+    stored = await context.in_thread(context.responses.get, owner_of(request), response_id)
+    return JSONResponse(stored.response)
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(request: Request, response_id: str) -> JSONResponse:
+    """Removes a response; those that follow it cannot be continued any more."""
+    context = context_of(request)
+    await context.in_thread(context.responses.delete, owner_of(request), response_id)
+    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def input_items(
+    request: Request,
+    response_id: str,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(max_length=256)] = None,
+) -> JSONResponse:
+    """The input of a response, from `after` on, at most `limit` of its items."""
+    context = context_of(request)
+    stored = await context.in_thread(context.responses.get, owner_of(request), response_id)
+    items = list(stored.items) if order == "asc" else list(reversed(stored.items))
+    if after is not None:
+        at = next((index for index, item in enumerate(items) if item["id"] == after), None)
+        if at is None:
+            raise ApiError(404, "after: the response has no item of this id", param="after", code="not_found")
+        items = items[at + 1 :]
+    page = items[:limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+
+
+def _items_with_ids(value: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The input of a request as items, each with an id, as they are stored."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    items = []
+    for item in value:
+        kind = item.get("type") or "message"
+        prefix = {"message": "msg_", "function_call": "fc_", "reasoning": "rs_"}.get(str(kind), "item_")
+        stored = {"type": kind, **item}
+        if not isinstance(stored.get("id"), str):
+            stored["id"] = new_id(prefix)
+        if kind == "message" and isinstance(stored.get("content"), str):
+            part = "output_text" if stored.get("role") == "assistant" else "input_text"
+            stored["content"] = [{"type": part, "text": stored["content"]}]
+        items.append(stored)
+    return items

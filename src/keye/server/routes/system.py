@@ -1,32 +1,39 @@
-"""Small routes: what is served, how it feels, and how a text is cut into tokens."""
+"""Health, models, metrics, tokenize and detokenize, and what other servers' clients ask for before they send work."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from keye.chat.template import Segment
 from keye.chat.tokenizer import Tokenizer, check_unicode
 from keye.engine.prompt import MOST_COUNTED
+from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import error_of_mistake
 from keye.server.notes import noted
+from keye.server.openai.events import Continuation, collect
+from keye.server.openai.http import JsonRoute
 from keye.server.openai.media_parts import media_of, to_messages
 from keye.server.openai.prepare import thinking_of
-from keye.server.openai.schemas import TokenizeRequest
-from keye.server.routes.json_route import JsonRoute
+from keye.server.openai.schemas import DetokenizeRequest, TokenizeRequest
+from keye.version import __version__
 
+#: Seconds in which a token must come for a model to be called healthy.
+_HEALTHY_SECONDS: Final = 20.0
 router = APIRouter(route_class=JsonRoute)
 
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """Whether the server lives; needs no key."""
+    """Whether the server is alive; needs no key."""
     return JSONResponse({"status": "ok"})
 
 
@@ -63,7 +70,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Numbers for Prometheus."""
+    """Metrics for Prometheus."""
     context = context_of(request)
     return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -81,10 +88,10 @@ async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
 def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
     tokenizer = context.model.tokenizer
     if body.prompt is not None:
-        return _counted(tokenizer, [(check_unicode(body.prompt), False)], "prompt")
+        return _count(tokenizer, [(check_unicode(body.prompt), False)], "prompt")
     messages = to_messages(body.messages or (), context.opener(owner))
     if media_of(messages):
-        raise ApiError(400, "messages hold media; /v1/media/plan tells what they cost", param="messages")
+        raise ApiError(400, "messages hold media; /v1/media/plan counts their tokens", param="messages")
     thinking = thinking_of(body.chat_template_kwargs, None)
     segments = context.model.render(
         messages, thinking=thinking, tools=body.tools or (),
@@ -92,10 +99,10 @@ def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
     )  # fmt: skip
     parts = [(str(segment.value), segment.kind == "template") for segment in segments]
-    return _counted(tokenizer, parts, "messages")
+    return _count(tokenizer, parts, "messages")
 
 
-def _counted(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]], field: str) -> list[int]:
+def _count(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]], field: str) -> list[int]:
     try:
         tokens = tokenizer.encode_parts(parts, most=MOST_COUNTED)
     except KeyeError as error:
@@ -103,3 +110,92 @@ def _counted(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]], field: str
     if len(tokens) > MOST_COUNTED:
         raise ApiError(400, f"{field}: more than {MOST_COUNTED:,} tokens are not counted; send less", param=field)
     return tokens
+
+
+@router.head("/ping", include_in_schema=False)
+@router.get("/ping")
+async def ping(request: Request) -> Response:
+    """Whether the server is alive; needs no key."""
+    return Response()
+
+
+@router.head("/version", include_in_schema=False)
+@router.get("/version")
+async def version(request: Request) -> JSONResponse:
+    """The version of keye."""
+    return JSONResponse({"version": __version__})
+
+
+@router.get("/load")
+async def load(request: Request) -> JSONResponse:
+    """Requests that wait or run."""
+    gauges = context_of(request).engine.gauges()
+    return JSONResponse({"server_load": int(gauges["requests_running"] + gauges["requests_waiting"])})
+
+
+@router.get("/health_generate")
+async def health_generate(request: Request) -> Response:
+    """Whether the model still generates: one token is computed."""
+    context = context_of(request)
+    runtime = context.model.runtime
+    params, salt = runtime.sampling_params(max_tokens=1, temperature=0.0), context.salt(owner_of(request))
+    generation = GenerationRequest([Segment("text", "1")], params, runtime.attention, ignore_eos=True, salt=salt)
+    try:
+        async with asyncio.timeout(_HEALTHY_SECONDS):
+            await collect(context, generation, [Continuation()])
+    except TimeoutError:
+        raise ApiError(503, f"no token came within {_HEALTHY_SECONDS:g} s", code="overloaded", retry=5) from None
+    return Response()
+
+
+@router.get("/get_model_info")
+@router.get("/model_info")
+async def model_info(request: Request) -> JSONResponse:
+    """The model, in SGLang's words."""
+    return JSONResponse(_model_info(context_of(request)))
+
+
+@router.get("/get_server_info")
+@router.get("/server_info")
+async def server_info(request: Request) -> JSONResponse:
+    """The server and its model, in SGLang's words."""
+    context = context_of(request)
+    facts = {
+        "version": __version__,
+        "served_model_name": context.names[0],
+        "context_length": context.model.config.text.max_position_embeddings,
+        "max_running_requests": context.settings.queue,
+        "internal_states": [dict(context.engine.gauges())],
+    }
+    return JSONResponse({**_model_info(context), **facts})
+
+
+def _model_info(context: Context) -> dict[str, Any]:
+    """Names in the place of paths, which clients need not know."""
+    config = context.model.config
+    return {
+        "model_path": context.names[0],
+        "tokenizer_path": context.names[0],
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": "default",
+        "has_image_understanding": True,
+        "has_audio_understanding": False,
+        "model_type": config.raw.get("model_type"),
+        "architectures": config.raw.get("architectures"),
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> JSONResponse:
+    """The text of tokens, as vLLM (`prompt`) and SGLang (`text`) name it."""
+    context = context_of(request)
+    context.check_model(body.model)
+    size, limit = context.model.config.text.vocab_size, context.model.config.text.max_position_embeddings
+    if len(body.tokens) > limit:
+        raise ApiError(400, f"tokens: {len(body.tokens):,} are more than the context's {limit:,}", param="tokens")
+    if beyond := next((token for token in body.tokens if token >= size), None):
+        raise ApiError(400, f"tokens: {beyond} is not a token of this model, which has {size:,}", param="tokens")
+    decode = context.model.tokenizer.decode
+    text = await context.in_thread(lambda: decode(body.tokens, skip_special=body.skip_special_tokens))
+    return JSONResponse({"prompt": text, "text": text, **noted()})

@@ -22,13 +22,18 @@ from keye.media.source.fetch import Source
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import spelled
-from keye.server.openai.events import Choice, findings_of, growing, usage_of, whole, written
-from keye.server.openai.media_parts import media_of, open_sources, to_messages
-from keye.server.openai.media_settings import media_settings
-from keye.server.openai.prepare import Prepared, Wanted, prepare
+from keye.server.openai.events import (
+    ChatReply,
+    KeyeStreamEncoder,
+    collect_chat,
+    encode_events,
+    keye_fields,
+    usage_of,
+)
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
+from keye.server.openai.media_parts import media_of, media_settings, open_sources, to_messages
+from keye.server.openai.prepare import ChatQuery, PreparedChat, prepare_chat
 from keye.server.openai.schemas import ClipsRequest, GroundRequest, PlanRequest
-from keye.server.openai.sse import streamed, until_gone
-from keye.server.routes.json_route import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -39,7 +44,7 @@ async def plan(request: Request, body: PlanRequest) -> JSONResponse:
     pictures are opened."""
     context = context_of(request)
     context.check_model(body.model)
-    return JSONResponse(await until_gone(request, context.decode(_plan, context, owner_of(request), body)))
+    return JSONResponse(await cancel_on_disconnect(request, context.decode(_plan, context, owner_of(request), body)))
 
 
 def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
         measured = model.measure(segments, context.salt(owner))
     limit = model.config.text.max_position_embeddings
     return {
-        "media": [plan_object(one) for one in measured.media],
+        "media": [_plan_object(plan) for plan in measured.media],
         "visual_tokens": measured.media_tokens,
         "prompt_tokens": measured.prompt_tokens,
         "context": limit,
@@ -64,7 +69,7 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
     }
 
 
-def plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
+def _plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
     """A plan with the fields that images lack."""
     return {
         "frames": 1, "timestamps": [], "duration": None, "tokens_per_frame": plan["visual_tokens"], **plan,
@@ -75,34 +80,32 @@ def plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
 async def ground(request: Request, body: GroundRequest) -> Response:
     """When an event happens in a video, in seconds; with `stream` as server-sent events, the answer last."""
     context = context_of(request)
-    prepared = await until_gone(request, _prepare_ground(context, owner_of(request), body))
+    chat = await cancel_on_disconnect(request, _prepare_ground(context, owner_of(request), body))
     if body.stream:
-        choice = Choice.of(prepared)
-        begin = {"object": "keye.ground.chunk", "model": context.name}
-        told = growing(choice, begin, lambda finished: _found(context, prepared, choice, finished))
-        return await streamed(request, written(context, prepared.job, told), at_once=True)
-    choices, finished = await until_gone(request, whole(context, prepared))
-    return JSONResponse(_found(context, prepared, choices[0], finished))
+        reply = ChatReply.of(chat)
+        begin = {"object": "keye.ground.chunk", "model": context.names[0]}
+        encoder = KeyeStreamEncoder(reply, begin, lambda finished: _ground_object(context, chat, reply, finished))
+        return await stream_events(request, encode_events(context, (chat.request, encoder.encode)), at_once=True)
+    replies, finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    return JSONResponse(_ground_object(context, chat, replies[0], finished))
 
 
-async def _prepare_ground(context: Context, owner: str, body: GroundRequest) -> Prepared:
+async def _prepare_ground(context: Context, owner: str, body: GroundRequest) -> PreparedChat:
     question = context.model.ground_question(body.event)
     messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
-    wanted = Wanted(
-        messages, body, body.max_tokens, media_defaults=media_settings(body), evidence=body.evidence, thinking=None
-    )
-    prepared = await prepare(context, owner, wanted)
-    media = [segment.kind for segment in prepared.prompt if segment.kind in ("image", "video")]
+    query = ChatQuery(messages, body, body.max_tokens, media_defaults=media_settings(body), evidence=body.evidence)
+    chat = await prepare_chat(context, owner, query)
+    media = [segment.kind for segment in chat.prompt if segment.kind in ("image", "video")]
     if media != ["video"]:
         raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
-    return prepared
+    return chat
 
 
-def _found(context: Context, prepared: Prepared, choice: Choice, finished: Finished) -> dict[str, Any]:
-    findings = findings_of(finished, choice.text, prepared.notes, merged=True)
+def _ground_object(context: Context, chat: PreparedChat, reply: ChatReply, finished: Finished) -> dict[str, Any]:
+    fields = keye_fields(finished, reply.text, chat.notes, merged=True)
     return {
-        "object": "keye.ground", "model": context.name, "intervals": findings["intervals"], "text": choice.text,
-        "usage": usage_of(finished, [choice], prepared), "keye": findings,
+        "object": "keye.ground", "model": context.names[0], "intervals": fields["intervals"], "text": reply.text,
+        "usage": usage_of(finished, [reply], chat), "keye": fields,
     }  # fmt: skip
 
 
@@ -120,13 +123,13 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
     file = context.files.get(body.file_id, owner_of(request))
     if file.kind != "video":
         raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
-    folder, given_up = Path(tempfile.mkdtemp(prefix="clips-", dir=context.files.folder)), threading.Event()
+    folder, cancelled = Path(tempfile.mkdtemp(prefix="clips-", dir=context.files.folder)), threading.Event()
     try:
         settings = media_options("video", body.preprocess_kwargs or {})
-        cutting = context.decode(_cut, file.source(), body.intervals, settings, folder, Path(file.name).stem, given_up)
-        path = await until_gone(request, cutting)
+        cutting = context.decode(_cut, file.source(), body.intervals, settings, folder, Path(file.name).stem, cancelled)
+        path = await cancel_on_disconnect(request, cutting)
     except BaseException:
-        given_up.set()
+        cancelled.set()
         shutil.rmtree(folder, ignore_errors=True)
         raise
     kind = "video/mp4" if path.suffix == ".mp4" else "application/zip"
@@ -134,8 +137,8 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
     return FileResponse(path, media_type=kind, filename=path.name, background=cleanup)
 
 
-class _GivenUp(KeyeError):
-    """Nobody waits for these clips any more."""
+class _Cancelled(KeyeError):
+    """The client has disconnected."""
 
 
 def _cut(
@@ -144,19 +147,19 @@ def _cut(
     options: MediaOptions,
     folder: Path,
     stem: str,
-    given_up: threading.Event,
+    cancelled: threading.Event,
 ) -> Path:
     """The file to send."""
 
     def progress(done: int, total: int) -> None:
-        if given_up.is_set():
-            raise _GivenUp("the clips are not wanted any more")
+        if cancelled.is_set():
+            raise _Cancelled("the client has disconnected")
 
     pairs = [(float(start), float(end)) for start, end in intervals]
-    written = cut_clips(source, pairs, folder, options=options, progress=progress)
-    if not written:
-        raise ApiError(400, "all intervals lie outside the pictures of the video", param="intervals")
-    named = [path.rename(folder / f"{stem}-{path.name.split('-', 1)[1]}") for path in written]
+    clips = cut_clips(source, pairs, folder, options=options, progress=progress)
+    if not clips:
+        raise ApiError(400, "all intervals are outside the frames of the video", param="intervals")
+    named = [path.rename(folder / f"{stem}-{path.name.split('-', 1)[1]}") for path in clips]
     if len(named) == 1:
         return named[0]
     archive = folder / f"{stem}-clips.zip"
