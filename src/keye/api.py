@@ -27,7 +27,7 @@ from keye.engine.core import EngineCore
 from keye.engine.engine import Engine
 from keye.engine.media import as_medium
 from keye.engine.prompt import Measured
-from keye.engine.request import Progress, GenerationRequest, check_attention
+from keye.engine.request import GenerationRequest, Progress, check_attention
 from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
 from keye.errors import KeyeError, collect_warnings

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keye.engine.media_loader import MediaLoader
 from keye.engine.prompt import Prompt
-from keye.engine.request import Event, Generating, Inbox, Prefilling, Progress, Ready, GenerationRequest, Task
+from keye.engine.request import Event, Generating, GenerationRequest, Inbox, Prefilling, Progress, Ready, Task
 from keye.engine.runtime import Runtime
 from keye.engine.scheduler import Scheduler, Work, count_computable
 from keye.engine.step import Slice, run_slices

@@ -30,8 +30,8 @@ from keye.engine.request import (
     Event,
     Failed,
     Finished,
+    GenerationRequest,
     Progress,
-    Request,
     TokenRecord,
     Trace,
 )
@@ -148,7 +148,7 @@ class Engine:
         select: Selection = "indexer",
         deterministic: bool = False,
         seconds: float | None = None,
-    ) -> Request:
+    ) -> GenerationRequest:
         """A request of `n` continuations by token ids. There is no text: stop strings and bad words are rejected, and
         replies that repeat themselves go on; `ignore_eos` goes on to `max_tokens`. `experts` and `indexer_sets` are
         recorded on request (`Generation`). `attention` is the model's by default; `select` other than "indexer"
@@ -156,7 +156,7 @@ class Engine:
         computed. `seconds` is the longest that the request may take."""
         if sampling.stop or sampling.bad_words:
             raise KeyeError("stop and bad_words are texts, which token ids are not compared with; use stop_token_ids")
-        return Request(
+        return GenerationRequest(
             self._lay_out(prompt, sampling.max_tokens), sampling, self.runtime.resolve_attention(attention), n=n,
             ignore_eos=ignore_eos, select=select, deterministic=deterministic, seconds=seconds, detokenize=False,
             stop_loops=False, trace=Trace(experts, indexer_sets),
@@ -170,12 +170,12 @@ class Engine:
         experts: bool = False,
         attention: AttentionMode | None = None,
         deterministic: bool = False,
-    ) -> Request:
+    ) -> GenerationRequest:
         """A request for the log-probabilities of given tokens, and of the `top_logprobs` likeliest at each place."""
         vocabulary = self.runtime.config.text.vocab_size
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= vocabulary:
             raise KeyeError(f"top_logprobs is {top_logprobs!r}; choose 0 to {vocabulary}")
-        return Request(
+        return GenerationRequest(
             self._lay_out(prompt, 0), SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention),
             prompt_logprobs=top_logprobs, prefill_only=True, detokenize=False, deterministic=deterministic,
             trace=Trace(experts),
@@ -193,7 +193,7 @@ class Engine:
         """Computes a prompt and returns what is stored of it, which the caller frees: other prompts continue it as
         their `past`. It is stored behind the prompt's own `past`, in that store. `on_progress` may raise to end the
         work; `seconds` is the longest that it may take."""
-        request = Request(
+        request = GenerationRequest(
             prompt, SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention), select=select,
             seconds=seconds, prefill_only=True, detokenize=False,
         )  # fmt: skip
@@ -222,7 +222,7 @@ class Engine:
         """Entered around work on the model that is not a request: no step runs meanwhile."""
         return self.core.exclusive()
 
-    def run(self, requests: Sequence[Request]) -> Generator[tuple[int, Event]]:
+    def run(self, requests: Sequence[GenerationRequest]) -> Generator[tuple[int, Event]]:
         """Computes requests together, step by step as their events are read; each event comes with the number of its
         request, and `Finished` is the last one of each. Raises what made a request fail. Closing the iterator aborts
         what has not finished."""
@@ -248,7 +248,7 @@ class Engine:
                 if not task.has_ended:
                     self.core.abort(task)
 
-    def _build(self, requests: Sequence[Request]) -> list[ResultBuilder]:
+    def _build(self, requests: Sequence[GenerationRequest]) -> list[ResultBuilder]:
         builders = [ResultBuilder(request) for request in requests]
         for number, event in self.run(requests):
             builders[number].add(event)
@@ -266,7 +266,7 @@ class Engine:
 class ResultBuilder:
     """Builds the result of one request of `Engine.generate` or `Engine.score` from its events."""
 
-    request: Request
+    request: GenerationRequest
     finished: Finished | None = None
     records: list[list[TokenRecord]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)

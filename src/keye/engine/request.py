@@ -1,7 +1,7 @@
 """Requests, the events that they emit, and where they stand: plain data, the same for every front.
 
-A `GenerationRequest` and its events are what callers see. `Task` is a request in the engine; its `state` is one class per stage
-of its life, with the fields that exist in it:
+A `GenerationRequest` and its events are what callers see. `Task` is a request in the engine; its `state` is one class
+per stage of its life, with the fields that exist in it:
 
     Waiting -> LoadingMedia -> Ready -> Prefilling -> Generating -> Closed
 

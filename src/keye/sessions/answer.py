@@ -21,8 +21,8 @@ from keye.engine.request import (
     Event,
     Failed,
     Finished,
-    Progress,
     GenerationRequest,
+    Progress,
     TokenProb,
 )
 from keye.errors import KeyeWarning, warn
@@ -157,7 +157,9 @@ def stream_answer(
     return AnswerStream(_pieces(engine, request, on_progress))
 
 
-def _pieces(engine: Engine, request: GenerationRequest, on_progress: Callable[[Progress], None] | None) -> Iterator[str | Answer]:
+def _pieces(
+    engine: Engine, request: GenerationRequest, on_progress: Callable[[Progress], None] | None
+) -> Iterator[str | Answer]:
     collector = Collector(request, engine.runtime.name, on_progress)
     with closing(engine.run([request])) as events:
         for _, event in events:
@@ -170,7 +172,9 @@ def _pieces(engine: Engine, request: GenerationRequest, on_progress: Callable[[P
 class Collector:
     """Puts an `Answer` together from the events of one request; `answer` is there after the last one."""
 
-    def __init__(self, request: GenerationRequest, model: str, on_progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(
+        self, request: GenerationRequest, model: str, on_progress: Callable[[Progress], None] | None = None
+    ) -> None:
         self._model, self._notes, self._on_progress = model, request.notes, on_progress
         self._texts: list[list[str]] = [[] for _ in range(request.n)]
         self._probs: list[list[TokenProb]] = [[] for _ in range(request.n)]
