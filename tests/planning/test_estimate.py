@@ -13,7 +13,7 @@ from keye.chat.messages import Message
 from keye.engine.request import Finished, Inbox
 from keye.engine.step import SCRATCH, Slice, run_slices
 from keye.models.keye import KeyeModel
-from keye.planning.estimate import Request, memory_of
+from keye.planning.estimate import CostQuery, memory_of
 from tests.support.tiny import tiny_folder
 
 
@@ -40,6 +40,6 @@ def test_the_predicted_scratch_is_the_most_that_is_reserved(model: keye.Keye, to
         core.step()
     assert isinstance(inbox.events[-1], Finished) and inbox.events[-1].prompt_tokens == tokens
     model.clear_caches()
-    predicted = memory_of(model.config, Request(0, (0, 0), tokens, 4), torch.bfloat16, "auto")["scratch"]
+    predicted = memory_of(model.config, CostQuery(0, (0, 0), tokens, 4), torch.bfloat16, "auto")["scratch"]
     assert predicted == max(reserved)
     assert ledger.accounts() == {}
