@@ -15,7 +15,7 @@ from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt
-from keye.engine.request import Delta, Failed, Finished, Inbox, Request
+from keye.engine.request import Delta, Failed, Finished, GenerationRequest, Inbox
 from keye.engine.vision import VisionJob
 from keye.models.attention import CachedStep, Span
 from keye.models.keye import KeyeModel
@@ -50,7 +50,7 @@ class Reference:
         return self._model.logits(self._model(x, positions, step)[-1:])[0]
 
 
-def lay_out(model: Keye, request: Request) -> Request:
+def lay_out(model: Keye, request: GenerationRequest) -> GenerationRequest:
     """The request with its prompt laid out and its media decoded."""
     return replace(request, prompt=model.runtime.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
 
@@ -84,12 +84,12 @@ def conversation(seed: int) -> list[Message]:
     return [Message("user", (*media, question))]
 
 
-def greedy(model: Keye, messages: list[Message], max_tokens: int = 6, **options: Any) -> Request:
+def greedy(model: Keye, messages: list[Message], max_tokens: int = 6, **options: Any) -> GenerationRequest:
     """A request for exactly so many tokens."""
     return model.request(messages, max_tokens=max_tokens, ignore_eos=True, **options)
 
 
-def add(model: Keye, request: Request) -> Inbox:
+def add(model: Keye, request: GenerationRequest) -> Inbox:
     inbox = Inbox()
     model.core.add(request, inbox)
     return inbox
@@ -109,7 +109,7 @@ def run(model: Keye) -> None:
         step(model)
 
 
-def run_all(model: Keye, *requests: Request) -> list[Inbox]:
+def run_all(model: Keye, *requests: GenerationRequest) -> list[Inbox]:
     """Runs requests together."""
     inboxes = [add(model, request) for request in requests]
     run(model)
@@ -153,7 +153,7 @@ def write_clip(path: Path) -> Path:
     return path
 
 
-def run_together(model: Keye, requests: list[Request]) -> tuple[list[list[int]], list[Finished]]:
+def run_together(model: Keye, requests: list[GenerationRequest]) -> tuple[list[list[int]], list[Finished]]:
     """Tokens of the first choice of requests that run at once, and how each finished."""
     inboxes = run_all(model, *requests)
     return [tokens_of(inbox) for inbox in inboxes], [finish(inbox) for inbox in inboxes]
