@@ -30,7 +30,7 @@ from torch import Tensor
 
 from keye.cache.sequence import KVCache
 from keye.config import SparseConfig, TextConfig
-from keye.engine.generate import PREFILL_CHUNK
+from keye.engine.step import ALONE_TOKENS
 from keye.models.attention import CachedStep, Span
 from keye.models.indexer import IndexerOutput
 
@@ -129,7 +129,7 @@ def in_own_process(arguments: argparse.Namespace, context: int, measure_of: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=PREFILL_CHUNK, help="tokens of the chunk")
+    parser.add_argument("--queries", type=int, default=ALONE_TOKENS, help="tokens of the chunk")
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 65536, 131072], help="tokens with the chunk")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of cache and activations")
     parser.add_argument("--threads", type=int, default=1)

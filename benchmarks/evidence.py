@@ -21,13 +21,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import keye
 from keye.data import frameforge
 from keye.data.frameforge import Clip, Question
 from keye.engine.evidence import counted_layers, frame_spans
-from keye.engine.generate import Decoding
-from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.prompt import Prompt
+from keye.engine.sampling import SamplingParams
 from keye.evals.summary import GROUNDING_TASKS
 from keye.evals.tasks.frameforge import FRAME_SIZE, ClipPrompt, frames_of
 
@@ -63,33 +64,29 @@ def _inside(clip: Clip, question: Question) -> NDArray[np.bool_]:
     return np.array([any(start <= t <= end for start, end in intervals) for t in clip.timestamps])
 
 
-@torch.inference_mode()
-def selections(model: keye.Keye, trunk: Decoding, prompt: Prompt, branch: list[int], eos: set[int]) -> Scores:
-    """Selections [layers, frames] of the greedy reply to one question; the trunk stays as it is."""
-    decoding = Decoding(
-        model.model, cache=trunk.cache.fork(), room=prompt.token_ids.shape[0] + len(branch) + MAX_TOKENS
-    )
-    decoding.position = trunk.position
-    decoding.append(branch)
-    for _ in range(MAX_TOKENS):
-        token = int(decoding.logits.argmax())
-        if token in eos:
-            break
-        decoding.feed(token)
-    assert decoding.counts is not None
+def selections(sets: Tensor, prompt: Prompt) -> Scores:
+    """Selections [layers, frames] of a reply whose steps read `sets` int [tokens, layers, k], -1 for none."""
+    layers = sets.shape[1]
+    counts = torch.zeros(layers, int(sets.max()) + 2, dtype=torch.int64)
+    places = sets.transpose(0, 1).reshape(layers, -1).long() + 1  # in column 0 what is none
+    counts.scatter_add_(1, places, torch.ones_like(places))
     (spans,) = frame_spans(prompt)
-    return np.stack([decoding.counts[:, start:stop].sum(1).numpy() for start, stop in spans], axis=1).astype(float)
+    return np.stack([counts[:, start + 1 : stop + 1].sum(1).numpy() for start, stop in spans], axis=1).astype(float)
 
 
 def ask_all(model: keye.Keye, split: str, wanted: int) -> list[Row]:
-    builder = PromptBuilder(model.config, model.tokenizer, model.processor)
-    eos, rows = set(model.config.eos_token_ids) | {model.tokenizer.token_id("<|im_end|>")}, list[Row]()
+    params = SamplingParams(max_tokens=MAX_TOKENS, stop_token_ids=(model.tokenizer.token_id("<|im_end|>"),))
+    rows = list[Row]()
     for number, (clip, request) in enumerate(clips(split, wanted)):
-        prompt = ClipPrompt(builder, frames_of(clip), [question.text for question in request])
-        trunk = Decoding(model.model)
-        trunk.prefill(prompt.trunk)
-        for question, branch in zip(request, prompt.branches, strict=True):
-            rows.append(Row(number, selections(model, trunk, prompt.trunk, branch, eos), _inside(clip, question)))
+        prompt = ClipPrompt(model.runtime.prompts, frames_of(clip), [question.text for question in request])
+        trunk, _ = model.engine.prefill(prompt.trunk)
+        prompts = [prompt.whole(branch, trunk) for branch in prompt.branches]
+        results = model.engine.generate(prompts, params, indexer_sets=True)
+        trunk.free()
+        for question, result in zip(request, results, strict=True):
+            sets = result.generations[0].indexer_sets
+            assert sets is not None
+            rows.append(Row(number, selections(sets, prompt.trunk), _inside(clip, question)))
     return rows
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, KVStore, file_slabs
 from keye.config import TextConfig, load_model_config
-from keye.engine.generate import PREFILL_CHUNK
+from keye.engine.step import ALONE_TOKENS
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span, cache_rows
 from keye.models.keye import Decoder
@@ -69,8 +69,8 @@ def prefill(text: TextConfig, options: argparse.Namespace) -> dict[str, Any]:
     cache = KVCache(text.num_hidden_layers, store)
     weights = sum(p.numel() for p in decoder.parameters()) * DTYPE.itemsize
     usage, begin, seconds = memory()["anonymous_gib"], time.perf_counter(), list[float]()
-    for start in range(0, options.length, PREFILL_CHUNK):
-        n = min(PREFILL_CHUNK, options.length - start)
+    for start in range(0, options.length, ALONE_TOKENS):
+        n = min(ALONE_TOKENS, options.length - start)
         chunk = time.perf_counter()
         x = torch.randn(n, text.hidden_size).to(DTYPE)
         positions = torch.arange(start, start + n).expand(3, -1)

@@ -23,6 +23,7 @@ from keye.train.recipes.nano.initialise import fresh_model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
 import keye.hf
+from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_folder, tiny_raw
 
 TALK = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (84, 56), "red")}, "what is it?"]}]
@@ -43,12 +44,7 @@ def own_prompt(model: keye.Keye, messages: Any) -> Any:
 
 
 def greedy(model: keye.Keye, messages: Any, tokens: int) -> list[int]:
-    from keye.engine.generate import Decoding, generate
-    from keye.engine.sampling import SamplingParams
-
-    decoding = Decoding(model.model, mode=model.runtime.attention)
-    decoding.prefill(own_prompt(model, messages))
-    return list(generate(decoding, SamplingParams(max_tokens=tokens), ()))
+    return PlainSequence(model.model, model.runtime.attention).prefill(own_prompt(model, messages)).greedy(tokens)
 
 
 def test_auto_classes(folder: Path) -> None:
@@ -97,12 +93,9 @@ def test_logits_and_ids_are_keyes_own(folder: Path) -> None:
     assert inputs["input_ids"].tolist() == [prompt.token_ids.tolist()]
     assert inputs["position_ids"][:, 0].tolist() == prompt.position_ids.tolist()
     logits = model(**inputs).logits
-    from keye.engine.generate import Decoding
-
-    decoding = Decoding(own.model)
-    decoding.prefill(prompt)
-    torch.testing.assert_close(logits[0, -1], decoding.logits)
-    assert torch.equal(model(**inputs, logits_to_keep=1).logits[0, 0], decoding.logits)
+    expected = PlainSequence(own.model).prefill(prompt).logits
+    torch.testing.assert_close(logits[0, -1], expected)
+    torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits[0, 0], expected)
     ids = model.generate(**inputs, max_new_tokens=12, eos_token_id=-1)
     assert ids[0, inputs["input_ids"].shape[1] :].tolist() == greedy(own, TALK, 12)
 

@@ -15,9 +15,9 @@ import pytest
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.index_file import IndexFile, open_mapped, read_index_file
-from keye.engine.generate import Decoding
 from keye.engine.request import Failed, Finished, Inbox
 from keye.ops.kv_blocks import KV_BLOCK
+from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 255, (200, 56, 56, 3), dtype=np.uint8))
@@ -112,7 +112,7 @@ def test_one_sequence_by_itself_compares_too(model: Keye, index: Path, tmp_path:
     content = [{"type": "video", "video": str(own)}, {"type": "text", "text": "what?"}]
     prompt = model.runtime.prompts.lay_out(model.request([{"role": "user", "content": content}]).prompt)  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="is damaged"):
-        Decoding(model.model).prefill(prompt)
+        PlainSequence(model.model).prefill(prompt)
 
 
 def test_blocks_are_compared_once_until_the_file_changes(

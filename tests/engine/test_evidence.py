@@ -14,14 +14,17 @@ import keye
 from keye import Frames, Keye
 from keye.chat.messages import Medium, Message
 from keye.data.frameforge import make_clip, render
+from keye.engine.engine import Engine
 from keye.engine.evidence import Evidence, MediumEvidence, counted_layers, frame_spans, make_evidence
-from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.request import Finished
 from keye.engine.runtime import Runtime
+from keye.engine.sampling import SamplingParams
 from keye.media.processor import Processor
 from keye.sessions.answer import Answer, stream_answer
 from keye.sessions.evidence_picture import WIDTH, draw_evidence
+from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_folder, tiny_model
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
@@ -63,16 +66,18 @@ def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Runtime) -
 def test_counts_are_those_of_the_steps_that_write_the_reply(tiny: Runtime) -> None:
     """What is counted for the first token is what the last token of the prompt selects, k keys in every layer."""
     prompt = prompt_of(tiny, Frames(FRAMES, TIMES))
-    plain, counting = Decoding(tiny.model), Decoding(tiny.model, room=prompt.token_ids.shape[0] + 4)
-    for decoding in (plain, counting):
-        decoding.prefill(prompt)
-    assert counting.counts is not None and plain.counts is None
-    assert counting.counts.sum(1).tolist() == [16, 16] and counting.counts.max() == 1 and counting.counted == 1
-    assert torch.allclose(counting.logits, plain.logits, atol=1e-5)
-    counting.feed(int(counting.logits.argmax()))
-    assert counting.counts.sum(1).tolist() == [32, 32] and counting.counted == 2
-    counting.append([1, 2])  # a question: only its last token produces a reply
-    assert counting.counted == 3
+    engine = Engine(tiny)
+    request = replace(
+        engine.generate_request(prompt, SamplingParams(max_tokens=3), ignore_eos=True, indexer_sets=True), evidence=True
+    )
+    *_, (_, finished) = engine.run([request])
+    counting = PlainSequence(tiny.model, count=True).prefill(prompt)
+    assert counting.counts is not None
+    assert counting.counts.sum(1).tolist() == [16, 16] and counting.counts.max() == 1
+    counting.greedy(2)
+    assert counting.counts.sum(1).tolist() == [48, 48]
+    assert isinstance(finished, Finished)
+    assert finished.evidence == make_evidence(counting.counts, 3, prompt, tiny.model.config)
 
 
 def test_an_answer_carries_evidence_on_request(model: Keye) -> None:
@@ -89,9 +94,8 @@ def test_without_selection_there_is_a_reason(model: Keye, tiny: Runtime) -> None
     assert dense is not None and dense.media == () and "attention was dense" in str(dense.reason)
     short = tiny_model(topk=4096)
     prompt = prompt_of(short, Frames(FRAMES))
-    decoding = Decoding(short.model, room=prompt.token_ids.shape[0] + 1)
-    decoding.prefill(prompt)
-    made = make_evidence(decoding.counts, decoding.counted, prompt, short.model.config)
+    counts = torch.zeros(2, prompt.length + 1, dtype=torch.int64)
+    made = make_evidence(counts, 0, prompt, short.model.config)
     assert (
         made.reason == "the context is not longer than the 4,096 tokens that the indexer selects: every token was read"
     )

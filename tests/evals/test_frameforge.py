@@ -7,15 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from keye.cache.slabs import KVLayout
 from keye.chat.messages import Medium, Message
 from keye.data.frameforge import Question, make_clip, picture_questions, render
-from keye.engine.branches import greedy_branches
-from keye.engine.generate import Decoding, generate
-from keye.engine.prompt import Prompt, PromptBuilder
+from keye.engine.engine import Engine
+from keye.engine.prompt import PromptBuilder
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 from keye.evals.summary import Scored
@@ -31,6 +29,7 @@ from keye.evals.tasks.frameforge import (
 )
 from keye.media.processor import Processor
 from keye.train.recipes.nano.batches import BatchMaker
+from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_model
 
 SMALL = {"frames": (4, 6), "questions": 25, "max_tokens": 5}
@@ -190,43 +189,15 @@ def test_prompts_are_those_of_training(tiny):
 def test_branches_answer_as_each_question_alone(tiny):
     clip, asked = next(exam(EvalOptions(frames=(5, 5), seed=4)))
     prompt = clip_prompt(tiny, clip, [question.text for question in asked])
-    trunk = Decoding(tiny.model)
-    trunk.prefill(prompt.trunk)
-    stop = tiny.tokenizer.token_id("<|im_end|>")
-    together = greedy_branches(tiny.model, trunk.cache, trunk.position, prompt.branches, stop_ids={stop}, max_tokens=6)
-    for question, reply in zip(asked, together, strict=True):
-        alone = Decoding(tiny.model)
-        alone.prefill(_whole(clip_prompt(tiny, clip, [question.text])))
-        assert list(generate(alone, SamplingParams(temperature=0.0, max_tokens=6), (stop,))) == reply
-
-
-def _whole(prompt):
-    """Trunk and its only branch as one prompt again."""
-    (branch,) = prompt.branches
-    trunk = prompt.trunk
-    rest = (trunk.next_position + torch.arange(len(branch))).expand(3, -1)
-    return Prompt(
-        torch.cat((trunk.token_ids, torch.tensor(branch))),
-        torch.cat((trunk.position_ids, rest), dim=1),
-        torch.cat((trunk.is_visual, torch.zeros(len(branch), dtype=torch.bool))),
-        trunk.next_position + len(branch),
-        trunk.media,
-    )
-
-
-def test_branches_leave_the_trunk_as_it_was_and_stop_before_the_stop_token(tiny):
-    clip = make_clip(1, frames=4, split="test")
-    prompt = clip_prompt(tiny, clip, ["read the text.", "how many different objects are in the video?"])
-    trunk = Decoding(tiny.model)
-    trunk.prefill(prompt.trunk)
-    length = trunk.cache.length(0)
-    first = greedy_branches(tiny.model, trunk.cache, trunk.position, prompt.branches, stop_ids=(), max_tokens=4)
-    assert [len(reply) for reply in first] == [4, 4]
-    assert trunk.cache.length(0) == length
-    stopped = greedy_branches(
-        tiny.model, trunk.cache, trunk.position, prompt.branches, stop_ids={first[0][2]}, max_tokens=4
-    )
-    assert stopped[0] == first[0][: first[0].index(first[0][2])]
+    engine, params = Engine(tiny), SamplingParams(max_tokens=6)
+    trunk, _ = engine.prefill(prompt.trunk)
+    together = engine.generate([prompt.whole(branch, trunk) for branch in prompt.branches], params)
+    assert trunk.length(0) == prompt.trunk.length, "the trunk stays as it was"
+    for branch, result in zip(prompt.branches, together, strict=True):
+        alone = PlainSequence(tiny.model).prefill(prompt.trunk).append(branch)
+        assert alone.greedy(6, tiny.config.eos_token_ids) == [
+            token for token in result.generations[0].token_ids if token not in tiny.config.eos_token_ids
+        ]
 
 
 def test_scores_of_replies():

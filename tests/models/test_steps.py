@@ -64,15 +64,13 @@ def test_ragged_batch_equals_one_by_one(mode: Any, make_model: Any, make_prompt:
 def test_controls_replace_the_indexer(select: Any, make_model: Any, make_prompt: Any, run_chunks: Any) -> None:
     model, prompt = make_model(), make_prompt(0, 40)
 
-    def run(seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        step = CachedStep([Span(0, 40, KVCache(2))], model.config.text, select=select, generator=generator)
+    def run() -> torch.Tensor:
+        step = CachedStep([Span(0, 40, KVCache(2))], model.config.text, select=select)
         with torch.no_grad():
             return model.logits(model(model.embed(prompt.ids), prompt.positions, step))
 
-    assert torch.equal(run(1), run(1))
-    assert (run(1) - run_chunks(model, prompt, [40])).abs().max() > 1e-2
-    assert torch.equal(run(1), run(2)) == (select == "recent")
+    assert torch.equal(run(), run())
+    assert (run() - run_chunks(model, prompt, [40])).abs().max() > 1e-2
 
 
 def test_observers_see_every_layer(make_model: Any, make_prompt: Any) -> None:

@@ -17,11 +17,11 @@ from keye import Frames, Keye, KeyeError
 from keye.chat.messages import Message
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
-from keye.engine.generate import Decoding
 from keye.engine.media import as_medium
 from keye.engine.runtime import Runtime
 from keye.media.processor import Processor
 from keye.sessions.live import LiveSession
+from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_folder
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 56, 56, 3), dtype=np.uint8)
@@ -42,16 +42,13 @@ def model(folder: Path) -> Keye:
 def logits_of(session: LiveSession, question: str) -> torch.Tensor:
     """Logits of the first token of an answer."""
     _, tail = session._around(question)
-    fork = Decoding(session._runtime.model, cache=session._trunk.cache.fork())
-    fork.position = session._trunk.position
-    fork.append(tail)
-    return fork.logits
+    cache, position = session._trunk.cache.fork(), session._trunk.position
+    return PlainSequence(session._runtime.model, cache=cache, position=position).append(tail).logits
 
 
 def logits_of_video(model: Keye, frames: NDArray[np.uint8], times: list[float], question: str) -> torch.Tensor:
-    decoding = Decoding(model.model)
-    decoding.prefill(model.runtime.prompts.build([Message("user", (as_medium(Frames(frames, times), SIZE), question))]))
-    return decoding.logits
+    message = Message("user", (as_medium(Frames(frames, times), SIZE), question))
+    return PlainSequence(model.model).prefill(model.runtime.prompts.build([message])).logits
 
 
 def test_frames_one_by_one_are_one_video(model: Keye) -> None:

@@ -198,6 +198,13 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception for every unreadable file
             raise KeyeError(f"{file} is not a readable tokenizer.json ({error}); download it again.") from error
 
+    @classmethod
+    def blank(cls) -> Tokenizer:
+        """Without a vocabulary: for an engine that is only used by token ids."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        return cls(backend)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""

@@ -85,9 +85,9 @@ class Prompt:
 
     @cached_property
     def spans(self) -> MediaSpans | None:
-        """Where the media are, for the prefix cache; None where a medium has no content key, and after an index, whose
-        tokens are in its file already."""
-        if self.indexed is not None or any(item.key is None for item in self.media):
+        """Where the media are, for the prefix cache; None where a medium has no content key, and after a
+        `past`, which is stored already."""
+        if self.past is not None or any(item.key is None for item in self.media):
             return None
         places, spans, count = self.is_visual.nonzero().squeeze(1).tolist(), [], 0
         for item in self.media:

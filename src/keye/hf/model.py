@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,20 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from keye.cache.sequence import KVCache
-from keye.config import load_generation_config
-from keye.engine.generate import PREFILL_CHUNK, Decoding, generate
+from keye.chat.tokenizer import Tokenizer
+from keye.config import ProcessorConfig, load_generation_config
+from keye.engine.engine import Engine
+from keye.engine.prompt import Prompt
+from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError, KeyeWarning
 from keye.hf.config import KeyeConfigHF, KeyeVL1_5ConfigHF, KeyeVL2ConfigHF, folder_of
+from keye.media.options import MediumKind
+from keye.media.pixels.patches import VisionInput
 from keye.media.positions import build_position_ids
-from keye.models.attention import AttentionMode, CachedStep, Span
-from keye.models.keye import KeyeModel
+from keye.media.processor import MediaItem, Processor, VisualSpan
+from keye.models.attention import CachedStep, Span
+from keye.models.keye import KeyeModel, visual_mask
 from keye.models.load import load_model, save_model, torch_dtype
 from keye.process import check_device
 
@@ -75,10 +82,6 @@ class _Model(transformers.PreTrainedModel):
         self.config.save_pretrained(folder)
         save_model(self.network, folder)
 
-    @property
-    def _mode(self) -> AttentionMode:
-        return "dense" if self.network.config.text.sparse is None else "sparse"
-
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.network.model.embed_tokens
 
@@ -93,13 +96,13 @@ class _Model(transformers.PreTrainedModel):
     def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, return_dict: bool = True, **inputs: Any) -> Any:
         """Logits float32 [B, L, V] of whole sequences, 0 at padding; with `logits_to_keep` n > 0 only the last n.
 
-        `input_ids` int64 [B, L]; see `_rows` for the other inputs, which are those of the processor.
+        `input_ids` int64 [B, L]; see `_prompts` for the other inputs, which are those of the processor.
         """
         length, keep = input_ids.shape[1], logits_to_keep or input_ids.shape[1]
         logits = torch.zeros(input_ids.shape[0], keep, self.network.config.text.vocab_size, device=input_ids.device)
-        for row, (places, hidden, _, _) in enumerate(self._rows(input_ids, **inputs)):
-            kept = places >= length - keep
-            logits[row, places[kept] - (length - keep)] = self.network.logits(hidden[kept])
+        for row, (places, prompt) in enumerate(self._prompts(input_ids, **inputs)):
+            is_wanted = places >= length - keep
+            logits[row, places[is_wanted] - (length - keep)] = self.network.logits(self._hidden(prompt)[is_wanted])
         return CausalLMOutputWithPast(logits=logits) if return_dict else (logits,)
 
     @torch.inference_mode()
@@ -141,24 +144,18 @@ class _Model(transformers.PreTrainedModel):
             settings = {"temperature": 1.0, **{k: v for k, v in own.items() if v is not None}, **settings}
         else:
             settings["temperature"] = 0.0
-        params = SamplingParams(**{**settings, "max_tokens": max_new_tokens})
-        replies = []
-        for _, hidden, cache, position in self._rows(input_ids, **options):
-            decoding = Decoding(self.network, mode=self._mode)
-            decoding.cache, decoding.position = cache, position
-            decoding.logits = self.network.logits(hidden[-1:])[0]
-            reply, ended = [], False
-            for token in generate(decoding, params, ()):
-                reply.append(token)
-                if ended := token in eos:
-                    break
-            assert ended or len(reply) == max_new_tokens
-            replies.append(reply)
+        stops = tuple(token for token in eos if 0 <= token < config.text.vocab_size)
+        params = SamplingParams(**{**settings, "max_tokens": max_new_tokens, "stop_token_ids": stops})
+        # The parameters may be changed between calls, so nothing is cached from one to the next.
+        engine = Engine(Runtime.create("transformers", self.network, Tokenizer.blank(), Processor(ProcessorConfig())))
+        prompts = [prompt for _, prompt in self._prompts(input_ids, **options)]
+        results = engine.generate(prompts, params, ignore_eos=True)
+        replies = [list(result.generations[0].token_ids) for result in results]
         longest = max(map(len, replies))
         filled = [reply + [pad] * (longest - len(reply)) for reply in replies]
         return torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], dim=1)
 
-    def _rows(
+    def _prompts(
         self,
         input_ids: Tensor,
         *,
@@ -170,8 +167,8 @@ class _Model(transformers.PreTrainedModel):
         video_grid_thw: Tensor | None = None,
         use_cache: bool | None = None,
         **unknown: Any,
-    ) -> Iterator[tuple[Tensor, Tensor, KVCache, int]]:
-        """For each row: the places of its tokens, their hidden states [n, d], its cache, and the next position.
+    ) -> Iterator[tuple[Tensor, Prompt]]:
+        """For each row the places of its tokens, and these as a prompt.
 
         `attention_mask` [B, L] is 0 at padding; `position_ids` int64 [3, B, L] as the processor gives them, else they
         follow from the grids; patches [P, 3, 14, 14] and grids [n, 3] of all images and of all videos in the order of
@@ -181,54 +178,69 @@ class _Model(transformers.PreTrainedModel):
             raise KeyeError(f"unknown input {', '.join(given)}; keye.hf is for inference, train with `keye train`.")
         config = self.network.config
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        kinds = {config.image_token_id: (pixel_values, image_grid_thw),
-                 config.video_token_id: (pixel_values_videos, video_grid_thw)}  # fmt: skip
-        visual = {token: self._encode(*medium) for token, medium in kinds.items() if medium[0] is not None}
-        grids = {token: _Grids(medium[1], config.vision.spatial_merge_size) for token, medium in kinds.items()}
-        taken = dict.fromkeys(kinds, 0)
+        merge = config.vision.spatial_merge_size
+        rows = {
+            config.image_token_id: _Rows("image", pixel_values, image_grid_thw, merge),
+            config.video_token_id: _Rows("video", pixel_values_videos, video_grid_thw, merge),
+        }
         for row in range(input_ids.shape[0]):
             places = mask[row].nonzero()[:, 0]
-            ids = input_ids[row, places]
-            parts = self.network.embed(torch.where(_among(ids, kinds), 0, ids))
-            used = {}
-            for token in kinds:
-                here = ids == token
-                count = int(here.sum())
-                tokens = visual.get(token, parts.new_zeros(0, parts.shape[1]))[taken[token] : taken[token] + count]
-                if len(tokens) != count:
-                    raise KeyeError(
-                        f"row {row} has {count} placeholders of id {token}, but {len(tokens)} visual tokens."
-                    )
-                parts[here] = tokens.to(parts.dtype)
-                taken[token] += count
-                if count:
-                    used[token] = grids[token].take(count)
+            ids = input_ids[row, places].cpu()
+            media = list(_media(ids, rows))
             if position_ids is not None:
-                positions = position_ids[:, row, places]
+                positions = position_ids[:, row, places].cpu()
             else:
-                array, _ = build_position_ids(ids.tolist(), used, merge_size=config.vision.spatial_merge_size)
-                positions = torch.from_numpy(array).to(ids.device)
-            hidden, cache = self._prefill(parts, positions)
-            yield places, hidden, cache, int(positions.max()) + 1
+                grids = {
+                    token: np.concatenate([item.grid_thw for item in media if item.kind == source.kind])
+                    for token, source in rows.items()
+                    if any(item.kind == source.kind for item in media)
+                }
+                array, _ = build_position_ids(ids.tolist(), grids, merge_size=merge)
+                positions = torch.from_numpy(array)
+            yield places, Prompt(ids, positions, visual_mask(config, ids), int(positions.max()) + 1, tuple(media))
 
-    def _encode(self, patches: Tensor | None, grid: Tensor | None) -> Tensor:
-        if patches is None or grid is None:
+    def _hidden(self, prompt: Prompt) -> Tensor:
+        """Hidden states [n, d] of a row, in one plain pass."""
+        network, text = self.network, self.network.config.text
+        patches = prompt.vision()
+        visual = None if patches is None else network.encode_vision(patches[0].to(network.device), patches[1])
+        x = network.embed(prompt.token_ids.to(network.device), visual)
+        step = CachedStep([Span(0, prompt.length, KVCache(text.num_hidden_layers))], text)
+        return network(x, prompt.position_ids.to(network.device), step)
+
+
+class _Rows:
+    """Patches and grid rows of one kind of media, given to the rows of a batch in order."""
+
+    def __init__(self, kind: MediumKind, patches: Tensor | None, grid: Tensor | None, merge_size: int) -> None:
+        if patches is not None and grid is None:
             raise KeyeError("pixel values need their grid: pass image_grid_thw or video_grid_thw as well.")
-        return self.network.encode_vision(patches.to(self.network.device), grid.to(self.network.device))
+        self.kind, self._merge, self._row = kind, merge_size**2, 0
+        self._grid = np.zeros((0, 3), dtype=np.int64) if patches is None or grid is None else grid.cpu().numpy()
+        self._patches = None if patches is None else patches.float().cpu().numpy()
+        self._starts = np.concatenate([[0], self._grid.prod(axis=1).cumsum()])
 
-    def _prefill(self, x: Tensor, positions: Tensor) -> tuple[Tensor, KVCache]:
-        """Hidden states [n, d] of one row, computed in the same chunks as by `keye.engine`, and its cache."""
-        text = self.network.config.text
-        cache, hidden = KVCache(text.num_hidden_layers), []
-        for start in range(0, x.shape[0], PREFILL_CHUNK):
-            part = slice(start, min(start + PREFILL_CHUNK, x.shape[0]))
-            step = CachedStep([Span(0, part.stop - part.start, cache)], text, mode=self._mode)
-            hidden.append(self.network(x[part], positions[:, part], step))
-        return torch.cat(hidden), cache
+    def take(self, tokens: int) -> MediaItem:
+        """The next grid rows, whose visual tokens are `tokens`."""
+        first, count = self._row, 0
+        while count < tokens and self._row < len(self._grid):
+            count += int(self._grid[self._row].prod()) // self._merge
+            self._row += 1
+        if count != tokens:
+            raise KeyeError(f"a row has {tokens} {self.kind} placeholders, but the {self.kind}s give {count} visual "
+                            "tokens for them: use the processor.")  # fmt: skip
+        assert self._patches is not None
+        patches = self._patches[self._starts[first] : self._starts[self._row]]
+        return MediaItem(
+            self.kind, VisionInput(patches, self._grid[first : self._row]), (VisualSpan(self.kind, tokens),)
+        )
 
 
-def _among(ids: Tensor, tokens: Mapping[int, object]) -> Tensor:
-    return torch.isin(ids, torch.tensor(list(tokens), device=ids.device))
+def _media(ids: Tensor, rows: Mapping[int, _Rows]) -> Iterator[MediaItem]:
+    """The media of a row in the order of their placeholders: as long as they are of one kind, as one medium."""
+    placeholders = [token for token in ids.tolist() if token in rows]
+    for token, run in groupby(placeholders):
+        yield rows[token].take(len(list(run)))
 
 
 def _one_device(device_map: Any) -> str:
@@ -245,24 +257,6 @@ def _one_device(device_map: Any) -> str:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     check_device(str(device))
     return str(device)
-
-
-class _Grids:
-    """Grid rows handed out to the rows of a batch, by the visual tokens each of them holds."""
-
-    def __init__(self, grid: Tensor | None, merge_size: int) -> None:
-        self._rows = [] if grid is None else grid.tolist()
-        self._merge = merge_size**2
-
-    def take(self, tokens: int) -> np.ndarray:
-        """The next rows, whose visual tokens are `tokens`."""
-        taken, count = [], 0
-        while count < tokens and self._rows:
-            taken.append(self._rows.pop(0))
-            count += int(np.prod(taken[-1])) // self._merge
-        if count != tokens:
-            raise KeyeError(f"a row has {tokens} visual placeholders, but the grids give {count}: use the processor.")
-        return np.array(taken)
 
 
 class KeyeForConditionalGeneration(_Model):

@@ -138,7 +138,6 @@ class CachedStep:
         *,
         mode: AttentionMode = "sparse",
         select: Selection = "indexer",
-        generator: torch.Generator | None = None,
         fixed: bool = False,
         on_layer: Callable[[int, Tensor], None] | None = None,
         on_router: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -146,7 +145,7 @@ class CachedStep:
         self.spans = spans
         self.sparse = mode == "sparse" and config.sparse is not None
         self.topk = config.sparse.topk if config.sparse is not None else 0
-        self.select, self.generator, self.fixed = select, generator, fixed
+        self.select, self.fixed = select, fixed
         self._on_layer, self._on_router = on_layer, on_router
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
@@ -188,7 +187,8 @@ class CachedStep:
         total = stretch.stop - stretch.start
         if self.select == "recent":
             return reference.select_recent(total, stretch.first, self.topk, device)
-        generator = self.generator or torch.Generator().manual_seed(layer)
+        # Seeded by place and layer: the same in any batch.
+        generator = torch.Generator(device).manual_seed((stretch.first << 8) + layer)
         return reference.select_random(total, stretch.first, self.topk, generator)
 
     def _stretch(self, span: Span, layer: int, *, counted: bool) -> Stretch:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from keye.cache.slabs import KVFormat, KVLayout, KVStore, check_kv_format, memory_slabs
+from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVFormat, check_kv_format
+from keye.cache.tiers import KVOptions
 from keye.chat.messages import Medium, Message
 from keye.chat.template import render
 from keye.chat.times import Interval, merge_intervals
@@ -26,11 +28,11 @@ from keye.config import ProcessorConfig
 from keye.data import frameforge
 from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.scene import MAX_OBJECTS
-from keye.engine.branches import greedy_branches
-from keye.engine.generate import Decoding
+from keye.engine.engine import Engine
 from keye.engine.media import Frames
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.engine.runtime import Runtime
+from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 from keye.evals.summary import Scored, summarise
 from keye.media.options import MediaOptions
@@ -197,6 +199,15 @@ class ClipPrompt:
             whole.media,
         )  # fmt: skip
 
+    def whole(self, branch: Sequence[int], computed: KVCache) -> Prompt:
+        """Trunk and branch as the prompt that continues the trunk, which is `computed`."""
+        trunk, n = self.trunk, len(branch)
+        positions = trunk.next_position + torch.arange(n).expand(3, -1)
+        return Prompt(
+            torch.cat((trunk.token_ids, torch.tensor(branch))), torch.cat((trunk.position_ids, positions), dim=1),
+            torch.cat((trunk.is_visual, torch.zeros(n, dtype=torch.bool))), trunk.next_position + n, (), computed,
+        )  # fmt: skip
+
 
 def _tokens_after_medium(tokenizer: Tokenizer, medium: Medium, question: str) -> list[int]:
     segments = render([Message("user", (medium, question))])
@@ -208,12 +219,11 @@ class _Examiner:
     """Asks the questions about one clip after another and keeps count of tokens and time."""
 
     def __init__(self, runtime: Runtime, options: EvalOptions) -> None:
-        self.runtime, self.options = runtime, options
-        self.model, self.tokenizer = runtime.model, runtime.tokenizer
-        self.stop_ids = set(self.model.config.eos_token_ids) | {self.tokenizer.token_id("<|im_end|>")}
-        layout = KVLayout.of(self.model.cache_rows(), self.model.dtype, options.kv)
-        self.store = KVStore(layout, make_slab=memory_slabs(self.model.device))
-        self.generator = torch.Generator(self.model.device).manual_seed(options.seed)
+        kv = KVOptions(options.kv)
+        self.runtime = Runtime.create(runtime.name, runtime.model, runtime.tokenizer, runtime.processor, kv=kv)
+        self.engine, self.options, self.config = Engine(self.runtime), options, runtime.config
+        end = runtime.tokenizer.token_id("<|im_end|>")
+        self.params = SamplingParams(max_tokens=options.max_tokens, stop_token_ids=(end,))
         self.begin = time.perf_counter()
         self.seconds = {"media": 0.0, "prefill": 0.0, "generate": 0.0}
         self.prefilled, self.decoded, self.contexts = 0, 0, list[int]()
@@ -225,27 +235,27 @@ class _Examiner:
             frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
             prompt = ClipPrompt(self.runtime.prompts, frames, [question.text for question in asked])
             longest = max(map(len, prompt.branches))
-            room = Room(self.model.config.text.max_position_embeddings, longest + options.max_tokens)
-            room.check(prompt.trunk.token_ids.shape[0], prompt.trunk.media_tokens)
+            room = Room(self.config.text.max_position_embeddings, longest + options.max_tokens)
+            room.check(prompt.trunk.length, prompt.trunk.media_tokens)
+        kind: Any = {"attention": options.mode, "select": options.select}
         with self._timed("prefill"):
-            trunk = Decoding(self.model, mode=options.mode, select=options.select, store=self.store)
-            trunk.prefill(prompt.trunk)
+            trunk, _ = self.engine.prefill(prompt.trunk, **kind)
         with self._timed("generate"):
-            replies = greedy_branches(
-                self.model, trunk.cache, trunk.position, prompt.branches, stop_ids=self.stop_ids,
-                max_tokens=options.max_tokens, mode=options.mode, select=options.select, generator=self.generator,
-            )  # fmt: skip
-        shared = prompt.trunk.token_ids.shape[0]
+            prompts = [prompt.whole(branch, trunk) for branch in prompt.branches]
+            results = [result.generations[0] for result in self.engine.generate(prompts, self.params, **kind)]
+            trunk.free()
+        replies = [result.token_ids[: -1 if result.finish_reason == "stop" else None] for result in results]
+        shared = prompt.trunk.length
         lengths = [len(branch) + len(reply) for branch, reply in zip(prompt.branches, replies, strict=True)]
         self.contexts += [shared + length for length in lengths]
         self.prefilled += shared + sum(map(len, prompt.branches))
         self.decoded += sum(map(len, replies))
-        texts = [self.tokenizer.decode(reply) for reply in replies]
+        texts = [self.runtime.tokenizer.decode(reply) for reply in replies]
         return [score(clip, question, text, number) for question, text in zip(asked, texts, strict=True)]
 
     def figures(self) -> dict[str, Any]:
         """Context, tokens and time of everything asked so far."""
-        sparse, total = self.model.config.text.sparse, time.perf_counter() - self.begin
+        sparse, total = self.config.text.sparse, time.perf_counter() - self.begin
         share = None
         if sparse is not None:
             share = round(metrics.mean([min(1.0, sparse.topk / context) for context in self.contexts]), 4)
