@@ -27,7 +27,8 @@ from keye.engine.request import (
 from keye.engine.step import Slice, run_slices
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeWarning
-from keye.media import frame_stream
+from keye.media import processor
+from keye.media.frame_stream import FileReader
 from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
 from tests.support.engine import (
@@ -52,19 +53,22 @@ from tests.support.engine import (
 def test_a_decode_worker_killed_in_the_middle_fails_its_request_alone(
     model: Keye, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = frame_stream._fill
+    class KilledReader(FileReader):
+        """Its decoder is ended from outside after the first frame."""
 
-    def killed(reader: Any, frames: Callable[[Any], Iterator[Any]], queue: Any) -> None:
-        def some(opened: Any) -> Iterator[Any]:
-            for number, frame in enumerate(frames(opened)):
-                if number == 1:
-                    os.kill(opened._worker.process.pid, signal.SIGKILL)
-                yield frame
+        def __init__(
+            self, source: Any, limits: Any, frames: Callable[[Any], Iterator[Any]], *args: Any, **kw: Any
+        ) -> None:
+            def read(video: Any) -> Iterator[Any]:
+                for number, frame in enumerate(frames(video)):
+                    if number == 1:
+                        os.kill(video._worker.process.pid, signal.SIGKILL)  # the process is known to its reader alone
+                    yield frame
 
-        fill(reader, some, queue)
+            super().__init__(source, limits, read, *args, **kw)
 
     bad_request, good_request = greedy(model, about(video)), greedy(model, TEXT)
-    monkeypatch.setattr(frame_stream, "_fill", killed)
+    monkeypatch.setattr(processor, "FileReader", KilledReader)
     bad, good = add(model, bad_request), add(model, good_request)
     run(model)
     assert "the video decoder of short.mp4 was ended from outside" in failure(bad)
@@ -86,7 +90,7 @@ def test_a_defect_in_media_fails_its_request(
     if where == "frames":
         monkeypatch.setattr(VisionJob, "step", fail)
     elif where == "open":
-        monkeypatch.setattr(frame_stream.FileReader, "__init__", fail)
+        monkeypatch.setattr(FileReader, "__init__", fail)
     else:
         monkeypatch.setattr(Processor, "video_stream", fail)
     bad, good = add(model, greedy(model, about(video))), add(model, greedy(model, TEXT))
