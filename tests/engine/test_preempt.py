@@ -72,7 +72,7 @@ def exact(inbox: Inbox) -> dict[int, list[tuple[int, float]]]:
     found: dict[int, list[tuple[int, float]]] = {}
     for event in inbox.events:
         if isinstance(event, Delta):
-            found.setdefault(event.index, []).extend((p.token, p.logprob) for p in event.probs)
+            found.setdefault(event.choice_index, []).extend((p.token, p.logprob) for p in event.probs)
     return found
 
 

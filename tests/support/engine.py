@@ -125,7 +125,12 @@ def finish(inbox: Inbox) -> Finished:
 def tokens_of(inbox: Inbox) -> list[int]:
     """Tokens of the first choice of a complete request."""
     finish(inbox)
-    return [token for event in inbox.events if isinstance(event, Delta) and event.index == 0 for token in event.tokens]
+    return [
+        token
+        for event in inbox.events
+        if isinstance(event, Delta) and event.choice_index == 0
+        for token in event.tokens
+    ]
 
 
 def failure(inbox: Inbox) -> str:

@@ -149,9 +149,9 @@ class AsyncEngine:
 
         def tell(event: Event) -> None:
             # Called by the engine's thread. More of a reply may wait for what follows it; all else is urgent.
-            growth = isinstance(event, Delta) and event.index in begun
+            growth = isinstance(event, Delta) and event.choice_index in begun
             if isinstance(event, Delta):
-                begun.add(event.index)
+                begun.add(event.choice_index)
             self._told.append((mailbox, event))
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 if growth and not (self._due or self._waking):

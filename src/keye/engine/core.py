@@ -219,7 +219,7 @@ class EngineCore:
             computed = item.slice.token_ids.shape[0]
             branch.position, branch.pending = branch.position + computed, branch.pending[computed:]
             branch.logits = None if branch.pending else logits[-1]
-            branch.routing = self.writer.routing(task, item.slice, branch.choice.index)
+            branch.routing = self.writer.routing(task, item.slice, branch.choice.choice_index)
             return
         assert isinstance(state, Prefilling)
         done, length = state.done, state.prompt.length

@@ -277,11 +277,11 @@ class ResultBuilder:
     def add(self, event: Event) -> None:
         """Takes the next event."""
         if isinstance(event, Delta):
-            self.records[event.index] += event.records
+            self.records[event.choice_index] += event.records
         elif isinstance(event, Ended):
-            self.reasons[event.index] = event.reason
+            self.reasons[event.choice_index] = event.reason
             if event.record is not None:
-                self.records[event.index].append(event.record)
+                self.records[event.choice_index].append(event.record)
         elif isinstance(event, Finished):
             self.finished = event
 

@@ -32,13 +32,13 @@ from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, KeyeWarning
 from keye.models.attention import AttentionMode, Selection
 
-#: Most choices of one request, and most alternatives told beside a token.
+#: Most choices of one request, and most alternatives reported with a token.
 MAX_CHOICES, MAX_LOGPROBS = 128, 20
 
 
 class Guide(Protocol):
-    """What holds a reply to a form: which tokens may come next (bool [V], None for all), what stands in place of one
-    that was drawn, told of each that came."""
+    """Holds a reply to a form: `mask` says which tokens may come next (bool [V], None for all), `settle` which one
+    replaces a drawn one; `advance` is called with each."""
 
     def mask(self) -> Tensor | None: ...
 
@@ -70,8 +70,8 @@ class GenerationRequest:
     `seconds` is the longest the request may take. With `clamp` a `max_tokens` beyond the context's end becomes what is
     left of it, else it is an error. `reasoning` says that the prompt has opened a block of reasoning. A `prefill_only`
     request is complete when its prompt is computed, and `Finished` hands over its stored sequence. `trace` asks for the
-    probabilities and the routing of each token. Without `detokenize` there is no text, and no stop string. `select`
-    other than "indexer" replaces the choice of keys in sparse attention, as a control.
+    probabilities and the routing of each token. Without `detokenize` no text comes, and no stop string ends it.
+    `select` other than "indexer" replaces the choice of keys in sparse attention, as a control.
     """
 
     prompt: Sequence[Segment] | Prompt
@@ -207,9 +207,9 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Delta:
-    """More of choice `index`: text, and the tokens of it; `probs` and `records` if they were asked for."""
+    """More of choice `choice_index`: text, and the tokens of it; `probs` and `records` if they were asked for."""
 
-    index: int
+    choice_index: int
     text: str
     tokens: tuple[int, ...] = ()
     probs: tuple[TokenProb, ...] = ()
@@ -218,14 +218,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ended:
-    """Choice `index` is complete: `reason` is "stop", "length", or "loop" for one that repeated itself. `met` is the
-    string or the token that stopped it; `asked` says that it was one of the request's own, and no end-of-sequence
-    token. `record` is that of the token, which no `Delta` has."""
+    """Choice `choice_index` is complete: `reason` is "stop", "length", or "loop" for one that repeated itself. `met` is
+    the string or the token that stopped it; `is_requested` says that the request named it, and that it is not the
+    model's end-of-sequence token. `record` is that of the token, which no `Delta` has."""
 
-    index: int
+    choice_index: int
     reason: str
     met: str | int | None = None
-    asked: bool = False
+    is_requested: bool = False
     record: TokenRecord | None = None
 
     @property
@@ -275,7 +275,7 @@ class Choice:
     """One reply of a request: what it has generated and how it goes on. `reason` is set when it is complete; `thought`
     counts the tokens of reasoning while it is inside a block of reasoning."""
 
-    index: int
+    choice_index: int
     sampler: Sampler
     decoder: StreamDecoder | None
     stop: StopText

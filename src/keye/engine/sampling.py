@@ -66,31 +66,32 @@ class SamplingParams:
     thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
-        number, whole, listed = is_number, is_whole, f"at most {MAX_LISTED:,} token ids"
+        number, integer, listed = is_number, is_whole, f"at most {MAX_LISTED:,} token ids"
+        numbers = "a whole number from"
         checks = (
-            ("max_tokens", lambda v: whole(v) and v >= 1, "a whole number of at least 1"),
+            ("max_tokens", lambda v: integer(v) and v >= 1, "a whole number of at least 1"),
             ("temperature", lambda v: number(v) and 0 <= v <= 100, "a number between 0 and 100"),
             ("top_p", lambda v: number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
-            ("top_k", lambda v: whole(v) and v >= 0, "a whole number, 0 (off) or more"),
+            ("top_k", lambda v: integer(v) and v >= 0, "a whole number, 0 (off) or more"),
             ("min_p", lambda v: number(v) and 0 <= v <= 1, "a number between 0 and 1"),
             ("repetition_penalty", lambda v: number(v) and 0 < v <= 100, "a number above 0 and at most 100"),
             ("frequency_penalty", lambda v: number(v) and -2 <= v <= 2, "a number between -2 and 2"),
             ("presence_penalty", lambda v: number(v) and -2 <= v <= 2, "a number between -2 and 2"),
             ("logit_bias", _is_bias, f"numbers between -100 and 100 for {listed}"),
             ("allowed_token_ids", lambda v: v is None or (_are_tokens(v) and len(v) > 0), f"{listed}, and some"),
-            ("seed", lambda v: v is None or (whole(v) and 0 <= v <= MAX_SEED), f"a whole number from 0 to {MAX_SEED}"),
+            ("seed", lambda v: v is None or (integer(v) and 0 <= v <= MAX_SEED), f"{numbers} 0 to {MAX_SEED}"),
             ("stop", _are_texts, f"at most {MAX_TEXTS} strings that are not empty"),
             ("stop_token_ids", _are_tokens, listed),
             ("include_stop_str_in_output", lambda v: isinstance(v, bool), "true or false"),
-            ("min_tokens", lambda v: whole(v) and v >= 0, "a whole number, 0 or more"),
+            ("min_tokens", lambda v: integer(v) and v >= 0, "a whole number, 0 or more"),
             ("bad_words", _are_texts, f"at most {MAX_TEXTS} strings that are not empty"),
-            ("thinking_token_budget", lambda v: v is None or (whole(v) and v >= 0), "a whole number, 0 or more"),
+            ("thinking_token_budget", lambda v: v is None or (integer(v) and v >= 0), "a whole number, 0 or more"),
         )
         for name, fine, rule in checks:
             if not fine(getattr(self, name)):
-                shown = repr(getattr(self, name))
-                shown = shown if len(shown) <= 200 else shown[:200] + "..."
-                raise KeyeError("{}", f"{name} is {shown}; it must be {rule}")
+                value = repr(getattr(self, name))
+                value = value if len(value) <= 200 else value[:200] + "..."
+                raise KeyeError("{}", f"{name} is {value}; it must be {rule}")
         if self.min_tokens > self.max_tokens:
             raise KeyeError(f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}")
 
@@ -263,11 +264,11 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 class StopText:
-    """Holds back the end of a text stream while it could be the beginning of a stop string. With `shows` the string
-    that was met is shown, too."""
+    """Withholds the end of a text stream while it could be the beginning of a stop string. With `shows` the string that
+    was met is part of the text, too."""
 
     def __init__(self, stop: Sequence[str], *, shows: bool = False) -> None:
-        self._stop, self._shows, self._held = tuple(stop), shows, ""
+        self._stop, self._shows, self._withheld = tuple(stop), shows, ""
         self.met: str | None = None
 
     @property
@@ -276,27 +277,24 @@ class StopText:
         return self.met is not None
 
     def push(self, text: str) -> str:
-        """Adds text and returns what may be shown."""
-        self._held += text
-        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
-        if found:
-            at, self.met = min(found)
-            shown, self._held = self._held[: at + (len(self.met) if self._shows else 0)], ""
-            return shown
-        keep = max((n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
-        return shown
+        """Adds text and returns what can be emitted."""
+        text = self._withheld + text
+        if matches := [(at, s) for s in self._stop if (at := text.find(s)) >= 0]:
+            at, self.met = min(matches)
+            self._withheld = ""
+            return text[: at + (len(self.met) if self._shows else 0)]
+        count = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._withheld = text[len(text) - count :]
+        return text[: len(text) - count]
 
     def skip(self, text: str) -> str:
-        """Adds text that no stop string is looked for in; returns what may be shown."""
-        held, self._held = self._held, ""
-        return held + text
+        """Adds text in which no stop string is looked for; returns what can be emitted."""
+        text, self._withheld = self._withheld + text, ""
+        return text
 
     def finish(self) -> str:
-        """What was held back when the stream ended without a stop string."""
-        held, self._held = self._held, ""
-        return held
+        """What was withheld when the stream ended without a stop string."""
+        return self.skip("")
 
 
 def is_loop(reply: Sequence[int], max_tokens: int) -> bool:

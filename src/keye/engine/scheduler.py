@@ -311,8 +311,8 @@ class Scheduler:
 
     def schedule(self, *, prompts: bool) -> list[Work]:
         """What the next step computes: a token of every branch and, with `prompts`, shares of the prompts. There is
-        memory for its keys and values; where there is no scratch for all, those that have waited longest come first,
-        and at least one comes."""
+        memory for its keys and values; where scratch does not suffice for all, those that have waited longest come
+        first, and at least one comes."""
         states = [(task, task.state) for task in self.tasks]
         generating = [(task, state) for task, state in states if isinstance(state, Generating)]
         replies = sum(len(state.branches) for _, state in generating)
@@ -341,7 +341,7 @@ class Scheduler:
         return work
 
     def _schedule_prompt(self, task: Task, state: Prefilling, share: int) -> list[Work]:
-        """The next tokens of a prompt; nothing where there is no memory for them."""
+        """The next tokens of a prompt; nothing where memory does not suffice for them."""
         request, prompt, start = task.request, state.prompt, state.done
         count = count_computable(request, state)
         if not request.deterministic:
@@ -374,7 +374,7 @@ class Scheduler:
                 continue
             if self.make_room(partial(_reserve, branch.cache, length), task) is None:
                 return []
-            counts = self.writer.count_selections(task, state.prompt, length, branch.choice.index)
+            counts = self.writer.count_selections(task, state.prompt, length, branch.choice.choice_index)
             piece = Slice(
                 branch.cache, torch.tensor(branch.pending[:1]), torch.full((3, 1), branch.position), None, "last",
                 request.attention, counts, request.deterministic, request.select,

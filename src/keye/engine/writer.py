@@ -156,10 +156,11 @@ class Writer:
         if request.trace is not None:
             raw_logprob = float(logits.float().log_softmax(-1)[token])
             record = TokenRecord(token, drawn.logprob, raw_logprob, self.model.weights_version, branch.routing)
-        params, asked = request.params, token in request.params.stop_token_ids
-        if asked or (token in self.stop_ids and not request.ignore_eos):
-            shown = self.tokenizer.decode([token], skip_special=False) if params.include_stop_str_in_output else ""
-            self._complete(task, choice, Ended(choice.index, "stop", token, asked, record), shown if asked else "")
+        params, is_requested = request.params, token in request.params.stop_token_ids
+        if is_requested or (token in self.stop_ids and not request.ignore_eos):
+            shows = is_requested and params.include_stop_str_in_output
+            text = self.tokenizer.decode([token], skip_special=False) if shows else ""
+            self._complete(task, choice, Ended(choice.choice_index, "stop", token, is_requested, record), text)
             return
         choice.reply.append(token)
         branch.pending = [token]
@@ -167,21 +168,21 @@ class Writer:
         probs = () if request.logprobs is None else (self._prob(logits, token, request.logprobs),)
         text = "" if choice.decoder is None else choice.decoder.push(token)
         text = choice.stop.push(text) if len(choice.reply) > params.min_tokens else choice.stop.skip(text)
-        task.emit(Delta(choice.index, text, (token,), probs, () if record is None else (record,)))
+        task.emit(Delta(choice.choice_index, text, (token,), probs, () if record is None else (record,)))
         if choice.stop.stopped:
             choice.reason = "stop"
-            task.emit(Ended(choice.index, "stop", choice.stop.met, asked=True))
+            task.emit(Ended(choice.choice_index, "stop", choice.stop.met, is_requested=True))
         elif len(choice.reply) >= params.max_tokens:
-            self._complete(task, choice, Ended(choice.index, "length"))
+            self._complete(task, choice, Ended(choice.choice_index, "length"))
         elif _may_stop(request, len(choice.reply)) and is_loop(choice.reply, params.max_tokens):
-            self._complete(task, choice, Ended(choice.index, "loop"))
+            self._complete(task, choice, Ended(choice.choice_index, "loop"))
 
     def _complete(self, task: Task, choice: Choice, ended: Ended, more: str = "") -> None:
         """Emits the text that was held back, then `more`; a stop string at the very end still counts."""
         rest = choice.stop.push("" if choice.decoder is None else choice.decoder.finish())
         rest += more if choice.stop.stopped else choice.stop.finish() + more
         if rest:
-            task.emit(Delta(choice.index, rest))
+            task.emit(Delta(choice.choice_index, rest))
         choice.reason = ended.reason
         task.emit(ended)
 

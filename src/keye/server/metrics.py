@@ -89,9 +89,9 @@ class RequestWatch:
         if isinstance(event, Delta) and event.tokens:
             if not self._last:
                 self._metrics.first_token.observe(now - self._start)
-            elif event.index in self._last:
-                self._metrics.between_tokens.observe(now - self._last[event.index])
-            self._last[event.index] = now
+            elif event.choice_index in self._last:
+                self._metrics.between_tokens.observe(now - self._last[event.choice_index])
+            self._last[event.choice_index] = now
             self._metrics.generation_tokens.inc(len(event.tokens))
         elif isinstance(event, Finished):
             self._metrics.prompt_tokens.inc(event.prompt_tokens)

@@ -186,13 +186,13 @@ class Collector:
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Delta):
-            self._texts[event.index].append(event.text)
-            self._probs[event.index] += event.probs
-            return event.text if event.index == 0 else ""
+            self._texts[event.choice_index].append(event.text)
+            self._probs[event.choice_index] += event.probs
+            return event.text if event.choice_index == 0 else ""
         if isinstance(event, Progress) and self._on_progress is not None:
             self._on_progress(event)
         if isinstance(event, Ended):
-            self._reasons[event.index] = event.reason
+            self._reasons[event.choice_index] = event.reason
         elif isinstance(event, Finished):
             self.answer = self._finish(event)
         return ""

@@ -88,9 +88,9 @@ async def collect(context: Context, request: GenerationRequest, replies: Sequenc
     async with aclosing(iter_events(context, request)) as events:
         async for event in events:
             if isinstance(event, Delta):
-                replies[event.index].add(event)
+                replies[event.choice_index].add(event)
             elif isinstance(event, Ended):
-                replies[event.index].end(event)
+                replies[event.choice_index].end(event)
             elif isinstance(event, Finished):
                 finished = event
     assert finished is not None
@@ -261,7 +261,7 @@ def stop_fields(ended: Ended | None) -> dict[str, Any]:
     """What ended a reply, in the fields of vLLM (the request's own stops) and of SGLang (those of the model, too)."""
     if ended is None:
         return {"stop_reason": None, "matched_stop": None}
-    return {"stop_reason": ended.met if ended.asked else None, "matched_stop": ended.met}
+    return {"stop_reason": ended.met if ended.is_requested else None, "matched_stop": ended.met}
 
 
 def prompt_prob_objects(probs: Sequence[TokenProb] | None) -> list[dict[str, Any] | None] | None:

@@ -109,7 +109,7 @@ def _begin(model: str) -> dict[str, Any]:
 
 def _end(reply: ChatReply) -> dict[str, Any]:
     ended = reply.ended
-    if ended is not None and ended.asked and isinstance(ended.met, str) and reply.reason == "stop":
+    if ended is not None and ended.is_requested and isinstance(ended.met, str) and reply.reason == "stop":
         return {"stop_reason": "stop_sequence", "stop_sequence": ended.met}
     return {"stop_reason": _REASONS.get(str(reply.reason), "end_turn"), "stop_sequence": None}
 

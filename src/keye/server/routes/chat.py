@@ -117,15 +117,15 @@ class _ChunkEncoder:
 
     def encode(self, item: Event) -> Iterator[bytes]:
         self._usage.see(item)
-        if isinstance(item, Delta | Ended) and item.index not in self._begun:
-            self._begun.add(item.index)
-            yield self._chunk(item.index, {"role": "assistant", "content": None})
+        if isinstance(item, Delta | Ended) and item.choice_index not in self._begun:
+            self._begun.add(item.choice_index)
+            yield self._chunk(item.choice_index, {"role": "assistant", "content": None})
         self._telemetry.see(item)
         if isinstance(item, Delta):
             yield from self._encode_delta(item)
         elif isinstance(item, Ended):
-            for piece in self._replies[item.index].end(item):
-                yield self._chunk(item.index, _delta(self._replies[item.index], piece))
+            for piece in self._replies[item.choice_index].end(item):
+                yield self._chunk(item.choice_index, _delta(self._replies[item.choice_index], piece))
             self._ends.append(item)
             if len(self._ends) < len(self._replies):  # the last item waits for the notes of `Finished`
                 yield self._last_chunk(item)
@@ -142,13 +142,13 @@ class _ChunkEncoder:
                 yield event({**self._begin, "choices": [], **tail, **self._telemetry.timings()})
 
     def _encode_delta(self, delta: Delta) -> Iterator[bytes]:
-        reply = self._replies[delta.index]
+        reply = self._replies[delta.choice_index]
         deltas = [_delta(reply, piece) for piece in reply.add(delta)]
         more: dict[str, Any] = {"logprobs": _probs(delta.probs)} if delta.probs else {}
         if self._body.return_token_ids and delta.tokens:
             more["token_ids"] = list(delta.tokens)
         for fields in deltas or ([{}] if more else []):
-            yield self._chunk(delta.index, fields, more)
+            yield self._chunk(delta.choice_index, fields, more)
             more = {"logprobs": _probs(())} if delta.probs else {}
 
     def _chunk(self, index: int, delta: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> bytes:
@@ -157,8 +157,9 @@ class _ChunkEncoder:
 
     def _last_chunk(self, end: Ended, notes: Sequence[str] = ()) -> bytes:
         """The chunk that ends a choice."""
+        index = end.choice_index
         choice = {
-            "index": end.index, "delta": {}, "logprobs": None, "finish_reason": self._replies[end.index].reason,
+            "index": index, "delta": {}, "logprobs": None, "finish_reason": self._replies[index].reason,
             **stop_fields(end),
         }  # fmt: skip
         own = {"keye": {"notes": notes}} if notes else {}

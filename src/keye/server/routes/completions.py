@@ -196,13 +196,13 @@ class _ChunkEncoder:
             for index in range(run.request.n):
                 yield self._chunk(index, run.echo, lists)
         elif isinstance(item, Delta) and (item.text or item.probs) and not run.scores:
-            lists = None if body.logprobs is None else _prob_lists(item.probs, self._offsets[item.index])
-            self._offsets[item.index] += len(item.text)
+            lists = None if body.logprobs is None else _prob_lists(item.probs, self._offsets[item.choice_index])
+            self._offsets[item.choice_index] += len(item.text)
             more = {"token_ids": list(item.tokens)} if body.return_token_ids else {}
-            yield self._chunk(item.index, item.text, lists, **more)
+            yield self._chunk(item.choice_index, item.text, lists, **more)
         elif isinstance(item, Ended):
-            ended = Ended(item.index, "length") if run.scores else item
-            yield self._chunk(item.index, "", finish_reason=ended.openai_reason, **stop_fields(ended))
+            ended = Ended(item.choice_index, "length") if run.scores else item
+            yield self._chunk(item.choice_index, "", finish_reason=ended.openai_reason, **stop_fields(ended))
         elif isinstance(item, Finished):
             self.finished = item
 
