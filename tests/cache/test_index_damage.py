@@ -71,23 +71,23 @@ def spoil(path: Path, file: IndexFile, kind: str, layer: int, block: int) -> Non
 @pytest.mark.parametrize("kind", ["indexer_k", "k", "v"])
 def test_noise_never_changes_an_answer(model: Keye, index: Path, tmp_path: Path, kind: str) -> None:
     own, file, plain = tmp_path / "own.keye", read_index_file(index), ask(model, index)
-    said: list[str] = []
+    message: list[str] = []
     for block in range(3, file.blocks - 1, 4):
         shutil.copyfile(index, own)
         spoil(own, file, kind, block % 2, block)
         try:
             assert ask(model, own) == plain
         except KeyeError as error:
-            said.append(str(error))
-    assert said and all("own.keye is damaged (KV block" in one and "with keye index" in one for one in said)
+            message.append(str(error))
+    assert message and all("own.keye is damaged (KV block" in item and "with keye index" in item for item in message)
 
 
 def test_dense_attention_reads_and_compares_everything(load: Callable[..., Keye], index: Path, tmp_path: Path) -> None:
     dense, own = load(attention="dense"), tmp_path / "own.keye"
     dense.index(FRAMES, own)
-    file, whole = read_index_file(own), own.read_bytes()
+    file, total = read_index_file(own), own.read_bytes()
     for kind in ("k", "v"):
-        own.write_bytes(whole)
+        own.write_bytes(total)
         spoil(own, file, kind, 1, 5)
         with pytest.raises(KeyeError, match=rf"is damaged \(KV block {file.blocks + 5} of its {kind}"):
             ask(dense, own)

@@ -30,7 +30,7 @@ from tests.support.tiny import tiny_folder
 PRELUDE = struct.Struct("<16sIQQ32s")
 PICTURE = Image.new("RGB", (56, 56), "red")
 CLIP = make_clip(3, frames=8, objects=2, start=0.0, step=0.5)
-ASKED = [question.text for question in questions(CLIP, random.Random(0), 4)]
+REQUEST = [question.text for question in questions(CLIP, random.Random(0), 4)]
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,12 @@ def without_cached(answer: keye.Answer) -> Any:
 
 
 def test_answers_are_those_of_the_video(nano: Keye, video: Path, answering: Path) -> None:
-    before, told = answering.read_bytes(), []
-    for question in ASKED:
+    before, events = answering.read_bytes(), []
+    for question in REQUEST:
         ours, theirs = (nano.ask(medium, question) for medium in (answering, video))
         assert (ours.text, without_cached(ours), ours.plan) == (theirs.text, without_cached(theirs), theirs.plan)
-        told.append(ours.text)
-    assert len(set(told)) >= 3, "the answers differ from one another"
+        events.append(ours.text)
+    assert len(set(events)) >= 3, "the answers differ from one another"
     assert ours.usage.media_tokens == 128
     assert nano.ground(answering, "the circle").intervals == nano.ground(video, "the circle").intervals
     nano.clear_caches()
@@ -125,45 +125,45 @@ def test_other_processes_ask_it(nano: Keye, video: Path, answering: Path) -> Non
     code = "import keye, sys; print(keye.load('nano').ask(sys.argv[1], sys.argv[2]).text)"
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(answering), question], stdout=subprocess.PIPE, text=True)
-        for question in ASKED[:2]
+        for question in REQUEST[:2]
     ]
-    told = [process.communicate()[0].strip() for process in running]
-    assert told == [nano.ask(video, question).text for question in ASKED[:2]]
+    events = [process.communicate()[0].strip() for process in running]
+    assert events == [nano.ask(video, question).text for question in REQUEST[:2]]
 
 
 def test_a_conversation_and_other_media_go_on_from_it(nano: Keye, video: Path, answering: Path) -> None:
-    for parts in ((ASKED[0],), (Medium("image", PICTURE), ASKED[0])):
-        told = []
+    for parts in ((REQUEST[0],), (Medium("image", PICTURE), REQUEST[0])):
+        events = []
         for path in (answering, video):
             first = Message("user", (Medium("video", str(path)), *parts))
-            later = [Message("assistant", ("a circle",)), Message("user", (Medium("image", PICTURE), ASKED[1]))]
-            told.append(nano.chat([first, *later]))
-        assert (told[0].text, without_cached(told[0]), told[0].plan) == (
-            told[1].text,
-            without_cached(told[1]),
-            told[1].plan,
+            later = [Message("assistant", ("a circle",)), Message("user", (Medium("image", PICTURE), REQUEST[1]))]
+            events.append(nano.chat([first, *later]))
+        assert (events[0].text, without_cached(events[0]), events[0].plan) == (
+            events[1].text,
+            without_cached(events[1]),
+            events[1].plan,
         )
 
 
 def test_positions_go_on_after_it(model: Keye, video: Path, index: Path) -> None:
-    whole, continued = (
+    total, continued = (
         model.runtime.prompts.build([Message("user", (Medium("video", str(path)), Medium("image", PICTURE), "what?"))])
         for path in (video, index)
     )
-    assert whole.token_ids.tolist() == continued.token_ids.tolist()
-    assert whole.position_ids.tolist() == continued.position_ids.tolist()
-    assert whole.next_position == continued.next_position
+    assert total.token_ids.tolist() == continued.token_ids.tolist()
+    assert total.position_ids.tolist() == continued.position_ids.tolist()
+    assert total.next_position == continued.next_position
     assert [item.kind for item in continued.media] == ["image"], "the video is not encoded again"
 
 
 def test_evidence_tells_the_frames_of_the_index(model: Keye, video: Path, index: Path) -> None:
     """An indexed video comes first, media beside it after; the picture goes without thumbnails."""
-    told = []
+    events = []
     for path in (index, video):
         answer = model.ask([path, PICTURE], "what?", max_tokens=3, ignore_eos=True, evidence=True)
         assert answer.evidence is not None and answer.evidence.steps == 3
-        told.append(answer.evidence.media)
-    ours, theirs = told
+        events.append(answer.evidence.media)
+    ours, theirs = events
     assert [medium.kind for medium in ours] == ["video", "image"]
     assert ours[0].name.endswith("short.keye") and ours[0].times == theirs[0].times == CLIP.timestamps
     for mine, other in zip(ours, theirs, strict=True):
@@ -183,15 +183,15 @@ def test_an_index_in_fewer_bits(nano: Keye, video: Path, answering: Path, tmp_pa
     small = keye.load("nano", kv=kv)
     info = small.index(video, tmp_path / "small.keye")
     assert info.kv == kv and info.bytes < 0.8 * answering.stat().st_size
-    for question in ASKED[:2]:
-        told = [one.ask(tmp_path / "small.keye", question).text for one in (small, nano)]
-        assert told[0] == told[1] == small.ask(video, question).text
+    for question in REQUEST[:2]:
+        events = [item.ask(tmp_path / "small.keye", question).text for item in (small, nano)]
+        assert events[0] == events[1] == small.ask(video, question).text
 
 
 def test_frames_in_memory_can_be_indexed(nano: Keye, tmp_path: Path) -> None:
     frames = Frames(render(CLIP), CLIP.timestamps)
     nano.index(frames, tmp_path / "frames.keye")
-    ours, theirs = (nano.ask(one, ASKED[0]) for one in (tmp_path / "frames.keye", frames))
+    ours, theirs = (nano.ask(item, REQUEST[0]) for item in (tmp_path / "frames.keye", frames))
     assert (ours.text, ours.plan) == (theirs.text, theirs.plan)
 
 
@@ -201,9 +201,9 @@ def test_the_same_video_gives_the_same_file(model: Keye, video: Path, index: Pat
 
 
 def test_what_a_file_holds(index: Path, video: Path, model: Keye) -> None:
-    held = describe(index)
-    assert held["video"]["sha256"] == hashlib.sha256(video.read_bytes()).hexdigest()
-    assert (held["visual_tokens"], held["model"]["name"]) == (128, model.name)
+    usage = describe(index)
+    assert usage["video"]["sha256"] == hashlib.sha256(video.read_bytes()).hexdigest()
+    assert (usage["visual_tokens"], usage["model"]["name"]) == (128, model.name)
     file = check_full(index)
     assert all(section.offset % ALIGN == 0 for section in file.sections.values())
     last = file.sections["k"].offset + file.sections["k"].nbytes - file.layout.rows["k"].row_bytes
@@ -214,11 +214,11 @@ def test_what_a_file_holds(index: Path, video: Path, model: Keye) -> None:
 def test_an_index_stays_readable_while_it_is_replaced(nano: Keye, video: Path, tmp_path: Path) -> None:
     path = tmp_path / "replaced.keye"
     nano.index(video, path)
-    stream = nano.stream_ask(path, ASKED[0])
+    stream = nano.stream_ask(path, REQUEST[0])
     first = next(stream)
     nano.index(video, path, media_options={"nframes": 2})
     assert stream.finish().text.startswith(first)
-    assert stream.finish().text == nano.ask(video, ASKED[0]).text
+    assert stream.finish().text == nano.ask(video, REQUEST[0]).text
 
 
 # Refusals
@@ -330,7 +330,7 @@ def test_other_files_and_versions(model: Keye, own: Path, tmp_path: Path) -> Non
     with pytest.raises(KeyeError, match=r"own.keye has version 7 of the index format, .* reads versions up to 2:"):
         model.ask(own, "what?")
     (tmp_path / "text.keye").write_text("no index")
-    with pytest.raises(KeyeError, match="text.keye is no index of a video: make one with keye index"):
+    with pytest.raises(KeyeError, match="text.keye is not an index of a video: make one with keye index"):
         check_full(tmp_path / "text.keye")
     with pytest.raises(KeyeError, match="none.keye cannot be read"):
         check_full(tmp_path / "none.keye")

@@ -107,13 +107,13 @@ def test_a_prefix_is_found_whole_though_there_is_no_room_for_a_copy(room: bool) 
     prefixes = PrefixCache(store)
     ids = keep(prefixes, store, KV_BLOCK + 10, 3)
     ledger.budget = ledger.used() + (store.slab_bytes if room else 0)
-    found = prefixes.find(ids, NO_MEDIA, b"")
-    assert found is not None and found.length(0) == KV_BLOCK + 10
-    assert (found.read(0, "k", torch.arange(KV_BLOCK + 10)) == 3).all()
+    result = prefixes.find(ids, NO_MEDIA, b"")
+    assert result is not None and result.length(0) == KV_BLOCK + 10
+    assert (result.read(0, "k", torch.arange(KV_BLOCK + 10)) == 3).all()
     assert len(prefixes) == room
-    found.append(0, kv_rows(torch.ones(1, 1, 8), torch.ones(1, 1, 8)))
+    result.append(0, kv_rows(torch.ones(1, 1, 8), torch.ones(1, 1, 8)))
     prefixes.clear()
-    found.free()
+    result.free()
     assert ledger.accounts() == {}
 
 
@@ -145,7 +145,7 @@ def test_a_cache_that_evicts_itself_while_it_reserves_stays_whole() -> None:
 
 
 def test_threads_that_reserve_evict_from_one_another_without_deadlock() -> None:
-    """Three kinds of work in a memory that holds little of each: nobody waits for ever, and every byte is released."""
+    """Three kinds of work in a memory that holds little of each: no thread waits for ever, all bytes are released."""
     ledger = Ledger()
     store = make_store(ledger)
     prefixes, vision = PrefixCache(store), VisionCache(8 * store.slab_bytes, ledger)
@@ -156,8 +156,8 @@ def test_threads_that_reserve_evict_from_one_another_without_deadlock() -> None:
         for number in range(60):
             try:
                 ids = keep(prefixes, store, KV_BLOCK + 1 + number % 60, 1000 * seed + number)
-                if (found := prefixes.find(ids, NO_MEDIA, b"")) is not None:
-                    found.free()
+                if (result := prefixes.find(ids, NO_MEDIA, b"")) is not None:
+                    result.free()
             except OutOfMemory:
                 pass
 

@@ -1,4 +1,4 @@
-"""The store of keys and values: blocks are shared, counted and given back; the ledger knows every byte."""
+"""The store of keys and values: blocks are shared, counted and released; the ledger knows every byte."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def test_a_mapped_file_gives_the_same_tokens(tmp_path: Path, kv: KVFormat) -> No
     memory, file = keye.load("nano", kv=kv), keye.load("nano", kv=kv, kv_tier="file", kv_folder=tmp_path)
     clip = make_clip(3, frames=8, objects=2)
     for question in questions(clip, random.Random(0), 2):
-        told = [model.ask(Frames(render(clip), clip.timestamps), question.text).text for model in (memory, file)]
-        assert told[0] == told[1] != ""
+        events = [model.ask(Frames(render(clip), clip.timestamps), question.text).text for model in (memory, file)]
+        assert events[0] == events[1] != ""
     assert file.runtime.store.layout == memory.runtime.store.layout
     for model in (memory, file):
         model.clear_caches()
@@ -92,17 +92,17 @@ def test_the_kernels_get_addresses_in_the_map(tmp_path: Path) -> None:
 
 
 def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+    request: list[tuple[int, int]] = []
     base = 0
-    monkeypatch.setattr(mapped, "_MADVISE", lambda start, nbytes, _: asked.append((start - base, nbytes)) or 0)
+    monkeypatch.setattr(mapped, "_MADVISE", lambda start, nbytes, _: request.append((start - base, nbytes)) or 0)
     rows = mapped.scratch_tensor(tmp_path, (400, 272))
     base, page = rows.data_ptr(), mmap.PAGESIZE
     assert base % page == 0
     mapped.fetch_rows(rows, torch.tensor([0, 1, 399, page // 272]))
-    assert asked == [(0, 2 * page), (399 * 272 // page * page, page)], "a row over two pages, and one far away"
-    asked.clear()
+    assert request == [(0, 2 * page), (399 * 272 // page * page, page)], "a row over two pages, and one far away"
+    request.clear()
     mapped.fetch_rows(rows, torch.arange(400))
-    assert asked == [(0, -(-400 * 272 // page) * page)], "neighbours are one run"
+    assert request == [(0, -(-400 * 272 // page) * page)], "neighbours are one run"
 
 
 def test_a_budget_of_disk_is_one_of_its_own(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_what_cannot_be_stored(load: Callable[..., Keye], options: dict[str, Any
 
 def test_a_folder_that_is_not_there(load: Callable[..., Keye], tmp_path: Path) -> None:
     model = load(kv_tier="file", kv_folder=tmp_path / "none")
-    with pytest.raises(KeyeError, match="none is no folder"):
+    with pytest.raises(KeyeError, match="none is not a folder"):
         model.ask(FRAMES, "what?")
 
 

@@ -94,7 +94,7 @@ def test_a_store_in_a_file_on_the_way(run: Callable, model_folder: Path, video: 
         (["index", "VIDEO"], "name the index to write with -o"),
         (["index", "VIDEO", "-o", "none/x.keye"], "name a file in a folder that exists"),
         (["index", "VIDEO", "-o", "VIDEO"], "is the input itself: give -o another name"),
-        (["index", "VIDEO", "--check"], "is no index of a video"),
+        (["index", "VIDEO", "--check"], "is not an index of a video"),
         (["index", "--check", "INDEX", "-o", "x.keye"], "leave -o out"),
     ],
 )

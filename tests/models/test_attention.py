@@ -122,16 +122,16 @@ def test_dense_reads_keys_in_tiles_of_the_budget(queries: int, length: int, monk
     monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(length, 2, dim, generator=generator) for _ in range(2))
-    taken: list[int] = []
+    results: list[int] = []
 
     def rows(positions: Tensor) -> tuple[Tensor, Tensor]:
-        taken.append(len(positions))
+        results.append(len(positions))
         return k[positions], v[positions]
 
     dense_attention(torch.randn(queries, heads, dim, generator=generator), rows, length - queries)
     block = min(queries, reference.DENSE_BLOCK)
-    scores, gathered, sums = (4 * heads * block * max(taken), 8 * heads * dim * max(taken), 8 * heads * block * dim)
-    assert 1 < max(taken) < length
+    scores, gathered, sums = (4 * heads * block * max(results), 8 * heads * dim * max(results), 8 * heads * block * dim)
+    assert 1 < max(results) < length
     assert scores + gathered + sums <= budget
 
 

@@ -194,12 +194,12 @@ def test_shards_are_cut_at_the_limit(tmp_path: Path, make_model: Any) -> None:
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 2
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    held = {}
+    usage = {}
     for shard in shards:
         tensors = load_file(tmp_path / shard)
         assert sum(t.nbytes for t in tensors.values()) <= limit or len(tensors) == 1
-        held |= dict.fromkeys(tensors, shard)
-    assert held == index["weight_map"]
+        usage |= dict.fromkeys(tensors, shard)
+    assert usage == index["weight_map"]
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.state_dict().values())
     loaded, _ = load_model(tmp_path, model.config, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
@@ -211,8 +211,8 @@ def test_saving_again_removes_what_an_earlier_save_left(tmp_path: Path, make_mod
     for limit in (40_000, 80_000, checkpoint.SHARD_BYTES, 60_000):
         save_model(make_model(), tmp_path, shard_bytes=limit)
         files = {file.name for file in checkpoint.weight_files(tmp_path)}
-        kept = {file.name for file in tmp_path.glob("*.safetensors")} - {"notes.safetensors"}
-        assert kept == files
+        remaining = {file.name for file in tmp_path.glob("*.safetensors")} - {"notes.safetensors"}
+        assert remaining == files
     assert (tmp_path / "notes.safetensors").exists()
 
 
@@ -251,9 +251,9 @@ def test_any_float_becomes_any_other(
     for target in (torch.zeros(7, 11, dtype=wanted), torch.zeros(11, 7, dtype=wanted).t()):
         copy_all(tensors["x"].pieces(target))
         assert torch.equal(target, x.to(wanted))
-    one = torch.zeros((), dtype=wanted)
-    copy_all([*tensors["one"].pieces(one), *tensors["empty"].pieces(torch.zeros(0, 4))])
-    assert one == 2.5
+    item = torch.zeros((), dtype=wanted)
+    copy_all([*tensors["one"].pieces(item), *tensors["empty"].pieces(torch.zeros(0, 4))])
+    assert item == 2.5
 
 
 def test_headers_agree_with_safetensors(tmp_path: Path, make_model: Any) -> None:

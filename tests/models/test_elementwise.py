@@ -69,13 +69,13 @@ def test_masked_softmax_ignores_masked_logits() -> None:
 def check_only_one_model_changes(
     elementwise: Elementwise, make_model: Callable[..., KeyeModel], logits_of: Callable[[KeyeModel], Tensor]
 ) -> None:
-    one, other = make_model(0), make_model(0)
-    before = logits_of(one)
+    item, other = make_model(0), make_model(0)
+    before = logits_of(item)
     other.set_elementwise(elementwise)
     changed = logits_of(other)
     assert not torch.equal(changed, before)
     torch.testing.assert_close(changed, before, rtol=1e-3, atol=1e-3)
-    assert torch.equal(logits_of(one), before)
+    assert torch.equal(logits_of(item), before)
     assert torch.equal(logits_of(make_model(0)), before)
     other.set_elementwise(PLAIN)
     assert torch.equal(logits_of(other), before)

@@ -86,18 +86,18 @@ def test_layers_are_replaced_on_the_meta_device(
     model: KeyeModel, small_config: KeyeConfig, run: Run, tmp_path: Path
 ) -> None:
     save_model(model, tmp_path)
-    made: dict[str, Counting] = {}
+    result: dict[str, Counting] = {}
 
     def count(name: str, layer: nn.Module) -> nn.Module:
         if not isinstance(layer, nn.Linear):
             return layer
         assert layer.weight.device.type == "meta", "no memory is taken for the layer that is replaced"
-        return made.setdefault(name, Counting(layer))
+        return result.setdefault(name, Counting(layer))
 
     loaded, _ = load_model(tmp_path, small_config, dtype=torch.float32, layers=count)
     assert torch.equal(run(loaded), run(model))
-    text = {name for name in made if not name.startswith(("visual.", "mlp_AR."))}
-    assert text and all(made[name].calls == 1 for name in text)
+    text = {name for name in result if not name.startswith(("visual.", "mlp_AR."))}
+    assert text and all(result[name].calls == 1 for name in text)
 
 
 def test_a_loaded_model_is_quantised_and_its_checkpoint_loaded(

@@ -15,18 +15,18 @@ from keye.models.outline import PACKING_ROWS, PARTS, active_parameters, outline,
 
 @pytest.mark.parametrize("name", ["preview", "1.5", "2.0", "671b"])
 def test_every_tensor_of_a_published_model_has_a_part(name: str) -> None:
-    made = outline(read_json(asset(f"configs/{name}") / "config.json"))
-    parts = parameters_by_part(made.shapes)
+    result = outline(read_json(asset(f"configs/{name}") / "config.json"))
+    parts = parameters_by_part(result.shapes)
     assert "other" not in parts
-    assert sum(parts.values()) == sum(math.prod(shape) for shape in made.shapes.values())
-    assert read_parameters(made.shapes) == sum(parts.values()) - PACKING_ROWS * 1152
+    assert sum(parts.values()) == sum(math.prod(shape) for shape in result.shapes.values())
+    assert read_parameters(result.shapes) == sum(parts.values()) - PACKING_ROWS * 1152
 
 
 def test_parts_of_a_small_model(make_model: Any, raw_config: dict[str, Any]) -> None:
     model = make_model()
     parts = parameters_by_part({name: tensor.shape for name, tensor in model.state_dict().items()})
-    made = outline(raw_config)
-    assert parameters_by_part(made.shapes) == {"packing table (never read)": PACKING_ROWS * 32, **parts}
+    result = outline(raw_config)
+    assert parameters_by_part(result.shapes) == {"packing table (never read)": PACKING_ROWS * 32, **parts}
     assert parts["experts"] == 2 * 8 * 3 * 48 * 24
     assert parts["router"] == 2 * 8 * 48
     assert parts["indexer"] == 2 * (8 * 17 * 48 + 16 * 48 + 16 + 32)

@@ -50,11 +50,11 @@ def test_branches_equal_their_own_prompts(
         logits, _ = run_packed(model, mode)
     for b in range(2):
         for branch in range(int(BRANCH[b].max()) + 1):
-            kept = torch.cat((torch.arange(TRUNK), TRUNK + (BRANCH[b] == branch).nonzero().flatten()))
-            prompt = make_prompt(0, len(kept))
-            prompt.ids, prompt.positions = ids[b, kept], positions[:, b, kept]
-            alone = run_chunks(model, prompt, [len(kept)], cached)
-            torch.testing.assert_close(logits[b, kept], alone, rtol=0, atol=1e-4)
+            remaining = torch.cat((torch.arange(TRUNK), TRUNK + (BRANCH[b] == branch).nonzero().flatten()))
+            prompt = make_prompt(0, len(remaining))
+            prompt.ids, prompt.positions = ids[b, remaining], positions[:, b, remaining]
+            alone = run_chunks(model, prompt, [len(remaining)], cached)
+            torch.testing.assert_close(logits[b, remaining], alone, rtol=0, atol=1e-4)
 
 
 def test_padding_changes_nothing(make_model: Any) -> None:

@@ -80,19 +80,19 @@ class TestSmallTiles:
         gate = torch.randn(length, 4, generator=generator)
         k[torch.rand(length, generator=generator) < 0.3] = k[0].clone()
         k[torch.rand(length, generator=generator) < 0.2] = 0.0
-        whole = select_in_chunks(q, k, gate, topk, [length])
-        assert torch.equal(select_in_chunks(q, k, gate, topk, [1] * length), whole)
+        total = select_in_chunks(q, k, gate, topk, [length])
+        assert torch.equal(select_in_chunks(q, k, gate, topk, [1] * length), total)
         for repeat in range(3):
             chunks = make_chunks(1000 * seed + repeat, length)
-            assert torch.equal(select_in_chunks(q, k, gate, topk, chunks), whole), chunks
+            assert torch.equal(select_in_chunks(q, k, gate, topk, chunks), total), chunks
 
     def test_rows_ascend_and_end_with_none(self) -> None:
         q, k, gate = integers(3, 40)
         for t, row in enumerate(select_in_chunks(q, k, gate, 6, [40]).tolist()):
-            kept = [p for p in row if p >= 0]
-            assert len(kept) == min(6, t + 1)
-            assert kept == sorted(set(kept))
-            assert row[len(kept) :] == [-1] * (6 - len(kept))
+            remaining = [p for p in row if p >= 0]
+            assert len(remaining) == min(6, t + 1)
+            assert remaining == sorted(set(remaining))
+            assert row[len(remaining) :] == [-1] * (6 - len(remaining))
 
     def test_all_scores_equal_keeps_the_first_positions(self) -> None:
         q, k, gate = torch.zeros(100, 4, 8), torch.randn(100, 8), torch.randn(100, 4)
@@ -103,9 +103,9 @@ def test_real_blocks_and_tiles(make_chunks: Chunks) -> None:
     """The shipped block sizes, over a prompt that ends inside the second tile."""
     length, topk = reference.KEY_TILE + 130, 40
     q, k, gate = integers(0, length)
-    whole = select_in_chunks(q, k, gate, topk, [length])
-    assert [[p for p in row if p >= 0] for row in whole.tolist()] == stable_topk(indexer_scores(q, k, gate), topk)
-    assert torch.equal(select_in_chunks(q, k, gate, topk, make_chunks(1, length)), whole)
+    total = select_in_chunks(q, k, gate, topk, [length])
+    assert [[p for p in row if p >= 0] for row in total.tolist()] == stable_topk(indexer_scores(q, k, gate), topk)
+    assert torch.equal(select_in_chunks(q, k, gate, topk, make_chunks(1, length)), total)
 
 
 def test_real_numbers_at_real_blocks(make_chunks: Chunks) -> None:
@@ -114,8 +114,8 @@ def test_real_numbers_at_real_blocks(make_chunks: Chunks) -> None:
     generator = torch.Generator().manual_seed(5)
     q, k = torch.randn(length, 16, 64, generator=generator), torch.randn(length, 64, generator=generator)
     gate = torch.randn(length, 16, generator=generator)
-    whole = select_in_chunks(q, k, gate, topk, [length])
-    assert torch.equal(select_in_chunks(q, k, gate, topk, make_chunks(2, length)), whole)
+    total = select_in_chunks(q, k, gate, topk, [length])
+    assert torch.equal(select_in_chunks(q, k, gate, topk, make_chunks(2, length)), total)
 
 
 @given(SEEDS, st.integers(1, 30), st.integers(1, 6))
@@ -127,9 +127,9 @@ def test_topk_mask_keeps_exactly_k(seed: int, width: int, values: int) -> None:
     k = 1 + seed % width
     mask = topk_mask(scores, k)
     assert mask.sum(-1).tolist() == [k] * 5
-    for row, kept in zip(scores, mask, strict=True):
+    for row, remaining in zip(scores, mask, strict=True):
         order = row.sort(descending=True, stable=True).indices[:k]
-        assert sorted(order.tolist()) == kept.nonzero().flatten().tolist()
+        assert sorted(order.tolist()) == remaining.nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize(("total", "first", "topk"), [(1, 0, 4), (70, 0, 8), (5, 90, 16), (40, 3, 1)])
@@ -139,10 +139,10 @@ def test_controls_select_causal_keys(total: int, first: int, topk: int) -> None:
     for t in range(total):
         last, count = first + t, min(topk, first + t + 1)
         assert [p for p in recent[t].tolist() if p >= 0] == list(range(last - count + 1, last + 1))
-        kept = [p for p in random[t].tolist() if p >= 0]
-        assert len(kept) == count
-        assert kept == sorted(set(kept))
-        assert kept[-1] == last, "a query's own position is always among a random set"
+        remaining = [p for p in random[t].tolist() if p >= 0]
+        assert len(remaining) == count
+        assert remaining == sorted(set(remaining))
+        assert remaining[-1] == last, "a query's own position is always among a random set"
     assert recent.shape == random.shape == (total, topk)
 
 

@@ -20,9 +20,9 @@ def test_any_chunking_gives_the_same_logits(
     seed: int, mode: str, make_model: Any, make_prompt: Any, make_chunks: Any, run_chunks: Any
 ) -> None:
     model, prompt = make_model(seed), make_prompt(seed, 75)
-    whole = run_chunks(model, prompt, [75], mode)
+    total = run_chunks(model, prompt, [75], mode)
     for chunks in ([1] * 75, [8, 1, 66], make_chunks(seed, 75), make_chunks(seed + 100, 75)):
-        torch.testing.assert_close(run_chunks(model, prompt, chunks, mode), whole, rtol=0, atol=1e-4)
+        torch.testing.assert_close(run_chunks(model, prompt, chunks, mode), total, rtol=0, atol=1e-4)
 
 
 def test_sparse_is_dense_up_to_k_keys_and_not_beyond(make_model: Any, make_prompt: Any, run_chunks: Any) -> None:
@@ -97,7 +97,7 @@ def test_visual_tokens_replace_their_placeholders(make_model: Any) -> None:
         x = model.embed(ids, visual)
     assert torch.equal(x[[1, 2, 4]], visual)
     assert torch.equal(x[[0, 3, 5]], model.model.embed_tokens.weight[[1, 5, 2]])
-    with pytest.raises(KeyeError, match="3 visual placeholders but the media give 2"):
+    with pytest.raises(KeyeError, match="3 visual placeholders but the media have 2"):
         model.embed(ids, visual[:2])
-    with pytest.raises(KeyeError, match="3 visual placeholders but the media give 0"):
+    with pytest.raises(KeyeError, match="3 visual placeholders but the media have 0"):
         model.embed(ids)

@@ -22,18 +22,18 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 class Step:
-    """Random queries of a step. `whole` draws small whole numbers, whose scores are exact and often equal."""
+    """Random queries of a step. `integers` draws small integers, whose scores are exact and often equal."""
 
     def __init__(
-        self, total: int, heads: int, dim: int, index: tuple[int, int], dtype: torch.dtype, seed: int, whole: bool
+        self, total: int, heads: int, dim: int, index: tuple[int, int], dtype: torch.dtype, seed: int, integers: bool
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.q = torch.randn(total, heads, dim, generator=generator).to(dtype)
         shape = (total, *index)
         numbers = torch.randint(-2, 3, shape, generator=generator).float()
-        self.indexer_q = (numbers if whole else torch.randn(shape, generator=generator)).to(dtype)
+        self.indexer_q = (numbers if integers else torch.randn(shape, generator=generator)).to(dtype)
         gates = torch.randint(-2, 3, shape[:2], generator=generator).float()
-        self.gate = gates if whole else torch.randn(shape[:2], generator=generator)
+        self.gate = gates if integers else torch.randn(shape[:2], generator=generator)
 
     def sparse(self, backend: object, stretches: list[Stretch], topk: int) -> Tensor:
         out = torch.zeros_like(self.q)
@@ -70,9 +70,9 @@ def problem(length: int, dtype: torch.dtype, seed: int = 0, **shape: object) -> 
     topk=st.integers(1, 300),
 )
 def test_sets_and_outputs_are_those_of_the_reference(backend, seed, ratio, dim, index, dtype, length, topk):
-    stored = problem(length, dtype, seed, dim=dim, indexer_dim=index[1], whole=True)
+    stored = problem(length, dtype, seed, dim=dim, indexer_dim=index[1], integers=True)
     n = 1 + seed % min(length, 70)
-    step = Step(n, 2 * ratio, dim, index, dtype, seed, whole=True)
+    step = Step(n, 2 * ratio, dim, index, dtype, seed, integers=True)
     stretch = stored.stretch(0, n)
     assert torch.equal(step.sets(backend, stretch, topk), step.sets(REFERENCE, stretch, topk))
     assert near(step.sparse(backend, [stretch], topk), step.sparse(REFERENCE, [stretch], topk))
@@ -83,7 +83,7 @@ def test_sets_and_outputs_are_those_of_the_reference(backend, seed, ratio, dim, 
 @given(seed=SEEDS, length=st.integers(1, 900), topk=st.integers(1, 400))
 def test_sets_of_random_scores_differ_only_within_rounding(backend, seed, length, topk):
     stored, n = problem(length, torch.float32, seed), 1 + seed % min(length, 50)
-    step = Step(n, 4, 64, (4, 64), torch.float32, seed, whole=False)
+    step = Step(n, 4, 64, (4, 64), torch.float32, seed, integers=False)
     stretch = stored.stretch(0, n)
     ours, wanted = step.sets(backend, stretch, topk), step.sets(REFERENCE, stretch, topk)
     keys = stored.indexer_keys(0, length)
@@ -97,21 +97,21 @@ def test_sets_of_random_scores_differ_only_within_rounding(backend, seed, length
 
 
 def test_2048_of_many_keys_are_selected_like_the_reference_does(best_backend):
-    stored, step = problem(9000, torch.bfloat16, 3, whole=True), Step(3, 8, 64, (16, 64), torch.bfloat16, 3, True)
+    stored, step = problem(9000, torch.bfloat16, 3, integers=True), Step(3, 8, 64, (16, 64), torch.bfloat16, 3, True)
     stretch = stored.stretch(0, 3)
     assert torch.equal(step.sets(best_backend, stretch, 2048), step.sets(REFERENCE, stretch, 2048))
 
 
 def test_a_prompt_in_chunks_selects_the_same_sets_to_the_last_bit(backend):
-    stored, step = problem(500, torch.float32, 1), Step(500, 4, 64, (3, 64), torch.float32, 1, whole=False)
-    whole = step.sets(backend, stored.stretch(0, 500), 37)
+    stored, step = problem(500, torch.float32, 1), Step(500, 4, 64, (3, 64), torch.float32, 1, integers=False)
+    total = step.sets(backend, stored.stretch(0, 500), 37)
     for cuts in ([1, 2, 33, 100, 364], [250, 250]):
         parts, first = [], 0
         for n in cuts:
             part = Stretch(first, first + n, first, stored.rows, stored.indexer_keys, stored.blocks)
             parts.append(step.sets(backend, part, 37))
             first += n
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(torch.cat(parts), total)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "fp8", "int8", "int4"])
@@ -119,7 +119,7 @@ def test_a_prompt_in_chunks_selects_the_same_sets_to_the_last_bit(backend):
 @pytest.mark.parametrize("queries", [1, 37])
 def test_rows_of_every_number_format(backend, kind: RowKind, dtype, queries):
     stored = problem(300, dtype, 5, kind=kind, dim=128)
-    step = Step(queries, 8, 128, (4, 64), dtype, 5, whole=True)
+    step = Step(queries, 8, 128, (4, 64), dtype, 5, integers=True)
     stretch = stored.stretch(0, queries)
     positions = torch.arange(0, 300 - queries, 3).expand(queries, -1)
     ours, wanted = torch.zeros_like(step.q), torch.zeros_like(step.q)
@@ -131,19 +131,19 @@ def test_rows_of_every_number_format(backend, kind: RowKind, dtype, queries):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "fp8", "int8"])
 def test_indexer_keys_of_every_number_format(backend, kind: RowKind):
-    stored = problem(400, torch.float32, 6, indexer_kind=kind, whole=True)
-    step = Step(40, 4, 64, (4, 64), torch.float32, 6, whole=True)
+    stored = problem(400, torch.float32, 6, indexer_kind=kind, integers=True)
+    step = Step(40, 4, 64, (4, 64), torch.float32, 6, integers=True)
     stretch = stored.stretch(0, 40)
     ours, wanted = step.sets(backend, stretch, 50), step.sets(REFERENCE, stretch, 50)
-    # int8 codes of whole numbers are not whole, so sums may be rounded otherwise; the others are exact.
+    # int8 codes of integers are not integers, so sums may be rounded otherwise; the others are exact.
     share = (ours == wanted).float().mean()
     assert share == 1 if kind != "int8" else share > 0.5
 
 
 def test_several_sequences_in_one_call(backend):
     lengths, queries = (130, 700, 64, 65), (1, 33, 64, 2)
-    stored = [problem(length, torch.float32, seed, whole=True) for seed, length in enumerate(lengths)]
-    step, stretches, start = Step(100, 8, 64, (4, 64), torch.float32, 7, whole=True), [], 0
+    stored = [problem(length, torch.float32, seed, integers=True) for seed, length in enumerate(lengths)]
+    step, stretches, start = Step(100, 8, 64, (4, 64), torch.float32, 7, integers=True), [], 0
     for item, n in zip(stored, queries, strict=True):
         stretches.append(item.stretch(start, n))
         start += n
@@ -152,7 +152,7 @@ def test_several_sequences_in_one_call(backend):
 
 
 def test_a_mask_over_all_keys_is_the_same_function(backend):
-    stored, step = problem(600, torch.float32, 8), Step(90, 8, 64, (4, 64), torch.float32, 8, whole=False)
+    stored, step = problem(600, torch.float32, 8), Step(90, 8, 64, (4, 64), torch.float32, 8, integers=False)
     stretch = stored.stretch(0, 90)
     selected = [(0, step.sets(backend, stretch, 100))]
     union, masked = torch.zeros_like(step.q), torch.zeros_like(step.q)
@@ -162,7 +162,10 @@ def test_a_mask_over_all_keys_is_the_same_function(backend):
 
 
 def test_counts_grow_by_one_at_every_selected_key(backend):
-    stored, step = problem(300, torch.float32, 9, whole=True), Step(50, 4, 64, (4, 64), torch.float32, 9, whole=True)
+    stored, step = (
+        problem(300, torch.float32, 9, integers=True),
+        Step(50, 4, 64, (4, 64), torch.float32, 9, integers=True),
+    )
     counts = torch.ones(400, dtype=torch.int64)
     stretch = stored.stretch(0, 50, counts=counts)
     step.sparse(backend, [stretch], 20)
@@ -171,7 +174,7 @@ def test_counts_grow_by_one_at_every_selected_key(backend):
 
 
 def test_a_query_without_keys_gives_zeros(backend):
-    stored, step = problem(100, torch.bfloat16, 10), Step(3, 4, 64, (4, 64), torch.bfloat16, 10, whole=False)
+    stored, step = problem(100, torch.bfloat16, 10), Step(3, 4, 64, (4, 64), torch.bfloat16, 10, integers=False)
     positions = torch.tensor([[-1, -1, -1], [5, 9, -1], [-1, -1, -1]])
     out = torch.full_like(step.q, 7)
     backend.attend(step.q, [(0, positions)], stored.stretch(0, 3), out)
@@ -179,7 +182,7 @@ def test_a_query_without_keys_gives_zeros(backend):
 
 
 def test_scores_that_are_no_numbers_are_the_smallest(backend):
-    stored, step = problem(200, torch.float32, 11), Step(2, 4, 64, (4, 64), torch.float32, 11, whole=False)
+    stored, step = problem(200, torch.float32, 11), Step(2, 4, 64, (4, 64), torch.float32, 11, integers=False)
     step.gate[0] = float("nan")
     sets = step.sets(backend, stored.stretch(0, 2), 10)
     assert sets[0].tolist() == list(range(10))
@@ -188,7 +191,7 @@ def test_scores_that_are_no_numbers_are_the_smallest(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fixed_results_do_not_depend_on_neighbours(backend, dtype):
-    stored, step = problem(500, dtype, 12), Step(64, 8, 64, (4, 64), dtype, 12, whole=False)
+    stored, step = problem(500, dtype, 12), Step(64, 8, 64, (4, 64), dtype, 12, integers=False)
     together = stored.stretch(0, 64, fixed=True)
     alone = [
         Stretch(i, i + 1, 436 + i, stored.rows, stored.indexer_keys, stored.blocks, fixed=True) for i in range(0, 64, 9)
@@ -201,7 +204,7 @@ def test_fixed_results_do_not_depend_on_neighbours(backend, dtype):
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_sets_decoded_in_tiles_do_not_depend_on_neighbours(backend, kind: RowKind):
     stored = problem(2500, torch.bfloat16, 13, kind=kind, groups=1)
-    step = Step(8, 2, 64, (1, 32), torch.bfloat16, 13, whole=False)
+    step = Step(8, 2, 64, (1, 32), torch.bfloat16, 13, integers=False)
     generator = torch.Generator().manual_seed(13)
     sets = torch.stack([torch.randperm(2400, generator=generator)[:777].sort().values for _ in range(8)])
     together, alone = torch.zeros_like(step.q), torch.zeros_like(step.q)
@@ -213,7 +216,7 @@ def test_sets_decoded_in_tiles_do_not_depend_on_neighbours(backend, kind: RowKin
 
 
 def test_rows_in_a_mapped_file(best_backend, tmp_path):
-    stored, step = problem(5000, torch.bfloat16, 15), Step(4, 8, 64, (4, 64), torch.bfloat16, 15, whole=False)
+    stored, step = problem(5000, torch.bfloat16, 15), Step(4, 8, 64, (4, 64), torch.bfloat16, 15, integers=False)
     blocks, maps = dict(stored.blocks), []
     for name in ("k", "v"):
         path, rows, memory = tmp_path / name, stored.blocks[name], stored.memory[name]
@@ -227,26 +230,26 @@ def test_rows_in_a_mapped_file(best_backend, tmp_path):
 
 
 def test_two_threads_give_what_one_gives(backend):
-    stored, step = problem(900, torch.float32, 14), Step(300, 32, 64, (16, 64), torch.float32, 14, whole=False)
+    stored, step = problem(900, torch.float32, 14), Step(300, 32, 64, (16, 64), torch.float32, 14, integers=False)
     stretch = stored.stretch(0, 300)
-    one = step.sparse(backend, [stretch], 100)
+    item = step.sparse(backend, [stretch], 100)
     torch.set_num_threads(2)
-    assert torch.equal(step.sparse(backend, [stretch], 100), one)
+    assert torch.equal(step.sparse(backend, [stretch], 100), item)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_threads_share_the_keys_of_a_single_query(best_backend, queries):
-    stored = problem(90_000, torch.float32, 16, groups=2, dim=16, indexer_dim=32, whole=True)
+    stored = problem(90_000, torch.float32, 16, groups=2, dim=16, indexer_dim=32, integers=True)
     counts = torch.zeros(90_000, dtype=torch.int64)
     step, stretch = Step(queries, 4, 16, (32, 32), torch.float32, 16, True), stored.stretch(0, queries, counts=counts)
-    one = step.sparse(best_backend, [stretch], 500)
+    item = step.sparse(best_backend, [stretch], 500)
     torch.set_num_threads(3)
-    assert torch.equal(step.sparse(best_backend, [stretch], 500), one)
+    assert torch.equal(step.sparse(best_backend, [stretch], 500), item)
     assert int(counts.max()) <= 2 * queries and int(counts.sum()) == 2 * queries * 500
 
 
 def test_what_the_core_does_not_take(best_backend: CpuBackend):
-    stored, step = problem(100, torch.float32), Step(1, 4, 64, (4, 64), torch.float32, 0, whole=False)
+    stored, step = problem(100, torch.float32), Step(1, 4, 64, (4, 64), torch.float32, 0, integers=False)
     stretch = stored.stretch(0, 1)
     assert best_backend.takes(step.q, stretch)
     assert not best_backend.takes(step.q.double(), stretch)

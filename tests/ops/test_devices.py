@@ -1,6 +1,6 @@
 """The reference keeps to the device of its inputs: any device of torch can run it, without hidden tensors elsewhere.
 
-There is no second device here. Instead tensors made without a named device land on `meta`, which has no numbers and
+A second device is missing here. Instead tensors made without a named device land on `meta`, which has no numbers and
 mixes with no other device.
 """
 

@@ -65,7 +65,7 @@ def draw(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def store(vectors: list[Tensor], kind: RowKind, generator: torch.Generator) -> list[tuple[BlockRows, Tensor]]:
-    """Sequences [n, G, D] in one pool, garbage in unused rows; with what `RowFormat.decode` gives back."""
+    """Sequences [n, G, D] in one pool, garbage in unused rows; with what `RowFormat.decode` returns."""
     rows = RowFormat(kind, *vectors[0].shape[1:])
     blocks = [-(-len(v) // KV_BLOCK) for v in vectors]
     order = torch.randperm(sum(blocks) + 3, generator=generator, device="cpu").int().to(DEVICE)
@@ -176,9 +176,9 @@ def test_decoding_a_batch_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None
 def test_chunked_is_unchunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in slices and in one piece: the same sets."""
     step = make(Case((140,), (40,)))
-    whole = sets(BACKEND, step, step.stretches[0], 16)
+    total = sets(BACKEND, step, step.stretches[0], 16)
     monkeypatch.setattr(selection, "SCRATCH_BYTES", 1)
-    assert torch.equal(sets(BACKEND, step, step.stretches[0], 16), whole)
+    assert torch.equal(sets(BACKEND, step, step.stretches[0], 16), total)
 
 
 def test_fixed_results_do_not_depend_on_the_neighbours() -> None:

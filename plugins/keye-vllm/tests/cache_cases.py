@@ -80,15 +80,15 @@ def run_steps(layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> Tensor
 def test_kernels_read_the_blocks(backend: BackendName, layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     with backends.using("reference"):
         expected = run_steps(layer, monkeypatch)
-    taken: list[bool] = []
+    results: list[bool] = []
     kernels = backends.find(backend)
     if kernels is None:
         pytest.skip(f"{backend} kernels cannot run here")
     takes = kernels.takes
-    monkeypatch.setattr(kernels, "takes", lambda q, stretch: taken.append(takes(q, stretch)) or taken[-1])
+    monkeypatch.setattr(kernels, "takes", lambda q, stretch: results.append(takes(q, stretch)) or results[-1])
     with backends.using(backend):
         torch.testing.assert_close(run_steps(layer, monkeypatch), expected)
-    assert taken and all(taken)
+    assert results and all(results)
 
 
 def test_sets_are_not_everything(layer: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,10 +86,10 @@ def check_prompt(own: keye.Keye, prompt: Prompt, output: Any, *, mode: Any = "sp
     """The same for a prompt that was laid out before."""
     ids, reply = output.prompt_token_ids, output.outputs[0]
     assert ids == prompt.token_ids.tolist()
-    found = [step[token].logprob for step, token in zip(reply.logprobs, reply.token_ids, strict=True)]
+    result = [step[token].logprob for step, token in zip(reply.logprobs, reply.token_ids, strict=True)]
     if output.prompt_logprobs:
-        found = [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)] + found
-    expected = log_probabilities(own, prompt, list(reply.token_ids), mode)[-len(found) :]
-    assert (torch.tensor(found) - expected).abs().max() < TOLERANCE
-    dense = log_probabilities(own, prompt, list(reply.token_ids), "dense")[-len(found) :]
+        result = [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)] + result
+    expected = log_probabilities(own, prompt, list(reply.token_ids), mode)[-len(result) :]
+    assert (torch.tensor(result) - expected).abs().max() < TOLERANCE
+    dense = log_probabilities(own, prompt, list(reply.token_ids), "dense")[-len(result) :]
     return float((expected - dense).abs().mean())

@@ -107,15 +107,15 @@ def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
     """`LLM.generate` takes pictures, frames with their times, paths and bytes."""
     frames = np.random.default_rng(3).integers(0, 255, (4, 56, 84, 3), dtype=np.uint8)
     path = asset("demo.mp4")
-    given = {
+    value = {
         "image": [Image.open(io.BytesIO(noise(90, 120)))],
         "video": [(frames, {"fps": 2.0, "frames_indices": [0, 1, 2, 4]}), path],
     }
     prompt = "<|video_pad|>x<|image_pad|><|video_pad|>what?"
-    (output,) = engine.generate({"prompt": prompt, "multi_modal_data": given}, greedy(), use_tqdm=False)
+    (output,) = engine.generate({"prompt": prompt, "multi_modal_data": value}, greedy(), use_tqdm=False)
     parts = [
         Segment("video", Medium("video", keye.Frames(frames, [0.0, 0.5, 1.0, 2.0]))), Segment("template", "x"),
-        Segment("image", Medium("image", given["image"][0])), Segment("video", Medium("video", path)),
+        Segment("image", Medium("image", value["image"][0])), Segment("video", Medium("video", path)),
         Segment("template", "what?"),
     ]  # fmt: skip
     check_prompt(own, own.runtime.prompts.lay_out(parts), output)
@@ -130,9 +130,9 @@ def test_media_in_memory(engine: LLM, own: keye.Keye) -> None:
             r"messages\[0\].content\[0\].* unknown key 'fsp'",
         ),
         (user(image(PICTURE, preprocess_kwargs={"fps": 1}), text("?")), {}, "unknown key 'fps'"),
-        (user(video(CLIP), text("?")), {"fsp": 1}, "mm_processor_kwargs.fsp is no option of media"),
-        (user(video(CLIP), text("?")), {"videos_in_prompt": 2}, "is counted, not given"),
-        (user(video(CLIP), text("?")), {"videos_kwargs": {"size": 1}}, "videos_kwargs.size is no option of videos"),
+        (user(video(CLIP), text("?")), {"fsp": 1}, "mm_processor_kwargs.fsp is not an option of media"),
+        (user(video(CLIP), text("?")), {"videos_in_prompt": 2}, "is counted by the plug-in"),
+        (user(video(CLIP), text("?")), {"videos_kwargs": {"size": 1}}, "videos_kwargs.size is not an option of videos"),
         (user(video(CLIP, preprocess_kwargs={"fps": -1}), text("?")), {}, "fps is -1: give a positive number"),
         (user(video(CLIP, min_pixels=784000, max_pixels=784000, nframes=3), text("?")), {}, "the context holds 2048"),
         (user(video(data_url("video/mp4", b"nonsense")), text("?")), {}, "<bytes>"),

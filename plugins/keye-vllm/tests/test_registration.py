@@ -41,8 +41,8 @@ def test_the_models_of_vllm_stay_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _PROGRAM, str(tmp_path), *_THEIRS, "KeyeVL2MoeForConditionalGeneration"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["registered"] == ["KeyeVL2"] and not found["keye.hf"]
-    assert {name: found[name] for name in _THEIRS} == _THEIRS
-    assert found["KeyeVL2MoeForConditionalGeneration"] == "keye_vllm.model"
-    assert found["Keye"] == found["KeyeVL1_5"] == "transformers_modules", "the checkpoint's own configuration"
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["registered"] == ["KeyeVL2"] and not result["keye.hf"]
+    assert {name: result[name] for name in _THEIRS} == _THEIRS
+    assert result["KeyeVL2MoeForConditionalGeneration"] == "keye_vllm.model"
+    assert result["Keye"] == result["KeyeVL1_5"] == "transformers_modules", "the checkpoint's own configuration"

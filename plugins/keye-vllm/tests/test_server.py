@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server with the plug-in, asked by the official client, answers as `keye serve` does."""
+"""vLLM's OpenAI server with the plug-in, with questions of the official client, answers as `keye serve` does."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[tuple[str, str, dict[str, Any]]]:
+def questions() -> list[tuple[str, str, dict[str, Any]]]:
     """Videos, questions, and how frames are sampled."""
     clips = vllm_nano.questions(QUESTIONS)
-    return [(video, one.text, vllm_nano.sampling(clip)) for _, clip, video, own in clips for one in own]
+    return [(video, item.text, vllm_nano.sampling(clip)) for _, clip, video, own in clips for item in own]
 
 
 @pytest.fixture(scope="module")
-def expected(asked: Any, log: Path) -> list[vllm_nano.Reply]:
+def expected(questions: Any, log: Path) -> list[vllm_nano.Reply]:
     """What `keye serve` answers."""
     with vllm_nano.running(vllm_nano.keye_command(), log) as client:
-        return [vllm_nano.ask(client, video, question, **options) for video, question, options in asked]
+        return [vllm_nano.ask(client, video, question, **options) for video, question, options in questions]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def client(expected: Any, log: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.slow
-def test_frameforge(client: openai.OpenAI, asked: Any, expected: list[vllm_nano.Reply]) -> None:
-    replies = [vllm_nano.ask(client, video, question, **options) for video, question, options in asked]
+def test_frameforge(client: openai.OpenAI, questions: Any, expected: list[vllm_nano.Reply]) -> None:
+    replies = [vllm_nano.ask(client, video, question, **options) for video, question, options in questions]
     gaps = [vllm_nano.gap(*pair) for pair in zip(replies, expected, strict=True) if pair[0].text != pair[1].text]
     assert all(gap <= vllm_nano.TIE for gap in gaps), gaps
     assert len(gaps) <= QUESTIONS // 10

@@ -76,9 +76,10 @@ class BlockCheck:
             if zlib.crc32(self._mapped[start : start + size]) == int(self._crcs[number, layer, block]):
                 sound[block] = True
             elif self.damage is None:
-                self.damage = damaged(self._path, f"KV block {number_in_file} of its {name} differs from its checksum")
+                why = f"KV block {number_in_file} of its {name} differs from its checksum"
+                self.damage = damage_error(self._path, why)
 
 
-def damaged(path: Path, why: str) -> KeyeError:
+def damage_error(path: Path, why: str) -> KeyeError:
     """The error for a file that is not as it was written."""
     return KeyeError(f"{path} is damaged ({why}): copy it again, or index the video again with keye index")

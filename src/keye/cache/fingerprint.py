@@ -46,13 +46,13 @@ def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fing
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and numbers of tensors, large ones in pieces."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for piece in _pieces(tensor):
-            found.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            digest.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:

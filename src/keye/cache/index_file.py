@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keye.cache.checksums import FRESH, BlockCheck, Identity, damaged, identity_of
+from keye.cache.checksums import FRESH, BlockCheck, Identity, damage_error, identity_of
 from keye.cache.mapped import DISK_RESERVE, check_disk, map_file, map_tensor, read_rows, read_soon
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, SlabRows
@@ -118,7 +118,7 @@ def check_index_disk(path: Path, layout: KVLayout, tokens: int) -> None:
 
 
 def check_index_output(path: Path, *, overwrite: bool = False) -> None:
-    """`KeyeError` where an index cannot be written to a file, or would replace one that is no index."""
+    """`KeyeError` where an index cannot be written to a file, or would replace one that is not an index."""
     check_output(path, _has_magic, overwrite=overwrite)
 
 
@@ -180,9 +180,9 @@ def _pad(file: BinaryIO) -> None:
 
 def read_index_file(path: Path) -> IndexFile:
     """Reads the header, and checks it, the tokens and the table of checksums. `KeyeError` with one sentence for
-    anything that is no sound index of this version."""
+    anything that is not a sound index."""
     if path.exists() and not path.is_file():
-        raise KeyeError(f"{path} is no file: name an index of a video")
+        raise KeyeError(f"{path} is not a file: name an index of a video")
     try:
         with path.open("rb") as file:
             return _read(path, file)
@@ -194,25 +194,25 @@ def _read(path: Path, file: BinaryIO) -> IndexFile:
     size = os.fstat(file.fileno()).st_size
     start = file.read(_PRELUDE.size)
     if start[: len(INDEX_MAGIC)] != INDEX_MAGIC:
-        raise KeyeError(f"{path} is no index of a video: make one with keye index VIDEO -o FILE")
+        raise KeyeError(f"{path} is not an index of a video: make one with keye index VIDEO -o FILE")
     if len(start) < _PRELUDE.size:
-        raise damaged(path, "it is cut short")
+        raise damage_error(path, "it is cut short")
     _, version, place, length, digest = _PRELUDE.unpack(start)
     if not 1 <= version <= VERSION:
         raise KeyeError(f"{path} has version {version} of the index format, but this keye reads versions up to "
                         f"{VERSION}: index the video again with keye index")  # fmt: skip
     if length > MAX_HEADER_BYTES or place < _PRELUDE.size:
-        raise damaged(path, "its header is not where one can be")
+        raise damage_error(path, "its header is not where one can be")
     if place + length != size:
-        raise damaged(path, f"it has {size:,} bytes instead of {place + length:,}")
+        raise damage_error(path, f"it has {size:,} bytes instead of {place + length:,}")
     file.seek(place)
     text = file.read(length)
     if hashlib.sha256(text).digest() != digest:
-        raise damaged(path, "its header differs from its checksum")
+        raise damage_error(path, "its header differs from its checksum")
     try:
         header = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
-        raise damaged(path, "its header is not JSON") from None
+        raise damage_error(path, "its header is not JSON") from None
     return _check_header(path, file, header, place, version)
 
 
@@ -227,11 +227,11 @@ def _number(text: str) -> int | float:
 def _check_header(path: Path, file: BinaryIO, header: Any, end: int, version: int) -> IndexFile:
     """The file described by a header; all its places are before `end`."""
     if not isinstance(header, dict) or not isinstance(storage := header.pop("storage", None), dict):
-        raise damaged(path, "its header says nothing of what is stored")
+        raise damage_error(path, "its header says nothing of what is stored")
     layers, length = _natural(path, storage, "layers"), _natural(path, storage, "length")
     rows = _rows_of_version_1(storage) if version == 1 else storage.get("rows")
     if not isinstance(rows, dict) or not 0 < len(rows) <= _MOST_NAMES or not all(map(_NAME.fullmatch, rows)):
-        raise damaged(path, "its header names no rows")
+        raise damage_error(path, "its header names no rows")
     formats = {name: _format(path, entry) for name, entry in rows.items()}
     layout = KVLayout(layers, formats, tuple(name for name, entry in rows.items() if entry.get("scanned") is True))
     blocks = -(-length // KV_BLOCK)
@@ -263,7 +263,7 @@ def _read_section(
     file.seek(sections[name].offset)
     data = file.read(sections[name].nbytes)
     if hashlib.sha256(data).hexdigest() != storage[name].get("sha256"):
-        raise damaged(path, f"its {name} differ from their checksum")
+        raise damage_error(path, f"its {name} differ from their checksum")
     return data
 
 
@@ -271,27 +271,27 @@ def _section(path: Path, entries: Mapping[str, Any], name: str, nbytes: int, end
     """A section that must have exactly `nbytes`."""
     entry = entries.get(name)
     if not isinstance(entry, dict) or entry.get("bytes") != nbytes:
-        raise damaged(path, f"its {name} have another size than its tokens need")
+        raise damage_error(path, f"its {name} have another size than its tokens need")
     offset = entry.get("offset")
     if type(offset) is not int or not _PRELUDE.size <= offset <= end - nbytes or offset % ALIGN:
-        raise damaged(path, f"its {name} are outside the file")
+        raise damage_error(path, f"its {name} are outside the file")
     return Section(offset, nbytes)
 
 
 def _format(path: Path, entry: Any) -> RowFormat:
     if not isinstance(entry, dict):
-        raise damaged(path, "its header names no number format")
+        raise damage_error(path, "its header names no number format")
     heads, dim, kind = _natural(path, entry, "heads"), _natural(path, entry, "dim"), entry.get("kind")
     try:
         return RowFormat(kind, heads, dim)  # type: ignore[arg-type]  # it checks its kind
     except (KeyeError, TypeError) as error:
-        raise damaged(path, str(error)) from None
+        raise damage_error(path, str(error)) from None
 
 
 def _natural(path: Path, entry: Mapping[str, Any], name: str) -> int:
     value = entry.get(name)
     if type(value) is not int or not 0 < value <= _MOST:
-        raise damaged(path, f"{name} in its header is {str(value)[:40]}")
+        raise damage_error(path, f"{name} in its header is {str(value)[:40]}")
     return value
 
 
@@ -306,7 +306,7 @@ def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap, BlockCheck]:
     except (OSError, ValueError):
         raise KeyeError(f"{path} cannot be mapped into memory: copy it to a local disk") from None
     if len(mapped) != file.size:
-        raise damaged(path, "it changed while it was opened")
+        raise damage_error(path, "it changed while it was opened")
     check = file.checker(mapped, identity)
     total = file.layout.layers * file.blocks
     some = {total * i // SAMPLED_BLOCKS for i in range(SAMPLED_BLOCKS)}

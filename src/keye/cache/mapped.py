@@ -66,7 +66,7 @@ def _take_room(file: int, nbytes: int) -> None:
 def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
     """`OutOfMemory` when `nbytes` more in `folder` would leave less than `reserve`; `KeyeError` for no folder."""
     if not folder.is_dir():
-        raise KeyeError(f"{folder} is no folder: name one for the keys and values to lie in")
+        raise KeyeError(f"{folder} is not a folder: name one for the keys and values to lie in")
     free = shutil.disk_usage(folder).free
     if free - nbytes < reserve:
         raise OutOfMemory(
@@ -114,9 +114,9 @@ def _find_madvise() -> Callable[[int, int, int], int] | None:
     """The system's function, which takes addresses; the one of `mmap` knows only single maps."""
     if not hasattr(mmap, "MADV_WILLNEED"):
         return None
-    found = ctypes.CDLL(None).madvise
-    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return found
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return madvise
 
 
 _MADVISE: Final = _find_madvise()

@@ -36,8 +36,8 @@ class SavedCaches:
 
     @classmethod
     def save(cls, caches: Sequence[KVCache], folder: Path, stay: Collection[Block] = ()) -> SavedCaches:
-        """Copies sequences to a new file in `folder`; the caches stay as they are. Blocks of `stay`, which somebody
-        else holds anyway, are shared and not copied. `OutOfMemory` where the disk has no room."""
+        """Copies sequences to a new file in `folder`; the caches stay as they are. Blocks of `stay`, which other
+        sequences hold anyway, are shared and not copied. `OutOfMemory` where the disk has no room."""
         store = caches[0].store
         assert store is not None
         staying, numbers, copied = {id(block) for block in stay}, dict[int, int](), list[Block]()

@@ -27,7 +27,7 @@ _KINDS: Final[dict[str, RowKind]] = {"bf16": "bfloat16", "fp8": "fp8", "int8": "
 _OF_DTYPE: Final[dict[torch.dtype, RowKind]] = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
 }  # fmt: skip
-#: Blocks that are taken from the system at once: 1,024 tokens.
+#: Blocks that are allocated at once: 1,024 tokens.
 SLAB_BLOCKS: Final = 16
 
 
@@ -178,16 +178,16 @@ class KVStore:
     def take(self, count: int) -> list[Block]:
         """`count` new blocks, or `OutOfMemory` and none."""
         with self._lock:
-            taken: list[Block] = []
+            blocks: list[Block] = []
             try:
-                while len(taken) < count:
+                while len(blocks) < count:
                     slab = self._slab_with_room()
-                    while slab.free and len(taken) < count:
-                        taken.append(Block(slab, slab.free.pop()))
+                    while slab.free and len(blocks) < count:
+                        blocks.append(Block(slab, slab.free.pop()))
             except KeyeError:
-                self.drop(taken)
+                self.drop(blocks)
                 raise
-            return taken
+            return blocks
 
     def share(self, blocks: list[Block]) -> list[Block]:
         """The same blocks for one more holder."""
@@ -204,7 +204,7 @@ class KVStore:
         return [Block(slab, slot) for slot in range(blocks)]
 
     def drop(self, blocks: list[Block]) -> None:
-        """One holder less of each; a block without holders is free, a slab of free blocks is given back."""
+        """One holder less of each; a block without holders is free, a slab of free blocks is released."""
         with self._lock:
             for block in blocks:
                 assert block.references > 0, "a block was dropped once too often"
@@ -240,7 +240,7 @@ class KVStore:
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes that are taken from the ledger at once."""
+        """Bytes that are reserved at once."""
         return self._slab_blocks * self.layout.block_bytes
 
     def slabs_for(self, tokens: int) -> int:
@@ -253,7 +253,7 @@ class KVStore:
             return sum(sum(slab.reserved.values()) for slab in self._slabs)
 
     def _costs(self) -> dict[str, int]:
-        """Bytes of a new slab by the account that they are taken from."""
+        """Bytes of a new slab by the account that they are reserved in."""
         near = self._slab_blocks * self.layout.scanned_block_bytes
         costs = {"kv": near}
         costs[self._make_slab.account] = costs.get(self._make_slab.account, 0) + self.slab_bytes - near

@@ -143,10 +143,10 @@ class KeyeModel(Layer):
         """Token embeddings [T, d] with `visual_tokens` written over the image and video placeholders in order."""
         x = self.model.embed_tokens(token_ids)
         is_visual = visual_mask(self.config, token_ids)
-        wanted, given = int(is_visual.sum()), 0 if visual_tokens is None else visual_tokens.shape[0]
-        if wanted != given:
-            raise KeyeError(f"the prompt has {wanted} visual placeholders but the media give {given} visual tokens")
-        if visual_tokens is not None and given:
+        wanted, present = int(is_visual.sum()), 0 if visual_tokens is None else visual_tokens.shape[0]
+        if wanted != present:
+            raise KeyeError(f"the prompt has {wanted} visual placeholders but the media have {present} visual tokens")
+        if visual_tokens is not None and present:
             x = x.masked_scatter(is_visual.unsqueeze(-1), visual_tokens.to(x.dtype))
         return x
 

@@ -111,8 +111,8 @@ def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
         for name, view in file_tensors(own, tuple(tensor.shape), per_expert)
     }
     unused = {"lm_head.weight"} if model.is_tied else set()
-    given = {name: t for name, t in tensors.items() if name not in unused and not IGNORED.search(name)}
-    for name, tensor in given.items():
+    used = {name: t for name, t in tensors.items() if name not in unused and not IGNORED.search(name)}
+    for name, tensor in used.items():
         if name not in places:
             raise WeightsError(f"the model has no tensor {name}; give official names of its weights")
         if tensor.shape != places[name].shape:
@@ -120,7 +120,7 @@ def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
         if not tensor.is_floating_point():
             raise WeightsError(f"{name} is {tensor.dtype}; give floating-point numbers")
     with torch.no_grad():
-        for name, tensor in given.items():
+        for name, tensor in used.items():
             places[name].copy_(tensor)
     model.weights_version += 1
     return model.weights_version
@@ -209,8 +209,8 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         ("missing", missing), ("mis-shaped", wrong), ("no floating-point numbers that keye reads", unreadable),
         ("unexpected", unexpected),
     )  # fmt: skip
-    if strict and (found := sorted(name for name in rest if QUANTISED.search(name))):
-        raise WeightsError(f"the checkpoint is quantised (it holds {found[0]}), which keye does not read yet: use the "
+    if strict and (scales := sorted(name for name in rest if QUANTISED.search(name))):
+        raise WeightsError(f"the checkpoint is quantised (it holds {scales[0]}), which keye does not read yet: use the "
                            "bfloat16 release of the model")  # fmt: skip
     if any(names for _, names in problems):
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)

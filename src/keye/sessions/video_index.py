@@ -16,7 +16,7 @@ from typing import Any, Final, get_args
 
 import torch
 
-from keye.cache.checksums import damaged
+from keye.cache.checksums import damage_error
 from keye.cache.fingerprint import Fingerprint
 from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
 from keye.cache.sequence import KVCache
@@ -235,7 +235,7 @@ class _Facts:
             and all(_is_times(held["plan"].get(name)) for name in ("timestamps", "label_times", "part"))
         )
         if not sound:
-            raise damaged(file.path, "its header holds values that keye does not write")
+            raise damage_error(file.path, "its header holds values that keye does not write")
         pieces = tuple(one if isinstance(one, str) else VisualSpan("video", one) for one in held["pieces"])
         return cls(
             Fingerprint(**{name: model[name] for name in names}), about["attention"], about["next_position"],
@@ -251,7 +251,7 @@ def _is_times(value: object) -> bool:
 def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
     """A part of the header that has these fields."""
     if not isinstance(given, dict) or not all(type(given.get(name)) is kind for name, kind in wanted.items()):
-        raise damaged(file.path, f"its header lacks one of {', '.join(wanted)}")
+        raise damage_error(file.path, f"its header lacks one of {', '.join(wanted)}")
     return given
 
 
@@ -264,7 +264,7 @@ def _check_layout(file: IndexFile, config: KeyeConfig, dtype: torch.dtype) -> No
     # An index of dense attention holds no scanned rows.
     ours = {name: spec for name, spec in cache_rows(config.text).items() if name in specs or not spec.scanned}
     if specs != ours:
-        raise damaged(file.path, "its rows have another shape than those of its model")
+        raise damage_error(file.path, "its rows have another shape than those of its model")
 
 
 def _check_tokens(file: IndexFile, facts: _Facts, config: KeyeConfig) -> None:
@@ -274,4 +274,4 @@ def _check_tokens(file: IndexFile, facts: _Facts, config: KeyeConfig) -> None:
     good = 0 <= int(ids.min()) and int(ids.max()) < config.text.vocab_size and 0 < facts.next_position < most
     good = good and 0 <= int(file.tokens[1:].min()) and int(file.tokens.max()) < most
     if not good or visual != facts.visual_tokens:
-        raise damaged(file.path, "its tokens are none of its model")
+        raise damage_error(file.path, "its tokens are none of its model")

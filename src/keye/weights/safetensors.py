@@ -175,10 +175,10 @@ def write_checkpoint(
         for name, group in zip(names, groups, strict=True):
             part = {n: tensors[n].detach().to(device="cpu", dtype=dtype).contiguous() for n in group}
             save_file(part, drafts.enter_context(complete_file(folder / name)), metadata={"format": "pt"})
-    written = {path.name, *names}
+    current = {path.name, *names}
     for file in folder.iterdir():
         ours = file.name in (WEIGHTS_FILE, INDEX_FILE) or _SHARD.fullmatch(file.name)
-        if ours and file.name not in written:
+        if ours and file.name not in current:
             file.unlink()
     return path
 
@@ -186,13 +186,13 @@ def write_checkpoint(
 def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into groups of at most `limit` bytes; a larger tensor has a group of its own."""
     groups: list[list[str]] = [[]]
-    held = 0
+    total = 0
     for name, size in sizes.items():
-        if groups[-1] and held + size > limit:
+        if groups[-1] and total + size > limit:
             groups.append([])
-            held = 0
+            total = 0
         groups[-1].append(name)
-        held += size
+        total += size
     return groups
 
 

@@ -66,7 +66,7 @@ class StepBlocksBuilder(AttentionMetadataBuilder[StepBlocks]):
     ) -> StepBlocks:
         step = common_attn_metadata
         starts = step.query_start_loc_cpu.tolist()
-        # Exact where there is no speculative decoding, which `config` refuses; the other waits for the device.
+        # Exact without speculative decoding, which `config` refuses; the other waits for the device.
         known = step.seq_lens_cpu_upper_bound
         lengths = (step.seq_lens if known is None else known).tolist()
         tables = step.block_table_tensor

@@ -122,55 +122,55 @@ class MediaParser(MultiModalDataParser):
     def _get_subparsers(self) -> Mapping[str, Any]:
         return {"image": self._images, "video": self._videos}
 
-    def _images(self, given: Any) -> ModalityDataItems[Any, Any] | None:
-        return self._items("image", given, single=is_array(given) and given.ndim == 3)
+    def _images(self, value: Any) -> ModalityDataItems[Any, Any] | None:
+        return self._items("image", value, single=is_array(value) and value.ndim == 3)
 
-    def _videos(self, given: Any) -> ModalityDataItems[Any, Any] | None:
-        frames = isinstance(given, list | tuple) and bool(given) and all(map(_is_picture, given))
-        return self._items("video", given, single=frames or (is_array(given) and given.ndim == 4))
+    def _videos(self, value: Any) -> ModalityDataItems[Any, Any] | None:
+        frames = isinstance(value, list | tuple) and bool(value) and all(map(_is_picture, value))
+        return self._items("video", value, single=frames or (is_array(value) and value.ndim == 4))
 
-    def _items(self, kind: MediumKind, given: Any, *, single: bool) -> MediaItems | None:
-        if given is None:
+    def _items(self, kind: MediumKind, value: Any, *, single: bool) -> MediaItems | None:
+        if value is None:
             return None
-        listed = isinstance(given, list | tuple) or (is_array(given) and not single)
+        listed = isinstance(value, list | tuple) or (is_array(value) and not single)
         # A pair of frames and what is known of them is one video.
-        pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
-        media = list(given) if listed and not single and not pair else [given]
+        pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping)
+        media = list(value) if listed and not single and not pair else [value]
         return MediaItems([as_medium(kind, medium) for medium in media], kind)
 
 
-def as_medium(kind: MediumKind, given: Any, options: Mapping[str, Any] | None = None) -> Medium:
+def as_medium(kind: MediumKind, value: Any, options: Mapping[str, Any] | None = None) -> Medium:
     """One medium: a `Medium`, a path or bytes, pictures, frames with what vLLM knows of them, or what vLLM read from an
     address. `KeyeError` for options that its kind does not have."""
-    if isinstance(given, Medium):
-        return check_medium(given)
-    if isinstance(given, MediaWithBytes):
-        return check_medium(Medium(kind, _stranger(given), dict(options or {})))
-    if kind == "video" and isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
-        given = Frames(given[0], _times(given[1]))
-    elif isinstance(given, list | tuple):
-        given = [_opened(picture) for picture in given]
+    if isinstance(value, Medium):
+        return check_medium(value)
+    if isinstance(value, MediaWithBytes):
+        return check_medium(Medium(kind, _untrusted_source(value), dict(options or {})))
+    if kind == "video" and isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
+        value = Frames(value[0], _times(value[1]))
+    elif isinstance(value, list | tuple):
+        value = [_opened(picture) for picture in value]
     else:
-        given = _opened(given)
-    return check_medium(Medium(kind, given, dict(options or {})))
+        value = _opened(value)
+    return check_medium(Medium(kind, value, dict(options or {})))
 
 
-def _opened(given: Any) -> Any:
+def _opened(value: Any) -> Any:
     """The file that a path names, so that one which was changed is another medium; anything else as it is."""
-    return fetch_source(given) if isinstance(given, str | Path | bytes) and parse_list(given) is None else given
+    return fetch_source(value) if isinstance(value, str | Path | bytes) and parse_list(value) is None else value
 
 
 def _is_picture(value: object) -> bool:
     return isinstance(value, Image.Image) or (is_array(value) and getattr(value, "ndim", 0) == 3)
 
 
-def _stranger(given: MediaWithBytes[Any]) -> object:
+def _untrusted_source(value: MediaWithBytes[Any]) -> object:
     """The file that a request named, or the pictures in it."""
-    content = given.media
+    content = value.media
     if isinstance(content, tuple) and content[1].get("video_backend") == "jpeg_sequence":
-        pictures = decode_list(f"data:video/jpeg;base64,{given.original_bytes.decode()}")
+        pictures = decode_list(f"data:video/jpeg;base64,{value.original_bytes.decode()}")
         return [untrusted(fetch_source(picture)) for picture in pictures or ()]
-    return untrusted(fetch_source(given.original_bytes))
+    return untrusted(fetch_source(value.original_bytes))
 
 
 def _times(known: Mapping[str, Any]) -> tuple[float, ...] | None:
@@ -228,7 +228,7 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Also counts the videos of the prompt, which the sizes of their frames depend on."""
         if _VIDEOS in inputs.hf_processor_mm_kwargs:
-            raise KeyeError(f"mm_processor_kwargs.{_VIDEOS} is counted, not given; leave it out")
+            raise KeyeError(f"mm_processor_kwargs.{_VIDEOS} is counted by the plug-in; leave it out")
         videos = inputs.mm_data_items.get_count("video", strict=False)
         if videos > 1:
             options = {**inputs.hf_processor_mm_kwargs, _VIDEOS: videos}
@@ -242,9 +242,9 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Opens the media that are not in vLLM's cache."""
         builder, room = self.info.builder, Room(self.info.ctx.model_config.max_model_len, reply=1)
-        given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
-        videos = int(given.pop(_VIDEOS, 1))
-        defaults = defaults_of(given)
+        settings = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        videos = int(settings.pop(_VIDEOS, 1))
+        defaults = defaults_of(settings)
         output: dict[str, Any] = {}
         for kind, media in hf_data.items():
             options = defaults[kind]
@@ -255,11 +255,11 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
     def _fields(self, names: Fields, items: Sequence[MediaItem]) -> dict[str, Any]:
         ids = [self.info.builder.piece_ids(item.pieces) for item in items]
         vision = [item.vision for item in items]
-        pixels = torch.from_numpy(np.concatenate([one.pixel_values for one in vision]))
+        pixels = torch.from_numpy(np.concatenate([part.pixel_values for part in vision]))
         return {
             names.pixels: pixels.to(self.info.ctx.model_config.dtype),
-            names.grid: torch.from_numpy(np.concatenate([one.grid_thw for one in vision])),
-            names.rows: torch.tensor([len(one.grid_thw) for one in vision]),
+            names.grid: torch.from_numpy(np.concatenate([part.grid_thw for part in vision])),
+            names.rows: torch.tensor([len(part.grid_thw) for part in vision]),
             names.ids: torch.tensor([token for part in ids for token in part]),
             names.count: torch.tensor([len(part) for part in ids]),
         }
@@ -301,22 +301,22 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
         ]
 
 
-def defaults_of(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def defaults_of(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Options for all media of a prompt, by kind: `mm_processor_kwargs`, flat or in `images_kwargs` and
     `videos_kwargs`. `KeyeError` for one that no medium has."""
     defaults: dict[str, dict[str, Any]] = {"image": {}, "video": {}}
-    flat = {name: value for name, value in given.items() if name not in _SCOPES}
+    flat = {name: value for name, value in settings.items() if name not in _SCOPES}
     if unknown := sorted(flat.keys() - VIDEO_OPTIONS):
-        raise KeyeError(f"mm_processor_kwargs.{unknown[0]} is no option of media; known are "
+        raise KeyeError(f"mm_processor_kwargs.{unknown[0]} is not an option of media; known are "
                         f"{', '.join(sorted(VIDEO_OPTIONS))}")  # fmt: skip
     for kind, known in _OPTIONS.items():
         defaults[kind] |= {name: value for name, value in flat.items() if name in known}
     for scope, kind in _SCOPES.items():
-        if unknown := sorted(given.get(scope, {}).keys() - _OPTIONS[kind]):
+        if unknown := sorted(settings.get(scope, {}).keys() - _OPTIONS[kind]):
             raise KeyeError(
-                f"{scope}.{unknown[0]} is no option of {kind}s; known are {', '.join(sorted(_OPTIONS[kind]))}"
+                f"{scope}.{unknown[0]} is not an option of {kind}s; known are {', '.join(sorted(_OPTIONS[kind]))}"
             )
-        defaults[kind] |= given.get(scope, {})
+        defaults[kind] |= settings.get(scope, {})
     return defaults
 
 

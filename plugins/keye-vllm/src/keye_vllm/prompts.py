@@ -135,8 +135,8 @@ def _listed(value: Any) -> list[Any]:
 def options_of(messages: Sequence[Any]) -> dict[str, list[Mapping[str, Any]]]:
     """The options of each medium of a conversation, by kind and in order: beside its address, inside the object that
     holds it, or as `preprocess_kwargs` in either place."""
-    asked = [{"role": "user", "content": _only_media(message.get("content"))} for message in messages]
-    media = [part for turn in normalize(asked) for part in turn.parts if isinstance(part, Medium)]
+    turns = [{"role": "user", "content": _only_media(message.get("content"))} for message in messages]
+    media = [part for turn in normalize(turns) for part in turn.parts if isinstance(part, Medium)]
     return {kind: [medium.options for medium in media if medium.kind == kind] for kind in ("image", "video")}
 
 
@@ -169,8 +169,8 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
         content = [_part(part) for part in content]
     thought = turn.get("reasoning") if role == "assistant" else None
     if thought:
-        said = [content] if isinstance(content, str) else list(content or [])
-        content = [f"<think>\n{thought}\n</think>\n\n", *said]
+        parts = [content] if isinstance(content, str) else list(content or [])
+        content = [f"<think>\n{thought}\n</think>\n\n", *parts]
     if role == "assistant" and turn.get("tool_calls"):
         message["tool_calls"] = turn["tool_calls"]
         content = content or None

@@ -163,12 +163,12 @@ class CpuBackend:
             step.indexer_q, step.gate = indexer_q.data_ptr(), gate.data_ptr()
             step.indexer_dtype, (step.indexer_heads, step.indexer_dim) = _DTYPES[indexer_q.dtype], indexer_q.shape[1:]
         array = (_Stretch * len(stretches))()
-        kept = [_fill(array[i], stretch, sets) for i, stretch in enumerate(stretches)]
+        alive = [_fill(array[i], stretch, sets) for i, stretch in enumerate(stretches)]
         library = self._library
         assert library is not None, "takes() loads the library"
         if getattr(library, name)(ctypes.byref(step), array, len(stretches)):
             raise MemoryError("the compiled core found no memory for its scratch")
-        del kept  # alive until here: the library read them
+        del alive  # the library has read them
         if result is not out and out is not None and result is not None:
             for stretch in stretches:
                 out[stretch.start : stretch.stop] = result[stretch.start : stretch.stop]
@@ -187,7 +187,7 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
     """Writes a stretch for the library; returns what must stay alive while it reads."""
     assert stretch.blocks is not None
     to.start, to.stop, to.first = stretch.start, stretch.stop, stretch.first
-    kept = [_fill_rows(getattr(to, name), stretch.blocks[name]) for name in _ROWS if name in stretch.blocks]
+    alive = [_fill_rows(getattr(to, name), stretch.blocks[name]) for name in _ROWS if name in stretch.blocks]
     if stretch.counts is not None:
         assert stretch.counts.dtype == torch.int64 and stretch.counts.is_contiguous()
         to.counts = stretch.counts.data_ptr()
@@ -195,7 +195,7 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
         to.sets = sets.data_ptr()
     mapped = stretch.blocks["k"].mapped or stretch.blocks["v"].mapped
     to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
-    return kept
+    return alive
 
 
 def _fill_rows(to: _Rows, rows: BlockRows) -> Tensor:
@@ -223,21 +223,21 @@ def load(library: Path) -> ctypes.CDLL:
 
 def make() -> CpuBackend | None:
     """The backend, or None where it can never run. Builds nothing yet."""
-    found = cpu_build.find()
-    return None if found is not None and found.library is None else CpuBackend()
+    core = cpu_build.find()
+    return None if core is not None and core.library is None else CpuBackend()
 
 
 def status() -> str:
     """One sentence: what computes sparse attention on this processor, and why not something better."""
-    found = cpu_build.find()
-    if found is None:
+    core = cpu_build.find()
+    if core is None:
         names = ", ".join(variant.name for variant in cpu_build.runnable())
         return (
             f"the compiled core ({names}) will be built when a context first exceeds {BUILD_ABOVE} tokens; "
             "`python -m keye.ops.cpu.build` builds it now"
         )
-    if found.library is None:
-        return f"reference, plain torch: {found.note}"
-    note = f"; not better because {found.note}" if found.note else ""
+    if core.library is None:
+        return f"reference, plain torch: {core.note}"
+    note = f"; not better because {core.note}" if core.note else ""
     crossover = f"sets are applied as a mask up to {MASKED_UP_TO} k keys"
-    return f"compiled core, {found.variant}, {crossover} ({found.library}){note}"
+    return f"compiled core, {core.variant}, {crossover} ({core.library}){note}"

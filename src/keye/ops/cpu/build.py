@@ -115,9 +115,8 @@ def find() -> Status | None:
 
 def ready() -> Status:
     """The best library that works here; builds and tries what has not been yet, which takes seconds."""
-    found = find()
-    if found is not None:
-        return found
+    if (status := find()) is not None:
+        return status
     folder, command = _cache_folder()[0], compiler()
     assert folder is not None and command is not None
     status = _first_good(folder, command, runnable(), build=True)
@@ -228,8 +227,8 @@ def _try(library: Path) -> str:
 
 
 def _cache_folder() -> tuple[Path | None, str]:
-    """A folder that only this user can write, or None and why there is none: whoever can write there could have us run
-    any code."""
+    """A folder that only this user can write, or None and why there is none: anyone who can write there could make us
+    run any code."""
     cache = kernel_config().cache
     for folder in (cache, cache / "cpu"):
         try:

@@ -39,7 +39,7 @@ class Problem:
         generator: torch.Generator,
         kind: RowKind | None = None,
         indexer_kind: RowKind | None = None,
-        whole: bool = False,
+        integers: bool = False,
     ) -> None:
         plain: RowKind = "float32" if dtype == torch.float32 else "bfloat16"
         kv = RowFormat(kind or plain, groups, dim)
@@ -49,9 +49,9 @@ class Problem:
         self.memory: dict[str, Tensor] = {}
         for name, form in forms.items():
             shape = (length, form.heads, form.dim)
-            # Small whole numbers give exactly equal scores wherever they are multiplied.
+            # Small integers give exactly equal scores wherever they are multiplied.
             numbers = torch.randint(-1, 2, shape, generator=generator).float()
-            x = numbers if whole else torch.randn(shape, generator=generator)
+            x = numbers if integers else torch.randn(shape, generator=generator)
             self.blocks[name], self.memory[name] = split_blocks(form.encode(x.to(dtype)), form)
 
     def _decode(self, name: str, positions: Tensor) -> Tensor:
@@ -72,10 +72,10 @@ class Problem:
 
 
 def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None:
-    """Selection must be equal (whole numbers: exact scores), outputs near; `AssertionError` otherwise."""
+    """Selection must be equal (integers: exact scores), outputs near; `AssertionError` otherwise."""
     generator = torch.Generator().manual_seed(0)
     for length, n, topk in ((70, 70, 70), (700, 40, 90), (333, 1, 64)):
-        problem = Problem(length, 2, 64, 64, dtype, generator, kind=kind, whole=True)
+        problem = Problem(length, 2, 64, 64, dtype, generator, kind=kind, integers=True)
         q = torch.randn(n, 8, 64, generator=generator).to(dtype)
         indexer_q = torch.randint(-2, 3, (n, 4, 64), generator=generator).to(dtype)
         gate = torch.randint(-2, 3, (n, 4), generator=generator).float()

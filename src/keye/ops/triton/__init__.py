@@ -60,7 +60,7 @@ def _refusal() -> str | None:
     if _interpreted():
         return None
     if not torch.cuda.is_available() or torch.version.hip is not None:
-        return "there is no CUDA device"
+        return "no CUDA device was found"
     capability = torch.cuda.get_device_capability()
     if capability < CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, CAPABILITY))

@@ -279,12 +279,12 @@ def rotate_queries(q: Tensor, out: Tensor, pools: Pools) -> tuple[Tensor, Tensor
     return q, torch.empty_like(out, dtype=torch.float32) if pools.v.format.rotated else out
 
 
-def rotate_outputs(written: Tensor, out: Tensor, stretches: Sequence[Stretch]) -> None:
+def rotate_outputs(output: Tensor, out: Tensor, stretches: Sequence[Stretch]) -> None:
     """Turns outputs of rotated values back, where they are not in `out` already."""
-    if written is not out:
+    if output is not out:
         for stretch in stretches:
             part = slice(stretch.start, stretch.stop)
-            out[part] = hadamard_transform(written[part]).to(out.dtype)
+            out[part] = hadamard_transform(output[part]).to(out.dtype)
 
 
 def _where(batch: Batch, pools: Pools) -> tuple[Tensor, ...]:

@@ -44,17 +44,17 @@ class TritonBackend:
         q = q.contiguous()
         for pools, group in by_pools(stretches):
             fixed, few, many = _sorted(group)
-            queries, written = attention.rotate_queries(q, out, pools)
+            queries, output = attention.rotate_queries(q, out, pools)
             ratio = q.shape[1] // pools.k.format.heads
             block = attention.block_queries(ratio, q.dtype, alone=not fixed)
             for pieces in _packed(few, lambda length: attention.most_queries(length, q)):
                 batch = make_batch(pieces, block, q.device)
-                attention.attend_tiles(queries, batch, pools, written, split=not fixed)
+                attention.attend_tiles(queries, batch, pools, output, split=not fixed)
             if many:
                 block = attention.block_queries(ratio, q.dtype, alone=False)
-                batch = make_batch([_whole(stretch) for stretch in many], block, q.device)
-                attention.attend_tiles(queries, batch, pools, written, split=False)
-            attention.rotate_outputs(written, out, group)
+                batch = make_batch([_all_queries(stretch) for stretch in many], block, q.device)
+                attention.attend_tiles(queries, batch, pools, output, split=False)
+            attention.rotate_outputs(output, out, group)
 
     def select(self, indexer_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
         indexer_q, gate, pools = indexer_q.contiguous(), gate.float().contiguous(), Pools.of(stretch)
@@ -64,18 +64,18 @@ class TritonBackend:
 
     def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:
         pools = Pools.of(stretch)
-        queries, written = attention.rotate_queries(q.contiguous(), out, pools)
+        queries, output = attention.rotate_queries(q.contiguous(), out, pools)
         for offset, positions in selected:
             chosen = positions.to(q.device, torch.int32).contiguous()
             piece = Piece(stretch, offset, offset + chosen.shape[0])
             if kernel == "masked":
-                _attend_masked(queries, chosen, piece, pools, written)
+                _attend_masked(queries, chosen, piece, pools, output)
             else:
                 batch = make_batch([piece], 1, q.device)
                 split = not stretch.fixed and stretch.stop - stretch.start <= FEW
-                attention.attend_selected(queries, chosen, batch, pools, written, split=split)
+                attention.attend_selected(queries, chosen, batch, pools, output, split=split)
             _count(chosen, stretch.counts)
-        attention.rotate_outputs(written, out, [stretch])
+        attention.rotate_outputs(output, out, [stretch])
 
     def sparse(
         self, q: Tensor, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], topk: int, out: Tensor
@@ -83,17 +83,17 @@ class TritonBackend:
         q, indexer_q, gate = q.contiguous(), indexer_q.contiguous(), gate.float().contiguous()
         for pools, group in by_pools(stretches):
             fixed, few, many = _sorted(group)
-            queries, written = attention.rotate_queries(q, out, pools)
+            queries, output = attention.rotate_queries(q, out, pools)
             packed = _packed(few, lambda length: selection.most_queries(length, topk))
             launches = [(pieces, not fixed) for pieces in packed]
             block = selection.block_queries(indexer_q, alone=False)
             launches += [([piece], False) for stretch in many for piece in _slices(stretch, topk, block)]
             for pieces, alone in launches:
                 batch, selected = _select(indexer_q, gate, pieces, pools, topk, alone=alone)
-                attention.attend_selected(queries, selected, batch, pools, written, split=alone)
+                attention.attend_selected(queries, selected, batch, pools, output, split=alone)
                 for piece, part in zip(pieces, batch.parts(pieces), strict=True):
                     _count(selected[part], piece.stretch.counts)
-            attention.rotate_outputs(written, out, group)
+            attention.rotate_outputs(output, out, group)
 
 
 def _sorted(group: Sequence[Stretch]) -> tuple[bool, list[Stretch], list[Stretch]]:
@@ -102,7 +102,7 @@ def _sorted(group: Sequence[Stretch]) -> tuple[bool, list[Stretch], list[Stretch
     return group[0].fixed, few, [stretch for stretch in group if stretch.stop - stretch.start > FEW]
 
 
-def _whole(stretch: Stretch) -> Piece:
+def _all_queries(stretch: Stretch) -> Piece:
     return Piece(stretch, 0, stretch.stop - stretch.start)
 
 
@@ -110,7 +110,7 @@ def _packed(few: Sequence[Stretch], most_queries: Callable[[int], int]) -> Itera
     """Whole stretches, as many in a launch as its scratch memory allows for the longest of them."""
     pieces: list[Piece] = []
     for stretch in few:
-        more = [*pieces, _whole(stretch)]
+        more = [*pieces, _all_queries(stretch)]
         # A block of queries may be padded to as many as a stretch of few queries can have.
         if pieces and FEW * len(more) > most_queries(max(piece.length for piece in more)):
             yield pieces

@@ -1,12 +1,12 @@
 """Which keys the indexer keeps: scores over paged keys, then an exact, ordered top-k.
 
-The k largest of a row are found without sorting it:
+The k largest of a row are collected without sorting it:
 
 1. `_score_kernel` writes the scores of a few queries as integers in the order of the numbers, and the largest of every
    GROUP neighbouring keys (the peaks).
 2. The k-th largest peak is a floor of the k-th largest score: k keys reach it. At most (k - 1) * GROUP keys exceed it.
 3. Those keys, and the first ones that equal the floor if k do not exceed it, are collected in order.
-4. Among them the k-th largest is found bit by bit, and the k kept are written in order; of equal ones the first.
+4. Among them the k-th largest is collected bit by bit, and the k kept are written in order; of equal ones the first.
 
 Scores of one slice of queries and the keys collected are the scratch memory: `SCRATCH_BYTES` at most, at any length up
 to the one at which a single query needs more. Every integer step has one right answer, so that only the scores can
@@ -103,23 +103,23 @@ def _score_kernel(
 @triton.jit
 def _kth_largest(rows, count, topk, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The topk-th largest of the first `count` int32 [ROWS] at each of `rows`: bit by bit from the highest, the largest
-    number that topk entries reach. Where there are no more than topk, nothing has to be told apart: _NONE."""
+    number that topk entries reach. Where there are no more than topk, no floor is needed: _NONE."""
     stop = tl.max(count, 0)
-    found = tl.full([ROWS], _NONE, tl.int32)
-    one = tl.full([ROWS], 1, tl.int32)
+    largest = tl.full([ROWS], _NONE, tl.int32)
+    unit = tl.full([ROWS], 1, tl.int32)
     zero = tl.zeros([ROWS, TILE], tl.int32)
     lanes = tl.arange(0, TILE)[None, :]
     if stop > topk:
         for i in range(32):
-            # Bits of `found` that are not decided are 0 and the sign is 1: turning one around raises the number.
-            attempt = found ^ (one << (31 - i))
+            # Bits of `largest` that are not decided are 0 and the sign is 1: turning unit around raises the number.
+            attempt = largest ^ (unit << (31 - i))
             reached = zero
             for tile in range(0, stop, TILE):
                 index = tile + lanes
                 x = tl.load(rows[:, None] + index, mask=index < count[:, None], other=_NONE)
                 reached += (x >= attempt[:, None]).to(tl.int32)
-            found = tl.where(tl.sum(reached, 1) >= topk, attempt, found)
-    return tl.where(count > topk, found, _NONE)
+            largest = tl.where(tl.sum(reached, 1) >= topk, attempt, largest)
+    return tl.where(count > topk, largest, _NONE)
 
 
 @triton.jit
@@ -168,10 +168,10 @@ def _take(x, least, seen, wanted):
 
 @triton.jit
 def _collect_kernel(
-    scores, last_of, floors, above, equal, found, where, counts, queries, width, room, chunks, topk,
+    scores, last_of, floors, above, equal, collected, where, counts, queries, width, room, chunks, topk,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Scores and positions of the keys that may be among the topk, in order: `found`, `where` int32 [B, room]."""
+    """Scores and positions of the keys that may be among the topk, in order: `collected`, `where` int32 [B, room]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(1)
     real = row < queries
@@ -192,7 +192,7 @@ def _collect_kernel(
         x = tl.load(scores + (long_row * width)[:, None] + index, mask=index < count[:, None], other=_NONE)
         take, equals, ranks = _take(x, floor, seen, wanted)
         at = (long_row * room + place)[:, None] + ranks - 1
-        tl.store(found + at, x, mask=take)
+        tl.store(collected + at, x, mask=take)
         tl.store(where + at, tl.broadcast_to(index, [ROWS, TILE]), mask=take)
         seen += equals
         place += tl.max(ranks, 1)
@@ -200,7 +200,7 @@ def _collect_kernel(
 
 @triton.jit
 def _keep_kernel(
-    found, where, counts, selected, queries, room, topk, ROWS: tl.constexpr, TILE: tl.constexpr
+    collected, where, counts, selected, queries, room, topk, ROWS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """The topk of the collected keys, in order, then -1: `selected` int32 [B, topk]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -208,20 +208,20 @@ def _keep_kernel(
     count = tl.load(counts + row, mask=real, other=0)
     stop = tl.max(count, 0)
     long_row = row.to(tl.int64)
-    least = _kth_largest(found + long_row * room, count, topk, ROWS, TILE)
+    least = _kth_largest(collected + long_row * room, count, topk, ROWS, TILE)
     lanes = tl.arange(0, TILE)[None, :]
     rows = (long_row * room)[:, None]
     higher = tl.zeros([ROWS, TILE], tl.int32)
     for tile in range(0, stop, TILE):
         index = tile + lanes
-        x = tl.load(found + rows + index, mask=index < count[:, None], other=_NONE)
+        x = tl.load(collected + rows + index, mask=index < count[:, None], other=_NONE)
         higher += (x > least[:, None]).to(tl.int32)
     wanted = topk - tl.sum(higher, 1)
     seen = tl.zeros([ROWS], tl.int32)
     place = tl.zeros([ROWS], tl.int32)
     for tile in range(0, stop, TILE):
         index = tile + lanes
-        x = tl.load(found + rows + index, mask=index < count[:, None], other=_NONE)
+        x = tl.load(collected + rows + index, mask=index < count[:, None], other=_NONE)
         take, equals, ranks = _take(x, least, seen, wanted)
         at = (long_row * topk + place)[:, None] + ranks - 1
         tl.store(selected + at, tl.load(where + rows + index, mask=take, other=0), mask=take)
@@ -311,7 +311,7 @@ def _topk(scores: Tensor, peaks: Tensor, batch: Batch, need: Room) -> Tensor:
     B, chunks = batch.queries, triton.cdiv(batch.length, CHUNK)
     floors, counts = scores.new_empty(B), scores.new_empty(B)
     above, equal = scores.new_empty(B, chunks), scores.new_empty(B, chunks)
-    found, where = scores.new_empty(B, need.room), scores.new_empty(B, need.room)
+    collected, where = scores.new_empty(B, need.room), scores.new_empty(B, need.room)
     selected = scores.new_empty(B, need.topk)
     blocks = triton.cdiv(B, ROWS)
     tiles = {"ROWS": ROWS, "TILE": TILE}
@@ -320,10 +320,10 @@ def _topk(scores: Tensor, peaks: Tensor, batch: Batch, need: Room) -> Tensor:
         scores, batch.last, floors, above, equal, B, need.width, chunks, CHUNK=CHUNK, **tiles
     )  # fmt: skip
     _collect_kernel[(blocks, chunks)](
-        scores, batch.last, floors, above, equal, found, where, counts, B, need.width, need.room, chunks, need.topk,
+        scores, batch.last, floors, above, equal, collected, where, counts, B, need.width, need.room, chunks, need.topk,
         CHUNKS=triton.next_power_of_2(chunks), CHUNK=CHUNK, **tiles,
     )  # fmt: skip
-    _keep_kernel[(blocks,)](found, where, counts, selected, B, need.room, need.topk, **tiles)
+    _keep_kernel[(blocks,)](collected, where, counts, selected, B, need.room, need.topk, **tiles)
     return selected
 
 
