@@ -34,7 +34,7 @@ from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import VideoWork
 from keye.cluster.service import DecodeService, open_service
 from keye.config import ProcessorConfig
-from keye.media.options import DEFAULTS
+from keye.config.media import DEFAULTS
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, fetch_source
 

@@ -21,9 +21,9 @@ import av
 import numpy as np
 
 from keye.config import ProcessorConfig
-from keye.media.options import MediaOptions
+from keye.config.media import MediaOptions
 from keye.media.source.fetch import fetch_source
-from keye.media.video import DecodeLimits, open_video
+from keye.media.video import DecodeLimits, VideoReader
 
 WIDTH, HEIGHT, FPS, SAMPLED = 640, 360, 24, 2
 #: 448 x 252 pixels a frame, and enough budget that the whole length is sampled.
@@ -64,7 +64,7 @@ def iterate(path: Path) -> dict[str, Any]:
     """Seconds of planning and reading all sampled frames, and memory of this process and its worker on the way."""
     begin = time.perf_counter()
     memory = []
-    with open_video(fetch_source(path), DecodeLimits(threads=1)) as reader:
+    with VideoReader(fetch_source(path), DecodeLimits(threads=1)) as reader:
         plan = reader.plan(CONFIG, MediaOptions(fps=SAMPLED))
         planned = time.perf_counter()
         for i, _ in enumerate(reader.frames(plan)):

@@ -29,11 +29,11 @@ import pillow_heif
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, MediaError
 from keye.media.image import plan_image, read_image
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
-from keye.media.video import DecodeLimits, open_video
+from keye.media.video import DecodeLimits, VideoReader
 
 CONFIG = ProcessorConfig()
 LIMITS = DecodeLimits(memory_bytes=1 << 30, cpu_seconds=10, wait_seconds=20.0, total_seconds=30.0, frames=100_000,
@@ -149,7 +149,7 @@ def read(data: bytes) -> str:
         plan_image(source, CONFIG)
         read_image(source)
         return "read"
-    with open_video(source, LIMITS) as reader:
+    with VideoReader(source, LIMITS) as reader:
         for frame in reader.frames(reader.plan(CONFIG, OPTIONS)):
             assert frame.dtype == np.uint8
     return "read"

@@ -21,7 +21,7 @@ from PIL import Image
 from keye.hub import asset
 from keye.media.image import read_image
 from keye.media.source.fetch import fetch_source, untrusted
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from keye.server.edge.guard import Guard, GuardSettings
 from keye.server.edge.json_shape import check_json
 from keye.server.edge.limits import Limits
@@ -42,7 +42,7 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def open_and_close() -> None:
-    with open_video(fetch_source(asset("demo.mp4"))):
+    with VideoReader(fetch_source(asset("demo.mp4"))):
         return
 
 

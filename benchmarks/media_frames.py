@@ -27,7 +27,7 @@ from keye.errors import KeyeError
 from keye.media.info import VideoInfo
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 
 #: Largest difference of the mean of a block of pixels: decoders and scalers round differently, pictures differ more.
 PICTURE_TOLERANCE = 24.0
@@ -61,7 +61,7 @@ def main() -> None:
 def check(path: Path) -> list[str]:
     """What is wrong with keye's frames of a file; nothing where they are ffmpeg's."""
     try:
-        with warnings.catch_warnings(), open_video(fetch_source(path)) as reader:
+        with warnings.catch_warnings(), VideoReader(fetch_source(path)) as reader:
             warnings.simplefilter("ignore")
             info = reader.info
             expected = ffmpeg_frames(path, info.width, info.height)

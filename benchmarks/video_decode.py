@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.media.source.fetch import fetch_source
-from keye.media.video import DecodeLimits, open_video
+from keye.media.video import DecodeLimits, VideoReader
 
 WIDTH, HEIGHT, FPS = 1920, 1080, 30
 #: 448 x 252 pixels, 16 x 9 tokens, is the only size this configuration can give a 16:9 frame.
@@ -89,7 +89,7 @@ def sampled(path: Path, threads: int) -> dict[str, float]:
     """CPU seconds (worker and this side), peak RSS of the worker and right frames of one sampling run."""
     config = ProcessorConfig(video_min_tokens=TOKENS, video_max_tokens=TOKENS, fps=2.0)
     before, before_own = children_cpu(), own_cpu()
-    with open_video(fetch_source(path), DecodeLimits(threads=threads)) as reader:
+    with VideoReader(fetch_source(path), DecodeLimits(threads=threads)) as reader:
         plan = reader.plan(config)
         frames = reader.read(plan)
         status = Path(f"/proc/{reader._worker.process.pid}/status").read_text()

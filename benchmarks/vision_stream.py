@@ -26,9 +26,9 @@ import av
 import torch
 
 import keye
+from keye.config.media import MediaOptions
 from keye.data import frameforge
 from keye.engine.vision import VisionJob
-from keye.media.options import MediaOptions
 from keye.media.processor import MediaItem
 from keye.media.source.fetch import fetch_source
 

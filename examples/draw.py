@@ -13,10 +13,10 @@ from PIL import Image
 
 from keye.chat.replies import parse_reply
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.hub import asset
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from keye.sessions.draw import draw_regions
 
 REPLY = (
@@ -28,7 +28,7 @@ REPLY = (
 
 def main(out: Path) -> None:
     """Draws on the frame at 8 seconds of the bundled video."""
-    with open_video(fetch_source(asset("demo.mp4"))) as reader:
+    with VideoReader(fetch_source(asset("demo.mp4"))) as reader:
         frames = reader.read(reader.plan(ProcessorConfig(), MediaOptions(video_start=8.0, video_end=8.5, nframes=1)))
     reply = parse_reply(REPLY)
     for region in reply.regions:

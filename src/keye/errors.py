@@ -6,7 +6,6 @@ Python unless a door says otherwise, so that the command line can speak of its o
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -50,14 +49,6 @@ def is_number(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Whether `value` is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: float) -> bool:
-    """Whether a number is finite as a float; an integer of more than 308 digits is not."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 class _Worded(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # Conversations to text, special tokens and media in their places.
 from keye.chat.foreign_template import CheckpointTemplate, find_template
-from keye.chat.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, normalize
+from keye.chat.messages import Medium, normalize
 from keye.chat.template import ChatTemplate, Segment, template_of
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 
@@ -21,7 +21,8 @@ from keye.config import (
     model_config_from_dict,
 )
 
-# Media: sources, patches, positions.
+# Media: options, sources, patches, positions.
+from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
 from keye.engine.media import check_medium
 from keye.engine.prompt import Prompt, PromptBuilder, Room
 from keye.hub import resolve

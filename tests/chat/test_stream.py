@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.chat.replies import parse_reply
-from keye.chat.stream import ReplyPiece, ReplyStream, joined_reply
+from keye.chat.stream import ReplyPiece, ReplyStream
 
 CALL = '<tool_call>\n{"name": "cut_clip", "arguments": {"start": 1.5, "title": "a \\"}\\" b"}}\n</tool_call>'
 REPLIES = [
@@ -32,6 +33,27 @@ REPLIES = [
     "a < b and <b> c <think",
     "<answer>[[1.0, 2.5]]</answer>",
 ]
+
+
+@dataclass(frozen=True)
+class StreamedReply:
+    """A whole reply, put together from its pieces."""
+
+    text: str
+    reasoning: str | None
+    calls: tuple[tuple[str, str], ...]
+
+
+def joined_reply(pieces: list[ReplyPiece]) -> StreamedReply:
+    """Answer, reasoning, and the name and the JSON text of the arguments of each call."""
+    calls: list[list[str]] = []
+    for piece in pieces:
+        if piece.kind == "call":
+            calls.append([piece.text, ""])
+        elif piece.kind == "arguments":
+            calls[piece.index][1] += piece.text
+    text, reasoning = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning"))
+    return StreamedReply(text, reasoning or None, tuple((name, arguments) for name, arguments in calls))
 
 
 def in_pieces(text: str, cuts: list[int], *, tools: bool = True, reasoning: bool = False) -> list[ReplyPiece]:

@@ -12,11 +12,11 @@ from PIL import Image
 
 from keye.cli import VERBS
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.data.frameforge import make_clip, questions, render
 from keye.hub import asset
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from tests.support.help_blocks import DOCS, documented, with_current_help
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_every_verb_is_documented() -> None:
 
 def test_the_demo_video_shows_its_scene() -> None:
     clip = make_clip(1978, frames=32, objects=4, split="test", size=(448, 448), start=0.0, step=0.5)
-    with open_video(fetch_source(asset("demo.mp4"))) as reader:
+    with VideoReader(fetch_source(asset("demo.mp4"))) as reader:
         plan = reader.plan(ProcessorConfig(), MediaOptions(nframes=32))
         frames = reader.read(plan)
     assert plan.timestamps == clip.timestamps

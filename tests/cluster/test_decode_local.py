@@ -23,9 +23,9 @@ from keye.cluster.pool import LocalWorker, shared_file
 from keye.cluster.pool_worker import missing_codecs
 from keye.cluster.service import DecodeService, Poisoned, open_service
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.data.frameforge import make_clip, write_mp4
 from keye.errors import KeyeError, MediaError
-from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, fetch_source, untrusted
 

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, MediaError
 from keye.media.clips import cut_clips
 from keye.media.image import read_image
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
-from keye.media.video import DecodeLimits, open_video, probe
+from keye.media.video import DecodeLimits, VideoReader, probe
 
 CONFIG = ProcessorConfig()
 TIMES = (100, 40, 250, 100, 1000)
@@ -45,7 +45,7 @@ def read(source: Any, count: int) -> tuple[list[float], list[int]]:
     """Times and red levels of `count` frames."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KeyeWarning)
-        with open_video(source) as reader:
+        with VideoReader(source) as reader:
             plan = reader.plan(CONFIG, MediaOptions(nframes=count))
             frames = reader.read(plan)
     return [round(time, 3) for time in plan.timestamps], [int(frame[8, 8, 0]) for frame in frames]

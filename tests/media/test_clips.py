@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media.clips import cut_clips, fit_interval
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import Source, fetch_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from tests.support.clips import read_code, write_clip, write_with_sound
 
 
 def codes_and_times(path: Path) -> tuple[list[int], list[float], float]:
     """The numbers that the frames show, their times, and the length of the file."""
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         plan = reader.plan(ProcessorConfig(), MediaOptions(nframes=reader.info.frame_count))
         codes = [read_code(frame) for frame in reader.read(plan)]
         return codes, [round(time, 3) for time in plan.timestamps], reader.info.duration
@@ -53,7 +53,7 @@ def test_irregular_times_are_kept(tmp_path: Path) -> None:
 def test_odd_sizes_lose_a_line(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "source.mkv", codec="ffv1", pix_fmt="bgr0", frames=10, size=(161, 97)))
     (path,) = cut_clips(source, [(0.0, 1.0)], tmp_path)
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         assert (reader.info.width, reader.info.height) == (160, 96)
 
 

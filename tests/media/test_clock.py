@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from keye.cluster.decode_work import VideoWork
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.processor import Processor
 from keye.media.source.fetch import fetch_source
-from keye.media.video import VideoReader, open_video, plan_video, probe
+from keye.media.video import VideoReader, plan_video, probe
 from tests.support.clips import read_code, trim_mp4, write_clip, write_with_sound
 
 PREVIEW, V15, V20 = (ProcessorConfig.of(name) for name in ("preview", "1.5", "2.0"))  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def read(file: Path | VideoReader, **options: object) -> tuple[VideoInfo, VideoP
     """Info, plan and the number shown by each sampled frame."""
     with warnings.catch_warnings(), ExitStack() as opened:
         warnings.simplefilter("ignore", KeyeWarning)
-        reader = opened.enter_context(open_video(fetch_source(file))) if isinstance(file, Path) else file
+        reader = opened.enter_context(VideoReader(fetch_source(file))) if isinstance(file, Path) else file
         plan = reader.plan(V20, MediaOptions(**options))  # type: ignore[arg-type]
         return reader.info, plan, [read_code(frame) for frame in reader.read(plan)]
 
@@ -82,7 +82,7 @@ def test_notes_come_through_the_decode_service(tmp_path: Path) -> None:
 
 
 def test_parts_are_chosen_by_the_clock_of_players(tmp_path: Path) -> None:
-    with open_video(fetch_source(write_with_sound(tmp_path / "late.mkv", video_start=1.5))) as reader:
+    with VideoReader(fetch_source(write_with_sound(tmp_path / "late.mkv", video_start=1.5))) as reader:
         _, plan, codes = read(reader, video_start=2.0, video_end=3.0, fps=10)
         assert (codes[0], codes[-1]) == (5, 15)
         assert (plan.timestamps[0], plan.timestamps[-1]) == (2.0, 3.0)
@@ -98,7 +98,7 @@ def test_parts_are_chosen_by_the_clock_of_players(tmp_path: Path) -> None:
 @pytest.mark.parametrize("times_ms", [None, [i * 4000 for i in range(5)] + [29000]])
 def test_a_part_between_two_frames_has_the_one_on_display(tmp_path: Path, times_ms: list[int] | None) -> None:
     """Slides of 4 s each, evenly and with a longer one before the last."""
-    with open_video(
+    with VideoReader(
         fetch_source(write_clip(tmp_path / "slides.mkv", frames=6, times_ms=times_ms or [i * 4000 for i in range(6)]))
     ) as reader:
         for config in (PREVIEW, V15, V20):
@@ -113,7 +113,7 @@ def test_a_part_between_two_frames_has_the_one_on_display(tmp_path: Path, times_
 
 
 def test_a_part_that_begins_within_a_frame_includes_it(tmp_path: Path) -> None:
-    with open_video(fetch_source(write_clip(tmp_path / "clip.mp4", frames=30, fps=10))) as reader:
+    with VideoReader(fetch_source(write_clip(tmp_path / "clip.mp4", frames=30, fps=10))) as reader:
         for start, first in ((1.0, 10), (1.04, 10), (1.0999, 11), (1.1, 11)):
             assert read(reader, video_start=start, video_end=2.0, fps=10)[2] == list(range(first, 21))
 
@@ -121,7 +121,7 @@ def test_a_part_that_begins_within_a_frame_includes_it(tmp_path: Path) -> None:
 def test_a_part_of_a_variable_rate_has_a_rate_of_its_own(tmp_path: Path) -> None:
     """30 frames a second with a gap of 10 s: 6.9 a second on the whole."""
     times = [round(i * 1000 / 30) + (10_000 if i >= 45 else 0) for i in range(90)]
-    with open_video(fetch_source(write_clip(tmp_path / "gap.mkv", frames=90, times_ms=times))) as reader:
+    with VideoReader(fetch_source(write_clip(tmp_path / "gap.mkv", frames=90, times_ms=times))) as reader:
         info, plan, codes = read(reader, video_start=0.0, video_end=1.4, fps=2)
         assert info.fps < 7
         assert codes == [0, 42]

@@ -16,7 +16,7 @@ from keye.config import ProcessorConfig
 from keye.errors import MediaError
 from keye.media.source.download import FetchLimits, is_public, redact_url
 from keye.media.source.fetch import fetch_source, media_kind
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from tests.support.clips import read_code, write_clip
 
 LOCAL = FetchLimits(allow_private=True)
@@ -87,7 +87,7 @@ def test_a_video_by_its_address(server: tuple[str, dict[str, Answer]], tmp_path:
     answers["/moved"] = redirect("/clip.mp4?key=secret")
     source = fetch_source(f"{address}/moved?token=1", limits=LOCAL)
     assert (source.name, source.size, media_kind(source)) == ("moved", len(data), "video")
-    with open_video(source) as reader:
+    with VideoReader(source) as reader:
         assert reader.info.frame_count == 60
         assert read_code(next(iter(reader.frames(reader.plan(ProcessorConfig()))))) == 0
     kept = source.path

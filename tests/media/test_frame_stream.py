@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.data.frameforge import make_clip, write_mp4
 from keye.errors import MediaError
 from keye.media.frame_stream import FileReader, FrameShape
-from keye.media.options import MediaOptions
 from keye.media.pixels.patches import VisionInput
 from keye.media.pixels.pictures import Pixels
 from keye.media.processor import Processor

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import MediaError
 from keye.media.image import plan_image, read_image, resize_image
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source, media_kind
 
 CONFIG = ProcessorConfig()

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import MediaError
 from keye.media.image import plan_image
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from tests.support.clips import write_clip, write_sound
 
 CONFIG = ProcessorConfig()
@@ -134,7 +134,7 @@ OTHERS = [
 @pytest.mark.parametrize(("data", "what"), OTHERS, ids=[what[:24] for _, what in OTHERS])
 def test_what_is_neither_gets_one_sentence(data: bytes, what: str) -> None:
     source = fetch_source(data)
-    for use in (media_kind, open_video, lambda file: plan_image(file, CONFIG)):
+    for use in (media_kind, VideoReader, lambda file: plan_image(file, CONFIG)):
         for one in (source, untrusted(source)):
             with pytest.raises(MediaError, match=rf"^<bytes> is {what}[^;]*(; [^;]+)?$"):
                 use(one)
@@ -143,7 +143,7 @@ def test_what_is_neither_gets_one_sentence(data: bytes, what: str) -> None:
 def test_an_image_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "photo.mp4").write_bytes(saved("JPEG"))
     with pytest.raises(MediaError, match=r"photo.mp4 is an image, not a video; give it as an image"):
-        open_video(tmp_path / "photo.mp4")
+        VideoReader(tmp_path / "photo.mp4")
 
 
 def test_a_video_is_no_image(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_video_is_no_image(tmp_path: Path) -> None:
 def test_a_row_of_jpeg_pictures_is_a_video() -> None:
     pictures = b"".join(saved_at(level) for level in (0, 100, 200))
     for source in (fetch_source(pictures), untrusted(fetch_source(pictures))):
-        with open_video(source) as reader:
+        with VideoReader(source) as reader:
             assert reader.info.frame_count == 3
             assert [str(note) for note in reader.info.notes] == ["it tells no times; 25 frames a second are assumed"]
             frames = reader.read(reader.plan(CONFIG, MediaOptions(nframes=3)))
@@ -169,10 +169,10 @@ def saved_at(level: int) -> bytes:
 
 @pytest.mark.skipif("AVIF" not in Image.SAVE, reason="this Pillow writes no AVIF")
 def test_an_animated_avif_is_a_video_without_its_still() -> None:
-    with open_video(fetch_source(saved("AVIF", 5, duration=100))) as reader:
+    with VideoReader(fetch_source(saved("AVIF", 5, duration=100))) as reader:
         assert (reader.info.frame_count, reader.info.duration, reader.info.notes) == (5, 0.5, ())
 
 
 def test_sound_in_a_container_of_videos(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="has no video stream"):
-        open_video(write_sound(tmp_path / "sound.mp4"))
+        VideoReader(write_sound(tmp_path / "sound.mp4"))

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media import sizes
 from keye.media.image import open_frames
 from keye.media.lists import least_list_tokens
-from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, untrusted
 from keye.releases import find_release

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import MediaError
 from keye.media.clips import cut_clips
 from keye.media.image import plan_image, read_image
-from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.source.fetch import FetchPolicy, OwnersPolicy, fetch_source, media_kind
-from keye.media.video import iter_frames, open_video, plan_video, probe, read_frames
+from keye.media.video import VideoReader, iter_frames, plan_video, probe
 from tests.support.clips import write_clip
 
 CONFIG = ProcessorConfig()
@@ -81,8 +82,12 @@ def test_everything_takes_names(folder: Path) -> None:
     path, options = Path("clip.mp4"), MediaOptions(nframes=2)
     plan = plan_video("clip.mp4", CONFIG, options)
     assert probe(path).frame_count == 12
-    with open_video(path.read_bytes()) as reader:
-        assert reader.read(plan).shape == read_frames(plan, "clip.mp4").shape == (2, plan.height, plan.width, 3)
+    with VideoReader(path.read_bytes()) as reader:
+        assert (
+            reader.read(plan).shape
+            == np.stack(list(iter_frames(plan, "clip.mp4"))).shape
+            == (2, plan.height, plan.width, 3)
+        )
     assert len(list(iter_frames(plan, str(path.absolute())))) == 2
     (clip,) = cut_clips("clip.mp4", [(0.0, 0.2)], Path("clips"))
     assert clip.name.startswith("clip-001")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, MediaError
 from keye.media.container.timeline import KEY, NONE, Joiner, Packets, lay_out
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video, plan_video
+from keye.media.video import VideoReader, plan_video
 from tests.support.clips import read_code, write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
@@ -25,7 +25,7 @@ OPEN_HEVC = {"x265-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenec
 
 def read(path: Path) -> tuple[VideoInfo, list[int], list[float]]:
     """Facts, and of every frame the number that it shows and its time."""
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         info = reader.info
         plan = VideoPlan.of(info, range(info.frame_count), (96, 160), tokens_per_frame=0, rate=1)
         return info, [read_code(frame) for frame in reader.frames(plan)], list(plan.timestamps)

@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 
 from keye.compat import utils_preview
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, MediaError
 from keye.media.decode.image_reader import ImageReader
 from keye.media.image import hold_image, open_image, plan_image, read_image
-from keye.media.options import MediaOptions
 from keye.media.pixels.pictures import as_picture, in_bytes
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
 

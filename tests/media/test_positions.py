@@ -12,10 +12,9 @@ from keye.media.positions import (
     PreviewLayout,
     build_position_ids,
     frame_times,
-    get_rope_index,
-    merge_grid_rows,
     split_grid_rows,
 )
+from tests.support.positions import get_rope_index
 
 START, IMAGE, VIDEO, TEXT = 500, 502, 503, 7
 
@@ -197,14 +196,8 @@ def test_preview_errors(tokens: list[int], rows: list[list[int]], message: str) 
 
 
 def test_preview_batch_without_enough_rows() -> None:
-    with pytest.raises(KeyeError, match="announces more media of placeholder 503 than its 1 grid rows"):
+    with pytest.raises(KeyeError, match="announces 2 media of placeholder 503 but has 1 grid rows"):
         get_rope_index([[START, VIDEO, START, VIDEO]], {VIDEO: [[1, 2, 2]]}, preview=preview())
-
-
-def test_merge_grid_rows() -> None:
-    assert merge_grid_rows([[1, 4, 6], [2, 4, 6]]).tolist() == [[3, 4, 6]]
-    with pytest.raises(KeyeError, match="different sizes"):
-        merge_grid_rows([[1, 4, 6], [1, 4, 4]])
 
 
 def test_preview_frames_at_uneven_times() -> None:

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError
-from keye.media.options import MediaOptions
 from keye.media.pixels.patches import VisionInput, images_to_patches
 from keye.media.processor import Processor, VisualSpan
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from tests.support.clips import write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=16)
@@ -55,7 +55,7 @@ def test_video_item_and_frames_in_memory_agree(tmp_path: Path) -> None:
     item = Processor(CONFIG).video(source)
     assert item.pieces[:4] == ("<|frame|>0.0", VisualSpan("video", 16), "<|frame|>0.7", VisualSpan("video", 16))
     assert item.visual_tokens == 64
-    with open_video(source) as reader:
+    with VideoReader(source) as reader:
         plan = reader.plan(CONFIG)
         frames = reader.read(plan)
     memory = Processor(CONFIG).frames(frames, MediaOptions(timestamps=plan.timestamps))

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from keye.config import ProcessorConfig, load_processor_config
+from keye.config.media import MediaOptions, media_options
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.image import open_frames, open_image, plan_image, resize_image
-from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.pictures import as_frames, as_picture
 from keye.media.processor import Processor, VisualSpan
 from keye.media.source.fetch import fetch_source
-from keye.media.video import DecodeLimits, open_video, plan_video
+from keye.media.video import DecodeLimits, VideoReader, plan_video
 from tests.support.clips import coded_frame, read_code, write_clip
 
 PREVIEW = ProcessorConfig.of("preview", processor_min_pixels=3136, processor_max_pixels=1_003_520)
@@ -161,7 +161,7 @@ def test_slow_and_fast_frames_of_a_file(tmp_path: Path) -> None:
 
 def test_options_that_the_official_code_ignores_are_honoured(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mp4", frames=90))
-    with open_video(source) as reader:
+    with VideoReader(source) as reader:
         for config in (V15, V20):
             assert reader.plan(config, MediaOptions(nframes=4)).frames == 4
             assert reader.plan(config, MediaOptions(nframes=4, strict_official=True)).frames == 6

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.config import ProcessorConfig, load_processor_config
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.hub import asset
 from keye.media import sampling, sizes
-from keye.media.options import MediaOptions
 from keye.releases.base import tokens_per_frame
 
 CONFIG = ProcessorConfig()

@@ -20,15 +20,15 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import MediaError
 from keye.media.decode.confinement import Confinement, measure_confinement
 from keye.media.decode.sandbox import _DENIED, call_filter
 from keye.media.decode.wire import END, ERROR, FRAME, HEADER, INFO
 from keye.media.decode.workers import Worker
 from keye.media.image import open_frames, plan_image, read_image
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import Source, fetch_source, media_kind, untrusted
-from keye.media.video import DecodeLimits, open_video
+from keye.media.video import DecodeLimits, VideoReader
 from tests.support.clips import read_code, write_clip
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
@@ -220,27 +220,27 @@ def test_what_a_stranger_is_told_of_a_bad_image(cut: float) -> None:
 
 def test_limits_of_what_a_file_holds(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mp4"))
-    with open_video(source, DecodeLimits(frames=60, duration=2.0)) as reader:
+    with VideoReader(source, DecodeLimits(frames=60, duration=2.0)) as reader:
         assert reader.info.frame_count == 60
     with pytest.raises(MediaError, match="has 60 frames, more than the limit of 59"):
-        open_video(source, DecodeLimits(frames=59))
+        VideoReader(source, DecodeLimits(frames=59))
     with pytest.raises(MediaError, match="lasts 2 s, more than the limit of 1.5 s"):
-        open_video(source, DecodeLimits(duration=1.5))
+        VideoReader(source, DecodeLimits(duration=1.5))
 
 
 def test_strangers_files_have_tighter_limits(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mkv", frames=2, times_ms=[0, 90_000_000]))
-    with open_video(source) as reader:
+    with VideoReader(source) as reader:
         assert reader.info.duration > 24 * 3600
     with pytest.raises(MediaError, match="lasts .* more than the limit of 86400 s"):
-        open_video(untrusted(source))
-    with open_video(untrusted(source), DecodeLimits()) as reader:
+        VideoReader(untrusted(source))
+    with VideoReader(untrusted(source), DecodeLimits()) as reader:
         assert reader.limits == DecodeLimits()
 
 
 def test_the_time_of_all_waits_is_limited(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mp4"))
-    with open_video(source) as reader:
+    with VideoReader(source) as reader:
         reader._worker.limits = DecodeLimits(total_seconds=0.0)
         with pytest.raises(MediaError, match="took more than 0 s to decode"):
             next(reader.frames(reader.plan(CONFIG, MediaOptions(nframes=2))))
@@ -290,12 +290,12 @@ def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
 def test_a_worker_that_lies_ends_its_own_job_only(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     play_worker(said, monkeypatch)
     with pytest.raises(MediaError, match="broke the video decoder"):
-        open_video(fetch_source(b"\0video"))
+        VideoReader(fetch_source(b"\0video"))
 
 
 def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     play_worker(told(FACTS | {"width": 64, "height": 64}) + message(FRAME, b"abc") + message(END, b""), monkeypatch)
-    with open_video(fetch_source(b"\0video")) as reader:
+    with VideoReader(fetch_source(b"\0video")) as reader:
         plan = reader.plan(CONFIG)
         with pytest.raises(MediaError, match="broke the video decoder"):
             reader.read(plan)
@@ -303,7 +303,7 @@ def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPa
 
 def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     play_worker(told(FACTS), monkeypatch)
-    with open_video(fetch_source(b"\0video")) as reader:
+    with VideoReader(fetch_source(b"\0video")) as reader:
         reader._worker.limits = DecodeLimits(wait_seconds=0.01)
         with pytest.raises(MediaError, match="took more than 0.01 s"):
             reader._worker.request({"targets": list(range(1_000_000))})
@@ -362,7 +362,7 @@ def test_a_reader_in_a_process_with_very_many_open_files(tmp_path: Path) -> None
     try:
         while not opened or opened[-1] < 1100:
             opened.append(os.open("/dev/null", os.O_RDONLY))
-        with open_video(source) as reader:
+        with VideoReader(source) as reader:
             assert read_code(next(reader.frames(reader.plan(CONFIG)))) == 0
     finally:
         for descriptor in opened:
@@ -374,7 +374,7 @@ def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
     source, found = fetch_source(write_clip(tmp_path / "clip.mp4")), []
 
     def read() -> None:
-        with open_video(source) as reader:
+        with VideoReader(source) as reader:
             found.append(reader.info.frame_count)
 
     threads = [threading.Thread(target=read) for _ in range(4)]
@@ -387,15 +387,15 @@ def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
 
 def test_of_strangers_only_common_containers_are_read(tmp_path: Path) -> None:
     for name, codec in (("clip.mp4", "libx264"), ("clip.webm", "libvpx-vp9"), ("clip.avi", "mpeg4")):
-        with open_video(untrusted(fetch_source(write_clip(tmp_path / name, frames=5, codec=codec)))) as reader:
+        with VideoReader(untrusted(fetch_source(write_clip(tmp_path / name, frames=5, codec=codec)))) as reader:
             assert reader.info.frame_count == 5
     rare = fetch_source(write_clip(tmp_path / "clip.nut", frames=5))
-    with open_video(rare) as reader:
+    with VideoReader(rare) as reader:
         assert reader.info.format == "nut"
     with pytest.raises(MediaError, match="is not a video that can be read"):
-        open_video(untrusted(rare))
+        VideoReader(untrusted(rare))
     odd = fetch_source(write_clip(tmp_path / "odd.avi", frames=5, codec="huffyuv", pix_fmt="yuv422p"))
-    with open_video(odd) as reader:
+    with VideoReader(odd) as reader:
         assert reader.info.codec == "huffyuv"
     with pytest.raises(MediaError, match="is in the video codec huffyuv, which is not read here"):
-        open_video(untrusted(odd))
+        VideoReader(untrusted(odd))

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.engine.media import as_medium, plan_medium
 from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media.clips import cut_clips
@@ -20,12 +21,11 @@ from keye.media.content import content_key, probe_cached
 from keye.media.decode.deinterlace import deinterlaced
 from keye.media.decode.display import believed_aspect, orientation, shown_size
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions
 from keye.media.pixels.tone_map import to_sdr
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video, plan_video, probe
+from keye.media.video import VideoReader, plan_video, probe
 from tests.support.clips import set_matrix
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
@@ -61,7 +61,7 @@ def write(path: Path, pictures: list[NDArray[np.uint8]], aspect: Fraction | None
 
 def read(path: Path, track: int | None = None, **looks: bool) -> tuple[VideoInfo, NDArray[np.int16]]:
     """Facts, and all frames at their own size."""
-    with open_video(fetch_source(path), track=track) as reader:
+    with VideoReader(fetch_source(path), track=track) as reader:
         info, options = reader.info, MediaOptions(**looks)  # type: ignore[arg-type]
         size = (info.height, info.width)
         plan = VideoPlan.of(info, range(info.frame_count), size, tokens_per_frame=0, rate=1, options=options)
@@ -261,7 +261,7 @@ def test_interlaced_frames_show_one_moment(tmp_path: Path, name: str) -> None:
     for frame, comb, moment in zip(frames, woven, moments[::2], strict=True):
         assert combing(comb) > 5 > 0.5 > combing(frame)
         assert np.abs(frame - moment).mean() < 4 < np.abs(comb - moment).mean()
-    with open_video(fetch_source(path)) as reader:  # some frames alone are the same as among all
+    with VideoReader(fetch_source(path)) as reader:  # some frames alone are the same as among all
         some = reader.read(reader.plan(CONFIG, MediaOptions(nframes=4, resized_height=56, resized_width=84)))
         every = reader.read(reader.plan(CONFIG, MediaOptions(nframes=8, resized_height=56, resized_width=84)))
     assert [np.abs(every.astype(int) - one).mean(axis=(1, 2, 3)).min() for one in some] == [0.0] * 4

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.media import sizes
-from keye.media.options import MediaOptions
 from keye.media.pixels.slowfast import FAST, SLOW, SlowFastClassifier, frame_types, similarity, to_hsv
 from keye.releases.base import tokens_per_frame
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media.container.completeness import ends_early
 from keye.media.container.timeline import BETWEEN, CLOSED, HIDDEN, JOIN, KEY, NONE, Joiner, Packets, Timeline, lay_out
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video, plan_video
+from keye.media.video import VideoReader, plan_video
 from tests.support.clips import damage_avi, read_code, trim_mp4, write_clip
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
@@ -30,7 +30,7 @@ REFRESH = {"tune": "zerolatency", "x264-params": "intra-refresh=1:keyint=20"}
 
 def read(path: Path, step: int = 1, first: int = 0) -> tuple[VideoInfo, list[int], list[float]]:
     """Facts, and of every `step`th frame from `first` on the number that it shows and its time."""
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         info = reader.info
         plan = VideoPlan.of(info, range(first, info.frame_count, step), (96, 160), tokens_per_frame=0, rate=1)
         return info, [read_code(frame) for frame in reader.frames(plan)], list(plan.timestamps)
@@ -86,7 +86,7 @@ def test_a_clock_that_runs_over(parts: dict[str, Path]) -> None:
 
 def test_a_part_of_a_joined_stream(tmp_path: Path, parts: dict[str, Path]) -> None:
     path = join(tmp_path / "joined.ts", parts["a"], parts["hours"])
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         plan = reader.plan(CONFIG, MediaOptions(video_start=2.0, video_end=2.5, fps=10))
         assert [read_code(frame) for frame in reader.frames(plan)] == [i - 45 for i in plan.frame_indices]
     assert plan.timestamps[0] == pytest.approx(2.0, abs=1e-3)
@@ -170,7 +170,7 @@ def test_one_lost_packet(tmp_path: Path) -> None:
     del packets[len(packets) // 2]
     path = tmp_path / "lost.ts"
     path.write_bytes(b"".join(packets))
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         ((begin, end),) = reader.info.damage
         assert 1.0 < begin < end <= 2.1
         with pytest.warns(KeyeWarning, match=rf"damaged or missing: its pictures at {begin:.1f} to {end:.1f} s are"):
@@ -183,7 +183,7 @@ def test_one_lost_packet(tmp_path: Path) -> None:
 
 def test_damage_that_only_decoding_shows(tmp_path: Path) -> None:
     path = damage_avi(write_clip(tmp_path / "clip.avi", frames=120, codec="mpeg4", gop=12, size=(640, 384)), 70)
-    with open_video(fetch_source(path)) as reader, warnings.catch_warnings():
+    with VideoReader(fetch_source(path)) as reader, warnings.catch_warnings():
         warnings.simplefilter("error", KeyeWarning)
         plan, strict = (
             reader.plan(CONFIG, MediaOptions(fps=10, video_end=end, strict_media=end < 2)) for end in (3.9, 1.0)
@@ -276,7 +276,7 @@ def test_files_that_tell_whether_bytes_are_missing(data: bytes, expected: bool |
 
 def test_frames_are_asked_for_again_after_an_iterator_was_left(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4", frames=200, size=(320, 192))
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         plan = reader.plan(CONFIG, MediaOptions(fps=30))
         for count in (0, 1, 5):
             for place, frame in enumerate(reader.frames(plan)):
@@ -293,7 +293,7 @@ def test_frames_are_asked_for_again_after_an_iterator_was_left(tmp_path: Path) -
 
 
 def test_a_worker_that_was_killed_does_not_blame_the_file(tmp_path: Path) -> None:
-    with open_video(fetch_source(write_clip(tmp_path / "clip.mp4"))) as reader:
+    with VideoReader(fetch_source(write_clip(tmp_path / "clip.mp4"))) as reader:
         os.kill(reader._worker.process.pid, signal.SIGKILL)
         with pytest.raises(MediaError, match=r"the video decoder of clip.mp4 was ended from outside, perhaps because"):
             reader.read(reader.plan(CONFIG))

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, MediaError, Option
 from keye.media.image import plan_image
-from keye.media.options import MediaOptions
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import plan_video

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, MediaError
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import fetch_source
-from keye.media.video import DecodeLimits, VideoReader, iter_frames, open_video, plan_video, probe, read_frames
+from keye.media.video import DecodeLimits, VideoReader, iter_frames, plan_video, probe
 from tests.support.clips import coded_frame, read_code, rotate_mp4, trim_mp4, write_clip, write_sound
 
 CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
@@ -25,7 +25,7 @@ CONFIG = ProcessorConfig(video_min_tokens=16, video_max_tokens=60)
 
 def sample(path: Path, **options: object) -> tuple[VideoInfo, VideoPlan, list[int]]:
     """Info, plan and the number shown by each sampled frame."""
-    with open_video(fetch_source(path)) as reader:
+    with VideoReader(fetch_source(path)) as reader:
         plan = reader.plan(CONFIG, MediaOptions(**options))  # type: ignore[arg-type]
         frames = reader.read(plan)
     assert frames.shape == (plan.frames, plan.height, plan.width, 3)
@@ -124,11 +124,11 @@ def test_the_last_frame_lasts_as_long_as_the_container_says(tmp_path: Path, last
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_rotation_is_applied(tmp_path: Path, turns: int) -> None:
     path = write_clip(tmp_path / "clip.mp4")
-    upright = read_frames(plan := plan_video(fetch_source(path), CONFIG), fetch_source(path))
+    upright = np.stack(list(iter_frames(plan := plan_video(fetch_source(path), CONFIG), path)))
     rotate_mp4(path, turns)
     info = probe(fetch_source(path))
     turned_plan = plan_video(fetch_source(path), CONFIG)
-    turned = read_frames(turned_plan, fetch_source(path))
+    turned = np.stack(list(iter_frames(turned_plan, path)))
     assert (info.width, info.height) == ((96, 160) if turns % 2 else (160, 96))
     assert (turned_plan.width, turned_plan.height) == (
         (plan.height, plan.width) if turns % 2 else (plan.width, plan.height)
@@ -153,7 +153,7 @@ def test_frames_equal_a_full_decode(tmp_path: Path, encoder: dict[str, str]) -> 
         every = list(container.decode(container.streams.video[0]))
     for limits in (DecodeLimits(threads=1), DecodeLimits(threads=2)):
         for nframes in (3, 40):
-            with open_video(fetch_source(path), limits) as reader:
+            with VideoReader(fetch_source(path), limits) as reader:
                 plan = reader.plan(CONFIG, MediaOptions(nframes=nframes))
                 frames = reader.read(plan)
             for index, frame in zip(plan.frame_indices, frames, strict=True):
@@ -189,7 +189,7 @@ def test_one_frame(tmp_path: Path) -> None:
 
 def test_bytes_and_several_plans(tmp_path: Path) -> None:
     data = write_clip(tmp_path / "clip.mp4").read_bytes()
-    with open_video(fetch_source(data)) as reader:
+    with VideoReader(fetch_source(data)) as reader:
         for nframes in (7, 3):
             plan = reader.plan(CONFIG, MediaOptions(nframes=nframes))
             assert [read_code(frame) for frame in reader.read(plan)] == list(plan.frame_indices)
@@ -203,7 +203,7 @@ def test_closing_the_iterator_ends_the_worker(tmp_path: Path) -> None:
     frames.close()
     with pytest.raises(StopIteration):
         next(frames)
-    with open_video(source) as reader:
+    with VideoReader(source) as reader:
         process = reader._worker.process
     assert process.poll() is not None
 

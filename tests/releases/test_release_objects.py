@@ -14,9 +14,9 @@ import pytest
 
 from keye.chat.template import render, template_of
 from keye.config import ProcessorConfig, load_processor_config, model_config_from_dict
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.hub import asset
-from keye.media.options import MediaOptions
 from keye.media.processor import Processor, VisualSpan
 from keye.releases import RELEASES, V1_5, V2, Architecture, FrameDemand, Release, find_release, register
 

@@ -10,7 +10,7 @@ from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.image import open_frames, plan_image
 from keye.media.source.fetch import FetchPolicy
-from keye.media.video import DecodeLimits, open_video
+from keye.media.video import DecodeLimits, VideoReader
 
 POLICY = FetchPolicy(list_frames=64)
 LIMITS = DecodeLimits(memory_bytes=1 << 30, cpu_seconds=20, wait_seconds=20.0, total_seconds=20.0, frames=100_000,
@@ -65,5 +65,5 @@ def video_tokens(url: object) -> int:
     pictures = POLICY.fetch_list(url)
     if pictures is not None:
         return len(open_frames(pictures))
-    with open_video(POLICY.fetch(url), LIMITS) as reader:
+    with VideoReader(POLICY.fetch(url), LIMITS) as reader:
         return reader.plan(CONFIG).visual_tokens

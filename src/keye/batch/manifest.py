@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from keye.chat.messages import IMAGE_OPTIONS, VIDEO_OPTIONS
+from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS
 from keye.errors import KeyeError
 from keye.media.source.fetch import fetch_source, media_kind
 from keye.units import MIB, format_bytes

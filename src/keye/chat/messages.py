@@ -6,22 +6,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
-from keye.errors import KeyeError, KeyeWarning, brief, closest, is_finite, warn
+from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
+from keye.errors import KeyeError, KeyeWarning, brief, closest, is_number, warn
 
 #: One of ROLES, or a name of a user's own.
 Role = str
-MediumKind = Literal["image", "video"]
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 
-IMAGE_OPTIONS: Final = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width", "strict_official"})
-VIDEO_OPTIONS: Final = IMAGE_OPTIONS | {
-    "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "total_pixels", "video_start", "video_end",
-    "min_frame_similarity", "timestamps", "adaptive_budget", "track", "deinterlace", "tone_map",
-    "strict_media",
-}  # fmt: skip
 _OPTIONS: Final = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
 _MAY_BE_ZERO: Final = frozenset({"video_start", "video_end", "min_frame_similarity"})
 _ROLE_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
@@ -90,10 +84,10 @@ def normalize(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
     Every other is `{"role": ..., "content": ...}` with content a text or a list of `{"type": "text", "text": ...}`,
     `{"type": "image", "image": SOURCE, ...}`, `{"type": "video", "video": SOURCE, ...}`, or the OpenAI forms
     `{"type": "image_url", "image_url": {"url": SOURCE}}` and `video_url`; `detail` beside an image's URL is checked and
-    has no effect. Options of a medium (IMAGE_OPTIONS,
-    VIDEO_OPTIONS) stand beside the source, inside the `_url` object, or in a `preprocess_kwargs` object at either
-    place. An assistant's message may have `tool_calls` (`{"function": {"name": ..., "arguments": ...}}`) and then needs
-    no content; a message of role "tool" carries the result of a call. Raises KeyeError naming the entry at fault.
+    has no effect. Options of a medium (IMAGE_OPTIONS, VIDEO_OPTIONS) stand beside the source, inside the `_url` object,
+    or in a `preprocess_kwargs` object at either place. An assistant's message may have `tool_calls` (`{"function":
+    {"name": ..., "arguments": ...}}`) and then needs no content; a message of role
+    "tool" carries the result of a call. Raises KeyeError naming the entry at fault.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise KeyeError('messages: give a list such as [{"role": "user", "content": "..."}].')
@@ -294,7 +288,7 @@ def _check_option(where: str, name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise KeyeError(f"{where} is {brief(value)}: give a number.")
-    if not is_finite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+    if not is_number(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
         raise KeyeError(f"{where} is {brief(value)}: give a positive number.")
 
 

@@ -233,27 +233,6 @@ class _Arguments:
         return len(text)
 
 
-@dataclass(frozen=True)
-class StreamedReply:
-    """A whole reply, put together from its pieces."""
-
-    text: str
-    reasoning: str | None
-    calls: tuple[tuple[str, str], ...]
-
-
-def joined_reply(pieces: list[ReplyPiece]) -> StreamedReply:
-    """Answer, reasoning, and the name and the JSON text of the arguments of each call."""
-    calls: list[list[str]] = []
-    for piece in pieces:
-        if piece.kind == "call":
-            calls.append([piece.text, ""])
-        elif piece.kind == "arguments":
-            calls[piece.index][1] += piece.text
-    text, reasoning = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning"))
-    return StreamedReply(text, reasoning or None, tuple((name, arguments) for name, arguments in calls))
-
-
 def _callable(name: str) -> bool:
     try:
         return bool(tool_name("tool_call", name))

@@ -13,9 +13,9 @@ from typing import Final
 from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import PlannedFrames, VideoWork
 from keye.cluster.service import DecodeService, Result
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.frame_stream import FrameShape
-from keye.media.options import MediaOptions
 from keye.media.pixels.patches import VisionInput
 from keye.media.pixels.pictures import Pixels
 from keye.media.plan import VideoPlan

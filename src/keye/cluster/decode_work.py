@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeWarning, MediaError, warn
 from keye.media.decode.workers import DecodeLimits
-from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.pixels.pictures import Pixels
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor

@@ -142,13 +142,13 @@ def check_limits() -> Check:
 def check_demo() -> Check:
     """Decodes two frames of the bundled video."""
     from keye.config import ProcessorConfig
+    from keye.config.media import MediaOptions
     from keye.hub import asset
-    from keye.media.options import MediaOptions
     from keye.media.source.fetch import fetch_source
-    from keye.media.video import open_video
+    from keye.media.video import VideoReader
 
     try:
-        with open_video(fetch_source(asset("demo.mp4"))) as reader:
+        with VideoReader(fetch_source(asset("demo.mp4"))) as reader:
             frames = reader.read(reader.plan(ProcessorConfig(), MediaOptions(nframes=2)))
     except KeyeError as error:
         return Check("decoding", False, one_line(str(error)))

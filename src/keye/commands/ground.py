@@ -67,8 +67,8 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
 def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, overwrite: bool) -> list[Path]:
     """Cuts the intervals into files under a progress bar."""
     from keye.commands.shared import inputs, show
+    from keye.config.media import media_options
     from keye.media.clips import cut_clips
-    from keye.media.options import media_options
     from keye.media.source.fetch import fetch_source
 
     if not intervals:

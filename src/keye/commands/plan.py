@@ -55,7 +55,7 @@ def plan(
     """
     from keye.commands.shared import inputs, show
     from keye.config import load_model_config, load_processor_config
-    from keye.media.options import media_options
+    from keye.config.media import media_options
     from keye.media.plan import make_plan
     from keye.media.source.fetch import is_index
     from keye.planning.question import Planned, imagine_video, plan_media, predict

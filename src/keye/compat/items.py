@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediaOptions, MediumKind, media_options
 from keye.errors import KeyeError
-from keye.media.options import IMAGE_OPTIONS, VIDEO_OPTIONS, MediaOptions, MediumKind, media_options
 
 Item = Mapping[str, Any]
 

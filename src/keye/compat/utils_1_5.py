@@ -21,15 +21,15 @@ from torch import Tensor
 
 from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
 from keye.media import sizes
 from keye.media.image import hold_image, open_frames, open_image
 from keye.media.lists import sampled_list
-from keye.media.options import MediaOptions
 from keye.media.pixels.pictures import Pixels
 from keye.media.pixels.slowfast import frame_types
 from keye.media.source.fetch import as_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from keye.releases import V1_5
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
@@ -128,7 +128,7 @@ def process_vision_info(
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
-    with open_video(as_source(value), track=options.track) as reader:
+    with VideoReader(as_source(value), track=options.track) as reader:
         plan = reader.plan(CONFIG, options)
         times = plan.label_times or _since(plan.start_offset, plan.timestamps)
         return np.stack(list(reader.frames(plan, native=True))), times

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
 from keye.config import ProcessorConfig, preview_video_max_pixels
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media import sizes
 from keye.media.image import hold_image, open_frames, open_image
 from keye.media.info import VideoInfo
 from keye.media.lists import listed_indices
-from keye.media.options import MediaOptions
 from keye.media.pixels.pictures import as_frames
 from keye.media.pixels.resample import bicubic
 from keye.media.sampling import frame_range
 from keye.media.source.fetch import as_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from keye.releases import PREVIEW
 
 __all__ = ["extract_vision_info", "fetch_image", "fetch_video", "process_vision_info", "smart_resize"]
@@ -96,7 +96,7 @@ def _listed(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], floa
 
 
 def _decoded(value: object, options: MediaOptions) -> tuple[Tensor, float]:
-    with open_video(as_source(value), track=options.track) as reader:
+    with VideoReader(as_source(value), track=options.track) as reader:
         plan = reader.plan(CONFIG, _official_range(reader.info, options))
         video = torch.empty((plan.frames, 3, plan.height, plan.width))
         for i, frame in enumerate(reader.frames(plan, native=True)):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keye.config import KeyeConfig
+from keye.config.media import MediumKind
 from keye.engine.prompt import Prompt
-from keye.media.options import MediumKind
 from keye.media.processor import Piece, VisualSpan
 
 #: Frames that a summary names.

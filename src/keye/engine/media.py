@@ -12,9 +12,9 @@ from torch import Tensor
 
 from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium
+from keye.config.media import MediaOptions, media_options
 from keye.errors import KeyeError, Option
 from keye.media.notes import Note, emit
-from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.pictures import is_array
 from keye.media.processor import Piece, PlannedMedium, Processor, count_visual_tokens
 from keye.media.source.data_urls import parse_list

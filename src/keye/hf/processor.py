@@ -18,12 +18,12 @@ from keye.chat.template import ChatTemplate, Segment, template_of
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.compat.processor import VIDEO_PAD, OfficialProcessor
 from keye.config import load_generation_config, load_model_config, load_processor_config
+from keye.config.media import MediaOptions
 from keye.engine.media import plan_medium
 from keye.engine.prompt import Prompt, PromptBuilder
 from keye.errors import KeyeError
 from keye.hf.config import folder_of
 from keye.media import sizes
-from keye.media.options import MediaOptions
 from keye.media.pixels.patches import VisionInput
 from keye.media.pixels.pictures import as_frames
 from keye.media.positions import split_grid_rows

@@ -15,9 +15,9 @@ from typing import Any
 import av
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.files import MARK, check_output, complete_file, has_mark, unwritable
 from keye.media.info import VideoInfo
-from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import Reference, Source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions, MediumKind
 from keye.media.image import ImagePlan
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions, MediumKind
 from keye.media.pixels.pictures import is_array
 from keye.media.plan import VideoPlan
 from keye.media.source.data_urls import decode_list

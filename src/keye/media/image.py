@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import MediaError
 from keye.media.container.animations import tiff_pages
 from keye.media.decode.image_reader import Header, ImageReader, is_confined
 from keye.media.decode.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
 from keye.media.decode.wire import WorkerError
 from keye.media.notes import Note, emit, warn_of_image
-from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.pixels.pictures import as_picture, in_bytes, is_array
 from keye.media.sizes import check_sides, encoded_size, image_size
 from keye.media.source.data_urls import decode_list
@@ -62,8 +62,8 @@ def plan_image(
 ) -> ImagePlan:
     """Reads only the header. Raises `MediaError` for a file that is not an image that keye reads, or is too large."""
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
-    with _opened(source, pixel_limit) as image:
-        header = image.header()
+    with _open_image(source, pixel_limit) as image:
+        header = _header_of(image, pixel_limit)
     width, height = header.width, header.height
     if not options.strict_official and header.orientation in SIDEWAYS:
         width, height = height, width
@@ -92,10 +92,12 @@ def read_image(
     pixels.
     """
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
-    with _opened(source, pixel_limit) as image:
+    with _open_image(source, pixel_limit) as image:
         if not planned and not strict_official:
-            emit(source.name, _notes(source, image.header()))
-        return in_bytes(image.picture(strict_official=strict_official))
+            emit(source.name, _notes(source, _header_of(image, pixel_limit)))
+        if isinstance(image, ImageReader):
+            return in_bytes(image.picture(0, pixel_limit, strict_official=strict_official))
+        return in_bytes(upright(image, strict_official=strict_official))
 
 
 def open_image(value: object, *, strict_official: bool = False) -> Image.Image:
@@ -150,50 +152,27 @@ def resize_exactly(image: Image.Image, height: int, width: int) -> NDArray[np.ui
     return np.asarray(image)
 
 
-class _Image(Protocol):
-    """An open image file, in this process or in a confined one."""
-
-    def header(self) -> Header: ...
-
-    def picture(self, *, strict_official: bool) -> Image.Image: ...
-
-
-@dataclass(frozen=True)
-class _Own:
-    image: Image.Image
-
-    def header(self) -> Header:
-        image = self.image
-        return Header(*image.size, orientation(image), picture_count(image), image.mode)
-
-    def picture(self, *, strict_official: bool) -> Image.Image:
-        return upright(self.image, strict_official=strict_official)
-
-
-@dataclass(frozen=True)
-class _Confined:
-    reader: ImageReader
-    pixel_limit: int
-
-    def header(self) -> Header:
-        return self.reader.header(0, self.pixel_limit)
-
-    def picture(self, *, strict_official: bool) -> Image.Image:
-        return self.reader.picture(0, self.pixel_limit, strict_official=strict_official)
+def _header_of(image: ImageReader | Image.Image, pixel_limit: int) -> Header:
+    if isinstance(image, ImageReader):
+        return image.header(0, pixel_limit)
+    return Header(*image.size, orientation(image), picture_count(image), image.mode)
 
 
 @contextmanager
-def _opened(source: Source, pixel_limit: int) -> Iterator[_Image]:
+def _open_image(source: Source, pixel_limit: int) -> Iterator[ImageReader | Image.Image]:
+    """An image file, in this process or, where it has to be, in a confined one."""
     check_media(source)
     if is_confined(source):
         with ImageReader([source]) as reader:
-            yield _Confined(reader, pixel_limit)
+            yield reader
         return
     try:
         with source.open() as file, open_picture(file, pixel_limit) as image:
-            yield _Own(image)
+            yield image
     except WorkerError as error:
-        _explain(source.name, error)
+        if error.__cause__ is not None:
+            raise MediaError(f"{source.name} is damaged ({error.__cause__}); download or export it again") from None
+        raise MediaError(f"{source.name} {error}") from None
 
 
 def _notes(source: Source, header: Header) -> Iterator[Note]:
@@ -209,10 +188,3 @@ def _notes(source: Source, header: Header) -> Iterator[Note]:
     if header.mode in ("I", "F"):
         yield Note("its levels have 32 bits; where they leave the range from 0 to 255 (or 0 to 1), the lowest becomes "
                    "black and the highest white")  # fmt: skip
-
-
-def _explain(name: str, error: WorkerError) -> NoReturn:
-    """Raises the sentence with the file's name and, for a file of one's own, with Pillow's words."""
-    if error.__cause__ is not None:
-        raise MediaError(f"{name} is damaged ({error.__cause__}); download or export it again") from None
-    raise MediaError(f"{name} {error}") from None

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, MediaError
 from keye.media import sampling, sizes
 from keye.media.decode.image_reader import MAX_LIST_PIXELS, ImageReader
 from keye.media.image import SIDEWAYS, plan_image, resize_exactly
-from keye.media.options import MediaOptions
 from keye.media.pixels.pictures import Pixels, as_frames
 from keye.media.source.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 

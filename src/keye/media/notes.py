@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, Option, warn
-from keye.media.options import MediaOptions
 from keye.media.sizes import Size, whole_tokens
 
 #: Seconds by which times may differ without a note: they are displayed with one decimal.

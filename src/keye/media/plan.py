@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, KeyeWarning, MediaError, Option, warn
 from keye.media import sampling, sizes
 from keye.media.info import VideoInfo
 from keye.media.notes import VISIBLE, Note, emit, in_words, warn_of_video
-from keye.media.options import DEFAULTS, MediaOptions
 
 #: Seconds by which the end of a part may lie after that of the video without a warning.
 _BEYOND = 0.5

@@ -58,14 +58,6 @@ def split_grid_rows(grid_thw: ArrayLike) -> IntArray:
     return rows
 
 
-def merge_grid_rows(grid_thw: ArrayLike) -> IntArray:
-    """The one row (frames, h, w) of a video whose frames have equal sizes: [n, 3] -> [1, 3], int64."""
-    grid = _as_grid(grid_thw)
-    if len(grid) == 0 or (grid[:, 1:] != grid[0, 1:]).any():
-        raise KeyeError("the frames of one video have different sizes; Keye-VL Preview needs them all alike")
-    return np.array([[grid[:, 0].sum(), *grid[0, 1:]]], dtype=np.int64)
-
-
 def frame_times(frames: int, seconds_per_frame: float, tokens_per_second: float) -> IntArray:
     """Preview's time index of each frame, [frames]: int(frame * seconds_per_frame * tokens_per_second), both products
     rounded to float32 in this order before the fraction is cut off, as the official code has it."""
@@ -99,49 +91,6 @@ def build_position_ids(
     return _place(len(ids), _preview_blocks(ids, grids, merge_size, preview))
 
 
-def get_rope_index(
-    input_ids: ArrayLike,
-    grids: Grids,
-    *,
-    attention_mask: ArrayLike | None = None,
-    merge_size: int = 2,
-    preview: PreviewLayout | None = None,
-) -> tuple[IntArray, IntArray]:
-    """Positions of a padded batch.
-
-    Args:
-        input_ids: [B, L] integers.
-        grids: as in `build_position_ids`, the rows of all sequences one after the other.
-        attention_mask: [B, L], 0 marks padding on either side; None means no padding.
-        preview: as in `build_position_ids`; rows that no vision start announces are left over without an error.
-
-    Returns:
-        position_ids [3, B, L] int64, 1 at padding, and deltas [B, 1] int64 relative to the padded length L.
-    """
-    ids = np.asarray(input_ids, dtype=np.int64)
-    mask = np.ones(ids.shape, dtype=bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-    rows = {token: _as_grid(grid) for token, grid in grids.items()}
-    used = dict.fromkeys(rows, 0)
-    positions = np.ones((3, *ids.shape), dtype=np.int64)
-    deltas = np.zeros((ids.shape[0], 1), dtype=np.int64)
-    last = ids.shape[0] - 1
-    for b, (sequence, valid) in enumerate(zip(ids, mask, strict=True)):
-        tokens = sequence[valid]
-        rest = {token: grid[used[token] :] for token, grid in rows.items()}
-        if preview is None:
-            # The last sequence takes all rows left, so that unused rows are an error.
-            own = rest if b == last else {t: g[: _rows_needed(tokens, t, g, merge_size)] for t, g in rest.items()}
-            blocks = _blocks(tokens, own, merge_size)
-        else:
-            counts = _announced(tokens, rows, preview.vision_start)
-            own = {token: grid[: counts[token]] for token, grid in rest.items()}
-            blocks = _preview_blocks(tokens, rest, merge_size, preview, used)
-        used = {token: count + len(own[token]) for token, count in used.items()}
-        positions[:, b, valid], delta = _place(len(tokens), blocks)
-        deltas[b, 0] = delta + len(tokens) - ids.shape[1]
-    return positions, deltas
-
-
 def _place(length: int, blocks: _Blocks) -> tuple[IntArray, int]:
     """Positions [3, length] and delta of a sequence with these blocks, text everywhere else."""
     starts, shapes = blocks.starts, blocks.shapes
@@ -164,13 +113,6 @@ def _place(length: int, blocks: _Blocks) -> tuple[IntArray, int]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # 1.5 and 2.0: every placeholder belongs to a row
-
-
-def _rows_needed(ids: IntArray, token: int, grid: IntArray, merge_size: int) -> int:
-    """How many leading rows of `grid` cover the placeholders of this sequence."""
-    count = int((ids == token).sum())
-    ends = np.cumsum(_merged_shapes(grid, merge_size).prod(axis=1))
-    return int(np.searchsorted(ends, count, side="left")) + 1 if count else 0
 
 
 def _blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
@@ -218,14 +160,12 @@ def _check_announced(ids: IntArray, grids: Grids, preview: PreviewLayout) -> Non
         if count != (rows := len(_as_grid(grids[token]))):
             raise KeyeError(
                 f"the prompt announces {count} media of placeholder {token} but has {rows} grid rows; "
-                "give each medium one vision start and each video one row (merge_grid_rows)"
+                "give each medium one vision start and each video one row for all its frames"
             )
 
 
-def _preview_blocks(
-    ids: IntArray, grids: Grids, merge_size: int, preview: PreviewLayout, used: Mapping[int, int] | None = None
-) -> _Blocks:
-    """Each announced medium on the next placeholders of its kind; before `grids`, earlier sequences `used` rows."""
+def _preview_blocks(ids: IntArray, grids: Grids, merge_size: int, preview: PreviewLayout) -> _Blocks:
+    """Each announced medium on the next placeholders of its kind."""
     shapes = {token: _merged_shapes(_as_grid(grid), merge_size) for token, grid in grids.items()}
     left = _announced(ids, grids, preview.vision_start)
     places = {token: np.flatnonzero(ids == token) for token in grids}
@@ -233,15 +173,13 @@ def _preview_blocks(
     starts, chosen, times, end = [], [], [], 0
     while any(left.values()):
         token, start = _next_placeholder({t: places[t] for t, n in left.items() if n}, end)
-        if row[token] == len(shapes[token]):
-            raise KeyeError(f"the prompt announces more media of placeholder {token} than its {row[token]} grid rows")
         shape = shapes[token][row[token]]
         end = start + int(shape.prod())
         if end > len(ids) or (ids[start:end] != token).any():
             raise KeyeError(f"a grid row makes {end - start} visual tokens but fewer placeholders {token} follow")
         starts.append(start)
         chosen.append(shape)
-        times.append(_row_times(token, row[token] + (used or {}).get(token, 0), int(shape[0]), preview))
+        times.append(_row_times(token, row[token], int(shape[0]), preview))
         row[token] += 1
         left[token] -= 1
     return _Blocks(np.array(starts, dtype=np.int64), np.array(chosen, dtype=np.int64).reshape(-1, 3), times)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions, MediumKind
 from keye.media import sampling, sizes
 from keye.media.content import content_key, probe_cached
 from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelReader, PixelSource
@@ -33,7 +34,6 @@ from keye.media.lists import (
     sampled_list,
 )
 from keye.media.notes import warn_of_image, warn_of_video
-from keye.media.options import DEFAULTS, MediaOptions, MediumKind
 from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
 from keye.media.pixels.pictures import Pixels, as_frames, as_picture, is_array
 from keye.media.pixels.resample import bicubic, bilinear
@@ -41,7 +41,7 @@ from keye.media.pixels.slowfast import SlowFastClassifier, frame_types
 from keye.media.plan import VideoPlan, make_plan, with_frame_types
 from keye.media.source.data_urls import parse_list
 from keye.media.source.fetch import Reference, Source, as_source, fetch_source
-from keye.media.video import DecodeLimits, VideoReader, open_video
+from keye.media.video import DecodeLimits, VideoReader
 
 #: Native frames of a video that stay in memory while they are classified; above, they are decoded a second time.
 NATIVE_BYTES = 128 * 1024**2
@@ -309,7 +309,7 @@ class Processor:
 
     def _open(self, source: Reference, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
         """The file, at the track of the plan, which may have been chosen."""
-        return open_video(source, self.limits, track=options.track if plan is None else plan.track)
+        return VideoReader(source, self.limits, track=options.track if plan is None else plan.track)
 
     def _shape(self, plan: VideoPlan) -> FrameShape:
         sizes_of = [plan.frame_size(i) for i in range(plan.frames)]

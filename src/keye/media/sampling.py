@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, MediaError, Option
-from keye.media.options import DEFAULTS, MediaOptions
 from keye.releases import FrameDemand
 
 #: Times that differ by less, in seconds, are the same: containers round to milliseconds.

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, MediaError, Option
-from keye.media.options import DEFAULTS, MediaOptions
 from keye.releases import FrameBudget
 
 #: Longest side over shortest side that an image or frame may have.

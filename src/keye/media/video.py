@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
+from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, MediaError, warn
 from keye.media.container.kinds import is_png_or_webp
 from keye.media.decode.wire import END, FRAME
@@ -24,7 +25,6 @@ from keye.media.decode.workers import UNTRUSTED_LIMITS, Worker
 from keye.media.decode.workers import DecodeLimits as DecodeLimits
 from keye.media.info import VideoInfo, parse_info, size_notes
 from keye.media.notes import decoded_damage, emit
-from keye.media.options import DEFAULTS, MediaOptions
 from keye.media.pixels.tone_map import to_sdr
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.source.fetch import Reference, check_video, fetch_source
@@ -173,12 +173,6 @@ class VideoReader:
         return info
 
 
-def open_video(source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoReader:
-    """Opens a video for planning and reading with one worker process: its video track `track`, counted from 1, or the
-    one that players choose."""
-    return VideoReader(source, limits, track=track)
-
-
 def probe(source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoInfo:
     """Facts about a video file; reads all packets, decodes one frame."""
     with VideoReader(source, limits, track=track) as reader:
@@ -202,12 +196,6 @@ def iter_frames(
     """The planned frames one by one, uint8 RGB [height, width, 3]. Closing the generator ends the worker."""
     with VideoReader(source, limits, track=plan.track) as reader:
         yield from reader.frames(plan)
-
-
-def read_frames(plan: VideoPlan, source: Reference, *, limits: DecodeLimits | None = None) -> NDArray[np.uint8]:
-    """All planned frames, uint8 RGB [frames, height, width, 3]."""
-    with VideoReader(source, limits, track=plan.track) as reader:
-        return reader.read(plan)
 
 
 def _orient(frame: NDArray[np.uint8], plan: VideoPlan) -> NDArray[np.uint8]:

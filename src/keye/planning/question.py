@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keye.config import KeyeConfig, ProcessorConfig
+from keye.config.media import MediaOptions, media_options
 from keye.errors import KeyeError
 from keye.media.image import ImagePlan, plan_image
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions, media_options
 from keye.media.plan import VideoPlan
 from keye.media.processor import VisualSpan, expand_frames
 from keye.media.source.fetch import Source, fetch_source
-from keye.media.video import open_video, plan_video
+from keye.media.video import VideoReader, plan_video
 from keye.process import check_device, memory_on
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def media_seconds(planned: Sequence[Planned]) -> float:
 
 def _reading_seconds(source: Source, plan: VideoPlan) -> float:
     begin = time.perf_counter()
-    with open_video(source, track=plan.track) as reader:
+    with VideoReader(source, track=plan.track) as reader:
         opened, done = time.perf_counter(), 0
         for _ in reader.frames(plan):
             done += 1
@@ -215,7 +215,7 @@ def _imagined_seconds(plan: VideoPlan) -> float:
     with tempfile.TemporaryDirectory(prefix="keye-plan-") as folder:
         path = Path(folder) / "clip.mp4"
         frameforge.write_mp4(frameforge.make_clip(0, frames=CLIP_FRAMES, size=size, step=0.5, start=0.0), path, size)
-        with open_video(fetch_source(path)) as reader:
+        with VideoReader(fetch_source(path)) as reader:
             plan = reader.plan(ProcessorConfig(), MediaOptions(nframes=CLIP_FRAMES))
             begin = time.perf_counter()
             reader.read(plan)

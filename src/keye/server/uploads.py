@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from keye.chat.messages import MediumKind
+from keye.config.media import MediumKind
 from keye.errors import KeyeError
 from keye.files import PrivateFolder
 from keye.media.image import plan_image

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from keye.chat.messages import Medium, Message
 from keye.chat.moments import sampled_windows
+from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
@@ -29,12 +30,11 @@ from keye.errors import KeyeError, Option
 from keye.media import sizes
 from keye.media.frame_stream import FrameShape, MemoryReader, PixelSource
 from keye.media.image import open_frames
-from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.pictures import Pixels, as_frames
 from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.source.fetch import as_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from keye.models.keye import visual_mask
 from keye.sessions.answer import Answer, AnswerStream, stream_answer
 
@@ -138,7 +138,7 @@ class LiveSession:
         """Frames of a video file, uint8 RGB [H, W, 3] at the file's own size, and their seconds, sampled by the
         session's options; decoded as they are asked for."""
         source, processor = as_source(video), self._runtime.processor
-        with open_video(source, processor.limits, track=self._options.track) as reader:
+        with VideoReader(source, processor.limits, track=self._options.track) as reader:
             plan = reader.plan(processor.config, self._options)
             yield from zip(reader.frames(plan, native=True), plan.timestamps, strict=True)
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from keye.cache.sequence import KVCache
 from keye.config import KeyeConfig, model_config_from_dict
-from keye.media.positions import PreviewLayout, get_rope_index, split_grid_rows
+from keye.media.positions import PreviewLayout, split_grid_rows
 from keye.models import vision
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import KeyeModel
 from keye.models.load import load_tensors
 from tests.support.parity.cases import LOGIT_TOLERANCE, Case, Check, NotApplicable, is_preview
+from tests.support.positions import get_rope_index
 
 ARCHITECTURES = {
     "preview": "KeyeForConditionalGeneration",

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from keye.compat import utils_1_5
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions, media_options
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.image import resize_exactly, resize_image
 from keye.media.info import VideoInfo
-from keye.media.options import MediaOptions, media_options
 from keye.media.pixels.resample import bilinear
 from keye.media.pixels.slowfast import compared_size, frame_types, similarity
 from keye.media.plan import VideoPlan, make_plan, with_frame_types

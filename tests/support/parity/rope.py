@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from keye.errors import KeyeError
-from keye.media.positions import PreviewLayout, build_position_ids, get_rope_index, split_grid_rows
+from keye.media.positions import PreviewLayout, build_position_ids, split_grid_rows
 from keye.ops.elementwise import rotate
 from keye.ops.reference import inverse_frequencies, rope_angles
 from tests.support.parity.cases import Case, Check, NotApplicable, is_preview
+from tests.support.positions import get_rope_index
 
 #: Placeholder ids of cases that do not state their own.
 TOKEN_IDS = {"vision_start": 500, "image": 502, "video": 503, "fast_video": 504}

@@ -25,6 +25,7 @@ from keye.chat.template import render
 from keye.chat.times import Interval, merge_intervals
 from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig
+from keye.config.media import MediaOptions
 from keye.data import frameforge
 from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.scene import MAX_OBJECTS
@@ -35,9 +36,8 @@ from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 from keye.evals.summary import Scored, summarise
-from keye.media.options import MediaOptions
 from keye.media.source.fetch import fetch_source
-from keye.media.video import open_video
+from keye.media.video import VideoReader
 from keye.models.attention import AttentionMode, Selection
 from keye.scoring import metrics
 
@@ -169,7 +169,7 @@ def frames_through_mp4(clip: Clip, config: ProcessorConfig) -> Frames:
     with tempfile.TemporaryDirectory(prefix="keye-eval-") as folder:
         path = Path(folder) / "clip.mp4"
         frameforge.write_mp4(clip, path, FILE_SIZE)
-        with open_video(fetch_source(path)) as reader:
+        with VideoReader(fetch_source(path)) as reader:
             # A clip that begins later has a lead-in frame at 0, which is left out.
             begin = clip.timestamps[0] or None
             plan = reader.plan(config, MediaOptions(nframes=clip.frames, video_start=begin))

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, cast
 
-from keye.chat.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Medium, MediumKind, Message, normalize
+from keye.chat.messages import Medium, Message, normalize
+from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
 from keye.errors import KeyeError
 from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
 from keye.media.source.data_urls import parse_data_url

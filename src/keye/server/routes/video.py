@@ -14,10 +14,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
+from keye.config.media import MediaOptions, media_options
 from keye.engine.request import Finished
 from keye.errors import KeyeError, collect_warnings
 from keye.media.clips import cut_clips
-from keye.media.options import MediaOptions, media_options
 from keye.media.source.fetch import Source
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keye.errors import KeyeError, Option, brief, is_finite
+from keye.errors import KeyeError, Option, brief, is_number
 
 MediumKind = Literal["image", "video"]
 
@@ -26,10 +26,6 @@ _LIMITS = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"))
 
 #: Between what the amounts and counts of a request must lie, so that no rule of sizes or times overflows.
 LEAST, MOST = 1e-9, 1e15
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class MediaOptions:
     def __post_init__(self) -> None:
         for name in (*_AMOUNTS, *_COUNTS):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
+            if value is not None and not (is_number(value) and value > 0):
                 raise KeyeError("{} is {}; it must be above 0", Option(name), brief(value))
             if value is not None and not LEAST <= value <= MOST:
                 raise KeyeError("{} is {:g}; it must lie between {:g} and {:g}", Option(name), value, LEAST, MOST)
@@ -86,14 +82,14 @@ class MediaOptions:
                 raise KeyeError("{} is {}; it must be a whole number", Option(name), value)
         for name in _TIMES:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and abs(value) <= MOST):
+            if value is not None and not (is_number(value) and abs(value) <= MOST):
                 raise KeyeError("{} is {}; give seconds", Option(name), brief(value))
         for name in _SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool | None):
                 raise KeyeError("{} is {!r}; give true or false", Option(name), value)
         similarity = self.min_frame_similarity
-        if similarity is not None and not (_is_number(similarity) and 0 <= similarity <= 1):
+        if similarity is not None and not (is_number(similarity) and 0 <= similarity <= 1):
             raise KeyeError("{} is {}; it must lie between 0 and 1", Option("min_frame_similarity"), similarity)
         if self.strict_official:
             return
