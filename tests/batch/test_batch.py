@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.batch.journal import Journal
-from keye.batch.manifest import Item, Refused
+from keye.batch.manifest import BadLine, Item
 from keye.batch.run import Agenda, Batch, Report
 from keye.batch.workers import Answer, WorkerLost
 from keye.errors import KeyeError
@@ -51,7 +51,7 @@ class Fake:
     async def close(self) -> None: ...
 
 
-def run(out: Path, workers: Sequence[Fake], lines: Sequence[Item | Refused], *, retry_errors: bool = False) -> Report:
+def run(out: Path, workers: Sequence[Fake], lines: Sequence[Item | BadLine], *, retry_errors: bool = False) -> Report:
     with Journal(out) as journal:
         return asyncio.run(Batch(workers, journal).run(lines, retry_errors=retry_errors))
 
@@ -89,7 +89,7 @@ def test_errors_are_records_and_stop_nothing(out: Path) -> None:
             raise KeyeError("a.mp4 does not exist; check the path")
         return reply("fine")
 
-    lines = [item("bad"), Refused("line-2", 2, "x", "the line is not JSON"), item("missing"), item("good")]
+    lines = [item("bad"), BadLine("line-2", 2, "x", "the line is not JSON"), item("missing"), item("good")]
     report = run(out, [Fake(act, slots=1)], lines)
     found = records(out)
     assert (report.ok, report.errors) == (1, 3) and found["good"]["error"] is None
@@ -215,10 +215,10 @@ def test_the_first_question_about_a_video_goes_alone() -> None:
     other = agenda.take("two")
     assert other is not None and other.id == "b1"
     assert agenda.take("one") is None  # both videos are being met
-    agenda.answered(first, "one")
+    agenda.mark_answered(first, "one")
     taken = [agenda.take("one"), agenda.take("two"), agenda.take("two")]
     assert [one and one.id for one in taken] == ["a2", "a3", None]
-    agenda.answered(other, "two")
+    agenda.mark_answered(other, "two")
     agenda.forget("two")  # lost: its video has to be met anew, by anyone
     again = agenda.take("one")
     assert again is not None and again.id == "b2"
@@ -239,7 +239,7 @@ def test_an_agenda_gives_out_everything_whatever_happens(videos: list[str], step
             agenda.put_back(one) if len(one.id) % 2 else agenda.put_last(one)
             agenda.forget(worker)
             return
-        agenda.answered(one, worker) if how == "answer" else agenda.drop(one)
+        agenda.mark_answered(one, worker) if how == "answer" else agenda.drop(one)
         assert one.id not in finished
         finished.add(one.id)
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from keye.batch.manifest import Item, Refused, by_media, read_manifest
+from keye.batch.manifest import BadLine, Item, by_media, read_manifest
 from keye.errors import KeyeError
 
 QUESTION = {"video": "a.mp4", "question": "what happens?"}
 
 
-def read(folder: Path, *lines: Any, **defaults: Any) -> list[Item | Refused]:
+def read(folder: Path, *lines: Any, **defaults: Any) -> list[Item | BadLine]:
     """A manifest of these lines, objects or texts."""
     path = folder / "manifest.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
@@ -110,8 +110,8 @@ def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
         ("{broken", "the line is not JSON"),
         ("[1]", "the line is not a JSON object"),
         ({"video": "a.mp4"}, "the question is missing or empty"),
-        ({"question": "what?"}, "there is no medium to ask about"),
-        ({**QUESTION, "frames": 3}, "'frames' is no key of a line; keys are adaptive_budget, "),
+        ({"question": "what?"}, "the media are missing; give video"),
+        ({**QUESTION, "frames": 3}, "'frames' is not a key of a line; keys are adaptive_budget, "),
         ({"video": 3, "question": "what?"}, "video must be a path or an address"),
         ({"media": "nothing.mp4", "question": "what?"}, "does not exist"),
         ({"media": "https://example.org/a", "question": "what?"}, "name it video or image"),
@@ -119,19 +119,19 @@ def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
         ({**QUESTION, "id": "line-9"}, "is that of a line without one"),
         ({**openai(), "url": "/v1/embeddings"}, "method and url must be POST and /v1/chat/completions"),
         (openai(stream=True), "stream cannot be used"),
-        ({**openai(), "extra": 1}, "'extra' is no key of a batch line"),
+        ({**openai(), "extra": 1}, "'extra' is not a key of a batch line"),
     ],
 )
 def test_a_bad_line_is_told_and_the_next_is_read(tmp_path: Path, line: Any, sentence: str) -> None:
     refused, item = read(tmp_path, line, QUESTION)
-    assert isinstance(refused, Refused) and sentence in refused.reason and refused.id == "line-1"
+    assert isinstance(refused, BadLine) and sentence in refused.reason and refused.id == "line-1"
     assert isinstance(item, Item) and item.id == "line-2"
 
 
 def test_the_second_of_two_lines_with_one_id_is_refused(tmp_path: Path) -> None:
     first, second = read(tmp_path, {**QUESTION, "id": 7}, {**QUESTION, "id": "7"})
     assert isinstance(first, Item) and first.id == "7"
-    assert isinstance(second, Refused) and second.reason.startswith("the id '7' stands on line 1 already")
+    assert isinstance(second, BadLine) and second.reason.startswith("the id '7' stands on line 1 already")
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ BAD_LINES = (
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_a_bad_line_is_refused_alone(tmp_path: Path, line: str) -> None:
     bad, good = read(tmp_path, line, QUESTION)
-    assert isinstance(bad, Refused) and isinstance(good, Item)
+    assert isinstance(bad, BadLine) and isinstance(good, Item)
     assert "sys.set" not in bad.reason and "Traceback" not in bad.reason
 
 
@@ -202,13 +202,13 @@ def test_a_bad_line_is_refused_alone(tmp_path: Path, line: str) -> None:
 )
 def test_names_that_no_file_has_stay_for_whoever_answers(tmp_path: Path, source: str) -> None:
     odd, good = read(tmp_path, {"video": source, "question": "x"}, QUESTION)
-    assert isinstance(good, Item) and isinstance(odd, Item | Refused)
+    assert isinstance(good, Item) and isinstance(odd, Item | BadLine)
 
 
 def test_a_line_that_is_too_long_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.batch.manifest.MAX_LINE", 100)
     long, good = read(tmp_path, {**QUESTION, "system": "x" * 3_000_000}, QUESTION)
-    assert isinstance(long, Refused) and "more than 100 B" in long.reason
+    assert isinstance(long, BadLine) and "more than 100 B" in long.reason
     assert isinstance(good, Item) and good.line == 2
 
 
@@ -218,7 +218,7 @@ def test_bad_rows_of_csv_are_refused_alone(tmp_path: Path) -> None:
             b"a.mp4,four," + b"1" * 5000, b"a.mp4,five,5"]  # fmt: skip
     path.write_bytes(b"\n".join(rows) + b"\n")
     found = read_manifest(path, {})
-    assert [type(one) for one in found] == [Item, Refused, Refused, Item, Item]
+    assert [type(one) for one in found] == [Item, BadLine, BadLine, Item, Item]
 
 
 def test_files_of_other_editors(tmp_path: Path) -> None:
@@ -228,4 +228,4 @@ def test_files_of_other_editors(tmp_path: Path) -> None:
     )
     good, bad = read_manifest(path, {})
     assert isinstance(good, Item) and good.line == 2
-    assert isinstance(bad, Refused) and bad.reason == "the line is not in UTF-8; save the file as UTF-8"
+    assert isinstance(bad, BadLine) and bad.reason == "the line is not in UTF-8; save the file as UTF-8"

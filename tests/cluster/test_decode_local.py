@@ -96,7 +96,7 @@ def test_parts_cover_a_plan_once(clips: list[Source], monkeypatch: pytest.Monkey
     found = list(decode_reader.parts(plan))
     assert len(found) > 2
     assert [i for first, stop in found for i in range(plan.frames)[first:stop]] == list(range(plan.frames))
-    assert list(decode_reader.parts(plan, whole=True)) == [(0, None)]
+    assert list(decode_reader.parts(plan, as_one=True)) == [(0, None)]
 
 
 def test_a_reader_that_is_closed_leaves_nothing(service: DecodeService, clips: list[Source]) -> None:
@@ -160,13 +160,13 @@ def test_workers_load_no_torch(service: DecodeService) -> None:
 
 def test_a_worker_without_codecs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     hello = LocalWorker.hello
-    answers = iter([("refused", "the decode worker on x cannot decode h264: install PyAV there")])
+    answers = iter([("rejected", "the decode worker on x cannot decode h264: install PyAV there")])
     monkeypatch.setattr(LocalWorker, "hello", lambda worker: next(answers, None) or hello(worker))
     with pytest.warns(keye.errors.KeyeWarning, match="cannot decode h264.*it is left out"):
         service = open_service("local:2")
     with service:
         assert service.gauges()["workers"] == 1
-    monkeypatch.setattr(LocalWorker, "hello", lambda worker: ("refused", "the decode worker on x cannot decode video"))
+    monkeypatch.setattr(LocalWorker, "hello", lambda worker: ("rejected", "the decode worker on x cannot decode video"))
     with pytest.raises(KeyeError, match="cannot decode video"):
         open_service("local:1")
 

@@ -71,7 +71,7 @@ def test_a_file_that_kills_workers_is_set_aside_and_not_tried_again() -> None:
     pool.at_finish = die
     with DecodeService(pool) as service:
         bad, good = service.submit(Item("bad.mp4")), service.submit(Item("good.mp4"))
-        with pytest.raises(Poisoned, match=r"bad\.mp4 is set aside: 3 decode workers died"):
+        with pytest.raises(Poisoned, match=r"bad\.mp4 is quarantined: 3 decode workers died"):
             bad.result(30)
         assert good.result(30) == "good.mp4"
         assert len(tried) == DEATHS and set(tried[:2]) == {"a", "b"}, "the second try is on the other node"
@@ -89,7 +89,7 @@ def test_results_that_nobody_takes_hold_the_workers_back() -> None:
         assert [name for name, _ in pool.done] == ["0", "1"], "the third has no room"
         assert results[0].result(30) == "0"
         until(service, lambda: len(pool.done) == 3)
-        results[1].give_up()  # nobody wants it any more: that makes room as well
+        results[1].abandon()  # nobody wants it any more: that makes room as well
         until(service, lambda: len(pool.done) == 4)
         assert [result.result(30) for result in results[2:]] == ["2", "3", "4"]
         assert service.gauges()["bytes"] == 0
@@ -120,7 +120,7 @@ def test_submitting_waits_while_too_many_wait_but_not_for_a_person() -> None:
             service.submit(Item("too many"), Priority.BATCH, timeout=0)
         queued.append(service.submit(Item("2"), Priority.BATCH, limited=False, timeout=0))
         others = [service.submit(Item(f"asked {number}")) for number in range(5)]
-        service.submit(Item("a batch to train on"), Priority.TRAINING, timeout=0).give_up()
+        service.submit(Item("a batch to train on"), Priority.TRAINING, timeout=0).abandon()
         permits.release(100)
         assert [result.result(30) for result in [first, *queued, *others]]
     order = [name for name, _ in pool.done]
@@ -143,8 +143,8 @@ def test_work_that_nobody_wants_any_more_is_not_done() -> None:
         begun = service.submit(Item("begun"))
         waiting.wait(30)
         queued = service.submit(Item("queued"))
-        queued.give_up()
-        begun.give_up()
+        queued.abandon()
+        begun.abandon()
         permits.release(100)
         with pytest.raises(KeyeError, match="begun is not wanted any more"):
             begun.result(30)

@@ -1,5 +1,5 @@
-"""The output of a batch, which is its memory too: a file of JSON lines to which whole records are appended, one for
-each item, and from which a batch that was killed goes on. Knows ids and digests, not what an answer is.
+"""The output of a batch, from which a killed batch resumes: a file of JSON lines to which complete records are
+appended, one for each item. Knows ids and digests, not what an answer is.
 
 A record has its id under `custom_id` or `id`, the digest of the line that it answers under `line_digest`, and an
 `error` that is null or missing where all went well.
@@ -22,7 +22,7 @@ from keye.files import complete_file
 
 #: How records begin.
 _BEGIN: Final = b'{"line_digest":"'
-#: A longer line is no record, in bytes.
+#: Longest record, in bytes.
 _MOST_BYTES: Final = 1 << 28
 
 
@@ -37,7 +37,7 @@ class Done:
 class Journal:
     """The output file, opened by one process at a time and until `close`. `done` are the items that it has, by id.
 
-    A last line without its end, which a kill leaves, is cut off, and a new file to which nothing was written removed.
+    An incomplete last line, which a kill leaves, is cut off, and a new file to which nothing was written is removed.
     `KeyeError` for a file that another batch writes to, that cannot be written, or that holds anything but records:
     such a file is never changed."""
 
@@ -61,7 +61,7 @@ class Journal:
         self.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one whole record. What cannot be written leaves nothing of itself behind."""
+        """Adds one record, completely or not at all."""
         # The digest comes first, so that the beginning of a record is known as one.
         ordered = {"line_digest": record["line_digest"], **record}
         line = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
@@ -98,7 +98,7 @@ class Journal:
             except OSError as error:
                 os.close(fd)
                 raise _unwritable(self.path, error) from None
-        os.close(self._fd)  # whoever waits for the old file finds that it is no longer the one of this name
+        os.close(self._fd)  # a process that waits for the old file sees that it no longer has this name
         self._fd = fd
         self.done = {name: done for name, done in self.done.items() if name not in ids}
 
@@ -113,11 +113,11 @@ class Journal:
 
     def _recover(self) -> dict[str, Done]:
         done: dict[str, Done] = {}
-        whole = 0
+        size = 0
         with os.fdopen(os.dup(self._fd), "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_MOST_BYTES), b""), 1):
                 try:
-                    name, one = _read(line)
+                    name, record = _read(line)
                 except ValueError:
                     if not line.endswith(b"\n") and _is_torn_record(line, bool(done)):
                         break
@@ -126,11 +126,11 @@ class Journal:
                     ) from None
                 if name in done:
                     raise KeyeError(f"{self.path} has two records of {name[:100]!r}: choose another file with -o")
-                done[name] = one
-                whole += len(line)
-        if whole < os.fstat(self._fd).st_size:
-            os.ftruncate(self._fd, whole)
-        elif whole and os.pread(self._fd, 1, whole - 1) != b"\n":
+                done[name] = record
+                size += len(line)
+        if size < os.fstat(self._fd).st_size:
+            os.ftruncate(self._fd, size)
+        elif size and os.pread(self._fd, 1, size - 1) != b"\n":
             os.write(self._fd, b"\n")
         return done
 
@@ -143,18 +143,18 @@ def _is_torn_record(line: bytes, others: bool) -> bool:
         json.loads(line)
     except (ValueError, RecursionError):
         return begins
-    return False  # a whole value, which somebody else wrote
+    return False  # a complete value, which keye did not write
 
 
 def check_same(items: Iterable[tuple[str, str]], done: Mapping[str, Done], path: Path) -> list[str]:
     """Ids of those (id, digest) that failed and ask something else now, which are to be asked again. `KeyeError` where
-    one that was answered asks something else: its answer would stand for a question that nobody asked."""
+    one that was answered asks something else: its answer would belong to another question."""
     changed = [(name, done[name].ok) for name, digest in items if name in done and done[name].digest != digest]
-    answered = [name for name, ok in changed if ok]
-    if answered:
-        others = f" and {len(answered) - 1} others" if len(answered) > 1 else ""
+    settled = [name for name, ok in changed if ok]
+    if settled:
+        others = f" and {len(settled) - 1} others" if len(settled) > 1 else ""
         raise KeyeError(
-            f"{path} answers {answered[0][:100]!r}{others} as the manifest or the options were before: "
+            f"{path} answers {settled[0][:100]!r}{others} as the manifest or the options were before: "
             "restore them, or choose another file with -o"
         )
     return [name for name, _ in changed]
@@ -175,10 +175,10 @@ def _read(line: bytes) -> tuple[str, Done]:
 
 
 def _open_locked(path: Path) -> int:
-    """The file of this name, made if need be, that nobody else holds."""
+    """The file of this name, created if necessary and locked."""
     while True:
         if path.exists() and not path.is_file():  # a pipe, for one, would never come to an end
-            raise KeyeError(f"{path} is no file: choose another with -o")
+            raise KeyeError(f"{path} is not a file: choose another with -o")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:

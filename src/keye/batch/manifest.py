@@ -1,5 +1,5 @@
 """The questions of a batch: a file of JSON lines or CSV, each line one question about media, or a line of OpenAI's
-batch format. Whatever a line says becomes the body of one chat completion; one that cannot becomes `Refused`.
+batch format. Whatever a line says becomes the body of one chat completion; one that cannot becomes `BadLine`.
 
 Opens no medium; of those whose kind the line leaves open it reads the first bytes.
 """
@@ -42,12 +42,12 @@ _OPENAI: Final = ("custom_id", "method", "url", "body")
 _URL: Final = "/v1/chat/completions"
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _NUMBERED: Final = re.compile(r"line-\d+")
-#: Halves of characters, which no text in UTF-8 has.
+#: Surrogates, which no text in UTF-8 has.
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 #: Digits of the longest whole number that is read.
 _MOST_DIGITS: Final = 400
 #: What servers call files that were uploaded before.
-_KEPT: Final = ("file-", "index-")
+_STORED_PREFIXES: Final = ("file-", "index-")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Refused:
+class BadLine:
     """A line that asks nothing: `id` is always `line-N`, since its own may be missing or taken."""
 
     id: str
@@ -74,11 +74,11 @@ class Refused:
     reason: str
 
 
-def read_manifest(path: Path, defaults: Mapping[str, Any] | None = None) -> list[Item | Refused]:
+def read_manifest(path: Path, defaults: Mapping[str, Any] | None = None) -> list[Item | BadLine]:
     """All lines in their order; empty ones and, in JSON lines, those that begin with # are left out. `defaults` are
     settings, under the names that lines have them, for lines that do not give their own. Relative paths start at the
     manifest's folder. `KeyeError` for a manifest that cannot be read at all; never for one line of it."""
-    found: list[Item | Refused] = []
+    lines_read: list[Item | BadLine] = []
     lines: dict[str, int] = {}
     folder = path.absolute().parent
     for number, raw, fields in _lines(path):
@@ -88,15 +88,15 @@ def read_manifest(path: Path, defaults: Mapping[str, Any] | None = None) -> list
             if item.id in lines:
                 raise KeyeError(f"the id {item.id[:100]!r} stands on line {lines[item.id]} already; give each its own")
             lines[item.id] = number
-            found.append(item)
+            lines_read.append(item)
         except KeyeError as error:
-            found.append(Refused(f"line-{number}", number, digest, str(error)))
-        except (ValueError, TypeError, LookupError, OSError, RecursionError):  # of names and values that nobody expects
+            lines_read.append(BadLine(f"line-{number}", number, digest, str(error)))
+        except (ValueError, TypeError, LookupError, OSError, RecursionError):  # of unexpected names and values
             reason = "the line holds values that mean nothing here; check the names and settings in it"
-            found.append(Refused(f"line-{number}", number, digest, reason))
-    if not found:
+            lines_read.append(BadLine(f"line-{number}", number, digest, reason))
+    if not lines_read:
         raise KeyeError(f'{path} has no lines: write one question a line, as {{"video": "a.mp4", "question": "..."}}')
-    return found
+    return lines_read
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, object]]:
@@ -128,7 +128,7 @@ def _parsed(text: bytes) -> object:
     if len(text) > MAX_LINE:
         return f"the line has more than {format_bytes(MAX_LINE)}; name files instead of sending them"
     try:
-        value = json.loads(text.decode(), parse_int=_whole, parse_float=_number, parse_constant=_number)
+        value = json.loads(text.decode(), parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
     except KeyeError as error:
         return str(error)
     except RecursionError:
@@ -140,16 +140,16 @@ def _parsed(text: bytes) -> object:
     return value if isinstance(value, dict) else "the line is not a JSON object; write {...} with a question"
 
 
-def _whole(text: str) -> int:
+def _parse_int(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise KeyeError(f"the line holds a number of {len(text):,} digits, more than anything takes")
     return int(text)
 
 
-def _number(text: str) -> float:
+def _parse_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise KeyeError(f"the line holds {text[:20]}, which is no finite number")
+        raise KeyeError(f"the line holds {text[:20]}, which is not a finite number")
     return number
 
 
@@ -158,17 +158,17 @@ def _csv_lines(path: Path, data: bytes) -> Iterator[tuple[int, bytes, object]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         if _is_broken(rows.fieldnames):
-            raise KeyeError(f"{path} is no CSV in UTF-8: save it as UTF-8 with names of columns in the first row")
+            raise KeyeError(f"{path} is not CSV in UTF-8: save it as UTF-8 with names of columns in the first row")
     except csv.Error as error:
         raise KeyeError(
-            f"{path} is no CSV ({error}): save it as UTF-8 with names of columns in the first row"
+            f"{path} is not CSV ({error}): save it as UTF-8 with names of columns in the first row"
         ) from None
     while True:
         try:
             row = next(rows, None)
         except csv.Error as error:
             number = rows.line_num
-            yield number, f"{number}".encode(), f"the row is no CSV ({error}); quote its cells"
+            yield number, f"{number}".encode(), f"the row is not CSV ({error}); quote its cells"
             continue
         if row is None:
             return
@@ -182,7 +182,7 @@ def _csv_lines(path: Path, data: bytes) -> Iterator[tuple[int, bytes, object]]:
 
 
 def _is_broken(texts: Iterable[str | None] | None) -> bool:
-    """Whether a text holds halves of characters, as bytes that are no UTF-8 become."""
+    """Whether a text holds surrogates, which invalid UTF-8 becomes."""
     return any(_SURROGATE.search(text) for text in texts or () if text)
 
 
@@ -191,7 +191,7 @@ def _cell(name: str, value: str) -> object:
     if name in ("id", "question", "system") or (name in _KINDS and not value.startswith("[")):
         return value
     try:
-        return json.loads(value, parse_int=_whole, parse_float=_number, parse_constant=_number)
+        return json.loads(value, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
     except (ValueError, RecursionError):  # a number that is none here stands as it is, to be named by who takes it
         return value
 
@@ -205,7 +205,7 @@ def _item(number: int, digest: str, fields: object, defaults: Mapping[str, Any],
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     if not isinstance(name, str) or not name or len(name) > 512 or _SURROGATE.search(name):
-        raise KeyeError("the id is no text of up to 512 characters; give another")
+        raise KeyeError("the id is not a text of up to 512 characters; give another")
     if _NUMBERED.fullmatch(name) and name != f"line-{number}":
         raise KeyeError(f"the id {name!r} is that of a line without one; give another")
     body = _openai_body(fields) if openai else _native_body(fields, folder)
@@ -220,7 +220,7 @@ def _item(number: int, digest: str, fields: object, defaults: Mapping[str, Any],
 
 def _openai_body(fields: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(fields) - set(_OPENAI)):
-        raise KeyeError(f"{unknown[0]!r} is no key of a batch line; keys are {', '.join(_OPENAI)}")
+        raise KeyeError(f"{unknown[0]!r} is not a key of a batch line; keys are {', '.join(_OPENAI)}")
     if fields.get("method", "POST") != "POST" or fields.get("url") != _URL:
         raise KeyeError(f"method and url must be POST and {_URL}")
     body = fields.get("body")
@@ -233,22 +233,22 @@ def _openai_body(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _native_body(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if unknown := sorted(str(name) for name in set(fields) - _NATIVE):
-        raise KeyeError(f"{unknown[0][:100]!r} is no key of a line; keys are {', '.join(sorted(_NATIVE))}")
+        raise KeyeError(f"{unknown[0][:100]!r} is not a key of a line; keys are {', '.join(sorted(_NATIVE))}")
     question = fields.get("question")
     if not isinstance(question, str) or not question.strip():
         raise KeyeError("the question is missing or empty; ask something about the media")
     options = {_SHORT.get(name, name): fields[name] for name in (*_SHORT, *VIDEO_OPTIONS) if name in fields}
     parts: list[dict[str, Any]] = []
     for name in _KINDS:
-        given = fields.get(name, [])
-        for source in given if isinstance(given, list) else [given]:
+        value = fields.get(name, [])
+        for source in value if isinstance(value, list) else [value]:
             if not isinstance(source, str) or not source:
                 raise KeyeError(f"{name} must be a path or an address, or a list of them")
             kind = _kind(source, folder) if name == "media" else name
             known = {key: value for key, value in options.items() if kind == "video" or key in IMAGE_OPTIONS}
             parts.append({"type": kind, kind: source, **known})
     if not parts:
-        raise KeyeError("there is no medium to ask about; give video, image or media")
+        raise KeyeError("the media are missing; give video, image or media")
     system = [{"role": "system", "content": fields["system"]}] if "system" in fields else []
     body: dict[str, Any] = {
         "messages": [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question}]}],
@@ -306,13 +306,13 @@ def media_places(body: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str,
 def _settle(holder: dict[str, Any], key: str, kind: str, defaults: Mapping[str, Any], folder: Path) -> str:
     """Writes the whole path, and the defaults, where a medium is named; returns its name."""
     inner = holder.get("preprocess_kwargs")
-    source, given = holder[key], holder.keys() | (inner.keys() if isinstance(inner, dict) else set())
+    source, own = holder[key], holder.keys() | (inner.keys() if isinstance(inner, dict) else set())
     if not _is_address(source, folder):
         path = _path(source, folder)
-        if path.exists() or not source.startswith(_KEPT):
+        if path.exists() or not source.startswith(_STORED_PREFIXES):
             source = holder[key] = str(path)
     known = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS
-    holder |= {name: value for name, value in defaults.items() if name in known and name not in given}
+    holder |= {name: value for name, value in defaults.items() if name in known and name not in own}
     return str(source)
 
 

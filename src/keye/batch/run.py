@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keye.batch.journal import Journal, check_same
-from keye.batch.manifest import Item, Refused, by_media, key_of
+from keye.batch.manifest import BadLine, Item, by_media, key_of
 from keye.batch.workers import Answer, Worker, WorkerLost
 from keye.errors import KeyeError
 
@@ -70,9 +70,9 @@ class Report:
 class Agenda:
     """Which question comes next. Knows items and names of workers; asks nothing.
 
-    A worker gets, in this order: another question about media that it has met; one about media that nobody has met; one
-    about media that others have met; one that was put last. While the first question about some media is under way, its
-    others wait.
+    A worker gets, in this order: another question about media that it has processed; one about media that no worker
+    has; one about media that others have; one that was put last. While the first question about some media is under
+    way, its others wait.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -95,7 +95,7 @@ class Agenda:
             return self._groups[key].popleft()
         return self._last.popleft() if self._last and not any(self._groups.values()) else None
 
-    def answered(self, item: Item, worker: str) -> None:
+    def mark_answered(self, item: Item, worker: str) -> None:
         """A question has its answer, from this worker."""
         key = self._opening.pop(item.id, None)
         if key is not None:
@@ -145,14 +145,13 @@ class Agenda:
 
 
 @dataclass
-class _Crew:
-    """A worker and what is known of it: which of its starts this is, and how many times in a row it was lost without an
-    answer."""
+class _WorkerState:
+    """A worker with the number of its starts, and how many times in a row it was lost without an answer."""
 
     worker: Worker
     start: int = 0
-    fruitless: int = 0
-    dead: bool = False
+    failed_starts: int = 0
+    is_dead: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -162,7 +161,7 @@ class Batch:
     def __init__(
         self, workers: Sequence[Worker], journal: Journal, *, progress: Callable[[int, int], None] = lambda *_: None
     ) -> None:
-        self._crews = [_Crew(worker) for worker in workers]
+        self._states = [_WorkerState(worker) for worker in workers]
         self._journal, self._progress = journal, progress
         self.report = Report()
         self._left = 0
@@ -170,15 +169,15 @@ class Batch:
         self._suspects: list[Item] = []
         self._why = ""
 
-    async def run(self, lines: Sequence[Item | Refused], *, retry_errors: bool = False) -> Report:
+    async def run(self, lines: Sequence[Item | BadLine], *, retry_errors: bool = False) -> Report:
         """Asks whatever the output does not hold yet. `KeyeError` where no worker is left; what was answered stays."""
         begin = time.monotonic()
         syncing = asyncio.create_task(self._sync())
         try:
             todo = self._resume(lines, retry_errors)
             for line in todo:
-                if isinstance(line, Refused):
-                    self._write(line, failed(line, line.reason, "bad_line"), None)
+                if isinstance(line, BadLine):
+                    self._write(line, record_of_error(line, line.reason, "bad_line"), None)
             items = [line for line in todo if isinstance(line, Item)]
             if items:
                 await self._ask_all(items)
@@ -186,12 +185,12 @@ class Batch:
             syncing.cancel()
             with suppress(asyncio.CancelledError):
                 await syncing
-            for crew in self._crews:
-                await crew.worker.close()
+            for state in self._states:
+                await state.worker.close()
             self.report.seconds = time.monotonic() - begin
         return self.report
 
-    def _resume(self, lines: Sequence[Item | Refused], retry_errors: bool) -> list[Item | Refused]:
+    def _resume(self, lines: Sequence[Item | BadLine], retry_errors: bool) -> list[Item | BadLine]:
         """The lines that have no record; those to be asked again lose theirs."""
         journal = self._journal
         again = set(check_same([(line.id, line.digest) for line in lines], journal.done, journal.path))
@@ -207,8 +206,8 @@ class Batch:
         self._agenda, self._left, self._changed = Agenda(items), len(items), asyncio.Condition()
         try:
             async with asyncio.TaskGroup() as tasks:
-                for crew in self._crews:
-                    tasks.create_task(self._serve(crew))
+                for state in self._states:
+                    tasks.create_task(self._serve(state))
         except BaseExceptionGroup as several:
             raise _first(several) from None
         for item in self._suspects:
@@ -219,57 +218,57 @@ class Batch:
                 f"{self._journal.path}: run the same command again, which goes on"
             )
 
-    async def _serve(self, crew: _Crew) -> None:
+    async def _serve(self, state: _WorkerState) -> None:
         """Starts a worker and keeps all its slots busy until nothing is left."""
-        if await self._start(crew, crew.start):
+        if await self._start(state, state.start):
             async with asyncio.TaskGroup() as slots:
-                for _ in range(crew.worker.slots):
-                    slots.create_task(self._fill(crew))
+                for _ in range(state.worker.slots):
+                    slots.create_task(self._fill(state))
 
-    async def _fill(self, crew: _Crew) -> None:
-        while (item := await self._next(crew)) is not None:
-            async with crew.lock:  # it may be about to start anew
-                start = crew.start
+    async def _fill(self, state: _WorkerState) -> None:
+        while (item := await self._next(state)) is not None:
+            async with state.lock:  # it may be about to restart
+                start = state.start
             try:
-                await self._ask(crew, item)
+                await self._ask(state, item)
             except WorkerLost as lost:
                 await self._put_back(item, lost)
-                await self._start(crew, start + 1)
+                await self._start(state, start + 1)
             else:
-                await self._tell()
+                await self._notify()
 
-    async def _next(self, crew: _Crew) -> Item | None:
-        """A question, as soon as there is one; None when all are answered or set aside."""
+    async def _next(self, state: _WorkerState) -> Item | None:
+        """A question, as soon as there is one; None when all are answered or quarantined."""
         async with self._changed:
-            while self._left > len(self._suspects) and not crew.dead:
-                item = self._agenda.take(crew.worker.name)
+            while self._left > len(self._suspects) and not state.is_dead:
+                item = self._agenda.take(state.worker.name)
                 if item is not None:
                     return item
                 await self._changed.wait()
         return None
 
-    async def _ask(self, crew: _Crew, item: Item) -> None:
+    async def _ask(self, state: _WorkerState, item: Item) -> None:
         """Asks and writes the record; raises `WorkerLost` and nothing else."""
         begin = time.monotonic()
         try:
-            answer = await crew.worker.ask(item)
+            answer = await state.worker.ask(item)
         except WorkerLost:
             raise
         except KeyeError as error:
             self._agenda.drop(item)
-            self._write(item, failed(item, str(error), "bad_medium"), None)
+            self._write(item, record_of_error(item, str(error), "bad_medium"), None)
             return
         except Exception as error:  # noqa: BLE001 - whatever a line or an answer brings about ends that item alone
             self._agenda.drop(item)
             reason = f"it could not be asked, or its answer not be read ({type(error).__name__})"
-            self._write(item, failed(item, reason, "failed"), None)
+            self._write(item, record_of_error(item, reason, "failed"), None)
             return
-        crew.fruitless = 0
-        self._agenda.answered(item, crew.worker.name)
-        self._write(item, answered(item, answer, time.monotonic() - begin, crew.worker.name), answer)
+        state.failed_starts = 0
+        self._agenda.mark_answered(item, state.worker.name)
+        self._write(item, record_of_answer(item, answer, time.monotonic() - begin, state.worker.name), answer)
 
     async def _put_back(self, item: Item, lost: WorkerLost) -> None:
-        """A question whose worker was lost goes to another, or is set aside."""
+        """A question whose worker was lost goes to another worker, or is quarantined."""
         self._losses[item.id] = self._losses.get(item.id, 0) + lost.during
         if not lost.during:
             self._agenda.put_back(item)
@@ -278,54 +277,56 @@ class Batch:
         else:
             self._agenda.drop(item)
             self._suspects.append(item)
-        await self._tell()
+        await self._notify()
 
     async def _ask_alone(self, item: Item) -> None:
         """The last try of a question during which workers were lost: nothing else is under way."""
-        for crew in self._crews:
-            if crew.dead:
+        for state in self._states:
+            if state.is_dead:
                 continue
             try:
-                await self._ask(crew, item)
+                await self._ask(state, item)
             except WorkerLost as lost:
-                await self._start(crew, crew.start + 1)
+                await self._start(state, state.start + 1)
                 if lost.during:
-                    self._write(item, failed(item, f"workers were lost while they answered this: {lost}", "lost"), None)
+                    self._write(
+                        item, record_of_error(item, f"workers were lost while they answered this: {lost}", "lost"), None
+                    )
                     return
             else:
                 return
 
-    async def _start(self, crew: _Crew, number: int) -> bool:
-        """Makes a worker ready for the `number`th time, unless somebody else has done so; whether it is."""
-        async with crew.lock:
-            if crew.dead or (crew.start >= number and number > 0):
-                return not crew.dead
+    async def _start(self, state: _WorkerState, number: int) -> bool:
+        """Makes a worker ready for the `number`th time, unless another slot has done so; whether it is."""
+        async with state.lock:
+            if state.is_dead or (state.start >= number and number > 0):
+                return not state.is_dead
             if number > 0:
                 self.report.losses += 1
-                self._agenda.forget(crew.worker.name)
-                crew.fruitless += 1
-            crew.start = number
-            if crew.fruitless > _MOST_LOSSES:
-                crew.dead, self._why = True, f"{crew.worker.name} was lost {_MOST_LOSSES} times without an answer"
-            for attempt in range(0 if crew.dead else _MOST_STARTS):
+                self._agenda.forget(state.worker.name)
+                state.failed_starts += 1
+            state.start = number
+            if state.failed_starts > _MOST_LOSSES:
+                state.is_dead, self._why = True, f"{state.worker.name} was lost {_MOST_LOSSES} times without an answer"
+            for attempt in range(0 if state.is_dead else _MOST_STARTS):
                 try:
-                    await crew.worker.start()
+                    await state.worker.start()
                     break
                 except WorkerLost as lost:
                     self._why = str(lost)
-                    crew.dead = number == 0 or attempt == _MOST_STARTS - 1
-                    if crew.dead:
+                    state.is_dead = number == 0 or attempt == _MOST_STARTS - 1
+                    if state.is_dead:
                         break
-        await self._tell()
-        return not crew.dead
+        await self._notify()
+        return not state.is_dead
 
-    def _write(self, line: Item | Refused, record: dict[str, Any], answer: Answer | None) -> None:
+    def _write(self, line: Item | BadLine, record: dict[str, Any], answer: Answer | None) -> None:
         self._journal.append(record)
         self.report.count(record, answer)
         self._left -= isinstance(line, Item)
         self._progress(self.report.skipped + self.report.ok + self.report.errors, self.report.items)
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
@@ -343,7 +344,7 @@ def _first(several: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-def answered(item: Item, answer: Answer, seconds: float, worker: str) -> dict[str, Any]:
+def record_of_answer(item: Item, answer: Answer, seconds: float, worker: str) -> dict[str, Any]:
     """The record of an answer, good or bad: in OpenAI's form for lines in that form, else the answer's parts."""
     body = answer.body
     choices = body.get("choices")
@@ -359,10 +360,10 @@ def answered(item: Item, answer: Answer, seconds: float, worker: str) -> dict[st
         }  # fmt: skip
     if problem is not None:
         return {"id": item.id, "line_digest": item.digest, "error": problem}
-    message, found = choice["message"], _mapping(body.get("keye"))
+    message, fields = choice["message"], _mapping(body.get("keye"))
     optional = {
-        "reasoning": message.get("reasoning_content"), "intervals": found.get("intervals") or None,
-        "regions": found.get("regions") or None, "evidence": found.get("evidence"), "notes": found.get("notes"),
+        "reasoning": message.get("reasoning_content"), "intervals": fields.get("intervals") or None,
+        "regions": fields.get("regions") or None, "evidence": fields.get("evidence"), "notes": fields.get("notes"),
     }  # fmt: skip
     return {
         "id": item.id, "line_digest": item.digest, "text": message.get("content"),
@@ -372,7 +373,7 @@ def answered(item: Item, answer: Answer, seconds: float, worker: str) -> dict[st
     }  # fmt: skip
 
 
-def failed(line: Item | Refused, message: str, code: str) -> dict[str, Any]:
+def record_of_error(line: Item | BadLine, message: str, code: str) -> dict[str, Any]:
     """The record of an item that was never answered."""
     error = {"code": code, "message": f"line {line.line}: {message}"}
     if isinstance(line, Item) and line.openai:
@@ -385,17 +386,17 @@ def failed(line: Item | Refused, message: str, code: str) -> dict[str, Any]:
 
 def _problem(answer: Answer) -> dict[str, Any]:
     """OpenAI's error object, or what others send in its place."""
-    told: Any = answer.body.get("error") or answer.body.get("detail") or answer.body
-    if isinstance(told, Mapping):
-        code = told.get("code")
+    error: Any = answer.body.get("error") or answer.body.get("detail") or answer.body
+    if isinstance(error, Mapping):
+        code = error.get("code")
         return {
             "code": code if code and isinstance(code, str | int) else f"status_{answer.status}",
-            "message": str(told.get("message") or dict(told))[:2000],
+            "message": str(error.get("message") or dict(error))[:2000],
         }
-    return {"code": f"status_{answer.status}", "message": str(told)[:2000]}
+    return {"code": f"status_{answer.status}", "message": str(error)[:2000]}
 
 
-def unknown_ids(lines: Iterable[Item | Refused], journal: Journal) -> int:
+def unknown_ids(lines: Iterable[Item | BadLine], journal: Journal) -> int:
     """How many records the output has of items that the manifest no longer holds."""
     return len(journal.done.keys() - {line.id for line in lines})
 

@@ -14,7 +14,7 @@ The decode service turns video files into planned frames in many workers:
         keye.load("nano", decoder=ServiceDecoder(service))    # the videos of every request go through it
 
 `future` is a `concurrent.futures.Future`: `asyncio.wrap_future` awaits it. A file's mistake is the future's
-`MediaError`. Results that nobody has taken yet are bounded in bytes, so take them in order or as they are completed.
+`MediaError`. Results that were not taken yet are bounded in bytes, so take them in order or as they are completed.
 `CallWork(function, arguments)` runs any importable function in a worker. `ray_cluster.connect(address)` connects to a
 cluster, with one sentence for whatever is wrong with it.
 

@@ -19,7 +19,7 @@ REMEMBERED: Final = 1 << 16
 
 
 class Priority(IntEnum):
-    """Lower ones go first: somebody waits for an answer; a batch; training, which looks ahead."""
+    """Lower ones go first: a user waits for an answer; a batch; training, which looks ahead."""
 
     INTERACTIVE = 0
     BATCH = 1
@@ -89,8 +89,8 @@ class JobQueue:
                     continue
                 home = self.home(job)
                 if home == node or (job.passed >= PATIENCE and first is None):
-                    for one in passed:
-                        one.passed += 1
+                    for skipped in passed:
+                        skipped.passed += 1
                     return jobs.pop(job.number)
                 if home in idle and self.may(job, str(home), nodes):
                     continue
@@ -109,7 +109,7 @@ class JobQueue:
             return True  # the file has to be brought along
         if node in job.absent:
             return False
-        others = [one for one in nodes if one not in job.absent and one not in job.died]
+        others = [other for other in nodes if other not in job.absent and other not in job.died]
         return node not in job.died or not others
 
     def home(self, job: Job) -> str | None:
@@ -130,27 +130,27 @@ class JobQueue:
 class ByteBudget:
     """Bytes of results that are being made or wait to be taken: at most `limit`, but for the oldest job.
 
-    That one is let through in any case, since whoever takes results in order waits for it. So `limit` and one result
+    That one is let through in any case, since a reader of results in order waits for it. So `limit` and one result
     are held at most, and one more for each job that overtakes it, by its priority or since its file lay nearer. Jobs
     are known by their rank; a rank is entered when it starts, and leaves when its result is taken or it has none.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._held: dict[tuple[int, int], int] = {}
+        self._reserved: dict[tuple[int, int], int] = {}
 
     def enter(self, rank: tuple[int, int]) -> None:
         """A job is started; a second time where it has to be done again."""
-        self._held.setdefault(rank, 0)
+        self._reserved.setdefault(rank, 0)
 
     def reserve(self, rank: tuple[int, int], nbytes: int) -> bool:
         """Takes so many bytes for an entered job, in place of what it had; False where there is no room now."""
-        others = self.used - self._held[rank]
-        if others + nbytes > self.limit and rank != min(self._held):
+        others = self.used - self._reserved[rank]
+        if others + nbytes > self.limit and rank != min(self._reserved):
             return False
-        self.used, self._held[rank] = others + nbytes, nbytes
+        self.used, self._reserved[rank] = others + nbytes, nbytes
         return True
 
     def leave(self, rank: tuple[int, int]) -> None:
-        """Gives a job's bytes back; nothing happens to one that has left."""
-        self.used -= self._held.pop(rank, 0)
+        """Releases a job's bytes; may be called twice."""
+        self.used -= self._reserved.pop(rank, 0)

@@ -1,4 +1,4 @@
-"""The decode service as the decoder of a `Processor`: frames of a video, part by part, as the service gives them."""
+"""The decode service as the decoder of a `Processor`: frames of a video, part by part."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ class ServiceDecoder:
         self, source: Source, options: MediaOptions, plan: VideoPlan | None, processor: Processor
     ) -> tuple[VideoPlan, Sequence[Pixels]]:
         work = VideoWork(source, processor.config, options, plan, processor.limits)
-        found: PlannedFrames = self.service.submit(work, self.priority, limited=False).result()
-        return found.plan, found.frames
+        planned: PlannedFrames = self.service.submit(work, self.priority, limited=False).result()
+        return planned.plan, planned.frames
 
     def open(
         self, source: Source, options: MediaOptions, plan: VideoPlan, processor: Processor, shape: FrameShape
     ) -> PartReader:
         work = VideoWork(source, processor.config, options, plan, processor.limits)
-        works = [replace(work, first=first, stop=stop) for first, stop in parts(plan, whole=shape.one_row)]
+        works = [replace(work, first=first, stop=stop) for first, stop in parts(plan, as_one=shape.one_row)]
         return PartReader(self.service, self.priority, works, shape)
 
 
-def parts(plan: VideoPlan, *, whole: bool = False) -> Iterator[tuple[int, int | None]]:
+def parts(plan: VideoPlan, *, as_one: bool = False) -> Iterator[tuple[int, int | None]]:
     """Which frames of a plan are decoded together, as (first, stop)."""
-    if whole:
+    if as_one:
         yield 0, None
         return
-    most, first, held = FIRST_PART, 0, 0
+    most, first, total = FIRST_PART, 0, 0
     for i in range(plan.frames):
         height, width = plan.frame_size(i)
         size = height * width * 3
-        if held and held + size > most:
+        if total and total + size > most:
             yield first, i
-            first, held, most = i, 0, min(2 * most, LARGEST_PART)
-        held += size
+            first, total, most = i, 0, min(2 * most, LARGEST_PART)
+        total += size
     yield first, plan.frames if first else None
 
 
@@ -75,12 +75,12 @@ class PartReader:
     ) -> None:
         self._service, self._priority, self._shape = service, priority, shape
         self._works = deque(works)
-        self._asked: deque[Result] = deque()
+        self._results: deque[Result] = deque()
         self._frames: deque[Pixels] = deque()
-        self._taken, self._closed = 0, False
+        self._delivered, self._closed = 0, False
         self._error: Exception | None = None
         self._lock = threading.Lock()
-        self._ask()
+        self._request_parts()
 
     def has(self, rows: int) -> bool:
         return self.wait(rows, 0)
@@ -90,9 +90,9 @@ class PartReader:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                if self._closed or self._error is not None or len(self._frames) >= needed or not self._asked:
+                if self._closed or self._error is not None or len(self._frames) >= needed or not self._results:
                     return True
-                first = self._asked[0]
+                first = self._results[0]
             left = None if end is None else max(0.0, end - time.monotonic())
             if not wait((first,), left).done:
                 return False
@@ -107,8 +107,8 @@ class PartReader:
                 assert self._error is not None, "a video gave fewer frames than its plan"
                 raise self._error
             frames = [self._frames.popleft() for _ in range(needed)]
-        self._taken += needed
-        return self._shape.patches(frames, self._taken - needed)
+        self._delivered += needed
+        return self._shape.patches(frames, self._delivered - needed)
 
     def notes(self) -> Sequence[KeyeWarning]:
         return ()
@@ -116,12 +116,12 @@ class PartReader:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            asked = list(self._asked)
-            self._asked.clear()
+            results = list(self._results)
+            self._results.clear()
             self._works.clear()
             self._frames.clear()
-        for result in asked:
-            result.give_up()
+        for result in results:
+            result.abandon()
 
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
@@ -130,24 +130,24 @@ class PartReader:
     def _receive(self, first: Result) -> None:
         """Takes a part that has come."""
         with self._lock:
-            if self._closed or not self._asked or self._asked[0] is not first:
+            if self._closed or not self._results or self._results[0] is not first:
                 return
-            self._asked.popleft()
+            self._results.popleft()
             try:
                 part: PlannedFrames = first.result()
             except Exception as error:  # noqa: BLE001 - raised again where the frames are taken
                 self._error = error
                 return
             self._frames.extend(part.frames)
-        self._ask()
+        self._request_parts()
 
-    def _ask(self) -> None:
-        """Asks for parts ahead of their time. Never waits: whoever would have to make room may be who asks."""
+    def _request_parts(self) -> None:
+        """Requests parts ahead of time. Never waits: this thread may be the one that has to make room."""
         with self._lock:
-            while self._works and len(self._asked) < _AHEAD:
+            while self._works and len(self._results) < _AHEAD:
                 try:
                     work = self._works.popleft()
-                    self._asked.append(self._service.submit(work, self._priority, limited=False))
+                    self._results.append(self._service.submit(work, self._priority, limited=False))
                 except KeyeError as error:
                     self._error = error
                     return

@@ -1,4 +1,4 @@
-"""What a decode worker is told to do and gives back: plain data that travels, and how it is done at the worker.
+"""Orders to decode workers and their results: plain data that travels, and how the work is done at the worker.
 
 Work is done in two steps, so that a result has a place before it is made: `begin` finds out how many bytes it will
 have, `write` makes it. Knows media, no processes and no machines.
@@ -119,18 +119,18 @@ class VideoWork:
         return f"{self.source.path}\0{self.ends}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the temporary file that a source may keep: it stays with whoever sends."""
+        """Without the temporary file that a source may keep: it stays with the sender."""
         state = dict(self.__dict__)
         if isinstance(self.source, Source):
             state["source"] = dataclasses.replace(self.source, keep=None)
         return state
 
     def begin(self) -> BegunVideo:
-        source = self._found()
+        source = self._find_source()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", KeyeWarning)
             begun = BegunVideo(self, source)
-        begun.notes = tuple(one.message.args for one in caught if isinstance(one.message, KeyeWarning))
+        begun.notes = tuple(item.message.args for item in caught if isinstance(item.message, KeyeWarning))
         return begun
 
     def result(self, rest: Any, buffer: Pixels) -> PlannedFrames:
@@ -152,7 +152,7 @@ class VideoWork:
             data = file.read()
         return dataclasses.replace(self, source=dataclasses.replace(source, path=None, data=data, keep=None))
 
-    def _found(self) -> Source:
+    def _find_source(self) -> Source:
         """The file on this node."""
         if isinstance(self.source, str):
             if "://" not in self.source and not self.source.startswith("data:") and not os.path.exists(self.source):
@@ -178,13 +178,13 @@ class BegunVideo:
         plan = _part(work.plan, work.first, work.stop) if part and work.plan is not None else work.plan
         processor = Processor(work.config, limits=work.limits)
         try:
-            made, self._frames = self._open.enter_context(processor.decoding(source, work.options, plan=plan))
+            plan_of_part, self._frames = self._open.enter_context(processor.decoding(source, work.options, plan=plan))
         except BaseException:
             self._open.close()
             raise
         #: The whole plan goes back, not that of a part.
-        self.plan = work.plan if part and work.plan is not None else made
-        self.buffer_bytes = sum(height * width * 3 for height, width in _sizes(made, 0, None))
+        self.plan = work.plan if part and work.plan is not None else plan_of_part
+        self.buffer_bytes = sum(height * width * 3 for height, width in _sizes(plan_of_part, 0, None))
 
     @property
     def nbytes(self) -> int:
@@ -228,7 +228,7 @@ class CallWork:
 
 @dataclass(frozen=True)
 class BegunCall:
-    """A call that is over, since nobody can know before how large its result will be."""
+    """A call that is over, since the size of its result is not known before."""
 
     value: Any
     buffer_bytes: int = 0
@@ -249,11 +249,11 @@ def _arrays(value: Any) -> Iterator[NDArray[Any]]:
     if isinstance(value, np.ndarray):
         yield value
     elif isinstance(value, dict):
-        yield from (array for one in value.values() for array in _arrays(one))
+        yield from (array for item in value.values() for array in _arrays(item))
     elif isinstance(value, list | tuple):
-        yield from (array for one in value for array in _arrays(one))
+        yield from (array for item in value for array in _arrays(item))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from (array for one in dataclasses.fields(value) for array in _arrays(getattr(value, one.name)))
+        yield from (array for item in dataclasses.fields(value) for array in _arrays(getattr(value, item.name)))
 
 
 def _part(plan: VideoPlan, first: int, stop: int | None) -> VideoPlan:

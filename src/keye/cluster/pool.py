@@ -137,7 +137,7 @@ class LocalWorker:
         self._send("drop", None)
 
     def stop(self) -> None:
-        # The socket is closed when nobody holds this object any more: a thread may be waiting at it.
+        # The socket is closed with this object: a thread may be waiting for it.
         self.process.kill()
         self.process.wait()
 

@@ -22,7 +22,7 @@ from keye.errors import KeyeError
 from keye.media.pixels.pictures import Pixels
 
 #: What a worker answers: it worked, the work is at fault, the file is not here, or keye is at fault.
-DONE, REFUSED, ABSENT, DEFECT = "done", "refused", "absent", "defect"
+DONE, REJECTED, ABSENT, DEFECT = "done", "rejected", "absent", "defect"
 Answer = tuple[str, Any]
 #: Codecs that a worker must be able to decode, of those that people's videos have.
 NEEDED: Final = ("h264", "hevc", "vp9", "mpeg4")
@@ -37,14 +37,16 @@ class Desk:
     def hello(self) -> Answer:
         """Whether this worker is fit for work: its node's name, or what it lacks."""
         if missing := missing_codecs():
-            return REFUSED, f"the decode worker on {socket.gethostname()} cannot decode {missing}: install PyAV there "\
-                "from its own wheels, with `pip install --force-reinstall av`"  # fmt: skip
+            return REJECTED, (
+                f"the decode worker on {socket.gethostname()} cannot decode {missing}: install PyAV there from its "
+                "own wheels, with `pip install --force-reinstall av`"
+            )
         return DONE, socket.gethostname()
 
     def begin(self, work: Work) -> Answer:
         """Makes the next result known: (its bytes, those of its buffer)."""
         self.drop()
-        return answered(lambda: self._begin(work))
+        return answer_of(lambda: self._begin(work))
 
     def _begin(self, work: Work) -> tuple[int, int]:
         self._begun = work.begin()
@@ -55,7 +57,7 @@ class Desk:
         assert self._begun is not None, "nothing was begun"
         begun = self._begun
         try:
-            return answered(lambda: begun.write(sink))
+            return answer_of(lambda: begun.write(sink))
         finally:
             self.drop()
 
@@ -66,14 +68,14 @@ class Desk:
             self._begun = None
 
 
-def answered(make: Any) -> Answer:
+def answer_of(make: Any) -> Answer:
     """What `make` returns or raises, as an answer that can travel."""
     try:
         return DONE, make()
     except Absent:
         return ABSENT, None
     except KeyeError as error:
-        return REFUSED, error
+        return REJECTED, error
     except Exception:  # noqa: BLE001 - raised again by the service, with this text
         return DEFECT, traceback.format_exc()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from keye.cluster.decode_work import Work
 from keye.cluster.pool import PoolWorker, WorkerDied
-from keye.cluster.pool_worker import DEFECT, DONE, REFUSED, Answer, Desk
+from keye.cluster.pool_worker import DEFECT, DONE, REJECTED, Answer, Desk
 from keye.cluster.ray_cluster import connect
 from keye.media.pixels.pictures import Pixels
 
@@ -62,16 +62,16 @@ class RayWorker:
         self._actor, self._end = pool.actor(node), time.monotonic() + START_SECONDS
 
     def hello(self) -> Answer:
-        asked = self._actor.hello.remote()
-        while not self._ray.wait([asked], timeout=LOOK_SECONDS)[0]:
+        reference = self._actor.hello.remote()
+        while not self._ray.wait([reference], timeout=LOOK_SECONDS)[0]:
             if self.node not in self._pool.nodes():
                 raise WorkerDied
             if time.monotonic() > self._end:
                 return (
-                    REFUSED,
+                    REJECTED,
                     f"node {self.node[:12]} had no free processor for a decode worker in {START_SECONDS:g} s",
                 )
-        return self._get(asked)
+        return self._get(reference)
 
     def check(self) -> None:
         self._get(self._actor.hello.remote())
@@ -81,8 +81,8 @@ class RayWorker:
 
     def finish(self, buffer_bytes: int) -> tuple[Answer, Pixels]:
         answer, buffer = self._actor.finish.options(num_returns=2).remote(buffer_bytes)
-        found: Answer = self._get(answer)
-        return found, self._get(buffer) if found[0] == DONE else np.empty(0, np.uint8)
+        reply: Answer = self._get(answer)
+        return reply, self._get(buffer) if reply[0] == DONE else np.empty(0, np.uint8)
 
     def drop(self) -> None:
         self._actor.drop.remote()

@@ -1,7 +1,7 @@
 """The decode service: videos to planned frames in many workers, by priority, within a budget of bytes.
 
-A thread for each worker takes jobs from one queue and talks to it. A job whose worker died is done again, elsewhere if
-there is an elsewhere; one that has cost `DEATHS` workers is poison and set aside. Knows workers, no processes, no Ray.
+A thread for each worker takes jobs from one queue and talks to it. A job whose worker died is done again, on another
+node if there is one; one that has cost `DEATHS` workers is quarantined. Knows workers, no processes, no Ray.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keye.cluster.decode_queue import ByteBudget, Job, JobQueue
 from keye.cluster.decode_queue import Priority as Priority
 from keye.cluster.decode_work import Work
 from keye.cluster.pool import LocalPool, Pool, PoolWorker, WorkerDied
-from keye.cluster.pool_worker import ABSENT, DONE, REFUSED
+from keye.cluster.pool_worker import ABSENT, DONE, REJECTED
 from keye.errors import KeyeError, KeyeWarning, MediaError, warn
 from keye.process import available_cores
 
@@ -27,7 +27,7 @@ BUDGET: Final = 1 << 30
 #: Jobs of one priority that may wait for a worker, unless said otherwise.
 QUEUE: Final = 64
 #: Workers that may die in a row before any has got ready: then something else is wrong.
-_HOPELESS: Final = 3
+MAX_FAILED_STARTS: Final = 3
 
 
 class Poisoned(MediaError):
@@ -35,39 +35,39 @@ class Poisoned(MediaError):
 
 
 class Result(Future[Any]):
-    """A result on its way. Its bytes count in the budget until `result` is called, or nobody holds it any more."""
+    """A result on its way. Its bytes count in the budget until `result` is called or it is dropped."""
 
     def __init__(self, service: DecodeService, rank: tuple[int, int]) -> None:
         super().__init__()
         self._service, self._rank = service, rank
-        self.given_up = False
+        self.is_abandoned = False
 
     def result(self, timeout: float | None = None) -> Any:
         """The result, waited for; raises what went wrong with it."""
-        found = super().result(timeout)
-        self._service.taken(self._rank)
-        return found
+        value = super().result(timeout)
+        self._service.mark_taken(self._rank)
+        return value
 
-    def give_up(self) -> None:
-        """Nobody wants the result any more; work that has not begun is not done. May be called twice."""
-        self.given_up = True
+    def abandon(self) -> None:
+        """Abandons the result; work that has not begun is not done. May be called twice."""
+        self.is_abandoned = True
         self.cancel()
         if self.done():
-            self._service.taken(self._rank)
+            self._service.mark_taken(self._rank)
 
     def __del__(self) -> None:
         if self.done():
-            self._service.taken(self._rank)
+            self._service.mark_taken(self._rank)
 
 
 class DecodeService:
-    """Made by `open_service`. Safe to use from many threads; closing gives up what has not been done."""
+    """Made by `open_service`. Safe to use from many threads; closing abandons what has not been done."""
 
     def __init__(self, pool: Pool, *, budget: int = BUDGET, queue: int = QUEUE) -> None:
         if budget < 1 or queue < 1:
             raise KeyeError("the decode service needs a byte budget and a queue of 1 or more")
         self._pool, self._most = pool, queue
-        # Reentrant: a result that is let go may be freed while its thread holds the lock.
+        # Reentrant: a dropped result may be freed while its thread holds the lock.
         self._changed = threading.Condition(threading.RLock())
         self._queue, self._budget = JobQueue(), ByteBudget(budget)
         self._numbers = 0
@@ -94,7 +94,7 @@ class DecodeService:
 
     @property
     def poisoned(self) -> Mapping[str, str]:
-        """Names of what was set aside, each with its error."""
+        """Names of quarantined work, each with its error."""
         with self._changed:
             return {name.rpartition("\0")[2]: sentence for name, sentence in self._poisoned.items()}
 
@@ -131,7 +131,7 @@ class DecodeService:
     def gauges(self) -> dict[str, float]:
         """Numbers of this moment, and counts since the start."""
         with self._changed:
-            waiting = {f"waiting_{one.name.lower()}": self._queue.waiting(one) for one in Priority}
+            waiting = {f"waiting_{priority.name.lower()}": self._queue.waiting(priority) for priority in Priority}
             return {
                 "workers": len(self._workers), "idle": len(self._idle), **waiting, "bytes": self._budget.used,
                 "bytes_limit": self._budget.limit, "poisoned": len(self._poisoned), **self._counts,
@@ -145,7 +145,7 @@ class DecodeService:
                 thread.join()
         self._pool.close()
 
-    def taken(self, rank: tuple[int, int]) -> None:
+    def mark_taken(self, rank: tuple[int, int]) -> None:
         """The result of this rank is not in the service's hands any more."""
         with self._changed:
             self._budget.leave(rank)
@@ -157,17 +157,17 @@ class DecodeService:
         sentences: list[str] = []
         for worker in pool.start():
             try:
-                answer, said = worker.hello()
+                answer, reason = worker.hello()
             except WorkerDied as death:
                 reason = str(death).strip().rpartition("\n")[2] or "see what it wrote above"
-                answer, said = (
-                    REFUSED,
+                answer, reason = (
+                    REJECTED,
                     (f"a decode worker ended while it started ({reason}): this version of keye must be on every node"),
                 )
             if answer == DONE:
                 fit.append(worker)
             else:
-                sentences.append(said)
+                sentences.append(reason)
                 worker.stop()
         if not fit:
             pool.close()
@@ -201,9 +201,9 @@ class DecodeService:
                     begun = True
                     self._do(job, worker)
                 except WorkerDied:
-                    self._mourn(job, worker, begun)
+                    self._on_worker_death(job, worker, begun)
                     worker = self._replaced(place, worker)
-                job = None  # a result that nobody holds has to be let go while this thread waits
+                job = None  # drops the result, which may be freed, while this thread waits
         except BaseException as error:
             reason = KeyeError(f"the decode service failed ({error}); start again")
             if job is not None:
@@ -218,7 +218,7 @@ class DecodeService:
         with self._changed:
             self._idle[place] = worker.node
             while self._closed is None:
-                nodes = {one.node for one in self._workers.values()}
+                nodes = {other.node for other in self._workers.values()}
                 job = self._queue.take(worker.node, set(self._idle.values()), nodes)
                 if job is not None:
                     if not job.future.running() and not job.future.set_running_or_notify_cancel():
@@ -243,11 +243,11 @@ class DecodeService:
 
     def _attempt(self, job: Job, worker: PoolWorker) -> None:
         """One job: begun, given room, done."""
-        kind, said = worker.begin(self._work_for(job, worker))
+        kind, reason = worker.begin(self._work_for(job, worker))
         if kind != DONE:
-            self._not_done(job, worker, kind, said)
+            self._not_done(job, worker, kind, reason)
             return
-        nbytes, buffer_bytes = said
+        nbytes, buffer_bytes = reason
         if not self._room(job, nbytes):
             worker.drop()
             self._fail(job, self._closed or KeyeError(f"{job.work.name} is not wanted any more"))
@@ -261,7 +261,7 @@ class DecodeService:
             self._counts["done"] += 1
             self._queue.remember(job, worker.node)
             job.future.set_result(result)
-            if job.future.given_up:
+            if job.future.is_abandoned:
                 self._budget.leave(job.rank)
             self._changed.notify_all()
 
@@ -283,20 +283,20 @@ class DecodeService:
         """Waits until the result fits into the budget; False when it is not wanted any more."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed is not None or job.future.given_up or self._budget.reserve(job.rank, nbytes)
+                lambda: self._closed is not None or job.future.is_abandoned or self._budget.reserve(job.rank, nbytes)
             )
-            return self._closed is None and not job.future.given_up
+            return self._closed is None and not job.future.is_abandoned
 
-    def _not_done(self, job: Job, worker: PoolWorker, kind: str, said: Any) -> None:
+    def _not_done(self, job: Job, worker: PoolWorker, kind: str, reason: Any) -> None:
         if kind == ABSENT:
             with self._changed:
                 job.absent.add(worker.node)
                 self._again(job)
             return
-        self._fail(job, said if kind == REFUSED else RuntimeError(f"a decode worker failed:\n{said}"))
+        self._fail(job, reason if kind == REJECTED else RuntimeError(f"a decode worker failed:\n{reason}"))
 
-    def _mourn(self, job: Job, worker: PoolWorker, begun: bool) -> None:
-        """The worker died: the job is done again, or set aside where it had `begun` too often."""
+    def _on_worker_death(self, job: Job, worker: PoolWorker, begun: bool) -> None:
+        """The worker died: the job is done again, or quarantined where it had `begun` too often."""
         with self._changed:
             if self._closed is not None:
                 self._fail(job, self._closed)
@@ -309,7 +309,7 @@ class DecodeService:
                 self._again(job)
                 return
             sentence = (
-                f"{job.work.name} is set aside: {DEATHS} decode workers died over it, one after another; "
+                f"{job.work.name} is quarantined: {DEATHS} decode workers died over it, one after another; "
                 "re-encode it or leave it out"
             )
             self._poisoned[_poison_key(job.work)] = sentence
@@ -317,7 +317,7 @@ class DecodeService:
 
     def _again(self, job: Job) -> None:
         self._budget.leave(job.rank)
-        if job.future.given_up:
+        if job.future.is_abandoned:
             self._fail(job, KeyeError(f"{job.work.name} is not wanted any more"))
             return
         self._queue.add(job)
@@ -334,7 +334,7 @@ class DecodeService:
     def _replaced(self, place: int, worker: PoolWorker) -> PoolWorker | None:
         """A fit worker in the place of a dead one; None where there can be none."""
         worker.stop()
-        for _ in range(_HOPELESS):
+        for _ in range(MAX_FAILED_STARTS):
             with self._changed:
                 if self._closed is not None or (fresh := self._pool.replace(worker)) is None:
                     return None

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.",
 )
 @options.overwrite
-@click.option("--n", "choices", type=options.COUNT, metavar="N", help="Write so many replies; needs a temperature.")
+@click.option("--n", "choices", type=options.COUNT, metavar="N", help="Generate N replies; needs a temperature.")
 @click.option(
     "--logprobs",
     type=click.IntRange(0, 20),
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     help="With --json: the probability of each token, beside those of N others.",
 )
 @click.option("--deterministic", is_flag=True, help="The same tokens whatever else is computed with them.")
-@click.option("--estimate", is_flag=True, help="First predict memory and time; afterwards tell how far that was off.")
+@click.option("--estimate", is_flag=True, help="First predict memory and time; afterwards print how far off it was.")
 @options.sampling_frames
 @options.sampling_text
 @options.prompting
@@ -62,12 +62,12 @@ def ask(
     overwrite: bool,
     tools: Path | None,
     as_json: bool,
-    **given: Any,
+    **arguments: Any,
 ) -> None:
     """Answer a question about videos and images.
 
     The last argument is the question; the files before it are videos, images, or an index of a video that keye index
-    wrote. The answer is printed as it is written, then the time intervals in it on a timeline, then what it cost.
+    wrote. The answer is printed as it is generated, then the time intervals in it on a timeline, then what it cost.
 
     \b
     keye ask video.mp4 "when is the red circle visible?"
@@ -82,7 +82,7 @@ def ask(
     from keye.commands.shared import inputs, show
     from keye.commands.shared.show import watching
 
-    media = inputs.open_media(files, given)
+    media = inputs.open_media(files, arguments)
     offered = inputs.read_tools(tools) if tools is not None else ()
     if draw is not None:
         check_drawing(draw, media, overwrite)
@@ -90,10 +90,11 @@ def ask(
         from keye.commands.evidence import check_evidence, write_evidence
 
         check_evidence(evidence, media, overwrite)
-    prediction = predicted(media, {**given, "as_json": as_json}) if estimate else None
-    model = inputs.load_model(given)
+    prediction = _predict(media, {**arguments, "as_json": as_json}) if estimate else None
+    model = inputs.load_model(arguments)
     settings = {
-        **inputs.reply_options(model, given), "n": choices or 1, "logprobs": logprobs, "deterministic": deterministic,
+        **inputs.reply_options(model, arguments), "n": choices or 1, "logprobs": logprobs,
+        "deterministic": deterministic,
     }  # fmt: skip
     check_choices(model, settings)
     with watching("watching") as on_progress:
@@ -103,10 +104,10 @@ def ask(
         first = "" if as_json else next(stream, "")
         answer = stream.finish() if as_json else None
     answer = answer or show.print_stream(stream, first)
-    written = write_picture(media, answer.regions, draw) if draw is not None else False
+    is_drawn = write_picture(media, answer.regions, draw) if draw is not None else False
     if evidence is not None:
         write_evidence(model, media, question, answer, evidence)
-    extra: dict[str, Any] = {"drawn": str(draw) if written else None} if draw else {}
+    extra: dict[str, Any] = {"drawn": str(draw) if is_drawn else None} if draw else {}
     if prediction is not None:
         from keye.planning.question import errors_of
 
@@ -122,18 +123,18 @@ def ask(
         show.print_evidence(answer.evidence)
     if prediction is not None:
         show.print_errors(extra["estimate"]["errors"])
-    for path in ([draw] if written else []) + ([evidence] if evidence is not None else []):
+    for path in ([draw] if is_drawn else []) + ([evidence] if evidence is not None else []):
         show.print_line(f"wrote {path}")
 
 
 def check_choices(model: Keye, settings: Mapping[str, Any]) -> None:
     """`KeyeError` for several replies that would all be the same."""
     if settings["n"] > 1 and model.runtime.sampling_params(temperature=settings.get("temperature")).temperature == 0:
-        raise KeyeError(f"--n {settings['n']} writes the same reply each time at temperature 0: add --temperature 1")
+        raise KeyeError(f"--n {settings['n']} generates the same reply each time at temperature 0: add --temperature 1")
 
 
-def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The prediction, also told where people read."""
+def _predict(media: Sequence[Medium], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction, which is also printed unless as JSON."""
     from keye.commands.shared import inputs, show
     from keye.media.source.fetch import Source, is_index
     from keye.planning.question import predict_question
@@ -141,8 +142,8 @@ def predicted(media: Sequence[Medium], given: Mapping[str, Any]) -> dict[str, An
     for medium in media:
         if isinstance(medium.source, Source) and is_index(medium.source):
             raise KeyeError(f"{medium.source.name} is an index, computed already: leave --estimate out")
-    prediction = predict_question(media, inputs.find_model(given["model"], weights=False), given)
-    if not given.get("as_json"):
+    prediction = predict_question(media, inputs.find_model(arguments["model"], weights=False), arguments)
+    if not arguments.get("as_json"):
         show.print_prediction(prediction)
     return prediction
 
@@ -178,6 +179,6 @@ def split_words(words: Sequence[str]) -> tuple[list[str], str]:
     if os.path.isfile(question):
         raise KeyeError(f"{question} is a file: put the question after the files, in quotes")
     if not files:
-        raise KeyeError('there is no medium to ask about: put a video or an image before the question, as in: '
+        raise KeyeError('there is nothing to ask about: put a video or an image before the question, as in: '
                         f'keye ask video.mp4 "{question[:60]}"')  # fmt: skip
     return files, question

@@ -1,4 +1,4 @@
-"""`keye batch`: the questions of a manifest, by whoever can answer them."""
+"""`keye batch`: the questions of a manifest, answered by engines or servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keye.commands.shared import options
 from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
-    from keye.batch.manifest import Item, Refused
+    from keye.batch.manifest import BadLine, Item
     from keye.batch.workers import Worker
     from keye.media.processor import Decoder
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @options.sampling_text
 @options.as_json
 @options.debug
-def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **given: Any) -> int:
+def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **arguments: Any) -> int:
     """Answer the questions of MANIFEST, a file of JSON lines or CSV, one question a line.
 
     Answers are appended to the output as they come, each once. A line that cannot be answered gets an error there and
@@ -63,23 +63,23 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
     from keye.batch.run import Batch, unknown_ids
     from keye.commands.shared import inputs, show
 
-    check_workers(given)
-    lines = read_manifest(manifest, defaults_of(given))
+    check_workers(arguments)
+    lines = read_manifest(manifest, defaults_of(arguments))
     if output.exists() and output.samefile(manifest):
         raise KeyeError(f"{output} is the manifest: choose another file with -o")
     with Journal(output) as journal:
         if others := unknown_ids(lines, journal):
             inputs.note(f"{output} holds {others:,} answers to questions that {manifest} does not have; they are kept")
         todo = pending(lines, journal.done, retry_errors)
-        with inputs.decode_service(given["decode"] if todo else None) as service:
-            workers = open_workers(given, inputs.decoder_of(service)) if todo else []
-            with progress("asking") as advance:
+        with inputs.decode_service(arguments["decode"] if todo else None) as service:
+            workers = open_workers(arguments, inputs.decoder_of(service)) if todo else []
+            with _progress("asking") as advance:
                 report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
     data = {**report.to_dict(), "workers": len(workers), "output": str(output)}
     if as_json:
         show.print_json(data)
     else:
-        show.print_line(told(data))
+        show.print_line(format_report(data))
     failures = sum(not journal.done[line.id].ok for line in lines)
     if failures:
         again = "correct their lines, or add --retry-errors, and run the same command again"
@@ -88,7 +88,7 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **giv
     return 2 if failures else 0
 
 
-def pending(lines: Sequence[Item | Refused], done: Mapping[str, Any], retry_errors: bool) -> list[Item]:
+def pending(lines: Sequence[Item | BadLine], done: Mapping[str, Any], retry_errors: bool) -> list[Item]:
     """The questions for which workers are needed, as far as is known before the batch begins."""
     from keye.batch.manifest import Item
 
@@ -98,33 +98,33 @@ def pending(lines: Sequence[Item | Refused], done: Mapping[str, Any], retry_erro
     ]  # fmt: skip
 
 
-def check_workers(given: Mapping[str, Any]) -> None:
+def check_workers(arguments: Mapping[str, Any]) -> None:
     """`KeyeError` for options that exclude one another."""
-    if given["servers"] and (given["workers"] or given["ray"]):
+    if arguments["servers"] and (arguments["workers"] or arguments["ray"]):
         raise KeyeError("--server asks servers, and --workers and --ray start engines: give one of them")
-    if given["decode"] and (given["servers"] or given["workers"] or given["ray"]):
+    if arguments["decode"] and (arguments["servers"] or arguments["workers"] or arguments["ray"]):
         raise KeyeError("--decode serves the engine of this process: leave it out with --server, --workers and --ray")
-    if given["timeout"] is not None and not given["servers"]:
+    if arguments["timeout"] is not None and not arguments["servers"]:
         raise KeyeError("--timeout is the time for an answer of a server: give it with --server")
-    if given["servers"]:
+    if arguments["servers"]:
         engines = ("dtype", "threads", *options.STORING_OPTIONS)
-        if unused := [options.flag(name) for name in engines if given[name] is not None]:
+        if unused := [options.flag(name) for name in engines if arguments[name] is not None]:
             raise KeyeError(f"{', '.join(unused)} cannot be set with --server: the server has its own")
-        if given["allow_private_urls"]:
+        if arguments["allow_private_urls"]:
             raise KeyeError("--allow-private-urls cannot be set with --server: the server opens addresses, or does not")
 
 
-def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+def defaults_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that hold for lines without their own, under the names that lines have them."""
-    found = options.given(given, (*options.VIDEO_OPTIONS, *options.SAMPLING_OPTIONS, "attention"))
-    if "stop" in found:
-        found["stop"] = list(found["stop"])
-    if given["thinking"] is not None:
-        found["think"] = given["thinking"]
-    return found
+    defaults = options.pick_set(arguments, (*options.VIDEO_OPTIONS, *options.SAMPLING_OPTIONS, "attention"))
+    if "stop" in defaults:
+        defaults["stop"] = list(defaults["stop"])
+    if arguments["thinking"] is not None:
+        defaults["think"] = arguments["thinking"]
+    return defaults
 
 
-def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Worker]:
+def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[Worker]:
     """The workers; engines in other processes are not started yet."""
     from keye.commands.shared import inputs
     from keye.config.environment import api_key
@@ -133,13 +133,13 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
         from keye.batch import workers as kinds
     except ModuleNotFoundError as error:
         raise missing_package(error.name, "keye batch", "serve") from None
-    slots, allow_private = given["concurrency"], given["allow_private_urls"]
-    if given["servers"]:
-        urls = list(dict.fromkeys(url.strip() for url in given["servers"].split(",") if url.strip()))
-        seconds = given["timeout"] or kinds.ANSWER_SECONDS
+    slots, allow_private = arguments["concurrency"], arguments["allow_private_urls"]
+    if arguments["servers"]:
+        urls = list(dict.fromkeys(url.strip() for url in arguments["servers"].split(",") if url.strip()))
+        seconds = arguments["timeout"] or kinds.ANSWER_SECONDS
         return [
             kinds.ServerWorker(
-                url, model=given["model"], key=api_key(), slots=slots, tries=given["tries"], seconds=seconds
+                url, model=arguments["model"], key=api_key(), slots=slots, tries=arguments["tries"], seconds=seconds
             )
             for url in urls
         ]
@@ -147,8 +147,8 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
         from keye.server import batch_engine
     except ModuleNotFoundError as error:
         raise missing_package(error.name, "keye batch", "serve") from None
-    named = {**given, "model": given["model"] or "nano"}
-    if given["ray"] is None and given["workers"] is None:
+    named = {**arguments, "model": arguments["model"] or "nano"}
+    if arguments["ray"] is None and arguments["workers"] is None:
         model = inputs.load_model(named, decoder=decoder)
         app = batch_engine.local_app(model, slots, allow_private=allow_private)
         return [kinds.EngineWorker(app, slots=slots)]
@@ -156,11 +156,11 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
 
     check_runs(named["model"])
     settings = options.engine_settings(named)
-    if given["ray"] is not None:
+    if arguments["ray"] is not None:
         from keye.batch.ray_workers import ray_workers
 
         return ray_workers(
-            given["ray"], batch_engine.engine_app, settings, count=given["workers"], slots=slots,
+            arguments["ray"], batch_engine.engine_app, settings, count=arguments["workers"], slots=slots,
             allow_private=allow_private,
         )  # fmt: skip
     inputs.find_model(named["model"])
@@ -169,12 +169,12 @@ def open_workers(given: Mapping[str, Any], decoder: Decoder | None) -> list[Work
             ("-m", batch_engine.__name__), {**settings, **share}, slots=slots, allow_private=allow_private,
             name=f"engine {number}",
         )
-        for number, share in enumerate(inputs.shares(named, given["workers"]))
+        for number, share in enumerate(inputs.shares(named, arguments["workers"]))
     ]  # fmt: skip
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with what is done, the rate and the time left on a terminal; elsewhere a note for each tenth."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -188,7 +188,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
         def advance(done: int, total: int) -> None:
             nonlocal tenth
             if bar.tasks[0].total is None:
-                tenth = done * 10 // total if total else 0  # what an earlier run has done is no news
+                tenth = done * 10 // total if total else 0  # earlier progress is not reported
             bar.update(task, completed=done, total=total)
             if not console.is_terminal and total and done * 10 // total > tenth:
                 tenth = done * 10 // total
@@ -202,8 +202,8 @@ def _left(bar: Any) -> str:
     return "" if not remaining else f", {remaining:,.0f} s left"
 
 
-def told(data: Mapping[str, Any]) -> str:
-    """The report in words."""
+def format_report(data: Mapping[str, Any]) -> str:
+    """The report as a sentence."""
     from keye.units import plural
 
     done = data["ok"] + data["errors"]
@@ -213,8 +213,8 @@ def told(data: Mapping[str, Any]) -> str:
     parts.append(f"{data['items_per_second']:,.2f} a second from {plural(data['workers'], 'worker')}")
     if data["video_seconds"]:
         parts.append(f"{data['video_seconds'] / 3600:,.2f} h of video")
-    parts.append(f"{data['prompt_tokens']:,} tokens read, {data['cached_tokens']:,} of them known")
-    parts.append(f"{data['completion_tokens']:,} written")
+    parts.append(f"{data['prompt_tokens']:,} prompt tokens, {data['cached_tokens']:,} of them cached")
+    parts.append(f"{data['completion_tokens']:,} generated")
     if data["skipped"]:
         parts.append(f"{data['skipped']:,} were answered before")
     if data["losses"]:

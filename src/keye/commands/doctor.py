@@ -97,9 +97,9 @@ def check_processor() -> Check:
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
     facts = {name.strip(): value.strip() for name, value in facts.items()}
     flags = set(facts.get("flags", facts.get("Features", "")).split())
-    found = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS)
+    supported = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS)
     return Check(
-        "processor", None, f"{facts.get('model name', platform.machine())}, {available_cores()} cores; {found}"
+        "processor", None, f"{facts.get('model name', platform.machine())}, {available_cores()} cores; {supported}"
     )
 
 
@@ -129,14 +129,14 @@ def check_attention() -> Check:
 
 
 def check_limits() -> Check:
-    """Starts a process like those that decode and lets it try what it must not be able to do."""
+    """Starts a process like the decode workers and lets it try what they must not be able to do."""
     from keye.media.decode.confinement import measure_confinement
 
     try:
-        found = measure_confinement()
+        limits = measure_confinement()
     except RuntimeError as error:
         return Check("decode limits", False, f"the decode worker cannot start: {one_line(str(error))[-200:]}")
-    return Check("decode limits", True if found.complete else None, found.sentence())
+    return Check("decode limits", True if limits.complete else None, limits.sentence())
 
 
 def check_demo() -> Check:
@@ -171,7 +171,7 @@ def check_nano() -> Check:
 
 
 def check_hub() -> Check:
-    """Which published checkpoints lie in the hub's cache; the network is not asked."""
+    """Which published checkpoints are in the hub's cache; the network is not used."""
     from keye.config import hub_config
     from keye.hub import PUBLISHED
 

@@ -32,7 +32,7 @@ def evaluate() -> None:
 @options.debug
 def frameforge(
     split: str, frames: str, objects: int, seed: int, questions: int, mode: str, select: str, kv: str | None, mp4: bool,
-    as_json: bool, **given: Any,
+    as_json: bool, **arguments: Any,
 ) -> None:  # fmt: skip
     """Ask about generated videos whose answers are known exactly.
 
@@ -49,7 +49,7 @@ def frameforge(
         split=split, frames=parse_frames(frames), objects=objects, seed=seed, questions=questions,
         mode=mode, select=select, kv=kv or "auto", mp4=mp4,  # type: ignore[arg-type]
     )  # fmt: skip
-    model = inputs.load_model(given)
+    model = inputs.load_model(arguments)
     with show.progress_bar("asking") as advance:
         result = {"model": model.name, **run(model.runtime, settings, advance)}
     if as_json:

@@ -46,9 +46,9 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
     from keye.sessions.evidence_picture import THUMBNAILS, draw_evidence
 
     thumbnails = {
-        place: _thumbnails(model, media, place, made.top(THUMBNAILS))
-        for place, made in enumerate(answer.evidence.media)
-        if made.kind == "video"
+        place: _thumbnails(model, media, place, medium.top(THUMBNAILS))
+        for place, medium in enumerate(answer.evidence.media)
+        if medium.kind == "video"
     }
     picture = draw_evidence(answer.evidence, question, answer.text, answer.intervals, thumbnails)
     outputs.save_picture(picture, path)

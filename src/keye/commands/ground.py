@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @options.running
 @options.as_json
 @options.debug
-def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json: bool, **given: Any) -> None:
+def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json: bool, **arguments: Any) -> None:
     """Find when something happens in a video, or in one that keye index has read.
 
     Prints the intervals and a timeline. Exit code 0 also when nothing was found.
@@ -45,11 +45,11 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
 
     if clips is not None and clips.exists() and not clips.is_dir():
         raise KeyeError(f"{clips} is a file: give a folder for --clips")
-    medium = inputs.only_video(video, given)
+    medium = inputs.only_video(video, arguments)
     if clips is not None and is_index(medium.source):  # type: ignore[arg-type]
         raise KeyeError(f"{video} is an index and holds no frames: give the video itself for --clips")
-    model = inputs.load_model(given)
-    settings = inputs.reply_options(model, given)
+    model = inputs.load_model(arguments)
+    settings = inputs.reply_options(model, arguments)
     with watching("watching the video") as on_progress:
         answer = model.ground(medium, event, on_progress=on_progress, **settings)
     if not as_json:  # before the clips, which may fail
@@ -57,10 +57,10 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
             reply = "" if answer.text in ("", "[]") else f' (the model answered "{answer.text}")'
             show.print_line(f"Not found: {event}{reply}")
         show.print_answer(answer, model)
-    written = write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
+    clip_paths = write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
     if as_json:
-        show.print_json({**answer.to_dict(), "clips": [str(path) for path in written]})
-    for path in () if as_json else written:
+        show.print_json({**answer.to_dict(), "clips": [str(path) for path in clip_paths]})
+    for path in () if as_json else clip_paths:
         show.print_line(f"wrote {path}")
 
 
@@ -75,8 +75,8 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, o
         return []
     source, settings = fetch_source(medium.source), media_options("video", medium.options)  # type: ignore[arg-type]
     with show.progress_bar("writing clips") as advance:
-        written = cut_clips(source, intervals, folder, options=settings, progress=advance, overwrite=overwrite)
-    if len(written) < len(intervals):
-        beyond = plural(len(intervals) - len(written), "interval")
+        clip_paths = cut_clips(source, intervals, folder, options=settings, progress=advance, overwrite=overwrite)
+    if len(clip_paths) < len(intervals):
+        beyond = plural(len(intervals) - len(clip_paths), "interval")
         inputs.note(f"no clip was written of {beyond} outside the video")
-    return written
+    return clip_paths

@@ -25,7 +25,7 @@ from keye.units import format_bytes
 @options.running
 @options.as_json
 @options.debug
-def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json: bool, **given: Any) -> None:
+def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json: bool, **arguments: Any) -> None:
     """Read a video once and keep what the model stored of it in a file.
 
     keye ask and keye ground take the file in place of the video and answer at once, again and again. It suits only the
@@ -46,12 +46,14 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
     from keye.commands.shared import inputs, show
     from keye.commands.shared.show import watching
 
-    medium = inputs.only_video(video, given)
+    medium = inputs.only_video(video, arguments)
     check_not_input(output, "-o", [medium.source])
     check_index_output(output, overwrite=overwrite)
-    model = inputs.load_model(given)
+    model = inputs.load_model(arguments)
     with watching("watching the video") as on_progress:
-        info = model.index(medium, output, attention=given["attention"], overwrite=overwrite, on_progress=on_progress)
+        info = model.index(
+            medium, output, attention=arguments["attention"], overwrite=overwrite, on_progress=on_progress
+        )
     if as_json:
         show.print_json(info.to_dict())
     else:

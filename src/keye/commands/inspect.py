@@ -51,8 +51,8 @@ def inspect(model: str, as_json: bool) -> None:
     if os.path.isfile(model) and is_index(fetch_source(model)):
         from keye.sessions.video_index import describe
 
-        held = describe(Path(model))
-        show.print_json(held) if as_json else show.print_held(held)
+        header = describe(Path(model))
+        show.print_json(header) if as_json else show.print_held(header)
         return
     with inputs.stderr().status("reading"):
         result = description(model)
@@ -71,38 +71,43 @@ def description(model: str) -> dict[str, Any]:
 
     folder, packaged = describing_folder(model)
     raw = read_json(folder / "config.json")
-    made = outline(raw)
-    files, shapes, notes = weight_facts(folder, made)
+    model_outline = outline(raw)
+    files, shapes, notes = weight_facts(folder, model_outline)
     if packaged:
         notes.append("Not on this machine: described from the configuration that ships with keye, put together from "
                      "what is published; the values in a real checkpoint win.")  # fmt: skip
-    if not made.release.runs:
+    if not model_outline.release.runs:
         notes.append("keye loads the vision tower and projector of this model; its language model does not run yet.")
-    if unknown := (made.config.unknown if made.config is not None else ()):
+    if unknown := (model_outline.config.unknown if model_outline.config is not None else ()):
         notes.append(f"Without meaning to keye in config.json: {', '.join(unknown)}.")
-    parts = parameters_by_part(shapes or made.shapes)
-    total, read = sum(parts.values()), read_parameters(shapes or made.shapes)
+    parts = parameters_by_part(shapes or model_outline.shapes)
+    total, read = sum(parts.values()), read_parameters(shapes or model_outline.shapes)
     memory = memories()
     return {
         "model": model,
         "folder": None if packaged else str(folder),
-        "architecture": made.architecture,
-        "release": made.release.name,
-        "runs": made.release.runs,
-        "text": made.text,
-        "vision": asdict(made.vision),
-        "tokens_per_second": made.config.tokens_per_second if made.config is not None else None,
-        "context": made.context,
-        "parameters": {"total": total, "read": read, "active": active_parameters(parts, made.experts), "parts": parts},
+        "architecture": model_outline.architecture,
+        "release": model_outline.release.name,
+        "runs": model_outline.release.runs,
+        "text": model_outline.text,
+        "vision": asdict(model_outline.vision),
+        "tokens_per_second": model_outline.config.tokens_per_second if model_outline.config is not None else None,
+        "context": model_outline.context,
+        "parameters": {
+            "total": total,
+            "read": read,
+            "active": active_parameters(parts, model_outline.experts),
+            "parts": parts,
+        },
         "bytes": {name: total * size for name, size in FORMATS.items()},
-        "kv_bytes_per_token": {name: made.kv_numbers * size for name, size in FORMATS.items()},
+        "kv_bytes_per_token": {name: model_outline.kv_numbers * size for name, size in FORMATS.items()},
         "indexer_bytes_per_token": {
-            **{name: made.indexer_numbers * size for name, size in FORMATS.items()},
-            "float8": made.indexer_bytes_float8(),
+            **{name: model_outline.indexer_numbers * size for name, size in FORMATS.items()},
+            "float8": model_outline.indexer_bytes_float8(),
         },
         "files": files,
-        "memory": [asdict(one) for one in memory],
-        "fits": [fit(made, read, one, name) for one in memory for name in FORMATS],
+        "memory": [asdict(device) for device in memory],
+        "fits": [fit(model_outline, read, memory_of, name) for memory_of in memory for name in FORMATS],
         "tokenizer": tokenizer_facts(folder, raw),
         "template": template_facts(folder),
         "sampling": sampling_facts(folder),
@@ -110,7 +115,9 @@ def description(model: str) -> dict[str, Any]:
     }
 
 
-def weight_facts(folder: Path, made: Outline) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
+def weight_facts(
+    folder: Path, model_outline: Outline
+) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
     """The safetensors files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
     from keye.models.load import check_fit
     from keye.weights.safetensors import open_checkpoint, weight_files
@@ -129,9 +136,9 @@ def weight_facts(folder: Path, made: Outline) -> tuple[dict[str, Any] | None, di
         "files": len(files), "tensors": len(tensors), "bytes": sum(bytes_of.values()), "bytes_by_dtype": bytes_of,
     }  # fmt: skip
     notes: list[str] = []
-    if made.config is not None:
+    if model_outline.config is not None:
         try:
-            report = check_fit(tensors, made.config)
+            report = check_fit(tensors, model_outline.config)
         except KeyeError as error:
             facts["fits_config"] = False
             notes.append(f"{str(error)[:400]}.")
@@ -151,15 +158,15 @@ def activation_bytes(config: KeyeConfig, itemsize: int) -> int:
     return prompt_scratch(config.text, tokens, itemsize) + encoding_bytes(config.vision, itemsize)
 
 
-def fit(made: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, Any]:
+def fit(model_outline: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, Any]:
     """Whether weights in `dtype` fit into the free memory of a device, and the longest context beside them and what
     the engine reserves for activations."""
     size = FORMATS[dtype]
-    activations = 0 if made.config is None else activation_bytes(made.config, size)
+    activations = 0 if model_outline.config is None else activation_bytes(model_outline.config, size)
     left = memory.free - activations - numbers * size
-    tokens = max(0, left) // ((made.kv_numbers + made.indexer_numbers) * size)
-    context = min(tokens, made.context) if made.release.runs else 0
-    limit = None if not context else ("model" if tokens >= made.context else "memory")
+    tokens = max(0, left) // ((model_outline.kv_numbers + model_outline.indexer_numbers) * size)
+    context = min(tokens, model_outline.context) if model_outline.release.runs else 0
+    limit = None if not context else ("model" if tokens >= model_outline.context else "memory")
     return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "activations": activations,
             "fits": context > 0, "context": context, "limited_by": limit}  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keye.commands.shared import options
-from keye.commands.shared.options import VIDEO_OPTIONS, Positive, given
+from keye.commands.shared.options import VIDEO_OPTIONS, Positive, pick_set
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def live(video: str, question: str, every: float, keep: str, as_json: bool, **se
     if is_index(medium.source):  # type: ignore[arg-type]
         raise KeyeError(f"{video} is an index and holds no frames: give the video itself")
     model = inputs.load_model(settings)
-    asked = inputs.reply_options(model, {**settings, "attention": None})
-    session = model.live(keep=keep, **given(settings, VIDEO_OPTIONS))  # type: ignore[arg-type]  # one of its choices
+    reply_options = inputs.reply_options(model, {**settings, "attention": None})
+    session = model.live(keep=keep, **pick_set(settings, VIDEO_OPTIONS))  # type: ignore[arg-type]  # one of its choices
     for seconds, frames, times in moments(session, medium.source, every):
         session.append(frames, times)
-        answer = session.ask(question, **{name: value for name, value in asked.items() if name != "attention"})
+        answer = session.ask(question, **{name: value for name, value in reply_options.items() if name != "attention"})
         if as_json:
             seen = {"frames": session.frames, "dropped": session.dropped}
             show.print_json({"time": seconds, **seen, **answer.to_dict()})

@@ -38,7 +38,7 @@ from keye.errors import KeyeError
 @options.as_json
 @options.debug
 def plan(
-    files: tuple[str, ...], model: str, as_json: bool, imagined: str | None, fleet_file: Path | None, **given: Any
+    files: tuple[str, ...], model: str, as_json: bool, imagined: str | None, fleet_file: Path | None, **arguments: Any
 ) -> None:
     """Show which frames would be sampled from videos and images and what they cost.
 
@@ -62,24 +62,24 @@ def plan(
 
     if bool(files) == bool(imagined):
         raise KeyeError("give FILES to plan, or a length with --video, one of the two")
-    unused = [options.flag(name) for name in ("kv", "dtype", "threads", "attention") if given[name] is not None]
-    if unused and given["device"] is None:
+    unused = [options.flag(name) for name in ("kv", "dtype", "threads", "attention") if arguments[name] is not None]
+    if unused and arguments["device"] is None:
         raise KeyeError(f"{', '.join(unused)} changes memory and time, which need --device, as in --device cpu")
-    media = inputs.open_media(files, {**given, "kv": None})
+    media = inputs.open_media(files, {**arguments, "kv": None})
     for medium in media:
         if is_index(medium.source):  # type: ignore[arg-type]
             raise KeyeError(f"{medium.source.name} is an index, computed already: keye inspect shows it")  # type: ignore[attr-defined]
     folder, _ = inputs.describing_folder(model)
-    config, whole = load_processor_config(folder), load_model_config(folder)
-    context = whole.text.max_position_embeddings
+    config, model_config = load_processor_config(folder), load_model_config(folder)
+    context = model_config.text.max_position_embeddings
     planned: list[Planned] = []
     if imagined is not None:
-        settings = media_options("video", options.given(given, options.VIDEO_OPTIONS), video_count=1)
+        settings = media_options("video", options.pick_set(arguments, options.VIDEO_OPTIONS), video_count=1)
         planned.append(Planned("video", None, make_plan(imagine_video(imagined), config, settings)))
     planned += plan_media(media, config)
     result = summary(planned, context, model)
-    if given["device"] is not None:
-        result["prediction"] = predict(whole, config, folder, planned, given)
+    if arguments["device"] is not None:
+        result["prediction"] = predict(model_config, config, folder, planned, arguments)
     if fleet_file is not None:
         from keye.planning.fleet_file import plan_fleet
 
@@ -94,8 +94,8 @@ def plan(
 
 def summary(planned: Sequence[Any], context: int, model: str) -> dict[str, Any]:
     """The plans and their share of the model's context, as plain data."""
-    plans: list[Mapping[str, Any]] = [{"kind": one.kind, **one.plan.to_dict()} for one in planned]
-    total = sum(one.plan.visual_tokens for one in planned)
+    plans: list[Mapping[str, Any]] = [{"kind": item.kind, **item.plan.to_dict()} for item in planned]
+    total = sum(item.plan.visual_tokens for item in planned)
     return {
         "media": plans, "visual_tokens": total, "context": context, "share_of_context": round(total / context, 6),
         "model": model,

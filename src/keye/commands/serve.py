@@ -68,7 +68,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.pass_context
 def serve(
     context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
-    ray: str | None, ready_fd: int | None, decode: str | None, **given: Any,
+    ray: str | None, ready_fd: int | None, decode: str | None, **arguments: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
@@ -87,7 +87,7 @@ def serve(
     if ready_fd is not None:
         watch_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
         on_ready = partial(_report_address, ready_fd)
-    settings = settings_of(api_key_file, given)
+    settings = settings_of(api_key_file, arguments)
     check_packages()  # before minutes are spent on loading a model
     from keye.server.run import run_server
 
@@ -99,7 +99,7 @@ def serve(
             serve_replicas(context, replicas or 1, settings, listening, log)
         return
     with listening, inputs.decode_service(decode) as service:
-        loaded = inputs.load_model({**given, "model": model}, decoder=inputs.decoder_of(service))
+        loaded = inputs.load_model({**arguments, "model": model}, decoder=inputs.decoder_of(service))
         with audit_log(audit) as log:
             gauges = None if service is None else service.gauges
             run_server(loaded, settings, listening, log, gauges=gauges, on_ready=on_ready)
@@ -137,7 +137,7 @@ def serve_replicas(
         replicas = ray_replicas(address, count, options.engine_settings(context.params), settings)
     else:
         own = inputs.shares(context.params, count)
-        replicas = [LocalReplica(str(number), arguments_of(context, one)) for number, one in enumerate(own)]
+        replicas = [LocalReplica(str(number), arguments_of(context, share)) for number, share in enumerate(own)]
     app = proxy_app(replicas)
     rows = {
         "replicas": f"{count}, each a server of its own",
@@ -147,23 +147,23 @@ def serve_replicas(
 
 
 def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:
-    """The command line of a replica: its own share, and what was given here but for what belongs to the server in
+    """The command line of a replica: its own share, and the options of this command but those of the server in
     front."""
-    given = {**context.params, **own}
-    found = [context.params["model"]]
+    arguments = {**context.params, **own}
+    command = [context.params["model"]]
     for parameter in context.command.params:
-        value = given.get(parameter.name or "")
+        value = arguments.get(parameter.name or "")
         ours = parameter.name in ("model", "host", "port", "replicas", "ray", "audit", "ready_fd")
         if isinstance(parameter, click.Option) and not ours and value is not None:
             if parameter.is_flag and not parameter.secondary_opts:
-                found += [parameter.opts[-1]] if value else []
+                command += [parameter.opts[-1]] if value else []
                 continue
-            for one in value if parameter.multiple else [value]:
-                found += [parameter.opts[-1], str(one)]
-    return found
+            for share in value if parameter.multiple else [value]:
+                command += [parameter.opts[-1], str(share)]
+    return command
 
 
-def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings:
+def settings_of(api_key_file: Path | None, arguments: Mapping[str, Any]) -> Settings:
     """The settings of the command line and of the environment."""
     from keye.config.environment import api_key
     from keye.server.settings import Settings
@@ -178,20 +178,20 @@ def settings_of(api_key_file: Path | None, given: Mapping[str, Any]) -> Settings
         "max_queue": "queue",
         "max_seconds": "request_seconds",
     }
-    limits = {field: given[name] for name, field in names.items() if given[name] is not None}
-    if given["keep_files"] is not None:
-        limits["file_seconds"] = given["keep_files"] * 3600
+    limits = {field: arguments[name] for name, field in names.items() if arguments[name] is not None}
+    if arguments["keep_files"] is not None:
+        limits["file_seconds"] = arguments["keep_files"] * 3600
     return Settings(
-        host=given["host"],
-        port=given["port"],
+        host=arguments["host"],
+        port=arguments["port"],
         keys=keys,
-        allow_urls=given["allow_url"],
-        allowed_hosts=given["allow_host"],
-        served_names=given["name"],
-        strict_model_name=given["strict_model_name"],
-        strict_limits=given["strict_limits"],
-        allow_origins=given["allow_origin"],
-        allow_media_hosts=given["allow_media_host"],
+        allow_urls=arguments["allow_url"],
+        allowed_hosts=arguments["allow_host"],
+        served_names=arguments["name"],
+        strict_model_name=arguments["strict_model_name"],
+        strict_limits=arguments["strict_limits"],
+        allow_origins=arguments["allow_origin"],
+        allow_media_hosts=arguments["allow_media_host"],
         **limits,
     )
 
@@ -206,7 +206,7 @@ def read_keys(file: Path) -> dict[str, str]:
     except OSError as error:
         raise KeyeError(f"{file} cannot be read ({error.strerror}): give a file with one key a line") from None
     except UnicodeDecodeError:
-        raise KeyeError(f"{file} is no text: give a file with one key a line") from None
+        raise KeyeError(f"{file} is not a text file: give a file with one key a line") from None
     if status.st_mode & (stat.S_IRGRP | stat.S_IROTH):
         from keye.commands.shared.inputs import note
 
@@ -236,7 +236,7 @@ def audit_log(file: Path | None) -> Iterator[Audit | None]:
         return
     try:
         if file.is_file() and not is_audit_log(file):
-            raise KeyeError(f"{file} is no audit log of keye: choose another file for --audit")
+            raise KeyeError(f"{file} is not an audit log of keye: choose another file for --audit")
         opened = file.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise KeyeError(f"{file} cannot be written ({error.strerror}): choose another file for --audit") from None
@@ -245,14 +245,14 @@ def audit_log(file: Path | None) -> Iterator[Audit | None]:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket that is bound to the address, before the model is loaded: a port in use is told at once."""
+    """A socket that is bound to the address, before the model is loaded: a port in use is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise KeyeError(f"{settings.host} is no address to listen on ({error.strerror}): check --host") from None
+        raise KeyeError(f"{settings.host} is not an address to listen on ({error.strerror}): check --host") from None
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)

@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:
-    """Runs a command line and returns its exit code. What goes wrong is told in one sentence on standard error;
+    """Runs a command line and returns its exit code. An error becomes one sentence on standard error;
     `--debug` among the arguments adds the traceback."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -99,14 +99,14 @@ def _noted_warnings() -> Iterator[None]:
     """Warnings of settings that were not honoured, as notes on standard error; others as Python shows them."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", KeyeWarning)
-        usual, shown = warnings.showwarning, set[str]()
+        usual, printed = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if isinstance(message, KeyeWarning):
                 from keye.commands.shared.inputs import note
 
-                if (sentence := message.worded(spelled)) not in shown:
-                    shown.add(sentence)
+                if (sentence := message.worded(spelled)) not in printed:
+                    printed.add(sentence)
                     note(sentence)
             else:
                 usual(message, category, *place, **more)
@@ -124,15 +124,17 @@ def _explain(error: Exception, *, debug: bool) -> int:
         return error.exit_code
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx is not None else "keye"
-        return _tell(f"{error.format_message()} See {where} -h.", MISTAKE)
+        return _print_error(f"{error.format_message()} See {where} -h.", MISTAKE)
     if isinstance(error, click.ClickException):
-        return _tell(error.format_message(), MISTAKE)
+        return _print_error(error.format_message(), MISTAKE)
     if isinstance(error, KeyeError):
-        return _tell(error.worded(spelled), MISTAKE)
+        return _print_error(error.worded(spelled), MISTAKE)
     hint = "" if debug else "; run again with --debug to see where"
-    return _tell(f"unexpected {type(error).__name__}: {one_line(str(error))[:300] or 'no message'}{hint}", DEFECT)
+    return _print_error(
+        f"unexpected {type(error).__name__}: {one_line(str(error))[:300] or 'no message'}{hint}", DEFECT
+    )
 
 
-def _tell(sentence: str, code: int) -> int:
+def _print_error(sentence: str, code: int) -> int:
     print(f"keye: {one_line(sentence)}", file=sys.stderr)
     return code

@@ -21,7 +21,7 @@ from keye.commands.shared.options import (
     STORING_OPTIONS,
     VIDEO_OPTIONS,
     flag,
-    given,
+    pick_set,
 )
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.source.download import FetchLimits
@@ -43,7 +43,7 @@ def stderr() -> Console:
 
 
 def note(sentence: str) -> None:
-    """Tells something beside the answer."""
+    """Prints a note on standard error."""
     stderr().print(f"keye: {one_line(sentence)}", style="dim")
 
 
@@ -62,48 +62,50 @@ def open_media(files: Sequence[str], options: Mapping[str, Any]) -> list[Medium]
             indexes.append(source.name)
             media.append(Medium("video", source))
         elif media_kind(source) == "image":
-            media.append(Medium("image", source, given(options, IMAGE_OPTIONS)))
+            media.append(Medium("image", source, pick_set(options, IMAGE_OPTIONS)))
         else:
-            media.append(Medium("video", source, given(options, VIDEO_OPTIONS)))
+            media.append(Medium("video", source, pick_set(options, VIDEO_OPTIONS)))
     used = {name for medium in media for name in medium.options}
     for name in indexes:
         _check_index_options(name, options, used)
-    if unused := given(options, VIDEO_OPTIONS).keys() - used:
+    if unused := pick_set(options, VIDEO_OPTIONS).keys() - used:
         names = ", ".join(sorted(flag(name) for name in unused))
         note(f"{names} has no effect on images")
     return media
 
 
 def read_stdin(most: int = MAX_VIDEO_BYTES) -> Source:
-    """The file that is piped into the command, kept in a temporary file as long as it is used. `MediaError` for a
-    terminal and for more than `most` bytes."""
+    """The file that is piped into the command, in a temporary file as long as it is used. `MediaError` for a terminal
+    and for more than `most` bytes."""
     if sys.stdin.isatty():
         raise MediaError('standard input is a terminal: pipe a file into keye, as in: keye ask - "what?" < video.mp4')
-    kept = tempfile.NamedTemporaryFile(prefix="keye-stdin-")  # noqa: SIM115  (the source keeps it)
+    temporary = tempfile.NamedTemporaryFile(prefix="keye-stdin-")  # noqa: SIM115  (the source keeps it)
     size = 0
     while part := sys.stdin.buffer.read(1 << 20):
         size += len(part)
         if size > most:
-            kept.close()
+            temporary.close()
             raise MediaError(
                 f"standard input has more than the limit of {format_bytes(most)}; cut the video into parts"
             )
         try:
-            kept.write(part)
+            temporary.write(part)
         except OSError as error:
-            raise MediaError(f"standard input cannot be kept in {kept.name} ({error.strerror}); free space") from None
-    kept.flush()
-    return fetch_source(Source("standard input", size, path=Path(kept.name), keep=kept))
+            raise MediaError(
+                f"standard input cannot be saved to {temporary.name} ({error.strerror}); free space"
+            ) from None
+    temporary.flush()
+    return fetch_source(Source("standard input", size, path=Path(temporary.name), keep=temporary))
 
 
 def _check_index_options(name: str, options: Mapping[str, Any], used: Collection[str]) -> None:
     """`KeyeError` for options that only an index could take; of those `used` by other media a note."""
-    asked = [one for one in (*VIDEO_OPTIONS, *FORMAT_OPTIONS) if options.get(one) is not None]
-    if fixed := [one for one in asked if one not in used]:
+    set_here = [option for option in (*VIDEO_OPTIONS, *FORMAT_OPTIONS) if options.get(option) is not None]
+    if fixed := [option for option in set_here if option not in used]:
         raise KeyeError("{} is an index, whose frames and formats were chosen when it was made; leave {} out",
                         name, Option(fixed[0]))  # fmt: skip
-    if asked:
-        note(f"{', '.join(map(flag, asked))} has no effect on {name}, whose frames were chosen when it was made")
+    if set_here:
+        note(f"{', '.join(map(flag, set_here))} has no effect on {name}, whose frames were chosen when it was made")
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
@@ -133,14 +135,14 @@ def describing_folder(model: str) -> tuple[Path, bool]:
 
 @contextmanager
 def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error with bytes, speed and time left; one note instead where that is no terminal. It appears
-    with the first bytes, so nothing is shown for what is here already."""
+    """A bar on standard error with bytes, speed and time left; one note instead where that is not a terminal. It
+    appears with the first bytes, so nothing is shown for what is here already."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the bar shows what it would tell of new attempts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the bar shows new attempts
     console = stderr()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(f"fetching {one_line(name)}", total=None, start=False)
@@ -168,7 +170,7 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
     from keye.hub import check_runs
 
     check_runs(options["model"])
-    load_model_config(find_model(options["model"], weights=False))  # what is refused need not be downloaded
+    load_model_config(find_model(options["model"], weights=False))  # weights that cannot be loaded are not downloaded
     find_model(options["model"])
     with stderr().status(f"loading {one_line(options['model'])}"):
         import torch
@@ -181,7 +183,7 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
             options["model"],
             device=options["device"],
             dtype=options["dtype"],
-            **given({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
+            **pick_set({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
             template=options.get("template") or "auto",
             decoder=decoder,
         )
@@ -248,7 +250,7 @@ def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
 
 def reply_options(model: Keye, options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for `Keye.stream`; says which of them will have no effect."""
-    sampling = given(options, SAMPLING_OPTIONS)
+    sampling = pick_set(options, SAMPLING_OPTIONS)
     if model.runtime.sampling_params(**sampling).temperature == 0:
         unused = [flag(name) for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
         if unused:

@@ -233,16 +233,16 @@ def spelled(option: Option) -> str:
     return flag(option.name) if option.value is None else f"{flag(option.name)} {option.value}"
 
 
-def given(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def pick_set(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Those of `names` that the user has set."""
     return {name: options[name] for name in names if options[name] is not None and options[name] != ()}
 
 
-def engine_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def engine_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `keye.load`, and `threads`, as plain data."""
     names = ("model", "device", "dtype", "threads", "template", *STORING_OPTIONS)
-    found = {name: given[name] for name in names if given[name] is not None}
-    model = Path(found["model"])
+    settings = {name: arguments[name] for name in names if arguments[name] is not None}
+    model = Path(settings["model"])
     if model.is_dir():
-        found["model"] = str(model.absolute())  # other processes may have other folders
-    return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+        settings["model"] = str(model.absolute())  # other processes may have other working folders
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 #: Widest timeline, in characters.
 MAX_BAR: Final = 72
-#: Seconds between two lines where standard error is no terminal, and those before the first time left is told.
+#: Seconds between two lines where standard error is not a terminal, and until the time left is first shown.
 LINE_SECONDS: Final = 5.0
 FIRST_SECONDS: Final = 3.0
 #: Times of a plan that are listed before the middle is left out.
@@ -72,8 +72,8 @@ def print_stream(stream: AnswerStream, first: str) -> Answer:
         for piece in stream:
             print(printable(piece), end="", flush=True)
     print(flush=True)
-    for one in late:
-        warnings.showwarning(one.message, one.category, one.filename, one.lineno)
+    for warning in late:
+        warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
     assert stream.answer is not None
     return stream.answer
 
@@ -84,8 +84,8 @@ def print_answer(answer: Answer, model: Keye) -> None:
     console = stdout()
     for number, other in enumerate(answer.alternatives, 2):
         console.print(f"{number}: {printable(other.text)}", soft_wrap=True)
-    for found in [*map(call_line, answer.tool_calls), *region_lines(answer.regions)]:
-        console.print(found, soft_wrap=True)
+    for mark in [*map(call_line, answer.tool_calls), *region_lines(answer.regions)]:
+        console.print(mark, soft_wrap=True)
     if answer.intervals:
         for line in timeline(answer.intervals, video_length(answer.plan), min(console.width, MAX_BAR + 24)):
             console.print(line, soft_wrap=True)
@@ -227,8 +227,10 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
 def print_errors(errors: Mapping[str, float]) -> None:
     """How far a prediction was off."""
     names = {"first_token": "time to the first token", "token": "time of a token"}
-    told = [f"{names[name]} {abs(error):.0%} {'longer' if error > 0 else 'shorter'}" for name, error in errors.items()]
-    stdout().print(f"against the prediction: {', '.join(told) or 'nothing was predicted'}", soft_wrap=True)
+    differences = [
+        f"{names[name]} {abs(error):.0%} {'longer' if error > 0 else 'shorter'}" for name, error in errors.items()
+    ]
+    stdout().print(f"against the prediction: {', '.join(differences) or 'nothing was predicted'}", soft_wrap=True)
 
 
 def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
@@ -255,10 +257,10 @@ def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
 
 def listed_times(times: Sequence[float]) -> str:
     """Times with one decimal, the middle of a long list left out."""
-    shown = [f"{time:.1f}" for time in times]
-    if len(shown) > MAX_TIMES:
-        shown = [*shown[: MAX_TIMES // 2], "...", *shown[-MAX_TIMES // 2 :]]
-    return " ".join(shown)
+    listed = [f"{time:.1f}" for time in times]
+    if len(listed) > MAX_TIMES:
+        listed = [*listed[: MAX_TIMES // 2], "...", *listed[-MAX_TIMES // 2 :]]
+    return " ".join(listed)
 
 
 # Indexes
@@ -273,9 +275,9 @@ def print_index(info: IndexInfo) -> None:
     )
 
 
-def print_held(held: Mapping[str, Any]) -> None:
+def print_held(header: Mapping[str, Any]) -> None:
     """A table of the header of an index."""
-    model, video, formats = held["model"], held["video"], held["formats"]
+    model, video, formats = header["model"], header["video"], header["formats"]
     plan = video["plan"]
     table = Table(box=None, pad_edge=False, show_header=False)
     rows = [
@@ -284,11 +286,11 @@ def print_held(held: Mapping[str, Any]) -> None:
         ("frames", f"{len(video['timestamps']):,}"),
         ("options", ", ".join(f"{name} {value}" for name, value in video["options"].items()) or "none"),
         ("sha256", str(video.get("sha256"))),
-        ("model", f"{model['name']}, {model['dtype']}, {held['attention']} attention"),
-        ("tokens", f"{held['tokens']:,} ({held['visual_tokens']:,} visual)"),
+        ("model", f"{model['name']}, {model['dtype']}, {header['attention']} attention"),
+        ("tokens", f"{header['tokens']:,} ({header['visual_tokens']:,} visual)"),
         ("formats", ", ".join(f"{name} {kind}" for name, kind in formats.items())),
-        ("bytes", f"{held['bytes']:,} ({held['bytes_per_token']:,} a token)"),
-        ("keye", str(held["keye"])),
+        ("bytes", f"{header['bytes']:,} ({header['bytes_per_token']:,} a token)"),
+        ("keye", str(header["keye"])),
     ]
     for name, value in rows:
         table.add_row(name, one_line(value))
@@ -327,9 +329,9 @@ class Share:
     def add(self, phase: str, done: int, total: int) -> None:
         """Takes the state of a phase; the share never falls."""
         self._done[phase] = (done, total)
-        whole = sum(total for _, total in self._done.values())
-        if whole:
-            self.share = max(self.share, sum(done for done, _ in self._done.values()) / whole)
+        done, total = (sum(counts) for counts in zip(*self._done.values(), strict=True))
+        if total:
+            self.share = max(self.share, done / total)
 
     @property
     def seconds(self) -> float:
@@ -345,17 +347,17 @@ class Share:
 
 @contextmanager
 def watching(title: str) -> Iterator[Callable[[Step], None]]:
-    """Yields what takes the engine's progress on one request or index and shows it; gone when the block ends, or once
-    all is computed, so that the reply can be printed."""
+    """Yields a callback that displays the engine's progress on one request or index; the bar disappears when the block
+    ends, or once all is computed, so that the reply can be printed."""
     console, share = stderr(), Share()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
-    told = 0.0
+    last_line = 0.0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, left="")
 
         def show(step: Step) -> None:
-            nonlocal told
+            nonlocal last_line
             if step.phase == "media":  # of unknown length
                 return
             share.add(step.phase, step.done, step.total)
@@ -363,8 +365,8 @@ def watching(title: str) -> Iterator[Callable[[Step], None]]:
                 bar.update(task, completed=share.share, total=1.0, left=str(share).partition(", ")[2])
                 if share.share == 1.0:
                     bar.stop()
-            elif share.seconds - told >= LINE_SECONDS and share.share < 1.0:
-                told = share.seconds
+            elif share.seconds - last_line >= LINE_SECONDS and share.share < 1.0:
+                last_line = share.seconds
                 note(f"{title}: {share}")
 
         yield show

@@ -149,17 +149,17 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     for memory in result["memory"]:
         device = memory["device"]
         rows.append((device, f"{format_bytes(memory['free'])} of {format_bytes(memory['total'])} free"))
-        for one in result["fits"]:
-            if one["device"] == device and one["dtype"] in ROWS:
-                rows.append((f"  {ROWS[one['dtype']]}", _fit(one)))
+        for fit in result["fits"]:
+            if fit["device"] == device and fit["dtype"] in ROWS:
+                rows.append((f"  {ROWS[fit['dtype']]}", _fit(fit)))
     return rows
 
 
-def _fit(one: Mapping[str, Any]) -> str:
-    if not one["fits"]:
-        return f"does not fit: the weights take {format_bytes(one['weights'])}"
-    whole = ", all that the model knows" if one["limited_by"] == "model" else ""
-    return f"fits with {one['context']:,} tokens of context{whole}"
+def _fit(fit: Mapping[str, Any]) -> str:
+    if not fit["fits"]:
+        return f"does not fit: the weights take {format_bytes(fit['weights'])}"
+    full = ", all that the model knows" if fit["limited_by"] == "model" else ""
+    return f"fits with {fit['context']:,} tokens of context{full}"
 
 
 def file_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
