@@ -57,4 +57,4 @@ def test_an_address_that_is_none() -> None:
     result = CliRunner().invoke(cli, ["serve", "--port", "0", "--decode", "nowhere"])
     assert isinstance(result.exception, KeyeError) or result.exit_code == 2
     said = result.output + str(result.exception)
-    assert "'nowhere' is no address of a decode service: give local, local:N, ray or ray://host:port" in said
+    assert "'nowhere' is not an address of a decode service: give local, local:N, ray or ray://host:port" in said

@@ -211,7 +211,7 @@ def test_closing_ends_what_waits() -> None:
 
 @pytest.mark.parametrize("address", ["", "loca", "local:", "local:x", "local:-1", "ray:1", "http://x"])
 def test_addresses_that_are_none(address: str) -> None:
-    with pytest.raises(KeyeError, match="is no address of a decode service"):
+    with pytest.raises(KeyeError, match="is not an address of a decode service"):
         open_service(address)
 
 
