@@ -115,7 +115,7 @@ def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
         ({"video": 3, "question": "what?"}, "video must be a path or an address"),
         ({"media": "nothing.mp4", "question": "what?"}, "does not exist"),
         ({"media": "https://example.org/a", "question": "what?"}, "name it video or image"),
-        ({**QUESTION, "id": ["a"]}, "the id is no text"),
+        ({**QUESTION, "id": ["a"]}, "the id is not a text"),
         ({**QUESTION, "id": "line-9"}, "is that of a line without one"),
         ({**openai(), "url": "/v1/embeddings"}, "method and url must be POST and /v1/chat/completions"),
         (openai(stream=True), "stream cannot be used"),

@@ -17,13 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from keye.cache.sequence import KVCache
 from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig, load_generation_config
+from keye.config.media import MediumKind
 from keye.engine.engine import Engine
 from keye.engine.prompt import Prompt
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError, KeyeWarning
 from keye.hf.config import KeyeConfigHF, KeyeVL1_5ConfigHF, KeyeVL2ConfigHF, folder_of
-from keye.media.options import MediumKind
 from keye.media.pixels.patches import VisionInput
 from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Processor, VisualSpan
