@@ -26,7 +26,7 @@ from keye.config import (
 from keye.engine.core import EngineCore
 from keye.engine.engine import Engine
 from keye.engine.media import as_medium
-from keye.engine.prompt import Measured
+from keye.engine.prompt import PromptCost
 from keye.engine.request import GenerationRequest, Progress, check_attention
 from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
@@ -180,7 +180,7 @@ class Keye:
             add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
         )  # fmt: skip
 
-    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
+    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> PromptCost:
         """What a rendered prompt would cost: its media are probed and not decoded."""
         return self.runtime.prompts.measure(segments, salt)
 

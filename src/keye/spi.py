@@ -24,7 +24,7 @@ from keye.config import (
 # Media: options, sources, patches, positions.
 from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
 from keye.engine.media import check_medium
-from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.hub import resolve
 from keye.media.pixels.pictures import is_array
 from keye.media.positions import build_position_ids
@@ -49,8 +49,9 @@ from keye.weights.names import IGNORED, INDEXER
 
 __all__ = [
     "IGNORED", "IMAGE_OPTIONS", "INDEXER", "KV_BLOCK", "VIDEO_OPTIONS", "Backend", "BlockRows",
-    "ChatTemplate", "CheckpointTemplate", "Indexer", "IndexerOutput", "KeyeConfig", "MediaItem", "Medium", "MediumKind",
-    "Processor", "Projector", "Prompt", "PromptBuilder", "RMSNorm", "Release", "Room", "Rope", "RowFormat", "RowKind",
+    "ChatTemplate", "CheckpointTemplate", "ContextBudget", "Indexer", "IndexerOutput", "KeyeConfig", "MediaItem",
+    "Medium", "MediumKind", "Processor", "Projector", "Prompt", "PromptBuilder", "RMSNorm", "Release", "Rope",
+    "RowFormat", "RowKind",
     "RowSpec", "Segment", "Source", "Stretch", "TextConfig", "Tokenizer", "Visual", "build_position_ids",
     "cache_rows", "check_medium", "check_tokenizer", "decode_list", "dense_attention", "encode_vision", "fetch_source",
     "find_template", "inverse_frequencies", "is_array", "load_generation_config", "load_processor_config",

@@ -9,7 +9,7 @@ from typing import Final
 from keye.chat.messages import Medium
 from keye.chat.template import Segment
 from keye.engine.media import check_index_attention
-from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.request import GenerationRequest, LoadingMedia, Progress, Ready, Task, Waiting
 
 #: Requests whose media are opened at the same time; and how many may be open before their turn has come, since
@@ -56,8 +56,8 @@ class MediaLoader:
     def _lay_out(self, request: GenerationRequest, segments: Sequence[Segment]) -> Prompt:
         """In a thread: the prompt with its media probed, and their pixels on the way."""
         try:
-            room = Room(self._limit, 1 if request.clamp else request.params.max_tokens)
-            prompt = self._builder.lay_out(segments, room=room, stream=True, salt=request.salt)
+            budget = ContextBudget(self._limit, 1 if request.clamp else request.params.max_tokens)
+            prompt = self._builder.lay_out(segments, budget=budget, stream=True, salt=request.salt)
         finally:
             self._notify()
         if prompt.indexed is not None:

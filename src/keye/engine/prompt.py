@@ -33,7 +33,7 @@ MOST_COUNTED = 2**20
 
 
 @dataclass(frozen=True)
-class Room:
+class ContextBudget:
     """A context of `limit` tokens, of which `reply` are kept for what is generated."""
 
     limit: int
@@ -130,7 +130,7 @@ def plan_of(item: MediaItem) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PromptCost:
     """What a prompt costs, known before it is decoded. `media` are the plans, each with its `kind`."""
 
     prompt_tokens: int
@@ -179,33 +179,38 @@ class PromptBuilder:
         return segments
 
     def lay_out(
-        self, segments: Sequence[Segment], *, room: Room | None = None, stream: bool = False, salt: bytes = b""
+        self,
+        segments: Sequence[Segment],
+        *,
+        budget: ContextBudget | None = None,
+        stream: bool = False,
+        salt: bytes = b"",
     ) -> Prompt:
         """Opens and decodes the media of a rendered prompt, and gives every token its id and position.
 
         With `stream`, videos are not decoded yet: their items give pixels as they come, and every item has the key of
         its content, under `salt`: what one owner's media are called says nothing of another's.
-        With `room`, a prompt too long for the context is refused before anything is decoded, as far as its length can
+        With `budget`, a prompt too long for the context is refused before anything is decoded, as far as its length can
         be known by then, and in any case before it is returned.
         """
         with collect_warnings() as notes:
-            prompt = self._lay_out(segments, room, stream, salt)
+            prompt = self._lay_out(segments, budget, stream, salt)
         windows = sampled_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
         return replace(prompt, notes=tuple(notes), windows=windows)
 
-    def _lay_out(self, segments: Sequence[Segment], room: Room | None, stream: bool, salt: bytes) -> Prompt:
+    def _lay_out(self, segments: Sequence[Segment], budget: ContextBudget | None, stream: bool, salt: bytes) -> Prompt:
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
         runs = _text_runs(segments)
-        if room is not None:
-            room.check(sum(self.tokenizer.least_tokens(text) for run in runs for text, _ in run), 0, at_least=True)
+        if budget is not None:
+            budget.check(sum(self.tokenizer.least_tokens(text) for run in runs for text, _ in run), 0, at_least=True)
         planned, visual = list[PlannedMedium](), 0
         for medium in media:
             planned.append(plan_medium(medium, self.processor, videos, self.open_index, salt))
             visual += planned[-1].visual_tokens
-            if room is not None:
-                room.check(visual, visual, at_least=True)  # before the next one is opened
-        text = self._encode_runs(runs, planned, room)
+            if budget is not None:
+                budget.check(visual, visual, at_least=True)  # before the next one is opened
+        text = self._encode_runs(runs, planned, budget)
         indexed, planned = _split_index(planned)
         ids = list(text[0])
         if indexed is not None:
@@ -215,20 +220,20 @@ class PromptBuilder:
         for item, after in zip(items, text[1:], strict=True):
             ids += self.piece_ids(item.pieces) + after
         prompt = self._positioned(ids, items, indexed)
-        if room is not None:
-            room.check(len(ids), prompt.visual_tokens)
+        if budget is not None:
+            budget.check(len(ids), prompt.visual_tokens)
         return prompt
 
-    def open(self, medium: Medium, *, videos: int = 1, room: Room | None = None) -> MediaItem:
+    def open(self, medium: Medium, *, videos: int = 1, budget: ContextBudget | None = None) -> MediaItem:
         """A medium with its pixels, one of `videos` in its prompt, for engines that lay out prompts themselves (with
-        `piece_ids`). `ContextError` for one that does not fit `room` by itself; where its size can be planned, before
+        `piece_ids`). `ContextError` for one that does not fit `budget` by itself; where its size can be planned, before
         anything of it is decoded."""
         planned = plan_medium(medium, self.processor, videos, self.open_index)
-        if room is not None:
-            room.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
+        if budget is not None:
+            budget.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)
         item = self.processor.load(planned)
-        if room is not None:
-            room.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
+        if budget is not None:
+            budget.check(len(self.piece_ids(item.pieces)), item.visual_tokens)
         return item
 
     def of_tokens(self, ids: Sequence[int], media: Sequence[MediaItem] = (), *, reply: int = 1) -> Prompt:
@@ -238,7 +243,7 @@ class PromptBuilder:
         if not len(ids):
             raise KeyeError("the prompt has no tokens; give at least one")
         visual = sum(item.visual_tokens for item in media)
-        Room(self.config.text.max_position_embeddings, reply).check(len(ids), visual)
+        ContextBudget(self.config.text.max_position_embeddings, reply).check(len(ids), visual)
         if min(ids) < 0 or max(ids) >= self.config.text.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self.config.text.vocab_size)
             raise KeyeError(f"the prompt has the token {wrong}; this model has {self.config.text.vocab_size:,}")
@@ -250,7 +255,7 @@ class PromptBuilder:
                             "write one of the medium's kind for each, in the order of the media")  # fmt: skip
         return self._positioned(list(ids), list(media))
 
-    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> Measured:
+    def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> PromptCost:
         """What a rendered prompt costs, at least (see `PlannedMedium`). Videos are probed; lists of pictures, which
         have no plan, are opened and their sizes found."""
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
@@ -266,7 +271,7 @@ class PromptBuilder:
                 plans.append({"kind": medium.kind, **planned.source.plan})
                 pieces.append(planned.pieces)
                 continue
-            Room(self.config.text.max_position_embeddings, 0).check(
+            ContextBudget(self.config.text.max_position_embeddings, 0).check(
                 planned.visual_tokens, planned.visual_tokens, at_least=True
             )
             item = self.processor.load(planned)
@@ -278,21 +283,21 @@ class PromptBuilder:
             if text > MOST_COUNTED:
                 raise KeyeError(f"the prompt has more than {MOST_COUNTED:,} tokens of text, which are not counted")
         tokens = sum(plan["visual_tokens"] for plan in plans)
-        return Measured(text + tokens + sum(map(self._label_tokens, pieces)), tokens, tuple(plans))
+        return PromptCost(text + tokens + sum(map(self._label_tokens, pieces)), tokens, tuple(plans))
 
     def _encode_runs(
-        self, runs: Sequence[Sequence[tuple[str, bool]]], planned: Sequence[PlannedMedium], room: Room | None
+        self, runs: Sequence[Sequence[tuple[str, bool]]], planned: Sequence[PlannedMedium], budget: ContextBudget | None
     ) -> list[list[int]]:
-        """The ids of the texts around media; with `room`, `KeyeError` as soon as it is known that they do not fit."""
-        if room is None:
+        """The ids of the texts around media; with `budget`, `KeyeError` as soon as it is known that they do not fit."""
+        if budget is None:
             return [self.tokenizer.encode_parts(run) for run in runs]
         visual = sum(medium.visual_tokens for medium in planned)
         used, ids = visual + sum(self._label_tokens(medium.pieces) for medium in planned), list[list[int]]()
-        room.check(used, visual, at_least=True)
+        budget.check(used, visual, at_least=True)
         for run in runs:
-            ids.append(self.tokenizer.encode_parts(run, most=max(room.limit - room.reply - used, 0)))
+            ids.append(self.tokenizer.encode_parts(run, most=max(budget.limit - budget.reply - used, 0)))
             used += len(ids[-1])
-            room.check(used, visual, at_least=True)
+            budget.check(used, visual, at_least=True)
         return ids
 
     def _label_tokens(self, pieces: Sequence[Piece]) -> int:

@@ -23,7 +23,7 @@ from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
-from keye.engine.prompt import Prompt, Room, plan_of
+from keye.engine.prompt import ContextBudget, Prompt, plan_of
 from keye.engine.request import GenerationRequest
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, Option
@@ -161,7 +161,7 @@ class LiveSession:
             raise KeyeError("no frame was appended yet; append frames before asking")
         params = self._runtime.sampling_params(**sampling)
         prompt = self._prompt(self._around(question, thinking)[1])
-        Room(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
+        ContextBudget(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
         return GenerationRequest(prompt, params, self._runtime.attention, evidence=evidence)
 
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:

@@ -25,7 +25,7 @@ from keye.config import KeyeConfig
 from keye.engine.core import EngineCore
 from keye.engine.generate import Decoding
 from keye.engine.media import IndexedVideo
-from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.request import Progress
 from keye.engine.runtime import Runtime
 from keye.engine.turns import Turn
@@ -77,7 +77,7 @@ def write_video_index(
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
     layout = owner.kv.layout(cache_rows(text), model.dtype)
-    prompt = builder.lay_out(segments[: end + 1], room=Room(text.max_position_embeddings, 1), stream=True)
+    prompt = builder.lay_out(segments[: end + 1], budget=ContextBudget(text.max_position_embeddings, 1), stream=True)
     check_index_disk(path, layout, prompt.token_ids.shape[0])
     prepared = time.perf_counter()
     decoding = Decoding(model, mode=mode, store=owner.kv.store(layout, model.device, owner.ledger))

@@ -35,12 +35,12 @@ from keye import Frames, KeyeError
 from keye.spi import (
     IMAGE_OPTIONS,
     VIDEO_OPTIONS,
+    ContextBudget,
     MediaItem,
     Medium,
     MediumKind,
     Processor,
     PromptBuilder,
-    Room,
     Source,
     Tokenizer,
     check_medium,
@@ -241,14 +241,14 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Opens the media that are not in vLLM's cache."""
-        builder, room = self.info.builder, Room(self.info.ctx.model_config.max_model_len, reply=1)
+        builder, budget = self.info.builder, ContextBudget(self.info.ctx.model_config.max_model_len, reply=1)
         settings = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         videos = int(settings.pop(_VIDEOS, 1))
         defaults = defaults_of(settings)
         output: dict[str, Any] = {}
         for kind, media in hf_data.items():
             options = defaults[kind]
-            items = [builder.open(_with_defaults(medium, options), videos=videos, room=room) for medium in media]
+            items = [builder.open(_with_defaults(medium, options), videos=videos, budget=budget) for medium in media]
             output |= self._fields(FIELDS[kind], items)
         return BatchFeature(output)
 

@@ -31,7 +31,7 @@ from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.scene import MAX_OBJECTS
 from keye.engine.engine import Engine
 from keye.engine.media import Frames
-from keye.engine.prompt import Prompt, PromptBuilder, Room
+from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
@@ -235,8 +235,8 @@ class _Examiner:
             frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
             prompt = ClipPrompt(self.runtime.prompts, frames, [question.text for question in asked])
             longest = max(map(len, prompt.branches))
-            room = Room(self.config.text.max_position_embeddings, longest + options.max_tokens)
-            room.check(prompt.trunk.length, prompt.trunk.media_tokens)
+            budget = ContextBudget(self.config.text.max_position_embeddings, longest + options.max_tokens)
+            budget.check(prompt.trunk.length, prompt.trunk.media_tokens)
         kind: Any = {"attention": options.mode, "select": options.select}
         with self._timed("prefill"):
             trunk, _ = self.engine.prefill(prompt.trunk, **kind)

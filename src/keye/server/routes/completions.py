@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.chat.template import Segment
 from keye.chat.tokenizer import check_unicode
-from keye.engine.prompt import Prompt, Room
+from keye.engine.prompt import ContextBudget, Prompt
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, Prefilled, TokenProb
 from keye.engine.scheduler import MAX_PROBS
 from keye.server.context import Context, context_of, owner_of
@@ -100,7 +100,8 @@ def _lay_out(
         raise ApiError(400, "truncate_prompt_tokens is 0; give at least 1, or -1 for what fits", param=_CUT)
     if cut is not None:
         prompt = prompt[-(max(1, limit - (body.max_tokens or 1)) if cut == -1 else cut) :]
-    Room(limit, 1 if not context.settings.strict_limits else max(1, body.max_tokens or 1)).check(len(prompt), 0)
+    reply = 1 if not context.settings.strict_limits else max(1, body.max_tokens or 1)
+    ContextBudget(limit, reply).check(len(prompt), 0)
     return model.runtime.prompts.of_tokens(prompt), model.tokenizer.decode(prompt, skip_special=False)
 
 

@@ -18,7 +18,7 @@ from keye.chat.messages import Medium
 from keye.chat.template import Segment
 from keye.chat.tokenizer import check_unicode
 from keye.engine.media import check_medium
-from keye.engine.prompt import Prompt, Room
+from keye.engine.prompt import ContextBudget, Prompt
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
@@ -206,7 +206,7 @@ def _make_request(
         raise error_of_validation(details) from None
     guide = make_guide(context, form_of(structured), sampling)
     if isinstance(prompt, Prompt) and context.settings.strict_limits:
-        Room(context.model.config.text.max_position_embeddings, tokens).check(len(prompt.token_ids), 0)
+        ContextBudget(context.model.config.text.max_position_embeddings, tokens).check(len(prompt.token_ids), 0)
     request = make_request(context, owner, prompt, sampling, tokens, has_form=guide is not None)
     return replace(request, n=n, guide=guide)
 
