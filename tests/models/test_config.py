@@ -139,7 +139,7 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1; it must be true or false"),
         ({"mlp_only_layers": "0"}, "mlp_only_layers '0'; it must be a list of layer numbers"),
         ({"eos_token_id": "</s>"}, "eos_token_id '</s>'; it must be a token id"),
-        ({"eos_token_id": [1, None]}, "it must be a token id"),
+        ({"eos_token_id": [1, None]}, "it must be a token id or a list of them"),
         ({"pad_token_id": [1]}, "pad_token_id \\[1\\]; it must be a token id"),
         ({"sa_config": [1]}, "sa_config \\[1\\]; it must be an object"),
         ({"vision_config": "siglip"}, "vision_config 'siglip'; it must be an object"),
@@ -192,13 +192,13 @@ def write(folder: Path, **files: object) -> Path:
         ({"merge_size": 4}, "makes merge_size 4 but vision_config.spatial_merge_size is 2; they must agree"),
         ({"patch_size": "x"}, "patch_size 'x'; it must be a whole number of at least 1"),
         ({"min_pixels": "many"}, "min_pixels 'many'; it must be a whole number"),
-        ({"image_mean": 0.5}, "image_mean is 0.5; it must be three numbers"),
+        ({"image_mean": 0.5}, "image_mean 0.5; it must be three numbers"),
         ({"image_mean": [0.5, "x", 0.5]}, "it must be three numbers"),
         ({"image_std": [0.5, 0, 0.5]}, "all of it must be above 0"),
-        ({"keye": {"fps": "fast"}}, "fps is 'fast'; it must be a number above 0"),
-        ({"keye": {"video_max_tokens": 1.5}}, "video_max_tokens is 1.5; it must be a whole number"),
+        ({"keye": {"fps": "fast"}}, "fps 'fast'; it must be a number above 0"),
+        ({"keye": {"video_max_tokens": 1.5}}, "video_max_tokens 1.5; it must be a whole number"),
         ({"keye": {"frame_text": "{second}"}}, "may only use the field {seconds}"),
-        ({"keye": {"frame_text": 3}}, "frame_text is 3; it must be a text"),
+        ({"keye": {"frame_text": 3}}, "frame_text 3; it must be a text"),
         ({"keye": {"adaptive_budget": "no"}}, "adaptive_budget 'no'; it must be true or false"),
         ({"keye": {"image_min_tokens": 9, "image_max_tokens": 4}}, "minimum of tokens is above its maximum"),
         ({"keye": "fast"}, "has keye 'fast'; it must be an object"),
@@ -227,7 +227,7 @@ def test_a_processor_without_a_file_must_suit_the_vision_tower_too(official: dic
         ({"top_k": 1.5}, "top_k 1.5; it must be a whole number of at least 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0; it must be a whole number of at least 1"),
         ({"do_sample": "yes"}, "do_sample 'yes'; it must be true or false"),
-        ({"eos_token_id": ["</s>"]}, "it must be token ids"),
+        ({"eos_token_id": ["</s>"]}, "it must be a token id or a list of them"),
         ({"keye": {"default_system": 3}}, "default_system 3; it must be a text"),
         ({"keye": {"ground_prompt": "when is {it}?"}}, "may only use the field {event}, {article}"),
     ],
@@ -254,7 +254,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_tokens_per_second_of_preview(value: Any) -> None:
     raw = read_json(asset("configs/preview") / "config.json")
     raw["vision_config"]["tokens_per_second"] = value
-    with pytest.raises(ConfigError, match="tokens_per_second is .*; it must be a number above 0"):
+    with pytest.raises(ConfigError, match="tokens_per_second .*; it must be a number above 0"):
         model_config_from_dict(raw)
     raw["vision_config"]["tokens_per_second"] = None
     assert model_config_from_dict(raw).tokens_per_second == 2.0

@@ -1,13 +1,17 @@
-"""The JSON files of a checkpoint, and the sentence when one of them is wrong."""
+"""The JSON files of a checkpoint: reading them, and the kinds of values that their fields may have.
+
+They are checked here and not with pydantic (`keye.config.settings`), whose import would cost every `keye ask` 0.06 s of
+processor time, 2 % of it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keye.errors import KeyeError
+from keye.errors import KeyeError, is_number, is_whole
 
 
 class ConfigError(KeyeError):
@@ -27,20 +31,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse(problems: Iterable[str]) -> None:
-    """Raises `ConfigError` with the first sentence, if there is one."""
-    for problem in problems:
-        raise ConfigError(problem)
-
-
-def own_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> Mapping[str, Any]:
-    """The `keye` object of a file, whose fields must be among `known`."""
+def own_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The `keye` object of a file, whose fields must be among `known`, without those that are null."""
     own = raw.get("keye", {})
     if not isinstance(own, Mapping):
         raise ConfigError(f"{path} has keye {own!r}; it must be an object")
     if unknown := sorted(set(own) - set(known)):
         raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return own
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def require(raw: Mapping[str, Any], names: Iterable[str], where: str) -> None:
@@ -48,9 +46,61 @@ def require(raw: Mapping[str, Any], names: Iterable[str], where: str) -> None:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
 
 
-def require_whole(raw: Mapping[str, Any], names: Iterable[str], where: str, *, least: int = 1) -> None:
-    """Every one of `names` that is given must be a whole number of at least `least`."""
-    for name in names:
-        value = raw.get(name)
-        if value is not None and (type(value) is not int or value < least):
-            raise ConfigError(f"{where} has {name} {value!r}; it must be a whole number of at least {least}")
+def _is_list(value: object, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _is_sentence(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _is_count(value: object) -> bool:
+    return is_whole(value) and value >= 0  # type: ignore[operator]
+
+
+#: Kinds of values: what fits, and the words for it.
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "size": (lambda value: is_whole(value) and value >= 1, "a whole number of at least 1"),
+    "count": (_is_count, "a whole number of at least 0"),
+    "positive": (lambda value: is_number(value) and value > 0, "a number above 0"),
+    "share": (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "positive share": (lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
+    "factor": (lambda value: is_number(value) and 0 < value <= 100, "a number above 0 and at most 100"),
+    "temperature": (lambda value: is_number(value) and 0 <= value <= 100, "a number 0 or more and at most 100"),
+    "flag": (lambda value: isinstance(value, bool), "true or false"),
+    "text": (lambda value: isinstance(value, str), "a text"),
+    "texts": (
+        lambda value: _is_list(value, lambda item: isinstance(item, str) and item.strip() != ""),
+        "a list of texts",
+    ),
+    "object": (lambda value: isinstance(value, Mapping), "an object"),
+    "layers": (lambda value: _is_list(value, is_whole), "a list of layer numbers"),
+    "token": (_is_count, "a token id"),
+    "tokens": (lambda value: _is_count(value) or _is_list(value, _is_count), "a token id or a list of them"),
+    "three numbers": (lambda value: _is_list(value, is_number) and len(value) == 3, "three numbers"),
+    "three sizes": (lambda value: _is_list(value, is_whole) and len(value) == 3, "three whole numbers"),
+}
+
+
+def check_fields(where: str, values: Mapping[str, Any], kinds: Mapping[str, Iterable[str]]) -> None:
+    """`ConfigError` for the first field whose value is not of its kind; `kinds` lists the fields of each. None fits."""
+    for kind, names in kinds.items():
+        fits, words = _KINDS[kind]
+        for name in names:
+            if (value := values.get(name)) is not None and not fits(value):
+                raise ConfigError(f"{where} has {name} {value!r}; it must be {words}")
+
+
+def check_format(name: str, text: str, **fields: Any) -> None:
+    """`ConfigError` for a text with other {fields} than these, which are filled in later."""
+    try:
+        text.format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        listed = ", ".join("{" + field + "}" for field in fields)
+        raise ConfigError(f"{name} {text!r} may only use the field {listed}: {error}") from None
+
+
+def raise_first(problems: Iterable[str]) -> None:
+    """Raises `ConfigError` with the first sentence, if there is one."""
+    for problem in problems:
+        raise ConfigError(problem)

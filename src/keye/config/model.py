@@ -6,14 +6,20 @@ Knows the field names of the official `config.json`; knows nothing of tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.config.files import ConfigError, own_fields, read_json, refuse, require, require_whole
-from keye.config.problems import generation_problems, model_problems, text_field_problems, vision_problems
-from keye.errors import is_number
+from keye.config.files import (
+    ConfigError,
+    check_fields,
+    check_format,
+    own_fields,
+    raise_first,
+    read_json,
+    require,
+)  # fmt: skip
 from keye.releases import Architecture, Release, releases_by_architecture
 
 
@@ -156,7 +162,8 @@ class GenerationConfig:
     examples: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        refuse(generation_problems(self))
+        check_fields("generation_config.json", vars(self), _GENERATION_KINDS)
+        check_format("ground_prompt", self.ground_prompt, event="", article="")
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of the engine's sampling parameters that the model sets."""
@@ -177,11 +184,36 @@ _TEXT_OPTIONAL = (
     "rms_norm_eps", "hidden_act", "attention_bias", "tie_word_embeddings", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
 )  # fmt: skip
-#: Fields that must be whole numbers: above 0, or 0 where that means none.
-_TEXT_SIZES = (*(name for name in _TEXT_REQUIRED if name != "rope_theta"), "head_dim", "decoder_sparse_step")
-_TEXT_COUNTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 _VISION_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_MODEL_KINDS = {
+    "size": (*(name for name in _TEXT_REQUIRED if name != "rope_theta"), "head_dim", "decoder_sparse_step"),
+    "count": (*_TOKEN_IDS, "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "positive": ("rope_theta", "rms_norm_eps"),
+    "flag": ("attention_bias", "tie_word_embeddings", "norm_topk_prob"),
+    "layers": ("mlp_only_layers",),
+    "tokens": ("eos_token_id",),
+    "token": ("pad_token_id",),
+    "object": ("sa_config", "vision_config"),
+}
+_VISION_KINDS = {
+    "size": (*_VISION_REQUIRED, "patch_size", "image_size", "num_channels", "spatial_merge_size"),
+    "positive": ("rope_theta", "layer_norm_eps", "tokens_per_second"),
+}
+_SPARSE_KINDS = {"size": ("indexer_num_heads", "indexer_head_dim", "topk", "indexer_num_kv_heads")}
+_GENERATION_KINDS = {
+    "flag": ("do_sample",),
+    "count": ("top_k",),
+    "size": ("max_new_tokens",),
+    "temperature": ("temperature",),
+    "positive share": ("top_p",),
+    "factor": ("repetition_penalty",),
+    "tokens": ("eos_token_ids",),
+    "text": ("default_system", "ground_prompt"),
+    "texts": ("examples",),
+}
+#: Names of the rotary embedding that keye implements. Others stretch the context by changing the frequencies.
+_ROPE_TYPES = (None, "mrope", "default")
 #: Keys of official files that carry no information for the forward pass.
 _INERT = frozenset(
     "architectures model_type auto_map bos_token_id eos_token_id pad_token_id vision_token_id initializer_range "
@@ -208,12 +240,20 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     if raw.get("quantization_config"):
         raise ConfigError(_quantised(raw["quantization_config"]))
     require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
-    require_whole(raw, _TEXT_SIZES, "config.json")
-    require_whole(raw, (*_TOKEN_IDS, *_TEXT_COUNTS), "config.json", least=0)
-    refuse(text_field_problems(raw))
+    check_fields("config.json", raw, _MODEL_KINDS)
+    if raw.get("use_sliding_window"):
+        raise ConfigError("use_sliding_window is true; no Keye model uses it and it is not supported")
+    scaling = raw.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or "mrope_section" not in scaling:
+        raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
+    check_fields("rope_scaling", scaling, {"three sizes": ("mrope_section",)})
+    raise_first(_rope_problems(scaling))
     text = _text_config(raw, release.architectures[architecture])
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
+    tokens_per_second = release.tokens_per_second
+    if tokens_per_second is not None:
+        tokens_per_second = float(raw["vision_config"].get("tokens_per_second") or tokens_per_second)
     config = KeyeConfig(
         architecture=architecture,
         text=text,
@@ -222,11 +262,11 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         pad_token_id=raw.get("pad_token_id"),
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
         raw=dict(official),
-        tokens_per_second=_tokens_per_second(raw["vision_config"], release),
+        tokens_per_second=tokens_per_second,
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw[name]) for name in _TOKEN_IDS},
     )
-    refuse(model_problems(config))
+    raise_first(_contradictions(config))
     return config
 
 
@@ -301,7 +341,7 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
     if architecture.sparse and raw.get("sa_config"):
         wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
         require(raw["sa_config"], wanted, "sa_config")
-        require_whole(raw["sa_config"], [*wanted, "indexer_num_kv_heads"], "sa_config")
+        check_fields("sa_config", raw["sa_config"], _SPARSE_KINDS)
         sparse = SparseConfig(**{name: int(raw["sa_config"][name]) for name in wanted},
                               indexer_num_kv_heads=int(raw["sa_config"].get("indexer_num_kv_heads", 1)))  # fmt: skip
     heads = int(raw["num_attention_heads"])
@@ -322,27 +362,66 @@ def vision_config_from_dict(raw: Mapping[str, Any]) -> VisionConfig:
     """The vision part of an official `config.json` (already parsed), of any known architecture."""
     release = releases_by_architecture()[architecture_name(raw)]
     require(raw, ["vision_config"], "config.json")
+    check_fields("config.json", raw, {"object": ("vision_config",)})
     vision = raw["vision_config"]
-    if not isinstance(vision, Mapping):
-        raise ConfigError(f"config.json has vision_config {vision!r}; it must be an object")
     require(vision, _VISION_REQUIRED, "vision_config")
-    sizes = ("patch_size", "image_size", "num_channels", "spatial_merge_size")
-    require_whole(vision, (*_VISION_REQUIRED, *sizes), "vision_config")
+    check_fields("vision_config", vision, _VISION_KINDS)
     fields = {f.name for f in dataclasses.fields(VisionConfig)} - {"whole_video_attention", "norm_before_merge"}
     config = VisionConfig(
         **{k: v for k, v in vision.items() if k in fields and v is not None},
         whole_video_attention=release.whole_video,
         norm_before_merge=release.norm_before_merge,
     )
-    refuse(vision_problems(config))
+    heads = config.num_attention_heads
+    if config.hidden_size % heads or config.head_dim % 4:
+        raise ConfigError(f"vision hidden_size {config.hidden_size} must be {heads} heads of a multiple of 4")
+    if config.hidden_act != "gelu_pytorch_tanh":
+        raise ConfigError(f"vision hidden_act {config.hidden_act!r} is not supported")
+    if config.image_size < config.patch_size:
+        raise ConfigError(f"vision image_size {config.image_size} holds no patch of {config.patch_size} pixels")
     return config
 
 
-def _tokens_per_second(vision: Mapping[str, Any], release: Release) -> float | None:
-    """Steps of the time axis in a second of video; the release's where the file says nothing."""
-    value = vision.get("tokens_per_second")
-    if value is None or release.tokens_per_second is None:
-        return release.tokens_per_second
-    if not (is_number(value) and value > 0):
-        raise ConfigError(f"vision_config.tokens_per_second is {value!r}; it must be a number above 0")
-    return float(value)
+def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
+    """What the rotary embedding of a parsed config.json asks for and keye does not implement."""
+    if scaling.get("mrope_interleaved"):
+        yield "rope_scaling.mrope_interleaved is true; only the contiguous M-RoPE layout is supported"
+    for name in ("type", "rope_type"):
+        if scaling.get(name) not in _ROPE_TYPES:
+            yield f"rope_scaling.{name} is {scaling[name]!r}; only mrope and default are implemented"
+    if scaling.get("factor") not in (None, 1):
+        yield f"rope_scaling.factor is {scaling['factor']!r}, but scaled positions are not implemented; remove it"
+
+
+def _contradictions(config: KeyeConfig) -> Iterator[str]:
+    """Contradictions between the fields of a whole model."""
+    text = config.text
+    if sum(text.mrope_section) * 2 != text.head_dim or min(text.mrope_section) < 0:
+        yield f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.head_dim // 2}"
+    if text.num_attention_heads % text.num_key_value_heads:
+        yield (f"num_attention_heads {text.num_attention_heads} is not a multiple of "
+               f"num_key_value_heads {text.num_key_value_heads}")  # fmt: skip
+    if text.num_experts > 0 and not 0 < text.num_experts_per_tok <= text.num_experts:
+        yield f"num_experts_per_tok {text.num_experts_per_tok} must lie between 1 and num_experts {text.num_experts}"
+    if text.num_experts > 0 and text.moe_intermediate_size <= 0:
+        yield "num_experts needs moe_intermediate_size"
+    if text.hidden_act != "silu":
+        yield f"hidden_act {text.hidden_act!r} is not supported; Keye decoders use silu"
+    if any(not 0 <= i < text.num_hidden_layers for i in text.mlp_only_layers):
+        yield f"mlp_only_layers {list(text.mlp_only_layers)} names layers outside 0..{text.num_hidden_layers - 1}"
+    if text.sparse is not None:
+        dim = text.sparse.indexer_head_dim
+        if dim & (dim - 1):
+            yield f"sa_config.indexer_head_dim {dim} must be a power of two"
+        if sum(text.indexer_mrope_section()) * 2 != dim:
+            yield f"mrope_section {list(text.mrope_section)} does not scale to sa_config.indexer_head_dim {dim}"
+        if text.sparse.indexer_num_kv_heads != 1:
+            yield "sa_config.indexer_num_kv_heads must be 1"
+    names: dict[int, str] = {}
+    for name in _TOKEN_IDS:
+        index = getattr(config, name)
+        if index >= config.text.vocab_size:
+            yield f"{name} {index} is beyond the vocabulary: vocab_size is {config.text.vocab_size}"
+        if index in names:
+            yield f"{names[index]} and {name} are both {index}; each needs a token of its own"
+        names[index] = name

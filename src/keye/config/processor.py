@@ -8,14 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye.config.files import ConfigError, own_fields, read_json, refuse, require_whole
-from keye.config.problems import patch_problems, processor_problems
+from keye.config.files import ConfigError, check_fields, check_format, own_fields, read_json
 from keye.releases import V2, Release, find_release, releases_by_architecture
 
 #: The file that says how a checkpoint wants its media prepared, and the one that newer versions of transformers write
 #: for videos alone.
 PROCESSOR_FILE = "preprocessor_config.json"
 VIDEO_PROCESSOR_FILE = "video_preprocessor_config.json"
+_KINDS = {
+    "size": (
+        "patch_size", "merge_size", "image_min_tokens", "image_max_tokens", "video_min_tokens", "video_max_tokens",
+        "video_total_tokens", "frame_factor", "min_frames", "max_frames", "processor_min_pixels",
+        "processor_max_pixels",
+    ),
+    "three numbers": ("image_mean", "image_std"),
+    "positive": ("fps", "fast_ratio"),
+    "share": ("min_frame_similarity",),
+    "flag": ("adaptive_budget",),
+    "text": ("frame_text",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,12 @@ class ProcessorConfig:
         return (size[0] // self.factor) * (size[1] // self.factor)
 
     def __post_init__(self) -> None:
-        refuse(processor_problems(self))
+        check_fields(PROCESSOR_FILE, vars(self), _KINDS)
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"{PROCESSOR_FILE} has image_std {self.image_std!r}; all of it must be above 0")
+        if self.video_min_tokens > self.video_max_tokens or self.image_min_tokens > self.image_max_tokens:
+            raise ConfigError("the processor's minimum of tokens is above its maximum; swap min_tokens and max_tokens")
+        check_format("frame_text", self.frame_text, seconds=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain data, the release by its name."""
@@ -91,7 +107,13 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     model_file = Path(folder) / "config.json"
     model = read_json(model_file) if model_file.exists() else {}
     config = _processor_config(Path(folder) / PROCESSOR_FILE, _release_of(model), frame_text_of(Path(folder)))
-    refuse(patch_problems(config, model))
+    vision = model.get("vision_config")
+    for ours, theirs, default in (("patch_size", "patch_size", 14), ("merge_size", "spatial_merge_size", 2)):
+        actual, wanted = getattr(config, ours), isinstance(vision, Mapping) and (vision.get(theirs) or default)
+        if wanted and actual != wanted:
+            raise ConfigError(
+                f"the processor makes {ours} {actual} but vision_config.{theirs} is {wanted}; they must agree"
+            )
     return config
 
 
@@ -116,7 +138,7 @@ def _processor_config(path: Path, release: Release, frame_text: str | None) -> P
     if not path.exists():
         return ProcessorConfig.of(release, **brought)
     raw = {name: value for name, value in read_json(path).items() if value is not None}
-    require_whole(raw, ("patch_size", "merge_size", "min_pixels", "max_pixels"), str(path))
+    check_fields(str(path), raw, {"size": ("patch_size", "merge_size", "min_pixels", "max_pixels")})
     values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
     for name in ("image_mean", "image_std"):
         if name in raw:
@@ -130,7 +152,7 @@ def _processor_config(path: Path, release: Release, frame_text: str | None) -> P
             values[f"processor_{bound}_pixels"] = pixels
         else:
             values[f"image_{bound}_tokens"] = max(1, pixels // token)
-    own = dict(own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)} | {"generation"}))
+    own = own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)} | {"generation"})
     if "generation" in own:
         raise ConfigError(f"{path} has keye.generation; the field is called release now")
     return ProcessorConfig.of(str(own.pop("release", release.name)), **{**values, **brought, **own})
