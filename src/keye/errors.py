@@ -54,9 +54,6 @@ def is_whole(value: object) -> bool:
 class _Worded(Exception):
     """A sentence with `{}` for each of `parts`, texts or options; without parts it stands as it is."""
 
-    def __init__(self, sentence: str, *parts: object) -> None:
-        super().__init__(sentence, *parts)
-
     def __str__(self) -> str:
         return self.worded(str)
 

@@ -17,7 +17,7 @@ from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 from tests.support.rows import kv_layout, kv_rows
 
 ROWS = RowFormat("float32", 1, 8)
-NO_MEDIA = MediaSpans(())
+NO_MEDIA: MediaSpans = ()
 
 
 def entries(ledger: Ledger, account: str, count: int, nbytes: int = 10) -> Callable[[], bool]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,24 +17,21 @@ from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVStore
 from keye.ops.kv_blocks import KV_BLOCK
 
+#: Where the media of a prompt are: (first visual token, one past the last one, content key), in order.
+MediaSpans = tuple[tuple[int, int, bytes], ...]
 
-@dataclass(frozen=True)
-class MediaSpans:
-    """Where the media of a prompt are: (first visual token, one past the last one, content key), in order."""
 
-    media: tuple[tuple[int, int, bytes], ...]
-
-    def inside(self, length: int) -> bool:
-        """Whether a prefix of `length` tokens would end inside a medium."""
-        return any(first < length < stop for first, stop, _ in self.media)
+def _splits_medium(length: int, spans: MediaSpans) -> bool:
+    """Whether a prefix of `length` tokens would end inside a medium."""
+    return any(first < length < stop for first, stop, _ in spans)
 
 
 def cut_points(length: int, spans: MediaSpans) -> list[int]:
     """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block
     boundary that leaves a token to compute."""
-    points = {stop for _, stop, _ in spans.media if stop < length}
+    points = {stop for _, stop, _ in spans if stop < length}
     last = (length - 1) // KV_BLOCK * KV_BLOCK
-    if last and not spans.inside(last):
+    if last and not _splits_medium(last, spans):
         points.add(last)
     return sorted(points)
 
@@ -55,7 +51,7 @@ class PrefixCache:
         It is a fork of the entry, or the entry itself where memory is short of the block that a fork copies."""
         with self._lock:
             lengths = {cache.length(0) for cache in self._entries.values()}
-            wanted = sorted(n for n in lengths if n < ids.shape[0] and not spans.inside(n))
+            wanted = sorted(n for n in lengths if n < ids.shape[0] and not _splits_medium(n, spans))
             for _, key in reversed(list(_hashes(ids, spans, wanted, secret))):
                 if key in self._entries:
                     self.hits += 1
@@ -104,7 +100,7 @@ class PrefixCache:
 
 def _hashes(ids: Tensor, spans: MediaSpans, lengths: Sequence[int], secret: bytes) -> Iterator[tuple[int, bytes]]:
     """The hash of each prefix, `lengths` ascending and outside media. A medium's content enters where it begins."""
-    digest, done, media = hashlib.sha256(secret), 0, list(spans.media)
+    digest, done, media = hashlib.sha256(secret), 0, list(spans)
     raw = ids.numpy()
     for length in lengths:
         while media and media[0][0] < length:

@@ -27,12 +27,9 @@ class Window:
     counted: tuple[float, ...] = ()
     displayed: tuple[float, ...] = ()
 
-    def to_shown(self, interval: Interval) -> Interval:
-        """An interval as players count it."""
-        return (self._to_shown(interval[0]), self._to_shown(interval[1])) if self.counted else interval
-
-    def _to_shown(self, seconds: float) -> float:
-        """Between two known times evenly, before the first and after the last as far from them as the model says."""
+    def to_shown(self, seconds: float) -> float:
+        """A time as players count it, where they count otherwise: between two known times evenly, before the first and
+        after the last as far from them as the model says."""
         place = bisect_right(self.counted, seconds)
         before = max(place - 1, 0)
         rate = 1.0
@@ -87,7 +84,10 @@ def keep_moments(intervals: Sequence[Interval], windows: Sequence[Window]) -> tu
             outside.append((start, end))
             continue
         (low, high), window = within
-        inside[window.to_shown((low, high)) if window is not None else (low, high)] = None
+        if window is not None and window.counted:
+            inside[window.to_shown(low), window.to_shown(high)] = None
+        else:
+            inside[low, high] = None
         if max(abs(low - start), abs(high - end)) > _ROUNDING:
             cut.append((start, end))
     looked = f"what was looked at ({_spans([(window.start, window.end) for window in windows])})"

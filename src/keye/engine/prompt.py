@@ -93,7 +93,7 @@ class Prompt:
         for item in self.media:
             spans.append((places[count], places[count + item.visual_tokens - 1] + 1, item.key or b""))
             count += item.visual_tokens
-        return MediaSpans(tuple(spans))
+        return tuple(spans)
 
     @property
     def media_tokens(self) -> int:

@@ -74,15 +74,11 @@ class FrameShape:
 
 @dataclass(frozen=True)
 class PixelSource:
-    """The rows of a medium, read as often as needed: `open` starts a reader at the first row."""
+    """The rows of a medium, read as often as needed: `open` starts a reader at the first row; `grid_thw` [rows, 3] is
+    known before any pixel is."""
 
-    shape: FrameShape
+    grid_thw: NDArray[np.int64]
     open: Callable[[], PixelReader]
-
-    @property
-    def grid_thw(self) -> NDArray[np.int64]:
-        """[rows, 3], known before any pixel is."""
-        return self.shape.grid_thw
 
 
 class MemoryReader:

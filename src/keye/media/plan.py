@@ -173,7 +173,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         info.name, len(indices), (height, width), config, request_options, seconds=part.seconds, sampled=sampled
     )
     emit(info.name, info.notes)
-    rate, tokens = len(indices) / part.count * part.fps, config.count_tokens((height, width))
+    rate, tokens = len(indices) / (part.last - part.first + 1) * part.fps, config.count_tokens((height, width))
     plan = VideoPlan.of(info, indices, (height, width), tokens_per_frame=tokens, rate=rate, options=options)
     if not options.strict_official:
         displayed = part.begin, info.duration if end is None else max(part.end, min(end, info.duration))
@@ -251,10 +251,6 @@ class _Part:
     begin: float
     end: float
 
-    @property
-    def count(self) -> int:
-        return self.last - self.first + 1
-
 
 def _part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
     """What is on display between two times. At a variable rate its own rate counts, not that of the whole file."""
@@ -279,10 +275,11 @@ def _official_part(info: VideoInfo, start: float | None, end: float | None) -> _
 
 def _sample(info: VideoInfo, part: _Part, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], int]:
     """The frames taken from a part, and the number of times at which frames were looked up."""
+    count = part.last - part.first + 1
     if info.constant_rate or options.strict_official:
-        indices = sampling.sample_frames(part.count, part.fps, config, options, first=part.first)
+        indices = sampling.sample_frames(count, part.fps, config, options, first=part.first)
         return indices, len(indices)
-    targets = sampling.sample_times(part.count, part.seconds, part.begin, part.end, config, options)
+    targets = sampling.sample_times(count, part.seconds, part.begin, part.end, config, options)
     return sampling.displayed_frames(info.timestamps, targets, tolerance=sampling.SAME_TIME), len(targets)
 
 

@@ -261,7 +261,7 @@ class Processor:
         else:
             read = partial(self._planned_frames, plan=plan, options=options)
             open_pixels = partial(FileReader, source, self.limits, read, shape, track=plan.track)
-        return self._of_plan(PixelSource(shape, open_pixels), plan, options)
+        return self._of_plan(PixelSource(shape.grid_thw, open_pixels), plan, options)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS, *, size: sizes.Size | None = None) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).

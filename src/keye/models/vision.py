@@ -90,14 +90,6 @@ class VisionEmbeddings(nn.Module):
         return resized.squeeze(0).flatten(1).t()
 
 
-class VisionEncoder(nn.Module):
-    """The stack of blocks; its own module because the checkpoint names it."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-
-
 class VisionModel(nn.Module):
     """Patches of frames -> features of patches."""
 
@@ -105,7 +97,8 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
+        layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})  # a level of its own in the names of tensors
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches_NPX: Tensor, height: int, width: int) -> Tensor:
@@ -113,7 +106,7 @@ class VisionModel(nn.Module):
         x = self.embeddings(patches_NPX, height, width)
         frames = x.shape[1] // (height * width)
         cos, sin = (angles.repeat(frames, 1) for angles in self.rope(height, width, x.device))
-        for layer in self.encoder.layers:
+        for layer in self.encoder["layers"].children():
             x = layer(x, cos, sin)
         return self.post_layernorm(x)
 

@@ -290,7 +290,9 @@ class LiveSession:
         assert self._size is not None
         shape = FrameShape([self._size] * len(self._frames), self._runtime.processor.config)
         pieces = tuple(piece for frame in self._frames for piece in frame.pieces)
-        return MediaItem("video", PixelSource(shape, lambda: MemoryReader(iter(()), shape)), pieces, self.times)
+        return MediaItem(
+            "video", PixelSource(shape.grid_thw, lambda: MemoryReader(iter(()), shape)), pieces, self.times
+        )
 
     def _prompt(self, tail: list[int]) -> Prompt:
         """The prompt of a question. Its past is a fork of the stream in the form of an index, so that the engine
