@@ -49,9 +49,9 @@ def test_distributions_hold_the_package_and_nothing_else(dist: Path) -> None:
     sources = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
     assert set(names) >= {name for name in sources if "__pycache__" not in name}
     with tarfile.open(sdist) as archive:
-        assert {"LICENSE", "README.md", "CHANGELOG.md", "src", "tests"} <= {
-            name.split("/")[1] for name in archive.getnames() if "/" in name
-        }
+        top = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert top >= {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "src", "tests", "tools"}
+    assert not top & {".venv", "build", "dist", ".git"}
 
 
 def test_the_wheel_answers_in_an_empty_environment(dist: Path, tmp_path: Path) -> None:

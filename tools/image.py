@@ -22,6 +22,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -106,7 +107,8 @@ class Buildah:
 
     def _command(self, *arguments: str, driver: str = "") -> list[str]:
         name = driver or self.driver
-        storage = ["--root", f"{self.folder}/{name}", "--runroot", f"/run/keye-image-{name}", "--storage-driver", name]
+        state = Path(tempfile.gettempdir()) / f"keye-image-{os.getuid()}-{name}"
+        storage = ["--root", f"{self.folder}/{name}", "--runroot", str(state), "--storage-driver", name]
         return ["buildah", *storage, *arguments]
 
     def _works(self, driver: str) -> bool:
@@ -160,14 +162,16 @@ class Buildah:
             options += ["--from", self.base, "--pull=false", "--build-arg", "TORCH_INDEX=https://pypi.org/simple"]
             options += pip_options()
         run(self._command("bud", *options, "."))
-        run(self._command("rmi", "--prune"))  # layers of earlier builds
+        can_run(self._command("rmi", "--prune"))  # layers of earlier builds that no container uses
 
     def config(self, tag: str) -> dict[str, Any]:
         return dict(json.loads(run(self._command("inspect", "--type", "image", tag)))["Docker"]["config"])
 
     @contextmanager
     def start(self, tag: str, arguments: Sequence[str], key: str, port: int) -> Iterator[Buildah]:
-        self.container = run(self._command("from", "--pull-never", tag))
+        self.container = "keye-check"
+        can_run(self._command("rm", self.container))  # of a run that was killed
+        run(self._command("from", "--pull-never", "--name", self.container, tag))
         environment = ["--env", f"KEYE_API_KEY={key}"]
         command = [*self.config(tag)["Entrypoint"], *arguments]
         log = self.folder / "server.log"
@@ -201,7 +205,7 @@ def check_owner(port: int) -> None:
                 owners.add(folder.stat().st_uid)
         except OSError:
             continue
-    assert owners - {0}, f"the server runs as {owners}"
+    assert owners and 0 not in owners, f"the server's processes belong to the users {owners}"
 
 
 def pip_options() -> list[str]:
@@ -221,7 +225,7 @@ def find_engine(name: str) -> Docker | Buildah:
             return Docker(command)
     if name in ("", "buildah") and shutil.which("buildah"):
         return Buildah()
-    raise CannotBuildError(f"{name or 'none of docker, podman and buildah'} works here")
+    raise CannotBuildError(f"{name} does not work here" if name else "none of docker, podman and buildah works here")
 
 
 def free_port() -> int:
