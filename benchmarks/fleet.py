@@ -40,7 +40,7 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.media import Frames
 from keye.engine.request import GenerationRequest
 from keye.media.source.fetch import Source, fetch_source
-from keye.planning.fleet import Costs, Fleet, Load, simulate, spread_of, throughput
+from keye.planning.fleet import Costs, Fleet, Load, simulate, throughput
 
 TOGETHER, SEEDS, FRAMES, PASSES = 8, 50, 32, 3
 FLEET = Fleet(decoders=1, replicas=1, together=TOGETHER)
@@ -107,9 +107,7 @@ async def measure(site: Site, rounds: int) -> dict[str, Any]:
             for share in (0.5, 0.75):
                 arrivals = list(accumulate(rng.expovariate(share * rate) for _ in range(count)))
                 runs.append({"share_of_capacity": share, **await compared(site, costs, Load(share * rate), arrivals)})
-            runs.append(
-                {"share_of_capacity": None, **await compared(site, costs, Load(rate, at_once=True), [0.0] * count)}
-            )
+            runs.append({"share_of_capacity": None, **await compared(site, costs, Load(rate), [0.0] * count)})
         disturbed = [run["others"] for run in runs if run["others"] is None or run["others"] > MOST_OTHERS]
         if disturbed:
             print(f"{len(disturbed)} of {len(runs)} runs shared the processors with other programs, or it is not known "
@@ -145,7 +143,7 @@ async def costs_of(site: Site) -> Costs:
     for item in decoded:  # the last run has left all of them in the caches
         await site.answer(item)
     later = (time.perf_counter() - begin) / len(decoded) / engine[0][1]
-    return Costs(statistics.mean(seconds), tuple(engine), later, spread_of(seconds))
+    return Costs(statistics.mean(seconds), tuple(engine), later, statistics.pstdev(seconds) / statistics.mean(seconds))
 
 
 async def compared(site: Site, costs: Costs, load: Load, arrivals: Sequence[float]) -> dict[str, Any]:
@@ -154,7 +152,7 @@ async def compared(site: Site, costs: Costs, load: Load, arrivals: Sequence[floa
     results, total = await site.play(arrivals)
     others = company.others()
     played = [simulate(load, costs, FLEET, videos=arrivals, seed=seed) for seed in range(SEEDS)]
-    if load.at_once:
+    if not any(arrivals):
         measured, predicted = len(results) / total, statistics.mean(item.answers for item in played)
         return {
             "answers_per_second": measured, "predicted": predicted, "error": predicted / measured - 1, "others": others

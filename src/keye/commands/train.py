@@ -78,19 +78,9 @@ class Reports:
     def __call__(self, figures: Mapping[str, Any]) -> None:
         name = figures["stage"]
         place = self.names.index(name) + 1
-        share = share_done(self.stages[name], figures)
+        share = min(1.0, self.stages[name].share_done(figures["step"], figures["minutes"]))
         self.progress.update(self.bar, completed=share, description=f"{name} ({place}/{len(self.names)})")
         self.progress.console.print(report_line(figures))
-
-
-def share_done(stage: StageConfig, figures: Mapping[str, Any]) -> float:
-    """How much of a stage is done, 0 to 1: it ends when its steps or its minutes are used up."""
-    shares = [0.0]
-    if stage.steps:
-        shares.append(figures["step"] / stage.steps)
-    if stage.minutes:
-        shares.append(figures["minutes"] / stage.minutes)
-    return min(1.0, max(shares))
 
 
 def report_line(figures: Mapping[str, Any]) -> str:

@@ -31,11 +31,10 @@ _STEPS: Final = 40
 @dataclass(frozen=True)
 class Load:
     """`rate` videos a second arrive, each with `questions` questions, of which the later ones find the video in the
-    engine's cache. With `at_once` all videos are there at the beginning."""
+    engine's cache."""
 
     rate: float
     questions: int = 1
-    at_once: bool = False
 
     def __post_init__(self) -> None:
         if not self.rate > 0 or self.questions < 1:
@@ -93,17 +92,16 @@ class Fleet:
 @dataclass(frozen=True)
 class Outcome:
     """What a fleet made of a load: `answers` a second, `seconds` from a video's arrival to the answer of its first
-    question (mean, median, p95), the share of time that `decoders` and `engines` were busy, and bytes a second
-    that went to the decoders and to the engines."""
+    question (mean, median, p95), and the share of time that `decoders` and `engines`
+    were busy. `videos` a second were answered for the first time."""
 
     answers: float
+    videos: float
     mean: float
     median: float
     p95: float
     decoders: float
     engines: float
-    file_bytes: float
-    frame_bytes: float
 
 
 @dataclass
@@ -152,8 +150,6 @@ class _Simulation:
     def _arrivals(self) -> Sequence[float]:
         if not isinstance(self.arrivals, int):
             return self.arrivals
-        if self.load.at_once:
-            return [0.0] * self.arrivals
         return list(accumulate(self.random.expovariate(self.load.rate) for _ in range(self.arrivals)))
 
     def _at(self, when: float, act: Callable[[], None]) -> None:
@@ -231,16 +227,14 @@ class _Simulation:
     def _outcome(self) -> Outcome:
         end = self.now
         counted = sorted(seconds for _, seconds in self.ended[int(WARM_UP * len(self.ended)) :])
-        videos = len(self.ended) / end
         return Outcome(
             answers=self.answers_given / end,
+            videos=len(self.ended) / end,
             mean=sum(counted) / len(counted),
             median=counted[len(counted) // 2],
             p95=counted[len(counted) * 95 // 100],
             decoders=self.decode_busy / (end * self.fleet.decoders),
             engines=sum(engine.busy for engine in self.engines) / (end * len(self.engines)),
-            file_bytes=videos * self.costs.file_bytes,
-            frame_bytes=videos * self.costs.frame_bytes,
         )
 
 
@@ -291,9 +285,3 @@ def throughput(costs: Costs, fleet: Fleet, questions: int = 1) -> float:
     """Videos a second that a fleet can keep up with: what its busier half does."""
     work = 1 + (questions - 1) * costs.later
     return min(fleet.decoders / costs.decode, fleet.replicas / (work * costs.each(fleet.together)))
-
-
-def spread_of(samples: Sequence[float]) -> float:
-    """Standard deviation over mean."""
-    mean = sum(samples) / len(samples)
-    return math.sqrt(sum((sample - mean) ** 2 for sample in samples) / len(samples)) / mean

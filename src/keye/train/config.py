@@ -48,6 +48,11 @@ class StageConfig(Settings):
     indexer_kl: Weight = 1.0
     weight_decay: Weight = 0.02
 
+    def share_done(self, step: int, minutes: float) -> float:
+        """How much of the stage is done after so many steps and minutes: 0 at its start, 1 at its end."""
+        shares = (step / self.steps if self.steps else 0.0, minutes / self.minutes if self.minutes else 0.0)
+        return max(shares)
+
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         if self.steps is None and self.minutes is None:

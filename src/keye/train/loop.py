@@ -120,10 +120,10 @@ class Run:
             optimizer.load_state(self._state)
             self._state = None
         self.model.train()
-        clock = Clock(stage, self.progress, self.config)
+        clock = Clock(self.progress, self.config)
         norm = 0.0
         for batch in self._batches(number):
-            progress = self.group.agree(clock.progress())
+            progress = self.group.agree(stage.share_done(clock.step, clock.seconds() / 60))
             if progress >= 1.0:
                 break
             factor = schedule(stage, clock.step, progress)
@@ -176,22 +176,13 @@ class Run:
 class Clock:
     """Steps and seconds of a stage, those before a resume included."""
 
-    def __init__(self, stage: StageConfig, progress: Progress, run: TrainConfig) -> None:
-        self.stage, self.step, self.run = stage, progress.step, run
+    def __init__(self, progress: Progress, run: TrainConfig) -> None:
+        self.step, self.run = progress.step, run
         self._before, self._begin = progress.seconds, time.monotonic()
         self._logged, self._saved, self._logged_step = self._begin, self._begin, self.step
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._begin
-
-    def progress(self) -> float:
-        """0 at the start of the stage, 1 when its steps or minutes are used up."""
-        shares = [0.0]
-        if self.stage.steps is not None:
-            shares.append(self.step / max(1, self.stage.steps))
-        if self.stage.minutes is not None:
-            shares.append(self.seconds() / 60 / self.stage.minutes)
-        return max(shares)
 
     def tick(self) -> None:
         self.step += 1
