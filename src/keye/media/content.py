@@ -13,20 +13,22 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions, MediumKind
-from keye.media.image import ImagePlan
 from keye.media.info import VideoInfo
 from keye.media.pixels.pictures import is_array
 from keye.media.plan import VideoPlan
 from keye.media.source.data_urls import decode_list
 from keye.media.source.fetch import Source, as_source
 from keye.media.video import DecodeLimits, probe
+
+if TYPE_CHECKING:
+    from keye.media.image import ImagePlan
 
 K = TypeVar("K")
 V = TypeVar("V")

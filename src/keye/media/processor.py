@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,25 +23,19 @@ from keye.config.media import DEFAULTS, MediaOptions, MediumKind
 from keye.media import sampling, sizes
 from keye.media.content import content_key, probe_cached
 from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelReader, PixelSource
-from keye.media.image import ImagePlan, hold_image, open_frames, plan_image, read_image, resize_exactly, resize_image
-from keye.media.lists import (
-    LISTED,
-    at_one_size,
-    least_list_tokens,
-    listed_indices,
-    listed_range,
-    open_frame,
-    sampled_list,
-)
 from keye.media.notes import warn_of_image, warn_of_video
 from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
 from keye.media.pixels.pictures import Pixels, as_frames, as_picture, is_array
 from keye.media.pixels.resample import bicubic, bilinear
-from keye.media.pixels.slowfast import SlowFastClassifier, frame_types
 from keye.media.plan import VideoPlan, make_plan, with_frame_types
 from keye.media.source.data_urls import parse_list
 from keye.media.source.fetch import Reference, Source, as_source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader
+
+if TYPE_CHECKING:
+    from keye.media.image import ImagePlan
+
+# Code for images, lists of pictures and classified frames is imported where it is used: most videos need none of it.
 
 #: Native frames of a video that stay in memory while they are classified; above, they are decoded a second time.
 NATIVE_BYTES = 128 * 1024**2
@@ -168,10 +162,14 @@ class Processor:
         if isinstance(source, Image.Image) or is_array(source):
             return PlannedMedium(kind, source, options)
         if kind == "image":
+            from keye.media.image import plan_image
+
             file = as_source(source)
             image = plan_image(file, self.config, options)
             return PlannedMedium(kind, file, options, image, (VisualSpan(kind, image.visual_tokens),))
         if isinstance(source, list | tuple) or parse_list(source) is not None:
+            from keye.media.lists import least_list_tokens
+
             pieces: tuple[Piece, ...] = ()
             if source and isinstance(source, list | tuple) and all(isinstance(picture, Source) for picture in source):
                 pieces = (VisualSpan(kind, least_list_tokens(source, self.config, options)),)
@@ -183,11 +181,13 @@ class Processor:
     def load(self, medium: PlannedMedium) -> MediaItem:
         """The medium with all its pixels."""
         if medium.kind == "image":
-            plan = medium.plan if isinstance(medium.plan, ImagePlan) else None
-            return self.image(medium.source, medium.options, plan=plan)
+            assert not isinstance(medium.plan, VideoPlan)
+            return self.image(medium.source, medium.options, plan=medium.plan)
         if isinstance(medium.source, Source):
             assert isinstance(medium.plan, VideoPlan)
             return self.video(medium.source, medium.options, plan=medium.plan)
+        from keye.media.image import open_frames
+
         return self.frames(open_frames(medium.source), medium.options)
 
     def stream(self, medium: PlannedMedium, salt: bytes) -> MediaItem:
@@ -207,6 +207,8 @@ class Processor:
     def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
         """An image: a file (a `Source` or what names one), a PIL image, an array or a tensor (`pictures.as_picture`).
         With a plan made before, nothing is warned of again."""
+        from keye.media.image import ImagePlan, read_image, resize_image
+
         if isinstance(source, Source | str | bytes | os.PathLike):
             file, strict = fetch_source(source), options.strict_official
             name, image = file.name, read_image(file, strict_official=strict, planned=plan is not None)
@@ -271,6 +273,8 @@ class Processor:
         (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
         `video_start` and `video_end` choose among the pictures. `size` (2.0) is that of more frames of the same video.
         """
+        from keye.media.lists import LISTED, at_one_size, listed_range, sampled_list
+
         pictures = as_frames(frames)
         if self.config.release.sizes_lists_as_images:
             return self._list_of_images(pictures, options)
@@ -284,6 +288,8 @@ class Processor:
         height, width = pixels[0].shape[:2]
         types = None
         if self.config.release.classifies_frames:
+            from keye.media.pixels.slowfast import frame_types
+
             types = frame_types(pixels, self.config, options.min_frame_similarity)
         fast = sum(types or ())
         if size is None:
@@ -338,6 +344,8 @@ class Processor:
         decoded again, so that memory does not grow with the video."""
         if plan.fast is not None or not self.config.release.classifies_frames:
             return plan, None
+        from keye.media.pixels.slowfast import SlowFastClassifier
+
         keep = plan.frames * plan.source_height * plan.source_width * 3 <= self.native_bytes
         classifier = SlowFastClassifier(self.config, options.min_frame_similarity)
         types, frames = [], []
@@ -366,6 +374,9 @@ class Processor:
 
     def _list_of_images(self, pictures: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
         """Every picture is sized as an image; all then get the processor's size of the first."""
+        from keye.media.image import hold_image
+        from keye.media.lists import LISTED, listed_indices, open_frame
+
         indices, fps = listed_indices(len(pictures), self.config, options)
         images = [hold_image(open_frame(pictures[i]), self.config, options) for i in indices]
         height, width, _ = images[0].shape
@@ -443,6 +454,8 @@ def _at_size(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:
 
 def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:
     """PIL's bicubic resize, as the image processor does it."""
+    from keye.media.image import resize_exactly
+
     return frame if frame.shape[:2] == size else resize_exactly(Image.fromarray(frame), *size)
 
 

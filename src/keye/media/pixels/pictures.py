@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keye.errors import MediaError
-from keye.media.decode.picture import in_color
 
 Pixels = NDArray[np.uint8]
 
@@ -31,6 +30,8 @@ def as_picture(value: Any, *, strict_official: bool = False) -> Image.Image:
     1, 3 or 4 channels. Levels are uint8 or numbers from 0 to 255.
     """
     if isinstance(value, Image.Image):
+        from keye.media.decode.picture import in_color  # a question about a video needs none of it
+
         return value if strict_official else in_bytes(in_color(value))
     array = _levels(value)
     if array.ndim == 2:
