@@ -79,12 +79,12 @@ def test_bodies_that_pass(body: bytes) -> None:
         ('{"a": 1}'.encode("utf-16-le"), "not JSON in UTF-8"),
         (b'{"a": "no end}', "a string does not end"),
         (rb'{"a": "no end\"}', "a string does not end"),
-        (b'"line\nbreak"', "no valid JSON"),
-        (b"{'a': 1}", "no valid JSON"),
-        (b"[1, 2,]", "no valid JSON"),
-        (b"{} {}", "no valid JSON"),
-        (b"", "no valid JSON"),
-        (b"]" * 100, "no valid JSON"),
+        (b'"line\nbreak"', "not valid JSON"),
+        (b"{'a': 1}", "not valid JSON"),
+        (b"[1, 2,]", "not valid JSON"),
+        (b"{} {}", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"]" * 100, "not valid JSON"),
     ],
 )
 def test_bodies_that_do_not(body: bytes, sentence: str) -> None:

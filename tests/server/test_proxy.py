@@ -182,7 +182,7 @@ def test_indexes_of_two_replicas_cannot_be_asked_together(http: Any) -> None:
     proxy.homes |= dict(zip(ids, "ab", strict=True))
     body = {"messages": [{"content": [{"type": "video", "file_id": one} for one in ids]}]}
     answer = http.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 400 and "lie at different replicas" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "are at different replicas" in answer.json()["error"]["message"]
 
 
 def test_an_answer_that_is_cut_off_is_asked_of_another(http: Any, fakes: list[Fake]) -> None:
@@ -243,7 +243,7 @@ def test_silent_replicas_are_passed_over_and_ended() -> None:
 def test_what_a_silent_replica_keeps_is_said_to_be_there_and_the_others_answer(http: Any, fakes: list[Fake]) -> None:
     ids = [upload(http) for _ in range(3)]
     proxy = http.app.state.proxy
-    proxy.watch._answered["a"] = float("-inf")
+    proxy.watch.last_answers["a"] = float("-inf")
     assert http.get("/health").json()["replicas"] == {"a": False, "b": True, "c": True}
     assert {one["id"] for one in http.get("/v1/files", headers={"authorization": "one"}).json()["data"]} == set(ids[1:])
     assert 'keye_replica_up{replica="a"} 0' in http.get("/metrics").text

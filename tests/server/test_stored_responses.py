@@ -140,7 +140,7 @@ def test_the_oldest_responses_make_room(files: FileStore) -> None:
     made = [kept(text=str(number)) for number in range(6)]
     assert all(store.keep("alice", one) for one in made) and store.keep("bob", kept())
     for old in made[:2]:
-        with pytest.raises(ApiError, match="no response of this id"):
+        with pytest.raises(ApiError, match="no response has this id"):
             store.get("alice", old.response["id"])
     assert [store.get("alice", one.response["id"]).items for one in made[2:]] == [one.items for one in made[2:]]
     assert names(files.folder) == 5

@@ -39,8 +39,8 @@ from keye.server.settings import Settings, fetch_policy, guard_settings
 from keye.server.uploads import FileStore
 from keye.version import __version__
 
-#: Seconds between looks for what is too old.
-_TIDY_SECONDS: Final = 30.0
+#: Seconds between removals of what has expired.
+_SWEEP_SECONDS: Final = 30.0
 Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
@@ -52,7 +52,7 @@ _ROUTERS: Final = (
 def guarded_app(
     model: Keye, settings: Settings, audit: Audit | None = None, *, decode_gauges: Gauges | None = None
 ) -> Guard:
-    """The application behind its defences: what a socket may be given to."""
+    """The application behind its guard: what may listen on a socket."""
     guard = guard_settings(settings)
     app = create_app(model, settings, salt=guard.keys.salt, decode_gauges=decode_gauges)
     return Guard(app, guard, audit=audit)
@@ -67,14 +67,14 @@ def create_app(
     decode_gauges: Gauges | None = None,
 ) -> FastAPI:
     """The ASGI application that serves `model`, without the guard. The engine starts and ends with its lifespan; `salt`
-    gives what keeps the caches of one owner from those of all others; `policy` says what requests may name where that
-    is not left to the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
+    separates the caches of owners; `policy` says what requests may name, by
+    default as in the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
     in front."""
     settings = settings or Settings()
     engine = AsyncEngine(model.engine, most_requests=settings.queue)
     store = FileStore(settings)
     policy = policy or fetch_policy(settings)
-    # What is downloaded goes with the server's folder, however the server ends.
+    # Downloads are removed with the server's folder, however the server ends.
     policy = replace(policy, limits=replace(policy.limits, folder=store.folder))
     metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})
     context = Context(
@@ -86,11 +86,11 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         collect_warnings()
         engine.start()
-        tidying = asyncio.create_task(_tidy(context))
+        sweeping = asyncio.create_task(_sweep(context))
         try:
             yield
         finally:
-            tidying.cancel()
+            sweeping.cancel()
             context.live.close()
             await engine.drain(settings.drain_seconds)
             engine.close()
@@ -113,10 +113,10 @@ def _decode_numbers(gauges: Gauges | None) -> dict[str, float]:
     return {} if gauges is None else {f"decode_{name}": value for name, value in gauges().items()}
 
 
-async def _tidy(context: Context) -> None:
-    """Lets go of what has outlived its time, also when nobody asks."""
+async def _sweep(context: Context) -> None:
+    """Removes what has expired, also while there are no requests."""
     while True:
-        await asyncio.sleep(_TIDY_SECONDS)
+        await asyncio.sleep(_SWEEP_SECONDS)
         context.live.sweep()
         await context.in_thread(context.files.sweep)
         await context.in_thread(context.responses.sweep)

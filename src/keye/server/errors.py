@@ -22,7 +22,7 @@ log: Final = logging.getLogger("keye.server")
 
 #: The field that a sentence begins with, such as `messages[0].content[1]` or `top_p`.
 _FIELD: Final = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\]|\.[a-z_]+)*)(?=[ :.])")
-#: Fields that are one plain word; others are told from words of a sentence by what is in them.
+#: Fields that are one plain word; others have a mark that words of a sentence lack.
 _WORDS: Final = frozenset({
     "messages", "prompt", "input", "content", "tools", "model", "stop", "n", "seed", "temperature", "echo", "logprobs",
     "fps", "nframes", "timestamps", "intervals", "offset", "question", "event", "video", "frames", "file", "purpose",
@@ -38,9 +38,9 @@ def spelled(option: Option) -> str:
 def error_of_mistake(error: KeyeError, param: str | None = None) -> ApiError:
     """The answer to a user's mistake, with the field that its sentence begins with or names."""
     sentence = error.worded(spelled)
-    found = _FIELD.match(sentence)
-    if param is None and found and (found[1] in _WORDS or any(mark in found[1] for mark in "_[.")):
-        param = found[1]
+    match = _FIELD.match(sentence)
+    if param is None and match and (match[1] in _WORDS or any(mark in match[1] for mark in "_[.")):
+        param = match[1]
     if param is None:
         param = next((part.name for part in error.args[1:] if isinstance(part, Option)), None)
     return ApiError(400, sentence, param=param)
@@ -50,7 +50,7 @@ def error_of_defect(error: BaseException) -> ApiError:
     """The answer to a bug of ours, which is logged under a number."""
     number = secrets.token_hex(4)
     log.error("unexpected error %s", number, exc_info=error)
-    return ApiError(500, f"the server failed; its log tells more under {number}", code="internal_error")
+    return ApiError(500, f"the server failed; its log has details under {number}", code="internal_error")
 
 
 def error_of(error: BaseException, *, path: str = "") -> ApiError:
@@ -68,13 +68,13 @@ def error_of(error: BaseException, *, path: str = "") -> ApiError:
     return error_of_defect(error)
 
 
-def _json_fault(told: str) -> str:
+def _json_fault(message: str) -> str:
     """A sentence for what the parser found."""
-    if "recursion limit" in told:
+    if "recursion limit" in message:
         return "the body is nested too deeply; send fewer levels"
-    if "surrogate" in told or "end of hex escape" in told:
+    if "surrogate" in message or "end of hex escape" in message:
         return "the body has half of a surrogate pair; send whole characters"
-    return "the body is no valid JSON; send one JSON object"
+    return "the body is not valid JSON; send one JSON object"
 
 
 def error_of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -83,7 +83,7 @@ def error_of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, _json_fault(str(errors[0].get("ctx", {}).get("error"))), code="invalid_json")
     param, sentence, unknown = describe(errors)
     if unknown:
-        return ApiError(400, f"{param} is no field that keye knows; leave it out", param=param, code="unknown_field")
+        return ApiError(400, f"{param} is not a field that keye knows; leave it out", param=param, code="unknown_field")
     if param is None and errors[0]["type"] in ("missing", "dict_type", "model_type", "model_attributes_type"):
         sentence = "the body must be a JSON object; send one"
     return ApiError(400, f"{param}: {sentence}" if param else sentence, param=param)

@@ -92,5 +92,5 @@ class LiveSessions:
         self.sweep()
         session = self._sessions.get(name)
         if session is None or session.owner != owner:
-            raise ApiError(404, "there is no live session of this id; open one", param="session_id", code="not_found")
+            raise ApiError(404, "no live session has this id; open one", param="session_id", code="not_found")
         return session

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, named by its rules. No label holds anything that a user wrote."""
+"""Metrics for Prometheus, named by its rules. No label holds anything that a user wrote."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _TOKENS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
 _HELP: Final = {
-    "requests_waiting": "Requests that wait for their media or for room",
-    "requests_running": "Requests that are read or answered",
-    "computed_prompt_tokens_total": "Tokens of prompts computed, also for requests that were given up",
-    "computed_reply_tokens_total": "Tokens generated, also for requests that were given up",
-    "preemptions_total": "Requests that made room for others and began again",
+    "requests_waiting": "Requests that wait for their media or for memory",
+    "requests_running": "Requests that are computed",
+    "computed_prompt_tokens_total": "Tokens of prompts computed, also of aborted requests",
+    "computed_reply_tokens_total": "Tokens generated, also of aborted requests",
+    "preemptions_total": "Requests that were preempted",
     "prefix_cache_hits_total": "Prompts whose beginning was computed before",
     "prefix_cache_queries_total": "Prompts whose beginning was looked for",
 }
 
 
 class _EngineGauges(Collector):
-    """What the engine tells of itself, asked for when Prometheus asks."""
+    """The engine's gauges, read when Prometheus reads."""
 
     def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
         self._read = read
@@ -37,8 +37,8 @@ class _EngineGauges(Collector):
         for name, value in self._read().items():
             counted = name.removesuffix("_total")
             kind = GaugeMetricFamily if counted == name else CounterMetricFamily
-            shown = _HELP.get(name) or counted.replace("_", " ").capitalize()
-            yield kind(f"keye_{counted}", shown, value=value)
+            help_text = _HELP.get(name) or counted.replace("_", " ").capitalize()
+            yield kind(f"keye_{counted}", help_text, value=value)
 
 
 class Metrics:

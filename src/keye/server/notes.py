@@ -22,7 +22,7 @@ async def begin_notes() -> None:
 
 
 def current_notes() -> list[str]:
-    """The list of notes of the request at hand, which may still grow."""
+    """The list of notes of the current request, which may still grow."""
     notes = _notes.get()
     if notes is None:
         notes = []
@@ -31,12 +31,12 @@ def current_notes() -> list[str]:
 
 
 def noted() -> dict[str, Any]:
-    """The notes of the request at hand as a field of its answer; nothing where there are none."""
+    """The notes of the current request as a field of its answer; nothing where there are none."""
     return {"keye": {"notes": list(notes)}} if (notes := current_notes()) else {}
 
 
 def count_unknown(name: str) -> int:
-    """How many different names that nobody knows the request at hand has had, this one among them."""
+    """How many different unknown names the current request has had, with this one."""
     names = _unknown.get()
     if names is None:
         return 1
@@ -45,7 +45,7 @@ def count_unknown(name: str) -> int:
 
 
 def add_note(sentence: str) -> None:
-    """Adds to the notes of the request at hand; nothing where there is no request."""
+    """Adds to the notes of the current request; no effect outside a request."""
     notes = _notes.get()
     if notes is not None and len(notes) < _MOST and sentence not in notes:
         notes.append(sentence)

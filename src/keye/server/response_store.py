@@ -56,10 +56,10 @@ class ResponseStore:
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
 
-    def keep(self, owner: str, kept: StoredResponse) -> bool:
+    def keep(self, owner: str, stored: StoredResponse) -> bool:
         """Keeps a response under its id; the oldest of the owner make room. False where there is no room for it.
         Blocks."""
-        body = json.dumps([kept.response, kept.items], ensure_ascii=False).encode("utf-8", "replace")
+        body = json.dumps([stored.response, stored.items], ensure_ascii=False).encode("utf-8", "replace")
         size = max(len(body), _BLOCK)
         if size > self._most:
             return False
@@ -75,7 +75,7 @@ class ResponseStore:
             except ApiError:
                 path.unlink()
                 return False
-            mine[str(kept.response["id"])] = _Entry(path, size, time.time())
+            mine[str(stored.response["id"])] = _Entry(path, size, time.time())
             self._sizes[owner] += size
         return True
 
@@ -85,7 +85,7 @@ class ResponseStore:
             path = self._entry(owner, name, param).path
         try:
             response, items = json.loads(path.read_bytes())
-        except FileNotFoundError:  # it went in this moment
+        except FileNotFoundError:  # it was removed just now
             raise _missing(param) from None
         return StoredResponse(response, items)
 
@@ -130,10 +130,10 @@ class ResponseStore:
     def _entry(self, owner: str, name: str, param: str) -> _Entry:
         if owner in self._entries:
             self._sweep(owner)
-        found = self._entries[owner].get(name) if owner in self._entries else None
-        if found is None:
+        entry = self._entries[owner].get(name) if owner in self._entries else None
+        if entry is None:
             raise _missing(param)
-        return found
+        return entry
 
     def _drop(self, owner: str, name: str) -> None:
         entry = self._entries[owner].pop(name)
@@ -145,6 +145,6 @@ class ResponseStore:
 
 def _missing(param: str) -> ApiError:
     return ApiError(
-        404, f"{param}: there is no response of this id; it was not stored, was deleted, or is too old", param=param,
+        404, f"{param}: no response has this id; it was not stored, was deleted, or is too old", param=param,
         code="not_found",
     )  # fmt: skip

@@ -42,8 +42,8 @@ class StoredFile:
         return cast(MediumKind, self.facts["kind"])
 
     def source(self) -> Source:
-        """Something to open; it goes on working after the upload is deleted if it is open by then. An index was written
-        here, and is what it is."""
+        """The file to open; an open one can be read after the upload is deleted. An index was written here and is
+        trusted."""
         source = Source(self.name, self.size, path=self.path)
         return source if self.id.startswith(INDEX) else untrusted(source)
 
@@ -85,7 +85,7 @@ class FileStore:
             self._claimed[owner] += count
 
     def keep(self, file: StoredFile) -> None:
-        """Takes a file that lies in the folder already; `ApiError` where it is too much."""
+        """Takes a file that is in the folder already; `ApiError` where it is too large."""
         with self._lock:
             self._check_bytes(file.owner, file.size)
             self._files[file.id] = file
@@ -111,13 +111,13 @@ class FileStore:
             self._arriving[path] = owner, size
 
     def complete(self, path: Path, owner: str, name: str) -> StoredFile:
-        """Looks into a file that has arrived and keeps it; blocks for the time of a probe. `KeyeError` for anything but
+        """Probes a file that has arrived and keeps it; blocks for the time of a probe. `KeyeError` for anything but
         an image or a video that can be read."""
         with self._lock:
             _, size = self._arriving[path]
         if size == 0:
             raise KeyeError("file: the upload is empty; send the bytes of a video or an image")
-        facts = look_into(untrusted(Source(name, size, path=path)))
+        facts = probe_file(untrusted(Source(name, size, path=path)))
         file = StoredFile(FILE + secrets.token_hex(16), owner, name, size, time.time(), path, facts)
         with self._lock:
             del self._arriving[path]
@@ -125,7 +125,7 @@ class FileStore:
         return file
 
     def drop(self, path: Path) -> None:
-        """Gives up an upload that did not come to its end; may be called after `complete` and then does nothing."""
+        """Aborts an upload; no effect after `complete`."""
         with self._lock:
             if self._arriving.pop(path, None) is not None:
                 path.unlink(missing_ok=True)
@@ -136,9 +136,7 @@ class FileStore:
         with self._lock:
             file = self._files.get(file_id)
         if file is None or file.owner != owner:
-            raise ApiError(
-                404, "there is no file of this id; upload it to /v1/files", param="file_id", code="not_found"
-            )
+            raise ApiError(404, "no file has this id; upload it to /v1/files", param="file_id", code="not_found")
         return file
 
     def list(self, owner: str, kind: str = FILE) -> list[StoredFile]:
@@ -217,7 +215,7 @@ class MediaOpener:
         return self.policy.fetch(reference, kind)
 
 
-def look_into(source: Source) -> dict[str, Any]:
+def probe_file(source: Source) -> dict[str, Any]:
     """What a file is: its kind and what the kind has; `MediaError` where it can be read as neither. Blocks."""
     if media_kind(source) == "image":
         from keye.config import ProcessorConfig
@@ -236,5 +234,5 @@ def look_into(source: Source) -> dict[str, Any]:
 def safe_name(name: str | None) -> str:
     """A file's name as it may stand in sentences: the last part of a path, printable, not too long."""
     last = (name or "").replace("\\", "/").rpartition("/")[2]
-    shown = "".join(character for character in last if character.isprintable())[:120].strip()
-    return shown.encode("utf-8", "replace").decode() or "upload"
+    printable = "".join(character for character in last if character.isprintable())[:120].strip()
+    return printable.encode("utf-8", "replace").decode() or "upload"

@@ -33,7 +33,7 @@ _SENTENCES: Final = {
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, bool]:
     """The field at fault, None for the body itself; a sentence about the first thing that is wrong with it; and whether
-    it is a field that nobody knows."""
+    it is an unknown field."""
     param = place(errors[0])
     here = [error for error in errors if _is_within(place(error), param)]
     # Where a field may be several things, what is wrong with the one that it is tells more than what it is not.
@@ -67,10 +67,10 @@ def _sentence(error: Mapping[str, Any]) -> str:
         return f"give {_WANTED[kind]}"
     if kind == "value_error":
         return str(error["msg"]).removeprefix("Value error, ")
-    return _SENTENCES.get(kind, "it is not valid").format(**{k: _shown(v) for k, v in error.get("ctx", {}).items()})
+    return _SENTENCES.get(kind, "it is not valid").format(**{k: _format(v) for k, v in error.get("ctx", {}).items()})
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.12g}"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)

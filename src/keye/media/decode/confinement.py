@@ -9,6 +9,7 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import socket
 import sys
 import tempfile
@@ -18,9 +19,6 @@ from dataclasses import asdict, dataclass, fields
 from keye.errors import MediaError
 from keye.media.decode.sandbox import confine
 from keye.media.decode.wire import INFO, send
-
-if sys.platform != "win32":
-    import resource
 
 _FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EMFILE, errno.ENOSYS)
 
@@ -110,8 +108,7 @@ def _replace() -> None:
 
 
 def _raise_limit(memory_bytes: int) -> None:
-    if sys.platform != "win32":
-        resource.setrlimit(resource.RLIMIT_AS, (2 * memory_bytes, 2 * memory_bytes))
+    resource.setrlimit(resource.RLIMIT_AS, (2 * memory_bytes, 2 * memory_bytes))
 
 
 def _checked(result: int) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import struct
 import sys
-
-if sys.platform != "win32":
-    import resource  # Here, since nothing can be imported once files are denied.
 
 #: System call numbers, x86-64 and aarch64, of what a decoder never needs; None where the machine has no such call.
 #: io_uring is among them because its operations pass by any filter of system calls. Those on open files are there
@@ -84,8 +82,7 @@ def confine(memory_bytes: int, cpu_seconds: int) -> None:
     `memory_bytes` limits the address space, `cpu_seconds` the processor time. What the system refuses is left out. The
     process also gives way to those that serve: many decoders at once would keep the server from its processor.
     """
-    if sys.platform != "win32":
-        os.nice(NICENESS)
+    os.nice(NICENESS)
     if sys.platform != "linux":
         _limit(memory_bytes, cpu_seconds)
         return
@@ -118,8 +115,6 @@ def _call(libc: ctypes.CDLL, number: int, *arguments: int | bytes | None) -> int
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
     """Caps memory and processor time; no file grows, no descriptor is opened, no core is dumped."""
-    if sys.platform == "win32":
-        return
     limits = {
         resource.RLIMIT_AS: memory_bytes,
         resource.RLIMIT_CPU: cpu_seconds,

@@ -1,7 +1,7 @@
-"""Whether a JSON body has a shape that is safe to parse, seen from its bytes before any parser walks into it.
+"""Whether a JSON body has a shape that is safe to parse, from its bytes and before any parser sees it.
 
 Parsers recurse with depth and allocate with counts, and they differ about what is not quite JSON. So depth, counts and
-the length of numbers are bounded by searches that never recurse, and what parsers read differently is refused.
+the length of numbers are bounded by searches that never recurse, and what parsers read differently is rejected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keye.units import format_bytes
 _STAND_IN = b"__"
 #: How many bytes are searched or replaced at a time.
 _PIECE = 1 << 20
-#: A string of more bytes is not looked into; whoever parses the body finds out whether its characters are right.
+#: Longer strings are not searched; the parser of the body checks their characters.
 _LONG_STRING = 1 << 16
 _BRACKET = re.compile(rb"[][{}]")
 _NOT_JSON = re.compile(rb"NaN|Infinity")
@@ -36,18 +36,18 @@ class BadJson(KeyeError):
 def check_json(body: bytes, limits: Limits) -> None:
     """Raises `BadJson` unless `body` is one JSON value within `limits`, in UTF-8, with no key given twice, no number
     that JSON lacks and no half of a surrogate pair. Time is linear in the body's length, and short where most of it is
-    a few long strings, which are not looked into."""
+    a few long strings, which are not searched."""
     if not body.isascii():
         _check_utf8(body)
     if b"\0" in body or body.startswith(b"\xef\xbb\xbf"):
         raise BadJson("the body is not JSON in UTF-8 without a byte order mark")
-    unescaped: bytes | bytearray = body
+    masked: bytes | bytearray = body
     if b"\\" in body:
-        unescaped = bytearray(body)
+        masked = bytearray(body)
         for begin, end in _pieces(body):
-            unescaped[begin:end] = _unescaped(body[begin:end])
-        _check_surrogates(unescaped)
-    skeleton, short = _taken_apart(body, unescaped, limits)
+            masked[begin:end] = _mask_escapes(body[begin:end])
+        _check_surrogates(masked)
+    skeleton, short = _split_strings(body, masked, limits)
     _check_counts(skeleton, limits)
     _parse(short)
 
@@ -74,46 +74,46 @@ def _pieces(body: bytes) -> Iterator[tuple[int, int]]:
         at = end
 
 
-def _unescaped(piece: bytes) -> bytes:
+def _mask_escapes(piece: bytes) -> bytes:
     """The piece, as long as before, without escaped backslashes and quotes."""
     return piece.replace(b"\\\\", _STAND_IN).replace(b'\\"', _STAND_IN)
 
 
-def _check_surrogates(unescaped: bytes | bytearray) -> None:
-    for at in range(0, len(unescaped), _PIECE):
+def _check_surrogates(masked: bytes | bytearray) -> None:
+    for at in range(0, len(masked), _PIECE):
         # Twelve bytes more hold a pair that begins at the end; what begins behind it is for the next round.
-        for match in _LONE_SURROGATE.finditer(unescaped, at, at + _PIECE + 12):
+        for match in _LONE_SURROGATE.finditer(masked, at, at + _PIECE + 12):
             if match.start() < at + _PIECE:
                 raise BadJson("the body has half of a surrogate pair; send whole characters")
 
 
-def _taken_apart(body: bytes, unescaped: bytes | bytearray, limits: Limits) -> tuple[bytes, bytes]:
+def _split_strings(body: bytes, masked: bytes | bytearray, limits: Limits) -> tuple[bytes, bytes]:
     """The body with each string reduced to its quotes, and the body with long strings reduced so, as those hold media
-    and would keep the interpreter busy. `unescaped` is the body at the same places, with no escaped quote in it."""
+    and would keep the interpreter busy. `masked` is the body without escaped quotes, at the same places."""
     most = 2 * (limits.json_values + limits.json_keys)
-    if unescaped.count(b'"') > most:
+    if masked.count(b'"') > most:
         raise BadJson(f"the body has more than {most // 2:,} strings")
     skeleton = bytearray()
     short: list[bytes] = []
-    at = kept = media = 0
-    while (begin := unescaped.find(b'"', at)) >= 0:
-        end = unescaped.find(b'"', begin + 1)
+    at = short_begin = media = 0
+    while (begin := masked.find(b'"', at)) >= 0:
+        end = masked.find(b'"', begin + 1)
         if end < 0:
-            raise BadJson("the body is no valid JSON: a string does not end")
-        skeleton += unescaped[at : begin + 1]
+            raise BadJson("the body is not valid JSON: a string does not end")
+        skeleton += masked[at : begin + 1]
         skeleton += b'"'
         at = end + 1
         if end - begin > _LONG_STRING:
-            short.append(body[kept : begin + 1])
-            kept = end
+            short.append(body[short_begin : begin + 1])
+            short_begin = end
             media += end - begin if _is_media(body, begin) else 0
     if len(body) - media > limits.text_bytes:
         raise BadJson(
             f"the body has more than {format_bytes(limits.text_bytes)} beside its media; send media as data: URLs "
             "or upload them"
         )
-    skeleton += unescaped[at:]
-    short.append(body[kept:])
+    skeleton += masked[at:]
+    short.append(body[short_begin:])
     return bytes(skeleton), b"".join(short)
 
 
@@ -149,14 +149,14 @@ def _parse(body: bytes) -> None:
             body.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite
         )
     except (json.JSONDecodeError, RecursionError):
-        raise BadJson("the body is no valid JSON; send one JSON object") from None
+        raise BadJson("the body is not valid JSON; send one JSON object") from None
 
 
 def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise BadJson("the body gives a key twice in one object; give it once")
-    return found
+    return members
 
 
 def _finite(text: str) -> float:

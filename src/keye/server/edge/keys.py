@@ -23,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class Keyring:
-    """Names of keys and SHA-256 digests of the keys. `secret` is drawn anew by each process, so that a salt can be
+    """Names of keys and SHA-256 digests of the keys. `secret` is drawn by each process, so that a salt can be
     neither guessed nor computed from a key."""
 
     digests: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -47,13 +47,13 @@ class Keyring:
         it takes depends on the number of keys only."""
         if not self.digests:
             return LOCAL
-        scheme, _, shown = (authorization or b"").partition(b" ")
-        digest = _digest(shown.strip(b" "))
-        found = None
+        scheme, _, key = (authorization or b"").partition(b" ")
+        digest = _digest(key.strip(b" "))
+        owner = None
         for name, known in self.digests.items():
             if hmac.compare_digest(known, digest):
-                found = name
-        return found if scheme.lower() == b"bearer" else None
+                owner = name
+        return owner if scheme.lower() == b"bearer" else None
 
     def salt(self, owner: str) -> bytes:
         """32 bytes with which prefixes and media of this owner are cached; of no other owner, and of no other run."""

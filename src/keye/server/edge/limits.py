@@ -1,4 +1,4 @@
-"""Every number by which the guard refuses a request, in one place. Knows numbers only."""
+"""Every number by which the guard rejects a request, in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Limits:
 
     Heads: `header_bytes` and `header_count` of all headers together, `path_bytes` and `query_bytes`, `head_seconds`
     until a connection has sent its head, `connections` at once and `connections_per_address`; an idle one is kept for
-    `keep_alive_seconds`, for `stranger_seconds` where no key was shown.
+    `keep_alive_seconds`, for `unknown_seconds` where no key was shown.
     Bodies: `json_bytes`, `upload_bytes`; the first byte and each next one within `idle_seconds`, and after
     `grace_seconds` on average `json_rate` or `upload_rate` bytes a second; `buffered_bytes` of all requests together.
     JSON: `json_depth` of nesting, `json_keys` of objects, `json_values` in all, `number_digits` of one number,
@@ -31,7 +31,7 @@ class Limits:
     connections: int = 1024
     connections_per_address: int = 256
     keep_alive_seconds: int = 75
-    stranger_seconds: int = 10
+    unknown_seconds: int = 10
 
     json_bytes: int = 64 * MIB
     upload_bytes: int = 4096 * MIB

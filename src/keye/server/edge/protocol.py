@@ -1,7 +1,7 @@
 """Connections, before there is a request that the guard could see: how many, and how long a head may take to arrive.
 
-Where there are too many, the one that has been idle for longest makes room, those of clients without a key before all
-others: whoever holds connections open cannot lock anybody out.
+Where there are too many, the longest idle one is closed, those of clients without a key first: a client that holds
+connections open cannot lock others out.
 
 For uvicorn, as `Config(app, **uvicorn_options(limits))`; its own timers begin only after the first answer.
 """
@@ -39,23 +39,23 @@ def uvicorn_options(limits: Limits) -> dict[str, Any]:
 
 
 class Idle:
-    """Connections on which no request runs, in the order in which they became idle: those whose last request showed a
-    key, and strangers."""
+    """Connections on which no request runs, in the order in which they became idle: those whose last request had a
+    valid key, and unknown ones."""
 
     def __init__(self) -> None:
-        self.strangers: dict[asyncio.Transport, str] = {}
+        self.unknown: dict[asyncio.Transport, str] = {}
         self.known: dict[asyncio.Transport, str] = {}
 
     def add(self, transport: asyncio.Transport, address: str, *, known: bool) -> None:
-        (self.known if known else self.strangers)[transport] = address
+        (self.known if known else self.unknown)[transport] = address
 
     def drop(self, transport: asyncio.Transport) -> None:
-        self.strangers.pop(transport, None)
+        self.unknown.pop(transport, None)
         self.known.pop(transport, None)
 
     def close_oldest(self, address: str | None, but: asyncio.Transport) -> bool:
         """Closes the connection, of this address if one is given, that has been idle for longest; False without any."""
-        for idle in (self.strangers, self.known):
+        for idle in (self.unknown, self.known):
             for transport, whose in idle.items():
                 if address in (None, whose) and transport is not but:
                     self.drop(transport)
@@ -97,7 +97,7 @@ def guarded_protocol(limits: Limits) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             known = self._shows_key
-            self.timeout_keep_alive = limits.keep_alive_seconds if known else limits.stranger_seconds
+            self.timeout_keep_alive = limits.keep_alive_seconds if known else limits.unknown_seconds
             super().on_response_complete()
             if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
                 idle.add(self.transport, self._address, known=known)

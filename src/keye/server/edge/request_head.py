@@ -25,7 +25,7 @@ METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 _ONCE: Final = (b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"content-type")
 _PLAIN_PATH: Final = re.compile(r"/(?:[A-Za-z0-9_~:@!$&'()*+,;=.-]+(?:/[A-Za-z0-9_~:@!$&'()*+,;=.-]+)*/?)?")
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
-_ASKED_HEADERS: Final = re.compile(r"[A-Za-z0-9, -]{0,1024}")
+_HEADER_LIST: Final = re.compile(r"[A-Za-z0-9, -]{0,1024}")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Head:
 
     @property
     def credentials(self) -> bytes | None:
-        """The key that was shown, as in an Authorization header: `x-api-key` is how Anthropic's clients send it."""
-        shown = self.headers.get(b"authorization")
-        if shown is None and (key := self.headers.get(b"x-api-key")) is not None:
+        """The key as in an Authorization header; Anthropic's clients send it as `x-api-key`."""
+        authorization = self.headers.get(b"authorization")
+        if authorization is None and (key := self.headers.get(b"x-api-key")) is not None:
             return b"Bearer " + key
-        return shown
+        return authorization
 
     @property
     def media_type(self) -> str:
@@ -75,13 +75,13 @@ def _single_headers(headers: Iterable[tuple[bytes, bytes]], limits: Limits) -> d
     pairs = list(headers)
     if len(pairs) > limits.header_count or sum(len(name) + len(value) for name, value in pairs) > limits.header_bytes:
         raise ApiError(431, "the request has too many or too long headers", code="headers_too_large")
-    found: dict[bytes, bytes] = {}
+    single: dict[bytes, bytes] = {}
     for name, value in pairs:
         name = name.lower()
-        if name in found and name in _ONCE:
+        if name in single and name in _ONCE:
             raise ApiError(400, f"the request has the header {name.decode()} twice", code="repeated_header")
-        found[name] = value
-    return found
+        single[name] = value
+    return single
 
 
 def _body_length(method: str, headers: dict[bytes, bytes]) -> int | None:
@@ -92,7 +92,7 @@ def _body_length(method: str, headers: dict[bytes, bytes]) -> int | None:
     if chunked and declared is not None:
         raise ApiError(400, "the request declares the length of its body in two ways", code="ambiguous_length")
     if declared is not None and not declared.isdigit():
-        raise ApiError(400, "the request's Content-Length is no number", code="bad_length")
+        raise ApiError(400, "the request's Content-Length is not a number", code="bad_length")
     length = None if chunked else int(declared[:20]) if declared else 0
     if method != "POST" and length != 0:
         raise ApiError(400, f"a {method} request has no body", code="unexpected_body")
@@ -100,10 +100,10 @@ def _body_length(method: str, headers: dict[bytes, bytes]) -> int | None:
 
 
 def check_host(head: Head, hosts: Sequence[str]) -> None:
-    """Only `localhost`, numeric addresses and `hosts` are served: a stranger's domain name that leads here is how a
-    web page in a browser of this machine would reach the server (DNS rebinding)."""
-    given = head.headers.get(b"host", b"").decode("latin-1")
-    match = _HOST.fullmatch(given)
+    """Only `localhost`, numeric addresses and `hosts` are served: a foreign domain name that resolves to this
+    machine is how a web page would reach the server through a local browser (DNS rebinding)."""
+    host = head.headers.get(b"host", b"").decode("latin-1")
+    match = _HOST.fullmatch(host)
     if match is None:
         raise ApiError(400, "the request needs one Host header with a plain name", code="bad_host")
     name = match[1].lower()
@@ -123,8 +123,8 @@ def is_ip(text: str) -> bool:
 def check_origin(head: Head, origins: Sequence[str]) -> str | None:
     """The configured origin of the web page that asks, None for the server's own page and for programs.
 
-    Raises `ApiError` for any other page: without this, each page in the world could make the browser of somebody who
-    runs a server on his own machine send requests to it.
+    Raises `ApiError` for any other page: without this, any page could make the browser of a user who runs a
+    server on their own machine send requests to it.
     """
     origin = head.headers.get(b"origin", b"").decode("latin-1")
     if origin in origins and origin:
@@ -150,8 +150,8 @@ def cross_origin(origin: str) -> list[tuple[bytes, bytes]]:
 
 def preflight(head: Head) -> list[tuple[bytes, bytes]]:
     """Headers of the answer to a browser that asks beforehand what a configured page may send."""
-    asked = head.headers.get(b"access-control-request-headers", b"").decode("latin-1")
-    allowed = asked if _ASKED_HEADERS.fullmatch(asked) else "authorization, content-type"
+    requested = head.headers.get(b"access-control-request-headers", b"").decode("latin-1")
+    allowed = requested if _HEADER_LIST.fullmatch(requested) else "authorization, content-type"
     return [
         (b"access-control-allow-methods", b"GET, POST, DELETE"),
         (b"access-control-allow-headers", allowed.encode()),
@@ -160,7 +160,7 @@ def preflight(head: Head) -> list[tuple[bytes, bytes]]:
 
 
 def secured(headers: Iterable[tuple[bytes, bytes]], *, page: bool, request_id: str) -> list[tuple[bytes, bytes]]:
-    """The head of an answer with what protects whoever reads it, and without what the software tells of itself."""
+    """The headers of an answer with those that protect its reader, and without names of software."""
     added = {
         b"content-security-policy": (PAGE_CSP if page else DATA_CSP).encode(),
         b"x-content-type-options": b"nosniff",
@@ -171,8 +171,10 @@ def secured(headers: Iterable[tuple[bytes, bytes]], *, page: bool, request_id: s
         b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
         b"x-request-id": request_id.encode(),
     }
-    kept = [(name.lower(), value) for name, value in headers]
-    kept = [(name, value) for name, value in kept if name not in added and name not in (b"server", b"x-powered-by")]
-    if not any(name == b"cache-control" for name, _ in kept):
-        kept.append((b"cache-control", b"no-cache" if page else b"no-store"))
-    return [*kept, *added.items()]
+    kept_headers = [(name.lower(), value) for name, value in headers]
+    kept_headers = [
+        (name, value) for name, value in kept_headers if name not in added and name not in (b"server", b"x-powered-by")
+    ]
+    if not any(name == b"cache-control" for name, _ in kept_headers):
+        kept_headers.append((b"cache-control", b"no-cache" if page else b"no-store"))
+    return [*kept_headers, *added.items()]

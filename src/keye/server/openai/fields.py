@@ -1,5 +1,5 @@
 """Fields of a request that a server must expect from programs: those without an effect here, names that other servers
-use, and names that nobody knows. What is left out is said in a note; what is probably a typing error is an error."""
+use, and unknown names. What is left out is said in a note; what is probably a typing error is an error."""
 
 from __future__ import annotations
 
@@ -66,36 +66,36 @@ _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "reasoning_budget": ("thinking_token_budget",),
 }
 #: Names of a request that a note lists, and characters of each.
-_LISTED, _SHOWN = 16, 60
-#: Different names of a request that nobody knows.
+_LISTED, _NAME_CHARACTERS = 16, 60
+#: Different unknown names of a request.
 _MOST_UNKNOWN: Final = 64
 
 
 def read_fields(data: Mapping[Any, Any], known: Collection[str], *, where: str = "") -> dict[str, Any]:
     """The fields of `data` that are `known`; `where` stands before names in sentences, such as `stream_options.`.
     `ApiError` for a field that cannot be met, and for one that is nearly the name of another."""
-    found: dict[str, Any] = {}
-    idle: list[str] = []
+    fields: dict[str, Any] = {}
+    ignored: list[str] = []
     for name, value in data.items():
         if not isinstance(name, str) or name in known:
-            if value is not None or name not in found:
-                found[name] = value
+            if value is not None or name not in fields:
+                fields[name] = value
             continue
         if not where and value is not None and (other := _other_name(name, known, data)) is not None:
-            found[other] = value
+            fields[other] = value
             add_note(f"{where}{name} is called {other} here, and was read as that")
         elif not where and name in _UNMET:
-            fine, reason = _UNMET[name]
-            if value not in fine:
+            allowed, reason = _UNMET[name]
+            if value not in allowed:
                 raise ApiError(400, f"{where}{name} cannot be used: {reason}", param=f"{where}{name}")
         elif value is not None:
             familiar = name in _HARMLESS or name in _OTHER_NAMES
             if not familiar and (meant := _meant(name, frozenset(known))) is not None:
                 raise unknown_field(f"{where}{name}", f"{where}{meant}")
-            idle.append(name)
-    if idle:
-        note_ignored([f"{where}{name}" for name in idle])
-    return found
+            ignored.append(name)
+    if ignored:
+        note_ignored([f"{where}{name}" for name in ignored])
+    return fields
 
 
 def _meant(name: str, known: frozenset[str]) -> str | None:
@@ -111,18 +111,18 @@ _closest: Final = lru_cache(4096)(closest)
 
 
 def _other_name(name: str, known: Collection[str], data: Mapping[Any, Any]) -> str | None:
-    return next((one for one in _OTHER_NAMES.get(name, ()) if one in known and data.get(one) is None), None)
+    return next((other for other in _OTHER_NAMES.get(name, ()) if other in known and data.get(other) is None), None)
 
 
 def unknown_field(name: str, meant: str) -> ApiError:
     """The answer to a field whose name is probably a typing error."""
-    shown = name[: 2 * _SHOWN]
-    return ApiError(400, f"{shown} is no field; {meant} is probably meant", param=shown, code="unknown_field")
+    text = name[: 2 * _NAME_CHARACTERS]
+    return ApiError(400, f"{text} is not a field; {meant} is probably meant", param=text, code="unknown_field")
 
 
 def note_ignored(names: Collection[str]) -> None:
     """A note of fields that were left out."""
-    told = sorted({re.sub(r"\[\d+\]", "[]", name) for name in names})
-    shown = ", ".join(name[:_SHOWN] for name in told[:_LISTED])
-    more = f" and {len(told) - _LISTED:,} more" if len(told) > _LISTED else ""
-    add_note(f"without effect here, and ignored: {shown}{more}")
+    unique_names = sorted({re.sub(r"\[\d+\]", "[]", name) for name in names})
+    text = ", ".join(name[:_NAME_CHARACTERS] for name in unique_names[:_LISTED])
+    more = f" and {len(unique_names) - _LISTED:,} more" if len(unique_names) > _LISTED else ""
+    add_note(f"without effect here, and ignored: {text}{more}")

@@ -20,10 +20,12 @@ def form_of(forms: Forms) -> Form | None:
     """The form that a body asks for, None where the reply is free; `ApiError` for two of them."""
     requested = [name for name in _PARSERS if getattr(forms, name) is not None]
     parsed = {name: _PARSERS[name](getattr(forms, name), name) for name in requested}
-    found = {name: form for name, form in parsed.items() if form is not None}
-    if len(found) > 1:
-        raise ApiError(400, f"{' and '.join(found)} exclude each other; give one form", param=list(found)[-1])
-    return next((replace(form, field=name) for name, form in found.items()), None)
+    parsed_forms = {name: form for name, form in parsed.items() if form is not None}
+    if len(parsed_forms) > 1:
+        raise ApiError(
+            400, f"{' and '.join(parsed_forms)} exclude each other; give one form", param=list(parsed_forms)[-1]
+        )
+    return next((replace(form, field=name) for name, form in parsed_forms.items()), None)
 
 
 def response_form(value: object, where: str) -> Form | None:
@@ -63,10 +65,10 @@ def _structured(outputs: StructuredOutputs, where: str) -> Form:
         Form("json_schema", ANY_OBJECT) if outputs.json_object else None,
         None if outputs.structural_tag is None else _tagged(outputs.structural_tag, f"{where}.structural_tag"),
     ]
-    found = [form for form in forms if form is not None]
-    if len(found) != 1:
+    parsed_forms = [form for form in forms if form is not None]
+    if len(parsed_forms) != 1:
         raise ApiError(400, f"{where}: give one of json, regex, choice and grammar", param=where)
-    return found[0]
+    return parsed_forms[0]
 
 
 def _plain(kind: Any) -> Callable[[Any, str], Form]:

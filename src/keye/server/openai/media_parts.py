@@ -91,10 +91,10 @@ def open_medium(medium: Medium, opener: MediaOpener) -> Medium:
             raise KeyeError(f"a list of frames has more than {opener.policy.list_frames:,} pictures; send fewer")
         return replace(medium, source=[opener.open(picture, "image") for picture in value])
     source = opener.open(value, medium.kind)
-    found = media_kind(source)
-    if medium.kind == "image" and found != "image" and not is_image_format(source.head(HEAD_BYTES)):
-        raise KeyeError(f"{source.name} is no image that keye reads; send a video as video_url")
-    if medium.kind == "video" and found == "image":
+    content_kind = media_kind(source)
+    if medium.kind == "image" and content_kind != "image" and not is_image_format(source.head(HEAD_BYTES)):
+        raise KeyeError(f"{source.name} is not an image that keye reads; send a video as video_url")
+    if medium.kind == "video" and content_kind == "image":
         raise KeyeError(f"{source.name} is an image; send it as image_url")
     return replace(medium, source=source)
 
@@ -108,7 +108,7 @@ def _message(where: str, message: Mapping[str, Any], opener: MediaOpener) -> dic
     if fields.get("function_call") is not None or fields.get("audio") is not None:
         raise ApiError(400, f"{where}: function_call and audio cannot be read; use tool_calls and text", param=where)
     fields = {key: value for key, value in fields.items() if key not in ignored}
-    thought = fields.pop("reasoning_content", None) or fields.pop("reasoning", None) if role == "assistant" else None
+    reasoning = fields.pop("reasoning_content", None) or fields.pop("reasoning", None) if role == "assistant" else None
     fields = read_fields(fields, _KEYS.get(str(role), _OTHER_KEYS), where=f"{where}.")
     content = fields.get("content")
     if isinstance(content, list):
@@ -117,44 +117,44 @@ def _message(where: str, message: Mapping[str, Any], opener: MediaOpener) -> dic
         del fields["content"]
     elif role == "assistant" and content is None and "content" in message and not fields.get("tool_calls"):
         fields["content"] = ""  # a reply that was reasoning alone, or that was cut off before it said anything
-    if thought is not None:
-        fields["content"] = _with_thought(where, thought, fields.get("content", ""))
+    if reasoning is not None:
+        fields["content"] = _prepend_reasoning(where, reasoning, fields.get("content", ""))
     return fields
 
 
-def _with_thought(where: str, thought: object, content: object) -> list[Any]:
-    """The reasoning that an earlier reply had, in front of it as the model wrote it."""
-    if not isinstance(thought, str):
-        raise ApiError(400, f"{where}.reasoning_content is no text", param=f"{where}.reasoning_content")
-    said = [content] if isinstance(content, str) else list(cast(list[Any], content))
-    return [f"<think>\n{thought}\n</think>\n\n", *(part for part in said if part != "")]
+def _prepend_reasoning(where: str, reasoning: object, content: object) -> list[Any]:
+    """The reasoning of an earlier reply, in front of it as the model generated it."""
+    if not isinstance(reasoning, str):
+        raise ApiError(400, f"{where}.reasoning_content is not a text", param=f"{where}.reasoning_content")
+    parts = [content] if isinstance(content, str) else list(cast(list[Any], content))
+    return [f"<think>\n{reasoning}\n</think>\n\n", *(part for part in parts if part != "")]
 
 
 def _part(where: str, part: object, opener: MediaOpener) -> object:
     """A part of a message in the forms of `keye.chat`."""
     if not isinstance(part, Mapping):
         return part
-    if "type" not in part and (found := next((kind for kind in _KINDS if kind in part), None)) is not None:
-        part = {"type": found, **part}
+    if "type" not in part and (implied := next((kind for kind in _KINDS if kind in part), None)) is not None:
+        part = {"type": implied, **part}
     kind = part.get("type")
     if isinstance(kind, str) and kind in _PLAIN_TEXT:
         known = {"type", _PLAIN_TEXT[kind]}
-        told = {key: value for key, value in part.items() if key not in _FROM_REPLIES}
-        return {"type": "text", "text": read_fields(told, known, where=f"{where}.").get(_PLAIN_TEXT[kind])}
+        kept_fields = {key: value for key, value in part.items() if key not in _FROM_REPLIES}
+        return {"type": "text", "text": read_fields(kept_fields, known, where=f"{where}.").get(_PLAIN_TEXT[kind])}
     if kind in ("input_video", "file", "input_image", "input_file"):
         return _named_file(where, cast(str, kind), part, opener)
     if kind not in ("image", "video", "image_url", "video_url"):
         return part
     fields = {key: value for key, value in part.items() if value is not None}
-    found_fields = read_fields(fields, _PART_KEYS, where=f"{where}.")
+    part_fields = read_fields(fields, _PART_KEYS, where=f"{where}.")
     for key in ("image_url", "video_url"):
-        if isinstance(inner := found_fields.get(key), Mapping):
-            given = {name: value for name, value in inner.items() if value is not None}
-            found_fields[key] = read_fields(given, _INNER_KEYS, where=f"{where}.{key}.")
-    for holder in (found_fields, *(one for one in found_fields.values() if isinstance(one, dict))):
+        if isinstance(inner := part_fields.get(key), Mapping):
+            options = {name: value for name, value in inner.items() if value is not None}
+            part_fields[key] = read_fields(options, _INNER_KEYS, where=f"{where}.{key}.")
+    for holder in (part_fields, *(inner for inner in part_fields.values() if isinstance(inner, dict))):
         if isinstance(settings := holder.get("preprocess_kwargs"), Mapping):
             holder["preprocess_kwargs"] = read_fields(settings, VIDEO_OPTIONS, where=f"{where}.preprocess_kwargs.")
-    return found_fields
+    return part_fields
 
 
 def _named_file(where: str, kind: str, part: Mapping[str, Any], opener: MediaOpener) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _named_file(where: str, kind: str, part: Mapping[str, Any], opener: MediaOpe
     if len(named) != 1:
         raise ApiError(400, f"{where}: give one of file_id, url and data", param=where)
     value = fields.pop(named[0])
-    for holder in (outer, part, inner):  # A body of media is not held twice.
+    for holder in (outer, part, inner):  # media are not held twice
         if named[0] in ("data", "file_data") and isinstance(holder, dict):
             holder.pop(named[0], None)
     if isinstance(value, Mapping) and set(value) == {"url"}:
@@ -226,8 +226,10 @@ def _with_defaults(messages: Sequence[Message], defaults: Mapping[str, Any]) -> 
         if not isinstance(part, Medium):
             return part
         number, count[part.kind] = count[part.kind], count[part.kind] + 1
-        given = {name: _own_value(name, value, number) for name, value in defaults.items() if name in known[part.kind]}
-        settings = {name: value for name, value in given.items() if value is not None}
+        options = {
+            name: _own_value(name, value, number) for name, value in defaults.items() if name in known[part.kind]
+        }
+        settings = {name: value for name, value in options.items() if value is not None}
         return replace(part, options={**settings, **part.options})
 
     return [replace(message, parts=tuple(map(completed, message.parts))) for message in messages]

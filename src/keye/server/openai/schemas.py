@@ -305,7 +305,7 @@ class TokenizeRequest(Tolerant):
     continue_final_message: bool | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _check_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages, one of them")
         return self
@@ -383,7 +383,7 @@ class GenerateRequest(Tolerant):
     preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _check_prompt(self) -> Self:
         if (self.text is None) == (self.input_ids is None):
             raise ValueError("give text or input_ids, one of them")
         return self

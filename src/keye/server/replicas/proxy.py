@@ -1,8 +1,8 @@
-"""One server in front of several: each request goes to the replica that has met its media
+"""One server in front of several: each request goes to the replica that has processed its media
 (`keye.server.replicas.routing`).
 
-Uploads, indexes and live sessions live at one replica each; the proxy knows which. A question about files of several
-replicas goes to that of the first, to which the others are copied before. What a replica kept is lost with it.
+Each upload, index and live session is at one replica; the proxy knows which. A question about files of several replicas
+goes to that of the first file, to which the others are copied. What a replica keeps is lost when it ends.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from keye.server.replicas.watch import Watch
 from keye.version import __version__
 
 #: Headers that are passed on, to replicas and back; others belong to one connection, or are the guard's.
-_ASKED: Final = ("authorization", "x-api-key", "content-type", "accept", "range")
-_TOLD: Final = (
+_REQUEST_HEADERS: Final = ("authorization", "x-api-key", "content-type", "accept", "range")
+_REPLY_HEADERS: Final = (
     "content-type", "content-length", "content-disposition", "content-range", "accept-ranges", "cache-control", "etag",
     "last-modified", "retry-after", "x-accel-buffering",
 )  # fmt: skip
@@ -62,9 +62,9 @@ class Proxy:
 
     def forget(self, name: str) -> None:
         """A replica has ended, and what it kept with it."""
-        self.homes = {one: home for one, home in self.homes.items() if home != name}
+        self.homes = {kept_id: home for kept_id, home in self.homes.items() if home != name}
         self.copies = {
-            (one, at): copy for (one, at), copy in self.copies.items() if at != name and one in self.homes
+            (kept_id, at): copy for (kept_id, at), copy in self.copies.items() if at != name and kept_id in self.homes
         }  # fmt: skip
 
     async def start(self) -> None:
@@ -88,10 +88,10 @@ class Proxy:
     def choose(self, key: str | None, ids: Sequence[str] = (), without: str | None = None) -> str:
         """The replica for a request that names `ids`; `ApiError` where none can answer it. `without` one that has just
         failed."""
-        fixed = {self.homes[one] for one in ids if one in self.homes and not one.startswith("file-")}
+        fixed = {self.homes[item] for item in ids if item in self.homes and not item.startswith("file-")}
         if len(fixed) > 1:
-            raise ApiError(400, "the indexes of this request lie at different replicas; ask about the videos instead")
-        at = next(iter(fixed), None) or next((self.homes[one] for one in ids if one in self.homes), None)
+            raise ApiError(400, "the indexes of this request are at different replicas; ask about the videos instead")
+        at = next(iter(fixed), None) or next((self.homes[item] for item in ids if item in self.homes), None)
         if at is not None and self.watch.is_silent(self.replicas[at]):
             raise ApiError(503, "the replica that keeps this does not answer; try again soon", code="replica_silent",
                            retry=5)  # fmt: skip
@@ -100,12 +100,12 @@ class Proxy:
 
     def choose_home(self) -> str:
         """The replica for an upload: the one that keeps least, since questions about it go there too."""
-        kept = Counter(self.homes.values())
-        return min(self._loads(), key=lambda name: (kept[name], self.loads[name]))
+        stored = Counter(self.homes.values())
+        return min(self._loads(), key=lambda name: (stored[name], self.loads[name]))
 
     def _loads(self, without: str | None = None) -> dict[str, int]:
         """What those that can be asked have to do; `ApiError` where there are none. Silent ones only where all are."""
-        alive = [name for name, one in self.replicas.items() if one.is_ready and name != without]
+        alive = [name for name, replica in self.replicas.items() if replica.is_ready and name != without]
         if not alive:
             raise ApiError(503, "no replica is ready; try again soon", code="no_replica", retry=2)
         answering = [name for name in alive if not self.watch.is_silent(self.replicas[name])]
@@ -116,7 +116,7 @@ class Proxy:
     ) -> Reply:
         """Asks a replica; the request counts as its load until the reply is closed."""
         query = f"?{request.url.query}" if request.url.query else ""
-        headers = {key: request.headers[key] for key in _ASKED if key in request.headers}
+        headers = {key: request.headers[key] for key in _REQUEST_HEADERS if key in request.headers}
         self.loads[name] += 1
         open_ = True
 
@@ -139,42 +139,42 @@ class Proxy:
 
     async def answer(self, request: Request) -> Response:
         """Any request that one replica can answer."""
-        path, found = request.url.path, _ID.findall(request.url.path)
+        path, path_ids = request.url.path, _ID.findall(request.url.path)
         if path == "/v1/files" and request.method == "POST":
             home = self.choose_home()
             try:
-                return await self._told(request, home, await self.send(home, request, request.stream()))
+                return await self._relay(request, home, await self.send(home, request, request.stream()))
             except ReplicaLost:
                 raise ApiError(503, "the replica ended; send the file again", code="replica_lost", retry=1) from None
         content = await request.body()
         body = _object(content)
-        ids = [*found, *(one for one in strings(body) if _ID.fullmatch(one))]
+        ids = [*path_ids, *(item for item in strings(body) if _ID.fullmatch(item))]
         name: str | None = None
         for last in (False, True):
             name = self.choose(media_key(body), ids, without=name)
             try:
                 sent = await self._with_copies(request, name, content, body, ids)
                 reply = await cancel_on_disconnect(request, self.send(name, request, sent))
-                return await self._told(request, name, reply)
+                return await self._relay(request, name, reply)
             except ReplicaLost:
-                if last or found:
+                if last or path_ids:
                     raise ApiError(503, "the replica ended; try again", code="replica_lost", retry=1) from None
         raise AssertionError("the second try returns or raises")
 
-    async def _told(self, request: Request, name: str, reply: Reply) -> Response:
+    async def _relay(self, request: Request, name: str, reply: Reply) -> Response:
         """The reply as it comes; of what makes or deletes something, the id is read."""
-        headers = {key: reply.headers[key] for key in _TOLD if key in reply.headers}
+        headers = {key: reply.headers[key] for key in _REPLY_HEADERS if key in reply.headers}
         if request.method == "POST" and request.url.path in _MAKERS and reply.status == 200:
-            whole = await _whole(reply)
-            self._remember(str(_object(whole).get("id")), name)
-            return Response(whole, reply.status, headers)
+            content = await _read_all(reply)
+            self._remember(str(_object(content).get("id")), name)
+            return Response(content, reply.status, headers)
         if request.method == "POST" and request.url.path == _RESPONSES and reply.status == 200:
             reply = replace(reply, pieces=self._read_response(reply.pieces, name))
         if request.method == "DELETE" and reply.status == 200:
             await self._drop(request, request.url.path.rpartition("/")[2])
         kind = headers.get("content-type", "")
         if kind.startswith("application/json"):
-            return Response(await _whole(reply), reply.status, headers)  # in one piece, or not at all
+            return Response(await _read_all(reply), reply.status, headers)  # in one piece, or not at all
         if kind.startswith("text/event-stream"):
             reply = replace(reply, pieces=_with_end(reply.pieces, request.url.path))
         return _Passed(reply, headers)
@@ -185,13 +185,13 @@ class Proxy:
         async for piece in pieces:
             if len(begin) < _BEGIN_BYTES:
                 begin += piece
-                if (found := _RESPONSE_ID.search(begin)) is not None:
-                    self._remember(found[1].decode(), name)
+                if (match := _RESPONSE_ID.search(begin)) is not None:
+                    self._remember(match[1].decode(), name)
                     begin = b" " * _BEGIN_BYTES
             yield piece
 
-    def _remember(self, one: str, name: str) -> None:
-        self.homes[one] = name
+    def _remember(self, kept_id: str, name: str) -> None:
+        self.homes[kept_id] = name
         if len(self.homes) > _MOST_IDS:
             del self.homes[next(iter(self.homes))]
 
@@ -200,13 +200,13 @@ class Proxy:
     ) -> bytes:
         """The body for a replica, with the ids that uploads of others have there."""
         renamed = {}
-        for one in dict.fromkeys(ids):
-            home = self.homes.get(one)
-            if home in (None, name) or not one.startswith("file-"):
+        for item in dict.fromkeys(ids):
+            home = self.homes.get(item)
+            if home in (None, name) or not item.startswith("file-"):
                 continue
-            copy = self.copies.get((one, name)) or await self._copy(request, one, str(home), name)
+            copy = self.copies.get((item, name)) or await self._copy(request, item, str(home), name)
             if copy is not None:
-                self.copies[one, name] = renamed[one] = copy
+                self.copies[item, name] = renamed[item] = copy
         return json.dumps(with_names(body, renamed)).encode() if renamed else content
 
     async def _copy(self, request: Request, file_id: str, home: str, to: str) -> str | None:
@@ -221,15 +221,15 @@ class Proxy:
             reply = await self.replicas[to].send("POST", "/v1/files", headers, _form(source.pieces))
         finally:
             await source.close()
-        copied = _object(await _whole(reply))
+        copied = _object(await _read_all(reply))
         if reply.status != 200:
             raise ApiError(reply.status, str(copied.get("error", {}).get("message", "a file could not be copied")))
         return str(copied["id"])
 
     async def _drop(self, request: Request, name: str) -> None:
         self.homes.pop(name, None)
-        for one, at in [key for key in self.copies if key[0] == name]:
-            copy = self.copies.pop((one, at))
+        for item, at in [key for key in self.copies if key[0] == name]:
+            copy = self.copies.pop((item, at))
             try:
                 reply = await self.send(at, request, b"", f"/v1/files/{copy}")
                 await reply.close()
@@ -238,26 +238,26 @@ class Proxy:
 
     async def listed(self, request: Request) -> Response:
         """What all replicas keep for a key, without copies, the newest first."""
-        kept: list[Any] = []
+        stored: list[Any] = []
         copies = set(self.copies.values())
-        for status, whole in (await self._ask_all(request)).values():
-            data = _object(whole)
+        for status, content in (await self._ask_all(request)).values():
+            data = _object(content)
             if status != 200:
                 return JSONResponse(data, status)
-            kept += [one for one in data["data"] if one["id"] not in copies]
-        kept.sort(key=lambda one: -one["created_at"])
-        return JSONResponse({"object": "list", "data": kept, "has_more": False})
+            stored += [item for item in data["data"] if item["id"] not in copies]
+        stored.sort(key=lambda item: -item["created_at"])
+        return JSONResponse({"object": "list", "data": stored, "has_more": False})
 
     async def metrics(self, request: Request) -> Response:
-        """The numbers of all replicas, told apart by a label."""
-        texts = {name: whole.decode() for name, (status, whole) in (await self._ask_all(request)).items()}
+        """The metrics of all replicas, distinguished by a label."""
+        texts = {name: content.decode() for name, (status, content) in (await self._ask_all(request)).items()}
         up = "# HELP keye_replica_up Whether the replica answers\n# TYPE keye_replica_up gauge\n"
         up += "".join(f'keye_replica_up{{replica="{name}"}} {int(good)}\n' for name, good in self.health().items())
         return Response("".join((*merged(texts), up)), media_type="text/plain; version=0.0.4")
 
     def health(self) -> dict[str, bool]:
         """Which replicas can be asked."""
-        return {name: one.is_ready and not self.watch.is_silent(one) for name, one in self.replicas.items()}
+        return {name: replica.is_ready and not self.watch.is_silent(replica) for name, replica in self.replicas.items()}
 
     async def _ask_all(self, request: Request) -> dict[str, tuple[int, bytes]]:
         """Status and body of what each replica answers to this request; those that do not answer in time are left
@@ -266,14 +266,15 @@ class Proxy:
         async def ask(name: str) -> tuple[int, bytes]:
             async with asyncio.timeout(_ALL_SECONDS):
                 reply = await self.send(name, request, b"")
-                return reply.status, await _whole(reply)
+                return reply.status, await _read_all(reply)
 
         names = [name for name, good in self.health().items() if good]
-        found = await asyncio.gather(*map(ask, names), return_exceptions=True)
-        for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, TimeoutError | ReplicaLost):
-                raise one
-        return {name: one for name, one in zip(names, found, strict=True) if not isinstance(one, BaseException)}
+        answers = await asyncio.gather(*map(ask, names), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, TimeoutError | ReplicaLost):
+                raise answer
+        pairs = zip(names, answers, strict=True)
+        return {name: answer for name, answer in pairs if not isinstance(answer, BaseException)}
 
 
 async def _with_end(pieces: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
@@ -282,10 +283,10 @@ async def _with_end(pieces: AsyncIterator[bytes], path: str) -> AsyncIterator[by
     try:
         async for piece in pieces:
             rest += piece
-            whole, parted, rest = rest.rpartition(b"\n\n")
+            events, parted, rest = rest.rpartition(b"\n\n")
             if parted:
-                numbered += count_numbers(whole)
-                yield whole + parted
+                numbered += count_numbers(events)
+                yield events + parted
         if rest:
             yield rest
     except ReplicaLost:
@@ -306,7 +307,7 @@ class _Passed(StreamingResponse):
             await self._reply.close()
 
 
-async def _whole(reply: Reply) -> bytes:
+async def _read_all(reply: Reply) -> bytes:
     """The whole body of a reply."""
     try:
         return b"".join([piece async for piece in reply.pieces])
@@ -330,11 +331,11 @@ def strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
-        for one in value:
-            yield from strings(one)
+        for item in value:
+            yield from strings(item)
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from strings(one)
+        for item in value.values():
+            yield from strings(item)
 
 
 def with_names(value: Any, names: Mapping[str, str]) -> Any:
@@ -342,9 +343,9 @@ def with_names(value: Any, names: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         return names.get(value, value)
     if isinstance(value, list):
-        return [with_names(one, names) for one in value]
+        return [with_names(item, names) for item in value]
     if isinstance(value, dict):
-        return {key: with_names(one, names) for key, one in value.items()}
+        return {key: with_names(item, names) for key, item in value.items()}
     return value
 
 
@@ -386,9 +387,9 @@ def proxy_app(replicas: Sequence[Replica]) -> FastAPI:
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
-        found = proxy.health()
-        status = "ok" if any(found.values()) else "starting"
-        return JSONResponse({"status": status, "replicas": found}, 200 if status == "ok" else 503)
+        health = proxy.health()
+        status = "ok" if any(health.values()) else "starting"
+        return JSONResponse({"status": status, "replicas": health}, 200 if status == "ok" else 503)
 
     app.add_api_route("/metrics", proxy.metrics, methods=["GET", "HEAD"])
     app.add_api_route("/v1/files", proxy.listed, methods=["GET"])

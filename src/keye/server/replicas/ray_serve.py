@@ -1,5 +1,5 @@
 """Replicas of the server on a Ray cluster: applications of Ray Serve with one replica each, which Serve places, watches
-and starts anew. Requests reach them by Serve's handles, not over HTTP: no port is opened on the nodes.
+and restarts. Requests reach them by Serve's handles, not over HTTP: no port is opened on the nodes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Server:
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> AsyncGenerator[tuple[int, dict[str, str], str] | bytes, None]:
         """Status and headers of the answer with the name of who answers, then its body in pieces."""
-        name = await self.name()  # Serve may have started it anew just now
+        name = await self.name()  # Serve may just have restarted it
         async for message in called(self._app, method, path, headers, body):
             if message["type"] == "http.response.start":
                 head = {key.decode(): value.decode("latin-1") for key, value in message["headers"]}
@@ -63,22 +63,22 @@ async def called(
 ) -> AsyncGenerator[dict[str, Any], None]:
     """What an ASGI application sends for one request. Closing this tells it that the client has gone."""
     plain, _, query = path.partition("?")
-    told = {"host": "127.0.0.1", **headers}
+    all_headers = {"host": "127.0.0.1", **headers}
     if body:
-        told["content-length"] = str(len(body))
+        all_headers["content-length"] = str(len(body))
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": method,
         "path": plain, "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "",
-        "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in told.items()],
+        "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in all_headers.items()],
         "client": ("127.0.0.1", 0), "server": ("127.0.0.1", 80),
     }  # fmt: skip
     sent: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(_QUEUED)
-    gone, left = asyncio.Event(), [body]
+    disconnected, left = asyncio.Event(), [body]
 
     async def receive() -> dict[str, Any]:
         if left:
             return {"type": "http.request", "body": left.pop(), "more_body": False}
-        await gone.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def run() -> None:
@@ -93,7 +93,7 @@ async def called(
             yield message
         await task
     finally:
-        gone.set()
+        disconnected.set()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
@@ -107,11 +107,11 @@ class RayReplica:
 
         self.name, self._ray = name, ray
         gpus = int(str(settings.get("device", "cpu")).startswith("cuda"))
-        made = serve.deployment(Server).options(  # here and not in a thread: Ray does not make two at a time
+        deployment = serve.deployment(Server).options(  # here and not in a thread: Ray does not make two at a time
             num_replicas=1, max_ongoing_requests=serving.queue,
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         )  # fmt: skip
-        self._application = made.bind(dict(settings), serving)
+        self._application = deployment.bind(dict(settings), serving)
         self._handle: Any = None
         self._instance: str | None = None
         self._lost = asyncio.Event()
@@ -121,14 +121,14 @@ class RayReplica:
         return self._instance is not None
 
     async def start(self) -> None:
-        """Waits for Serve, which starts it anew by itself where it was there before."""
+        """Waits for Serve, which restarts it by itself."""
         try:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(self._deploy)
             self._instance = await self._handle.name.remote()
         except (self._ray.exceptions.RayError, RuntimeError) as error:
-            told = " ".join(str(error).split())[:300]
-            raise KeyeError(f"replica {self.name} could not start on the cluster ({told})") from None
+            reason = " ".join(str(error).split())[:300]
+            raise KeyeError(f"replica {self.name} could not start on the cluster ({reason})") from None
         self._lost.clear()
 
     def _deploy(self) -> Any:
@@ -147,7 +147,7 @@ class RayReplica:
         body = content if isinstance(content, bytes) else await _joined(content)
         pieces = self._handle.options(stream=True).send.remote(method, path, dict(headers), body)
         try:
-            status, told, instance = await anext(pieces)
+            status, reply_headers, instance = await anext(pieces)
         except (self._ray.exceptions.RayError, StopAsyncIteration) as error:
             self._forget()
             raise ReplicaLost(f"{self.name}: {error}") from None
@@ -166,7 +166,7 @@ class RayReplica:
                 self._forget()
                 raise ReplicaLost(f"{self.name}: {error}") from None
 
-        return Reply(status, told, checked(), close)
+        return Reply(status, reply_headers, checked(), close)
 
     async def kill(self) -> None:
         """Serve watches it and starts it again; until then it is not asked."""

@@ -41,13 +41,13 @@ def ranking(key: str, replicas: Collection[str]) -> list[str]:
 def media_key(body: Mapping[str, Any]) -> str | None:
     """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
     known by what the client sends: the same file under two names has two keys."""
-    digest, some = hashlib.sha256(), False
+    digest, has_media = hashlib.sha256(), False
     for name in media_in(body):
         for at in range(0, len(name), _PIECE):  # a data: URL may have many megabytes
             digest.update(name[at : at + _PIECE].encode("utf-8", "replace"))
         digest.update(b"\0")
-        some = True
-    return digest.hexdigest() if some else None
+        has_media = True
+    return digest.hexdigest() if has_media else None
 
 
 def media_in(value: object, name: str = "") -> Iterator[str]:
@@ -56,8 +56,8 @@ def media_in(value: object, name: str = "") -> Iterator[str]:
         if name in _NAMES:
             yield value
     elif isinstance(value, list):
-        for one in value:
-            yield from media_in(one, name)
+        for item in value:
+            yield from media_in(item, name)
     elif isinstance(value, dict):
-        for key, one in value.items():
-            yield from media_in(one, key)
+        for key, item in value.items():
+            yield from media_in(item, key)

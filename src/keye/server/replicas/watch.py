@@ -23,24 +23,24 @@ class Watch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._answered: dict[str, float] = {}
+        self.last_answers: dict[str, float] = {}
 
     def is_silent(self, replica: Replica) -> bool:
         """Whether a replica that runs has not answered for a while."""
-        last = self._answered.get(replica.name)
+        last = self.last_answers.get(replica.name)
         return replica.is_ready and last is not None and self._clock() - last > SILENT_SECONDS
 
     async def watch(self, replica: Replica, *, pause: float = PAUSE) -> None:
         """Asks again and again; ends what does not answer for `LOST_SECONDS`, so that it is started again."""
         while True:
             if not replica.is_ready:
-                self._answered.pop(replica.name, None)
+                self.last_answers.pop(replica.name, None)
             elif await answers(replica, SILENT_SECONDS):
-                self._answered[replica.name] = self._clock()
-            elif self._clock() - self._answered.setdefault(replica.name, self._clock()) > LOST_SECONDS:
+                self.last_answers[replica.name] = self._clock()
+            elif self._clock() - self.last_answers.setdefault(replica.name, self._clock()) > LOST_SECONDS:
                 log.warning("replica %s has not answered for %g s and is ended", replica.name, LOST_SECONDS)
                 await replica.kill()
-                self._answered.pop(replica.name, None)
+                self.last_answers.pop(replica.name, None)
             await asyncio.sleep(pause)
 
 

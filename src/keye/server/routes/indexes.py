@@ -69,7 +69,7 @@ def _index_object(index: StoredFile) -> dict[str, object]:
 
 def _index(request: Request, index_id: str) -> StoredFile:
     if not index_id.startswith(INDEX):
-        raise ApiError(404, "there is no index of this id; make one at /v1/indexes", param="index_id", code="not_found")
+        raise ApiError(404, "no index has this id; make one at /v1/indexes", param="index_id", code="not_found")
     return context_of(request).files.get(index_id, owner_of(request))
 
 

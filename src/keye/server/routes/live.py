@@ -66,10 +66,10 @@ async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
     """Answers a question about all frames so far; more may be added meanwhile. With `stream` as server-sent events, the
     answer last."""
     context, owner = context_of(request), owner_of(request)
-    generation = await cancel_on_disconnect(request, _generation_request(context, owner, session_id, body))
-    collector = Collector(generation, context.names[0])
+    question = await cancel_on_disconnect(request, _generation_request(context, owner, session_id, body))
+    collector = Collector(question, context.names[0])
     if not body.stream:
-        return JSONResponse(await cancel_on_disconnect(request, _collect(context, generation, collector)))
+        return JSONResponse(await cancel_on_disconnect(request, _collect(context, question, collector)))
     begin = {"object": "keye.live.answer.chunk", "model": context.names[0]}
     encoder = KeyeStreamEncoder(ChatReply(ReplyStream()), begin, lambda _: _answer_object(collector))
 
@@ -77,7 +77,7 @@ async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
         collector.take(event)
         yield from encoder.encode(event)
 
-    return await stream_events(request, encode_events(context, (generation, encode)), at_once=True)
+    return await stream_events(request, encode_events(context, (question, encode)), at_once=True)
 
 
 async def _generation_request(context: Context, owner: str, session_id: str, body: LiveAsk) -> GenerationRequest:

@@ -139,10 +139,10 @@ async def health_generate(request: Request) -> Response:
     context = context_of(request)
     runtime = context.model.runtime
     params, salt = runtime.sampling_params(max_tokens=1, temperature=0.0), context.salt(owner_of(request))
-    generation = GenerationRequest([Segment("text", "1")], params, runtime.attention, ignore_eos=True, salt=salt)
+    probe = GenerationRequest([Segment("text", "1")], params, runtime.attention, ignore_eos=True, salt=salt)
     try:
         async with asyncio.timeout(_HEALTHY_SECONDS):
-            await collect(context, generation, [Continuation()])
+            await collect(context, probe, [Continuation()])
     except TimeoutError:
         raise ApiError(503, f"no token came within {_HEALTHY_SECONDS:g} s", code="overloaded", retry=5) from None
     return Response()

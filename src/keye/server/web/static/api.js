@@ -117,7 +117,7 @@ async function* chunks(path, request, signal) {
   const response = await call(path, { method: "POST", json: request, signal });
   for await (const event of events(response.body)) {
     const chunk = readChunk(event);
-    // Inside a stream there is no status of its own; the type tells mistakes of the user from failures.
+    // Inside a stream there are no status codes; the type distinguishes mistakes of the user from failures.
     if (chunk?.error) throw serverError(chunk.error.type === "invalid_request_error" ? 400 : 500, event, null);
     yield chunk;
   }

@@ -103,7 +103,7 @@ function whyNot(mode) {
   const failed = media.items.find((item) => item.error);
   if (failed?.file) return [`${failed.name}:`, ...explain(failed.error)];
   if (failed) return [`${failed.name} is not on the server.`, "Drop the file again."];
-  if (mode === "find" && !media.video) return ["There is no video to find anything in.", "Drop one."];
+  if (mode === "find" && !media.video) return ["Finding needs a video.", "Drop one."];
   return null;
 }
 
@@ -144,7 +144,7 @@ function takeBack() {
   waiting = null;
 }
 
-/** Asks the waiting question once it can be, or gives it back where a file was not taken. */
+/** Sends the waiting question once its files are ready, or restores it where a file was rejected. */
 async function goOn() {
   if (!waiting) return;
   const { question, mode, view } = waiting;

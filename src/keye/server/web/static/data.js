@@ -1,7 +1,7 @@
 /**
  * Data of the server made safe to draw: numbers are finite and in range, lists are bounded, text is text.
  *
- * A model, a broken server or somebody between the two may send anything. Pure functions.
+ * A model, a broken server or an attacker may send anything. Pure functions.
  */
 
 const MAX_INTERVALS = 500;
@@ -35,7 +35,7 @@ export function amount(value) {
   return finite(value) && value >= 0 ? value : null;
 }
 
-/** `[[start, end], ...]` in seconds, 0 <= start < end: what has no length is no moment. */
+/** `[[start, end], ...]` in seconds, 0 <= start < end: without those of no length. */
 export function intervals(value) {
   return list(value, MAX_INTERVALS)
     .filter((pair) => Array.isArray(pair) && finite(pair[0]) && finite(pair[1]) && pair[0] >= 0 && pair[0] < pair[1])
