@@ -93,7 +93,7 @@ def test_table_of_machines_follows_from_the_models(capsys: pytest.CaptureFixture
     for free, name, weights, room in rows:
         sizes = inspected(name, capsys)
         assert float(weights) == pytest.approx(sizes["weights"], rel=0.02, abs=0.005)
-        tokens = int((float(free) - 1 - sizes["weights"]) * 1e9 / sizes["token"])
+        tokens = int((float(free) - sizes["activations"] - sizes["weights"]) * 1e9 / sizes["token"])
         shown = room.partition(";")[0]
         if shown.startswith("all "):
             assert tokens >= sizes["context"] == int(re.sub(r"\D", "", shown))
@@ -103,8 +103,15 @@ def test_table_of_machines_follows_from_the_models(capsys: pytest.CaptureFixture
 
 
 def inspected(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
-    """GB of weights in 16 bit, bytes that a token takes beside them, and tokens of context, as `keye inspect` says."""
+    """GB of weights in 16 bit and of activations, bytes that a token takes beside them, and tokens of context, as `keye
+    inspect` says."""
     assert main(["inspect", name, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     token = data["kv_bytes_per_token"]["bfloat16"] + ((data["indexer_bytes_per_token"] or {}).get("bfloat16") or 0)
-    return {"weights": data["bytes"]["bfloat16"] / 1e9, "token": token, "context": data["context"]}
+    fit = next(fit for fit in data["fits"] if fit["dtype"] == "bfloat16")
+    return {
+        "activations": fit["activations"] / 1e9,
+        "weights": fit["weights"] / 1e9,
+        "token": token,
+        "context": data["context"],
+    }
