@@ -17,7 +17,6 @@ from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 from tests.support.rows import kv_layout, kv_rows
 
 ROWS = RowFormat("float32", 1, 8)
-NO_MEDIA: MediaSpans = ()
 
 
 def entries(ledger: Ledger, account: str, count: int, nbytes: int = 10) -> Callable[[], bool]:
@@ -39,12 +38,17 @@ def make_store(ledger: Ledger, slab_blocks: int = 1) -> KVStore:
     return KVStore(kv_layout(1, ROWS), ledger=ledger, slab_blocks=slab_blocks)
 
 
+def media(tokens: int) -> MediaSpans:
+    """A medium of all but the first of so many tokens: a prefix is kept at its end alone."""
+    return ((1, tokens, b"medium"),)
+
+
 def keep(prefixes: PrefixCache, store: KVStore, tokens: int, first: int) -> torch.Tensor:
-    """Keeps the prefix of a prompt of so many tokens; returns its token ids and those of one token more."""
-    cache, rows = KVCache(1, store), torch.full((tokens, 1, 8), float(first))
+    """Keeps the first tokens, up to the end of a medium, of a prompt with one token more; returns its token ids."""
+    cache, rows = KVCache(1, store), torch.full((tokens + 1, 1, 8), float(first))
     cache.append(0, kv_rows(rows, rows))
     ids = torch.arange(first, first + tokens + 1)
-    prefixes.keep(ids[:-1], NO_MEDIA, b"", cache, [tokens])
+    prefixes.keep(ids, media(tokens), b"", cache)
     cache.free()
     return ids
 
@@ -107,7 +111,7 @@ def test_a_prefix_is_found_whole_though_there_is_no_room_for_a_copy(room: bool) 
     prefixes = PrefixCache(store)
     ids = keep(prefixes, store, KV_BLOCK + 10, 3)
     ledger.budget = ledger.used() + (store.slab_bytes if room else 0)
-    result = prefixes.find(ids, NO_MEDIA, b"")
+    result = prefixes.find(ids, media(KV_BLOCK + 10), b"")
     assert result is not None and result.length(0) == KV_BLOCK + 10
     assert (result.read(0, "k", torch.arange(KV_BLOCK + 10)) == 3).all()
     assert len(prefixes) == room
@@ -124,12 +128,12 @@ def test_a_prefix_is_not_kept_at_the_cost_of_others() -> None:
     first = keep(prefixes, store, KV_BLOCK + 10, 0)
     assert vision.put(b"a", torch.zeros(100)) is not None
     vision.release(b"a")
-    cache, rows = KVCache(1, store), torch.zeros(KV_BLOCK + 20, 1, 8)
+    cache, rows = KVCache(1, store), torch.zeros(KV_BLOCK + 21, 1, 8)
     cache.append(0, kv_rows(rows, rows))
     ledger.budget = ledger.used()
-    prefixes.keep(torch.arange(1000, 1000 + KV_BLOCK + 20), NO_MEDIA, b"", cache, [KV_BLOCK + 20])
+    prefixes.keep(torch.arange(1000, 1000 + KV_BLOCK + 21), media(KV_BLOCK + 20), b"", cache)
     assert len(prefixes) == 1 and vision.nbytes() == 400
-    assert prefixes.find(first, NO_MEDIA, b"") is not None
+    assert prefixes.find(first, media(KV_BLOCK + 10), b"") is not None
 
 
 def test_a_cache_that_evicts_itself_while_it_reserves_stays_whole() -> None:
@@ -155,13 +159,14 @@ def test_threads_that_reserve_evict_from_one_another_without_deadlock() -> None:
     def sequences(seed: int) -> None:
         for number in range(60):
             try:
-                ids = keep(prefixes, store, KV_BLOCK + 1 + number % 60, 1000 * seed + number)
-                if (result := prefixes.find(ids, NO_MEDIA, b"")) is not None:
+                tokens = KV_BLOCK + 1 + number % 60
+                ids = keep(prefixes, store, tokens, 1000 * seed + number)
+                if (result := prefixes.find(ids, media(tokens), b"")) is not None:
                     result.free()
             except OutOfMemory:
                 pass
 
-    def media(seed: int) -> None:
+    def visual_tokens(seed: int) -> None:
         for number in range(200):
             key = bytes((seed, number))
             if vision.put(key, torch.zeros(store.slab_bytes // 4)) is not None:
@@ -182,7 +187,7 @@ def test_threads_that_reserve_evict_from_one_another_without_deadlock() -> None:
 
     threads = [
         threading.Thread(target=guarded, args=(work, seed), daemon=True)
-        for work in (sequences, media, steps)
+        for work in (sequences, visual_tokens, steps)
         for seed in (1, 2)
     ]
     for thread in threads:

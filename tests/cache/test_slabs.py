@@ -152,10 +152,10 @@ def test_a_cache_collected_in_the_middle_of_an_entry_does_not_lock_up() -> None:
     class Budget(int):
         """Collects the cache while the ledger reads its budget."""
 
-        def __lt__(self, other: object) -> bool:
+        def __sub__(self, other: int) -> int:
             nonlocal cache
             cache = KVCache(LAYERS, store)
-            return False
+            return int(self) - other
 
     store.ledger.budget = Budget(1 << 30)
     store.ledger.reserve("vision", 10)

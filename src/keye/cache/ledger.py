@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from keye.errors import KeyeError
 from keye.units import format_bytes
@@ -29,12 +29,6 @@ class OutOfMemory(KeyeError):
     """A budget would be exceeded; nothing was taken."""
 
 
-class _Reclaimer(NamedTuple):
-    priority: int
-    accounts: Collection[str]
-    evict: Evict
-
-
 class Ledger:
     """Bytes by account (`kv`, `vision`, ...) under one budget, None for no limit. Safe to share by threads.
 
@@ -46,7 +40,8 @@ class Ledger:
         self.budget = budget
         self._separate = dict(separate or {})
         self._reserved: Counter[str] = Counter()
-        self._reclaimers: list[_Reclaimer] = []
+        #: Priority, accounts and function of each cache, the lowest priority first.
+        self._reclaimers: list[tuple[int, Collection[str], Evict]] = []
         #: Guards the ledger, and the caches and stores that reserve in it. Reentrant: a reservation evicts entries of a
         #: cache, and garbage collection may free a sequence anywhere; both release bytes in the same thread.
         self.lock = threading.RLock()
@@ -56,13 +51,20 @@ class Ledger:
         """Has `evict` called where bytes are missing in a budget that one of `accounts` counts against: the cache of
         the lowest `priority` first, as long as it returns True. It runs in the thread that reserves and under `lock`,
         and must neither reserve nor wait."""
-        reclaimers = [*self._reclaimers, _Reclaimer(priority, accounts, evict)]
-        self._reclaimers = sorted(reclaimers, key=lambda reclaimer: reclaimer.priority)
+        self._reclaimers = sorted([*self._reclaimers, (priority, accounts, evict)], key=lambda entry: entry[0])
 
     def reserve(self, account: str, nbytes: int) -> None:
         """Takes `nbytes`, evicting what caches keep where they are missing; `OutOfMemory` says what is held by whom."""
         if not self.try_reserve(account, nbytes):
-            raise OutOfMemory(self._shortage(account, nbytes))
+            with self.lock:
+                what, budget = SEPARATE_BUDGETS.get(account, "memory"), self.limit(account) or 0
+                holders = [(name, n) for name, n in self.accounts().items() if _share_budget(account, name)]
+            reserved = ", ".join(f"{name} {format_bytes(n)}" for name, n in holders)
+            raise OutOfMemory(
+                f"{format_bytes(nbytes)} more are needed for {account}, but the {what} budget is "
+                f"{format_bytes(budget)} and holds {reserved or 'nothing'}; raise the budget, store keys and values in "
+                "fewer bits, or ask about fewer frames"
+            )
 
     def try_reserve(self, account: str, nbytes: int, *, evict: bool = True) -> bool:
         """As `reserve`, but False where the bytes are missing. Without `evict` only what is free now is taken: for what
@@ -73,19 +75,15 @@ class Ledger:
                 if not (evict and self.reclaim(account)):
                     return False
             self._reserved[account] += nbytes
-            if account not in SEPARATE_BUDGETS:
-                self.peak = max(self.peak, self._used_in_budget(account))
+            self.peak = max(self.peak, sum(n for name, n in self._reserved.items() if name not in SEPARATE_BUDGETS))
             return True
 
     def reclaim(self, account: str) -> bool:
         """Evicts an entry of a cache that shares the budget of `account`; False where there is none left. The bytes of
         the entry may be in use elsewhere, so that none are free afterwards."""
         with self.lock:
-            return any(
-                reclaimer.evict()
-                for reclaimer in self._reclaimers
-                if any(self._share_budget(account, other) for other in reclaimer.accounts)
-            )
+            sharing = [e for _, accounts, e in self._reclaimers if any(_share_budget(account, a) for a in accounts)]
+            return any(evict() for evict in sharing)
 
     def release(self, account: str, nbytes: int) -> None:
         """Returns what `reserve` took."""
@@ -95,9 +93,8 @@ class Ledger:
 
     def has_room(self, account: str, nbytes: int) -> bool:
         """Whether so many bytes are free now."""
-        with self.lock:
-            used, budget = self._used_in_budget(account), self.limit(account)
-            return budget is None or not used + nbytes > budget
+        free = self.free(account)
+        return free is None or nbytes <= free
 
     def used(self, account: str | None = None) -> int:
         """Bytes held by one account, or by all, those of separate budgets included."""
@@ -108,7 +105,9 @@ class Ledger:
         """Bytes that an account can still take; None without a budget."""
         with self.lock:
             budget = self.limit(account)
-            return None if budget is None else budget - self._used_in_budget(account)
+            if budget is None:
+                return None
+            return budget - sum(n for name, n in self._reserved.items() if _share_budget(account, name))
 
     def accounts(self) -> Mapping[str, int]:
         """Bytes of every account that holds any."""
@@ -119,21 +118,6 @@ class Ledger:
         """Bytes of the budget that an account counts against; None without one."""
         return self._separate.get(account) if account in SEPARATE_BUDGETS else self.budget
 
-    def _used_in_budget(self, account: str) -> int:
-        return sum(n for name, n in self._reserved.items() if self._share_budget(account, name))
 
-    @staticmethod
-    def _share_budget(account: str, other: str) -> bool:
-        return account == other or not {account, other} & SEPARATE_BUDGETS.keys()
-
-    def _shortage(self, account: str, nbytes: int) -> str:
-        """The sentence of an `OutOfMemory`."""
-        with self.lock:
-            what, budget = SEPARATE_BUDGETS.get(account, "memory"), self.limit(account) or 0
-            holders = {name: n for name, n in self.accounts().items() if self._share_budget(account, name)}
-        reserved = ", ".join(f"{name} {format_bytes(n)}" for name, n in holders.items())
-        return (
-            f"{format_bytes(nbytes)} more are needed for {account}, but the {what} budget is {format_bytes(budget)} "
-            f"and holds {reserved or 'nothing'}; raise the budget, store keys and values in fewer bits, or ask about "
-            "fewer frames"
-        )
+def _share_budget(account: str, other: str) -> bool:
+    return account == other or not {account, other} & SEPARATE_BUDGETS.keys()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -24,16 +24,6 @@ MediaSpans = tuple[tuple[int, int, bytes], ...]
 def _splits_medium(length: int, spans: MediaSpans) -> bool:
     """Whether a prefix of `length` tokens would end inside a medium."""
     return any(first < length < stop for first, stop, _ in spans)
-
-
-def cut_points(length: int, spans: MediaSpans) -> list[int]:
-    """Where prefixes of a prompt of `length` tokens are worth keeping: after each medium, and at the last block
-    boundary that leaves a token to compute."""
-    points = {stop for _, stop, _ in spans if stop < length}
-    last = (length - 1) // KV_BLOCK * KV_BLOCK
-    if last and not _splits_medium(last, spans):
-        points.add(last)
-    return sorted(points)
 
 
 class PrefixCache:
@@ -63,8 +53,13 @@ class PrefixCache:
             self.misses += 1
             return None
 
-    def keep(self, ids: Tensor, spans: MediaSpans, secret: bytes, cache: KVCache, lengths: Iterable[int]) -> None:
-        """Remembers prefixes of what `cache` holds, as far as there is room without evicting anything."""
+    def keep(self, ids: Tensor, spans: MediaSpans, secret: bytes, cache: KVCache) -> None:
+        """Remembers prefixes of the prompt `ids` in `cache`, as far as there is room without evicting anything: after
+        each medium, and at the last block boundary that leaves a token to compute."""
+        last = (ids.shape[0] - 1) // KV_BLOCK * KV_BLOCK
+        lengths = {stop for _, stop, _ in spans if stop < ids.shape[0]}
+        if last and not _splits_medium(last, spans):
+            lengths.add(last)
         with self._lock:
             for length, key in _hashes(ids, spans, sorted(lengths), secret):
                 if key in self._entries:

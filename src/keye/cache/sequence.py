@@ -65,11 +65,13 @@ class KVCache:
         """The blocks in the order of their tokens; the last ones may be reserved and still empty."""
         return self._blocks
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes."""
+    def reserve(self, tokens: int) -> int:
+        """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes.
+        Returns the blocks held then."""
         assert self.store is not None
         if (more := -(-tokens // KV_BLOCK) - len(self._blocks)) > 0:
             self._extend(self.store.take(more))
+        return len(self._blocks)
 
     def append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
         """Adds n tokens: rows [n, H, D] by name. Names that the store does not have are left out, and those that are

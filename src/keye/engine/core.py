@@ -180,8 +180,8 @@ class EngineCore:
         work = scheduler.schedule(prompts=prompts)
         if not work:
             return self._draw()
-        scratch = scheduler.make_room(partial(scheduler.scratch.reserve, [item.slice for item in work]), work[0].task)
-        if scratch is None:
+        reserve = partial(scheduler.scratch.reserve, [item.slice for item in work])
+        if scheduler.make_room(reserve, work[0].task) is None:
             return False
         work = [item for item in work if item.slice.cache.blocks]  # making room may have preempted others
         try:
@@ -191,7 +191,7 @@ class EngineCore:
                 scheduler.fail(task, error)
             return True
         finally:
-            scheduler.scratch.release(scratch)
+            scheduler.scratch.release()
         # All are brought up to date before anything makes room: what is preempted is saved as it is.
         for item in work:
             if (damage := item.slice.cache.damage) is not None and not item.task.has_ended:

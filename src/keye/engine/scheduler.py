@@ -17,7 +17,6 @@ from typing import Final, NamedTuple, TypeVar
 import torch
 
 from keye.cache.ledger import OutOfMemory
-from keye.cache.prefix import cut_points
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVStore
 from keye.engine.prompt import Prompt
@@ -138,7 +137,7 @@ def check_request(prompt: Prompt, request: GenerationRequest, store: KVStore, sc
     if request.deterministic:
         rows, wanted = (FIXED_TOKENS, 1) if request.prompt_logprobs is None else (PROBED_TOKENS, PROBED_TOKENS)
     new = tokens - (0 if prompt.past is None else prompt.past.length(0))
-    shortage = store.shortage(new, scratch.bytes_for(rows, wanted))
+    shortage = store.shortage(new, scratch.count_bytes(rows, wanted))
     if shortage is not None:
         need, budget, most = shortage
         raise OutOfMemory(
@@ -243,7 +242,7 @@ class Scheduler:
 
     def _start(self, task: Task, ready: Ready) -> None:
         """Goes on from what is stored of a prompt, and reserves memory for the rest of it before any work."""
-        if self.make_room(self.scratch.reserve_least, task) is None:
+        if self.make_room(self.scratch.reserve, task) is None:
             return
         resume = partial(self._find_prefix, task, ready.prompt) if ready.preempted is None else ready.preempted.resume
         state = self.make_room(resume, task)
@@ -252,7 +251,7 @@ class Scheduler:
         task.state = state
         if isinstance(state, Generating):
             return
-        if self.make_room(partial(_reserve, state.cache, ready.prompt.length + 1), task) is None:
+        if self.make_room(partial(state.cache.reserve, ready.prompt.length + 1), task) is None:
             return
         if "started" not in task.times:  # after a preemption what is stored is its own
             task.times["started"], task.cached = time.perf_counter(), state.done
@@ -286,9 +285,7 @@ class Scheduler:
         prompt, trunk = state.prompt, state.cache
         state.vision.close()
         if not task.request.deterministic and prompt.spans is not None:
-            lengths = cut_points(prompt.length, prompt.spans)
-            namespace = _cache_namespace(task.request)
-            self.runtime.prefixes.keep(prompt.token_ids, prompt.spans, namespace, trunk, lengths)
+            self.runtime.prefixes.keep(prompt.token_ids, prompt.spans, _cache_namespace(task.request), trunk)
         if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
             task.emit(self.writer.prefilled(task, prompt))
@@ -349,7 +346,7 @@ class Scheduler:
             if request.prompt_logprobs is not None:
                 count = self.scratch.limit_tokens(count, probes=True)
         stop = start + count
-        if self.make_room(partial(_reserve, state.cache, stop), task) is None:
+        if self.make_room(partial(state.cache.reserve, stop), task) is None:
             return []
         before, after = int(prompt.visual_counts[start - 1]) if start else 0, int(prompt.visual_counts[stop - 1])
         is_last = stop == prompt.length
@@ -372,7 +369,7 @@ class Scheduler:
             length = branch.cache.length(0) + 1
             if not branch.pending:
                 continue
-            if self.make_room(partial(_reserve, branch.cache, length), task) is None:
+            if self.make_room(partial(branch.cache.reserve, length), task) is None:
                 return []
             counts = self.writer.count_selections(task, state.prompt, length, branch.choice.choice_index)
             piece = Slice(
@@ -431,15 +428,10 @@ class Scheduler:
         if task in self.tasks:
             self.tasks.remove(task)
         if not self.tasks:
-            self.scratch.release_least()
+            self.scratch.release(least=False)
         self._notify()
 
 
 def _cache_namespace(request: GenerationRequest) -> bytes:
     """Separates the prefixes of one owner from another's, and one way to compute from another."""
     return request.salt + b"\0" + f"{request.attention} {request.select}".encode()
-
-
-def _reserve(cache: KVCache, tokens: int) -> bool:
-    cache.reserve(tokens)
-    return True

@@ -74,71 +74,48 @@ def prompt_scratch(config: TextConfig, tokens: int, itemsize: int) -> int:
 
 
 class Scratch:
-    """The scratch of one engine."""
+    """The scratch of one engine: `least` bytes as long as anything runs, and more during a step."""
 
     def __init__(self, model: KeyeModel, ledger: Ledger) -> None:
         self._config, self._itemsize, self._ledger = model.config.text, model.dtype.itemsize, ledger
         self.least = least_scratch(self._config, self._itemsize)
-        self._has_least = False
+        self._reserved = 0
 
-    def reserve_least(self) -> bool:
-        """Reserves the smallest share, unless it is reserved; `OutOfMemory` where it is not free."""
-        if not self._has_least:
-            self._ledger.reserve(SCRATCH, self.least)
-            self._has_least = True
+    def reserve(self, slices: Sequence[Slice] = ()) -> bool:
+        """Reserves what a step over the slices needs; `OutOfMemory` where it is not free."""
+        nbytes = self.count_bytes(*_count_rows(slices))
+        if nbytes > self._reserved:
+            self._ledger.reserve(SCRATCH, nbytes - self._reserved)
+            self._reserved = nbytes
         return True
 
-    def release_least(self) -> None:
-        """Releases the smallest share."""
-        if self._has_least:
-            self._ledger.release(SCRATCH, self.least)
-            self._has_least = False
-
-    def reserve(self, slices: Sequence[Slice]) -> int:
-        """Reserves what a step over the slices needs beyond the smallest share; returns the bytes, for `release`.
-        `OutOfMemory` where they are not free."""
-        more = self._more(*_count_rows(slices))
-        self._ledger.reserve(SCRATCH, more)
-        return more
-
-    def release(self, nbytes: int) -> None:
-        """Releases what `reserve` took."""
-        self._ledger.release(SCRATCH, nbytes)
+    def release(self, *, least: bool = True) -> None:
+        """Releases what was reserved, but with `least` as many bytes."""
+        remaining = min(self._reserved, self.least if least else 0)
+        self._ledger.release(SCRATCH, self._reserved - remaining)
+        self._reserved = remaining
 
     def limit_tokens(self, tokens: int, replies: int = 0, *, probes: bool = False) -> int:
         """Prompt tokens for which a step beside so many replies has scratch, at most `tokens`; `probes` wants the
         logits of every one. Fewer where memory is short, but some where there are no replies."""
-        free = self._ledger.free(SCRATCH)
-        while free is not None and tokens and self._more(tokens + replies, (tokens if probes else 1) + replies) > free:
+        while tokens and not self._has_room(tokens + replies, (tokens if probes else 1) + replies):
             tokens //= 2
         return tokens
 
     def count_fitting(self, slices: Sequence[Slice]) -> int:
         """How many of the slices, from the first on, there is scratch for when caches are evicted; 0 where not even for
         the first."""
-        while (count := self._count_fitting(slices)) < len(slices) and self._ledger.reclaim(SCRATCH):
-            pass
-        return count
-
-    def bytes_for(self, rows: int, wanted: int) -> int:
-        """Bytes that a step over so many rows needs, with the smallest share."""
-        return self.least + self._more(rows, wanted)
-
-    def _count_fitting(self, slices: Sequence[Slice]) -> int:
-        free = self._ledger.free(SCRATCH)
-        if free is None:
-            return len(slices)
-        rows = wanted = 0
-        for count, piece in enumerate(slices):
-            more = _count_rows([piece])
-            rows, wanted = rows + more[0], wanted + more[1]
-            if self._more(rows, wanted) > free:
-                return count
+        while not self._has_room(*_count_rows(slices)):
+            if not self._ledger.reclaim(SCRATCH):
+                return next(n for n in range(len(slices)) if not self._has_room(*_count_rows(slices[: n + 1])))
         return len(slices)
 
-    def _more(self, rows: int, wanted: int) -> int:
-        """Bytes of a step beyond the smallest share."""
-        return max(0, scratch_bytes(self._config, rows, wanted, self._itemsize) - self.least)
+    def count_bytes(self, rows: int, wanted: int) -> int:
+        """Bytes that a step over so many rows needs, at least the smallest share."""
+        return max(self.least, scratch_bytes(self._config, rows, wanted, self._itemsize))
+
+    def _has_room(self, rows: int, wanted: int) -> bool:
+        return self._ledger.has_room(SCRATCH, self.count_bytes(rows, wanted) - self._reserved)
 
 
 def _count_rows(slices: Sequence[Slice]) -> tuple[int, int]:
