@@ -17,7 +17,7 @@ from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import (
     PROCESSOR_FILE,
     KeyeConfig,
-    frame_text_of,
+    find_frame_text,
     has_keye_fields,
     load_generation_config,
     load_model_config,
@@ -375,7 +375,7 @@ def format_notes(
     if not config.release.processor_is_published:
         yield (
             "frames are labelled by the frame_text of the checkpoint"
-            if frame_text_of(folder) is not None
+            if find_frame_text(folder) is not None
             else "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it"
         )
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keye.chat.messages import Medium, Message, normalize
 from keye.chat.replies import Reply, parse_reply
-from keye.chat.template import CHATML, PREVIEW_CHATML, Segment, opens_reasoning, render, without_last_end
+from keye.chat.template import CHATML, PREVIEW_CHATML, Segment, drop_last_end, opens_reasoning, render
 from keye.chat.times import format_seconds, merge_intervals, parse_intervals, to_seconds
 from keye.errors import KeyeError, KeyeWarning
 
@@ -320,7 +320,7 @@ def test_a_role_of_ones_own_stands_in_the_prompt() -> None:
 @pytest.mark.parametrize("content", ["The", "<think>\nI look", "The <|im_end|> sign"])
 def test_a_reply_that_is_to_go_on_has_no_end(content: str) -> None:
     messages = [user("q"), {"role": "assistant", "content": content}]
-    segments = without_last_end(messages, render(messages, add_generation_prompt=False))
+    segments = drop_last_end(messages, render(messages, add_generation_prompt=False))
     assert as_text(segments).endswith(f"<|im_start|>assistant\n{content}")
     assert opens_reasoning(segments) == content.startswith("<think>")
 
@@ -329,7 +329,7 @@ def test_a_reply_that_is_to_go_on_has_no_end(content: str) -> None:
 def test_what_cannot_go_on(last: dict[str, Any]) -> None:
     messages = [user("q"), last]
     with pytest.raises(KeyeError, match="continue_final_message"):
-        without_last_end(messages, render(messages, add_generation_prompt=False))
+        drop_last_end(messages, render(messages, add_generation_prompt=False))
 
 
 def test_after_a_reply_another_may_begin() -> None:

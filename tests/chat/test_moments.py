@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keye.chat.grounding import Region
-from keye.chat.moments import Window, keep_moments, keep_regions, sampled_windows
+from keye.chat.moments import Window, collect_windows, keep_moments, keep_regions
 
 PLAN = {"timestamps": [30.0, 30.5, 31.0], "sample_fps": 2.0, "duration": 60.0}
 
@@ -25,7 +25,7 @@ PLAN = {"timestamps": [30.0, 30.5, 31.0], "sample_fps": 2.0, "duration": 60.0}
     ],
 )
 def test_the_window_of_a_plan(plan: dict[str, Any], relative: bool, window: tuple[object, ...]) -> None:
-    assert sampled_windows([{"width": 28}, plan, {"timestamps": []}], relative=relative) == (Window(*window),)
+    assert collect_windows([{"width": 28}, plan, {"timestamps": []}], relative=relative) == (Window(*window),)
 
 
 def test_moments_are_within_what_was_looked_at() -> None:
@@ -64,7 +64,7 @@ def test_times_that_a_model_counts_otherwise_become_those_of_players() -> None:
     kept, notes = keep_moments([(0.0, 0.5), (0.75, 1.5), (1.5, 2.0), (1.0, 9.0)], [window])
     assert kept == [(5.0, 6.0), (9.0, 12.5), (12.5, 13.0), (12.0, 13.0)]
     assert "the reply names 1.0 s to 9.0 s: in part outside what was looked at (0.0 s to 2.0 s)" in str(notes[0])
-    relative = sampled_windows([PLAN], relative=True)
+    relative = collect_windows([PLAN], relative=True)
     assert keep_moments([(0.5, 1.2)], relative)[0] == [(30.5, 31.2)], "Preview counts from the first sampled frame"
     clip = Region("clip", (), interval=(0.5, 1.2))
     assert keep_regions([clip], relative) == [Region("clip", (), interval=(30.5, 31.2))]

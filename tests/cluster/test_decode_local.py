@@ -50,7 +50,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
 
 def whole(source: Source, config: ProcessorConfig = CONFIG, **options: Any) -> PlannedFrames:
     """What this process makes of a video."""
-    with Processor(config).decoding(source, MediaOptions(**options)) as (plan, frames):
+    with Processor(config).decode_video(source, MediaOptions(**options)) as (plan, frames):
         return PlannedFrames(plan, tuple(frames))
 
 

@@ -50,7 +50,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
 
 
 def whole(source: Source) -> PlannedFrames:
-    with Processor(CONFIG).decoding(source, MediaOptions()) as (plan, frames):
+    with Processor(CONFIG).decode_video(source, MediaOptions()) as (plan, frames):
         return PlannedFrames(plan, tuple(frames))
 
 

@@ -14,7 +14,7 @@ from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media import sizes
 from keye.media.image import open_frames
-from keye.media.lists import least_list_tokens
+from keye.media.lists import count_least_list_tokens
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, untrusted
 from keye.releases import find_release
@@ -41,15 +41,15 @@ def header_of(width: int, height: int) -> Source:
 def test_tokens_of_a_list_are_those_of_its_item(release: Any, given: dict[str, Any]) -> None:
     config, options, listed = ProcessorConfig(release=find_release(release)), MediaOptions(**given), pictures(5)
     item = Processor(config).frames(open_frames(listed), options)
-    least = least_list_tokens(listed, config, options)
+    least = count_least_list_tokens(listed, config, options)
     assert least <= item.visual_tokens if release == "1.5" else least == item.visual_tokens
 
 
 def test_pictures_of_strangers_are_measured_and_not_decoded() -> None:
     options = MediaOptions(timestamps=(0.0,), max_pixels=100 * 28 * 28)
-    assert least_list_tokens([header_of(2800, 2800)], ProcessorConfig(), options) == 100
+    assert count_least_list_tokens([header_of(2800, 2800)], ProcessorConfig(), options) == 100
     with pytest.raises(KeyeError, match="too many pixels together"):
-        least_list_tokens([header_of(9000, 8000)] * 6, ProcessorConfig(), MediaOptions())
+        count_least_list_tokens([header_of(9000, 8000)] * 6, ProcessorConfig(), MediaOptions())
 
 
 @pytest.mark.parametrize("pixels", [1e11, 1e12, 1e15])

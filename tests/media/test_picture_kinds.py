@@ -20,7 +20,7 @@ from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, MediaError
 from keye.media.decode.image_reader import ImageReader
-from keye.media.image import hold_image, open_image, plan_image, read_image
+from keye.media.image import open_image, plan_image, read_image, resize_first
 from keye.media.pixels.pictures import as_picture, in_bytes
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
 
@@ -233,7 +233,7 @@ def test_levels_of_32_bits(levels: NDArray[Any], wanted: list[int]) -> None:
 
 def preview_image(image: Image.Image) -> Image.Image:
     """A picture in memory as keye prepares it for Preview."""
-    return Image.fromarray(hold_image(open_image(image), ProcessorConfig.of("preview"), MediaOptions()))
+    return Image.fromarray(resize_first(open_image(image), ProcessorConfig.of("preview"), MediaOptions()))
 
 
 @pytest.mark.parametrize("mode", ["LA", "La", "P", "PA", "RGBA", "RGBa"])

@@ -183,7 +183,7 @@ def test_time_range_says_what_is_wrong(start: float | None, end: float | None, s
     st.lists(st.floats(0, 3600), min_size=1, max_size=50).map(sorted),
 )
 def test_displayed_frames(timestamps: list[float], targets: list[float]) -> None:
-    chosen = sampling.displayed_frames(timestamps, targets, tolerance=0.0)
+    chosen = sampling.find_displayed_frames(timestamps, targets, tolerance=0.0)
     assert chosen == sorted(set(chosen))
     assert len(chosen) <= len(targets)
     for target in targets:

@@ -18,8 +18,8 @@ from keye.engine.media import as_medium, plan_medium
 from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media.clips import cut_clips
 from keye.media.content import content_key, probe_cached
-from keye.media.decode.deinterlace import deinterlaced
-from keye.media.decode.display import believed_aspect, orientation, shown_size
+from keye.media.decode.deinterlace import interpolate_fields
+from keye.media.decode.display import check_aspect, display_size, orientation
 from keye.media.info import VideoInfo
 from keye.media.pixels.tone_map import to_sdr
 from keye.media.plan import VideoPlan
@@ -154,10 +154,10 @@ def test_impossible_pixels_are_taken_as_square(tmp_path: Path) -> None:
     assert (plan.source_width, plan.source_height) == (64, 48)
     assert "pixels are 20:1, which cannot be" in " ".join(told)
     stored = (None, Fraction(0), Fraction(1280, 1281), Fraction(8, 9), Fraction(1000), Fraction(1, 1000))
-    assert [believed_aspect(aspect) for aspect in stored] == [1, 1, 1, Fraction(8, 9), None, None]
+    assert [check_aspect(aspect) for aspect in stored] == [1, 1, 1, Fraction(8, 9), None, None]
     # No more pixels than are allowed for the stored picture.
-    assert shown_size(1000, 1000, Fraction(2), 1_500_000) == (1000, 500)
-    assert shown_size(1, 1000, Fraction(1, 10), 1_500_000) == (1, 1000)
+    assert display_size(1000, 1000, Fraction(2), 1_500_000) == (1000, 500)
+    assert display_size(1, 1000, Fraction(1, 10), 1_500_000) == (1, 1000)
 
 
 def two_tracks(path: Path, *marks: str, sizes: tuple[tuple[int, int], ...] = ((48, 32), (96, 64))) -> Path:
@@ -283,7 +283,7 @@ def test_all_sizes_and_formats_are_deinterlaced(name: str) -> None:
     for width, height in ((2, 2), (15, 40), (16, 16), (65, 49)):
         frame = av.VideoFrame(width, height, name)
         frame.pts, frame.time_base = 0, Fraction(1, 25)
-        picture = deinterlaced(None, frame, frame, 1)
+        picture = interpolate_fields(None, frame, frame, 1)
         assert (picture.width, picture.height) == (width, height)
         assert (picture is frame) == (min(width, height) < 16)
 

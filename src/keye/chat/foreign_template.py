@@ -20,10 +20,10 @@ from keye.chat.template import (
     TEMPLATE_FILES,
     ChatTemplate,
     Segment,
-    checked_turns,
+    check_turns,
+    find_last_user_turn,
     joined,
-    last_of_user,
-    reply_pieces,
+    split_reply,
     with_suffix,
 )
 from keye.chat.template_process import TemplateLimits, templates
@@ -70,7 +70,7 @@ class CheckpointTemplate:
             )
             return self.fallback.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking,
                                         tools=tools, add_vision_id=add_vision_id)  # fmt: skip
-        turns = checked_turns(messages, add_generation_prompt)
+        turns = check_turns(messages, add_generation_prompt)
         if turns[0].role != "system" and self.default_system is not None:
             turns = [Message("system", (self.default_system,)), *turns]
         if thinking is not None and self.thinking == "suffix":
@@ -92,7 +92,7 @@ class CheckpointTemplate:
         rendered = templates.render(self.name, template, variables, hidden.nonce, self.limits)
         segments = list(hidden.restore(self.name, rendered))
         _check_last_words(self.name, turns, segments)
-        return joined(_with_media(self.name, turns, segments))
+        return joined(_insert_media(self.name, turns, segments))
 
     def for_model(
         self, own: ChatTemplate, default_system: str | None, *, fall_back: bool = False
@@ -124,7 +124,7 @@ class _Hidden:
         return f"{before}KT{self.nonce}N{len(self._texts) - 1}E{after}"
 
     def reply(self, text: str) -> str:
-        return "".join(piece if index % 2 else self.text(piece) for index, piece in enumerate(reply_pieces(text)))
+        return "".join(piece if index % 2 else self.text(piece) for index, piece in enumerate(split_reply(text)))
 
     def data(self, value: Any) -> Any:
         """JSON data whose strings are hidden where they could hold a special token; a template may look at others."""
@@ -179,7 +179,7 @@ class _Hidden:
 
 def _check_last_words(name: str, turns: Sequence[Message], segments: Sequence[Segment]) -> None:
     """The last text of the user must be in the prompt: a template that cannot read a message drops it silently."""
-    index = last_of_user(turns)
+    index = find_last_user_turn(turns)
     texts = (
         [part.strip() for part in turns[index].parts if isinstance(part, str) and part.strip()] if index >= 0 else []
     )
@@ -188,7 +188,7 @@ def _check_last_words(name: str, turns: Sequence[Message], segments: Sequence[Se
         raise KeyeError(f"{name} leaves out what the user wrote last: load it with template keye or correct it.")
 
 
-def _with_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]) -> Iterable[Segment]:
+def _insert_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]) -> Iterable[Segment]:
     """Puts the media where the template wrote their placeholder tokens."""
     media = [part for turn in turns for part in turn.parts if isinstance(part, Medium)]
     waiting = iter(media)
@@ -215,7 +215,7 @@ def _with_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]
 
 def find_template(folder: Path) -> CheckpointTemplate | None:
     """The template that a checkpoint folder brings, None if it brings none; as `load_template` finds it."""
-    return load_template(folder) if any(_templates(folder / name) for name in TEMPLATE_FILES) else None
+    return load_template(folder) if any(_read_templates(folder / name) for name in TEMPLATE_FILES) else None
 
 
 def load_template(path: str | Path) -> CheckpointTemplate:
@@ -228,7 +228,7 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     if not path.exists():
         raise KeyeError(f"{path} does not exist: give a chat template file, a checkpoint folder, keye or checkpoint.")
     files = [path / name for name in TEMPLATE_FILES]
-    listed_templates = [template for file in (files if path.is_dir() else [path]) for template in _templates(file)]
+    listed_templates = [template for file in (files if path.is_dir() else [path]) for template in _read_templates(file)]
     if not listed_templates:
         raise KeyeError(f"{path} holds no chat template: choose template keye or auto.")
     named = dict(reversed(listed_templates))
@@ -239,7 +239,7 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     return CheckpointTemplate(f"The chat template of {path}", text, tool_text)
 
 
-def _templates(file: Path) -> list[tuple[str, str]]:
+def _read_templates(file: Path) -> list[tuple[str, str]]:
     """The named templates in one file; none if it is missing or has no template."""
     try:
         text = file.read_text(encoding="utf-8") if file.stat().st_size <= 16 * MAX_TEMPLATE_CHARS else None

@@ -42,7 +42,7 @@ def check_regex(pattern: str, name: str) -> None:
 
 def check_grammar(grammar: str) -> list[Mapping[str, Any]]:
     """`KeyeError` where the repetitions of a grammar in Lark's syntax multiply; returns the JSON schemas in it."""
-    schemas, text = _without_json(grammar)
+    schemas, text = _drop_json(grammar)
     starts = [*_LARK_RULE.finditer(text)]
     ends = [match.start() for match in starts[1:]] + [len(text)]
     bodies = {match[1]: text[match.end() : end] for match, end in zip(starts, ends, strict=True)}
@@ -160,7 +160,7 @@ def _is_terminal(name: str) -> bool:
     return name.lstrip("_")[:1].isupper()
 
 
-def _without_json(grammar: str) -> tuple[list[Mapping[str, Any]], str]:
+def _drop_json(grammar: str) -> tuple[list[Mapping[str, Any]], str]:
     """The schemas that stand in a grammar, and the grammar without them."""
     schemas, text, at = [], "", 0
     for match in _LARK_JSON.finditer(grammar):

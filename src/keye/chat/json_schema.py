@@ -48,8 +48,8 @@ _NAMED: Final = ("properties", "patternProperties", "dependentSchemas", "$defs",
 def compact_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """The schema whose JSON is closed, compact and bounded; `schema` must have passed `check_schema`. With `lenient`,
     keywords that cannot be held to are left out of account."""
-    open_targets = set(_merged_targets(schema))
-    node_found = _node(schema, merged=False, open_targets=open_targets)
+    open_targets = set(_find_merged_targets(schema))
+    node_found = _compact_node(schema, merged=False, open_targets=open_targets)
     if node_found == _TO_ANY:
         node_found = {"anyOf": [_TO_ANY]}
     if not isinstance(definitions := node_found.get("$defs", {}), Mapping):
@@ -58,7 +58,7 @@ def compact_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[
     return {**node_found, "x-guidance": {**_COMPACT, "lenient": lenient}}
 
 
-def call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+def build_call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """The schema of one call of a function. References of its parameters count from their own root, so what they refer
     to is moved."""
     arguments = dict(parameters or EMPTY_OBJECT)
@@ -75,11 +75,11 @@ def call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, An
 
 def _any_value() -> dict[str, Any]:
     kinds = [{"type": "object", "additionalProperties": _TO_ANY}, {"type": "array", "items": _TO_ANY}]
-    return {"anyOf": [{"type": "string"}, _bounded({"type": "number"}, {"number"}), *kinds,
+    return {"anyOf": [{"type": "string"}, _bound_node({"type": "number"}, {"number"}), *kinds,
                       {"type": "boolean"}, {"type": "null"}]}  # fmt: skip
 
 
-def _node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
+def _compact_node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
     """A schema inside another. `merged` says that others hold for the same value, which may name other properties."""
     if value is True or (isinstance(value, Mapping) and not value.keys() - _NOTES):
         return _TO_ANY
@@ -91,22 +91,22 @@ def _node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
     has_properties = "properties" in node or "$ref" in node
     for key in _SINGLE_SCHEMAS:
         if key in node and isinstance(node[key], bool | Mapping) and not (key == "additionalProperties" and merged):
-            node[key] = _node(node[key], merged=merged or key in ("not", "if", "then", "else"),
+            node[key] = _compact_node(node[key], merged=merged or key in ("not", "if", "then", "else"),
                               open_targets=open_targets)  # fmt: skip
     for key in (*_COMBINE, "prefixItems", "items"):
         if isinstance(node.get(key), list):
             shared = key in _COMBINE and (merged or has_properties or (key == "allOf" and len(node[key]) > 1))
-            node[key] = [_node(part, merged=shared, open_targets=open_targets) for part in node[key]]
+            node[key] = [_compact_node(part, merged=shared, open_targets=open_targets) for part in node[key]]
     for key in _NAMED:
         if isinstance(node.get(key), Mapping):
             node[key] = {
-                name: _node(part, merged=f"#/{key}/{name}" in open_targets, open_targets=open_targets)
+                name: _compact_node(part, merged=f"#/{key}/{name}" in open_targets, open_targets=open_targets)
                 for name, part in node[key].items()
             }
-    return _settled(node, merged)
+    return _close_node(node, merged)
 
 
-def _settled(node: dict[str, Any], merged: bool) -> dict[str, Any]:
+def _close_node(node: dict[str, Any], merged: bool) -> dict[str, Any]:
     """A node whose inner schemas are done, closed and bounded itself."""
     types = node.get("type")
     listed = types if isinstance(types, list) else [types]
@@ -125,12 +125,12 @@ def _settled(node: dict[str, Any], merged: bool) -> dict[str, Any]:
         del node["maxLength"]
     if isinstance(node.get("minLength"), int) and node["minLength"] > _LONGEST:
         raise KeyeError(f"the JSON schema has a minLength of {node['minLength']:,}; it can be up to {_LONGEST:,}")
-    return _bounded(node, kinds) if kinds & {"number", "integer"} and not {"enum", "const"} & node.keys() else node
+    return _bound_node(node, kinds) if kinds & {"number", "integer"} and not {"enum", "const"} & node.keys() else node
 
 
-def _bounded(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
+def _bound_node(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
     """A schema of numbers with a smallest, a largest and, unless they are whole, a step."""
-    _clamped(node)
+    _clamp_limits(node)
     if "minimum" not in node and "exclusiveMinimum" not in node:
         node["minimum"] = min(-_LARGEST, _limit(node, "maximum", "exclusiveMaximum"))
     if "maximum" not in node and "exclusiveMaximum" not in node:
@@ -140,7 +140,7 @@ def _bounded(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
     return node
 
 
-def _clamped(node: dict[str, Any]) -> None:
+def _clamp_limits(node: dict[str, Any]) -> None:
     """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can;
     `KeyeError` where only numbers beyond these would do."""
     for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
@@ -157,7 +157,7 @@ def _limit(node: Mapping[str, Any], *names: str) -> float:
     return node_found[0] * 10 if node_found else 0
 
 
-def _merged_targets(schema: object) -> Iterator[str]:
+def _find_merged_targets(schema: object) -> Iterator[str]:
     """References to schemas that hold for a value together with others."""
     for _, _, node in _walk(schema):
         if not isinstance(node, Mapping):

@@ -151,13 +151,13 @@ def _tool_call(where: str, call: object) -> ToolCall:
     if isinstance(arguments, str):
         if len(arguments) > MAX_ARGUMENTS:
             raise KeyeError(f"{where}.arguments has more than {MAX_ARGUMENTS:,} characters: send less.")
-        return _written_call(where, name, arguments)
+        return _parse_written_call(where, name, arguments)
     if not isinstance(arguments, Mapping):
         raise KeyeError(f"{where}.arguments of {name} is a {type(arguments).__name__}: give an object.")
     return ToolCall(name, arguments)
 
 
-def _written_call(where: str, name: str, arguments: str) -> ToolCall:
+def _parse_written_call(where: str, name: str, arguments: str) -> ToolCall:
     """A call whose arguments are text; what a model was cut off in, or got wrong, stands in the prompt as it is."""
     try:
         data = json.loads(arguments or "{}")
@@ -232,14 +232,14 @@ def _medium_url(where: str, kind: MediumKind, part: object) -> Medium:
     fields = _fields(where, part, allowed={"type", key, "preprocess_kwargs", *_OPTIONS[kind]}, required=(key,))
     inner = fields[key] if isinstance(fields[key], Mapping) else {"url": fields[key]}
     if kind == "image" and "detail" in inner:
-        inner = _without_detail(where, inner)
+        inner = _drop_detail(where, inner)
     outer = {name: value for name, value in fields.items() if name not in ("type", key)}
     if repeated := sorted(outer.keys() & inner.keys()):
         raise KeyeError(f"{where}.{repeated[0]} stands beside {key} and inside it: give it once.")
     return _medium(f"{where}.{key}", kind, {**inner, **outer}, source_key="url", also_allowed=set())
 
 
-def _without_detail(where: str, picture: Mapping[str, Any]) -> Mapping[str, Any]:
+def _drop_detail(where: str, picture: Mapping[str, Any]) -> Mapping[str, Any]:
     """The object without OpenAI's `detail`, which means two fixed sizes that Keye does not have."""
     if picture["detail"] not in _DETAILS:
         raise KeyeError(f"{where}.image_url.detail is {brief(picture['detail'])}: use one of {', '.join(_DETAILS)}.")

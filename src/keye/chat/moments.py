@@ -38,7 +38,7 @@ class Window:
         return round(self.displayed[before] + (seconds - self.counted[before]) * rate, 3)
 
 
-def sampled_windows(plans: Iterable[Mapping[str, Any]], *, relative: bool = False) -> tuple[Window, ...]:
+def collect_windows(plans: Iterable[Mapping[str, Any]], *, relative: bool = False) -> tuple[Window, ...]:
     """The windows in which the frames of each video were sampled: the `part` of its plan, else from its
     first sampled frame until the last one makes way for the next. `relative` counts them from the first sampled frame,
     for a model that sees no absolute times. Plans without times (images, frames of unknown times) have no window."""

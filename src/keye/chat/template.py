@@ -71,13 +71,13 @@ class Segment:
 _REPLY_MARKS: Final = re.compile(f"({'|'.join(map(re.escape, MARKUP_TOKENS + POLYGON_TOKENS))})")
 
 
-def reply_pieces(text: str) -> list[str]:
+def split_reply(text: str) -> list[str]:
     """A reply of the model cut at the marks that it may write: texts at even places, marks at odd ones."""
     return _REPLY_MARKS.split(text)
 
 
 def count_marks(text: str, most: int) -> int:
-    """How many marks `reply_pieces` finds in a text; counting ends after `most`."""
+    """How many marks `split_reply` finds in a text; counting ends after `most`."""
     return sum(1 for _ in itertools.islice(_REPLY_MARKS.finditer(text), most + 1))
 
 
@@ -114,7 +114,7 @@ def render(
     and for a conversation that ends with a reply if a generation prompt is wanted.
     """
     template = template or CHATML
-    turns = checked_turns(messages, add_generation_prompt)
+    turns = check_turns(messages, add_generation_prompt)
     if turns[0].role != "system" and template.default_system is not None:
         turns = [Message("system", (template.default_system,)), *turns]
     if thinking is not None and template.thinking == "suffix":
@@ -123,8 +123,8 @@ def render(
     offered = normalize_tools(tools)
     if offered:
         system = turns.pop(0).parts if turns[0].role == "system" else ()
-        segments += _system_with_tools(system, offered)
-    last_user = last_of_user(turns)
+        segments += _add_tools(system, offered)
+    last_user = find_last_user_turn(turns)
     numbers = {"image": itertools.count(1), "video": itertools.count(1)} if add_vision_id else None
     for role, group in itertools.groupby(enumerate(turns), key=lambda pair: pair[1].role):
         if role == "tool":  # results of neighbouring calls share one turn, which is the user's
@@ -150,7 +150,7 @@ def opens_reasoning(segments: Sequence[Segment]) -> bool:
     return False
 
 
-def without_last_end(messages: Sequence[Mapping[str, Any] | Message], segments: Sequence[Segment]) -> list[Segment]:
+def drop_last_end(messages: Sequence[Mapping[str, Any] | Message], segments: Sequence[Segment]) -> list[Segment]:
     """A rendered prompt without the end of its last message, which the model is to go on with. `KeyeError` for one that
     is not the assistant's, or says nothing."""
     (last,) = normalize(messages)[-1:]
@@ -163,7 +163,7 @@ def without_last_end(messages: Sequence[Mapping[str, Any] | Message], segments: 
     return joined([*before, Segment("template", str(end.value)[:at])])
 
 
-def checked_turns(messages: Sequence[Mapping[str, Any] | Message], add_generation_prompt: bool) -> list[Message]:
+def check_turns(messages: Sequence[Mapping[str, Any] | Message], add_generation_prompt: bool) -> list[Message]:
     """The messages as `normalize` returns them; KeyeError if a reply is wanted and the system has spoken alone."""
     turns = normalize(messages)
     if add_generation_prompt and all(turn.role == "system" for turn in turns):
@@ -171,20 +171,20 @@ def checked_turns(messages: Sequence[Mapping[str, Any] | Message], add_generatio
     return turns
 
 
-def last_of_user(turns: Sequence[Message]) -> int:
+def find_last_user_turn(turns: Sequence[Message]) -> int:
     """Index of the last message of the user, -1 if there is none."""
     return max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
 
 
 def with_suffix(turns: Sequence[Message], suffix: str) -> list[Message]:
     """The same turns with `suffix` at the end of the last user text."""
-    turns, index = list(turns), last_of_user(turns)
+    turns, index = list(turns), find_last_user_turn(turns)
     if index >= 0:
         turns[index] = replace(turns[index], parts=(*turns[index].parts, suffix))
     return turns
 
 
-def _system_with_tools(system: Sequence[str | Medium], tools: Sequence[Mapping[str, Any]]) -> Iterable[Segment]:
+def _add_tools(system: Sequence[str | Medium], tools: Sequence[Mapping[str, Any]]) -> Iterable[Segment]:
     yield Segment("template", "<|im_start|>system\n")
     if system:
         for part in system:
@@ -224,24 +224,24 @@ def _turn(turn: Message, numbers: Mapping[str, Iterator[int]] | None, *, keep_re
                 yield Segment("template", f"{_VISION_NAMES[part.kind]} {next(numbers[part.kind])}: ")
             yield from _part(part)
         elif turn.role == "assistant":
-            yield from _reply(part if keep_reasoning else _without_reasoning(part))
+            yield from _reply(part if keep_reasoning else _drop_reasoning(part))
         else:
             yield from _part(part)
-    text = _without_reasoning("".join(part for part in turn.parts if isinstance(part, str)))
+    text = _drop_reasoning("".join(part for part in turn.parts if isinstance(part, str)))
     for index, call in enumerate(turn.tool_calls):
         yield Segment("template", "\n<tool_call>\n" if index or text else "<tool_call>\n")
         yield Segment("text", call.to_json())
         yield Segment("template", "\n</tool_call>")
 
 
-def _without_reasoning(text: str) -> str:
+def _drop_reasoning(text: str) -> str:
     _, closed, answer = text.rpartition("</think>")
     return answer.lstrip("\n") if closed else text
 
 
 def _reply(text: str) -> Iterable[Segment]:
     """A reply of the model: the marks it may write are tokens again, control tokens are not."""
-    for index, piece in enumerate(reply_pieces(text)):
+    for index, piece in enumerate(split_reply(text)):
         yield Segment("template" if index % 2 else "text", piece)
 
 

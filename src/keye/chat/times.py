@@ -27,7 +27,7 @@ def parse_intervals(text: str) -> list[Interval] | None:
     seconds, mm:ss or hh:mm:ss, each with optional decimals. Pairs that end before they start are left out, and so are
     coordinates between point, box, quad and polygon marks.
     """
-    text = _without_coordinates(text)
+    text = _drop_coordinates(text)
     intervals: list[Interval] = []
     previous_end = None
     for match in _PAIR.finditer(text):
@@ -42,7 +42,7 @@ def parse_intervals(text: str) -> list[Interval] | None:
     return intervals if intervals or _EMPTY.search(text) else None
 
 
-def _without_coordinates(text: str) -> str:
+def _drop_coordinates(text: str) -> str:
     for name in _COORDINATE_MARKS:
         outside = []
         opening, closing = f"<|{name}_start|>", f"<|{name}_end|>"

@@ -178,7 +178,9 @@ class BegunVideo:
         plan = _part(work.plan, work.first, work.stop) if part and work.plan is not None else work.plan
         processor = Processor(work.config, limits=work.limits)
         try:
-            plan_of_part, self._frames = self._open.enter_context(processor.decoding(source, work.options, plan=plan))
+            plan_of_part, self._frames = self._open.enter_context(
+                processor.decode_video(source, work.options, plan=plan)
+            )
         except BaseException:
             self._open.close()
             raise

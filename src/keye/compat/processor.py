@@ -81,20 +81,20 @@ class OfficialProcessor:
         clips, seconds, grids = [], None, []
         if videos:
             if self.config.release.whole_video:
-                seconds = tuple(1 / rate for rate in _rates(fps, len(videos)))
+                seconds = tuple(1 / rate for rate in _list_rates(fps, len(videos)))
                 clips = [self.video(video).as_one_video() for video in videos]
                 expansions["video"] = [[VisualSpan("video", self._tokens(clip)[0])] for clip in clips]
                 grids = [clip.grid_thw for clip in clips]
             else:
-                settings = [_settings(video_kwargs, i, len(videos)) for i in range(len(videos))]
+                settings = [_pick_settings(video_kwargs, i, len(videos)) for i in range(len(videos))]
                 clips = [self.slow_fast_video(v, s) for v, s in zip(videos, settings, strict=True)]
                 expansions["video"] = [
                     expand_frames(self._tokens(clip), self.config, s.get("timestamps"), s.get("frame_types"))
                     for clip, s in zip(clips, settings, strict=True)
                 ]
-                grids = [_merged(clip.grid_thw) for clip in clips]
+                grids = [_merge_rows(clip.grid_thw) for clip in clips]
         return ProcessorOutput(
-            text=_expanded(texts, expansions),
+            text=_expand_texts(texts, expansions),
             pixel_values=np.concatenate([p.pixel_values for p in pictures]) if pictures else None,
             image_grid_thw=np.concatenate([p.grid_thw for p in pictures]) if pictures else None,
             pixel_values_videos=np.concatenate([c.pixel_values for c in clips]) if clips else None,
@@ -143,7 +143,7 @@ class OfficialProcessor:
         return [int(n) for n in vision.grid_thw.prod(axis=1) // self.config.merge_size**2]
 
 
-def _rates(fps: float | Sequence[float], count: int) -> list[float]:
+def _list_rates(fps: float | Sequence[float], count: int) -> list[float]:
     if isinstance(fps, int | float):
         return [float(fps)] * count
     if len(fps) != count:
@@ -151,7 +151,7 @@ def _rates(fps: float | Sequence[float], count: int) -> list[float]:
     return [float(rate) for rate in fps]
 
 
-def _settings(video_kwargs: dict[str, Sequence[Any]], index: int, count: int) -> dict[str, Any]:
+def _pick_settings(video_kwargs: dict[str, Sequence[Any]], index: int, count: int) -> dict[str, Any]:
     """The settings of one video, sequences as plain lists."""
     known = ("height", "width", "fast_height", "fast_width", "frame_types", "timestamps")
     if unknown := sorted(video_kwargs.keys() - set(known)):
@@ -165,14 +165,14 @@ def _settings(video_kwargs: dict[str, Sequence[Any]], index: int, count: int) ->
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in chosen.items()}
 
 
-def _merged(grid: NDArray[np.int64]) -> NDArray[np.int64]:
+def _merge_rows(grid: NDArray[np.int64]) -> NDArray[np.int64]:
     """Neighbouring rows (1, h, w) of one size as one row (t, h, w)."""
     starts = np.flatnonzero(np.r_[True, (grid[1:] != grid[:-1]).any(axis=1)])
     counts = np.diff(np.r_[starts, len(grid)])
     return np.column_stack([counts, grid[starts, 1:]])
 
 
-def _expanded(texts: Sequence[str], expansions: dict[str, list[list[Piece]]]) -> list[str]:
+def _expand_texts(texts: Sequence[str], expansions: dict[str, list[list[Piece]]]) -> list[str]:
     """The texts with each placeholder replaced by the expansion of its medium."""
     waiting = {_PAD[kind]: iter(pieces) for kind, pieces in expansions.items()}
 

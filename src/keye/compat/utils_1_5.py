@@ -24,8 +24,8 @@ from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
 from keye.media import sizes
-from keye.media.image import hold_image, open_frames, open_image
-from keye.media.lists import sampled_list
+from keye.media.image import open_frames, open_image, resize_first
+from keye.media.lists import sample_list
 from keye.media.pixels.pictures import Pixels
 from keye.media.pixels.slowfast import frame_types
 from keye.media.source.fetch import as_source
@@ -55,7 +55,7 @@ def fetch_image(ele: Item, size_factor: int = IMAGE_FACTOR, is_video: bool = Fal
     if is_video:
         height, width = sizes.listed_frame_size(image.height, image.width, CONFIG, options)
         return image.convert("RGB").resize((width, height))
-    return Image.fromarray(hold_image(image, CONFIG, options))
+    return Image.fromarray(resize_first(image, CONFIG, options))
 
 
 def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, dict[str, Any]]:
@@ -66,10 +66,10 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
     options = options_of(ele, "video", total_key="video_total_pixels")
     pictures = open_frames(video_of(ele))
     if pictures is not None:
-        frames, times = sampled_list(pictures, CONFIG, options)
+        frames, times = sample_list(pictures, CONFIG, options)
         array = np.stack(list(frames))
     else:
-        array, times = _decoded(video_of(ele), options)
+        array, times = _decode_video(video_of(ele), options)
     types = frame_types(array, CONFIG, options.min_frame_similarity)
     fast, (_, height, width, _) = sum(types), array.shape
     result = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
@@ -127,13 +127,13 @@ def process_vision_info(
     return result if return_video_kwargs is False else (*result, kwargs)
 
 
-def _decoded(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
+def _decode_video(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
     with VideoReader(as_source(value), track=options.track) as reader:
         plan = reader.plan(CONFIG, options)
-        times = plan.label_times or _since(plan.start_offset, plan.timestamps)
+        times = plan.label_times or _subtract_first(plan.start_offset, plan.timestamps)
         return np.stack(list(reader.frames(plan, native=True))), times
 
 
-def _since(first: float, times: tuple[float, ...]) -> tuple[float, ...]:
+def _subtract_first(first: float, times: tuple[float, ...]) -> tuple[float, ...]:
     """Seconds from the first frame of the file, as the original counts."""
     return tuple(round(time - first, 6) for time in times) if first else times

@@ -20,9 +20,9 @@ from keye.config import ProcessorConfig, preview_video_max_pixels
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media import sizes
-from keye.media.image import hold_image, open_frames, open_image
+from keye.media.image import open_frames, open_image, resize_first
 from keye.media.info import VideoInfo
-from keye.media.lists import listed_indices
+from keye.media.lists import select_listed
 from keye.media.pixels.pictures import as_frames
 from keye.media.pixels.resample import bicubic
 from keye.media.sampling import frame_range
@@ -52,7 +52,7 @@ def fetch_image(ele: Item, size_factor: int = IMAGE_FACTOR) -> Image.Image:
     check_factor(size_factor)
     options = options_of(ele, "image", total_key="total_pixels")
     image = open_image(picture_of(ele), strict_official=options.strict_official)
-    return Image.fromarray(hold_image(image, CONFIG, options))
+    return Image.fromarray(resize_first(image, CONFIG, options))
 
 
 def fetch_video(
@@ -68,7 +68,7 @@ def fetch_video(
     if budget is not None and options.video_total_pixels is None:
         options = options.replace(video_total_pixels=budget)
     frames = open_frames(video_of(ele))
-    video, fps = _listed(frames, options) if frames is not None else _decoded(video_of(ele), options)
+    video, fps = _size_list(frames, options) if frames is not None else _decode_video(video_of(ele), options)
     return (video, fps) if return_video_sample_fps else video
 
 
@@ -89,22 +89,22 @@ def process_vision_info(conversations: Sequence[Any], return_video_kwargs: bool 
     return (*media, {"fps": rates}) if return_video_kwargs else media
 
 
-def _listed(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], float]:
+def _size_list(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], float]:
     pictures = as_frames(frames)
-    indices, fps = listed_indices(len(pictures), CONFIG, options)
-    return [Image.fromarray(hold_image(open_image(pictures[i]), CONFIG, options)) for i in indices], fps
+    indices, fps = select_listed(len(pictures), CONFIG, options)
+    return [Image.fromarray(resize_first(open_image(pictures[i]), CONFIG, options)) for i in indices], fps
 
 
-def _decoded(value: object, options: MediaOptions) -> tuple[Tensor, float]:
+def _decode_video(value: object, options: MediaOptions) -> tuple[Tensor, float]:
     with VideoReader(as_source(value), track=options.track) as reader:
-        plan = reader.plan(CONFIG, _official_range(reader.info, options))
+        plan = reader.plan(CONFIG, _use_official_range(reader.info, options))
         video = torch.empty((plan.frames, 3, plan.height, plan.width))
         for i, frame in enumerate(reader.frames(plan, native=True)):
             video[i] = torch.from_numpy(bicubic(frame, (plan.height, plan.width))).permute(2, 0, 1)
     return video, plan.sample_fps
 
 
-def _official_range(info: VideoInfo, options: MediaOptions) -> MediaOptions:
+def _use_official_range(info: VideoInfo, options: MediaOptions) -> MediaOptions:
     """The options with the borders that the original gives a part of a video: frames after its start, not the one that
     is on display then, counted from the first. Where the original finds none, the options as they are."""
     start, end = options.video_start, options.video_end

@@ -20,7 +20,7 @@ from keye.config.model import (
 from keye.config.processor import (
     PROCESSOR_FILE,
     ProcessorConfig,
-    frame_text_of,
+    find_frame_text,
     has_keye_fields,
     load_processor_config,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "TextConfig",
     "VisionConfig",
     "architecture_name",
-    "frame_text_of",
+    "find_frame_text",
     "has_keye_fields",
     "hub_config",
     "kernel_config",

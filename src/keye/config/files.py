@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def own_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> dict[str, Any]:
+def read_keye_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> dict[str, Any]:
     """The `keye` object of a file, whose fields must be among `known`, without those that are null."""
     own = raw.get("keye", {})
     if not isinstance(own, Mapping):

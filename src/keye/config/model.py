@@ -15,9 +15,9 @@ from keye.config.files import (
     ConfigError,
     check_fields,
     check_format,
-    own_fields,
     raise_first,
     read_json,
+    read_keye_fields,
     require,
 )  # fmt: skip
 from keye.releases import Architecture, Release, releases_by_architecture
@@ -229,7 +229,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     Raises `ConfigError` naming every missing field at once, an architecture that is not supported, or the first
     contradiction between fields. Keys without meaning here are kept in `raw` and named in `unknown`.
     """
-    raw, official = _with_rope_scaling(raw), raw
+    raw, official = _merge_rope_fields(raw), raw
     architecture = architecture_name(raw)
     release = releases_by_architecture()[architecture]
     if not release.runs:
@@ -238,7 +238,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
             "run yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
         )
     if raw.get("quantization_config"):
-        raise ConfigError(_quantised(raw["quantization_config"]))
+        raise ConfigError(_explain_quantised(raw["quantization_config"]))
     require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
     check_fields("config.json", raw, _MODEL_KINDS)
     if raw.get("use_sliding_window"):
@@ -270,7 +270,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     return config
 
 
-def _quantised(section: object) -> str:
+def _explain_quantised(section: object) -> str:
     """The sentence on a checkpoint whose weights are quantised."""
     method = section.get("quant_method") if isinstance(section, Mapping) else None
     named = f" ({method})" if isinstance(method, str) else ""
@@ -280,7 +280,7 @@ def _quantised(section: object) -> str:
     )
 
 
-def _with_rope_scaling(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+def _merge_rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A config.json with `rope_scaling` and `rope_theta` also where transformers 5 saved it, which writes both as
     `rope_parameters`. `ConfigError` where a file has both and they differ."""
     joined = raw.get("rope_parameters")
@@ -332,7 +332,8 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     eos = raw.get("eos_token_id")
     if eos is not None:
         values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
-    return GenerationConfig(**{**values, **own_fields(raw, path, ("default_system", "ground_prompt", "examples"))})
+    own = read_keye_fields(raw, path, ("default_system", "ground_prompt", "examples"))
+    return GenerationConfig(**{**values, **own})
 
 
 def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConfig:

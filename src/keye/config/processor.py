@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye.config.files import ConfigError, check_fields, check_format, own_fields, read_json
+from keye.config.files import ConfigError, check_fields, check_format, read_json, read_keye_fields
 from keye.releases import V2, Release, find_release, releases_by_architecture
 
 #: The file that says how a checkpoint wants its media prepared, and the one that newer versions of transformers write
@@ -106,7 +106,7 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     """
     model_file = Path(folder) / "config.json"
     model = read_json(model_file) if model_file.exists() else {}
-    config = _processor_config(Path(folder) / PROCESSOR_FILE, _release_of(model), frame_text_of(Path(folder)))
+    config = _read_processor_config(Path(folder) / PROCESSOR_FILE, _find_release(model), find_frame_text(Path(folder)))
     vision = model.get("vision_config")
     for ours, theirs, default in (("patch_size", "patch_size", 14), ("merge_size", "spatial_merge_size", 2)):
         actual, wanted = getattr(config, ours), isinstance(vision, Mapping) and (vision.get(theirs) or default)
@@ -117,7 +117,7 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     return config
 
 
-def frame_text_of(folder: Path) -> str | None:
+def find_frame_text(folder: Path) -> str | None:
     """The text before a video frame that a checkpoint's own files give, None if they give none."""
     for name in (VIDEO_PROCESSOR_FILE, PROCESSOR_FILE):
         raw = read_json(folder / name) if (folder / name).exists() else {}
@@ -133,7 +133,7 @@ def has_keye_fields(folder: Path) -> bool:
     return path.exists() and "keye" in read_json(path)
 
 
-def _processor_config(path: Path, release: Release, frame_text: str | None) -> ProcessorConfig:
+def _read_processor_config(path: Path, release: Release, frame_text: str | None) -> ProcessorConfig:
     brought = {} if frame_text is None else {"frame_text": frame_text}
     if not path.exists():
         return ProcessorConfig.of(release, **brought)
@@ -152,13 +152,13 @@ def _processor_config(path: Path, release: Release, frame_text: str | None) -> P
             values[f"processor_{bound}_pixels"] = pixels
         else:
             values[f"image_{bound}_tokens"] = max(1, pixels // token)
-    own = own_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)} | {"generation"})
+    own = read_keye_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)} | {"generation"})
     if "generation" in own:
         raise ConfigError(f"{path} has keye.generation; the field is called release now")
     return ProcessorConfig.of(str(own.pop("release", release.name)), **{**values, **brought, **own})
 
 
-def _release_of(model: Mapping[str, Any]) -> Release:
+def _find_release(model: Mapping[str, Any]) -> Release:
     """The release of a checkpoint, by its parsed config.json; 2.0 without one."""
     known = releases_by_architecture()
     return next((known[name] for name in model.get("architectures") or [] if name in known), V2)

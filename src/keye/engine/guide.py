@@ -19,7 +19,7 @@ from keye.chat.grammar_size import check_grammar, check_regex
 from keye.chat.json_schema import (
     MAX_BYTES,
     MAX_PATTERN,
-    call_schema,
+    build_call_schema,
     check_schema,
     check_together,
     compact_schema,
@@ -222,7 +222,7 @@ class GuideFactory:
             if mark not in self._tokenizer.added_tokens:
                 raise KeyeError(f"the model has no token {mark}, so calls of tools cannot be required of it")
         functions = [tool["function"] for tool in form.value]
-        schemas = [call_schema(function["name"], function.get("parameters")) for function in functions]
+        schemas = [build_call_schema(function["name"], function.get("parameters")) for function in functions]
         check_together(schemas, "the functions")
         rules = [f"call_{i}: {_json_rule(schema, lenient)}" for i, schema in enumerate(schemas)]
         either = " | ".join(f"call_{i}" for i in range(len(rules)))

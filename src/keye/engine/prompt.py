@@ -14,8 +14,8 @@ from torch import Tensor
 from keye.cache.prefix import MediaSpans
 from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
-from keye.chat.moments import Window, sampled_windows
-from keye.chat.template import CHATML, ChatTemplate, Segment, without_last_end
+from keye.chat.moments import Window, collect_windows
+from keye.chat.template import CHATML, ChatTemplate, Segment, drop_last_end
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
 from keye.engine.media import IndexedVideo, OpenIndex, check_medium, plan_medium
@@ -109,7 +109,7 @@ class Prompt:
     def plans(self) -> tuple[Mapping[str, Any], ...]:
         """What was sampled of each medium and what it cost, as plain data."""
         indexed = () if self.indexed is None else (self.indexed.plan,)
-        return (*indexed, *map(plan_of, self.media))
+        return (*indexed, *map(describe_item, self.media))
 
     def vision(self) -> tuple[Tensor, Tensor] | None:
         """Patches and grids of all media to be encoded, in order; None without any."""
@@ -118,7 +118,7 @@ class Prompt:
         return VisionInput.concatenate([item.vision for item in self.media]).tensors()
 
 
-def plan_of(item: MediaItem) -> dict[str, Any]:
+def describe_item(item: MediaItem) -> dict[str, Any]:
     """The plan of a medium; frames in memory were not sampled, so theirs is what they are."""
     if item.plan is not None:
         return item.plan.to_dict()
@@ -172,7 +172,7 @@ class PromptBuilder:
         begins = add_generation_prompt and not continue_final_message
         segments = (template or CHATML).render(messages, thinking=thinking, tools=tools, add_generation_prompt=begins)
         if continue_final_message:
-            segments = without_last_end(messages, segments)
+            segments = drop_last_end(messages, segments)
         for segment in segments:
             if isinstance(segment.value, Medium):
                 check_medium(segment.value)
@@ -195,13 +195,13 @@ class PromptBuilder:
         """
         with collect_warnings() as notes:
             prompt = self._lay_out(segments, budget, stream, salt)
-        windows = sampled_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
+        windows = collect_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
         return replace(prompt, notes=tuple(notes), windows=windows)
 
     def _lay_out(self, segments: Sequence[Segment], budget: ContextBudget | None, stream: bool, salt: bytes) -> Prompt:
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
-        runs = _text_runs(segments)
+        runs = _split_runs(segments)
         if budget is not None:
             budget.check(sum(self.tokenizer.least_tokens(text) for run in runs for text, _ in run), 0, at_least=True)
         planned, visual = list[PlannedMedium](), 0
@@ -275,15 +275,15 @@ class PromptBuilder:
                 planned.visual_tokens, planned.visual_tokens, at_least=True
             )
             item = self.processor.load(planned)
-            plans.append({"kind": medium.kind, **plan_of(item)})
+            plans.append({"kind": medium.kind, **describe_item(item)})
             pieces.append(item.pieces)
         text = 0
-        for run in _text_runs(segments):
+        for run in _split_runs(segments):
             text += len(self.tokenizer.encode_parts(run, most=MOST_COUNTED))
             if text > MOST_COUNTED:
                 raise KeyeError(f"the prompt has more than {MOST_COUNTED:,} tokens of text, which are not counted")
         tokens = sum(plan["visual_tokens"] for plan in plans)
-        return PromptCost(text + tokens + sum(map(self._label_tokens, pieces)), tokens, tuple(plans))
+        return PromptCost(text + tokens + sum(map(self._count_label_tokens, pieces)), tokens, tuple(plans))
 
     def _encode_runs(
         self, runs: Sequence[Sequence[tuple[str, bool]]], planned: Sequence[PlannedMedium], budget: ContextBudget | None
@@ -292,7 +292,7 @@ class PromptBuilder:
         if budget is None:
             return [self.tokenizer.encode_parts(run) for run in runs]
         visual = sum(medium.visual_tokens for medium in planned)
-        used, ids = visual + sum(self._label_tokens(medium.pieces) for medium in planned), list[list[int]]()
+        used, ids = visual + sum(self._count_label_tokens(medium.pieces) for medium in planned), list[list[int]]()
         budget.check(used, visual, at_least=True)
         for run in runs:
             ids.append(self.tokenizer.encode_parts(run, most=max(budget.limit - budget.reply - used, 0)))
@@ -300,7 +300,7 @@ class PromptBuilder:
             budget.check(used, visual, at_least=True)
         return ids
 
-    def _label_tokens(self, pieces: Sequence[Piece]) -> int:
+    def _count_label_tokens(self, pieces: Sequence[Piece]) -> int:
         """Tokens of the texts among the pieces of a medium."""
         return sum(len(self.tokenizer.encode(piece, special=True)) for piece in pieces if isinstance(piece, str))
 
@@ -320,7 +320,7 @@ class PromptBuilder:
             rows = [item.grid_thw for item in items if item.kind == kind]
             if rows:
                 grids[self._pad[kind]] = np.concatenate(rows)
-        merge, preview = self.config.vision.spatial_merge_size, self._preview_layout(items)
+        merge, preview = self.config.vision.spatial_merge_size, self._build_preview_layout(items)
         new = ids if indexed is None else ids[len(indexed.token_ids) :]
         array, delta = build_position_ids(new, grids, merge_size=merge, preview=preview)
         positions, next_position = torch.from_numpy(array), len(new) + delta
@@ -332,7 +332,7 @@ class PromptBuilder:
         positions = torch.cat((indexed.position_ids, positions + first), dim=1)
         return Prompt(token_ids, positions, is_visual, first + next_position, tuple(items), indexed.cache, indexed)
 
-    def _preview_layout(self, items: list[MediaItem]) -> PreviewLayout | None:
+    def _build_preview_layout(self, items: list[MediaItem]) -> PreviewLayout | None:
         """How Preview places media; None for the other generations. A video of unknown rate has a second a frame."""
         if self.config.tokens_per_second is None:
             return None
@@ -359,7 +359,7 @@ def _check_prefix(indexed: IndexedVideo, before: list[int]) -> None:
                         "tools and other templates, or index the video again with them")  # fmt: skip
 
 
-def _text_runs(segments: Sequence[Segment]) -> list[list[tuple[str, bool]]]:
+def _split_runs(segments: Sequence[Segment]) -> list[list[tuple[str, bool]]]:
     """The texts before, between and after the media, each with whether the template wrote it."""
     runs: list[list[tuple[str, bool]]] = [[]]
     for segment in segments:

@@ -74,15 +74,15 @@ def resolve(
     if not name.strip():
         raise KeyeError("The model's name is empty: give one of " + ", ".join(known_names()) + ", or a folder.")
     if isinstance(name_or_path, str) and name.lower() in PACKAGED:
-        return _checked(asset(PACKAGED[name.lower()]), weights)
+        return _check_folder(asset(PACKAGED[name.lower()]), weights)
     path = Path(os.path.expanduser(name))
-    wanted = _on_hub(name) if isinstance(name_or_path, str) else None
+    wanted = _resolve_on_hub(name) if isinstance(name_or_path, str) else None
     if wanted is None or (name.lower() not in PUBLISHED and os.path.exists(path)):
         if os.path.exists(path):  # unlike Path.exists, False also for names too long for the file system
-            return _checked(path, weights)
+            return _check_folder(path, weights)
         if isinstance(name_or_path, Path) or "/" in name or "\\" in name or name.startswith("~"):
             raise KeyeError(f"{path} does not exist: give a checkpoint folder or one of {', '.join(known_names())}.")
-        raise KeyeError(_unknown(name))
+        raise KeyeError(_explain_unknown(name))
     if wanted[1] is not None and revision is not None:
         raise KeyeError(f"{name} names a revision already: leave {revision!r} out.")
     chosen = revision or wanted[1] or "main"
@@ -90,17 +90,17 @@ def resolve(
         raise KeyeError(f"{chosen!r} cannot be a revision: give a branch, tag or commit of {wanted[0]}.")
     from keye.hub.download import Store, fetch_checkpoint  # not needed for what is on this machine
 
-    return _checked(fetch_checkpoint(Store(wanted[0], config or hub_config()), chosen, weights, progress), weights)
+    return _check_folder(fetch_checkpoint(Store(wanted[0], config or hub_config()), chosen, weights, progress), weights)
 
 
-def _on_hub(name: str) -> tuple[str, str | None] | None:
+def _resolve_on_hub(name: str) -> tuple[str, str | None] | None:
     """The repository and the revision that a name stands for, None if it cannot be one on the hub."""
     repository, _, revision = name.partition("@")
     repository = PUBLISHED.get(repository.lower(), repository)
     return (repository, revision or None) if _HUB_NAME.fullmatch(repository) else None
 
 
-def _unknown(name: str) -> str:
+def _explain_unknown(name: str) -> str:
     """The sentence for an unknown name: the closest names, and all that are known."""
     full_names = {known.lower(): known for known in known_names()}
     full_names |= {known.rpartition("/")[2].lower(): known for known in known_names()}
@@ -109,7 +109,7 @@ def _unknown(name: str) -> str:
     return f"Unknown model {name[:80]!r}: {hint}Known names: {', '.join(known_names())}; a folder's path works too."
 
 
-def _checked(folder: Path, weights: bool) -> Path:
+def _check_folder(folder: Path, weights: bool) -> Path:
     """`folder` itself if it can be a checkpoint: a directory with config.json and no pickles in place of weights."""
     if not folder.is_dir():
         if _is_gguf(folder):

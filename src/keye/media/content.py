@@ -60,8 +60,8 @@ def content_key(
     digest = hashlib.sha256(hashlib.sha256(salt).digest())
     facts = {} if plan is None else {k: v for k, v in asdict(plan).items() if k != "name"}
     described = {"kind": kind, "options": asdict(options), "config": config.to_dict(), "plan": facts}
-    digest.update(json.dumps(described, sort_keys=True, default=_plain).encode())
-    digest.update(_of_value(source))
+    digest.update(json.dumps(described, sort_keys=True, default=_to_plain).encode())
+    digest.update(_hash_value(source))
     return digest.digest()
 
 
@@ -70,7 +70,7 @@ def source_hash(source: Source) -> bytes:
     if source.data is not None:
         return hashlib.sha256(source.data).digest()
     with source.open() as file:
-        identity = _identity(file, source)
+        identity = _identify(file, source)
         if (known := _recall(_hashes, identity)) is not None:
             return known
         digest = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # a file on disk has readinto
@@ -85,14 +85,14 @@ def probe_cached(
         key: _Identity | bytes = source_hash(source)
     else:
         with source.open() as file:
-            key = _identity(file, source)
+            key = _identify(file, source)
     name = (key, limits, salt, track)
     if (known := _recall(_probes, name)) is not None:
         return known
     return _remember(_probes, name, probe(source, limits, track=track), REMEMBERED_PROBES)
 
 
-def _identity(file: BinaryIO, source: Source) -> _Identity:
+def _identify(file: BinaryIO, source: Source) -> _Identity:
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, str(source.path)
 
@@ -112,40 +112,40 @@ def _remember(memory: OrderedDict[K, V], key: K, value: V, most: int) -> V:
     return value
 
 
-def _of_value(value: Any) -> bytes:
+def _hash_value(value: Any) -> bytes:
     """The hash of whatever a user may give as a medium: a file, a picture, frames, or a list of these."""
     if isinstance(value, Source):
         return source_hash(value)
     if isinstance(value, Image.Image):
-        return _of_picture(value)
+        return _hash_picture(value)
     if is_array(value):
-        return _of_array(value)
+        return _hash_array(value)
     listed = value if isinstance(value, list | tuple) else decode_list(value)
     if listed is None:
         return source_hash(as_source(value))
-    return hashlib.sha256(b"".join(map(_of_value, listed))).digest()
+    return hashlib.sha256(b"".join(map(_hash_value, listed))).digest()
 
 
-def _of_picture(image: Image.Image) -> bytes:
+def _hash_picture(image: Image.Image) -> bytes:
     """Pixels with all that decides what they look like: mode, palette, transparency."""
     palette = image.getpalette() if image.mode in ("P", "PA") else None
     described = repr((image.mode, image.size, palette, image.info.get("transparency")))
     return hashlib.sha256(described.encode() + b"\0" + image.tobytes()).digest()
 
 
-def _of_array(value: Any) -> bytes:
+def _hash_array(value: Any) -> bytes:
     tensor = hasattr(value, "detach")
-    array = np.asarray(_in_memory(value) if tensor else value)
+    array = np.asarray(_to_numpy(value) if tensor else value)
     described = repr((tensor, str(array.dtype), array.shape))
     return hashlib.sha256(described.encode() + b"\0" + np.ascontiguousarray(array).tobytes()).digest()
 
 
-def _in_memory(tensor: Any) -> Any:
+def _to_numpy(tensor: Any) -> Any:
     """A tensor as numpy can read it: it knows no bfloat16."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """Numbers of numpy in options."""
     return value.item()

@@ -18,7 +18,7 @@ from keye.media.container.animations import tiff_pages
 from keye.media.decode.image_reader import Header, ImageReader, is_confined
 from keye.media.decode.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
 from keye.media.decode.wire import WorkerError
-from keye.media.notes import Note, emit, warn_of_image
+from keye.media.notes import Note, emit, warn_image_options
 from keye.media.pixels.pictures import as_picture, in_bytes, is_array
 from keye.media.sizes import check_sides, encoded_size, image_size
 from keye.media.source.data_urls import decode_list
@@ -70,8 +70,8 @@ def plan_image(
     check_sides(height, width, source.name, ratio=options.resized is None)
     first_size = image_size(height, width, config, options)
     new_height, new_width = encoded_size(*first_size, config, options)
-    warn_of_image(source.name, (new_height, new_width), config, options)
-    file_notes = () if options.strict_official else tuple(_notes(source, header))
+    warn_image_options(source.name, (new_height, new_width), config, options)
+    file_notes = () if options.strict_official else tuple(_note_contents(source, header))
     emit(source.name, file_notes)
     tokens = config.count_tokens((new_height, new_width))
     return ImagePlan(source.name, width, height, new_width, new_height, tokens, tuple(map(str, file_notes)))
@@ -94,7 +94,7 @@ def read_image(
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
     with _open_image(source, pixel_limit) as image:
         if not planned and not strict_official:
-            emit(source.name, _notes(source, _header_of(image, pixel_limit)))
+            emit(source.name, _note_contents(source, _header_of(image, pixel_limit)))
         if isinstance(image, ImageReader):
             return in_bytes(image.picture(0, pixel_limit, strict_official=strict_official))
         return in_bytes(upright(image, strict_official=strict_official))
@@ -123,7 +123,7 @@ def open_frames(value: Any) -> Any:
     return [open_image(picture) for picture in pictures]
 
 
-def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
+def convert_to_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
     """RGB of a picture as the utilities make it: RGBA on white where the release says so, else without its alpha
     channel."""
     if image.mode == "RGBA" and config.release.puts_alpha_on_white:
@@ -133,14 +133,14 @@ def as_rgb(image: Image.Image, config: ProcessorConfig) -> Image.Image:
     return image.convert("RGB")
 
 
-def hold_image(image: Image.Image, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> NDArray[np.uint8]:
+def resize_first(image: Image.Image, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> NDArray[np.uint8]:
     """RGB pixels uint8 [H, W, 3] at the size that the official utilities return (PIL bicubic on the RGB image)."""
-    return resize_exactly(as_rgb(image, config), *image_size(image.height, image.width, config, options))
+    return resize_exactly(convert_to_rgb(image, config), *image_size(image.height, image.width, config, options))
 
 
 def resize_image(image: Image.Image, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> NDArray[np.uint8]:
-    """RGB pixels uint8 [H, W, 3] at the size the model sees: `hold_image`, then the processor's own resize."""
-    pixels = hold_image(image, config, options)
+    """RGB pixels uint8 [H, W, 3] at the size the model sees: `resize_first`, then the processor's own resize."""
+    pixels = resize_first(image, config, options)
     height, width, _ = pixels.shape
     return resize_exactly(Image.fromarray(pixels), *encoded_size(height, width, config, options))
 
@@ -175,7 +175,7 @@ def _open_image(source: Source, pixel_limit: int) -> Iterator[ImageReader | Imag
         raise MediaError(f"{source.name} {error}") from None
 
 
-def _notes(source: Source, header: Header) -> Iterator[Note]:
+def _note_contents(source: Source, header: Header) -> Iterator[Note]:
     """What a user may not expect: pictures beside the one that is used, and levels without a fixed range."""
     with source.open() as file:
         pages = tiff_pages(file)

@@ -18,7 +18,7 @@ import numpy as np
 
 from keye.errors import Option
 from keye.media.decode.wire import INFO
-from keye.media.notes import VISIBLE, Note, damage_notes
+from keye.media.notes import VISIBLE, Note, note_damage
 
 #: Containers whose declared duration is when they end, which may begin later than at 0, and not how long they are.
 _COUNTED_FROM_ZERO = frozenset({"matroska,webm", "nut", "asf"})
@@ -133,12 +133,12 @@ def parse_info(name: str, kind: bytes, body: bytearray) -> VideoInfo:
     known = min(facts["width"], facts["height"]) >= 1 and math.isfinite(facts["container_start"])
     if not known or any(a >= b for a, b in itertools.pairwise(times)):
         raise ValueError("impossible facts")
-    return _info(name, facts, tuple(times))
+    return _build_info(name, facts, tuple(times))
 
 
-def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
+def _build_info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     time_base = Fraction(*facts["time_base"])
-    fps, constant = _frame_rate(pts, time_base, facts["rate"])
+    fps, constant = _find_frame_rate(pts, time_base, facts["rate"])
     start = facts["container_start"] if facts["known_times"] else None
     declared = None if facts["format"] in _ESTIMATED else facts["declared_end"]
     if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
@@ -156,7 +156,7 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
         name=name,
         format=facts["format"],
         codec=facts["codec"],
-        **_picture_fields(facts),
+        **_read_picture_fields(facts),
         fps=fps,
         time_base=time_base,
         pts=pts,
@@ -172,12 +172,12 @@ def _info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     length = declared - facts["container_start"] if declares_length else None
     joins = [info.start_offset + float((time - pts[0]) * time_base) for time in facts.get("joins", ())]
     damage = tuple((first, last) for first, last in (info.seconds(interval) for interval in facts.get("damage", ())))
-    length_notes = _notes(info, length, facts.get("declared_frames"))
-    notes = *_picture_notes(info, facts), *length_notes, *_joined(joins), *damage_notes(damage)
+    length_notes = _note_differences(info, length, facts.get("declared_frames"))
+    notes = *_note_picture(info, facts), *length_notes, *_note_joins(joins), *note_damage(damage)
     return dataclasses.replace(info, notes=notes, damage=damage)
 
 
-def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:
+def _note_differences(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:
     """Where what is read of a file differs from what the container declares: its `length` in seconds, its `frames`."""
     if info.format == _PICTURES_ALONE:
         yield Note(f"it tells no times; {info.fps:g} frames a second are assumed")
@@ -199,7 +199,7 @@ def _notes(info: VideoInfo, length: float | None, frames: int | None) -> Iterato
         yield Note(f"its first frame is shown at {info.start_offset:.1f} s{clock}")
 
 
-def _joined(seconds: list[float]) -> Iterator[Note]:
+def _note_joins(seconds: list[float]) -> Iterator[Note]:
     """Where parts of a file meet whose clocks do not go on."""
     if seconds:
         listed = ", ".join(f"{time:.1f}" for time in seconds[:_LISTED])
@@ -209,7 +209,7 @@ def _joined(seconds: list[float]) -> Iterator[Note]:
         )
 
 
-def _frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:
+def _find_frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:
     """Frames per second, and whether frame i is shown at i / rate to within half a frame.
 
     The container's average rate is believed where the times bear it out; otherwise the rate is measured.
@@ -226,7 +226,7 @@ def _frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] |
     return rates[-1], False
 
 
-def _picture_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _read_picture_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `VideoInfo`, from the worker's facts. Raises `ValueError` for impossible ones."""
     size, stored = tuple(facts["shown"]), (facts["width"], facts["height"])
     if len(size) != 2 or min(*size, *stored) < 1 or facts["transfer"] not in _TRANSFERS or facts["rotation"] % 90:
@@ -247,7 +247,7 @@ def _picture_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _picture_notes(info: VideoInfo, facts: Mapping[str, Any]) -> Iterator[Note]:
+def _note_picture(info: VideoInfo, facts: Mapping[str, Any]) -> Iterator[Note]:
     """Where pictures are shown otherwise than the container says, or it leaves a choice."""
     if len(info.tracks) > 1 and not facts["track_asked"]:
         listed = "; ".join(info.tracks)
@@ -260,7 +260,7 @@ def _picture_notes(info: VideoInfo, facts: Mapping[str, Any]) -> Iterator[Note]:
         yield Note(f"it says that its pixels are {width}:{height}, which cannot be; they are taken as square")
 
 
-def size_notes(info: VideoInfo, changes: Sequence[tuple[int, int, int]]) -> Iterator[Note]:
+def note_size_changes(info: VideoInfo, changes: Sequence[tuple[int, int, int]]) -> Iterator[Note]:
     """The note of pictures that change their size: (time in units of the file, width, height as stored)."""
     if changes:
         times = info.seconds(time for time, _, _ in changes)

@@ -22,7 +22,7 @@ from keye.media.source.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 LISTED = "the list of frames"
 
 
-def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
+def select_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
     """First index, last index and number of the pictures of a list that lie in the part asked for; all of `count` where
     no times are known. Officially a list has no parts."""
     times = options.timestamps
@@ -39,13 +39,13 @@ def listed_range(count: int, options: MediaOptions) -> tuple[int, int, int]:
     )  # fmt: skip
 
 
-def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
+def select_listed(count: int, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], float]:
     """Preview: which of `count` listed pictures are used, the last repeated to an even number, and their average rate.
 
     Officially all are; `nframes` and `max_frames` are honoured unless `strict_official`.
     """
     fps = options.fps or config.fps
-    first, last, count = listed_range(count, options)
+    first, last, count = select_range(count, options)
     if options.timestamps is not None:
         fps = sampling.average_rate(options.timestamps[first : last + 1]) or fps
     wanted = min(options.nframes or count, options.max_frames or count, count)
@@ -56,7 +56,7 @@ def listed_indices(count: int, config: ProcessorConfig, options: MediaOptions) -
     return indices + indices[-1:] * (-len(indices) % config.frame_factor), fps
 
 
-def sampled_list(
+def sample_list(
     pictures: Any, config: ProcessorConfig, options: MediaOptions
 ) -> tuple[Sequence[Pixels], tuple[float, ...] | None]:
     """1.5 and 2.0: the sampled pictures of a list (or an array of frames), as RGB of one size, and their times.
@@ -66,17 +66,17 @@ def sampled_list(
     """
     frames = as_frames(pictures)
     native = options.fps or config.fps
-    first, _, count = listed_range(len(frames), options)
+    first, _, count = select_range(len(frames), options)
     indices = sampling.sample_frames(count, native, config, options, first=first)
     if not indices:
-        raise sampling.no_frame(LISTED, config, options)
-    pixels = at_one_size([frames[i] for i in indices], config, options, listed=True)
+        raise sampling.explain_no_frame(LISTED, config, options)
+    pixels = resize_to_one_size([frames[i] for i in indices], config, options, listed=True)
     if options.timestamps is not None:
         return pixels, tuple(options.timestamps[i] for i in indices)
     return pixels, None if options.fps is None else tuple(i / native for i in indices)
 
 
-def at_one_size(
+def resize_to_one_size(
     pictures: Pixels | Sequence[Any], config: ProcessorConfig, options: MediaOptions, *, listed: bool
 ) -> Sequence[Pixels]:
     """The frames as RGB arrays of one size, that of the first: its own, or if `listed` that of a picture of a list."""
@@ -92,15 +92,15 @@ def open_frame(frame: NDArray[np.uint8] | Image.Image) -> Image.Image:
     return Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
 
 
-def least_list_tokens(pictures: Sequence[Source], config: ProcessorConfig, options: MediaOptions) -> int:
+def count_least_list_tokens(pictures: Sequence[Source], config: ProcessorConfig, options: MediaOptions) -> int:
     """Visual tokens that a list of picture files takes at least: exactly that, except for 1.5, whose frames are
     not classified yet. `MediaError` where the pictures have too many pixels together, `KeyeError` for bad options."""
     (height, width), count = _first_size(pictures), len(pictures)
     if config.release.sizes_lists_as_images:
-        indices, _ = listed_indices(count, config, options)
+        indices, _ = select_listed(count, config, options)
         first_size = sizes.image_size(height, width, config, options)
         return len(indices) * config.count_tokens(sizes.encoded_size(*first_size, config, options))
-    _, _, count = listed_range(count, options)
+    _, _, count = select_range(count, options)
     if options.timestamps is None:
         height, width = sizes.listed_frame_size(height, width, config, options)
         count = sampling.smart_nframes(count, options.fps or config.fps, config, options)

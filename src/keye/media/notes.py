@@ -60,17 +60,17 @@ def emit(name: str, notes: Iterable[Note], *, stacklevel: int = 2) -> None:
 # Damage
 
 
-def damage_notes(places: Places) -> Iterator[Note]:
+def note_damage(places: Places) -> Iterator[Note]:
     """The note of a file in which these places are damaged; none if there is no such place."""
     if places:
         yield Note(
-            f"parts of the file are damaged or missing: its pictures at {in_words(places)} are made up from those "
+            f"parts of the file are damaged or missing: its pictures at {format_places(places)} are made up from those "
             "around them; {} refuses such files",
             (Option("strict_media"),),
         )
 
 
-def decoded_damage(name: str, seconds: Sequence[float], known: Places) -> KeyeWarning | None:
+def warn_decoded_damage(name: str, seconds: Sequence[float], known: Places) -> KeyeWarning | None:
     """The warning of frames at `seconds` that turned out to be damaged; None where all of them were `known` to be."""
     places: list[tuple[float, float]] = []
     for second in sorted(seconds):
@@ -80,10 +80,10 @@ def decoded_damage(name: str, seconds: Sequence[float], known: Places) -> KeyeWa
             places[-1] = (places[-1][0], second)
         else:
             places.append((second, second))
-    return next(iter(damage_notes(places))).warning(name) if places else None
+    return next(iter(note_damage(places))).warning(name) if places else None
 
 
-def in_words(places: Places) -> str:
+def format_places(places: Places) -> str:
     """Such as "2.4 s, 7.0 to 8.1 s and 12 more places"."""
     words = [
         f"{first:.1f} s" if last - first < _SAME_TIME else f"{first:.1f} to {last:.1f} s"
@@ -99,13 +99,13 @@ def in_words(places: Places) -> str:
 # Options that cannot be met
 
 
-def warn_of_image(name: str, size: Size, config: ProcessorConfig, options: MediaOptions) -> None:
+def warn_image_options(name: str, size: Size, config: ProcessorConfig, options: MediaOptions) -> None:
     """Warns where an image, encoded at `size` (height, width), breaks the limits that were asked for."""
     if not options.strict_official:
-        _warn_of_size(name, size, config, options, "")
+        _warn_size(name, size, config, options, "")
 
 
-def warn_of_video(
+def warn_video_options(
     name: str,
     frames: int,
     size: Size,
@@ -125,24 +125,24 @@ def warn_of_video(
     useless = _FILE_ONLY if seconds is None else _LIST_ONLY
     if seconds is None and options.timestamps is None and options.fps is None:
         useless = {**useless, **_TIMED_ONLY}
-    _warn_of_no_effect(name, config, options, useless)
+    _warn_no_effect(name, config, options, useless)
     got = f"{frames} frames"
     if options.nframes is not None and options.nframes != frames:
-        _unmet(name, Option("nframes", options.nframes), got)
+        _warn_unmet(name, Option("nframes", options.nframes), got)
     if options.min_frames is not None and options.min_frames > frames:
-        _unmet(name, Option("min_frames", options.min_frames), got)
+        _warn_unmet(name, Option("min_frames", options.min_frames), got)
     if options.max_frames is not None and options.max_frames < frames:
-        _unmet(name, Option("max_frames", options.max_frames), got)
+        _warn_unmet(name, Option("max_frames", options.max_frames), got)
     if options.fps is not None and seconds is not None and sampled is not None:
         wanted = int(min(seconds * options.fps, options.max_frames or seconds * options.fps))
         # A frame less than a multiple, or a percent (30 of 29.97 frames a second), is rounding.
         if sampled <= min(0.99 * wanted, wanted - config.frame_factor):
-            _unmet(name, Option("fps", options.fps), f"{sampled / seconds:.3g} frames a second")
-    _warn_of_size(name, size, config, options, " a frame")
-    _warn_of_budget(name, frames * size[0] * size[1], frames, config, options)
+            _warn_unmet(name, Option("fps", options.fps), f"{sampled / seconds:.3g} frames a second")
+    _warn_size(name, size, config, options, " a frame")
+    _warn_budget(name, frames * size[0] * size[1], frames, config, options)
 
 
-def _warn_of_no_effect(name: str, config: ProcessorConfig, options: MediaOptions, useless: dict[str, str]) -> None:
+def _warn_no_effect(name: str, config: ProcessorConfig, options: MediaOptions, useless: dict[str, str]) -> None:
     reasons = {option: why for option, why in useless.items() if getattr(options, option) not in (None, False)}
     if options.adaptive_budget and not config.release.adaptive_shares:
         reasons["adaptive_budget"] = f"Keye-VL {config.release.name} has none"
@@ -154,28 +154,28 @@ def _warn_of_no_effect(name: str, config: ProcessorConfig, options: MediaOptions
         _warn(KeyeWarning("{} has no effect on {}: {}", Option(option), name, why))
 
 
-def _warn_of_size(name: str, size: Size, config: ProcessorConfig, options: MediaOptions, each: str) -> None:
+def _warn_size(name: str, size: Size, config: ProcessorConfig, options: MediaOptions, each: str) -> None:
     height, width = size
     got = f"{width}x{height} pixels{each}"
     if options.resized is not None and size != whole_tokens(*options.resized, config.factor):
         size_options = Option("resized_height", options.resized[0]), Option("resized_width", options.resized[1])
         _warn(KeyeWarning("{} and {} cannot be met for {}: it gets {}", *size_options, name, got))
     if options.max_pixels is not None and height * width > options.max_pixels:
-        _unmet(name, Option("max_pixels", options.max_pixels), got)
+        _warn_unmet(name, Option("max_pixels", options.max_pixels), got)
     # Sides are whole tokens: what one token more on either side would meet is rounding.
     if options.min_pixels is not None and (height + config.factor) * (width + config.factor) <= options.min_pixels:
-        _unmet(name, Option("min_pixels", options.min_pixels), got)
+        _warn_unmet(name, Option("min_pixels", options.min_pixels), got)
 
 
-def _warn_of_budget(name: str, pixels: int, frames: int, config: ProcessorConfig, options: MediaOptions) -> None:
+def _warn_budget(name: str, pixels: int, frames: int, config: ProcessorConfig, options: MediaOptions) -> None:
     total = options.video_total_pixels
     if total is None:
         return
     if pixels > config.release.allowed_pixels(total, frames, config.token_pixels):
-        _unmet(name, Option("video_total_pixels", total), f"{pixels:,} pixels in all")
+        _warn_unmet(name, Option("video_total_pixels", total), f"{pixels:,} pixels in all")
 
 
-def _unmet(name: str, option: Option, got: str) -> None:
+def _warn_unmet(name: str, option: Option, got: str) -> None:
     _warn(KeyeWarning("{} cannot be met for {}: it gets {}", option, name, got))
 
 

@@ -12,7 +12,7 @@ from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, KeyeWarning, MediaError, Option, warn
 from keye.media import sampling, sizes
 from keye.media.info import VideoInfo
-from keye.media.notes import VISIBLE, Note, emit, in_words, warn_of_video
+from keye.media.notes import VISIBLE, Note, emit, format_places, warn_video_options
 
 #: Seconds by which the end of a part may lie after that of the video without a warning.
 _BEYOND = 0.5
@@ -155,7 +155,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         raise KeyeError(f"the official {config.release.name} code takes neither {{}} nor {{}}; leave {{}} out", *named)
     _check_complete(info, options)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
-    part = (_official_part if options.strict_official else _part)(info, start, end)
+    part = (_find_official_part if options.strict_official else _find_part)(info, start, end)
     if end is not None and end > info.duration + _BEYOND and not options.strict_official:
         sentence = "{} lies after the end of {} at {:.1f} s; the part ends there"
         warn(KeyeWarning(sentence, Option("video_end", f"{end:g}"), info.name, info.duration), stacklevel=2)
@@ -163,13 +163,13 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         options,
         options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options)),
     )
-    indices, sampled = _sample(info, part, config, options)
+    indices, sampled = _sample_part(info, part, config, options)
     if not indices:
-        raise sampling.no_frame(info.name, config, options)
+        raise sampling.explain_no_frame(info.name, config, options)
     height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.release.frame_resize == "twice":
         height, width = sizes.encoded_size(height, width, config, options)
-    warn_of_video(
+    warn_video_options(
         info.name, len(indices), (height, width), config, request_options, seconds=part.seconds, sampled=sampled
     )
     emit(info.name, info.notes)
@@ -178,7 +178,7 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
     if not options.strict_official:
         displayed = part.begin, info.duration if end is None else max(part.end, min(end, info.duration))
         plan = dataclasses.replace(plan, part=displayed)
-    return _with_labels(plan, info, config, options)
+    return _add_labels(plan, info, config, options)
 
 
 def _apply_options(info: VideoInfo, options: MediaOptions) -> VideoInfo:
@@ -217,11 +217,11 @@ def _check_complete(info: VideoInfo, options: MediaOptions) -> None:
     if strict and info.damage:
         raise MediaError(
             "{} is damaged at {}; download it again or leave {} out",
-            info.name, in_words(info.damage), Option("strict_media"),
+            info.name, format_places(info.damage), Option("strict_media"),
         )  # fmt: skip
 
 
-def with_frame_types(
+def add_frame_types(
     plan: VideoPlan, types: Sequence[int], config: ProcessorConfig, options: MediaOptions = DEFAULTS
 ) -> VideoPlan:
     """The plan of a video whose frames have been classified (1.5): 0 slow, 1 fast. Sizes follow from how many are."""
@@ -252,7 +252,7 @@ class _Part:
     end: float
 
 
-def _part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
+def _find_part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
     """What is on display between two times. At a variable rate its own rate counts, not that of the whole file."""
     times = info.timestamps
     first, last, count = sampling.time_range(times, info.duration, video_start=start, video_end=end)
@@ -266,24 +266,24 @@ def _part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
     return _Part(first, last, fps, seconds, begin, stop)
 
 
-def _official_part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
+def _find_official_part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
     """The official rule: frames are counted from the first at the container's average rate, whatever their times."""
     fps = info.declared_fps or info.fps
     first, last, count = sampling.frame_range(info.frame_count, fps, video_start=start, video_end=end)
     return _Part(first, last, fps, count / fps, first / fps, last / fps)
 
 
-def _sample(info: VideoInfo, part: _Part, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], int]:
+def _sample_part(info: VideoInfo, part: _Part, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], int]:
     """The frames taken from a part, and the number of times at which frames were looked up."""
     count = part.last - part.first + 1
     if info.constant_rate or options.strict_official:
         indices = sampling.sample_frames(count, part.fps, config, options, first=part.first)
         return indices, len(indices)
     targets = sampling.sample_times(count, part.seconds, part.begin, part.end, config, options)
-    return sampling.displayed_frames(info.timestamps, targets, tolerance=sampling.SAME_TIME), len(targets)
+    return sampling.find_displayed_frames(info.timestamps, targets, tolerance=sampling.SAME_TIME), len(targets)
 
 
-def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, options: MediaOptions) -> VideoPlan:
+def _add_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, options: MediaOptions) -> VideoPlan:
     """The plan with the times in the labels where they are not those of players, and a note of it."""
     if config.release.whole_video:
         first = plan.timestamps[0]
@@ -291,7 +291,7 @@ def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, opti
             "the model sees no absolute times: in the text of its answers they count from the first sampled frame, at "
             f"{first:.1f} s; intervals are converted to those that players show"
         )
-        return _noted(plan, Note(text)) if first >= VISIBLE else plan
+        return _add_note(plan, Note(text)) if first >= VISIBLE else plan
     if not options.strict_official:
         return plan
     fps = info.declared_fps or info.fps
@@ -302,9 +302,9 @@ def _with_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, opti
         "players show; times in the text of an answer count so too, its intervals are turned into those of players"
     )
     plan = dataclasses.replace(plan, label_times=labels)
-    return _noted(plan, Note(text)) if off >= VISIBLE else plan
+    return _add_note(plan, Note(text)) if off >= VISIBLE else plan
 
 
-def _noted(plan: VideoPlan, note: Note) -> VideoPlan:
+def _add_note(plan: VideoPlan, note: Note) -> VideoPlan:
     emit(plan.name, (note,))
     return dataclasses.replace(plan, notes=(*plan.notes, str(note)))

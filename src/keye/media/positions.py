@@ -86,9 +86,9 @@ def build_position_ids(
     """
     ids = np.asarray(token_ids, dtype=np.int64)
     if preview is None:
-        return _place(len(ids), _blocks(ids, grids, merge_size))
+        return _place(len(ids), _locate_blocks(ids, grids, merge_size))
     _check_announced(ids, grids, preview)
-    return _place(len(ids), _preview_blocks(ids, grids, merge_size, preview))
+    return _place(len(ids), _locate_preview_blocks(ids, grids, merge_size, preview))
 
 
 def _place(length: int, blocks: _Blocks) -> tuple[IntArray, int]:
@@ -115,12 +115,12 @@ def _place(length: int, blocks: _Blocks) -> tuple[IntArray, int]:
 # 1.5 and 2.0: every placeholder belongs to a row
 
 
-def _blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
+def _locate_blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
     """The rows of each kind on that kind's placeholders, in order."""
     all_starts = [np.empty(0, dtype=np.int64)]
     all_shapes = [np.empty((0, 3), dtype=np.int64)]
     for token, grid in grids.items():
-        shapes = _merged_shapes(_as_grid(grid), merge_size)
+        shapes = _merge_shapes(_as_grid(grid), merge_size)
         sizes = shapes.prod(axis=1)
         places = np.flatnonzero(ids == token)
         if len(places) != sizes.sum():
@@ -145,7 +145,7 @@ def _blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
 # Preview: vision starts announce the media
 
 
-def _announced(ids: IntArray, kinds: Grids, vision_start: int) -> dict[int, int]:
+def _count_announced(ids: IntArray, kinds: Grids, vision_start: int) -> dict[int, int]:
     """How many media of each kind follow a vision start."""
     marks = np.flatnonzero(ids == vision_start)
     if len(marks) and marks[-1] == len(ids) - 1:
@@ -156,7 +156,7 @@ def _announced(ids: IntArray, kinds: Grids, vision_start: int) -> dict[int, int]
 
 def _check_announced(ids: IntArray, grids: Grids, preview: PreviewLayout) -> None:
     """A prompt of our own has exactly one grid row for each announced medium."""
-    for token, count in _announced(ids, grids, preview.vision_start).items():
+    for token, count in _count_announced(ids, grids, preview.vision_start).items():
         if count != (rows := len(_as_grid(grids[token]))):
             raise KeyeError(
                 f"the prompt announces {count} media of placeholder {token} but has {rows} grid rows; "
@@ -164,28 +164,28 @@ def _check_announced(ids: IntArray, grids: Grids, preview: PreviewLayout) -> Non
             )
 
 
-def _preview_blocks(ids: IntArray, grids: Grids, merge_size: int, preview: PreviewLayout) -> _Blocks:
+def _locate_preview_blocks(ids: IntArray, grids: Grids, merge_size: int, preview: PreviewLayout) -> _Blocks:
     """Each announced medium on the next placeholders of its kind."""
-    shapes = {token: _merged_shapes(_as_grid(grid), merge_size) for token, grid in grids.items()}
-    left = _announced(ids, grids, preview.vision_start)
+    shapes = {token: _merge_shapes(_as_grid(grid), merge_size) for token, grid in grids.items()}
+    left = _count_announced(ids, grids, preview.vision_start)
     places = {token: np.flatnonzero(ids == token) for token in grids}
     row = dict.fromkeys(grids, 0)
     starts, chosen, times, end = [], [], [], 0
     while any(left.values()):
-        token, start = _next_placeholder({t: places[t] for t, n in left.items() if n}, end)
+        token, start = _find_placeholder({t: places[t] for t, n in left.items() if n}, end)
         shape = shapes[token][row[token]]
         end = start + int(shape.prod())
         if end > len(ids) or (ids[start:end] != token).any():
             raise KeyeError(f"a grid row makes {end - start} visual tokens but fewer placeholders {token} follow")
         starts.append(start)
         chosen.append(shape)
-        times.append(_row_times(token, row[token], int(shape[0]), preview))
+        times.append(_find_row_times(token, row[token], int(shape[0]), preview))
         row[token] += 1
         left[token] -= 1
     return _Blocks(np.array(starts, dtype=np.int64), np.array(chosen, dtype=np.int64).reshape(-1, 3), times)
 
 
-def _next_placeholder(places: Mapping[int, IntArray], end: int) -> tuple[int, int]:
+def _find_placeholder(places: Mapping[int, IntArray], end: int) -> tuple[int, int]:
     """The kind and place of the first placeholder at `end` or after."""
     candidates = []
     for token, positions in places.items():
@@ -197,7 +197,7 @@ def _next_placeholder(places: Mapping[int, IntArray], end: int) -> tuple[int, in
     return token, start
 
 
-def _row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> IntArray:
+def _find_row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> IntArray:
     """Offsets of a row's frames on the time axis."""
     if token not in preview.seconds_per_frame:
         return np.zeros(frames, dtype=np.int64)
@@ -227,7 +227,7 @@ def _as_grid(grid: ArrayLike) -> IntArray:
     return array
 
 
-def _merged_shapes(grid: IntArray, merge_size: int) -> IntArray:
+def _merge_shapes(grid: IntArray, merge_size: int) -> IntArray:
     if (grid[:, 1:] % merge_size).any():
         raise KeyeError(f"a grid row has a side that is not a multiple of merge_size={merge_size}")
     return grid // np.array([1, merge_size, merge_size])

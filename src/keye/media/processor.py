@@ -23,11 +23,11 @@ from keye.config.media import DEFAULTS, MediaOptions, MediumKind
 from keye.media import sampling, sizes
 from keye.media.content import content_key, probe_cached
 from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelReader, PixelSource
-from keye.media.notes import warn_of_image, warn_of_video
+from keye.media.notes import warn_image_options, warn_video_options
 from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
 from keye.media.pixels.pictures import Pixels, as_frames, as_picture, is_array
 from keye.media.pixels.resample import bicubic, bilinear
-from keye.media.plan import VideoPlan, make_plan, with_frame_types
+from keye.media.plan import VideoPlan, add_frame_types, make_plan
 from keye.media.source.data_urls import parse_list
 from keye.media.source.fetch import Reference, Source, as_source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader
@@ -168,11 +168,11 @@ class Processor:
             image = plan_image(file, self.config, options)
             return PlannedMedium(kind, file, options, image, (VisualSpan(kind, image.visual_tokens),))
         if isinstance(source, list | tuple) or parse_list(source) is not None:
-            from keye.media.lists import least_list_tokens
+            from keye.media.lists import count_least_list_tokens
 
             pieces: tuple[Piece, ...] = ()
             if source and isinstance(source, list | tuple) and all(isinstance(picture, Source) for picture in source):
-                pieces = (VisualSpan(kind, least_list_tokens(source, self.config, options)),)
+                pieces = (VisualSpan(kind, count_least_list_tokens(source, self.config, options)),)
             return PlannedMedium(kind, source, options, None, pieces)
         file = as_source(source)
         plan = make_plan(probe_cached(file, self.limits, salt, track=options.track), self.config, options)
@@ -218,7 +218,7 @@ class Processor:
         pixels = resize_image(image, self.config, options)
         height, width = pixels.shape[:2]
         if plan is None:
-            warn_of_image(name, (height, width), self.config, options)
+            warn_image_options(name, (height, width), self.config, options)
         tokens = self.config.count_tokens((height, width))
         notes = () if plan is None else plan.notes
         plan = ImagePlan(name, image.width, image.height, width, height, tokens, notes)
@@ -230,20 +230,21 @@ class Processor:
         if self.decoder is not None:
             item = self.video_stream(source, options, plan=plan)
             return replace(item, pixels=item.vision)
-        with self.decoding(source, options, plan=plan) as (complete, frames):
-            shape = self._shape(complete)
+        with self.decode_video(source, options, plan=plan) as (complete, frames):
+            shape = self._find_shape(complete)
             vision = frames_to_patches(frames, shape.sizes, self.config)
-        return self._of_plan(vision.as_one_video() if shape.one_row else vision, complete, options)
+        return self._build_item(vision.as_one_video() if shape.one_row else vision, complete, options)
 
     @contextmanager
-    def decoding(
+    def decode_video(
         self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
     ) -> Iterator[tuple[VideoPlan, Iterator[Pixels]]]:
         """A video file that is being decoded in a process of this one's own: its plan, complete (1.5: with classified
         frames), and its frames at the sizes of the plan, uint8 RGB [H, W, 3], as they come."""
-        with self._open(source, options, plan) as reader:
+        with self._open_reader(source, options, plan) as reader:
             plan, frames = self._classify(reader, plan or reader.plan(self.config, options), options)
-            yield plan, self._planned_frames(reader, plan, options) if frames is None else _at_size(frames, plan)
+            planned = self._iter_planned_frames(reader, plan, options) if frames is None else _resize_all(frames, plan)
+            yield plan, planned
 
     def video_stream(
         self, source: Reference, options: MediaOptions = DEFAULTS, *, plan: VideoPlan | None = None
@@ -253,17 +254,17 @@ class Processor:
         source = fetch_source(source)
         frames: Callable[[], Iterator[Pixels]] | None = None
         if plan is None or (self.config.release.classifies_frames and plan.fast is None):
-            plan, frames = self._complete(source, options, plan)
+            plan, frames = self._complete_plan(source, options, plan)
         open_pixels: Callable[[], PixelReader]
-        shape = self._shape(plan)
+        shape = self._find_shape(plan)
         if frames is not None:
             open_pixels = partial(_open_memory, frames, shape)
         elif self.decoder is not None:
             open_pixels = partial(self.decoder.open, source, options, plan, self, shape)
         else:
-            read = partial(self._planned_frames, plan=plan, options=options)
+            read = partial(self._iter_planned_frames, plan=plan, options=options)
             open_pixels = partial(FileReader, source, self.limits, read, shape, track=plan.track)
-        return self._of_plan(PixelSource(shape.grid_thw, open_pixels), plan, options)
+        return self._build_item(PixelSource(shape.grid_thw, open_pixels), plan, options)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS, *, size: sizes.Size | None = None) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
@@ -273,18 +274,18 @@ class Processor:
         (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
         `video_start` and `video_end` choose among the pictures. `size` (2.0) is that of more frames of the same video.
         """
-        from keye.media.lists import LISTED, at_one_size, listed_range, sampled_list
+        from keye.media.lists import LISTED, resize_to_one_size, sample_list, select_range
 
         pictures = as_frames(frames)
         if self.config.release.sizes_lists_as_images:
-            return self._list_of_images(pictures, options)
+            return self._load_image_list(pictures, options)
         times = options.timestamps
         if times is not None:
-            first, last, _ = listed_range(len(pictures), options)
+            first, last, _ = select_range(len(pictures), options)
             times = times[first : last + 1]
-            pixels = at_one_size(pictures[first : last + 1], self.config, options, listed=False)
+            pixels = resize_to_one_size(pictures[first : last + 1], self.config, options, listed=False)
         else:
-            pixels, times = sampled_list(pictures, self.config, options)
+            pixels, times = sample_list(pictures, self.config, options)
         height, width = pixels[0].shape[:2]
         types = None
         if self.config.release.classifies_frames:
@@ -296,46 +297,46 @@ class Processor:
             video_sizes = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
         else:
             video_sizes = sizes.FrameSizes(size, size)
-        warn_of_video(LISTED, len(pixels), video_sizes.slow, self.config, options)
+        warn_video_options(LISTED, len(pixels), video_sizes.slow, self.config, options)
         frame_sizes = [video_sizes.fast if types and types[i] else video_sizes.slow for i in range(len(pixels))]
-        resize = bilinear if self.config.release.frame_resize == "bilinear" else _shrunk
+        resize = bilinear if self.config.release.frame_resize == "bilinear" else _resize_bicubic
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
-        return self._video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
+        return self._build_video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
 
-    def _complete(
+    def _complete_plan(
         self, source: Source, options: MediaOptions, plan: VideoPlan | None
     ) -> tuple[VideoPlan, Callable[[], Iterator[Pixels]] | None]:
         """A complete plan, and the frames where finding it has decoded them and they are few."""
         if self.decoder is not None:
             complete, decoded = self.decoder.decode(source, options, plan, self)
             return complete, lambda: iter(decoded)
-        with self._open(source, options, plan) as reader:
+        with self._open_reader(source, options, plan) as reader:
             complete, frames = self._classify(reader, plan or reader.plan(self.config, options), options)
-        return complete, None if frames is None else lambda: _at_size(frames, complete)
+        return complete, None if frames is None else lambda: _resize_all(frames, complete)
 
-    def _open(self, source: Reference, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
+    def _open_reader(self, source: Reference, options: MediaOptions, plan: VideoPlan | None) -> VideoReader:
         """The file, at the track of the plan, which may have been chosen."""
         return VideoReader(source, self.limits, track=options.track if plan is None else plan.track)
 
-    def _shape(self, plan: VideoPlan) -> FrameShape:
+    def _find_shape(self, plan: VideoPlan) -> FrameShape:
         sizes_of = [plan.frame_size(i) for i in range(plan.frames)]
         return FrameShape(sizes_of, self.config, one_row=self.config.release.whole_video)
 
-    def _planned_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
+    def _iter_planned_frames(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
         """Frames of an open file at the sizes of a complete plan."""
         resize = self.config.release.frame_resize
         if resize == "decoder":
             return reader.frames(plan)
         if resize == "bilinear":
-            return _at_size(reader.frames(plan, native=True), plan)
-        return self._frames_resized_twice(reader, plan, options)
+            return _resize_all(reader.frames(plan, native=True), plan)
+        return self._resize_twice(reader, plan, options)
 
-    def _of_plan(self, pixels: VisionInput | PixelSource, plan: VideoPlan, options: MediaOptions) -> MediaItem:
+    def _build_item(self, pixels: VisionInput | PixelSource, plan: VideoPlan, options: MediaOptions) -> MediaItem:
         types = None if plan.fast is None else plan.fast.types
         # At a constant rate frames are off their even places by the rounding of indices only: the official rule fits.
-        even = plan.constant_rate or options.strict_official or _evenly_spaced(plan.timestamps)
-        seconds = 1 / plan.sample_fps if even else _since_first(plan.timestamps)
-        return self._video_item(pixels, plan.timestamps, types, seconds, plan)
+        even = plan.constant_rate or options.strict_official or _is_evenly_spaced(plan.timestamps)
+        seconds = 1 / plan.sample_fps if even else _subtract_first(plan.timestamps)
+        return self._build_video_item(pixels, plan.timestamps, types, seconds, plan)
 
     def _classify(
         self, reader: VideoReader, plan: VideoPlan, options: MediaOptions
@@ -353,7 +354,7 @@ class Processor:
             types.append(classifier.push(frame))
             if keep:
                 frames.append(frame)
-        return with_frame_types(plan, types, self.config, options), frames if keep else None
+        return add_frame_types(plan, types, self.config, options), frames if keep else None
 
     def _least_pieces(self, plan: VideoPlan, options: MediaOptions) -> list[Piece]:
         """What stands for a video at least: exactly that once its frames are classified."""
@@ -366,30 +367,30 @@ class Processor:
             tokens = self.config.count_tokens(size)
         return expand_frames([tokens] * plan.frames, self.config, plan.labels)
 
-    def _frames_resized_twice(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
+    def _resize_twice(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
         """Frames resized by the video's budget, as the utilities do, then by the processor's own limits."""
         first_size = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).slow
         for frame in reader.frames(plan, native=True):
-            yield _shrunk(bicubic(frame, first_size), (plan.height, plan.width))
+            yield _resize_bicubic(bicubic(frame, first_size), (plan.height, plan.width))
 
-    def _list_of_images(self, pictures: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
+    def _load_image_list(self, pictures: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
         """Every picture is sized as an image; all then get the processor's size of the first."""
-        from keye.media.image import hold_image
-        from keye.media.lists import LISTED, listed_indices, open_frame
+        from keye.media.image import resize_first
+        from keye.media.lists import LISTED, open_frame, select_listed
 
-        indices, fps = listed_indices(len(pictures), self.config, options)
-        images = [hold_image(open_frame(pictures[i]), self.config, options) for i in indices]
+        indices, fps = select_listed(len(pictures), self.config, options)
+        images = [resize_first(open_frame(pictures[i]), self.config, options) for i in indices]
         height, width, _ = images[0].shape
         size = sizes.encoded_size(height, width, self.config, options)
-        warn_of_video(LISTED, len(images), size, self.config, options)
-        resized = (_shrunk(frame, size) for frame in images)
+        warn_video_options(LISTED, len(images), size, self.config, options)
+        resized = (_resize_bicubic(frame, size) for frame in images)
         vision = frames_to_patches(resized, [size] * len(images), self.config).as_one_video()
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
         # Without the last frame's repetition, which has no time of its own.
-        even = times is None or options.strict_official or _evenly_spaced(times[: len(set(indices))])
-        return self._video_item(vision, times, None, 1 / fps if even else _since_first(times or ()), None)
+        even = times is None or options.strict_official or _is_evenly_spaced(times[: len(set(indices))])
+        return self._build_video_item(vision, times, None, 1 / fps if even else _subtract_first(times or ()), None)
 
-    def _video_item(
+    def _build_video_item(
         self,
         pixels: VisionInput | PixelSource,
         timestamps: Sequence[float] | None,
@@ -424,19 +425,20 @@ def expand_frames(
     start, end = config.release.fast_frame_marks or ("", "")
     pieces: list[Piece] = []
     for i, count in enumerate(tokens):
-        text, span = frame_label(config, timestamps[i] if timestamps is not None else None), VisualSpan("video", count)
+        text = format_frame_label(config, None if timestamps is None else timestamps[i])
+        span = VisualSpan("video", count)
         pieces += [text + start, span, end] if types is not None and types[i] else [text, span]
-    return _without_empty(pieces)
+    return _join_texts(pieces)
 
 
-def frame_label(config: ProcessorConfig, seconds: float | None) -> str:
+def format_frame_label(config: ProcessorConfig, seconds: float | None) -> str:
     """The text before a frame; without a time, what comes before the time in it."""
     if seconds is None:
         return config.frame_text.partition("{")[0]
     return config.frame_text.format(seconds=config.release.label_seconds(seconds))
 
 
-def _without_empty(pieces: Iterable[Piece]) -> list[Piece]:
+def _join_texts(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbouring texts joined, empty ones left out."""
     joined: list[Piece] = []
     for piece in pieces:
@@ -447,23 +449,23 @@ def _without_empty(pieces: Iterable[Piece]) -> list[Piece]:
     return joined
 
 
-def _at_size(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:
+def _resize_all(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:
     """Frames at the file's own size (1.5), resized to those of the plan."""
     return (bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(frames))
 
 
-def _shrunk(frame: Pixels, size: sizes.Size) -> Pixels:
+def _resize_bicubic(frame: Pixels, size: sizes.Size) -> Pixels:
     """PIL's bicubic resize, as the image processor does it."""
     from keye.media.image import resize_exactly
 
     return frame if frame.shape[:2] == size else resize_exactly(Image.fromarray(frame), *size)
 
 
-def _evenly_spaced(timestamps: Sequence[float]) -> bool:
+def _is_evenly_spaced(timestamps: Sequence[float]) -> bool:
     """Whether frames lie at equal distances, but for rounded times; also where all have one time."""
     rate = sampling.average_rate(timestamps)
     return rate is None or all(abs((t - timestamps[0]) * rate - i) <= _EVEN for i, t in enumerate(timestamps))
 
 
-def _since_first(timestamps: Sequence[float]) -> tuple[float, ...]:
+def _subtract_first(timestamps: Sequence[float]) -> tuple[float, ...]:
     return tuple(t - timestamps[0] for t in timestamps)

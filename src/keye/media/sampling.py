@@ -54,7 +54,7 @@ def frame_cap(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
     return math.floor((config.video_total_tokens * token if total is None else total) / smallest)
 
 
-def no_frame(name: str, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> MediaError:
+def explain_no_frame(name: str, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> MediaError:
     """Why no frame of a video is sampled: the budget, or (1.5 under `strict_official`) a clip that is too short."""
     if frame_cap(config, options) < 1:
         return MediaError("the token budget for {} holds no frame; raise {}", name, Option("video_total_pixels"))
@@ -186,7 +186,7 @@ def sample_times(
     return [begin + (end - begin) * i / (wanted - 1) for i in range(wanted)]
 
 
-def displayed_frames(timestamps: Sequence[float], targets: Sequence[float], *, tolerance: float) -> list[int]:
+def find_displayed_frames(timestamps: Sequence[float], targets: Sequence[float], *, tolerance: float) -> list[int]:
     """For each target time the index of the frame on display then: the last one at or before target + tolerance.
 
     All in seconds, ascending. A frame on display at several targets is named once, so the result may be shorter.

@@ -31,8 +31,8 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max
     `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
     """
     check_sides(height, width)
-    h, w = _into_limits(height, width, *whole_tokens(height, width, factor), factor, min_pixels, max_pixels)
-    return _checked(max(h, factor), max(w, factor))
+    h, w = _fit_limits(height, width, *whole_tokens(height, width, factor), factor, min_pixels, max_pixels)
+    return _check_encoded(max(h, factor), max(w, factor))
 
 
 def whole_tokens(height: int, width: int, factor: int) -> Size:
@@ -56,13 +56,13 @@ def processor_resize(
         height, width = round(height * factor / width), factor
     check_sides(height, width)
     h, w = round(height / factor) * factor, round(width / factor) * factor
-    h, w = _into_limits(height, width, h, w, factor, min_pixels, max_pixels)
+    h, w = _fit_limits(height, width, h, w, factor, min_pixels, max_pixels)
     if strict_official and min(h, w) < 1:
         raise KeyeError(f"a picture of {width}x{height} pixels has no size of at most {max_pixels:g} pixels; crop it")
-    return _checked(max(h, factor), max(w, factor))
+    return _check_encoded(max(h, factor), max(w, factor))
 
 
-def _checked(height: int, width: int) -> Size:
+def _check_encoded(height: int, width: int) -> Size:
     """The size itself; `KeyeError` where no model could read a picture of it."""
     if height * width > MAX_ENCODED_PIXELS:
         raise KeyeError(
@@ -72,7 +72,7 @@ def _checked(height: int, width: int) -> Size:
     return height, width
 
 
-def _into_limits(height: int, width: int, h: int, w: int, factor: int, min_pixels: float, max_pixels: float) -> Size:
+def _fit_limits(height: int, width: int, h: int, w: int, factor: int, min_pixels: float, max_pixels: float) -> Size:
     if h * w > max_pixels:
         beta = math.sqrt((height * width) / max_pixels)
         return math.floor(height / beta / factor) * factor, math.floor(width / beta / factor) * factor
@@ -108,7 +108,7 @@ def image_size(height: int, width: int, config: ProcessorConfig, options: MediaO
         height, width = options.resized
         check_sides(height, width, "the size asked for")
     else:
-        low, high = _limits(options, low, high)
+        low, high = _pick_limits(options, low, high)
     return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
 
 
@@ -141,11 +141,11 @@ def listed_frame_size(height: int, width: int, config: ProcessorConfig, options:
     if config.release.sizes_lists_as_images or options.resized is not None:
         return image_size(height, width, config, options)
     token = config.token_pixels
-    low, high = _limits(options, config.video_min_tokens * token, config.video_max_tokens * token)
+    low, high = _pick_limits(options, config.video_min_tokens * token, config.video_max_tokens * token)
     return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
 
 
-def _limits(options: MediaOptions, low: float, high: float) -> tuple[float, float]:
+def _pick_limits(options: MediaOptions, low: float, high: float) -> tuple[float, float]:
     return (
         low if options.min_pixels is None else options.min_pixels,
         high if options.max_pixels is None else options.max_pixels,

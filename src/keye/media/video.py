@@ -23,8 +23,8 @@ from keye.media.container.kinds import is_png_or_webp
 from keye.media.decode.wire import END, FRAME
 from keye.media.decode.workers import UNTRUSTED_LIMITS, Worker
 from keye.media.decode.workers import DecodeLimits as DecodeLimits
-from keye.media.info import VideoInfo, parse_info, size_notes
-from keye.media.notes import decoded_damage, emit
+from keye.media.info import VideoInfo, note_size_changes, parse_info
+from keye.media.notes import emit, warn_decoded_damage
 from keye.media.pixels.tone_map import to_sdr
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.source.fetch import Reference, check_video, fetch_source
@@ -116,12 +116,12 @@ class VideoReader:
             answer = json.loads(bytes(body))
             damage = array("q", answer["damaged"])
             sizes = [tuple(array("q", change)) for change in answer["resized"]]
-            resized = list(size_notes(self.info, [(time, width, height) for time, width, height in sizes]))
+            resized = list(note_size_changes(self.info, [(time, width, height) for time, width, height in sizes]))
         except (ValueError, TypeError, LookupError, OverflowError):
             raise self._worker.broken() from None
         if kind != END:
             raise self._worker.broken()
-        if (warning := decoded_damage(name, self.info.seconds(damage), self.info.damage)) is not None:
+        if (warning := warn_decoded_damage(name, self.info.seconds(damage), self.info.damage)) is not None:
             warn(warning, stacklevel=3)
         emit(name, resized, stacklevel=3)
 

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from keye.chat.messages import Medium, Message
-from keye.chat.moments import sampled_windows
+from keye.chat.moments import collect_windows
 from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
 from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
-from keye.engine.prompt import ContextBudget, Prompt, plan_of
+from keye.engine.prompt import ContextBudget, Prompt, describe_item
 from keye.engine.request import GenerationRequest
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, Option
@@ -303,15 +303,15 @@ class LiveSession:
         with self._engine.exclusive():
             cache = self._trunk.cache.fork()
         past = IndexedVideo(
-            "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, plan_of(item), self._trunk.mode,
-            cache,
+            "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, describe_item(item),
+            self._trunk.mode, cache,
         )  # fmt: skip
         after = torch.arange(begin, begin + len(tail)).expand(3, -1)
         ids = torch.cat((seen, torch.tensor(tail)))
         positions = torch.cat((stored, after), dim=1)
         return Prompt(
             ids, positions, visual_mask(self._runtime.config, ids), begin + len(tail), (), cache, past,
-            windows=sampled_windows([past.plan]),
+            windows=collect_windows([past.plan]),
         )  # fmt: skip
 
     def _frame_size(self, height: int, width: int) -> sizes.Size:

@@ -24,7 +24,7 @@ from keye.media.image import resize_exactly, resize_image
 from keye.media.info import VideoInfo
 from keye.media.pixels.resample import bilinear
 from keye.media.pixels.slowfast import compared_size, frame_types, similarity
-from keye.media.plan import VideoPlan, make_plan, with_frame_types
+from keye.media.plan import VideoPlan, add_frame_types, make_plan
 from tests.support.parity.cases import Case, Check, NotApplicable, is_preview
 
 CONFIGS = {"v15": ProcessorConfig.of("1.5"), "v20": ProcessorConfig.of("2.0")}
@@ -181,7 +181,7 @@ def _check_slow_fast(check: Check, name: str, row: Row, want: Row) -> None:
 
     def planned() -> VideoPlan:
         plan = make_plan(video_info(row), CONFIGS["v15"], options)
-        return with_frame_types(plan, want["frame_types"], CONFIGS["v15"], options)
+        return add_frame_types(plan, want["frame_types"], CONFIGS["v15"], options)
 
     plan = outcome(check, name, want, planned)
     if plan is None:

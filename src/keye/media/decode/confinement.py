@@ -78,7 +78,7 @@ def attempts(memory_bytes: int, parent: int, scratch: str) -> dict[str, list[Cal
         "network": [socket.socket, lambda: socket.socket(socket.AF_UNIX), socket.socketpair],
         "processes": [_fork, _replace],
         "signals": [lambda: os.kill(parent, 0)],
-        "privileges": [lambda: _raise_limit(memory_bytes), lambda: _checked(libc.setuid(12345))],
+        "privileges": [lambda: _raise_limit(memory_bytes), lambda: _parse_report(libc.setuid(12345))],
     }
 
 
@@ -111,7 +111,7 @@ def _raise_limit(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (2 * memory_bytes, 2 * memory_bytes))
 
 
-def _checked(result: int) -> None:
+def _parse_report(result: int) -> None:
     if result:
         raise OSError(ctypes.get_errno(), "refused")
 

@@ -25,7 +25,9 @@ def with_neighbours(frames: Iterator[VideoFrame]) -> Iterator[tuple[VideoFrame |
         before, frame = frame, after or next(frames, None)
 
 
-def deinterlaced(before: VideoFrame | None, frame: VideoFrame, after: VideoFrame | None, threads: int) -> VideoFrame:
+def interpolate_fields(
+    before: VideoFrame | None, frame: VideoFrame, after: VideoFrame | None, threads: int
+) -> VideoFrame:
     """The frame as it was at its first moment; itself where it is too small."""
     if min(frame.width, frame.height) < _LEAST_SIDE or frame.time_base is None:
         return frame

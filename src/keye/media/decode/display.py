@@ -61,14 +61,14 @@ def frame_orientation(frame: VideoFrame) -> Orientation:
         return Orientation(turns * 90 % 360, exact=abs(frame.rotation - turns * 90) <= _EXACT_DEGREES)
 
 
-def believed_aspect(aspect: Fraction | None) -> Fraction | None:
+def check_aspect(aspect: Fraction | None) -> Fraction | None:
     """Width of a pixel for its height: 1 where nothing else is stored, None where what is stored cannot be."""
     if not aspect or abs(aspect - 1) < _NEARLY_SQUARE:
         return Fraction(1)
     return aspect if Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT else None
 
 
-def shown_size(width: int, height: int, aspect: Fraction, pixel_limit: int) -> tuple[int, int]:
+def display_size(width: int, height: int, aspect: Fraction, pixel_limit: int) -> tuple[int, int]:
     """(width, height) of a stored picture with square pixels: the width is stretched, as players do it, or, where that
     makes more than `pixel_limit` pixels, the height is shrunk."""
     wide = max(1, round(width * aspect))
@@ -80,11 +80,11 @@ def shown_size(width: int, height: int, aspect: Fraction, pixel_limit: int) -> t
 def display_facts(frame: VideoFrame, aspect: Fraction | None, pixel_limit: int) -> dict[str, Any]:
     """What `keye.media.video.VideoInfo` says about pictures, from the first one and the sample aspect ratio of its
     stream. `shown` is the size with square pixels before the turn."""
-    turn, believed = frame_orientation(frame), believed_aspect(aspect)
+    turn, believed = frame_orientation(frame), check_aspect(aspect)
     return {
         "width": frame.width,
         "height": frame.height,
-        "shown": shown_size(frame.width, frame.height, believed or Fraction(1), pixel_limit),
+        "shown": display_size(frame.width, frame.height, believed or Fraction(1), pixel_limit),
         "aspect": None if aspect is None else [aspect.numerator, aspect.denominator],
         "aspect_believed": believed is not None,
         "rotation": turn.rotation,

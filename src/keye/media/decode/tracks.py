@@ -36,11 +36,11 @@ def choose_track(tracks: Sequence[VideoStream], number: int | None) -> VideoStre
     if number is None:
         return max(tracks, key=_score)
     if not 1 <= number <= len(tracks):
-        raise WorkerError(f"has no video track {number:,}; give {{}} one of {'; '.join(described(tracks))}", "track")
+        raise WorkerError(f"has no video track {number:,}; give {{}} one of {'; '.join(list_tracks(tracks))}", "track")
     return tracks[number - 1]
 
 
-def described(tracks: Sequence[VideoStream]) -> list[str]:
+def list_tracks(tracks: Sequence[VideoStream]) -> list[str]:
     """The tracks in words, one each, such as "2: 1920x1080 h264, default"."""
     words = []
     for number, track in enumerate(tracks[:_LISTED], 1):

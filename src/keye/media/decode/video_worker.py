@@ -27,10 +27,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, Timeline, lay_out
-from keye.media.decode.deinterlace import deinterlaced, with_neighbours
+from keye.media.decode.deinterlace import interpolate_fields, with_neighbours
 from keye.media.decode.display import display_facts
 from keye.media.decode.sandbox import confine
-from keye.media.decode.tracks import described, video_tracks
+from keye.media.decode.tracks import list_tracks, video_tracks
 from keye.media.decode.video_file import Opening, VideoFile
 from keye.media.decode.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
 
@@ -106,7 +106,7 @@ class Reader:
             "format": video.container.format.name,
             "codec": stream.codec_context.name,
             "track": tracks.index(stream) + 1,
-            "tracks": described(tracks),
+            "tracks": list_tracks(tracks),
             "track_asked": video.opening.track is not None,
             "rate": [rate.numerator, rate.denominator] if rate else None,
             "time_base": [stream.time_base.numerator, stream.time_base.denominator],
@@ -248,7 +248,7 @@ class Reader:
                 frame, complete=complete, exact=lean, usable=not combed, faults=self._is_faulty(known)
             ):
                 plain = hit is not frame or not combed
-                yield hit if plain else deinterlaced(before, hit, after, self.video.opening.threads)
+                yield hit if plain else interpolate_fields(before, hit, after, self.video.opening.threads)
             if wanted.done or wanted.missed:
                 break
 

@@ -96,7 +96,7 @@ def frames_to_patches(
     side, grid = config.patch_size, frame_grids(frame_sizes, config)
     counts = grid.prod(axis=1)
     values = np.empty((int(counts.sum()), 3, side, side), dtype=np.float32)
-    table = _normalised_levels(config.image_mean, config.image_std)
+    table = _build_level_table(config.image_mean, config.image_std)
     done = 0
     for frame, (_, rows, columns) in zip(frames, grid, strict=True):
         patches = frame.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
@@ -121,7 +121,7 @@ def frame_grids(frame_sizes: Sequence[Size], config: ProcessorConfig) -> NDArray
 
 
 @lru_cache(maxsize=8)
-def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+def _build_level_table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
     """float32 [3, 256]: every pixel level after normalisation, so that no arithmetic is done per pixel."""
     levels = np.arange(256, dtype=np.float64) / 255
     return ((levels[None] - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)

@@ -54,7 +54,7 @@ class DataUrl:
 
     def decode(self) -> bytes:
         """The content. Raises `MediaError` for what is not base64."""
-        return self._decoded(self.start, len(self.text))
+        return self._decode_base64(self.start, len(self.text))
 
     def decode_parts(self) -> list[bytes]:
         """The files of a URL that holds several."""
@@ -62,7 +62,7 @@ class DataUrl:
         for _ in range(self.parts):
             end = self.text.find(",", begin) if self.is_base64 else -1
             end = len(self.text) if end < 0 else end
-            pieces.append(self._decoded(begin, end))
+            pieces.append(self._decode_base64(begin, end))
             begin = end + 1
         return pieces
 
@@ -70,27 +70,27 @@ class DataUrl:
         """The first bytes of the content, about `count`; empty where they cannot be decoded."""
         text = self.text[self.start : self.start + 6 * count]  # Escapes and line breaks take more than four thirds.
         if not self.is_base64:
-            return _unescaped(text)[:count]
-        letters = _unescaped(text.partition(",")[0]).translate(_STANDARD, _BLANKS.encode())
+            return _unescape(text)[:count]
+        letters = _unescape(text.partition(",")[0]).translate(_STANDARD, _BLANKS.encode())
         try:
             return _base64(letters[: 4 * (count // 3)])
         except MediaError:
             return b""
 
-    def _decoded(self, begin: int, end: int) -> bytes:
+    def _decode_base64(self, begin: int, end: int) -> bytes:
         out, rest, padded = io.BytesIO(), b"", False
         while begin < end:
             stop = min(begin + _PIECE, end)
             if stop < end and "%" in self.text[stop - 2 : stop]:
                 stop = self.text.rindex("%", stop - 2, stop)  # An escape stays in one piece.
-            piece = _unescaped(self.text[begin:stop])
+            piece = _unescape(self.text[begin:stop])
             begin = stop
             if not self.is_base64:
                 out.write(piece)
                 continue
             letters = rest + piece.translate(_STANDARD, _BLANKS.encode())
             if letters and padded:
-                raise _invalid()
+                raise _explain_invalid()
             usable = len(letters) if begin == end else len(letters) // 4 * 4
             rest, padded = letters[usable:], b"=" in letters[:usable]
             out.write(_base64(letters[:usable]))
@@ -132,7 +132,7 @@ def _type(head: str) -> str:
     return re.split("[;,]", head, maxsplit=1)[0].strip().lower()
 
 
-def _unescaped(text: str) -> bytes:
+def _unescape(text: str) -> bytes:
     return unquote_to_bytes(text) if "%" in text else text.encode(errors="replace")
 
 
@@ -143,8 +143,8 @@ def _base64(letters: bytes) -> bytes:
     try:
         return base64.b64decode(letters, validate=True)
     except ValueError:
-        raise _invalid() from None
+        raise _explain_invalid() from None
 
 
-def _invalid() -> MediaError:
+def _explain_invalid() -> MediaError:
     return MediaError("the data: URL is not valid base64; encode the file again")

@@ -63,7 +63,7 @@ def download(
     most = min(limits.download_bytes, max_bytes)
     expired, end = threading.Event(), time.monotonic() + limits.total_seconds
     for _ in range(limits.redirects + 1):
-        parts = _checked(url, limits)
+        parts = _check_url(url, limits)
         with _connection(parts, limits, expired, end - time.monotonic()) as connection:
             # The connection forgets its socket once the head of the response is read.
             dialled = connection.sock
@@ -74,7 +74,7 @@ def download(
                     _check_end(location, dialled, parts, file, size)
                     return file, size
             except (OSError, http.client.HTTPException) as error:
-                raise _failure(parts, error, expired, limits) from None
+                raise _explain_failure(parts, error, expired, limits) from None
         url = urljoin(url, location)
     raise MediaError(f"{redact_url(url)} redirects more than {limits.redirects} times; give the final address")
 
@@ -86,7 +86,7 @@ def redact_url(url: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _checked(url: str, limits: FetchLimits) -> SplitResult:
+def _check_url(url: str, limits: FetchLimits) -> SplitResult:
     if limits.hosts is not None:
         check_address(url, limits.hosts)
     try:
@@ -170,7 +170,7 @@ def _connection(
                 live.append(secure)
                 secure.do_handshake()
         except OSError as error:
-            raise _failure(parts, error, expired, limits) from None
+            raise _explain_failure(parts, error, expired, limits) from None
         yield connection
     finally:
         watch.cancel()
@@ -274,7 +274,7 @@ def _check_end(
         )
 
 
-def _failure(parts: SplitResult, error: Exception, expired: threading.Event, limits: FetchLimits) -> MediaError:
+def _explain_failure(parts: SplitResult, error: Exception, expired: threading.Event, limits: FetchLimits) -> MediaError:
     name = redact_url(parts.geturl())
     if expired.is_set():
         return MediaError(f"{name} took more than {limits.total_seconds:g} s; download it and pass the file")

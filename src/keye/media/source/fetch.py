@@ -94,10 +94,10 @@ def fetch_source(
     is checked for size only. A file that exists is opened, whatever its name looks like. Raises `MediaError` when it is
     missing, a directory, no regular file, empty, larger than `max_bytes`, or cannot be downloaded within `limits`.
     """
-    return _checked_size(_locate(reference, max_bytes, limits or FetchLimits()), max_bytes)
+    return _check_size(_locate(reference, max_bytes, limits or FetchLimits()), max_bytes)
 
 
-def _checked_size(source: Source, max_bytes: int) -> Source:
+def _check_size(source: Source, max_bytes: int) -> Source:
     if source.size == 0:
         raise MediaError(f"{source.name} is empty (0 bytes); check that it was copied completely")
     if source.size > max_bytes:
@@ -138,7 +138,7 @@ class FetchPolicy:
         # Not `fetch_source`, which opens files of this machine.
         source = _fetch(text, most, replace(self.limits, hosts=self.hosts))
         assert source is not None, "an address of another kind passed the check"
-        return untrusted(_checked_size(source, most))
+        return untrusted(_check_size(source, most))
 
     def fetch_list(self, reference: object) -> list[Source] | None:
         """The pictures in a data URL that holds several (see `data_urls.parse_list`); None for any other reference."""
