@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from keye.cache.checksums import BlockCheck
 from keye.cache.mapped import DISK_RESERVE, scratch_tensor
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import Block, KVStore
 from keye.ops.kv_blocks import KV_BLOCK
+
+if TYPE_CHECKING:
+    from keye.cache.checksums import BlockCheck
 
 #: The ledger's account: bytes on disk.
 ACCOUNT = "kv-saved"

@@ -11,16 +11,19 @@ import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from keye.cache.checksums import BlockCheck
 from keye.cache.mapped import fetch_rows
 from keye.cache.slabs import Block, KVLayout, KVStore, Slab, memory_slabs
 from keye.errors import KeyeError
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
+
+if TYPE_CHECKING:
+    from keye.cache.checksums import BlockCheck
 
 
 class KVCache:

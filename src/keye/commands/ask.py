@@ -11,7 +11,6 @@ import click
 
 from keye.commands.shared import options, outputs
 from keye.errors import KeyeError
-from keye.files import check_output, has_mark
 
 if TYPE_CHECKING:
     from keye.api import Keye
@@ -152,6 +151,8 @@ def check_drawing(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
     """`KeyeError` where `--draw` cannot work, before a model is loaded."""
     outputs.check_suffix(path, "--draw", outputs.PICTURE_FORMATS)
     outputs.check_not_input(path, "--draw", [medium.source for medium in media])
+    from keye.files import check_output, has_mark
+
     check_output(path, has_mark, overwrite=overwrite)
     if len(media) != 1 or media[0].kind != "image":
         raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")

@@ -16,21 +16,23 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from keye.cache.saved import SavedCaches
 from keye.cache.sequence import KVCache
 from keye.chat.template import Segment
 from keye.chat.tokenizer import StreamDecoder
-from keye.engine.evidence import Evidence
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams, StopText
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, KeyeWarning
 from keye.models.attention import AttentionMode, Selection
+
+if TYPE_CHECKING:
+    from keye.cache.saved import SavedCaches
+    from keye.engine.evidence import Evidence
 
 #: Most choices of one request, and most alternatives reported with a token.
 MAX_CHOICES, MAX_LOGPROBS = 128, 20
@@ -403,6 +405,8 @@ class Preempted:
         preempted, past = None, state.prompt.past
         if any(cache.length(0) for cache in state.caches):
             with suppress(KeyeError):  # no room on the disk, or no such folder
+                from keye.cache.saved import SavedCaches
+
                 saved = SavedCaches.save(state.caches, folder, () if past is None else past.block_table)
                 preempted = cls(state, saved)
         state.release()

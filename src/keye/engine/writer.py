@@ -11,7 +11,6 @@ from torch import Tensor
 
 from keye.cache.sequence import KVCache
 from keye.chat.tokenizer import StreamDecoder
-from keye.engine.evidence import make_evidence
 from keye.engine.prompt import Prompt
 from keye.engine.request import (
     Branch,
@@ -245,6 +244,8 @@ class Writer:
         if task.request.evidence:
             text = self.tokenizer.decode(task.choices[0].reply, skip_special=False)
             has_text = task.request.ignore_eos or bool(text.strip())
+            from keye.engine.evidence import make_evidence
+
             evidence = make_evidence(task.counts, task.counted, prompt, self.config, has_text=has_text)
         return Finished(
             prompt_tokens=prompt.length,

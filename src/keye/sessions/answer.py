@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keye.chat.grounding import Region
 from keye.chat.messages import ToolCall
 from keye.chat.moments import keep_moments, keep_regions
 from keye.chat.replies import parse_reply
 from keye.engine.engine import Engine
-from keye.engine.evidence import Evidence
 from keye.engine.prompt import Prompt
 from keye.engine.request import (
     Delta,
@@ -26,6 +25,9 @@ from keye.engine.request import (
     TokenProb,
 )
 from keye.errors import KeyeWarning, warn
+
+if TYPE_CHECKING:
+    from keye.engine.evidence import Evidence
 
 #: The note on a reply that was ended because it repeated itself.
 LOOPED = KeyeWarning("the reply repeated itself and was stopped; ask in another way, or set a repetition_penalty")

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keye.config import read_json
-from keye.files import complete_file
 from keye.weights.source import WeightsError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -163,6 +162,8 @@ def write_checkpoint(
     `dtype` converts on the way. The files appear together when all are complete, and those of an earlier save vanish;
     a failure leaves the folder as it was. Returns the path of the file or of the index. Extra memory: one shard.
     """
+    from keye.files import complete_file
+
     folder.mkdir(parents=True, exist_ok=True)
     groups = _groups({name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}, shard_bytes)
     single, count = len(groups) == 1, len(groups)
