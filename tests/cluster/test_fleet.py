@@ -94,8 +94,8 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(["plan", "--model", "nano", *arguments])
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run
 
@@ -135,16 +135,16 @@ def test_the_example_is_planned(plan: Plan) -> None:
 def test_files_with_mistakes_get_a_sentence(plan: Plan, tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text(text)
-    code, _, said = plan("--video", "2m", "--fleet", str(path))
-    assert code == 2 and sentence in said.replace("\n", " ") and "Traceback" not in said
+    code, _, message = plan("--video", "2m", "--fleet", str(path))
+    assert code == 2 and sentence in message.replace("\n", " ") and "Traceback" not in message
 
 
 def test_a_fleet_needs_its_file_and_one_video(plan: Plan, tmp_path: Path) -> None:
-    code, _, said = plan("--video", "2m", "--fleet", str(tmp_path / "nothing.toml"))
-    assert code == 2 and "configs/fleet.toml" in said
+    code, _, message = plan("--video", "2m", "--fleet", str(tmp_path / "nothing.toml"))
+    assert code == 2 and "configs/fleet.toml" in message
     demo = str(ROOT / "src/keye/assets/demo.mp4")
-    code, _, said = plan(demo, demo, "--fleet", str(ROOT / "configs" / "fleet.toml"))
-    assert code == 2 and "one video that stands for all" in said.replace("\n", " ")
+    code, _, message = plan(demo, demo, "--fleet", str(ROOT / "configs" / "fleet.toml"))
+    assert code == 2 and "one video that stands for all" in message.replace("\n", " ")
 
 
 @pytest.mark.parametrize("load", [Load(1e12), Load(1e300), Load(1.0, questions=10**12)])
@@ -160,5 +160,5 @@ def test_the_command_says_that_a_load_is_beyond_any_fleet(
     plan, example = tmp_path / "fleet.toml", (ROOT / "configs/fleet.toml").read_text()
     plan.write_text(example.replace("videos_per_day = ", f"videos_per_day = {videos} #"))
     code = main(["plan", "--model", "2.0", "--video", "2m", "--fleet", str(plan)])
-    said = capsys.readouterr().err
-    assert code == 2 and ("beyond any fleet" in said or "it must be a number" in said)
+    message = capsys.readouterr().err
+    assert code == 2 and ("beyond any fleet" in message or "it must be a number" in message)

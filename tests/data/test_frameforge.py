@@ -21,10 +21,10 @@ def color_name(pixel):
 
 
 def test_same_seed_same_clip():
-    one, two = make_clip(11, frames=12), make_clip(11, frames=12)
-    assert one == two
-    assert np.array_equal(render(one), render(two))
-    assert make_clip(12, frames=12).scene != one.scene
+    first, second = make_clip(11, frames=12), make_clip(11, frames=12)
+    assert first == second
+    assert np.array_equal(render(first), render(second))
+    assert make_clip(12, frames=12).scene != first.scene
 
 
 def test_same_clip_in_another_process():
@@ -55,7 +55,7 @@ def test_held_out_pairs_and_words_never_appear(split):
 
 
 def test_train_words_hold_no_held_out_word():
-    assert not any(held in word for held in HELD_OUT_WORDS for word in TRAIN_WORDS)
+    assert not any(withheld in word for withheld in HELD_OUT_WORDS for word in TRAIN_WORDS)
 
 
 def test_every_unseen_clip_shows_something_unseen():
@@ -159,7 +159,7 @@ def test_dense_labels_name_what_lies_in_each_cell():
         for row, column in np.argwhere(labels.color):
             x, y = (np.array((column, row)) + 0.5 + labels.offset[row, column] / 2) * 28
             things = clip.scene.visible_objects(1)
-            thing = min(things, key=lambda one: np.hypot(*(np.array(one.position(1)) * scale - (x, y))))
+            thing = min(things, key=lambda candidate: np.hypot(*(np.array(candidate.position(1)) * scale - (x, y))))
             assert np.allclose(np.array(thing.position(1)) * scale, (x, y), atol=1e-3)
             assert labels.color[row, column] == COLOR_IDS[thing.color_at(1)]
             assert labels.shape[row, column] == SHAPE_IDS[thing.shape]
@@ -168,11 +168,11 @@ def test_dense_labels_name_what_lies_in_each_cell():
         for row, column in np.argwhere(labels.cover_color):
             middle = pixels[row * 28 + 13 : row * 28 + 15, column * 28 + 13 : column * 28 + 15].reshape(-1, 3)
             assert labels.cover_color[row, column] in [COLOR_IDS[color_name(pixel)] for pixel in middle]
-        found = labels.letters[labels.letters > 0].tolist()
+        labelled = labels.letters[labels.letters > 0].tolist()
         text = clip.scene.text
-        shown = text.content if text and text.visible(1) else ""
-        assert sorted(found) == sorted(CHARACTER_IDS[character] for character in shown)
-        letters += len(found)
+        content = text.content if text and text.visible(1) else ""
+        assert sorted(labelled) == sorted(CHARACTER_IDS[character] for character in content)
+        letters += len(labelled)
     assert objects > 60
     assert letters > 40
 

@@ -38,5 +38,5 @@ def test_wordings_need_no_new_words():
 
 def test_no_question_is_asked_twice():
     for seed in range(20):
-        asked = [question.text for question in picture_questions(make_clip(seed, frames=1), random.Random(seed), 30)]
-        assert len(asked) == len(set(asked))
+        texts = [question.text for question in picture_questions(make_clip(seed, frames=1), random.Random(seed), 30)]
+        assert len(texts) == len(set(texts))

@@ -185,11 +185,11 @@ def test_a_change_of_color_is_what_the_pixels_show():
             continue
         names = [blob.name for image in render(clip) for blob in look(image)[1]]
         change = next(i for i in range(1, len(names)) if names[i] != names[i - 1])
-        asked = questions(clip, random.Random(0), 4, tasks=["color_change", "change_time"])
-        answers = {question.task: question.answer for question in asked}
+        chosen = questions(clip, random.Random(0), 4, tasks=["color_change", "change_time"])
+        answers = {question.task: question.answer for question in chosen}
         assert f"{answers['color_change']} {thing.shape}" == names[change]
         assert answers["change_time"] == f"{clip.timestamps[thing.first + change]:.1f} seconds"
-        assert all(names[0] in question.text for question in asked)
+        assert all(names[0] in question.text for question in chosen)
         checked += 1
     assert checked > 5
 
@@ -225,9 +225,9 @@ def test_gold_intervals_belong_to_interval_tasks_and_match_the_answer():
 def test_questions_are_deterministic_and_never_repeat():
     for seed in range(50):
         clip = make_clip(seed, frames=8)
-        asked = questions(clip, random.Random(1), 60)
-        assert asked == questions(clip, random.Random(1), 60)
-        assert len({question.text for question in asked}) == len(asked)
+        chosen = questions(clip, random.Random(1), 60)
+        assert chosen == questions(clip, random.Random(1), 60)
+        assert len({question.text for question in chosen}) == len(chosen)
 
 
 def test_published_figures_stay_comparable():
@@ -318,9 +318,9 @@ def test_a_single_image_gets_no_question_about_the_course_of_time():
         "caption",
     }
     for seed in range(50):
-        asked = questions(make_clip(seed, frames=1), random.Random(seed), 50)
-        assert asked
-        assert not temporal & {question.task for question in asked}
+        chosen = questions(make_clip(seed, frames=1), random.Random(seed), 50)
+        assert chosen
+        assert not temporal & {question.task for question in chosen}
 
 
 def test_tasks_and_weights_choose_the_kinds():

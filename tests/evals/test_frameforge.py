@@ -85,9 +85,9 @@ def test_exam_asks_exactly_as_many_questions_and_always_the_same():
     options = EvalOptions(questions=60, frames=(4, 9))
     first, second = list(exam(options)), list(exam(options))
     assert first == second
-    assert sum(len(asked) for _, asked in first) == 60
+    assert sum(len(chosen) for _, chosen in first) == 60
     assert all(4 <= clip.frames <= 9 and clip.split == "test" for clip, _ in first)
-    assert max(len(asked) for _, asked in first) <= 12
+    assert max(len(chosen) for _, chosen in first) <= 12
     longer = list(exam(EvalOptions(questions=80, frames=(4, 9))))
     assert longer[: len(first) - 1] == first[:-1]
     assert list(exam(EvalOptions(questions=60, frames=(4, 9), seed=1))) != first
@@ -120,7 +120,7 @@ def test_evaluation_is_deterministic(tiny):
 def test_keys_and_values_are_stored_as_asked(tiny, monkeypatch):
     stores = []
     of = KVLayout.of
-    monkeypatch.setattr(KVLayout, "of", lambda *given: stores.append(of(*given)) or stores[-1])
+    monkeypatch.setattr(KVLayout, "of", lambda *arguments: stores.append(of(*arguments)) or stores[-1])
     result = evaluate(tiny, EvalOptions(kv="int4", **SMALL))
     assert result["options"]["kv"] == "int4"
     assert [layout.kind for layout in stores] == ["int4"]
@@ -170,9 +170,9 @@ def test_mp4_evaluation_asks_the_same(tiny):
 
 def test_prompts_are_those_of_training(tiny):
     maker = BatchMaker(tiny.tokenizer, tiny.processor.config)
-    clip, asked = next(exam(EvalOptions(frames=(5, 5), seed=3)))
-    batch = maker.pack([clip], [asked])
-    prompt = clip_prompt(tiny, clip, [question.text for question in asked])
+    clip, chosen = next(exam(EvalOptions(frames=(5, 5), seed=3)))
+    batch = maker.pack([clip], [chosen])
+    prompt = clip_prompt(tiny, clip, [question.text for question in chosen])
     shared = prompt.trunk.token_ids.shape[0]
     for number, answer in enumerate(batch.answers):
         begin = int(np.flatnonzero(batch.branch[0] == number)[0])
@@ -187,8 +187,8 @@ def test_prompts_are_those_of_training(tiny):
 
 
 def test_branches_answer_as_each_question_alone(tiny):
-    clip, asked = next(exam(EvalOptions(frames=(5, 5), seed=4)))
-    prompt = clip_prompt(tiny, clip, [question.text for question in asked])
+    clip, chosen = next(exam(EvalOptions(frames=(5, 5), seed=4)))
+    prompt = clip_prompt(tiny, clip, [question.text for question in chosen])
     engine, params = Engine(tiny), SamplingParams(max_tokens=6)
     trunk, _ = engine.prefill(prompt.trunk)
     together = engine.generate([prompt.whole(branch, trunk) for branch in prompt.branches], params)
@@ -218,12 +218,12 @@ def test_scores_of_replies():
 def test_prompts_about_pictures_are_those_of_training(tiny):
     maker = BatchMaker(tiny.tokenizer, tiny.processor.config)
     clip = make_clip(3, frames=1)
-    asked = picture_questions(clip, random.Random(0), 4)
-    batch = maker.pack([clip], [asked], pictures=True)
+    chosen = picture_questions(clip, random.Random(0), 4)
+    batch = maker.pack([clip], [chosen], pictures=True)
     builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor.config))
     for number, answer in enumerate(batch.answers):
         picture = Medium("image", Image.fromarray(render(clip)[0]))
-        prompt = builder.build([Message("user", (picture, asked[number].text))])
+        prompt = builder.build([Message("user", (picture, chosen[number].text))])
         begin = int(np.flatnonzero(batch.branch[0] == number)[0])
         head = slice(begin, answer.start + 1)
         assert prompt.token_ids.tolist() == [*batch.trunk_ids[0], *batch.tail_ids[0, head]]

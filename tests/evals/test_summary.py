@@ -10,12 +10,12 @@ from keye.evals.report import print_report
 from keye.evals.summary import WHOLE_VIDEO, Scored, summarise
 
 
-def answered(cluster, task, gold, correct):
+def make_answer(cluster, task, gold, correct):
     return Scored(cluster, task, "?", gold, gold if correct else "", exact=correct)
 
 
-def grounded(cluster, task, iou, whole, gold="[[0.0, 1.0]]"):
-    return Scored(cluster, task, "?", gold, "", exact=iou == 1.0, iou=iou, whole_video_iou=whole)
+def grounded(cluster, task, iou, whole_video, gold="[[0.0, 1.0]]"):
+    return Scored(cluster, task, "?", gold, "", exact=iou == 1.0, iou=iou, whole_video_iou=whole_video)
 
 
 ANSWERS = [
@@ -25,10 +25,10 @@ ANSWERS = [
     grounded(1, "ground_text", 0.0, 1.0),
     grounded(1, "ground_none", 1.0, 0.0, "[]"),
     grounded(2, "ground_none", 0.0, 0.0, "[]"),
-    answered(0, "count", "2", correct=True),
-    answered(1, "count", "3", correct=False),
-    answered(2, "count", "3", correct=True),
-    answered(2, "caption", "[[0.0, 1.0]] red star", correct=False),
+    make_answer(0, "count", "2", correct=True),
+    make_answer(1, "count", "3", correct=False),
+    make_answer(2, "count", "3", correct=True),
+    make_answer(2, "caption", "[[0.0, 1.0]] red star", correct=False),
 ]
 
 
@@ -79,7 +79,7 @@ def test_shipped_tasks_can_be_named():
 
 
 def test_nothing_asked_is_none_and_json():
-    figures = summarise([answered(0, "caption", "a", correct=True)])
+    figures = summarise([make_answer(0, "caption", "a", correct=True)])
     assert figures["accuracy"] is None
     assert figures["miou"] is None
     json.dumps(figures, allow_nan=False)
@@ -88,14 +88,14 @@ def test_nothing_asked_is_none_and_json():
 def test_report_shows_every_task():
     options = {"split": "test", "frames": (16, 32), "mode": "sparse", "select": "indexer", "mp4": True}
     costs = {"k_over_context": 0.1, "mean_context": 500.0, "tokens_per_second": 9.0, "seconds": 1.0}
-    shown = io.StringIO()
-    print_report({**summarise(ANSWERS), **costs, "options": options}, Console(file=shown, width=120))
+    output = io.StringIO()
+    print_report({**summarise(ANSWERS), **costs, "options": options}, Console(file=output, width=120))
     for word in ("ground_text", "(caption)", "mIoU", "50.0", "k/context 0.100", ".mp4", "[]"):
-        assert word in shown.getvalue()
+        assert word in output.getvalue()
 
 
 def test_one_clip_has_no_standard_error():
-    figures = summarise([answered(0, "count", "2", correct=True), grounded(0, "ground", 1.0, 0.6)])
+    figures = summarise([make_answer(0, "count", "2", correct=True), grounded(0, "ground", 1.0, 0.6)])
     assert figures["accuracy"] == 100.0
     assert (figures["accuracy_error"], figures["miou_error"]) == (None, None)
     assert figures["tasks"]["count"]["error"] is None
@@ -103,5 +103,5 @@ def test_one_clip_has_no_standard_error():
     costs = {"k_over_context": None, "seconds": 1.0, "tokens_per_second": 1.0, "mean_context": 1.0}
     console = Console(file=(shown_in := io.StringIO()), width=100)
     print_report({**figures, **costs, "options": options}, console)
-    shown = shown_in.getvalue()
-    assert "±" not in shown.replace("  ±  ", "") and "2 questions about 1 clip in 1.0 s" in shown
+    output = shown_in.getvalue()
+    assert "±" not in output.replace("  ±  ", "") and "2 questions about 1 clip in 1.0 s" in output

@@ -37,10 +37,10 @@ class RecordFactories(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func in FACTORIES and "device" not in (kwargs or {}) and made.numel() > 8:
+        tensor = func(*args, **(kwargs or {}))
+        if func in FACTORIES and "device" not in (kwargs or {}) and tensor.numel() > 8:
             self.unplaced.append(func.__name__)
-        return made
+        return tensor
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

@@ -2,7 +2,7 @@
 
     clip = make_clip(7, frames=16)
     frames = render(clip)                       # uint8 RGB [16, 112, 112, 3]
-    asked = questions(clip, random.Random(7), 8)
+    chosen = questions(clip, random.Random(7), 8)
 
 Needs numpy and pillow, and PyAV to write files; never torch.
 """
