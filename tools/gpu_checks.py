@@ -45,6 +45,11 @@ STEPS = (
         {"KEYE_TEST_DEVICE": "cuda"},
     ),
     Step(
+        "losses of training", "equality",
+        ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/train/test_same_losses.py"], 60,
+        {"KEYE_TEST_DEVICE": "cuda"},
+    ),
+    Step(
         "the demo question", "equality",
         ["-m", "keye", "ask", "src/keye/assets/demo.mp4", "when is the cyan triangle visible?", "--device", "cuda"], 60,
         expect="[[2.0, 14.0]]",
