@@ -166,6 +166,7 @@ def test_an_output_that_nothing_was_written_to_is_removed(out: Path) -> None:
 
 
 def test_a_line_that_is_too_long_is_not_read_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Private: a record of the true limit would take 256 MiB.
     monkeypatch.setattr("keye.batch.journal._MOST_BYTES", 100)
     out.write_text(json.dumps(record("a", text="x" * 200)) + "\n")
     with pytest.raises(KeyeError, match="line 1 of .* is not a record"):

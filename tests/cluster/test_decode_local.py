@@ -172,6 +172,7 @@ def test_a_worker_without_codecs_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    # Private: a worker that cannot start at all.
     monkeypatch.setattr("keye.cluster.pool._BOOT", "raise SystemExit('no keye here')  # {}")
     with pytest.raises(KeyeError, match="ended while it started .see what it wrote above.: this version of keye"):
         open_service("local:2")
@@ -181,6 +182,7 @@ def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch, capfd: pytes
 def test_shared_memory_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     with shared_file(1000) as file:
         assert os.fstat(file.fileno()).st_size == 1000
+    # Private: a full file system cannot be had here.
     monkeypatch.setattr("keye.cluster.pool._reserve", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(KeyeError, match="have no room in /dev/shm"):
         shared_file(1000)
@@ -188,8 +190,7 @@ def test_shared_memory_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def workers_of(service: DecodeService) -> list[int]:
     """Process ids of the workers."""
-    with service._changed:
-        return [worker.process.pid for worker in service._workers.values()]  # type: ignore[attr-defined]
+    return [worker.process.pid for worker in service.workers]  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
@@ -215,7 +216,7 @@ def test_kill_9_of_workers_while_they_work(clips: list[Source], victims: int) ->
 @pytest.mark.slow
 def test_workers_killed_while_idle_are_no_files_fault(clips: list[Source]) -> None:
     with open_service("local:4") as service:
-        for worker in service._workers.values():
+        for worker in service.workers:
             os.kill(worker.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
             worker.process.wait()  # type: ignore[attr-defined]
         assert same(service.submit(VideoWork(clips[0], CONFIG)).result(60), whole(clips[0]))
@@ -236,7 +237,7 @@ def test_a_call_that_ends_its_process_is_poison(clips: list[Source]) -> None:
 def test_workers_end_with_the_process_that_started_them() -> None:
     code = (
         "import os, sys; from keye.cluster.service import open_service; service = open_service('local:2'); "
-        "print(*[worker.process.pid for worker in service._workers.values()], flush=True); sys.stdin.read()"
+        "print(*[worker.process.pid for worker in service.workers], flush=True); sys.stdin.read()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

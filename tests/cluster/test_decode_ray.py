@@ -64,7 +64,7 @@ def test_a_cluster_does_what_this_process_does(cluster: Any, clips: list[Source]
     expected = [whole(source) for source in clips]
     with open_service("ray") as service:
         assert service.gauges()["workers"] == 2
-        assert len({worker.node for worker in service._workers.values()}) == 2
+        assert len({worker.node for worker in service.workers}) == 2
         assert same(service.submit(VideoWork(clips[0], CONFIG)).result(60), expected[0])
         assert service.submit(CallWork(divmod, (7, 2))).result(60) == (3, 1)
         with pytest.raises(MediaError, match="does not exist on any node"):

@@ -18,8 +18,7 @@ from tests.support.fake_pool import FakePool, FakeWorker, Item
 
 def until(service: DecodeService, holds: Callable[[], bool]) -> None:
     """Waits for something that the service's threads bring about."""
-    with service._changed:
-        assert service._changed.wait_for(holds, 30)
+    assert service.wait_for(holds, 30)
 
 
 @contextmanager

@@ -293,7 +293,7 @@ def test_a_client_that_does_not_take_the_answer() -> None:
     app = guard(talks, limits=Limits(send_seconds=0.0))
     with pytest.raises(TimeoutError):
         run(app(Ask().scope(), receive, never))
-    assert app._running.total == 0
+    assert app.running.total == 0
 
 
 def test_requests_too_often() -> None:
@@ -333,19 +333,19 @@ def test_too_many_at_once() -> None:
 
         app = guard(waits, limits=Limits(running=3, running_per_key=2))
         first = [asyncio.create_task(asked(app, post(HELLO))) for _ in range(2)]
-        while app._running.total < 2:
+        while app.running.total < 2:
             await asyncio.sleep(0)
         reply = await asked(app, post(HELLO))
         assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (429, "too_many_running", "1")
         other = asyncio.create_task(asked(app, post(HELLO, key="x" * 20)))
-        while app._running.total < 3:
+        while app.running.total < 3:
             await asyncio.sleep(0)
         assert (await asked(app, Ask(key="x" * 20))).status == 429
         for path in ("/health", "/metrics"):
             assert (await asked(app, Ask("GET", path))).status == 200
         release.set()
         assert [(await task).status for task in (*first, other)] == [200] * 3
-        assert app._running.total == 0
+        assert app.running.total == 0
         assert (await asked(app, post(HELLO))).status == 200
 
     run(crowd())
@@ -361,8 +361,8 @@ def test_a_thousand_clients_that_leave() -> None:
         ]
         for i in range(1000):
             await asked(app, asks[i % 3])
-        assert app._running.total == 0
-        assert app._buffered == 0
+        assert app.running.total == 0
+        assert app.buffered_bytes == 0
 
     run(crowd())
 
@@ -372,13 +372,13 @@ def test_memory_for_bodies_is_limited_over_all_requests() -> None:
         app = guard(limits=Limits(buffered_bytes=1000))
         half = Ask("POST", "/v1/chat/completions", body=[b'"' + b"a" * 600], length=700, stalls=True)
         held = asyncio.create_task(asked(app, half))
-        while app._buffered < 600:
+        while app.buffered_bytes < 600:
             await asyncio.sleep(0)
         reply = await asked(app, post({"messages": [], "x": "a" * 600}))
         assert (reply.status, reply.headers["retry-after"]) == (503, "2")
         held.cancel()
         await asyncio.gather(held, return_exceptions=True)
-        assert app._buffered == 0
+        assert app.buffered_bytes == 0
         assert (await asked(app, post({"messages": [], "x": "a" * 600}))).status == 200
 
     run(crowd())
@@ -431,7 +431,7 @@ def test_a_defect_of_the_application_is_logged_and_passed_on() -> None:
     with pytest.raises(RuntimeError):
         send(app, Ask())
     assert json.loads(lines[0])["status"] == 0
-    assert app._running.total == 0
+    assert app.running.total == 0
 
 
 def test_websockets_are_closed_and_the_lifespan_passes() -> None:

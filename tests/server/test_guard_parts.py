@@ -126,6 +126,7 @@ def test_long_strings_are_passed_over_and_what_is_around_them_is_not() -> None:
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 16])
 def test_where_a_body_is_cut_into_pieces_does_not_matter(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Private: bodies of a few bytes reach the borders of pieces.
     monkeypatch.setattr("keye.server.edge.json_shape._PIECE", piece)
     pairs = rb'{"a\\\\": "\\\"[[[[[[[[[[[[", "b": "\ud83d\ude00\ud83d\ude00", "c": "\\ud83d"}'
     for body in (pairs, b'"' + b"\\" * 64 + b'"'):

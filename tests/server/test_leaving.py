@@ -105,6 +105,7 @@ def test_an_index_that_nobody_waits_for_is_given_up(
             ended.set()
 
     monkeypatch.setattr(context.model, "turn", slow)
+    # Private: the moment at which the thread ends cannot be seen from outside.
     monkeypatch.setattr(indexes, "_build", watched)
     body = f'{{"file_id": "{uploaded}"}}'
     head = (

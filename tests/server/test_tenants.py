@@ -67,6 +67,7 @@ def test_media_are_read_by_a_few_at_once(running: Running, video: Path, monkeypa
             with lock:
                 inside -= 1
 
+    # Private: how many plans are made at once can be seen from inside only.
     monkeypatch.setattr(video_routes, "_plan", counted)
     url = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
     body = {"content": [{"type": "video_url", "video_url": {"url": url}}]}

@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import keye.server
+from keye.server.edge.request_head import PAGE_CSP
 
 STATIC = Path(keye.server.__file__).parent / "web" / "static"
 SAMPLE = STATIC.parents[2] / "assets" / "demo.mp4"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -236,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         file = SAMPLE if name == "sample.mp4" else STATIC / name
         if "/" in name or not file.is_file():
             return self._error(404, "There is no such page.")
-        return self._send(200, file.read_bytes(), TYPES[file.suffix], {"Content-Security-Policy": POLICY})
+        return self._send(200, file.read_bytes(), TYPES[file.suffix], {"Content-Security-Policy": PAGE_CSP})
 
     def _error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         error = {"message": message, "type": "error", "param": None, "code": None}

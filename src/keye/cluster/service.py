@@ -7,7 +7,7 @@ node if there is one; one that has cost `DEATHS` workers is quarantined. Knows w
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final
@@ -127,6 +127,17 @@ class DecodeService:
                 self._queue.add(job)
                 self._changed.notify_all()
             return result
+
+    @property
+    def workers(self) -> list[PoolWorker]:
+        """The workers of this moment."""
+        with self._changed:
+            return list(self._workers.values())
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Waits until something that the service's threads bring about holds; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout)
 
     def gauges(self) -> dict[str, float]:
         """Numbers of this moment, and counts since the start."""

@@ -46,7 +46,8 @@ class GuardSettings:
 
 class Guard:
     """ASGI middleware around `app`. Per request it sets `scope["keye.key"]` to the name of the key ("local" without
-    keys) and `scope["keye.request"]` to the audit `Record`, in which the application counts tokens."""
+    keys) and `scope["keye.request"]` to the audit `Record`, in which the application counts tokens. `running`
+    counts the requests being served, `buffered_bytes` what their bodies take."""
 
     def __init__(
         self,
@@ -60,8 +61,8 @@ class Guard:
         limits = settings.limits
         self._buckets = Buckets(limits.requests_per_second, limits.burst, limits.tracked, clock)
         self._attempts = Buckets(limits.requests_per_second, limits.burst, limits.tracked, clock)
-        self._running = Running(limits)
-        self._buffered = 0
+        self.running = Running(limits)
+        self.buffered_bytes = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -115,12 +116,12 @@ class Guard:
             await self.app(scope, exchange.receive, exchange.send)
             return
         self._check_rate(record)
-        if not self._running.enter(record.key):
+        if not self.running.enter(record.key):
             raise ApiError(429, "too many requests are running; try again soon", code="too_many_running", retry=1)
         try:
             await self._pass(scope, head, exchange)
         finally:
-            self._running.leave(record.key)
+            self.running.leave(record.key)
 
     def _owner(self, head: Head, record: Record) -> str:
         if head.path in _HEALTH or _is_page(head.path):
@@ -161,9 +162,9 @@ class Guard:
         try:
             while (piece := await exchange.read()) is not None:
                 size += len(piece)
-                self._buffered += len(piece)
+                self.buffered_bytes += len(piece)
                 pieces.append(piece)
-                if self._buffered > limits.buffered_bytes:
+                if self.buffered_bytes > limits.buffered_bytes:
                     raise ApiError(503, "too many large requests at once; try again soon", code="overloaded", retry=2)
             body = b"".join(pieces)
             del pieces, piece
@@ -178,7 +179,7 @@ class Guard:
             del body  # from here on only the application holds it
             await self.app(scope, exchange.receive, exchange.send)
         finally:
-            self._buffered -= size
+            self.buffered_bytes -= size
 
 
 def _is_page(path: str) -> bool:
