@@ -30,31 +30,26 @@ __all__ = [
     "KeyeWarning", "Runtime", "SamplingParams", "ScoreResult", "TokenPrompt", "__version__", "load",
 ]  # fmt: skip
 
-_HOME = {
-    "Answer": "keye.sessions.answer",
-    "AnswerStream": "keye.sessions.answer",
-    "AsyncEngine": "keye.engine.async_engine",
-    "Engine": "keye.engine.engine",
-    "Frames": "keye.engine.media",
-    "Generation": "keye.engine.engine",
-    "GenerationResult": "keye.engine.engine",
-    "Keye": "keye.api",
-    "KeyeError": "keye.errors",
-    "KeyeWarning": "keye.errors",
-    "Runtime": "keye.engine.runtime",
-    "SamplingParams": "keye.engine.sampling",
-    "ScoreResult": "keye.engine.engine",
-    "TokenPrompt": "keye.engine.engine",
-    "load": "keye.api",
+#: Modules by the names that they define, which are imported when a name is first used.
+_HOMES = {
+    "keye.api": ("Keye", "load"),
+    "keye.engine.async_engine": ("AsyncEngine",),
+    "keye.engine.engine": ("Engine", "Generation", "GenerationResult", "ScoreResult", "TokenPrompt"),
+    "keye.engine.media": ("Frames",),
+    "keye.engine.runtime": ("Runtime",),
+    "keye.engine.sampling": ("SamplingParams",),
+    "keye.errors": ("KeyeError", "KeyeWarning"),
+    "keye.sessions.answer": ("Answer", "AnswerStream"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'keye' has no attribute {name!r}")
-    from importlib import import_module
+    for module, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'keye' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keye.config import TextConfig
 from keye.models.layers import Layer
-from keye.ops import grouped
+from keye.ops.registry import find_grouped_matmul
 
 #: Rows of one expert's matrix product are padded to a multiple of this in large steps: CPU libraries build a kernel for
 #: every new shape, so few shapes are faster than exact ones.
@@ -31,9 +31,8 @@ class Experts(Layer):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
-        if grouped.fast(x, self.gate_up_proj):
-            gate_up = grouped.matmul(x, self.gate_up_proj, sizes)
-            return grouped.matmul(self.elementwise.swiglu(gate_up), self.down_proj, sizes)
+        if (matmul := find_grouped_matmul(x, self.gate_up_proj)) is not None:
+            return matmul(self.elementwise.swiglu(matmul(x, self.gate_up_proj, sizes)), self.down_proj, sizes)
         weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         return torch.cat([self.elementwise.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
 

@@ -8,7 +8,7 @@ both give the same sets, and the same outputs up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal, get_args
 
@@ -95,6 +95,17 @@ def attend_selected(q: Tensor, selected: Selected, stretch: Stretch, out: Tensor
     """Attention of one stretch over sets that something else than the indexer chose, written to `out` [T, H, D]."""
     for backend, _ in _assign(q, [stretch]):
         backend.attend(q, selected, stretch, out)
+
+
+def find_grouped_matmul(x: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor, list[int]], Tensor] | None:
+    """A kernel for products of rows `x` [N, K] that are sorted by expert with `weights` [E, K, M] of the same dtype;
+    its third argument is the number of rows of each expert. None on processors and in training (it has no backward
+    pass): `keye.models.moe` loops over experts there, which is the definition."""
+    if torch.is_grad_enabled() or x.dtype != weights.dtype or backends.of(x.device).name != "triton":
+        return None
+    from keye.ops import triton
+
+    return triton.grouped_matmul if triton.serves(x) else None
 
 
 def _assign(q: Tensor, stretches: Sequence[Stretch]) -> Iterator[tuple[Backend, list[Stretch]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -177,10 +178,7 @@ class CpuBackend:
 def _part(stretch: Stretch, offset: int, n: int) -> Stretch:
     """Queries offset .. offset + n of a stretch."""
     start = stretch.start + offset
-    return Stretch(
-        start, start + n, stretch.first + offset, stretch.rows, stretch.key_tiles, stretch.blocks, stretch.counts,
-        stretch.fixed,
-    )  # fmt: skip
+    return replace(stretch, start=start, stop=start + n, first=stretch.first + offset)
 
 
 def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:

@@ -142,16 +142,6 @@ def product(a, b, DOT: tl.constexpr, INTERPRETED: tl.constexpr):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit
-def hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr):
-    """`reference.hadamard_transform` of float32 [ROWS, D], D = 2 ** STEPS, with the same sums in the same order."""
-    for i in tl.static_range(STEPS):
-        pairs = tl.permute(tl.reshape(x, [ROWS, D // (2 << i), 2, 1 << i]), [0, 1, 3, 2])
-        a, b = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [ROWS, D])
-    return x
-
-
 def launch_constants() -> dict[str, object]:
     """Compile-time arguments that every kernel over KV blocks takes."""
     return {"KV_BLOCK": KV_BLOCK, "INTERPRETED": INTERPRETED}
