@@ -46,7 +46,7 @@ STEPS = (
     ),
     Step(
         "losses of training", "equality",
-        ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/train/test_same_losses.py"], 60,
+        ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/train/test_same_losses.py"], 30,
         {"KEYE_TEST_DEVICE": "cuda"},
     ),
     Step(

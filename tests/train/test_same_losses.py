@@ -16,6 +16,7 @@ from keye.train.recipes.nano.config import Mix
 from tests.support.training import a_run, nano_stage, train_nano
 
 DEVICE = os.environ.get("KEYE_TEST_DEVICE", "cpu")
+LOSS_TOLERANCE = 0.01 if DEVICE == "cpu" else 0.02
 MIX = (Mix(frames=3, clips=2, questions=5),)
 STAGES = (
     nano_stage("see", kind="vision", trains="vision", steps=2, batch=3, warmup_steps=1, text_chance=0.9),
@@ -43,6 +44,5 @@ def test_losses_of_every_stage(tmp_path: Path) -> None:
     assert len(records) == len(RECORDED)
     for record, expected in zip(records, RECORDED, strict=True):
         for name, value in expected.items():
-            assert record[name] == pytest.approx(
-                value, rel=0.05 if name == "grad_norm" else 0.01 if DEVICE == "cpu" else 0.02
-            ), (record, name)
+            rel = 0.05 if name == "grad_norm" else LOSS_TOLERANCE
+            assert record[name] == pytest.approx(value, rel=rel), (record, name)
