@@ -25,7 +25,7 @@ import torch
 import keye
 from keye import Frames, Keye
 from keye.chat.messages import Medium, Message
-from keye.engine.request import Closed, Delta, Generating, GenerationRequest, Inbox
+from keye.engine.request import Closed, Delta, Event, Generating, GenerationRequest
 
 CLIENTS, TOKENS = 16, 64
 
@@ -57,8 +57,8 @@ def question(model: Keye, seed: int, **options: Any) -> GenerationRequest:
 
 def decode_seconds(model: Keye, requests: Sequence[GenerationRequest]) -> float:
     """Seconds of writing: from the step after which all prompts are computed to the end."""
-    core = model.core
-    tasks = [core.add(request, Inbox()) for request in requests]
+    core, events = model.core, list[Event]()
+    tasks = [core.add(request, events.append) for request in requests]
     while any(not isinstance(task.state, Generating | Closed) for task in tasks):
         if not core.step():
             core.wait_for_work()
@@ -120,7 +120,8 @@ def gaps(model: Keye, long: GenerationRequest | None) -> list[float]:
             core.step()
         end = time.perf_counter()
     else:
-        task = core.add(long, Inbox())
+        events = list[Event]()
+        task = core.add(long, events.append)
         while not isinstance(task.state, Generating | Closed):
             core.step()
         end = time.perf_counter()

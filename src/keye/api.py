@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,6 @@ from keye.engine.media import as_medium
 from keye.engine.prompt import PromptCost
 from keye.engine.request import GenerationRequest, Progress, check_attention
 from keye.engine.runtime import Runtime
-from keye.engine.turns import Turn
 from keye.errors import KeyeError, collect_warnings
 from keye.hub import check_runs, resolve
 from keye.media.processor import Decoder, Processor
@@ -119,15 +117,14 @@ class Keye:
         media_options: Mapping[str, Any] | None = None,
         attention: AttentionMode | None = None,
         overwrite: bool = False,
-        turn: Turn | None = None,
+        seconds: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> IndexInfo:
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
-        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. Requests that
-        run meanwhile take turns with it; a `turn` of the caller's own, around `Keye.turn`, may end it by raising. An
-        index at `path` is replaced, another file only with `overwrite`.
-        `on_progress` is called as the video is computed."""
+        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. It is
+        computed as a request beside others, and may take `seconds` at most; `on_progress` is called as the video is
+        computed, and may raise to end the work. An index at `path` is replaced, another file only with `overwrite`."""
         medium = as_medium(video, media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
@@ -136,7 +133,7 @@ class Keye:
         from keye.sessions.video_index import write_video_index
 
         check_index_output(Path(path), overwrite=overwrite)
-        return write_video_index(self.core, medium, Path(path), mode, turn=turn or self.turn, on_progress=on_progress)
+        return write_video_index(self.engine, medium, Path(path), mode, seconds=seconds, on_progress=on_progress)
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -252,10 +249,6 @@ class Keye:
         """Evicts what is kept for later requests: prompts computed before, visual tokens of media."""
         self.runtime.prefixes.clear()
         self.runtime.vision_cache.clear()
-
-    def turn(self) -> AbstractContextManager[object]:
-        """Entered around each piece of work on the model that is no step of the engine."""
-        return self.core.exclusive()
 
     def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
         """A session to which frames are appended while questions are asked (`keye.sessions.live`). When the context is

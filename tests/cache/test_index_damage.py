@@ -15,8 +15,9 @@ import pytest
 import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.index_file import IndexFile, open_mapped, read_index_file
-from keye.engine.request import Failed, Finished, Inbox
+from keye.engine.request import Failed, Finished
 from keye.ops.kv_blocks import KV_BLOCK
+from tests.support.engine import Inbox
 from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_folder
 

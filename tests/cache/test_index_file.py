@@ -284,6 +284,7 @@ def test_no_room_is_told_before_any_work(
     def fail(*_: Any) -> None:
         raise AssertionError("something was computed")
 
+    model.clear_caches()
     monkeypatch.setattr(KeyeModel, "encode_vision", fail)
     with pytest.raises(KeyeError, match="name a file in a folder that exists"):
         model.index(video, tmp_path / "none" / "x.keye")

@@ -18,7 +18,6 @@ from keye.engine.request import (
     Ended,
     Finished,
     Generating,
-    Inbox,
     LoadingMedia,
     Prefilled,
     Prefilling,
@@ -30,6 +29,7 @@ from keye.engine.scheduler import StepTimer
 from keye.models.keye import KeyeModel
 from tests.support.engine import (
     WORDS,
+    Inbox,
     Reference,
     clip,
     conversation,

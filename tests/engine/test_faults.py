@@ -21,7 +21,6 @@ from keye.chat.messages import Message
 from keye.engine.request import (
     Finished,
     Generating,
-    Inbox,
     Running,
 )
 from keye.engine.step import Slice, run_slices
@@ -33,6 +32,7 @@ from keye.media.processor import Processor
 from keye.models.keye import KeyeModel
 from tests.support.engine import (
     TEXT,
+    Inbox,
     about,
     add,
     clip,
@@ -254,7 +254,7 @@ def test_a_request_out_of_time_says_so(model: Keye) -> None:
     request = replace(greedy(model, conversation(3), 500), seconds=0.0)
     inbox = Inbox()
     model.core.add(request, inbox)
-    model.core.run_until(inbox)
+    run(model)
     assert "took longer than 0 s" in str(inbox.events[-1].error)  # type: ignore[union-attr]
 
 

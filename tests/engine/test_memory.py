@@ -18,11 +18,11 @@ from keye.engine.request import (
     Delta,
     Finished,
     Generating,
-    Inbox,
 )
 from keye.engine.scheduler import StepTimer, is_fragmented
 from keye.models.keye import KeyeModel
 from tests.support.engine import (
+    Inbox,
     about,
     add,
     clip,

@@ -16,7 +16,8 @@ from keye import Frames, Keye
 from keye.cache.ledger import OutOfMemory
 from keye.cache.saved import ACCOUNT
 from keye.chat.messages import Medium, Message
-from keye.engine.request import Delta, Failed, Finished, Generating, GenerationRequest, Inbox, Prefilling, Ready, Task
+from keye.engine.request import Delta, Failed, Finished, Generating, GenerationRequest, Prefilling, Ready, Task
+from tests.support.engine import Inbox
 from tests.support.tiny import tiny_folder
 
 

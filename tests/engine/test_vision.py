@@ -191,7 +191,8 @@ def test_media_that_are_stored_already_are_left_out(tiny: Runtime, builder: Prom
     prompt = prompt_of(builder, Image.new("RGB", (56, 56), "red"), video)
     expected = run(VisionJob(tiny.model, prompt.media))
     job = VisionJob(tiny.model, prompt.media, first=4)
-    job.run_until(job.total)
+    while not job.done:
+        job.step(1 << 20)
     assert torch.equal(job.tokens(4, job.total), expected[4:])
     assert VisionJob(tiny.model, prompt.media, first=job.total).done
 

@@ -10,10 +10,11 @@ import torch
 
 import keye
 from keye.chat.messages import Message
-from keye.engine.request import Finished, Inbox
+from keye.engine.request import Finished
 from keye.engine.step import SCRATCH, Slice, run_slices
 from keye.models.keye import KeyeModel
 from keye.planning.estimate import CostQuery, memory_of
+from tests.support.engine import Inbox
 from tests.support.tiny import tiny_folder
 
 

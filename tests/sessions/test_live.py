@@ -18,6 +18,7 @@ from keye.chat.messages import Message
 from keye.config import ProcessorConfig
 from keye.data.frameforge import make_clip, write_mp4
 from keye.engine.media import as_medium
+from keye.engine.prompt import Prompt
 from keye.engine.runtime import Runtime
 from keye.media.processor import Processor
 from keye.sessions.live import LiveSession
@@ -39,11 +40,11 @@ def model(folder: Path) -> Keye:
     return keye.load(folder, dtype="float32")
 
 
-def logits_of(session: LiveSession, question: str) -> torch.Tensor:
+def logits_of(model: Keye, session: LiveSession, question: str) -> torch.Tensor:
     """Logits of the first token of an answer."""
-    _, tail = session._around(question)
-    cache, position = session._trunk.cache.fork(), session._trunk.position
-    return PlainSequence(session._runtime.model, cache=cache, position=position).append(tail).logits
+    prompt = session.request(question, max_tokens=1).prompt
+    assert isinstance(prompt, Prompt)
+    return PlainSequence(model.model).prefill(prompt).logits
 
 
 def logits_of_video(model: Keye, frames: NDArray[np.uint8], times: list[float], question: str) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_frames_one_by_one_are_one_video(model: Keye) -> None:
     for start, stop in ((0, 1), (1, 4), (4, 40)):
         session.append(FRAMES[start:stop], TIMES[start:stop])
         one = logits_of_video(model, FRAMES[:stop], TIMES[:stop], "what is this?")
-        assert torch.allclose(logits_of(session, "what is this?"), one, atol=1e-5)
+        assert torch.allclose(logits_of(model, session, "what is this?"), one, atol=1e-5)
     assert session.frames == 40 and session.times == tuple(TIMES)
 
 
@@ -67,8 +68,10 @@ def test_frames_have_the_size_that_the_session_asks_for(model: Keye) -> None:
     session.append(FRAMES[:12], TIMES[:12])
     session.append(FRAMES[12:20], TIMES[12:20])
     assert session.dropped and session.ask("what?", max_tokens=2).usage.completion_tokens <= 2
-    tokens = session._item().visual_tokens
-    assert tokens == sum(frame.token_ids.count(model.config.video_token_id) for frame in session._frames)
+    prompt = session.request("what?", max_tokens=1).prompt
+    assert isinstance(prompt, Prompt)
+    tokens = prompt.visual_tokens
+    assert tokens == int((prompt.token_ids == model.config.video_token_id).sum())
     assert tokens >= 2 * model.processor.config.video_max_tokens * session.frames
 
 
@@ -81,7 +84,7 @@ def test_answers_do_not_disturb_the_stream(model: Keye) -> None:
         next(stream, None)  # left in the middle
         answer = asked.ask("what?", max_tokens=5)
     assert asked.tokens == silent.tokens
-    assert torch.equal(logits_of(asked, "when?"), logits_of(silent, "when?"))
+    assert torch.equal(logits_of(model, asked, "when?"), logits_of(model, silent, "when?"))
     whole = model.ask(Frames(FRAMES[:12], TIMES[:12]), "what?", media_options=SIZE, max_tokens=5)
     assert (answer.text, replace(answer.usage, cached_tokens=0)) == (whole.text, whole.usage)
     assert answer.usage.cached_tokens == asked.tokens, "what was seen is not computed again"
@@ -132,17 +135,18 @@ def test_recent_frames_are_as_if_the_video_began_with_them(model: Keye) -> None:
     first = session.dropped
     assert session.times == tuple(TIMES[first:])
     one = logits_of_video(model, FRAMES[first:], TIMES[first:], "what?")
-    assert torch.allclose(logits_of(session, "what?"), one, atol=1e-5)
+    assert torch.allclose(logits_of(model, session, "what?"), one, atol=1e-5)
 
 
 def test_the_past_is_in_the_ledger_of_the_model(folder: Path) -> None:
     """In the formats of the model, and under its budget; what is kept for later requests goes first."""
     model = keye.load(folder, dtype="float32", kv="int8")
     model.chat([Message("user", ("word " * 200,))], max_tokens=1)
-    model.runtime.ledger.budget = model.runtime.ledger.used() + model.runtime.store.slab_bytes // 2
+    scratch = model.core.scheduler.scratch.least
+    model.runtime.ledger.budget = model.runtime.ledger.used() + model.runtime.store.slab_bytes // 2 + scratch
     session = model.live(**SIZE)
     session.append(FRAMES[:2], TIMES[:2])
-    assert session._trunk.cache.store is model.runtime.store
+    assert session.request("what?", max_tokens=1).prompt.past.store is model.runtime.store  # type: ignore[union-attr]
     assert len(model.runtime.prefixes) > 0
     with pytest.raises(KeyeError, match="more are needed for kv"):
         session.append(np.concatenate([FRAMES] * 20), [100.0 + i for i in range(800)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,23 @@ from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt
-from keye.engine.request import Delta, Failed, Finished, GenerationRequest, Inbox
+from keye.engine.request import Delta, Event, Failed, Finished, GenerationRequest
 from keye.engine.vision import VisionJob
 from keye.models.attention import CachedStep, Span
 from keye.models.keye import KeyeModel
 
 WORDS = ("what", "red circle", "when is it visible", "how many", "blue", "the left square and the right one")
 TEXT = [Message("user", ("what is red?",))]
+
+
+class Inbox:
+    """Events of one request, in order."""
+
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
 
 
 class Reference:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from keye.engine.media_loader import MediaLoader
 from keye.engine.prompt import Prompt
-from keye.engine.request import Event, Generating, GenerationRequest, Inbox, Prefilling, Progress, Ready, Task
+from keye.engine.request import Event, Generating, GenerationRequest, Prefilling, Progress, Ready, Task
 from keye.engine.runtime import Runtime
 from keye.engine.scheduler import Scheduler, Work, count_computable
 from keye.engine.step import Slice, run_slices
-from keye.engine.turns import FairLock
 from keye.engine.writer import Writer
 from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
@@ -40,7 +39,8 @@ class EngineCore:
         self.runtime, self.run_slices = runtime, run_slices
         self.writer = Writer(runtime)
         self.wake = threading.Condition()
-        self.stepping = FairLock()
+        self._stepping = threading.Lock()
+        self._exclusive = 0
         self.scheduler = Scheduler(runtime, self.writer, self._notify, most_running)
         self.tasks = self.scheduler.tasks
         self.loader = MediaLoader(runtime.prompts, runtime.config.text.max_position_embeddings, self._notify)
@@ -67,20 +67,17 @@ class EngineCore:
         """Whether there is nothing to do."""
         return not self.tasks
 
-    def run_until(self, inbox: Inbox) -> None:
-        """Steps until there is an event to read."""
-        while not inbox.events:
-            if not self.step() and not inbox.events:
-                self.wait_for_work()
-
     def wait_for_work(self) -> None:
         """Waits a moment: for frames that are being decoded, a prompt being laid out, or a new request."""
         with self.wake:
             self.wake.wait(0.003)
 
     def step(self) -> bool:
-        """One step: media, prompts, replies. Returns whether anything was computed."""
-        with self.stepping:
+        """One step: media, prompts, replies. Returns whether anything was computed; nothing is where another thread
+        steps or works on the model exclusively."""
+        if self._exclusive or not self._stepping.acquire(blocking=False):
+            return False
+        try:
             self._reap()
             for task, result in self.loader.load(list(self.tasks)):
                 if isinstance(result, Prompt):
@@ -92,15 +89,24 @@ class EngineCore:
             # Beside replies, a step either encodes or computes prompts, in turn: both would take too long.
             encoded = self._encoded = not (generating and self._encoded) and self._encode()
             computed = self._compute(prompts=not (generating and encoded))
+        finally:
+            self._stepping.release()
         self._reap_aborted()
         return computed or encoded
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Entered around a piece of work on the model that is not a step: it waits for the step that is running, and
-        the next one for it."""
-        with self.stepping:
-            yield
+        """Entered around work on the model that is not a step: it waits for the step that is running, and no other
+        begins before it ends."""
+        with self.wake:
+            self._exclusive += 1
+        try:
+            with self._stepping:
+                yield
+        finally:
+            with self.wake:
+                self._exclusive -= 1
+                self.wake.notify_all()
         self._reap_aborted()
 
     def restart_prompts(self) -> None:
@@ -120,7 +126,7 @@ class EngineCore:
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with an error that none of them caused."""
-        with self.stepping:
+        with self._stepping:
             for task in list(self.tasks):
                 self.scheduler.fail(task, error)
 
@@ -142,11 +148,11 @@ class EngineCore:
     def _reap_aborted(self) -> None:
         """Ends what was aborted, unless another thread steps, which does it afterwards. Never waits: garbage collection
         may abort a request in the middle of a step of the same thread."""
-        while any(task.aborted for task in list(self.tasks)) and self.stepping.acquire(blocking=False):
+        while any(task.aborted for task in list(self.tasks)) and self._stepping.acquire(blocking=False):
             try:
                 self._reap()
             finally:
-                self.stepping.release()
+                self._stepping.release()
 
     def _encode(self) -> bool:
         """Encodes patches of the first prompt that has decoded ones. Returns whether it did."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -197,9 +197,10 @@ class Engine:
             prompt, SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention), select=select,
             seconds=seconds, prefill_only=True, detokenize=False,
         )  # fmt: skip
-        for _, event in self.run([request]):
-            if isinstance(event, Progress) and on_progress is not None:
-                on_progress(event)
+        with closing(self.run([request])) as events:
+            for _, event in events:
+                if isinstance(event, Progress) and on_progress is not None:
+                    on_progress(event)
         assert isinstance(event, Finished) and event.sequence is not None
         return event.sequence, event
 
@@ -240,7 +241,10 @@ class Engine:
                         self.core.wait_for_work()
                 number, event = events.popleft()
                 if isinstance(event, Failed):
-                    raise event.error
+                    try:
+                        raise event.error
+                    finally:
+                        del event  # in a cycle with its traceback it would keep alive what callers hold
                 unfinished -= isinstance(event, Finished)
                 yield number, event
         finally:
@@ -250,8 +254,9 @@ class Engine:
 
     def _build(self, requests: Sequence[GenerationRequest]) -> list[ResultBuilder]:
         builders = [ResultBuilder(request) for request in requests]
-        for number, event in self.run(requests):
-            builders[number].add(event)
+        with closing(self.run(requests)) as events:
+            for number, event in events:
+                builders[number].add(event)
         return builders
 
     def _lay_out(self, prompt: AnyPrompt, reply: int) -> Prompt:

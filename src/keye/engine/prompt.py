@@ -195,8 +195,7 @@ class PromptBuilder:
         """
         with collect_warnings() as notes:
             prompt = self._lay_out(segments, budget, stream, salt)
-        windows = collect_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
-        return replace(prompt, notes=tuple(notes), windows=windows)
+        return replace(prompt, notes=tuple(notes), windows=self._windows(prompt))
 
     def _lay_out(self, segments: Sequence[Segment], budget: ContextBudget | None, stream: bool, salt: bytes) -> Prompt:
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
@@ -254,6 +253,14 @@ class PromptBuilder:
             raise KeyeError(f"the prompt's placeholders are not those of its media, which have {visual} visual tokens; "
                             "write one of the medium's kind for each, in the order of the media")  # fmt: skip
         return self._positioned(list(ids), list(media))
+
+    def extend(self, past: IndexedVideo, ids: Sequence[int], media: Sequence[MediaItem] = ()) -> Prompt:
+        """The prompt of a stored sequence and the token ids behind it, with the media at their placeholders."""
+        prompt = self._positioned([*past.token_ids.tolist(), *ids], list(media), past)
+        return replace(prompt, windows=self._windows(prompt))
+
+    def _windows(self, prompt: Prompt) -> tuple[Window, ...]:
+        return collect_windows(prompt.plans, relative=self.config.tokens_per_second is not None)
 
     def measure(self, segments: Sequence[Segment], salt: bytes = b"") -> PromptCost:
         """What a rendered prompt costs, at least (see `PlannedMedium`). Videos are probed; lists of pictures, which

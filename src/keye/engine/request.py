@@ -10,7 +10,6 @@ A preempted task is `Ready` again and keeps the state to resume from. Every stat
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -455,13 +454,3 @@ class Task:
     def is_running(self) -> bool:
         """Whether it holds memory for keys and values."""
         return isinstance(self.state, Running)
-
-
-class Inbox:
-    """Events for one reader, in order. Filled in the engine's thread, read in any."""
-
-    def __init__(self) -> None:
-        self.events: deque[Event] = deque()
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keye.cache.vision import VisionCache
-from keye.engine.turns import Turn
 from keye.errors import KeyeWarning
 from keye.media.frame_stream import PixelReader
 from keye.media.processor import MediaItem
@@ -129,13 +127,6 @@ class VisionJob:
             if not self._groups:
                 self._finish_medium()
         return count
-
-    def run_until(self, tokens: int, turn: Turn = nullcontext) -> None:
-        """Steps, each in a turn of its own, and waits for frames, until so many visual tokens are ready."""
-        while self.ready < tokens:
-            self.wait()
-            with turn():
-                self.step(GROUP_PATCHES)
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """Visual tokens start .. stop, [stop - start, d]; they must be ready and not forgotten."""

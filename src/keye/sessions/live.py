@@ -8,34 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from keye.chat.messages import Medium, Message
-from keye.chat.moments import collect_windows
 from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
-from keye.engine.generate import Decoding
 from keye.engine.media import Frames, IndexedVideo
-from keye.engine.prompt import ContextBudget, Prompt, describe_item
+from keye.engine.prompt import ContextBudget
 from keye.engine.request import GenerationRequest
-from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, Option
 from keye.media import sizes
-from keye.media.frame_stream import FrameShape, MemoryReader, PixelSource
 from keye.media.image import open_frames
+from keye.media.pixels.patches import VisionInput
 from keye.media.pixels.pictures import Pixels, as_frames
-from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.source.fetch import as_source
 from keye.media.video import VideoReader
-from keye.models.keye import visual_mask
 from keye.sessions.answer import Answer, AnswerStream, stream_answer
 
 #: What happens when the context is full: `all` refuses more frames, `recent` forgets the oldest half.
@@ -48,12 +41,12 @@ _SLICE: Final = 32
 
 @dataclass(frozen=True)
 class _Frame:
-    """One frame of the stream: its time, its label and placeholders, its visual tokens if they are kept."""
+    """One frame of the stream: its time, its label and placeholders, and its patches if they are kept."""
 
     time: float
     pieces: tuple[Piece, ...]
     token_ids: tuple[int, ...]
-    visual: Tensor | None
+    vision: VisionInput | None
 
 
 def seconds_of(values: Sequence[float], name: str = "timestamps") -> list[float]:
@@ -93,7 +86,9 @@ class LiveSession:
         self._frames: list[_Frame] = []
         self.dropped, self._closed = 0, False
         self._head, _ = self._around("?")
-        self._start()
+        self._version = runtime.model.weights_version
+        #: What is stored of the stream; None before the first frame.
+        self._stream: IndexedVideo | None = None
 
     @property
     def frames(self) -> int:
@@ -103,7 +98,7 @@ class LiveSession:
     @property
     def tokens(self) -> int:
         """Tokens of the stream, without any question."""
-        return self._trunk.cache.length(0)
+        return len(self._head) if self._stream is None else len(self._stream.token_ids)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -157,12 +152,14 @@ class LiveSession:
         self._check_open()
         if not isinstance(question, str) or not question.strip():
             raise KeyeError("the question is empty; ask something about the video")
-        if not self._frames:
+        if self._stream is None:
             raise KeyeError("no frame was appended yet; append frames before asking")
         params = self._runtime.sampling_params(**sampling)
-        prompt = self._prompt(self._around(question, thinking)[1])
-        ContextBudget(self._limit, params.max_tokens).check(prompt.token_ids.shape[0], prompt.visual_tokens)
-        return GenerationRequest(prompt, params, self._runtime.attention, evidence=evidence)
+        # Its own fork: frames may be appended before the engine begins with the question.
+        stream = replace(self._stream, cache=self._stream.cache.fork())
+        prompt = self._runtime.prompts.extend(stream, self._around(question, thinking)[1])
+        ContextBudget(self._limit, params.max_tokens).check(prompt.length, prompt.visual_tokens)
+        return GenerationRequest(prompt, params, stream.attention, evidence=evidence)
 
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:
         """Asks a question, with the options of `request`; the engine writes the reply."""
@@ -176,19 +173,19 @@ class LiveSession:
     def close(self) -> None:
         """Frees what is stored. Whatever is appended or asked afterwards is an error."""
         self._closed = True
-        self._trunk.cache.free()
-        self._frames = []
+        self._store(None, [])
 
     def _check_open(self) -> None:
         if self._closed:
             raise KeyeError("the live session is closed; open a new one")
+        if self._version != self._runtime.model.weights_version:
+            raise KeyeError("the weights were replaced since the live session was opened; open a new one")
 
-    def _start(self) -> None:
-        """A past of nothing but what comes before the video."""
-        self._trunk = Decoding(self._runtime.model, mode=self._runtime.attention, store=self._runtime.store)
-        self._trunk.cache.reserve(len(self._head))
-        with self._engine.exclusive():
-            self._trunk.append(self._head)
+    def _store(self, stream: IndexedVideo | None, frames: list[_Frame]) -> None:
+        """Takes a stream in place of the one before, whose blocks are freed."""
+        before, self._stream, self._frames = self._stream, stream, frames
+        if before is not None:
+            before.cache.free()
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
         """Token ids before the video, and those after it with the question."""
@@ -210,109 +207,72 @@ class LiveSession:
         if len(self._head) + least + self._reserve > self._limit:
             raise self._too_many(least)
         item = self._runtime.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=size)
-        added = self._as_frames(item, times, self._encoded(item))
+        added = self._split(item)
         grown = sum(len(frame.token_ids) for frame in added)
-        if self.tokens + grown + self._reserve > self._limit:
-            self._make_room(grown)
-        self._compute(added, item)
-        if self._keep == "all":  # visual tokens are needed for starting anew only
-            added = [_Frame(f.time, f.pieces, f.token_ids, None) for f in added]
-        self._frames += added
+        if self.tokens + grown + self._reserve <= self._limit:
+            stream, frames = self._compute(added, self._stream), [*self._frames, *added]
+        else:
+            frames = [*self._recent(grown), *added]
+            stream = self._compute(frames, None)
+            self.dropped += len(self._frames) + len(added) - len(frames)
+        if self._keep == "all":  # patches are needed for computing a shorter stream
+            frames = [replace(frame, vision=None) for frame in frames]
+        self._store(stream, frames)
 
-    def _encoded(self, item: MediaItem) -> Tensor:
-        job = VisionJob(self._runtime.model, [item])
-        try:
-            job.run_until(job.total, self._engine.exclusive)
-            return job.tokens(0, job.total)
-        finally:
-            job.close()
-
-    def _as_frames(self, item: MediaItem, times: list[float], visual: Tensor) -> list[_Frame]:
+    def _split(self, item: MediaItem) -> list[_Frame]:
         """Frames of a medium whose pieces are a label and a span for each."""
-        made, done, pieces = list[_Frame](), 0, list[Piece]()
+        frames, pieces, reader = list[_Frame](), list[Piece](), item.pixels.open()
         for piece in item.pieces:
             pieces.append(piece)
             if isinstance(piece, VisualSpan):
-                own = tuple(pieces)
-                ids = tuple(self._runtime.prompts.piece_ids(own))
-                made.append(_Frame(times[len(made)], own, ids, visual[done : done + piece.tokens]))
-                done += piece.tokens
+                ids = tuple(self._runtime.prompts.piece_ids(pieces))
+                frames.append(_Frame(item.timestamps[len(frames)], tuple(pieces), ids, reader.take(1)))
                 pieces = []
-        assert not pieces and len(made) == len(times), "a frame is a label and a span"
-        return made
+        assert not pieces and len(frames) == len(item.timestamps), "a frame is a label and a span"
+        return frames
 
-    def _compute(self, frames: Sequence[_Frame], item: MediaItem) -> None:
-        """Stores frames behind what is stored; positions count on."""
-        ids = np.array([token for frame in frames for token in frame.token_ids], dtype=np.int64)
-        grids = {self._runtime.config.video_token_id: item.grid_thw}
-        merge = self._runtime.config.vision.spatial_merge_size
-        positions, delta = build_position_ids(ids, grids, merge_size=merge)
-        visual = torch.cat([frame.visual for frame in frames if frame.visual is not None])
-        start = self._trunk.position
-        self._trunk.cache.reserve(self.tokens + len(ids))
-        self._trunk.extend(
-            torch.from_numpy(ids), torch.from_numpy(positions) + start, visual, start + len(ids) + delta,
-            turn=self._engine.exclusive,
+    def _compute(self, frames: Sequence[_Frame], past: IndexedVideo | None) -> IndexedVideo:
+        """The stream with frames behind its past, or from its beginning."""
+        vision = VisionInput.concatenate([frame.vision for frame in frames if frame.vision is not None])
+        pieces, times = tuple(piece for frame in frames for piece in frame.pieces), tuple(f.time for f in frames)
+        item, ids = MediaItem("video", vision, pieces, times), [token for f in frames for token in f.token_ids]
+        builder, mode = self._runtime.prompts, self._runtime.attention
+        if past is None:
+            prompt = builder.of_tokens([*self._head, *ids], [item], reply=0)
+        else:
+            prompt = builder.extend(past, ids, [item])
+            pieces, times = (*past.pieces, *pieces), (*past.timestamps, *times)
+        cache, _ = self._engine.prefill(prompt, attention=mode)
+        visual = sum(piece.tokens for piece in pieces if isinstance(piece, VisualSpan))
+        plan = {"frames": len(times), "timestamps": list(times), "visual_tokens": visual}
+        return IndexedVideo(
+            "<memory>", prompt.token_ids, prompt.position_ids, prompt.next_position, len(self._head), pieces, times,
+            plan, mode, cache,
         )  # fmt: skip
 
-    def _make_room(self, tokens: int) -> None:
-        """`recent`: forgets the oldest frames until half the context is left, and computes the others anew, at the
-        positions of a video that begins with them: stored keys hold their position and what they saw before."""
+    def _recent(self, tokens: int) -> list[_Frame]:
+        """`recent`: the newest frames that leave half the context, when so many tokens are added. They are computed
+        again, at the positions of a video that begins with them: stored keys hold their position and what they saw
+        before."""
         held = f"{self.frames} frames in {self.tokens} of {self._limit} tokens"
         if self._keep == "all":
             raise KeyeError(
                 f"the context is full: it holds {held}, and {self._reserve} are kept for question and answer; "
                 'start a new session, append fewer or smaller frames, or open it with keep="recent"'
             )
-        target = (self._limit - self._reserve) // 2
-        fixed = len(self._head) + tokens
-        if fixed + self._reserve > self._limit:
+        used, target = len(self._head) + tokens, (self._limit - self._reserve) // 2
+        if used + self._reserve > self._limit:
             raise self._too_many(tokens)
-        kept, used = list[_Frame](), fixed
-        for frame in reversed(self._frames):
-            used += len(frame.token_ids)
-            if used > target:
-                break
-            kept.insert(0, frame)
-        self.dropped += len(self._frames) - len(kept)
-        self._start()
-        self._frames = kept
-        if kept:
-            self._compute(kept, self._item())
+        start = len(self._frames)
+        while start and used + len(self._frames[start - 1].token_ids) <= target:
+            start -= 1
+            used += len(self._frames[start].token_ids)
+        return self._frames[start:]
 
     def _too_many(self, tokens: int) -> KeyeError:
         return KeyeError(
             f"{tokens} tokens of new frames do not fit the context of {self._limit}; append fewer or smaller frames"
         )
-
-    def _item(self) -> MediaItem:
-        """All frames as one medium, without their pixels."""
-        assert self._size is not None
-        shape = FrameShape([self._size] * len(self._frames), self._runtime.processor.config)
-        pieces = tuple(piece for frame in self._frames for piece in frame.pieces)
-        return MediaItem(
-            "video", PixelSource(shape.grid_thw, lambda: MemoryReader(iter(()), shape)), pieces, self.times
-        )
-
-    def _prompt(self, tail: list[int]) -> Prompt:
-        """The prompt of a question. Its past is a fork of the stream in the form of an index, so that the engine
-        goes on from there; the positions in it are in what is stored, and not needed any more."""
-        item, begin = self._item(), self._trunk.position
-        seen = torch.tensor([*self._head, *(token for frame in self._frames for token in frame.token_ids)])
-        stored = torch.zeros(3, len(seen), dtype=torch.int64)
-        with self._engine.exclusive():
-            cache = self._trunk.cache.fork()
-        past = IndexedVideo(
-            "<memory>", seen, stored, begin, len(self._head), item.pieces, self.times, describe_item(item),
-            self._trunk.mode, cache,
-        )  # fmt: skip
-        after = torch.arange(begin, begin + len(tail)).expand(3, -1)
-        ids = torch.cat((seen, torch.tensor(tail)))
-        positions = torch.cat((stored, after), dim=1)
-        return Prompt(
-            ids, positions, visual_mask(self._runtime.config, ids), begin + len(tail), (), cache, past,
-            windows=collect_windows([past.plan]),
-        )  # fmt: skip
 
     def _frame_size(self, height: int, width: int) -> sizes.Size:
         """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -22,13 +21,11 @@ from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read
 from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
 from keye.config import KeyeConfig
-from keye.engine.core import EngineCore
-from keye.engine.generate import Decoding
+from keye.engine.engine import Engine
 from keye.engine.media import IndexedVideo
 from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.request import Progress
 from keye.engine.runtime import Runtime
-from keye.engine.turns import Turn
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.processor import Piece, VisualSpan
 from keye.media.source.fetch import Source, is_index
@@ -57,41 +54,44 @@ class IndexInfo:
 
 
 def write_video_index(
-    core: EngineCore,
+    engine: Engine,
     medium: Medium,
     path: Path,
     mode: AttentionMode,
     *,
-    turn: Turn = nullcontext,
+    seconds: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> IndexInfo:
-    """Computes the prompt up to the end of a video and writes it; `turn` is entered for each piece of work on the
-    model. `KeyeError`, before anything is computed, for a video that does not fit the context, the memory or the
-    disk."""
+    """Computes the prompt up to the end of a video as a request, and writes what is stored of it. `on_progress` may
+    raise to end the work, which may take `seconds` at most. `KeyeError`, before anything is computed, for a video that
+    does not fit the context, the memory or the disk."""
     begin = time.perf_counter()
     if isinstance(medium.source, Source) and is_index(medium.source):
         raise KeyeError(f"{medium.source.name} is an index already: give the video itself")
-    owner = core.runtime
+    owner = engine.runtime
     builder, model = owner.prompts, owner.model
     segments = builder.render([Message("user", (medium, "."))], template=owner.template)
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
     layout = owner.kv.layout(cache_rows(text), model.dtype)
     prompt = builder.lay_out(segments[: end + 1], budget=ContextBudget(text.max_position_embeddings, 1), stream=True)
-    check_index_disk(path, layout, prompt.token_ids.shape[0])
+    check_index_disk(path, layout, prompt.length)
     prepared = time.perf_counter()
-    decoding = Decoding(model, mode=mode, store=owner.kv.store(layout, model.device, owner.ledger))
-    decoding.cache.reserve(prompt.token_ids.shape[0])
-    decoding.prefill(prompt, turn=turn, on_progress=on_progress)
+    # A store of its own, since the rows of an index are those of its mode and are freed together.
+    empty = KVCache(layout.layers, owner.kv.store(layout, model.device, owner.ledger))
+    sequence, finished = engine.prefill(
+        replace(prompt, past=empty), attention=mode, seconds=seconds, on_progress=on_progress
+    )
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
-    about["video"]["plan"] = plan = _noted(prompt.plans[0], decoding.notes)
-    write_index_file(path, decoding.cache, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)
+    about["video"]["plan"] = plan = _noted(prompt.plans[0], finished.notes)
+    write_index_file(path, sequence, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)
+    sequence.free()
     done = time.perf_counter()
-    seconds = {"media": prepared - begin, "prefill": prefilled - prepared, "write": done - prefilled}
+    times = {"media": prepared - begin, "prefill": prefilled - prepared, "write": done - prefilled}
     return IndexInfo(
-        path, prompt.token_ids.shape[0], prompt.visual_tokens, path.stat().st_size, layout.kind, plan,
-        {name: round(value, 4) for name, value in seconds.items()},
+        path, prompt.length, prompt.visual_tokens, path.stat().st_size, layout.kind, plan,
+        {name: round(value, 4) for name, value in times.items()},
     )  # fmt: skip
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from keye.engine.request import Progress
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
@@ -74,7 +73,7 @@ def _index(request: Request, index_id: str) -> StoredFile:
 
 
 class _Cancelled(KeyeError):
-    """The client has disconnected, or the index took too long."""
+    """The client has disconnected."""
 
 
 async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, cancelled: threading.Event) -> StoredFile:
@@ -84,30 +83,25 @@ async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, cance
 
 
 def _build(context: Context, file: StoredFile, body: IndexRequest, cancelled: threading.Event) -> StoredFile:
-    """Computes and keeps an index. Blocks for as long as the video takes, by turns with the engine."""
+    """Computes and keeps an index. Blocks for as long as the video takes, beside other requests."""
     store, path = context.files, context.files.folder / secrets.token_hex(16)
-    seconds = context.settings.request_seconds
-    end = time.monotonic() + seconds
 
-    @contextmanager
-    def turn() -> Iterator[None]:
+    def check_connected(_: Progress | None = None) -> None:
         if cancelled.is_set():
             raise _Cancelled("the client has disconnected")
-        if time.monotonic() > end:
-            raise _Cancelled(f"the index took longer than {seconds:g} s, and was aborted; sample fewer frames")
-        with context.model.turn():
-            yield
 
     store.check_room(file.owner)
     try:
-        info = context.model.index(file.source(), path, media_options=body.preprocess_kwargs or {}, turn=turn)
+        info = context.model.index(
+            file.source(), path, media_options=body.preprocess_kwargs or {}, seconds=context.settings.request_seconds,
+            on_progress=check_connected,
+        )  # fmt: skip
         facts = {
             "kind": "video", "file_id": file.id, "tokens": info.tokens, "frames": info.plan["frames"], "kv": info.kv,
             "seconds": round(sum(info.seconds.values()), 3),
         }  # fmt: skip
         index = StoredFile(INDEX + secrets.token_hex(16), file.owner, file.name, info.bytes, time.time(), path, facts)
-        if cancelled.is_set():
-            raise _Cancelled("the client has disconnected")
+        check_connected()
         store.keep(index)
     except BaseException:
         path.unlink(missing_ok=True)
