@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keye.cache.slabs import KVFormat
-from keye.cache.tiers import KVOptions, Tier, free_memory
+from keye.cache.slabs import KVFormat, KVOptions, Tier, free_memory
 from keye.chat.messages import Message, normalize_tools
 from keye.chat.template import Segment, may_bring_template, opens_reasoning, template_of
 from keye.chat.times import merge_intervals

@@ -13,8 +13,7 @@ from keye.cache.index_file import VERSION, check_full, open_mapped, read_index_f
 from keye.cache.ledger import Ledger
 from keye.cache.saved import SavedCaches
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVFormat, KVLayout
-from keye.cache.tiers import KVOptions
+from keye.cache.slabs import KVFormat, KVLayout, KVOptions
 from keye.errors import KeyeError
 from keye.ops.kv_blocks import KV_BLOCK, RowSpec
 

@@ -19,8 +19,7 @@ from keye import Frames, Keye, KeyeError
 from keye.cache import mapped
 from keye.cache.ledger import Ledger, OutOfMemory
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVFormat, KVStore, file_slabs
-from keye.cache.tiers import KVOptions
+from keye.cache.slabs import KVFormat, KVOptions, KVStore, file_slabs
 from keye.data.frameforge import make_clip, questions, render
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat

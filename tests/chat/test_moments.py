@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from keye.chat.grounding import Region
-from keye.chat.moments import Window, collect_windows, keep_moments, keep_regions
+from keye.chat.replies import Region, Window, collect_windows, keep_moments, keep_regions
 
 PLAN = {"timestamps": [30.0, 30.5, 31.0], "sample_fps": 2.0, "duration": 60.0}
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.chat.grounding import Region, parse_regions
 from keye.chat.messages import ToolCall
-from keye.chat.replies import parse_reply
+from keye.chat.replies import Region, parse_regions, parse_reply
 from keye.chat.tokenizer import MARKUP_TOKENS, POLYGON_TOKENS
 
 

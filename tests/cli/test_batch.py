@@ -108,7 +108,7 @@ def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) ->
     given = {"device": "cuda", "threads": None, "memory": None}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr("keye.cache.tiers.free_memory", lambda device: 8 << 30)
+    monkeypatch.setattr("keye.cache.slabs.free_memory", lambda device: 8 << 30)
     assert shares(given, 3) == [
         {"device": "cuda:0", "threads": 2, "memory": 4 << 30},
         {"device": "cuda:1", "threads": 2, "memory": 8 << 30},

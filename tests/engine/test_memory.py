@@ -12,7 +12,7 @@ import pytest
 import keye
 from keye import Keye, KeyeError
 from keye.cache.ledger import OutOfMemory
-from keye.cache.tiers import FILE_BLOCKS
+from keye.cache.slabs import FILE_BLOCKS
 from keye.chat.messages import Message
 from keye.engine.request import (
     Delta,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keye.chat.grounding import Region
+from keye.chat.replies import Region
 from keye.sessions.draw import COLOURS, draw_regions
 
 BOX = Region("box", ((250, 500), (750, 1000)))

@@ -14,8 +14,8 @@ from keye.errors import KeyeError
 
 if TYPE_CHECKING:
     from keye.api import Keye
-    from keye.chat.grounding import Region
     from keye.chat.messages import Medium
+    from keye.chat.replies import Region
 
 
 @click.command(context_settings=options.CONTEXT)

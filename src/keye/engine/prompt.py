@@ -14,7 +14,7 @@ from torch import Tensor
 from keye.cache.prefix import MediaSpans
 from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
-from keye.chat.moments import Window, collect_windows
+from keye.chat.replies import Window, collect_windows
 from keye.chat.template import CHATML, ChatTemplate, Segment, drop_last_end
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig

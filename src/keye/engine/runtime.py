@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keye.cache.ledger import Ledger
 from keye.cache.prefix import PrefixCache
-from keye.cache.slabs import KVStore
-from keye.cache.tiers import KVOptions
+from keye.cache.slabs import KVOptions, KVStore
 from keye.cache.vision import VisionCache
 from keye.chat.template import ChatTemplate, template_of
 from keye.chat.tokenizer import Tokenizer

@@ -8,10 +8,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from keye.chat.grounding import Region
 from keye.chat.messages import ToolCall
-from keye.chat.moments import keep_moments, keep_regions
-from keye.chat.replies import parse_reply
+from keye.chat.replies import Region, keep_moments, keep_regions, parse_reply
 from keye.engine.engine import Engine
 from keye.engine.prompt import Prompt
 from keye.engine.request import (

@@ -7,7 +7,7 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from keye.chat.grounding import Region
+from keye.chat.replies import Region
 
 #: Colours that differ also for colour-blind eyes (Okabe and Ito, 2008); one for each label, in turn.
 COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")

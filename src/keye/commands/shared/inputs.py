@@ -197,7 +197,7 @@ def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     --device cuda its GPUs in turn, and equal parts of the processor's threads and of the memory that is free."""
     import torch
 
-    from keye.cache.tiers import free_memory
+    from keye.cache.slabs import free_memory
 
     cards = torch.cuda.device_count() if options["device"] == "cuda" else 0
     devices = [f"cuda:{number % cards}" if cards else options["device"] for number in range(count)]

@@ -24,8 +24,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from keye.chat.grounding import Region
 from keye.chat.messages import ToolCall
+from keye.chat.replies import Region
 from keye.chat.times import Interval, format_seconds, merge_intervals
 from keye.commands.shared.inputs import note, stderr
 from keye.errors import is_number

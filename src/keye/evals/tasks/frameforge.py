@@ -18,8 +18,7 @@ from typing import Any, get_args
 import torch
 
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVFormat, check_kv_format
-from keye.cache.tiers import KVOptions
+from keye.cache.slabs import KVFormat, KVOptions, check_kv_format
 from keye.chat.messages import Medium, Message
 from keye.chat.template import render
 from keye.chat.times import Interval, merge_intervals

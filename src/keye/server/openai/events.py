@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
-from keye.chat.grounding import parse_regions
 from keye.chat.messages import Medium
-from keye.chat.moments import keep_moments, keep_regions
+from keye.chat.replies import keep_moments, keep_regions, parse_regions
 from keye.chat.stream import ReplyPiece, ReplyStream
 from keye.chat.times import merge_intervals, parse_intervals
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, Prefilled, Progress, TokenProb
