@@ -40,7 +40,7 @@ def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:
 
 
 def test_many_clients_at_once(model: Keye) -> None:
-    asked = [conversation(s) for s in range(6)]
+    questions = [conversation(s) for s in range(6)]
 
     async def client(engine: AsyncEngine, messages: list[Message]) -> list[int]:
         tokens: list[int] = []
@@ -50,11 +50,11 @@ def test_many_clients_at_once(model: Keye) -> None:
         return tokens
 
     async def all_clients(engine: AsyncEngine) -> list[list[int]]:
-        return await asyncio.gather(*(client(engine, messages) for messages in asked))
+        return await asyncio.gather(*(client(engine, messages) for messages in questions))
 
-    assert run_async(model, all_clients) == [generate_alone(model, messages, 8) for messages in asked]
-    assert model.chat(asked[0], max_tokens=2).usage.completion_tokens > 0, "the model outlives the engine"
-    assert run_async(model, all_clients) == [generate_alone(model, messages, 8) for messages in asked]
+    assert run_async(model, all_clients) == [generate_alone(model, messages, 8) for messages in questions]
+    assert model.chat(questions[0], max_tokens=2).usage.completion_tokens > 0, "the model outlives the engine"
+    assert run_async(model, all_clients) == [generate_alone(model, messages, 8) for messages in questions]
 
 
 def test_client_disconnect_releases_memory(model: Keye) -> None:
@@ -87,7 +87,7 @@ def test_a_submitted_request_can_be_aborted_or_dropped(model: Keye) -> None:
         with pytest.raises(StopAsyncIteration):
             await anext(running)
         del running
-        engine.submit(greedy(model, conversation(2), 400))  # let go at once
+        engine.submit(greedy(model, conversation(2), 400))  # dropped at once
         assert await engine.drain(5.0)
 
     run_async(model, submit)
@@ -99,12 +99,12 @@ def test_too_many_requests_are_rejected_and_progress_is_reported(model: Keye) ->
     async def crowd(engine: AsyncEngine) -> list[Any]:
         engine.most_requests = 1
         first = engine.run(greedy(model, conversation(1), 4))
-        told = [await anext(first)]
+        events = [await anext(first)]
         with pytest.raises(Overloaded, match="1 requests are waiting or running"):
             await anext(engine.run(greedy(model, conversation(2), 4)))
-        told += [event async for event in first]
+        events += [event async for event in first]
         assert engine.gauges()["computed_reply_tokens_total"] >= 3
-        return told
+        return events
 
     phases = [event.phase for event in run_async(model, crowd) if isinstance(event, Progress)]
     assert phases[0] == "media" and "encode" in phases and phases[-1] == "prefill"

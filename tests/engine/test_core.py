@@ -43,9 +43,9 @@ from tests.support.engine import (
 
 
 def test_a_mixed_batch_generates_what_each_request_does_alone(model: Keye) -> None:
-    asked = [conversation(seed) for seed in range(8)]
-    got, ends = run_together(model, [greedy(model, messages, 12) for messages in asked])
-    assert got == [generate_alone(model, messages, 12) for messages in asked]
+    questions = [conversation(seed) for seed in range(8)]
+    got, ends = run_together(model, [greedy(model, messages, 12) for messages in questions])
+    assert got == [generate_alone(model, messages, 12) for messages in questions]
     assert [end.completion_tokens for end in ends] == [12] * 8
     model.clear_caches()
     assert model.runtime.ledger.used() == 0
@@ -54,9 +54,9 @@ def test_a_mixed_batch_generates_what_each_request_does_alone(model: Keye) -> No
 @pytest.mark.parametrize("alone_tokens", [1, 7, 64])
 def test_prompts_may_be_cut_anywhere(model: Keye, monkeypatch: pytest.MonkeyPatch, alone_tokens: int) -> None:
     monkeypatch.setattr(StepTimer, "token_budget", lambda *_: alone_tokens)
-    asked = [conversation(seed) for seed in (1, 2, 3)]
-    got, _ = run_together(model, [greedy(model, messages, 4) for messages in asked])
-    assert got == [generate_alone(model, messages, 4) for messages in asked]
+    questions = [conversation(seed) for seed in (1, 2, 3)]
+    got, _ = run_together(model, [greedy(model, messages, 4) for messages in questions])
+    assert got == [generate_alone(model, messages, 4) for messages in questions]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_options_hold_in_batches_and_through_preemptions(model: Keye, options: d
     def run(preempt: bool) -> list[Any]:
         requests = [greedy(model, conversation(seed), 12, **options) for seed in range(3 if preempt else 1)]
         inboxes = [Inbox() for _ in requests]
-        tasks = [model.core.add(one, inbox) for one, inbox in zip(requests, inboxes, strict=True)]
+        tasks = [model.core.add(item, inbox) for item, inbox in zip(requests, inboxes, strict=True)]
         steps = 0
         while not model.core.is_idle():
             step(model)
@@ -89,13 +89,13 @@ def test_options_hold_in_batches_and_through_preemptions(model: Keye, options: d
         model.clear_caches()
         return list(inboxes[0].events)
 
-    told, expected = run(preempt=True), run(preempt=False)
+    outcome, expected = run(preempt=True), run(preempt=False)
     for kind in (Delta, Ended, Prefilled):
-        got, wanted = ([event for event in events if isinstance(event, kind)] for events in (told, expected))
+        got, wanted = ([event for event in events if isinstance(event, kind)] for events in (outcome, expected))
         assert len(got) == len(wanted) > 0
-        for one, other in zip(sorted(got, key=index_of), sorted(wanted, key=index_of), strict=True):
-            assert near(one) == near(other)
-    assert isinstance(told[-1], Finished) and told[-1].completion_tokens == expected[-1].completion_tokens
+        for item, other in zip(sorted(got, key=index_of), sorted(wanted, key=index_of), strict=True):
+            assert near(item) == near(other)
+    assert isinstance(outcome[-1], Finished) and outcome[-1].completion_tokens == expected[-1].completion_tokens
 
 
 def index_of(event: Any) -> int:
@@ -104,10 +104,10 @@ def index_of(event: Any) -> int:
 
 def near(event: Any) -> Any:
     """An event whose probabilities are rounded, since company moves their last bits."""
-    found = dict(vars(event))
+    fields = dict(vars(event))
     for name in ("probs", "prompt_probs"):
-        found[name] = [(one.token, round(one.logprob, 3), one.rank) for one in found.get(name) or ()]
-    return found
+        fields[name] = [(item.token, round(item.logprob, 3), item.rank) for item in fields.get(name) or ()]
+    return fields
 
 
 def test_token_ids_are_those_of_the_model(model: Keye) -> None:
@@ -137,10 +137,10 @@ def test_draws_depend_on_the_seed_alone(model: Keye) -> None:
 def test_choices_differ_and_the_first_is_that_of_a_single_choice(model: Keye) -> None:
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.5, "seed": 5}
     answer = model.chat(conversation(1), n=3, **options)
-    one = model.chat(conversation(1), **options)
-    told = [answer.text, *(other.text for other in answer.alternatives)]
-    assert answer.text == one.text and len(set(told)) == 3
-    assert answer.usage.completion_tokens > one.usage.completion_tokens
+    item = model.chat(conversation(1), **options)
+    outcome = [answer.text, *(other.text for other in answer.alternatives)]
+    assert answer.text == item.text and len(set(outcome)) == 3
+    assert answer.usage.completion_tokens > item.usage.completion_tokens
 
 
 def test_probabilities_are_those_of_the_model(model: Keye) -> None:
@@ -149,12 +149,12 @@ def test_probabilities_are_those_of_the_model(model: Keye) -> None:
     prompt = model.runtime.prompts.lay_out(model.request(messages).prompt)  # type: ignore[arg-type]
     reference = Reference(model.model, prompt)
     assert answer.logprobs is not None and answer.prompt_logprobs is not None
-    for one in answer.logprobs:
+    for item in answer.logprobs:
         logs = reference.logits.log_softmax(-1)
-        assert one.logprob == pytest.approx(float(logs[one.token]), abs=1e-4)
-        assert [other.token for other in one.top] == logs.topk(2).indices.tolist()
-        reference.feed(one.token)
-    assert [one.token for one in answer.prompt_logprobs] == prompt.token_ids[1:].tolist()
+        assert item.logprob == pytest.approx(float(logs[item.token]), abs=1e-4)
+        assert [other.token for other in item.top] == logs.topk(2).indices.tolist()
+        reference.feed(item.token)
+    assert [item.token for item in answer.prompt_logprobs] == prompt.token_ids[1:].tolist()
     beginning = Prompt(prompt.token_ids[:1], prompt.position_ids[:, :1], prompt.is_visual[:1], 1, ())
     first = Reference(model.model, beginning)
     expected = first.logits.log_softmax(-1)[int(prompt.token_ids[1])]
@@ -170,7 +170,7 @@ def test_the_same_video_is_computed_once(model: Keye, monkeypatch: pytest.Monkey
     first = model.ask(video, "what is it?", max_tokens=4)
     calls: list[int] = []
     encode = KeyeModel.encode_vision
-    monkeypatch.setattr(KeyeModel, "encode_vision", lambda *given: calls.append(1) or encode(*given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(KeyeModel, "encode_vision", lambda *args: calls.append(1) or encode(*args))  # type: ignore[func-returns-value]
     second = model.ask(video, "when does it end, and how?", max_tokens=4)
     assert (first.usage.cached_tokens, calls) == (0, [])
     assert second.usage.media_tokens < second.usage.cached_tokens < second.usage.prompt_tokens
@@ -228,16 +228,18 @@ def test_threads_share_the_engine(model: Keye) -> None:
 
 
 def test_a_batch_is_answered_in_order(model: Keye) -> None:
-    asked = [conversation(s) for s in range(5)]
-    answers = model.batch(asked, max_tokens=5)
-    assert [a.text for a in answers] == [model.chat(messages, max_tokens=5).text for messages in asked]
+    questions = [conversation(s) for s in range(5)]
+    answers = model.batch(questions, max_tokens=5)
+    assert [a.text for a in answers] == [model.chat(messages, max_tokens=5).text for messages in questions]
 
 
-def ready(model: Keye, asked: list[list[Message]]) -> tuple[list[Inbox], list[Task]]:
+def ready(model: Keye, questions: list[list[Message]]) -> tuple[list[Inbox], list[Task]]:
     """Requests that are laid out and not started."""
     most_running, model.core.scheduler.most_running = model.core.scheduler.most_running, 0
-    inboxes = [Inbox() for _ in asked]
-    tasks = [model.core.add(greedy(model, messages, 12), inbox) for messages, inbox in zip(asked, inboxes, strict=True)]
+    inboxes = [Inbox() for _ in questions]
+    tasks = [
+        model.core.add(greedy(model, messages, 12), inbox) for messages, inbox in zip(questions, inboxes, strict=True)
+    ]
     while any(isinstance(task.state, Waiting | LoadingMedia) for task in tasks):
         model.core.step()
         model.core.wait_for_work()
@@ -250,14 +252,14 @@ def ready(model: Keye, asked: list[list[Message]]) -> tuple[list[Inbox], list[Ta
 def test_a_video_in_several_requests_at_once_is_encoded_once(
     model: Keye, monkeypatch: pytest.MonkeyPatch, cache: int
 ) -> None:
-    """But for where the cache has no place for it: then nobody waits, and each encodes its own."""
+    """But for where the cache has no place for it: then no request waits, and each encodes its own."""
     encoded: list[int] = []
     monkeypatch.setattr(StepTimer, "record_patches", lambda self, seconds, patches: encoded.append(patches))
     model.runtime.vision_cache.budget = cache
     # What stands before the video differs, so that stored prefixes are of no use.
-    asked = [[Message("user", (f"the {word}", Medium("video", clip(77, 12)), "?"))] for word in WORDS[:4]]
-    expected = [generate_alone(model, messages, 12) for messages in asked]
-    inboxes, _ = ready(model, asked)
+    questions = [[Message("user", (f"the {word}", Medium("video", clip(77, 12)), "?"))] for word in WORDS[:4]]
+    expected = [generate_alone(model, messages, 12) for messages in questions]
+    inboxes, _ = ready(model, questions)
     run(model)
     assert [tokens_of(inbox) for inbox in inboxes] == expected
     patches = 12 * 4 * 4
@@ -265,13 +267,13 @@ def test_a_video_in_several_requests_at_once_is_encoded_once(
 
 
 def test_a_request_that_waits_for_the_video_of_another_goes_on_when_that_is_aborted(model: Keye) -> None:
-    asked = [[Message("user", (f"the {word}", Medium("video", clip(78, 12)), "?"))] for word in WORDS[:2]]
-    (_, second), (leaving, waiting) = ready(model, asked)
+    questions = [[Message("user", (f"the {word}", Medium("video", clip(78, 12)), "?"))] for word in WORDS[:2]]
+    (_, second), (leaving, waiting) = ready(model, questions)
     model.core.scheduler.admit()
     assert isinstance(leaving.state, Prefilling) and isinstance(waiting.state, Ready)
     model.core.abort(leaving)
     run(model)
-    assert tokens_of(second) == generate_alone(model, asked[1], 12)
+    assert tokens_of(second) == generate_alone(model, questions[1], 12)
 
 
 def test_every_computed_token_is_counted_once(model: Keye) -> None:

@@ -105,10 +105,10 @@ def test_a_request_that_fails_leaves_the_others_alone(model: Keye, monkeypatch: 
     model.core.add(greedy(model, conversation(3), 4), good)
     frames = Processor.frames
 
-    def broken(self: Processor, *given: Any) -> Any:
+    def broken(self: Processor, *args: Any) -> Any:
         if threading.current_thread().name.startswith("keye-media"):
             raise KeyeError("the decode worker died; try the file again")
-        return frames(self, *given)
+        return frames(self, *args)
 
     monkeypatch.setattr(Processor, "frames", broken)
     model.core.add(greedy(model, conversation(1), 4), bad)

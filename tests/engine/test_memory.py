@@ -79,11 +79,11 @@ def test_prefixes_are_evicted_for_requests_that_need_the_memory(model: Keye) -> 
 def test_visual_tokens_wait_for_memory(model: Keye) -> None:
     """Two clips whose visual tokens do not fit beside each other, nor beside all keys and values."""
     model.runtime.vision_cache.budget = 0
-    asked = [about(clip(seed, 60)) for seed in range(3)]
-    expected = [generate_alone(model, messages) for messages in asked]
-    one = 60 * 4 * model.config.text.hidden_size * 4  # bytes of the visual tokens of a clip
-    model.runtime.ledger.budget = 2 * model.runtime.store.slab_bytes + one // 2 + model.core.scheduler.scratch.least
-    inboxes = [add(model, greedy(model, messages)) for messages in asked]
+    questions = [about(clip(seed, 60)) for seed in range(3)]
+    expected = [generate_alone(model, messages) for messages in questions]
+    item = 60 * 4 * model.config.text.hidden_size * 4  # bytes of the visual tokens of a clip
+    model.runtime.ledger.budget = 2 * model.runtime.store.slab_bytes + item // 2 + model.core.scheduler.scratch.least
+    inboxes = [add(model, greedy(model, messages)) for messages in questions]
     run(model)
     assert [tokens_of(inbox) for inbox in inboxes] == expected
     assert is_clean(model)
@@ -101,8 +101,8 @@ def test_a_fragmented_request_is_preempted_once_before_it_fails(model: Keye) -> 
     model.core.abort(model.core.tasks[0])
     model.clear_caches()
     task = model.core.tasks[0]
-    held = model.runtime.store.nbytes() // model.runtime.store.slab_bytes
-    assert is_fragmented(task.state) and held == 2 and not isinstance(other.events[-1], Finished)
+    slabs = model.runtime.store.nbytes() // model.runtime.store.slab_bytes
+    assert is_fragmented(task.state) and slabs == 2 and not isinstance(other.events[-1], Finished)
     model.runtime.ledger.budget = model.runtime.store.slab_bytes + model.core.scheduler.scratch.least
 
     def full() -> None:
@@ -122,7 +122,7 @@ def test_the_choices_of_a_request_may_preempt_a_younger_prompt(model: Keye, monk
     monkeypatch.setattr(StepTimer, "token_budget", lambda *_: 120)
     model.runtime.ledger.budget = model.runtime.store.slab_bytes + model.core.scheduler.scratch.least
     # Laid out before, so that both begin in the same step however slow the thread that would do it.
-    first, second = (add(model, lay_out(model, one)) for one in (greedy(model, old, n=13), greedy(model, young)))
+    first, second = (add(model, lay_out(model, item)) for item in (greedy(model, old, n=13), greedy(model, young)))
     run(model)
     assert model.core.scheduler.preemptions > 0
     assert (tokens_of(first), tokens_of(second)) == expected
@@ -149,9 +149,11 @@ def test_a_mapped_store_is_not_bound_by_the_memory_budget(folder: Path, tmp_path
 
 
 def test_preempted_requests_resume_where_they_were(model: Keye) -> None:
-    asked = [conversation(seed) for seed in range(4)]
-    inboxes = [Inbox() for _ in asked]
-    tasks = [model.core.add(greedy(model, messages, 10), inbox) for messages, inbox in zip(asked, inboxes, strict=True)]
+    questions = [conversation(seed) for seed in range(4)]
+    inboxes = [Inbox() for _ in questions]
+    tasks = [
+        model.core.add(greedy(model, messages, 10), inbox) for messages, inbox in zip(questions, inboxes, strict=True)
+    ]
     steps = 0
     while not model.core.is_idle():
         step(model)
@@ -160,14 +162,14 @@ def test_preempted_requests_resume_where_they_were(model: Keye) -> None:
         if steps % 3 == 0 and writing:
             model.core.scheduler.preempt(writing[steps % len(writing)])
     got = [[t for e in inbox.events if isinstance(e, Delta) for t in e.tokens] for inbox in inboxes]
-    assert got == [generate_alone(model, messages, 10) for messages in asked]
+    assert got == [generate_alone(model, messages, 10) for messages in questions]
     assert model.core.scheduler.preemptions > 3
 
 
 def test_evidence_and_probabilities_survive_a_preemption(model: Keye) -> None:
     """Evidence and the probabilities of the prompt are those of an undisturbed run."""
 
-    def asked(disturbed: bool) -> Finished:
+    def questions(disturbed: bool) -> Finished:
         inbox = add(model, replace(greedy(model, about(clip(1)), 8, evidence=True), prompt_logprobs=0))
         steps = 0
         while not model.core.is_idle():
@@ -179,9 +181,9 @@ def test_evidence_and_probabilities_survive_a_preemption(model: Keye) -> None:
                 model.core.scheduler.preempt(task)
         return inbox.events[-1]  # type: ignore[return-value]
 
-    plain = asked(disturbed=False)
+    plain = questions(disturbed=False)
     model.clear_caches()
-    again = asked(disturbed=True)
+    again = questions(disturbed=True)
     assert model.core.scheduler.preemptions >= 1
     assert plain.evidence is not None and again.evidence is not None
     assert again.evidence.steps == plain.evidence.steps == 8

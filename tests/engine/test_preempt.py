@@ -52,7 +52,7 @@ def run(model: Keye, *requests: GenerationRequest, preempt_at: Mapping[int, int]
     """Runs requests together. `preempt_at`: after how many tokens computed the request of a number is preempted."""
     inboxes, left = [Inbox() for _ in requests], dict(preempt_at or {})
     pairs = zip(requests, inboxes, strict=True)
-    tasks = [model.core.add(one, inbox) for one, inbox in pairs]
+    tasks = [model.core.add(item, inbox) for item, inbox in pairs]
     while not model.core.is_idle():
         if not model.core.step():
             model.core.wait_for_work()
@@ -63,18 +63,18 @@ def run(model: Keye, *requests: GenerationRequest, preempt_at: Mapping[int, int]
                 model.core.scheduler.preempt(task)
                 assert model.runtime.ledger.used(ACCOUNT) > 0
                 del left[number]
-    assert not left, "nobody was preempted"
+    assert not left, "no request was preempted"
     return inboxes
 
 
 def exact(inbox: Inbox) -> dict[int, list[tuple[int, float]]]:
     """Token and log-probability of everything that was generated, by choice."""
     assert isinstance(inbox.events[-1], Finished), inbox.events[-1]
-    found: dict[int, list[tuple[int, float]]] = {}
+    outcome: dict[int, list[tuple[int, float]]] = {}
     for event in inbox.events:
         if isinstance(event, Delta):
-            found.setdefault(event.choice_index, []).extend((p.token, p.logprob) for p in event.probs)
-    return found
+            outcome.setdefault(event.choice_index, []).extend((p.token, p.logprob) for p in event.probs)
+    return outcome
 
 
 def nothing_held(model: Keye) -> bool:
@@ -100,9 +100,9 @@ def test_a_preempted_reply_is_the_same_to_the_last_bit(folder: Path, loading: An
     model = keye.load(folder, **loading)
     (plain,) = run(model, about_clip(model, **asking))
     assert nothing_held(model)
-    written = 25 * asking.get("n", 1)
+    generated = 25 * asking.get("n", 1)
     prompt = plain.events[-1].prompt_tokens  # type: ignore[union-attr]
-    (again,) = run(model, about_clip(model, **asking), preempt_at={0: prompt + written})
+    (again,) = run(model, about_clip(model, **asking), preempt_at={0: prompt + generated})
     assert model.core.scheduler.preemptions == 1
     assert exact(again) == exact(plain)
     if asking.get("evidence"):
@@ -124,28 +124,28 @@ def test_a_prompt_preempted_halfway_goes_on_there(folder: Path) -> None:
 class Stairs:
     """A form in which token number i of a reply leaves the remainder i when it is divided by 100."""
 
-    def __init__(self, vocab_size: int, taken: int = 0) -> None:
-        self.vocab_size, self.taken = vocab_size, taken
+    def __init__(self, vocab_size: int, count: int = 0) -> None:
+        self.vocab_size, self.count = vocab_size, count
 
     def mask(self) -> torch.Tensor:
-        return torch.arange(self.vocab_size) % 100 == self.taken % 100
+        return torch.arange(self.vocab_size) % 100 == self.count % 100
 
     def settle(self, token: int) -> int:
         return token
 
     def advance(self, token: int) -> None:
-        self.taken += 1
+        self.count += 1
 
     def fork(self) -> Stairs:
-        return Stairs(self.vocab_size, self.taken)
+        return Stairs(self.vocab_size, self.count)
 
 
 def test_a_reply_that_keeps_to_a_form_goes_on_in_it(folder: Path) -> None:
     model = keye.load(folder)
     guide = Stairs(model.config.text.vocab_size)
-    asked = replace(about_words(model, 30, max_tokens=30, temperature=1.0, seed=2), guide=guide)
-    (plain,) = run(model, asked)
-    (again,) = run(model, asked, preempt_at={0: 10 + plain.events[-1].prompt_tokens})  # type: ignore[union-attr]
+    build_request = replace(about_words(model, 30, max_tokens=30, temperature=1.0, seed=2), guide=guide)
+    (plain,) = run(model, build_request)
+    (again,) = run(model, build_request, preempt_at={0: 10 + plain.events[-1].prompt_tokens})  # type: ignore[union-attr]
     assert exact(again) == exact(plain)
     assert [token % 100 for token, _ in exact(again)[0]] == list(range(30))
 
@@ -157,15 +157,15 @@ def test_what_a_question_shares_with_a_session_stays_shared(folder: Path, tmp_pa
         model.index(clip(4), tmp_path / "a.keye")
         messages = [Message("user", (Medium("video", str(tmp_path / "a.keye")), "what is red?"))]
 
-        def asked() -> GenerationRequest:
+        def build_request() -> GenerationRequest:
             return model.request(messages, max_tokens=30, ignore_eos=True, logprobs=0)
 
     else:
         live = model.live()
         live.append(clip(4).frames, [i / 2 for i in range(30)])
-        asked = lambda: replace(live.request("what is red?", max_tokens=30), ignore_eos=True, logprobs=0)  # noqa: E731
-    (plain,) = run(model, asked())
-    request = asked()
+        build_request = lambda: replace(live.request("what is red?", max_tokens=30), ignore_eos=True, logprobs=0)  # noqa: E731
+    (plain,) = run(model, build_request())
+    request = build_request()
     before = model.runtime.store.nbytes()
     (again,) = run(model, request, preempt_at={0: 10 + plain.events[-1].prompt_tokens})  # type: ignore[union-attr]
     assert exact(again) == exact(plain)
@@ -210,7 +210,7 @@ def test_requests_that_fit_alone_finish_together(folder: Path) -> None:
         about_words(model, 300, max_tokens=40, n=4, temperature=1.0, seed=5),
         about_words(model, 200, max_tokens=5, prompt_logprobs=0),
     ]
-    expected = [exact(run(model, one)[0]) for one in requests]
+    expected = [exact(run(model, item)[0]) for item in requests]
     assert nothing_held(model)
     model.runtime.ledger.budget = model.core.scheduler.scratch.least + 2 * model.runtime.store.slab_bytes
     inboxes = run(model, *requests)

@@ -122,10 +122,10 @@ def test_slow_media_delay_no_other_request(model: Keye, monkeypatch: pytest.Monk
     come = threading.Event()
     frames = Processor.frames
 
-    def slow(self: Processor, *given: Any) -> Any:
+    def slow(self: Processor, *args: Any) -> Any:
         if threading.current_thread().name.startswith("keye-media"):
             come.wait()
-        return frames(self, *given)
+        return frames(self, *args)
 
     monkeypatch.setattr(Processor, "frames", slow)
     waiting = [add(model, greedy(model, about(clip(seed)))) for seed in range(12)]

@@ -63,12 +63,12 @@ def prompt_of(builder: PromptBuilder, *media: object) -> Prompt:
     return builder.lay_out(builder.render([message]), stream=True)
 
 
-def whole(tiny: Runtime, prompt: Prompt) -> Tensor:
+def encode_at_once(tiny: Runtime, prompt: Prompt) -> Tensor:
     """All visual tokens of a prompt at once."""
-    found = prompt.vision()
-    assert found is not None
+    patches = prompt.vision()
+    assert patches is not None
     with torch.inference_mode():
-        return tiny.model.encode_vision(*found)
+        return tiny.model.encode_vision(*patches)
 
 
 def run(job: VisionJob, patches: int = 64) -> Tensor:
@@ -107,7 +107,7 @@ def test_steps_and_arrivals_change_no_bit(tiny: Runtime, builder: PromptBuilder)
     frames = np.random.default_rng(0).integers(0, 256, (11, 112, 112, 3), dtype=np.uint8)
     prompt = prompt_of(builder, Frames(frames, list(range(11))), Image.new("RGB", (84, 56), "red"))
     expected = run(VisionJob(tiny.model, prompt.media), 10**9)
-    assert (expected - whole(tiny, prompt)).abs().max() <= 1e-6
+    assert (expected - encode_at_once(tiny, prompt)).abs().max() <= 1e-6
     rng = random.Random(0)
     for _ in range(5):
         arrived = [0]
@@ -136,7 +136,7 @@ def test_a_video_file_is_encoded_while_it_is_decoded(tiny: Runtime, builder: Pro
     prompt, ledger = prompt_of(builder, video, video), Ledger()
     job = VisionJob(tiny.model, prompt.media, cache=VisionCache(0, ledger))
     assert job.total == 2 * 8 * 16
-    assert (run(job) - whole(tiny, prompt)).abs().max() <= 1e-6
+    assert (run(job) - encode_at_once(tiny, prompt)).abs().max() <= 1e-6
     assert ledger.used("vision") == job.total * 64 * 4  # float32
     job.close()
     job.close()
@@ -150,9 +150,9 @@ def test_used_tokens_are_freed(tiny: Runtime, builder: PromptBuilder) -> None:
         tiny.model, prompt_of(builder, Frames(np.zeros((9, 112, 112, 3), np.uint8))).media, cache=VisionCache(0, ledger)
     )
     run(job)
-    held, last = ledger.used(), job.tokens(100, 144).clone()
+    reserved, last = ledger.used(), job.tokens(100, 144).clone()
     job.forget(100)  # the first two of three groups
-    assert ledger.used() == held / 3 and torch.equal(job.tokens(100, 144), last)
+    assert ledger.used() == reserved / 3 and torch.equal(job.tokens(100, 144), last)
     with pytest.raises(AssertionError):
         job.tokens(0, 1)
     job.close()
