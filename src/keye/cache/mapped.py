@@ -66,7 +66,7 @@ def _take_room(file: int, nbytes: int) -> None:
 def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
     """`OutOfMemory` when `nbytes` more in `folder` would leave less than `reserve`; `KeyeError` for no folder."""
     if not folder.is_dir():
-        raise KeyeError(f"{folder} is not a folder: name one for the keys and values to lie in")
+        raise KeyeError(f"{folder} is not a folder: name a folder for keys and values")
     free = shutil.disk_usage(folder).free
     if free - nbytes < reserve:
         raise OutOfMemory(

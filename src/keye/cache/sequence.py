@@ -102,7 +102,7 @@ class KVCache:
         return self._format(name).decode(rows[start - first * KV_BLOCK : stop - first * KV_BLOCK])
 
     def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
-        """Where the KV blocks of a layer lie, by the names of rows. None before anything was stored."""
+        """Where the KV blocks of a layer are, by the names of rows. None before anything was stored."""
         if self.store is None:
             return None
         if layer not in self._layer_blocks:
@@ -259,7 +259,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the blocks of a sequence lie: `number` of the slab and `slot` in it, int64 [blocks] each."""
+    """Where the blocks of a sequence are: `number` of the slab and `slot` in it, int64 [blocks] each."""
 
     slabs: tuple[Slab, ...]
     number: Tensor

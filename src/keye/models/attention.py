@@ -1,6 +1,6 @@
 """Grouped-query attention of a decoder layer, and the two kinds of step that decide what it attends to.
 
-A forward pass is ragged: tokens of several sequences lie behind one another in one row [T, ...] without padding. The
+A forward pass is ragged: tokens of several sequences are concatenated in one row [T, ...] without padding. The
 layer projects and rotates; the *step* knows sequences, caches and masks. `CachedStep` serves inference here,
 `keye.train.packed.PackedStep` serves training; both pass through the same layers.
 

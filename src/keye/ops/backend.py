@@ -28,7 +28,7 @@ class Stretch:
     """Rows `start .. stop` of a step: tokens of one sequence, the first at absolute position `first`. Their own keys
     are already stored. `counts` int64 [>= first + stop - start], if given, counts how often each key was selected.
 
-    `rows` and `key_tiles` read what is stored; `blocks` says where the same rows lie, by their names (`k`, `v` and, in
+    `rows` and `key_tiles` read what is stored; `blocks` says where the same rows are, by their names (`k`, `v` and, in
     sparse models, `indexer_k`), None where they are not in KV blocks. `fixed` asks for results that do not depend on
     which queries are computed together.
     """

@@ -1,4 +1,4 @@
-"""How cached rows lie in memory: rows of a number format, 64 tokens a KV block.
+"""How cached rows are stored in memory: rows of a number format, 64 tokens a KV block.
 
 A KV block is 64 rows behind one another; a row holds all heads of one token, so a selected token is one read. Fast
 paths read blocks by address (processor) or by number in a pool (GPU); `RowFormat.decode` is the definition of what they
@@ -182,7 +182,7 @@ class BlockRows:
 
     Token t is row t % 64 of KV block t // 64. `addresses` int64 [blocks] are where blocks begin in this process's
     memory (processor only). `pool` uint8 [blocks of the pool, 64, row_bytes] with `table` int32 [blocks] says the same
-    where all blocks lie in one tensor of a device; None where they do not. `mapped`: the addresses lie in a mapped
+    where all blocks are in one tensor of a device; None where they do not. `mapped`: the addresses are in a mapped
     file, and rows may have to be read from it first.
     """
 

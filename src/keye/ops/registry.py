@@ -1,7 +1,7 @@
 """Attention of one layer of a step, sparse or dense, by the backend that suits the device.
 
-A step holds tokens of several sequences behind one another; a `Stretch` says which of its rows belong to one sequence
-and where the past of that sequence lies. Backends: `reference` (plain torch, any device, the definition), `cpu` (the
+A step holds the tokens of several sequences; a `Stretch` says which of its rows belong to one sequence
+and where the past of that sequence is. Backends: `reference` (plain torch, any device, the definition), `cpu` (the
 compiled core) and `triton` (GPUs). A fast one says which stretches it can take; the reference takes the others, and
 both give the same sets, and the same outputs up to rounding.
 """

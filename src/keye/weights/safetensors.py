@@ -1,4 +1,4 @@
-"""Safetensors files: which tensors lie where, reading them straight into their place, writing them in shards.
+"""Safetensors files: their tensors, reading them straight into their place, writing them in shards.
 
 Knows names, shapes and bytes; knows nothing of networks. Only safetensors are opened, so nothing in a checkpoint can
 run. `safetensors` itself checks every header; the bytes are read with plain reads in file order, since a memory map
@@ -36,7 +36,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file that has not been read yet: its `nbytes` lie from byte `start` on. `dtype` is safetensors'."""
+    """A tensor of a file that has not been read yet: its `nbytes` begin at byte `start`. `dtype` is safetensors'."""
 
     name: str
     dtype: str

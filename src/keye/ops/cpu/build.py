@@ -103,36 +103,17 @@ def compiler() -> list[str] | None:
     return next(([name] for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 
-def find() -> Status | None:
-    """The best library that was built and tried before; None where one would have to be built first."""
-    variants = runnable()
-    folder, reason = _cache_folder()
-    command = compiler()
-    if not variants or folder is None or command is None:
-        return Status(None, None, reason if folder is None else _reason(variants, command))
-    return _first_good(folder, command, variants, build=False)
-
-
-def ready() -> Status:
-    """The best library that works here; builds and tries what has not been yet, which takes seconds."""
-    if (status := find()) is not None:
-        return status
-    folder, command = _cache_folder()[0], compiler()
-    assert folder is not None and command is not None
-    status = _first_good(folder, command, runnable(), build=True)
-    assert status is not None
-    return status
-
-
-def _reason(variants: list[Variant], command: list[str] | None) -> str:
+def find(*, build: bool = False) -> Status | None:
+    """The best library that was built and tried before, with the failures before it. Where a variant was not tried yet:
+    None, or with `build` what becomes of it, which takes seconds."""
+    variants, (folder, reason), command = runnable(), _cache_folder(), compiler()
+    if folder is None:
+        return Status(None, None, reason)
     if not variants:
-        return "this processor has none of the instruction sets that the compiled core needs (AVX2 and newer)"
-    assert command is None
-    return "no C++ compiler was found; install g++ or clang++, or name one in CXX"
-
-
-def _first_good(folder: Path, command: list[str], variants: list[Variant], build: bool) -> Status | None:
-    """The first variant that computes right, with the failures before it; None if only building would tell."""
+        note = "this processor has none of the instruction sets that the compiled core needs (AVX2 and newer)"
+        return Status(None, None, note)
+    if command is None:
+        return Status(None, None, "no C++ compiler was found; install g++ or clang++, or name one in CXX")
     failures: list[str] = []
     for variant in variants:
         library = folder / f"keye-{variant.name}-{_fingerprint(command, variant)}.so"
@@ -145,6 +126,13 @@ def _first_good(folder: Path, command: list[str], variants: list[Variant], build
             return Status(library, variant.name, "; ".join(failures))
         failures.append(f"{variant.name}: {verdict}")
     return Status(None, None, "; ".join(failures))
+
+
+def ready() -> Status:
+    """The best library that works here, built where it was not."""
+    status = find(build=True)
+    assert status is not None
+    return status
 
 
 def _fingerprint(command: list[str], variant: Variant) -> str:

@@ -159,7 +159,7 @@ template <class P> class RowWalk {
     RowWalk(const Source<P> &source, const Sets &sets, int n, AttendScratch &scratch)
         : source_(source), sets_(sets), n_(n), scratch_(scratch) {}
 
-    // Each query reads its rows where they lie: best for a query alone.
+    // Each query reads its rows where they are: best for a query alone.
     template <class Use> void in_place(int head, Use use) const {
         for (int i = 0; i < n_; i++) {
             const int32_t *set = sets_.positions + i * sets_.stride;
@@ -204,7 +204,7 @@ template <class P> class RowWalk {
     }
 
     // Rows of the union are brought together tile by tile, decoded where they must be, and every query takes its own
-    // from there: from main memory each comes once for all queries, and it lies densely in the second cache.
+    // from there: from main memory each comes once for all queries, and it is dense in the second cache.
     template <class Use> void gathered(int head, int total, Use use) const {
         const int dim = source_.padded;
         Elem *rows = (Elem *)scratch_.gathered.get((int64_t)TILE_ROWS * dim * (int64_t)sizeof(Elem) / 2);
@@ -235,7 +235,7 @@ template <class P> class RowWalk {
     }
 
   private:
-    // Asks for a row ahead of its use: most rows lie on memory pages of their own, and finding those takes longer than
+    // Asks for a row ahead of its use: most rows are on memory pages of their own, and finding those takes longer than
     // computing with them.
     void ask_for(int32_t position, int head) const {
         const char *row = (const char *)source_.place(position, head);

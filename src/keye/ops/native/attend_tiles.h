@@ -1,4 +1,4 @@
-// The two products of sparse attention by AMX tiles. Rows lie apart and tiles want them at a fixed distance, so a batch
+// The two products of sparse attention by AMX tiles. Rows are apart and tiles want them at a fixed distance, so a batch
 // of rows is copied first; that is cheaper than what it saves.
 //
 // The processor sums the 32 keys of a tile before it adds them, so a sum depends on where batches begin. Stretches that

@@ -1,7 +1,7 @@
 // Causal attention over every key, or over every key with each query's set as a mask.
 //
 // Keys and values are packed tile by tile for a block of queries; the softmax runs online under a rising maximum
-// (Milakov and Gimelshein, arXiv:1805.02867). Tiles lie at fixed positions, so that a query's result does not depend on
+// (Milakov and Gimelshein, arXiv:1805.02867). Tiles are at fixed positions, so that a query's result does not depend on
 // the queries beside it.
 #pragma once
 #include "attend.h"

@@ -92,7 +92,7 @@ template <class Use> void with_product(int32_t dtype, Use use) {
     use(F32());
 }
 
-// Causal attention over every key. Few queries read rows where they lie; packing tiles for them would not pay.
+// Causal attention over every key. Few queries read rows where they are; packing tiles for them would not pay.
 template <class P> void dense(const KeyeStep &step, const Block &block, Scratch &scratch) {
     const KeyeStretch &stretch = *block.stretch;
     const int64_t length = stretch.first + block.begin + block.n;

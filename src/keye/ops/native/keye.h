@@ -13,7 +13,7 @@ enum KeyeKernel { KEYE_AUTO = 0, KEYE_UNION = 1, KEYE_MASKED = 2 };
 
 enum KeyeFlags {
     KEYE_FIXED = 1,      // results of a query must not depend on its neighbours
-    KEYE_WILL_NEED = 2,  // rows lie in a mapped file: ask the kernel for the selected ones before reading them
+    KEYE_WILL_NEED = 2,  // rows are in a mapped file: ask the kernel for the selected ones before reading them
 };
 
 // Rows of 64 tokens a KV block. Token t is row t % 64 of the block that begins at address blocks[t / 64].

@@ -1,4 +1,4 @@
-// Stored rows: where a token's row lies, and its numbers as operands of products. keye/ops/kv_blocks.py defines the bytes.
+// Stored rows: where a token's row is, and its numbers as operands of products. keye/ops/kv_blocks.py defines the bytes.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -120,7 +120,7 @@ inline void hadamard(float *x, int dim) {
     for (int i = 0; i < dim; i++) x[i] *= scale;
 }
 
-// Rows of one head as operands of products P: read where they lie, or decoded first.
+// Rows of one head as operands of products P: read where they are, or decoded first.
 template <class P> struct Source {
     using Elem = typename P::Elem;
     const KeyeRows &rows;

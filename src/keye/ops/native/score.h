@@ -1,6 +1,6 @@
 // Indexer scores of a block of queries against every causal key, and their top-k, in one pass over the keys.
 //
-// I[t,s] = sum_j gate[t,j] * relu(q[t,j] . k[s]). Keys lie in the lanes of vectors; each score is one chain of products
+// I[t,s] = sum_j gate[t,j] * relu(q[t,j] . k[s]). Keys are in the lanes of vectors; each score is one chain of products
 // over dimensions and one over heads, in fixed order. It is therefore the same to the last bit in every block and tile.
 #pragma once
 #include "memory.h"

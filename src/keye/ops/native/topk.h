@@ -1,6 +1,6 @@
 // The running top-k of one query over a stream of scores in order of position.
 //
-// Candidates lie in order of position. A later key that equals the k-th best so far loses against it, so only scores
+// Candidates are in order of position. A later key that equals the k-th best so far loses against it, so only scores
 // strictly above it are kept; when the buffer is full, the k best stay and the threshold rises.
 #pragma once
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""Which queries of a step go into one launch, and where the KV blocks of their sequences lie.
+"""Which queries of a step go into one launch, and where the KV blocks of their sequences are.
 
 A launch takes blocks of queries. The queries of a block belong to one sequence; blocks that a sequence does not fill
 are padded with queries at position -1, which see nothing and whose outputs are not written.
@@ -56,7 +56,7 @@ class Batch:
         return self.rows.shape[0]
 
     def parts(self, pieces: Sequence[Piece]) -> Iterator[slice]:
-        """Where the queries of each of the pieces lie."""
+        """Where the queries of each of the pieces are."""
         begin = 0
         for piece in pieces:
             count = piece.stop - piece.begin
@@ -98,14 +98,14 @@ class Pools:
 
     @staticmethod
     def of(stretch: Stretch) -> "Pools":
-        """The pools that a stretch lies in."""
+        """The pools that a stretch is in."""
         assert stretch.blocks is not None
         operands = {name: operand(rows) for name, rows in stretch.blocks.items()}
         return Pools(operands["k"], operands["v"], operands.get("indexer_k"))
 
 
 def by_pools(stretches: Sequence[Stretch]) -> Iterator[tuple[Pools, list[Stretch]]]:
-    """Stretches that lie in the same pools and ask for the same exactness."""
+    """Stretches that are in the same pools and ask for the same exactness."""
     groups: dict[object, list[Stretch]] = {}
     for stretch in stretches:
         assert stretch.blocks is not None

@@ -1,4 +1,4 @@
-"""Reading rows of KV blocks inside kernels: `RowFormat.decode`, and where a token's row lies.
+"""Reading rows of KV blocks inside kernels: `RowFormat.decode`, and where a token's row is.
 
 Legend: N rows, D dims of a head. Kernels see a pool as flat memory of the number format (`Operand.values`), and the
 scales of formats that have them as bfloat16 in the same memory (`Operand.scales`).
