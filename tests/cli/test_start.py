@@ -142,7 +142,7 @@ def test_training_sets_its_environment_unless_the_user_did(monkeypatch: pytest.M
 def test_a_missing_extra_is_named_before_any_work(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
 ) -> None:
-    for module in ("keye.server.run", "keye.server.app"):
+    for module in ("keye.server.run", "keye.server.app", "keye.server.batch_engine"):
         monkeypatch.setitem(sys.modules, module, None)
     question = {"id": "one", "video": str(asset("demo.mp4")), "question": "when is the red circle visible?"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(question))

@@ -77,7 +77,7 @@ def test_a_file_that_kills_workers_is_set_aside_and_not_tried_again() -> None:
         with pytest.raises(Poisoned):
             service.submit(Item("bad.mp4")).result(30)
         assert len(tried) == DEATHS
-        assert set(service.poisoned) == {"bad.mp4"} and "set aside" in service.poisoned["bad.mp4"]
+        assert set(service.poisoned) == {"bad.mp4"} and "is quarantined" in service.poisoned["bad.mp4"]
 
 
 def test_results_that_nobody_takes_hold_the_workers_back() -> None:

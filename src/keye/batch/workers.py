@@ -98,7 +98,7 @@ class Client:
     async def post(self, body: Mapping[str, Any]) -> Answer:
         """One chat completion. A server that is full or fails is asked again, after as long as it says or twice as long
         each time."""
-        content = await asyncio.to_thread(_encode_body, body, self.inline)
+        content = await asyncio.to_thread(lambda: json.dumps(with_files(body) if self.inline else body).encode())
         for attempt in range(self.tries):
             last = attempt == self.tries - 1
             try:
@@ -277,10 +277,6 @@ def _local_http(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
 def without_model(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """The body without the name of a model: an engine has one, whatever the manifest calls it."""
     return {name: value for name, value in body.items() if name != "model"}
-
-
-def _encode_body(body: Mapping[str, Any], inline: bool) -> bytes:
-    return json.dumps(with_files(body) if inline else body).encode()
 
 
 def with_files(body: Mapping[str, Any]) -> dict[str, Any]:

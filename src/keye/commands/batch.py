@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
 @click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")
 @click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
 @click.option("--concurrency", type=options.COUNT, default=8, show_default=True, metavar="N",
-              help="Questions under way at once, at each worker.")  # fmt: skip
+              help="Questions that each worker answers at once.")  # fmt: skip
 @click.option("--tries", type=options.COUNT, default=6, show_default=True, metavar="N",
               help="Tries of a request to a server that is full, fails or does not answer.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), metavar="SECONDS",
-              help="Longest time for an answer of a server.  [default: 3600]")  # fmt: skip
-@click.option("--retry-errors", is_flag=True, help="Ask again what the output has errors of.")
+              help="Time limit of an answer from a server.  [default: 3600]")  # fmt: skip
+@click.option("--retry-errors", is_flag=True, help="Ask again the questions whose answers are errors.")
 @click.option("--model", help="The model, or with --server what the servers call it.  [default: nano, the server's]")
 @options.decode
 @options.running_device
@@ -46,9 +45,9 @@ if TYPE_CHECKING:
 def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **arguments: Any) -> int:
     """Answer the questions of MANIFEST, a file of JSON lines or CSV, one question a line.
 
-    Answers are appended to the output as they come, each once. A line that cannot be answered gets an error there and
-    stops nothing. After a kill the same command goes on where it was. Settings of the command hold for lines that give
-    none of their own.
+    Answers are appended to the output as they come, each once. A line that cannot be answered gets an error there;
+    the others go on. After a kill the same command resumes. Settings of the command are defaults for lines
+    without their own.
 
     \b
     {"video": "talk.mp4", "question": "who speaks?"}
@@ -73,7 +72,7 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **arg
         todo = pending(lines, journal.done, retry_errors)
         with inputs.decode_service(arguments["decode"] if todo else None) as service:
             workers = open_workers(arguments, inputs.decoder_of(service)) if todo else []
-            with _progress("asking") as advance:
+            with show.progress_bar("asking", notes=True) as advance:
                 report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
     data = {**report.to_dict(), "workers": len(workers), "output": str(output)}
     if as_json:
@@ -144,13 +143,13 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
             for url in urls
         ]
     try:
-        from keye.server import batch_engine
+        from keye.server.batch_engine import MODULE, engine_app, local_app
     except ModuleNotFoundError as error:
         raise missing_package(error.name, "keye batch", "serve") from None
     named = {**arguments, "model": arguments["model"] or "nano"}
     if arguments["ray"] is None and arguments["workers"] is None:
         model = inputs.load_model(named, decoder=decoder)
-        app = batch_engine.local_app(model, slots, allow_private=allow_private)
+        app = local_app(model, slots, allow_private=allow_private)
         return [kinds.EngineWorker(app, slots=slots)]
     from keye.hub import check_runs
 
@@ -160,46 +159,17 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
         from keye.batch.ray_workers import ray_workers
 
         return ray_workers(
-            arguments["ray"], batch_engine.engine_app, settings, count=arguments["workers"], slots=slots,
+            arguments["ray"], engine_app, settings, count=arguments["workers"], slots=slots,
             allow_private=allow_private,
         )  # fmt: skip
     inputs.find_model(named["model"])
     return [
         kinds.ProcessWorker(
-            ("-m", batch_engine.__name__), {**settings, **share}, slots=slots, allow_private=allow_private,
+            ("-m", MODULE), {**settings, **share}, slots=slots, allow_private=allow_private,
             name=f"engine {number}",
         )
         for number, share in enumerate(inputs.shares(named, arguments["workers"]))
     ]  # fmt: skip
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with what is done, the rate and the time left on a terminal; elsewhere a note for each tenth."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from keye.commands.shared.inputs import note, stderr
-
-    console, tenth = stderr(), 0
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            nonlocal tenth
-            if bar.tasks[0].total is None:
-                tenth = done * 10 // total if total else 0  # earlier progress is not reported
-            bar.update(task, completed=done, total=total)
-            if not console.is_terminal and total and done * 10 // total > tenth:
-                tenth = done * 10 // total
-                note(f"{done:,} of {total:,}{_left(bar)}")
-
-        yield advance
-
-
-def _left(bar: Any) -> str:
-    remaining = bar.tasks[0].time_remaining
-    return "" if not remaining else f", {remaining:,.0f} s left"
 
 
 def format_report(data: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ def evaluate() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed asks other questions.")
 @click.option("--n", "questions", type=int, default=2000, show_default=True, help="Number of questions.")
 @click.option("--mode", type=click.Choice(["sparse", "dense"]), default="sparse", show_default=True,
-              help="How the decoder attends.")  # fmt: skip
+              help="Attention of the decoder.")  # fmt: skip
 @click.option("--select", type=click.Choice(["indexer", "random", "recent"]), default="indexer", show_default=True,
               help="Which keys sparse attention reads; random and recent are controls.")  # fmt: skip
 @options.kv_format

@@ -18,7 +18,7 @@ from keye.errors import KeyeError
     "--video",
     "imagined",
     metavar="LENGTH[@WxH]",
-    help="Plan a video that is not there: 90s, 2h, 1:30:00, 2h@1920x1080.  [size: 1280x720]",
+    help="Plan a hypothetical video: 90s, 2h, 1:30:00, 2h@1920x1080.  [size: 1280x720]",
 )
 @click.option(
     "--fleet",
@@ -31,7 +31,9 @@ from keye.errors import KeyeError
 @options.kv_format
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of the weights.")
 @click.option("--threads", type=options.COUNT, metavar="N", help="Processor threads for the model.")
-@click.option("--max-tokens", type=options.COUNT, default=128, show_default=True, metavar="N", help="Tokens replied.")
+@click.option(
+    "--max-tokens", type=options.COUNT, default=128, show_default=True, metavar="N", help="Length of the reply."
+)
 @options.attention
 @options.sampling_frames
 @options.model_name

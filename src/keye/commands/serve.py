@@ -47,15 +47,17 @@ _MAX_KEYS_BYTES = 1 << 20
     help="What clients call the model; may be repeated.  [default: its own name]",
 )
 @click.option("--strict-model-name", is_flag=True, help="Reject requests that name another model.")
-@click.option("--strict-limits", is_flag=True, help="Reject a max_tokens that the context has no room for.")
+@click.option("--strict-limits", is_flag=True, help="Reject a max_tokens that does not fit the context.")
 @click.option("--max-upload", type=options.Bytes(), metavar="SIZE", help="Largest upload, as 500MB.  [default: 4GiB]")
 @click.option("--max-stored", type=options.Bytes(), metavar="SIZE", help="Most bytes of all uploads.  [default: 16GiB]")
-@click.option("--max-stored-per-key", type=options.Bytes(), metavar="SIZE", help="Of one key.  [default: a quarter]")
+@click.option(
+    "--max-stored-per-key", type=options.Bytes(), metavar="SIZE", help="The same of one key.  [default: a quarter]"
+)
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
-@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a line of JSON a request.")
-@click.option("--replicas", type=options.COUNT, metavar="N", help="Answer by N servers, those about one video by one.")
+@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a JSON line for each request.")
+@click.option("--replicas", type=options.COUNT, metavar="N", help="Run N servers; requests about one video go to one.")
 @click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
 @click.option(
     "--ready-fd", type=int, hidden=True, help="Report the address on this descriptor; end with standard input."
@@ -114,7 +116,7 @@ def check_packages() -> None:
 
 
 def _report_address(descriptor: int, address: str) -> None:
-    """Tells the process in front of this replica where it listens."""
+    """Reports to the process in front of this replica where it listens."""
     report_ready(descriptor, {"address": address})
 
 
@@ -228,7 +230,7 @@ def read_keys(file: Path) -> dict[str, str]:
 
 @contextmanager
 def audit_log(file: Path | None) -> Iterator[Audit | None]:
-    """The log of who did how much when, appended to `file`; None without one."""
+    """The audit log, appended to `file`; None without one."""
     from keye.server.edge.audit import Audit, is_audit_log
 
     if file is None:

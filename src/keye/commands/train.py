@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Go on at the last checkpoint of the output folder; --no-resume rejects a folder that holds a run.",
+    help="Resume from the last checkpoint of the output folder; --no-resume rejects a folder that holds a run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON, the output folder last.")
 @click.option(
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None:
     """Train a model by the stages of a TOML file.
 
-    An interrupted run (Ctrl-C) goes on where it was last saved when the command is given again.
+    An interrupted run (Ctrl-C) resumes from its last checkpoint when the command is run again.
     """
     from keye.train.loop import train as run
     from keye.train.recipes import load_run

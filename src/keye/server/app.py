@@ -76,7 +76,8 @@ def create_app(
     policy = policy or fetch_policy(settings)
     # Downloads are removed with the server's folder, however the server ends.
     policy = replace(policy, limits=replace(policy.limits, folder=store.folder))
-    metrics = Metrics(lambda: {**engine.gauges(), **_decode_numbers(decode_gauges)})
+    decoding = decode_gauges or dict
+    metrics = Metrics(lambda: {**engine.gauges(), **{f"decode_{name}": n for name, n in decoding().items()}})
     context = Context(
         model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy,
         responses=ResponseStore(store, settings.file_seconds),
@@ -107,10 +108,6 @@ def create_app(
         app.include_router(router)
     web.install(app)
     return app
-
-
-def _decode_numbers(gauges: Gauges | None) -> dict[str, float]:
-    return {} if gauges is None else {f"decode_{name}": value for name, value in gauges().items()}
 
 
 async def _sweep(context: Context) -> None:

@@ -27,6 +27,8 @@ from keye.process import report_ready, watch_stdin
 from keye.server.app import create_app
 from keye.server.settings import Settings
 
+#: What `python -m` runs.
+MODULE: Final = "keye.server.batch_engine"
 #: A day: in a batch a long video may take as long as it needs.
 _REQUEST_SECONDS: Final = 24 * 3600.0
 #: Connections stay open for as long: one that closes just as it is used again would look like a lost worker.

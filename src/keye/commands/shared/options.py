@@ -14,7 +14,6 @@ from keye.errors import Option
 from keye.units import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -23,7 +22,7 @@ VIDEO_OPTIONS = (
     *IMAGE_OPTIONS, "fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "video_start", "video_end",
     "min_frame_similarity", "adaptive_budget", "track", "deinterlace", "tone_map", "strict_media",
 )  # fmt: skip
-#: Formats, which an index has fixed; where what comes after it lies is free.
+#: Formats, which an index fixes; the tier of the KV state is free.
 FORMAT_OPTIONS = ("kv", "indexer_kv")
 STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder", "memory")
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
@@ -109,7 +108,7 @@ template: Callable[[F], F] = click.option(
     metavar="auto|keye|checkpoint|FILE",
     default="auto",
     show_default=True,
-    help="Chat template: the checkpoint's own where it brings one (auto), always keye's, always its own, or a file.",
+    help="Chat template: the checkpoint's own if it has one (auto), keye's, the checkpoint's, or a file.",
 )
 
 prompting: Callable[[F], F] = _all(
@@ -133,37 +132,37 @@ storing: Callable[[F], F] = _all(
     click.option(
         "--indexer-kv",
         type=click.Choice(["auto", "bf16", "fp8", "int8"]),
-        help="The same of indexer keys.",
+        help="The same for indexer keys.",
     ),
     click.option(
         "--kv-tier",
         type=click.Choice(["memory", "host", "file"]),
-        help="Where keys and values lie: with the model, in main memory, or in a mapped file.  [default: memory]",
+        help="Where keys and values are: with the model, in main memory, or in a mapped file.  [default: memory]",
     ),
     click.option(
         "--kv-folder",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Folder of that file.  [default: the system's for temporary files]",
+        help="Folder of the mapped file.  [default: the system's temporary folder]",
     ),
     click.option(
         "--memory",
         type=Bytes(),
         metavar="SIZE",
-        help="Most that keys, values and visual tokens take, as 8GiB.  [default: what is free]",
+        help="Memory budget of keys, values and visual tokens, as 8GiB.  [default: what is free]",
     ),
 )
 
 decode: Callable[[F], F] = click.option(
     "--decode",
     metavar="ADDRESS",
-    help="Have other processes decode: local, local:N, ray or ray://HOST:PORT.  [default: one for each video]",
+    help="Decode videos in other processes: local, local:N, ray or ray://HOST:PORT.  [default: one for each video]",
 )
 
 attention: Callable[[F], F] = click.option(
     "--attention",
     type=click.Choice(["sparse", "dense"]),
-    help="dense attends to every token, above the model's top-k too: not what it was trained for."
+    help="dense attends to every token, also above the model's top-k, which it was not trained for."
     "  [default: sparse where the model has it]",
 )
 
@@ -193,10 +192,8 @@ sampling_frames: Callable[[F], F] = _all(
         default=None,
         help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]",
     ),
-    click.option(
-        "--tone-map", is_flag=True, default=None, help="Make frames of high dynamic range ones of standard range."
-    ),
-    click.option("--strict-media", is_flag=True, default=None, help="Refuse files that are damaged or end early."),
+    click.option("--tone-map", is_flag=True, default=None, help="Convert high dynamic range to standard range."),
+    click.option("--strict-media", is_flag=True, default=None, help="Reject files that are damaged or end early."),
     click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
     click.option("--end", "video_end", type=Seconds(), help="End here."),
     click.option(
@@ -211,11 +208,11 @@ sampling_frames: Callable[[F], F] = _all(
 sampling_text: Callable[[F], F] = _all(
     click.option("--max-tokens", type=COUNT, metavar="N", help="Longest reply, in tokens."),
     click.option("--temperature", type=float, help="0 always takes the likeliest token."),
-    click.option("--top-p", type=float, help="Draw from the likeliest tokens that together reach this probability."),
-    click.option("--top-k", type=int, help="Draw from this many likeliest tokens; 0 is off."),
+    click.option("--top-p", type=float, help="Sample from the likeliest tokens that together reach this probability."),
+    click.option("--top-k", type=int, help="Sample from this many likeliest tokens; 0 is off."),
     click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest one's probability."),
     click.option("--repetition-penalty", type=float, help="Above 1: tokens of the reply so far become less likely."),
-    click.option("--seed", type=int, help="Makes drawing repeatable."),
+    click.option("--seed", type=int, help="Seed of sampling."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be repeated."),
     click.option(
         "--think/--no-think", "thinking", default=None, help="Ask for or against reasoning before the answer."

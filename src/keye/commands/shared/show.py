@@ -301,12 +301,24 @@ def print_held(header: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error (on a terminal) that the yielded function moves to (done, total)."""
+def progress_bar(title: str, *, notes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error that the yielded function moves to (done, total). Where that is not a terminal, nothing,
+    or with `notes` a line for each tenth."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True, disable=not stderr().is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    console, last_tenth = stderr(), -1
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last_tenth
+            bar.update(task, completed=done, total=total)
+            tenth = done * 10 // total if total else 0
+            if notes and not console.is_terminal and tenth > last_tenth >= 0:
+                left = bar.tasks[0].time_remaining
+                note(f"{done:,} of {total:,}" + (f", {left:,.0f} s left" if left else ""))
+            last_tenth = max(tenth, last_tenth)  # progress of an earlier run is not reported
+
+        yield advance
 
 
 def time_left(seconds: float) -> str:

@@ -115,7 +115,9 @@ class Guard:
                 raise ApiError(405, "this address is only read", code="bad_method", headers=[(b"allow", b"GET, HEAD")])
             await self.app(scope, exchange.receive, exchange.send)
             return
-        self._check_rate(record)
+        # By key alone: behind a proxy all clients have one address. Attempts without a key count by address.
+        if wait := self._buckets.take(record.key):
+            raise ApiError(429, "too many requests in a short time; slow down", code="rate_limited", retry=wait)
         if not self.running.enter(record.key):
             raise ApiError(429, "too many requests are running; try again soon", code="too_many_running", retry=1)
         try:
@@ -133,11 +135,6 @@ class Guard:
             sentence = "the request needs a valid key in the header `Authorization: Bearer KEY`"
             raise ApiError(401, sentence, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
         return owner
-
-    def _check_rate(self, record: Record) -> None:
-        # By key alone: behind a proxy all clients have one address. Attempts without a key count by address.
-        if wait := self._buckets.take(record.key):
-            raise ApiError(429, "too many requests in a short time; slow down", code="rate_limited", retry=wait)
 
     async def _pass(self, scope: MutableMapping[str, Any], head: Head, exchange: Exchange) -> None:
         limits = self._settings.limits

@@ -65,7 +65,7 @@ export function serverError(status, body, retryAfter) {
 
 /** What went wrong, and what the user can do about it, as two sentences. */
 export function explain(error) {
-  if (error instanceof StreamCut) return [error.message, "What came is kept; ask again for the rest."];
+  if (error instanceof StreamCut) return [error.message, "The part that arrived is kept; ask again for the rest."];
   if (!(error instanceof ServerError)) {
     return ["The server cannot be reached.", "See whether keye serve is still running."];
   }

@@ -367,7 +367,7 @@ function startAsking() {
   });
   for (const choice of document.querySelectorAll("input[name=mode]")) {
     choice.addEventListener("change", () => {
-      byId("question").placeholder = choice.value === "find" ? "What to find, as: the red circle" : "Ask about it";
+      byId("question").placeholder = choice.value === "find" ? "What to find, for example: the red circle" : "Ask about it";
     });
   }
   byId("stop").addEventListener("click", () => running?.abort());

@@ -48,7 +48,7 @@ async function guarded(turn, view, signal, work) {
   turn.intervals ??= parseIntervals(turn.answer);
   // A reply that repeated itself ends like one that was too long; its note says which it was.
   const looped = turn.notes?.some((note) => note.includes("repeated itself"));
-  if (turn.cut && !looped) turn.note ||= "Cut at the most tokens; raise them under Settings.";
+  if (turn.cut && !looped) turn.note ||= "Cut at the token limit; raise it under Settings.";
   view.finish();
 }
 
