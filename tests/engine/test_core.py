@@ -30,7 +30,6 @@ from keye.models.keye import KeyeModel
 from tests.support.engine import (
     WORDS,
     Inbox,
-    Reference,
     clip,
     conversation,
     generate_alone,
@@ -40,6 +39,7 @@ from tests.support.engine import (
     step,
     tokens_of,
 )
+from tests.support.reference import PlainSequence
 
 
 def test_a_mixed_batch_generates_what_each_request_does_alone(model: Keye) -> None:
@@ -147,16 +147,16 @@ def test_probabilities_are_those_of_the_model(model: Keye) -> None:
     messages = conversation(1)
     answer = model.chat(messages, max_tokens=3, logprobs=2, prompt_logprobs=True, ignore_eos=True)
     prompt = model.runtime.prompts.lay_out(model.request(messages).prompt)  # type: ignore[arg-type]
-    reference = Reference(model.model, prompt)
+    reference = PlainSequence(model.model).prefill(prompt)
     assert answer.logprobs is not None and answer.prompt_logprobs is not None
     for item in answer.logprobs:
         logs = reference.logits.log_softmax(-1)
         assert item.logprob == pytest.approx(float(logs[item.token]), abs=1e-4)
         assert [other.token for other in item.top] == logs.topk(2).indices.tolist()
-        reference.feed(item.token)
+        reference.append([item.token])
     assert [item.token for item in answer.prompt_logprobs] == prompt.token_ids[1:].tolist()
     beginning = Prompt(prompt.token_ids[:1], prompt.position_ids[:, :1], prompt.is_visual[:1], 1, ())
-    first = Reference(model.model, beginning)
+    first = PlainSequence(model.model).prefill(beginning)
     expected = first.logits.log_softmax(-1)[int(prompt.token_ids[1])]
     assert answer.prompt_logprobs[0].logprob == pytest.approx(float(expected), abs=1e-4)
     assert "logprobs" in answer.to_dict()

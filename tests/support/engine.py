@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from keye import Frames, Keye
-from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
 from keye.engine.media import as_medium
 from keye.engine.prompt import Prompt
 from keye.engine.request import Delta, Event, Failed, Finished, GenerationRequest
-from keye.engine.vision import VisionJob
-from keye.models.attention import CachedStep, Span
-from keye.models.keye import KeyeModel
+from tests.support.reference import PlainSequence
 
 WORDS = ("what", "red circle", "when is it visible", "how many", "blue", "the left square and the right one")
 TEXT = [Message("user", ("what is red?",))]
@@ -35,32 +31,6 @@ class Inbox:
         self.events.append(event)
 
 
-class Reference:
-    """One sequence computed by plain passes of the model: `logits` float32 [V] are those after its last token."""
-
-    def __init__(self, model: KeyeModel, prompt: Prompt) -> None:
-        self._model, self._cache = model, KVCache(model.config.text.num_hidden_layers)
-        job = VisionJob(model, prompt.media)
-        while not job.done:
-            job.wait()
-            job.step(1 << 20)
-        self._next = prompt.next_position
-        with torch.inference_mode():
-            x = model.embed(prompt.token_ids, job.tokens(0, job.total))
-            self.logits = self._compute(x, prompt.position_ids)
-
-    @torch.inference_mode()
-    def feed(self, token: int) -> None:
-        """Appends a token."""
-        x = self._model.embed(torch.tensor([token]))
-        self.logits = self._compute(x, torch.full((3, 1), self._next))
-        self._next += 1
-
-    def _compute(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        step = CachedStep([Span(0, x.shape[0], self._cache)], self._model.config.text)
-        return self._model.logits(self._model(x, positions, step)[-1:])[0]
-
-
 def lay_out(model: Keye, request: GenerationRequest) -> GenerationRequest:
     """The request with its prompt laid out and its media decoded."""
     return replace(request, prompt=model.runtime.prompts.lay_out(request.prompt))  # type: ignore[arg-type]
@@ -70,11 +40,7 @@ def generate_alone(model: Keye, messages: list[Message], max_tokens: int = 6) ->
     """Greedy tokens of the reference."""
     prompt = lay_out(model, greedy(model, messages)).prompt
     assert isinstance(prompt, Prompt)
-    reference, tokens = Reference(model.model, prompt), list[int]()
-    for _ in range(max_tokens):
-        tokens.append(int(reference.logits.argmax()))
-        reference.feed(tokens[-1])
-    return tokens
+    return PlainSequence(model.model).prefill(prompt).greedy(max_tokens)
 
 
 def clip(seed: int, frames: int = 8) -> Frames:
