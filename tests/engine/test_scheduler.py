@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keye import Keye
-from keye.engine.media_loader import AHEAD
+from keye.engine.core import AHEAD
 from keye.engine.request import (
     Failed,
     Finished,

@@ -9,15 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
+from typing import Final
 
 from torch import Tensor
 
-from keye.engine.media_loader import MediaLoader
-from keye.engine.prompt import Prompt
-from keye.engine.request import Event, Generating, GenerationRequest, Prefilling, Progress, Ready, Task
+from keye.chat.messages import Medium
+from keye.chat.template import Segment
+from keye.engine.media import check_index_attention
+from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
+from keye.engine.request import (
+    Event,
+    Generating,
+    GenerationRequest,
+    LoadingMedia,
+    Prefilling,
+    Progress,
+    Ready,
+    Task,
+    Waiting,
+)
 from keye.engine.runtime import Runtime
 from keye.engine.scheduler import Scheduler, Work, count_computable
 from keye.engine.step import Slice, run_slices
@@ -27,6 +40,57 @@ from keye.models.keye import KeyeModel
 
 #: Computes the slices of a step: the wanted logits of each.
 RunSlices = Callable[[KeyeModel, Sequence[Slice]], list[Tensor | None]]
+#: Requests whose media are opened at the same time; and how many may be open before their turn has come, since
+#: pictures are held in memory.
+PREPARING: Final = 4
+AHEAD: Final = 8
+#: Characters from which on a text is long: it takes some tenths of a second.
+LONG_TEXT: Final = 65_536
+
+
+class MediaLoader:
+    """Lays out prompts for a context of `limit` tokens; `notify` is called in a thread after each."""
+
+    def __init__(self, builder: PromptBuilder, limit: int, notify: Callable[[], None]) -> None:
+        self._builder, self._limit, self._notify = builder, limit, notify
+        self._media_threads = ThreadPoolExecutor(PREPARING, "keye-media")
+        #: Prompts without media do not wait behind files that are slow to come.
+        self._text_thread = ThreadPoolExecutor(1, "keye-text")
+        #: Nor short ones behind those of a book's length.
+        self._book_thread = ThreadPoolExecutor(1, "keye-book")
+
+    def load(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Prompt | BaseException]]:
+        """Starts to load the media of those whose turn it is; yields tasks that are laid out, or what went wrong."""
+        ahead = sum(isinstance(task.state, LoadingMedia | Ready) for task in tasks)
+        for task in tasks:
+            prompt = task.request.prompt
+            if isinstance(task.state, LoadingMedia) and task.state.prompt.done():
+                yield task, task.state.prompt.exception() or task.state.prompt.result()
+            elif not isinstance(task.state, Waiting):
+                continue
+            elif isinstance(prompt, Prompt):
+                yield task, prompt
+            else:
+                has_media = any(isinstance(segment.value, Medium) for segment in prompt)
+                if has_media and ahead >= AHEAD:
+                    continue
+                ahead += has_media
+                task.emit(Progress("media", 0, 1))
+                characters = sum(len(segment.value) for segment in prompt if isinstance(segment.value, str))
+                text_thread = self._book_thread if characters > LONG_TEXT else self._text_thread
+                threads = self._media_threads if has_media else text_thread
+                task.state = LoadingMedia(threads.submit(self._lay_out, task.request, prompt))
+
+    def _lay_out(self, request: GenerationRequest, segments: Sequence[Segment]) -> Prompt:
+        """In a thread: the prompt with its media probed, and their pixels on the way."""
+        try:
+            budget = ContextBudget(self._limit, 1 if request.clamp else request.params.max_tokens)
+            prompt = self._builder.lay_out(segments, budget=budget, stream=True, salt=request.salt)
+        finally:
+            self._notify()
+        if prompt.indexed is not None:
+            check_index_attention(prompt.indexed, request.attention)
+        return prompt
 
 
 class EngineCore:
@@ -46,13 +110,12 @@ class EngineCore:
         self.loader = MediaLoader(runtime.prompts, runtime.config.text.max_position_embeddings, self._notify)
         #: Tokens computed since the start.
         self.computed = {"prompt": 0, "reply": 0}
-        self._numbers = count()
         self._encoded = False
 
     def add(self, request: GenerationRequest, emit: Callable[[Event], None]) -> Task:
         """Takes a request; `emit` is called with its events, the last being `Finished` or `Failed`."""
         with self.wake:
-            task = Task(next(self._numbers), request, emit, time.perf_counter())
+            task = Task(request, emit, time.perf_counter())
             self.tasks.append(task)
             self.wake.notify_all()
         return task
@@ -193,7 +256,7 @@ class EngineCore:
         try:
             computed = self.run_slices(self.runtime.model, [item.slice for item in work])
         except (RuntimeError, MemoryError) as error:  # what torch raises when a device fails or is full
-            for task in {item.task.number: item.task for item in work}.values():
+            for task in dict.fromkeys(item.task for item in work):
                 scheduler.fail(task, error)
             return True
         finally:

@@ -422,7 +422,6 @@ class Task:
     """A request in the engine. `emit` is called with every event, in the thread that steps. `cached` tokens of the
     prompt were there before it started; `counts` and `counted` are the selections of `Evidence`."""
 
-    number: int
     request: GenerationRequest
     emit: Callable[[Event], None]
     created: float

@@ -330,11 +330,11 @@ class Scheduler:
         waiting = [(task, state) for task, state in waiting if count_computable(task.request, state)]
         waiting.sort(key=lambda pair: pair[0].created)
         budget = self.scratch.limit_tokens(self.timer.token_budget(replies, len(waiting)), replies)
-        needs = [(task.number, count_computable(task.request, state)) for task, state in waiting]
+        needs = [(i, count_computable(task.request, state)) for i, (task, state) in enumerate(waiting)]
         shares, work = split_budget(needs, budget), list[Work]()
-        for task, state in waiting:
-            if task.state is state and task.number in shares:
-                work += self._schedule_prompt(task, state, shares[task.number])
+        for i, (task, state) in enumerate(waiting):
+            if task.state is state and i in shares:  # making room for one may have preempted another
+                work += self._schedule_prompt(task, state, shares[i])
         return work
 
     def _schedule_prompt(self, task: Task, state: Prefilling, share: int) -> list[Work]:

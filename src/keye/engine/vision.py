@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -79,7 +80,9 @@ class VisionJob:
         self._forgotten = 0
         #: Whether memory was full once: then nothing is retained for the cache any more.
         self._is_scarce = False
-        self._media = _select_media(media, first)
+        stops = list(accumulate(item.visual_tokens for item in media))
+        #: The media that are still to be encoded, each with its first visual token.
+        self._media = [(n - item.visual_tokens, item) for n, item in zip(stops, media, strict=True) if n > first]
         self._groups: list[_Group] = []
         self._reader: PixelReader | None = None
         self._item_start = 0
@@ -113,14 +116,22 @@ class VisionJob:
         next are not decoded yet. Where there is memory for none, `OutOfMemory`, or 0 if the step is not `required`, and
         nothing has changed. Raises what went wrong with a medium; after that only `close` makes sense."""
         count = 0
-        while self._groups and not self.waiting and (not count or count + self._groups[0].patches <= patches):
+        while self._groups and self._reader is not None and not self.waiting:
+            if count and count + self._groups[0].patches > patches:
+                break
             nbytes = self._bytes_of(self._groups[0].tokens)
             if not self._try_reserve(nbytes):
                 if count or not required:
                     return count
                 self._ledger.reserve(ACCOUNT, nbytes)
             group = self._groups.pop(0)
-            self._parts.append(_Part(self.ready, self._encode(group, nbytes), nbytes))
+            try:
+                pixels, grids = self._reader.take(group.rows).tensors()
+                tokens = self._model.encode_vision(pixels.to(self._model.device), grids)
+            except BaseException:
+                self._ledger.release(ACCOUNT, nbytes)
+                raise
+            self._parts.append(_Part(self.ready, tokens, nbytes))
             self.ready = self._parts[-1].stop
             self.forget(self._forgotten)  # of a medium that was begun before, what was computed then
             count += group.patches
@@ -198,16 +209,6 @@ class VisionJob:
         self.forget(self._forgotten)
         return self._ledger.try_reserve(ACCOUNT, nbytes)
 
-    def _encode(self, group: _Group, nbytes: int) -> Tensor:
-        """The visual tokens of the next rows, for which `nbytes` are reserved."""
-        assert self._reader is not None
-        try:
-            pixels, grids = self._reader.take(group.rows).tensors()
-            return self._model.encode_vision(pixels.to(self._model.device), grids)
-        except BaseException:
-            self._ledger.release(ACCOUNT, nbytes)
-            raise
-
     def _finish_medium(self) -> None:
         """Moves a complete medium to the cache, and starts the next."""
         assert self._reader is not None
@@ -218,25 +219,20 @@ class VisionJob:
         self._notes += notes
         if notes and item.key is not None and item.plan is not None:
             self._cache.note(item.key, item.plan.name, notes)
-        if self._caches_medium:
-            self._move_to_cache(item, start)
+        if self._caches_medium and item.key is not None:
+            own = [part for part in self._parts if part.start >= start]
+            joined = torch.cat([part.tokens for part in own])
+            nbytes = joined.numel() * joined.element_size()
+            with self._ledger.lock:  # between two accounts the bytes are free, and no other thread may take them
+                self._free(own)
+                del self._parts[len(self._parts) - len(own) :]
+                if (shared := self._cache.put(item.key, joined)) is not None:
+                    self._parts.append(_Part(start, shared, key=item.key))
+                else:
+                    self._ledger.reserve(ACCOUNT, nbytes)
+                    self._parts.append(_Part(start, joined, nbytes))
         self._media.pop(0)
         self._next_medium()
-
-    def _move_to_cache(self, item: MediaItem, start: int) -> None:
-        """Replaces the parts from `start` on, those of a medium, by its tokens in the cache."""
-        assert item.key is not None
-        own = [part for part in self._parts if part.start >= start]
-        joined = torch.cat([part.tokens for part in own])
-        nbytes = joined.numel() * joined.element_size()
-        with self._ledger.lock:  # between two accounts the bytes are free, and no other thread may take them
-            self._free(own)
-            del self._parts[len(self._parts) - len(own) :]
-            if (shared := self._cache.put(item.key, joined)) is not None:
-                self._parts.append(_Part(start, shared, key=item.key))
-            else:
-                self._ledger.reserve(ACCOUNT, nbytes)
-                self._parts.append(_Part(start, joined, nbytes))
 
     def _free(self, parts: Sequence[_Part]) -> None:
         for part in parts:
@@ -249,16 +245,6 @@ def is_being_encoded(media: Sequence[MediaItem], jobs: Iterable[VisionJob]) -> b
     """Whether one of the jobs is about to bring one of these media into the cache."""
     keys = {item.key for item in media if item.key is not None}
     return any(job.will_keep(key) for job in jobs for key in keys)
-
-
-def _select_media(media: Sequence[MediaItem], first: int) -> list[tuple[int, MediaItem]]:
-    """The media that end after visual token `first`, each with its own first token."""
-    needed, start = [], 0
-    for item in media:
-        if start + item.visual_tokens > first:
-            needed.append((start, item))
-        start += item.visual_tokens
-    return needed
 
 
 def _groups(grid_thw: NDArray[np.int64], limit: int, merge: int) -> Iterator[_Group]:

@@ -126,9 +126,9 @@ class Writer:
         stacked = torch.stack([logits for _, _, logits in rows])
         broken = stacked.isnan().any(-1).tolist()
         best = stacked.argmax(-1).tolist()
-        failed: dict[int, tuple[Task, Exception]] = {}
+        failed: dict[Task, Exception] = {}
         for (task, branch, logits), bad, token in zip(rows, broken, best, strict=True):
-            if task.number in failed:
+            if task in failed:
                 continue
             try:
                 if bad:
@@ -136,8 +136,8 @@ class Writer:
                 branch.logits = None
                 self._draw(task, branch, logits, token)
             except (KeyeError, RuntimeError) as error:  # RuntimeError: torch, of probabilities that are none
-                failed[task.number] = task, error
-        return list(failed.values())
+                failed[task] = error
+        return list(failed.items())
 
     def _draw(self, task: Task, branch: Branch, logits: Tensor, best: int) -> None:
         choice, request = branch.choice, task.request
