@@ -6,7 +6,7 @@
     async for event in engine.run(model.request(messages)):
         ...
 
-Closing the iterator, at any stage and however that comes about, gives the request up and frees all that it held.
+Closing the iterator in any way, in any state of the request, aborts it and frees all that it held.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from keye.errors import KeyeError
 
 #: Requests that may wait or run at once.
 MOST_REQUESTS = 1024
-#: Where replies grow faster than anybody reads, what comes within so many seconds is handed over together: waking the
-#: event loop for each token takes the processor, and Python's one lock, from the model.
-TOGETHER_SECONDS = 0.05
+#: More of a reply waits up to so many seconds for what follows it: waking the event loop for each token takes the
+#: processor, and Python's global lock, from the model.
+FLUSH_SECONDS = 0.05
 
 
 class Overloaded(KeyeError):
@@ -43,7 +43,7 @@ class Stopping(Overloaded):
 
 
 class _Mailbox:
-    """Events of one request, on their way to the one who waits for them in the event loop."""
+    """Events of one request, on their way to the coroutine that waits for them."""
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
@@ -73,36 +73,36 @@ def _wake(waiting: asyncio.Future[None] | None) -> None:
         waiting.set_result(None)
 
 
-class Running:
-    """A request on its way: iterate over its events once, or take them as they come by `some`. Aborted when it is let
-    go."""
+class OpenRequest:
+    """A request that was submitted: iterate over its events once, or take them as they come by `next_events`. Aborted
+    when it is garbage-collected."""
 
     def __init__(self, engine: AsyncEngine, task: Task, mailbox: _Mailbox) -> None:
-        self._engine, self._task, self._mailbox, self._counted = engine, task, mailbox, True
+        self._engine, self._task, self._mailbox, self._is_open = engine, task, mailbox, True
 
-    def __aiter__(self) -> Running:
+    def __aiter__(self) -> OpenRequest:
         return self
 
     async def __anext__(self) -> Event:
-        if not self._counted:
+        if not self._is_open:
             raise StopAsyncIteration
         await self._mailbox.wait()
         return self._take()
 
-    async def some(self, seconds: float | None = None) -> list[Event] | None:
-        """All events that are there, waiting for the first of them; none when nothing came for so many seconds, None
+    async def next_events(self, seconds: float | None = None) -> list[Event] | None:
+        """All events that have come, waiting for the first of them; none when nothing came for so many seconds, None
         after the last. Raises what made the request fail, after the events before that."""
-        if not self._counted:
+        if not self._is_open:
             return None
         await self._mailbox.wait(seconds)
-        taken: list[Event] = []
-        while self._mailbox.events and not (taken and isinstance(self._mailbox.events[0], Failed)):
-            taken.append(self._take())
-        return taken
+        events: list[Event] = []
+        while self._mailbox.events and not (events and isinstance(self._mailbox.events[0], Failed)):
+            events.append(self._take())
+        return events
 
     def abort(self) -> None:
-        """Gives the request up, at whatever stage it is; nothing happens to one that has ended."""
-        self._leave()
+        """Aborts the request in whatever state it is; nothing happens to one that has ended."""
+        self._close()
         if not self._task.has_ended:
             self._engine.core.abort(self._task)
 
@@ -112,14 +112,14 @@ class Running:
     def _take(self) -> Event:
         event = self._mailbox.events.popleft()
         if isinstance(event, Finished | Failed):
-            self._leave()
+            self._close()
         if isinstance(event, Failed):
             raise event.error
         return event
 
-    def _leave(self) -> None:
-        if self._counted:
-            self._counted = False
+    def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
             self._engine._open.discard(self._task)
 
 
@@ -131,14 +131,15 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="keye-engine", daemon=True)
         self._closing, self._draining = False, False
         self._open: set[Task] = set()
-        self._told: deque[tuple[_Mailbox, Event]] = deque()
-        self._waking, self._due, self._handed = False, False, 0.0
+        #: Events that the engine's thread has emitted and the event loop has not distributed yet.
+        self._outbox: deque[tuple[_Mailbox, Event]] = deque()
+        self._is_waking, self._is_scheduled, self._last_flush = False, False, 0.0
 
     def start(self) -> None:
         """Begins to compute."""
         self._thread.start()
 
-    def submit(self, request: GenerationRequest) -> Running:
+    def submit(self, request: GenerationRequest) -> OpenRequest:
         """Takes a request, from the event loop's thread; `Overloaded`, and nothing taken, when too many are there."""
         if self._draining or self._closing:
             raise Stopping("the server is ending and takes no more requests; try again")
@@ -147,42 +148,42 @@ class AsyncEngine:
         loop, mailbox = asyncio.get_running_loop(), _Mailbox()
         begun: set[int] = set()
 
-        def tell(event: Event) -> None:
+        def emit(event: Event) -> None:
             # Called by the engine's thread. More of a reply may wait for what follows it; all else is urgent.
             growth = isinstance(event, Delta) and event.choice_index in begun
             if isinstance(event, Delta):
                 begun.add(event.choice_index)
-            self._told.append((mailbox, event))
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-                if growth and not (self._due or self._waking):
-                    self._due = True
-                    loop.call_soon_threadsafe(self._hand_out_later, loop)
-                elif not growth and not self._waking:
-                    self._waking = True
-                    loop.call_soon_threadsafe(self._hand_out)
+            self._outbox.append((mailbox, event))
+            with suppress(RuntimeError):  # the loop is closed: no reader is left
+                if growth and not (self._is_scheduled or self._is_waking):
+                    self._is_scheduled = True
+                    loop.call_soon_threadsafe(self._flush_later, loop)
+                elif not growth and not self._is_waking:
+                    self._is_waking = True
+                    loop.call_soon_threadsafe(self._flush)
 
-        task = self.core.add(request, tell)
+        task = self.core.add(request, emit)
         self._open.add(task)
-        return Running(self, task, mailbox)
+        return OpenRequest(self, task, mailbox)
 
-    def _hand_out_later(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_later(max(0.0, self._handed + TOGETHER_SECONDS - time.monotonic()), self._hand_out)
+    def _flush_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_later(max(0.0, self._last_flush + FLUSH_SECONDS - time.monotonic()), self._flush)
 
-    def _hand_out(self) -> None:
-        """In the event loop: gives what was told to those who wait for it."""
-        self._waking, self._due, self._handed = False, False, time.monotonic()
-        while self._told:
-            mailbox, event = self._told.popleft()
+    def _flush(self) -> None:
+        """In the event loop: distributes the events to the coroutines that wait for them."""
+        self._is_waking, self._is_scheduled, self._last_flush = False, False, time.monotonic()
+        while self._outbox:
+            mailbox, event = self._outbox.popleft()
             mailbox.put(event)
 
     async def run(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Works on a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""
-        running = self.submit(request)
+        """Computes a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""
+        submitted = self.submit(request)
         try:
-            async for event in running:
+            async for event in submitted:
                 yield event
         finally:
-            running.abort()
+            submitted.abort()
 
     async def generate(self, prompt: AnyPrompt, sampling: SamplingParams, **options: Any) -> GenerationResult:
         """Continues one prompt; options as in `Engine.generate`. Concurrent calls are computed together."""
@@ -190,7 +191,7 @@ class AsyncEngine:
         return (await self._result(request)).generation()
 
     async def score(self, token_ids: AnyPrompt, **options: Any) -> ScoreResult:
-        """The log-probabilities of given tokens; see `Engine.score` for options."""
+        """The log-probabilities of tokens; see `Engine.score` for options."""
         return (await self._result(self.engine.score_request(token_ids, **options))).score()
 
     async def update_weights(self, state: Mapping[str, Tensor]) -> int:
@@ -204,22 +205,22 @@ class AsyncEngine:
         return builder
 
     def fail_open(self) -> None:
-        """Ends the requests that are there with an error, from the event loop's thread: the server is ending."""
+        """Fails the open requests, from the event loop's thread: the server is ending."""
         for task in list(self._open):
             if not task.has_ended:
                 task.emit(Failed(Stopping("the server is ending before the request was complete; try again")))
                 self.core.abort(task)
 
     async def drain(self, seconds: float) -> bool:
-        """Refuses new requests and waits for those that are there, at most so long; whether all have ended."""
+        """Rejects new requests and waits for the open ones, at most so long; whether all have ended."""
         self._draining = True
         end = time.monotonic() + seconds
-        while self._running() and time.monotonic() < end:
+        while self._has_open() and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        return not self._running()
+        return not self._has_open()
 
     def close(self) -> None:
-        """Gives up what is left of its requests and ends the thread; the model goes on without it."""
+        """Aborts the open requests and ends the thread; the model goes on without it."""
         self._closing = True
         with self.core.wake:
             self.core.wake.notify_all()
@@ -227,8 +228,8 @@ class AsyncEngine:
             self._thread.join()
         self.fail_open()
 
-    def _running(self) -> bool:
-        """Whether a request of this engine holds anything still, also one that was given up in the running step."""
+    def _has_open(self) -> bool:
+        """Whether a request of this engine still holds anything, also one that was aborted in the running step."""
         return any(not task.has_ended for task in self._open) or any(t.aborted for t in list(self.core.tasks))
 
     def gauges(self) -> Mapping[str, float]:
@@ -244,7 +245,7 @@ class AsyncEngine:
             "preemptions_total": core.scheduler.preemptions,
             "prefix_cache_hits_total": runtime.prefixes.hits,
             "prefix_cache_queries_total": runtime.prefixes.hits + runtime.prefixes.misses,
-            **{f"{name.replace('-', '_')}_bytes": float(held) for name, held in runtime.ledger.accounts().items()},
+            **{f"{name.replace('-', '_')}_bytes": float(nbytes) for name, nbytes in runtime.ledger.accounts().items()},
         }
 
     def _work(self) -> None:

@@ -105,8 +105,8 @@ class ScoreResult:
 
 
 class Engine:
-    """Computes requests on one model together. Its methods may be called from any thread; whoever waits for a result
-    computes steps meanwhile."""
+    """Computes requests on one model together. Its methods may be called from any thread; the thread that waits for a
+    result computes steps meanwhile."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -126,7 +126,7 @@ class Engine:
         if len(params) != len(prompts):
             raise KeyeError(f"sampling has {len(params)} entries for {len(prompts)} prompts; give one for each, or one")
         pairs = zip(prompts, params, strict=True)
-        requests = [self.generate_request(prompt, one, **options) for prompt, one in pairs]
+        requests = [self.generate_request(prompt, params, **options) for prompt, params in pairs]
         return [builder.generation() for builder in self._build(requests)]
 
     def score(self, token_ids: Sequence[AnyPrompt], **options: Any) -> list[ScoreResult]:
@@ -149,7 +149,7 @@ class Engine:
         deterministic: bool = False,
         seconds: float | None = None,
     ) -> GenerationRequest:
-        """A request of `n` continuations by token ids. There is no text: stop strings and bad words are rejected, and
+        """A request of `n` continuations by token ids. It has no text: stop strings and bad words are rejected, and
         replies that repeat themselves go on; `ignore_eos` goes on to `max_tokens`. `experts` and `indexer_sets` are
         recorded on request (`Generation`). `attention` is the model's by default; `select` other than "indexer"
         replaces the choice of keys, as a control. `deterministic` makes the tokens independent of whatever else is

@@ -35,7 +35,7 @@ async def _event_batches(context: Context, request: GenerationRequest) -> AsyncG
     try:
         running = context.engine.submit(request)
         try:
-            while (events := await running.some(context.settings.keep_alive_seconds)) is not None:
+            while (events := await running.next_events(context.settings.keep_alive_seconds)) is not None:
                 for event in events:
                     watch.see(event)
                     if isinstance(event, Finished) and (record := CURRENT.get()) is not None:
