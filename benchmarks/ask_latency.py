@@ -35,11 +35,7 @@ def seconds_of(run: Callable[[], object], repeats: int) -> dict[str, float]:
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
-    return {
-        "median": round(statistics.median(times), 3),
-        "min": round(min(times), 3),
-        "max": round(max(times), 3),
-    }
+    return {"median": round(statistics.median(times), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
 
 
 def main() -> None:

@@ -13,13 +13,7 @@ from keye.chat.template import ChatTemplate, Segment, template_of
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
 
 # Checkpoints: local files by name, configuration, rules of a release, names of tensors.
-from keye.config import (
-    KeyeConfig,
-    TextConfig,
-    load_generation_config,
-    load_processor_config,
-    model_config_from_dict,
-)
+from keye.config import KeyeConfig, TextConfig, load_generation_config, load_processor_config, model_config_from_dict
 
 # Media: options, sources, patches, positions.
 from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind

@@ -221,10 +221,7 @@ def test_evidence_as_data(run: Callable, model_folder: Path, video: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [
-        ("out.txt", "that --evidence can write: end it in .png"),
-        ("no/out.png", "name a file in a folder that exists"),
-    ],
+    [("out.txt", "that --evidence can write: end it in .png"), ("no/out.png", "name a file in a folder that exists")],
 )
 def test_evidence_that_cannot_be_written(
     run: Callable, model_folder: Path, video: Path, tmp_path: Path, name: str, sentence: str

@@ -230,11 +230,7 @@ def test_tools(fails: Callable[..., str], text: str, sentence: str, video: Path,
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [
-        ("out.mp4", "that --draw can write"),
-        ("gone/out.png", "in a folder that exists"),
-        ("out.png", "in one image"),
-    ],
+    [("out.mp4", "that --draw can write"), ("gone/out.png", "in a folder that exists"), ("out.png", "in one image")],
 )
 def test_drawings(fails: Callable[..., str], name: str, sentence: str, video: Path, tmp_path: Path) -> None:
     assert sentence in fails("ask", video, "what?", "--draw", tmp_path / name)

@@ -96,10 +96,7 @@ def test_a_job_is_done_elsewhere_after_a_death_and_where_its_file_is() -> None:
     assert queue.take("b", {"b"}, {"a", "b"}) is one
 
 
-@given(
-    st.integers(1, 100),
-    st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=60),
-)
+@given(st.integers(1, 100), st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=60))
 def test_results_in_order_never_take_more_than_the_limit_and_one(limit: int, steps: list[tuple[int, bool]]) -> None:
     """Jobs begin in order and reserve when they can; results are taken in order. Nothing gets stuck."""
     budget = ByteBudget(limit)

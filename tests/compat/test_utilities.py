@@ -175,10 +175,7 @@ def test_media_by_their_addresses(utilities: Any, tmp_path: Path) -> None:
     clip, still = str(write_clip(tmp_path / "clip.mp4", frames=30)), tmp_path / "still.png"
     picture().save(still)
     for wrap in (lambda path: path, lambda path: {"url": path}):
-        items = (
-            {"type": "video_url", "video_url": wrap(clip)},
-            {"type": "image_url", "image_url": wrap(str(still))},
-        )
+        items = ({"type": "video_url", "video_url": wrap(clip)}, {"type": "image_url", "image_url": wrap(str(still))})
         images, videos, *_ = utilities.process_vision_info(talk(*items))
         _, named, *_ = utilities.process_vision_info(talk({"type": "video", "video": clip}))
         assert len(images) == 1

@@ -12,22 +12,10 @@ import torch
 from keye import Keye, KeyeError
 from keye.chat.messages import Message
 from keye.engine.async_engine import AsyncEngine, Overloaded
-from keye.engine.request import (
-    Delta,
-    Finished,
-    Progress,
-)
+from keye.engine.request import Delta, Finished, Progress
 from keye.engine.step import Slice, run_slices
 from keye.models.keye import KeyeModel
-from tests.support.engine import (
-    TEXT,
-    about,
-    clip,
-    conversation,
-    generate_alone,
-    greedy,
-    is_clean,
-)
+from tests.support.engine import TEXT, about, clip, conversation, generate_alone, greedy, is_clean
 
 
 def run_async(model: Keye, work: Callable[[AsyncEngine], Any]) -> Any:

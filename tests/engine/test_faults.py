@@ -18,11 +18,7 @@ import torch
 
 from keye import Keye, KeyeError
 from keye.chat.messages import Message
-from keye.engine.request import (
-    Finished,
-    Generating,
-    Running,
-)
+from keye.engine.request import Finished, Generating, Running
 from keye.engine.step import Slice, run_slices
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeWarning

@@ -14,11 +14,7 @@ from keye import Keye, KeyeError
 from keye.cache.ledger import OutOfMemory
 from keye.cache.slabs import FILE_BLOCKS
 from keye.chat.messages import Message
-from keye.engine.request import (
-    Delta,
-    Finished,
-    Generating,
-)
+from keye.engine.request import Delta, Finished, Generating
 from keye.engine.scheduler import StepTimer, is_fragmented
 from keye.models.keye import KeyeModel
 from tests.support.engine import (

@@ -10,25 +10,11 @@ import pytest
 
 from keye import Keye
 from keye.engine.core import AHEAD
-from keye.engine.request import (
-    Failed,
-    Finished,
-    LoadingMedia,
-    Ready,
-)
+from keye.engine.request import Failed, Finished, LoadingMedia, Ready
 from keye.engine.scheduler import MOST_STRETCH, STRETCH, StepTimer, split_budget
 from keye.engine.step import LEAST_TOKENS
 from keye.media.processor import Processor
-from tests.support.engine import (
-    TEXT,
-    about,
-    add,
-    clip,
-    greedy,
-    run,
-    step,
-    tokens_of,
-)
+from tests.support.engine import TEXT, about, add, clip, greedy, run, step, tokens_of
 
 
 def test_shares_are_equal_and_the_budget_is_used_up() -> None:

@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
-from keye.media.positions import (
-    PreviewLayout,
-    build_position_ids,
-    frame_times,
-    split_grid_rows,
-)
+from keye.media.positions import PreviewLayout, build_position_ids, frame_times, split_grid_rows
 from tests.support.positions import get_rope_index
 
 START, IMAGE, VIDEO, TEXT = 500, 502, 503, 7

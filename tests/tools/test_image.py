@@ -13,10 +13,7 @@ IMAGE = Path(__file__).parents[2] / "tools/image.py"
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [
-        ([], "none of docker, podman and buildah works here"),
-        (["--engine", "podman"], "podman does not work here"),
-    ],
+    [([], "none of docker, podman and buildah works here"), (["--engine", "podman"], "podman does not work here")],
 )
 def test_without_an_engine(tmp_path: Path, arguments: list[str], reason: str) -> None:
     for option, status in (([], 1), (["--if-possible"], 0)):

@@ -15,11 +15,7 @@ from conftest import StartEngine
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [
-        ({"moe": False}, {}),
-        ({"topk": None}, {}),
-        ({}, {"hf_overrides": {"sa_config": None}}),
-    ],
+    [({"moe": False}, {}), ({"topk": None}, {}), ({}, {"hf_overrides": {"sa_config": None}})],
     ids=["dense_mlp", "without_sa_config", "asked_to_be_dense"],
 )
 def test_siblings(shape: dict[str, Any], options: dict[str, Any], tmp_path: Path, start_engine: StartEngine) -> None:

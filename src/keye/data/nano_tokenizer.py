@@ -54,9 +54,7 @@ def build_nano_tokenizer(words: Iterable[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([_added(token, special=True) for token in CONTROL_TOKENS])
-    tokenizer.add_tokens(
-        [_added(token, special=False) for token in (*MARKUP_TOKENS, *FRAME_TOKENS, *POLYGON_TOKENS)],
-    )
+    tokenizer.add_tokens([_added(token, special=False) for token in (*MARKUP_TOKENS, *FRAME_TOKENS, *POLYGON_TOKENS)])
     if (size := tokenizer.get_vocab_size()) > MAX_VOCAB:
         raise KeyeError(f"words: the vocabulary would hold {size} ids, more than {MAX_VOCAB}; give fewer words.")
     return tokenizer

@@ -24,17 +24,7 @@ from torch import Tensor
 from keye.cache.sequence import KVCache
 from keye.engine.core import EngineCore
 from keye.engine.prompt import Prompt
-from keye.engine.request import (
-    Delta,
-    Ended,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Progress,
-    TokenRecord,
-    Trace,
-)
+from keye.engine.request import Delta, Ended, Event, Failed, Finished, GenerationRequest, Progress, TokenRecord, Trace
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError

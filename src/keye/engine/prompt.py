@@ -122,11 +122,7 @@ def describe_item(item: MediaItem) -> dict[str, Any]:
     """The plan of a medium; frames in memory were not sampled, so theirs is what they are."""
     if item.plan is not None:
         return item.plan.to_dict()
-    return {
-        "frames": item.frame_count,
-        "timestamps": list(item.timestamps),
-        "visual_tokens": item.visual_tokens,
-    }
+    return {"frames": item.frame_count, "timestamps": list(item.timestamps), "visual_tokens": item.visual_tokens}
 
 
 @dataclass(frozen=True)

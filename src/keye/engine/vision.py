@@ -63,12 +63,7 @@ class VisionJob:
     """
 
     def __init__(
-        self,
-        model: KeyeModel,
-        media: Sequence[MediaItem],
-        *,
-        first: int = 0,
-        cache: VisionCache | None = None,
+        self, model: KeyeModel, media: Sequence[MediaItem], *, first: int = 0, cache: VisionCache | None = None
     ) -> None:
         self._model, self._cache = model, cache or VisionCache(0)
         self._ledger = self._cache.ledger

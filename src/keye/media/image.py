@@ -22,15 +22,7 @@ from keye.media.notes import Note, emit, warn_image_options
 from keye.media.pixels.pictures import as_picture, in_bytes, is_array
 from keye.media.sizes import check_sides, encoded_size, image_size
 from keye.media.source.data_urls import decode_list
-from keye.media.source.fetch import (
-    MAX_IMAGE_BYTES,
-    Reference,
-    Source,
-    as_source,
-    check_media,
-    fetch_source,
-    media_kind,
-)
+from keye.media.source.fetch import MAX_IMAGE_BYTES, Reference, Source, as_source, check_media, fetch_source, media_kind
 
 #: The EXIF orientations that swap the axes.
 SIDEWAYS = (5, 6, 7, 8)
@@ -54,11 +46,7 @@ class ImagePlan:
 
 
 def plan_image(
-    source: Reference,
-    config: ProcessorConfig,
-    options: MediaOptions = DEFAULTS,
-    *,
-    pixel_limit: int = MAX_IMAGE_PIXELS,
+    source: Reference, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, pixel_limit: int = MAX_IMAGE_PIXELS
 ) -> ImagePlan:
     """Reads only the header. Raises `MediaError` for a file that is not an image that keye reads, or is too large."""
     source = fetch_source(source, max_bytes=MAX_IMAGE_BYTES)
@@ -78,11 +66,7 @@ def plan_image(
 
 
 def read_image(
-    source: Reference,
-    *,
-    pixel_limit: int = MAX_IMAGE_PIXELS,
-    strict_official: bool = False,
-    planned: bool = False,
+    source: Reference, *, pixel_limit: int = MAX_IMAGE_PIXELS, strict_official: bool = False, planned: bool = False
 ) -> Image.Image:
     """Decodes an image and turns it upright (EXIF; the official code leaves it as stored). Images with transparency, as
     an alpha channel or a transparent colour, become RGBA, all others RGB; how levels of more than 8 bits become 8 is

@@ -97,11 +97,7 @@ def frame_range(
 
 
 def time_range(
-    timestamps: Sequence[float],
-    duration: float,
-    *,
-    video_start: float | None = None,
-    video_end: float | None = None,
+    timestamps: Sequence[float], duration: float, *, video_start: float | None = None, video_end: float | None = None
 ) -> tuple[int, int, int]:
     """First index, last index and count of the frames that are on display between two times (None: to the end).
 
@@ -150,12 +146,7 @@ def sample_indices(first: int, last: int, count: int) -> list[int]:
 
 
 def sample_frames(
-    total_frames: int,
-    native_fps: float,
-    config: ProcessorConfig,
-    options: MediaOptions = DEFAULTS,
-    *,
-    first: int = 0,
+    total_frames: int, native_fps: float, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, first: int = 0
 ) -> list[int]:
     """Indices of the sampled frames among `total_frames` frames that begin at index `first`."""
     count = smart_nframes(total_frames, native_fps, config, options)
@@ -163,12 +154,7 @@ def sample_frames(
 
 
 def sample_times(
-    count: int,
-    seconds: float,
-    begin: float,
-    end: float,
-    config: ProcessorConfig,
-    options: MediaOptions = DEFAULTS,
+    count: int, seconds: float, begin: float, end: float, config: ProcessorConfig, options: MediaOptions = DEFAULTS
 ) -> list[float]:
     """Times evenly spread over begin..end, both included, at which `count` frames of a variable rate are sampled, which
     last `seconds`.

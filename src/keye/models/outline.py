@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 
-from keye.config import (
-    KeyeConfig,
-    VisionConfig,
-    architecture_name,
-    model_config_from_dict,
-    vision_config_from_dict,
-)
+from keye.config import KeyeConfig, VisionConfig, architecture_name, model_config_from_dict, vision_config_from_dict
 from keye.models.attention import cache_rows
 from keye.models.keye import KeyeModel
 from keye.models.latent import LatentTextConfig, latent_cache_rows, latent_shapes, latent_text_config

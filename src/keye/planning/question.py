@@ -109,11 +109,7 @@ def errors_of(prediction: Mapping[str, Any], seconds: Mapping[str, float], token
 
 
 def predict(
-    model: KeyeConfig,
-    config: ProcessorConfig,
-    folder: Path,
-    planned: Sequence[Planned],
-    options: Mapping[str, Any],
+    model: KeyeConfig, config: ProcessorConfig, folder: Path, planned: Sequence[Planned], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Memory and time of one question about the planned media, as plain data; what cannot be had is in `notes`."""
     import torch

@@ -23,18 +23,7 @@ from keye.server.edge.guard import Guard
 from keye.server.metrics import Metrics
 from keye.server.notes import begin_notes, collect_warnings
 from keye.server.response_store import ResponseStore
-from keye.server.routes import (
-    chat,
-    completions,
-    files,
-    indexes,
-    live,
-    messages,
-    native,
-    responses,
-    system,
-    video,
-)
+from keye.server.routes import chat, completions, files, indexes, live, messages, native, responses, system, video
 from keye.server.settings import Settings, fetch_policy, guard_settings
 from keye.server.uploads import FileStore
 from keye.version import __version__

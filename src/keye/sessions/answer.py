@@ -12,16 +12,7 @@ from keye.chat.messages import ToolCall
 from keye.chat.replies import Region, keep_moments, keep_regions, parse_reply
 from keye.engine.engine import Engine
 from keye.engine.prompt import Prompt
-from keye.engine.request import (
-    Delta,
-    Ended,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Progress,
-    TokenProb,
-)
+from keye.engine.request import Delta, Ended, Event, Failed, Finished, GenerationRequest, Progress, TokenProb
 from keye.errors import KeyeWarning, warn
 
 if TYPE_CHECKING:

@@ -129,11 +129,7 @@ kv_format: Callable[[F], F] = click.option(
 
 storing: Callable[[F], F] = _all(
     kv_format,
-    click.option(
-        "--indexer-kv",
-        type=click.Choice(["auto", "bf16", "fp8", "int8"]),
-        help="The same for indexer keys.",
-    ),
+    click.option("--indexer-kv", type=click.Choice(["auto", "bf16", "fp8", "int8"]), help="The same for indexer keys."),
     click.option(
         "--kv-tier",
         type=click.Choice(["memory", "host", "file"]),

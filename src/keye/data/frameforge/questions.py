@@ -11,16 +11,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from keye.data.frameforge.scene import Clip, Interval, SceneObject
-from keye.data.frameforge.words import (
-    ALL_PAIRS,
-    COLORS,
-    PHRASES,
-    SHAPES,
-    TIME_PHRASES,
-    TRAIN_PAIRS,
-    Pair,
-    with_article,
-)
+from keye.data.frameforge.words import ALL_PAIRS, COLORS, PHRASES, SHAPES, TIME_PHRASES, TRAIN_PAIRS, Pair, with_article
 from keye.errors import KeyeError
 
 Seconds = tuple[float, float]

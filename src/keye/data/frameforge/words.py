@@ -91,14 +91,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "order.first": ("which appears first, the {a} or the {b}?", "what do you see first, the {a} or the {b}?"),
     "order.before": ("does the {a} appear before the {b}?", "do you see the {a} before the {b}?"),
     "direction": ("which way does the {x} move?", "in which direction does the {x} move?"),
-    "place.x": (
-        "is the {x} on the left or on the right at {t}?",
-        "at {t}, is the {x} in the left or right half?",
-    ),
-    "place.y": (
-        "is the {x} at the top or at the bottom at {t}?",
-        "at {t}, is the {x} in the top or bottom half?",
-    ),
+    "place.x": ("is the {x} on the left or on the right at {t}?", "at {t}, is the {x} in the left or right half?"),
+    "place.y": ("is the {x} at the top or at the bottom at {t}?", "at {t}, is the {x} in the top or bottom half?"),
     "read": (
         "read the text.",
         "what does the text say?",

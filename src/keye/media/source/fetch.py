@@ -83,10 +83,7 @@ Reference: TypeAlias = str | os.PathLike[str] | bytes | Source
 
 
 def fetch_source(
-    reference: Reference,
-    *,
-    max_bytes: int = MAX_VIDEO_BYTES,
-    limits: FetchLimits | None = None,
+    reference: Reference, *, max_bytes: int = MAX_VIDEO_BYTES, limits: FetchLimits | None = None
 ) -> Source:
     """Finds what the user named and checks that it can be read; downloads it if it is an http or https address.
 

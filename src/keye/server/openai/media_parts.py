@@ -31,10 +31,7 @@ _IGNORED: Final = {
     "tool": set[str](),
 }
 #: Keys of messages, and of parts of messages that are media, that mean something.
-_KEYS: Final = {
-    "assistant": {"role", "content", "tool_calls"},
-    "tool": {"role", "content", "tool_call_id", "name"},
-}
+_KEYS: Final = {"assistant": {"role", "content", "tool_calls"}, "tool": {"role", "content", "tool_call_id", "name"}}
 _OTHER_KEYS: Final = {"role", "content"}
 _PART_KEYS: Final = {"type", "image", "video", "image_url", "video_url", "preprocess_kwargs", *VIDEO_OPTIONS}
 _INNER_KEYS: Final = {"url", "detail", "preprocess_kwargs", *VIDEO_OPTIONS}

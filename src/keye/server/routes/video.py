@@ -22,14 +22,7 @@ from keye.media.source.fetch import Source
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import spelled
-from keye.server.openai.events import (
-    ChatReply,
-    KeyeStreamEncoder,
-    collect_chat,
-    encode_events,
-    keye_fields,
-    usage_of,
-)
+from keye.server.openai.events import ChatReply, KeyeStreamEncoder, collect_chat, encode_events, keye_fields, usage_of
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
 from keye.server.openai.media_parts import media_of, media_settings, open_sources, to_messages
 from keye.server.openai.prepare import ChatQuery, PreparedChat, prepare_chat

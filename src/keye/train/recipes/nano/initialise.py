@@ -52,10 +52,7 @@ def fresh_model(config: KeyeConfig, seed: int) -> KeyeModel:
 
 def number_tokens(tokenizer: Tokenizer) -> dict[str, dict[int, float]]:
     """Token ids of the whole numbers and of the tenths that are single tokens, with their values."""
-    values = {
-        "integer": {str(n): float(n) for n in range(1000)},
-        "fraction": {f".{n}": float(n) for n in range(10)},
-    }
+    values = {"integer": {str(n): float(n) for n in range(1000)}, "fraction": {f".{n}": float(n) for n in range(10)}}
     return {
         kind: {ids[0]: value for text, value in texts.items() if len(ids := tokenizer.encode(text)) == 1}
         for kind, texts in values.items()
