@@ -45,13 +45,11 @@ class CannotBuildError(Exception):
 
 def run(command: Sequence[str], quiet: bool = False, timeout: float | None = None) -> str:
     """Run a command of the engine and return its output. Without `quiet`, a failure shows what it printed."""
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         if not quiet:
-            print("\n".join(done.stdout.splitlines()[-40:]), file=sys.stderr)
-        raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
+            print("\n".join((done.stdout + done.stderr).splitlines()[-60:]), file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
     return done.stdout.strip()
 
 
