@@ -21,7 +21,7 @@ LIGHT = """
 import sys
 from keye.cli import main
 code = main(sys.argv[1:])
-heavy = {"torch", "numpy", "av", "rich", "huggingface_hub", "keye.chat"} & set(sys.modules)
+heavy = {"torch", "pydantic", "numpy", "av", "rich", "huggingface_hub", "keye.chat"} & set(sys.modules)
 sys.exit(f"{code=} {heavy=}" if code or heavy else 0)
 """
 
@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert "keye" in done.stdout
 
 
-def test_plan_imports_no_torch(model_folder: object, video: object) -> None:
+def test_plan_imports_neither_torch_nor_pydantic(model_folder: object, video: object) -> None:
     code = LIGHT.replace(', "numpy", "av", "rich", "huggingface_hub", "keye.chat"', "")
     arguments = ["plan", str(video), "--model", str(model_folder)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
