@@ -144,18 +144,8 @@ class Buildah:
         return base
 
     def build(self, file: str, tag: str) -> None:
-        options = [
-            "--isolation",
-            "chroot",
-            "--layers",
-            "--force-rm",
-            "--format",
-            "docker",
-            "--file",
-            file,
-            "--tag",
-            tag,
-        ]
+        layers = f"--layers={str(self.driver == 'overlay').lower()}"  # with vfs each would be a copy of the whole tree
+        options = ["--isolation", "chroot", layers, "--force-rm", "--format", "docker", "--file", file, "--tag", tag]
         if self.base:
             options += ["--from", self.base, "--pull=false", "--build-arg", "TORCH_INDEX=https://pypi.org/simple"]
             options += pip_options()
@@ -311,7 +301,7 @@ def main() -> int:
             tag = options.tag or "localhost/keye:" + file.lower().replace(".", "-")
             print(check_image(engine, file, tag), flush=True)
             passed += 1
-        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        except (AssertionError, OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"{file}: {error}", file=sys.stderr)
     print(f"image: {passed} passed, {len(options.files) - passed} failed")
     return 0 if passed == len(options.files) else 1
