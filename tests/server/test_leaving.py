@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from keye.engine.request import LoadingMedia, Prefilling, Ready, Task
+from keye.engine.step import run_slices
 from keye.engine.vision import VisionJob
 from keye.server.routes import indexes
 from tests.support.serving import Running
@@ -90,13 +91,13 @@ def test_an_index_that_nobody_waits_for_is_given_up(
 ) -> None:
     context = running.app.app.state.keye
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
-    kept, build, turn = context.files.used(), indexes._build, context.model.turn
+    kept, build, core = context.files.used(), indexes._build, context.model.core
     started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def slow() -> Any:
+    def slow(*args: Any) -> Any:
         started.set()
         go_on.wait(20)
-        return turn()
+        return run_slices(*args)
 
     def watched(*given: Any) -> Any:
         try:
@@ -104,7 +105,7 @@ def test_an_index_that_nobody_waits_for_is_given_up(
         finally:
             ended.set()
 
-    monkeypatch.setattr(context.model, "turn", slow)
+    monkeypatch.setattr(core, "run_slices", slow)
     # Private: the moment at which the thread ends cannot be seen from outside.
     monkeypatch.setattr(indexes, "_build", watched)
     body = f'{{"file_id": "{uploaded}"}}'
