@@ -324,10 +324,7 @@ def load(
             attention=attention,
             template=chosen,
             kv=replace(storing, memory=limit or free_memory(device)),
-            notes=(
-                *load_notes(folder, config, report),
-                *format_notes(folder, config, chosen, asked=template != "auto"),
-            ),
+            notes=tuple(_loading_notes(folder, config, report, chosen, asked=template != "auto")),
             open_index=_open_index,
         )
     )
@@ -351,11 +348,22 @@ def _open_index(runtime: Runtime, source: Source) -> IndexedVideo:
     return open_video_index(runtime, source)
 
 
-def format_notes(
-    folder: Path, config: KeyeConfig, template: CheckpointTemplate | None, *, asked: bool
+def _loading_notes(
+    folder: Path, config: KeyeConfig, report: LoadReport, template: CheckpointTemplate | None, *, asked: bool
 ) -> Iterator[str]:
-    """Which chat template and which text before frames a checkpoint is used with, a sentence each. Nothing where a
-    template was asked for, nor of keye's own formats in checkpoints that keye wrote."""
+    """What a user should know of how a checkpoint was loaded, a sentence each; last which chat template and which text
+    before frames it is used with: nothing where a template was asked for, nor of keye's own formats in checkpoints that
+    keye wrote."""
+    if config.unknown:
+        yield f"config.json has keys without meaning to keye: {_listed(config.unknown)}"
+    if not (folder / PROCESSOR_FILE).exists():
+        yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.release.name}"
+    if report.lacks_indexer:
+        yield "the files hold no indexer weights: the model attends densely"
+    if report.unused:
+        yield f"the files hold tensors that this model has no place for: {_listed(report.unused)}"
+    if report.ignored:
+        yield f"the files hold tensors that no forward pass reads: {_listed(report.ignored)}"
     if asked:
         return
     if template is not None:
@@ -370,20 +378,6 @@ def format_notes(
             if find_frame_text(folder) is not None
             else "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it"
         )
-
-
-def load_notes(folder: Path, config: KeyeConfig, report: LoadReport) -> Iterator[str]:
-    """What a user should know of how a checkpoint was loaded, a sentence each."""
-    if config.unknown:
-        yield f"config.json has keys without meaning to keye: {_listed(config.unknown)}"
-    if not (folder / PROCESSOR_FILE).exists():
-        yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.release.name}"
-    if report.lacks_indexer:
-        yield "the files hold no indexer weights: the model attends densely"
-    if report.unused:
-        yield f"the files hold tensors that this model has no place for: {_listed(report.unused)}"
-    if report.ignored:
-        yield f"the files hold tensors that no forward pass reads: {_listed(report.ignored)}"
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:

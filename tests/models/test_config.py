@@ -67,7 +67,6 @@ def test_official_fields(official: dict[str, Any]) -> None:
     assert (sparse.topk, sparse.indexer_num_heads, sparse.indexer_head_dim) == (2048, 16, 64)
     assert text.mrope_section == (16, 24, 24)
     assert text.indexer_mrope_section() == (8, 12, 12)
-    assert config.vision.grid_side == 27
     assert config.eos_token_ids == (151645,)
     assert config.dtype == "bfloat16"
     assert all(text.is_moe_layer(i) for i in range(48))

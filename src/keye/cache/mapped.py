@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -110,16 +110,10 @@ def fetch_rows(rows: Tensor, chosen: Tensor) -> None:
             _MADVISE(int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE, mmap.MADV_WILLNEED)
 
 
-def _find_madvise() -> Callable[[int, int, int], int] | None:
-    """The system's function, which takes addresses; the one of `mmap` knows only single maps."""
-    if not hasattr(mmap, "MADV_WILLNEED"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return madvise
-
-
-_MADVISE: Final = _find_madvise()
+#: The system's function, which takes addresses; that of `mmap` takes single maps only.
+_MADVISE: Final = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_WILLNEED") else None
+if _MADVISE is not None:
+    _MADVISE.argtypes, _MADVISE.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
 
 
 def _advise(mapped: mmap.mmap, advice: str, start: int, nbytes: int) -> None:

@@ -13,7 +13,6 @@ from keye.commands.shared import options, outputs
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.api import Keye
     from keye.chat.messages import Medium
     from keye.chat.replies import Region
 
@@ -95,7 +94,9 @@ def ask(
         **inputs.reply_options(model, arguments), "n": choices or 1, "logprobs": logprobs,
         "deterministic": deterministic,
     }  # fmt: skip
-    check_choices(model, settings)
+    temperature = model.runtime.sampling_params(temperature=settings.get("temperature")).temperature
+    if settings["n"] > 1 and temperature == 0:
+        raise KeyeError(f"--n {choices} generates the same reply each time at temperature 0: add --temperature 1")
     with watching("watching") as on_progress:
         stream = model.stream_ask(
             media, question, tools=offered, evidence=evidence is not None, on_progress=on_progress, **settings
@@ -124,12 +125,6 @@ def ask(
         show.print_errors(extra["estimate"]["errors"])
     for path in ([draw] if is_drawn else []) + ([evidence] if evidence is not None else []):
         show.print_line(f"wrote {path}")
-
-
-def check_choices(model: Keye, settings: Mapping[str, Any]) -> None:
-    """`KeyeError` for several replies that would all be the same."""
-    if settings["n"] > 1 and model.runtime.sampling_params(temperature=settings.get("temperature")).temperature == 0:
-        raise KeyeError(f"--n {settings['n']} generates the same reply each time at temperature 0: add --temperature 1")
 
 
 def _predict(media: Sequence[Medium], arguments: Mapping[str, Any]) -> dict[str, Any]:

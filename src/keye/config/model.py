@@ -50,11 +50,6 @@ class VisionConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def grid_side(self) -> int:
-        """Side of the square learned position table, in patches."""
-        return self.image_size // self.patch_size
-
 
 @dataclass(frozen=True)
 class SparseConfig:

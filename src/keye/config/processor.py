@@ -106,7 +106,9 @@ def load_processor_config(folder: Path) -> ProcessorConfig:
     """
     model_file = Path(folder) / "config.json"
     model = read_json(model_file) if model_file.exists() else {}
-    config = _read_processor_config(Path(folder) / PROCESSOR_FILE, _find_release(model), find_frame_text(Path(folder)))
+    known = releases_by_architecture()
+    release = next((known[name] for name in model.get("architectures") or [] if name in known), V2)
+    config = _read_processor_config(Path(folder) / PROCESSOR_FILE, release, find_frame_text(Path(folder)))
     vision = model.get("vision_config")
     for ours, theirs, default in (("patch_size", "patch_size", 14), ("merge_size", "spatial_merge_size", 2)):
         actual, wanted = getattr(config, ours), isinstance(vision, Mapping) and (vision.get(theirs) or default)
@@ -156,9 +158,3 @@ def _read_processor_config(path: Path, release: Release, frame_text: str | None)
     if "generation" in own:
         raise ConfigError(f"{path} has keye.generation; the field is called release now")
     return ProcessorConfig.of(str(own.pop("release", release.name)), **{**values, **brought, **own})
-
-
-def _find_release(model: Mapping[str, Any]) -> Release:
-    """The release of a checkpoint, by its parsed config.json; 2.0 without one."""
-    known = releases_by_architecture()
-    return next((known[name] for name in model.get("architectures") or [] if name in known), V2)

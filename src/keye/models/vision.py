@@ -72,7 +72,7 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.side = config.grid_side
+        self.side = config.image_size // config.patch_size  # of the square table of positions
         patch = config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.position_embedding = embedding(self.side**2, config.hidden_size)
@@ -174,8 +174,14 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
     attention is per frame a row (t, h, w) is the same as t rows (1, h, w). Segments are processed in chunks of at most
     `PATCHES_PER_CHUNK` patches; the result does not depend on the chunk.
     """
-    model = visual.vision_model
-    grids = _checked_grids(pixel_values, grid_thw, projector.merge)
+    model, merge = visual.vision_model, projector.merge
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    expected = sum(t * h * w for t, h, w in grids)
+    if expected != pixel_values.shape[0]:
+        raise KeyeError(f"grid_thw stands for {expected} patches but pixel_values holds {pixel_values.shape[0]}")
+    for _, height, width in grids:
+        if height % merge or width % merge:
+            raise KeyeError(f"a frame of {height} x {width} patches does not divide into {merge} x {merge} blocks")
     if not model.config.whole_video_attention:
         grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
     weight = model.embeddings.patch_embedding.weight
@@ -184,18 +190,6 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
         for patches, height, width in _chunks(pixel_values, grids)
     ]
     return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.hidden_size)
-
-
-def _checked_grids(pixel_values: Tensor, grid_thw: Tensor, merge: int) -> list[tuple[int, int, int]]:
-    """The rows of `grid_thw`; raises when they do not stand for these pixels."""
-    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-    expected = sum(t * h * w for t, h, w in grids)
-    if expected != pixel_values.shape[0]:
-        raise KeyeError(f"grid_thw stands for {expected} patches but pixel_values holds {pixel_values.shape[0]}")
-    for _, height, width in grids:
-        if height % merge or width % merge:
-            raise KeyeError(f"a frame of {height} x {width} patches does not divide into {merge} x {merge} blocks")
-    return grids
 
 
 def _chunks(pixel_values: Tensor, segments: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, int, int]]:

@@ -69,7 +69,9 @@ class RowFormat:
     dim: int
 
     def __post_init__(self) -> None:
-        check_row_kind(self.kind)
+        if self.kind not in get_args(RowKind):
+            kinds = ", ".join(get_args(RowKind))
+            raise KeyeError(f"the number format {self.kind!r} is not known; choose one of {kinds}")
         if self.kind == "int4" and (self.dim < 8 or self.dim & (self.dim - 1)):
             raise KeyeError(f"int4 storage needs a head dimension that is a power of two, not {self.dim}; use int8")
 
@@ -146,12 +148,6 @@ class RowFormat:
         halves = codes.unflatten(-1, (-1, self.group // 2))
         values = (torch.cat((halves & 15, halves >> 4), dim=-1).float() - 8) * scale.unsqueeze(-1)
         return hadamard_transform(values.flatten(2)).to(dtype)
-
-
-def check_row_kind(kind: object) -> None:
-    """`KeyeError` for a number format that rows cannot have."""
-    if kind not in get_args(RowKind):
-        raise KeyeError(f"the number format {kind!r} is not known; choose one of {', '.join(get_args(RowKind))}")
 
 
 def _scale(x: Tensor, largest: int) -> Tensor:

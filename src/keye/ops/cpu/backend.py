@@ -19,7 +19,7 @@ from torch import Tensor
 from keye.ops.backend import Kernel, Selected, Stretch
 from keye.ops.cpu import build as cpu_build
 from keye.ops.cpu.build import Status
-from keye.ops.kv_blocks import BlockRows, RowFormat
+from keye.ops.kv_blocks import RowFormat
 
 #: Up to this many times k keys, attention of a prefill block over its sets is computed over every key with a mask:
 #: packing tiles once for all queries then beats reading each query's rows. `masked_crossover` of
@@ -185,7 +185,13 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
     """Writes a stretch for the library; returns what must stay alive while it reads."""
     assert stretch.blocks is not None
     to.start, to.stop, to.first = stretch.start, stretch.stop, stretch.first
-    alive = [_fill_rows(getattr(to, name), stretch.blocks[name]) for name in _ROWS if name in stretch.blocks]
+    alive = []
+    for name in (name for name in _ROWS if name in stretch.blocks):
+        rows, target = stretch.blocks[name], getattr(to, name)
+        assert rows.addresses is not None
+        alive.append(rows.addresses.contiguous())
+        target.blocks = alive[-1].data_ptr()
+        target.kind, target.row_bytes, target.heads, target.dim, target.head_bytes = _shape(rows.format)
     if stretch.counts is not None:
         assert stretch.counts.dtype == torch.int64 and stretch.counts.is_contiguous()
         to.counts = stretch.counts.data_ptr()
@@ -194,14 +200,6 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
     mapped = stretch.blocks["k"].mapped or stretch.blocks["v"].mapped
     to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
     return alive
-
-
-def _fill_rows(to: _Rows, rows: BlockRows) -> Tensor:
-    assert rows.addresses is not None
-    addresses = rows.addresses.contiguous()
-    to.blocks = addresses.data_ptr()
-    to.kind, to.row_bytes, to.heads, to.dim, to.head_bytes = _shape(rows.format)
-    return addresses
 
 
 @functools.lru_cache(maxsize=64)
