@@ -88,7 +88,7 @@ def timed_here(sources: list[Source]) -> tuple[float, float, int]:
     count = 0
     cpu, begin = processor_seconds(), time.perf_counter()
     for source in sources:
-        with Processor(CONFIG).decoding(source, DEFAULTS) as (_, frames):
+        with Processor(CONFIG).decode_video(source, DEFAULTS) as (_, frames):
             count += sum(frame.shape[2] == 3 for frame in frames)
     return time.perf_counter() - begin, processor_seconds() - cpu, count
 

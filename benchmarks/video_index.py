@@ -72,7 +72,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     video_times = [seconds["media"] + seconds["prefill"] for seconds in asked_video]
     source = fetch_source(index)
     index_times = times_of(lambda: model.ask(index, QUESTION, max_tokens=1), options.repeats)
-    open_times = times_of(lambda: open_video_index(model, model.config, source), options.repeats)
+    open_times = times_of(lambda: open_video_index(model.runtime, source), options.repeats)
     drop_cache(index)
     command = [sys.executable, __file__, "--fresh", str(index)]
     fresh = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

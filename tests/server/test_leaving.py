@@ -12,9 +12,7 @@ import httpx
 import pytest
 
 from keye.engine.request import LoadingMedia, Prefilling, Ready, Task
-from keye.engine.step import run_slices
 from keye.engine.vision import VisionJob
-from keye.server.routes import indexes
 from tests.support.serving import Running
 
 Reached = Callable[[Task], bool]
@@ -86,28 +84,11 @@ def test_who_leaves_gives_everything_back(
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
 
 
-def test_an_index_that_nobody_waits_for_is_given_up(
-    running: Running, video: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_nobody_waits_for_is_given_up(running: Running, video: Any) -> None:
     context = running.app.app.state.keye
+    core, kept = context.model.core, context.files.used()
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
-    kept, build, core = context.files.used(), indexes._build, context.model.core
-    started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def slow(*args: Any) -> Any:
-        started.set()
-        go_on.wait(20)
-        return run_slices(*args)
-
-    def watched(*given: Any) -> Any:
-        try:
-            return build(*given)
-        finally:
-            ended.set()
-
-    monkeypatch.setattr(core, "run_slices", slow)
-    # Private: the moment at which the thread ends cannot be seen from outside.
-    monkeypatch.setattr(indexes, "_build", watched)
+    stored = context.files.used()
     body = f'{{"file_id": "{uploaded}"}}'
     head = (
         "POST /v1/indexes HTTP/1.1",
@@ -115,11 +96,12 @@ def test_an_index_that_nobody_waits_for_is_given_up(
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
     )
-    with socket.create_connection(running.socket.getsockname()) as client:
-        client.sendall("\r\n".join((*head, "", body)).encode())
-        assert started.wait(20)
-    wait_until(running, lambda: not context.indexing.locked())
-    assert httpx.get(f"{running.url}/health").status_code == 200
-    go_on.set()
-    assert ended.wait(20) and context.files.used() == kept
+    with core.exclusive():  # the index is not computed before its client has left
+        with socket.create_connection(running.socket.getsockname()) as client:
+            client.sendall("\r\n".join((*head, "", body)).encode())
+            wait_until(running, lambda: bool(core.tasks))
+        wait_until(running, lambda: not context.indexing.locked())
+    wait_until(running, core.is_idle)
+    assert context.files.used() == stored
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
+    assert context.files.used() == kept
