@@ -69,7 +69,7 @@ def iterate(path: Path) -> dict[str, Any]:
         planned = time.perf_counter()
         for i, _ in enumerate(reader.frames(plan)):
             if i % max(plan.frames // 50, 1) == 0:
-                memory.append((resident(os.getpid()), resident(reader._worker.process.pid)))
+                memory.append((resident(os.getpid()), resident(reader.worker.process.pid)))
     seconds = time.perf_counter() - begin
     tenth = max(len(memory) // 10, 1)
     own, worker = (

@@ -92,7 +92,7 @@ def sampled(path: Path, threads: int) -> dict[str, float]:
     with VideoReader(fetch_source(path), DecodeLimits(threads=threads)) as reader:
         plan = reader.plan(config)
         frames = reader.read(plan)
-        status = Path(f"/proc/{reader._worker.process.pid}/status").read_text()
+        status = Path(f"/proc/{reader.worker.process.pid}/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     right = sum(read_code(frame) == index for frame, index in zip(frames, plan.frame_indices, strict=True))
     return {

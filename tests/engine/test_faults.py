@@ -58,7 +58,7 @@ def test_a_decode_worker_killed_in_the_middle_fails_its_request_alone(
             def read(video: Any) -> Iterator[Any]:
                 for number, frame in enumerate(frames(video)):
                     if number == 1:
-                        os.kill(video._worker.process.pid, signal.SIGKILL)  # the process is known to its reader alone
+                        os.kill(video.worker.process.pid, signal.SIGKILL)  # the process is known to its reader alone
                     yield frame
 
             super().__init__(source, limits, read, *args, **kw)

@@ -80,7 +80,7 @@ def test_decoding_waits_for_encoding(source: Source) -> None:
 
 def test_closing_ends_worker_and_thread(source: Source) -> None:
     reader = endless(source, [], buffer_bytes=FRAME.nbytes)
-    worker, thread = reader._video._worker.process, reader._thread
+    worker, thread = reader.video.worker.process, reader.thread
     reader.close()
     reader.close()
     assert worker.poll() is not None and not thread.is_alive()
@@ -88,7 +88,7 @@ def test_closing_ends_worker_and_thread(source: Source) -> None:
 
 def test_a_reader_that_nobody_holds_ends_too(source: Source) -> None:
     reader = endless(source, [], buffer_bytes=FRAME.nbytes)
-    worker, thread = reader._video._worker.process, reader._thread
+    worker, thread = reader.video.worker.process, reader.thread
     del reader
     thread.join()
     assert worker.poll() is not None
@@ -101,7 +101,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(source: Source) -> None:
 
     def frames(video: VideoReader) -> Iterator[Pixels]:
         assert video.info.frame_count == 8
-        video._worker.process.send_signal(signal.SIGSTOP)
+        video.worker.process.send_signal(signal.SIGSTOP)
         reached.set()
         for frame in video.frames(plan):
             yielded.append(frame)
@@ -110,7 +110,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(source: Source) -> None:
     reader = FileReader(source, DecodeLimits(), frames, FrameShape([(28, 28)], CONFIG))
     assert reached.wait(60)
     assert not reader.has(1)
-    worker, thread = reader._video._worker.process, reader._thread
+    worker, thread = reader.video.worker.process, reader.thread
     reader.close()
     assert worker.poll() is not None and not thread.is_alive() and yielded == []
 

@@ -294,7 +294,7 @@ def test_frames_are_asked_for_again_after_an_iterator_was_left(tmp_path: Path) -
 
 def test_a_worker_that_was_killed_does_not_blame_the_file(tmp_path: Path) -> None:
     with VideoReader(fetch_source(write_clip(tmp_path / "clip.mp4"))) as reader:
-        os.kill(reader._worker.process.pid, signal.SIGKILL)
+        os.kill(reader.worker.process.pid, signal.SIGKILL)
         with pytest.raises(MediaError, match=r"the video decoder of clip.mp4 was ended from outside, perhaps because"):
             reader.read(reader.plan(CONFIG))
 

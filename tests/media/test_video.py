@@ -204,7 +204,7 @@ def test_closing_the_iterator_ends_the_worker(tmp_path: Path) -> None:
     with pytest.raises(StopIteration):
         next(frames)
     with VideoReader(source) as reader:
-        process = reader._worker.process
+        process = reader.worker.process
     assert process.poll() is not None
 
 

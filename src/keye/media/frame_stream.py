@@ -183,10 +183,10 @@ class FileReader:
     ) -> None:
         self._shape, self._next_frame = shape, 0
         self._queue = _Queue(buffer_bytes)
-        self._video = VideoReader(source, limits, track=track, wait=False)
-        arguments = (self._video, frames, self._queue)
-        self._thread = threading.Thread(target=_fill, args=arguments, name="keye-frames", daemon=True)
-        self._thread.start()
+        self.video = VideoReader(source, limits, track=track, wait=False)
+        arguments = (self.video, frames, self._queue)
+        self.thread = threading.Thread(target=_fill, args=arguments, name="keye-frames", daemon=True)
+        self.thread.start()
 
     def has(self, rows: int) -> bool:
         return self._queue.wait(self._shape.frames(rows), 0)
@@ -206,13 +206,13 @@ class FileReader:
 
     def close(self) -> None:
         self._queue.close()
-        self._video.stop()
-        self._thread.join()
+        self.video.stop()
+        self.thread.join()
 
     def __del__(self) -> None:
-        if hasattr(self, "_thread"):  # not where starting the worker failed
+        if hasattr(self, "thread"):  # not where starting the worker failed
             self._queue.close()
-            self._video.stop()
+            self.video.stop()
 
 
 def _fill(video: VideoReader, frames: Callable[[VideoReader], Iterator[Pixels]], queue: _Queue) -> None:

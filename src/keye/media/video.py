@@ -47,7 +47,7 @@ class VideoReader:
         self.limits = limits or (UNTRUSTED_LIMITS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
         check_video(source)
-        self._worker = self._start(track)
+        self.worker = self._start(track)
         #: How many times frames were asked for, and the bytes of each frame that may still come.
         self._requests = self._coming = 0
         try:
@@ -72,11 +72,11 @@ class VideoReader:
 
     def close(self) -> None:
         """Ends the worker. May be called more than once."""
-        self._worker.close()
+        self.worker.close()
 
     def stop(self) -> None:
         """Kills the worker; a reader in another thread gets an error, and closes."""
-        self._worker.stop()
+        self.worker.stop()
 
     def plan(self, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> VideoPlan:
         """Which frames would be sampled and what they would cost."""
@@ -95,14 +95,14 @@ class VideoReader:
         self._drop_coming()
         self._requests, self._coming = self._requests + 1, height * width * 3
         number = self._requests
-        self._worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
+        self.worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
                               "strict": plan.strict_media})  # fmt: skip
         for _ in range(plan.frames):
             if number != self._requests:
                 raise KeyeError("frames of another plan were asked for meanwhile; read one plan after the other")
-            kind, body = self._worker.receive(self._coming)
+            kind, body = self.worker.receive(self._coming)
             if kind != FRAME or len(body) != self._coming:
-                raise self._worker.broken()
+                raise self.worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
             yield _orient(frame, plan)
         if number == self._requests:
@@ -110,7 +110,7 @@ class VideoReader:
 
     def _end(self, name: str) -> None:
         """Reads the end of an answer, and warns of frames that turned out to be damaged or of another size."""
-        kind, body = self._worker.receive(_MAX_FACTS)
+        kind, body = self.worker.receive(_MAX_FACTS)
         self._coming = 0
         try:
             answer = json.loads(bytes(body))
@@ -118,9 +118,9 @@ class VideoReader:
             sizes = [tuple(array("q", change)) for change in answer["resized"]]
             resized = list(note_size_changes(self.info, [(time, width, height) for time, width, height in sizes]))
         except (ValueError, TypeError, LookupError, OverflowError):
-            raise self._worker.broken() from None
+            raise self.worker.broken() from None
         if kind != END:
-            raise self._worker.broken()
+            raise self.worker.broken()
         if (warning := warn_decoded_damage(name, self.info.seconds(damage), self.info.damage)) is not None:
             warn(warning, stacklevel=3)
         emit(name, resized, stacklevel=3)
@@ -128,8 +128,8 @@ class VideoReader:
     def _drop_coming(self) -> None:
         """Has the worker give up frames that were asked for and not read."""
         if self._coming:
-            self._worker.request({})
-            while self._worker.receive(max(self._coming, _MAX_FACTS))[0] == FRAME:
+            self.worker.request({})
+            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] == FRAME:
                 continue
             self._coming = 0
 
@@ -159,12 +159,12 @@ class VideoReader:
             )
 
     def _read_info(self) -> VideoInfo:
-        kind, body = self._worker.receive(_MAX_FACTS + 8 * self.limits.frames)
+        kind, body = self.worker.receive(_MAX_FACTS + 8 * self.limits.frames)
         try:
             info = parse_info(self.source.name, kind, body)
         except (ValueError, TypeError, LookupError, ArithmeticError, struct.error):
             # Our own worker sends none such, but one that a file has taken over may.
-            raise self._worker.broken() from None
+            raise self.worker.broken() from None
         if info.duration > self.limits.duration:
             raise MediaError(
                 f"{self.source.name} lasts {info.duration:.0f} s, more than the limit of {self.limits.duration:g} s; "

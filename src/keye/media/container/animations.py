@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import BinaryIO
 
 #: Blocks of a GIF, of at most 255 bytes each, that are walked; one with more counts as animated.
-_MAX_BLOCKS = 200_000
+MAX_BLOCKS = 200_000
 #: Chunks of other files that are walked to tell their kind.
 _MAX_CHUNKS = 10_000
 #: How much of a JPEG file is searched for a second picture behind the first, and how much at once.
@@ -22,7 +22,7 @@ _NEW_SUBFILE_TYPE = 254
 _SHORTEST, _USUAL = Fraction(11, 1000), Fraction(1, 10)
 
 
-def is_animated_gif(file: BinaryIO) -> bool:
+def is_animated_gif(file: BinaryIO, max_blocks: int = MAX_BLOCKS) -> bool:
     """Whether a GIF has a second image."""
     file.seek(0)
     header = file.read(13)
@@ -46,7 +46,7 @@ def is_animated_gif(file: BinaryIO) -> bool:
         while (size := file.read(1)) and size != b"\x00":
             file.seek(size[0], os.SEEK_CUR)
             blocks += 1
-            if blocks > _MAX_BLOCKS:
+            if blocks > max_blocks:
                 return True
     return False
 

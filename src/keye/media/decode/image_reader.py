@@ -66,7 +66,7 @@ class ImageReader:
             self._offsets.append(self._offsets[-1] + source.size)
         formats = {heif_format(source.head(HEAD_BYTES)) for source in sources}
         with _joined(sources) as file:
-            self._worker = Worker(
+            self.worker = Worker(
                 "keye.media.decode.image_worker", file, {"formats": sorted(formats - {None})}, limits,
                 name=sources[0].name, what="image decoder", untrusted=True,
             )  # fmt: skip
@@ -77,7 +77,7 @@ class ImageReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.close()
+        self.worker.close()
 
     def header(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS) -> Header:
         """What is known of one image before it is decoded."""
@@ -85,7 +85,7 @@ class ImageReader:
         header = Header(**self._ask(index, pixel_limit, names, pixels=False))
         numbers = all(isinstance(value, int) for value in (header.orientation, header.pictures))
         if not self._fits(header.width, header.height, pixel_limit) or not numbers:
-            raise self._worker.broken()
+            raise self.worker.broken()
         return header
 
     def picture(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS, *, strict_official: bool = False) -> Image.Image:
@@ -93,11 +93,11 @@ class ImageReader:
         facts = self._ask(index, pixel_limit, ("width", "height", "mode"), pixels=True, strict_official=strict_official)
         width, height, mode = (facts[name] for name in ("width", "height", "mode"))
         if mode not in _PIXEL_BYTES or not self._fits(width, height, pixel_limit):
-            raise self._worker.broken()
+            raise self.worker.broken()
         size = width * height * _PIXEL_BYTES[mode]
-        kind, body = self._worker.receive(size)
+        kind, body = self.worker.receive(size)
         if kind != FRAME or len(body) != size:
-            raise self._worker.broken()
+            raise self.worker.broken()
         return Image.frombuffer(mode, (width, height), body, "raw", mode, 0, 1)
 
     def pictures(self, total: int = MAX_LIST_PIXELS) -> list[Image.Image]:
@@ -114,16 +114,16 @@ class ImageReader:
         return pictures
 
     def _ask(self, index: int, pixel_limit: int, names: tuple[str, ...], **request: object) -> dict[str, Any]:
-        self._worker.name = self.sources[index].name
+        self.worker.name = self.sources[index].name
         place = {"offset": self._offsets[index], "length": self.sources[index].size, "pixel_limit": pixel_limit}
-        self._worker.request(place | request)
-        kind, body = self._worker.receive(_MAX_FACTS)
+        self.worker.request(place | request)
+        kind, body = self.worker.receive(_MAX_FACTS)
         try:
             facts = json.loads(bytes(body))
         except (ValueError, RecursionError):
-            raise self._worker.broken() from None
+            raise self.worker.broken() from None
         if kind != INFO or not isinstance(facts, dict) or set(facts) != set(names):
-            raise self._worker.broken()
+            raise self.worker.broken()
         return facts
 
     @staticmethod

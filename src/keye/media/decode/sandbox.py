@@ -18,7 +18,7 @@ import sys
 #: io_uring is among them because its operations pass by any filter of system calls. Those on open files are there
 #: because the media file is open: its mode and attributes are not the decoder's to change. Those on processes reach
 #: the parent, which runs as the same user.
-_DENIED: dict[str, tuple[int | None, int | None]] = {
+DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
     # The network.
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
     "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
@@ -52,7 +52,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 NICENESS = 5
 
 _CLONE, _CLONE3, _CAPSET = (56, 220), (435, 435), (126, 91)
-_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _CLONE_THREAD = 0x10000
 #: From here on x86-64 numbers the calls of its x32 variant, which the filter does not list.
 _X32 = 0x40000000
@@ -84,21 +84,21 @@ def confine(memory_bytes: int, cpu_seconds: int) -> None:
     """
     os.nice(NICENESS)
     if sys.platform != "linux":
-        _limit(memory_bytes, cpu_seconds)
+        limit_resources(memory_bytes, cpu_seconds)
         return
-    libc = _system()
+    libc = load_libc()
     # None of the parent's privileges, and none to be gained: only so may an ordinary user apply the other layers.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    _deny_files(libc)
-    _limit(memory_bytes, cpu_seconds)
-    machine = _ARCHITECTURES.get(os.uname().machine)
+    deny_files(libc)
+    limit_resources(memory_bytes, cpu_seconds)
+    machine = ARCHITECTURES.get(os.uname().machine)
     if machine is not None:
         _drop_capabilities(libc, _CAPSET[machine[0]])
-        _filter_calls(libc, *machine)
+        filter_calls(libc, *machine)
 
 
-def _system() -> ctypes.CDLL:
+def load_libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
     libc.syscall.restype = ctypes.c_long
@@ -113,7 +113,7 @@ def _call(libc: ctypes.CDLL, number: int, *arguments: int | bytes | None) -> int
     return int(libc.syscall(*words))
 
 
-def _limit(memory_bytes: int, cpu_seconds: int) -> None:
+def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
     """Caps memory and processor time; no file grows, no descriptor is opened, no core is dumped."""
     limits = {
         resource.RLIMIT_AS: memory_bytes,
@@ -132,7 +132,7 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
         resource.setrlimit(kind, (most, most + 1 if later else most))
 
 
-def _deny_files(libc: ctypes.CDLL) -> None:
+def deny_files(libc: ctypes.CDLL) -> None:
     """Landlock: no path can be read, written, made or removed, no TCP port used, no outside process signalled."""
     version = _call(libc, _LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
     if version < 1:
@@ -155,17 +155,17 @@ def _drop_capabilities(libc: ctypes.CDLL, capset: int) -> None:
     _call(libc, capset, header, nothing)
 
 
-def _filter_calls(libc: ctypes.CDLL, column: int, architecture: int) -> None:
+def filter_calls(libc: ctypes.CDLL, column: int, architecture: int) -> None:
     code = call_filter(column, architecture)
     program = _Program(len(code) // 8, code)
     libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
 
 
 def call_filter(column: int, architecture: int) -> bytes:
-    """The seccomp program, 8 bytes an instruction: calls in `_DENIED` fail with EPERM, `clone` too unless it makes a
-    thread; `clone3`, whose flags lie out of reach in memory, is said not to exist, upon which libraries use `clone`.
-    A call of another architecture kills the process."""
-    denied = [numbers[column] for numbers in _DENIED.values() if numbers[column] is not None]
+    """The seccomp program, 8 bytes an instruction: calls in `DENIED_CALLS` fail with EPERM, `clone` too unless it makes
+    a thread. `clone3`, whose flags lie out of reach in memory, fails as if it did not exist, so that libraries use
+    `clone`. A call of another architecture kills the process."""
+    denied = [numbers[column] for numbers in DENIED_CALLS.values() if numbers[column] is not None]
     refuse = _FAIL | errno.EPERM
     code = [
         (_LOAD, 0, 0, _AT_ARCHITECTURE),

@@ -25,7 +25,7 @@ from keye.media.decode.wire import CRASH, ERROR, HEADER, MAX_WORDS
 from keye.media.source.fetch import MAX_VIDEO_BYTES
 from keye.version import PACKAGE_FOLDER
 
-_BOOT = (
+BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from importlib import import_module; import_module(sys.argv[2]).main(sys.argv[3:])"
 )
@@ -229,7 +229,7 @@ def _start(module: str, file: BinaryIO, options: dict[str, Any], log: IO[bytes])
     """The worker process: without the environment, site packages' hooks, the parent's folder and descriptors."""
     paths = [_PACKAGE_ROOT, *(os.path.abspath(path) for path in sys.path if path)]
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _BOOT, json.dumps(paths), module, json.dumps(options), str(file.fileno())],
+        [sys.executable, "-I", "-S", "-c", BOOT, json.dumps(paths), module, json.dumps(options), str(file.fileno())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -19,7 +19,7 @@ _SCHEME = "data:"
 #: Longest type with parameters.
 _MAX_HEADER = 4096
 #: Letters that are decoded at once.
-_PIECE = 1 << 20
+PIECE = 1 << 20
 _BASE64 = re.compile(r";[ \t]*base64[ \t]*(?:;[^,;]*)*,", re.IGNORECASE)
 #: A type and parameters; values that are not in quotes may hold commas.
 _PARAMETERS = re.compile(r'[^;,"]*(?:;[^;,="]*(?:=(?:[ \t]*"[^"]*"[ \t]*|[^;"]*))?)*')
@@ -52,9 +52,9 @@ class DataUrl:
         """How many files the content is, parted by commas: base64 has none of its own."""
         return 1 + self.text.count(",", self.start) if self.is_base64 else 1
 
-    def decode(self) -> bytes:
+    def decode(self, letters_at_once: int = PIECE) -> bytes:
         """The content. Raises `MediaError` for what is not base64."""
-        return self._decode_base64(self.start, len(self.text))
+        return self._decode_base64(self.start, len(self.text), letters_at_once)
 
     def decode_parts(self) -> list[bytes]:
         """The files of a URL that holds several."""
@@ -77,10 +77,10 @@ class DataUrl:
         except MediaError:
             return b""
 
-    def _decode_base64(self, begin: int, end: int) -> bytes:
+    def _decode_base64(self, begin: int, end: int, letters_at_once: int = PIECE) -> bytes:
         out, rest, padded = io.BytesIO(), b"", False
         while begin < end:
-            stop = min(begin + _PIECE, end)
+            stop = min(begin + letters_at_once, end)
             if stop < end and "%" in self.text[stop - 2 : stop]:
                 stop = self.text.rindex("%", stop - 2, stop)  # An escape stays in one piece.
             piece = _unescape(self.text[begin:stop])
