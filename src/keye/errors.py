@@ -26,19 +26,19 @@ class Option:
 
 
 #: Characters of a value that a sentence shows.
-_SHOWN = 80
+_MAX_SHOWN = 80
 
 
 def brief(value: object) -> str:
     """A value as a sentence shows it: its beginning where it is long, in time that does not grow with it."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return "a number of more than 77 digits"
-    if isinstance(value, str | bytes) and len(value) > _SHOWN:
-        return f"{value[:_SHOWN]!r}..."
+    if isinstance(value, str | bytes) and len(value) > _MAX_SHOWN:
+        return f"{value[:_MAX_SHOWN]!r}..."
     if isinstance(value, list | tuple | dict) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value):,} entries"
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    displayed = repr(value)
+    return displayed if len(displayed) <= _MAX_SHOWN else f"{displayed[:_MAX_SHOWN]}..."
 
 
 def is_number(value: object) -> bool:
@@ -135,15 +135,15 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _edits(one: str, other: str) -> int:
+def _edits(left: str, right: str) -> int:
     """Edit distance in which swapping neighbours counts as one edit (optimal string alignment)."""
     before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
         before, above, row = row, before, [i]
-        for j, b in enumerate(other, 1):
+        for j, b in enumerate(right, 1):
             cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+            if i > 1 and j > 1 and a == right[j - 2] and left[i - 2] == b:
                 cost = min(cost, above[j - 2] + 1)
             row.append(cost)
     return row[-1]

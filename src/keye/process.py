@@ -55,12 +55,12 @@ def memories() -> list[Memory]:
     """Main memory and that of every GPU that torch can use."""
     import torch
 
-    found = [memory for memory in [main_memory()] if memory is not None]
+    result = [memory for memory in [main_memory()] if memory is not None]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
-            found.append(Memory(f"cuda:{i}", total, free))
-    return found
+            result.append(Memory(f"cuda:{i}", total, free))
+    return result
 
 
 def memory_on(device: str) -> Memory | None:

@@ -34,17 +34,17 @@ class Fake:
     """Answers with what `act` gives for an item; counts what it was asked, and its starts."""
 
     def __init__(
-        self, act: Callable[[Item], Answer] = lambda one: reply(one.id), slots: int = 2, name: str = "w"
+        self, act: Callable[[Item], Answer] = lambda entry: reply(entry.id), slots: int = 2, name: str = "w"
     ) -> None:
         self.name, self.slots, self._act = name, slots, act
-        self.asked: list[str] = []
+        self.questions: list[str] = []
         self.starts = 0
 
     async def start(self) -> None:
         self.starts += 1
 
     async def ask(self, item: Item) -> Answer:
-        self.asked.append(item.id)
+        self.questions.append(item.id)
         await asyncio.sleep(0)
         return self._act(item)
 
@@ -73,45 +73,45 @@ def test_every_item_is_answered_once_and_never_again(out: Path) -> None:
     items = [item(str(number), f"v{number % 3}") for number in range(20)]
     worker = Fake()
     report = run(out, [worker], items)
-    assert Counter(worker.asked) == Counter(one.id for one in items)
+    assert Counter(worker.questions) == Counter(entry.id for entry in items)
     assert (report.ok, report.errors, report.prompt_tokens, report.video_seconds) == (20, 0, 200, 100.0)
-    assert {name: record["text"] for name, record in records(out).items()} == {one.id: one.id for one in items}
+    assert {name: record["text"] for name, record in records(out).items()} == {entry.id: entry.id for entry in items}
     again = Fake()
     report = run(out, [again], items)
-    assert again.asked == [] and (report.skipped, report.ok) == (20, 0)
+    assert again.questions == [] and (report.skipped, report.ok) == (20, 0)
 
 
 def test_errors_are_records_and_stop_nothing(out: Path) -> None:
-    def act(one: Item) -> Answer:
-        if one.id == "bad":
+    def act(entry: Item) -> Answer:
+        if entry.id == "bad":
             return Answer(400, {"error": {"code": "unknown_field", "message": "no such field"}})
-        if one.id == "missing":
+        if entry.id == "missing":
             raise KeyeError("a.mp4 does not exist; check the path")
         return reply("fine")
 
     lines = [item("bad"), BadLine("line-2", 2, "x", "the line is not JSON"), item("missing"), item("good")]
     report = run(out, [Fake(act, slots=1)], lines)
-    found = records(out)
-    assert (report.ok, report.errors) == (1, 3) and found["good"]["error"] is None
-    assert found["bad"]["error"] == {"code": "unknown_field", "message": "no such field"}
-    assert found["line-2"]["error"] == {"code": "bad_line", "message": "line 2: the line is not JSON"}
-    assert found["missing"]["error"]["message"] == "line 1: a.mp4 does not exist; check the path"
+    result = records(out)
+    assert (report.ok, report.errors) == (1, 3) and result["good"]["error"] is None
+    assert result["bad"]["error"] == {"code": "unknown_field", "message": "no such field"}
+    assert result["line-2"]["error"] == {"code": "bad_line", "message": "line 2: the line is not JSON"}
+    assert result["missing"]["error"]["message"] == "line 1: a.mp4 does not exist; check the path"
 
 
 def test_errors_are_asked_again_only_on_demand(out: Path) -> None:
-    run(out, [Fake(lambda one: Answer(400, {"error": {"message": "no"}}))], [item("a")])
+    run(out, [Fake(lambda entry: Answer(400, {"error": {"message": "no"}}))], [item("a")])
     run(out, [Fake()], [item("a")])
     assert records(out)["a"]["error"] is not None
     report = run(out, [Fake()], [item("a")], retry_errors=True)
     assert records(out)["a"]["error"] is None and (report.skipped, report.ok) == (0, 1)
 
 
-def test_a_lost_worker_starts_anew_and_its_questions_are_asked_again(out: Path) -> None:
+def test_a_lost_worker_starts_again_and_its_questions_are_asked_again(out: Path) -> None:
     lost: set[str] = set()
 
-    def act(one: Item) -> Answer:
-        if one.id in ("3", "4") and one.id not in lost:
-            lost.add(one.id)
+    def act(entry: Item) -> Answer:
+        if entry.id in ("3", "4") and entry.id not in lost:
+            lost.add(entry.id)
             raise WorkerLost("gone")
         return reply("yes")
 
@@ -122,8 +122,8 @@ def test_a_lost_worker_starts_anew_and_its_questions_are_asked_again(out: Path) 
 
 
 def test_a_question_that_ends_workers_gets_an_error_and_the_others_their_answers(out: Path) -> None:
-    def act(one: Item) -> Answer:
-        if one.id == "poison":
+    def act(entry: Item) -> Answer:
+        if entry.id == "poison":
             raise WorkerLost("killed")
         return reply("yes")
 
@@ -135,8 +135,8 @@ def test_a_question_that_ends_workers_gets_an_error_and_the_others_their_answers
 def test_questions_that_end_workers_are_asked_last(out: Path) -> None:
     """Also where they stand first, and there is one worker for one question at a time."""
 
-    def act(one: Item) -> Answer:
-        if one.id.startswith("poison"):
+    def act(entry: Item) -> Answer:
+        if entry.id.startswith("poison"):
             raise WorkerLost("killed")
         return reply("yes")
 
@@ -144,9 +144,9 @@ def test_questions_that_end_workers_are_asked_last(out: Path) -> None:
     worker = Fake(act, slots=1)
     report = run(out, [worker], [*bad, *(item(str(n), f"v{n}") for n in range(4))])
     assert (report.ok, report.errors) == (4, 5)
-    assert worker.asked[5:9] == ["0", "1", "2", "3"], "each is asked once before anything is asked again"
-    assert max(Counter(worker.asked).values()) == 3
-    assert {name for name, record in records(out).items() if record["error"]} == {one.id for one in bad}
+    assert worker.questions[5:9] == ["0", "1", "2", "3"], "each is asked once before anything is asked again"
+    assert max(Counter(worker.questions).values()) == 3
+    assert {name for name, record in records(out).items() if record["error"]} == {entry.id for entry in bad}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,9 @@ def test_questions_that_end_workers_are_asked_last(out: Path) -> None:
 @pytest.mark.parametrize("openai", [False, True])
 def test_an_odd_answer_is_a_record_and_stops_nothing(out: Path, body: dict, fine: bool, openai: bool) -> None:
     odd = replace(item("odd"), openai=openai)
-    report = run(out, [Fake(lambda one: Answer(200, body) if one.id == "odd" else reply("yes"))], [odd, item("good")])
+    report = run(
+        out, [Fake(lambda entry: Answer(200, body) if entry.id == "odd" else reply("yes"))], [odd, item("good")]
+    )
     assert (report.ok, report.errors) == (1 + fine, 1 - fine)
     assert {record.get("custom_id", record["id"]) for record in map(json.loads, out.read_text().splitlines())} == {
         "odd", "good"
@@ -178,8 +180,8 @@ def test_an_odd_answer_is_a_record_and_stops_nothing(out: Path, body: dict, fine
 
 
 def test_an_item_that_breaks_what_asks_it_is_a_record(out: Path) -> None:
-    def act(one: Item) -> Answer:
-        if one.id == "bad":
+    def act(entry: Item) -> Answer:
+        if entry.id == "bad":
             raise RecursionError("maximum recursion depth exceeded")
         return reply("yes")
 
@@ -188,8 +190,8 @@ def test_an_item_that_breaks_what_asks_it_is_a_record(out: Path) -> None:
 
 
 def test_no_worker_left_keeps_what_is_there(out: Path) -> None:
-    def act(one: Item) -> Answer:
-        if one.id != "0":
+    def act(entry: Item) -> Answer:
+        if entry.id != "0":
             raise WorkerLost("the server is gone", during=False)
         return reply("yes")
 
@@ -216,10 +218,10 @@ def test_the_first_question_about_a_video_goes_alone() -> None:
     assert other is not None and other.id == "b1"
     assert agenda.take("one") is None  # both videos are being met
     agenda.mark_answered(first, "one")
-    taken = [agenda.take("one"), agenda.take("two"), agenda.take("two")]
-    assert [one and one.id for one in taken] == ["a2", "a3", None]
+    selected = [agenda.take("one"), agenda.take("two"), agenda.take("two")]
+    assert [entry and entry.id for entry in selected] == ["a2", "a3", None]
     agenda.mark_answered(other, "two")
-    agenda.forget("two")  # lost: its video has to be met anew, by anyone
+    agenda.forget("two")  # lost: its video has to be met again, by anyone
     again = agenda.take("one")
     assert again is not None and again.id == "b2"
 
@@ -232,23 +234,23 @@ def test_the_first_question_about_a_video_goes_alone() -> None:
 )
 def test_an_agenda_gives_out_everything_whatever_happens(videos: list[str], steps: list[tuple[str, str]]) -> None:
     items = [item(str(number), video) for number, video in enumerate(videos)]
-    agenda, held, finished = Agenda(items), list[tuple[Item, str]](), set[str]()
+    agenda, reserved, finished = Agenda(items), list[tuple[Item, str]](), set[str]()
 
-    def end(one: Item, worker: str, how: str) -> None:
+    def end(entry: Item, worker: str, how: str) -> None:
         if how == "lose":
-            agenda.put_back(one) if len(one.id) % 2 else agenda.put_last(one)
+            agenda.put_back(entry) if len(entry.id) % 2 else agenda.put_last(entry)
             agenda.forget(worker)
             return
-        agenda.mark_answered(one, worker) if how == "answer" else agenda.drop(one)
-        assert one.id not in finished
-        finished.add(one.id)
+        agenda.mark_answered(entry, worker) if how == "answer" else agenda.drop(entry)
+        assert entry.id not in finished
+        finished.add(entry.id)
 
     for worker, how in steps:
-        one = agenda.take(worker)
-        if one is not None:
-            held.append((one, worker))
-        if how != "hold" and held:
-            end(*held.pop(0), how)
-    while held or (one := agenda.take("one")) is not None:
-        end(*(held.pop() if held else (one, "one")), "answer")
-    assert finished == {one.id for one in items}
+        entry = agenda.take(worker)
+        if entry is not None:
+            reserved.append((entry, worker))
+        if how != "hold" and reserved:
+            end(*reserved.pop(0), how)
+    while reserved or (entry := agenda.take("one")) is not None:
+        end(*(reserved.pop() if reserved else (entry, "one")), "answer")
+    assert finished == {entry.id for entry in items}

@@ -39,8 +39,8 @@ def answers(*statuses: int) -> Callable[[Any], Any]:
     return handle
 
 
-def post(one: Client, body: dict[str, Any] | None = None) -> Answer:
-    return asyncio.run(one.post(body or {"messages": []}))
+def post(item: Client, body: dict[str, Any] | None = None) -> Answer:
+    return asyncio.run(item.post(body or {"messages": []}))
 
 
 def test_a_full_or_failing_server_is_asked_again() -> None:
@@ -52,10 +52,10 @@ def test_a_full_or_failing_server_is_asked_again() -> None:
 def test_a_server_that_is_gone() -> None:
     async def no_pause(seconds: float) -> None: ...
 
-    asked: list[int] = []
+    requested: list[int] = []
 
     def refuse(request: Any) -> Any:
-        asked.append(1)
+        requested.append(1)
         raise httpx.ConnectError("refused")
 
     def break_off(request: Any) -> Any:
@@ -63,7 +63,7 @@ def test_a_server_that_is_gone() -> None:
 
     with pytest.raises(WorkerLost, match=r"http://server does not answer \(refused\)") as lost:
         post(client(refuse, tries=3, pause=no_pause))
-    assert len(asked) == 3 and not lost.value.during
+    assert len(requested) == 3 and not lost.value.during
     with pytest.raises(WorkerLost) as lost:
         post(client(break_off))
     assert lost.value.during
@@ -94,15 +94,15 @@ def test_numbers_that_json_lacks_become_none() -> None:
 
 
 def test_a_server_that_hangs_is_lost_after_its_time() -> None:
-    asked: list[int] = []
+    requested: list[int] = []
 
     async def hang(request: Any) -> Any:
-        asked.append(1)
+        requested.append(1)
         await asyncio.Event().wait()
 
     with pytest.raises(WorkerLost, match=r"http://server gave no answer in 0\.01 s") as lost:
         post(client(hang, tries=5, seconds=0.01))
-    assert lost.value.during and len(asked) == 1
+    assert lost.value.during and len(requested) == 1
 
 
 @pytest.mark.parametrize("header", ["\xb2", "Wed, 21 Oct 2099 07:28:00 GMT", "-1", "1" * 5000, ""])

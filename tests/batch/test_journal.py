@@ -1,4 +1,4 @@
-"""The output of a batch holds whole records, each once, whatever happens to whoever writes it."""
+"""The output of a batch holds complete records, each once, whatever happens to its writer."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def test_a_kill_at_any_byte_loses_at_most_the_last_record(
     with Journal(out) as journal:
         for number, text in enumerate(texts):
             journal.append(record(str(number), text=text))
-    whole = out.read_bytes()
+    complete = out.read_bytes()
     least = len('{"line_digest":"')  # of a first record less is not known as ours
-    cut = data.draw(st.just(0) | st.integers(least, len(whole)))
-    out.write_bytes(whole[:cut])
+    cut = data.draw(st.just(0) | st.integers(least, len(complete)))
+    out.write_bytes(complete[:cut])
     with Journal(out) as journal:
-        kept = (whole[:cut] + b"\n" if whole[cut : cut + 1] == b"\n" else whole[:cut]).count(b"\n")
-        assert list(journal.done) == [str(number) for number in range(kept)]
-        for number in range(kept, len(texts)):
+        stored = (complete[:cut] + b"\n" if complete[cut : cut + 1] == b"\n" else complete[:cut]).count(b"\n")
+        assert list(journal.done) == [str(number) for number in range(stored)]
+        for number in range(stored, len(texts)):
             journal.append(record(str(number), text=texts[number]))
-    assert out.read_bytes() == whole
+    assert out.read_bytes() == complete
 
 
 def test_two_batches_never_write_to_one_file(out: Path) -> None:

@@ -23,9 +23,9 @@ def read(folder: Path, *lines: Any, **defaults: Any) -> list[Item | BadLine]:
 
 
 def only(folder: Path, line: Any, **defaults: Any) -> Item:
-    (found,) = read(folder, line, **defaults)
-    assert isinstance(found, Item), found
-    return found
+    (result,) = read(folder, line, **defaults)
+    assert isinstance(result, Item), result
+    return result
 
 
 def test_a_line_is_the_body_of_a_chat(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def openai(**body: Any) -> dict[str, Any]:
 def test_lines_of_openais_batch_format(tmp_path: Path) -> None:
     item = only(tmp_path, openai(max_completion_tokens=3), max_tokens=5, max_frames=4)
     assert (item.id, item.openai, item.media) == ("x", True, (str(tmp_path / "a.mp4"),))
-    held = item.body["messages"][0]["content"][0]["video_url"]
-    assert held == {"url": str(tmp_path / "a.mp4"), "fps": 1, "max_frames": 4}
+    reserved = item.body["messages"][0]["content"][0]["video_url"]
+    assert reserved == {"url": str(tmp_path / "a.mp4"), "fps": 1, "max_frames": 4}
     assert "max_tokens" not in item.body
 
 
@@ -123,8 +123,8 @@ def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_line_is_told_and_the_next_is_read(tmp_path: Path, line: Any, sentence: str) -> None:
-    refused, item = read(tmp_path, line, QUESTION)
-    assert isinstance(refused, BadLine) and sentence in refused.reason and refused.id == "line-1"
+    rejected, item = read(tmp_path, line, QUESTION)
+    assert isinstance(rejected, BadLine) and sentence in rejected.reason and rejected.id == "line-1"
     assert isinstance(item, Item) and item.id == "line-2"
 
 
@@ -153,12 +153,12 @@ def test_numbers_of_csv_that_are_none_stay_text(tmp_path: Path) -> None:
 
 
 def test_a_digest_tells_what_is_asked(tmp_path: Path) -> None:
-    asked = [
+    requested = [
         only(tmp_path, QUESTION).digest,
         only(tmp_path, {**QUESTION, "question": "why?"}).digest,
         only(tmp_path, QUESTION, fps=1).digest,
     ]
-    assert len(set(asked)) == 3 and only(tmp_path, QUESTION).digest == asked[0]
+    assert len(set(requested)) == 3 and only(tmp_path, QUESTION).digest == requested[0]
 
 
 def test_questions_about_one_video_stand_together(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_bad_rows_of_csv_are_refused_alone(tmp_path: Path) -> None:
     rows = [b"video,question,seed", b"a.mp4,one,1", b"a.mp4,t\xffo,2", b"a.mp4," + b"x" * 200_000 + b",3",
             b"a.mp4,four," + b"1" * 5000, b"a.mp4,five,5"]  # fmt: skip
     path.write_bytes(b"\n".join(rows) + b"\n")
-    found = read_manifest(path, {})
-    assert [type(one) for one in found] == [Item, BadLine, BadLine, Item, Item]
+    result = read_manifest(path, {})
+    assert [type(entry) for entry in result] == [Item, BadLine, BadLine, Item, Item]
 
 
 def test_files_of_other_editors(tmp_path: Path) -> None:

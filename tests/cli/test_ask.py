@@ -145,11 +145,11 @@ def test_ground_writes_clips(
 
     answer = Keye.ground
 
-    def found(self: Keye, *arguments: object, **options: object) -> object:
+    def matches(self: Keye, *arguments: object, **options: object) -> object:
         real = answer(self, *arguments, **options)  # type: ignore[arg-type]
         return dataclasses.replace(real, text="...", intervals=((0.5, 2.0), (3.0, 3.0), (9.0, 10.0)))
 
-    monkeypatch.setattr(Keye, "ground", found)
+    monkeypatch.setattr(Keye, "ground", matches)
     arguments = [
         "ground",
         video,
@@ -171,8 +171,10 @@ def test_ground_writes_clips(
         assert container.duration == 1_500_000
     assert run(*arguments, "--json").data["clips"] == [str(tmp_path / "clips" / name) for name in names]
     (tmp_path / "clips" / names[0]).write_text("mine")
-    kept = run(*arguments)
-    assert kept.code == 2 and "give --overwrite" in kept.err and "0.5 s to 2.0 s" in kept.out, "the answer is shown"
+    stored = run(*arguments)
+    assert stored.code == 2 and "give --overwrite" in stored.err and "0.5 s to 2.0 s" in stored.out, (
+        "the answer is shown"
+    )
 
 
 def test_ground_wants_a_video_and_a_folder(run: Callable, picture: Path, video: Path) -> None:
@@ -212,9 +214,9 @@ def test_evidence_as_a_picture(run: Callable, model_folder: Path, video: Path, p
 def test_evidence_as_data(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
     arguments = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 2, "--json", *NO_LINE_BREAKS]
     data = run(*arguments, "--evidence", tmp_path / "out.json").data
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["media"] == data["evidence"]["media"] and written["question"] == "what?"
-    assert sum(written["media"][0]["shares"]) == pytest.approx(1, abs=1e-3) and written["steps"] == 2
+    output = json.loads((tmp_path / "out.json").read_text())
+    assert output["media"] == data["evidence"]["media"] and output["question"] == "what?"
+    assert sum(output["media"][0]["shares"]) == pytest.approx(1, abs=1e-3) and output["steps"] == 2
     dense = run(*arguments, "--evidence", tmp_path / "out.json", "--attention", "dense").data
     assert "attention was dense" in dense["evidence"]["reason"] and dense["evidence"]["media"] == []
 
@@ -243,7 +245,7 @@ def test_several_replies_and_their_probabilities(run: Callable, model_folder: Pa
     words = ["ask", video, "what?", "--model", model_folder, "--max-tokens", 4, "--n", 2, "--seed", 1]
     data = run(*words, "--temperature", 2, "--logprobs", 1, "--json").data
     assert len(data["alternatives"]) == 1 and data["alternatives"][0]["text"] != data["text"]
-    assert all(one["logprob"] < 0 and len(one["top"]) == 1 for one in data["logprobs"])
+    assert all(item["logprob"] < 0 and len(item["top"]) == 1 for item in data["logprobs"])
     assert "\n2: " in run(*words, "--temperature", 2).out
     assert "add --temperature 1" in run(*words).err
     assert "add --json" in run(*words, "--temperature", 2, "--logprobs", 1).err
@@ -273,5 +275,5 @@ def test_a_reply_that_repeats_itself_is_stopped(run: Callable, model_folder: Pat
     data = run(*arguments, "--json").data
     assert data["finish_reason"] == "loop" and data["usage"]["completion_tokens"] < 200
     assert "the reply repeated itself and was stopped" in data["notes"][-1]
-    shown = run(*arguments)
-    assert "stopped: it repeated itself" in shown.out and "keye: the reply repeated itself" in shown.err
+    displayed = run(*arguments)
+    assert "stopped: it repeated itself" in displayed.out and "keye: the reply repeated itself" in displayed.err

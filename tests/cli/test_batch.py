@@ -29,15 +29,15 @@ def records(out: Path) -> dict[str, Any]:
 def test_answers_and_errors(run: Callable, model_folder: Path, manifest: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     result = run("batch", manifest, "-o", out, "--model", model_folder, "--json", "--max-frames", 4)
-    report, found = result.data, records(out)
+    report, matches = result.data, records(out)
     assert result.code == 2 and "2 of 5 items have an error in" in result.err
     assert (report["items"], report["ok"], report["errors"], report["completion_tokens"]) == (5, 3, 2, 6)
     assert report["video_seconds"] == 12.0
-    assert set(found) == {"a", "b", "c", "missing", "line-5"}
-    assert len(found["a"]["usage"]["media"][0]["timestamps"]) == 4
-    assert found["missing"]["error"]["message"].endswith("nothing.mp4 does not exist; check the path")
+    assert set(matches) == {"a", "b", "c", "missing", "line-5"}
+    assert len(matches["a"]["usage"]["media"][0]["timestamps"]) == 4
+    assert matches["missing"]["error"]["message"].endswith("nothing.mp4 does not exist; check the path")
     # The second and third question met what the first one had computed.
-    cached = [found[name]["usage"]["prompt_tokens_details"]["cached_tokens"] for name in "abc"]
+    cached = [matches[name]["usage"]["prompt_tokens_details"]["cached_tokens"] for name in "abc"]
     assert cached[0] == 0 and min(cached[1:]) > 0
 
 
@@ -105,11 +105,11 @@ def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) ->
 
     from keye.commands.shared.inputs import shares
 
-    given = {"device": "cuda", "threads": None, "memory": None}
+    options = {"device": "cuda", "threads": None, "memory": None}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     monkeypatch.setattr("keye.cache.slabs.free_memory", lambda device: 8 << 30)
-    assert shares(given, 3) == [
+    assert shares(options, 3) == [
         {"device": "cuda:0", "threads": 2, "memory": 4 << 30},
         {"device": "cuda:1", "threads": 2, "memory": 8 << 30},
         {"device": "cuda:0", "threads": 2, "memory": 4 << 30},
@@ -129,8 +129,8 @@ def test_lines_that_json_can_write_and_nobody_reads(
     )
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     run("batch", tmp_path / "m.jsonl", "-o", tmp_path / "out.jsonl", "--model", model_folder)
-    found = [record["error"]["message"] for record in records(tmp_path / "out.jsonl").values()]
-    assert sorted(found) == [
+    matches = [record["error"]["message"] for record in records(tmp_path / "out.jsonl").values()]
+    assert sorted(matches) == [
         "the body has half of a surrogate pair; send whole characters",
         "the body is nested too deeply; send fewer levels",
     ]

@@ -35,16 +35,16 @@ def test_memory_and_time_of_a_video(run: Callable, model_folder: Path, video: Pa
 def test_the_prompt_is_counted_as_it_will_be(run: Callable, model_folder: Path, video: Path) -> None:
     """But for the words of the template and the question."""
     planned = run("plan", video, "--model", model_folder, "--device", "cpu", "--json").data["prediction"]
-    asked = run("ask", video, "what?", "--max-tokens", 1, "--model", model_folder, "--json").data["usage"]
-    assert abs(planned["prompt_tokens"] - asked["prompt_tokens"]) <= cost.WORDS
+    requested = run("ask", video, "what?", "--max-tokens", 1, "--model", model_folder, "--json").data["usage"]
+    assert abs(planned["prompt_tokens"] - requested["prompt_tokens"]) <= cost.WORDS
 
 
 def test_fewer_bits_take_less_room(run: Callable, model_folder: Path, video: Path) -> None:
-    held = [
+    reserved = [
         run("plan", video, "--model", model_folder, "--device", "cpu", "--kv", kv, "--json").data["prediction"]
         for kv in ("bf16", "int8", "int4")
     ]
-    sizes = [prediction["bytes"]["kv"] for prediction in held]
+    sizes = [prediction["bytes"]["kv"] for prediction in reserved]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
@@ -101,7 +101,7 @@ def test_a_line_through_what_was_measured() -> None:
 
 def test_a_question_tells_how_far_the_prediction_was_off(run: Callable, model_folder: Path, video: Path) -> None:
     words = ["ask", video, "what?", "--max-tokens", 4, "--model", model_folder, "--estimate"]
-    told = run(*words, "--json").data["estimate"]
-    assert told["errors"]["first_token"] < 1 and told["prompt_tokens"] > 64
+    events = run(*words, "--json").data["estimate"]
+    assert events["errors"]["first_token"] < 1 and events["prompt_tokens"] > 64
     text = run(*words).out
     assert "tokens/s" in text and "against the prediction: time to the first token" in text

@@ -28,8 +28,8 @@ def test_help_in_the_docs_is_current() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    shown = documented(DOCS.read_text(encoding="utf-8"))
-    assert {line.split()[1] for line in shown if " " in line} == set(VERBS)
+    displayed = documented(DOCS.read_text(encoding="utf-8"))
+    assert {line.split()[1] for line in displayed if " " in line} == set(VERBS)
 
 
 def test_the_demo_video_shows_its_scene() -> None:
@@ -40,8 +40,8 @@ def test_the_demo_video_shows_its_scene() -> None:
     assert plan.timestamps == clip.timestamps
     drawn = render(clip, (plan.width, plan.height)).astype(np.int16)
     assert np.abs(drawn - frames).mean() < 4
-    asked = {question.text: question.answer for question in questions(clip, random.Random(0), 8)}
-    assert asked["at what times is the red circle shown?"] == "[[3.0, 8.5]]"
+    requested = {question.text: question.answer for question in questions(clip, random.Random(0), 8)}
+    assert requested["at what times is the red circle shown?"] == "[[3.0, 8.5]]"
 
 
 def test_the_demo_video_can_be_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,18 +40,18 @@ def test_a_heic_photo(run: Callable[..., Any], folder: Path) -> None:
 
 def test_a_pdf(run: Callable[..., Any], folder: Path) -> None:
     (folder / "scan.pdf").write_bytes(b"%PDF-1.7\n")
-    said = "keye: scan.pdf is a PDF document, which is not read; convert its pages to PNG and give those as images\n"
+    message = "keye: scan.pdf is a PDF document, which is not read; convert its pages to PNG and give those as images\n"
     for arguments in (
         ("plan", "scan.pdf"),
         ("ask", "scan.pdf", "how many pages?"),
         ("ground", "scan.pdf", "a page turns"),
     ):
         result = run(*arguments)
-        assert (result.code, result.out, result.err) == (2, "", said)
+        assert (result.code, result.out, result.err) == (2, "", message)
 
 
 def test_pages_that_are_not_used_are_told_of(run: Callable[..., Any], folder: Path) -> None:
     pages = [Image.new("RGB", (60, 40), (90 * i, 0, 0)) for i in range(3)]
     pages[0].save("a.tif", save_all=True, append_images=pages[1:])
-    said = "a.tif: it has 3 pages, of which only the first is used; save the others as files of their own"
-    assert run("plan", "a.tif").err == f"keye: {said}\n"
+    message = "a.tif: it has 3 pages, of which only the first is used; save the others as files of their own"
+    assert run("plan", "a.tif").err == f"keye: {message}\n"

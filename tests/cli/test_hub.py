@@ -40,14 +40,14 @@ def test_what_was_fetched_is_here(run: Callable, remote: FakeHub, video: Path) -
 
 
 def test_the_bar_tells_bytes_and_appears_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = io.StringIO()
-    monkeypatch.setattr(inputs, "stderr", lambda: Console(file=written, force_terminal=True, width=120))
+    output = io.StringIO()
+    monkeypatch.setattr(inputs, "stderr", lambda: Console(file=output, force_terminal=True, width=120))
     with inputs.download_bar("some-one/their-model"):
         pass
-    assert written.getvalue() == ""
+    assert output.getvalue() == ""
     with inputs.download_bar("some-one/their-model") as progress:
         progress(2_000_000, 10_000_000)
-    assert "fetching some-one/their-model" in written.getvalue() and "2.0/10.0 MB" in written.getvalue()
+    assert "fetching some-one/their-model" in output.getvalue() and "2.0/10.0 MB" in output.getvalue()
 
 
 def test_a_connection_that_stays_cut_is_one_sentence(

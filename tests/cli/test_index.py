@@ -53,13 +53,13 @@ def test_its_evidence_is_drawn_without_thumbnails(
 
 
 def test_inspect_and_check(run: Callable, indexed: Path, tmp_path: Path) -> None:
-    shown = run("inspect", indexed)
-    assert shown.code == 0
-    lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+    displayed = run("inspect", indexed)
+    assert displayed.code == 0
+    lines = [" ".join(line.split()) for line in displayed.out.splitlines()]
     assert "model tiny, bfloat16, sparse attention" in lines
     assert "formats indexer_k bfloat16, k bfloat16, v bfloat16" in lines
-    held = run("inspect", indexed, "--json").data
-    assert (held["visual_tokens"], held["video"]["plan"]["name"]) == (128, "short.mp4")
+    reserved = run("inspect", indexed, "--json").data
+    assert (reserved["visual_tokens"], reserved["video"]["plan"]["name"]) == (128, "short.mp4")
     assert run("index", "--check", indexed).out.startswith(f"{indexed} is sound: ")
     assert run("index", "--check", indexed, "--json").data["sound"] is True
     broken = bytearray(indexed.read_bytes())

@@ -1,4 +1,4 @@
-"""Progress of long work: a share that never falls, and the time left, also where there is no terminal."""
+"""Progress of long work: a share that never falls, and the time left, also without a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_share_and_time_left() -> None:
     assert str(share) == "0%"
     share.add("encode", 50, 100)
     now[0] = 2.0
-    assert str(share) == "50%", "no time left is told in the first three seconds"
+    assert str(share) == "50%", "no time left is shown in the first three seconds"
     now[0] = 4.0
     assert str(share) == "50%, about 4 s left"
     share.add("prefill", 10, 300)

@@ -106,8 +106,8 @@ def test_what_goes_wrong_is_one_sentence(
 @pytest.mark.parametrize(("error", "code"), [(KeyeError("odd"), 2), (RuntimeError("odd"), 1)])
 def test_debug_shows_the_traceback(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(failing(error), ["--debug"]) == code
-    shown = capsys.readouterr().err
-    assert "Traceback" in shown and shown.splitlines()[-1].startswith("keye: ") and "run again" not in shown
+    displayed = capsys.readouterr().err
+    assert "Traceback" in displayed and displayed.splitlines()[-1].startswith("keye: ") and "run again" not in displayed
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -56,15 +56,15 @@ def test_a_late_first_frame(run: Callable, model_folder: Path, tmp_path: Path) -
     words = ["live", late, "what?", "--every", 2, "--max-tokens", 1, "--model", model_folder, "--json"]
     assert [json.loads(line)["time"] for line in run(*words).out.splitlines()] == [1.5, 3.7, 5.4]
     assert run("index", late, "-o", tmp_path / "late.keye", "--model", model_folder).err.count(note) == 1
-    asked = run("ask", tmp_path / "late.keye", "what?", "--max-tokens", 1, "--model", model_folder, "--json")
-    assert asked.err.count(note.replace("late.mp4", "late.keye")) == 1
-    assert asked.data["notes"] == [note.replace("late.mp4", "late.keye").removeprefix("keye: ").strip()]
+    requested = run("ask", tmp_path / "late.keye", "what?", "--max-tokens", 1, "--model", model_folder, "--json")
+    assert requested.err.count(note.replace("late.mp4", "late.keye")) == 1
+    assert requested.data["notes"] == [note.replace("late.mp4", "late.keye").removeprefix("keye: ").strip()]
 
 
 def test_a_share_of_the_budget(run: Callable, model_folder: Path, video: Path) -> None:
     arguments = ["plan", video, "--total-pixels", 784 * 100, "--model", model_folder, "--json"]
-    whole, share = (run(*arguments, *flags).data["visual_tokens"] for flags in ([], ["--adaptive-budget"]))
-    assert whole == run(*arguments, "--no-adaptive-budget").data["visual_tokens"] > 2 * share
+    complete, share = (run(*arguments, *flags).data["visual_tokens"] for flags in ([], ["--adaptive-budget"]))
+    assert complete == run(*arguments, "--no-adaptive-budget").data["visual_tokens"] > 2 * share
 
 
 def test_plan_says_when_a_video_does_not_fit(run: Callable, own_model: Path, video: Path) -> None:
@@ -138,8 +138,8 @@ def test_doctor_finds_a_missing_model(run: Callable, monkeypatch: pytest.MonkeyP
 
 
 def test_the_package_is_a_command() -> None:
-    shown = subprocess.run([sys.executable, "-m", "keye", "--version"], capture_output=True, text=True, check=True)
-    assert shown.stdout.startswith("keye")
+    displayed = subprocess.run([sys.executable, "-m", "keye", "--version"], capture_output=True, text=True, check=True)
+    assert displayed.stdout.startswith("keye")
     assert subprocess.run([sys.executable, "-m", "keye", "juggle"], capture_output=True).returncode == 2
 
 

@@ -125,17 +125,17 @@ def report() -> None:
     for name, function in _cases:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
-        begin, outcome, told = time.monotonic(), "passed", ""
+        begin, outcome, events = time.monotonic(), "passed", ""
         try:
             result = function()
             if inspect.isawaitable(result):
                 asyncio.run(_wait(result))
         except Exception as error:  # noqa: BLE001 - whatever a client raises is the outcome
-            outcome, told = "failed", f"{type(error).__name__}: {error}"[:2000]
+            outcome, events = "failed", f"{type(error).__name__}: {error}"[:2000]
             traceback.print_exc()
         counts[outcome] += 1
         line = {"case": name, "outcome": outcome, "seconds": round(time.monotonic() - begin, 2)}
-        print(json.dumps({**line, "error": told} if told else line), flush=True)
+        print(json.dumps({**line, "error": events} if events else line), flush=True)
     print(", ".join(f"{number} {word}" for word, number in counts.items()))
     sys.exit(1 if counts["failed"] else 0)
 

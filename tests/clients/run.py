@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _is_wanted(name: str, wanted: list[str]) -> bool:
-    return not wanted or name in wanted or any(one in name and one not in PYTHON_CLIENTS for one in wanted)
+    return not wanted or name in wanted or any(item in name and item not in PYTHON_CLIENTS for item in wanted)
 
 
 def install(name: str) -> str:
@@ -113,9 +113,9 @@ def _install_npm() -> str:
         return ""
     if shutil.which("node") is None or shutil.which("npm") is None:
         return "node and npm are not installed"
-    found = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
-    if int(found.lstrip("v").partition(".")[0] or 0) < OLDEST_NODE:
-        return f"node {found} is older than {OLDEST_NODE}"
+    result = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
+    if int(result.lstrip("v").partition(".")[0] or 0) < OLDEST_NODE:
+        return f"node {result} is older than {OLDEST_NODE}"
     problem = _run(["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", str(HERE)])
     if not problem:
         stamp.write_text(wanted)
@@ -132,8 +132,8 @@ def _run(command: list[str]) -> str:
 def version(name: str) -> str:
     """The pinned version of a client."""
     if name in NPM_CLIENTS:
-        found = json.loads((HERE / "package.json").read_text())["dependencies"][NPM_CLIENTS[name][0]]
-        return str(found)
+        result = json.loads((HERE / "package.json").read_text())["dependencies"][NPM_CLIENTS[name][0]]
+        return str(result)
     project = "pydantic-ai-slim" if name == "pydantic-ai" else name
     lines = (HERE / "locks" / f"{name}.txt").read_text().splitlines()
     return next(line.partition("==")[2] for line in lines if line.lower().startswith(f"{project}=="))
@@ -167,11 +167,11 @@ def try_client(name: str, problem: str, url: str) -> Trial:
         trial.output = _output(name, url)
         for line in trial.output.splitlines():
             if line.startswith('{"case"'):
-                told = json.loads(line)
-                trial.cases[told["case"]] = told["outcome"]
+                events = json.loads(line)
+                trial.cases[events["case"]] = events["outcome"]
     outcome = _outcome(trial)
-    told = problem or ", ".join(case if how == "passed" else f"{case} FAILED" for case, how in trial.cases.items())
-    print(f"{outcome} {name} {trial.version}: {told}", flush=True)
+    events = problem or ", ".join(case if how == "passed" else f"{case} FAILED" for case, how in trial.cases.items())
+    print(f"{outcome} {name} {trial.version}: {events}", flush=True)
     if outcome == "failed":
         print(re.sub(r"^", "    ", trial.output[-6000:], flags=re.M), flush=True)
     return trial
@@ -184,10 +184,10 @@ def _output(name: str, url: str) -> str:
     else:
         command = [str(ENVIRONMENTS / name / "bin/python"), str(HERE / f"use_{name.replace('-', '_')}.py")]
     # Nothing of the user's own: keys, settings of clients, paths of Python.
-    kept = {
+    stored = {
         key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG", "TMPDIR", "SSL_CERT_FILE")
     }
-    environment = {**kept, "KEYE_URL": url, "NO_PROXY": "*"}
+    environment = {**stored, "KEYE_URL": url, "NO_PROXY": "*"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -212,8 +212,8 @@ def table(trials: list[Trial]) -> Iterator[str]:
     yield f"| client | version | {' | '.join(columns)} | further |"
     yield "|---" * (len(columns) + 3) + "|"
     for trial in trials:
-        cells = [{"passed": "yes", "failed": "FAILED"}.get(trial.cases.get(one, ""), "-") for one in columns]
-        further = ", ".join(one for one in trial.cases if one not in columns)
+        cells = [{"passed": "yes", "failed": "FAILED"}.get(trial.cases.get(item, ""), "-") for item in columns]
+        further = ", ".join(item for item in trial.cases if item not in columns)
         yield f"| {trial.name} | {trial.version} | {' | '.join(cells)} | {further} |"
 
 

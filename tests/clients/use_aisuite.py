@@ -15,8 +15,8 @@ HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 def chat(messages: Any = HELLO, **fields: Any) -> Any:
-    given = {"max_tokens": 24, "temperature": 0, **fields}
-    return client.chat.completions.create(model=f"openai:{MODEL}", messages=messages, **given)
+    options = {"max_tokens": 24, "temperature": 0, **fields}
+    return client.chat.completions.create(model=f"openai:{MODEL}", messages=messages, **options)
 
 
 @case("chat")

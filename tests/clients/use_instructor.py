@@ -31,8 +31,8 @@ MODES = (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS, instructor.Mode.JSO
 
 def ask(mode: instructor.Mode, messages: Any = HELLO, kind: Any = Verdict, **fields: Any) -> Any:
     client = instructor.from_openai(official, mode=mode)
-    given = {"max_tokens": 300, "max_retries": 1, **fields}
-    return client.chat.completions.create(model=MODEL, messages=messages, response_model=kind, **given)
+    options = {"max_tokens": 300, "max_retries": 1, **fields}
+    return client.chat.completions.create(model=MODEL, messages=messages, response_model=kind, **options)
 
 
 @case("chat")

@@ -26,8 +26,8 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
 
 
 def model(**fields: Any) -> ChatOpenAI:
-    given = {"max_tokens": 24, "max_retries": 0, "temperature": 0, **fields}
-    return ChatOpenAI(model=MODEL, base_url=common.API, api_key=KEY, **given)
+    options = {"max_tokens": 24, "max_retries": 0, "temperature": 0, **fields}
+    return ChatOpenAI(model=MODEL, base_url=common.API, api_key=KEY, **options)
 
 
 @case("chat")

@@ -23,9 +23,9 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
 
 
 def model(**fields: Any) -> OpenAILike:
-    given = {"max_tokens": 24, "max_retries": 0, "temperature": 0, **fields}
+    options = {"max_tokens": 24, "max_retries": 0, "temperature": 0, **fields}
     return OpenAILike(
-        model=MODEL, api_base=common.API, api_key=KEY, is_chat_model=True, is_function_calling_model=True, **given
+        model=MODEL, api_base=common.API, api_key=KEY, is_chat_model=True, is_function_calling_model=True, **options
     )
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 set_tracing_disabled(True)
 KINDS: Any = (OpenAIResponsesModel, OpenAIChatCompletionsModel)
-asked: list[str] = []
+requested: list[str] = []
 
 
 class Verdict(BaseModel):
@@ -33,15 +33,15 @@ class Verdict(BaseModel):
 @function_tool
 def get_weather(city: Literal["Paris", "Rome"]) -> str:
     """The weather of a city."""
-    asked.append(city)
+    requested.append(city)
     return "sunny"
 
 
 def agent(kind: Any = OpenAIResponsesModel, settings: Any = None, **fields: Any) -> Agent:
     # A client of its own: each run has an event loop of its own.
     model = kind(MODEL, openai.AsyncOpenAI(base_url=common.API, api_key=KEY, max_retries=0))
-    given = {"max_tokens": 24, "temperature": 0, **(settings or {})}
-    return Agent("helper", instructions="Be brief.", model=model, model_settings=ModelSettings(**given), **fields)
+    options = {"max_tokens": 24, "temperature": 0, **(settings or {})}
+    return Agent("helper", instructions="Be brief.", model=model, model_settings=ModelSettings(**options), **fields)
 
 
 async def text_of(streamed: Any) -> str:
@@ -82,10 +82,10 @@ def _() -> None:
 def _() -> None:
     for kind in KINDS:
         settings = {"max_tokens": 100, "tool_choice": "required", "parallel_tool_calls": False}
-        asked.clear()
+        requested.clear()
         caller = agent(kind, settings, tools=[get_weather], tool_use_behavior="stop_on_first_tool")
         result = Runner.run_sync(caller, "hello")
-        assert result.final_output == "sunny" and asked[0] in ("Paris", "Rome")
+        assert result.final_output == "sunny" and requested[0] in ("Paris", "Rome")
         again = [*result.to_input_list(), {"role": "user", "content": "and then?"}]
         check_answer(
             Runner.run_sync(agent(kind, {"max_tokens": 200}, output_type=Verdict), again).final_output.model_dump()

@@ -48,25 +48,25 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
     return [fetch_source(path) for path in sorted(folder.iterdir())]
 
 
-def whole(source: Source, config: ProcessorConfig = CONFIG, **options: Any) -> PlannedFrames:
+def complete(source: Source, config: ProcessorConfig = CONFIG, **options: Any) -> PlannedFrames:
     """What this process makes of a video."""
     with Processor(config).decode_video(source, MediaOptions(**options)) as (plan, frames):
         return PlannedFrames(plan, tuple(frames))
 
 
-def same(found: PlannedFrames, expected: PlannedFrames) -> bool:
-    pairs = zip(found.frames, expected.frames, strict=True)
-    return found.plan == expected.plan and all(np.array_equal(a, b) for a, b in pairs)
+def same(matches: PlannedFrames, expected: PlannedFrames) -> bool:
+    pairs = zip(matches.frames, expected.frames, strict=True)
+    return matches.plan == expected.plan and all(np.array_equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("release", ["preview", "1.5", "2.0"])
 def test_frames_are_those_of_this_process(service: DecodeService, clips: list[Source], release: Any) -> None:
     config = ProcessorConfig.of(release, video_min_tokens=4)
     for source in clips[:2]:
-        expected = whole(source, config, max_frames=5)
-        found = service.submit(VideoWork(source, config, MediaOptions(max_frames=5))).result(60)
-        assert same(found, expected)
-        assert not found.frames[0].flags.writeable
+        expected = complete(source, config, max_frames=5)
+        matches = service.submit(VideoWork(source, config, MediaOptions(max_frames=5))).result(60)
+        assert same(matches, expected)
+        assert not matches.frames[0].flags.writeable
         assert same(service.submit(VideoWork(source, config, MediaOptions(), expected.plan)).result(60), expected)
 
 
@@ -92,10 +92,10 @@ def test_media_are_those_of_this_process(
 def test_parts_cover_a_plan_once(clips: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_reader, "FIRST_PART", 100_000)
     monkeypatch.setattr(decode_reader, "LARGEST_PART", 200_000)
-    plan = whole(clips[5]).plan
-    found = list(decode_reader.parts(plan))
-    assert len(found) > 2
-    assert [i for first, stop in found for i in range(plan.frames)[first:stop]] == list(range(plan.frames))
+    plan = complete(clips[5]).plan
+    matches = list(decode_reader.parts(plan))
+    assert len(matches) > 2
+    assert [i for first, stop in matches for i in range(plan.frames)[first:stop]] == list(range(plan.frames))
     assert list(decode_reader.parts(plan, as_one=True)) == [(0, None)]
 
 
@@ -104,7 +104,7 @@ def test_a_reader_that_is_closed_leaves_nothing(service: DecodeService, clips: l
     reader = item.pixels.open()
     reader.close()
     reader.close()
-    assert reader.has(1), "nobody has to wait for what will not come"
+    assert reader.has(1), "a reader does not wait for what will not come"
     again = item.pixels.open()
     assert again.wait(1, 60) and len(again.take(1).grid_thw) == 1
     again.close()
@@ -113,10 +113,10 @@ def test_a_reader_that_is_closed_leaves_nothing(service: DecodeService, clips: l
 def test_bytes_in_memory_and_strangers_files(service: DecodeService, clips: list[Source]) -> None:
     assert clips[0].path is not None
     data = clips[0].path.read_bytes()
-    expected = whole(clips[0])
+    expected = complete(clips[0])
     for source in (fetch_source(data), untrusted(clips[0])):
-        found = service.submit(VideoWork(source, CONFIG)).result(60)
-        assert all(np.array_equal(a, b) for a, b in zip(found.frames, expected.frames, strict=True))
+        matches = service.submit(VideoWork(source, CONFIG)).result(60)
+        assert all(np.array_equal(a, b) for a, b in zip(matches.frames, expected.frames, strict=True))
     assert same(service.submit(VideoWork(str(clips[0].path), CONFIG)).result(60), expected)
 
 
@@ -143,10 +143,10 @@ def test_work_that_cannot_travel_is_its_own_mistake(service: DecodeService) -> N
 def test_warnings_come_back(service: DecodeService, clips: list[Source]) -> None:
     options = MediaOptions(nframes=500)
     with pytest.warns(keye.errors.KeyeWarning) as here:
-        whole(clips[0], nframes=500)
+        complete(clips[0], nframes=500)
     with pytest.warns(keye.errors.KeyeWarning) as there:
         service.submit(VideoWork(clips[0], CONFIG, options)).result(60)
-    assert [str(one.message) for one in here] == [str(one.message) for one in there]
+    assert [str(entry.message) for entry in here] == [str(entry.message) for entry in there]
 
 
 def test_workers_load_no_torch(service: DecodeService) -> None:
@@ -197,7 +197,7 @@ def workers_of(service: DecodeService) -> list[int]:
 @pytest.mark.parametrize("victims", [1, 2])
 def test_kill_9_of_workers_while_they_work(clips: list[Source], victims: int) -> None:
     """One of four, and half of them, again and again: every item comes, once, and right."""
-    expected = [whole(source) for source in clips]
+    expected = [complete(source) for source in clips]
     with open_service("local:4") as service:
         results = []
         for number in range(60):
@@ -206,8 +206,8 @@ def test_kill_9_of_workers_while_they_work(clips: list[Source], victims: int) ->
                 results[number - 8].result(60)  # some are done, others on their way
                 for pid in workers_of(service)[:victims]:
                     os.kill(pid, signal.SIGKILL)
-        found = [result.result(60) for result in results]
-        assert all(same(one, expected[number % 6]) for number, one in enumerate(found))
+        matches = [result.result(60) for result in results]
+        assert all(same(entry, expected[number % 6]) for number, entry in enumerate(matches))
         gauges = service.gauges()
         assert gauges["done"] == 60 and gauges["bytes"] == 0 and gauges["workers"] == 4
         assert gauges["deaths"] == gauges["retried"] >= victims and service.poisoned == {}
@@ -219,7 +219,7 @@ def test_workers_killed_while_idle_are_no_files_fault(clips: list[Source]) -> No
         for worker in service.workers:
             os.kill(worker.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
             worker.process.wait()  # type: ignore[attr-defined]
-        assert same(service.submit(VideoWork(clips[0], CONFIG)).result(60), whole(clips[0]))
+        assert same(service.submit(VideoWork(clips[0], CONFIG)).result(60), complete(clips[0]))
         assert service.poisoned == {} and service.gauges()["deaths"] >= 1
 
 
@@ -227,9 +227,9 @@ def test_workers_killed_while_idle_are_no_files_fault(clips: list[Source]) -> No
 def test_a_call_that_ends_its_process_is_poison(clips: list[Source]) -> None:
     with open_service("local:2") as service:
         good = [service.submit(VideoWork(source, CONFIG)) for source in clips]
-        with pytest.raises(Poisoned, match="set aside"):
+        with pytest.raises(Poisoned, match="is quarantined"):
             service.submit(CallWork(os._exit, (1,))).result(60)
-        assert all(same(result.result(60), whole(source)) for result, source in zip(good, clips, strict=True))
+        assert all(same(result.result(60), complete(source)) for result, source in zip(good, clips, strict=True))
         assert len(service.poisoned) == 1
 
 

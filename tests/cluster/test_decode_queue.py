@@ -45,8 +45,8 @@ def job(number: int, priority: Priority = Priority.BATCH, node: str | None = Non
 
 def test_interactive_work_goes_before_a_batch_and_that_before_training() -> None:
     queue = queue_of(job(1, Priority.TRAINING), job(2), job(3, Priority.INTERACTIVE), job(4))
-    taken = [queue.take("a", {"a"}, {"a"}) for _ in range(5)]
-    assert [one and one.number for one in taken] == [3, 2, 4, 1, None]
+    selected = [queue.take("a", {"a"}, {"a"}) for _ in range(5)]
+    assert [item and item.number for item in selected] == [3, 2, 4, 1, None]
 
 
 def test_a_job_that_has_to_be_done_again_gets_its_old_place() -> None:
@@ -55,16 +55,16 @@ def test_a_job_that_has_to_be_done_again_gets_its_old_place() -> None:
     first = queue.take("a", {"a"}, {"a"})
     assert first is jobs[0]
     queue.add(first)
-    assert [one.number for one in queue] == [1, 2, 3, 4]
+    assert [item.number for item in queue] == [1, 2, 3, 4]
 
 
 def test_a_file_is_left_to_an_idle_worker_on_its_node() -> None:
     queue = queue_of(job(1, node="b"), job(2))
-    taken = queue.take("a", {"a", "b"}, {"a", "b"})
-    assert taken is not None and taken.number == 2
+    selected = queue.take("a", {"a", "b"}, {"a", "b"})
+    assert selected is not None and selected.number == 2
     assert queue.take("a", {"a", "b"}, {"a", "b"}) is None  # the other is for b
-    taken = queue.take("a", {"a"}, {"a", "b"})  # b is busy: better here than not at all
-    assert taken is not None and taken.number == 1
+    selected = queue.take("a", {"a"}, {"a", "b"})  # b is busy: better here than not at all
+    assert selected is not None and selected.number == 1
 
 
 def test_a_file_goes_where_it_was_before() -> None:
@@ -85,15 +85,15 @@ def test_local_files_overtake_others_but_not_for_ever() -> None:
 
 
 def test_a_job_is_done_elsewhere_after_a_death_and_where_its_file_is() -> None:
-    one = job(1)
-    queue = queue_of(one)
-    one.died.append("a")
+    item = job(1)
+    queue = queue_of(item)
+    item.died.append("a")
     assert queue.take("a", {"a"}, {"a", "b"}) is None
-    assert queue.may(one, "a", {"a"}), "where there is no other node it is tried here again"
-    one.absent.add("b")
+    assert queue.may(item, "a", {"a"}), "where there is no other node it is tried here again"
+    item.absent.add("b")
     assert queue.take("b", {"b"}, {"a", "b"}) is None
-    one.absent.add("a")  # on no node: the file has to be brought along
-    assert queue.take("b", {"b"}, {"a", "b"}) is one
+    item.absent.add("a")  # on no node: the file has to be brought along
+    assert queue.take("b", {"b"}, {"a", "b"}) is item
 
 
 @given(st.integers(1, 100), st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=60))
@@ -101,23 +101,23 @@ def test_results_in_order_never_take_more_than_the_limit_and_one(limit: int, ste
     """Jobs begin in order and reserve when they can; results are taken in order. Nothing gets stuck."""
     budget = ByteBudget(limit)
     sizes = [size for size, _ in steps]
-    started, reserved, taken = 0, set[int](), 0
+    started, reserved, selected = 0, set[int](), 0
     for _, take in steps:
         rank = (0, started)
         budget.enter(rank)
         started += 1
-        for number in range(taken, started):
+        for number in range(selected, started):
             if number not in reserved and budget.reserve((0, number), sizes[number]):
                 reserved.add(number)
-        held = sum(sizes[number] for number in reserved)
-        assert budget.used == held
-        assert held <= limit + max(sizes), "the limit, and the one that is waited for"
-        assert taken in reserved or taken == started, "the oldest is never kept waiting"
-        if take and taken in reserved:
-            budget.leave((0, taken))
-            reserved.discard(taken)
-            taken += 1
-    for number in range(taken, started):
+        blocked = sum(sizes[number] for number in reserved)
+        assert budget.used == blocked
+        assert blocked <= limit + max(sizes), "the limit, and the one that is waited for"
+        assert selected in reserved or selected == started, "the oldest is never kept waiting"
+        if take and selected in reserved:
+            budget.leave((0, selected))
+            reserved.discard(selected)
+            selected += 1
+    for number in range(selected, started):
         assert budget.reserve((0, number), sizes[number]) or number in reserved
         budget.leave((0, number))
     assert budget.used == 0
@@ -125,19 +125,19 @@ def test_results_in_order_never_take_more_than_the_limit_and_one(limit: int, ste
 
 @given(st.lists(st.tuples(st.sampled_from(["enter", "reserve", "leave"]), st.integers(0, 5), st.integers(0, 50))))
 def test_bytes_are_what_is_held_whatever_happens(steps: list[tuple[str, int, int]]) -> None:
-    budget, held = ByteBudget(60), dict[int, int]()
+    budget, blocked = ByteBudget(60), dict[int, int]()
     for step, number, size in steps:
         rank = (0, number)
         if step == "enter":
             budget.enter(rank)
-            held.setdefault(number, 0)
+            blocked.setdefault(number, 0)
         elif step == "leave":
             budget.leave(rank)
-            held.pop(number, None)
-        elif number in held:
-            first, others = min(held), sum(held.values()) - held[number]
-            taken = budget.reserve(rank, size)
-            assert taken == (others + size <= 60 or number == first)
-            if taken:
-                held[number] = size
-        assert budget.used == sum(held.values())
+            blocked.pop(number, None)
+        elif number in blocked:
+            first, others = min(blocked), sum(blocked.values()) - blocked[number]
+            selected = budget.reserve(rank, size)
+            assert selected == (others + size <= 60 or number == first)
+            if selected:
+                blocked[number] = size
+        assert budget.used == sum(blocked.values())

@@ -49,19 +49,19 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
     return [fetch_source(path) for path in sorted(folder.iterdir())]
 
 
-def whole(source: Source) -> PlannedFrames:
+def complete(source: Source) -> PlannedFrames:
     with Processor(CONFIG).decode_video(source, MediaOptions()) as (plan, frames):
         return PlannedFrames(plan, tuple(frames))
 
 
-def same(found: PlannedFrames, expected: PlannedFrames) -> bool:
-    pairs = zip(found.frames, expected.frames, strict=True)
-    return found.plan == expected.plan and all(np.array_equal(a, b) for a, b in pairs)
+def same(matches: PlannedFrames, expected: PlannedFrames) -> bool:
+    pairs = zip(matches.frames, expected.frames, strict=True)
+    return matches.plan == expected.plan and all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_a_cluster_does_what_this_process_does(cluster: Any, clips: list[Source], tmp_path: Path) -> None:
-    """The same frames; deaths of workers and of a node are made good; poison and bad files are told apart."""
-    expected = [whole(source) for source in clips]
+    """The same frames; deaths of workers and of a node are made good; poison and bad files are distinguished."""
+    expected = [complete(source) for source in clips]
     with open_service("ray") as service:
         assert service.gauges()["workers"] == 2
         assert len({worker.node for worker in service.workers}) == 2
@@ -71,14 +71,14 @@ def test_a_cluster_does_what_this_process_does(cluster: Any, clips: list[Source]
             service.submit(VideoWork(str(tmp_path / "none.mp4"), CONFIG)).result(60)
         with pytest.raises(MediaError, match="<bytes> is not a video"):
             service.submit(VideoWork(fetch_source(b"\0nothing"), CONFIG)).result(60)
-        with pytest.raises(Poisoned, match="set aside"):
+        with pytest.raises(Poisoned, match="is quarantined"):
             service.submit(CallWork(os._exit, (1,))).result(120)
         kill_one(service)
         results = [service.submit(VideoWork(clips[i % 4], CONFIG), Priority.BATCH) for i in range(16)]
         results[4].result(60)
         cluster.remove_node(cluster.second)
-        found = [result.result(120) for result in results]
-        assert all(same(one, expected[i % 4]) for i, one in enumerate(found))
+        matches = [result.result(120) for result in results]
+        assert all(same(item, expected[i % 4]) for i, item in enumerate(matches))
         gauges = service.gauges()
         assert gauges["workers"] == 1 and gauges["bytes"] == 0 and gauges["poisoned"] == 1
 

@@ -56,5 +56,5 @@ def test_a_server_answers_the_same_and_tells_the_services_numbers() -> None:
 def test_an_address_that_is_none() -> None:
     result = CliRunner().invoke(cli, ["serve", "--port", "0", "--decode", "nowhere"])
     assert isinstance(result.exception, KeyeError) or result.exit_code == 2
-    said = result.output + str(result.exception)
-    assert "'nowhere' is not an address of a decode service: give local, local:N, ray or ray://host:port" in said
+    message = result.output + str(result.exception)
+    assert "'nowhere' is not an address of a decode service: give local, local:N, ray or ray://host:port" in message

@@ -88,7 +88,7 @@ def test_results_that_nobody_takes_hold_the_workers_back() -> None:
         assert [name for name, _ in pool.done] == ["0", "1"], "the third has no room"
         assert results[0].result(30) == "0"
         until(service, lambda: len(pool.done) == 3)
-        results[1].abandon()  # nobody wants it any more: that makes room as well
+        results[1].abandon()  # an abandoned result makes room as well
         until(service, lambda: len(pool.done) == 4)
         assert [result.result(30) for result in results[2:]] == ["2", "3", "4"]
         assert service.gauges()["bytes"] == 0
@@ -167,7 +167,7 @@ def test_a_file_goes_to_the_node_that_has_it() -> None:
 
 def test_a_file_that_is_nowhere_else_is_brought_along() -> None:
     with DecodeService(FakePool(("a", "b"))) as service:
-        assert service.submit(Item("mine.mp4", on=(), kept=True)).result(30) == "mine.mp4"
+        assert service.submit(Item("mine.mp4", on=(), is_stored=True)).result(30) == "mine.mp4"
         assert service.gauges()["carried"] == 1
         with pytest.raises(MediaError, match=r"nowhere\.mp4 does not exist on any node"):
             service.submit(Item("nowhere.mp4", on=())).result(30)

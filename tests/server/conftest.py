@@ -133,14 +133,14 @@ def page(browser: Any, server: MockServer) -> Iterator[Any]:
     opened = context.new_page()
     opened.set_default_timeout(20_000)
     failures: list[str] = []
-    asked: list[str] = []
+    requested: list[str] = []
     opened.on("pageerror", lambda error: failures.append(str(error)))
     opened.on("console", lambda line: failures.append(line.text) if "Content Security Policy" in line.text else None)
-    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("request", lambda request: requested.append(request.url))
     opened.goto(server.address)
     opened.wait_for_selector("body[data-ready]")
     yield opened
     smuggled = opened.evaluate("window.hacked")
     context.close()
     assert failures == [] and smuggled is None
-    assert [url for url in asked if not url.startswith((server.address, f"blob:{server.address}", "data:"))] == []
+    assert [url for url in requested if not url.startswith((server.address, f"blob:{server.address}", "data:"))] == []

@@ -16,7 +16,7 @@ from keye.server.app import guarded_app
 from keye.server.edge.audit import Audit
 from keye.server.settings import Settings
 from tests.support.clips import write_with_sound
-from tests.support.serving import Ask, Running, error_of, told
+from tests.support.serving import Ask, Running, error_of, read_events
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -27,8 +27,8 @@ def medium(file_id: str, **settings: Any) -> dict[str, Any]:
 
 def test_settings_of_media_are_honoured_and_echoed(ask: Ask, file_id: str) -> None:
     inside = medium(file_id, max_frames=4)
-    beside = {"type": "video_url", "video_url": {"url": file_id}, "preprocess_kwargs": {"nframes": 2}}
-    first, second = ask([inside, beside, {"type": "text", "text": "?"}])["usage"]["media"]
+    nearby = {"type": "video_url", "video_url": {"url": file_id}, "preprocess_kwargs": {"nframes": 2}}
+    first, second = ask([inside, nearby, {"type": "text", "text": "?"}])["usage"]["media"]
     assert (first["frames"], first["options"]) == (4, {"max_frames": 4})
     assert (second["frames"], second["options"]) == (2, {"nframes": 2})
 
@@ -59,40 +59,40 @@ def test_notes_about_a_file_reach_plans_answers_and_live_sessions(http: TestClie
 
 
 def test_ground_and_clips(http: TestClient, file_id: str) -> None:
-    found = http.post("/v1/video/ground", json={"video": medium(file_id), "event": "the red circle", "max_tokens": 2})
-    assert found.status_code == 200 and isinstance(found.json()["intervals"], list)
-    one = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1]]})
-    assert (one.headers["content-type"], one.content[4:8]) == ("video/mp4", b"ftyp")
+    result = http.post("/v1/video/ground", json={"video": medium(file_id), "event": "the red circle", "max_tokens": 2})
+    assert result.status_code == 200 and isinstance(result.json()["intervals"], list)
+    item = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1]]})
+    assert (item.headers["content-type"], item.content[4:8]) == ("video/mp4", b"ftyp")
     two = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1], [2, 3]]})
     assert (two.headers["content-type"], two.content[:2]) == ("application/zip", b"PK")
-    asked = {"file_id": file_id, "intervals": [[0, 1]], "preprocess_kwargs": {"track": 2}}
-    assert "has no video track 2; give track one of 1: " in error_of(http.post("/v1/clips", json=asked))["message"]
+    requested = {"file_id": file_id, "intervals": [[0, 1]], "preprocess_kwargs": {"track": 2}}
+    assert "has no video track 2; give track one of 1: " in error_of(http.post("/v1/clips", json=requested))["message"]
 
 
 def test_a_track_that_is_not_there(http: TestClient, file_id: str) -> None:
-    refused = http.post("/v1/media/plan", json={"content": [medium(file_id, track=2)]})
-    assert "has no video track 2; give track one of 1: " in error_of(refused)["message"]
+    rejected = http.post("/v1/media/plan", json={"content": [medium(file_id, track=2)]})
+    assert "has no video track 2; give track one of 1: " in error_of(rejected)["message"]
 
 
 def test_ground_as_a_stream_ends_with_the_whole(http: TestClient, file_id: str) -> None:
-    asked = {"video": medium(file_id, max_frames=4), "event": "the red circle", "max_tokens": 8}
-    whole = http.post("/v1/video/ground", json=asked).json()
-    *chunks, last = told(http.post("/v1/video/ground", json={**asked, "stream": True}))
+    requested = {"video": medium(file_id, max_frames=4), "event": "the red circle", "max_tokens": 8}
+    complete = http.post("/v1/video/ground", json=requested).json()
+    *chunks, last = read_events(http.post("/v1/video/ground", json={**requested, "stream": True}))
     phases = [chunk["keye"]["progress"]["phase"] for chunk in chunks if "keye" in chunk]
     assert phases[0] == "media" and phases[-1] == "prefill"
-    assert "".join(chunk.get("delta", {}).get("content", "") for chunk in chunks) == whole["text"] == last["text"]
-    assert last["intervals"] == whole["intervals"] and last["usage"]["media"] == whole["usage"]["media"]
+    assert "".join(chunk.get("delta", {}).get("content", "") for chunk in chunks) == complete["text"] == last["text"]
+    assert last["intervals"] == complete["intervals"] and last["usage"]["media"] == complete["usage"]["media"]
 
 
 def test_what_goes_wrong_in_a_stream_of_ground_is_its_last_event(http: TestClient, file_id: str) -> None:
     late = {"video": medium(file_id, video_start=1e6), "event": "the red circle", "stream": True}
     answer = http.post("/v1/video/ground", json=late)
-    assert told(answer)[-1]["error"]["type"] == "invalid_request_error"
+    assert read_events(answer)[-1]["error"]["type"] == "invalid_request_error"
 
 
 def test_progress_comes_before_the_answer(http: TestClient, file_id: str) -> None:
     body = {"messages": [{"role": "user", "content": [medium(file_id)]}], "max_tokens": 2, "stream": True}
-    chunks = told(http.post("/v1/chat/completions", json={**body, "keye": {"progress": True, "evidence": True}}))
+    chunks = read_events(http.post("/v1/chat/completions", json={**body, "keye": {"progress": True, "evidence": True}}))
     assert "progress" in chunks[0]["keye"]
     assert chunks[-1]["choices"] == [] and set(chunks[-1]["keye"]["evidence"]) == {"reason", "steps", "media"}
 
@@ -128,12 +128,12 @@ def test_a_client_that_leaves_gives_everything_back(running: Running, monkeypatc
     core, noticed = running.app.app.state.keye.model.core, threading.Event()
     write, before = core.writer.write, core.computed["reply"]
 
-    def held(tasks: Any) -> Any:
+    def reserved(tasks: Any) -> Any:
         if any(len(choice.reply) >= 5 for task in tasks for choice in task.choices):
             noticed.wait(20)
         return write(tasks)
 
-    monkeypatch.setattr(core.writer, "write", held)
+    monkeypatch.setattr(core.writer, "write", reserved)
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
     for _ in range(2000):
@@ -167,5 +167,5 @@ def test_the_audit_log_counts_tokens_and_tells_no_words(model: keye.Keye) -> Non
             assert client.post("/v1/chat/completions", json=body).status_code == 200
         assert client.head("/").status_code == 200
     records = [json.loads(line) for line in lines]
-    assert [(one["completion_tokens"], one["prompt_tokens"] > 3) for one in records[:2]] == [(3, True)] * 2
+    assert [(item["completion_tokens"], item["prompt_tokens"] > 3) for item in records[:2]] == [(3, True)] * 2
     assert not any("hello" in line.lower() for line in lines)

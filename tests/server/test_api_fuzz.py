@@ -16,6 +16,6 @@ pytest.importorskip("schemathesis")
 def test_no_request_makes_the_server_fail() -> None:
     command = [sys.executable, "-m", "benchmarks.api_fuzz", "--cases", "100", "--seed", "1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["failures"] == []
-    assert found["cases"] == 100 and found["alive"]
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["failures"] == []
+    assert result["cases"] == 100 and result["alive"]

@@ -15,7 +15,7 @@ import pytest
 from keye.server.edge.guard import Guard, GuardSettings
 from keye.server.edge.keys import Keyring
 from keye.server.edge.limits import Limits
-from tests.support.asgi import KEY, App, Ask, Reply, asked, send
+from tests.support.asgi import KEY, App, Ask, Reply, requested, send
 from tests.support.attack_cases import (
     NOTED,
     Case,
@@ -85,14 +85,14 @@ class Served:
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self._events: asyncio.Queue[dict[str, Any]] = self._do(self._queue())
-        self._said: asyncio.Queue[dict[str, Any]] = self._do(self._queue())
+        self._sent: asyncio.Queue[dict[str, Any]] = self._do(self._queue())
         self._events_put("lifespan.startup")
         scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-        self._life = asyncio.run_coroutine_threadsafe(app(scope, self._events.get, self._said.put), self.loop)
-        assert self._do(self._said.get())["type"] == "lifespan.startup.complete"
+        self._life = asyncio.run_coroutine_threadsafe(app(scope, self._events.get, self._sent.put), self.loop)
+        assert self._do(self._sent.get())["type"] == "lifespan.startup.complete"
 
     def send(self, ask: Ask) -> Reply:
-        reply = self._do(asked(self.app, ask))
+        reply = self._do(requested(self.app, ask))
         assert isinstance(reply, Reply)
         return reply
 
@@ -171,6 +171,6 @@ def test_files_of_one_key_are_not_found_by_another(served: Served) -> None:
     other = "another-key-0123456789"
     # The same application behind a guard that knows the other key.
     inner = getattr(served.app, "app")  # noqa: B009 - ASGI callables have no common class
-    strangers = Guard(inner, GuardSettings(Keyring.of({"strangers": other})))
+    untrusted = Guard(inner, GuardSettings(Keyring.of({"untrusted": other})))
     for path in (f"/v1/files/{name}", f"/v1/files/{name}/content"):
-        assert served._do(asked(strangers, Ask("GET", path, key=other))).status == 404
+        assert served._do(requested(untrusted, Ask("GET", path, key=other))).status == 404

@@ -22,6 +22,6 @@ def test_questions_about_a_file_over_http(running: Running, video: Path, tmp_pat
     with Journal(tmp_path / "out.jsonl") as journal:
         report = asyncio.run(Batch([worker], journal).run(items))
     assert (report.ok, report.errors) == (2, 1)
-    found = {record["id"]: record for record in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
-    assert found["a"]["usage"]["media"][0]["timestamps"] == [0.0, 1.0, 2.5, 3.5]
-    assert found["c"]["error"]["message"].startswith("temperature: ")
+    result = {record["id"]: record for record in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert result["a"]["usage"]["media"][0]["timestamps"] == [0.0, 1.0, 2.5, 3.5]
+    assert result["c"]["error"]["message"].startswith("temperature: ")

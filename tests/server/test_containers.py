@@ -39,9 +39,9 @@ def test_compose_runs_what_parses_and_mounts_what_exists() -> None:
 def test_manifests_for_kubernetes_name_what_they_hold(name: str) -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     objects = list(yaml.safe_load_all((ROOT / "examples" / "kubernetes" / f"{name}.yaml").read_text()))
-    for one in objects:
-        if one["kind"] == "Deployment":
-            pod, labels = one["spec"]["template"], one["spec"]["selector"]["matchLabels"]
+    for item in objects:
+        if item["kind"] == "Deployment":
+            pod, labels = item["spec"]["template"], item["spec"]["selector"]["matchLabels"]
             assert labels.items() <= pod["metadata"]["labels"].items()
             (container,) = pod["spec"]["containers"]
             assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
@@ -50,6 +50,6 @@ def test_manifests_for_kubernetes_name_what_they_hold(name: str) -> None:
             if name == "keye":
                 assert serve.make_context("keye serve", list(container["args"])).params["host"] == "0.0.0.0"
                 assert container["env"][0]["name"] == "KEYE_API_KEY", "it does not start without a key"
-        elif one["kind"] == "Service":
+        elif item["kind"] == "Service":
             deployment = next(other for other in objects if other["kind"] == "Deployment")
-            assert one["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+            assert item["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 import keye
 from keye.server.app import guarded_app
 from keye.server.settings import Settings
-from tests.support.serving import error_of, told
+from tests.support.serving import error_of, read_events
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -155,7 +155,7 @@ def test_many_unknown_names_are_refused_before_they_are_compared(http: TestClien
     ],
 )  # fmt: skip
 def test_names_of_the_switch_of_reasoning(http: TestClient, fields: dict[str, Any]) -> None:
-    opened, plain = (chat(http, **given)["usage"]["prompt_tokens"] for given in (fields, {}))
+    opened, plain = (chat(http, **arguments)["usage"]["prompt_tokens"] for arguments in (fields, {}))
     assert opened > plain
 
 
@@ -169,7 +169,7 @@ def test_a_field_given_under_two_names_counts_once(http: TestClient) -> None:
 
 def test_notes_of_a_stream_come_with_its_end(http: TestClient) -> None:
     body = {"messages": HELLO, "max_tokens": 2, "stream": True, "user": "me"}
-    *_, last = told(http.post(CHAT, json=body))
+    *_, last = read_events(http.post(CHAT, json=body))
     assert last["choices"][0]["finish_reason"] and "user" in notes_of(last)
 
 
@@ -177,7 +177,7 @@ def test_notes_of_a_stream_come_with_its_end(http: TestClient) -> None:
 def test_a_stream_tells_that_its_reply_repeated_itself(http: TestClient, route: str) -> None:
     prompt = {"messages": HELLO} if route == CHAT else {"prompt": "hello"}
     body = {**prompt, "max_tokens": 150, "logit_bias": {"50": 100}, "stream": True}
-    *_, last = told(http.post(route, json=body))
+    *_, last = read_events(http.post(route, json=body))
     assert last["choices"][0]["finish_reason"] == "length" and "repeated itself and was stopped" in notes_of(last)
 
 
@@ -241,9 +241,9 @@ def test_stop_tokens_and_strings(http: TestClient) -> None:
     assert choice["token_ids"] == tokens[:place]
     assert (choice["finish_reason"], choice["stop_reason"], choice["matched_stop"]) == ("stop", stop, stop)
     text = complete(http, max_tokens=8)["choices"][0]["text"]
-    for kept in (False, True):
-        choice = complete(http, max_tokens=8, stop=[text[3]], include_stop_str_in_output=kept)["choices"][0]
-        assert choice["text"] == text[: text.index(text[3]) + kept]
+    for stored in (False, True):
+        choice = complete(http, max_tokens=8, stop=[text[3]], include_stop_str_in_output=stored)["choices"][0]
+        assert choice["text"] == text[: text.index(text[3]) + stored]
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", text[3])
 
 
@@ -271,14 +271,14 @@ def test_reasoning_ends_at_its_budget(http: TestClient) -> None:
                                                ({"include_reasoning": False}, None)])  # fmt: skip
 def test_where_reasoning_stands(http: TestClient, model: keye.Keye, fields: dict[str, Any], where: str | None) -> None:
     (token,) = model.tokenizer.encode("a")
-    asked = {
+    requested = {
         "chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 3, "max_tokens": 8,
         "logit_bias": {str(token): 100}, "temperature": 0, "ignore_eos": True, **fields,
     }  # fmt: skip
-    message = chat(http, **asked)["choices"][0]["message"]
+    message = chat(http, **requested)["choices"][0]["message"]
     assert ("reasoning_content" in message) == (where == "reasoning_content")
     assert message["content"].startswith("<think>\n") == (where == "content")
-    chunks = told(http.post(CHAT, json={"messages": HELLO, "stream": True, **asked}))
+    chunks = read_events(http.post(CHAT, json={"messages": HELLO, "stream": True, **requested}))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content") or "" for delta in deltas) == message["content"]
     assert any("reasoning_content" in delta for delta in deltas) == (where == "reasoning_content")
@@ -289,10 +289,10 @@ def test_where_reasoning_stands(http: TestClient, model: keye.Keye, fields: dict
 
 def test_prompts_of_token_ids(http: TestClient) -> None:
     ids = http.post("/tokenize", json={"prompt": "hello", "add_special_tokens": False}).json()["tokens"]
-    whole = complete(http)["choices"][0]["text"]
-    assert complete(http, prompt=ids)["choices"][0]["text"] == whole
+    full = complete(http)["choices"][0]["text"]
+    assert complete(http, prompt=ids)["choices"][0]["text"] == full
     two = complete(http, prompt=[ids, ids], echo=True)["choices"]
-    assert [choice["text"] for choice in two] == [f"hello{whole}"] * 2
+    assert [choice["text"] for choice in two] == [f"hello{full}"] * 2
     for wrong in ([10**6], [], [[]], [True], [-1], [1.5], [[1], "a"], 5):
         assert error_of(http.post(COMPLETIONS, json={"prompt": wrong}))["param"].startswith("prompt")
 
@@ -315,18 +315,18 @@ def test_a_prompt_that_is_cut_at_its_beginning(http: TestClient) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompts_are_scored(http: TestClient, stream: bool) -> None:
     fields = {"prompt": ["one two", "x"], "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0, "n": 2}
-    whole = complete(http, **fields)["choices"]
+    full = complete(http, **fields)["choices"]
     if stream:
         grown: dict[int, list[dict[str, Any]]] = {}
-        for chunk in told(http.post(COMPLETIONS, json={**fields, "ignore_eos": True, "stream": True})):
+        for chunk in read_events(http.post(COMPLETIONS, json={**fields, "ignore_eos": True, "stream": True})):
             grown.setdefault(chunk["choices"][0]["index"], []).append(chunk["choices"][0])
         for index, pieces in grown.items():
-            assert "".join(piece["text"] for piece in pieces) == whole[index]["text"]
+            assert "".join(piece["text"] for piece in pieces) == full[index]["text"]
             told_lists = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
-            for name, listed in whole[index]["logprobs"].items():
-                assert [one for lists in told_lists for one in lists[name]] == listed
+            for name, listed in full[index]["logprobs"].items():
+                assert [item for lists in told_lists for item in lists[name]] == listed
         return
-    for choice in whole:
+    for choice in full:
         probs = choice["logprobs"]
         assert "".join(probs["tokens"]) == choice["text"]
         assert probs["token_logprobs"][0] is None and probs["top_logprobs"][0] is None
@@ -352,14 +352,14 @@ def test_prompt_logprobs_of_a_chat(http: TestClient) -> None:
     assert len(ids) == len(probs) == answer["usage"]["prompt_tokens"] and probs[0] is None
     for token, entry in zip(ids[1:], probs[1:], strict=True):
         assert entry[str(token)]["rank"] >= 1 and entry[str(token)]["logprob"] <= 0
-        assert min(one["rank"] for one in entry.values()) == 1
+        assert min(item["rank"] for item in entry.values()) == 1
     assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
 
 
 def test_the_best_of_several(http: TestClient) -> None:
     fields = {"temperature": 1.0, "seed": 1, "max_tokens": 4}
     every = complete(http, n=4, logprobs=0, **fields)["choices"]
-    likelihood = [sum(one["logprobs"]["token_logprobs"]) / 4 for one in every]
+    likelihood = [sum(item["logprobs"]["token_logprobs"]) / 4 for item in every]
     best = complete(http, n=1, best_of=4, **fields)
     assert best["choices"][0]["text"] == every[likelihood.index(max(likelihood))]["text"]
     assert best["usage"]["completion_tokens"] == 16
@@ -386,9 +386,9 @@ def test_usage_in_every_chunk(http: TestClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     for path, fields in ((CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "a"})):
         body = {"max_tokens": 3, "ignore_eos": True, "stream": True, "stream_options": options, **fields}
-        usage = [chunk["usage"] for chunk in told(http.post(path, json=body))]
-        assert all(one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"] for one in usage)
-        counts = [one["completion_tokens"] for one in usage]
+        usage = [chunk["usage"] for chunk in read_events(http.post(path, json=body))]
+        assert all(item["total_tokens"] == item["prompt_tokens"] + item["completion_tokens"] for item in usage)
+        counts = [item["completion_tokens"] for item in usage]
         assert counts == sorted(counts) and counts[-1] == 3
 
 

@@ -17,7 +17,7 @@ from keye.server.edge.guard import Guard, GuardSettings
 from keye.server.edge.keys import Keyring
 from keye.server.edge.limits import Limits
 from keye.server.edge.request_head import PAGE_CSP
-from tests.support.asgi import HOST, KEY, Ask, asked, post, run, send
+from tests.support.asgi import HOST, KEY, Ask, post, requested, run, send
 from tests.support.stub_app import stub_app
 
 HELLO = {"model": "nano", "messages": [{"role": "user", "content": "hello"}]}
@@ -220,8 +220,8 @@ def test_bodies_that_pass() -> None:
     app = guard(limits=Limits(json_bytes=4000, upload_bytes=1000))
     assert send(app, post(HELLO, chunked=True)).status == 200
     assert send(app, post(HELLO, content_type="application/json; charset=utf-8")).status == 200
-    whole = json.dumps(HELLO).encode()
-    assert send(app, replace(post(HELLO), body=[whole[i : i + 7] for i in range(0, len(whole), 7)])).status == 200
+    complete = json.dumps(HELLO).encode()
+    assert send(app, replace(post(HELLO), body=[complete[i : i + 7] for i in range(0, len(complete), 7)])).status == 200
     upload = Ask("POST", "/v1/files", body=[b"x" * 300] * 3, content_type="multipart/form-data; boundary=b")
     assert send(app, upload).json()["bytes"] == 900
 
@@ -332,21 +332,21 @@ def test_too_many_at_once() -> None:
             await stub_app(scope, receive, send)
 
         app = guard(waits, limits=Limits(running=3, running_per_key=2))
-        first = [asyncio.create_task(asked(app, post(HELLO))) for _ in range(2)]
+        first = [asyncio.create_task(requested(app, post(HELLO))) for _ in range(2)]
         while app.running.total < 2:
             await asyncio.sleep(0)
-        reply = await asked(app, post(HELLO))
+        reply = await requested(app, post(HELLO))
         assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (429, "too_many_running", "1")
-        other = asyncio.create_task(asked(app, post(HELLO, key="x" * 20)))
+        other = asyncio.create_task(requested(app, post(HELLO, key="x" * 20)))
         while app.running.total < 3:
             await asyncio.sleep(0)
-        assert (await asked(app, Ask(key="x" * 20))).status == 429
+        assert (await requested(app, Ask(key="x" * 20))).status == 429
         for path in ("/health", "/metrics"):
-            assert (await asked(app, Ask("GET", path))).status == 200
+            assert (await requested(app, Ask("GET", path))).status == 200
         release.set()
         assert [(await task).status for task in (*first, other)] == [200] * 3
         assert app.running.total == 0
-        assert (await asked(app, post(HELLO))).status == 200
+        assert (await requested(app, post(HELLO))).status == 200
 
     run(crowd())
 
@@ -360,7 +360,7 @@ def test_a_thousand_clients_that_leave() -> None:
             Ask("POST", "/v1/files", body=[b"x"], length=50, leaves=True, content_type="multipart/form-data"),
         ]
         for i in range(1000):
-            await asked(app, asks[i % 3])
+            await requested(app, asks[i % 3])
         assert app.running.total == 0
         assert app.buffered_bytes == 0
 
@@ -371,15 +371,15 @@ def test_memory_for_bodies_is_limited_over_all_requests() -> None:
     async def crowd() -> None:
         app = guard(limits=Limits(buffered_bytes=1000))
         half = Ask("POST", "/v1/chat/completions", body=[b'"' + b"a" * 600], length=700, stalls=True)
-        held = asyncio.create_task(asked(app, half))
+        reserved = asyncio.create_task(requested(app, half))
         while app.buffered_bytes < 600:
             await asyncio.sleep(0)
-        reply = await asked(app, post({"messages": [], "x": "a" * 600}))
+        reply = await requested(app, post({"messages": [], "x": "a" * 600}))
         assert (reply.status, reply.headers["retry-after"]) == (503, "2")
-        held.cancel()
-        await asyncio.gather(held, return_exceptions=True)
+        reserved.cancel()
+        await asyncio.gather(reserved, return_exceptions=True)
         assert app.buffered_bytes == 0
-        assert (await asked(app, post({"messages": [], "x": "a" * 600}))).status == 200
+        assert (await requested(app, post({"messages": [], "x": "a" * 600}))).status == 200
 
     run(crowd())
 
@@ -487,18 +487,20 @@ def exchange(address: tuple[str, int], data: bytes) -> bytes:
 def test_idle_connections_make_room_those_without_a_key_first(address: tuple[str, int]) -> None:
     def connected(key: str | None) -> socket.socket:
         connection = socket.create_connection(address, timeout=30)
-        shown = f"Authorization: Bearer {key}\r\n" if key else ""
+        displayed = f"Authorization: Bearer {key}\r\n" if key else ""
         path = "/v1/models" if key else "/health"
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{shown}\r\n".encode())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{displayed}\r\n".encode())
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         return connection
 
-    held = [connected(KEY), *(connected(None) for _ in range(40))]
+    reserved = [connected(KEY), *(connected(None) for _ in range(40))]
     try:
-        held[0].sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
-        assert held[0].recv(65536).startswith(b"HTTP/1.1 200"), "the one with a key is kept"
+        reserved[0].sendall(
+            f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
+        )
+        assert reserved[0].recv(65536).startswith(b"HTTP/1.1 200"), "the one with a key is kept"
     finally:
-        for connection in held:
+        for connection in reserved:
             connection.close()
 
 

@@ -161,8 +161,8 @@ def test_each_comparison_goes_through_all_keys(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         "keye.server.edge.keys.hmac.compare_digest", lambda a, b: compared.append((len(a), len(b))) or a == b
     )
-    for shown in (b"a" * 20, b"e" * 20, b"x", b"y" * 1000):
-        ring.owner(b"Bearer " + shown)
+    for displayed in (b"a" * 20, b"e" * 20, b"x", b"y" * 1000):
+        ring.owner(b"Bearer " + displayed)
     assert compared == [(32, 32)] * 12
 
 

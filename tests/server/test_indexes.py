@@ -29,24 +29,24 @@ def test_an_index_takes_the_place_of_its_video(http: TestClient, ask: Ask, file_
     assert ours["choices"][0]["message"] == theirs["choices"][0]["message"]
     assert ours["usage"]["prompt_tokens"] == theirs["usage"]["prompt_tokens"]
     assert ours["usage"]["prompt_tokens_details"]["cached_tokens"] >= index["keye"]["tokens"]
-    asked = {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": index["id"]}}, words]}]}
-    assert http.post("/v1/chat/completions", json={**asked, "max_tokens": 1}).status_code == 200
+    requested = {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": index["id"]}}, words]}]}
+    assert http.post("/v1/chat/completions", json={**requested, "max_tokens": 1}).status_code == 200
 
 
 def test_a_plan_with_an_index_costs_what_the_request_costs(
     http: TestClient, ask: Ask, file_id: str, index: dict[str, Any]
 ) -> None:
-    parts = [{"type": "video_url", "video_url": {"url": one}} for one in (index["id"], file_id)]
+    parts = [{"type": "video_url", "video_url": {"url": item}} for item in (index["id"], file_id)]
     content = [*parts, {"type": "text", "text": "what is seen?"}]
     plan = http.post("/v1/media/plan", json={"content": content}).json()
     usage = ask(content)["usage"]
-    assert [one["frames"] for one in plan["media"]] == [one["frames"] for one in usage["media"]]
+    assert [item["frames"] for item in plan["media"]] == [item["frames"] for item in usage["media"]]
     assert plan["prompt_tokens"] == usage["prompt_tokens"]
 
 
 def test_indexes_are_listed_apart_from_files_and_removed(http: TestClient, index: dict[str, Any]) -> None:
-    assert index["id"] in [one["id"] for one in http.get("/v1/indexes").json()["data"]]
-    assert index["id"] not in [one["id"] for one in http.get("/v1/files").json()["data"]]
+    assert index["id"] in [item["id"] for item in http.get("/v1/indexes").json()["data"]]
+    assert index["id"] not in [item["id"] for item in http.get("/v1/files").json()["data"]]
     assert http.get(f"/v1/indexes/{index['id']}").json()["bytes"] == index["bytes"]
     assert http.delete(f"/v1/indexes/{index['id']}").json()["deleted"] is True
     error_of(http.get(f"/v1/indexes/{index['id']}"), 404)
@@ -59,6 +59,6 @@ def test_what_cannot_be_indexed(http: TestClient, file_id: str, index: dict[str,
     assert "not a video" in error_of(http.post("/v1/indexes", json={"file_id": index["id"]}))["message"]
     error_of(http.post("/v1/indexes", json={"file_id": file_id, "preprocess_kwargs": {"fps": -1}}))
     error_of(http.post("/v1/indexes", json={"file_id": file_id, "nonsense": 1}))
-    beside = [{"type": "video_url", "video_url": {"url": index["id"], "max_frames": 2}}, {"type": "text", "text": "?"}]
-    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": beside}]})
+    nearby = [{"type": "video_url", "video_url": {"url": index["id"], "max_frames": 2}}, {"type": "text", "text": "?"}]
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": nearby}]})
     assert "max_frames" in error_of(answer)["message"]

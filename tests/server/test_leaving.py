@@ -35,9 +35,9 @@ def hold(core: Any, stage: str, patch: pytest.MonkeyPatch, go_on: threading.Even
     if stage == "decode":
         lay_out = core.runtime.prompts.lay_out
 
-        def slow(*given: Any, **options: Any) -> Any:
+        def slow(*values: Any, **options: Any) -> Any:
             go_on.wait(20)
-            return lay_out(*given, **options)
+            return lay_out(*values, **options)
 
         patch.setattr(core.runtime.prompts, "lay_out", slow)
         return lambda task: isinstance(task.state, LoadingMedia)
@@ -48,11 +48,11 @@ def hold(core: Any, stage: str, patch: pytest.MonkeyPatch, go_on: threading.Even
         patch.setattr(core.scheduler.timer, "token_budget", lambda *_: 0)
         return lambda task: isinstance(task.state, Prefilling) and task.state.vision.done
     write = core.writer.write
-    patch.setattr(core.writer, "write", lambda pairs: write([pair for pair in pairs if not written(pair[0])]))
-    return written
+    patch.setattr(core.writer, "write", lambda pairs: write([pair for pair in pairs if not output(pair[0])]))
+    return output
 
 
-def written(task: Task) -> bool:
+def output(task: Task) -> bool:
     return any(len(choice.reply) >= 3 for choice in task.choices)
 
 
@@ -86,7 +86,7 @@ def test_who_leaves_gives_everything_back(
 
 def test_an_index_that_nobody_waits_for_is_given_up(running: Running, video: Any) -> None:
     context = running.app.app.state.keye
-    core, kept = context.model.core, context.files.used()
+    core, retained = context.model.core, context.files.used()
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]
     stored = context.files.used()
     body = f'{{"file_id": "{uploaded}"}}'
@@ -104,4 +104,4 @@ def test_an_index_that_nobody_waits_for_is_given_up(running: Running, video: Any
     wait_until(running, core.is_idle)
     assert context.files.used() == stored
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
-    assert context.files.used() == kept
+    assert context.files.used() == retained

@@ -11,7 +11,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from keye.server.live_sessions import MAX_SESSIONS, LiveSessions
-from tests.support.serving import error_of, told
+from tests.support.serving import error_of, read_events
 
 
 def picture(colour: str) -> str:
@@ -29,23 +29,23 @@ def session(http: TestClient) -> Iterator[str]:
 
 def test_frames_and_questions_in_turn(http: TestClient, session: str, file_id: str) -> None:
     frames = {"frames": [picture("red"), picture("blue")], "timestamps": [0.0, 0.5]}
-    told = http.post(f"/v1/live/{session}/frames", json=frames).json()
-    assert (told["frames"], told["dropped"]) == (2, 0)
+    read_events = http.post(f"/v1/live/{session}/frames", json=frames).json()
+    assert (read_events["frames"], read_events["dropped"]) == (2, 0)
     answer = http.post(f"/v1/live/{session}/ask", json={"question": "what is seen?", "max_tokens": 2})
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] <= 2
     more = http.post(f"/v1/live/{session}/frames", json={"file_id": file_id, "offset": 1.0}).json()
-    assert more["frames"] == 10 and more["tokens"] > told["tokens"]
+    assert more["frames"] == 10 and more["tokens"] > read_events["tokens"]
     late = {"frames": [picture("red")], "timestamps": [0.1]}
     assert "ascend" in error_of(http.post(f"/v1/live/{session}/frames", json=late))["message"]
 
 
 def test_an_answer_can_be_read_while_it_is_written(http: TestClient, session: str, file_id: str) -> None:
     http.post(f"/v1/live/{session}/frames", json={"file_id": file_id})
-    asked = {"question": "what is seen?", "max_tokens": 30, "temperature": 2.0, "seed": 1}
-    whole = http.post(f"/v1/live/{session}/ask", json=asked).json()
-    *chunks, last = told(http.post(f"/v1/live/{session}/ask", json={**asked, "stream": True}))
-    assert last["object"] == "keye.live.answer" and last["text"] == whole["text"]
-    assert "".join(chunk.get("delta", {}).get("content", "") for chunk in chunks) == whole["text"] != ""
+    requested = {"question": "what is seen?", "max_tokens": 30, "temperature": 2.0, "seed": 1}
+    complete = http.post(f"/v1/live/{session}/ask", json=requested).json()
+    *chunks, last = read_events(http.post(f"/v1/live/{session}/ask", json={**requested, "stream": True}))
+    assert last["object"] == "keye.live.answer" and last["text"] == complete["text"]
+    assert "".join(chunk.get("delta", {}).get("content", "") for chunk in chunks) == complete["text"] != ""
 
 
 def test_mistakes(http: TestClient, session: str, file_id: str) -> None:

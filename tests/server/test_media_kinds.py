@@ -66,21 +66,21 @@ def test_an_animation_is_a_video_or_by_request_its_first_picture(kind: str, http
     for part in ({"type": "video_url", "video_url": {"url": url}}, {"type": "input_file", "file_data": url}):
         plan = http.post("/v1/media/plan", json={"content": [part]}).json()["media"][0]
         assert (plan["frames"] > 1, plan["duration"]) == (True, 2.0)
-    whole = ask([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}])
+    complete = ask([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}])
     note = "<data URL>: it moves, and as an image only its first picture is used; give it as a video for all of it"
-    assert whole["keye"]["notes"] == [note]
+    assert complete["keye"]["notes"] == [note]
 
 
 def test_a_pdf_gets_one_sentence_everywhere(http: TestClient) -> None:
-    said = "is a PDF document, which is not read; convert its pages to PNG and give those as images"
-    assert error_of(upload(http, "scan.pdf", PDF))["message"] == f"scan.pdf {said}"
+    message = "is a PDF document, which is not read; convert its pages to PNG and give those as images"
+    assert error_of(upload(http, "scan.pdf", PDF))["message"] == f"scan.pdf {message}"
     for part in (
         {"type": "image_url", "image_url": {"url": data_url(PDF, "application/pdf")}},
         {"type": "video_url", "video_url": {"url": data_url(PDF, "video/mp4")}},
         {"type": "input_file", "filename": "scan.pdf", "file_data": data_url(PDF, "application/pdf")},
         {"type": "file", "file": {"filename": "scan.pdf", "file_data": data_url(PDF, "application/pdf")}},
     ):
-        assert error_of(http.post("/v1/chat/completions", json=chat(part)))["message"] == f"<data URL> {said}"
+        assert error_of(http.post("/v1/chat/completions", json=chat(part)))["message"] == f"<data URL> {message}"
 
 
 def test_data_urls_as_browsers_write_them(http: TestClient, video: Path) -> None:
@@ -89,7 +89,7 @@ def test_data_urls_as_browsers_write_them(http: TestClient, video: Path) -> None
         text[i : i + 76] for i in range(0, len(text), 76)
     )
     plans = [
-        http.post("/v1/media/plan", json={"content": [{"type": "video_url", "video_url": {"url": one}}]}).json()
-        for one in (url, data_url(video.read_bytes(), "video/mp4"))
+        http.post("/v1/media/plan", json={"content": [{"type": "video_url", "video_url": {"url": item}}]}).json()
+        for item in (url, data_url(video.read_bytes(), "video/mp4"))
     ]
     assert plans[0] == plans[1] and plans[0]["media"][0]["frames"] > 1

@@ -38,8 +38,8 @@ def ask(http: TestClient, messages: Any = HELLO, *, path: str = "/v1/messages", 
     limit = {"max_tokens": 4} if path == "/v1/messages" else {}
     answer = http.post(path, json={"model": "tiny", "messages": messages, **limit, **fields})
     assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
+    matches: dict[str, Any] = answer.json()
+    return matches
 
 
 def events_of(http: TestClient, **fields: Any) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def events_of(http: TestClient, **fields: Any) -> list[dict[str, Any]]:
     assert answer.status_code == 200, answer.text
     blocks = [block.split("\n") for block in answer.text.strip().split("\n\n") if not block.startswith(":")]
     events = [json.loads(data.removeprefix("data: ")) for _, data in blocks]
-    assert [name.removeprefix("event: ") for name, _ in blocks] == [one["type"] for one in events]
+    assert [name.removeprefix("event: ") for name, _ in blocks] == [item["type"] for item in events]
     return events
 
 
@@ -88,15 +88,15 @@ def test_a_video_by_its_file_id(http: TestClient, file_id: str) -> None:
 
 def test_a_stream_says_the_same(http: TestClient) -> None:
     events = events_of(http)
-    kinds = [one["type"] for one in events]
+    kinds = [item["type"] for item in events]
     assert kinds[:3] == ["message_start", "ping", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert events[0]["message"]["usage"]["input_tokens"] > 0 and events[0]["message"]["content"] == []
-    text = "".join(one["delta"]["text"] for one in events if one["type"] == "content_block_delta")
-    whole = ask(http)
-    assert text == whole["content"][0]["text"]
+    text = "".join(item["delta"]["text"] for item in events if item["type"] == "content_block_delta")
+    complete = ask(http)
+    assert text == complete["content"][0]["text"]
     assert events[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
-    assert events[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+    assert events[-2]["usage"]["output_tokens"] == complete["usage"]["output_tokens"]
 
 
 def test_a_tool_is_used_and_its_result_sent_back(http: TestClient) -> None:
@@ -116,9 +116,9 @@ def test_a_tool_is_used_and_its_result_sent_back(http: TestClient) -> None:
 def test_a_tool_comes_in_pieces(http: TestClient) -> None:
     choice = {"type": "tool", "name": "cut_clip", "disable_parallel_tool_use": True}
     events = events_of(http, tools=[TOOL], tool_choice=choice, max_tokens=200)
-    (start,) = (one for one in events if one["type"] == "content_block_start")
+    (start,) = (item for item in events if item["type"] == "content_block_start")
     assert start["content_block"]["name"] == "cut_clip" and start["content_block"]["input"] == {}
-    pieces = [one["delta"] for one in events if one["type"] == "content_block_delta"]
+    pieces = [item["delta"] for item in events if item["type"] == "content_block_delta"]
     assert {piece["type"] for piece in pieces} == {"input_json_delta"}
     assert json.loads("".join(piece["partial_json"] for piece in pieces))["where"] in ("start", "end")
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
@@ -209,5 +209,5 @@ def test_what_is_ignored_is_noted_and_a_budget_of_reasoning_is_kept(http: TestCl
     for part in ("metadata", "service_tier", "output_config.effort", "thinking.display"):
         assert part in notes, notes
     longer = ask(http, **fields, thinking={"type": "enabled", "budget_tokens": 1024})
-    kept, whole = message["content"][0]["thinking"], longer["content"][0]["thinking"]
-    assert len(kept) < len(whole) and whole.startswith(kept)
+    stored, complete = message["content"][0]["thinking"], longer["content"][0]["thinking"]
+    assert len(stored) < len(complete) and complete.startswith(stored)

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import keye
-from tests.support.serving import error_of, told
+from tests.support.serving import error_of, read_events
 
 
 def generate(http: TestClient, **fields: Any) -> Any:
@@ -53,11 +53,11 @@ def test_special_tokens_of_the_text_count(http: TestClient) -> None:
 def test_a_stream_has_the_whole_text_in_each_event(http: TestClient) -> None:
     body = {"text": ["hello", "bye"], "stream": True,
             "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True, "n": 2}}  # fmt: skip
-    events = told(http.post("/generate", json=body))
-    ends = [one for one in events if one["meta_info"]["finish_reason"]]
-    assert [one["index"] for one in ends] == [0, 1, 2, 3]
+    events = read_events(http.post("/generate", json=body))
+    ends = [item for item in events if item["meta_info"]["finish_reason"]]
+    assert [item["index"] for item in ends] == [0, 1, 2, 3]
     for end in ends:
-        texts = [one["text"] for one in events if one["index"] == end["index"]]
+        texts = [item["text"] for item in events if item["index"] == end["index"]]
         assert all(end["text"].startswith(text) for text in texts)
     assert ends[0]["text"] == generate(http, text="hello")["text"]
 

@@ -41,24 +41,26 @@ def test_models(client: OpenAI) -> None:
 
 
 def test_a_chat_and_its_stream_say_the_same(client: OpenAI) -> None:
-    whole = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=12, seed=1, temperature=1.0)
+    complete = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=12, seed=1, temperature=1.0)
     stream = client.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=12, seed=1, temperature=1.0, stream=True,
         stream_options={"include_usage": True},
     )  # fmt: skip
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert whole.usage is not None and chunks[-1].usage == whole.usage
-    assert whole.usage.completion_tokens <= 12
+    assert text == complete.choices[0].message.content
+    assert complete.usage is not None and chunks[-1].usage == complete.usage
+    assert complete.usage.completion_tokens <= 12
 
 
 def test_replies_say_what_made_them(client: OpenAI) -> None:
-    one, two = (client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1) for _ in range(2))
-    assert one.system_fingerprint and one.system_fingerprint == two.system_fingerprint
+    item, two = (client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1) for _ in range(2))
+    assert item.system_fingerprint and item.system_fingerprint == two.system_fingerprint
     chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, stream=True))
-    assert {chunk.system_fingerprint for chunk in chunks} == {one.system_fingerprint}
-    assert client.completions.create(model=MODEL, prompt="a", max_tokens=1).system_fingerprint == one.system_fingerprint
+    assert {chunk.system_fingerprint for chunk in chunks} == {item.system_fingerprint}
+    assert (
+        client.completions.create(model=MODEL, prompt="a", max_tokens=1).system_fingerprint == item.system_fingerprint
+    )
 
 
 def test_several_choices_with_probabilities(client: OpenAI) -> None:

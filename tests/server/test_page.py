@@ -18,15 +18,15 @@ def test_a_question_is_answered_with_marks_evidence_and_clips(page: Any, server:
     assert "32 frames · 620 tokens · 7.6 % of the context of 8,192" in page.inner_text("#plan-summary")
     page.wait_for_selector(THUMBNAILS_DRAWN)
     turn = ask(page, "When is the red circle visible?")
-    shown = CIRCLE.replace("[[3.0, 8.5]]", "0:03.0 to 0:08.5").replace("[[12.0, 15.5]]", "0:12.0 to 0:15.5")
-    assert turn.locator(".answer-text").inner_text() == shown
+    displayed = CIRCLE.replace("[[3.0, 8.5]]", "0:03.0 to 0:08.5").replace("[[12.0, 15.5]]", "0:12.0 to 0:15.5")
+    assert turn.locator(".answer-text").inner_text() == displayed
     assert page.locator(".bar").count() == 2
     assert page.locator(".bar").last.get_attribute("aria-label") == "Jump to 0:12.0 to 0:15.5: red circle again"
     turn.locator(".answer-text .mark").first.click()
     assert position(page) == pytest.approx(3.0, abs=0.01)
     page.hover("#evidence", position={"x": 5, "y": 5})
-    shown = "frame at 0:00.0: 0.2 % of the indexer's selections, 0.1 times an even share"
-    assert shown in page.inner_text("#preview-text")
+    displayed = "frame at 0:00.0: 0.2 % of the indexer's selections, 0.1 times an even share"
+    assert displayed in page.inner_text("#preview-text")
     with page.expect_download() as saved:
         choose(turn, "Save all clips")
     assert saved.value.suggested_filename == "sample-clips.zip"
@@ -76,8 +76,8 @@ def test_a_follow_up_goes_on_and_the_history_brings_it_back(page: Any, server: M
     assert page.locator(".turn").count() == 2 and page.locator(".bar").count() == 2
     ask(page, "And then?")
     assert len(server.sent("/v1/chat/completions")[2]["messages"]) == 5
-    kept = page.evaluate("localStorage.getItem('keye.history')")
-    assert CIRCLE in kept and len(kept) < 10_000, "text is kept, the video is not"
+    stored = page.evaluate("localStorage.getItem('keye.history')")
+    assert CIRCLE in stored and len(stored) < 10_000, "text is kept, the video is not"
     page.click("#open-history")
     page.get_by_role("button", name="Delete When").click()
     assert page.locator("#history-empty").is_visible()
@@ -155,7 +155,7 @@ def test_stop_ends_the_request_and_keeps_what_came(page: Any, server: MockServer
     assert page.locator(".answer").get_attribute("aria-busy") == "true"
     page.click("#stop")
     page.get_by_text("Stopped.").wait_for()
-    assert server.gone.wait(20), "the server sees that the client is gone"
+    assert server.disconnected.wait(20), "the server sees that the client is gone"
     assert "The red circle" in page.inner_text(".answer-text")
     assert page.locator("#send").is_visible()
 
@@ -225,10 +225,10 @@ def test_a_dropped_video_is_played_and_uploaded(page: Any, server: MockServer) -
 def test_hostile_answers_stay_text(page: Any, question: str, bars: int) -> None:
     open_sample(page)
     turn = ask(page, f"{question} <img src=x onerror=window.hacked=1>")
-    shown = turn.locator(".answer-text").inner_text()
-    assert shown == HOSTILE.replace("[[3.0, 8.5]]", "0:03.0 to 0:08.5")
+    displayed = turn.locator(".answer-text").inner_text()
+    assert displayed == HOSTILE.replace("[[3.0, 8.5]]", "0:03.0 to 0:08.5")
     assert turn.locator("img, script, svg, a, b").count() == 0
-    assert page.locator(".bar").count() == bars, "what is no interval is not drawn"
+    assert page.locator(".bar").count() == bars, "what is not an interval is not drawn"
 
 
 def test_hostile_file_names_stay_text(page: Any) -> None:

@@ -236,10 +236,10 @@ def test_axe_finds_nothing(page: Any, theme: str) -> None:
 
     def check(state: str) -> None:
         page.evaluate(script)
-        found = page.evaluate(
+        result = page.evaluate(
             "async () => (await axe.run()).violations.map((one) => `${one.id}: ${one.nodes.map((n) => n.html)}`)"
         )
-        assert found == [], state
+        assert result == [], state
 
     check("empty")
     open_sample(page)

@@ -28,7 +28,7 @@ class Fake:
         self.name, self.is_ready, self.broken = name, False, False
         self.cut_off, self.kind = False, "application/json"
         self.killed = 0
-        self.asked: list[tuple[str, str, Any]] = []
+        self.received: list[tuple[str, str, Any]] = []
         self.files: dict[str, tuple[str | None, bytes]] = {}
 
     async def start(self) -> None:
@@ -50,7 +50,7 @@ class Fake:
         if self.broken:
             raise ReplicaLost(self.name)
         body = content if isinstance(content, bytes) else b"".join([piece async for piece in content])
-        self.asked.append((method, path, body))
+        self.received.append((method, path, body))
         status, answer = self.answer(method, path, headers.get("authorization"), body)
 
         async def pieces() -> AsyncIterator[bytes]:
@@ -99,22 +99,22 @@ def upload(http: Any, key: str = "one") -> str:
 
 
 def ask(http: Any, *media: str, key: str = "one") -> Any:
-    parts = [{"type": "input_video", "file_id" if one.startswith("file-") else "url": one} for one in media]
+    parts = [{"type": "input_video", "file_id" if item.startswith("file-") else "url": item} for item in media]
     return http.post("/v1/chat/completions", json={"messages": [{"content": parts}]}, headers={"authorization": key})
 
 
 def test_questions_about_one_address_go_to_one_replica(http: Any) -> None:
-    asked = {url: {ask(http, url).json()["at"] for _ in range(3)} for url in (f"https://e/{n}" for n in range(30))}
-    assert all(len(at) == 1 for at in asked.values())
-    assert set.union(*asked.values()) == {"a", "b", "c"}
+    requested = {url: {ask(http, url).json()["at"] for _ in range(3)} for url in (f"https://e/{n}" for n in range(30))}
+    assert all(len(at) == 1 for at in requested.values())
+    assert set.union(*requested.values()) == {"a", "b", "c"}
 
 
 def test_uploads_are_spread_and_asked_where_they_lie(http: Any, fakes: list[Fake]) -> None:
     ids = [upload(http) for _ in range(3)]
     assert [len(fake.files) for fake in fakes] == [1, 1, 1]
-    for one in ids:
-        (home,) = [fake.name for fake in fakes if one in fake.files]
-        assert ask(http, one).json()["at"] == home
+    for item in ids:
+        (home,) = [fake.name for fake in fakes if item in fake.files]
+        assert ask(http, item).json()["at"] == home
 
 
 def test_files_of_two_replicas_are_brought_together_once(http: Any, fakes: list[Fake]) -> None:
@@ -122,10 +122,10 @@ def test_files_of_two_replicas_are_brought_together_once(http: Any, fakes: list[
     for _ in range(2):
         assert ask(http, first, second).json() == {"at": "a"}
     assert [len(fake.files) for fake in fakes] == [2, 1, 0]
-    sent = json.loads(fakes[0].asked[-1][2])["messages"][0]["content"]
+    sent = json.loads(fakes[0].received[-1][2])["messages"][0]["content"]
     assert sent[0]["file_id"] == first and sent[1]["file_id"] in fakes[0].files
     listed = http.get("/v1/files", headers={"authorization": "one"}).json()["data"]
-    assert sorted(one["id"] for one in listed) == sorted([first, second])
+    assert sorted(item["id"] for item in listed) == sorted([first, second])
     assert http.delete(f"/v1/files/{second}", headers={"authorization": "one"}).status_code == 200
     assert [len(fake.files) for fake in fakes] == [1, 0, 0]
 
@@ -134,19 +134,19 @@ def test_a_response_is_followed_and_read_where_it_was_stored(http: Any, fakes: l
     for fake in fakes:
         for other in fakes:
             other.is_ready = other is fake  # so that each makes one
-        made = http.post("/v1/responses", json={"input": "x"}).json()
-        assert made["at"] == fake.name
+        created = http.post("/v1/responses", json={"input": "x"}).json()
+        assert created["at"] == fake.name
         for other in fakes:
             other.is_ready = True
-        body = {"input": "y", "previous_response_id": made["id"]}
+        body = {"input": "y", "previous_response_id": created["id"]}
         assert {http.post("/v1/responses", json=body).json()["at"] for _ in range(3)} == {fake.name}
-        assert http.get(f"/v1/responses/{made['id']}").json() == {"at": fake.name}
+        assert http.get(f"/v1/responses/{created['id']}").json() == {"at": fake.name}
 
 
 def test_a_stranger_gets_no_copy_and_spoils_none(http: Any, fakes: list[Fake]) -> None:
     first, second = upload(http), upload(http)
     ask(http, first, second, key="other")
-    assert json.loads(fakes[0].asked[-1][2])["messages"][0]["content"][1]["file_id"] == second  # its replica says no
+    assert json.loads(fakes[0].received[-1][2])["messages"][0]["content"][1]["file_id"] == second  # its replica says no
     ask(http, first, second)
     assert len(fakes[0].files) == 2
 
@@ -180,7 +180,7 @@ def test_indexes_of_two_replicas_cannot_be_asked_together(http: Any) -> None:
     proxy = http.app.state.proxy
     ids = [f"index-{number:032x}" for number in (1, 2)]
     proxy.homes |= dict(zip(ids, "ab", strict=True))
-    body = {"messages": [{"content": [{"type": "video", "file_id": one} for one in ids]}]}
+    body = {"messages": [{"content": [{"type": "video", "file_id": item} for item in ids]}]}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400 and "are at different replicas" in answer.json()["error"]["message"]
 
@@ -207,8 +207,8 @@ def test_a_stream_that_is_cut_off_ends_with_an_error(http: Any, fakes: list[Fake
         fake.cut_off, fake.kind = True, "text/event-stream"
     answer = http.post(path, json={"stream": True})
     lines = [line for line in answer.text.splitlines() if line]
-    found = [line[:7] if line.startswith("data: {") else line for line in lines[-2:]]
-    assert (answer.status_code, found) == (200, last)
+    result = [line[:7] if line.startswith("data: {") else line for line in lines[-2:]]
+    assert (answer.status_code, result) == (200, last)
     body = json.loads(next(line for line in reversed(lines) if "replica_lost" in line)[6:])
     assert body["type"] == "error" if path != "/v1/chat/completions" else body["error"]["message"]
 
@@ -245,7 +245,9 @@ def test_what_a_silent_replica_keeps_is_said_to_be_there_and_the_others_answer(h
     proxy = http.app.state.proxy
     proxy.watch.last_answers["a"] = float("-inf")
     assert http.get("/health").json()["replicas"] == {"a": False, "b": True, "c": True}
-    assert {one["id"] for one in http.get("/v1/files", headers={"authorization": "one"}).json()["data"]} == set(ids[1:])
+    assert {item["id"] for item in http.get("/v1/files", headers={"authorization": "one"}).json()["data"]} == set(
+        ids[1:]
+    )
     assert 'keye_replica_up{replica="a"} 0' in http.get("/metrics").text
     assert {ask(http).json()["at"] for _ in range(6)} <= {"b", "c"}
     answer = ask(http, ids[0])

@@ -30,9 +30,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, subprocess.Pop
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            found = next((one for line in process.stdout if (one := re.search(r"^address +(http://\S+)", line))), None)
-            assert found is not None
-            yield found[1], process
+            result = next(
+                (item for line in process.stdout if (item := re.search(r"^address +(http://\S+)", line))), None
+            )
+            assert result is not None
+            yield result[1], process
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
@@ -51,14 +53,14 @@ def upload(http: Any, path: Path) -> str:
 
 
 def ask(http: Any, *ids: str, **fields: Any) -> Any:
-    content = [*({"type": "input_video", "file_id": one} for one in ids), {"type": "text", "text": QUESTION}]
+    content = [*({"type": "input_video", "file_id": item} for item in ids), {"type": "text", "text": QUESTION}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, **fields}
     return http.post("/v1/chat/completions", json=body)
 
 
 def replicas(pid: int) -> list[int]:
     """Processes of this server that have a model."""
-    with_ray = [int(one.parent.name) for one in Path("/proc").glob("[0-9]*/cmdline") if is_actor(one)]
+    with_ray = [int(item.parent.name) for item in Path("/proc").glob("[0-9]*/cmdline") if is_actor(item)]
     return with_ray or [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
@@ -72,42 +74,42 @@ def is_actor(command: Path) -> bool:
 
 
 def samples(http: Any, name: str) -> dict[str, float]:
-    found = re.findall(rf'^{name}\{{replica="(\d)"\S* (\S+)$', http.get("/metrics").text, re.MULTILINE)
-    return {replica: float(value) for replica, value in found}
+    result = re.findall(rf'^{name}\{{replica="(\d)"\S* (\S+)$', http.get("/metrics").text, re.MULTILINE)
+    return {replica: float(value) for replica, value in result}
 
 
 def test_uploads_lie_apart_and_can_be_asked_about_together(http: Any, clips: list[Path]) -> None:
     ids = [upload(http, clip) for clip in clips[:2]]
-    assert {one["id"] for one in http.get("/v1/files").json()["data"]} == set(ids)
+    assert {item["id"] for item in http.get("/v1/files").json()["data"]} == set(ids)
     both = ask(http, *ids)
     assert both.status_code == 200, both.text
     assert len(both.json()["usage"]["media"]) == 2
-    assert {one["id"] for one in http.get("/v1/files").json()["data"]} == set(ids)  # the copy is not told of
-    for one in ids:
-        assert http.delete(f"/v1/files/{one}").status_code == 200
+    assert {item["id"] for item in http.get("/v1/files").json()["data"]} == set(ids)  # the copy is not told of
+    for item in ids:
+        assert http.delete(f"/v1/files/{item}").status_code == 200
     assert http.get("/v1/files").json()["data"] == []
     assert ask(http, ids[0]).status_code == 404
 
 
 def test_questions_about_one_video_meet_its_cache(http: Any, clips: list[Path]) -> None:
     before = samples(http, "keye_prefix_cache_hits_total")
-    one = upload(http, clips[2])
-    cached = [ask(http, one).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(3)]
+    item = upload(http, clips[2])
+    cached = [ask(http, item).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(3)]
     assert cached[0] == 0 and min(cached[1:]) > 0
     after = samples(http, "keye_prefix_cache_hits_total")
     assert set(before) == set(after) == {"0", "1"}
-    assert sorted(after[one] > before[one] for one in after) == [False, True]
+    assert sorted(after[item] > before[item] for item in after) == [False, True]
 
 
 def test_a_stream_is_passed_on_as_it_comes(http: Any, clips: list[Path]) -> None:
-    one = upload(http, clips[3])
-    content = [{"type": "input_video", "file_id": one}, {"type": "text", "text": QUESTION}]
+    item = upload(http, clips[3])
+    content = [{"type": "input_video", "file_id": item}, {"type": "text", "text": QUESTION}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     text = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content") or "" for line in lines[:-1])
-    assert text == ask(http, one).json()["choices"][0]["message"]["content"]
+    assert text == ask(http, item).json()["choices"][0]["message"]["content"]
 
 
 def test_errors_are_those_of_a_replica(http: Any) -> None:
@@ -119,12 +121,12 @@ def test_errors_are_those_of_a_replica(http: Any) -> None:
 
 
 def test_a_replica_that_is_killed_is_started_anew(http: Any, server: tuple[str, Any], clips: list[Path]) -> None:
-    kept = [upload(http, clip) for clip in clips[:2]]  # one at each
+    stored = [upload(http, clip) for clip in clips[:2]]  # one at each
     os.kill(replicas(server[1].pid)[0], signal.SIGKILL)
     # The other one goes on meanwhile, and what the victim kept is gone.
     assert http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
                      ).status_code == 200  # fmt: skip
-    assert sorted(ask(http, one).status_code for one in kept) == [200, 404]
+    assert sorted(ask(http, item).status_code for item in stored) == [200, 404]
     while http.get("/health").json()["replicas"] != {"0": True, "1": True}:
         pass
     assert ask(http, upload(http, clips[0])).status_code == 200

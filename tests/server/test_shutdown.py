@@ -20,9 +20,9 @@ def test_sigterm_lets_a_stream_end() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            assert found is not None
-            url = found[0]
+            result = re.search(r"http://\S+", process.stdout.readline())
+            assert result is not None
+            url = result[0]
             body = {
                 "messages": [{"role": "user", "content": "hello"}],
                 "max_tokens": 300,
@@ -53,9 +53,9 @@ def test_answers_that_take_too_long_after_sigterm_end_with_an_error() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            assert found is not None
-            with httpx.Client(base_url=found[0], timeout=60) as http, ExitStack() as stack:
+            result = re.search(r"http://\S+", process.stdout.readline())
+            assert result is not None
+            with httpx.Client(base_url=result[0], timeout=60) as http, ExitStack() as stack:
                 streams = {}
                 for path, field in paths.items():
                     body = {field: [{"role": "user", "content": "hello"}], "ignore_eos": True, "stream": True}

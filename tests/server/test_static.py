@@ -83,7 +83,7 @@ TEXTS = [
     "[[2.0, 10.5], [12.5, 15.0]] cyan triangle; [[3.5, 10.5]] word 95",
     "<|clip_time_start|>[0:01:15.5, 0:01:20]<|clip_time_end|> a dog",
     "<|box_start|>[[100, 200, 300, 400]]<|box_end|> [[1, 2]] <|point_start|>[[5, 6]]<|point_end|>",
-    "a list [3, 4] that is no interval, and [[9, 2]] that ends before it starts",
+    "a list [3, 4] that is not an interval, and [[9, 2]] that ends before it starts",
     "[] never",
     "[[3.0 s, 8.5s]]",
     "<img onerror=x> [[1, 2]",
@@ -94,8 +94,8 @@ TEXTS = [
 @needs_node
 def test_intervals_are_read_as_in_python() -> None:
     code = 'const m = await import(STATIC + "/times.js"); result = value.map(m.parseIntervals);'
-    found = run_module(code, TEXTS)
-    assert found == [[list(pair) for pair in parse_intervals(text) or ()] for text in TEXTS]
+    result = run_module(code, TEXTS)
+    assert result == [[list(pair) for pair in parse_intervals(text) or ()] for text in TEXTS]
 
 
 @needs_node
@@ -111,10 +111,10 @@ def test_marks_carry_the_words_after_them() -> None:
 @needs_node
 def test_times_are_written_and_read() -> None:
     code = 'const m = await import(STATIC + "/times.js"); result = value.map((time) => m.clock(time));'
-    written = ["0:00.0", "0:07.5", "1:00.0", "1:07.5", "1:00:07.5"]
-    assert run_module(code, [0, 7.5, 59.96, 67.5, 3607.5]) == written
+    output = ["0:00.0", "0:07.5", "1:00.0", "1:07.5", "1:00:07.5"]
+    assert run_module(code, [0, 7.5, 59.96, 67.5, 3607.5]) == output
     code = 'const m = await import(STATIC + "/times.js"); result = value.map((text) => m.toSeconds(text));'
-    assert run_module(code, [*written, "12", "1:xx", ""]) == [0, 7.5, 60, 67.5, 3607.5, 12, None, None]
+    assert run_module(code, [*output, "12", "1:xx", ""]) == [0, 7.5, 60, 67.5, 3607.5, 12, None, None]
 
 
 @needs_node
@@ -159,7 +159,7 @@ def test_a_follow_up_holds_the_video_once_and_the_turns_before() -> None:
 def test_a_command_line_holds_hostile_text_as_one_word() -> None:
     code = 'const m = await import(STATIC + "/request.js"); result = m.quote(value);'
     hostile = "it's $(touch /tmp/x) `id`\n\"; rm -rf ~ #'"
-    said = subprocess.run(
+    message = subprocess.run(
         ["sh", "-c", f"printf %s {run_module(code, hostile)}"], capture_output=True, text=True, check=True
     )
-    assert said.stdout == hostile
+    assert message.stdout == hostile

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.serving import error_of, told
+from tests.support.serving import error_of, read_events
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -34,7 +34,7 @@ def streamed(http: TestClient, **fields: Any) -> tuple[str, list[dict[str, Any]]
     """Content, calls and the reason for the end, put together from a stream."""
     body = {"messages": HELLO, "max_tokens": 100, "temperature": 0, "stream": True, **fields}
     content, calls, reason = "", list[dict[str, Any]](), ""
-    for chunk in told(http.post(CHAT, json=body)):
+    for chunk in read_events(http.post(CHAT, json=body)):
         choice = chunk["choices"][0]
         content += choice["delta"].get("content") or ""
         reason = choice["finish_reason"] or reason
@@ -148,9 +148,9 @@ def test_forms_that_cannot_be_read_name_their_field(http: TestClient, fields: di
 )
 def test_a_call_ends_the_reply(http: TestClient, choice: Any, name: str | None) -> None:
     fields = {"tools": [WEATHER, CLOCK], "tool_choice": choice, "parallel_tool_calls": False}
-    found = only(chat(http, **fields))
-    (call,) = found["message"]["tool_calls"]
-    assert found["finish_reason"] == "tool_calls" and not found["message"]["content"]
+    result = only(chat(http, **fields))
+    (call,) = result["message"]["tool_calls"]
+    assert result["finish_reason"] == "tool_calls" and not result["message"]["content"]
     assert call["function"]["name"] == (name or call["function"]["name"])
     assert set(json.loads(call["function"]["arguments"])) == (
         set() if call["function"]["name"] == "clock" else {"a", "b"}
@@ -161,13 +161,13 @@ def test_a_call_ends_the_reply(http: TestClient, choice: Any, name: str | None) 
 
 def test_a_call_that_is_cut_off_goes_back_and_shows_no_mark(http: TestClient) -> None:
     fields: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required"}
-    whole = chat(http, **fields)["usage"]["completion_tokens"]
+    complete = chat(http, **fields)["usage"]["completion_tokens"]
     cut_inside = 0
-    for tokens in range(1, whole, 5):
-        found = only(chat(http, max_tokens=tokens, **fields))
-        message = found["message"]
+    for tokens in range(1, complete, 5):
+        result = only(chat(http, max_tokens=tokens, **fields))
+        message = result["message"]
         calls = [call["function"] for call in message.get("tool_calls", ())]
-        assert found["finish_reason"] == "length"
+        assert result["finish_reason"] == "length"
         assert not message["content"]
         assert streamed(http, max_tokens=tokens, **fields) == ("", calls, "length")
         results = [
@@ -189,7 +189,7 @@ def test_tools_of_other_types_are_left_out_with_a_note(http: TestClient, path: s
 
 def test_some_of_the_tools_are_allowed(http: TestClient) -> None:
     only_clock = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [CLOCK]}}
-    found = only(chat(http, tools=[WEATHER, CLOCK], tool_choice=only_clock, parallel_tool_calls=False))
-    assert [call["function"]["name"] for call in found["message"]["tool_calls"]] == ["clock"]
+    result = only(chat(http, tools=[WEATHER, CLOCK], tool_choice=only_clock, parallel_tool_calls=False))
+    assert [call["function"]["name"] for call in result["message"]["tool_calls"]] == ["clock"]
     wrong = {"type": "allowed_tools", "tools": []}
     error_of(http.post(CHAT, json={"messages": HELLO, "tools": [CLOCK], "tool_choice": wrong}))

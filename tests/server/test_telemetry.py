@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.serving import error_of, told
+from tests.support.serving import error_of, read_events
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 def chat(http: TestClient, **fields: Any) -> list[dict[str, Any]]:
     body = {"messages": HELLO, "max_tokens": 6, "ignore_eos": True, "stream": True, **fields}
-    return told(http.post("/v1/chat/completions", json=body))
+    return read_events(http.post("/v1/chat/completions", json=body))
 
 
 def check_timings(timings: dict[str, Any], most: int) -> None:
@@ -53,8 +53,8 @@ def test_responses_tell_the_same(http: TestClient) -> None:
 def test_a_reply_tells_the_text_of_its_prompt(http: TestClient, stream: bool) -> None:
     body = {"messages": HELLO, "max_tokens": 2, "verbose": True, "stream": stream}
     answer = http.post("/v1/chat/completions", json=body)
-    found = told(answer)[-1] if stream else answer.json()
-    assert found["__verbose"]["prompt"] == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    result = read_events(answer)[-1] if stream else answer.json()
+    assert result["__verbose"]["prompt"] == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_system_may_speak_again(http: TestClient) -> None:

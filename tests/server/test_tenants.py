@@ -29,12 +29,12 @@ def test_what_one_key_has_asked_costs_another_as_much_as_if_nobody_had(model: ke
 
     def work_of(owner: str) -> tuple[int, int, int]:
         """Cached tokens that the answer tells of, prompt tokens computed, visual tokens newly kept."""
-        computed, kept = model.core.computed["prompt"], model.runtime.vision_cache.nbytes()
+        computed, stored = model.core.computed["prompt"], model.runtime.vision_cache.nbytes()
         headers = {"Authorization": f"Bearer {keys[owner]}"}
         answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == 200, answer.text
         cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return cached, model.core.computed["prompt"] - computed, model.runtime.vision_cache.nbytes() - kept
+        return cached, model.core.computed["prompt"] - computed, model.runtime.vision_cache.nbytes() - stored
 
     model.clear_caches()
     probes = len(content._probes)
@@ -77,8 +77,8 @@ def test_media_are_read_by_a_few_at_once(running: Running, video: Path, monkeypa
         statuses.append(httpx.post(f"{running.url}/v1/media/plan", json=body, timeout=60).status_code)
 
     asking = [threading.Thread(target=ask) for _ in range(3 * MOST_DECODING)]
-    for one in asking:
-        one.start()
-    for one in asking:
-        one.join()
+    for item in asking:
+        item.start()
+    for item in asking:
+        item.join()
     assert statuses == [200] * len(asking) and most == MOST_DECODING

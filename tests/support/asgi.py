@@ -38,7 +38,7 @@ class Ask:
         return [self.body] if isinstance(self.body, bytes) else self.body
 
     def scope(self) -> dict[str, Any]:
-        given = {name.lower() for name, _ in self.headers}
+        options = {name.lower() for name, _ in self.headers}
         size = sum(map(len, self.pieces))
         usual = [("host", HOST)]
         if self.key is not None:
@@ -47,7 +47,7 @@ class Ask:
             usual.append(("content-type", self.content_type))
             if not self.chunked:
                 usual.append(("content-length", str(size if self.length is None else self.length)))
-        headers = [*self.headers, *((name, value) for name, value in usual if name not in given)]
+        headers = [*self.headers, *((name, value) for name, value in usual if name not in options)]
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -84,11 +84,11 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.json()["error"]
-        return found
+        result: dict[str, Any] = self.json()["error"]
+        return result
 
 
-async def asked(app: App, ask: Ask) -> Reply:
+async def requested(app: App, ask: Ask) -> Reply:
     """Sends the request and waits for the whole answer, or for the application's end."""
     reply, pieces = Reply(), list(ask.pieces)
     scope = ask.scope()
@@ -121,4 +121,4 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def send(app: App, ask: Ask) -> Reply:
     """One request in an event loop of its own."""
-    return run(asked(app, ask))
+    return run(requested(app, ask))

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.support.asgi import KEY, Ask, post
 from tests.support.clips import write_clip
 
-REFUSED = frozenset({400, 401, 403, 404, 405, 408, 413, 415, 422, 431})
+REJECTED = frozenset({400, 401, 403, 404, 405, 408, 413, 415, 422, 431})
 #: Of what is taken without effect: the answer has a note.
 NOTED = frozenset({200})
 
@@ -37,7 +37,7 @@ class Case:
     name: str
     attack: Ask
     twin: Ask
-    statuses: frozenset[int] = REFUSED
+    statuses: frozenset[int] = REJECTED
     app_only: bool = False
 
 
@@ -172,7 +172,7 @@ def _pictures() -> Iterator[Case]:
         "ICNS": b"icns\0\0\0\x10" + bytes(64),
         "PDF": b"%PDF-1.4\n1 0 obj<<>>endobj\n%%EOF",
         "PCX": b"\x0a\x05\x01\x08" + bytes(124),
-        "text": b"hello, this is no picture",
+        "text": b"hello, this is not a picture",
         "HTML behind a GIF's head": b"GIF89a<script>alert(1)</script>",
         "video as image": clip(),
     }.items():
@@ -206,10 +206,10 @@ def _videos() -> Iterator[Case]:
     }.items():
         # Long or dense videos are sampled, not refused, unless they break a limit of the server.
         odd = chat(video(data_url(data, "image/gif" if data[:3] == b"GIF" else "video/mp4")))
-        yield Case(9, name, odd, good, REFUSED if " a side" in name else REFUSED | {200})
+        yield Case(9, name, odd, good, REJECTED if " a side" in name else REJECTED | {200})
     # Frames that a table promises and the file does not hold are not counted, so this one may well be read.
     promising = patched(mp4, b"stts", 12, struct.pack(">II", 1_000_000_000, 1))
-    yield Case(9, "a thousand million frames", chat(video(data_url(promising, "video/mp4"))), good, REFUSED | {200})
+    yield Case(9, "a thousand million frames", chat(video(data_url(promising, "video/mp4"))), good, REJECTED | {200})
     frame = base64.b64encode(encoded("JPEG")).decode()
     few = chat(video("data:video/jpeg;base64," + ",".join([frame] * 8)))
     yield Case(10, "10^5 frames", chat(video("data:video/jpeg;base64," + ",".join(["AAAA"] * 100_000))), few)
@@ -277,7 +277,7 @@ def _parameters() -> Iterator[Case]:
     for name, value in (("fps", 1e-9), ("max_frames", 10**9)):
         # Odd, but within what the video holds: planned, not refused.
         odd = chat(video(mp4, **{name: value}))
-        yield Case(15, f"{name}={value}", odd, watched, REFUSED | {200}, app_only=True)
+        yield Case(15, f"{name}={value}", odd, watched, REJECTED | {200}, app_only=True)
 
 
 def _programs() -> Iterator[Case]:
@@ -364,5 +364,5 @@ def _costs() -> Iterator[Case]:
 
 def cases() -> list[Case]:
     """All attacks."""
-    made = (_addresses, _playlists, _pictures, _videos, _json, _parameters, _programs, _callers, _costs)
-    return [case for make in made for case in make()]
+    created = (_addresses, _playlists, _pictures, _videos, _json, _parameters, _programs, _callers, _costs)
+    return [case for make in created for case in make()]

@@ -21,7 +21,7 @@ class Item:
     size: int = 1
     node: str | None = None
     on: tuple[str, ...] = ("a", "b")
-    kept: bool = False
+    is_stored: bool = False
 
     @property
     def key(self) -> str:
@@ -34,7 +34,7 @@ class Item:
         return rest
 
     def carried(self) -> Item | None:
-        return Item(self.name, self.size, on=("a", "b", "c")) if self.kept else None
+        return Item(self.name, self.size, on=("a", "b", "c")) if self.is_stored else None
 
 
 class FakeWorker:

@@ -74,7 +74,7 @@ class MockServer:
     key: str | None = None
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
-    gone: threading.Event = field(default_factory=threading.Event)
+    disconnected: threading.Event = field(default_factory=threading.Event)
     checking: threading.Event | None = None
     busy: int = 0
 
@@ -161,11 +161,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/video/ground":
             keye = {"intervals": [[3.0, 8.5]], "regions": [], "evidence": _evidence(EVIDENCE), "attention": "sparse"}
             usage = {"prompt_tokens": 636, "completion_tokens": 7, "media": [PLAN]}
-            found = {"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye}
+            result = {"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye}
             steps = [{"keye": {"progress": {"phase": "media", "done": done, "total": 32}}} for done in (16, 32)]
             self._stream(
                 body["event"],
-                [*steps, {"delta": {"content": "[[3.0, 8.5]]"}}, {"object": "keye.ground", **found}],
+                [*steps, {"delta": {"content": "[[3.0, 8.5]]"}}, {"object": "keye.ground", **result}],
                 hold=2,
             )
         elif self.path == "/v1/clips":
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             self.wfile.write(b"data: [DONE]\n\n")
         except (BrokenPipeError, ConnectionResetError):
-            self.mock.gone.set()
+            self.mock.disconnected.set()
 
     def _hold(self) -> None:
         """Keeps the stream open with comments, as a slow model would, until the test says so or the client is gone."""

@@ -42,7 +42,7 @@ def error_of(answer: Any, status: int = 400) -> dict[str, Any]:
     return error
 
 
-def told(answer: Any) -> list[dict[str, Any]]:
+def read_events(answer: Any) -> list[dict[str, Any]]:
     """The events of a stream that has ended as it should."""
     assert answer.status_code == 200, answer.text
     lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]

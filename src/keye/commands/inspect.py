@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,6 +222,5 @@ def sampling_facts(folder: Path) -> dict[str, Any]:
     """How the model wants to be sampled, and the ids that end a reply, as generation_config.json says."""
     from keye.config import load_generation_config
 
-    generation = load_generation_config(folder)
-    stops: Sequence[int] = generation.eos_token_ids
-    return {**generation.sampling_defaults(), "stop_ids": list(stops)}
+    config = load_generation_config(folder)
+    return {**config.sampling_defaults(), "stop_ids": list(config.eos_token_ids)}
