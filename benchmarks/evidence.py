@@ -80,11 +80,11 @@ def ask_all(model: keye.Keye, split: str, wanted: int) -> list[Row]:
     for number, (clip, request) in enumerate(clips(split, wanted)):
         prompt = ClipPrompt(model.runtime.prompts, frames_of(clip), [question.text for question in request])
         trunk, _ = model.engine.prefill(prompt.trunk)
-        prompts = [prompt.whole(branch, trunk) for branch in prompt.branches]
+        prompts = [prompt.continue_trunk(branch, trunk) for branch in prompt.branches]
         results = model.engine.generate(prompts, params, indexer_sets=True)
         trunk.free()
         for question, result in zip(request, results, strict=True):
-            sets = result.generations[0].indexer_sets
+            sets = result.completions[0].indexer_sets
             assert sets is not None
             rows.append(Row(number, selections(sets, prompt.trunk), _inside(clip, question)))
     return rows

@@ -41,6 +41,6 @@ def test_the_examples_of_the_page_are_answered_rightly(model):
         "what color is the triangle?": "cyan",
         "when is the green square visible?": "[]",
     }
-    assert set(model.runtime.generation.examples) == set(right)
+    assert set(model.runtime.generation_config.examples) == set(right)
     for question, text in right.items():
         assert model.ask(asset("demo.mp4"), question).text == text

@@ -18,7 +18,7 @@ from keye.version import __version__
 if TYPE_CHECKING:
     from keye.api import Keye, load
     from keye.engine.async_engine import AsyncEngine
-    from keye.engine.engine import Engine, Generation, GenerationResult, ScoreResult, TokenPrompt
+    from keye.engine.engine import Completion, Engine, GenerationResult, ScoreResult, TokenPrompt
     from keye.engine.media import Frames
     from keye.engine.runtime import Runtime
     from keye.engine.sampling import SamplingParams
@@ -26,15 +26,29 @@ if TYPE_CHECKING:
     from keye.sessions.answer import Answer, AnswerStream
 
 __all__ = [
-    "Answer", "AnswerStream", "AsyncEngine", "Engine", "Frames", "Generation", "GenerationResult", "Keye", "KeyeError",
-    "KeyeWarning", "Runtime", "SamplingParams", "ScoreResult", "TokenPrompt", "__version__", "load",
+    "Answer",
+    "AnswerStream",
+    "AsyncEngine",
+    "Completion",
+    "Engine",
+    "Frames",
+    "GenerationResult",
+    "Keye",
+    "KeyeError",
+    "KeyeWarning",
+    "Runtime",
+    "SamplingParams",
+    "ScoreResult",
+    "TokenPrompt",
+    "__version__",
+    "load",
 ]  # fmt: skip
 
 #: Modules by the names that they define, which are imported when a name is first used.
 _HOMES = {
     "keye.api": ("Keye", "load"),
     "keye.engine.async_engine": ("AsyncEngine",),
-    "keye.engine.engine": ("Engine", "Generation", "GenerationResult", "ScoreResult", "TokenPrompt"),
+    "keye.engine.engine": ("Engine", "Completion", "GenerationResult", "ScoreResult", "TokenPrompt"),
     "keye.engine.media": ("Frames",),
     "keye.engine.runtime": ("Runtime",),
     "keye.engine.sampling": ("SamplingParams",),

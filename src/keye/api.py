@@ -156,9 +156,11 @@ class Keye:
         subject = event.strip() if isinstance(event, str) else ""
         if not subject:
             raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
-        if "{article}" in self.runtime.generation.ground_prompt and subject.lower().startswith(("the ", "a ", "an ")):
+        if "{article}" in self.runtime.generation_config.ground_prompt and subject.lower().startswith(
+            ("the ", "a ", "an ")
+        ):
             subject = subject.split(" ", 1)[1]
-        return self.runtime.generation.ground_prompt.format(event=subject, article="the")
+        return self.runtime.generation_config.ground_prompt.format(event=subject, article="the")
 
     def render(
         self,
@@ -311,7 +313,7 @@ def load(
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     processor = Processor(load_processor_config(folder), decoder=decoder)
-    generation = load_generation_config(folder)
+    generation_config = load_generation_config(folder)
     folder = resolve(name, revision=revision, progress=progress)
     model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
     return Keye(
@@ -320,26 +322,26 @@ def load(
             model,
             tokenizer,
             processor,
-            generation,
+            generation_config,
             attention=attention,
             template=chosen,
             kv=replace(storing, memory=limit or free_memory(device)),
-            notes=tuple(_loading_notes(folder, config, report, chosen, asked=template != "auto")),
+            notes=tuple(_loading_notes(folder, config, report, chosen, is_chosen=template != "auto")),
             open_index=_open_index,
         )
     )
 
 
-def _template(asked: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
+def _template(name: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
     """The template that is asked for; None for keye's own."""
-    if asked == "keye" or (asked == "auto" and not may_bring_template(folder)):
+    if name == "keye" or (name == "auto" and not may_bring_template(folder)):
         return None
     from keye.chat.foreign_template import find_template, load_template
 
-    if asked == "auto":
-        found = find_template(folder)
-        return None if found is None else found.for_model(template_of(release), None, fall_back=True)
-    return load_template(folder if asked == "checkpoint" else asked)
+    if name == "auto":
+        own = find_template(folder)
+        return None if own is None else own.for_model(template_of(release), None, fall_back=True)
+    return load_template(folder if name == "checkpoint" else name)
 
 
 def _open_index(runtime: Runtime, source: Source) -> IndexedVideo:
@@ -349,7 +351,7 @@ def _open_index(runtime: Runtime, source: Source) -> IndexedVideo:
 
 
 def _loading_notes(
-    folder: Path, config: KeyeConfig, report: LoadReport, template: CheckpointTemplate | None, *, asked: bool
+    folder: Path, config: KeyeConfig, report: LoadReport, template: CheckpointTemplate | None, *, is_chosen: bool
 ) -> Iterator[str]:
     """What a user should know of how a checkpoint was loaded, a sentence each; last which chat template and which text
     before frames it is used with: nothing where a template was asked for, nor of keye's own formats in checkpoints that
@@ -364,7 +366,7 @@ def _loading_notes(
         yield f"the files hold tensors that this model has no place for: {_listed(report.unused)}"
     if report.ignored:
         yield f"the files hold tensors that no forward pass reads: {_listed(report.ignored)}"
-    if asked:
+    if is_chosen:
         return
     if template is not None:
         yield f"prompts follow the checkpoint's own chat template; template keye chooses that of keye ({template.name})"

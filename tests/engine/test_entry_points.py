@@ -15,7 +15,7 @@ import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.sequence import KVCache
 from keye.engine.async_engine import AsyncEngine
-from keye.engine.engine import Engine, Generation, TokenPrompt
+from keye.engine.engine import Completion, Engine, TokenPrompt
 from keye.engine.request import Generating
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams, filtered_probabilities
@@ -47,53 +47,53 @@ def plain_logits(model: KeyeModel, ids: Sequence[int], experts: list[Tensor] | N
     return model.logits(model(model.embed(torch.tensor(ids)), positions, step))
 
 
-def all_ids(prompt: Sequence[int], generation: Generation) -> list[int]:
-    return [*prompt, *generation.token_ids]
+def all_ids(prompt: Sequence[int], completion: Completion) -> list[int]:
+    return [*prompt, *completion.token_ids]
 
 
 def test_greedy_tokens_and_raw_probabilities_are_those_of_a_plain_pass(runtime: Runtime, engine: Engine) -> None:
     for prompt, result in zip(TEXTS, engine.generate(TEXTS, GREEDY, ignore_eos=True), strict=True):
-        (generation,) = result.generations
-        assert result.prompt_token_ids == tuple(prompt) and len(generation.token_ids) == 6
-        assert generation.finish_reason == "length" and result.weights_version == 0
-        logits = plain_logits(runtime.model, all_ids(prompt, generation))[len(prompt) - 1 : -1]
-        assert tuple(logits.argmax(-1).tolist()) == generation.token_ids
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(generation.token_ids)[:, None]).squeeze(1)
-        assert torch.allclose(generation.raw_logprobs, expected, atol=1e-4)
-        assert generation.logprobs.tolist() == [0.0] * 6, "a greedy token has probability 1"
+        (completion,) = result.completions
+        assert result.prompt_token_ids == tuple(prompt) and len(completion.token_ids) == 6
+        assert completion.finish_reason == "length" and result.weights_version == 0
+        logits = plain_logits(runtime.model, all_ids(prompt, completion))[len(prompt) - 1 : -1]
+        assert tuple(logits.argmax(-1).tolist()) == completion.token_ids
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1)
+        assert torch.allclose(completion.raw_logprobs, expected, atol=1e-4)
+        assert completion.logprobs.tolist() == [0.0] * 6, "a greedy token has probability 1"
 
 
 def test_the_end_token_is_among_the_tokens(engine: Engine) -> None:
     (free,) = engine.generate([TEXTS[1]], GREEDY, ignore_eos=True)
-    tokens = free.generations[0].token_ids
+    tokens = free.completions[0].token_ids
     stopping = SamplingParams(max_tokens=6, stop_token_ids=(tokens[2],))
     (stopped,) = engine.generate([TEXTS[1]], stopping, ignore_eos=True)
-    (generation,) = stopped.generations
+    (completion,) = stopped.completions
     end = tokens.index(tokens[2]) + 1
-    assert generation.token_ids == tokens[:end] and generation.finish_reason == "stop"
-    assert torch.equal(generation.raw_logprobs, free.generations[0].raw_logprobs[:end])
+    assert completion.token_ids == tokens[:end] and completion.finish_reason == "stop"
+    assert torch.equal(completion.raw_logprobs, free.completions[0].raw_logprobs[:end])
 
 
 def test_sampled_probabilities_are_those_of_the_filtered_distribution(runtime: Runtime, engine: Engine) -> None:
     params = SamplingParams(max_tokens=5, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3, seed=3)
     (result,) = engine.generate([TEXTS[1]], params, n=3, ignore_eos=True)
-    assert len({generation.token_ids for generation in result.generations}) == 3
-    for generation in result.generations:
-        logits = plain_logits(runtime.model, all_ids(TEXTS[1], generation))[len(TEXTS[1]) - 1 : -1]
-        for i, token in enumerate(generation.token_ids):
+    assert len({completion.token_ids for completion in result.completions}) == 3
+    for completion in result.completions:
+        logits = plain_logits(runtime.model, all_ids(TEXTS[1], completion))[len(TEXTS[1]) - 1 : -1]
+        for i, token in enumerate(completion.token_ids):
             row = logits[i].clone()
-            for seen in set(generation.token_ids[:i]):
+            for seen in set(completion.token_ids[:i]):
                 row[seen] = row[seen] / 1.3 if row[seen] > 0 else row[seen] * 1.3
             expected = float(filtered_probabilities(row, params)[token].log())
-            assert float(generation.logprobs[i]) == pytest.approx(expected, abs=1e-3)
-            assert float(generation.raw_logprobs[i]) == pytest.approx(float(logits[i].log_softmax(-1)[token]), abs=1e-3)
+            assert float(completion.logprobs[i]) == pytest.approx(expected, abs=1e-3)
+            assert float(completion.raw_logprobs[i]) == pytest.approx(float(logits[i].log_softmax(-1)[token]), abs=1e-3)
 
 
 def test_together_is_as_alone(engine: Engine) -> None:
     together = engine.generate(TEXTS, [GREEDY, SamplingParams(max_tokens=3, temperature=1.0, seed=1), GREEDY])
     for prompt, params, result in zip(TEXTS, (GREEDY, None, GREEDY), together, strict=True):
         if params is not None:
-            assert engine.generate([prompt], params)[0].generations[0].token_ids == result.generations[0].token_ids
+            assert engine.generate([prompt], params)[0].completions[0].token_ids == result.completions[0].token_ids
 
 
 def test_media_are_given_as_patches(runtime: Runtime, engine: Engine) -> None:
@@ -104,7 +104,7 @@ def test_media_are_given_as_patches(runtime: Runtime, engine: Engine) -> None:
     prompt = TokenPrompt(laid_out.token_ids.tolist(), laid_out.media)
     (by_ids,) = engine.generate([prompt], GREEDY)
     (as_laid_out,) = engine.generate([laid_out], GREEDY)
-    assert by_ids.generations[0].token_ids == as_laid_out.generations[0].token_ids
+    assert by_ids.completions[0].token_ids == as_laid_out.completions[0].token_ids
     (scores,) = engine.score([prompt])
     assert scores.logprobs.shape == (len(prompt.token_ids) - 1,)
     with pytest.raises(KeyeError, match="the prompt's placeholders are not those of its media"):
@@ -134,13 +134,13 @@ def test_a_long_sequence_is_scored_in_less_memory_than_its_logits_take(runtime: 
 def test_experts_are_those_of_the_pass(runtime: Runtime, engine: Engine) -> None:
     engine.generate([TEXTS[2]], GREEDY)  # the prefix cache holds its beginning, whose experts are not known
     (result,) = engine.generate([TEXTS[2]], GREEDY, experts=True, ignore_eos=True)
-    (generation,) = result.generations
+    (completion,) = result.completions
     expected: list[Tensor] = []
-    plain_logits(runtime.model, all_ids(TEXTS[2], generation)[:-1], expected)
+    plain_logits(runtime.model, all_ids(TEXTS[2], completion)[:-1], expected)
     stacked = torch.stack(expected, dim=1).to(torch.int16)
     n = len(TEXTS[2])
-    assert result.prompt_experts is not None and generation.experts is not None
-    assert torch.equal(result.prompt_experts, stacked[:n]) and torch.equal(generation.experts, stacked[n - 1 :])
+    assert result.prompt_experts is not None and completion.experts is not None
+    assert torch.equal(result.prompt_experts, stacked[:n]) and torch.equal(completion.experts, stacked[n - 1 :])
     (scores,) = engine.score([TEXTS[2]], experts=True)
     assert scores.experts is not None and torch.equal(scores.experts, stacked[:n])
 
@@ -149,7 +149,7 @@ def test_indexer_sets_are_the_positions_that_a_step_read(runtime: Runtime, engin
     sparse = runtime.config.text.sparse
     assert sparse is not None and sparse.topk == 16
     (result,) = engine.generate([TEXTS[0]], SamplingParams(max_tokens=20), indexer_sets=True, ignore_eos=True)
-    sets = result.generations[0].indexer_sets
+    sets = result.completions[0].indexer_sets
     assert sets is not None and sets.shape == (20, 2, 16) and sets.dtype == torch.int32
     for i, layers in enumerate(sets):
         context = len(TEXTS[0]) + i
@@ -157,7 +157,7 @@ def test_indexer_sets_are_the_positions_that_a_step_read(runtime: Runtime, engin
             chosen = row[row >= 0].tolist()
             assert len(chosen) == min(16, context) and chosen == sorted(set(chosen)) and chosen[-1] < context
     (dense,) = engine.generate([TEXTS[0]], GREEDY, indexer_sets=True, attention="dense")
-    assert dense.generations[0].indexer_sets is None
+    assert dense.completions[0].indexer_sets is None
 
 
 def test_a_stored_sequence_is_continued(runtime: Runtime, engine: Engine) -> None:
@@ -171,7 +171,7 @@ def test_a_stored_sequence_is_continued(runtime: Runtime, engine: Engine) -> Non
     prompts = [replace(runtime.prompts.of_tokens([*TEXTS[2], *tail]), past=sequence) for tail in tails]
     together = engine.generate(prompts, GREEDY)
     alone = engine.generate([[*TEXTS[2], *tail] for tail in tails], GREEDY)
-    assert [r.generations[0].token_ids for r in together] == [r.generations[0].token_ids for r in alone]
+    assert [r.completions[0].token_ids for r in together] == [r.completions[0].token_ids for r in alone]
     sequence.free()
     runtime.prefixes.clear()
     assert runtime.ledger.used() == 0
@@ -183,10 +183,10 @@ def test_weights_are_replaced_in_place(runtime: Runtime, engine: Engine) -> None
     before, fingerprint = engine.generate(TEXTS, GREEDY), runtime.fingerprint
     assert engine.update_weights(dict(other.model.state_dict())) == 1
     after = engine.generate(TEXTS, GREEDY)
-    tokens = [[r.generations[0].token_ids for r in results] for results in (before, after, expected)]
+    tokens = [[r.completions[0].token_ids for r in results] for results in (before, after, expected)]
     assert tokens[0] != tokens[1] == tokens[2], "also where a prompt is in the prefix cache"
     assert {r.weights_version for r in after} == {1}
-    assert all(r.generations[0].weights_versions.tolist() == [1] * len(r.generations[0].token_ids) for r in after)
+    assert all(r.completions[0].weights_versions.tolist() == [1] * len(r.completions[0].token_ids) for r in after)
     assert runtime.fingerprint.weights == other.fingerprint.weights != fingerprint.weights
 
 
@@ -230,7 +230,7 @@ def test_running_requests_go_on_with_the_new_weights(runtime: Runtime, engine: E
     versions = [record.weights_version for record in records]
     assert len(records) == 8 and versions == sorted(versions) and {0, 1} == set(versions)
     fresh = Engine(tiny_model(seed=5)).generate([TEXTS[1]], GREEDY)
-    assert engine.generate([TEXTS[1]], GREEDY)[0].generations[0].token_ids == fresh[0].generations[0].token_ids
+    assert engine.generate([TEXTS[1]], GREEDY)[0].completions[0].token_ids == fresh[0].completions[0].token_ids
 
 
 def test_text_options_are_rejected(engine: Engine) -> None:
@@ -253,7 +253,7 @@ def test_the_same_asynchronously(tmp_path: Path) -> None:
         engine.start()
         try:
             results = await asyncio.gather(*(engine.generate(prompt, GREEDY) for prompt in TEXTS))
-            assert [r.generations[0].token_ids for r in results] == [r.generations[0].token_ids for r in expected]
+            assert [r.completions[0].token_ids for r in results] == [r.completions[0].token_ids for r in expected]
             scores = await engine.score(TEXTS[1], top_logprobs=2)
             assert torch.allclose(scores.logprobs, model.engine.score([TEXTS[1]])[0].logprobs, atol=1e-4)
             assert await engine.update_weights({"model.norm.weight": torch.ones(64)}) == 1

@@ -107,10 +107,10 @@ def test_an_abort_during_exclusive_work_is_cleaned_up_after_it(model: Keye) -> N
 
 
 def test_frames_may_come_between_a_question_and_its_answer(model: Keye) -> None:
-    """A question is about what was seen when it was asked."""
+    """A question is about what was seen when it was answer."""
     session, other = (model.live(resized_height=56, resized_width=56) for _ in range(2))
     for live in (session, other):
         live.append(PIXELS[:8], TIMES[:8])
-    asked = session.stream_ask("what is this?", max_tokens=6)
+    answer = session.stream_ask("what is this?", max_tokens=6)
     session.append(PIXELS[8:], TIMES[8:])
-    assert asked.finish().text == other.ask("what is this?", max_tokens=6).text
+    assert answer.finish().text == other.ask("what is this?", max_tokens=6).text

@@ -246,6 +246,6 @@ def test_a_stream_gives_the_same_probabilities(tiny: Runtime, builder: PromptBui
     streamed = prompt_of(builder, video)
     decoded = builder.build([Message("user", (as_medium(video), "what?"))])
     engine, params = Engine(tiny), SamplingParams(max_tokens=4)
-    results = [engine.generate([prompt], params)[0].generations[0] for prompt in (decoded, streamed, streamed)]
+    results = [engine.generate([prompt], params)[0].completions[0] for prompt in (decoded, streamed, streamed)]
     assert all(torch.equal(result.raw_logprobs, results[0].raw_logprobs) for result in results)
     assert tiny.vision_cache.nbytes() > 0

@@ -191,12 +191,12 @@ def test_branches_answer_as_each_question_alone(tiny):
     prompt = clip_prompt(tiny, clip, [question.text for question in chosen])
     engine, params = Engine(tiny), SamplingParams(max_tokens=6)
     trunk, _ = engine.prefill(prompt.trunk)
-    together = engine.generate([prompt.whole(branch, trunk) for branch in prompt.branches], params)
+    together = engine.generate([prompt.continue_trunk(branch, trunk) for branch in prompt.branches], params)
     assert trunk.length(0) == prompt.trunk.length, "the trunk stays as it was"
     for branch, result in zip(prompt.branches, together, strict=True):
         alone = PlainSequence(tiny.model).prefill(prompt.trunk).append(branch)
         assert alone.greedy(6, tiny.config.eos_token_ids) == [
-            token for token in result.generations[0].token_ids if token not in tiny.config.eos_token_ids
+            token for token in result.completions[0].token_ids if token not in tiny.config.eos_token_ids
         ]
 
 

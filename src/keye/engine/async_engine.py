@@ -188,11 +188,11 @@ class AsyncEngine:
     async def generate(self, prompt: AnyPrompt, sampling: SamplingParams, **options: Any) -> GenerationResult:
         """Continues one prompt; options as in `Engine.generate`. Concurrent calls are computed together."""
         request = self.engine.generate_request(prompt, sampling, **options)
-        return (await self._result(request)).generation()
+        return (await self._result(request)).build_result()
 
     async def score(self, token_ids: AnyPrompt, **options: Any) -> ScoreResult:
         """The log-probabilities of tokens; see `Engine.score` for options."""
-        return (await self._result(self.engine.score_request(token_ids, **options))).score()
+        return (await self._result(self.engine.score_request(token_ids, **options))).build_scores()
 
     async def update_weights(self, state: Mapping[str, Tensor]) -> int:
         """Replaces weights between two steps; see `Engine.update_weights`."""

@@ -47,7 +47,7 @@ AnyPrompt = Sequence[int] | TokenPrompt | Prompt
 
 
 @dataclass(frozen=True)
-class Generation:
+class Completion:
     """One continuation of n tokens, the token that ended it included.
 
     `logprobs` float32 [n] are natural log-probabilities in the distribution that each token was sampled from: after
@@ -75,7 +75,7 @@ class GenerationResult:
     layers, experts per token] on request."""
 
     prompt_token_ids: tuple[int, ...]
-    generations: tuple[Generation, ...]
+    completions: tuple[Completion, ...]
     weights_version: int
     prompt_experts: Tensor | None = None
 
@@ -117,13 +117,13 @@ class Engine:
             raise KeyeError(f"sampling has {len(params)} entries for {len(prompts)} prompts; give one for each, or one")
         pairs = zip(prompts, params, strict=True)
         requests = [self.generate_request(prompt, params, **options) for prompt, params in pairs]
-        return [builder.generation() for builder in self._build(requests)]
+        return [builder.build_result() for builder in self._build(requests)]
 
     def score(self, token_ids: Sequence[AnyPrompt], **options: Any) -> list[ScoreResult]:
         """The log-probability of every token of each sequence but its first. Options are those of `score_request`.
         Computed in chunks: the logits of a sequence are never held together. Errors as in `generate`."""
         requests = [self.score_request(prompt, **options) for prompt in token_ids]
-        return [builder.score() for builder in self._build(requests)]
+        return [builder.build_scores() for builder in self._build(requests)]
 
     def generate_request(
         self,
@@ -141,7 +141,7 @@ class Engine:
     ) -> GenerationRequest:
         """A request of `n` continuations by token ids. It has no text: stop strings and bad words are rejected, and
         replies that repeat themselves go on; `ignore_eos` goes on to `max_tokens`. `experts` and `indexer_sets` are
-        recorded on request (`Generation`). `attention` is the model's by default; `select` other than "indexer"
+        recorded on request (`Completion`). `attention` is the model's by default; `select` other than "indexer"
         replaces the choice of keys, as a control. `deterministic` makes the tokens independent of whatever else is
         computed. `seconds` is the longest that the request may take."""
         if sampling.stop or sampling.bad_words:
@@ -280,17 +280,19 @@ class ResultBuilder:
         elif isinstance(event, Finished):
             self.finished = event
 
-    def generation(self) -> GenerationResult:
+    def build_result(self) -> GenerationResult:
         """The result after `Finished`."""
         assert self.finished is not None
         return GenerationResult(
             tuple(self.finished.prompt.token_ids.tolist()),
-            tuple(_generation(records, reason) for records, reason in zip(self.records, self.reasons, strict=True)),
+            tuple(
+                _build_completion(records, reason) for records, reason in zip(self.records, self.reasons, strict=True)
+            ),
             self.finished.weights_version,
             self.finished.prompt_experts,
         )
 
-    def score(self) -> ScoreResult:
+    def build_scores(self) -> ScoreResult:
         """The result after `Finished`."""
         assert self.finished is not None
         if self.finished.sequence is not None:
@@ -303,11 +305,11 @@ class ResultBuilder:
         )  # fmt: skip
 
 
-def _generation(records: Sequence[TokenRecord], reason: str) -> Generation:
+def _build_completion(records: Sequence[TokenRecord], reason: str) -> Completion:
     routings = [record.routing for record in records]
     experts = [routing.experts for routing in routings if routing.experts is not None]
     sets = [routing.indexer_set for routing in routings if routing.indexer_set is not None]
-    return Generation(
+    return Completion(
         tuple(record.token for record in records),
         torch.tensor([record.logprob for record in records], dtype=torch.float32),
         torch.tensor([record.raw_logprob for record in records], dtype=torch.float32),

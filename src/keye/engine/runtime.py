@@ -42,7 +42,7 @@ class Runtime:
     model: KeyeModel
     tokenizer: Tokenizer
     processor: Processor
-    generation: GenerationConfig
+    generation_config: GenerationConfig
     template: ChatTemplate | CheckpointTemplate
     attention: AttentionMode
     kv: KVOptions
@@ -60,7 +60,7 @@ class Runtime:
         model: KeyeModel,
         tokenizer: Tokenizer,
         processor: Processor,
-        generation: GenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         attention: AttentionMode = "sparse",
         template: ChatTemplate | CheckpointTemplate | None = None,
@@ -71,14 +71,14 @@ class Runtime:
         """A runtime with empty caches. `template` is keye's own for the model's release by default; `attention`
         "sparse" becomes "dense" for a model without an indexer."""
         check_attention(attention)
-        generation, kv = generation or GenerationConfig(), kv or KVOptions()
-        own = template_of(model.config.release, generation.default_system)
+        generation_config, kv = generation_config or GenerationConfig(), kv or KVOptions()
+        own = template_of(model.config.release, generation_config.default_system)
         if not isinstance(template, ChatTemplate | None):
-            template = template.for_model(own, generation.default_system)
+            template = template.for_model(own, generation_config.default_system)
         ledger = kv.ledger()
         store = kv.store(kv.layout(model.cache_rows(), model.dtype), model.device, ledger)
         return cls(
-            name=name, model=model, tokenizer=tokenizer, processor=processor, generation=generation,
+            name=name, model=model, tokenizer=tokenizer, processor=processor, generation_config=generation_config,
             template=template or own, attention=attention if model.config.text.sparse is not None else "dense",
             kv=kv, ledger=ledger, store=store, vision_cache=VisionCache(ledger=ledger), prefixes=PrefixCache(store),
             notes=tuple(notes), open_index=open_index,
@@ -87,6 +87,11 @@ class Runtime:
     @property
     def config(self) -> KeyeConfig:
         return self.model.config
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply."""
+        return self.generation_config.eos_token_ids or self.config.eos_token_ids
 
     @cached_property
     def prompts(self) -> PromptBuilder:
@@ -122,7 +127,7 @@ class Runtime:
         known = SamplingParams.fields()
         if unknown := sorted(set(options) - set(known)):
             raise KeyeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
-        chosen = {**self.generation.sampling_defaults(), **{k: v for k, v in options.items() if v is not None}}
+        chosen = {**self.generation_config.sampling_defaults(), **{k: v for k, v in options.items() if v is not None}}
         if isinstance(chosen.get("stop"), str):
             chosen["stop"] = (chosen["stop"],)
         params, size = SamplingParams(**chosen), self.config.text.vocab_size

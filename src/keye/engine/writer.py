@@ -49,7 +49,7 @@ class Writer:
 
     def __init__(self, runtime: Runtime) -> None:
         self.model, self.config, self.tokenizer = runtime.model, runtime.config, runtime.tokenizer
-        self.stop_ids = frozenset(runtime.generation.eos_token_ids or runtime.config.eos_token_ids)
+        self.stop_ids = frozenset(runtime.eos_token_ids)
         added = self.tokenizer.added_tokens
         self.thought_ids = added.get("<think>"), added.get("</think>")
 

@@ -89,7 +89,7 @@ class _Model(transformers.PreTrainedModel):
         return self.network.lm_head
 
     def can_generate(self) -> bool:
-        """False for `transformers`, whose own generation this class does not use; see `generate`."""
+        """False for `transformers`, whose own completion this class does not use; see `generate`."""
         return False
 
     @torch.inference_mode()
@@ -137,8 +137,8 @@ class _Model(transformers.PreTrainedModel):
         pad = options.pop("pad_token_id", None)
         pad = next(iter(value for value in (pad, config.pad_token_id, *eos) if value is not None), 0)
         do_sample = defaults.do_sample if do_sample is None else do_sample
-        given = {name: options.pop(name) for name in SamplingParams.fields() if name in options}
-        settings = {name: value for name, value in given.items() if value is not None}
+        fields = {name: options.pop(name) for name in SamplingParams.fields() if name in options}
+        settings = {name: value for name, value in fields.items() if value is not None}
         if do_sample:
             own = {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p")}
             settings = {"temperature": 1.0, **{k: v for k, v in own.items() if v is not None}, **settings}
@@ -150,7 +150,7 @@ class _Model(transformers.PreTrainedModel):
         engine = Engine(Runtime.create("transformers", self.network, Tokenizer.blank(), Processor(ProcessorConfig())))
         prompts = [prompt for _, prompt in self._prompts(input_ids, **options)]
         results = engine.generate(prompts, params, ignore_eos=True)
-        replies = [list(result.generations[0].token_ids) for result in results]
+        replies = [list(result.completions[0].token_ids) for result in results]
         longest = max(map(len, replies))
         filled = [reply + [pad] * (longest - len(reply)) for reply in replies]
         return torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], dim=1)
@@ -174,8 +174,8 @@ class _Model(transformers.PreTrainedModel):
         follow from the grids; patches [P, 3, 14, 14] and grids [n, 3] of all images and of all videos in the order of
         the rows. Everything is computed again for each call: `use_cache` has no effect.
         """
-        if given := sorted(name for name, value in unknown.items() if value is not None):
-            raise KeyeError(f"unknown input {', '.join(given)}; keye.hf is for inference, train with `keye train`.")
+        if names := sorted(name for name, value in unknown.items() if value is not None):
+            raise KeyeError(f"unknown input {', '.join(names)}; keye.hf is for inference, train with `keye train`.")
         config = self.network.config
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         merge = config.vision.spatial_merge_size

@@ -109,9 +109,8 @@ async def _sweep(context: Context) -> None:
 
 
 def _guides(model: Keye) -> GuideFactory | None:
-    eos = model.runtime.generation.eos_token_ids or model.config.eos_token_ids
     try:
-        return GuideFactory(model.tokenizer, eos, model.config.text.vocab_size)
+        return GuideFactory(model.tokenizer, model.runtime.eos_token_ids, model.config.text.vocab_size)
     except KeyeError as error:
         log.warning("%s", error)
         return None

@@ -82,7 +82,7 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: every field, those that have to be asked for only where they were."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        asked = {
+        optional = {
             "evidence": None if self.evidence is None else self.evidence.to_dict(),
             "logprobs": _plain_probs(fields.pop("logprobs")),
             "prompt_logprobs": _plain_probs(fields.pop("prompt_logprobs")),
@@ -98,7 +98,7 @@ class Answer:
             "regions": [region.to_dict() for region in self.regions],
             "notes": list(self.notes),
             "tool_calls": [call.to_dict() for call in self.tool_calls],
-            **{name: value for name, value in asked.items() if value is not None},
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
 
@@ -106,9 +106,9 @@ def _plain_probs(probs: tuple[TokenProb, ...] | None) -> list[dict[str, Any]] | 
     if probs is None:
         return None
     return [
-        {"token": one.token, "text": one.text, "logprob": round(one.logprob, 6),
-         "top": [{"token": o.token, "text": o.text, "logprob": round(o.logprob, 6)} for o in one.top]}
-        for one in probs
+        {"token": prob.token, "text": prob.text, "logprob": round(prob.logprob, 6),
+         "top": [{"token": o.token, "text": o.text, "logprob": round(o.logprob, 6)} for o in prob.top]}
+        for prob in probs
     ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class _Frame:
 
 
 def seconds_of(values: Sequence[float], name: str = "timestamps") -> list[float]:
-    """Times in seconds as floats; `KeyeError` for anything that is no finite number."""
+    """Times in seconds as floats; `KeyeError` for anything else."""
     try:
         times = [float(value) for value in values]
     except (TypeError, ValueError, OverflowError):
@@ -111,15 +111,15 @@ class LiveSession:
         a context that fills up halfway (`keep="all"`)."""
         self._check_open()
         times = seconds_of(timestamps)
-        given = as_frames(open_frames(frames))
-        if len(given) != len(times):
-            raise KeyeError(f"{len(given)} frames have {len(times)} timestamps; give one for each frame")
+        pictures = as_frames(open_frames(frames))
+        if len(pictures) != len(times):
+            raise KeyeError(f"{len(pictures)} frames have {len(times)} timestamps; give one for each frame")
         before = [self._frames[-1].time] if self._frames else []
         if any(not a < b for a, b in zip([*before, *times], [*before, *times][1:], strict=False)):
             raise KeyeError("timestamps must ascend, each after that of the frame before; frames cannot be added later")
-        for start in range(0, len(given), _SLICE):
+        for start in range(0, len(pictures), _SLICE):
             part = slice(start, start + _SLICE)
-            self._append(given[part], times[part])
+            self._append(pictures[part], times[part])
 
     def append_video(self, video: object, *, offset: float = 0.0) -> None:
         """Adds the frames of a video file, sampled by the session's options, its first second being `offset`."""
@@ -254,10 +254,10 @@ class LiveSession:
         """`recent`: the newest frames that leave half the context, when so many tokens are added. They are computed
         again, at the positions of a video that begins with them: stored keys hold their position and what they saw
         before."""
-        held = f"{self.frames} frames in {self.tokens} of {self._limit} tokens"
+        size = f"{self.frames} frames in {self.tokens} of {self._limit} tokens"
         if self._keep == "all":
             raise KeyeError(
-                f"the context is full: it holds {held}, and {self._reserve} are kept for question and answer; "
+                f"the context is full: it holds {size}, and {self._reserve} are kept for question and answer; "
                 'start a new session, append fewer or smaller frames, or open it with keep="recent"'
             )
         used, target = len(self._head) + tokens, (self._limit - self._reserve) // 2

@@ -120,19 +120,19 @@ def _noted(plan: Mapping[str, Any], warnings: Sequence[KeyeWarning]) -> Mapping[
     """A plan with what was tolerated of the video when its frames were read."""
     if not warnings:
         return plan
-    found = (str(warning).removeprefix(f"{plan['name']}: ") for warning in warnings)
-    return {**plan, "notes": [*plan.get("notes", ()), *found]}
+    notes = (str(warning).removeprefix(f"{plan['name']}: ") for warning in warnings)
+    return {**plan, "notes": [*plan.get("notes", ()), *notes]}
 
 
 def _file_hash(source: Any) -> str | None:
     """SHA-256 of a video file; None for pictures in memory."""
     if not isinstance(source, Source):
         return None
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with source.open() as file:
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
@@ -224,35 +224,38 @@ class _Facts:
         names = dict.fromkeys(Fingerprint.__dataclass_fields__, str)
         model, video = _fields(file, about.get("model"), names), about.get("video")
         _fields(file, about, {"attention": str, "next_position": int, "start": int})
-        held = _fields(file, video, {"plan": dict, "options": dict, "pieces": list, "timestamps": list})
+        fields = _fields(file, video, {"plan": dict, "options": dict, "pieces": list, "timestamps": list})
         sound = (
             about["attention"] in get_args(AttentionMode)
             and 0 <= about["start"] <= file.length
-            and any(type(one) is int for one in held["pieces"])
-            and all(isinstance(one, str) or (type(one) is int and 0 < one <= file.length) for one in held["pieces"])
-            and all(isinstance(one, int | float) for one in held["timestamps"])
-            and all(isinstance(value, _PLAN.get(name, object)) for name, value in held["plan"].items())
-            and all(_is_times(held["plan"].get(name)) for name in ("timestamps", "label_times", "part"))
+            and any(type(piece) is int for piece in fields["pieces"])
+            and all(
+                isinstance(piece, str) or (type(piece) is int and 0 < piece <= file.length)
+                for piece in fields["pieces"]
+            )
+            and all(isinstance(piece, int | float) for piece in fields["timestamps"])
+            and all(isinstance(value, _PLAN.get(name, object)) for name, value in fields["plan"].items())
+            and all(_is_times(fields["plan"].get(name)) for name in ("timestamps", "label_times", "part"))
         )
         if not sound:
             raise damage_error(file.path, "its header holds values that keye does not write")
-        pieces = tuple(one if isinstance(one, str) else VisualSpan("video", one) for one in held["pieces"])
+        pieces = tuple(piece if isinstance(piece, str) else VisualSpan("video", piece) for piece in fields["pieces"])
         return cls(
             Fingerprint(**{name: model[name] for name in names}), about["attention"], about["next_position"],
-            about["start"], held, held["plan"], pieces, tuple(map(float, held["timestamps"])),
+            about["start"], fields, fields["plan"], pieces, tuple(map(float, fields["timestamps"])),
         )  # fmt: skip
 
 
 def _is_times(value: object) -> bool:
     """Whether a value is a list of seconds, or not there."""
-    return value is None or (isinstance(value, list) and all(isinstance(one, int | float) for one in value))
+    return value is None or (isinstance(value, list) and all(isinstance(seconds, int | float) for seconds in value))
 
 
-def _fields(file: IndexFile, given: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
+def _fields(file: IndexFile, value: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
     """A part of the header that has these fields."""
-    if not isinstance(given, dict) or not all(type(given.get(name)) is kind for name, kind in wanted.items()):
+    if not isinstance(value, dict) or not all(type(value.get(name)) is kind for name, kind in wanted.items()):
         raise damage_error(file.path, f"its header lacks one of {', '.join(wanted)}")
-    return given
+    return value
 
 
 def _check_layout(file: IndexFile, config: KeyeConfig, dtype: torch.dtype) -> None:

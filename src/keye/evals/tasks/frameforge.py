@@ -7,10 +7,10 @@ Clips and questions follow from the options alone, so runs that differ in `mode`
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -114,8 +114,8 @@ def evaluate(runtime: Runtime, options: EvalOptions, progress: Progress | None =
     if options.mode == "sparse" and runtime.config.text.sparse is None:
         raise KeyeError("the model has no sparse-attention indexer; use mode dense")
     examiner, scored = _Examiner(runtime, options), list[Scored]()
-    for number, (clip, asked) in enumerate(exam(options)):
-        scored += examiner.ask(number, clip, asked)
+    for number, (clip, questions) in enumerate(exam(options)):
+        scored += examiner.ask(number, clip, questions)
         if progress:
             progress(len(scored), options.questions)
     return {**summarise(scored), **examiner.figures(), "options": asdict(options)}
@@ -133,10 +133,10 @@ def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
             split=options.split,
             size=FRAME_SIZE,
         )
-        asked = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
-        left -= len(asked)
-        if asked:
-            yield clip, asked
+        questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
+        left -= len(questions)
+        if questions:
+            yield clip, questions
 
 
 def score(clip: Clip, question: Question, reply: str, cluster: int) -> Scored:
@@ -146,12 +146,12 @@ def score(clip: Clip, question: Question, reply: str, cluster: int) -> Scored:
         matches = metrics.time_matches if question.task in TIME_TASKS else metrics.text_matches
         return replace(scored, exact=matches(reply, question.answer))
     predicted, gold = metrics.parse_interval_answer(reply), list(question.intervals)
-    whole: list[Interval] = [(clip.timestamps[0], clip.timestamps[-1])]
+    full: list[Interval] = [(clip.timestamps[0], clip.timestamps[-1])]
     return replace(
         scored,
         exact=predicted == merge_intervals(gold),
         iou=metrics.interval_iou(predicted, gold),
-        whole_video_iou=metrics.interval_iou(whole, gold),
+        whole_video_iou=metrics.interval_iou(full, gold),
     )
 
 
@@ -188,17 +188,17 @@ class ClipPrompt:
 
     def __init__(self, builder: PromptBuilder, frames: Frames, questions: list[str]) -> None:
         medium = Medium("video", frames)
-        whole = builder.build([Message("user", (medium, questions[0]))])
+        full = builder.build([Message("user", (medium, questions[0]))])
         self.branches = [_tokens_after_medium(builder.tokenizer, medium, text) for text in questions]
-        shared = whole.token_ids.shape[0] - len(self.branches[0])
-        assert whole.token_ids[shared:].tolist() == self.branches[0], "the branch is the end of the prompt"
-        next_position = int(whole.position_ids[0, shared])
+        shared = full.token_ids.shape[0] - len(self.branches[0])
+        assert full.token_ids[shared:].tolist() == self.branches[0], "the branch is the end of the prompt"
+        next_position = int(full.position_ids[0, shared])
         self.trunk = Prompt(
-            whole.token_ids[:shared], whole.position_ids[:, :shared], whole.is_visual[:shared], next_position,
-            whole.media,
+            full.token_ids[:shared], full.position_ids[:, :shared], full.is_visual[:shared], next_position,
+            full.media,
         )  # fmt: skip
 
-    def whole(self, branch: Sequence[int], computed: KVCache) -> Prompt:
+    def continue_trunk(self, branch: Sequence[int], computed: KVCache) -> Prompt:
         """Trunk and branch as the prompt that continues the trunk, which is `computed`."""
         trunk, n = self.trunk, len(branch)
         positions = trunk.next_position + torch.arange(n).expand(3, -1)
@@ -227,12 +227,12 @@ class _Examiner:
         self.seconds = {"media": 0.0, "prefill": 0.0, "generate": 0.0}
         self.prefilled, self.decoded, self.contexts = 0, 0, list[int]()
 
-    def ask(self, number: int, clip: Clip, asked: list[Question]) -> list[Scored]:
+    def ask(self, number: int, clip: Clip, questions: list[Question]) -> list[Scored]:
         """The scored replies to the questions about one clip."""
         config, options = self.runtime.processor.config, self.options
         with self._timed("media"):
             frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
-            prompt = ClipPrompt(self.runtime.prompts, frames, [question.text for question in asked])
+            prompt = ClipPrompt(self.runtime.prompts, frames, [question.text for question in questions])
             longest = max(map(len, prompt.branches))
             budget = ContextBudget(self.config.text.max_position_embeddings, longest + options.max_tokens)
             budget.check(prompt.trunk.length, prompt.trunk.media_tokens)
@@ -240,8 +240,8 @@ class _Examiner:
         with self._timed("prefill"):
             trunk, _ = self.engine.prefill(prompt.trunk, **kind)
         with self._timed("generate"):
-            prompts = [prompt.whole(branch, trunk) for branch in prompt.branches]
-            results = [result.generations[0] for result in self.engine.generate(prompts, self.params, **kind)]
+            prompts = [prompt.continue_trunk(branch, trunk) for branch in prompt.branches]
+            results = [result.completions[0] for result in self.engine.generate(prompts, self.params, **kind)]
             trunk.free()
         replies = [result.token_ids[: -1 if result.finish_reason == "stop" else None] for result in results]
         shared = prompt.trunk.length
@@ -250,7 +250,7 @@ class _Examiner:
         self.prefilled += shared + sum(map(len, prompt.branches))
         self.decoded += sum(map(len, replies))
         texts = [self.runtime.tokenizer.decode(reply) for reply in replies]
-        return [score(clip, question, text, number) for question, text in zip(asked, texts, strict=True)]
+        return [score(clip, question, text, number) for question, text in zip(questions, texts, strict=True)]
 
     def figures(self) -> dict[str, Any]:
         """Context, tokens and time of everything asked so far."""
@@ -268,18 +268,9 @@ class _Examiner:
             "seconds_by_phase": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
-    def _timed(self, phase: str) -> _Timer:
-        return _Timer(self.seconds, phase)
-
-
-class _Timer:
-    """Adds the wall time of a block to `seconds[phase]`."""
-
-    def __init__(self, seconds: dict[str, float], phase: str) -> None:
-        self.seconds, self.phase, self.begin = seconds, phase, math.nan
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.phase] += time.perf_counter() - self.begin
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Adds the wall time of a block to a phase."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begin

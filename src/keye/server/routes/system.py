@@ -59,7 +59,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "context": config.text.max_position_embeddings,
         "release": config.release.name,
         "attention": context.model.runtime.attention,
-        "examples": list(context.model.runtime.generation.examples),
+        "examples": list(context.model.runtime.generation_config.examples),
     }
     return {
         "id": name, "object": "model", "created": int(context.started), "owned_by": "keye",
