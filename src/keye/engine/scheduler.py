@@ -34,7 +34,7 @@ from keye.engine.request import (
 )
 from keye.engine.runtime import Runtime
 from keye.engine.step import ALONE_TOKENS, LEAST_TOKENS, Scratch, Slice, Wanted
-from keye.engine.vision import VisionJob, is_being_encoded
+from keye.engine.vision import VisionJob
 from keye.engine.writer import Writer
 from keye.errors import KeyeError, KeyeWarning, Option
 from keye.ops.kv_blocks import KV_BLOCK
@@ -234,8 +234,9 @@ class Scheduler:
                 continue
             if running and task.state.blocked == self.ended:
                 continue  # nothing has changed since it found no memory
-            states = [other.state for other in self.tasks]
-            if is_being_encoded(task.state.prompt.media, [s.vision for s in states if isinstance(s, Prefilling)]):
+            keys = {item.key for item in task.state.prompt.media if item.key is not None}
+            jobs = [other.state.vision for other in self.tasks if isinstance(other.state, Prefilling)]
+            if any(job.will_keep(key) for job in jobs for key in keys):
                 continue  # another request reads the same video just now: it will be in the cache in a moment
             self._start(task, task.state)
             running += 1

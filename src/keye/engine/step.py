@@ -165,7 +165,11 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
         for span, piece in zip(spans, slices, strict=True):
             if piece.experts is not None:
                 piece.experts.append(experts[span.start : span.stop])
-    rows = [_wanted_rows(span, piece.wanted) for span, piece in zip(spans, slices, strict=True)]
+    firsts = [
+        {"none": span.stop, "last": span.stop - 1, "all": span.start}[piece.wanted]
+        for span, piece in zip(spans, slices, strict=True)
+    ]
+    rows = [range(first, span.stop) for first, span in zip(firsts, spans, strict=True)]
     chosen = [i for wanted in rows for i in wanted]
     if not chosen:
         return [None] * len(slices)
@@ -174,9 +178,3 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
     logits = model.logits(hidden if len(chosen) == hidden.shape[0] else hidden[chosen])
     parts = logits.split([len(wanted) for wanted in rows])
     return [part if wanted else None for part, wanted in zip(parts, rows, strict=True)]
-
-
-def _wanted_rows(span: Span, wanted: Wanted) -> range:
-    if wanted == "none":
-        return range(0)
-    return range(span.stop - 1 if wanted == "last" else span.start, span.stop)

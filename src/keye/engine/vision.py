@@ -7,7 +7,7 @@ are and whenever frames arrive. Knows patches and visual tokens; scheduling is t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -234,12 +234,6 @@ class VisionJob:
             self._ledger.release(ACCOUNT, part.nbytes)
             if part.key is not None:
                 self._cache.release(part.key)
-
-
-def is_being_encoded(media: Sequence[MediaItem], jobs: Iterable[VisionJob]) -> bool:
-    """Whether one of the jobs is about to bring one of these media into the cache."""
-    keys = {item.key for item in media if item.key is not None}
-    return any(job.will_keep(key) for job in jobs for key in keys)
 
 
 def _groups(grid_thw: NDArray[np.int64], limit: int, merge: int) -> Iterator[_Group]:

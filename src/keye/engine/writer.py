@@ -33,13 +33,6 @@ from keye.engine.sampling import Drawn, Sampler, StopText, check_logits, is_loop
 from keye.engine.step import Slice
 from keye.errors import KeyeError
 
-
-def _may_stop(request: GenerationRequest, length: int) -> bool:
-    """Whether a reply that repeats itself is ended: not one that has to go on, or that is held to a form."""
-    free = not request.ignore_eos and request.guide is None and length >= request.params.min_tokens
-    return request.stop_loops and free
-
-
 #: Prompt tokens that are scored at once: each takes a float32 for every token of the vocabulary.
 _SCORED_ROWS: Final = 16
 
@@ -142,8 +135,9 @@ class Writer:
     def _draw(self, task: Task, branch: Branch, logits: Tensor, best: int) -> None:
         choice, request = branch.choice, task.request
         mask = None if choice.guide is None else choice.guide.mask()
-        if (forced := self._end_of_thought(choice, request.params.thinking_token_budget)) is not None:
-            drawn = Drawn(forced)
+        thought, budget, end_of_thought = choice.thought, request.params.thinking_token_budget, self.thought_ids[1]
+        if budget is not None and thought is not None and thought >= budget and end_of_thought is not None:
+            drawn = Drawn(end_of_thought)
         elif mask is None and choice.sampler.takes_best():
             drawn = Drawn(best)
         else:
@@ -173,7 +167,13 @@ class Writer:
             task.emit(Ended(choice.choice_index, "stop", choice.stop.met, is_requested=True))
         elif len(choice.reply) >= params.max_tokens:
             self._complete(task, choice, Ended(choice.choice_index, "length"))
-        elif _may_stop(request, len(choice.reply)) and is_loop(choice.reply, params.max_tokens):
+        elif (  # not a reply that has to go on, or that is held to a form
+            request.stop_loops
+            and not request.ignore_eos
+            and request.guide is None
+            and len(choice.reply) >= params.min_tokens
+            and is_loop(choice.reply, params.max_tokens)
+        ):
             self._complete(task, choice, Ended(choice.choice_index, "loop"))
 
     def _complete(self, task: Task, choice: Choice, ended: Ended, more: str = "") -> None:
@@ -184,11 +184,6 @@ class Writer:
             task.emit(Delta(choice.choice_index, rest))
         choice.reason = ended.reason
         task.emit(ended)
-
-    def _end_of_thought(self, choice: Choice, budget: int | None) -> int | None:
-        """The token that ends a block of reasoning, where a choice has written as much of it as it may."""
-        enough = budget is not None and choice.thought is not None and choice.thought >= budget
-        return self.thought_ids[1] if enough else None
 
     def _count_thought(self, choice: Choice, token: int) -> None:
         begin, end = self.thought_ids

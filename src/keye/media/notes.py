@@ -139,7 +139,9 @@ def warn_video_options(
         if sampled <= min(0.99 * wanted, wanted - config.frame_factor):
             _warn_unmet(name, Option("fps", options.fps), f"{sampled / seconds:.3g} frames a second")
     _warn_size(name, size, config, options, " a frame")
-    _warn_budget(name, frames * size[0] * size[1], frames, config, options)
+    total, pixels = options.video_total_pixels, frames * size[0] * size[1]
+    if total is not None and pixels > config.release.allowed_pixels(total, frames, config.token_pixels):
+        _warn_unmet(name, Option("video_total_pixels", total), f"{pixels:,} pixels in all")
 
 
 def _warn_no_effect(name: str, config: ProcessorConfig, options: MediaOptions, useless: dict[str, str]) -> None:
@@ -165,14 +167,6 @@ def _warn_size(name: str, size: Size, config: ProcessorConfig, options: MediaOpt
     # Sides are whole tokens: what one token more on either side would meet is rounding.
     if options.min_pixels is not None and (height + config.factor) * (width + config.factor) <= options.min_pixels:
         _warn_unmet(name, Option("min_pixels", options.min_pixels), got)
-
-
-def _warn_budget(name: str, pixels: int, frames: int, config: ProcessorConfig, options: MediaOptions) -> None:
-    total = options.video_total_pixels
-    if total is None:
-        return
-    if pixels > config.release.allowed_pixels(total, frames, config.token_pixels):
-        _warn_unmet(name, Option("video_total_pixels", total), f"{pixels:,} pixels in all")
 
 
 def _warn_unmet(name: str, option: Option, got: str) -> None:

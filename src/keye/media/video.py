@@ -60,7 +60,18 @@ class VideoReader:
     @cached_property
     def info(self) -> VideoInfo:
         """Facts about the file, which the worker sends first of all."""
-        return self._read_info()
+        kind, body = self.worker.receive(_MAX_FACTS + 8 * self.limits.frames)
+        try:
+            info = parse_info(self.source.name, kind, body)
+        except (ValueError, TypeError, LookupError, ArithmeticError, struct.error):
+            # Our own worker sends none such, but one that a file has taken over may.
+            raise self.worker.broken() from None
+        if info.duration > self.limits.duration:
+            raise MediaError(
+                f"{self.source.name} lasts {info.duration:.0f} s, more than the limit of {self.limits.duration:g} s; "
+                "cut it into parts"
+            )
+        return info
 
     def __enter__(self) -> VideoReader:
         return self
@@ -92,7 +103,10 @@ class VideoReader:
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
         if turned:
             width, height = height, width
-        self._drop_coming()
+        if self._coming:  # frames that were asked for and not read: the worker gives them up
+            self.worker.request({})
+            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] == FRAME:
+                continue
         self._requests, self._coming = self._requests + 1, height * width * 3
         number = self._requests
         self.worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
@@ -104,7 +118,9 @@ class VideoReader:
             if kind != FRAME or len(body) != self._coming:
                 raise self.worker.broken()
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
-            yield _orient(frame, plan)
+            rotated = np.rot90(frame, plan.rotation // 90)
+            upright = np.ascontiguousarray(rotated[:, ::-1] if plan.mirrored else rotated)
+            yield upright if plan.tone_map is None else to_sdr(upright, plan.tone_map)
         if number == self._requests:
             self._end(plan.name)
 
@@ -124,14 +140,6 @@ class VideoReader:
         if (warning := warn_decoded_damage(name, self.info.seconds(damage), self.info.damage)) is not None:
             warn(warning, stacklevel=3)
         emit(name, resized, stacklevel=3)
-
-    def _drop_coming(self) -> None:
-        """Has the worker give up frames that were asked for and not read."""
-        if self._coming:
-            self.worker.request({})
-            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] == FRAME:
-                continue
-            self._coming = 0
 
     def read(self, plan: VideoPlan) -> NDArray[np.uint8]:
         """All planned frames, uint8 RGB [frames, height, width, 3]."""
@@ -158,20 +166,6 @@ class VideoReader:
                 untrusted=self.source.untrusted,
             )
 
-    def _read_info(self) -> VideoInfo:
-        kind, body = self.worker.receive(_MAX_FACTS + 8 * self.limits.frames)
-        try:
-            info = parse_info(self.source.name, kind, body)
-        except (ValueError, TypeError, LookupError, ArithmeticError, struct.error):
-            # Our own worker sends none such, but one that a file has taken over may.
-            raise self.worker.broken() from None
-        if info.duration > self.limits.duration:
-            raise MediaError(
-                f"{self.source.name} lasts {info.duration:.0f} s, more than the limit of {self.limits.duration:g} s; "
-                "cut it into parts"
-            )
-        return info
-
 
 def probe(source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoInfo:
     """Facts about a video file; reads all packets, decodes one frame."""
@@ -196,10 +190,3 @@ def iter_frames(
     """The planned frames one by one, uint8 RGB [height, width, 3]. Closing the generator ends the worker."""
     with VideoReader(source, limits, track=plan.track) as reader:
         yield from reader.frames(plan)
-
-
-def _orient(frame: NDArray[np.uint8], plan: VideoPlan) -> NDArray[np.uint8]:
-    """A frame as it is shown, uint8 RGB [height, width, 3], of one as it is stored."""
-    turned = np.rot90(frame, plan.rotation // 90)
-    upright = np.ascontiguousarray(turned[:, ::-1] if plan.mirrored else turned)
-    return upright if plan.tone_map is None else to_sdr(upright, plan.tone_map)

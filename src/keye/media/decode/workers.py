@@ -86,7 +86,8 @@ class Worker:
         self._verdict: MediaError | None = None
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         try:
-            self.process = _start(module, file, {**options, **_process_limits(limits)}, self._log)
+            sandbox = {"memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds}
+            self.process = _start(module, file, {**options, **sandbox}, self._log)
         except BaseException:
             self._log.close()
             raise
@@ -219,10 +220,6 @@ def _ready(descriptor: int, event: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, event)
     return bool(poll.poll(math.ceil(1000 * max(min(seconds, _LONGEST_POLL), 0))))
-
-
-def _process_limits(limits: DecodeLimits) -> dict[str, int]:
-    return {"memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds}
 
 
 def _start(module: str, file: BinaryIO, options: dict[str, Any], log: IO[bytes]) -> subprocess.Popen[bytes]:

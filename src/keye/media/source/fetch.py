@@ -91,7 +91,13 @@ def fetch_source(
     is checked for size only. A file that exists is opened, whatever its name looks like. Raises `MediaError` when it is
     missing, a directory, no regular file, empty, larger than `max_bytes`, or cannot be downloaded within `limits`.
     """
-    return _check_size(_locate(reference, max_bytes, limits or FetchLimits()), max_bytes)
+    if isinstance(reference, Source):
+        return _check_size(reference, max_bytes)
+    if isinstance(reference, bytes | bytearray | memoryview):
+        return _check_size(Source("<bytes>", len(reference), data=bytes(reference)), max_bytes)
+    text = os.fspath(reference)
+    source = _own_file(text) or _fetch(text, max_bytes, limits or FetchLimits())
+    return _check_size(source or _file(_file_url(text) if text[:5].lower() == "file:" else text), max_bytes)
 
 
 def _check_size(source: Source, max_bytes: int) -> Source:
@@ -207,18 +213,6 @@ def check_video(source: Source) -> None:
 def is_index(source: Source) -> bool:
     """Whether this is an index of a video instead of a medium, judged by the first bytes."""
     return source.head(len(INDEX_MAGIC)) == INDEX_MAGIC
-
-
-def _locate(reference: Reference, max_bytes: int, limits: FetchLimits) -> Source:
-    if isinstance(reference, Source):
-        return reference
-    if isinstance(reference, bytes | bytearray | memoryview):
-        return Source("<bytes>", len(reference), data=bytes(reference))
-    text = os.fspath(reference)
-    own = _own_file(text)
-    if own is not None:
-        return own
-    return _fetch(text, max_bytes, limits) or _file(_file_url(text) if text[:5].lower() == "file:" else text)
 
 
 def _own_file(text: str) -> Source | None:
