@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import keye
 from keye import Frames, Keye, KeyeError
 from keye.cache.sequence import KVCache
 from keye.engine.async_engine import AsyncEngine
-from keye.engine.engine import Completion, Engine, TokenPrompt
+from keye.engine.engine import Completion, Engine, ResultBuilder, TokenPrompt
 from keye.engine.request import Generating
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams, filtered_probabilities
@@ -162,8 +165,6 @@ def test_indexer_sets_are_the_positions_that_a_step_read(runtime: Runtime, engin
 
 def test_a_stored_sequence_is_continued(runtime: Runtime, engine: Engine) -> None:
     """By several prompts, behind which nothing is left."""
-    from dataclasses import replace
-
     trunk = runtime.prompts.of_tokens(TEXTS[2])
     sequence, finished = engine.prefill(trunk)
     assert sequence.length(0) == len(TEXTS[2]) == finished.prompt_tokens
@@ -262,3 +263,36 @@ def test_the_same_asynchronously(tmp_path: Path) -> None:
             engine.close()
 
     asyncio.run(compute())
+
+
+@pytest.mark.parametrize("saves", [True, False], ids=["saved", "computed again"])
+def test_a_preempted_request_records_the_same(
+    runtime: Runtime, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: bool
+) -> None:
+    """At any step, whether what it had stored waits in a file or is computed again."""
+    if not saves:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    params = SamplingParams(max_tokens=10, temperature=1.0, seed=1)
+    request = engine.generate_request(TEXTS[2], params, n=2, ignore_eos=True, experts=True, indexer_sets=True)
+    (expected,) = engine.generate([TEXTS[2]], params, n=2, ignore_eos=True, experts=True, indexer_sets=True)
+    builder = ResultBuilder(request)
+    task = engine.core.add(request, builder.add)
+    steps = 0
+    while not task.has_ended:
+        steps += engine.core.step()
+        if steps in (1, 4, 9) and task.is_running:
+            engine.core.scheduler.preempt(task)
+            steps += 1
+    result = builder.build_result()
+    assert engine.core.scheduler.preemptions > 1
+    assert torch.equal(_tensor(result.prompt_experts), _tensor(expected.prompt_experts))
+    for completion, other in zip(result.completions, expected.completions, strict=True):
+        assert completion.token_ids == other.token_ids
+        assert torch.allclose(completion.logprobs, other.logprobs, atol=1e-4)
+        assert torch.equal(_tensor(completion.experts), _tensor(other.experts))
+        assert torch.equal(_tensor(completion.indexer_sets), _tensor(other.indexer_sets))
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
