@@ -7,48 +7,16 @@
 Needs numpy and pillow, and PyAV to write files; never torch.
 """
 
-from keye.data.frameforge.labels import DenseLabels, dense_labels
+from keye.data.frameforge.labels import dense_labels
 from keye.data.frameforge.pictures import picture_questions
-from keye.data.frameforge.questions import INTERVAL_TASKS, TASKS, WEIGHTS, Question, format_intervals, questions
+from keye.data.frameforge.questions import TASKS, Question, format_intervals, questions
 from keye.data.frameforge.render import render
-from keye.data.frameforge.scene import (
-    SPLITS,
-    Background,
-    Change,
-    Clip,
-    RenderedText,
-    Scene,
-    SceneObject,
-    make_clip,
-    stream,
-)
+from keye.data.frameforge.scene import SPLITS, Clip, SceneObject, make_clip, stream
 from keye.data.frameforge.words import HELD_OUT_PAIRS, HELD_OUT_WORDS, TRAIN_WORDS, vocabulary
-from keye.data.frameforge.writer import write_dataset, write_mp4
+from keye.data.frameforge.writer import write_mp4
 
 __all__ = [
-    "HELD_OUT_PAIRS",
-    "HELD_OUT_WORDS",
-    "INTERVAL_TASKS",
-    "SPLITS",
-    "TASKS",
-    "TRAIN_WORDS",
-    "WEIGHTS",
-    "Background",
-    "Change",
-    "Clip",
-    "DenseLabels",
-    "Question",
-    "RenderedText",
-    "Scene",
-    "SceneObject",
-    "dense_labels",
-    "format_intervals",
-    "make_clip",
-    "picture_questions",
-    "questions",
-    "render",
-    "stream",
-    "vocabulary",
-    "write_dataset",
+    "HELD_OUT_PAIRS", "HELD_OUT_WORDS", "SPLITS", "TASKS", "TRAIN_WORDS", "Clip", "Question", "SceneObject",
+    "dense_labels", "format_intervals", "make_clip", "picture_questions", "questions", "render", "stream", "vocabulary",
     "write_mp4",
-]
+]  # fmt: skip

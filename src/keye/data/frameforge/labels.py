@@ -16,6 +16,8 @@ SHAPE_IDS = {shape: index for index, shape in enumerate(SHAPES, 1)}
 SIZE_IDS = {size: index for index, size in enumerate(SIZES, 1)}
 CHARACTER_IDS = {character: index for index, character in enumerate(CHARACTERS, 1)}
 BACKGROUND_IDS = {color: index for index, color in enumerate(BACKGROUNDS)}
+#: Labels of one number for each cell.
+_SINGLE = ("color", "shape", "size", "text_length", "cover_color", "cover_shape")
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,11 @@ def dense_labels(clip: Clip, frame: int, cell: int = 28) -> DenseLabels:
         raise KeyeError(f"frame is {frame}; the clip has frames 0 to {clip.frames - 1}")
     rows, columns = height // cell, width // cell
     unit_x, unit_y = columns / clip.scene.canvas[0], rows / clip.scene.canvas[1]  # cells per scene unit
-    grids = (np.zeros((rows, columns), np.int64) for _ in range(6))
-    labels = DenseLabels(
-        color=next(grids),
-        shape=next(grids),
-        size=next(grids),
-        offset=np.zeros((rows, columns, 2), np.float32),
-        letters=np.zeros((rows, columns, 2), np.int64),
-        letter_order=np.zeros((rows, columns, 2), np.int64),
-        text_length=next(grids),
-        cover_color=next(grids),
-        cover_shape=next(grids),
-        background=BACKGROUND_IDS[clip.scene.background_at(frame).color],
-    )
+    single = {name: np.zeros((rows, columns), np.int64) for name in _SINGLE}
+    letters, letter_order = (np.zeros((rows, columns, 2), np.int64) for _ in range(2))
+    background = BACKGROUND_IDS[clip.scene.background_at(frame).color]
+    labels = DenseLabels(offset=np.zeros((rows, columns, 2), np.float32), letters=letters, letter_order=letter_order,
+                         background=background, **single)  # fmt: skip
     for thing in clip.scene.visible_objects(frame):
         x, y = thing.position(frame)
         _label_center(labels, thing, frame, x * unit_x, y * unit_y)
@@ -91,14 +85,12 @@ def _label_cover(
     labels: DenseLabels, thing: SceneObject, frame: int, center: tuple[float, float], units: tuple[float, float]
 ) -> None:
     reach = thing.radius * REACH
-    rows, columns = labels.color.shape
     points = shape_points(thing.shape, thing.radius)
-    for row in range(max(0, int((center[1] - reach) * units[1])), min(rows, int((center[1] + reach) * units[1]) + 1)):
-        dy = (row + 0.5) / units[1] - center[1]
-        for column in range(
-            max(0, int((center[0] - reach) * units[0])), min(columns, int((center[0] + reach) * units[0]) + 1)
-        ):
-            if _inside(points, (column + 0.5) / units[0] - center[0], dy):
+    near = [range(max(0, int((middle - reach) * unit)), min(cells, int((middle + reach) * unit) + 1))
+            for middle, unit, cells in zip(center, units, reversed(labels.color.shape), strict=True)]  # fmt: skip
+    for row in near[1]:
+        for column in near[0]:
+            if _inside(points, (column + 0.5) / units[0] - center[0], (row + 0.5) / units[1] - center[1]):
                 labels.cover_color[row, column] = COLOR_IDS[thing.color_at(frame)]
                 labels.cover_shape[row, column] = SHAPE_IDS[thing.shape]
 

@@ -4,7 +4,6 @@ The tasks are those of videos whose answer one frame holds, in wordings that spe
 """
 
 import random
-from collections.abc import Sequence
 
 from keye.data.frameforge.questions import Question, absent_pairs, listing
 from keye.data.frameforge.scene import Clip
@@ -33,12 +32,8 @@ def picture_questions(clip: Clip, rng: random.Random, count: int) -> list[Questi
     absent = absent_pairs(clip, rng, len(visible))
     chosen += [_ask(rng, "presence", "no", x=with_article(" ".join(pair))) for pair in absent]
     rng.shuffle(chosen)
-    return _different(chosen)[:count]
+    return list({question.text: question for question in chosen}.values())[:count]
 
 
 def _ask(rng: random.Random, form: str, answer: str, **slots: str) -> Question:
     return Question(form.split(".")[0], rng.choice(PICTURE_PHRASES[form]).format(**slots), answer)
-
-
-def _different(chosen: Sequence[Question]) -> list[Question]:
-    return list({question.text: question for question in chosen}.values())

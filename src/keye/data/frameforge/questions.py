@@ -5,13 +5,13 @@ once or twice) puts equally many of each into the pool, so any number of draws s
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 from keye.data.frameforge.scene import Clip, Interval, SceneObject
-from keye.data.frameforge.words import ALL_PAIRS, COLORS, PHRASES, SHAPES, TIME_PHRASES, TRAIN_PAIRS, Pair, with_article
+from keye.data.frameforge.words import ALL_PAIRS, PHRASES, TIME_PHRASES, TRAIN_PAIRS, Pair, with_article
 from keye.errors import KeyeError
 
 Seconds = tuple[float, float]
@@ -28,32 +28,9 @@ class Question:
     intervals: tuple[Seconds, ...] | None = None
 
 
-WEIGHTS: dict[str, float] = {
-    "ground": 5.0,
-    "ground_text": 2.0,
-    "ground_none": 0.8,
-    "start": 2.0,
-    "end": 2.0,
-    "count": 1.5,
-    "count_at": 2.5,
-    "attribute_at": 2.5,
-    "list_at": 4.0,
-    "visible_at": 3.0,
-    "order": 3.0,
-    "direction": 1.0,
-    "place": 1.0,
-    "read": 3.0,
-    "presence": 2.0,
-    "color_change": 1.0,
-    "change_time": 1.0,
-    "times": 0.8,
-    "size": 0.7,
-    "background": 0.6,
-    "cut_time": 1.0,
-    "caption": 0.5,
-}
-TASKS: tuple[str, ...] = tuple(WEIGHTS)
 INTERVAL_TASKS = ("ground", "ground_text", "ground_none")
+#: Tasks about more than one frame.
+_TIMED_TASKS = (*INTERVAL_TASKS, "start", "end", "caption")
 
 # How strongly an answer to count_at is preferred: the fuller a frame, the rarer.
 _COUNT_PREFERENCE = {0: 1.0, 1: 0.6, 2: 1.3, 3: 4.0}
@@ -78,7 +55,7 @@ def questions(
     while len(chosen) < count and shares:
         task = rng.choices(list(shares), list(shares.values()))[0]
         if task not in pools:
-            pools[task] = _POOLS[task](clip, rng)
+            pools[task] = _fill_pool(task, clip, rng)
         if pools[task]:
             question = pools[task].pop()
             chosen.setdefault(question.text, question)
@@ -118,15 +95,20 @@ def _ask(
     return Question(form.split(".")[0], rng.choice(PHRASES[form]).format(**values), answer, intervals)
 
 
-def _shuffled(rng: random.Random, pool: list[Question]) -> list[Question]:
-    rng.shuffle(pool)
+def _fill_pool(task: str, clip: Clip, rng: random.Random) -> list[Question]:
+    """Every question of a task in the order in which they are asked from the end."""
+    if task in _TIMED_TASKS and clip.frames < 2:
+        return []
+    pool = list(_TASKS[task][1](clip, rng))
+    if task != "count_at":  # ordered by preference
+        rng.shuffle(pool)
     return pool
 
 
 def _even(rng: random.Random, *groups: list[Question]) -> list[Question]:
-    """Equally many questions of each group, in random order."""
+    """Equally many questions of each group."""
     size = min(len(group) for group in groups)
-    return _shuffled(rng, [question for group in groups for question in rng.sample(group, size)])
+    return [question for group in groups for question in rng.sample(group, size)]
 
 
 def _in_seconds(clip: Clip, intervals: Iterable[Interval]) -> tuple[Seconds, ...]:
@@ -159,148 +141,118 @@ def absent_pairs(clip: Clip, rng: random.Random, count: int) -> list[Pair]:
     return sorted(picked)
 
 
-def _ground(clip: Clip, rng: random.Random) -> list[Question]:
-    if clip.frames < 2:
-        return []
-    pool = []
+def _ground(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
         gold = _in_seconds(clip, thing.intervals)
-        pool.append(_ask(rng, "ground", format_intervals(gold), {"x": thing.name}, intervals=gold))
-    return _shuffled(rng, pool)
+        yield _ask(rng, "ground", format_intervals(gold), {"x": thing.name}, intervals=gold)
 
 
-def _ground_text(clip: Clip, rng: random.Random) -> list[Question]:
-    text = clip.scene.text
-    if text is None or clip.frames < 2:
-        return []
-    gold = _in_seconds(clip, text.intervals)
-    return [_ask(rng, "ground_text", format_intervals(gold), {"w": text.content}, intervals=gold)]
+def _ground_text(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    if (text := clip.scene.text) is not None:
+        gold = _in_seconds(clip, text.intervals)
+        yield _ask(rng, "ground_text", format_intervals(gold), {"w": text.content}, intervals=gold)
 
 
-def _ground_none(clip: Clip, rng: random.Random) -> list[Question]:
-    if clip.frames < 2:
-        return []
-    pool = []
+def _ground_none(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for pair in absent_pairs(clip, rng, 2):
         question = _ask(rng, "ground", format_intervals(()), {"x": " ".join(pair)}, intervals=())
-        pool.append(Question("ground_none", question.text, question.answer, question.intervals))
-    return _shuffled(rng, pool)
+        yield replace(question, task="ground_none")
 
 
-def _start(clip: Clip, rng: random.Random) -> list[Question]:
-    return _edges(clip, rng, "start", lambda thing: thing.first)
+def _start(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for thing in _steady(clip):
+        yield _ask(rng, "start", _seconds(clip, thing.first), {"x": thing.name})
 
 
-def _end(clip: Clip, rng: random.Random) -> list[Question]:
-    return _edges(clip, rng, "end", lambda thing: thing.last)
+def _end(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for thing in _steady(clip):
+        yield _ask(rng, "end", _seconds(clip, thing.last), {"x": thing.name})
 
 
-def _edges(clip: Clip, rng: random.Random, task: str, edge: Callable[[SceneObject], int]) -> list[Question]:
-    if clip.frames < 2:
-        return []
-    pool = [_ask(rng, task, _seconds(clip, edge(thing)), {"x": thing.name}) for thing in _steady(clip)]
-    return _shuffled(rng, pool)
-
-
-def _count(clip: Clip, rng: random.Random) -> list[Question]:
-    return [_ask(rng, "count", str(len(clip.scene.objects)))]
+def _count(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    yield _ask(rng, "count", str(len(clip.scene.objects)))
 
 
 def _frames_by_count(clip: Clip) -> dict[int, list[int]]:
-    counts = [0] * clip.frames
-    for thing in clip.scene.objects:
-        for frame in _visible_frames(thing):
-            counts[frame] += 1
+    counts = Counter(frame for thing in clip.scene.objects for frame in _visible_frames(thing))
     groups: dict[int, list[int]] = defaultdict(list)
-    for frame, number in enumerate(counts):
-        groups[number].append(frame)
+    for frame in range(clip.frames):
+        groups[counts[frame]].append(frame)
     return groups
 
 
-def _count_at(clip: Clip, rng: random.Random) -> list[Question]:
+def _count_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
     groups = _frames_by_count(clip)
-    order = sorted(groups, key=lambda number: rng.random() ** (1 / _COUNT_PREFERENCE.get(number, 12.0)))
-    return [_ask(rng, "count_at", str(number), time=clip.timestamps[rng.choice(groups[number])]) for number in order]
+    for number in sorted(groups, key=lambda number: rng.random() ** (1 / _COUNT_PREFERENCE.get(number, 12.0))):
+        yield _ask(rng, "count_at", str(number), time=clip.timestamps[rng.choice(groups[number])])
 
 
-def _list_at(clip: Clip, rng: random.Random) -> list[Question]:
-    pool = []
+def _list_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for number, frames in _frames_by_count(clip).items():
         if number == 0 and rng.random() < 0.6:
             continue
         for frame in rng.sample(frames, min(2 if number else 1, len(frames))):
-            pool.append(_ask(rng, "list_at", listing(clip, frame), time=clip.timestamps[frame]))
-    return _shuffled(rng, pool)
+            yield _ask(rng, "list_at", listing(clip, frame), time=clip.timestamps[frame])
 
 
 def listing(clip: Clip, frame: int) -> str:
+    """Colours and shapes of the visible objects in the order of the words: "red circle; blue star", or "none"."""
     pairs = [(thing.color_at(frame), thing.shape) for thing in clip.scene.visible_objects(frame)]
-    pairs.sort(key=lambda pair: (_COLOR_RANK[pair[0]], SHAPES.index(pair[1])))
-    return "; ".join(" ".join(pair) for pair in pairs) or "none"
+    return "; ".join(" ".join(pair) for pair in sorted(pairs, key=ALL_PAIRS.index)) or "none"
 
 
-_COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
-
-
-def _visible_at(clip: Clip, rng: random.Random) -> list[Question]:
-    pool = []
+def _visible_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
         visible = _visible_frames(thing)
         hidden = sorted(set(range(clip.frames)) - set(visible))
         for frames, answer in ((visible, "yes"), (hidden, "no")):
             if hidden:
                 time = clip.timestamps[rng.choice(frames)]
-                pool.append(_ask(rng, "visible_at", answer, {"x": thing.name}, time=time))
-    return _shuffled(rng, pool)
+                yield _ask(rng, "visible_at", answer, {"x": thing.name}, time=time)
 
 
-def _attribute_at(clip: Clip, rng: random.Random) -> list[Question]:
-    pool = []
+def _attribute_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in clip.scene.objects:
         frame = rng.choice(_visible_frames(thing))
         others = [other for other in clip.scene.visible_objects(frame) if other is not thing]
         color, time = thing.color_at(frame), clip.timestamps[frame]
         if all(other.shape != thing.shape for other in others):
-            pool.append(_ask(rng, "attribute_at.color", color, {"x": thing.shape}, time=time))
+            yield _ask(rng, "attribute_at.color", color, {"x": thing.shape}, time=time)
         if all(other.color_at(frame) != color for other in others):
-            pool.append(_ask(rng, "attribute_at.shape", thing.shape, {"x": color}, time=time))
-    return _shuffled(rng, pool)
+            yield _ask(rng, "attribute_at.shape", thing.shape, {"x": color}, time=time)
 
 
-def _order(clip: Clip, rng: random.Random) -> list[Question]:
-    pairs = [(a, b) for a, b in permutations(_steady(clip), 2) if a.first != b.first]
-    pool = []
-    for a, b in pairs:
+def _order(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for a, b in permutations(_steady(clip), 2):
+        if a.first == b.first:
+            continue
+        names = {"a": a.name, "b": b.name}
         if rng.random() < 0.5:
-            earlier = a if a.first < b.first else b
-            pool.append(_ask(rng, "order.first", earlier.name, {"a": a.name, "b": b.name}))
+            yield _ask(rng, "order.first", a.name if a.first < b.first else b.name, names)
         else:
-            pool.append(_ask(rng, "order.before", "yes" if a.first < b.first else "no", {"a": a.name, "b": b.name}))
-    return _shuffled(rng, pool)
+            yield _ask(rng, "order.before", "yes" if a.first < b.first else "no", names)
 
 
-def _direction(clip: Clip, rng: random.Random) -> list[Question]:
-    movers = [thing for thing in _steady(clip) if thing.motion != "static"]
-    return _shuffled(rng, [_ask(rng, "direction", thing.motion, {"x": thing.name}) for thing in movers])
+def _direction(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for thing in _steady(clip):
+        if thing.motion != "static":
+            yield _ask(rng, "direction", thing.motion, {"x": thing.name})
 
 
-def _place(clip: Clip, rng: random.Random) -> list[Question]:
+def _place(clip: Clip, rng: random.Random) -> Iterator[Question]:
     width, height = clip.scene.canvas
-    pool = []
     for thing in _steady(clip):
         frame = rng.choice(_visible_frames(thing))
         x, y = thing.position(frame)
-        for form, away, sides in (
-            ("place.x", x - width / 2, ("left", "right")),
-            ("place.y", y - height / 2, ("top", "bottom")),
-        ):
+        for form, away, sides in (("place.x", x - width / 2, ("left", "right")),
+                                  ("place.y", y - height / 2, ("top", "bottom"))):  # fmt: skip
             if abs(away) >= _PLACE_MARGIN:
-                pool.append(_ask(rng, form, sides[away > 0], {"x": thing.name}, time=clip.timestamps[frame]))
-    return _shuffled(rng, pool)
+                yield _ask(rng, form, sides[away > 0], {"x": thing.name}, time=clip.timestamps[frame])
 
 
-def _read(clip: Clip, rng: random.Random) -> list[Question]:
-    return [_ask(rng, "read", clip.scene.text.content)] if clip.scene.text else []
+def _read(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    if clip.scene.text:
+        yield _ask(rng, "read", clip.scene.text.content)
 
 
 def _presence(clip: Clip, rng: random.Random) -> list[Question]:
@@ -310,14 +262,16 @@ def _presence(clip: Clip, rng: random.Random) -> list[Question]:
     return _even(rng, present, absent)
 
 
-def _color_change(clip: Clip, rng: random.Random) -> list[Question]:
-    changes = [(thing.name, thing.change.color) for thing in clip.scene.objects if thing.change]
-    return _shuffled(rng, [_ask(rng, "color_change", color, {"x": name}) for name, color in changes])
+def _color_change(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for thing in clip.scene.objects:
+        if thing.change:
+            yield _ask(rng, "color_change", thing.change.color, {"x": thing.name})
 
 
-def _change_time(clip: Clip, rng: random.Random) -> list[Question]:
-    changes = [(thing.name, thing.change.frame) for thing in clip.scene.objects if thing.change]
-    return _shuffled(rng, [_ask(rng, "change_time", _seconds(clip, frame), {"x": name}) for name, frame in changes])
+def _change_time(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for thing in clip.scene.objects:
+        if thing.change:
+            yield _ask(rng, "change_time", _seconds(clip, thing.change.frame), {"x": thing.name})
 
 
 def _times(clip: Clip, rng: random.Random) -> list[Question]:
@@ -335,22 +289,19 @@ def _size(clip: Clip, rng: random.Random) -> list[Question]:
     return _even(rng, *groups.values())
 
 
-def _background(clip: Clip, rng: random.Random) -> list[Question]:
+def _background(clip: Clip, rng: random.Random) -> Iterator[Question]:
     starts = [background.frame for background in clip.scene.backgrounds]
-    pool = []
     for background, end in zip(clip.scene.backgrounds, [*starts[1:], clip.frames], strict=True):
         time = clip.timestamps[rng.randrange(background.frame, end)]
-        pool.append(_ask(rng, "background", background.color, time=time))
-    return _shuffled(rng, pool)
+        yield _ask(rng, "background", background.color, time=time)
 
 
-def _cut_time(clip: Clip, rng: random.Random) -> list[Question]:
-    return [_ask(rng, "cut_time", _seconds(clip, cut.frame)) for cut in clip.scene.backgrounds[1:]]
+def _cut_time(clip: Clip, rng: random.Random) -> Iterator[Question]:
+    for cut in clip.scene.backgrounds[1:]:
+        yield _ask(rng, "cut_time", _seconds(clip, cut.frame))
 
 
-def _caption(clip: Clip, rng: random.Random) -> list[Question]:
-    if clip.frames < 2:
-        return []
+def _caption(clip: Clip, rng: random.Random) -> Iterator[Question]:
     events = []
     for thing in clip.scene.objects:
         words = thing.name
@@ -360,30 +311,18 @@ def _caption(clip: Clip, rng: random.Random) -> list[Question]:
     if clip.scene.text:
         events.append((clip.scene.text.intervals, f"word {clip.scene.text.content}"))
     lines = [f"{format_intervals(_in_seconds(clip, intervals))} {words}" for intervals, words in sorted(events)]
-    return [_ask(rng, "caption", "; ".join(lines))]
+    yield _ask(rng, "caption", "; ".join(lines))
 
 
-_POOLS: dict[str, Callable[[Clip, random.Random], list[Question]]] = {
-    "ground": _ground,
-    "ground_text": _ground_text,
-    "ground_none": _ground_none,
-    "start": _start,
-    "end": _end,
-    "count": _count,
-    "count_at": _count_at,
-    "attribute_at": _attribute_at,
-    "list_at": _list_at,
-    "visible_at": _visible_at,
-    "order": _order,
-    "direction": _direction,
-    "place": _place,
-    "read": _read,
-    "presence": _presence,
-    "color_change": _color_change,
-    "change_time": _change_time,
-    "times": _times,
-    "size": _size,
-    "background": _background,
-    "cut_time": _cut_time,
-    "caption": _caption,
-}
+#: The share of each task among the questions, and what makes its questions.
+_TASKS: dict[str, tuple[float, Callable[[Clip, random.Random], Iterable[Question]]]] = {
+    "ground": (5.0, _ground), "ground_text": (2.0, _ground_text), "ground_none": (0.8, _ground_none),
+    "start": (2.0, _start), "end": (2.0, _end), "count": (1.5, _count), "count_at": (2.5, _count_at),
+    "attribute_at": (2.5, _attribute_at), "list_at": (4.0, _list_at), "visible_at": (3.0, _visible_at),
+    "order": (3.0, _order), "direction": (1.0, _direction), "place": (1.0, _place), "read": (3.0, _read),
+    "presence": (2.0, _presence), "color_change": (1.0, _color_change), "change_time": (1.0, _change_time),
+    "times": (0.8, _times), "size": (0.7, _size), "background": (0.6, _background), "cut_time": (1.0, _cut_time),
+    "caption": (0.5, _caption),
+}  # fmt: skip
+WEIGHTS: dict[str, float] = {task: weight for task, (weight, _) in _TASKS.items()}
+TASKS: tuple[str, ...] = tuple(WEIGHTS)

@@ -31,17 +31,18 @@ def render(clip: Clip, size: tuple[int, int] | None = None) -> Pixels:
     """
     scene = clip.scene
     width, height = size or clip.size
-    scale_x, scale_y = width / scene.canvas[0], height / scene.canvas[1]
-    if abs(scale_x / scale_y - 1) > 0.05:
+    scales = width / scene.canvas[0], height / scene.canvas[1]
+    if abs(scales[0] / scales[1] - 1) > 0.05:
         raise KeyeError(f"size is {width}x{height}; the clip needs the aspect ratio of {clip.size[0]}x{clip.size[1]}")
-    scales = (scale_x, scale_y)
     frames = np.empty((clip.frames, height, width, 3), np.uint8)
-    for first, last, background in _background_runs(scene, clip.frames):
-        frames[first : last + 1] = background
+    for start in scene.backgrounds:  # each until the next one
+        frames[start.frame :] = start.rgb
     for thing in scene.objects:
         _paint_object(frames, scene, thing, scales)
     if scene.text:
-        _paint_text(frames, scene, scene.text, scales)
+        mask, left, top = _text_mask(scene.text, scales)
+        for first, last, background in _runs(scene, scene.text.intervals, clip.frames):
+            _paste(frames[first : last + 1], _tint(mask, scene.text.rgb, background), left, top)
     if scene.noise:
         # Colours stay within 8..247, so adding small signed numbers modulo 256 never wraps around.
         frames += _grain(clip, width, height)
@@ -72,24 +73,21 @@ def _around(corners: int, radii: tuple[float, ...], turn: float) -> list[tuple[f
     ]
 
 
-def _background_runs(scene: Scene, frames: int) -> Iterator[tuple[int, int, Rgb]]:
-    ends = [background.frame - 1 for background in scene.backgrounds[1:]] + [frames - 1]
-    for background, last in zip(scene.backgrounds, ends, strict=True):
-        yield background.frame, last, background.rgb
-
-
 def _runs(scene: Scene, intervals: tuple[Interval, ...], frames: int) -> Iterator[tuple[int, int, Rgb]]:
     """(first, last, background) of each run of visible frames over one background."""
-    for begin, end, background in _background_runs(scene, frames):
+    ends = [background.frame - 1 for background in scene.backgrounds[1:]] + [frames - 1]
+    for background, end in zip(scene.backgrounds, ends, strict=True):
         for first, last in intervals:
-            if max(first, begin) <= min(last, end):
-                yield max(first, begin), min(last, end), background
+            if max(first, background.frame) <= min(last, end):
+                yield max(first, background.frame), min(last, end), background.rgb
 
 
 def _paint_object(frames: Pixels, scene: Scene, thing: SceneObject, scales: tuple[float, float]) -> None:
     x0, y0 = thing.path[0] * scales[0], thing.path[1] * scales[1]
     (anchor_x, phase_x), (anchor_y, phase_y) = _split_position(x0), _split_position(y0)
-    mask, left, top = _shape_mask(thing.shape, thing.radius * min(scales), phase_x, phase_y)
+    radius = thing.radius * min(scales)
+    draw = _cached_shape_mask if radius < 32 else _draw_shape_mask
+    mask, left, top = draw(thing.shape, radius, phase_x, phase_y)
     spots = None
     if thing.motion != "static":
         positions = np.array([thing.position(frame) for frame in range(thing.first, thing.last + 1)]) * scales
@@ -116,12 +114,6 @@ def _color_runs(thing: SceneObject, first: int, last: int) -> Iterator[tuple[int
         yield change.frame, last, change.rgb
 
 
-def _paint_text(frames: Pixels, scene: Scene, text: RenderedText, scales: tuple[float, float]) -> None:
-    mask, left, top = _text_mask(text, scales)
-    for first, last, background in _runs(scene, text.intervals, len(frames)):
-        _paste(frames[first : last + 1], _tint(mask, text.rgb, background), left, top)
-
-
 def _paste(frames: Pixels, picture: Pixels, left: int, top: int) -> None:
     """Puts `picture` [h, w, 3] into one frame or several, moved inside where it would stick out by a pixel."""
     height, width = picture.shape[:2]
@@ -132,8 +124,7 @@ def _paste(frames: Pixels, picture: Pixels, left: int, top: int) -> None:
 
 def _tint(mask: Pixels, rgb: Rgb, background: Rgb) -> Pixels:
     """[h, w, 3]: `rgb` where `mask` [h, w] is 255, `background` where it is 0, mixed between."""
-    ramp = np.linspace(background, rgb, 256)
-    return np.rint(ramp).astype(np.uint8)[mask]
+    return np.rint(np.linspace(background, rgb, 256)).astype(np.uint8)[mask]
 
 
 def _split_position(position: float) -> tuple[int, float]:
@@ -142,13 +133,8 @@ def _split_position(position: float) -> tuple[int, float]:
     return steps // _PHASES, (steps % _PHASES) / _PHASES
 
 
-def _shape_mask(shape: str, radius: float, phase_x: float, phase_y: float) -> tuple[Pixels, int, int]:
-    """Coverage [h, w] of a shape centred at (phase_x, phase_y), and where its left upper pixel lies."""
-    draw = _cached_shape_mask if radius < 32 else _draw_shape_mask
-    return draw(shape, radius, phase_x, phase_y)
-
-
 def _draw_shape_mask(shape: str, radius: float, phase_x: float, phase_y: float) -> tuple[Pixels, int, int]:
+    """Coverage [h, w] of a shape centred at (phase_x, phase_y), and where its left upper pixel lies."""
     half = math.ceil(radius * REACH) + 1
     side = 2 * half + 1
     canvas = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))

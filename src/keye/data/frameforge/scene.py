@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keye.data.frameforge.fonts import advance, cap_height
 from keye.data.frameforge.words import (
@@ -168,30 +168,26 @@ class Clip:
 
 
 def make_clip(
-    seed: int,
-    *,
-    frames: int,
-    objects: int = 4,
-    split: str = "train",
-    size: tuple[int, int] = (112, 112),
-    start: float | None = None,
-    step: float | None = None,
-    text_chance: float = 0.4,
-) -> Clip:
+    seed: int, *, frames: int, objects: int = 4, split: str = "train", size: tuple[int, int] = (112, 112),
+    start: float | None = None, step: float | None = None, text_chance: float = 0.4,
+) -> Clip:  # fmt: skip
     """The clip of `seed` in `split`: the same arguments always give the same clip, and no two splits share one.
 
     `objects` is the maximum: 1 to `objects` are placed. `start` and `step` are seconds, drawn when None; they do not
     change the scene. KeyeError names an argument out of range.
     """
     _check(frames, objects, split, size, start, step, text_chance)
-    scene = _make_scene(stream(split, seed, "scene"), frames, objects, split, canvas_of(size), text_chance)
+    # In scene units: the side of a square canvas is CANVAS_SIDE, and no side is shorter than MIN_SIDE.
+    scale = min(math.sqrt(size[0] * size[1]) / CANVAS_SIDE, min(size) / MIN_SIDE)
+    canvas = size[0] / scale, size[1] / scale
+    scene = _make_scene(stream(split, seed, "scene"), frames, objects, split, canvas, text_chance)
     clock = stream(split, seed, "clock")
+    # Both are drawn in any case, so that one that is set does not change the other.
     drawn_start = 0.0 if clock.random() < 0.3 else clock.randrange(6000) / 10
     drawn_step = clock.choices(list(STEPS), list(STEPS.values()))[0]
-    first = drawn_start if start is None else start
-    pace = drawn_step if step is None else step
-    timestamps = tuple(round(first + index * pace, 1) for index in range(frames))
-    return Clip(scene, timestamps, size, seed, split, pace)
+    start, step = drawn_start if start is None else start, drawn_step if step is None else step
+    timestamps = tuple(round(start + index * step, 1) for index in range(frames))
+    return Clip(scene, timestamps, size, seed, split, step)
 
 
 def stream(split: str, seed: int, purpose: str) -> random.Random:
@@ -200,22 +196,10 @@ def stream(split: str, seed: int, purpose: str) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def canvas_of(size: tuple[int, int]) -> tuple[float, float]:
-    """(width, height) in scene units of a picture of `size` pixels."""
-    width, height = size
-    scale = min(math.sqrt(width * height) / CANVAS_SIDE, min(size) / MIN_SIDE)
-    return width / scale, height / scale
-
-
 def _check(
-    frames: int,
-    objects: int,
-    split: str,
-    size: tuple[int, int],
-    start: float | None,
-    step: float | None,
+    frames: int, objects: int, split: str, size: tuple[int, int], start: float | None, step: float | None,
     text_chance: float,
-) -> None:
+) -> None:  # fmt: skip
     if split not in SPLITS:
         raise KeyeError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     if frames < 1:
@@ -251,7 +235,11 @@ def _make_objects(
     rng: random.Random, wanted: int, frames: int, split: str, canvas: tuple[float, float], text: RenderedText | None
 ) -> list[SceneObject]:
     used: set[Pair] = set()
-    tracks = [_text_track(text)] if text else []
+    tracks = []
+    if text:
+        left, top, right, bottom = text.box
+        center = (left + right) / 2, (top + bottom) / 2
+        tracks.append(_Track(text.intervals, *center, 0.0, 0.0, (right - left) / 2, (bottom - top) / 2))
     placed: list[SceneObject] = []
     for _ in range(wanted):
         pair = _pick_pair(rng, split, used, must_be_held_out=not placed)
@@ -321,8 +309,7 @@ def _maybe_change_color(rng: random.Random, thing: SceneObject, split: str, used
     color = rng.choice(colors)
     used.add((color, thing.shape))
     change = Change(rng.randint(thing.first + 2, thing.last - 1), color, _jitter(rng, COLORS[color], 12))
-    fields = (thing.color, thing.shape, thing.size, thing.radius, thing.rgb, thing.intervals, thing.motion, thing.path)
-    return SceneObject(*fields, change)
+    return replace(thing, change=change)
 
 
 def _make_intervals(rng: random.Random, frames: int) -> tuple[Interval, ...]:
@@ -364,10 +351,13 @@ def _make_text(rng: random.Random, frames: int, split: str, canvas: tuple[float,
         font_size -= 1
     left = 3 + stroke + rng.random() * (room - width)
     tail = 0.2 * font_size if "Q" in content else 0.04 * font_size
-    top = _pick_top(rng, canvas[1], cap_height() * font_size + tail + 2 * stroke)
+    # Mostly near the upper or lower edge, where the text leaves most room for objects.
+    room_above = canvas[1] - (cap_height() * font_size + tail + 2 * stroke) - 4
+    kind = rng.random()
+    share = rng.random() * (0.15 if kind < 0.8 else 1.0)
+    top = 2 + room_above * (share if kind < 0.4 else 1 - share)
     baseline = top + stroke + cap_height() * font_size
-    centers = []
-    x = left
+    centers, x = [], left
     for pitch in _advances(content, font_size):
         centers.append(x + pitch / 2)
         x += pitch
@@ -391,14 +381,6 @@ def _pick_content(rng: random.Random, split: str) -> str:
         letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(2, 5)))
         if not any(word in letters for word in HELD_OUT_WORDS):
             return letters
-
-
-def _pick_top(rng: random.Random, canvas_height: float, height: float) -> float:
-    """Mostly near the upper or lower edge, where it leaves most room for objects."""
-    room = canvas_height - height - 4
-    kind = rng.random()
-    share = rng.random() * (0.15 if kind < 0.8 else 1.0)
-    return 2 + room * (share if kind < 0.4 else 1 - share)
 
 
 def _advances(content: str, font_size: float) -> list[float]:
@@ -426,17 +408,9 @@ def _object_track(thing: SceneObject) -> _Track:
     return _Track(thing.intervals, x0 - vx * thing.first, y0 - vy * thing.first, vx, vy, reach, reach)
 
 
-def _text_track(text: RenderedText) -> _Track:
-    left, top, right, bottom = text.box
-    return _Track(
-        text.intervals, (left + right) / 2, (top + bottom) / 2, 0.0, 0.0, (right - left) / 2, (bottom - top) / 2
-    )
-
-
 def _meet(a: _Track, b: _Track) -> bool:
     """Whether the boxes come closer than a gap of 2.5 units while both are visible."""
-    reach_x = a.half_width + b.half_width + 2.5
-    reach_y = a.half_height + b.half_height + 2.5
+    reach_x, reach_y = a.half_width + b.half_width + 2.5, a.half_height + b.half_height + 2.5
     for first, last in a.intervals:
         for other_first, other_last in b.intervals:
             low, high = float(max(first, other_first)), float(min(last, other_last))

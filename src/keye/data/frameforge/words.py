@@ -11,40 +11,24 @@ Rgb = tuple[int, int, int]
 Pair = tuple[str, str]
 
 COLORS: dict[str, Rgb] = {
-    "red": (220, 30, 30),
-    "green": (30, 190, 50),
-    "blue": (50, 90, 245),
-    "yellow": (240, 225, 40),
-    "purple": (160, 50, 210),
-    "cyan": (40, 220, 230),
-    "orange": (245, 140, 20),
-    "white": (240, 240, 240),
-}
+    "red": (220, 30, 30), "green": (30, 190, 50), "blue": (50, 90, 245), "yellow": (240, 225, 40),
+    "purple": (160, 50, 210), "cyan": (40, 220, 230), "orange": (245, 140, 20), "white": (240, 240, 240),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "big")
 BACKGROUNDS: dict[str, Rgb] = {
-    "black": (14, 14, 14),
-    "gray": (110, 110, 110),
-    "brown": (90, 58, 30),
-    "navy": (16, 20, 82),
-    "teal": (14, 84, 84),
-}
+    "black": (14, 14, 14), "gray": (110, 110, 110), "brown": (90, 58, 30), "navy": (16, 20, 82), "teal": (14, 84, 84),
+}  # fmt: skip
 DIRECTIONS = ("left", "right", "up", "down")
 TEXT_COLORS: tuple[Rgb, ...] = ((240, 240, 240), (238, 228, 70), (125, 235, 242))
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 HELD_OUT_PAIRS: frozenset[Pair] = frozenset(
     {
-        ("red", "star"),
-        ("green", "circle"),
-        ("blue", "cross"),
-        ("yellow", "triangle"),
-        ("purple", "square"),
-        ("cyan", "star"),
-        ("orange", "circle"),
-        ("white", "triangle"),
+        ("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "triangle"), ("purple", "square"),
+        ("cyan", "star"), ("orange", "circle"), ("white", "triangle"),
     }
-)
+)  # fmt: skip
 ALL_PAIRS: tuple[Pair, ...] = tuple(product(COLORS, SHAPES))
 TRAIN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 
@@ -94,10 +78,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "place.x": ("is the {x} on the left or on the right at {t}?", "at {t}, is the {x} in the left or right half?"),
     "place.y": ("is the {x} at the top or at the bottom at {t}?", "at {t}, is the {x} in the top or bottom half?"),
     "read": (
-        "read the text.",
-        "what does the text say?",
-        "what text is shown in the video?",
-        "which text can you read?",
+        "read the text.", "what does the text say?", "what text is shown in the video?", "which text can you read?",
     ),
     "presence": ("is there {x} in the video?", "can you see {x} in the video?", "does {x} appear in the video?"),
     "color_change": ("what color does the {x} change to?", "which color does the {x} have after the change?"),
@@ -107,7 +88,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "background": ("what color is the background at {t}?", "which color does the background have at {t}?"),
     "cut_time": ("when does the background change?", "at what time does the scene change?"),
     "caption": ("describe the video.", "describe the video with times.", "what happens in the video, and when?"),
-}
+}  # fmt: skip
 #: The same for single pictures; their words are among those above.
 PICTURE_PHRASES: dict[str, tuple[str, ...]] = {
     "count": ("how many objects are in the image?", "count the objects in the image."),

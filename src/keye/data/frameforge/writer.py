@@ -1,8 +1,7 @@
-"""Clips to files: .mp4 with exact timestamps, and a data set with a JSON-lines manifest."""
+"""Clips to .mp4 files with exact timestamps."""
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import av
 import numpy as np
 
-from keye.data.frameforge.questions import Question, questions
 from keye.data.frameforge.render import Pixels, render
-from keye.data.frameforge.scene import Clip, make_clip, stream
+from keye.data.frameforge.scene import Clip
 from keye.errors import KeyeError
 from keye.files import complete_file
 
-MANIFEST = "manifest.jsonl"
 _MILLISECOND = Fraction(1, 1000)
 
 
@@ -37,59 +34,6 @@ def write_mp4(clip: Clip, path: str | os.PathLike[str], size: tuple[int, int] = 
     durations = {start: end - start for start, end in zip(times, ends, strict=True)}
     with complete_file(Path(path)) as draft:
         _encode(draft, frames, durations, round(1 / clip.step) or 1)
-
-
-def write_dataset(
-    folder: str | os.PathLike[str],
-    *,
-    count: int,
-    frames: int,
-    objects: int,
-    split: str,
-    seed: int,
-    size: tuple[int, int] = (448, 448),
-    questions_per_clip: int = 8,
-    tasks: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Writes clip-000000.mp4 ... and `manifest.jsonl` into `folder`, and returns the path of the manifest.
-
-    The clips are those of `make_clip(seed + index)`. A line of the manifest holds file, seed, split, size, start, step
-    and timestamps in seconds, and questions with task, text, answer and intervals. `progress(done, total)` is called
-    after each clip.
-    """
-    if count < 1:
-        raise KeyeError(f"count is {count}; write at least 1 clip")
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(count):
-        clip = make_clip(seed + index, frames=frames, objects=objects, split=split, size=size)
-        name = f"clip-{index:06d}.mp4"
-        write_mp4(clip, target / name, size)
-        chosen = questions(clip, stream(split, clip.seed, "questions"), questions_per_clip, tasks)
-        lines.append(json.dumps(_entry(name, clip, chosen)))
-        if progress:
-            progress(index + 1, count)
-    with complete_file(target / MANIFEST) as draft:
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return target / MANIFEST
-
-
-def _entry(name: str, clip: Clip, chosen: Sequence[Question]) -> dict[str, Any]:
-    return {
-        "file": name,
-        "seed": clip.seed,
-        "split": clip.split,
-        "size": list(clip.size),
-        "start": clip.timestamps[0],
-        "step": clip.step,
-        "timestamps": list(clip.timestamps),
-        "questions": [
-            {"task": question.task, "text": question.text, "answer": question.answer, "intervals": question.intervals}
-            for question in chosen
-        ],
-    }
 
 
 def _encode(path: Path, frames: Pixels, durations: dict[int, int], rate: int) -> None:
