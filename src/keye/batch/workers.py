@@ -96,58 +96,57 @@ class Client:
         self._pause = pause
 
     async def post(self, body: Mapping[str, Any]) -> Answer:
-        """One chat completion. A server that is full or fails is asked again, after as long as it says or twice as long
-        each time."""
+        """One chat completion."""
         content = await asyncio.to_thread(lambda: json.dumps(with_files(body) if self.inline else body).encode())
-        for attempt in range(self.tries):
-            last = attempt == self.tries - 1
-            try:
-                async with asyncio.timeout(self.seconds):
-                    answer = await self.http.post(_ROUTE, content=content, headers={"Content-Type": "application/json"})
-            except TimeoutError:  # another try would take as long
-                raise WorkerLost(f"{self.name} gave no answer in {self.seconds:g} s") from None
-            except httpx.DecodingError:
-                message = "the server's answer is not compressed as its headers say"
-                return Answer(502, {"error": {"code": "bad_answer", "message": message}})
-            except httpx.TransportError as error:
-                if last:
-                    unmet = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-                    reason = str(error) or type(error).__name__
-                    raise WorkerLost(f"{self.name} does not answer ({reason})", during=not unmet) from None
-                await self._pause(retry_wait(attempt))
-                continue
-            except RuntimeError:
-                if not self.http.is_closed:
-                    raise
-                raise WorkerLost(f"{self.name} was closed", during=False) from None
-            if answer.status_code not in _RETRY_STATUSES or last:
-                return Answer(answer.status_code, _json_object(answer))
-            await self._pause(retry_wait(attempt, answer.headers.get("retry-after", "")))
-        raise AssertionError("there is at least one try")
+        headers = {"Content-Type": "application/json"}
+        try:
+            answer = await self._retry(lambda: self.http.post(_ROUTE, content=content, headers=headers), self.seconds)
+        except TimeoutError:
+            raise WorkerLost(f"{self.name} gave no answer in {self.seconds:g} s") from None
+        except httpx.DecodingError:
+            message = "the server's answer is not compressed as its headers say"
+            return Answer(502, {"error": {"code": "bad_answer", "message": message}})
+        except httpx.TransportError as error:
+            unmet = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            reason = str(error) or type(error).__name__
+            raise WorkerLost(f"{self.name} does not answer ({reason})", during=not unmet) from None
+        except RuntimeError:
+            if not self.http.is_closed:
+                raise
+            raise WorkerLost(f"{self.name} was closed", during=False) from None
+        return Answer(answer.status_code, _json_object(answer))
 
     async def first_model(self) -> str | None:
         """The name of the server's first model, None where it lists none; `WorkerLost` where it cannot be reached,
         `KeyeError` where it wants another key."""
-        for attempt in range(self.tries):
-            last = attempt == self.tries - 1
-            try:
-                async with asyncio.timeout(_MODELS_SECONDS):
-                    answer = await self.http.get("/v1/models")
-            except (httpx.RequestError, TimeoutError) as error:
-                if last:
-                    reason = str(error) or type(error).__name__
-                    raise WorkerLost(f"{self.name} cannot be reached ({reason}): check --server") from None
-                await self._pause(retry_wait(attempt))
-                continue
-            if answer.status_code in (401, 403):
-                raise KeyeError(f"{self.name} wants another key: set KEYE_API_KEY to one that it takes")
-            if answer.status_code not in _RETRY_STATUSES or last:
-                break
-            await self._pause(retry_wait(attempt, answer.headers.get("retry-after", "")))
+        try:
+            answer = await self._retry(lambda: self.http.get("/v1/models"), _MODELS_SECONDS)
+        except (httpx.RequestError, TimeoutError) as error:
+            reason = str(error) or type(error).__name__
+            raise WorkerLost(f"{self.name} cannot be reached ({reason}): check --server") from None
+        if answer.status_code in (401, 403):
+            raise KeyeError(f"{self.name} wants another key: set KEYE_API_KEY to one that it takes")
         models = _json_object(answer).get("data")
         first = models[0] if isinstance(models, list) and models else None
         name = first.get("id") if answer.status_code == 200 and isinstance(first, dict) else None
         return name if isinstance(name, str) else None
+
+    async def _retry(self, send: Callable[[], Awaitable[httpx.Response]], seconds: float | None) -> httpx.Response:
+        """The answer of one try, each of at most `seconds`. A server that is full, fails or breaks off is asked again,
+        after as long as it says or twice as long each time; not after a timeout, which would take as long again."""
+        for attempt in range(self.tries):
+            last, retry_after = attempt == self.tries - 1, ""
+            try:
+                async with asyncio.timeout(seconds):
+                    answer = await send()
+                if answer.status_code not in _RETRY_STATUSES or last:
+                    return answer
+                retry_after = answer.headers.get("retry-after", "")
+            except httpx.TransportError:
+                if last:
+                    raise
+            await self._pause(retry_wait(attempt, retry_after))
+        raise AssertionError("there is at least one try")
 
 
 class ServerWorker:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from keye.media.source.hosts import parse_host_rule
 from keye.server.edge.guard import GuardSettings
 from keye.server.edge.keys import Keyring
 from keye.server.edge.limits import Limits
-from keye.server.edge.request_head import is_ip
+from keye.server.edge.request_head import is_ip, is_loopback
 from keye.units import GIB, KIB, MIB
 
 #: Bytes that a form adds to the file in it.
@@ -83,16 +82,6 @@ class Settings:
         if self.key_bytes is not None:
             return self.key_bytes
         return self.stored_bytes if len(self.keys) < 2 else self.stored_bytes // 4
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def guard_settings(settings: Settings, limits: Limits | None = None) -> GuardSettings:

@@ -12,13 +12,13 @@ import asyncio
 import resource
 from collections import Counter
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keye.server.edge.limits import Limits
+from keye.server.edge.request_head import is_loopback
 from keye.server.edge.throttle import client_of
 
 #: Open files that a server needs beside its connections: workers, uploads, libraries.
@@ -77,7 +77,7 @@ def guarded_protocol(limits: Limits) -> type[H11Protocol]:
             super().connection_made(transport)
             self._address = client_of(self.client[0] if self.client else None)
             by_address[self._address] += 1
-            crowded = by_address[self._address] > limits.connections_per_address and not _is_loopback(self._address)
+            crowded = by_address[self._address] > limits.connections_per_address and not is_loopback(self._address)
             full = by_address.total() > limits.connections
             idle.add(transport, self._address, known=False)
             # A connection that is aborted is counted until the loop has told so, in its next round.
@@ -138,7 +138,3 @@ def limits_of_system(limits: Limits) -> Limits:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         return replace(limits, connections=max(min(limits.connections, soft - _OTHER_FILES), 16))
     return limits
-
-
-def _is_loopback(address: str) -> bool:
-    return address != "unknown" and ip_address(address).is_loopback

@@ -120,6 +120,16 @@ def is_ip(text: str) -> bool:
     return True
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`, a name or an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def check_origin(head: Head, origins: Sequence[str]) -> str | None:
     """The configured origin of the web page that asks, None for the server's own page and for programs.
 

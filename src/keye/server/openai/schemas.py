@@ -19,6 +19,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None
 Object = dict[str, Any]
 Objects = Annotated[list[Object], Field(fail_fast=True, min_length=1, max_length=1024)]
+Tools = Annotated[list[Object], Field(fail_fast=True, max_length=128)]
 TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED)]
@@ -156,10 +157,13 @@ TokenCount = Annotated[int, Field(ge=1, le=10_000_000)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
-class MediaDefaults(BaseModel):
+class Preprocess(BaseModel):
+    preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
+
+
+class MediaDefaults(Preprocess):
     """Settings of every medium without its own."""
 
-    preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
     mm_processor_kwargs: Object | None = Field(default=None, description="the same under vLLM's names")
     media_io_kwargs: MediaIO | None = None
 
@@ -175,7 +179,7 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
     top_logprobs: Alternatives | None = None
     prompt_logprobs: Alternatives | None = None
     return_token_ids: bool | None = None
-    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -233,7 +237,7 @@ class ResponseRequest(Sampling, Forms, MediaDefaults):
     max_output_tokens: TokenCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
     text: Object | None = None
@@ -299,7 +303,7 @@ class TokenizeRequest(Tolerant):
     model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Text | None = None
     messages: Objects | None = None
-    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
+    tools: Tools | None = None
     chat_template_kwargs: TemplateFields | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -339,18 +343,17 @@ class OutputConfig(Tolerant):
     format: Object | None = None
 
 
-class CountTokensRequest(Sampling):
+class CountTokensRequest(Sampling, Preprocess):
     """A prompt in Anthropic's form, as /v1/messages/count_tokens takes it."""
 
     messages: Objects
     system: Text | Annotated[list[Object], Field(fail_fast=True, max_length=256)] | None = None
-    tools: Annotated[list[Object], Field(fail_fast=True, max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Object | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: Object | None = None
     mcp_servers: Annotated[list[Object], Field(fail_fast=True, max_length=0)] | None = None
-    preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
 
 
 class MessagesRequest(CountTokensRequest):
@@ -361,7 +364,7 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
 
 
-class GenerateRequest(Tolerant):
+class GenerateRequest(Tolerant, Preprocess):
     """A body of /generate: one prompt, or a list of them, as text or as token ids."""
 
     text: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)] | None = None
@@ -380,7 +383,6 @@ class GenerateRequest(Tolerant):
     )
     top_logprobs_num: Annotated[int, Field(ge=0, le=20)] | None = None
     return_text_in_logprobs: bool | None = None
-    preprocess_kwargs: Object | None = Field(default=None, description="settings of every medium without its own")
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
