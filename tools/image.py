@@ -127,21 +127,25 @@ class Buildah:
             return base
         if os.geteuid() or not shutil.which("debootstrap"):
             raise CannotBuildError("no registry of images can be reached, and debootstrap with root is missing")
-        tree = self.folder / "debian"
-        shutil.rmtree(tree, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="debian-") as tree:
+            self._make_base(Path(tree), base)
+        return base
+
+    def _make_base(self, tree: Path, name: str) -> None:
         packages = "python3,python3-pip,python3-venv,python-is-python3,ca-certificates,g++"
+        command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(tree)]
         try:
-            run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(tree)])
+            # In a mount namespace of its own: /proc and /sys that it mounts in the tree end with it, also when killed.
+            run(["unshare", "--mount", "--propagation", "private", *command])
         except subprocess.CalledProcessError as error:
             raise CannotBuildError("no registry of images and no Debian mirror can be reached") from error
         for marker in tree.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
             marker.unlink()  # as in the official image, pip may install system-wide
         shutil.rmtree(tree / "var/cache/apt/archives")
+        tree.chmod(0o755)
         container = run(self._command("from", "scratch"))
         run(self._command("add", "--quiet", container, str(tree), "/"))
-        run(self._command("commit", "--quiet", "--rm", container, base))
-        shutil.rmtree(tree)
-        return base
+        run(self._command("commit", "--quiet", "--rm", container, name))
 
     def build(self, file: str, tag: str) -> None:
         layers = f"--layers={str(self.driver == 'overlay').lower()}"  # with vfs each would be a copy of the whole tree
