@@ -265,7 +265,10 @@ def status_with(url: str, key: str) -> int:
 def check_image(engine: Docker | Buildah, file: str, tag: str) -> str:
     """Build and try one image; return a line that says how long both took."""
     began = time.monotonic()
-    engine.build(file, tag)
+    try:
+        engine.build(file, tag)
+    except subprocess.CalledProcessError:
+        engine.build(file, tag)  # it downloads hundreds of packages, and one of them may fail
     built = time.monotonic()
     config = engine.config(tag)
     port, key = free_port(), secrets.token_hex(16)
