@@ -200,6 +200,7 @@ def test_weights_are_replaced_in_place(runtime: Runtime, engine: Engine) -> None
             "embed_tokens.weight is",
         ),
         ({"model.norm.weight": torch.ones(64, dtype=torch.int32)}, "model.norm.weight is torch.int32"),
+        ({"model.norm.weight": [1.0] * 64}, "model.norm.weight is a list"),
     ],
 )
 def test_weights_that_do_not_fit_change_nothing(

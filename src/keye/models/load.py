@@ -115,6 +115,8 @@ def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
     for name, tensor in used.items():
         if name not in places:
             raise WeightsError(f"the model has no tensor {name}; give official names of its weights")
+        if not isinstance(tensor, Tensor):
+            raise WeightsError(f"{name} is a {type(tensor).__name__}; give tensors")
         if tensor.shape != places[name].shape:
             raise WeightsError(f"{name} is {list(tensor.shape)} instead of {list(places[name].shape)}")
         if not tensor.is_floating_point():
