@@ -1,7 +1,7 @@
 """Errors that are the user's to fix, warnings of settings that could not be honoured, and the checks that lead to them.
 
 Every other exception is a bug of ours and shows its traceback. A sentence may name options; they are spelled as in
-Python unless a door says otherwise, so that the command line can speak of its own flags.
+Python unless the CLI or HTTP layer spells them its own way.
 """
 
 from __future__ import annotations

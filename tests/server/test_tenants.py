@@ -11,7 +11,7 @@ import httpx
 
 import keye
 from keye.media import content
-from keye.server.context import MOST_DECODING
+from keye.server.context import MAX_DECODING
 from keye.server.routes import video as video_routes
 from keye.server.settings import Settings
 from tests.support.serving import Running
@@ -58,7 +58,7 @@ def test_media_are_read_by_a_few_at_once(running: Running, video: Path, monkeypa
         with lock:
             inside += 1
             most = max(most, inside)
-            if inside == MOST_DECODING:
+            if inside == MAX_DECODING:
                 enough.set()
         enough.wait(20)
         try:
@@ -76,9 +76,9 @@ def test_media_are_read_by_a_few_at_once(running: Running, video: Path, monkeypa
     def ask() -> None:
         statuses.append(httpx.post(f"{running.url}/v1/media/plan", json=body, timeout=60).status_code)
 
-    asking = [threading.Thread(target=ask) for _ in range(3 * MOST_DECODING)]
+    asking = [threading.Thread(target=ask) for _ in range(3 * MAX_DECODING)]
     for item in asking:
         item.start()
     for item in asking:
         item.join()
-    assert statuses == [200] * len(asking) and most == MOST_DECODING
+    assert statuses == [200] * len(asking) and most == MAX_DECODING

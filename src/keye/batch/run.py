@@ -102,7 +102,7 @@ class Agenda:
             self._warm.setdefault(worker, deque()).append(key)
 
     def drop(self, item: Item) -> None:
-        """A question is done with, and its media were not met."""
+        """A question is done with, and its media were not processed."""
         key = self._opening.pop(item.id, None)
         if key is not None:
             self._cold.appendleft(key)
@@ -122,7 +122,7 @@ class Agenda:
             self._cold.appendleft(key)
 
     def forget(self, worker: str) -> None:
-        """What a worker has met is lost with it."""
+        """What a worker has processed is lost with it."""
         for key in self._warm.pop(worker, ()):
             if self._groups[key]:
                 self._cold.appendleft(key)

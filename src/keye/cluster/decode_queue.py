@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from keye.cluster.decode_work import Work
 
-#: How often a piece of work may be passed over for one whose file lies on the worker's node.
+#: How often a piece of work may be passed over for one whose file is on the worker's node.
 PATIENCE: Final = 8
 #: Files whose node is remembered.
 REMEMBERED: Final = 1 << 16
@@ -78,8 +78,8 @@ class JobQueue:
         """The job for an idle worker on `node`, taken out of the queue; None where there is none for it.
 
         `idle` are the nodes of all idle workers, this one among them, `nodes` those of all workers. Priorities come
-        first. Within one, work whose file lies on the node goes before what came earlier, which is passed over at most
-        `PATIENCE` times; work whose file lies on another node with an idle worker is left to that.
+        first. Within one, work whose file is on the node goes before what came earlier, which is passed over at most
+        `PATIENCE` times; work whose file is on another node with an idle worker is left to that.
         """
         for jobs in self._jobs.values():
             passed: list[Job] = []
@@ -113,7 +113,7 @@ class JobQueue:
         return node not in job.died or not others
 
     def home(self, job: Job) -> str | None:
-        """The node where a job's file is known to lie, or was read last."""
+        """The node where a job's file is known to be, or was read last."""
         home = job.work.node or self._homes.get(job.work.key or "")
         return None if home in job.absent else home
 
@@ -144,7 +144,7 @@ class ByteBudget:
         self._reserved.setdefault(rank, 0)
 
     def reserve(self, rank: tuple[int, int], nbytes: int) -> bool:
-        """Takes so many bytes for an entered job, in place of what it had; False where there is no room now."""
+        """Reserves bytes for an entered job, in place of what it had; False where there is no room now."""
         others = self.used - self._reserved[rank]
         if others + nbytes > self.limit and rank != min(self._reserved):
             return False

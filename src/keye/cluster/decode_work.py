@@ -87,7 +87,7 @@ class PlannedFrames:
 class VideoWork:
     """The planned frames of a video: a `Source`, or a path or address that the worker opens and this machine need not
     have. By `plan`, or by a new one; with a complete plan, frames first .. stop alone (not for Preview, where sizes
-    depend on how many there are). `node` names where the file is known to lie (Ray's node id)."""
+    depend on how many there are). `node` names where the file is known to be (Ray's node id)."""
 
     source: Source | str
     config: ProcessorConfig

@@ -155,7 +155,7 @@ class LocalWorker:
 
 
 def shared_file(nbytes: int) -> IO[bytes]:
-    """A file without a name that has so many bytes for certain: in memory where they are free, else on disk."""
+    """An unnamed file of `nbytes` reserved bytes: in memory where they are free, else on disk."""
     for folder in (_SHARED_MEMORY, None):
         if folder is not None and not folder.is_dir():
             continue

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 #: Uploads probed, plans made and clips cut at once.
-MOST_DECODING = 4
+MAX_DECODING = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Context:
     responses: ResponseStore
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_DECODING))
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DECODING))
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
 
@@ -66,8 +66,8 @@ class Context:
         return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function, *arguments)
 
     async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The same for what reads media itself, outside the engine: so many at once, each with a decode worker. Who is
-        given up while at work keeps its place until it has ended."""
+        """The same for what reads media outside the engine: at most `MAX_DECODING` at once, each with a decode worker. A
+        cancelled call keeps its place until its thread has ended."""
         loop, context = asyncio.get_running_loop(), copy_context()
         await self.decoding.acquire()
         working = self.threads.submit(context.run, function, *arguments)
@@ -83,11 +83,6 @@ class Context:
         """Opens the media of a request of this owner."""
         return MediaOpener(self.files, owner, self.policy)
 
-    @property
-    def name(self) -> str:
-        """What the model is called here."""
-        return self.names[0]
-
     @cached_property
     def fingerprint(self) -> str:
         """What `system_fingerprint` says: the version of keye, and a hash that changes with the model's configuration
@@ -99,22 +94,22 @@ class Context:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that the model is called here."""
+        """The names of the model here, the first one its own."""
         return self.settings.served_names or (self.model.name,)
 
     def check_model(self, name: str | None, *, strict: bool = False) -> None:
-        """Takes any name of a model for the one that is served, with a note for a name that is not its own. `ApiError`
-        404 for that where names are strict."""
+        """Accepts any name of a model, with a note for one that is not served here; `ApiError` 404 for that where names
+        are strict."""
         if (not name and not strict) or name in (*self.names, self.model.name):
             return
         if strict or self.settings.strict_model_name:
             raise ApiError(
                 404,
-                f"the model {(name or '')[:100]!r} is not served here; use {self.name!r}",
+                f"the model {(name or '')[:100]!r} is not served here; use {self.names[0]!r}",
                 param="model",
                 code="model_not_found",
             )
-        add_note(f"the model {(name or '')[:100]!r} is not served here: {self.name!r} answers")
+        add_note(f"the model {(name or '')[:100]!r} is not served here: {self.names[0]!r} answers")
 
 
 def context_of(request: Request) -> Context:

@@ -36,7 +36,7 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, bool
     it is an unknown field."""
     param = place(errors[0])
     here = [error for error in errors if _is_within(place(error), param)]
-    # Where a field may be several things, what is wrong with the one that it is tells more than what it is not.
+    # For a union, an error within the member that fits says more than what the others expect.
     for error in here:
         if error["type"] not in _WANTED:
             return place(error), _sentence(error), error["type"] == "extra_forbidden"
@@ -46,7 +46,7 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, bool
 
 
 def place(error: Mapping[str, Any]) -> str | None:
-    """Where an error lies, such as `messages[0].role`."""
+    """Where an error is, such as `messages[0].role`."""
     text = ""
     for part in error.get("loc", ()):
         if isinstance(part, int):
@@ -57,7 +57,7 @@ def place(error: Mapping[str, Any]) -> str | None:
 
 
 def _is_within(inner: str | None, outer: str | None) -> bool:
-    """Whether a place is another one or lies in it."""
+    """Whether a place is another one or within it."""
     return inner == outer or (inner or "").startswith((f"{outer}.", f"{outer}["))
 
 

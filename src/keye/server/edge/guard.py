@@ -26,7 +26,7 @@ from keye.server.edge.throttle import Buckets, Running, client_of
 
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-#: Bodies beyond this many bytes are checked in a thread, so that the loop goes on serving others.
+#: Bodies beyond this many bytes are checked in a thread, so that the event loop can serve others.
 _LOOP_BYTES = 64 * 1024
 _UPLOADS = ("/v1/files",)
 #: Health checks; they need no key.

@@ -64,7 +64,7 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _pieces(body: bytes) -> Iterator[tuple[int, int]]:
-    """Where pieces of the body begin and end, none of them within an escape: other threads go on between them."""
+    """Where pieces of the body begin and end, none within an escape; other threads run between them."""
     at = 0
     while at < len(body):
         end = min(at + _PIECE, len(body))

@@ -52,7 +52,7 @@ def to_messages(
     messages: Sequence[Mapping[str, Any]], opener: MediaOpener, defaults: Mapping[str, Any] | None = None
 ) -> list[Message]:
     """The messages of a chat; `defaults` are settings of media that have none of their own. The sources of media are
-    still what the client sent; `opener` only tells what kind of medium an upload is."""
+    still what the client sent; `opener` only says what kind of medium an upload is."""
     plain = [_message(f"messages[{index}]", message, opener) for index, message in enumerate(messages)]
     checked = normalize(_one_system(plain))
     return _with_defaults(checked, defaults) if defaults else checked
@@ -254,7 +254,7 @@ def media_settings(body: MediaDefaults) -> dict[str, Any] | None:
 
 
 def _loader_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """vLLM's loader of videos: so many frames, -1 for all, at most at a rate."""
+    """vLLM's loader of videos: a number of frames, -1 for all, at most at a rate."""
     known = read_fields(options, {"num_frames", "fps", *VIDEO_OPTIONS}, where=where)
     frames = known.pop("num_frames", None)
     if frames is None or frames == -1:

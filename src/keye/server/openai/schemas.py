@@ -191,11 +191,11 @@ class ChatRequest(Sampling, Forms, MediaDefaults):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = Field(default=None, description="with continue_final_message: the reply repeats its beginning")
-    timings_per_token: bool | None = Field(default=None, description="llama.cpp's: chunks tell how fast tokens come")
+    timings_per_token: bool | None = Field(default=None, description="llama.cpp's: chunks have the speed of tokens")
     return_progress: bool | None = Field(
-        default=None, description="llama.cpp's: chunks tell how far the prompt has come"
+        default=None, description="llama.cpp's: chunks have the progress of the prompt"
     )
-    verbose: bool | None = Field(default=None, description="llama.cpp's: the reply tells the text of the prompt")
+    verbose: bool | None = Field(default=None, description="llama.cpp's: the reply has the text of the prompt")
     keye: KeyeFields | None = None
 
 

@@ -278,7 +278,7 @@ class Proxy:
 
 
 async def _with_end(pieces: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
-    """The events of a stream, whole ones only; the last tells of an error where the replica ends before it."""
+    """Complete events of a stream; the last reports an error where the replica ends before it."""
     numbered, rest = 0, b""
     try:
         async for piece in pieces:

@@ -61,7 +61,7 @@ class Server:
 async def called(
     app: Any, method: str, path: str, headers: Mapping[str, str], body: bytes
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """What an ASGI application sends for one request. Closing this tells it that the client has gone."""
+    """What an ASGI application sends for one request. Closing this signals a disconnect."""
     plain, _, query = path.partition("?")
     all_headers = {"host": "127.0.0.1", **headers}
     if body:

@@ -1,4 +1,4 @@
-"""Which of several replicas answers a request: the one that has met its media, unless that one has too much to do.
+"""Which of several replicas answers a request: the one that has processed its media, unless it is overloaded.
 
 Rendezvous hashing (Thaler and Ravishankar, 1998): each key ranks all replicas by a hash of both, so that a replica that
 comes or goes moves only its own keys. With bounded load (Mirrokni, Thorup and Zadimoghaddam, 2018): a replica that has

@@ -45,7 +45,7 @@ class Watch:
 
 
 async def answers(replica: Replica, seconds: float) -> bool:
-    """Whether a replica says within so many seconds that it lives."""
+    """Whether a replica answers a health check within `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             reply = await replica.send("GET", "/health", {}, b"")
