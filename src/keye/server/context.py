@@ -66,7 +66,7 @@ class Context:
         return await asyncio.get_running_loop().run_in_executor(self.threads, context.run, function, *arguments)
 
     async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The same for what reads media outside the engine: at most `MAX_DECODING` at once, each with a decode worker. A
+        """The same for what reads media outside the engine: at most `MAX_DECODING` calls at once. A
         cancelled call keeps its place until its thread has ended."""
         loop, context = asyncio.get_running_loop(), copy_context()
         await self.decoding.acquire()
