@@ -176,6 +176,7 @@ os.write(1, b"I" + len(seen).to_bytes(8, "little") + seen)
 
 def test_a_worker_sees_nothing_of_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    # What a worker can see is observed from inside: another program starts in its place.
     monkeypatch.setattr("keye.media.decode.workers.BOOT", _LOOKS_AROUND)
     with socket.socket(), (tmp_path / "clip").open("wb+") as file:  # The socket must not be inherited, the file must.
         worker = Worker("unused", file, {}, DecodeLimits(), name="clip", what="test")
@@ -313,6 +314,7 @@ def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pyt
 def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a program that says `said` and then waits in the worker's place."""
     program = "import os, signal, sys; os.write(1, bytes.fromhex(sys.argv[1])); signal.pause()"
+    # Only a worker that a file has taken over sends such bytes; ours cannot be made to.
     monkeypatch.setattr("keye.media.decode.workers.BOOT", program)
     real = subprocess.Popen
 
