@@ -177,11 +177,11 @@ def test_media_in_every_message() -> None:
         ],
         tools=[{"name": "look"}],
     )
-    shown = "".join(str(segment.value) if segment.kind in ("template", "text") else "@" for segment in segments)
+    displayed = "".join(str(segment.value) if segment.kind in ("template", "text") else "@" for segment in segments)
     medium = "<|vision_start|>@<|vision_end|>"
-    assert shown.startswith(f"<|im_start|>system\n{medium}s\n\n# Tools")
-    assert f"<|im_start|>assistant\n{medium}<tool_call>" in shown
-    assert f"<tool_response>\n{medium}t\n</tool_response>" in shown
+    assert displayed.startswith(f"<|im_start|>system\n{medium}s\n\n# Tools")
+    assert f"<|im_start|>assistant\n{medium}<tool_call>" in displayed
+    assert f"<tool_response>\n{medium}t\n</tool_response>" in displayed
 
 
 def test_arguments_of_a_call_are_bounded() -> None:

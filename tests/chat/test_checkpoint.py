@@ -117,7 +117,7 @@ def test_reasoning_and_thinking() -> None:
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% for %}", "TemplateSyntaxError"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ nobody.knows }}", "'nobody' is undefined"),
+        ("{{ nothing.known }}", "'nothing' is undefined"),
         ("<|im_start|>hello", "leaves out what the user wrote"),
         ("{{ messages[0].content | lower }}", "rewrites what the user wrote"),
         ("<|image_pad|>{{ messages[0].content }}", "has a place for image"),
@@ -194,7 +194,7 @@ def test_our_format_is_that_of_preview(shared: Shared) -> None:
 
 
 #: Conversations that the official template takes in silence and keye refuses.
-REFUSED = {
+REJECTED = {
     "image by type only", "multi-turn with images, counters run over turns", "element without any known key is dropped",
     "text element holding an image key too counts as image", "role tool and custom role are passed through",
 }  # fmt: skip
@@ -203,7 +203,7 @@ REFUSED = {
 def test_recorded_prompts_of_preview(shared: Shared) -> None:
     official = load_template(shared("checkpoints/keye-vl-8b-preview"))
     tokenizer = Tokenizer.from_file(shared("checkpoints/keye-vl-8b-preview"))
-    refused = set()
+    rejected = set()
     for case in json.loads(shared("golden/processor/case-60.json").read_text())["cases"]:
         if "tools" in case["kwargs"]:  # officially without effect
             continue
@@ -218,7 +218,7 @@ def test_recorded_prompts_of_preview(shared: Shared) -> None:
                     render(talk, template=PREVIEW_CHATML, **case["kwargs"]),
                 ]
             except KeyeError:
-                refused.add(case["name"])
+                rejected.add(case["name"])
                 continue
             for prompt in prompts:
                 pads = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -226,4 +226,4 @@ def test_recorded_prompts_of_preview(shared: Shared) -> None:
                 assert "".join(str(part) for part, _ in parts) == text, case["name"]
                 plain = tokenizer.encode_parts(parts)
                 assert (plain == wanted) == (case["name"] != "special token text inside user text"), case["name"]
-    assert refused == REFUSED
+    assert rejected == REJECTED

@@ -30,8 +30,8 @@ def test_the_window_of_a_plan(plan: dict[str, Any], relative: bool, window: tupl
 def test_moments_are_within_what_was_looked_at() -> None:
     windows = [Window(30.0, 40.0)]
     intervals = [(31.0, 33.5), (0.0, 0.0), (25.0, 31.0), (39.0, 40.04), (39.0, 50.0), (3000.0, 3005.0), (32.0, 32.0)]
-    kept, notes = keep_moments(intervals, windows)
-    assert kept == [(31.0, 33.5), (30.0, 31.0), (39.0, 40.04), (39.0, 40.0)], "a tenth of a second is rounding"
+    remaining, notes = keep_moments(intervals, windows)
+    assert remaining == [(31.0, 33.5), (30.0, 31.0), (39.0, 40.04), (39.0, 40.0)], "a tenth of a second is rounding"
     sentences = [str(note) for note in notes]
     assert len(sentences) == 3
     assert "0.0 s to 0.0 s, 32.0 s to 32.0 s: without length" in sentences[0]
@@ -52,16 +52,16 @@ def test_moments_of_several_videos() -> None:
 def test_marked_clips_are_moments_too() -> None:
     point = Region("point", ((1.0, 1.0),))
     clips = [Region("clip", (), interval=(1.0, 3.0)), Region("clip", (), interval=(50.0, 51.0))]
-    kept = keep_regions([point, *clips], [Window(2.0, 10.0)])
-    assert kept == [point, Region("clip", (), interval=(2.0, 3.0))]
+    remaining = keep_regions([point, *clips], [Window(2.0, 10.0)])
+    assert remaining == [point, Region("clip", (), interval=(2.0, 3.0))]
 
 
 def test_times_that_a_model_counts_otherwise_become_those_of_players() -> None:
     """Labels of the official code at a variable rate: 2 frames a second on average, shown at other times."""
-    labels, shown = (0.0, 0.5, 1.0, 1.5), (5.0, 6.0, 12.0, 12.5)
-    window = Window(0.0, 2.0, labels, shown)
-    kept, notes = keep_moments([(0.0, 0.5), (0.75, 1.5), (1.5, 2.0), (1.0, 9.0)], [window])
-    assert kept == [(5.0, 6.0), (9.0, 12.5), (12.5, 13.0), (12.0, 13.0)]
+    labels, displayed = (0.0, 0.5, 1.0, 1.5), (5.0, 6.0, 12.0, 12.5)
+    window = Window(0.0, 2.0, labels, displayed)
+    remaining, notes = keep_moments([(0.0, 0.5), (0.75, 1.5), (1.5, 2.0), (1.0, 9.0)], [window])
+    assert remaining == [(5.0, 6.0), (9.0, 12.5), (12.5, 13.0), (12.0, 13.0)]
     assert "the reply names 1.0 s to 9.0 s: in part outside what was looked at (0.0 s to 2.0 s)" in str(notes[0])
     relative = collect_windows([PLAN], relative=True)
     assert keep_moments([(0.5, 1.2)], relative)[0] == [(30.5, 31.2)], "Preview counts from the first sampled frame"
@@ -71,12 +71,12 @@ def test_times_that_a_model_counts_otherwise_become_those_of_players() -> None:
 
 def test_what_rounding_leaves_is_no_moment() -> None:
     """A time of one decimal at the end of what was looked at shares some hundredths with it."""
-    kept, notes = keep_moments([(20.0, 21.0), (20.03, 30.0)], [Window(0.0, 20.03)])
-    assert kept == [] and "20.0 s to 21.0 s, 20.0 s to 30.0 s: outside" in str(notes[0])
+    remaining, notes = keep_moments([(20.0, 21.0), (20.03, 30.0)], [Window(0.0, 20.03)])
+    assert remaining == [] and "20.0 s to 21.0 s, 20.0 s to 30.0 s: outside" in str(notes[0])
     assert keep_moments([(4.0, 4.04)], [Window(0.0, 20.0)])[0] == [(4.0, 4.04)]
 
 
 def test_a_moment_that_is_named_again_is_one() -> None:
-    kept, notes = keep_moments([(3.0, 4.0), (1.0, 2.0), (3.0, 4.0), (5.0, 5.0), (5.0, 5.0)], [Window(0.0, 9.0)])
-    assert kept == [(3.0, 4.0), (1.0, 2.0)]
+    remaining, notes = keep_moments([(3.0, 4.0), (1.0, 2.0), (3.0, 4.0), (5.0, 5.0), (5.0, 5.0)], [Window(0.0, 9.0)])
+    assert remaining == [(3.0, 4.0), (1.0, 2.0)]
     assert str(notes[0]).startswith("the reply names 5.0 s to 5.0 s: without length")

@@ -66,11 +66,11 @@ def in_pieces(text: str, cuts: list[int], *, tools: bool = True, reasoning: bool
 
 @pytest.mark.parametrize("text", REPLIES)
 def test_the_pieces_are_the_finished_reply(text: str) -> None:
-    streamed, whole = joined_reply(in_pieces(text, list(range(len(text))))), parse_reply(text)
-    assert streamed.text == whole.text
-    assert streamed.reasoning == whole.reasoning
+    streamed, full = joined_reply(in_pieces(text, list(range(len(text))))), parse_reply(text)
+    assert streamed.text == full.text
+    assert streamed.reasoning == full.reasoning
     calls = [(name, json.loads(arguments)) for name, arguments in streamed.calls]
-    assert calls == [(call.name, call.arguments) for call in whole.tool_calls]
+    assert calls == [(call.name, call.arguments) for call in full.tool_calls]
 
 
 @given(st.sampled_from(REPLIES), st.lists(st.integers(0, 200), max_size=8))

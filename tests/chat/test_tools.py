@@ -95,9 +95,9 @@ def test_mistakes_in_tools_are_named(tools: Any, sentence: str) -> None:
         render([{"role": "user", "content": "q"}], tools=tools)
 
 
-@pytest.mark.parametrize("written", ['{"city": "Par', "[1]", "null"])
-def test_a_call_that_was_cut_off_is_shown_to_the_model_as_it_is(written: str) -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": written}}
+@pytest.mark.parametrize("output", ['{"city": "Par', "[1]", "null"])
+def test_a_call_that_was_cut_off_is_shown_to_the_model_as_it_is(output: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": output}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -105,4 +105,4 @@ def test_a_call_that_was_cut_off_is_shown_to_the_model_as_it_is(written: str) ->
     ]
     with pytest.warns(KeyeWarning, match="is not a JSON object"):
         prompt = "".join(str(segment.value) for segment in render(messages))
-    assert f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>' in prompt
+    assert f'<tool_call>\n{{"name": "f", "arguments": {output}}}\n</tool_call>' in prompt

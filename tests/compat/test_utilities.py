@@ -44,8 +44,8 @@ def picture(width: int = 60, height: int = 40) -> Image.Image:
     ],
 )
 def test_defaults(function: Any, parameters: dict[str, Any]) -> None:
-    found = inspect.signature(function).parameters.values()
-    assert {p.name: p.default for p in found if p.default is not p.empty} == parameters
+    result = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in result if p.default is not p.empty} == parameters
 
 
 def test_preview_from_a_message_to_the_processor(tmp_path: Path) -> None:

@@ -125,12 +125,12 @@ def test_damaged_animations(kind: str) -> None:
 
 def test_limits_of_animations() -> None:
     source = fetch_source(animation("WEBP"))
-    for limits, said in [
+    for limits, message in [
         (DecodeLimits(frames=4), "has 5 frames, more than the limit of 4"),
         (DecodeLimits(frame_pixels=2000), "has 64x32 pixels, more than the limit of 2,000"),
         (DecodeLimits(duration=1.0), "lasts 1 s, more than the limit of 1 s"),
     ]:
-        with pytest.raises(MediaError, match=said):
+        with pytest.raises(MediaError, match=message):
             probe(source, limits)
     with pytest.raises(MediaError, match="is an animation, which has one track; leave track out"):
         probe(source, track=2)

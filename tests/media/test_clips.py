@@ -46,8 +46,8 @@ def test_irregular_times_are_kept(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "source.mkv", frames=6, times_ms=times))
     (path,) = cut_clips(source, [(0.4, 1.95)], tmp_path)
     # The clip begins with the frame on display at 0.4 s.
-    codes, shown, _ = codes_and_times(path)
-    assert (codes, shown) == ([1, 2, 3, 4], [0.0, 0.3, 0.6, 1.5])
+    codes, displayed, _ = codes_and_times(path)
+    assert (codes, displayed) == ([1, 2, 3, 4], [0.0, 0.3, 0.6, 1.5])
 
 
 def test_odd_sizes_lose_a_line(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_only_clips_are_replaced(tmp_path: Path) -> None:
     out, pairs = tmp_path / "out", [(0.0, 0.5), (0.5, 1.0)]
     first, second = cut_clips(source, pairs, out)
     assert cut_clips(source, pairs, out) == [first, second], "our own are made again"
-    kept, before = b"a letter", first.read_bytes()
-    second.write_bytes(kept)
+    remaining, before = b"a letter", first.read_bytes()
+    second.write_bytes(remaining)
     first.write_bytes(b"")
     with pytest.raises(KeyeError, match=rf"{second.name} exists and is not an earlier output .* overwrite"):
         cut_clips(source, pairs, out)
-    assert second.read_bytes() == kept and first.read_bytes() == b"" and len(list(out.iterdir())) == 2
+    assert second.read_bytes() == remaining and first.read_bytes() == b"" and len(list(out.iterdir())) == 2
     cut_clips(source, pairs, out, overwrite=True)
     assert first.read_bytes() == before and len(list(out.iterdir())) == 2

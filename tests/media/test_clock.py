@@ -62,7 +62,7 @@ def test_a_late_first_frame_is_noted(tmp_path: Path) -> None:
     sentence = "its first frame is shown at 1.5 s; all times count from the start of the file, as players do"
     with pytest.warns(KeyeWarning) as caught:
         item = Processor(V20).video(source)
-    assert [str(one.message) for one in caught] == [f"late.mp4: {sentence}"]
+    assert [str(warning.message) for warning in caught] == [f"late.mp4: {sentence}"]
     assert isinstance(item.plan, VideoPlan) and item.plan.notes == (sentence,)
     assert item.pieces[0] == V20.frame_text.format(seconds=1.5)
 
@@ -76,9 +76,9 @@ def test_notes_come_through_the_decode_service(tmp_path: Path) -> None:
         rest = begun.write(lambda frame: pixels.append(frame.ravel()))
         begun.close()
     with pytest.warns(KeyeWarning, match="first frame is shown at 1.5 s") as caught:
-        made = work.result(rest, np.concatenate(pixels))
+        built = work.result(rest, np.concatenate(pixels))
     assert len(caught) == 1
-    assert made.plan.timestamps[0] == 1.5
+    assert built.plan.timestamps[0] == 1.5
 
 
 def test_parts_are_chosen_by_the_clock_of_players(tmp_path: Path) -> None:
@@ -235,11 +235,11 @@ def described(times_ms: list[int], container_start: float, fps: float, *, consta
 )
 @pytest.mark.filterwarnings("ignore")
 def test_any_part_of_any_times_is_what_is_on_display(
-    times: list[int], begin: float, one: float, other: float, fps: float, config: ProcessorConfig
+    times: list[int], begin: float, first_share: float, other: float, fps: float, config: ProcessorConfig
 ) -> None:
     info = described(times, begin, (len(times) - 1) / (times[-1] - times[0]) * 1000, constant=False)
     span = info.duration - info.start_offset
-    start, end = sorted(info.start_offset + share * span * 0.99 for share in (one, other))
+    start, end = sorted(info.start_offset + share * span * 0.99 for share in (first_share, other))
     plan = make_plan(info, config, MediaOptions(fps=fps, video_start=start, video_end=end))
     ends = (*info.timestamps[1:], info.duration)
     assert 1 <= plan.frames == len(set(plan.frame_indices)) <= len(times)

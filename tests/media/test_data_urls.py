@@ -42,10 +42,10 @@ assert "+" in TEXT and "/" in TEXT and TEXT.endswith("=")
 def test_all_forms_give_the_same_bytes(url: str) -> None:
     assert fetch_source(url).data == DATA
     assert FetchPolicy().fetch(url).data == DATA
-    found = parse_data_url(url)
-    assert found is not None
-    assert len(DATA) <= found.most_bytes <= len(DATA) + 2
-    assert found.head(64) == DATA[: len(found.head(64))] != b""
+    result = parse_data_url(url)
+    assert result is not None
+    assert len(DATA) <= result.most_bytes <= len(DATA) + 2
+    assert result.head(64) == DATA[: len(result.head(64))] != b""
 
 
 @pytest.mark.parametrize(

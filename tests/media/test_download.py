@@ -90,12 +90,12 @@ def test_a_video_by_its_address(server: tuple[str, dict[str, Answer]], tmp_path:
     with VideoReader(source) as reader:
         assert reader.info.frame_count == 60
         assert read_code(next(iter(reader.frames(reader.plan(ProcessorConfig()))))) == 0
-    kept = source.path
-    assert kept is not None
-    assert kept.exists()
+    remaining = source.path
+    assert remaining is not None
+    assert remaining.exists()
     del source, reader
     gc.collect()
-    assert not kept.exists()
+    assert not remaining.exists()
 
 
 def test_private_addresses_are_refused(server: tuple[str, dict[str, Answer]]) -> None:
@@ -144,10 +144,10 @@ def test_a_name_is_resolved_once(server: tuple[str, dict[str, Answer]], monkeypa
     """What was checked is what is dialled: a second answer of the name server changes nothing."""
     address, answers = server
     answers["/clip.mp4"] = body(b"data")
-    port, asked = int(address.rpartition(":")[2]), []
+    port, requested = int(address.rpartition(":")[2]), []
 
     def resolved(host: str, port: int, **_: Any) -> Any:
-        asked.append(host)
+        requested.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(
@@ -155,7 +155,7 @@ def test_a_name_is_resolved_once(server: tuple[str, dict[str, Answer]], monkeypa
     )
     monkeypatch.setattr("keye.media.source.download.is_public", lambda ip: True)
     assert fetch_source(f"http://rebind.example:{port}/clip.mp4").size == 4
-    assert asked.count("rebind.example") == 1
+    assert requested.count("rebind.example") == 1
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 @pytest.mark.parametrize("release", ["preview", "1.5", "2.0"])
 def test_a_stream_gives_what_the_whole_gives(source: Source, release: Any) -> None:
     processor = Processor(ProcessorConfig.of(release, video_min_tokens=4))
-    whole, streamed = processor.video(source), processor.video_stream(source)
-    assert streamed.pieces == whole.pieces and streamed.plan == whole.plan
-    assert streamed.timestamps == whole.timestamps and streamed.second_per_grid == whole.second_per_grid
-    assert np.array_equal(streamed.grid_thw, whole.grid_thw)
+    full, streamed = processor.video(source), processor.video_stream(source)
+    assert streamed.pieces == full.pieces and streamed.plan == full.plan
+    assert streamed.timestamps == full.timestamps and streamed.second_per_grid == full.second_per_grid
+    assert np.array_equal(streamed.grid_thw, full.grid_thw)
     for _ in range(2):  # it can be read again
-        assert np.array_equal(streamed.vision.pixel_values, whole.vision.pixel_values)
+        assert np.array_equal(streamed.vision.pixel_values, full.vision.pixel_values)
     reader = streamed.pixels.open()
-    rows = [reader.take(1) for _ in range(len(whole.grid_thw))]
+    rows = [reader.take(1) for _ in range(len(full.grid_thw))]
     reader.close()
-    assert np.array_equal(VisionInput.concatenate(rows).pixel_values, whole.vision.pixel_values)
+    assert np.array_equal(VisionInput.concatenate(rows).pixel_values, full.vision.pixel_values)
 
 
 def test_nothing_is_decoded_before_a_stream_is_opened(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +55,12 @@ def test_nothing_is_decoded_before_a_stream_is_opened(source: Source, monkeypatc
     assert item.frame_count == 8 and item.visual_tokens == 8 * 16
 
 
-def endless(source: Source, made: list[int], *, buffer_bytes: int) -> FileReader:
+def endless(source: Source, built: list[int], *, buffer_bytes: int) -> FileReader:
     """A reader whose frames never end; `made` counts them."""
 
     def frames(_: VideoReader) -> Iterator[Pixels]:
         while True:
-            made.append(len(made))
+            built.append(len(built))
             yield FRAME
 
     shape = FrameShape([(28, 28)] * 100, CONFIG)
@@ -68,12 +68,12 @@ def endless(source: Source, made: list[int], *, buffer_bytes: int) -> FileReader
 
 
 def test_decoding_waits_for_encoding(source: Source) -> None:
-    made: list[int] = []
-    reader = endless(source, made, buffer_bytes=3 * FRAME.nbytes)
-    assert reader.wait(3) and len(made) <= 4  # three wait, the next is in the thread's hand
+    built: list[int] = []
+    reader = endless(source, built, buffer_bytes=3 * FRAME.nbytes)
+    assert reader.wait(3) and len(built) <= 4  # three wait, the next is in the thread's hand
     reader.take(2)
-    assert reader.wait(3) and len(made) <= 6
-    assert reader.wait(10) and len(made) <= 13  # who asks for more than the limit gets it
+    assert reader.wait(3) and len(built) <= 6
+    assert reader.wait(10) and len(built) <= 13  # who asks for more than the limit gets it
     assert len(reader.take(10).grid_thw) == 10
     reader.close()
 

@@ -1,4 +1,4 @@
-"""What a stranger may name: addresses by the way they are written, and by where they lead. Every refusal has a twin
+"""What an untrusted user may name: addresses by how they are written, and by where they lead. Every refusal has a twin
 that passes."""
 
 from __future__ import annotations
@@ -244,9 +244,9 @@ def test_three_redirects_and_no_more(web: Web) -> None:
 
 @pytest.mark.parametrize("answers", [["10.0.0.1"], ["127.0.0.1", "169.254.169.254"], ["::1"], ["::ffff:10.0.0.1"]])
 def test_a_name_that_leads_inside(web: Web, monkeypatch: pytest.MonkeyPatch, answers: list[str]) -> None:
-    # All answers must be public, so that no choice between them can lead inside; and none of them is told.
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answer, web.port)) for answer in answers]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    # All answers must be public, so that no choice between them can lead inside; and no message names one.
+    result = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answer, web.port)) for answer in answers]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: result)
     with pytest.raises(MediaError, match="leads to a private address") as error:
         web.policy.fetch(web.address("/clip.png"))
     assert answers[-1] not in str(error.value)
@@ -254,17 +254,17 @@ def test_a_name_that_leads_inside(web: Web, monkeypatch: pytest.MonkeyPatch, ans
 
 def test_a_name_is_resolved_once(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     # DNS rebinding: the second answer would lead inside, but the address that was checked is the one dialled.
-    asked: list[str] = []
+    requested: list[str] = []
 
     def resolve(host: str, port: int, *_: object, **__: object) -> list[Any]:
         if host == "127.0.0.1":  # the dialling of a number
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
-        asked.append(host)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (["127.0.0.1", "10.0.0.1"][len(asked) - 1], port))]
+        requested.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (["127.0.0.1", "10.0.0.1"][len(requested) - 1], port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     assert web.policy.fetch(web.address("/clip.png"), "image").size == len(png())
-    assert asked == ["media.example"]
+    assert requested == ["media.example"]
 
 
 def test_an_uploaded_file_is_marked_as_a_strangers(tmp_path: Path) -> None:

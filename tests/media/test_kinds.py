@@ -135,9 +135,9 @@ OTHERS = [
 def test_what_is_neither_gets_one_sentence(data: bytes, what: str) -> None:
     source = fetch_source(data)
     for use in (media_kind, VideoReader, lambda file: plan_image(file, CONFIG)):
-        for one in (source, untrusted(source)):
+        for item in (source, untrusted(source)):
             with pytest.raises(MediaError, match=rf"^<bytes> is {what}[^;]*(; [^;]+)?$"):
-                use(one)
+                use(item)
 
 
 def test_an_image_is_no_video(tmp_path: Path) -> None:

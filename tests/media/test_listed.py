@@ -27,19 +27,19 @@ def pictures(count: int, width: int = 200, height: int = 120) -> list[Source]:
 
 
 def header_of(width: int, height: int) -> Source:
-    """A BMP of this size without its pixels, from a stranger."""
+    """A BMP of this size without its pixels, untrusted."""
     data = b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
     return untrusted(Source("picture", len(data), data=data))
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [{}, {"fps": 4.0}, {"timestamps": (0.0, 1.0, 2.5, 4.0, 9.0)}, {"min_pixels": 90_000}, {"nframes": 3},
      {"resized_height": 280, "resized_width": 560}, {"timestamps": (0.0, 1.0, 2.5, 4.0, 9.0), "video_end": 3.0}],
 )  # fmt: skip
 @pytest.mark.parametrize("release", ["2.0", "preview", "1.5"])
-def test_tokens_of_a_list_are_those_of_its_item(release: Any, given: dict[str, Any]) -> None:
-    config, options, listed = ProcessorConfig(release=find_release(release)), MediaOptions(**given), pictures(5)
+def test_tokens_of_a_list_are_those_of_its_item(release: Any, settings: dict[str, Any]) -> None:
+    config, options, listed = ProcessorConfig(release=find_release(release)), MediaOptions(**settings), pictures(5)
     item = Processor(config).frames(open_frames(listed), options)
     least = count_least_list_tokens(listed, config, options)
     assert least <= item.visual_tokens if release == "1.5" else least == item.visual_tokens

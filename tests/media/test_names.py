@@ -1,4 +1,4 @@
-"""Files whose names look like an address, a flag or a home; and strangers, who reach no file by any name."""
+"""Files whose names look like an address, a flag or a home; and untrusted users, who reach no file by any name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_file_url_whose_marks_are_not_escaped(folder: Path) -> None:
     [
         ("s3://bucket/clip.mp4", "is a s3 address; download it first and pass the file"),
         ("gs://bucket/clip.mp4", "is a gs address"),
-        ("~nobody-of-this-name/clip.mp4", "names the home of a user who is not known; check the path"),
+        ("~no-user-of-this-name/clip.mp4", "names the home of a user who is not known; check the path"),
         ("data: notes.mp4", "has no comma"),
         ("s3:clip.mp4", "does not exist; check the path"),
     ],

@@ -1,4 +1,4 @@
-"""Notes about media: one sentence each, with options spelled by whoever shows it."""
+"""Notes about media: one sentence each, with options spelled by the interface that shows it."""
 
 from __future__ import annotations
 

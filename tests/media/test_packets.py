@@ -33,31 +33,31 @@ def read(path: Path) -> tuple[VideoInfo, list[int], list[float]]:
 
 def copy_from(path: Path, source: Path, first: int) -> Path:
     """The packets of a video from number `first` on, in another container."""
-    with av.open(str(source)) as given, av.open(str(path), "w") as made:
-        stream = made.add_stream_from_template(given.streams.video[0])
-        for number, packet in enumerate(packet for packet in given.demux(video=0) if packet.size):
+    with av.open(str(source)) as value, av.open(str(path), "w") as built:
+        stream = built.add_stream_from_template(value.streams.video[0])
+        for number, packet in enumerate(packet for packet in value.demux(video=0) if packet.size):
             if number >= first:
                 packet.stream = stream
-                made.mux(packet)
+                built.mux(packet)
     return path
 
 
 @pytest.mark.parametrize("name", ["cut.hevc", pytest.param("cut.mkv", marks=slow), pytest.param("cut.ts", marks=slow)])
 def test_leading_pictures_of_hevc_that_lack_what_they_need(tmp_path: Path, name: str) -> None:
-    whole = write_clip(tmp_path / "whole.mkv", frames=60, codec="libx265", options=OPEN_HEVC)
-    with av.open(str(whole)) as container:
+    full = write_clip(tmp_path / "whole.mkv", frames=60, codec="libx265", options=OPEN_HEVC)
+    with av.open(str(full)) as container:
         key = [i for i, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][2]
-    info, codes, times = read(copy_from(tmp_path / name, whole, key))
+    info, codes, times = read(copy_from(tmp_path / name, full, key))
     assert codes == list(range(codes[0], 60))
     assert info.frame_count == len(codes) < 60 - key
     assert np.diff(times) == pytest.approx(1 / 30, abs=2e-3)
 
 
 def test_leading_pictures_of_mpeg4_in_avi(tmp_path: Path) -> None:
-    whole = write_clip(tmp_path / "whole.avi", frames=60, codec="mpeg4", gop=12, options={"bf": "2"})
-    with av.open(str(whole)) as container:
+    full = write_clip(tmp_path / "whole.avi", frames=60, codec="mpeg4", gop=12, options={"bf": "2"})
+    with av.open(str(full)) as container:
         key = [i for i, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][2]
-    info, codes, _ = read(copy_from(tmp_path / "cut.avi", whole, key))
+    info, codes, _ = read(copy_from(tmp_path / "cut.avi", full, key))
     assert codes == list(range(codes[0], 60))
     assert info.frame_count == len(codes)
 
@@ -67,10 +67,10 @@ def test_packed_frames_with_times() -> None:
     packets = Packets()
     for pts, dts in ((1, 0), (2, 1), (4, 2), (6, 4), (5, 5), (7, 6)):
         packets.add(pts, dts, 1, KEY if not dts else 0)
-    told = lay_out(packets, "mpeg4", 1, 1, lambda: False)
+    messages = lay_out(packets, "mpeg4", 1, 1, lambda: False)
     counted = lay_out(packets, "mpeg4", 1, 1, lambda: True)
-    assert (list(told.times), list(counted.times)) == ([1, 2, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7])
-    assert told.stamps is not None
+    assert (list(messages.times), list(counted.times)) == ([1, 2, 4, 5, 6, 7], [1, 2, 4, 5, 6, 7])
+    assert messages.stamps is not None
     assert counted.stamps is None
 
 
@@ -137,7 +137,7 @@ def test_single_times_that_are_damaged() -> None:
 
 def test_a_damaged_time_joins_no_parts() -> None:
     joiner = Joiner(1.0, jumps=True)
-    given = [(0, 0), (1, 1), (2, 70_000), (3, 3), (9, 9), (5, 5), (6, 6)]
-    found = [joiner.shift(dts, pts, 1) for pts, dts in given]
-    assert [pts for _, pts, _ in found] == [0, 1, 2, 3, 9, 5, 6]
-    assert not any(joins for _, _, joins in found)
+    value = [(0, 0), (1, 1), (2, 70_000), (3, 3), (9, 9), (5, 5), (6, 6)]
+    result = [joiner.shift(dts, pts, 1) for pts, dts in value]
+    assert [pts for _, pts, _ in result] == [0, 1, 2, 3, 9, 5, 6]
+    assert not any(joins for _, _, joins in result)

@@ -25,9 +25,9 @@ from keye.media.pixels.pictures import as_picture, in_bytes
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
 
 CONFIG = ProcessorConfig()
-#: A file of one's own, and one of a stranger.
+#: A file of one's own, and an untrusted one.
 BOTH = pytest.mark.parametrize(
-    "of", [fetch_source, lambda data: untrusted(fetch_source(data))], ids=["own", "stranger"]
+    "of", [fetch_source, lambda data: untrusted(fetch_source(data))], ids=["own", "untrusted"]
 )
 
 
@@ -55,7 +55,7 @@ def pixels_of(data: bytes, **options: Any) -> NDArray[np.uint8]:
 
 
 def strangers(files: list[bytes]) -> list[Image.Image]:
-    """The images in files of a stranger, by one worker."""
+    """The images in untrusted files, by one worker."""
     with ImageReader([untrusted(fetch_source(data)) for data in files]) as reader:
         return [in_bytes(image) for image in reader.pictures()]
 
@@ -105,8 +105,8 @@ def test_heic_with_transparency_and_with_ten_bits(of: Any) -> None:
     out = io.BytesIO()
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None, :, None].repeat(32, 0).repeat(3, 2)
     pillow_heif.encode("RGB;16", (64, 32), ramp.tobytes(), out, quality=-1)
-    shown = np.asarray(read_image(of(out.getvalue())))[16, :, 1].astype(int)
-    assert np.abs(shown - np.linspace(0, 255, 64)).max() <= 4
+    displayed = np.asarray(read_image(of(out.getvalue())))[16, :, 1].astype(int)
+    assert np.abs(displayed - np.linspace(0, 255, 64)).max() <= 4
 
 
 def test_damaged_heic_and_avif() -> None:
@@ -136,17 +136,17 @@ def test_several_pictures_are_told_of() -> None:
     out = io.BytesIO()
     file.save(out)
     webp = saved(pages[0], "WEBP", save_all=True, append_images=pages[1:], duration=100)
-    for data, said in [
+    for data, message in [
         (tiff, _PAGES),
         (saved(pages[0], "TIFF", save_all=True, append_images=pages[1:], big_tiff=True), _PAGES),
         (out.getvalue(), "it holds 3 pictures, of which only the main one is used"),
         (webp, "it moves, and as an image only its first picture is used; give it as a video for all of it"),
     ]:
         source = fetch_source(data)
-        with pytest.warns(KeyeWarning, match=f"^<bytes>: {said}$"):
+        with pytest.warns(KeyeWarning, match=f"^<bytes>: {message}$"):
             plan = plan_image(source, CONFIG)
-        assert plan.to_dict()["notes"] == list(plan.notes) == [said]
-        with pytest.warns(KeyeWarning, match=f"^<bytes>: {said}$"):
+        assert plan.to_dict()["notes"] == list(plan.notes) == [message]
+        with pytest.warns(KeyeWarning, match=f"^<bytes>: {message}$"):
             image = read_image(source)
         assert image.getpixel((8, 16))[0] > 200  # type: ignore[index,operator]
         with warnings.catch_warnings():
@@ -245,21 +245,21 @@ def test_transparency_of_every_kind_becomes_white_for_preview(mode: str, tmp_pat
         image = image.convert("RGBA").quantize(2)
         image.save(tmp_path / "p.png")
         assert "transparency" in Image.open(tmp_path / "p.png").info
-        made = utils_preview.fetch_image({"image": str(tmp_path / "p.png")})
+        built = utils_preview.fetch_image({"image": str(tmp_path / "p.png")})
     elif mode == "PA":
         image = Image.frombytes("PA", image.size, image.tobytes())
         image.putpalette([0] * 768)
-        made = preview_image(image)
+        built = preview_image(image)
     else:
         image = image if mode == "LA" else image.convert("RGBA" if mode == "RGBa" else "LA").convert(mode)
-        made = preview_image(image)
+        built = preview_image(image)
         if mode in ("LA", "RGBA"):
             image.save(tmp_path / "a.png")
             again = utils_preview.fetch_image({"image": str(tmp_path / "a.png")})
-            assert np.array_equal(np.asarray(made), np.asarray(again))
-    assert abs(np.asarray(made).mean() - 191.25) < 1
+            assert np.array_equal(np.asarray(built), np.asarray(again))
+    assert abs(np.asarray(built).mean() - 191.25) < 1
     official = utils_preview.fetch_image({"image": Image.fromarray(shape, "LA")})
-    assert np.asarray(official).mean() == 0, "of a picture in memory the official utilities drop what is no RGBA"
+    assert np.asarray(official).mean() == 0, "of a picture in memory the official utilities drop all but RGBA"
 
 
 def test_other_kinds_of_pixels() -> None:

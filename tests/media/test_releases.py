@@ -70,9 +70,9 @@ def test_preview_resizes_an_image_twice_and_puts_it_on_white() -> None:
     assert resize_image(large, PREVIEW).shape == (980, 980, 3)
     assert resize_image(large, V20).shape == (1400, 1400, 3)
     # A request that asks for more gets it; officially the processor shrinks it all the same.
-    asked = MediaOptions(max_pixels=1_500_000)
-    assert resize_image(large, PREVIEW, asked).shape == (1204, 1204, 3)
-    assert resize_image(large, PREVIEW, asked.replace(strict_official=True)).shape == (980, 980, 3)
+    requested = MediaOptions(max_pixels=1_500_000)
+    assert resize_image(large, PREVIEW, requested).shape == (1204, 1204, 3)
+    assert resize_image(large, PREVIEW, requested.replace(strict_official=True)).shape == (980, 980, 3)
     clear = Image.new("RGBA", (56, 56), (9, 9, 9, 0))
     assert resize_image(clear, PREVIEW)[0, 0].tolist() == [255, 255, 255]
     assert resize_image(clear, V15)[0, 0].tolist() == [9, 9, 9]
@@ -165,8 +165,8 @@ def test_options_that_the_official_code_ignores_are_honoured(tmp_path: Path) -> 
         for config in (V15, V20):
             assert reader.plan(config, MediaOptions(nframes=4)).frames == 4
             assert reader.plan(config, MediaOptions(nframes=4, strict_official=True)).frames == 6
-            asked = reader.plan(config, MediaOptions(resized_height=100, resized_width=61))
-            assert (asked.height, asked.width) == (112, 56)
+            requested = reader.plan(config, MediaOptions(resized_height=100, resized_width=61))
+            assert (requested.height, requested.width) == (112, 56)
         assert reader.plan(V15, MediaOptions(min_frames=20)).frames == 20
         assert reader.plan(V15, MediaOptions(min_frames=20, strict_official=True)).frames == 6
         part = reader.plan(V15, MediaOptions(video_start=1.0, video_end=2.0))
@@ -178,17 +178,17 @@ def test_options_that_the_official_code_ignores_are_honoured(tmp_path: Path) -> 
 
 def test_clips_on_which_the_official_code_fails(tmp_path: Path) -> None:
     short = fetch_source(write_clip(tmp_path / "short.mp4", frames=8))
-    one = fetch_source(write_clip(tmp_path / "one.mp4", frames=1))
+    one_frame = fetch_source(write_clip(tmp_path / "one.mp4", frames=1))
     assert plan_video(short, V15).timestamps == (0.0,)
     with pytest.raises(KeyeError, match=r"short.mp4 is shorter than a sampling step of 0.5 s.* raise fps or leave"):
         plan_video(short, V15, STRICT)
     with pytest.raises(KeyeError, match="budget for short.mp4 holds no frame; raise video_total_pixels"):
         plan_video(short, V15, STRICT.replace(video_total_pixels=100))
-    assert plan_video(one, PREVIEW).frames == 1
+    assert plan_video(one_frame, PREVIEW).frames == 1
     with pytest.raises(KeyeError, match="at least 2 are needed"):
-        plan_video(one, PREVIEW, STRICT)
+        plan_video(one_frame, PREVIEW, STRICT)
     assert plan_video(short, PREVIEW, MediaOptions(nframes=49)).frames == 8
-    assert Processor(PREVIEW).video(one).vision.grid_thw[0, 0] == 1
+    assert Processor(PREVIEW).video(one_frame).vision.grid_thw[0, 0] == 1
 
 
 def test_the_rule_of_1_5_rounds_times_in_single_precision() -> None:
@@ -221,14 +221,14 @@ def test_lists_of_pictures() -> None:
 def test_arrays_and_tensors_are_the_same_pictures() -> None:
     frames = np.stack([coded_frame(i) for i in range(3)])
     tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    for given in (tensor, tensor.float(), tensor.bfloat16(), frames.astype(np.int64), frames.transpose(0, 3, 1, 2)):
-        if isinstance(given, torch.Tensor) and given.dtype == torch.bfloat16:
-            assert np.abs(as_frames(given).astype(int) - frames).max() <= 1
+    for value in (tensor, tensor.float(), tensor.bfloat16(), frames.astype(np.int64), frames.transpose(0, 3, 1, 2)):
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+            assert np.abs(as_frames(value).astype(int) - frames).max() <= 1
         else:
-            assert np.array_equal(as_frames(given), frames)
+            assert np.array_equal(as_frames(value), frames)
     assert as_picture(tensor[0]).size == as_picture(frames[0]).size == (160, 96)
     assert as_picture(frames[0, :, :, 0]).mode == "L"
-    for given, message in [
+    for value, message in [
         (frames / 255, "multiply them by 255"),
         (frames.astype(np.float32) - 300, "between 0 and 255"),
         (np.zeros((2, 5, 5, 5), np.uint8), "no axis of 1, 3 or 4 channels"),
@@ -238,7 +238,7 @@ def test_arrays_and_tensors_are_the_same_pictures() -> None:
         ("frames", "list of pictures"),
     ]:
         with pytest.raises(KeyeError, match=message):
-            as_frames(given)
+            as_frames(value)
 
 
 def test_frames_as_a_data_url(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_frames_as_a_data_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "message"),
+    ("kind", "value", "message"),
     [
         ("image", {"fps": 2}, "fps is not an option of images"),
         ("video", {"speed": 2}, "speed is not an option of videos"),
@@ -286,9 +286,9 @@ def test_frames_as_a_data_url(tmp_path: Path) -> None:
         ("video", {"video_start": "soon"}, "give seconds"),
     ],
 )
-def test_bad_options(kind: Any, given: dict[str, Any], message: str) -> None:
+def test_bad_options(kind: Any, value: dict[str, Any], message: str) -> None:
     with pytest.raises(KeyeError, match=message):
-        media_options(kind, given)
+        media_options(kind, value)
 
 
 def test_preview_counts() -> None:
@@ -319,8 +319,8 @@ def test_preview_places_uneven_frames_at_their_own_times(tmp_path: Path) -> None
 
 def test_fast_frames_are_never_larger_than_slow_ones_of_a_size_asked_for() -> None:
     def sizes_of(height: int, width: int, *, strict: bool = False) -> sizes.FrameSizes:
-        asked = MediaOptions(resized_height=height, resized_width=width, strict_official=strict)
-        return sizes.frame_sizes(360, 640, 4, V15, asked, fast=4)
+        requested = MediaOptions(resized_height=height, resized_width=width, strict_official=strict)
+        return sizes.frame_sizes(360, 640, 4, V15, requested, fast=4)
 
     assert sizes_of(28, 28) == sizes.FrameSizes((56, 56), (56, 56))
     assert sizes_of(280, 560) == sizes.FrameSizes((280, 560), (140, 280)), "its shape is that of the slow frame"

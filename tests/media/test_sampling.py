@@ -187,19 +187,19 @@ def test_displayed_frames(timestamps: list[float], targets: list[float]) -> None
     assert chosen == sorted(set(chosen))
     assert len(chosen) <= len(targets)
     for target in targets:
-        shown = [t for t in timestamps if t <= target]
-        if shown:
-            assert timestamps.index(shown[-1]) in chosen
+        displayed = [t for t in timestamps if t <= target]
+        if displayed:
+            assert timestamps.index(displayed[-1]) in chosen
 
 
 @given(st.integers(1, 2880), st.integers(1, 400), st.integers(0, 400), st.integers(1, 200_000))
 def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, extra: int, budget: int) -> None:
     high = low + extra
-    found = tokens_per_frame(frames, low, high, budget)
-    assert low <= found <= high
-    assert frames * (found - 1) <= budget or found == low
+    result = tokens_per_frame(frames, low, high, budget)
+    assert low <= result <= high
+    assert frames * (result - 1) <= budget or result == low
     # The official off-by-one: the first number above the budget, unless the limit of a frame comes first.
-    assert found == high or frames * found > budget
+    assert result == high or frames * result > budget
 
 
 def test_budget_of_several_and_short_videos() -> None:

@@ -68,12 +68,12 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 @linux
 def test_all_layers_hold_or_are_named() -> None:
-    found = measure_confinement()
-    assert found.memory
-    assert found.reading
-    assert found.writing
-    assert found.network
-    assert found.processes == ("processes" not in found.sentence().partition("not on this system")[2])
+    result = measure_confinement()
+    assert result.memory
+    assert result.reading
+    assert result.writing
+    assert result.network
+    assert result.processes == ("processes" not in result.sentence().partition("not on this system")[2])
     some = Confinement(True, True, True, False, True, True, True)
     assert not some.complete
     assert some.sentence().endswith("not on this system: network")
@@ -133,10 +133,10 @@ _LIMITS = "sandbox.limit_resources(1 << 30, 5)"
     ],
 )
 def test_each_layer_by_itself(layers: str, code: str, error: str) -> None:
-    said = confined(code, layers).stdout.decode()
-    if layers != _LIMITS and said == "done":
+    message_text = confined(code, layers).stdout.decode()
+    if layers != _LIMITS and message_text == "done":
         pytest.skip("this system has not that layer")
-    assert said == f"refused: {error}"
+    assert message_text == f"refused: {error}"
     assert confined("os.getpid(), threading.Thread(target=sum, args=([1],)).start()", layers).stdout == b"done"
 
 
@@ -203,9 +203,9 @@ def test_a_strangers_list_of_pictures_shares_one_worker(monkeypatch: pytest.Monk
     start = Worker.__init__
     monkeypatch.setattr(Worker, "__init__", lambda self, *a, **k: (started.append(self), start(self, *a, **k))[1])
     pictures = [encoded(Image.new("RGB", (32 + i, 32), (i, 0, 0))) for i in range(4)]
-    found = open_frames([stranger(picture) for picture in pictures])
-    assert [picture.size for picture in found] == [(32 + i, 32) for i in range(4)]
-    assert [picture.getpixel((0, 0))[0] for picture in found] == [0, 1, 2, 3]
+    result = open_frames([stranger(picture) for picture in pictures])
+    assert [picture.size for picture in result] == [(32 + i, 32) for i in range(4)]
+    assert [picture.getpixel((0, 0))[0] for picture in result] == [0, 1, 2, 3]
     assert len(started) == 1
 
 
@@ -259,13 +259,13 @@ FACTS = {"format": "mp4", "codec": "h264", "width": 4, "height": 4, "shown": [4,
          "last_duration": 1}  # fmt: skip
 
 
-def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
+def messages(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
     words = json.dumps(facts).encode()
     return message(INFO, struct.pack("<Q", len(words)) + words + times)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message_text",
     [
         HEADER.pack(INFO, 1 << 60),  # a length that would fill the parent's memory
         message(b"?", b""),
@@ -275,28 +275,28 @@ def told(facts: dict[str, object], times: bytes = bytes(8)) -> bytes:
         message(ERROR, b'["clears the screen \\u001b[2J"]'),
         message(ERROR, b"[" * 5000),
         message(INFO, b"no facts"),
-        told(FACTS | {"time_base": [1, 0]}),
-        told(FACTS | {"width": -4}),
-        told(FACTS | {"rotation": "nan"}),
-        told(FACTS | {"rotation": 45}),
-        told(FACTS | {"shown": [4, 0]}),
-        told(FACTS | {"aspect": ["\u001b[2J", 1], "aspect_believed": False}),
-        told(FACTS | {"tracks": ["\u001b[2J"]}),
-        told(FACTS | {"track": 2}),
-        told(FACTS | {"transfer": "x"}),
-        told(FACTS, times=struct.pack("<qq", 5, 5)),
-        told(FACTS, times=b""),
-        told({}),
+        messages(FACTS | {"time_base": [1, 0]}),
+        messages(FACTS | {"width": -4}),
+        messages(FACTS | {"rotation": "nan"}),
+        messages(FACTS | {"rotation": 45}),
+        messages(FACTS | {"shown": [4, 0]}),
+        messages(FACTS | {"aspect": ["\u001b[2J", 1], "aspect_believed": False}),
+        messages(FACTS | {"tracks": ["\u001b[2J"]}),
+        messages(FACTS | {"track": 2}),
+        messages(FACTS | {"transfer": "x"}),
+        messages(FACTS, times=struct.pack("<qq", 5, 5)),
+        messages(FACTS, times=b""),
+        messages({}),
     ],
 )
-def test_a_worker_that_lies_ends_its_own_job_only(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    play_worker(said, monkeypatch)
+def test_a_worker_that_lies_ends_its_own_job_only(message_text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_worker(message_text, monkeypatch)
     with pytest.raises(MediaError, match="broke the video decoder"):
         VideoReader(fetch_source(b"\0video"))
 
 
 def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_worker(told(FACTS | {"width": 64, "height": 64}) + message(FRAME, b"abc") + message(END, b""), monkeypatch)
+    play_worker(messages(FACTS | {"width": 64, "height": 64}) + message(FRAME, b"abc") + message(END, b""), monkeypatch)
     with VideoReader(fetch_source(b"\0video")) as reader:
         plan = reader.plan(CONFIG)
         with pytest.raises(MediaError, match="broke the video decoder"):
@@ -304,14 +304,14 @@ def test_a_worker_that_sends_frames_of_another_size(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_worker_that_reads_no_requests_cannot_hold_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    play_worker(told(FACTS), monkeypatch)
+    play_worker(messages(FACTS), monkeypatch)
     with VideoReader(fetch_source(b"\0video")) as reader:
         reader.worker.limits = DecodeLimits(wait_seconds=0.01)
         with pytest.raises(MediaError, match="took more than 0.01 s"):
             reader.worker.request({"targets": list(range(1_000_000))})
 
 
-def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def play_worker(message_text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a program that says `said` and then waits in the worker's place."""
     program = "import os, signal, sys; os.write(1, bytes.fromhex(sys.argv[1])); signal.pause()"
     # Only a worker that a file has taken over sends such bytes; ours cannot be made to.
@@ -319,7 +319,7 @@ def play_worker(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     real = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return real([*command[:5], said.hex()], **options)
+        return real([*command[:5], message_text.hex()], **options)
 
     monkeypatch.setattr("keye.media.decode.workers.subprocess.Popen", start)
 
@@ -373,18 +373,18 @@ def test_a_reader_in_a_process_with_very_many_open_files(tmp_path: Path) -> None
 
 
 def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
-    source, found = fetch_source(write_clip(tmp_path / "clip.mp4")), []
+    source, result = fetch_source(write_clip(tmp_path / "clip.mp4")), []
 
     def read() -> None:
         with VideoReader(source) as reader:
-            found.append(reader.info.frame_count)
+            result.append(reader.info.frame_count)
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [60] * 4
+    assert result == [60] * 4
 
 
 def test_of_strangers_only_common_containers_are_read(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def planned(path: Path, **options: object) -> tuple[VideoPlan, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan = plan_video(fetch_source(path), CONFIG, MediaOptions(**options))  # type: ignore[arg-type]
-    return plan, [str(one.message) for one in caught if one.category is KeyeWarning]
+    return plan, [str(warning.message) for warning in caught if warning.category is KeyeWarning]
 
 
 def moved(picture: NDArray[np.uint8], a: int, b: int, c: int, d: int) -> NDArray[np.uint8]:
@@ -81,9 +81,9 @@ def moved(picture: NDArray[np.uint8], a: int, b: int, c: int, d: int) -> NDArray
     height, width, _ = picture.shape
     y, x = np.mgrid[:height, :width]
     across, down = a * x + c * y, b * x + d * y
-    shown = np.empty((np.ptp(down) + 1, np.ptp(across) + 1, 3), dtype=np.uint8)
-    shown[down - down.min(), across - across.min()] = picture
-    return shown
+    displayed = np.empty((np.ptp(down) + 1, np.ptp(across) + 1, 3), dtype=np.uint8)
+    displayed[down - down.min(), across - across.min()] = picture
+    return displayed
 
 
 @pytest.mark.parametrize("matrix", ORIENTATIONS)
@@ -114,9 +114,9 @@ def test_a_mirrored_turn_in_matroska(tmp_path: Path) -> None:
 def test_an_angle_between_quarter_turns_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", [quarters()])
     set_matrix(path, 0.5, 0.866, -0.866, 0.5)  # 60 degrees clockwise
-    plan, told = planned(path)
+    plan, messages = planned(path)
     assert (plan.rotation, plan.mirrored) == (270, False)
-    assert [note for note in told if "turned by no quarter turn" in note] and "quarter turn" in " ".join(plan.notes)
+    assert [note for note in messages if "turned by no quarter turn" in note] and "quarter turn" in " ".join(plan.notes)
 
 
 def test_scaled_and_empty_matrices() -> None:
@@ -131,11 +131,11 @@ def test_pixels_that_are_not_square(tmp_path: Path) -> None:
     info, frames = read(path)
     assert (info.width, info.height, info.stored_size) == (102, 58, (72, 58))
     assert np.abs(frames - quarters(102, 58)).mean() < 6
-    plan, told = planned(path)
+    plan, messages = planned(path)
     assert (plan.source_width, plan.source_height) == (102, 58)
-    assert told == ["clip.mp4: its pixels are not square: 72x58 is shown as 102x58"]
-    official, told = planned(path, strict_official=True)
-    assert (official.source_width, official.source_height, told) == (72, 58, [])
+    assert messages == ["clip.mp4: its pixels are not square: 72x58 is shown as 102x58"]
+    official, messages = planned(path, strict_official=True)
+    assert (official.source_width, official.source_height, messages) == (72, 58, [])
     (clip,) = cut_clips(fetch_source(path), [(0.0, 0.3)], tmp_path / "clips")
     with av.open(str(clip)) as container:
         stream = container.streams.video[0]
@@ -150,9 +150,9 @@ def test_turned_pixels_that_are_not_square(tmp_path: Path) -> None:
 
 def test_impossible_pixels_are_taken_as_square(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", [quarters()], aspect=Fraction(20))
-    plan, told = planned(path)
+    plan, messages = planned(path)
     assert (plan.source_width, plan.source_height) == (64, 48)
-    assert "pixels are 20:1, which cannot be" in " ".join(told)
+    assert "pixels are 20:1, which cannot be" in " ".join(messages)
     stored = (None, Fraction(0), Fraction(1280, 1281), Fraction(8, 9), Fraction(1000), Fraction(1, 1000))
     assert [check_aspect(aspect) for aspect in stored] == [1, 1, 1, Fraction(8, 9), None, None]
     # No more pixels than are allowed for the stored picture.
@@ -187,15 +187,15 @@ def test_the_track_that_players_choose(tmp_path: Path, marks: tuple[str, str], t
     info, frames = read(path)
     assert info.track == track
     assert np.abs(frames[0, 5, 5] - CORNERS[track - 1]).max() < 12
-    plan, told = planned(path)
+    plan, messages = planned(path)
     assert (plan.track, len(info.tracks)) == (track, 2)
-    assert [f"track {track} is read: choose with track" in note for note in told] == [True]
+    assert [f"track {track} is read: choose with track" in note for note in messages] == [True]
 
 
 def test_a_track_by_its_number(tmp_path: Path) -> None:
     path = two_tracks(tmp_path / "two.mkv", "", "default")
-    plan, told = planned(path, track=1)
-    assert (plan.track, plan.source_width, told) == (1, 48, [])
+    plan, messages = planned(path, track=1)
+    assert (plan.track, plan.source_width, messages) == (1, 48, [])
     item = Processor(CONFIG).video_stream(fetch_source(path), MediaOptions(track=1))
     first = Processor(CONFIG).video(fetch_source(path), plan=plan).vision.pixel_values
     assert np.array_equal(item.vision.pixel_values, first)
@@ -264,7 +264,7 @@ def test_interlaced_frames_show_one_moment(tmp_path: Path, name: str) -> None:
     with VideoReader(fetch_source(path)) as reader:  # some frames alone are the same as among all
         some = reader.read(reader.plan(CONFIG, MediaOptions(nframes=4, resized_height=56, resized_width=84)))
         every = reader.read(reader.plan(CONFIG, MediaOptions(nframes=8, resized_height=56, resized_width=84)))
-    assert [np.abs(every.astype(int) - one).mean(axis=(1, 2, 3)).min() for one in some] == [0.0] * 4
+    assert [np.abs(every.astype(int) - single).mean(axis=(1, 2, 3)).min() for single in some] == [0.0] * 4
     (clip,) = cut_clips(fetch_source(path), [(0.0, 0.5)], tmp_path)
     assert max(map(combing, read(clip)[1])) < 0.5
 
@@ -305,8 +305,8 @@ def test_tone_mapping() -> None:
     mapped = to_sdr(np.repeat(grey[:, None, None], 3, axis=2), "pq")
     assert (np.ptp(mapped, axis=2) <= 1).all()
     values = mapped[:, 0, 0].astype(int)
-    kept = [255 * (light / 203) ** (1 / 2.4) for light in (0, 1, 20, 60)]
-    assert values[:4] == pytest.approx(kept, abs=4)
+    remaining = [255 * (light / 203) ** (1 / 2.4) for light in (0, 1, 20, 60)]
+    assert values[:4] == pytest.approx(remaining, abs=4)
     assert 205 < values[4] < 235 and list(values[5:]) == [255, 255]
     # HLG: three quarters of the signal are the same white.
     hybrid = to_sdr(np.full((1, 1, 3), round(0.75 * 255), dtype=np.uint8), "hlg")
@@ -314,7 +314,7 @@ def test_tone_mapping() -> None:
     # The red of BT.709 at 60 cd/m2 stays red.
     light = np.linalg.inv([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])[:, 0]
     red = to_sdr(np.array([[[pq(60 * part) for part in light]]], dtype=np.uint8), "pq")[0, 0]
-    assert abs(int(red[0]) - kept[3]) < 8 and red[1:].max() < 40
+    assert abs(int(red[0]) - remaining[3]) < 8 and red[1:].max() < 40
 
 
 @pytest.mark.parametrize(("number", "transfer"), [(16, "pq"), (18, "hlg")])
@@ -331,11 +331,11 @@ def test_high_dynamic_range(tmp_path: Path, number: int, transfer: str) -> None:
         container.mux(stream.encode())
     info, plain = read(path)
     assert info.transfer == transfer and abs(plain.mean() - 128) < 3
-    plan, told = planned(path)
+    plan, messages = planned(path)
     assert plan.tone_map is None
-    assert f"it has high dynamic range ({transfer.upper()})" in told[0] and "tone_map" in told[0]
-    plan, told = planned(path, tone_map=True)
-    assert (plan.tone_map, told) == (transfer, [])
+    assert f"it has high dynamic range ({transfer.upper()})" in messages[0] and "tone_map" in messages[0]
+    plan, messages = planned(path, tone_map=True)
+    assert (plan.tone_map, messages) == (transfer, [])
     expected = to_sdr(plain[0].astype(np.uint8), transfer)
     assert np.array_equal(read(path, tone_map=True)[1][0], expected)
     (clip,) = cut_clips(fetch_source(path), [(0.0, 0.3)], tmp_path)

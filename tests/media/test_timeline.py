@@ -165,8 +165,8 @@ def test_rates_of_raw_pictures(tmp_path: Path, name: str, codec: str) -> None:
 
 
 def test_one_lost_packet(tmp_path: Path) -> None:
-    whole = write_clip(tmp_path / "clip.ts", frames=90, gop=30, size=(320, 192)).read_bytes()
-    packets = [whole[i : i + 188] for i in range(0, len(whole), 188)]
+    full = write_clip(tmp_path / "clip.ts", frames=90, gop=30, size=(320, 192)).read_bytes()
+    packets = [full[i : i + 188] for i in range(0, len(full), 188)]
     del packets[len(packets) // 2]
     path = tmp_path / "lost.ts"
     path.write_bytes(b"".join(packets))
@@ -312,42 +312,42 @@ def test_frames_of_vp8_that_are_not_shown(tmp_path: Path) -> None:
     for step in (1, 5):
         info, _, times = read(path, step)
         assert info.frame_count == 17
-        shown = [i for i in range(20) if i not in (7, 8, 15)]
-        assert times == pytest.approx([i / 30 for i in shown][::step], abs=1e-6)
+        displayed = [i for i in range(20) if i not in (7, 8, 15)]
+        assert times == pytest.approx([i / 30 for i in displayed][::step], abs=1e-6)
 
 
 def packets(*entries: tuple[int, int, int]) -> Packets:
     """Packets of (pts, dts, flags), each one unit long."""
-    found = Packets()
+    result = Packets()
     for pts, dts, flags in entries:
-        found.add(None if pts == NONE else pts, None if dts == NONE else dts, 1, flags)
-    return found
+        result.add(None if pts == NONE else pts, None if dts == NONE else dts, 1, flags)
+    return result
 
 
-def timeline(found: Packets, *, codec: str = "h264", delay: int = 0, step: int = 1, reorders: bool = True) -> Timeline:
-    return lay_out(found, codec, delay, step, lambda: reorders)
+def timeline(result: Packets, *, codec: str = "h264", delay: int = 0, step: int = 1, reorders: bool = True) -> Timeline:
+    return lay_out(result, codec, delay, step, lambda: reorders)
 
 
 def test_times_ascend_in_each_part() -> None:
-    found = timeline(packets((0, 0, KEY), (3, 1, 0), (2, 2, 0), (3, 3, KEY | JOIN), (4, 4, 0), (5, 5, 0)), delay=1)
-    assert list(found.times) == [0, 2, 3, 4, 5, 6]
-    assert found.stamps is not None
-    assert list(found.stamps) == [0, 3, 2, 4, 5, 6]
+    result = timeline(packets((0, 0, KEY), (3, 1, 0), (2, 2, 0), (3, 3, KEY | JOIN), (4, 4, 0), (5, 5, 0)), delay=1)
+    assert list(result.times) == [0, 2, 3, 4, 5, 6]
+    assert result.stamps is not None
+    assert list(result.stamps) == [0, 3, 2, 4, 5, 6]
 
 
 def test_where_decoding_begins() -> None:
     """A frame shown before the key that it comes after in the file needs the group before."""
     entries = ((0, 0, KEY), (1, 1, 0), (4, 2, KEY), (2, 3, 0), (3, 4, 0), (5, 5, 0))
-    found = timeline(packets(*entries), delay=2)
-    assert list(found.times) == [0, 1, 2, 3, 4, 5]
-    assert [found.starts[found.start(time)] for time in (0, 1, 2, 3, 4, 5)] == [0, 0, 0, 0, 2, 2]
+    result = timeline(packets(*entries), delay=2)
+    assert list(result.times) == [0, 1, 2, 3, 4, 5]
+    assert [result.starts[result.start(time)] for time in (0, 1, 2, 3, 4, 5)] == [0, 0, 0, 0, 2, 2]
 
 
 def test_what_comes_before_the_first_key_is_left_out() -> None:
-    found = packets((0, 0, 0), (5, 1, KEY), (3, 2, 0), (6, 3, 0), (7, 4, HIDDEN))
-    assert found.leads(1, 5)
-    assert not found.leads(1, 2)
-    assert list(timeline(found, delay=1).times) == [3, 5, 6]  # whether 3 can be decoded is for the decoder to say
+    result = packets((0, 0, 0), (5, 1, KEY), (3, 2, 0), (6, 3, 0), (7, 4, HIDDEN))
+    assert result.leads(1, 5)
+    assert not result.leads(1, 2)
+    assert list(timeline(result, delay=1).times) == [3, 5, 6]  # whether 3 can be decoded is for the decoder to say
 
 
 def test_times_of_decoding_given_as_times_of_showing() -> None:
@@ -361,15 +361,15 @@ def test_times_of_decoding_given_as_times_of_showing() -> None:
 
 def test_packed_pictures_are_shown_at_the_times_of_decoding() -> None:
     """As XviD packs them: a time is missing after each, and the decoder holds one frame back."""
-    found = timeline(packets((NONE, 0, KEY), (NONE, 2, 0), (NONE, 3, 0), (NONE, 5, 0)), codec="mpeg4", delay=1)
-    assert list(found.times) == [2, 3, 5, 6]
-    assert found.exact
+    result = timeline(packets((NONE, 0, KEY), (NONE, 2, 0), (NONE, 3, 0), (NONE, 5, 0)), codec="mpeg4", delay=1)
+    assert list(result.times) == [2, 3, 5, 6]
+    assert result.exact
 
 
 def test_frames_without_any_time_are_counted() -> None:
-    found = timeline(packets(*[(NONE, NONE, KEY)] * 4), delay=1, step=5)
-    assert list(found.times) == [0, 5, 10, 15]
-    assert not found.exact
+    result = timeline(packets(*[(NONE, NONE, KEY)] * 4), delay=1, step=5)
+    assert list(result.times) == [0, 5, 10, 15]
+    assert not result.exact
 
 
 def test_frames_that_are_counted_begin_with_the_first_key() -> None:
@@ -380,16 +380,16 @@ def test_frames_that_are_counted_begin_with_the_first_key() -> None:
         (NONE, NONE, 0),
         (NONE, NONE, KEY | CLOSED),
     )
-    found = timeline(packets(*entries), delay=1, step=5)
-    assert list(found.times) == [0, 5, 10]
-    assert (list(found.starts), list(found.begins)) == ([2, 4], [0, 2])
+    result = timeline(packets(*entries), delay=1, step=5)
+    assert list(result.times) == [0, 5, 10]
+    assert (list(result.starts), list(result.begins)) == ([2, 4], [0, 2])
 
 
 def test_references_of_mpeg_are_shown_after_the_pictures_between() -> None:
     entries = ((1, 0, KEY), (NONE, 1, 0), (NONE, 2, BETWEEN), (NONE, 3, BETWEEN), (NONE, 4, 0))
-    found = timeline(packets(*entries), codec="mpeg2video", delay=1)
-    assert found.stamps is not None
-    assert list(found.stamps) == [1, 4, 2, 3, 5]
+    result = timeline(packets(*entries), codec="mpeg2video", delay=1)
+    assert result.stamps is not None
+    assert list(result.stamps) == [1, 4, 2, 3, 5]
 
 
 def shifted(joiner: Joiner, *times: int) -> list[int]:

@@ -29,7 +29,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return fetch_source(write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=90))
 
 
-def told(plan: object) -> list[str]:
+def messages(plan: object) -> list[str]:
     """The warnings of a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -60,10 +60,10 @@ def told(plan: object) -> list[str]:
 def test_a_setting_that_is_not_honoured(
     clip: Source, config: ProcessorConfig, options: dict[str, object], sentence: str
 ) -> None:
-    (warning,) = told(lambda: plan_video(clip, config, MediaOptions(**options)))  # type: ignore[arg-type]
+    (warning,) = messages(lambda: plan_video(clip, config, MediaOptions(**options)))  # type: ignore[arg-type]
     assert warning.startswith(sentence)
     strict = MediaOptions(**options, strict_official=True)  # type: ignore[arg-type]
-    assert told(lambda: plan_video(clip, config, strict)) == []
+    assert messages(lambda: plan_video(clip, config, strict)) == []
 
 
 @pytest.mark.parametrize(
@@ -78,21 +78,21 @@ def test_a_setting_that_is_not_honoured(
     ],
 )
 def test_silence_where_all_is_honoured(clip: Source, options: dict[str, float]) -> None:
-    assert told(lambda: plan_video(clip, V20, MediaOptions(**options))) == []  # type: ignore[arg-type]
+    assert messages(lambda: plan_video(clip, V20, MediaOptions(**options))) == []  # type: ignore[arg-type]
 
 
 def test_preview_takes_frames_in_pairs(clip: Source) -> None:
-    assert told(lambda: plan_video(clip, PREVIEW, MediaOptions(max_frames=1))) == [
+    assert messages(lambda: plan_video(clip, PREVIEW, MediaOptions(max_frames=1))) == [
         "max_frames=1 cannot be met for clip.mp4: it gets 2 frames"
     ]
 
 
 def test_once_for_a_request(clip: Source) -> None:
-    assert len(told(lambda: Processor(V15).video(clip, MediaOptions(max_pixels=1)))) == 1
+    assert len(messages(lambda: Processor(V15).video(clip, MediaOptions(max_pixels=1)))) == 1
     frames = np.zeros((6, 56, 56, 3), dtype=np.uint8)
-    asked = MediaOptions(video_start=1.0, nframes=9)
+    requested = MediaOptions(video_start=1.0, nframes=9)
     for config in (PREVIEW, V15, V20):
-        video, count = told(lambda config=config: Processor(config).frames(frames, asked))  # type: ignore[misc]
+        video, count = messages(lambda config=config: Processor(config).frames(frames, requested))  # type: ignore[misc]
         assert video.startswith("video_start has no effect on the list of frames: its times are not known; give")
         assert count == "nframes=9 cannot be met for the list of frames: it gets 6 frames"
 
@@ -101,24 +101,22 @@ def test_images(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     source, small = fetch_source(tmp_path / "a.png"), MediaOptions(max_pixels=1)
     sentence = "max_pixels=1 cannot be met for a.png: it gets 28x28 pixels"
-    assert told(lambda: plan_image(source, V20, small)) == [sentence]
-    assert told(lambda: Processor(V20).image(source, small)) == [sentence]
+    assert messages(lambda: plan_image(source, V20, small)) == [sentence]
+    assert messages(lambda: Processor(V20).image(source, small)) == [sentence]
     plan = plan_image(source, V20)
-    assert told(lambda: Processor(V20).image(source, small, plan=plan)) == []
-    assert told(lambda: plan_image(source, V20, MediaOptions(min_pixels=5000, max_pixels=10_000))) == []
+    assert messages(lambda: Processor(V20).image(source, small, plan=plan)) == []
+    assert messages(lambda: plan_image(source, V20, MediaOptions(min_pixels=5000, max_pixels=10_000))) == []
 
 
 def test_a_short_single_video_has_a_share_of_the_budget(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "long.mp4", frames=120, fps=2, size=(640, 480)))
-    asked = MediaOptions(video_total_pixels=120 * 784 * 1000)
-    whole, share = (plan_video(source, V20, asked.replace(adaptive_budget=on)) for on in (None, True))
-    assert (whole.frames, share.frames) == (120, 120)
-    assert (
-        whole.tokens_per_frame > 200 and 64 <= share.tokens_per_frame <= 91
-    )  # 0.09 of 1000, and the official one more
+    requested = MediaOptions(video_total_pixels=120 * 784 * 1000)
+    full, share = (plan_video(source, V20, requested.replace(adaptive_budget=on)) for on in (None, True))
+    assert (full.frames, share.frames) == (120, 120)
+    assert full.tokens_per_frame > 200 and 64 <= share.tokens_per_frame <= 91  # 0.09 of 1000, and the official one more
     always = ProcessorConfig(adaptive_budget=True)
-    assert plan_video(source, always, asked).tokens_per_frame == share.tokens_per_frame
-    assert plan_video(source, always, asked.replace(adaptive_budget=False)) == whole
+    assert plan_video(source, always, requested).tokens_per_frame == share.tokens_per_frame
+    assert plan_video(source, always, requested.replace(adaptive_budget=False)) == full
 
 
 def test_each_door_spells_options_in_its_own_way() -> None:
@@ -131,7 +129,7 @@ def test_each_door_spells_options_in_its_own_way() -> None:
 
 def test_a_size_that_the_limits_change(clip: Source) -> None:
     nano = ProcessorConfig(video_min_tokens=4, video_max_tokens=16, image_max_tokens=16)
-    asked, rounded = (MediaOptions(resized_height=height, resized_width=2 * height) for height in (200, 50))
+    requested, rounded = (MediaOptions(resized_height=height, resized_width=2 * height) for height in (200, 50))
     image, frames = Image.new("RGB", (60, 40)), np.zeros((4, 56, 56, 3), dtype=np.uint8)
     sentence = "resized_height=200 and resized_width=400 cannot be met for {}: it gets 140x56 pixels"
     for name, call in {
@@ -139,7 +137,7 @@ def test_a_size_that_the_limits_change(clip: Source) -> None:
         "the list of frames": lambda options: Processor(nano).frames(frames, options),
         "<image>": lambda options: Processor(nano).image(image, options),
     }.items():
-        told_of = told(lambda call=call: call(asked))  # type: ignore[misc]
+        told_of = messages(lambda call=call: call(requested))  # type: ignore[misc]
         assert [text.removesuffix(" a frame") for text in told_of] == [sentence.format(name)]
-        assert told(lambda call=call: call(rounded)) == []  # type: ignore[misc]
-        assert told(lambda call=call: call(asked.replace(strict_official=True))) == []  # type: ignore[misc]
+        assert messages(lambda call=call: call(rounded)) == []  # type: ignore[misc]
+        assert messages(lambda call=call: call(requested.replace(strict_official=True))) == []  # type: ignore[misc]

@@ -147,7 +147,7 @@ def test_rotation_is_applied(tmp_path: Path, turns: int) -> None:
     ],
 )
 def test_frames_equal_a_full_decode(tmp_path: Path, encoder: dict[str, str]) -> None:
-    """Leaving out frames and groups of pictures that nobody asked for changes no pixel."""
+    """Leaving out frames and groups of pictures that were not asked for changes no pixel."""
     path = write_clip(tmp_path / "clip.mp4", frames=200, gop=12, options=encoder)
     with av.open(str(path)) as container:
         every = list(container.decode(container.streams.video[0]))

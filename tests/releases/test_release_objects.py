@@ -126,10 +126,10 @@ def test_a_decision_by_name_is_seen(line: str) -> None:
 
 @pytest.mark.parametrize("folder", ["src/keye", "plugins/keye-vllm/src"])
 def test_no_code_decides_by_the_name_of_a_release(folder: str) -> None:
-    found = [
+    result = [
         f"{path.relative_to(ROOT)}:{line} {what}: ask an attribute of the release (keye.releases)"
         for path in sorted((ROOT / folder).rglob("*.py"))
         if ROOT / "src/keye/releases" not in path.parents
         for line, what in decisions(ast.parse(path.read_text(encoding="utf-8")))
     ]
-    assert not found, "\n".join(found)
+    assert not result, "\n".join(result)
