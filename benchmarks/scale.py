@@ -159,7 +159,7 @@ def fill(cache: KVCache, length: int) -> None:
         name: rows.encode(torch.randn(4 * KV_BLOCK, rows.heads, rows.dim).to(DTYPE))
         for name, rows in layout.rows.items()
     }
-    for number, block in enumerate(cache._blocks):
+    for number, block in enumerate(cache.block_table):
         for name, rows in noise.items():
             for layer in range(layout.layers):
                 at = (number * 29 + layer * 7) % (3 * KV_BLOCK)

@@ -68,7 +68,7 @@ def test_saved_sequences_come_back(tmp_path: Path) -> None:
     cache = KVCache(LAYERS, KVOptions().store(KVLayout.of(SPECS, torch.float32, "int8"), "cpu"))
     fill(cache)
     before = read_all(cache)
-    fork = cache.fork_prefix(KV_BLOCK + 3)
+    fork = cache.fork(KV_BLOCK + 3)
     saved = SavedCaches.save([cache, fork], tmp_path)
     cache.free()
     fork.free()
@@ -92,7 +92,7 @@ def test_an_index_file_holds_the_rows_by_name(tmp_path: Path) -> None:
     past = KVCache.of_blocks(store, store.adopt(file.rows(mapped), file.blocks), file.length, check)
     for old, new in zip(read_all(cache), read_all(past), strict=True):
         assert all(torch.equal(old[name], new[name]) for name in SPECS)
-    past.check_reads(0, list(SPECS))
+    check.compare_reads(0, list(SPECS))
     assert past.damage is None and check_full(path).length == TOKENS
     data = bytearray(path.read_bytes())
     data[file.sections["rope_k"].offset + file.layout.rows["rope_k"].block_bytes + 3] ^= 1

@@ -76,7 +76,7 @@ def test_dense_models_store_no_indexer_keys() -> None:
     k, v, _ = entries(0, 4)
     cache.append(0, kv_rows(k, v))
     assert cache.length(0) == 4
-    assert cache.nbytes() == 2 * 4 * 2 * 4 * 64, "one block"
+    assert cache.store is not None and cache.store.layout.block_bytes == 2 * 4 * 2 * 4 * 64 and cache.blocks == 1
 
 
 def test_branches_continue_from_a_fork(make_model: Any, make_prompt: Any, run_chunks: Any) -> None:

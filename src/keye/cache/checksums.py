@@ -17,8 +17,10 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from keye.errors import KeyeError
+from keye.ops.kv_blocks import KV_BLOCK
 
 #: Files of which it is remembered what was compared.
 _REMEMBERED: Final = 64
@@ -62,6 +64,16 @@ class BlockCheck:
     def is_complete(self, layer: int) -> bool:
         """Whether every block of a layer has been compared."""
         return bool(self._sound[:, layer].all())
+
+    def compare_reads(self, layer: int, names: Sequence[str], counts: Tensor | None = None) -> None:
+        """Compares the rows of a layer that were read: those of positions whose `counts` (int64 [positions]) are not 0,
+        or all."""
+        blocks = None
+        if counts is not None:
+            full = counts.shape[0] // KV_BLOCK
+            blocks = counts[: full * KV_BLOCK].view(full, KV_BLOCK).amax(1).nonzero().squeeze(1).numpy()
+        for name in names:
+            self.compare(name, layer, blocks)
 
     def compare(self, name: str, layer: int, blocks: NDArray[np.int64] | None = None) -> None:
         """Compares some blocks of a layer, or all, that were not compared before."""

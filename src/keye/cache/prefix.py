@@ -67,7 +67,7 @@ class PrefixCache:
                     continue
                 if not self._has_room(length):
                     return
-                self._entries[key] = cache.fork_prefix(length)
+                self._entries[key] = cache.fork(length)
                 if len(self._entries) > self.most:
                     self.evict()
 

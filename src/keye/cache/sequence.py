@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -37,17 +36,10 @@ class KVCache:
         assert store is None or store.layout.layers == layers
         self.store = store
         self._lengths = [0] * layers
-        self._blocks: list[Block] = []
-        #: Where the KV blocks of each name and layer begin; int64 [layers, blocks and room to grow].
-        self._addresses: dict[str, Tensor] = {}
+        self._table = BlockTable()
         self._layer_blocks: dict[int, dict[str, BlockRows]] = {}
-        self._places: _Places | None = None
         #: Compares the first blocks with their checksums, where they are those of a file.
         self.check: BlockCheck | None = None
-
-    def length(self, layer: int) -> int:
-        """Tokens stored for `layer`."""
-        return self._lengths[layer]
 
     @classmethod
     def of_blocks(cls, store: KVStore, blocks: list[Block], length: int, check: BlockCheck | None = None) -> KVCache:
@@ -58,23 +50,32 @@ class KVCache:
         cache._lengths = [length] * store.layout.layers
         return cache
 
+    def length(self, layer: int) -> int:
+        """Tokens stored for `layer`."""
+        return self._lengths[layer]
+
     @property
     def blocks(self) -> int:
         """Blocks held."""
-        return len(self._blocks)
+        return len(self._table.blocks)
 
     @property
     def block_table(self) -> Sequence[Block]:
         """The blocks in the order of their tokens; the last ones may be reserved and still empty."""
-        return self._blocks
+        return self._table.blocks
+
+    @property
+    def damage(self) -> KeyeError | None:
+        """What is wrong with what was read: nothing that was computed from it may be used."""
+        return None if self.check is None else self.check.damage
 
     def reserve(self, tokens: int) -> int:
-        """Makes room for a length of `tokens` in all layers; `OutOfMemory` when there is none, and nothing changes.
-        Returns the blocks held then."""
+        """Makes room for a length of `tokens` in all layers and returns the blocks held then; `OutOfMemory` when there
+        is none, and nothing changes."""
         assert self.store is not None
-        if (more := -(-tokens // KV_BLOCK) - len(self._blocks)) > 0:
+        if (more := -(-tokens // KV_BLOCK) - self.blocks) > 0:
             self._extend(self.store.take(more))
-        return len(self._blocks)
+        return self.blocks
 
     def append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
         """Adds n tokens: rows [n, H, D] by name. Names that the store does not have are left out, and those that are
@@ -87,18 +88,18 @@ class KVCache:
         self.reserve(stop)
         for name, form in layout.rows.items():
             if name in rows:
-                self._write(name, layer, start, form.encode(rows[name].detach()))
+                self._table.write(name, layer, start, form.encode(rows[name].detach()))
         self._lengths[layer] = stop
 
     def read(self, layer: int, name: str, positions: Tensor) -> Tensor:
         """The rows [N, H, D] of a name at `positions` (int64 [N])."""
-        return self._format(name).decode(self._gather(name, layer, positions))
+        return self._format(name).decode(self._table.gather(name, layer, positions))
 
     def read_range(self, layer: int, name: str, start: int, stop: int) -> Tensor:
         """The rows [stop - start, H, D] of a name at positions start .. stop."""
         assert stop <= self._lengths[layer]
         first, last = start // KV_BLOCK, -(-stop // KV_BLOCK)
-        rows = torch.cat([block.slab.rows[name][layer, block.slot] for block in self._blocks[first:last]])
+        rows = torch.cat([block.slab.rows[name][layer, block.slot] for block in self.block_table[first:last]])
         return self._format(name).decode(rows[start - first * KV_BLOCK : stop - first * KV_BLOCK])
 
     def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
@@ -106,133 +107,116 @@ class KVCache:
         if self.store is None:
             return None
         if layer not in self._layer_blocks:
-            self._layer_blocks[layer] = {name: self._block_rows(name, layer) for name in self.store.layout.rows}
+            layout = self.store.layout
+            self._layer_blocks[layer] = {
+                name: self._table.block_rows(name, layer, form, scanned=name in layout.scanned)
+                for name, form in layout.rows.items()
+            }
         return self._layer_blocks[layer]
 
     def stored_blocks(self, name: str, layer: int) -> Iterator[Tensor]:
         """Encoded KV blocks uint8 [64, row_bytes] of a name, in main memory. Rows after the last token, which were
         never written, are zeros."""
-        for place, block in enumerate(self._blocks):
+        for place, block in enumerate(self.block_table):
             rows = block.slab.rows[name][layer, block.slot].cpu()
             if (rest := self._lengths[layer] - place * KV_BLOCK) < KV_BLOCK:
                 rows = rows.clone()
                 rows[rest:] = 0
             yield rows
 
-    def wants_reads(self, layer: int) -> bool:
-        """Whether `check_reads` has something to do."""
-        return self.check is not None and not self.check.is_complete(layer)
-
-    def check_reads(self, layer: int, names: Sequence[str], counts: Tensor | None = None) -> None:
-        """Compares rows that are read with their checksums: those of positions whose `counts` (int64 [positions]) are
-        not 0, or all."""
-        if self.check is None:
-            return
-        blocks = None
-        if counts is not None:
-            full = counts.shape[0] // KV_BLOCK
-            blocks = counts[: full * KV_BLOCK].view(full, KV_BLOCK).amax(1).nonzero().squeeze(1).numpy()
-        for name in names:
-            self.check.compare(name, layer, blocks)
-
-    @property
-    def damage(self) -> KeyeError | None:
-        """What is wrong with what was read: nothing that was computed from it may be used."""
-        return None if self.check is None else self.check.damage
-
-    def fork(self) -> KVCache:
-        """A sequence that continues from the same tokens: full blocks are shared, the last one is copied."""
+    def fork(self, length: int | None = None) -> KVCache:
+        """A sequence that continues from the same tokens, or after the first `length`, which all layers hold: full
+        blocks are shared, the last one is copied."""
         copy = KVCache(len(self._lengths), self.store)
         copy.check = self.check
         if self.store is None:
             return copy
-        full = min(self._lengths) // KV_BLOCK
-        copy._extend(self.store.share(self._blocks[:full]))
-        if rest := self._blocks[full : -(-max(self._lengths) // KV_BLOCK)]:
+        lengths = self._lengths if length is None else [length] * len(self._lengths)
+        assert length is None or length <= min(self._lengths)
+        full = min(lengths) // KV_BLOCK
+        copy._extend(self.store.share(self._table.blocks[:full]))
+        if rest := self._table.blocks[full : -(-max(lengths) // KV_BLOCK)]:
             copy._extend(self.store.take(len(rest)))
-            for source, target in zip(rest, copy._blocks[full:], strict=True):
-                _copy_block(source, target)
-        copy._lengths = list(self._lengths)
-        return copy
-
-    def fork_prefix(self, length: int) -> KVCache:
-        """A sequence that continues after the first `length` tokens, which all layers hold: full blocks are shared, a
-        last one in part is copied."""
-        assert self.store is not None and length <= min(self._lengths)
-        copy = KVCache(len(self._lengths), self.store)
-        full = length // KV_BLOCK
-        copy._extend(self.store.share(self._blocks[:full]))
-        if length % KV_BLOCK:
-            copy._extend(self.store.take(1))
-            _copy_block(self._blocks[full], copy._blocks[full])
-        copy._lengths = [length] * len(self._lengths)
+            for source, target in zip(rest, copy._table.blocks[full:], strict=True):
+                for name, rows in source.slab.rows.items():
+                    target.slab.rows[name][:, target.slot].copy_(rows[:, source.slot])
+        copy._lengths = list(lengths)
         return copy
 
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on, in all layers. The last block must not be shared."""
         self._lengths = [min(length, n) for n in self._lengths]
-        keep = -(-max(self._lengths) // KV_BLOCK)
-        dropped, self._blocks = self._blocks[keep:], self._blocks[:keep]
-        if dropped:
-            self._changed()
+        if dropped := self._table.truncate(-(-max(self._lengths) // KV_BLOCK)):
+            self._layer_blocks.clear()
             assert self.store is not None
             self.store.drop(dropped)
 
     def free(self) -> None:
-        """Gives everything back; the cache is empty then and may be used again."""
+        """Releases everything; the cache is empty then and may be used again."""
         self.truncate(0)
 
     def __del__(self) -> None:
-        if self._blocks:
+        if self.blocks:
             self.free()
-
-    def nbytes(self) -> int:
-        """Bytes of the blocks held; shared ones count in full."""
-        return 0 if self.store is None else len(self._blocks) * self.store.layout.block_bytes
 
     def _format(self, name: str) -> RowFormat:
         assert self.store is not None
         return self.store.layout.rows[name]
 
     def _extend(self, blocks: list[Block]) -> None:
-        start, stop = len(self._blocks), len(self._blocks) + len(blocks)
-        assert self.store is not None
-        for name in self.store.layout.rows:
-            addresses = self._addresses.get(name, torch.zeros(len(self._lengths), 0, dtype=torch.int64))
+        self._table.extend(blocks)
+        self._layer_blocks.clear()
+
+
+class BlockTable:
+    """The blocks of one sequence in the order of its tokens, and encoded rows in them."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        #: Where the KV blocks of each name and layer begin; int64 [layers, blocks and room to grow].
+        self._addresses: dict[str, Tensor] = {}
+        #: The slabs of the blocks, the number of the slab of each block and its slot in it, int64 [blocks] each.
+        self._places: tuple[list[Slab], Tensor, Tensor] | None = None
+
+    def extend(self, blocks: list[Block]) -> None:
+        """Adds blocks of one layout at the end."""
+        start, stop = len(self.blocks), len(self.blocks) + len(blocks)
+        for name, rows in blocks[0].slab.rows.items() if blocks else ():
+            addresses = self._addresses.get(name, torch.zeros(rows.shape[0], 0, dtype=torch.int64))
             if stop > addresses.shape[1]:
-                addresses = pad(addresses[:, :start], (0, max(stop, 2 * start, 8) - start))
-                self._addresses[name] = addresses
+                self._addresses[name] = addresses = pad(addresses[:, :start], (0, max(stop, 2 * start, 8) - start))
             place = start
             for _, group in groupby(blocks, key=lambda block: id(block.slab)):
                 run = list(group)
                 addresses[:, place : place + len(run)] = _block_addresses(run, name)
                 place += len(run)
-        self._blocks += blocks
-        self._changed()
-
-    def _changed(self) -> None:
-        """Forgets what was worked out about the blocks."""
-        self._layer_blocks.clear()
+        self.blocks += blocks
         self._places = None
 
-    def _block_rows(self, name: str, layer: int) -> BlockRows:
-        assert self.store is not None
-        form, tensors = self._format(name), {id(block.slab): block.slab.rows[name] for block in self._blocks}
+    def truncate(self, count: int) -> list[Block]:
+        """Leaves `count` blocks; returns those after them."""
+        dropped, self.blocks = self.blocks[count:], self.blocks[:count]
+        self._places = None
+        return dropped
+
+    def block_rows(self, name: str, layer: int, form: RowFormat, *, scanned: bool) -> BlockRows:
+        """Where the rows of a name and layer are, for the kernels."""
+        tensors = {id(block.slab): block.slab.rows[name] for block in self.blocks}
         if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-            mapped = name not in self.store.layout.scanned and any(block.slab.mapped for block in self._blocks)
-            return BlockRows(form, self._addresses[name][layer, : len(self._blocks)], mapped=mapped)
+            mapped = not scanned and any(block.slab.mapped for block in self.blocks)
+            return BlockRows(form, self._addresses[name][layer, : len(self.blocks)], mapped=mapped)
         if len(tensors) != 1:
             return BlockRows(form, None)
         (tensor,) = tensors.values()
-        table = torch.tensor([block.slot for block in self._blocks], dtype=torch.int32, device=tensor.device)
+        table = torch.tensor([block.slot for block in self.blocks], dtype=torch.int32, device=tensor.device)
         return BlockRows(form, None, tensor[layer], table)
 
-    def _write(self, name: str, layer: int, start: int, rows: Tensor) -> None:
+    def write(self, name: str, layer: int, start: int, rows: Tensor) -> None:
         """Puts encoded rows uint8 [n, row_bytes] at positions from `start` on."""
         width, done = rows.shape[1], 0
         while done < rows.shape[0]:
             place, offset = divmod(start + done, KV_BLOCK)
-            count, block = min(KV_BLOCK - offset, rows.shape[0] - done), self._blocks[place]
+            count, block = min(KV_BLOCK - offset, rows.shape[0] - done), self.blocks[place]
             assert block.slab.writable and block.references == 1, "a shared block is written"
             target = int(self._addresses[name][layer, place]) + offset * width
             if target > offset * width and rows.device.type == "cpu":  # a tenth of the time of a copy by torch
@@ -241,36 +225,24 @@ class KVCache:
                 block.slab.rows[name][layer, block.slot, offset : offset + count].copy_(rows[done : done + count])
             done += count
 
-    def _gather(self, name: str, layer: int, positions: Tensor) -> Tensor:
+    def gather(self, name: str, layer: int, positions: Tensor) -> Tensor:
         """Encoded rows uint8 [N, row_bytes] of positions, on their device."""
-        if self._places is None or self._places.number.device != positions.device:
-            self._places = _Places.of(self._blocks, positions.device)
-        block, places = positions // KV_BLOCK, self._places
-        slab_of, row_of = places.number[block], places.slot[block] * KV_BLOCK + positions % KV_BLOCK
-        if len(places.slabs) == 1:
-            return _rows_of(places.slabs[0], name, layer, row_of).to(positions.device)
-        size = (positions.shape[0], self._format(name).row_bytes)
+        if self._places is None or self._places[1].device != positions.device:
+            slabs = list({id(block.slab): block.slab for block in self.blocks}.values())
+            numbers = {id(slab): number for number, slab in enumerate(slabs)}
+            places = [(numbers[id(block.slab)], block.slot) for block in self.blocks]
+            number, slot = torch.tensor(places, dtype=torch.int64, device=positions.device).unbind(1)
+            self._places = slabs, number, slot
+        block, (slabs, number, slot) = positions // KV_BLOCK, self._places
+        slab_of, row_of = number[block], slot[block] * KV_BLOCK + positions % KV_BLOCK
+        if len(slabs) == 1:
+            return _rows_of(slabs[0], name, layer, row_of).to(positions.device)
+        size = (positions.shape[0], slabs[0].rows[name].shape[-1])
         out = torch.empty(size, dtype=torch.uint8, device=positions.device)
-        for number in slab_of.unique().tolist():
-            mine = (slab_of == number).nonzero().squeeze(1)
-            out[mine] = _rows_of(places.slabs[number], name, layer, row_of[mine]).to(positions.device)
+        for index in slab_of.unique().tolist():
+            mine = (slab_of == index).nonzero().squeeze(1)
+            out[mine] = _rows_of(slabs[index], name, layer, row_of[mine]).to(positions.device)
         return out
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the blocks of a sequence are: `number` of the slab and `slot` in it, int64 [blocks] each."""
-
-    slabs: tuple[Slab, ...]
-    number: Tensor
-    slot: Tensor
-
-    @classmethod
-    def of(cls, blocks: list[Block], device: torch.device) -> _Places:
-        slabs = list({id(block.slab): block.slab for block in blocks}.values())
-        numbers = {id(slab): i for i, slab in enumerate(slabs)}
-        where = torch.tensor([(numbers[id(b.slab)], b.slot) for b in blocks], dtype=torch.int64, device=device)
-        return cls(tuple(slabs), where[:, 0], where[:, 1])
 
 
 def _rows_of(slab: Slab, name: str, layer: int, rows: Tensor) -> Tensor:
@@ -294,8 +266,3 @@ def _block_addresses(blocks: list[Block], name: str) -> Tensor:
     slots, layers = torch.tensor([block.slot for block in blocks]), torch.arange(tensor.shape[0]).unsqueeze(1)
     layer_step, slot_step = tensor.stride()[:2]
     return tensor.data_ptr() + layers * layer_step + slots * slot_step
-
-
-def _copy_block(source: Block, target: Block) -> None:
-    for name, rows in source.slab.rows.items():
-        target.slab.rows[name][:, target.slot].copy_(rows[:, source.slot])

@@ -66,11 +66,19 @@ class SequenceCache(Protocol):
     def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
         """The same by address, for the fast kernels; None where rows are not in KV blocks."""
 
-    def wants_reads(self, layer: int) -> bool:
-        """Whether `check_reads` is to be called for a layer."""
+    @property
+    def check(self) -> ReadCheck | None:
+        """What compares stored rows that are read with their checksums, where there are any."""
 
-    def check_reads(self, layer: int, names: Sequence[str], counts: Tensor | None = None) -> None:
-        """Is called after rows were read: those of positions whose `counts` are not 0, or all."""
+
+class ReadCheck(Protocol):
+    """Is called after rows were read."""
+
+    def is_complete(self, layer: int) -> bool:
+        """Whether all rows of a layer have been compared."""
+
+    def compare_reads(self, layer: int, names: Sequence[str], counts: Tensor | None = None) -> None:
+        """Compares the rows at positions whose `counts` (int64 [positions]) are not 0, or all."""
 
 
 class Step(Protocol):
@@ -166,11 +174,12 @@ class CachedStep:
             assert index is not None
             self._attend_sparse(layer, q, index, sparse, out)
         for span, stretch in zip(self.spans, stretches, strict=True):
-            if span.cache.wants_reads(layer):
+            check = span.cache.check
+            if check is not None and not check.is_complete(layer):
                 selected = index is not None and stretch.length > self.topk
                 if selected and self.select == "indexer":
-                    span.cache.check_reads(layer, ("indexer_k",))
-                span.cache.check_reads(layer, ("k", "v"), stretch.counts if selected else None)
+                    check.compare_reads(layer, ("indexer_k",))
+                check.compare_reads(layer, ("k", "v"), stretch.counts if selected else None)
         return out
 
     def _attend_sparse(
@@ -197,7 +206,7 @@ class CachedStep:
         cache, counts = span.cache, span.counts
         if counts is not None and counts.ndim == 2:
             counts = counts[layer]
-        elif counts is None and counted and cache.wants_reads(layer):
+        elif counts is None and counted and cache.check is not None and not cache.check.is_complete(layer):
             counts = torch.zeros(cache.length(layer), dtype=torch.int64)
         return Stretch(
             span.start,
