@@ -69,7 +69,7 @@ def test_an_audit_log_is_added_to_and_nothing_else(tmp_path: Path) -> None:
             audit.log(Record("now", "1"))
     assert len(log.read_text().splitlines()) == 2
     log.write_text('{"mine": 1}\n')
-    with pytest.raises(KeyeError, match="no audit log of keye"), audit_log(log):
+    with pytest.raises(KeyeError, match="not an audit log of keye"), audit_log(log):
         pass
     assert log.read_text() == '{"mine": 1}\n'
 
