@@ -18,6 +18,5 @@ The decode service turns video files into planned frames in many workers:
 `CallWork(function, arguments)` runs any importable function in a worker. `ray_cluster.connect(address)` connects to a
 cluster, with one sentence for whatever is wrong with it.
 
-Imports: above `keye.engine`, below `keye.server`, `keye.train` and the commands. The modules that workers load
-(`decode_work`, `pool_worker`) leave torch alone unless a release's resizing needs it.
+The modules that workers load (`decode_work`, `pool_worker`) leave torch alone unless a release's resizing needs it.
 """

@@ -73,8 +73,7 @@ class PartReader:
     def __init__(
         self, service: DecodeService, priority: Priority, works: Sequence[VideoWork], shape: FrameShape
     ) -> None:
-        self._service, self._priority, self._shape = service, priority, shape
-        self._works = deque(works)
+        self._service, self._priority, self._shape, self._works = service, priority, shape, deque(works)
         self._results: deque[Result] = deque()
         self._frames: deque[Pixels] = deque()
         self._delivered, self._closed = 0, False

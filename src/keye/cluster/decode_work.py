@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,43 +35,6 @@ _ENDS: Final = 1 << 16
 
 class Absent(Exception):
     """The file of a piece of work is not on this node. No error of the user's yet: another node may have it."""
-
-
-class Begun(Protocol):
-    """Work of which everything but the result is known: that has `nbytes` bytes, `buffer_bytes` of which go to the
-    sink of `write`, which returns the rest. Close it in any case."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def buffer_bytes(self) -> int: ...
-
-    def write(self, sink: Sink) -> Any: ...
-
-    def close(self) -> None: ...
-
-
-class Work(Protocol):
-    """A piece of work. `name` is for sentences; equal `key`s mean the same file; `node` is where it is known to be."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def key(self) -> str | None: ...
-
-    @property
-    def node(self) -> str | None: ...
-
-    def begin(self) -> Begun:
-        """At the worker. Raises `Absent`, or what is wrong with the work."""
-
-    def result(self, rest: Any, buffer: Pixels) -> Any:
-        """At home: the result, of what `write` returned and of what its sink was given, uint8 [buffer_bytes]."""
-
-    def carried(self) -> Work | None:
-        """At home: the same work with its file in it, for nodes that have none; None where it has none here either."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +89,7 @@ class VideoWork:
         return state
 
     def begin(self) -> BegunVideo:
+        """At the worker. Raises `Absent`, or what is wrong with the work."""
         source = self._find_source()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", KeyeWarning)
@@ -134,6 +98,7 @@ class VideoWork:
         return begun
 
     def result(self, rest: Any, buffer: Pixels) -> PlannedFrames:
+        """At home: the result, of what `write` returned and of what its sink got, uint8 [buffer_bytes]."""
         plan, notes = rest
         for note in notes:
             warn(KeyeWarning(*note), stacklevel=2)
@@ -145,6 +110,7 @@ class VideoWork:
         return PlannedFrames(plan, tuple(frames), self.first)
 
     def carried(self) -> VideoWork | None:
+        """At home: the same work with its file in it, for nodes that lack it; None where it is not here either."""
         source = self.source
         if isinstance(source, str) or source.path is None:
             return None
@@ -169,24 +135,20 @@ class VideoWork:
 
 
 class BegunVideo:
-    """A video whose plan is complete and whose decoder waits to be asked for frames."""
+    """A video whose plan is complete and whose decoder waits to be asked for frames. The result has `nbytes` bytes,
+    `buffer_bytes` of which go to the sink of `write`, which returns the rest. Close it in any case."""
 
     def __init__(self, work: VideoWork, source: Source) -> None:
         self.notes: tuple[Any, ...] = ()
-        self._work, self._open = work, ExitStack()
-        part = bool(work.first) or work.stop is not None
-        plan = _part(work.plan, work.first, work.stop) if part and work.plan is not None else work.plan
-        processor = Processor(work.config, limits=work.limits)
-        try:
-            plan_of_part, self._frames = self._open.enter_context(
-                processor.decode_video(source, work.options, plan=plan)
-            )
-        except BaseException:
-            self._open.close()
-            raise
-        #: The whole plan goes back, not that of a part.
-        self.plan = work.plan if part and work.plan is not None else plan_of_part
-        self.buffer_bytes = sum(height * width * 3 for height, width in _sizes(plan_of_part, 0, None))
+        self._open, plan = ExitStack(), work.plan
+        is_part = plan is not None and (work.first or work.stop is not None)
+        decoding = Processor(work.config, limits=work.limits).decode_video(
+            source, work.options, plan=_part(plan, work.first, work.stop) if plan is not None and is_part else plan
+        )
+        decoded, self._frames = self._open.enter_context(decoding)
+        #: The complete plan is returned, not that of a part.
+        self.plan = plan if plan is not None and is_part else decoded
+        self.buffer_bytes = sum(height * width * 3 for height, width in _sizes(decoded, 0, None))
 
     @property
     def nbytes(self) -> int:
@@ -203,8 +165,8 @@ class BegunVideo:
 
 @dataclass(frozen=True)
 class CallWork:
-    """A call of a function that workers can import, such as one that makes a training batch. Its result travels as it
-    is; the arrays in it count."""
+    """A call of a function that workers can import, such as one that makes a training batch; see `VideoWork` for its
+    methods. Its result travels as it is; the arrays in it count."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
@@ -215,7 +177,7 @@ class CallWork:
         return f"{self.function.__name__}{self.arguments!r:.60}"
 
     @property
-    def key(self) -> str | None:
+    def key(self) -> None:
         return None
 
     def begin(self) -> BegunCall:
@@ -246,6 +208,10 @@ class BegunCall:
         return None
 
 
+#: A piece of work. `name` is for sentences; equal `key`s mean the same file; `node` is where it is known to be.
+Work = VideoWork | CallWork
+
+
 def _arrays(value: Any) -> Iterator[NDArray[Any]]:
     """The arrays in a value, in lists, tuples, mappings and dataclasses."""
     if isinstance(value, np.ndarray):
@@ -262,13 +228,10 @@ def _part(plan: VideoPlan, first: int, stop: int | None) -> VideoPlan:
     """The plan of frames first .. stop of a plan, as it is needed to decode them."""
     fast = plan.fast
     return dataclasses.replace(
-        plan,
-        frame_indices=plan.frame_indices[first:stop],
-        timestamps=plan.timestamps[first:stop],
-        label_times=None if plan.label_times is None else plan.label_times[first:stop],
-        pts=plan.pts[first:stop],
+        plan, frame_indices=plan.frame_indices[first:stop], timestamps=plan.timestamps[first:stop],
+        label_times=None if plan.label_times is None else plan.label_times[first:stop], pts=plan.pts[first:stop],
         fast=None if fast is None else dataclasses.replace(fast, types=fast.types[first:stop]),
-    )
+    )  # fmt: skip
 
 
 def _sizes(plan: VideoPlan, first: int, stop: int | None) -> Sequence[tuple[int, int]]:

@@ -104,9 +104,8 @@ class LocalWorker:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT.format(theirs.fileno()), json.dumps(paths)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
+                stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
+            )  # fmt: skip
         self._connection = Connection(ours.detach())
 
     def hello(self) -> Answer:
@@ -161,19 +160,12 @@ def shared_file(nbytes: int) -> IO[bytes]:
             continue
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the caller closes it)
         with suppress(OSError):
-            if nbytes:
-                _reserve(file.fileno(), nbytes)
+            # Without its bytes being certain, a write to a mapped file where memory is full would end the process.
+            if nbytes and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            elif nbytes:
+                os.ftruncate(file.fileno(), nbytes)
             return file
         file.close()
-    raise KeyeError(
-        f"{format_bytes(nbytes)} of frames have no room in {_SHARED_MEMORY} nor in {tempfile.gettempdir()}: "
-        "make room there, or lower the byte budget of the decode service"
-    )
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Without its bytes being certain, a write to a mapped file where memory is full would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:
-        os.ftruncate(descriptor, nbytes)
+    raise KeyeError(f"{format_bytes(nbytes)} of frames have no room in {_SHARED_MEMORY} nor in {tempfile.gettempdir()}:"
+                    " make room there, or lower the byte budget of the decode service")  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from keye.cluster.decode_work import Absent, Begun, Sink, Work
+from keye.cluster.decode_work import Absent, BegunCall, BegunVideo, Sink, Work
 from keye.errors import KeyeError
 from keye.media.pixels.pictures import Pixels
 
@@ -32,30 +32,30 @@ class Desk:
     """One piece of work at a time, in two steps."""
 
     def __init__(self) -> None:
-        self._begun: Begun | None = None
+        self._begun: BegunVideo | BegunCall | None = None
 
     def hello(self) -> Answer:
         """Whether this worker is fit for work: its node's name, or what it lacks."""
+        host = socket.gethostname()
         if missing := missing_codecs():
-            return REJECTED, (
-                f"the decode worker on {socket.gethostname()} cannot decode {missing}: install PyAV there from its "
-                "own wheels, with `pip install --force-reinstall av`"
-            )
-        return DONE, socket.gethostname()
+            return REJECTED, (f"the decode worker on {host} cannot decode {missing}: install PyAV there from its own "
+                              "wheels, with `pip install --force-reinstall av`")  # fmt: skip
+        return DONE, host
 
     def begin(self, work: Work) -> Answer:
         """Makes the next result known: (its bytes, those of its buffer)."""
         self.drop()
-        return answer_of(lambda: self._begin(work))
 
-    def _begin(self, work: Work) -> tuple[int, int]:
-        self._begun = work.begin()
-        return self._begun.nbytes, self._begun.buffer_bytes
+        def begin() -> tuple[int, int]:
+            self._begun = work.begin()
+            return self._begun.nbytes, self._begun.buffer_bytes
+
+        return answer_of(begin)
 
     def finish(self, sink: Sink) -> Answer:
         """Makes the result: its buffer goes to `sink`, the rest is returned."""
-        assert self._begun is not None, "nothing was begun"
         begun = self._begun
+        assert begun is not None, "nothing was begun"
         try:
             return answer_of(lambda: begun.write(sink))
         finally:

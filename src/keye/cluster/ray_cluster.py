@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from contextlib import suppress
 from typing import Any, Final
 
 from keye.errors import KeyeError, missing_package
@@ -32,28 +33,22 @@ def connect(address: str) -> tuple[Any, bool]:
         raise missing_package(error.name, address, "ray") from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise KeyeError(
-            f"no Ray cluster can be reached at {address} ({reason}): start one with `ray start --head`, or check the "
-            "address"
-        ) from None
+        raise KeyeError(f"no Ray cluster can be reached at {address} ({reason}): start one with `ray start --head`, "
+                        "or check the address") from None  # fmt: skip
     return ray, True
 
 
 def _knock(address: str) -> None:
     """`OSError` where nothing listens: Ray itself would find that out in half a minute or in several, and could not
     connect to anything else afterwards."""
-    place = _last_cluster() if address == "ray" else re.split("[/?]", address.removeprefix("ray://"))[0]
+    place = re.split("[/?]", address.removeprefix("ray://"))[0]
+    if address == "ray":  # where Ray would look for the cluster of this machine, which may have ended since
+        with suppress(ImportError):  # not promised to be there
+            from ray._private.services import canonicalize_bootstrap_address
+
+            place = canonicalize_bootstrap_address("auto") or ""
     host, _, port = place.rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
     elif address != "ray":
         raise ValueError("write it as ray://host:port")
-
-
-def _last_cluster() -> str:
-    """Where Ray would look for the cluster of this machine, which may have ended since; empty if that is not known."""
-    try:
-        from ray._private.services import canonicalize_bootstrap_address
-    except ImportError:  # not promised to be there
-        return ""
-    return canonicalize_bootstrap_address("auto") or ""

@@ -28,11 +28,8 @@ class RayPool:
         self._actor = self.ray.remote(_Actor)
 
     def start(self) -> list[RayWorker]:
-        return [
-            RayWorker(self, node)
-            for node, resources in self.nodes().items()
-            for _ in range(int(resources.get("CPU", 0)))
-        ]
+        nodes = self.nodes().items()
+        return [RayWorker(self, node) for node, has in nodes for _ in range(int(has.get("CPU", 0)))]
 
     def replace(self, worker: PoolWorker) -> RayWorker | None:
         """On the same node; None where that is gone."""
@@ -67,10 +64,8 @@ class RayWorker:
             if self.node not in self._pool.nodes():
                 raise WorkerDied
             if time.monotonic() > self._end:
-                return (
-                    REJECTED,
-                    f"node {self.node[:12]} had no free processor for a decode worker in {START_SECONDS:g} s",
-                )
+                sentence = f"node {self.node[:12]} had no free processor for a decode worker in {START_SECONDS:g} s"
+                return REJECTED, sentence
         return self._get(reference)
 
     def check(self) -> None:
@@ -80,7 +75,7 @@ class RayWorker:
         return self._get(self._actor.begin.remote(work))
 
     def finish(self, buffer_bytes: int) -> tuple[Answer, Pixels]:
-        answer, buffer = self._actor.finish.options(num_returns=2).remote(buffer_bytes)
+        answer, buffer = self._actor.finish_here.options(num_returns=2).remote(buffer_bytes)
         reply: Answer = self._get(answer)
         return reply, self._get(buffer) if reply[0] == DONE else np.empty(0, np.uint8)
 
@@ -91,32 +86,19 @@ class RayWorker:
         self._ray.kill(self._actor)
 
     def _get(self, reference: Any) -> Any:
+        errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except (
-            self._ray.exceptions.RayActorError,
-            self._ray.exceptions.ObjectLostError,
-            self._ray.exceptions.NodeDiedError,
-            ConnectionError,
-        ) as error:
+        except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError, ConnectionError) as error:
             raise WorkerDied(str(error)) from None
-        except self._ray.exceptions.RayTaskError as error:  # what it did could not be sent back
+        except errors.RayTaskError as error:  # what it did could not be sent back
             return DEFECT, str(error)
 
 
-class _Actor:
-    """A `Desk` on a node of the cluster."""
+class _Actor(Desk):
+    """A `Desk` on a node of the cluster, whose results come with their buffer."""
 
-    def __init__(self) -> None:
-        self._desk = Desk()
-
-    def hello(self) -> Answer:
-        return self._desk.hello()
-
-    def begin(self, work: Work) -> Answer:
-        return self._desk.begin(work)
-
-    def finish(self, buffer_bytes: int) -> tuple[Answer, Pixels]:
+    def finish_here(self, buffer_bytes: int) -> tuple[Answer, Pixels]:
         buffer, place = np.empty(buffer_bytes, np.uint8), 0
 
         def sink(piece: Pixels) -> None:
@@ -124,7 +106,4 @@ class _Actor:
             buffer[place : place + piece.nbytes] = piece.reshape(-1)
             place += piece.nbytes
 
-        return self._desk.finish(sink), buffer
-
-    def drop(self) -> None:
-        self._desk.drop()
+        return self.finish(sink), buffer

@@ -6,10 +6,10 @@ node if there is one; one that has cost `DEATHS` workers is quarantined. Knows w
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any, Final
 
 from keye.cluster.decode_queue import ByteBudget, Job, JobQueue
@@ -87,9 +87,7 @@ class DecodeService:
     def __enter__(self) -> DecodeService:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -99,13 +97,9 @@ class DecodeService:
             return {name.rpartition("\0")[2]: sentence for name, sentence in self._poisoned.items()}
 
     def submit(
-        self,
-        work: Work,
-        priority: Priority = Priority.INTERACTIVE,
-        *,
-        limited: bool = True,
+        self, work: Work, priority: Priority = Priority.INTERACTIVE, *, limited: bool = True,
         timeout: float | None = None,
-    ) -> Result:
+    ) -> Result:  # fmt: skip
         """Has work done. Where too many of its priority wait already, this waits until there is room (`TimeoutError`
         after so many seconds), but for interactive work, whose number its server limits, and for callers that limit
         themselves (not `limited`). The future raises `KeyeError` for a mistake in the work, `Poisoned` for what was set
@@ -170,11 +164,9 @@ class DecodeService:
             try:
                 answer, reason = worker.hello()
             except WorkerDied as death:
-                reason = str(death).strip().rpartition("\n")[2] or "see what it wrote above"
-                answer, reason = (
-                    REJECTED,
-                    (f"a decode worker ended while it started ({reason}): this version of keye must be on every node"),
-                )
+                why = str(death).strip().rpartition("\n")[2] or "see what it wrote above"
+                answer = REJECTED
+                reason = f"a decode worker ended while it started ({why}): this version of keye must be on every node"
             if answer == DONE:
                 fit.append(worker)
             else:
@@ -259,7 +251,12 @@ class DecodeService:
             self._not_done(job, worker, kind, reason)
             return
         nbytes, buffer_bytes = reason
-        if not self._room(job, nbytes):
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed is not None or job.future.is_abandoned or self._budget.reserve(job.rank, nbytes)
+            )
+            is_wanted = self._closed is None and not job.future.is_abandoned
+        if not is_wanted:
             worker.drop()
             self._fail(job, self._closed or KeyeError(f"{job.work.name} is not wanted any more"))
             return
@@ -282,29 +279,20 @@ class DecodeService:
             return job.work
         carried = job.work.carried()
         if carried is None:
-            raise MediaError(
-                f"{job.work.name} does not exist on any node of the decode service; check the path, or copy it there"
-            )
+            raise MediaError(f"{job.work.name} does not exist on any node of the decode service; check the path, or "
+                             "copy it there")  # fmt: skip
         with self._changed:
             self._counts["carried"] += 1
             self._counts["carried_bytes"] += getattr(getattr(job.work, "source", None), "size", 0)
         return carried
 
-    def _room(self, job: Job, nbytes: int) -> bool:
-        """Waits until the result fits into the budget; False when it is not wanted any more."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed is not None or job.future.is_abandoned or self._budget.reserve(job.rank, nbytes)
-            )
-            return self._closed is None and not job.future.is_abandoned
-
     def _not_done(self, job: Job, worker: PoolWorker, kind: str, reason: Any) -> None:
-        if kind == ABSENT:
-            with self._changed:
-                job.absent.add(worker.node)
-                self._again(job)
+        if kind != ABSENT:
+            self._fail(job, reason if kind == REJECTED else RuntimeError(f"a decode worker failed:\n{reason}"))
             return
-        self._fail(job, reason if kind == REJECTED else RuntimeError(f"a decode worker failed:\n{reason}"))
+        with self._changed:
+            job.absent.add(worker.node)
+            self._again(job)
 
     def _on_worker_death(self, job: Job, worker: PoolWorker, begun: bool) -> None:
         """The worker died: the job is done again, or quarantined where it had `begun` too often."""
@@ -319,10 +307,8 @@ class DecodeService:
                 self._counts["retried"] += 1
                 self._again(job)
                 return
-            sentence = (
-                f"{job.work.name} is quarantined: {DEATHS} decode workers died over it, one after another; "
-                "re-encode it or leave it out"
-            )
+            sentence = (f"{job.work.name} is quarantined: {DEATHS} decode workers died over it, one after another; "
+                        "re-encode it or leave it out")  # fmt: skip
             self._poisoned[_poison_key(job.work)] = sentence
             self._fail(job, Poisoned(sentence))
 
@@ -381,9 +367,8 @@ def open_service(address: str, *, budget: int = BUDGET, queue: int = QUEUE) -> D
     `submit` does. `KeyeError` for an address of another form, a cluster that cannot be reached, Ray missing, or workers
     that cannot decode.
     """
-    kind, _, count = address.partition(":")
-    if kind == "local" and (not count or count.isdecimal()) and (count or address == "local"):
-        return DecodeService(LocalPool(int(count) if count else available_cores()), budget=budget, queue=queue)
+    if match := re.fullmatch(r"local(?::(\d+))?", address):
+        return DecodeService(LocalPool(int(match[1] or available_cores())), budget=budget, queue=queue)
     if address == "ray" or address.startswith("ray://"):
         from keye.cluster.ray_pool import RayPool
 

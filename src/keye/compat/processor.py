@@ -58,14 +58,9 @@ class OfficialProcessor:
         self.config = config
 
     def __call__(
-        self,
-        text: str | Sequence[str],
-        images: Sequence[Any] | None = None,
-        videos: Sequence[Any] | None = None,
-        *,
-        fps: float | Sequence[float] = 2.0,
-        **video_kwargs: Sequence[Any],
-    ) -> ProcessorOutput:
+        self, text: str | Sequence[str], images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None, *,
+        fps: float | Sequence[float] = 2.0, **video_kwargs: Sequence[Any],
+    ) -> ProcessorOutput:  # fmt: skip
         """`images` and `videos` in the order of their placeholders over all texts.
 
         `fps` (Preview) is the rate of the frames of all videos or of each. `video_kwargs` (1.5) are the lists that
@@ -129,14 +124,9 @@ class OfficialProcessor:
 
     def _size(self, picture: Image.Image) -> Size:
         low, high = self.config.processor_min_pixels, self.config.processor_max_pixels
-        return processor_resize(
-            picture.height,
-            picture.width,
-            factor=self.config.factor,
-            min_pixels=_MIN_PIXELS if low is None else low,
-            max_pixels=_MAX_PIXELS if high is None else high,
-            strict_official=True,
-        )
+        low, high = _MIN_PIXELS if low is None else low, _MAX_PIXELS if high is None else high
+        return processor_resize(picture.height, picture.width, factor=self.config.factor, min_pixels=low,
+                                max_pixels=high, strict_official=True)  # fmt: skip
 
     def _tokens(self, vision: VisionInput) -> list[int]:
         """Visual tokens of each grid row."""

@@ -73,12 +73,9 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
     types = frame_types(array, CONFIG, options.min_frame_similarity)
     fast, (_, height, width, _) = sum(types), array.shape
     result = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
-    kwargs: dict[str, Any] = {
-        "height": result.slow[0],
-        "width": result.slow[1],
-        "fast_height": result.fast[0],
-        "fast_width": result.fast[1],
-    }
+    kwargs: dict[str, Any] = dict(
+        zip(("height", "width", "fast_height", "fast_width"), (*result.slow, *result.fast), strict=True)
+    )
     if times is not None:
         kwargs["timestamps"] = torch.tensor(times, dtype=torch.float32)
     kwargs["frame_types"] = torch.tensor(types, dtype=torch.int32)
@@ -86,12 +83,9 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
 
 
 def process_vision_info(
-    conversations: Sequence[Any] | None = None,
-    vision_infos: Sequence[Item] | None = None,
-    image_factor: int = IMAGE_FACTOR,
-    *,
-    return_video_kwargs: bool | None = None,
-) -> tuple[Any, ...]:
+    conversations: Sequence[Any] | None = None, vision_infos: Sequence[Item] | None = None,
+    image_factor: int = IMAGE_FACTOR, *, return_video_kwargs: bool | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """(images, videos, kwargs) of a conversation or a list of them, or of items; images and videos are None where there
     are none. `kwargs` has a list for each of the keys of `fetch_video`, for the processor: an entry for each video,
     None where a video lacks what another has.
@@ -100,12 +94,8 @@ def process_vision_info(
     not take: True changes nothing, and False leaves `kwargs` out.
     """
     if return_video_kwargs is not None:
-        warnings.warn(
-            KeyeWarning(
-                "keye-vl-utils 1.5.2 itself refuses return_video_kwargs: it always returns (images, videos, kwargs)"
-            ),
-            stacklevel=2,
-        )
+        text = "keye-vl-utils 1.5.2 itself refuses return_video_kwargs: it always returns (images, videos, kwargs)"
+        warnings.warn(KeyeWarning(text), stacklevel=2)
     if vision_infos is None:
         if conversations is None:
             raise KeyeError("neither conversations nor vision_infos is given; pass one of them")
@@ -130,10 +120,7 @@ def process_vision_info(
 def _decode_video(value: object, options: MediaOptions) -> tuple[Pixels, tuple[float, ...]]:
     with VideoReader(as_source(value), track=options.track) as reader:
         plan = reader.plan(CONFIG, options)
-        times = plan.label_times or _subtract_first(plan.start_offset, plan.timestamps)
-        return np.stack(list(reader.frames(plan, native=True))), times
-
-
-def _subtract_first(first: float, times: tuple[float, ...]) -> tuple[float, ...]:
-    """Seconds from the first frame of the file, as the original counts."""
-    return tuple(round(time - first, 6) for time in times) if first else times
+        first, times = plan.start_offset, plan.timestamps
+        if first:  # the original counts seconds from the first frame of the file
+            times = tuple(round(time - first, 6) for time in times)
+        return np.stack(list(reader.frames(plan, native=True))), plan.label_times or times

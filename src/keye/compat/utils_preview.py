@@ -68,7 +68,13 @@ def fetch_video(
     if budget is not None and options.video_total_pixels is None:
         options = options.replace(video_total_pixels=budget)
     frames = open_frames(video_of(ele))
-    video, fps = _size_list(frames, options) if frames is not None else _decode_video(video_of(ele), options)
+    video: Video
+    if frames is None:
+        video, fps = _decode_video(video_of(ele), options)
+    else:
+        pictures = as_frames(frames)
+        indices, fps = select_listed(len(pictures), CONFIG, options)
+        video = [Image.fromarray(resize_first(open_image(pictures[i]), CONFIG, options)) for i in indices]
     return (video, fps) if return_video_sample_fps else video
 
 
@@ -87,12 +93,6 @@ def process_vision_info(conversations: Sequence[Any], return_video_kwargs: bool 
             rates.append(fps)  # type: ignore[arg-type]
     media = (images or None, videos or None)
     return (*media, {"fps": rates}) if return_video_kwargs else media
-
-
-def _size_list(frames: Any, options: MediaOptions) -> tuple[list[Image.Image], float]:
-    pictures = as_frames(frames)
-    indices, fps = select_listed(len(pictures), CONFIG, options)
-    return [Image.fromarray(resize_first(open_image(pictures[i]), CONFIG, options)) for i in indices], fps
 
 
 def _decode_video(value: object, options: MediaOptions) -> tuple[Tensor, float]:

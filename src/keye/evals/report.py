@@ -21,24 +21,15 @@ def print_report(result: Mapping[str, Any], console: Console | None = None) -> N
     attention = options["mode"] if options["mode"] == "dense" else f"sparse, keys by {options['select']}"
     through = ", through .mp4" if options["mp4"] else ""
     console.print(f"FrameForge, split {options['split']}, {fewest} to {most} frames, {attention}{through}")
-    console.print(_headline(result))
-    console.print(_tasks(result["tasks"]))
-    console.print(_costs(result))
-
-
-def _headline(result: Mapping[str, Any]) -> Table:
-    table = Table(box=None, show_header=False)
-    grounding = result["grounding"]
+    table, grounding = Table(box=None, show_header=False), result["grounding"]
     table.add_row("accuracy", _with_error(result["accuracy"], result["accuracy_error"]), "mean over shipped tasks")
-    table.add_row(
-        "mIoU",
-        _with_error(result["miou"], result["miou_error"]),
-        f"always the whole video: {_number(result['whole_video_miou'])}, n = {grounding['n']}",
-    )
+    always = f"always the whole video: {_number(result['whole_video_miou'])}, n = {grounding['n']}"
+    table.add_row("mIoU", _with_error(result["miou"], result["miou_error"]), always)
     for level in (name for name in grounding if name.startswith("r1@")):
         other = f"always the whole video: {_number(grounding['whole_video_' + level])}"
         table.add_row(level.upper(), _number(grounding[level]), other)
-    return table
+    for part in (table, _tasks(result["tasks"]), _costs(result)):
+        console.print(part)
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -47,38 +38,25 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in ("n", "accuracy", "±", "constant", "gain", "mIoU"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("constant answer", no_wrap=True)
-    order = sorted(tasks.items(), key=lambda item: (not item[1]["shipped"], item[0]))
-    for task, row in order:
+    for task, row in sorted(tasks.items(), key=lambda item: (not item[1]["shipped"], item[0])):
+        answer = row["majority_answer"]  # shown as plain text, since answers may look like markup
+        answer = answer if len(answer) <= ANSWER_WIDTH else answer[: ANSWER_WIDTH - 1] + "…"
         table.add_row(
-            task if row["shipped"] else f"({task})",
-            str(row["n"]),
-            _number(row["accuracy"]),
-            _number(row["error"]),
-            _number(row["majority"]),
-            f"{row['accuracy'] - row['majority']:+.1f}",
-            _number(row.get("miou")),
-            _short(row["majority_answer"]),
-        )
+            task if row["shipped"] else f"({task})", str(row["n"]), _number(row["accuracy"]), _number(row["error"]),
+            _number(row["majority"]), f"{row['accuracy'] - row['majority']:+.1f}", _number(row.get("miou")),
+            Text(answer),
+        )  # fmt: skip
     table.caption = "accuracy: exact match, for intervals R1@0.5; tasks in brackets are not shipped"
     return table
 
 
 def _costs(result: Mapping[str, Any]) -> str:
     share = result["k_over_context"]
-    questions = f"{_count(result['questions'], 'question')} about {_count(result['clips'], 'clip')}"
-    parts = [
-        f"{questions} in {result['seconds']:.1f} s",
-        f"{result['tokens_per_second']:.0f} tokens/s",
-        f"context {result['mean_context']:.0f} tokens",
-    ]
-    if share is not None and result["options"]["mode"] == "sparse":
-        parts.append(f"k/context {share:.3f}")
-    return ", ".join(parts)
-
-
-def _short(answer: str) -> Text:
-    """At most as much as fits a narrow terminal; as plain text, since answers may look like markup."""
-    return Text(answer if len(answer) <= ANSWER_WIDTH else answer[: ANSWER_WIDTH - 1] + "…")
+    costs = (f"{_count(result['questions'], 'question')} about {_count(result['clips'], 'clip')} in "
+             f"{result['seconds']:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
+             f"context {result['mean_context']:.0f} tokens")  # fmt: skip
+    is_sparse = share is not None and result["options"]["mode"] == "sparse"
+    return f"{costs}, k/context {share:.3f}" if is_sparse else costs
 
 
 def _count(number: int, noun: str) -> str:

@@ -89,14 +89,11 @@ def _task(task: str, by_task: dict[str, list[Scored]], shipped: Sequence[str]) -
     items = by_task[task]
     constant = _best_constant(task, by_task)
     figures = {
-        "n": len(items),
-        "accuracy": _percent(_accuracy(items)),
+        "n": len(items), "accuracy": _percent(_accuracy(items)),
         "error": _percent(metrics.clustered_error([_clusters(items, correct=True)])),
-        "metric": "exact match" if items[0].iou is None else f"r1@{HIT_IOU}",
-        "majority_answer": constant.answer,
-        "majority": _percent(constant.score),
-        "shipped": task in shipped,
-    }
+        "metric": "exact match" if items[0].iou is None else f"r1@{HIT_IOU}", "majority_answer": constant.answer,
+        "majority": _percent(constant.score), "shipped": task in shipped,
+    }  # fmt: skip
     if items[0].iou is not None:
         figures["miou"] = _percent(metrics.mean(_ious(items)))
         figures["exact"] = _percent(metrics.mean([float(answer.exact) for answer in items]))
@@ -108,8 +105,7 @@ def _best_constant(task: str, by_task: dict[str, list[Scored]]) -> Constant:
     together = ("ground", NEVER_TASK) if task in ("ground", NEVER_TASK) else (task,)
     pool = [answer for name in together for answer in by_task.get(name, [])]
     best = metrics.majority([answer.gold for answer in pool])
-    with_whole_video = _whole_video_ious(by_task[task])
-    if with_whole_video:
+    if with_whole_video := _whole_video_ious(by_task[task]):
         score = metrics.mean([float(iou >= HIT_IOU) for iou in with_whole_video])
         best = max(best, Constant(WHOLE_VIDEO, score), key=lambda constant: constant.score)
     return best

@@ -29,34 +29,23 @@ from keye.hf.model import (
 from keye.hf.processor import KeyeProcessor, KeyeVL1_5Processor, KeyeVL2Processor
 
 __all__ = [
-    "KeyeConfigHF",
-    "KeyeForConditionalGeneration",
-    "KeyeProcessor",
-    "KeyeVL1_5ConfigHF",
-    "KeyeVL1_5ForConditionalGeneration",
-    "KeyeVL1_5Processor",
-    "KeyeVL2ConfigHF",
-    "KeyeVL2MoeForConditionalGeneration",
-    "KeyeVL2Processor",
-    "register",
-]
+    "KeyeConfigHF", "KeyeForConditionalGeneration", "KeyeProcessor", "KeyeVL1_5ConfigHF",
+    "KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5Processor", "KeyeVL2ConfigHF", "KeyeVL2MoeForConditionalGeneration",
+    "KeyeVL2Processor", "register",
+]  # fmt: skip
 
 
 def register() -> None:
     """Makes the Auto classes of `transformers` know Keye; done once by importing this module."""
-    generations: tuple[tuple[Any, Any, Any], ...] = (
+    releases: tuple[tuple[Any, Any, Any], ...] = (
         (KeyeConfigHF, KeyeForConditionalGeneration, KeyeProcessor),
         (KeyeVL1_5ConfigHF, KeyeVL1_5ForConditionalGeneration, KeyeVL1_5Processor),
         (KeyeVL2ConfigHF, KeyeVL2MoeForConditionalGeneration, KeyeVL2Processor),
     )
-    for config, model, processor in generations:
+    for config, model, processor in releases:
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        for auto in (
-            transformers.AutoModel,
-            transformers.AutoModelForCausalLM,
-            transformers.AutoModelForImageTextToText,
-        ):
-            auto.register(config, model, exist_ok=True)
+        for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"):
+            getattr(transformers, name).register(config, model, exist_ok=True)
         transformers.AutoProcessor.register(config, processor, exist_ok=True)
 
 

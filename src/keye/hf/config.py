@@ -1,4 +1,4 @@
-"""Configurations of the three generations for `transformers`, and how a name becomes a folder."""
+"""Configurations of the three releases for `transformers`, and how a name becomes a folder."""
 
 from __future__ import annotations
 

@@ -58,10 +58,8 @@ class _Model(transformers.PreTrainedModel):
         if config is not None:  # the Auto classes put the option there; the library would look for its own code for it
             attention, config._attn_implementation = attention or config._attn_implementation, None
         if attention is not None:
-            warnings.warn(
-                KeyeWarning(f"attn_implementation={attention!r} has no effect; keye chooses its own attention"),
-                stacklevel=2,
-            )
+            text = f"attn_implementation={attention!r} has no effect; keye chooses its own attention"
+            warnings.warn(KeyeWarning(text), stacklevel=2)
         folder = folder_of(pretrained_model_name_or_path, options)
         if config is None:
             config = cls.config_class.from_pretrained(str(folder))
@@ -107,14 +105,9 @@ class _Model(transformers.PreTrainedModel):
 
     @torch.inference_mode()
     def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        do_sample: bool | None = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        **options: Any,
-    ) -> Tensor:
+        self, input_ids: Tensor, *, do_sample: bool | None = None, max_new_tokens: int | None = None,
+        max_length: int | None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
         """The rows with their replies behind them, int64 [B, L + n], short ones filled up with the padding token.
 
         Greedy unless `do_sample`; `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` then count,
@@ -128,9 +121,8 @@ class _Model(transformers.PreTrainedModel):
         if max_new_tokens is None:
             max_new_tokens = 512 if max_length is None else max_length - input_ids.shape[1]
             if max_new_tokens < 1:
-                raise KeyeError(
-                    f"max_length is {max_length}, but the prompt has {input_ids.shape[1]} tokens; raise it."
-                )
+                length = input_ids.shape[1]
+                raise KeyeError(f"max_length is {max_length}, but the prompt has {length} tokens; raise it.")
         config, defaults = self.network.config, self.generation_defaults
         eos = options.pop("eos_token_id", None) or defaults.eos_token_ids or config.eos_token_ids
         eos = (eos,) if isinstance(eos, int) else tuple(eos)
@@ -156,18 +148,11 @@ class _Model(transformers.PreTrainedModel):
         return torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], dim=1)
 
     def _prompts(
-        self,
-        input_ids: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        use_cache: bool | None = None,
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None, video_grid_thw: Tensor | None = None, use_cache: bool | None = None,
         **unknown: Any,
-    ) -> Iterator[tuple[Tensor, Prompt]]:
+    ) -> Iterator[tuple[Tensor, Prompt]]:  # fmt: skip
         """For each row the places of its tokens, and these as a prompt.
 
         `attention_mask` [B, L] is 0 at padding; `position_ids` int64 [3, B, L] as the processor gives them, else they
@@ -186,7 +171,9 @@ class _Model(transformers.PreTrainedModel):
         for row in range(input_ids.shape[0]):
             places = mask[row].nonzero()[:, 0]
             ids = input_ids[row, places].cpu()
-            media = list(_media(ids, rows))
+            # In the order of their placeholders: as long as they are of one kind, as one medium.
+            runs = groupby(token for token in ids.tolist() if token in rows)
+            media = [rows[token].take(len(list(run))) for token, run in runs]
             if position_ids is not None:
                 positions = position_ids[:, row, places].cpu()
             else:
@@ -231,16 +218,8 @@ class _Rows:
                             "tokens for them: use the processor.")  # fmt: skip
         assert self._patches is not None
         patches = self._patches[self._starts[first] : self._starts[self._row]]
-        return MediaItem(
-            self.kind, VisionInput(patches, self._grid[first : self._row]), (VisualSpan(self.kind, tokens),)
-        )
-
-
-def _media(ids: Tensor, rows: Mapping[int, _Rows]) -> Iterator[MediaItem]:
-    """The media of a row in the order of their placeholders: as long as they are of one kind, as one medium."""
-    placeholders = [token for token in ids.tolist() if token in rows]
-    for token, run in groupby(placeholders):
-        yield rows[token].take(len(list(run)))
+        vision = VisionInput(patches, self._grid[first : self._row])
+        return MediaItem(self.kind, vision, (VisualSpan(self.kind, tokens),))
 
 
 def _one_device(device_map: Any) -> str:

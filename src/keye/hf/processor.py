@@ -32,8 +32,6 @@ from keye.media.processor import MediaItem, Processor, VisualSpan
 _PADS = {"<|image_pad|>": "image", "<|video_pad|>": "video"}
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "config.json",
                     "generation_config.json", "chat_template.json", "chat_template.jinja")  # fmt: skip
-
-
 #: Lists that `process_vision_info` returns beside the media, one entry for each video.
 _FRAME_SETTINGS = ("height", "width", "fast_height", "fast_width", "frame_types", "timestamps")
 
@@ -67,30 +65,25 @@ class KeyeProcessor:
                          "pixel_values_videos", "video_grid_thw")  # fmt: skip
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        min_pixels: float | None = None,
-        max_pixels: float | None = None,
+        self, folder: Path, *, min_pixels: float | None = None, max_pixels: float | None = None,
         padding_side: str = "left",
-    ) -> None:
+    ) -> None:  # fmt: skip
         if padding_side not in ("left", "right"):
             raise KeyeError(f"padding_side is {padding_side!r}: give left or right.")
-        MediaOptions(min_pixels=min_pixels, max_pixels=max_pixels)  # refuses what is no limit
+        MediaOptions(min_pixels=min_pixels, max_pixels=max_pixels)  # rejects what is not a limit
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self._limits: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-        self.padding_side = padding_side
-        self.folder = folder
-        config, generation = load_model_config(folder), load_generation_config(folder)
+        self.padding_side, self.folder = padding_side, folder
+        config, defaults = load_model_config(folder), load_generation_config(folder)
         self._tokenizer = Tokenizer.from_file(folder)
         check_tokenizer(self._tokenizer, config)
         self.prompts = _Builder(config, self._tokenizer, Processor(load_processor_config(folder)))
-        own = template_of(config.release, generation.default_system)
+        own = template_of(config.release, defaults.default_system)
         brought = find_template(folder)
         self._template: ChatTemplate | CheckpointTemplate = own
         if brought is not None:
-            self._template = brought.for_model(own, generation.default_system, fall_back=True)
-        pads = (config.pad_token_id, *generation.eos_token_ids, *config.eos_token_ids)
+            self._template = brought.for_model(own, defaults.default_system, fall_back=True)
+        pads = (config.pad_token_id, *defaults.eos_token_ids, *config.eos_token_ids)
         self.pad_token_id = next((value for value in pads if value is not None), 0)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
 
@@ -99,8 +92,8 @@ class KeyeProcessor:
         """Reads a folder, or a checkpoint by its name on the hub; takes the limits and `padding_side` of the class."""
         options.pop("config", None)
         own = {name: options.pop(name) for name in ("min_pixels", "max_pixels", "padding_side") if name in options}
-        given = {name: value for name, value in own.items() if value is not None}
-        return cls(folder_of(pretrained_model_name_or_path, options, weights=False), **given)
+        own = {name: value for name, value in own.items() if value is not None}
+        return cls(folder_of(pretrained_model_name_or_path, options, weights=False), **own)
 
     def save_pretrained(self, save_directory: Any) -> None:
         """Copies the files that this processor was read from."""
@@ -111,16 +104,10 @@ class KeyeProcessor:
                 shutil.copyfile(self.folder / name, folder / name)
 
     def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        *,
-        tokenize: bool = False,
-        add_generation_prompt: bool = False,
-        enable_thinking: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        return_dict: bool = True,
+        self, conversation: Sequence[Any], *, tokenize: bool = False, add_generation_prompt: bool = False,
+        enable_thinking: bool | None = None, tools: Sequence[Mapping[str, Any]] = (), return_dict: bool = True,
         return_tensors: str = "pt",
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """One conversation or a list of them as text, or with `tokenize` as inputs of the model.
 
         Only with `tokenize` do special tokens typed by a user stay plain text: a text no longer tells them apart.
@@ -140,15 +127,9 @@ class KeyeProcessor:
         return batch if return_dict else batch["input_ids"]
 
     def __call__(
-        self,
-        text: str | Sequence[str],
-        images: Any = None,
-        videos: Any = None,
-        *,
-        padding: bool = True,
-        return_tensors: str = "pt",
-        **settings: Any,
-    ) -> Any:
+        self, text: str | Sequence[str], images: Any = None, videos: Any = None, *, padding: bool = True,
+        return_tensors: str = "pt", **settings: Any,
+    ) -> Any:  # fmt: skip
         """Texts that hold `<|image_pad|>` and `<|video_pad|>` once for each medium, with the media in their order:
         paths, bytes, PIL images, or `keye.Frames`. Special tokens in the texts count.
 
@@ -161,7 +142,7 @@ class KeyeProcessor:
             media = self._sampled_videos(media, settings)
         waiting = {"image": _listed(images), "video": media}
         laid_out = self.prompts.lay_out_ready if settings else self.prompts.lay_out
-        prompts = [laid_out([self._limited(part) for part in _segments(one, waiting)]) for one in _listed(text)]
+        prompts = [laid_out([self._limited(part) for part in _segments(item, waiting)]) for item in _listed(text)]
         if left := [kind for kind, rest in waiting.items() if rest]:
             raise KeyeError(f"there are more {left[0]}s than {left[0]} placeholders in the text.")
         if not padding and len({len(prompt.token_ids) for prompt in prompts}) > 1:
@@ -180,9 +161,8 @@ class KeyeProcessor:
         """Videos that the official utilities have sampled, by what these say of them."""
         config, count = self.prompts.processor.config, len(videos)
         if unknown := sorted(settings.keys() - {*_FRAME_SETTINGS, "fps"}):
-            raise KeyeError(
-                f"unknown option {', '.join(unknown)} of the processor; it takes what process_vision_info returns."
-            )
+            raise KeyeError(f"unknown option {', '.join(unknown)} of the processor; it takes what process_vision_info "
+                            "returns.")  # fmt: skip
         if config.release.whole_video and (wrong := sorted(settings.keys() - {"fps"})):
             raise KeyeError(f"Preview has no {wrong[0]} of a video: take process_vision_info of utils_preview.")
         rows: list[dict[str, Any]] = [{} for _ in videos]
@@ -214,10 +194,9 @@ class KeyeProcessor:
         if config.release.classifies_frames:
             grid = split_grid_rows(grid)  # the positions of 1.5 count frame by frame
         pieces = re.split(f"((?:{re.escape(VIDEO_PAD)})+)", output.text[0])
-        spans = [
-            VisualSpan("video", piece.count(VIDEO_PAD)) if VIDEO_PAD in piece else piece for piece in pieces if piece
-        ]
-        return MediaItem("video", VisionInput(pixels, grid), tuple(spans), tuple(times or ()), seconds)
+        spans = tuple(VisualSpan("video", count) if (count := piece.count(VIDEO_PAD)) else piece
+                      for piece in pieces if piece)  # fmt: skip
+        return MediaItem("video", VisionInput(pixels, grid), spans, tuple(times or ()), seconds)
 
     def _frames_of_2_0(self, video: Any, row: Mapping[str, Any], count: int) -> MediaItem:
         """By the sizes of the checkpoint; a frame larger than the utilities allow takes their size."""

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -54,13 +55,9 @@ def asset(name: str) -> Path:
 
 
 def resolve(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    weights: bool = True,
-    config: HubConfig | None = None,
+    name_or_path: str | Path, *, revision: str | None = None, weights: bool = True, config: HubConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """The folder that holds the checkpoint `name_or_path`, fetched from the hub if it is not on this machine.
 
     Tried in this order: a known name, a path, `organisation/name` on the hub. To open a folder called like a known
@@ -76,28 +73,24 @@ def resolve(
     if isinstance(name_or_path, str) and name.lower() in PACKAGED:
         return _check_folder(asset(PACKAGED[name.lower()]), weights)
     path = Path(os.path.expanduser(name))
-    wanted = _resolve_on_hub(name) if isinstance(name_or_path, str) else None
-    if wanted is None or (name.lower() not in PUBLISHED and os.path.exists(path)):
+    repository, _, tag = name.partition("@")
+    repository = PUBLISHED.get(repository.lower(), repository)
+    may_be_on_hub = isinstance(name_or_path, str) and _HUB_NAME.fullmatch(repository)
+    if not may_be_on_hub or (name.lower() not in PUBLISHED and os.path.exists(path)):
         if os.path.exists(path):  # unlike Path.exists, False also for names too long for the file system
             return _check_folder(path, weights)
         if isinstance(name_or_path, Path) or "/" in name or "\\" in name or name.startswith("~"):
             raise KeyeError(f"{path} does not exist: give a checkpoint folder or one of {', '.join(known_names())}.")
         raise KeyeError(_explain_unknown(name))
-    if wanted[1] is not None and revision is not None:
+    if tag and revision is not None:
         raise KeyeError(f"{name} names a revision already: leave {revision!r} out.")
-    chosen = revision or wanted[1] or "main"
+    chosen = revision or tag or "main"
     if not _REVISION.fullmatch(chosen) or ".." in chosen:
-        raise KeyeError(f"{chosen!r} cannot be a revision: give a branch, tag or commit of {wanted[0]}.")
+        raise KeyeError(f"{chosen!r} cannot be a revision: give a branch, tag or commit of {repository}.")
     from keye.hub.download import Store, fetch_checkpoint  # not needed for what is on this machine
 
-    return _check_folder(fetch_checkpoint(Store(wanted[0], config or hub_config()), chosen, weights, progress), weights)
-
-
-def _resolve_on_hub(name: str) -> tuple[str, str | None] | None:
-    """The repository and the revision that a name stands for, None if it cannot be one on the hub."""
-    repository, _, revision = name.partition("@")
-    repository = PUBLISHED.get(repository.lower(), repository)
-    return (repository, revision or None) if _HUB_NAME.fullmatch(repository) else None
+    store = Store(repository, config or hub_config())
+    return _check_folder(fetch_checkpoint(store, chosen, weights, progress), weights)
 
 
 def _explain_unknown(name: str) -> str:
@@ -112,32 +105,19 @@ def _explain_unknown(name: str) -> str:
 def _check_folder(folder: Path, weights: bool) -> Path:
     """`folder` itself if it can be a checkpoint: a directory with config.json and no pickles in place of weights."""
     if not folder.is_dir():
-        if _is_gguf(folder):
-            raise KeyeError(
-                f"{folder} is a GGUF file, which keye does not read yet: give a checkpoint folder with "
-                "safetensors weights."
-            )
+        with suppress(OSError), folder.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise KeyeError(f"{folder} is a GGUF file, which keye does not read yet: give a checkpoint folder with "
+                                "safetensors weights.")  # fmt: skip
         raise KeyeError(f"{folder} is a file: give the checkpoint folder that holds config.json and the weights.")
     names = sorted(file.name for file in folder.iterdir())
     others = [name for name in names if Path(name).suffix.lower() in {".gguf", *PICKLE_SUFFIXES}]
     if others and others[0].lower().endswith(".gguf") and not any(name.endswith(".safetensors") for name in names):
-        raise KeyeError(
-            f"{folder} holds its weights as GGUF ({others[0]}), which keye does not read yet: "
-            "fetch the safetensors release."
-        )
+        raise KeyeError(f"{folder} holds its weights as GGUF ({others[0]}), which keye does not read yet: fetch the "
+                        "safetensors release.")  # fmt: skip
     if "config.json" not in names:
         raise KeyeError(f"{folder} holds no config.json, so it is not a checkpoint: give the folder that does.")
     if weights and others and not any(name.endswith(".safetensors") for name in names):
-        raise KeyeError(
-            f"{folder} holds its weights only as pickle files ({others[0]}), which can run code when opened: "
-            "convert them to safetensors or fetch the safetensors release."
-        )
+        raise KeyeError(f"{folder} holds its weights only as pickle files ({others[0]}), which can run code when "
+                        "opened: convert them to safetensors or fetch the safetensors release.")  # fmt: skip
     return folder
-
-
-def _is_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False

@@ -139,7 +139,9 @@ def fetch_checkpoint(store: Store, revision: str, weights: bool, progress: Progr
     except Exception as error:  # the errors of the hub library and of its HTTP client share no other base
         if sentence := _hub_sentence(store.name, revision, error):
             raise KeyeError(sentence) from error
-        if not _is_no_connection(error):
+        # The network failed, as the HTTP client of any version of the hub library says it.
+        origins = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+        if not isinstance(error, ConnectionError | TimeoutError) and not origins & {"httpx", "httpx2", "requests"}:
             raise
         return _find_offline(store, commit, weights, f"the hub cannot be reached ({_first_line(error)})")
     return store.snapshot(commit)
@@ -150,23 +152,18 @@ def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
         raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
     if weights and files and not any(file.name.endswith(".safetensors") for file in files):
         if any(file.is_weight for file in files):
-            raise KeyeError(
-                f"{name} on the hub holds its weights as GGUF, which keye does not read yet: "
-                "choose the safetensors release."
-            )
-        raise KeyeError(
-            f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that does."
-        )
+            raise KeyeError(f"{name} on the hub holds its weights as GGUF, which keye does not read yet: choose the "
+                            "safetensors release.")  # fmt: skip
+        raise KeyeError(f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that "
+                        "does.")  # fmt: skip
 
 
 def _find_offline(store: Store, commit: str | None, weights: bool, reason: str) -> Path:
     """What another program has fetched, if it looks whole; it left no list of what belongs to it."""
     if commit is not None and _looks_whole(store.snapshot(commit), weights):
         return store.snapshot(commit)
-    raise KeyeError(
-        f"{store.name} is not complete on this machine and {reason}: connect and run the command again (what is here "
-        "is kept), or give a local folder."
-    )
+    raise KeyeError(f"{store.name} is not complete on this machine and {reason}: connect and run the command again "
+                    "(what is here is kept), or give a local folder.")  # fmt: skip
 
 
 def _looks_whole(folder: Path, weights: bool) -> bool:
@@ -200,12 +197,6 @@ def _hub_sentence(name: str, revision: str, error: Exception) -> str | None:
     return None
 
 
-def _is_no_connection(error: Exception) -> bool:
-    """Whether the network failed, as the HTTP client of any version of the hub library tells it."""
-    origins = {base.__module__.partition(".")[0] for base in type(error).__mro__}
-    return isinstance(error, ConnectionError | TimeoutError) or bool(origins & {"httpx", "httpx2", "requests"})
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
@@ -216,16 +207,15 @@ def list_remote(name: str, revision: str, config: HubConfig) -> tuple[str, list[
     pass through."""
     import huggingface_hub
 
-    info = huggingface_hub.HfApi(endpoint=config.endpoint).model_info(
-        name, revision=revision, files_metadata=True, timeout=config.timeout
-    )
+    api = huggingface_hub.HfApi(endpoint=config.endpoint)
+    info = api.model_info(name, revision=revision, files_metadata=True, timeout=config.timeout)
     files = []
     for sibling in info.siblings or []:
         file = sibling.rfilename
         if not _FILE_NAME.fullmatch(file) or Path(file).suffix not in SMALL_SUFFIXES | WEIGHT_SUFFIXES:
             continue
-        size = sibling.lfs.size if sibling.lfs is not None else sibling.size
-        digest = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
+        large = sibling.lfs
+        size, digest = (sibling.size, sibling.blob_id) if large is None else (large.size, large.sha256)
         if size is None or digest is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
             raise KeyeError(f"The hub does not tell size and checksum of {file} in {name}: try again later.")
         files.append(RemoteFile(file, size, digest))
@@ -250,18 +240,15 @@ def _fetch(store: Store, commit: str, files: list[RemoteFile], *, weights: bool,
 
 
 def _fetch_all(store: Store, commit: str, files: list[RemoteFile], progress: Progress | None) -> None:
-    missing = [file for file in files if not store.is_here(commit, file)]
-    if not missing:
+    if not (missing := [file for file in files if not store.is_here(commit, file)]):
         return
     store.snapshot(commit).mkdir(parents=True, exist_ok=True)
     (store.folder / "blobs").mkdir(exist_ok=True)
     needed, free = sum(file.size for file in missing), shutil.disk_usage(store.folder).free
     partial_bytes = sum(part.stat().st_size for part in (store.folder / "blobs").glob("*.incomplete"))
     if needed > free + partial_bytes:
-        raise KeyeError(
-            f"{store.name} needs {format_bytes(needed)}, but {store.config.cache} has {format_bytes(free)} left: free "
-            "some space, or set HF_HOME to another disk."
-        )
+        raise KeyeError(f"{store.name} needs {format_bytes(needed)}, but {store.config.cache} has {format_bytes(free)} "
+                        "left: free some space, or set HF_HOME to another disk.")  # fmt: skip
     counter = _Counter(sum(file.size for file in files) - needed, sum(file.size for file in files), progress)
     for file in missing:
         _fetch_one(store, commit, file, counter)
@@ -287,19 +274,19 @@ def _fetch_one(store: Store, commit: str, file: RemoteFile, counter: _Counter) -
                 url = hf_hub_url(store.name, file.name, revision=commit, endpoint=store.config.endpoint)
                 # The bar that the library would fill has one method; all versions accept it under this name.
                 cast(Any, http_get)(
-                    url,
-                    stream,
-                    resume_size=begun,
-                    headers=build_hf_headers(),
-                    expected_size=file.size,
-                    displayed_filename=file.name,
-                    _tqdm_bar=counter,
-                )
+                    url, stream, resume_size=begun, headers=build_hf_headers(), expected_size=file.size,
+                    displayed_filename=file.name, _tqdm_bar=counter,
+                )  # fmt: skip
             _check(store.name, file, part)
             os.replace(part, blob)
         else:
             counter.update(file.size)
-        _link(blob, store.snapshot(commit) / file.name)
+        target = store.snapshot(commit) / file.name
+        target.unlink(missing_ok=True)
+        try:
+            target.symlink_to(Path("..", "..", "blobs", blob.name))
+        except OSError:  # links cannot be made here
+            os.replace(blob, target)
 
 
 def _check(name: str, file: RemoteFile, part: Path) -> None:
@@ -310,18 +297,8 @@ def _check(name: str, file: RemoteFile, part: Path) -> None:
             digest.update(block)
     if part.stat().st_size != file.size or digest.hexdigest() != file.digest:
         part.unlink()
-        raise KeyeError(
-            f"{file.name} of {name} arrived damaged (its checksum is not the hub's) and was deleted: try again."
-        )
-
-
-def _link(blob: Path, target: Path) -> None:
-    """The file under its own name: a link, or the file itself where links cannot be made."""
-    target.unlink(missing_ok=True)
-    try:
-        target.symlink_to(Path("..", "..", "blobs", blob.name))
-    except OSError:
-        os.replace(blob, target)
+        raise KeyeError(f"{file.name} of {name} arrived damaged (its checksum is not the hub's) and was deleted: try "
+                        "again.")  # fmt: skip
 
 
 def _write(path: Path, text: str) -> None:
@@ -331,7 +308,7 @@ def _write(path: Path, text: str) -> None:
 
 
 class _Counter:
-    """Bytes that are here, told to `progress`."""
+    """Reports bytes that are here to `progress`."""
 
     def __init__(self, done: int, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = done, total, progress

@@ -39,10 +39,6 @@ Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
 """positions int64 [N] -> keys [N, G, D] and values [N, G, D]."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Small pieces of the indexer
-
-
 def hadamard_transform(x: Tensor) -> Tensor:
     """Sylvester-Hadamard transform over the last dimension (a power of two), scaled by dim ** -0.5.
 
@@ -76,10 +72,6 @@ def indexer_scores(q_TJI: Tensor, k_SI: Tensor, gate_TJ: Tensor) -> Tensor:
     """I[t,s] without mask, float32 [T, S]. The definition; `select_topk` computes the same in blocks."""
     logits_TJS = torch.matmul(q_TJI.float(), k_SI.float().transpose(-1, -2))
     return (gate_TJ.float().unsqueeze(-1) * logits_TJS.relu_()).sum(-2)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Selection
 
 
 def select_topk(
@@ -157,10 +149,6 @@ def topk_mask(scores: Tensor, topk: int) -> Tensor:
     above, equal = scores > kth, scores == kth
     missing = topk - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= missing))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Attention
 
 
 def sparse_attention(q_THD: Tensor, selection: Iterable[tuple[int, Tensor]], rows: Rows) -> Tensor:

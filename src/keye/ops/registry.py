@@ -105,7 +105,11 @@ def find_grouped_matmul(x: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor,
         return None
     from keye.ops import triton
 
-    return triton.grouped_matmul if triton.serves(x) else None
+    if not triton.serves(x):
+        return None
+    from keye.ops.triton.experts import grouped_matmul
+
+    return grouped_matmul
 
 
 def _assign(q: Tensor, stretches: Sequence[Stretch]) -> Iterator[tuple[Backend, list[Stretch]]]:

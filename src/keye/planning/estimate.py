@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,15 +77,9 @@ def encoding_bytes(vision: VisionConfig, itemsize: int, patches: int = PATCHES_P
 
 
 def measure_rates(
-    config: KeyeConfig,
-    grid: tuple[int, int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kv: KVFormat = "auto",
-    mode: AttentionMode = "sparse",
-    free: int | None = None,
-) -> Rates:
+    config: KeyeConfig, grid: tuple[int, int], *, dtype: torch.dtype, device: torch.device, kv: KVFormat = "auto",
+    mode: AttentionMode = "sparse", free: int | None = None,
+) -> Rates:  # fmt: skip
     """Measures one layer of everything; `KeyeError` when `free` bytes are too few for that."""
     need = layer_bytes(config.text, dtype)
     if free is not None and 1.5 * need > free:
@@ -97,14 +91,9 @@ def measure_rates(
 
 
 def estimate(
-    config: KeyeConfig,
-    request: CostQuery,
-    rates: Rates | None,
-    *,
-    dtype: torch.dtype,
-    device: str,
+    config: KeyeConfig, request: CostQuery, rates: Rates | None, *, dtype: torch.dtype, device: str,
     kv: KVFormat = "auto",
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """The prediction; without rates that of memory alone."""
     seconds: dict[str, float] = {}
     rate = None
@@ -118,14 +107,10 @@ def estimate(
         step = layers * rates.decode.at(request.prompt + request.reply / 2) + rates.head
         seconds["generate"] = step * max(0, request.reply - 1)
         rate = 1 / step
-    return Estimate(
-        device,
-        kv,
-        request.prompt + request.reply,
-        memory_of(config, request, dtype, kv),
-        {name: round(value, 4) for name, value in seconds.items()},
-        None if rate is None else round(rate, 2),
-    )
+    rounded = {name: round(value, 4) for name, value in seconds.items()}
+    memory = memory_of(config, request, dtype, kv)
+    context = request.prompt + request.reply
+    return Estimate(device, kv, context, memory, rounded, None if rate is None else round(rate, 2))
 
 
 def prefill_seconds(rates: LayerRates, tokens: int) -> float:
@@ -139,10 +124,10 @@ def what_fits(config: KeyeConfig, request: CostQuery, dtype: torch.dtype, free: 
     """A sentence on how the request could be made to fit into `free` bytes; None where it does."""
     if sum(memory_of(config, request, dtype, "auto").values()) <= free:
         return None
-    smaller: Sequence[KVFormat] = ("int8", "int4")
-    for kv in smaller:
-        if sum(memory_of(config, request, dtype, kv).values()) <= free:
-            return f"it fits with --kv {kv}"
+    if sum(memory_of(config, request, dtype, "int8").values()) <= free:
+        return "it fits with --kv int8"
+    if sum(memory_of(config, request, dtype, "int4").values()) <= free:
+        return "it fits with --kv int4"
     parts = memory_of(config, request, dtype, "int4")
     fixed = parts["weights"] + parts["scratch"]
     if fixed > free:

@@ -38,9 +38,8 @@ class Load:
 
     def __post_init__(self) -> None:
         if not self.rate > 0 or self.questions < 1:
-            raise KeyeError(
-                f"the load is {self.rate:g} videos a second of {self.questions} questions; give more than 0"
-            )
+            amount = f"{self.rate:g} videos a second of {self.questions} questions"
+            raise KeyeError(f"the load is {amount}; give more than 0")
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,8 @@ class Costs:
         if not all(value > 0 for value in (self.decode, self.later, *(seconds for _, seconds in self.engine))):
             raise KeyeError("a time of decoding or of the engine is not above 0")
         if not 0 <= self.spread <= 10:
-            raise KeyeError(
-                f"the spread of times is {self.spread:g}; give the standard deviation over the mean, 0 to 10"
-            )
+            raise KeyeError(f"the spread of times is {self.spread:g}; give the standard deviation over the mean, 0 to "
+                            "10")  # fmt: skip
 
     def each(self, count: float) -> float:
         """Seconds of an engine for each of `count` requests at once: on the line between what was measured."""
@@ -140,17 +138,15 @@ class _Simulation:
         self.answers_given = 0
 
     def run(self) -> Outcome:
-        for at in self._arrivals():
+        arrivals = self.arrivals
+        if isinstance(arrivals, int):
+            arrivals = list(accumulate(self.random.expovariate(self.load.rate) for _ in range(arrivals)))
+        for at in arrivals:
             self._at(at, self._arrive)
         while self.events:
             self.now, _, act = heapq.heappop(self.events)
             act()
         return self._outcome()
-
-    def _arrivals(self) -> Sequence[float]:
-        if not isinstance(self.arrivals, int):
-            return self.arrivals
-        return list(accumulate(self.random.expovariate(self.load.rate) for _ in range(self.arrivals)))
 
     def _at(self, when: float, act: Callable[[], None]) -> None:
         self.count += 1
@@ -171,17 +167,12 @@ class _Simulation:
         room = self.fleet.waiting * self.fleet.replicas
         while self.free and self.to_decode and self.between < room:
             number = self.to_decode.popleft()
-            self.free -= 1
-            self.between += 1
+            self.free, self.between = self.free - 1, self.between + 1
             self.decode_busy += self.jobs[number].decode
             self._at(self.now + self.jobs[number].decode, lambda number=number: self._decoded(number))  # type: ignore[misc]
 
     def _decoded(self, number: int) -> None:
         self.free += 1
-        self._ask(number)
-        self._decode_more()
-
-    def _ask(self, number: int) -> None:
         engine = self.engines[self.jobs[number].replica]
         engine.queue.append(number)
         self._advance(engine)
@@ -228,14 +219,11 @@ class _Simulation:
         end = self.now
         counted = sorted(seconds for _, seconds in self.ended[int(WARM_UP * len(self.ended)) :])
         return Outcome(
-            answers=self.answers_given / end,
-            videos=len(self.ended) / end,
-            mean=sum(counted) / len(counted),
-            median=counted[len(counted) // 2],
-            p95=counted[len(counted) * 95 // 100],
+            answers=self.answers_given / end, videos=len(self.ended) / end, mean=sum(counted) / len(counted),
+            median=counted[len(counted) // 2], p95=counted[len(counted) * 95 // 100],
             decoders=self.decode_busy / (end * self.fleet.decoders),
             engines=sum(engine.busy for engine in self.engines) / (end * len(self.engines)),
-        )
+        )  # fmt: skip
 
 
 def simulate(
@@ -254,31 +242,24 @@ def size_fleet(load: Load, costs: Costs, *, seconds: float, together: int = 16) 
     of 100 first answers come within `seconds`. `KeyeError` where even a fleet without queues is slower than that."""
     alone = costs.decode + costs.each(1)
     if alone * 1.2 > seconds:
-        raise KeyeError(
-            f"one video alone takes {alone:.3g} s, so that a p95 of {seconds:g} s cannot be reached: sample "
-            "fewer frames, or allow more time"
-        )
+        raise KeyeError(f"one video alone takes {alone:.3g} s, so that a p95 of {seconds:g} s cannot be reached: "
+                        "sample fewer frames, or allow more time")  # fmt: skip
     work = 1 + (load.questions - 1) * costs.later
     need = load.rate * costs.decode / MOST_BUSY, load.rate * work * costs.each(together) / MOST_BUSY
     if not max(need) <= MOST_WORKERS:  # also where it is NaN
-        raise KeyeError(
-            f"the load is beyond any fleet: it would take {need[0]:.3g} decode workers and {need[1]:.3g} engines, "
-            f"and a plan has at most {MOST_WORKERS:,} of each; give fewer videos a day, or sample fewer frames"
-        )
+        raise KeyeError(f"the load is beyond any fleet: it would take {need[0]:.3g} decode workers and {need[1]:.3g} "
+                        f"engines, and a plan has at most {MOST_WORKERS:,} of each; give fewer videos a day, or sample "
+                        "fewer frames")  # fmt: skip
     decoders, replicas = map(math.ceil, need)
     fleet = Fleet(max(1, decoders), max(1, replicas), together)
     for _ in range(_STEPS):
         outcome = simulate(load, costs, fleet)
         if outcome.p95 <= seconds:
             return fleet, outcome
-        more_decoders = replace(fleet, decoders=fleet.decoders + _tenth(fleet.decoders))
-        more_engines = replace(fleet, replicas=fleet.replicas + _tenth(fleet.replicas))
+        more_decoders = replace(fleet, decoders=fleet.decoders + max(1, fleet.decoders // 10))
+        more_engines = replace(fleet, replicas=fleet.replicas + max(1, fleet.replicas // 10))
         fleet = min((more_decoders, more_engines), key=lambda option: simulate(load, costs, option).p95)
     raise KeyeError(f"no fleet of up to {fleet.decoders} decoders and {fleet.replicas} engines keeps to {seconds:g} s")
-
-
-def _tenth(count: int) -> int:
-    return max(1, count // 10)
 
 
 def throughput(costs: Costs, fleet: Fleet, questions: int = 1) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -84,7 +84,10 @@ def _time_layer(
     weight = decoder.norm.weight
     store = KVStore(replace(layout, layers=1), make_slab=memory_slabs(weight.device))
     cache = KVCache(1, store)
-    _fill_cache(cache, store.layout, depth, weight)
+    for start in range(0, depth, ALONE_TOKENS):
+        n = min(ALONE_TOKENS, depth - start)
+        noise = {name: torch.randn(n, rows.heads, rows.dim, device=weight.device) for name, rows in layout.rows.items()}
+        cache.append(0, {name: rows.to(weight.dtype) for name, rows in noise.items()})
     x = torch.randn(tokens, text.hidden_size, device=weight.device).to(weight.dtype)
     positions = torch.arange(depth, depth + tokens, device=weight.device).expand(3, -1)
 
@@ -96,15 +99,6 @@ def _time_layer(
         return fastest(run, weight.device)
     finally:
         cache.free()
-
-
-def _fill_cache(cache: KVCache, layout: KVLayout, depth: int, like: torch.Tensor) -> None:
-    """`depth` tokens of noise."""
-    for start in range(0, depth, ALONE_TOKENS):
-        n = min(ALONE_TOKENS, depth - start)
-        shapes = {name: (n, rows.heads, rows.dim) for name, rows in layout.rows.items()}
-        noise = {name: torch.randn(shape, device=like.device) for name, shape in shapes.items()}
-        cache.append(0, {name: rows.to(like.dtype) for name, rows in noise.items()})
 
 
 @torch.inference_mode()
@@ -145,8 +139,7 @@ def measure_frame(
 def fastest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several runs, after one that does not count."""
     run()
-    best, begin = math.inf, time.perf_counter()
-    count = 0
+    best, count, begin = math.inf, 0, time.perf_counter()
     while count < 2 or (time.perf_counter() - begin < SECONDS_EACH and count < 50):
         start = time.perf_counter()
         run()
@@ -165,8 +158,7 @@ def layer_bytes(text: TextConfig, dtype: torch.dtype) -> int:
 
 def fill_with_noise(module: nn.Module) -> None:
     """Small random numbers in every weight of a module."""
-    tensors: Sequence[torch.Tensor] = [*module.parameters(), *module.buffers()]
-    for tensor in tensors:
+    for tensor in (*module.parameters(), *module.buffers()):
         _fill_tensor(tensor.detach())
 
 

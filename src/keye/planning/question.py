@@ -180,26 +180,22 @@ def media_seconds(planned: Sequence[Planned]) -> float:
     """Seconds to open and decode, from the first second of reading each video. A video that is not there is counted
     like a clip made for that."""
     total = 0.0
-    for medium in planned:
-        if isinstance(medium.plan, VideoPlan):
-            total += (
-                _imagined_seconds(medium.plan)
-                if medium.source is None
-                else _reading_seconds(medium.source, medium.plan)
-            )
+    for plan, source in ((medium.plan, medium.source) for medium in planned):
+        if not isinstance(plan, VideoPlan):
+            continue
+        if source is None:
+            total += _imagined_seconds(plan)
+            continue
+        begin = time.perf_counter()
+        with VideoReader(source, track=plan.track) as reader:
+            opened, done = time.perf_counter(), 0
+            for _ in reader.frames(plan):
+                done += 1
+                if time.perf_counter() - opened > READ_SECONDS:
+                    break
+            reading = time.perf_counter() - opened
+        total += opened - begin + reading * plan.frames / max(1, done)
     return total
-
-
-def _reading_seconds(source: Source, plan: VideoPlan) -> float:
-    begin = time.perf_counter()
-    with VideoReader(source, track=plan.track) as reader:
-        opened, done = time.perf_counter(), 0
-        for _ in reader.frames(plan):
-            done += 1
-            if time.perf_counter() - opened > READ_SECONDS:
-                break
-        reading = time.perf_counter() - opened
-    return opened - begin + reading * plan.frames / max(1, done)
 
 
 def _imagined_seconds(plan: VideoPlan) -> float:

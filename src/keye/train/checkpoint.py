@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,8 @@ def _check_unused(config: TrainConfig) -> None:
         ours, theirs = config.model / name, out / name
         if theirs.exists() and ours.exists() and ours.read_bytes() != theirs.read_bytes():
             raise ConfigError(f"{theirs} belongs to no run; choose another output so that it is kept")
-    if (log := out / LOG_FILE).exists() and not _is_log(log):
+    if (log := out / LOG_FILE).exists():
+        with log.open("rb") as file, suppress(ValueError, AttributeError):
+            if {"stage", "step", "minutes"} <= json.loads(file.readline(1 << 16) or b"{}").keys():
+                return
         raise ConfigError(f"{log} belongs to no run; choose another output so that it is kept")
-
-
-def _is_log(path: Path) -> bool:
-    """Whether a file begins with a record of a run."""
-    with path.open("rb") as file:
-        first = file.readline(1 << 16)
-    try:
-        return {"stage", "step", "minutes"} <= json.loads(first or b"{}").keys()
-    except (ValueError, AttributeError):
-        return False

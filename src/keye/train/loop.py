@@ -49,8 +49,8 @@ def train(
     load_model_config(config.model)  # a mistake there is reported before anything is written
     config.output.mkdir(parents=True, exist_ok=True)
     try:
-        with processes(config.processes, config.output, partial(_train, config, recipe, _silent, decode)) as group:
-            _train(config, recipe, report or _silent, decode, group)
+        with processes(config.processes, config.output, partial(_train, config, recipe, None, decode)) as group:
+            _train(config, recipe, report, decode, group)
     except KeyeError:
         if is_new and not (config.output / PROGRESS_FILE).exists():
             shutil.rmtree(config.output)
@@ -58,11 +58,7 @@ def train(
     return config.output
 
 
-def _silent(figures: dict[str, Any]) -> None:
-    """The report of a process whose figures are not shown."""
-
-
-def _train(config: TrainConfig, recipe: Recipe, report: Report, decode: str | None, group: Group) -> None:
+def _train(config: TrainConfig, recipe: Recipe, report: Report | None, decode: str | None, group: Group) -> None:
     """Every stage that is not done yet, in one of the run's processes."""
     torch.set_num_threads(config.threads)
     run = Run(config, recipe, report, group, decode)
@@ -77,7 +73,7 @@ class Run:
     """One training run: the model, how far it is, and its files."""
 
     def __init__(
-        self, config: TrainConfig, recipe: Recipe, report: Report, group: Group, decode: str | None = None
+        self, config: TrainConfig, recipe: Recipe, report: Report | None, group: Group, decode: str | None
     ) -> None:
         self.config, self.recipe, self.report, self.group = config, recipe, report, group
         self.out, self.dtype = config.output, torch_dtype(config.dtype)
@@ -86,8 +82,11 @@ class Run:
             copy_companions(config.model, self.out)
         self.progress, self._state = self.checkpoint.load()
         self.model = self._load_model()
-        if config.fused:
-            self._fuse()
+        if config.fused and (fused := compile_elementwise(self.model.device)) is not None:
+            self.model.set_elementwise(fused)
+        elif config.fused:
+            text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
+            warnings.warn(text, stacklevel=2)
         group.agree(0.0)  # every process waits until the files of the output folder are there
         self.batches: BatchProcess | BatchService = BatchProcess() if decode is None else BatchService(decode)
 
@@ -102,12 +101,6 @@ class Run:
         if report.lacks_indexer:
             raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
         return model
-
-    def _fuse(self) -> None:
-        if (fused := compile_elementwise(self.model.device)) is not None:
-            self.model.set_elementwise(fused)
-            return
-        warnings.warn("no C++ compiler works here, so element-wise operations stay unfused and slower", stacklevel=2)
 
     def train_stage(self, number: int) -> None:
         """Runs stage `number` to its end and saves."""
@@ -131,7 +124,7 @@ class Run:
             torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "loss", clock.step, self.group.rank))
             objective.loss(self.model, move_batch(batch, self.model.device)).backward()
             norm = optimizer.step(stage.lr * factor, stage.adam_lr * factor)
-            clock.tick()
+            clock.step += 1
             if self.group.rank == 0:
                 if clock.log_due():
                     self._log(stage, clock, objective, norm)
@@ -139,7 +132,7 @@ class Run:
                     self._save(Progress(number, clock.step, clock.seconds()), optimizer)
         self.progress = Progress(number + 1)
         if self.group.rank == 0:
-            if clock.has_unlogged_steps():
+            if clock.step > clock.logged_step:
                 self._log(stage, clock, objective, norm)
             self._save(self.progress)
 
@@ -166,7 +159,8 @@ class Run:
                    **{name: round_figure(value) for name, value in objective.figures.take().items()}}  # fmt: skip
         with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
-        self.report(figures)
+        if self.report is not None:
+            self.report(figures)
 
     def _save(self, progress: Progress, optimizer: Optimizer | None = None) -> None:
         save_model(self.model, self.out, dtype=self.dtype)
@@ -179,24 +173,17 @@ class Clock:
     def __init__(self, progress: Progress, run: TrainConfig) -> None:
         self.step, self.run = progress.step, run
         self._before, self._begin = progress.seconds, time.monotonic()
-        self._logged, self._saved, self._logged_step = self._begin, self._begin, self.step
+        self._logged, self._saved, self.logged_step = self._begin, self._begin, self.step
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._begin
 
-    def tick(self) -> None:
-        self.step += 1
-
     def rate(self) -> float:
         """Steps a second since the last call."""
         now = time.monotonic()
-        rate = (self.step - self._logged_step) / max(1e-9, now - self._logged)
-        self._logged, self._logged_step = now, self.step
+        rate = (self.step - self.logged_step) / max(1e-9, now - self._logged)
+        self._logged, self.logged_step = now, self.step
         return rate
-
-    def has_unlogged_steps(self) -> bool:
-        """Whether a step was made since the last record of the log."""
-        return self.step > self._logged_step
 
     def log_due(self) -> bool:
         return time.monotonic() - self._logged >= self.run.log_seconds

@@ -16,12 +16,8 @@ from keye.errors import KeyeError
 from keye.train.config import StageConfig
 from keye.train.parallel import Group
 
-_COEFFICIENTS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-)
+_COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                 (2.8769, -3.1427, 1.2046))  # fmt: skip
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -81,16 +77,15 @@ class Optimizer:
         grads = {name: p.grad.float() for name, p in self.parameters.items() if p.grad is not None}
         self.group.average(list(grads.values()))
         norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
-        if not norm < float("inf"):  # also NaN: skip the step rather than spoil the weights
-            self._clear()
-            return norm
-        scale = min(1.0, self.clip / (norm + 1e-6))
-        self.count += 1
-        self._muon(grads, scale, lr)
-        self._adam(grads, scale, adam_lr)
-        for name, p in self.parameters.items():
-            p.copy_(self.master[name])
-        self._clear()
+        if norm < float("inf"):  # else, also where it is NaN, skip the step rather than spoil the weights
+            scale = min(1.0, self.clip / (norm + 1e-6))
+            self.count += 1
+            self._muon(grads, scale, lr)
+            self._adam(grads, scale, adam_lr)
+            for name, p in self.parameters.items():
+                p.copy_(self.master[name])
+        for p in self.parameters.values():
+            p.grad = None
         return norm
 
     def _muon(self, grads: dict[str, Tensor], scale: float, lr: float) -> None:
@@ -121,14 +116,10 @@ class Optimizer:
             denominator = (self.second[name] / bias2).sqrt_().add_(1e-8)
             master.addcdiv_(self.first[name], denominator, value=-lr * self.adam_scale(name) / bias1)
 
-    def _clear(self) -> None:
-        for p in self.parameters.values():
-            p.grad = None
-
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as flat tensors."""
-        parts = (("master", self.master), ("first", self.first), ("second", self.second))
-        flat = {f"{part}.{name}": tensor for part, tensors in parts for name, tensor in tensors.items()}
+        parts = {"master": self.master, "first": self.first, "second": self.second}
+        flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         return {**flat, "count": torch.tensor(self.count)}
 
     @torch.no_grad()
@@ -138,9 +129,8 @@ class Optimizer:
         fits = state.keys() == known.keys() and all(tensor.shape == known[name].shape for name, tensor in state.items())
         if not fits:
             raise KeyeError("the saved optimiser state is that of other parameters; resume with the same stages")
-        for part, tensors in (("master", self.master), ("first", self.first), ("second", self.second)):
-            for name, tensor in tensors.items():
-                tensor.copy_(state[f"{part}.{name}"])
+        for name, tensor in known.items():
+            tensor.copy_(state[name])
         self.count = int(state["count"])
         for name, p in self.parameters.items():
             p.copy_(self.master[name])

@@ -49,22 +49,12 @@ class PackedStep:
     """
 
     def __init__(
-        self,
-        branch: Tensor,
-        trunk: int,
-        *,
-        window: int,
-        mode: TrainMode = "dense",
-        topk: int = 0,
-        watch: tuple[int, ...] = (),
-        hints: Sequence[AttentionHint] = (),
-        elementwise: Elementwise = PLAIN,
-    ) -> None:
+        self, branch: Tensor, trunk: int, *, window: int, mode: TrainMode = "dense", topk: int = 0,
+        watch: tuple[int, ...] = (), hints: Sequence[AttentionHint] = (), elementwise: Elementwise = PLAIN,
+    ) -> None:  # fmt: skip
         assert branch.shape[1] % window == 0, "the tail must be whole windows"
         self.mode, self.topk, self.trunk, self.window, self.watch = mode, topk, trunk, window, watch
-        self.sparse = mode != "dense"
-        self.batch, self.tail = branch.shape
-        self.branch = branch
+        self.sparse, self.branch, (self.batch, self.tail) = mode != "dense", branch, branch.shape
         windows = branch.unflatten(1, (-1, window))
         order = torch.arange(window, device=branch.device)
         same = (windows[..., :, None] == windows[..., None, :]) & (order <= order[:, None])
@@ -161,18 +151,16 @@ class PackedStep:
         self.balance.append(experts * (share * logits.softmax(-1).mean(0)).sum())
 
 
-def _attend_causally(
-    q_BGRTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, softmax: Callable[..., Tensor]
-) -> Iterator[Tensor]:
-    """Causal grouped attention, block by block of queries: yields [B, G, R, block, D]."""
-    length, scale, R = q_BGRTD.shape[3], q_BGRTD.shape[4] ** -0.5, q_BGRTD.shape[2]
-    order = torch.arange(length, device=q_BGRTD.device)
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, softmax: Callable[..., Tensor]) -> Iterator[Tensor]:
+    """Causal grouped attention of `q` [B, G, R, T, D], block by block of queries: yields [B, G, R, block, D]."""
+    R, length, scale = q.shape[2], q.shape[3], q.shape[4] ** -0.5
+    order = torch.arange(length, device=q.device)
     for start in range(0, length, TRUNK_BLOCK):
         stop = min(length, start + TRUNK_BLOCK)
-        logits = torch.matmul(q_BGRTD[..., start:stop, :].flatten(2, 3), k_BGTD[:, :, :stop].mT)
+        logits = torch.matmul(q[..., start:stop, :].flatten(2, 3), k[:, :, :stop].mT)
         mask = order[:stop] <= order[start:stop, None]
         probs = softmax(logits.unflatten(2, (R, stop - start)), mask, scale)
-        yield torch.matmul(probs.flatten(2, 3), v_BGTD[:, :, :stop]).unflatten(2, (R, stop - start))
+        yield torch.matmul(probs.flatten(2, 3), v[:, :, :stop]).unflatten(2, (R, stop - start))
 
 
 def hint_loss(hint: AttentionHint, q_BHND: Tensor, k_BGPD: Tensor) -> Tensor:

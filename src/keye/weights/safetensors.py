@@ -96,10 +96,6 @@ class StoredTensor:
         return out
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def open_checkpoint(folder: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, StoredTensor]:
     """The tensors of a folder by name: the shards of its index, else `model.safetensors`, else every `*.safetensors`.
 
@@ -148,10 +144,6 @@ def _read_header(file: Path) -> list[StoredTensor]:
         for name, entry in header.items()
         for begin, end in [entry["data_offsets"]]
     ]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 def write_checkpoint(

@@ -38,12 +38,9 @@ _PLACE_MARGIN = 9.0
 
 
 def questions(
-    clip: Clip,
-    rng: random.Random,
-    count: int,
-    tasks: Sequence[str] | None = None,
+    clip: Clip, rng: random.Random, count: int, tasks: Sequence[str] | None = None,
     weights: Mapping[str, float] | None = None,
-) -> list[Question]:
+) -> list[Question]:  # fmt: skip
     """Up to `count` different questions about `clip`: fewer when it supports no more.
 
     `tasks` limits the kinds, `weights` replaces the share of the kinds it names (0 leaves one out). KeyeError for an
@@ -80,14 +77,9 @@ def _shares(tasks: Sequence[str] | None, weights: Mapping[str, float] | None) ->
 
 
 def _ask(
-    rng: random.Random,
-    form: str,
-    answer: str,
-    slots: Mapping[str, str] | None = None,
-    *,
-    time: float | None = None,
+    rng: random.Random, form: str, answer: str, slots: Mapping[str, str] | None = None, *, time: float | None = None,
     intervals: tuple[Seconds, ...] | None = None,
-) -> Question:
+) -> Question:  # fmt: skip
     """A question in one of the wordings of `form`, which is a task or "task.variant"."""
     values = dict(slots or {})
     if time is not None:

@@ -22,7 +22,6 @@ from keye.cache.slabs import KVFormat, KVOptions, check_kv_format
 from keye.chat.messages import Medium, Message
 from keye.chat.template import render
 from keye.chat.times import Interval, merge_intervals
-from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.data import frameforge
@@ -59,8 +58,7 @@ class EvalOptions:
 
     `frames` are the fewest and the most frames of a clip, drawn evenly; `objects` the most objects. `mode` and `select`
     say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored. `mp4` writes each
-    clip to a video file and reads it back.
-    `max_tokens` is the longest reply.
+    clip to a video file and reads it back. `max_tokens` is the longest reply.
     """
 
     split: str = "test"
@@ -126,13 +124,8 @@ def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
     rng = frameforge.stream(options.split, options.seed, "evaluation")
     left = options.questions
     while left:
-        clip = frameforge.make_clip(
-            rng.getrandbits(60),
-            frames=rng.randint(*options.frames),
-            objects=options.objects,
-            split=options.split,
-            size=FRAME_SIZE,
-        )
+        clip = frameforge.make_clip(rng.getrandbits(60), frames=rng.randint(*options.frames), objects=options.objects,
+                                    split=options.split, size=FRAME_SIZE)  # fmt: skip
         questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
         left -= len(questions)
         if questions:
@@ -147,12 +140,8 @@ def score(clip: Clip, question: Question, reply: str, cluster: int) -> Scored:
         return replace(scored, exact=matches(reply, question.answer))
     predicted, gold = metrics.parse_interval_answer(reply), list(question.intervals)
     full: list[Interval] = [(clip.timestamps[0], clip.timestamps[-1])]
-    return replace(
-        scored,
-        exact=predicted == merge_intervals(gold),
-        iou=metrics.interval_iou(predicted, gold),
-        whole_video_iou=metrics.interval_iou(full, gold),
-    )
+    return replace(scored, exact=predicted == merge_intervals(gold), iou=metrics.interval_iou(predicted, gold),
+                   whole_video_iou=metrics.interval_iou(full, gold))  # fmt: skip
 
 
 def frames_of(clip: Clip) -> Frames:
@@ -189,13 +178,17 @@ class ClipPrompt:
     def __init__(self, builder: PromptBuilder, frames: Frames, questions: list[str]) -> None:
         medium = Medium("video", frames)
         full = builder.build([Message("user", (medium, questions[0]))])
-        self.branches = [_tokens_after_medium(builder.tokenizer, medium, text) for text in questions]
+        self.branches = []
+        for question in questions:
+            segments = render([Message("user", (medium, question))])
+            place = next(index for index, segment in enumerate(segments) if segment.value is medium)
+            parts = ((str(segment.value), segment.kind == "template") for segment in segments[place + 1 :])
+            self.branches.append(builder.tokenizer.encode_parts(parts))
         shared = full.token_ids.shape[0] - len(self.branches[0])
         assert full.token_ids[shared:].tolist() == self.branches[0], "the branch is the end of the prompt"
-        next_position = int(full.position_ids[0, shared])
         self.trunk = Prompt(
-            full.token_ids[:shared], full.position_ids[:, :shared], full.is_visual[:shared], next_position,
-            full.media,
+            full.token_ids[:shared], full.position_ids[:, :shared], full.is_visual[:shared],
+            int(full.position_ids[0, shared]), full.media,
         )  # fmt: skip
 
     def continue_trunk(self, branch: Sequence[int], computed: KVCache) -> Prompt:
@@ -206,12 +199,6 @@ class ClipPrompt:
             torch.cat((trunk.token_ids, torch.tensor(branch))), torch.cat((trunk.position_ids, positions), dim=1),
             torch.cat((trunk.is_visual, torch.zeros(n, dtype=torch.bool))), trunk.next_position + n, (), computed,
         )  # fmt: skip
-
-
-def _tokens_after_medium(tokenizer: Tokenizer, medium: Medium, question: str) -> list[int]:
-    segments = render([Message("user", (medium, question))])
-    place = next(index for index, segment in enumerate(segments) if segment.value is medium)
-    return tokenizer.encode_parts((str(s.value), s.kind == "template") for s in segments[place + 1 :])
 
 
 class _Examiner:
@@ -245,8 +232,8 @@ class _Examiner:
             trunk.free()
         replies = [result.token_ids[: -1 if result.finish_reason == "stop" else None] for result in results]
         shared = prompt.trunk.length
-        lengths = [len(branch) + len(reply) for branch, reply in zip(prompt.branches, replies, strict=True)]
-        self.contexts += [shared + length for length in lengths]
+        pairs = zip(prompt.branches, replies, strict=True)
+        self.contexts += [shared + len(branch) + len(reply) for branch, reply in pairs]
         self.prefilled += shared + sum(map(len, prompt.branches))
         self.decoded += sum(map(len, replies))
         texts = [self.runtime.tokenizer.decode(reply) for reply in replies]
@@ -265,12 +252,14 @@ class _Examiner:
             "generated_tokens": self.decoded,
             "tokens_per_second": round((self.prefilled + self.decoded) / max(1e-9, total), 1),
             "seconds": round(total, 2),
-            "seconds_by_phase": {name: round(value, 2) for name, value in self.seconds.items()},
+            "seconds_by_part": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Adds the wall time of a block to a phase."""
+    def _timed(self, part: str) -> Iterator[None]:
+        """Adds the wall time of a block to `seconds[part]`."""
         begin = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - begin

@@ -18,29 +18,13 @@ from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-def split_blocks(rows: Tensor, form: RowFormat) -> tuple[BlockRows, Tensor]:
-    """Encoded rows uint8 [N, row_bytes] in KV blocks, and the memory that must outlive them."""
-    blocks = -(-rows.shape[0] // KV_BLOCK)
-    memory = torch.zeros(blocks, KV_BLOCK, form.row_bytes, dtype=torch.uint8)
-    memory.view(-1, form.row_bytes)[: rows.shape[0]] = rows
-    return BlockRows(form, memory.data_ptr() + torch.arange(blocks) * form.block_bytes), memory
-
-
 class Problem:
     """One sequence with random keys, values and indexer keys of `length` tokens as a store holds them."""
 
     def __init__(
-        self,
-        length: int,
-        groups: int,
-        dim: int,
-        indexer_dim: int,
-        dtype: torch.dtype,
-        generator: torch.Generator,
-        kind: RowKind | None = None,
-        indexer_kind: RowKind | None = None,
-        integers: bool = False,
-    ) -> None:
+        self, length: int, groups: int, dim: int, indexer_dim: int, dtype: torch.dtype, generator: torch.Generator,
+        kind: RowKind | None = None, indexer_kind: RowKind | None = None, integers: bool = False,
+    ) -> None:  # fmt: skip
         plain: RowKind = "float32" if dtype == torch.float32 else "bfloat16"
         kv = RowFormat(kind or plain, groups, dim)
         forms = {"k": kv, "v": kv, "indexer_k": RowFormat(indexer_kind or plain, 1, indexer_dim)}
@@ -52,7 +36,11 @@ class Problem:
             # Small integers give exactly equal scores wherever they are multiplied.
             numbers = torch.randint(-1, 2, shape, generator=generator).float()
             x = numbers if integers else torch.randn(shape, generator=generator)
-            self.blocks[name], self.memory[name] = split_blocks(form.encode(x.to(dtype)), form)
+            blocks = -(-length // KV_BLOCK)
+            memory = torch.zeros(blocks, KV_BLOCK, form.row_bytes, dtype=torch.uint8)
+            memory.view(-1, form.row_bytes)[:length] = form.encode(x.to(dtype))
+            self.blocks[name] = BlockRows(form, memory.data_ptr() + torch.arange(blocks) * form.block_bytes)
+            self.memory[name] = memory  # must outlive the addresses
 
     def _decode(self, name: str, positions: Tensor) -> Tensor:
         form = self.blocks[name].format
@@ -80,12 +68,9 @@ def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None
         indexer_q = torch.randint(-2, 3, (n, 4, 64), generator=generator).to(dtype)
         gate = torch.randint(-2, 3, (n, 4), generator=generator).float()
         stretch = problem.stretch(0, n)
-        for (_, ours), (_, wanted) in zip(
-            [_joined(backend.select(indexer_q, gate, stretch, topk))],
-            [_joined(REFERENCE.select(indexer_q, gate, stretch, topk))],
-            strict=True,
-        ):
-            assert torch.equal(ours, wanted), "the selected sets differ from the reference"
+        sets = [torch.cat([positions for _, positions in used.select(indexer_q, gate, stretch, topk)])
+                for used in (backend, REFERENCE)]  # fmt: skip
+        assert torch.equal(*sets), "the selected sets differ from the reference"
         ours, wanted = torch.empty_like(q), torch.empty_like(q)
         for run in ("sparse", "dense"):
             for used, out in ((backend, ours), (REFERENCE, wanted)):
@@ -95,11 +80,6 @@ def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None
                     used.dense(q, [stretch], out)
             difference = float((ours.float() - wanted.float()).abs().max())
             assert difference <= TOLERANCE[dtype], f"{run} attention differs from the reference by {difference:.2g}"
-
-
-def _joined(selected: object) -> tuple[int, Tensor]:
-    assert hasattr(selected, "__iter__")
-    return 0, torch.cat([positions for _, positions in selected])
 
 
 def main(library: str) -> None:

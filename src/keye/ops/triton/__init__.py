@@ -43,13 +43,6 @@ def serves(x: torch.Tensor) -> bool:
     return x.device.type == "cuda" and x.device.index == torch.cuda.current_device()
 
 
-def grouped_matmul(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """`keye.ops.triton.experts.grouped_matmul`; only where `make` gives a backend."""
-    from keye.ops.triton import experts
-
-    return experts.grouped_matmul(x, weights, sizes)
-
-
 def _refusal() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'keye[gpu]')"

@@ -68,7 +68,6 @@ def dot_dtype(q: Tensor, rows: RowFormat) -> tl.dtype:
     return _TL_DTYPES[q.dtype if rows.dtype == q.dtype else torch.float32]
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Inside kernels. Names in capitals are compile-time constants.
 
 

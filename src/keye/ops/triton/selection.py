@@ -47,10 +47,6 @@ FEWEST_COLUMNS: Final = 16
 _NONE: Final = tl.constexpr(-(2**31))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
 @triton.jit
 def _score_kernel(
     q, gate, row_of, last_of, start_of, table, values, scales, scores, peaks, width, heads,
@@ -94,10 +90,6 @@ def _score_kernel(
             best = tl.max(tl.reshape(ordered, [BK // GROUP, GROUP, BQ]), 1)
             groups = tile // GROUP + tl.arange(0, BK // GROUP)
             tl.store(peaks + at // GROUP + groups[:, None], best)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The k largest
 
 
 @triton.jit
@@ -240,9 +232,6 @@ def _tally_kernel(selected, counts, total, TILE: tl.constexpr):
     position = tl.load(selected + index, mask=index < total, other=-1)
     tl.atomic_add(counts + position, tl.full([TILE], 1, tl.int64), mask=position >= 0)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# From the host
 
 _tuned_scores: Final = tuned(_score_kernel, ["BQ", "JP", "D", "KIND"], [(4, 2), (4, 3), (8, 2), (8, 3)])
 

@@ -16,14 +16,6 @@ if TYPE_CHECKING:  # making batches needs no torch
 NAMES = ("nano",)
 
 
-def load_recipe(name: str) -> Recipe:
-    """The recipe of a name in `NAMES`."""
-    assert name == "nano"
-    from keye.train.recipes.nano.recipe import NanoRecipe
-
-    return NanoRecipe()
-
-
 def load_run(path: Path) -> tuple[TrainConfig, Recipe]:
     """Reads a training file and finds its recipe; `ConfigError` for the first thing that is wrong with the file."""
     raw = read_toml(path, "a training configuration such as configs/nano.toml")
@@ -31,9 +23,9 @@ def load_run(path: Path) -> tuple[TrainConfig, Recipe]:
     if name not in NAMES:
         problem = "is missing" if name is None else f"is {name!r}"
         raise ConfigError(f'{path}: recipe {problem}; set recipe = "{closest(str(name), NAMES) or NAMES[0]}"')
-    recipe = load_recipe(name)
+    from keye.train.recipes.nano.recipe import NanoRecipe
+
+    recipe = NanoRecipe()
     config = parse_settings(recipe.config, raw, path)
-    folder = path.parent
-    return config.model_copy(
-        update={"model": (folder / config.model).resolve(), "output": (folder / config.output).resolve()}
-    ), recipe
+    folders = {name: (path.parent / getattr(config, name)).resolve() for name in ("model", "output")}
+    return config.model_copy(update=folders), recipe

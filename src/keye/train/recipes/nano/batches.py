@@ -107,14 +107,18 @@ class BatchMaker:
                 drawn = questions(clip, rng, mix.questions, weights=config.task_weights or None)
             if drawn:
                 clips.append(clip)
-                chosen_questions.append([_capitalised(question, rng) for question in drawn])
+                # Some of them begin with a capital letter, as people write them.
+                chosen_questions.append([
+                    replace(question, text=question.text[:1].upper() + question.text[1:])
+                    if rng.random() < CAPITAL_CHANCE else question for question in drawn
+                ])  # fmt: skip
         return self.pack(clips, chosen_questions, pictures=mix.pictures)
 
     def pack(
         self, clips: Sequence[Clip], questions: Sequence[Sequence[Question]], *, pictures: bool = False
     ) -> PackedBatch[NDArray]:
         """Packs clips of equally many frames with their questions; `pictures` shows the only frame as an image."""
-        trunks, times = zip(*(self._picture() if pictures else self._trunk(clip) for clip in clips), strict=True)
+        trunks, times = zip(*(self._trunk(clip, pictures) for clip in clips), strict=True)
         trunk_ids = np.array(trunks, dtype=np.int64)
         patch, pad = self.processor.merge_size, self.image_pad if pictures else self.video_pad
         grid = np.tile([1, self.rows * patch, self.columns * patch], (clips[0].frames, 1))
@@ -127,7 +131,9 @@ class BatchMaker:
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         answers: list[AnswerSpan] = []
-        layout = self._layout(clips[0].frames, trunk_ids.shape[1])
+        cells, prefix, length = self.rows * self.columns, len(self.prefix), trunk_ids.shape[1]
+        text = (length - prefix - len(self.suffix)) // clips[0].frames - cells
+        layout = TrunkLayout(prefix, text, cells, self.columns, clips[0].frames, length)
         pointers: list[Pointer] = []
         comparisons: list[Comparison] = []
         for row, items in enumerate(rendered):
@@ -149,23 +155,16 @@ class BatchMaker:
         return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
                            layout, tuple(pointers), tuple(comparisons), events_of(clips))  # fmt: skip
 
-    def _layout(self, frames: int, length: int) -> TrunkLayout:
-        cells, prefix = self.rows * self.columns, len(self.prefix)
-        text = (length - prefix - len(self.suffix)) // frames - cells
-        return TrunkLayout(prefix, text, cells, self.columns, frames, length)
-
-    def _trunk(self, clip: Clip) -> tuple[list[int], list[list[int]]]:
-        ids, times = list(self.prefix), []
-        pads = [self.video_pad] * (self.rows * self.columns)
+    def _trunk(self, clip: Clip, pictures: bool) -> tuple[list[int], list[list[int]]]:
+        """The trunk of a video with the tokens of its times, or that of an image, which has none."""
+        ids, times, cells = list(self.prefix), [], self.rows * self.columns
+        if pictures:
+            return ids + [self.image_pad] * cells + self.suffix, []
         for seconds in clip.timestamps:
             text = self.tokenizer.encode(self.processor.frame_text.format(seconds=seconds), special=True)
             times.append(text[-2:])
-            ids += text + pads
+            ids += text + [self.video_pad] * cells
         return ids + self.suffix, times
-
-    def _picture(self) -> tuple[list[int], list[list[int]]]:
-        """The trunk of an image, which has no times."""
-        return [*self.prefix, *[self.image_pad] * (self.rows * self.columns), *self.suffix], []
 
     def _render(self, question: Question) -> tuple[Question, list[int], list[int]]:
         """The question with its token ids: question and turn, answer and end."""
@@ -194,13 +193,6 @@ class BatchMaker:
             offset = np.where(labels.color[..., None] > 0, labels.offset, np.nan)
             offsets.append(offset.reshape(-1, 2).astype(np.float32))
         return VisionBatch(np.stack(frames), np.stack(ids), np.stack(offsets))
-
-
-def _capitalised(question: Question, rng: random.Random) -> Question:
-    """A quarter of the questions begin with a capital letter, as people write them."""
-    if rng.random() >= CAPITAL_CHANCE:
-        return question
-    return replace(question, text=question.text[:1].upper() + question.text[1:])
 
 
 def fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:

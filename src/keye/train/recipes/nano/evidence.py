@@ -17,7 +17,7 @@ from typing import Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from keye.data.frameforge import Clip, Question, SceneObject
+from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.labels import BACKGROUND_IDS
 from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 
@@ -140,7 +140,10 @@ class PointerMaker:
             pair = [self._color[thing.color], self._shape[thing.shape]]
             for index in range(len(head) - 1):
                 if head[index : index + 2] == pair:
-                    yield from self._of_name(thing, layout, row, start + index + 1)
+                    place = start + index + 1
+                    yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))
+                    if thing.change is None:
+                        yield Pointer("last", row, place, thing.last, (layout.span(thing.last, 1),))
 
     def comparison(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Comparison | None:
         """The comparison that a question about order asks for, None for any other question."""
@@ -154,11 +157,6 @@ class PointerMaker:
         ]
         (_, first), (place, second) = named
         return Comparison(row, start + place, second > first)
-
-    def _of_name(self, thing: SceneObject, layout: TrunkLayout, row: int, place: int) -> Iterator[Pointer]:
-        yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))
-        if thing.change is None:
-            yield Pointer("last", row, place, thing.last, (layout.span(thing.last, 1),))
 
     def of_answer(
         self, clip: Clip, layout: TrunkLayout, question: Question, tail: list[int], row: int, start: int

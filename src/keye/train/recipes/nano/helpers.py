@@ -90,20 +90,18 @@ class Helpers(nn.Module):
         """Where heads should look in this batch."""
         if not self.config.pointing:
             return []
-        return [self._hint(kind, pointers, batch) for kind in HINTED if (pointers := _of_kind(batch, kind))]
-
-    def _hint(self, kind: PointerKind, pointers: list[Pointer], batch: PackedBatch[Tensor]) -> AttentionHint:
-        trunk = batch.layout.length
-        targets = np.zeros((len(pointers), trunk), bool)
-        for row, pointer in zip(targets, pointers, strict=True):
-            for start, stop in pointer.spans:
-                row[start:stop] = True
-        depth, head = HINTED[kind]
-        device = batch.labels.device
-        rows, queries = _rows_and_places(pointers, trunk, device)
-        return AttentionHint(
-            kind, self._layer(depth), rows, queries, torch.from_numpy(targets).to(device), head % self.query_heads
-        )
+        hints, trunk, device = [], batch.layout.length, batch.labels.device
+        for kind, (depth, head) in HINTED.items():
+            if not (pointers := _of_kind(batch, kind)):
+                continue
+            targets = np.zeros((len(pointers), trunk), bool)
+            for row, pointer in zip(targets, pointers, strict=True):
+                for start, stop in pointer.spans:
+                    row[start:stop] = True
+            rows, queries = _rows_and_places(pointers, trunk, device)
+            looks_at = torch.from_numpy(targets).to(device)
+            hints.append(AttentionHint(kind, self._layer(depth), rows, queries, looks_at, head % self.query_heads))
+        return hints
 
     def loss(self, model: KeyeModel, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
         """The weighted sum of the losses, after the forward pass that `step` watched."""

@@ -22,18 +22,12 @@ from keye.train.recipes.nano.helpers import Helpers
 LOGIT_MULTIPLE = 256
 
 
-def pixels_to_patches(frames: Tensor, patch: int) -> Tensor:
-    """uint8 frames [N, H, W, 3] -> normalised patches bfloat16 [N * patches, 3, patch, patch] in raster order."""
-    n, height, width, _ = frames.shape
-    x = (frames.to(torch.bfloat16) / 127.5 - 1.0).view(n, height // patch, patch, width // patch, patch, 3)
-    return x.permute(0, 1, 3, 5, 2, 4).reshape(-1, 3, patch, patch)
-
-
 def encode_frames(model: KeyeModel, frames: Tensor) -> Tensor:
     """uint8 frames [N, H, W, 3] -> visual tokens [N * tokens, d]."""
-    patch = model.config.vision.patch_size
-    grid = torch.tensor([[1, frames.shape[1] // patch, frames.shape[2] // patch]]).expand(frames.shape[0], 3)
-    return model.encode_vision(pixels_to_patches(frames, patch), grid)
+    patch, (n, height, width, _) = model.config.vision.patch_size, frames.shape
+    x = (frames.to(torch.bfloat16) / 127.5 - 1.0).view(n, height // patch, patch, width // patch, patch, 3)
+    patches = x.permute(0, 1, 3, 5, 2, 4).reshape(-1, 3, patch, patch)  # in raster order
+    return model.encode_vision(patches, torch.tensor([[1, height // patch, width // patch]]).expand(n, 3))
 
 
 class VisionObjective:
@@ -56,8 +50,7 @@ class VisionObjective:
             weight[0] = 0.2  # most cells are empty
             total = total + F.cross_entropy(logits, target, weight=weight)
             some = target > 0
-            hits = int((logits.argmax(-1) == target)[some].sum())
-            self.figures.add(name, hits, int(some.sum()))
+            self.figures.add(name, int((logits.argmax(-1) == target)[some].sum()), int(some.sum()))
         known = ~offset[:, 0].isnan()
         total = total + (out[known] - offset[known]).pow(2).mean()
         self.figures.add("loss", float(total.detach()))
@@ -114,6 +107,5 @@ class LanguageObjective:
         correct[learnt] = logits.detach().argmax(-1) == targets
         right = correct.cpu().numpy()
         for answer in batch.answers:
-            hit = bool(right[answer.row, answer.start : answer.stop].all())
-            self.figures.add(answer.question.task + key, hit)
+            self.figures.add(answer.question.task + key, bool(right[answer.row, answer.start : answer.stop].all()))
         return loss
