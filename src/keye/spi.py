@@ -20,7 +20,7 @@ from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
 from keye.engine.media import check_medium
 from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.hub import resolve
-from keye.media.pixels.pictures import is_array
+from keye.media.pixels.patches import is_array
 from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Processor
 from keye.media.source.data_urls import decode_list, parse_list

@@ -12,14 +12,13 @@ from typing import Any
 import click
 import pytest
 
-from keye.commands.shared.group import LazyGroup, Verb
-from keye.commands.shared.group import run as run_command
+from keye.cli import LazyGroup
+from keye.cli import run as run_command
 from keye.errors import KeyeError
 from keye.hub import asset
 
 LIGHT = """
 import sys
-from keye.cli import main
 code = main(sys.argv[1:])
 heavy = {"torch", "pydantic", "numpy", "av", "rich", "huggingface_hub", "keye.chat"} & set(sys.modules)
 sys.exit(f"{code=} {heavy=}" if code or heavy else 0)
@@ -121,7 +120,7 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 
 def test_verbs_are_imported_when_used() -> None:
-    group = LazyGroup("tool", verbs={"gone": Verb("keye.no_such_module:verb", "does nothing")})
+    group = LazyGroup("tool", verbs={"gone": ("keye.no_such_module:verb", "does nothing")})
     context = click.Context(group)
     assert "does nothing" in group.get_help(context)
     with pytest.raises(ModuleNotFoundError):

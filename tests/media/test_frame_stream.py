@@ -16,8 +16,7 @@ from keye.config.media import MediaOptions
 from keye.data.frameforge import make_clip, write_mp4
 from keye.errors import MediaError
 from keye.media.frame_stream import FileReader, FrameShape
-from keye.media.pixels.patches import VisionInput
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels, VisionInput
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader, plan_video

@@ -21,7 +21,7 @@ from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, MediaError
 from keye.media.decode.image_reader import ImageReader
 from keye.media.image import open_image, plan_image, read_image, resize_first
-from keye.media.pixels.pictures import as_picture, in_bytes
+from keye.media.pixels.patches import as_picture, in_bytes
 from keye.media.source.fetch import fetch_source, media_kind, untrusted
 
 CONFIG = ProcessorConfig()

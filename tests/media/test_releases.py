@@ -17,7 +17,7 @@ from keye.config.media import MediaOptions, media_options
 from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.image import open_frames, open_image, plan_image, resize_image
-from keye.media.pixels.pictures import as_frames, as_picture
+from keye.media.pixels.patches import as_frames, as_picture
 from keye.media.processor import Processor, VisualSpan
 from keye.media.source.fetch import fetch_source
 from keye.media.video import DecodeLimits, VideoReader, plan_video

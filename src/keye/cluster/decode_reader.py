@@ -16,8 +16,7 @@ from keye.cluster.service import DecodeService, Result
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.frame_stream import FrameShape
-from keye.media.pixels.patches import VisionInput
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels, VisionInput
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source

@@ -22,7 +22,7 @@ from keye.config import ProcessorConfig
 from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeWarning, MediaError, warn
 from keye.media.decode.workers import DecodeLimits
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, fetch_source

@@ -25,7 +25,7 @@ import numpy as np
 from keye.cluster.decode_work import Work
 from keye.cluster.pool_worker import DONE, Answer
 from keye.errors import KeyeError
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels
 from keye.units import format_bytes
 from keye.version import PACKAGE_FOLDER
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from keye.cluster.decode_work import Absent, BegunCall, BegunVideo, Sink, Work
 from keye.errors import KeyeError
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels
 
 #: What a worker answers: it worked, the work is at fault, the file is not here, or keye is at fault.
 DONE, REJECTED, ABSENT, DEFECT = "done", "rejected", "absent", "defect"

@@ -12,7 +12,7 @@ from keye.cluster.decode_work import Work
 from keye.cluster.pool import PoolWorker, WorkerDied
 from keye.cluster.pool_worker import DEFECT, DONE, REJECTED, Answer, Desk
 from keye.cluster.ray_cluster import connect
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels
 
 #: Seconds in which an actor must have found a free processor and started; how often its node is looked for meanwhile,
 #: since Ray would wait for one that has gone.

@@ -18,8 +18,7 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.image import resize_exactly
-from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
-from keye.media.pixels.pictures import Pixels, as_frames, as_picture
+from keye.media.pixels.patches import Pixels, VisionInput, as_frames, as_picture, frames_to_patches, images_to_patches
 from keye.media.pixels.resample import bilinear
 from keye.media.processor import Piece, VisualSpan, expand_frames
 from keye.media.sizes import Size, processor_resize

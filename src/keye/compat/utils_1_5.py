@@ -26,7 +26,7 @@ from keye.errors import KeyeError, KeyeWarning
 from keye.media import sizes
 from keye.media.image import open_frames, open_image, resize_first
 from keye.media.lists import sample_list
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels
 from keye.media.pixels.slowfast import frame_types
 from keye.media.source.fetch import as_source
 from keye.media.video import VideoReader

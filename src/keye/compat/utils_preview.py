@@ -23,7 +23,7 @@ from keye.media import sizes
 from keye.media.image import open_frames, open_image, resize_first
 from keye.media.info import VideoInfo
 from keye.media.lists import select_listed
-from keye.media.pixels.pictures import as_frames
+from keye.media.pixels.patches import as_frames
 from keye.media.pixels.resample import bicubic
 from keye.media.sampling import frame_range
 from keye.media.source.fetch import as_source

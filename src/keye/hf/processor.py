@@ -24,8 +24,7 @@ from keye.engine.prompt import Prompt, PromptBuilder
 from keye.errors import KeyeError
 from keye.hf.config import folder_of
 from keye.media import sizes
-from keye.media.pixels.patches import VisionInput
-from keye.media.pixels.pictures import as_frames
+from keye.media.pixels.patches import VisionInput, as_frames
 from keye.media.positions import split_grid_rows
 from keye.media.processor import MediaItem, Processor, VisualSpan
 

@@ -21,7 +21,7 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions, MediumKind
 from keye.media.info import VideoInfo
-from keye.media.pixels.pictures import is_array
+from keye.media.pixels.patches import is_array
 from keye.media.plan import VideoPlan
 from keye.media.source.data_urls import decode_list
 from keye.media.source.fetch import Source, as_source

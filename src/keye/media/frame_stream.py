@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, collect_warnings
-from keye.media.pixels.patches import VisionInput, frame_grids, frames_to_patches
-from keye.media.pixels.pictures import Pixels
+from keye.media.pixels.patches import Pixels, VisionInput, frame_grids, frames_to_patches
 from keye.media.sizes import Size
 from keye.media.source.fetch import Source
 from keye.media.video import DecodeLimits, VideoReader

@@ -19,7 +19,7 @@ from keye.media.decode.image_reader import Header, ImageReader, is_confined
 from keye.media.decode.picture import MAX_IMAGE_PIXELS, open_picture, orientation, picture_count, upright
 from keye.media.decode.wire import WorkerError
 from keye.media.notes import Note, emit, warn_image_options
-from keye.media.pixels.pictures import as_picture, in_bytes, is_array
+from keye.media.pixels.patches import as_picture, in_bytes, is_array
 from keye.media.sizes import check_sides, encoded_size, image_size
 from keye.media.source.data_urls import decode_list
 from keye.media.source.fetch import MAX_IMAGE_BYTES, Reference, Source, as_source, check_media, fetch_source, media_kind

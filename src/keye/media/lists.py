@@ -15,7 +15,7 @@ from keye.errors import KeyeError, MediaError
 from keye.media import sampling, sizes
 from keye.media.decode.image_reader import MAX_LIST_PIXELS, ImageReader
 from keye.media.image import SIDEWAYS, plan_image, resize_exactly
-from keye.media.pixels.pictures import Pixels, as_frames
+from keye.media.pixels.patches import Pixels, as_frames
 from keye.media.source.fetch import MAX_IMAGE_BYTES, Source, fetch_source
 
 #: What sentences call a video that is given as pictures.

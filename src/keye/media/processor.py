@@ -24,8 +24,15 @@ from keye.media import sampling, sizes
 from keye.media.content import content_key, probe_cached
 from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelReader, PixelSource
 from keye.media.notes import warn_image_options, warn_video_options
-from keye.media.pixels.patches import VisionInput, frames_to_patches, images_to_patches
-from keye.media.pixels.pictures import Pixels, as_frames, as_picture, is_array
+from keye.media.pixels.patches import (
+    Pixels,
+    VisionInput,
+    as_frames,
+    as_picture,
+    frames_to_patches,
+    images_to_patches,
+    is_array,
+)
 from keye.media.pixels.resample import bicubic, bilinear
 from keye.media.plan import VideoPlan, add_frame_types, make_plan
 from keye.media.source.data_urls import parse_list

@@ -24,8 +24,7 @@ from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError, Option
 from keye.media import sizes
 from keye.media.image import open_frames
-from keye.media.pixels.patches import VisionInput
-from keye.media.pixels.pictures import Pixels, as_frames
+from keye.media.pixels.patches import Pixels, VisionInput, as_frames
 from keye.media.processor import MediaItem, Piece, VisualSpan
 from keye.media.source.fetch import as_source
 from keye.media.video import VideoReader
