@@ -19,6 +19,7 @@ from keye.hub import asset
 
 LIGHT = """
 import sys
+from keye.cli import main
 code = main(sys.argv[1:])
 heavy = {"torch", "pydantic", "numpy", "av", "rich", "huggingface_hub", "keye.chat"} & set(sys.modules)
 sys.exit(f"{code=} {heavy=}" if code or heavy else 0)
