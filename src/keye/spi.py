@@ -23,8 +23,7 @@ from keye.hub import resolve
 from keye.media.pixels.patches import is_array
 from keye.media.positions import build_position_ids
 from keye.media.processor import MediaItem, Processor
-from keye.media.source.data_urls import decode_list, parse_list
-from keye.media.source.fetch import Source, fetch_source, untrusted
+from keye.media.source.fetch import Source, decode_list, fetch_source, parse_list, untrusted
 
 # Networks.
 from keye.models.attention import Rope, cache_rows

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from keye.errors import MediaError
-from keye.media.source.data_urls import decode_list, parse_data_url
-from keye.media.source.fetch import FetchPolicy, fetch_source
+from keye.media.source.fetch import FetchPolicy, decode_list, fetch_source, parse_data_url
 
 #: All bytes, a length that needs padding, and both letters in which the two alphabets differ.
 DATA = bytes(range(256)) + b"\xfb\xef\xbe\xff"

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from keye.config import ProcessorConfig
+from keye.config.media import FetchLimits
 from keye.errors import MediaError
-from keye.media.source.download import FetchLimits, is_public, redact_url
+from keye.media.source.download import is_public, redact_url
 from keye.media.source.fetch import fetch_source, media_kind
 from keye.media.video import VideoReader
 from tests.support.clips import read_code, write_clip

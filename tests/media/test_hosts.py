@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from keye.config.media import FetchLimits
 from keye.errors import KeyeError, MediaError
 from keye.media.image import read_image
-from keye.media.source.download import FetchLimits
 from keye.media.source.fetch import FetchPolicy, fetch_source, untrusted
 from keye.media.source.hosts import check_address, parse_host_rule
 

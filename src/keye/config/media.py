@@ -1,4 +1,5 @@
-"""What a request may set for one image or video, in one frozen object that every planning function takes.
+"""What a request may set for one image or video, in one frozen object that every planning function takes, and what
+fetching it may cost.
 
 Knows names and ranges, not what they lead to: `sampling` and `sizes` hold the rules of each release.
 """
@@ -10,9 +11,11 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from keye.errors import KeyeError, Option, brief, is_number
+from keye.units import GIB
 
 MediumKind = Literal["image", "video"]
 
@@ -152,3 +155,23 @@ def _seconds(values: Any) -> tuple[float, ...]:
     if any(not math.isfinite(t) for t in seconds) or any(a > b for a, b in itertools.pairwise(seconds)):
         raise KeyeError("timestamps must be finite and ascending, in seconds")
     return seconds
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """What a download may cost. `idle_seconds` is the longest silence, `total_seconds` the whole time.
+
+    `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
+    With `hosts` only those may be asked, at first and by redirect, and addresses must be written so that all programs
+    read them alike (`hosts.check_address`); what they resolve to is then not told. `private_hosts` are rules
+    for those that may be at addresses that are not public. Files are saved in `folder`, else where temporary files are.
+    """
+
+    download_bytes: int = 4 * GIB
+    total_seconds: float = 900.0
+    idle_seconds: float = 30.0
+    redirects: int = 5
+    allow_private: bool = False
+    hosts: tuple[str, ...] | None = None
+    private_hosts: tuple[str, ...] = ()
+    folder: Path | None = None

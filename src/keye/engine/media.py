@@ -17,8 +17,7 @@ from keye.errors import KeyeError, Option
 from keye.media.notes import Note, emit
 from keye.media.pixels.patches import is_array
 from keye.media.processor import Piece, PlannedMedium, Processor, count_visual_tokens
-from keye.media.source.data_urls import parse_list
-from keye.media.source.fetch import Source, as_source, is_index, media_kind
+from keye.media.source.fetch import Source, as_source, is_index, media_kind, parse_list
 from keye.models.attention import AttentionMode
 
 

@@ -23,8 +23,7 @@ from keye.config.media import MediaOptions, MediumKind
 from keye.media.info import VideoInfo
 from keye.media.pixels.patches import is_array
 from keye.media.plan import VideoPlan
-from keye.media.source.data_urls import decode_list
-from keye.media.source.fetch import Source, as_source
+from keye.media.source.fetch import Source, as_source, decode_list
 from keye.media.video import DecodeLimits, probe
 
 if TYPE_CHECKING:

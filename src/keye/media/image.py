@@ -21,8 +21,16 @@ from keye.media.decode.wire import WorkerError
 from keye.media.notes import Note, emit, warn_image_options
 from keye.media.pixels.patches import as_picture, in_bytes, is_array
 from keye.media.sizes import check_sides, encoded_size, image_size
-from keye.media.source.data_urls import decode_list
-from keye.media.source.fetch import MAX_IMAGE_BYTES, Reference, Source, as_source, check_media, fetch_source, media_kind
+from keye.media.source.fetch import (
+    MAX_IMAGE_BYTES,
+    Reference,
+    Source,
+    as_source,
+    check_media,
+    decode_list,
+    fetch_source,
+    media_kind,
+)
 
 #: The EXIF orientations that swap the axes.
 SIDEWAYS = (5, 6, 7, 8)

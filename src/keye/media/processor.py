@@ -35,8 +35,7 @@ from keye.media.pixels.patches import (
 )
 from keye.media.pixels.resample import bicubic, bilinear
 from keye.media.plan import VideoPlan, add_frame_types, make_plan
-from keye.media.source.data_urls import parse_list
-from keye.media.source.fetch import Reference, Source, as_source, fetch_source
+from keye.media.source.fetch import Reference, Source, as_source, fetch_source, parse_list
 from keye.media.video import DecodeLimits, VideoReader
 
 if TYPE_CHECKING:

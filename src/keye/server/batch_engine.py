@@ -20,8 +20,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from keye.api import Keye, load
+from keye.config.media import FetchLimits
 from keye.errors import KeyeError
-from keye.media.source.download import FetchLimits
 from keye.media.source.fetch import OwnersPolicy
 from keye.process import report_ready, watch_stdin
 from keye.server.app import create_app

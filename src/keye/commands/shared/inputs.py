@@ -23,8 +23,8 @@ from keye.commands.shared.options import (
     flag,
     pick_set,
 )
+from keye.config.media import FetchLimits
 from keye.errors import KeyeError, MediaError, Option
-from keye.media.source.download import FetchLimits
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
 from keye.units import format_bytes, one_line
 

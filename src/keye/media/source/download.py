@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from keye.config.media import FetchLimits
 from keye.errors import MediaError
 from keye.media.source.hosts import allows_host, check_address
-from keye.units import GIB, format_bytes
+from keye.units import format_bytes
 
 _CHUNK = 1 << 18
 #: Bytes that tell an image from a video.
@@ -30,26 +30,6 @@ _HEAD = 32
 #: How long to wait for bytes beyond the declared length, in seconds: most servers close the connection at once.
 _SURPLUS_SECONDS = 0.2
 _REDIRECTS = (301, 302, 303, 307, 308)
-
-
-@dataclass(frozen=True)
-class FetchLimits:
-    """What a download may cost. `idle_seconds` is the longest silence, `total_seconds` the whole time.
-
-    `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
-    With `hosts` only those may be asked, at first and by redirect, and addresses must be written so that all programs
-    read them alike (`hosts.check_address`); what they resolve to is then not told. `private_hosts` are rules
-    for those that may be at addresses that are not public. Files are saved in `folder`, else where temporary files are.
-    """
-
-    download_bytes: int = 4 * GIB
-    total_seconds: float = 900.0
-    idle_seconds: float = 30.0
-    redirects: int = 5
-    allow_private: bool = False
-    hosts: tuple[str, ...] | None = None
-    private_hosts: tuple[str, ...] = ()
-    folder: Path | None = None
 
 
 def download(

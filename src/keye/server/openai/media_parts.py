@@ -16,8 +16,7 @@ from keye.chat.messages import Medium, Message, normalize
 from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
 from keye.errors import KeyeError
 from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
-from keye.media.source.data_urls import parse_data_url
-from keye.media.source.fetch import Source, media_kind
+from keye.media.source.fetch import Source, media_kind, parse_data_url
 from keye.server.edge.errors import ApiError
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.schemas import MediaDefaults
