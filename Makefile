@@ -50,6 +50,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/vocabulary.py
 	$(BIN)/deptry src
 	$(BIN)/hadolint Dockerfile Dockerfile.cuda
 	$(BIN)/pre-commit validate-config
