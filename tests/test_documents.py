@@ -83,8 +83,8 @@ def test_commands_of_the_readme_run(capsys: pytest.CaptureFixture[str], monkeypa
     assert [command[0] for command in commands] == ["ask", "ground", "plan"]
     for command in commands:
         assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert "[[3.0, 8.5]]" in shown and "2.0 s to 14.0 s" in shown and "512 visual tokens" in shown
+    text = capsys.readouterr().out
+    assert "[[3.0, 8.5]]" in text and "2.0 s to 14.0 s" in text and "512 visual tokens" in text
 
 
 def test_table_of_machines_follows_from_the_models(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,11 +94,11 @@ def test_table_of_machines_follows_from_the_models(capsys: pytest.CaptureFixture
         sizes = inspected(name, capsys)
         assert float(weights) == pytest.approx(sizes["weights"], rel=0.02, abs=0.005)
         tokens = int((float(free) - sizes["activations"] - sizes["weights"]) * 1e9 / sizes["token"])
-        shown = room.partition(";")[0]
-        if shown.startswith("all "):
-            assert tokens >= sizes["context"] == int(re.sub(r"\D", "", shown))
+        text = room.partition(";")[0]
+        if text.startswith("all "):
+            assert tokens >= sizes["context"] == int(re.sub(r"\D", "", text))
         else:
-            fits, context = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+\d", shown))
+            fits, context = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+\d", text))
             assert fits == pytest.approx(tokens, rel=0.03) and context == sizes["context"]
 
 

@@ -48,7 +48,7 @@ def test_only_files_that_hold_data_are_fetched(remote: FakeHub, tmp_path: Path) 
     folder = resolve(remote, tmp_path)
     assert names(folder) == {*SMALL, *SHARDS, "model.safetensors.index.json"}
     assert all((folder / name).read_bytes() == data for name, data in (SMALL | SHARDS).items())
-    assert not [path for path in remote.asked if path.endswith((".py", ".bin", ".pt", ".pkl", ".md"))]
+    assert not [path for path in remote.requests if path.endswith((".py", ".bin", ".pt", ".pkl", ".md"))]
 
 
 def test_without_weights_only_small_files_come(remote: FakeHub, tmp_path: Path) -> None:
@@ -62,15 +62,15 @@ def test_gguf_is_refused_before_it_is_fetched(remote: FakeHub, tmp_path: Path) -
     remote.files = {**SMALL, "model.gguf": b"GGUF"}
     with pytest.raises(KeyeError, match="weights as GGUF, which keye does not read yet: choose the safetensors"):
         resolve(remote, tmp_path)
-    assert not any("gguf" in asked for asked in map(str, remote.asked))
+    assert not any("gguf" in request for request in map(str, remote.requests))
 
 
 def test_what_is_here_is_not_asked_for_again(remote: FakeHub, tmp_path: Path) -> None:
     folder = resolve(remote, tmp_path)
-    remote.asked.clear()
+    remote.requests.clear()
     remote.revisions["main"] = "b" * 40
     assert resolve(remote, tmp_path) == resolve(remote, tmp_path, offline=True) == folder
-    assert remote.asked == []
+    assert remote.requests == []
 
 
 def test_published_names(remote: FakeHub, tmp_path: Path) -> None:
@@ -199,10 +199,10 @@ def test_repositories_without_a_checkpoint(remote: FakeHub, tmp_path: Path) -> N
 def test_without_a_network(remote: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(KeyeError, match=r"hub is set offline \(HF_HUB_OFFLINE\)"):
         resolve(remote, tmp_path, offline=True)
-    nobody = replace(remote.config(tmp_path), endpoint="http://127.0.0.1:9")
+    unreachable = replace(remote.config(tmp_path), endpoint="http://127.0.0.1:9")
     with pytest.raises(KeyeError, match="hub cannot be reached"):
-        hub.resolve(remote.name, config=nobody)
-    assert remote.asked == []
+        hub.resolve(remote.name, config=unreachable)
+    assert remote.requests == []
 
 
 def test_what_another_program_fetched_serves_offline(remote: FakeHub, tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_without_links_files_are_moved(remote: FakeHub, tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "symlink_to", refuse)
     folder = resolve(remote, tmp_path)
     assert not any(path.is_symlink() for path in folder.iterdir()) and names(folder) >= set(SHARDS)
-    remote.asked.clear()
-    assert resolve(remote, tmp_path) == folder and remote.asked == []
+    remote.requests.clear()
+    assert resolve(remote, tmp_path) == folder and remote.requests == []
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which name was probably meant by one that nobody knows."""
+"""Which name was probably meant by an unknown one."""
 
 from __future__ import annotations
 

@@ -94,17 +94,17 @@ def test_the_pictures_of_the_documentation(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_utilities(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples/utilities.py"))["main"]()
-    shown = capsys.readouterr().out
-    assert "slow frames of" in shown
-    assert "<|frame|>0.0" in shown
+    text = capsys.readouterr().out
+    assert "slow frames of" in text
+    assert "<|frame|>0.0" in text
 
 
 def test_a_script_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="needs the extra: pip install keye[hf]")
     runpy.run_path(str(ROOT / "examples/transformers_script.py"))["main"]()
-    shown = capsys.readouterr().out
-    assert "<|frame|>0.5" in shown
-    assert "[[" in shown.splitlines()[-1]
+    text = capsys.readouterr().out
+    assert "<|frame|>0.5" in text
+    assert "[[" in text.splitlines()[-1]
 
 
 def test_a_live_session(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,5 +129,5 @@ def test_the_manifest_of_a_batch(tmp_path: Path) -> None:
         record.get("custom_id", record["id"]): record for record in map(json.loads, out.read_text().splitlines())
     }
     assert records["red"]["text"] == "[[3.0, 8.5]]"
-    told = records["red, in the form of OpenAI's batches"]["response"]
-    assert told["body"]["choices"][0]["message"]["content"] == "[[3.0, 8.5]]"
+    events = records["red, in the form of OpenAI's batches"]["response"]
+    assert events["body"]["choices"][0]["message"]["content"] == "[[3.0, 8.5]]"

@@ -313,8 +313,8 @@ def test_limits_of_a_processor(folder: Path) -> None:
 
     assert patches() == 4 * 4  # a square of at most 6 tokens has 4
     assert patches(max_pixels=9 * 784) == 4 * 9
-    given = processor(text="<|image_pad|>", images=[picture])
-    assert given["image_grid_thw"].tolist() == [[1, 4, 4]]
+    value = processor(text="<|image_pad|>", images=[picture])
+    assert value["image_grid_thw"].tolist() == [[1, 4, 4]]
     with pytest.raises(KeyeError, match="min_pixels=9 is above max_pixels=8"):
         transformers.AutoProcessor.from_pretrained(folder, min_pixels=9, max_pixels=8)
 
@@ -325,7 +325,7 @@ def test_rows_padded_at_the_right(folder: Path) -> None:
     texts = ["hello", "hello, what do you see there?"]
     inputs = right(text=texts)
     assert inputs["attention_mask"][0, 0] == 1 and inputs["attention_mask"][0, -1] == 0
-    ids = [model.generate(**one, max_new_tokens=4, eos_token_id=-1)[:, -4:] for one in (left(text=texts), inputs)]
+    ids = [model.generate(**item, max_new_tokens=4, eos_token_id=-1)[:, -4:] for item in (left(text=texts), inputs)]
     assert torch.equal(*ids)
     with pytest.raises(KeyeError, match="left or right"):
         transformers.AutoProcessor.from_pretrained(folder, padding_side="top")

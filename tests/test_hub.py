@@ -54,7 +54,7 @@ def test_a_missing_asset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("./gone", "gone does not exist"),
         ("a/b/c", "does not exist"),
         ("x" * 5000, "Unknown model"),
-        ("~nobody-here/x y", "does not exist"),
+        ("~no-one-here/x y", "does not exist"),
     ],
 )
 def test_unknown_names(name: str, sentence: str) -> None:

@@ -104,6 +104,6 @@ def clip_file(tmp_path: Path) -> Path:
 
 
 def test_failures_are_one_sentence(tmp_path: Path) -> None:
-    said = r"gone/a cannot be written \(No such file or directory\): name another place"
-    with pytest.raises(KeyeError, match=said), output_file(tmp_path / "gone" / "a") as draft:
+    message = r"gone/a cannot be written \(No such file or directory\): name another place"
+    with pytest.raises(KeyeError, match=message), output_file(tmp_path / "gone" / "a") as draft:
         draft.write_text("x")

@@ -85,9 +85,9 @@ def test_losses_stay(name, model, snapshots):
 
 if __name__ == "__main__":
     network = nano()
-    taken = {
+    snapshots = {
         "logits": {mode: measure_logits(network, mode) for mode in ("dense", "sparse")},
         "losses": {name: measure_loss(network, name) for name in STAGES},
     }
-    SNAPSHOTS.write_text(json.dumps(taken, indent=2) + "\n")
+    SNAPSHOTS.write_text(json.dumps(snapshots, indent=2) + "\n")
     print(f"wrote {SNAPSHOTS}")

@@ -40,7 +40,7 @@ def pre_tokens(text: str, pre_tokenizer: Any, normalizer: Any) -> list[str]:
 def test_parts_have_the_pieces_of_the_whole(parts: tuple[Any, Any], text: str, size: int) -> None:
     cut = list(pieces_of(text, cuts_of(*parts), size))
     assert "".join(cut) == text
-    assert [one for part in cut for one in pre_tokens(part, *parts)] == pre_tokens(text, *parts)
+    assert [pre_token for part in cut for pre_token in pre_tokens(part, *parts)] == pre_tokens(text, *parts)
 
 
 def test_texts_are_cut_and_unknown_rules_are_not() -> None:
@@ -66,7 +66,7 @@ def test_ids_are_those_of_one_call_and_end_soon_after_a_limit() -> None:
 
 
 def test_a_run_without_any_cut_is_bounded_only_where_tokens_are_counted() -> None:
-    backend = Backend(BPE(vocab={one: index for index, one in enumerate(byte_characters())}, merges=[]))
+    backend = Backend(BPE(vocab={item: index for index, item in enumerate(byte_characters())}, merges=[]))
     backend.decoder = ByteLevel()
     backend.pre_tokenizer, backend.normalizer = QWEN
     tokenizer, run = Tokenizer(backend), "a" * (MAX_RUN + 1)
@@ -79,7 +79,7 @@ def test_a_run_without_any_cut_is_bounded_only_where_tokens_are_counted() -> Non
 
 @given(text=texts)
 def test_the_lower_bound_holds_with_composed_characters(text: str) -> None:
-    vocab = {one: index for index, one in enumerate(byte_characters())}
+    vocab = {item: index for index, item in enumerate(byte_characters())}
     backend = Backend(BPE(vocab=vocab, merges=[]))
     backend.decoder, backend.normalizer = ByteLevel(), normalizers.NFC()
     backend.pre_tokenizer = QWEN[0]

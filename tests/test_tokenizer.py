@@ -257,8 +257,8 @@ def test_ids_of_the_official_tokenizer(shared: Callable[[str], Path]) -> None:
     assert set(tokenizer.special_tokens) == set(CONTROL_TOKENS)
     assert set(OFFICIAL) == set(CONTROL_TOKENS + MARKUP_TOKENS)
     check_tokenizer(tokenizer, load_official(folder))
-    written = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    assert {entry["content"]: int(index) for index, entry in written.items()} == tokenizer.added_tokens
+    output = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {entry["content"]: int(index) for index, entry in output.items()} == tokenizer.added_tokens
 
 
 def load_official(folder: Path) -> KeyeConfig:

@@ -26,9 +26,9 @@ def test_a_plan_needs_no_weights(run: Callable, remote: FakeHub, video: Path, tm
     result = run("plan", video, "--model", remote.name, "--json")
     assert (result.code, result.data["visual_tokens"]) == (0, 128)
     assert "keye: fetching some-one/their-model: " in result.err
-    assert not [path for path in remote.asked if path.endswith("model.safetensors")]
+    assert not [path for path in remote.requests if path.endswith("model.safetensors")]
     assert run("ask", video, "what?", "--model", remote.name, "--max-tokens", 1).code == 0
-    assert [path for path in remote.asked if path.endswith("model.safetensors")]
+    assert [path for path in remote.requests if path.endswith("model.safetensors")]
 
 
 def test_what_was_fetched_is_here(run: Callable, remote: FakeHub, video: Path) -> None:

@@ -1,4 +1,4 @@
-"""`keye.load` and what it gives: mistakes are told before any work, streams iterate, notes tell what is odd."""
+"""`keye.load` and its results: mistakes are reported before any work, streams iterate, notes name what is unusual."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def own(folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the model with changed fields of config.json."""
 
     def copy(**changes: Any) -> Path:
-        made = Path(shutil.copytree(folder, tmp_path / "own"))
-        config = json.loads((made / "config.json").read_text()) | changes
-        (made / "config.json").write_text(json.dumps(config))
-        return made
+        result = Path(shutil.copytree(folder, tmp_path / "own"))
+        config = json.loads((result / "config.json").read_text()) | changes
+        (result / "config.json").write_text(json.dumps(config))
+        return result
 
     return copy
 
@@ -101,12 +101,12 @@ def test_a_sound_checkpoint_has_no_notes(model: Keye) -> None:
 
 
 def test_notes_tell_what_is_left_out_and_what_is_missing(own: Callable[..., Path]) -> None:
-    made = own(zebra=1, apple={})
-    weights = made / "model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(weights).items() if ".sa_indexer." not in name}
-    save_file({**kept, "visual.vision_model.head.probe": torch.zeros(1)}, weights)
-    (made / "preprocessor_config.json").unlink()
-    assert keye.load(made).notes == (
+    result = own(zebra=1, apple={})
+    weights = result / "model.safetensors"
+    remaining = {name: tensor for name, tensor in load_file(weights).items() if ".sa_indexer." not in name}
+    save_file({**remaining, "visual.vision_model.head.probe": torch.zeros(1)}, weights)
+    (result / "preprocessor_config.json").unlink()
+    assert keye.load(result).notes == (
         "config.json has keys without meaning to keye: apple, zebra",
         "preprocessor_config.json is missing: media are prepared by the official values of Keye-VL 2.0",
         "the files hold no indexer weights: the model attends densely",
@@ -123,11 +123,11 @@ def test_unused_tensors_are_noted_the_first_few_by_name(own: Callable[..., Path]
 
 
 def test_a_checkpoint_of_nan_ends_with_a_sentence(own: Callable[..., Path]) -> None:
-    made = own()
-    tensors = load_file(made / "model.safetensors")
+    result = own()
+    tensors = load_file(result / "model.safetensors")
     tensors["model.norm.weight"].fill_(torch.nan)
-    save_file(tensors, made / "model.safetensors")
-    broken = keye.load(made)
+    save_file(tensors, result / "model.safetensors")
+    broken = keye.load(result)
     with pytest.raises(KeyeError, match="the model computes NaN"):
         broken.ask(Frames(FRAMES), "what?")
     with pytest.raises(KeyeError, match="the model computes NaN"):
@@ -258,7 +258,7 @@ def test_the_plan_never_counts_more_than_the_medium_takes(video: Path, release: 
     planned = plan_medium(as_medium(str(video), options), processor)
     item = processor.video(planned.source, planned.options)
     assert 0 < planned.visual_tokens <= item.visual_tokens
-    if release != "1.5":  # whose fast frames are told apart by their pixels
+    if release != "1.5":  # whose fast frames are classified by their pixels
         assert planned.pieces == item.pieces
 
 

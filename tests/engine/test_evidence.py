@@ -54,13 +54,13 @@ def test_selections_are_attributed_to_the_frames_that_hold_them(tiny: Runtime) -
     counts[:, video[5][1] - 1] = 2
     counts[:, video[5][1]] = 100  # the text of the next frame
     counts[:, image[0][0]] = 8
-    made = make_evidence(counts, 3, prompt, tiny.model.config)
-    frames, picture = made.media
-    assert made.reason is None and made.steps == 3
+    result = make_evidence(counts, 3, prompt, tiny.model.config)
+    frames, picture = result.media
+    assert result.reason is None and result.steps == 3
     assert frames.shares == (0, 0, 0.75, 0, 0, 0.25, 0, 0) and frames.times == tuple(TIMES)
     assert frames.lifts[2] == 6.0 and frames.top() == [2, 5] and frames.top(1) == [2]
     assert picture.shares == (1.0,) and picture.share == frames.share == 0.5
-    assert made.to_dict()["media"][0]["top"] == [2, 5]
+    assert result.to_dict()["media"][0]["top"] == [2, 5]
 
 
 def test_counts_are_those_of_the_steps_that_write_the_reply(tiny: Runtime) -> None:
@@ -95,9 +95,10 @@ def test_without_selection_there_is_a_reason(model: Keye, tiny: Runtime) -> None
     short = tiny_model(topk=4096)
     prompt = prompt_of(short, Frames(FRAMES))
     counts = torch.zeros(2, prompt.length + 1, dtype=torch.int64)
-    made = make_evidence(counts, 0, prompt, short.model.config)
+    result = make_evidence(counts, 0, prompt, short.model.config)
     assert (
-        made.reason == "the context is not longer than the 4,096 tokens that the indexer selects: every token was read"
+        result.reason
+        == "the context is not longer than the 4,096 tokens that the indexer selects: every token was read"
     )
     assert model.chat([{"role": "user", "content": "hello"}], max_tokens=1, evidence=True).evidence == Evidence(
         (), 0, "the request has no media"
@@ -133,20 +134,20 @@ def test_a_timeline_of_any_length(frames: int) -> None:
 
 def test_a_picture_tells_why_there_is_no_evidence(tmp_path: Path) -> None:
     plain = draw_evidence(Evidence((), 0), "when?", "now", [])
-    told = draw_evidence(Evidence((), 0, "attention was dense"), "when? 日本", "", [])
-    assert told.height > plain.height and (213, 94, 0) in colours(told)
+    events = draw_evidence(Evidence((), 0, "attention was dense"), "when? 日本", "", [])
+    assert events.height > plain.height and (213, 94, 0) in colours(events)
 
 
 def test_an_indexed_video_has_the_evidence_of_the_video(tmp_path: Path) -> None:
     model, clip = keye.load("nano"), make_clip(3, frames=16, objects=2)
     video = Frames(render(clip), clip.timestamps)
     model.index(video, tmp_path / "clip.keye")
-    told = [
+    events = [
         model.ask(medium, "when is the first object visible?", evidence=True, max_tokens=6).evidence
         for medium in (tmp_path / "clip.keye", video)
     ]
-    assert told[0] is not None and told[1] is not None
-    ours, theirs = told[0].media[0], told[1].media[0]
+    assert events[0] is not None and events[1] is not None
+    ours, theirs = events[0].media[0], events[1].media[0]
     assert (ours.times, ours.kind) == (theirs.times, "video") and len(ours.shares) == 16
     assert max(abs(a - b) for a, b in zip(ours.shares, theirs.shares, strict=True)) < 0.02
 

@@ -54,7 +54,7 @@ def test_nobody_but_the_template_writes_tokens(
 
 
 def test_neighbouring_texts_are_encoded_as_one() -> None:
-    whole = BUILDER.build([{"role": "user", "content": "\n\nred circle"}])
+    total = BUILDER.build([{"role": "user", "content": "\n\nred circle"}])
     parts = BUILDER.build([{"role": "user", "content": ["\n", "\nred ", "circle"]}])
     official = "<|im_start|>user\n\n\nred circle<|im_end|>\n<|im_start|>assistant\n"
-    assert whole.token_ids.tolist() == parts.token_ids.tolist() == BUILDER.tokenizer.encode(official, special=True)
+    assert total.token_ids.tolist() == parts.token_ids.tolist() == BUILDER.tokenizer.encode(official, special=True)

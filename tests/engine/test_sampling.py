@@ -227,14 +227,14 @@ def test_min_tokens_fit_into_max_tokens() -> None:
 
 
 def run_through(stop: list[str], *pieces: str) -> tuple[list[str], str, bool]:
-    """What is shown after each piece, what `finish` gives back, and whether the stream was stopped."""
+    """What is shown after each piece, what `finish` returns, and whether the stream was stopped."""
     text = StopText(stop)
-    shown = []
+    text_value = []
     for piece in pieces:
-        shown.append(text.push(piece))
+        text_value.append(text.push(piece))
         if text.stopped:
             break
-    return shown, text.finish(), text.stopped
+    return text_value, text.finish(), text.stopped
 
 
 def test_a_stop_string_inside_a_piece() -> None:
@@ -276,6 +276,6 @@ def test_without_stop_strings_all_is_shown_at_once() -> None:
 @given(text=st.text("ab", max_size=30), stop=st.text("ab", min_size=1, max_size=4), cuts=st.lists(st.integers(0, 30)))
 def test_pieces_make_no_difference(text: str, stop: str, cuts: list[int]) -> None:
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    shown, rest, stopped = run_through([stop], *(text[a:b] for a, b in itertools.pairwise(places)))
-    assert "".join(shown) + rest == text.split(stop)[0]
+    text_value, rest, stopped = run_through([stop], *(text[a:b] for a, b in itertools.pairwise(places)))
+    assert "".join(text_value) + rest == text.split(stop)[0]
     assert stopped == (stop in text)

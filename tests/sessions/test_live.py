@@ -56,8 +56,8 @@ def test_frames_one_by_one_are_one_video(model: Keye) -> None:
     session = model.live(**SIZE)
     for start, stop in ((0, 1), (1, 4), (4, 40)):
         session.append(FRAMES[start:stop], TIMES[start:stop])
-        one = logits_of_video(model, FRAMES[:stop], TIMES[:stop], "what is this?")
-        assert torch.allclose(logits_of(model, session, "what is this?"), one, atol=1e-5)
+        item = logits_of_video(model, FRAMES[:stop], TIMES[:stop], "what is this?")
+        assert torch.allclose(logits_of(model, session, "what is this?"), item, atol=1e-5)
     assert session.frames == 40 and session.times == tuple(TIMES)
 
 
@@ -76,27 +76,27 @@ def test_frames_have_the_size_that_the_session_asks_for(model: Keye) -> None:
 
 
 def test_answers_do_not_disturb_the_stream(model: Keye) -> None:
-    asked, silent = model.live(**SIZE), model.live(**SIZE)
+    request, silent = model.live(**SIZE), model.live(**SIZE)
     for start in range(0, 12, 3):
-        for session in (asked, silent):
+        for session in (request, silent):
             session.append(FRAMES[start : start + 3], TIMES[start : start + 3])
-        stream = asked.stream_ask("what?", max_tokens=5)
+        stream = request.stream_ask("what?", max_tokens=5)
         next(stream, None)  # left in the middle
-        answer = asked.ask("what?", max_tokens=5)
-    assert asked.tokens == silent.tokens
-    assert torch.equal(logits_of(model, asked, "when?"), logits_of(model, silent, "when?"))
-    whole = model.ask(Frames(FRAMES[:12], TIMES[:12]), "what?", media_options=SIZE, max_tokens=5)
-    assert (answer.text, replace(answer.usage, cached_tokens=0)) == (whole.text, whole.usage)
-    assert answer.usage.cached_tokens == asked.tokens, "what was seen is not computed again"
-    assert answer.plan == whole.plan
+        answer = request.ask("what?", max_tokens=5)
+    assert request.tokens == silent.tokens
+    assert torch.equal(logits_of(model, request, "when?"), logits_of(model, silent, "when?"))
+    total = model.ask(Frames(FRAMES[:12], TIMES[:12]), "what?", media_options=SIZE, max_tokens=5)
+    assert (answer.text, replace(answer.usage, cached_tokens=0)) == (total.text, total.usage)
+    assert answer.usage.cached_tokens == request.tokens, "what was seen is not computed again"
+    assert answer.plan == total.plan
 
 
 def test_an_answer_has_evidence(model: Keye) -> None:
     session = model.live(**SIZE)
     session.append(FRAMES[:8], TIMES[:8])
     evidence = session.ask("what?", max_tokens=3, evidence=True).evidence
-    whole = model.ask(Frames(FRAMES[:8], TIMES[:8]), "what?", media_options=SIZE, max_tokens=3, evidence=True).evidence
-    assert evidence is not None and evidence == whole
+    total = model.ask(Frames(FRAMES[:8], TIMES[:8]), "what?", media_options=SIZE, max_tokens=3, evidence=True).evidence
+    assert evidence is not None and evidence == total
 
 
 def test_a_file_is_appended_with_its_times(model: Keye, tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_recent_frames_are_as_if_the_video_began_with_them(model: Keye) -> None:
     assert session.dropped > 0 and session.dropped + session.frames == 40
     first = session.dropped
     assert session.times == tuple(TIMES[first:])
-    one = logits_of_video(model, FRAMES[first:], TIMES[first:], "what?")
-    assert torch.allclose(logits_of(model, session, "what?"), one, atol=1e-5)
+    item = logits_of_video(model, FRAMES[first:], TIMES[first:], "what?")
+    assert torch.allclose(logits_of(model, session, "what?"), item, atol=1e-5)
 
 
 def test_the_past_is_in_the_ledger_of_the_model(folder: Path) -> None:

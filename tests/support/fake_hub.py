@@ -32,7 +32,7 @@ class FakeHub:
     """Bytes after which the connection breaks, one entry for each answer about a file."""
     corrupt: set[str] = field(default_factory=set)
     ignore_range: bool = False
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     authorized: list[str] = field(default_factory=list)
     port: int = 0
@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
-        hub.asked.append(path)
+        hub.requests.append(path)
         if self.headers.get("Authorization"):
             hub.authorized.append(path)
         if path.startswith("/storage/"):

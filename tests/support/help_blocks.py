@@ -19,9 +19,9 @@ def help_text(command_line: str) -> str:
     command, context = cli, _context(cli, first)
     for name in names:
         assert isinstance(command, click.Group)
-        found = command.get_command(context, name)
-        assert found is not None, f"{command_line} is no command"
-        command, context = found, _context(found, name, context)
+        result = command.get_command(context, name)
+        assert result is not None, f"{command_line} is not a command"
+        command, context = result, _context(result, name, context)
     return command.get_help(context) + "\n"
 
 

@@ -55,15 +55,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def assert_same_weights(one: Path, two: Path) -> None:
-    first, second = weights(one), weights(two)
+def assert_same_weights(left: Path, right: Path) -> None:
+    first, second = weights(left), weights(right)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def assert_same(one, two):
-    for field in dataclasses.fields(one):
-        a, b = getattr(one, field.name), getattr(two, field.name)
+def assert_same(left, right):
+    for field in dataclasses.fields(left):
+        a, b = getattr(left, field.name), getattr(right, field.name)
         if isinstance(a, np.ndarray):
             np.testing.assert_array_equal(a, b)
         elif dataclasses.is_dataclass(a):

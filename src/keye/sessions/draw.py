@@ -35,7 +35,7 @@ def draw_regions(picture: Image.Image, regions: Sequence[Region]) -> Image.Image
         _outline(draw, region, drawn.size, colours[region.label], line)
     for number, region in placed:  # after all shapes, so that no line crosses a label
         if region.label is not None:
-            _label(draw, _written(region.label, number), region, drawn.size, colours[region.label], font, line)
+            _label(draw, _printable_label(region.label, number), region, drawn.size, colours[region.label], font, line)
     return drawn
 
 
@@ -74,7 +74,7 @@ def _label(
     draw.text((x + line - box[0], y + line - box[1]), text, fill=ink, font=font)
 
 
-def _written(label: str, number: int) -> str:
+def _printable_label(label: str, number: int) -> str:
     """The label on one line if the built-in font (Latin letters) can show it, else its number."""
     text = " ".join(label.split())[:_MAX_LABEL]
     try:

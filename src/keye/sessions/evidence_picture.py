@@ -89,8 +89,8 @@ def _panel(medium: MediumEvidence, intervals: Sequence[Interval], thumbnails: Ma
         ImageDraw.Draw(line).text((_MARGIN, _LABEL // 2), text, fill=_INK, font=_font(17))
         return line
     chart = _Chart(medium)
-    shown = sorted(i for i in medium.top(THUMBNAILS) if i in thumbnails)
-    small = [_small(thumbnails[i], (WIDTH - 2 * _MARGIN + _GAP) // THUMBNAILS - _GAP) for i in shown]
+    frames_shown = sorted(i for i in medium.top(THUMBNAILS) if i in thumbnails)
+    small = [_small(thumbnails[i], (WIDTH - 2 * _MARGIN + _GAP) // THUMBNAILS - _GAP) for i in frames_shown]
     below = max((picture.height for picture in small), default=0)
     bottom = _LABEL * 2 + _CHART
     height = bottom + _LABEL * 2 + (40 + below + 2 * _LABEL + _GAP if small else 0)
@@ -103,7 +103,7 @@ def _panel(medium: MediumEvidence, intervals: Sequence[Interval], thumbnails: Ma
     chart.draw(draw, 2 * _LABEL, intervals, set(medium.top(THUMBNAILS)))
     row, step = bottom + _LABEL * 2 + 40, (WIDTH - 2 * _MARGIN + _GAP) // THUMBNAILS
     left = _MARGIN + (THUMBNAILS - len(small)) * step // 2
-    for place, (frame, picture) in enumerate(zip(shown, small, strict=True)):
+    for place, (frame, picture) in enumerate(zip(frames_shown, small, strict=True)):
         x = left + place * step
         centre, middle = chart.x(frame), x + picture.width // 2
         draw.line([(centre, bottom + _LABEL * 2 - 16), (middle, row - 4)], fill=_TOP, width=2)

@@ -66,8 +66,8 @@ class Case:
 
     def tolerance(self, default: float = FLOAT_TOLERANCE) -> float:
         """The first number of the case's own tolerance text."""
-        found = re.search(r"\d+(?:\.\d+)?e-\d+", str(self.meta.get("tolerance", "")))
-        return float(found[0]) if found else default
+        result = re.search(r"\d+(?:\.\d+)?e-\d+", str(self.meta.get("tolerance", "")))
+        return float(result[0]) if result else default
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Check:
     def finish(self) -> None:
         """Raises `AssertionError` with every difference; a case that compared nothing is a failure too."""
         assert self.compared, "the case holds nothing that was compared"
-        shown = self.problems[:40] + ([f"... {len(self.problems) - 40} more"] if len(self.problems) > 40 else [])
-        assert not self.problems, f"{len(self.problems)} of {self.compared} comparisons differ\n" + "\n".join(shown)
+        text = self.problems[:40] + ([f"... {len(self.problems) - 40} more"] if len(self.problems) > 40 else [])
+        assert not self.problems, f"{len(self.problems)} of {self.compared} comparisons differ\n" + "\n".join(text)
 
 
 def discover(folder: Path) -> list[Case]:

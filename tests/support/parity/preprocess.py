@@ -117,9 +117,9 @@ def nframes_row(check: Check, i: int, row: Row, config: ProcessorConfig) -> None
 
 def _frame_range(case: Case, check: Check, i: int, row: Row) -> None:
     total, native = row["total_frames"], row["video_fps"]
-    found = outcome(check, f"row {i}", row, lambda: sampling.frame_range(total, native, **row["ele"]))
-    if found is not None:
-        check.equal(f"row {i} {row}", list(found), row["out"])
+    result = outcome(check, f"row {i}", row, lambda: sampling.frame_range(total, native, **row["ele"]))
+    if result is not None:
+        check.equal(f"row {i} {row}", list(result), row["out"])
 
 
 def _duration_budget(case: Case, check: Check, i: int, row: Row) -> None:
@@ -224,9 +224,9 @@ def _frame_list(case: Case, check: Check, i: int, row: Row) -> None:
         height, width = sizes.listed_frame_size(row["height"], row["width"], config, options)
         check.equal(f"{name} frames_shape", [len(indices), 3, height, width], want["frames_shape"])
         fast = sum(want["frame_types"])
-        found = sizes.frame_sizes(height, width, len(indices) - fast, config, options, fast=fast)
-        check.equal(f"{name} slow", list(found.slow), [want["height"], want["width"]])
-        check.equal(f"{name} fast", list(found.fast), [want["fast_height"], want["fast_width"]])
+        result = sizes.frame_sizes(height, width, len(indices) - fast, config, options, fast=fast)
+        check.equal(f"{name} slow", list(result.slow), [want["height"], want["width"]])
+        check.equal(f"{name} fast", list(result.fast), [want["fast_height"], want["fast_width"]])
         if "timestamps" in want:
             _check_times(check, name, [index / native for index in indices], want["timestamps"])
         if f"{i}.{version}.frames" in case.tensors:

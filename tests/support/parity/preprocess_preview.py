@@ -130,8 +130,8 @@ def _refused_image(check: Check, i: int, row: Row) -> None:
 
 def _frame_list(case: Case, check: Check, i: int, row: Row) -> None:
     names = [f"{i}.frames"] if f"{i}.frames" in case.tensors else _numbered(case, f"{i}.frame_")
-    given = [Image.fromarray(frame) for name in names for frame in _as_frames(case.tensors[name].numpy())]
-    ele = {"video": given, **row["ele"], "strict_official": True}
+    value = [Image.fromarray(frame) for name in names for frame in _as_frames(case.tensors[name].numpy())]
+    ele = {"video": value, **row["ele"], "strict_official": True}
     video, fps = utils_preview.fetch_video(ele, return_video_sample_fps=True)
     check.equal(f"row {i} frames", len(video), row["n_out"])
     sizes_wh = row.get("sizes_wh") or [row["size_wh"]] * row["n_out"]
@@ -150,8 +150,8 @@ def _clip_sizes(case: Case, check: Check, i: int, row: Row) -> None:
     check.equal(f"row {i} shape", [plan.frames, 3, plan.height, plan.width], row["shape"])
     indices, count = list(plan.frame_indices), row["n_indices"]
     check.equal(f"row {i} count", len(indices), count)
-    shown = indices if len(row["indices"]) == count else indices[:6] + indices[-6:]
-    check.equal(f"row {i} indices", shown, row["indices"])
+    text = indices if len(row["indices"]) == count else indices[:6] + indices[-6:]
+    check.equal(f"row {i} indices", text, row["indices"])
     check.equal(f"row {i} rate", abs(plan.sample_fps - row["sample_fps"]) <= RATE_TOLERANCE, True)
 
 
@@ -183,13 +183,13 @@ def _conversation(case: Case, check: Check, i: int, row: Row) -> None:
     name = f"row {i} {row['name']}"
     with lossless_clip(case.tensors["src.clip"].numpy(), 4.0) as clip:
         talk = _filled(row["conversation"], case, clip)
-        found = outcome(check, name, row, lambda: utils_preview.process_vision_info(talk, row["return_video_kwargs"]))
-    if found is None:
+        result = outcome(check, name, row, lambda: utils_preview.process_vision_info(talk, row["return_video_kwargs"]))
+    if result is None:
         return
-    check.equal(f"{name} returned", len(found), row["n_returned"])
+    check.equal(f"{name} returned", len(result), row["n_returned"])
     if row["return_video_kwargs"]:
-        check.equal(f"{name} kwargs", found[2], row["video_kwargs"])
-    images, videos = found[:2]
+        check.equal(f"{name} kwargs", result[2], row["video_kwargs"])
+    images, videos = result[:2]
     check.equal(f"{name} images", images and [list(image.size) for image in images], row["images"])
     for k, image in enumerate(images or ()):
         check_pixels(case, check, f"{name} image {k}", np.asarray(image), case.tensors[f"{i}.image_{k}"].numpy())

@@ -199,8 +199,8 @@ def _check_ids(case: Case, check: Check, name: str, row: Row, output: ProcessorO
     for k, (text, runs) in enumerate(zip(output.text, row["input_ids_run_length"], strict=True)):
         mask = [value for value, count in row["attention_mask_run_length"][k] for _ in range(count)]
         ids = [value for value, count in runs for _ in range(count)]
-        kept = [token for token, valid in zip(ids, mask, strict=True) if valid]
-        check.equal(f"{name} ids of text {k}", tokenizer.encode(text, special=True), kept)
+        remaining = [token for token, valid in zip(ids, mask, strict=True) if valid]
+        check.equal(f"{name} ids of text {k}", tokenizer.encode(text, special=True), remaining)
 
 
 def _check_patches(
