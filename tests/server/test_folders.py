@@ -13,7 +13,7 @@ import pytest
 from keye.files import LOCK, SERVER_PREFIX, PrivateFolder
 from keye.server.edge.errors import ApiError
 from keye.server.settings import Settings
-from keye.server.uploads import FileStore
+from keye.server.stores import FileStore
 
 HOLD = (
     "import sys; from keye.files import PrivateFolder; folder = PrivateFolder(); "

@@ -14,8 +14,7 @@ from keye.errors import KeyeError
 from keye.server.edge.errors import ApiError
 from keye.server.edge.json_shape import BadJson, check_json
 from keye.server.edge.keys import LOCAL, Keyring
-from keye.server.edge.limits import Limits
-from keye.server.edge.throttle import Buckets, client_of
+from keye.server.edge.limits import Buckets, Limits, client_of
 from keye.server.settings import FORM_BYTES, Settings, fetch_policy, guard_settings
 
 LIMITS = Limits(json_depth=8, json_keys=100, json_values=200)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from keye.server.live_sessions import MAX_SESSIONS, LiveSessions
+from keye.server.context import MAX_SESSIONS, LiveSessions
 from tests.support.serving import error_of, read_events
 
 

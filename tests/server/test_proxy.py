@@ -14,9 +14,8 @@ pytest.importorskip("fastapi")
 
 from starlette.testclient import TestClient
 
-from keye.server.replicas.processes import ReplicaLost, Reply
+from keye.server.replicas.processes import LOST_SECONDS, ReplicaLost, Reply, Watch
 from keye.server.replicas.proxy import Proxy, proxy_app
-from keye.server.replicas.watch import LOST_SECONDS, Watch
 
 NUMBERS = itertools.count(1)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye.server.replicas.routing import SLACK, choose, media_key, ranking
+from keye.server.replicas.proxy import SLACK, choose, media_key, ranking
 
 NAMES = ("a", "b", "c", "d")
 

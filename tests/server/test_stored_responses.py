@@ -13,9 +13,8 @@ from starlette.testclient import TestClient
 import keye
 from keye.server.app import guarded_app
 from keye.server.edge.errors import ApiError
-from keye.server.response_store import ResponseStore, StoredResponse, new_response_id
 from keye.server.settings import Settings
-from keye.server.uploads import FileStore
+from keye.server.stores import FileStore, ResponseStore, StoredResponse, new_response_id
 from tests.support.serving import error_of
 
 ALICE, BOB = "key-of-alice-0123456789", "key-of-bob-0123456789"

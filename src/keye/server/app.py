@@ -20,12 +20,11 @@ from keye.server import errors, web
 from keye.server.context import Context
 from keye.server.edge.audit import Audit
 from keye.server.edge.guard import Guard
+from keye.server.errors import begin_notes, collect_warnings
 from keye.server.metrics import Metrics
-from keye.server.notes import begin_notes, collect_warnings
-from keye.server.response_store import ResponseStore
-from keye.server.routes import chat, completions, files, indexes, live, messages, native, responses, system, video
+from keye.server.routes import chat, completions, files, messages, native, responses, system, video
 from keye.server.settings import Settings, fetch_policy, guard_settings
-from keye.server.uploads import FileStore
+from keye.server.stores import FileStore, ResponseStore
 from keye.version import __version__
 
 #: Seconds between removals of what has expired.
@@ -33,8 +32,8 @@ _SWEEP_SECONDS: Final = 30.0
 Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
-    chat.router, completions.router, responses.router, files.router, video.router, indexes.router, live.router,
-    system.router, messages.router, native.router,
+    chat.router, completions.router, responses.router, files.router, video.router, system.router, messages.router,
+    native.router,
 )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
-"""From exceptions to the errors that clients get. A defect shows nothing but a number under which it is in the log."""
+"""From exceptions to the errors that clients get, in sentences of our own, and the notes of one request: what was
+tolerated, and which settings were not honoured. A defect shows nothing but a number under which it is in the log."""
 
 from __future__ import annotations
 
 import logging
 import re
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -14,9 +17,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from keye.engine.async_engine import Overloaded, Stopping
-from keye.errors import ContextError, KeyeError, Option
+from keye.errors import ContextError, KeyeError, KeyeWarning, Option
 from keye.server.edge.errors import ApiError, prompt_field
-from keye.server.validation import describe
 
 log: Final = logging.getLogger("keye.server")
 
@@ -114,3 +116,130 @@ def install(app: FastAPI) -> None:
         message = sentences.get(error.status_code, str(error.detail))
         headers = [(name.encode(), value.encode()) for name, value in (error.headers or {}).items()]
         return response_of(ApiError(error.status_code, message, headers=headers), request.url.path)
+
+
+#: Parts of a place that name a field and not a member of a union; field names are written in small letters.
+_FIELD_NAME: Final = re.compile(r"[a-z_][a-z0-9_]*")
+_TYPES: Final = frozenset({"str", "int", "float", "bool", "dict", "list", "none", "nullable", "body", "query", "path"})
+_WANTED: Final = {
+    "string_type": "a text", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "bool_type": "true or false", "list_type": "a list", "dict_type": "an object",
+    "model_type": "an object", "model_attributes_type": "an object", "none_required": "null",
+}  # fmt: skip
+#: Sentences with what the error itself brings.
+_SENTENCES: Final = {
+    "missing": "it is missing; give it",
+    "greater_than_equal": "it must be at least {ge}",
+    "greater_than": "it must be above {gt}",
+    "less_than_equal": "it must be at most {le}",
+    "less_than": "it must be below {lt}",
+    "finite_number": "it must be a finite number",
+    "literal_error": "it must be one of {expected}",
+    "too_long": "it has more than {max_length} entries",
+    "too_short": "it has fewer than {min_length} entries",
+    "string_too_long": "it has more than {max_length} characters",
+    "string_too_short": "it has fewer than {min_length} characters",
+    "int_parsing_size": "the number is too large",
+}
+
+
+def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str | None, str, bool]:
+    """The field at fault, None for the body itself; a sentence about the first thing that is wrong with it; and whether
+    it is an unknown field."""
+    param = place(errors[0])
+    here = [error for error in errors if _is_within(place(error), param)]
+    # For a union, an error within the member that fits says more than what the others expect.
+    for error in here:
+        if error["type"] not in _WANTED:
+            return place(error), _sentence(error), error["type"] == "extra_forbidden"
+    param = max((place(error) or "" for error in here), key=len) or None
+    wanted = dict.fromkeys(_WANTED[error["type"]] for error in here if place(error) == param)
+    return param, f"give {' or '.join(wanted)}", False
+
+
+def place(error: Mapping[str, Any]) -> str | None:
+    """Where an error is, such as `messages[0].role`."""
+    text = ""
+    for part in error.get("loc", ()):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif isinstance(part, str) and _FIELD_NAME.fullmatch(part) and part not in _TYPES:
+            text += f".{part}"
+    return text.lstrip(".") or None
+
+
+def _is_within(inner: str | None, outer: str | None) -> bool:
+    """Whether a place is another one or within it."""
+    return inner == outer or (inner or "").startswith((f"{outer}.", f"{outer}["))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    kind = error["type"]
+    if kind in _WANTED:
+        return f"give {_WANTED[kind]}"
+    if kind == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return _SENTENCES.get(kind, "it is not valid").format(**{k: _format(v) for k, v in error.get("ctx", {}).items()})
+
+
+def _format(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+#: Notes of one request.
+_MOST: Final = 64
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+_unknown: ContextVar[set[str] | None] = ContextVar("unknown", default=None)
+
+
+async def begin_notes() -> None:
+    """A new list of notes, in the task that handles a request, before its body is read."""
+    _notes.set([])
+    _unknown.set(set())
+
+
+def current_notes() -> list[str]:
+    """The list of notes of the current request, which may still grow."""
+    notes = _notes.get()
+    if notes is None:
+        notes = []
+        _notes.set(notes)
+    return notes
+
+
+def noted() -> dict[str, Any]:
+    """The notes of the current request as a field of its answer; nothing where there are none."""
+    return {"keye": {"notes": list(notes)}} if (notes := current_notes()) else {}
+
+
+def count_unknown(name: str) -> int:
+    """How many different unknown names the current request has had, with this one."""
+    names = _unknown.get()
+    if names is None:
+        return 1
+    names.add(name)
+    return len(names)
+
+
+def add_note(sentence: str) -> None:
+    """Adds to the notes of the current request; no effect outside a request."""
+    notes = _notes.get()
+    if notes is not None and len(notes) < _MOST and sentence not in notes:
+        notes.append(sentence)
+
+
+def collect_warnings() -> None:
+    """From now on, warnings of settings that are not honoured are kept for the request they belong to. For the whole
+    process: Python has one place for warnings."""
+    warnings.simplefilter("always", KeyeWarning)
+    usual = warnings.showwarning
+
+    def keep(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if isinstance(message, KeyeWarning):
+            add_note(message.worded(spelled))
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = keep

@@ -4,6 +4,8 @@ query string, no file name. Whatever a client chose is escaped and cut, so that 
 from __future__ import annotations
 
 import json
+import random
+import secrets
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -63,3 +65,12 @@ def _safe(value: object) -> object:
     if isinstance(value, str):
         return value if len(value) <= _MAX_TEXT else value[:_MAX_TEXT] + "..."
     return round(value, 4) if isinstance(value, float) else value
+
+
+#: Seeded once: asking the system each time would release Python's lock, and a busy model would then delay the request.
+_random = random.Random(secrets.randbits(256))
+
+
+def new_id(prefix: str) -> str:
+    """`prefix` and 24 hexadecimal digits."""
+    return f"{prefix}{_random.getrandbits(96):024x}"

@@ -17,9 +17,8 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from keye.server.edge.limits import Limits
+from keye.server.edge.limits import Limits, client_of
 from keye.server.edge.request_head import is_loopback
-from keye.server.edge.throttle import client_of
 
 #: Open files that a server needs beside its connections: workers, uploads, libraries.
 _OTHER_FILES: Final = 512

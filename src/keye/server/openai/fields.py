@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from keye.errors import closest
 from keye.server.edge.errors import ApiError
-from keye.server.notes import add_note, count_unknown
+from keye.server.errors import add_note, count_unknown
 
 #: Fields that other servers and clients know and that change nothing here.
 _HARMLESS: Final = frozenset(

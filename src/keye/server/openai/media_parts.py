@@ -20,7 +20,7 @@ from keye.media.source.fetch import Source, media_kind, parse_data_url
 from keye.server.edge.errors import ApiError
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.schemas import MediaDefaults
-from keye.server.uploads import MediaOpener, is_stored
+from keye.server.stores import MediaOpener, is_stored
 
 #: Keys of messages that OpenAI's clients send back and that mean nothing in a prompt.
 _IGNORED: Final = {

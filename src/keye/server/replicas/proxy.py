@@ -1,5 +1,5 @@
 """One server in front of several: each request goes to the replica that has processed its media
-(`keye.server.replicas.routing`).
+(`keye.server.replicas.proxy`).
 
 Each upload, index and live session is at one replica; the proxy knows which. A question about files of several replicas
 goes to that of the first file, to which the others are copied. What a replica keeps is lost when it ends.
@@ -8,10 +8,12 @@ goes to that of the first file, to which the others are copied. What a replica k
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -23,9 +25,7 @@ from pydantic_core import from_json
 from keye.server.edge.errors import ApiError
 from keye.server.errors import install
 from keye.server.openai.http import cancel_on_disconnect, count_numbers, error_end
-from keye.server.replicas.processes import Replica, ReplicaLost, Reply, close_all, restart_when_ended, start_all
-from keye.server.replicas.routing import choose, media_key
-from keye.server.replicas.watch import Watch
+from keye.server.replicas.processes import Replica, ReplicaLost, Reply, Watch, close_all, restart_when_ended, start_all
 from keye.version import __version__
 
 #: Headers that are passed on, to replicas and back; others belong to one connection, or are the guard's.
@@ -405,3 +405,53 @@ def _object(content: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+#: Characters that are hashed at a time.
+_PIECE: Final = 1 << 20
+#: What one replica may have, in parts of an even share.
+SLACK: Final = 1.25
+#: Keys of requests under which the name of a medium stands, or its bytes.
+_NAMES: Final = (
+    "video", "image", "url", "video_url", "image_url", "file_url", "file_id", "data", "file_data"
+)  # fmt: skip
+
+
+def choose(key: str | None, loads: Mapping[str, int], *, slack: float = SLACK) -> str:
+    """A replica for a request about the media of `key`: `loads` are the requests under way at each. Without a key the
+    one that has least to do. No replica gets more than `slack` times an even share, rounded up."""
+    assert loads and slack >= 1
+    if key is None:
+        return min(loads, key=lambda name: (loads[name], name))
+    most = math.ceil(slack * (sum(loads.values()) + 1) / len(loads))
+    return next(name for name in ranking(key, loads) if loads[name] < most)
+
+
+def ranking(key: str, replicas: Collection[str]) -> list[str]:
+    """The replicas in the order in which this key prefers them; the same on every machine."""
+    return sorted(replicas, key=lambda name: hashlib.sha256(f"{name}\0{key}".encode()).digest())
+
+
+def media_key(body: Mapping[str, Any]) -> str | None:
+    """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
+    known by what the client sends: the same file under two names has two keys."""
+    digest, has_media = hashlib.sha256(), False
+    for name in media_in(body):
+        for at in range(0, len(name), _PIECE):  # a data: URL may have many megabytes
+            digest.update(name[at : at + _PIECE].encode("utf-8", "replace"))
+        digest.update(b"\0")
+        has_media = True
+    return digest.hexdigest() if has_media else None
+
+
+def media_in(value: object, name: str = "") -> Iterator[str]:
+    """The names of media in a body of any route, in their order; `name` is the key under which `value` stands."""
+    if isinstance(value, str):
+        if name in _NAMES:
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from media_in(item, name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from media_in(item, key)

@@ -14,6 +14,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.openai.events import (
     ChatReply,
     RunningUsage,
+    Telemetry,
     collect_chat,
     encode_events,
     keye_fields,
@@ -27,7 +28,6 @@ from keye.server.openai.events import (
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
 from keye.server.openai.prepare import PreparedChat, count_prompt_tokens, prepare_chat, prompt_text, query_of_chat
 from keye.server.openai.schemas import ChatRequest
-from keye.server.openai.telemetry import Telemetry
 
 router = APIRouter(route_class=JsonRoute)
 

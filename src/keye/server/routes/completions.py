@@ -17,7 +17,7 @@ from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest
 from keye.engine.scheduler import MAX_PROBS
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
-from keye.server.notes import current_notes
+from keye.server.errors import current_notes
 from keye.server.openai.events import (
     Continuation,
     RunningUsage,
@@ -28,9 +28,8 @@ from keye.server.openai.events import (
     reply_head,
     stop_fields,
 )
-from keye.server.openai.forms import form_of
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
-from keye.server.openai.prepare import check_stream_options, make_guide, make_request
+from keye.server.openai.prepare import check_stream_options, form_of, make_guide, make_request
 from keye.server.openai.schemas import CompletionRequest
 
 router = APIRouter(route_class=JsonRoute)

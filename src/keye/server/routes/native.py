@@ -21,16 +21,14 @@ from keye.engine.media import check_medium
 from keye.engine.prompt import ContextBudget, Prompt
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest
 from keye.server.context import Context, context_of, owner_of
+from keye.server.edge.audit import new_id
 from keye.server.edge.errors import ApiError
-from keye.server.edge.ids import new_id
-from keye.server.errors import error_of_validation
-from keye.server.notes import current_notes
+from keye.server.errors import current_notes, error_of_validation
 from keye.server.openai.events import Continuation, collect, encode_events, notes_of
 from keye.server.openai.fields import note_ignored
-from keye.server.openai.forms import form_of
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
 from keye.server.openai.media_parts import media_of, open_sources, to_messages
-from keye.server.openai.prepare import make_guide, make_request
+from keye.server.openai.prepare import form_of, make_guide, make_request
 from keye.server.openai.schemas import Forms, GenerateRequest, Sampling
 
 router = APIRouter(route_class=JsonRoute)

@@ -16,8 +16,7 @@ from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
-from keye.server.errors import error_of_mistake
-from keye.server.notes import noted
+from keye.server.errors import error_of_mistake, noted
 from keye.server.openai.events import Continuation, collect
 from keye.server.openai.http import JsonRoute
 from keye.server.openai.media_parts import media_of, to_messages
