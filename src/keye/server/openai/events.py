@@ -53,14 +53,6 @@ async def _event_batches(context: Context, request: GenerationRequest) -> AsyncG
         watch.end("cancelled")
 
 
-async def iter_events(context: Context, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-    """The events of a request; closing this aborts it."""
-    async with aclosing(_event_batches(context, request)) as batches:
-        async for batch in batches:
-            for event in batch:
-                yield event
-
-
 async def encode_events(context: Context, *requests: tuple[GenerationRequest, Encode]) -> AsyncGenerator[bytes, None]:
     """The events of requests, one request after another, each as its function encodes them; empty where a keep-alive is
     due. Closing this aborts the request that runs."""
@@ -75,20 +67,22 @@ async def encode_events(context: Context, *requests: tuple[GenerationRequest, En
 class Reply(Protocol):
     """What takes the events of one choice."""
 
-    def add(self, delta: Delta) -> Any: ...
-
-    def end(self, ended: Ended) -> Any: ...
+    def take(self, event: Delta | Ended) -> Any: ...
 
 
-async def collect(context: Context, request: GenerationRequest, replies: Sequence[Reply]) -> Finished:
+async def collect(
+    context: Context,
+    request: GenerationRequest,
+    replies: Sequence[Reply],
+    on_event: Callable[[Event], object] = lambda _: None,
+) -> Finished:
     """Runs a request to its end, one of `replies` for each choice."""
     finished: Finished | None = None
-    async with aclosing(iter_events(context, request)) as events:
-        async for event in events:
-            if isinstance(event, Delta):
-                replies[event.choice_index].add(event)
-            elif isinstance(event, Ended):
-                replies[event.choice_index].end(event)
+    async with aclosing(_event_batches(context, request)) as batches:
+        async for event in (event async for batch in batches for event in batch):
+            on_event(event)
+            if isinstance(event, Delta | Ended):
+                replies[event.choice_index].take(event)
             elif isinstance(event, Finished):
                 finished = event
     assert finished is not None
@@ -104,13 +98,13 @@ class Continuation:
     probs: list[TokenProb] = field(default_factory=list)
     ended: Ended | None = None
 
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.tokens += delta.tokens
-        self.probs += delta.probs
-
-    def end(self, ended: Ended) -> None:
-        self.ended = ended
+    def take(self, event: Delta | Ended) -> None:
+        if isinstance(event, Ended):
+            self.ended = event
+            return
+        self.text += event.text
+        self.tokens += event.tokens
+        self.probs += event.probs
 
 
 @dataclass
@@ -136,18 +130,15 @@ class ChatReply:
         stream = ReplyStream(tools=chat.tools, reasoning=chat.request.reasoning, continues=chat.continues)
         return cls(stream, chat.reasoning_place, chat.echo)
 
-    def add(self, delta: Delta) -> list[ReplyPiece]:
-        """Takes a delta of the engine; returns the pieces that are certain now."""
-        if self.stream.reasons:
-            self.reasoning_tokens += len(delta.tokens)
-        self.probs += delta.probs
-        self.tokens += delta.tokens
-        return self._extend(self.stream.push(delta.text))
-
-    def end(self, ended: Ended) -> list[ReplyPiece]:
-        """Completes the reply; returns the last pieces."""
+    def take(self, event: Delta | Ended) -> list[ReplyPiece]:
+        """Takes an event of the engine; returns the pieces that are certain now."""
+        if isinstance(event, Delta):
+            self.reasoning_tokens += len(event.tokens) if self.stream.reasons else 0
+            self.probs += event.probs
+            self.tokens += event.tokens
+            return self._extend(self.stream.push(event.text))
         pieces = self._extend(self.stream.finish())
-        self.reason, self.ended = "tool_calls" if self.calls and ended.reason == "stop" else ended.openai_reason, ended
+        self.reason, self.ended = "tool_calls" if self.calls and event.reason == "stop" else event.openai_reason, event
         return pieces
 
     def _extend(self, pieces: list[ReplyPiece]) -> list[ReplyPiece]:
@@ -266,16 +257,11 @@ def prompt_prob_objects(probs: Sequence[TokenProb] | None) -> list[dict[str, Any
     """Probabilities of a prompt's tokens as vLLM has them, by token id; None for the first token."""
     if probs is None:
         return None
-    return [
-        None,
-        *(
-            {
-                str(token.token): {"logprob": token.logprob, "rank": token.rank, "decoded_token": token.text}
-                for token in (*prob.top, prob)
-            }
-            for prob in probs
-        ),
-    ]
+    objects: list[dict[str, Any] | None] = [None]
+    for prob in probs:
+        tokens = (*prob.top, prob)
+        objects.append({str(t.token): {"logprob": t.logprob, "rank": t.rank, "decoded_token": t.text} for t in tokens})
+    return objects
 
 
 def progress_fields(step: Progress) -> dict[str, Any]:
@@ -283,25 +269,22 @@ def progress_fields(step: Progress) -> dict[str, Any]:
     return {"progress": {"phase": step.phase, "done": step.done, "total": step.total}}
 
 
-class KeyeStreamEncoder:
-    """The events of keye's own streams: progress, pieces of reasoning and text, at last the complete answer, made by
-    `finish`. `begin` are fields of all events but the last."""
+def keye_encoder(reply: ChatReply, begin: Mapping[str, Any], finish: Callable[[Finished], Mapping[str, Any]]) -> Encode:
+    """Encodes the events of keye's own streams: progress, pieces of reasoning and text, at last the complete answer,
+    made by `finish`. `begin` are fields of all events but the last."""
 
-    def __init__(
-        self, reply: ChatReply, begin: Mapping[str, Any], finish: Callable[[Finished], Mapping[str, Any]]
-    ) -> None:
-        self._reply, self._begin, self._finish = reply, begin, finish
-
-    def encode(self, event: Event) -> Iterator[bytes]:
+    def encode(event: Event) -> Iterator[bytes]:
         if isinstance(event, Progress):
-            yield sse({**self._begin, "keye": progress_fields(event)})
+            yield sse({**begin, "keye": progress_fields(event)})
         elif isinstance(event, Delta | Ended):
-            for piece in self._reply.add(event) if isinstance(event, Delta) else self._reply.end(event):
+            for piece in reply.take(event):
                 if piece.kind in ("content", "reasoning"):
                     name = "content" if piece.kind == "content" else "reasoning_content"
-                    yield sse({**self._begin, "delta": {name: piece.text}})
+                    yield sse({**begin, "delta": {name: piece.text}})
         elif isinstance(event, Finished):
-            yield sse(self._finish(event))
+            yield sse(finish(event))
+
+    return encode
 
 
 def reply_head(prefix: str, kind: str, context: Context) -> Mapping[str, Any]:

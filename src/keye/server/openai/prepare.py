@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from fastapi import Request
+
 from keye.api import Keye
 from keye.chat.json_schema import ANY_OBJECT
 from keye.chat.messages import Message, normalize_tools
@@ -19,12 +21,19 @@ from keye.engine.prompt import Prompt
 from keye.engine.request import GenerationRequest
 from keye.engine.sampling import MAX_SEED
 from keye.errors import ContextError, KeyeError
-from keye.server.context import Context
+from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note, current_notes, error_of_mistake
-from keye.server.openai.media_parts import media_of, media_settings, open_sources, to_messages
-from keye.server.openai.schemas import ChatRequest, Forms, Sampling, StreamOptions, StructuredOutputs, TemplateFields
+from keye.server.openai.http import cancel_on_disconnect
+from keye.server.openai.media_parts import media_of, open_sources, to_messages
+from keye.server.openai.schemas import Forms, Sampling, StreamOptions, StructuredOutputs, TemplateFields
 
+#: Settings of `Sampling` that the engine takes as they are, and those of which it takes tuples.
+_SETTINGS: Final = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "min_tokens",
+    "thinking_token_budget",
+)  # fmt: skip
+_LISTS: Final = ("allowed_token_ids", "stop_token_ids", "bad_words")
 _SWITCHES: Final = {"/think": True, "/no_think": False}
 #: Messages, and characters of each, that are prepared in the event loop.
 _SHORT_MESSAGES, _SHORT_TEXT = 4, 1000
@@ -63,15 +72,6 @@ class ChatQuery:
         marked = last.get("prefix") is True or last.get("partial") is True
         return self.continues or (last.get("role") == "assistant" and marked)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether preparing takes less time than handing it to a thread: a few words, without media, tools or a
-        form."""
-        if self.tools or self.form is not None or len(self.messages) > _SHORT_MESSAGES:
-            return False
-        contents = [message.get("content") for message in self.messages]
-        return all(isinstance(content, str) and len(content) <= _SHORT_TEXT for content in contents)
-
 
 @dataclass(frozen=True)
 class PreparedChat:
@@ -97,10 +97,13 @@ async def prepare_chat(context: Context, owner: str, query: ChatQuery) -> Prepar
     if roles == ["assistant"] * 2 and not query.continues_reply:
         sentence = "messages end with two replies of the assistant; end with a message of the user"
         raise ApiError(400, sentence, param="messages")
-    notes = current_notes()
-    if query.is_short and isinstance(context.model.runtime.template, ChatTemplate):  # others run in a process
-        return replace(_prepare(context, owner, query), notes=notes)
-    return replace(await context.in_thread(_prepare, context, owner, query), notes=notes)
+    # A few words, without media, tools or a form, take less time than handing them to a thread.
+    is_short = not query.tools and query.form is None and len(query.messages) <= _SHORT_MESSAGES
+    contents = [message.get("content") for message in query.messages] if is_short else []
+    is_short = is_short and all(isinstance(text, str) and len(text) <= _SHORT_TEXT for text in contents)
+    if is_short and isinstance(context.model.runtime.template, ChatTemplate):  # others run in a process
+        return _prepare(context, owner, query)
+    return await context.in_thread(_prepare, context, owner, query)
 
 
 def _prepare(context: Context, owner: str, query: ChatQuery) -> PreparedChat:
@@ -113,17 +116,24 @@ def _prepare(context: Context, owner: str, query: ChatQuery) -> PreparedChat:
         n=query.n, logprobs=query.logprobs, prompt_logprobs=query.prompt_logprobs, guide=guide,
         evidence=query.evidence, reasoning=reasoning,
     )  # fmt: skip
-    continues = query.continues_reply
-    echo = _text_of(query.messages[-1]) if query.echo and continues else ""
-    return PreparedChat(
-        request, segments, bool(tools), reasoning_place=query.reasoning_place, continues=continues, echo=echo
-    )
+    continues, echo = query.continues_reply, ""
+    if query.echo and continues:
+        content = query.messages[-1].get("content") or ""
+        parts = [{"text": content}] if isinstance(content, str) else content
+        echo = "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
+    return PreparedChat(request, segments, bool(tools), current_notes(), query.reasoning_place, continues, echo)
 
 
-def count_prompt_tokens(context: Context, owner: str, query: ChatQuery) -> int:
-    """How many tokens the prompt of a chat takes. Blocks: media are probed."""
-    tools, _ = choose_tools(query.tools, query.tool_choice, query.form, parallel=query.parallel_calls)
-    return context.model.measure(_render(context, owner, query, tools), context.salt(owner)).prompt_tokens
+async def count_prompt_tokens(request: Request, query: ChatQuery) -> int:
+    """How many tokens the prompt of a chat takes. Media are probed, and not decoded."""
+    context, owner = context_of(request), owner_of(request)
+    context.check_model(query.sampling.model)
+
+    def count() -> int:
+        tools, _ = choose_tools(query.tools, query.tool_choice, query.form, parallel=query.parallel_calls)
+        return context.model.measure(_render(context, owner, query, tools), context.salt(owner)).prompt_tokens
+
+    return await cancel_on_disconnect(request, context.decode(count))
 
 
 def _render(context: Context, owner: str, query: ChatQuery, tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
@@ -179,12 +189,6 @@ def prompt_text(prompt: Sequence[Segment]) -> str:
     return "".join(segment.value if isinstance(segment.value, str) else f"<|{segment.kind}_pad|>" for segment in prompt)
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    parts = [{"text": content}] if isinstance(content, str) else content
-    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
-
-
 def make_guide(
     context: Context, form: Form | None, sampling: Sampling, *, after_reasoning: bool = False
 ) -> Guide | None:
@@ -211,25 +215,16 @@ def make_request(
     has_form: bool = False,
 ) -> GenerationRequest:
     """The engine's request for a prompt; settings that are not given are the model's own. A form ends its reply."""
-    bias = sampling.logit_bias
+    settings: dict[str, Any] = {name: getattr(sampling, name) for name in _SETTINGS}
+    settings |= {name: value and tuple(value) for name in _LISTS if (value := getattr(sampling, name)) is not None}
     params = context.model.runtime.sampling_params(
+        **settings,
         max_tokens=max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
         top_k=None if sampling.top_k is None else max(sampling.top_k, 0),
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
         seed=None if sampling.seed is None else sampling.seed & MAX_SEED,
         stop=tuple(sampling.stop) if isinstance(sampling.stop, list) else sampling.stop,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        logit_bias=None if bias is None else {int(token): value for token, value in bias.items()},
-        allowed_token_ids=sampling.allowed_token_ids and tuple(sampling.allowed_token_ids),
-        stop_token_ids=sampling.stop_token_ids and tuple(sampling.stop_token_ids),
+        logit_bias=sampling.logit_bias and {int(token): value for token, value in sampling.logit_bias.items()},
         include_stop_str_in_output=sampling.include_stop_str_in_output or sampling.no_stop_trim,
-        min_tokens=sampling.min_tokens,
-        bad_words=sampling.bad_words and tuple(sampling.bad_words),
-        thinking_token_budget=sampling.thinking_token_budget,
     )
     if sampling.attention == "sparse" and context.model.config.text.sparse is None:
         raise ApiError(400, "attention: this model attends densely; leave it out", param="attention")
@@ -243,39 +238,6 @@ def make_request(
         clamp=not context.settings.strict_limits,
         salt=context.salt(owner),
         seconds=context.settings.request_seconds,
-    )
-
-
-def query_of_chat(body: ChatRequest) -> ChatQuery:
-    """What a body of /v1/chat/completions asks for."""
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if body.continue_final_message and body.add_generation_prompt:
-        message = "continue_final_message excludes add_generation_prompt: a message that goes on does not begin"
-        raise ApiError(400, message, param="continue_final_message")
-    check_stream_options(body.stream, body.stream_options)
-    switch = body.thinking.get("type") == "enabled" if isinstance(body.thinking, dict) else body.thinking
-    switch = switch if body.enable_thinking is None else body.enable_thinking
-    thinking = thinking_of(body.chat_template_kwargs, None if switch is not None else body.reasoning_effort)
-    apart = "inside" if body.separate_reasoning is False else "apart"
-    return ChatQuery(
-        messages=body.messages,
-        sampling=body,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        n=body.n or 1,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        tools=body.tools or (),
-        tool_choice=body.tool_choice,
-        parallel_calls=body.parallel_tool_calls is not False,
-        form=form_of(body),
-        thinking=switch if thinking is None else thinking,
-        media_defaults=media_settings(body),
-        evidence=body.keye is not None and body.keye.evidence,
-        prompt_logprobs=body.prompt_logprobs,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continues=bool(body.continue_final_message),
-        echo=bool(body.echo),
-        reasoning_place="nowhere" if body.include_reasoning is False else apart,  # type: ignore[arg-type]
     )
 
 

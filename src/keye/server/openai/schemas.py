@@ -162,44 +162,50 @@ class Preprocess(BaseModel):
 
 
 class MediaDefaults(Preprocess):
-    """Settings of every medium without its own."""
-
     mm_processor_kwargs: Object | None = Field(default=None, description="the same under vLLM's names")
     media_io_kwargs: MediaIO | None = None
 
 
-class ChatRequest(Sampling, Forms, MediaDefaults):
+class Streamed(BaseModel):
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatFields(Streamed, MediaDefaults):
+    """What chats and responses share."""
+
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | Object | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Alternatives | None = None
+    chat_template_kwargs: TemplateFields | None = None
+    timings_per_token: bool | None = Field(default=None, description="llama.cpp's: chunks have the speed of tokens")
+    return_progress: bool | None = Field(
+        default=None, description="llama.cpp's: chunks have the progress of the prompt"
+    )
+
+
+class ChatRequest(Sampling, Forms, ChatFields):
     messages: Objects
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: Alternatives | None = None
     prompt_logprobs: Alternatives | None = None
     return_token_ids: bool | None = None
-    tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | Object | None = None
-    parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     separate_reasoning: bool | None = None
     include_reasoning: bool | None = None
-    chat_template_kwargs: TemplateFields | None = None
     enable_thinking: bool | None = None
     thinking: bool | Object | None = Field(default=None, description='or {"type": "enabled"}, as others have it')
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = Field(default=None, description="with continue_final_message: the reply repeats its beginning")
-    timings_per_token: bool | None = Field(default=None, description="llama.cpp's: chunks have the speed of tokens")
-    return_progress: bool | None = Field(
-        default=None, description="llama.cpp's: chunks have the progress of the prompt"
-    )
     verbose: bool | None = Field(default=None, description="llama.cpp's: the reply has the text of the prompt")
     keye: KeyeFields | None = None
 
 
-class CompletionRequest(Sampling, Forms):
+class CompletionRequest(Sampling, Forms, Streamed):
     prompt: (
         Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)] | PromptIds
         | Annotated[list[PromptIds], Field(fail_fast=True, min_length=1, max_length=64)]
@@ -209,8 +215,6 @@ class CompletionRequest(Sampling, Forms):
     )
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: Alternatives | None = None
     prompt_logprobs: Alternatives | None = None
     echo: bool | None = None
@@ -226,7 +230,7 @@ class Reasoning(Tolerant):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponseRequest(Sampling, Forms, MediaDefaults):
+class ResponseRequest(Sampling, Forms, ChatFields):
     input: Text | Objects
     instructions: Text | None = None
     previous_response_id: Annotated[str, Field(max_length=256)] | None = Field(
@@ -235,24 +239,14 @@ class ResponseRequest(Sampling, Forms, MediaDefaults):
     store: bool | None = Field(default=None, description="false: the response cannot be referred to later")
     metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     max_output_tokens: TokenCount | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | Object | None = None
-    parallel_tool_calls: bool | None = None
     text: Object | None = None
     reasoning: Reasoning | None = None
-    chat_template_kwargs: TemplateFields | None = None
-    top_logprobs: Alternatives | None = None
     include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = None
-    timings_per_token: bool | None = Field(default=None, description="as in chats")
-    return_progress: bool | None = Field(default=None, description="as in chats")
 
 
-class PlanRequest(Body):
+class PlanRequest(Body, Preprocess):
     model: Name | None = None
     content: Annotated[list[Object], Field(fail_fast=True, min_length=1, max_length=256)]
-    preprocess_kwargs: Object | None = None
 
 
 class GroundRequest(Sampling, MediaDefaults):
@@ -263,22 +257,19 @@ class GroundRequest(Sampling, MediaDefaults):
     evidence: bool = False
 
 
-class ClipsRequest(Body):
+class ClipsRequest(Body, Preprocess):
     file_id: Name
     intervals: Annotated[list[Interval], Field(fail_fast=True, min_length=1, max_length=100)]
-    preprocess_kwargs: Object | None = None
 
 
-class IndexRequest(Body):
+class IndexRequest(Body, Preprocess):
     model: Name | None = None
     file_id: Name
-    preprocess_kwargs: Object | None = None
 
 
-class LiveRequest(Body):
+class LiveRequest(Body, Preprocess):
     model: Name | None = None
     keep: Literal["all", "recent"] = "all"
-    preprocess_kwargs: Object | None = None
 
 
 class LiveAppend(Body):

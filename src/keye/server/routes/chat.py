@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
 from keye.server.context import Context, context_of, owner_of
+from keye.server.edge.errors import ApiError
 from keye.server.openai.events import (
     ChatReply,
     RunningUsage,
@@ -26,7 +27,17 @@ from keye.server.openai.events import (
     usage_of,
 )
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
-from keye.server.openai.prepare import PreparedChat, count_prompt_tokens, prepare_chat, prompt_text, query_of_chat
+from keye.server.openai.media_parts import media_settings
+from keye.server.openai.prepare import (
+    ChatQuery,
+    PreparedChat,
+    check_stream_options,
+    count_prompt_tokens,
+    form_of,
+    prepare_chat,
+    prompt_text,
+    thinking_of,
+)
 from keye.server.openai.schemas import ChatRequest
 
 router = APIRouter(route_class=JsonRoute)
@@ -36,7 +47,7 @@ router = APIRouter(route_class=JsonRoute)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Continues a conversation about text, images and videos; with `stream` as server-sent events."""
     context = context_of(request)
-    chat = await cancel_on_disconnect(request, prepare_chat(context, owner_of(request), query_of_chat(body)))
+    chat = await cancel_on_disconnect(request, prepare_chat(context, owner_of(request), _query(body)))
     if body.stream:
         encoder = _ChunkEncoder(context, chat, body)
         events = encode_events(context, (chat.request, encoder.encode))
@@ -54,11 +65,40 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 @router.post("/v1/chat/completions/input_tokens")
 async def count_tokens(request: Request, body: ChatRequest) -> JSONResponse:
     """How many tokens the prompt of a chat takes. Media are probed, and not decoded."""
-    context = context_of(request)
-    context.check_model(body.model)
-    counting = context.decode(count_prompt_tokens, context, owner_of(request), query_of_chat(body))
-    count = await cancel_on_disconnect(request, counting)
+    count = await count_prompt_tokens(request, _query(body))
     return JSONResponse({"object": "chat.completion.input_tokens", "input_tokens": count})
+
+
+def _query(body: ChatRequest) -> ChatQuery:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "continue_final_message excludes add_generation_prompt: a message that goes on does not begin"
+        raise ApiError(400, message, param="continue_final_message")
+    check_stream_options(body.stream, body.stream_options)
+    switch = body.thinking.get("type") == "enabled" if isinstance(body.thinking, dict) else body.thinking
+    switch = switch if body.enable_thinking is None else body.enable_thinking
+    thinking = thinking_of(body.chat_template_kwargs, None if switch is not None else body.reasoning_effort)
+    apart = "inside" if body.separate_reasoning is False else "apart"
+    return ChatQuery(
+        messages=body.messages,
+        sampling=body,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        n=body.n or 1,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        tools=body.tools or (),
+        tool_choice=body.tool_choice,
+        parallel_calls=body.parallel_tool_calls is not False,
+        form=form_of(body),
+        thinking=switch if thinking is None else thinking,
+        media_defaults=media_settings(body),
+        evidence=body.keye is not None and body.keye.evidence,
+        prompt_logprobs=body.prompt_logprobs,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continues=bool(body.continue_final_message),
+        echo=bool(body.echo),
+        reasoning_place="nowhere" if body.include_reasoning is False else apart,  # type: ignore[arg-type]
+    )
 
 
 def _prompt_fields(finished: Finished, chat: PreparedChat, body: ChatRequest) -> dict[str, Any]:
@@ -124,7 +164,7 @@ class _ChunkEncoder:
         if isinstance(item, Delta):
             yield from self._encode_delta(item)
         elif isinstance(item, Ended):
-            for piece in self._replies[item.choice_index].end(item):
+            for piece in self._replies[item.choice_index].take(item):
                 yield self._chunk(item.choice_index, _delta(self._replies[item.choice_index], piece))
             self._ends.append(item)
             if len(self._ends) < len(self._replies):  # the last item waits for the notes of `Finished`
@@ -143,7 +183,7 @@ class _ChunkEncoder:
 
     def _encode_delta(self, delta: Delta) -> Iterator[bytes]:
         reply = self._replies[delta.choice_index]
-        deltas = [_delta(reply, piece) for piece in reply.add(delta)]
+        deltas = [_delta(reply, piece) for piece in reply.take(delta)]
         more: dict[str, Any] = {"logprobs": _probs(delta.probs)} if delta.probs else {}
         if self._body.return_token_ids and delta.tokens:
             more["token_ids"] = list(delta.tokens)

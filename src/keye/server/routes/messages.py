@@ -50,11 +50,7 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request, body: CountTokensRequest) -> JSONResponse:
     """How many tokens a conversation takes as a prompt. Media are probed, and not decoded."""
-    context = context_of(request)
-    context.check_model(body.model)
-    counting = context.decode(count_prompt_tokens, context, owner_of(request), _query(body))
-    count = await cancel_on_disconnect(request, counting)
-    return JSONResponse({"input_tokens": count})
+    return JSONResponse({"input_tokens": await count_prompt_tokens(request, _query(body))})
 
 
 def _query(body: CountTokensRequest) -> ChatQuery:
@@ -234,14 +230,22 @@ class MessageEncoder:
 
     def __init__(self, model: str, chat: PreparedChat) -> None:
         self._model, self._reply, self._chat = model, ChatReply.of(chat), chat
-        self._begun, self._kind, self._index = False, "", -1
+        self._has_begun, self._kind, self._index = False, "", -1
 
     def encode(self, item: Event) -> Iterator[bytes]:
-        if isinstance(item, Progress) and item.phase == "prefill":
-            yield from self._start(item.total)
-        elif isinstance(item, Delta | Ended):
-            yield from self._start(0)
-            for piece in self._reply.add(item) if isinstance(item, Delta) else self._reply.end(item):
+        prefills = isinstance(item, Progress) and item.phase == "prefill"
+        if not self._has_begun and (prefills or isinstance(item, Delta | Ended)):
+            # As soon as the length of the prompt is known; cached tokens are reported at the end.
+            self._has_begun = True
+            usage = {
+                "input_tokens": item.total if isinstance(item, Progress) else 0, "output_tokens": 0,
+                "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+            }  # fmt: skip
+            message = {**_begin(self._model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+            yield _event("message_start", message=message)
+            yield _event("ping")
+        if isinstance(item, Delta | Ended):
+            for piece in self._reply.take(item):
                 yield from self._piece(piece)
         elif isinstance(item, Finished):
             if self._index < 0:
@@ -251,18 +255,6 @@ class MessageEncoder:
             fields = keye_fields(item, self._reply.text, self._chat.notes)
             yield _event("message_delta", delta=_end(self._reply), usage=usage, keye=fields)
             yield _event("message_stop")
-
-    def _start(self, tokens: int) -> Iterator[bytes]:
-        """The beginning, as soon as the length of the prompt is known; cached tokens are reported at the end."""
-        if self._begun:
-            return
-        self._begun = True
-        usage = {
-            "input_tokens": tokens, "output_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
-        }  # fmt: skip
-        message = {**_begin(self._model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-        yield _event("message_start", message=message)
-        yield _event("ping")
 
     def _piece(self, piece: ReplyPiece) -> Iterator[bytes]:
         if piece.kind == "call":

@@ -227,12 +227,12 @@ class _Encoder:
 
     def encode(self, item: Event) -> Iterator[bytes]:
         if isinstance(item, Delta):
-            self._replies[item.choice_index].add(item)
+            self._replies[item.choice_index].take(item)
             if item.tokens:
                 data = _reply_object(self._run, self._replies[item.choice_index])
                 yield event({**data, "index": self._first + item.choice_index})
         elif isinstance(item, Ended):
-            self._replies[item.choice_index].end(item)
+            self._replies[item.choice_index].take(item)
         elif isinstance(item, Finished):
             for index, reply in enumerate(self._replies):
                 yield event({**_reply_object(self._run, reply, item), "index": self._first + index})

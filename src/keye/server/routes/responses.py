@@ -66,9 +66,7 @@ async def count_tokens(request: Request, body: ResponseRequest) -> JSONResponse:
     """How many tokens the prompt of a response takes. Media are probed, and not decoded."""
     context, owner = context_of(request), owner_of(request)
     history = await cancel_on_disconnect(request, _history(context, owner, body))
-    context.check_model(body.model)
-    counting = context.decode(count_prompt_tokens, context, owner, _query(body, history))
-    count = await cancel_on_disconnect(request, counting)
+    count = await count_prompt_tokens(request, _query(body, history))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
@@ -209,31 +207,95 @@ async def _stream(
 
 
 class _Encoder:
-    """Encodes the events of one response; `response` is complete when the engine has finished."""
+    """Encodes the events of one response, in which one item is open at a time. `response` is complete when the engine
+    has finished."""
 
     def __init__(self, head: dict[str, Any], chat: PreparedChat, body: ResponseRequest) -> None:
         self._chat, self._reply, self.response = chat, ChatReply.of(chat), head
-        self._writer = ResponseWriter(self._reply)
         self._telemetry = Telemetry(body.timings_per_token, body.return_progress)
+        self._number, self._text = 0, ""
+        self._open: dict[str, Any] | None = None
+        self._items: list[dict[str, Any]] = []
 
     def encode(self, item: Event) -> Iterator[bytes]:
         self._telemetry.see(item)
-        writer, steps = self._writer, list(self._telemetry.progress(item)) if isinstance(item, Progress) else []
-        if (isinstance(item, Delta | Ended) or steps) and not writer.has_begun:
+        steps = list(self._telemetry.progress(item)) if isinstance(item, Progress) else []
+        if (isinstance(item, Delta | Ended) or steps) and not self._number:
             for kind in ("created", "in_progress"):
-                yield writer.event(f"response.{kind}", response=self.response)
+                yield self._event(f"response.{kind}", response=self.response)
         for step in steps:
-            yield writer.event("response.in_progress", response=self.response, **step)
+            yield self._event("response.in_progress", response=self.response, **step)
         if isinstance(item, Delta | Ended):
-            for piece in self._reply.add(item) if isinstance(item, Delta) else self._reply.end(item):
-                yield from writer.piece(piece, self._telemetry.timings())
+            for piece in self._reply.take(item):
+                yield from self._piece(piece)
         if isinstance(item, Ended):
-            yield from writer.close()
+            if self._open is None and not self._items:  # a reply of nothing has one empty message
+                yield from self._open_item("message")
+            yield from self._close_item()
         elif isinstance(item, Finished):
-            self.response = {**_completed(self.response, self._reply, item, self._chat), "output": writer.items}
+            self.response = {**_completed(self.response, self._reply, item, self._chat), "output": self._items}
 
     def last_event(self, stored: dict[str, Any]) -> bytes:
-        return self._writer.event(f"response.{stored['status']}", response=stored, **self._telemetry.timings())
+        return self._event(f"response.{stored['status']}", response=stored, **self._telemetry.timings())
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
+
+    def _piece(self, piece: ReplyPiece) -> Iterator[bytes]:
+        """The events of one piece of the reply; a piece of another kind closes the item before it."""
+        if piece.kind == "call":
+            yield from self._close_item()
+            number, name, _ = self._reply.calls[piece.index]
+            yield from self._open_item("function_call", call_id=number, name=name, arguments="")
+            return
+        kind = _KIND[piece.kind]
+        if self._open is None or self._open["type"] != kind:
+            yield from self._close_item()
+            yield from self._open_item(kind)
+        self._text += piece.text
+        fields = {**self._place(), "delta": piece.text, **self._telemetry.timings()}
+        yield self._event(f"response.{_DELTA[kind]}.delta", **fields)
+
+    def _place(self) -> dict[str, Any]:
+        """Where the text of the open item stands."""
+        assert self._open is not None
+        place, kind = {"item_id": self._open["id"], "output_index": len(self._items)}, self._open["type"]
+        if kind == "function_call":
+            return place
+        return {**place, "content_index": 0, **({"logprobs": []} if kind == "message" else {})}
+
+    def _part_event(self, name: str) -> bytes:
+        place = {key: value for key, value in self._place().items() if key != "logprobs"}
+        return self._event(f"response.content_part.{name}", **place, part=self._part())
+
+    def _part(self) -> dict[str, Any]:
+        assert self._open is not None
+        is_reasoning = self._open["type"] == "reasoning"
+        return {"type": "reasoning_text", "text": self._text} if is_reasoning else _text_part(self._text)
+
+    def _open_item(self, kind: Kind, **fields: Any) -> Iterator[bytes]:
+        self._open, self._text = _new(kind, "in_progress") | fields, ""
+        yield self._event("response.output_item.added", output_index=len(self._items), item=self._open)
+        if kind != "function_call":
+            yield self._part_event("added")
+
+    def _close_item(self) -> Iterator[bytes]:
+        if self._open is None:
+            return
+        kind: Kind = self._open["type"]
+        if kind == "function_call":
+            content: dict[str, Any] = {"arguments": self._text}
+            fields = {"name": self._open["name"], **content}
+        else:
+            content, fields = {"content": [self._part()]}, {"text": self._text}
+        done = {**self._open, "status": "completed", **content}
+        yield self._event(f"response.{_DELTA[kind]}.done", **self._place(), **fields)
+        if kind != "function_call":
+            yield self._part_event("done")
+        yield self._event("response.output_item.done", output_index=len(self._items), item=done)
+        self._items.append(done)
+        self._open = None
 
 
 @router.get("/v1/responses/{response_id}")
@@ -292,7 +354,6 @@ def _items_with_ids(value: str | Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return items
 
 
-_NOTHING: Final[Mapping[str, Any]] = {}
 Kind = Literal["reasoning", "message", "function_call"]
 _PREFIX: Final[dict[Kind, str]] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 _KIND: Final[dict[str, Kind]] = {"reasoning": "reasoning", "content": "message", "arguments": "function_call"}
@@ -327,84 +388,3 @@ def _new(kind: Kind, status: str) -> dict[str, Any]:
 def _text_part(text: str, reply: ChatReply | None = None) -> dict[str, Any]:
     probs = [prob_object(prob) for prob in reply.probs] if reply is not None else []
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": probs}
-
-
-def _within(kind: Kind) -> dict[str, Any]:
-    """Where in an item its text stands."""
-    if kind == "function_call":
-        return {}
-    return {"content_index": 0, "logprobs": []} if kind == "message" else {"content_index": 0}
-
-
-class ResponseWriter:
-    """Writes the events of one response; `items` are those that are complete."""
-
-    def __init__(self, reply: ChatReply) -> None:
-        self._reply = reply
-        self._number = 0
-        self._open: dict[str, Any] | None = None
-        self._text = ""
-        self.items: list[dict[str, Any]] = []
-
-    @property
-    def has_begun(self) -> bool:
-        return self._number > 0
-
-    def event(self, kind: str, **fields: Any) -> bytes:
-        """One event with the next number."""
-        self._number += 1
-        return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
-
-    def piece(self, piece: ReplyPiece, more: Mapping[str, Any] = _NOTHING) -> Iterator[bytes]:
-        """The events of one piece of the reply; a piece of another kind closes the item before it. `more` are further
-        fields of its delta."""
-        if piece.kind == "call":
-            yield from self._close_item()
-            number, name, _ = self._reply.calls[piece.index]
-            yield from self._open_item("function_call", {"call_id": number, "name": name, "arguments": ""})
-            return
-        kind = _KIND[piece.kind]
-        if self._open is None or self._open["type"] != kind:
-            yield from self._close_item()
-            yield from self._open_item(kind, {})
-        self._text += piece.text
-        yield self.event(f"response.{_DELTA[kind]}.delta", **self._place(), **_within(kind), delta=piece.text, **more)
-
-    def close(self) -> Iterator[bytes]:
-        """The end of the last item; a reply of nothing has one empty message."""
-        if self._open is None and not self.items:
-            yield from self._open_item("message", {})
-        yield from self._close_item()
-
-    def _place(self) -> dict[str, Any]:
-        assert self._open is not None
-        return {"item_id": self._open["id"], "output_index": len(self.items)}
-
-    def _open_item(self, kind: Kind, fields: dict[str, Any]) -> Iterator[bytes]:
-        self._open, self._text = _new(kind, "in_progress") | fields, ""
-        yield self.event("response.output_item.added", output_index=len(self.items), item=self._open)
-        if kind != "function_call":
-            yield self.event("response.content_part.added", **self._place(), content_index=0, part=self._part())
-
-    def _part(self) -> dict[str, Any]:
-        assert self._open is not None
-        if self._open["type"] == "reasoning":
-            return {"type": "reasoning_text", "text": self._text}
-        return _text_part(self._text)
-
-    def _close_item(self) -> Iterator[bytes]:
-        if self._open is None:
-            return
-        kind: Kind = self._open["type"]
-        if kind == "function_call":
-            done = {**self._open, "status": "completed", "arguments": self._text}
-            fields: dict[str, Any] = {"name": done["name"], "arguments": self._text}
-        else:
-            done = {**self._open, "status": "completed", "content": [self._part()]}
-            fields = {**_within(kind), "text": self._text}
-        yield self.event(f"response.{_DELTA[kind]}.done", **self._place(), **fields)
-        if kind != "function_call":
-            yield self.event("response.content_part.done", **self._place(), content_index=0, part=self._part())
-        yield self.event("response.output_item.done", output_index=len(self.items), item=done)
-        self.items.append(done)
-        self._open = None

@@ -7,8 +7,7 @@ import shutil
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,11 @@ from keye.server.edge.errors import ApiError
 from keye.server.errors import spelled
 from keye.server.openai.events import (
     ChatReply,
-    KeyeStreamEncoder,
+    Continuation,
+    collect,
     collect_chat,
     encode_events,
-    iter_events,
+    keye_encoder,
     keye_fields,
     usage_of,
 )
@@ -66,21 +66,15 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
         segments = model.render(open_sources(messages, opener))
         measured = model.measure(segments, context.salt(owner))
     limit = model.config.text.max_position_embeddings
+    lacking = {"frames": 1, "timestamps": [], "duration": None}  # of images
     return {
-        "media": [_plan_object(plan) for plan in measured.media],
+        "media": [{**lacking, "tokens_per_frame": plan["visual_tokens"], **plan} for plan in measured.media],
         "visual_tokens": measured.media_tokens,
         "prompt_tokens": measured.prompt_tokens,
         "context": limit,
         "fits": measured.prompt_tokens < limit,
         "keye": {"notes": [note.worded(spelled) for note in notes]},
     }
-
-
-def _plan_object(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan with the fields that images lack."""
-    return {
-        "frames": 1, "timestamps": [], "duration": None, "tokens_per_frame": plan["visual_tokens"], **plan,
-    }  # fmt: skip
 
 
 @router.post("/v1/video/ground")
@@ -91,8 +85,8 @@ async def ground(request: Request, body: GroundRequest) -> Response:
     if body.stream:
         reply = ChatReply.of(chat)
         begin = {"object": "keye.ground.chunk", "model": context.names[0]}
-        encoder = KeyeStreamEncoder(reply, begin, lambda finished: _ground_object(context, chat, reply, finished))
-        return await stream_events(request, encode_events(context, (chat.request, encoder.encode)), at_once=True)
+        encode = keye_encoder(reply, begin, lambda finished: _ground_object(context, chat, reply, finished))
+        return await stream_events(request, encode_events(context, (chat.request, encode)), at_once=True)
     replies, finished = await cancel_on_disconnect(request, collect_chat(context, chat))
     return JSONResponse(_ground_object(context, chat, replies[0], finished))
 
@@ -182,10 +176,7 @@ async def create(request: Request, body: LiveRequest) -> JSONResponse:
     context, owner = context_of(request), owner_of(request)
     context.check_model(body.model)
 
-    def make() -> LiveSession:
-        return context.model.live(keep=body.keep, **(body.preprocess_kwargs or {}))
-
-    name = await context.live.open(owner, make)
+    name = await context.live.open(owner, lambda: context.model.live(keep=body.keep, **(body.preprocess_kwargs or {})))
     return JSONResponse({"id": name, "object": "keye.live", "idle_seconds": IDLE_SECONDS})
 
 
@@ -219,13 +210,14 @@ async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
     question = await cancel_on_disconnect(request, _generation_request(context, owner, session_id, body))
     collector = Collector(question, context.names[0])
     if not body.stream:
-        return JSONResponse(await cancel_on_disconnect(request, _collect(context, question, collector)))
+        await cancel_on_disconnect(request, collect(context, question, [Continuation()], collector.take))
+        return JSONResponse(_answer_object(collector))
     begin = {"object": "keye.live.answer.chunk", "model": context.names[0]}
-    encoder = KeyeStreamEncoder(ChatReply(ReplyStream()), begin, lambda _: _answer_object(collector))
+    encode_piece = keye_encoder(ChatReply(ReplyStream()), begin, lambda _: _answer_object(collector))
 
-    def encode(event: Event) -> Iterator[bytes]:
+    def encode(event: Event) -> Iterable[bytes]:
         collector.take(event)
-        yield from encoder.encode(event)
+        return encode_piece(event)
 
     return await stream_events(request, encode_events(context, (question, encode)), at_once=True)
 
@@ -234,13 +226,6 @@ async def _generation_request(context: Context, owner: str, session_id: str, bod
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "seed", "evidence")}
     request = await context.live.work(session_id, owner, lambda live: live.request(body.question, **options))
     return replace(request, salt=context.salt(owner), seconds=context.settings.request_seconds)
-
-
-async def _collect(context: Context, request: GenerationRequest, collector: Collector) -> dict[str, Any]:
-    async with aclosing(iter_events(context, request)) as events:
-        async for event in events:
-            collector.take(event)
-    return _answer_object(collector)
 
 
 def _answer_object(collector: Collector) -> dict[str, Any]:
