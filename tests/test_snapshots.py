@@ -16,7 +16,7 @@ from keye.models.attention import CachedStep, Span
 from keye.models.load import load_model
 from keye.train.recipes.nano.batches import make_batch
 from keye.train.recipes.nano.config import Mix
-from keye.train.recipes.nano.objectives import encode_frames
+from keye.train.recipes.nano.recipe import encode_frames
 from tests.support.training import NANO_RECIPE, make_tensors, nano_stage
 
 SNAPSHOTS = Path(__file__).parent / "data" / "nano-snapshots.json"

@@ -119,28 +119,20 @@ class PrivateFolder:
 def remove_abandoned_folders() -> None:
     """Removes the private folders of this user that no process holds locked."""
     try:
-        entries = [
-            entry for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith((SERVER_PREFIX, BATCH_PREFIX))
-        ]
+        prefixes = (SERVER_PREFIX, BATCH_PREFIX)
+        entries = [entry for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith(prefixes)]
     except OSError:
         return
     for entry in entries:
         try:
-            _remove_if_abandoned(entry)
+            status = entry.stat(follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                continue
+            # A folder without a lock file is about to get one: keep it.
+            descriptor = os.open(os.path.join(entry.path, LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its process lives
+                shutil.rmtree(entry.path, ignore_errors=True)
+            log.warning("removed %s, left by a process that was killed", entry.path)
         except OSError as error:
             log.debug("%s was not removed: %s", entry.path, error)
-
-
-def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
-    status = entry.stat(follow_symlinks=False)
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
-    if not ours:
-        return
-    # A folder without a lock file is about to get one: keep it.
-    descriptor = os.open(os.path.join(entry.path, LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its process lives
-        shutil.rmtree(entry.path, ignore_errors=True)
-        log.warning("removed %s, left by a process that was killed", entry.path)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from keye.train.packed import AttentionHint, PackedStep, hint_loss
 from keye.train.recipes.nano.batches import WINDOW
 from keye.train.recipes.nano.config import Mix
 from keye.train.recipes.nano.evidence import TRAINED_PAIRS
-from keye.train.recipes.nano.objectives import encode_frames
+from keye.train.recipes.nano.recipe import encode_frames
 from tests.support.tiny import tiny_model
 from tests.support.training import NANO_RECIPE, make_tensors, nano_stage
 

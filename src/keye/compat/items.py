@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -27,16 +27,9 @@ def extract_vision_info(conversations: Sequence[Any]) -> list[dict[str, Any]]:
     An item counts by its key (`image`, `image_url`, `video`, `video_url`) or by its `type`.
     """
     several = conversations if conversations and not isinstance(conversations[0], Mapping) else [conversations]
-    return [item for conversation in several for message in conversation for item in _media(message)]
-
-
-def _media(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    content = message["content"]
-    if isinstance(content, str):
-        return
-    for item in content:
-        if any(key in item or item.get("type") == key for key in _MEDIA):
-            yield item
+    contents = [message["content"] for conversation in several for message in conversation]
+    items = (item for content in contents if not isinstance(content, str) for item in content)
+    return [item for item in items if any(key in item or item.get("type") == key for key in _MEDIA)]
 
 
 def kind_of(item: Item) -> MediumKind:
@@ -51,18 +44,14 @@ def kind_of(item: Item) -> MediumKind:
 def picture_of(item: Item) -> Any:
     """The image of an item: `image`, or `image_url`, which may be the object of the OpenAI form. Of a picture in memory
     the official utilities keep no transparency but that of RGBA; that of files is kept."""
-    value = _named(item, "image")
+    value = medium_of(item, "image")
     if isinstance(value, Image.Image) and value.mode != "RGBA" and value.has_transparency_data:
         return value.convert("RGB")
     return value
 
 
-def video_of(item: Item) -> Any:
-    """The video of an item: `video`, or `video_url`, which may be the object of the OpenAI form."""
-    return _named(item, "video")
-
-
-def _named(item: Item, kind: MediumKind) -> Any:
+def medium_of(item: Item, kind: MediumKind) -> Any:
+    """The medium of an item: `video`, or `video_url`, which may be the object of the OpenAI form; so for images."""
     if kind in item:
         return item[kind]
     key = f"{kind}_url"

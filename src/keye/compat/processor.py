@@ -75,7 +75,11 @@ class OfficialProcessor:
         clips, seconds, grids = [], None, []
         if videos:
             if self.config.release.whole_video:
-                seconds = tuple(1 / rate for rate in _list_rates(fps, len(videos)))
+                rates = [fps] * len(videos) if isinstance(fps, int | float) else fps
+                if len(rates) != len(videos):
+                    raise KeyeError(f"{len(rates)} rates are given for {len(videos)} videos; give one number, or one "
+                                    "for each video")  # fmt: skip
+                seconds = tuple(1 / float(rate) for rate in rates)
                 clips = [self.video(video).as_one_video() for video in videos]
                 expansions["video"] = [[VisualSpan("video", self._tokens(clip)[0])] for clip in clips]
                 grids = [clip.grid_thw for clip in clips]
@@ -132,14 +136,6 @@ class OfficialProcessor:
         return [int(n) for n in vision.grid_thw.prod(axis=1) // self.config.merge_size**2]
 
 
-def _list_rates(fps: float | Sequence[float], count: int) -> list[float]:
-    if isinstance(fps, int | float):
-        return [float(fps)] * count
-    if len(fps) != count:
-        raise KeyeError(f"{len(fps)} rates are given for {count} videos; give one number, or one for each video")
-    return [float(rate) for rate in fps]
-
-
 def _pick_settings(video_kwargs: dict[str, Sequence[Any]], index: int, count: int) -> dict[str, Any]:
     """The settings of one video, sequences as plain lists."""
     known = ("height", "width", "fast_height", "fast_width", "frame_types", "timestamps")
@@ -157,21 +153,19 @@ def _pick_settings(video_kwargs: dict[str, Sequence[Any]], index: int, count: in
 def _merge_rows(grid: NDArray[np.int64]) -> NDArray[np.int64]:
     """Neighbouring rows (1, h, w) of one size as one row (t, h, w)."""
     starts = np.flatnonzero(np.r_[True, (grid[1:] != grid[:-1]).any(axis=1)])
-    counts = np.diff(np.r_[starts, len(grid)])
-    return np.column_stack([counts, grid[starts, 1:]])
+    return np.column_stack([np.diff(np.r_[starts, len(grid)]), grid[starts, 1:]])
 
 
 def _expand_texts(texts: Sequence[str], expansions: dict[str, list[list[Piece]]]) -> list[str]:
     """The texts with each placeholder replaced by the expansion of its medium."""
     waiting = {_PAD[kind]: iter(pieces) for kind, pieces in expansions.items()}
 
-    def grown(match: re.Match[str]) -> str:
+    def grow(match: re.Match[str]) -> str:
         if match[0] not in waiting:
             return match[0]
-        pieces = next(waiting[match[0]], None)
-        if pieces is None:
+        if (pieces := next(waiting[match[0]], None)) is None:
             raise KeyeError(f"the text has more {match[0]} than media were given; give one for each")
         return "".join(p if isinstance(p, str) else _PAD[p.kind] * p.tokens for p in pieces)
 
     pads = re.compile("|".join(re.escape(pad) for pad in _PAD.values()))
-    return [pads.sub(grown, text) for text in texts]
+    return [pads.sub(grow, text) for text in texts]

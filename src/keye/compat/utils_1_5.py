@@ -19,7 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
+from keye.compat.items import (
+    FACTOR,
+    Item,
+    check_factor,
+    extract_vision_info,
+    kind_of,
+    medium_of,
+    options_of,
+    picture_of,
+)
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
@@ -64,12 +73,12 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
     `frame_types` int32 [F] (0 slow, 1 fast) and, where times are known, `timestamps` float32 [F] in seconds."""
     check_factor(image_factor)
     options = options_of(ele, "video", total_key="video_total_pixels")
-    pictures = open_frames(video_of(ele))
+    pictures = open_frames(medium_of(ele, "video"))
     if pictures is not None:
         frames, times = sample_list(pictures, CONFIG, options)
         array = np.stack(list(frames))
     else:
-        array, times = _decode_video(video_of(ele), options)
+        array, times = _decode_video(medium_of(ele, "video"), options)
     types = frame_types(array, CONFIG, options.min_frame_similarity)
     fast, (_, height, width, _) = sum(types), array.shape
     result = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
@@ -101,19 +110,16 @@ def process_vision_info(
             raise KeyeError("neither conversations nor vision_infos is given; pass one of them")
         vision_infos = extract_vision_info(conversations)
     images: list[Image.Image] = []
-    videos: list[Tensor] = []
-    all_facts: list[dict[str, Any]] = []
+    videos: list[tuple[Tensor, dict[str, Any]]] = []
     for item in vision_infos:
         if kind_of(item) == "image":
             images.append(fetch_image(item, image_factor))
         else:
-            frames, facts = fetch_video(item, image_factor)
-            videos.append(frames)
-            all_facts.append(facts)
+            videos.append(fetch_video(item, image_factor))
     kwargs: dict[str, list[Any]] = defaultdict(list)
-    for name in dict.fromkeys(name for facts in all_facts for name in facts):
-        kwargs[name] = [facts.get(name) for facts in all_facts]
-    result = (images or None, videos or None)
+    for name in dict.fromkeys(name for _, facts in videos for name in facts):
+        kwargs[name] = [facts.get(name) for _, facts in videos]
+    result = (images or None, [frames for frames, _ in videos] or None)
     return result if return_video_kwargs is False else (*result, kwargs)
 
 

@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keye.compat.items import FACTOR, Item, check_factor, extract_vision_info, kind_of, options_of, picture_of, video_of
+from keye.compat.items import (
+    FACTOR,
+    Item,
+    check_factor,
+    extract_vision_info,
+    kind_of,
+    medium_of,
+    options_of,
+    picture_of,
+)
 from keye.config import ProcessorConfig, preview_video_max_pixels
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError
@@ -67,10 +76,10 @@ def fetch_video(
     budget = preview_video_max_pixels()
     if budget is not None and options.video_total_pixels is None:
         options = options.replace(video_total_pixels=budget)
-    frames = open_frames(video_of(ele))
+    frames = open_frames(medium_of(ele, "video"))
     video: Video
     if frames is None:
-        video, fps = _decode_video(video_of(ele), options)
+        video, fps = _decode_video(medium_of(ele, "video"), options)
     else:
         pictures = as_frames(frames)
         indices, fps = select_listed(len(pictures), CONFIG, options)

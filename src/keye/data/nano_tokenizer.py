@@ -42,9 +42,10 @@ def build_nano_tokenizer(words: Iterable[str]) -> Tokenizer:
     Entries of `words` without a letter, and single letters, are ignored: bytes and the fixed pieces cover them. Raises
     KeyeError if an entry is not made of lower-case ASCII letters, or if more than MAX_VOCAB ids are needed.
     """
-    vocab = {character: index for index, character in enumerate(byte_characters())}
+    characters = byte_characters()
+    vocab = {character: index for index, character in enumerate(characters)}
     for piece in [*_fixed_pieces(), *_word_pieces(words)]:
-        vocab.setdefault(_byte_level(piece), len(vocab))
+        vocab.setdefault("".join(characters[byte] for byte in piece.encode()), len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -87,11 +88,6 @@ def _word_pieces(words: Iterable[str]) -> Iterator[str]:
             raise KeyeError(f"words: {word!r} is not made of lower-case ASCII letters; split or lower it.")
         yield from (word, f" {word}", word.capitalize(), f" {word.capitalize()}")
     yield from (" a", " i")
-
-
-def _byte_level(text: str) -> str:
-    table = byte_characters()
-    return "".join(table[byte] for byte in text.encode("utf-8"))
 
 
 def _added(token: str, *, special: bool) -> AddedToken:

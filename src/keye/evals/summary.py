@@ -64,25 +64,24 @@ def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) 
     located = [answer for task in GROUNDING_TASKS for answer in by_task.get(task, [])]
     with_none = [*located, *by_task.get(NEVER_TASK, [])]
     return {
-        "accuracy": _percent(metrics.mean([_accuracy(items) for items in counted])),
+        "accuracy": _mean_percent(_accuracy(items) for items in counted),
         "accuracy_error": _percent(metrics.clustered_error([_clusters(items, correct=True) for items in counted])),
-        "miou": _percent(metrics.mean(_ious(located))),
+        "miou": _mean_percent(_ious(located)),
         "miou_error": _percent(metrics.clustered_error([_clusters(located, correct=False)])),
-        "miou_with_none": _percent(metrics.mean(_ious(with_none))),
-        "whole_video_miou": _percent(metrics.mean(_whole_video_ious(located))),
-        "grounding": _grounding(located),
+        "miou_with_none": _mean_percent(_ious(with_none)),
+        "whole_video_miou": _mean_percent(_whole_video_ious(located)),
+        "grounding": {
+            "n": len(located),
+            **{
+                f"{prefix}r1@{level}": _mean_percent(float(iou >= level) for iou in ious)
+                for prefix, ious in (("", _ious(located)), ("whole_video_", _whole_video_ious(located)))
+                for level in IOU_LEVELS
+            },
+        },
         "tasks": {task: _task(task, by_task, shipped) for task in sorted(by_task)},
         "questions": len(scored),
         "clips": len({answer.cluster for answer in scored}),
     }
-
-
-def _grounding(located: Sequence[Scored]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"n": len(located)}
-    for prefix, ious in (("", _ious(located)), ("whole_video_", _whole_video_ious(located))):
-        for level in IOU_LEVELS:
-            figures[f"{prefix}r1@{level}"] = _percent(metrics.mean([float(iou >= level) for iou in ious]))
-    return figures
 
 
 def _task(task: str, by_task: dict[str, list[Scored]], shipped: Sequence[str]) -> dict[str, Any]:
@@ -95,8 +94,8 @@ def _task(task: str, by_task: dict[str, list[Scored]], shipped: Sequence[str]) -
         "majority": _percent(constant.score), "shipped": task in shipped,
     }  # fmt: skip
     if items[0].iou is not None:
-        figures["miou"] = _percent(metrics.mean(_ious(items)))
-        figures["exact"] = _percent(metrics.mean([float(answer.exact) for answer in items]))
+        figures["miou"] = _mean_percent(_ious(items))
+        figures["exact"] = _mean_percent(float(answer.exact) for answer in items)
     return figures
 
 
@@ -125,6 +124,10 @@ def _ious(items: Iterable[Scored]) -> list[float]:
 
 def _whole_video_ious(items: Iterable[Scored]) -> list[float]:
     return [answer.whole_video_iou for answer in items if answer.whole_video_iou is not None]
+
+
+def _mean_percent(shares: Iterable[float]) -> float | None:
+    return _percent(metrics.mean(list(shares)))
 
 
 def _percent(share: float) -> float | None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from keye.config.settings import Settings, parse_settings, read_toml
 from keye.errors import KeyeError
 from keye.media.image import ImagePlan
-from keye.planning.fleet import Costs, Fleet, Load, Outcome, size_fleet
+from keye.planning.fleet import Costs, Load, size_fleet
 from keye.planning.question import Planned
 
 DAY = 86_400.0
@@ -78,14 +78,27 @@ def plan_fleet(path: Path, planned: Sequence[Planned], prediction: Mapping[str, 
     costs, notes = find_costs(file.measured, planned[0], prediction)
     load = Load(file.load.videos_per_day / DAY * file.load.peak, file.load.questions)
     fleet, outcome = size_fleet(load, costs, seconds=file.goal.seconds, together=costs.engine[-1][0])
-    return summarise(file, load, costs, fleet, outcome, notes)
+    decode_nodes = math.ceil(fleet.decoders / file.decode_node.workers)
+    engine_nodes = math.ceil(fleet.replicas / file.engine_node.workers)
+    price = 24 * (decode_nodes * file.decode_node.price + engine_nodes * file.engine_node.price)  # a day
+    to_decoders, to_engines, a_day = costs.file_bytes, costs.frame_bytes, file.load.videos_per_day
+    return {
+        "videos_per_second": load.rate, "questions": load.questions, "costs": asdict(costs),
+        "decode_workers": fleet.decoders, "decode_nodes": decode_nodes,
+        "engines": fleet.replicas, "engine_nodes": engine_nodes, "requests_at_once": fleet.together,
+        "seconds": {"mean": outcome.mean, "median": outcome.median, "p95": outcome.p95, "goal": file.goal.seconds},
+        "busy": {"decode": outcome.decoders, "engine": outcome.engines},
+        "bytes_per_second": {"to_decoders": load.rate * to_decoders, "to_engines": load.rate * to_engines},
+        "bytes_per_day": {"to_decoders": a_day * to_decoders, "to_engines": a_day * to_engines},
+        "price_per_day": price, "price_per_video": price / a_day, "notes": notes,
+    }  # fmt: skip
 
 
 def find_costs(
     measured: MeasuredTable, video: Planned, prediction: Mapping[str, Any] | None
-) -> tuple[Costs, tuple[str, ...]]:
+) -> tuple[Costs, list[str]]:
     """What a video costs, by what was measured or else by what was predicted, and notes on that."""
-    plan, notes = video.plan, []
+    plan, notes = video.plan, list[str]()
     assert not isinstance(plan, ImagePlan)
     seconds: Mapping[str, float] = {} if prediction is None else prediction["seconds"]
     decode = measured.decode if measured.decode is not None else seconds.get("media")
@@ -100,27 +113,4 @@ def find_costs(
     if video.source is not None and video.source.path is not None:
         file_bytes = Path(video.source.path).stat().st_size
     frame_bytes = plan.frames * plan.height * plan.width * 3
-    return Costs(decode, engine, measured.later, measured.spread, file_bytes, frame_bytes), tuple(notes)
-
-
-def summarise(
-    file: FleetFile, load: Load, costs: Costs, fleet: Fleet, outcome: Outcome, notes: Sequence[str]
-) -> dict[str, Any]:
-    """Everything of a plan, as plain data. Prices are for a day."""
-    decode_nodes = math.ceil(fleet.decoders / file.decode_node.workers)
-    engine_nodes = math.ceil(fleet.replicas / file.engine_node.workers)
-    price = 24 * (decode_nodes * file.decode_node.price + engine_nodes * file.engine_node.price)
-    return {
-        "videos_per_second": load.rate, "questions": load.questions, "costs": asdict(costs),
-        "decode_workers": fleet.decoders, "decode_nodes": decode_nodes,
-        "engines": fleet.replicas, "engine_nodes": engine_nodes, "requests_at_once": fleet.together,
-        "seconds": {"mean": outcome.mean, "median": outcome.median, "p95": outcome.p95, "goal": file.goal.seconds},
-        "busy": {"decode": outcome.decoders, "engine": outcome.engines},
-        "bytes_per_second": {"to_decoders": load.rate * costs.file_bytes, "to_engines": load.rate * costs.frame_bytes},
-        "bytes_per_day": {
-            "to_decoders": file.load.videos_per_day * costs.file_bytes,
-            "to_engines": file.load.videos_per_day * costs.frame_bytes,
-        },
-        "price_per_day": price, "price_per_video": price / file.load.videos_per_day,
-        "notes": list(notes),
-    }  # fmt: skip
+    return Costs(decode, engine, measured.later, measured.spread, file_bytes, frame_bytes), notes

@@ -146,10 +146,11 @@ def predict(
 
 def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned: Sequence[Planned], reply: int) -> Any:
     """The planned media and one short question as `CostQuery`."""
+    from keye.chat.tokenizer import Tokenizer
     from keye.planning.estimate import CostQuery
 
     frames, visual, text = 0, 0, WORDS
-    count = _text_counter(folder)
+    tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").exists() else None
     grid, patch = (1, 1), config.patch_size
     for medium in planned:
         plan = medium.plan
@@ -162,18 +163,13 @@ def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned
         frames += plan.frames
         pieces = expand_frames([plan.tokens_per_frame] * plan.frames, config, plan.labels)
         if not config.release.whole_video:
-            text += sum(count(piece) for piece in pieces if not isinstance(piece, VisualSpan))
+            texts = [piece for piece in pieces if not isinstance(piece, VisualSpan)]
+            if tokenizer is not None:
+                text += sum(len(tokenizer.encode(piece, special=True)) for piece in texts)
+            else:  # every digit for one and a mark for one
+                labels = [piece.partition("|>")[2] or piece for piece in texts]
+                text += sum(1 + sum(not letter.isalpha() for letter in label) for label in labels)
     return CostQuery(frames, grid, visual + text, reply, media_seconds(planned))
-
-
-def _text_counter(folder: Path) -> Any:
-    """Tokens of a text: counted where the tokenizer is here, else every digit for one and a mark for one."""
-    from keye.chat.tokenizer import Tokenizer
-
-    if (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(folder)
-        return lambda text: len(tokenizer.encode(text, special=True))
-    return lambda text: 1 + sum(not letter.isalpha() for letter in text.partition("|>")[2] or text)
 
 
 def media_seconds(planned: Sequence[Planned]) -> float:

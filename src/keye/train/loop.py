@@ -108,7 +108,9 @@ class Run:
         torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "heads"))
         objective = self.recipe.make_objective(stage, self.model)
         objective.heads.to(self.model.device)
-        optimizer = self._optimizer(stage, objective)
+        heads = [(f"heads.{name}", p) for name, p in objective.heads.named_parameters()]
+        optimizer = Optimizer([*mark_trainable(self.model, stage), *heads], is_muon_matrix, adam_scale=adam_scale,
+                              group=self.group, weight_decay=stage.weight_decay)  # fmt: skip
         if self._state is not None:
             optimizer.load_state(self._state)
             self._state = None
@@ -135,12 +137,6 @@ class Run:
             if clock.step > clock.logged_step:
                 self._log(stage, clock, objective, norm)
             self._save(self.progress)
-
-    def _optimizer(self, stage: StageConfig, objective: Objective) -> Optimizer:
-        heads = [(f"heads.{name}", p) for name, p in objective.heads.named_parameters()]
-        parameters = [*mark_trainable(self.model, stage), *heads]
-        return Optimizer(parameters, is_muon_matrix, adam_scale=adam_scale, group=self.group,
-                         weight_decay=stage.weight_decay)  # fmt: skip
 
     def _batches(self, number: int) -> Iterator[Any]:
         """Batches of step, step + 1, ... made ahead in other processes."""

@@ -42,17 +42,10 @@ class Optimizer:
     """
 
     def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        is_matrix: Callable[[str, nn.Parameter], bool],
-        *,
-        adam_scale: Callable[[str], float] = lambda name: 1.0,
-        group: Group | None = None,
-        weight_decay: float = 0.02,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.97),
-        clip: float = 1.0,
-    ) -> None:
+        self, parameters: Iterable[tuple[str, nn.Parameter]], is_matrix: Callable[[str, nn.Parameter], bool], *,
+        adam_scale: Callable[[str], float] = lambda name: 1.0, group: Group | None = None, weight_decay: float = 0.02,
+        momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.97), clip: float = 1.0,
+    ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.master = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.first = {name: torch.zeros_like(m) for name, m in self.master.items()}

@@ -157,14 +157,19 @@ def write_checkpoint(
     from keye.files import complete_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    groups = _groups({name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}, shard_bytes)
+    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}
+    groups = _groups(sizes, shard_bytes)
     single, count = len(groups) == 1, len(groups)
     names = [WEIGHTS_FILE if single else f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     path = folder / (WEIGHTS_FILE if single else INDEX_FILE)
     with contextlib.ExitStack() as drafts:
         if not single:  # entered first, so that it takes its place last
             draft = drafts.enter_context(complete_file(path))
-            draft.write_text(_index(tensors, dict(zip(names, groups, strict=True)), dtype), encoding="utf-8")
+            weight_map = dict(
+                sorted((tensor, name) for name, group in zip(names, groups, strict=True) for tensor in group)
+            )
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            draft.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for name, group in zip(names, groups, strict=True):
             part = {n: tensors[n].detach().to(device="cpu", dtype=dtype).contiguous() for n in group}
             save_file(part, drafts.enter_context(complete_file(folder / name)), metadata={"format": "pt"})
@@ -187,9 +192,3 @@ def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         total += size
     return groups
-
-
-def _index(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]], dtype: torch.dtype | None) -> str:
-    total = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
-    weight_map = dict(sorted((name, file) for file, group in shards.items() for name in group))
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"

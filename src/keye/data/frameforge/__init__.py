@@ -8,8 +8,7 @@ Needs numpy and pillow, and PyAV to write files; never torch.
 """
 
 from keye.data.frameforge.labels import dense_labels
-from keye.data.frameforge.pictures import picture_questions
-from keye.data.frameforge.questions import TASKS, Question, format_intervals, questions
+from keye.data.frameforge.questions import TASKS, Question, format_intervals, picture_questions, questions
 from keye.data.frameforge.render import render
 from keye.data.frameforge.scene import SPLITS, Clip, SceneObject, make_clip, stream
 from keye.data.frameforge.words import HELD_OUT_PAIRS, HELD_OUT_WORDS, TRAIN_WORDS, vocabulary

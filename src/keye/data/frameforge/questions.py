@@ -8,10 +8,19 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 
 from keye.data.frameforge.scene import Clip, Interval, SceneObject
-from keye.data.frameforge.words import ALL_PAIRS, PHRASES, TIME_PHRASES, TRAIN_PAIRS, Pair, with_article
+from keye.data.frameforge.words import (
+    ALL_PAIRS,
+    PHRASES,
+    PICTURE_PHRASES,
+    TIME_PHRASES,
+    TRAIN_PAIRS,
+    Pair,
+    with_article,
+)
 from keye.errors import KeyeError
 
 Seconds = tuple[float, float]
@@ -61,6 +70,29 @@ def questions(
     return list(chosen.values())
 
 
+def picture_questions(clip: Clip, rng: random.Random, count: int) -> list[Question]:
+    """Up to `count` different questions about the first frame of `clip` in wordings that speak of an image, without
+    times, in random order."""
+    visible, ask = clip.scene.visible_objects(0), partial(_ask, rng, phrases=PICTURE_PHRASES)
+    chosen = [ask("count", str(len(visible))), ask("list_at", listing(clip, 0)),
+              ask("background", clip.scene.background_at(0).color)]  # fmt: skip
+    if clip.scene.text is not None and clip.scene.text.visible(0):
+        chosen.append(ask("read", clip.scene.text.content))
+    for thing in visible:
+        color, others = thing.color_at(0), [other for other in visible if other is not thing]
+        name = f"{color} {thing.shape}"
+        chosen.append(ask("presence", "yes", x=with_article(name)))
+        chosen.append(ask("size", thing.size, x=name))
+        if all(other.shape != thing.shape for other in others):
+            chosen.append(ask("attribute_at.color", color, x=thing.shape))
+        if all(other.color_at(0) != color for other in others):
+            chosen.append(ask("attribute_at.shape", thing.shape, x=color))
+    absent = absent_pairs(clip, rng, len(visible))
+    chosen += [ask("presence", "no", x=with_article(" ".join(pair))) for pair in absent]
+    rng.shuffle(chosen)
+    return list({question.text: question for question in chosen}.values())[:count]
+
+
 def format_intervals(intervals: Iterable[Seconds]) -> str:
     """`[[3.5, 7.0], [9.0, 11.5]]`, or `[]` for none."""
     return "[" + ", ".join(f"[{start:.1f}, {end:.1f}]" for start, end in intervals) + "]"
@@ -77,14 +109,13 @@ def _shares(tasks: Sequence[str] | None, weights: Mapping[str, float] | None) ->
 
 
 def _ask(
-    rng: random.Random, form: str, answer: str, slots: Mapping[str, str] | None = None, *, time: float | None = None,
-    intervals: tuple[Seconds, ...] | None = None,
+    rng: random.Random, form: str, answer: str, *, phrases: Mapping[str, Sequence[str]] = PHRASES,
+    time: float | None = None, intervals: tuple[Seconds, ...] | None = None, **slots: str,
 ) -> Question:  # fmt: skip
     """A question in one of the wordings of `form`, which is a task or "task.variant"."""
-    values = dict(slots or {})
     if time is not None:
-        values["t"] = rng.choice(TIME_PHRASES).format(time)
-    return Question(form.split(".")[0], rng.choice(PHRASES[form]).format(**values), answer, intervals)
+        slots["t"] = rng.choice(TIME_PHRASES).format(time)
+    return Question(form.split(".")[0], rng.choice(phrases[form]).format(**slots), answer, intervals)
 
 
 def _fill_pool(task: str, clip: Clip, rng: random.Random) -> list[Question]:
@@ -136,29 +167,29 @@ def absent_pairs(clip: Clip, rng: random.Random, count: int) -> list[Pair]:
 def _ground(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
         gold = _in_seconds(clip, thing.intervals)
-        yield _ask(rng, "ground", format_intervals(gold), {"x": thing.name}, intervals=gold)
+        yield _ask(rng, "ground", format_intervals(gold), x=thing.name, intervals=gold)
 
 
 def _ground_text(clip: Clip, rng: random.Random) -> Iterator[Question]:
     if (text := clip.scene.text) is not None:
         gold = _in_seconds(clip, text.intervals)
-        yield _ask(rng, "ground_text", format_intervals(gold), {"w": text.content}, intervals=gold)
+        yield _ask(rng, "ground_text", format_intervals(gold), w=text.content, intervals=gold)
 
 
 def _ground_none(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for pair in absent_pairs(clip, rng, 2):
-        question = _ask(rng, "ground", format_intervals(()), {"x": " ".join(pair)}, intervals=())
+        question = _ask(rng, "ground", format_intervals(()), x=" ".join(pair), intervals=())
         yield replace(question, task="ground_none")
 
 
 def _start(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
-        yield _ask(rng, "start", _seconds(clip, thing.first), {"x": thing.name})
+        yield _ask(rng, "start", _seconds(clip, thing.first), x=thing.name)
 
 
 def _end(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
-        yield _ask(rng, "end", _seconds(clip, thing.last), {"x": thing.name})
+        yield _ask(rng, "end", _seconds(clip, thing.last), x=thing.name)
 
 
 def _count(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -200,7 +231,7 @@ def _visible_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
         for frames, answer in ((visible, "yes"), (hidden, "no")):
             if hidden:
                 time = clip.timestamps[rng.choice(frames)]
-                yield _ask(rng, "visible_at", answer, {"x": thing.name}, time=time)
+                yield _ask(rng, "visible_at", answer, x=thing.name, time=time)
 
 
 def _attribute_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -209,26 +240,25 @@ def _attribute_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
         others = [other for other in clip.scene.visible_objects(frame) if other is not thing]
         color, time = thing.color_at(frame), clip.timestamps[frame]
         if all(other.shape != thing.shape for other in others):
-            yield _ask(rng, "attribute_at.color", color, {"x": thing.shape}, time=time)
+            yield _ask(rng, "attribute_at.color", color, x=thing.shape, time=time)
         if all(other.color_at(frame) != color for other in others):
-            yield _ask(rng, "attribute_at.shape", thing.shape, {"x": color}, time=time)
+            yield _ask(rng, "attribute_at.shape", thing.shape, x=color, time=time)
 
 
 def _order(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for a, b in permutations(_steady(clip), 2):
         if a.first == b.first:
             continue
-        names = {"a": a.name, "b": b.name}
         if rng.random() < 0.5:
-            yield _ask(rng, "order.first", a.name if a.first < b.first else b.name, names)
+            yield _ask(rng, "order.first", a.name if a.first < b.first else b.name, a=a.name, b=b.name)
         else:
-            yield _ask(rng, "order.before", "yes" if a.first < b.first else "no", names)
+            yield _ask(rng, "order.before", "yes" if a.first < b.first else "no", a=a.name, b=b.name)
 
 
 def _direction(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
         if thing.motion != "static":
-            yield _ask(rng, "direction", thing.motion, {"x": thing.name})
+            yield _ask(rng, "direction", thing.motion, x=thing.name)
 
 
 def _place(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -239,7 +269,7 @@ def _place(clip: Clip, rng: random.Random) -> Iterator[Question]:
         for form, away, sides in (("place.x", x - width / 2, ("left", "right")),
                                   ("place.y", y - height / 2, ("top", "bottom"))):  # fmt: skip
             if abs(away) >= _PLACE_MARGIN:
-                yield _ask(rng, form, sides[away > 0], {"x": thing.name}, time=clip.timestamps[frame])
+                yield _ask(rng, form, sides[away > 0], x=thing.name, time=clip.timestamps[frame])
 
 
 def _read(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -248,36 +278,36 @@ def _read(clip: Clip, rng: random.Random) -> Iterator[Question]:
 
 
 def _presence(clip: Clip, rng: random.Random) -> list[Question]:
-    present = [_ask(rng, "presence", "yes", {"x": with_article(thing.name)}) for thing in _steady(clip)]
+    present = [_ask(rng, "presence", "yes", x=with_article(thing.name)) for thing in _steady(clip)]
     pairs = absent_pairs(clip, rng, len(present))
-    absent = [_ask(rng, "presence", "no", {"x": with_article(" ".join(pair))}) for pair in pairs]
+    absent = [_ask(rng, "presence", "no", x=with_article(" ".join(pair))) for pair in pairs]
     return _even(rng, present, absent)
 
 
 def _color_change(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in clip.scene.objects:
         if thing.change:
-            yield _ask(rng, "color_change", thing.change.color, {"x": thing.name})
+            yield _ask(rng, "color_change", thing.change.color, x=thing.name)
 
 
 def _change_time(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in clip.scene.objects:
         if thing.change:
-            yield _ask(rng, "change_time", _seconds(clip, thing.change.frame), {"x": thing.name})
+            yield _ask(rng, "change_time", _seconds(clip, thing.change.frame), x=thing.name)
 
 
 def _times(clip: Clip, rng: random.Random) -> list[Question]:
     groups: tuple[list[Question], list[Question]] = ([], [])
     for thing in _steady(clip):
         number = len(thing.intervals)
-        groups[number - 1].append(_ask(rng, "times", str(number), {"x": thing.name}))
+        groups[number - 1].append(_ask(rng, "times", str(number), x=thing.name))
     return _even(rng, *groups)
 
 
 def _size(clip: Clip, rng: random.Random) -> list[Question]:
     groups: dict[str, list[Question]] = {"small": [], "big": []}
     for thing in _steady(clip):
-        groups[thing.size].append(_ask(rng, "size", thing.size, {"x": thing.name}))
+        groups[thing.size].append(_ask(rng, "size", thing.size, x=thing.name))
     return _even(rng, *groups.values())
 
 

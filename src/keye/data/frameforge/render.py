@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from keye.data.frameforge.fonts import font
-from keye.data.frameforge.scene import REACH, Clip, Interval, RenderedText, Scene, SceneObject
+from keye.data.frameforge.scene import REACH, Clip, Interval, RenderedText, Scene, SceneObject, font
 from keye.data.frameforge.words import Rgb
 from keye.errors import KeyeError
 

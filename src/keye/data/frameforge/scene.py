@@ -10,8 +10,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from keye.data.frameforge.fonts import advance, cap_height
+from PIL import ImageFont
+
 from keye.data.frameforge.words import (
     ALL_PAIRS,
     BACKGROUNDS,
@@ -39,6 +41,15 @@ LETTER_PITCH = 14.2  # above 14 at most two letters of a line have their centre 
 STEPS = {0.2: 0.05, 0.4: 0.05, 0.5: 0.45, 1.0: 0.2, 1.5: 0.05, 2.0: 0.2}
 RADII = {"small": (36, 44), "big": (60, 72)}  # in quarters of a unit, so that drawn shapes can be kept and used again
 MIN_BLINK_FRAMES = 8
+_REFERENCE_FONT_SIZE = 200
+
+
+@lru_cache(maxsize=256)
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of rendered text, Pillow's built-in one, at `size` pixels."""
+    loaded = ImageFont.load_default(size)
+    assert isinstance(loaded, ImageFont.FreeTypeFont), "every wheel of pillow on PyPI has FreeType"
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -352,17 +363,17 @@ def _make_text(rng: random.Random, frames: int, split: str, canvas: tuple[float,
     left = 3 + stroke + rng.random() * (room - width)
     tail = 0.2 * font_size if "Q" in content else 0.04 * font_size
     # Mostly near the upper or lower edge, where the text leaves most room for objects.
-    room_above = canvas[1] - (cap_height() * font_size + tail + 2 * stroke) - 4
+    room_above = canvas[1] - (_cap_height() * font_size + tail + 2 * stroke) - 4
     kind = rng.random()
     share = rng.random() * (0.15 if kind < 0.8 else 1.0)
     top = 2 + room_above * (share if kind < 0.4 else 1 - share)
-    baseline = top + stroke + cap_height() * font_size
+    baseline = top + stroke + _cap_height() * font_size
     centers, x = [], left
     for pitch in _advances(content, font_size):
         centers.append(x + pitch / 2)
         x += pitch
     box = (left - stroke, top, left + width + stroke, baseline + tail + stroke)
-    middle = baseline - cap_height() * font_size / 2
+    middle = baseline - _cap_height() * font_size / 2
     rgb = _jitter(rng, rng.choice(TEXT_COLORS), 8)
     return RenderedText(
         content, font_size, stroke, rgb, _make_intervals(rng, frames), tuple(centers), baseline, middle, box
@@ -383,8 +394,20 @@ def _pick_content(rng: random.Random, split: str) -> str:
             return letters
 
 
+@lru_cache(maxsize=256)
+def _advance(character: str) -> float:
+    """Width of one character, as a fraction of the font size."""
+    return font(_REFERENCE_FONT_SIZE).getlength(character) / _REFERENCE_FONT_SIZE
+
+
+@lru_cache(maxsize=1)
+def _cap_height() -> float:
+    """Height of upper-case letters above the baseline, as a fraction of the font size."""
+    return -font(_REFERENCE_FONT_SIZE).getbbox("H", anchor="ls")[1] / _REFERENCE_FONT_SIZE
+
+
 def _advances(content: str, font_size: float) -> list[float]:
-    return [max(LETTER_PITCH, advance(character) * font_size * 1.06) for character in content]
+    return [max(LETTER_PITCH, _advance(character) * font_size * 1.06) for character in content]
 
 
 @dataclass(frozen=True, slots=True)

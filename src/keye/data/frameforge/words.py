@@ -53,9 +53,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "ground": ("when is the {x} visible?", "when can you see the {x}?", "at what times is the {x} shown?"),
     "ground_text": ("when is the word {w} shown?", "when is the text {w} visible?", "when can you read {w}?"),
     "start": (
-        "when does the {x} first appear?",
-        "at what time does the {x} first appear?",
-        "when do you first see the {x}?",
+        "when does the {x} first appear?", "at what time does the {x} first appear?", "when do you first see the {x}?",
     ),
     "end": ("when is the {x} last visible?", "when do you last see the {x}?", "at what time is the {x} last visible?"),
     "count": (
@@ -64,9 +62,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "count the objects in the whole video.",
     ),
     "count_at": (
-        "how many objects are visible at {t}?",
-        "how many objects do you see at {t}?",
-        "count the objects at {t}.",
+        "how many objects are visible at {t}?", "how many objects do you see at {t}?", "count the objects at {t}.",
     ),
     "attribute_at.color": ("what color is the {x} at {t}?", "which color does the {x} have at {t}?"),
     "attribute_at.shape": ("what shape is the {x} object at {t}?", "which shape does the {x} object have at {t}?"),

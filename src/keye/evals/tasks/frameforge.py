@@ -82,10 +82,9 @@ class EvalOptions:
             raise KeyeError(f"objects is {self.objects}; choose 1 to {MAX_OBJECTS}")
         if self.questions < 1:
             raise KeyeError(f"n is {self.questions}; ask at least 1 question")
-        if self.mode not in get_args(AttentionMode):
-            raise KeyeError(f"mode is {self.mode!r}; choose one of {', '.join(get_args(AttentionMode))}")
-        if self.select not in get_args(Selection):
-            raise KeyeError(f"select is {self.select!r}; choose one of {', '.join(get_args(Selection))}")
+        for name, known in (("mode", get_args(AttentionMode)), ("select", get_args(Selection))):
+            if (value := getattr(self, name)) not in known:
+                raise KeyeError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         if self.mode == "dense" and self.select != "indexer":
             raise KeyeError(f"select is {self.select!r} but dense attention selects nothing; use mode sparse")
         check_kv_format(self.kv)

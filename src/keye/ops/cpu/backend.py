@@ -40,22 +40,22 @@ _MAX_DIM = 256
 
 class _Rows(ctypes.Structure):
     _fields_ = (
-        ("blocks", ctypes.c_int64), ("row_bytes", ctypes.c_int64),
-        ("kind", ctypes.c_int32), ("heads", ctypes.c_int32), ("dim", ctypes.c_int32), ("head_bytes", ctypes.c_int32),
-    )  # fmt: skip
+        *((name, ctypes.c_int64) for name in ("blocks", "row_bytes")),
+        *((name, ctypes.c_int32) for name in ("kind", "heads", "dim", "head_bytes")),
+    )
 
 
 class _Stretch(ctypes.Structure):
     _fields_ = (
-        ("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("first", ctypes.c_int64),
-        ("k", _Rows), ("v", _Rows), ("indexer_k", _Rows),
-        ("counts", ctypes.c_int64), ("sets", ctypes.c_int64), ("flags", ctypes.c_int64),
-    )  # fmt: skip
+        *((name, ctypes.c_int64) for name in ("start", "stop", "first")),
+        *((name, _Rows) for name in _ROWS),
+        *((name, ctypes.c_int64) for name in ("counts", "sets", "flags")),
+    )
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("q", ctypes.c_int64), ("indexer_q", ctypes.c_int64), ("gate", ctypes.c_int64), ("out", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("q", "indexer_q", "gate", "out")),
         *((name, ctypes.c_int32) for name in (
             "dtype", "indexer_dtype", "heads", "dim", "indexer_heads", "indexer_dim", "topk", "kernel", "threads",
             "masked_below")),
@@ -63,12 +63,9 @@ class _Step(ctypes.Structure):
 
 
 class Timers(ctypes.Structure):
-    """Seconds spent in each phase over all threads, since they were last read."""
+    """Seconds spent in each part of the work over all threads, since they were last read."""
 
-    _fields_ = (
-        ("score", ctypes.c_double), ("select", ctypes.c_double), ("attend", ctypes.c_double),
-        ("dense", ctypes.c_double),
-    )  # fmt: skip
+    _fields_ = tuple((name, ctypes.c_double) for name in ("score", "select", "attend", "dense"))
 
 
 class CpuBackend:
@@ -154,10 +151,8 @@ class CpuBackend:
             assert out is not None
             q = q.contiguous()
             result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-            assert result is not None
-            step.q, step.out, step.dtype, step.heads, step.dim = (
-                q.data_ptr(), result.data_ptr(), _DTYPES[q.dtype], q.shape[1], q.shape[2]
-            )  # fmt: skip
+            step.q, step.out = q.data_ptr(), result.data_ptr()
+            step.dtype, (step.heads, step.dim) = _DTYPES[q.dtype], q.shape[1:]
         if indexer_q is not None:
             assert gate is not None
             indexer_q, gate = indexer_q.contiguous(), gate.float().contiguous()
