@@ -74,13 +74,13 @@ def test_filters_always_leave_the_likeliest_and_sum_to_one(
 
 def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
     sampler = Sampler(SamplingParams(top_k=3, seed=1))
-    assert [sampler.draw(LOGITS, []).token for _ in range(3)] == [1, 1, 1]
-    assert sampler.draw(torch.tensor([0.0, 2.0, 2.0]), []).token == 1
+    assert [sampler.draw(LOGITS, [])[0] for _ in range(3)] == [1, 1, 1]
+    assert sampler.draw(torch.tensor([0.0, 2.0, 2.0]), [])[0] == 1
 
 
 def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
     def best(logits: list[float], history: list[int], penalty: float = 2.0) -> int:
-        return Sampler(SamplingParams(repetition_penalty=penalty)).draw(torch.tensor(logits), history).token
+        return Sampler(SamplingParams(repetition_penalty=penalty)).draw(torch.tensor(logits), history)[0]
 
     assert best([3.0, 2.0, 1.0], []) == 0
     assert best([3.0, 2.0, 1.0], [0, 0]) == 1, "3 / 2 once, although token 0 was written twice"
@@ -93,7 +93,7 @@ def test_tokens_are_counted_as_the_reply_grows() -> None:
     sampler, reply = Sampler(SamplingParams(frequency_penalty=1.0)), list[int]()
     logits = torch.tensor([3.0, 2.0, 1.0])
     for _ in range(6):
-        reply.append(sampler.draw(logits, reply).token)
+        reply.append(sampler.draw(logits, reply)[0])
     assert reply == [0, 0, 1, 0, 1, 2], "3, 2 2, 1 1 1: the first of equals"
 
 
@@ -120,25 +120,25 @@ def test_tokens_are_counted_as_the_reply_grows() -> None:
 def test_what_changes_logits(params: dict[str, Any], history: list[int], expected: int) -> None:
     logits = torch.tensor([3.0, 2.0, 1.0])
     sampler = Sampler(SamplingParams(**params))
-    assert not sampler.takes_best() and sampler.draw(logits, history).token == expected
+    assert not sampler.takes_best() and sampler.draw(logits, history)[0] == expected
     assert logits.tolist() == [3.0, 2.0, 1.0], "the logits themselves stay"
     drawn = Sampler(SamplingParams(temperature=1e-3, seed=1, **params))
-    assert drawn.draw(logits, history).token == expected
+    assert drawn.draw(logits, history)[0] == expected
 
 
 def test_a_reply_does_not_end_early() -> None:
     sampler = Sampler(SamplingParams(min_tokens=2, stop_token_ids=(2,)), ends=(0,))
     logits = torch.tensor([3.0, 1.0, 2.0])
-    assert [sampler.draw(logits, history).token for history in ([], [1], [1, 1])] == [1, 1, 0]
+    assert [sampler.draw(logits, history)[0] for history in ([], [1], [1, 1])] == [1, 1, 0]
     only_the_end = torch.tensor([True, False, False])
-    assert sampler.draw(logits, [], only_the_end).token == 0, "a form that is complete ends a reply"
+    assert sampler.draw(logits, [], only_the_end)[0] == 0, "a form that is complete ends a reply"
 
 
 def test_banned_words_end_nowhere() -> None:
     sampler = Sampler(SamplingParams(bad_words=("x",)), banned=[[0], [1, 2, 1]])
     logits = torch.tensor([3.0, 2.0, 1.0])
-    assert sampler.draw(logits, []).token == 1, "token 0 is a word of its own"
-    assert [sampler.draw(logits, history).token for history in ([2], [1, 2], [2, 1, 2])] == [1, 2, 2]
+    assert sampler.draw(logits, [])[0] == 1, "token 0 is a word of its own"
+    assert [sampler.draw(logits, history)[0] for history in ([2], [1, 2], [2, 1, 2])] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -150,7 +150,7 @@ def test_no_token_left_is_a_mistake(temperature: float) -> None:
 
 def draws(seed: int | None, count: int = 60, **params: Any) -> list[int]:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed, **params))
-    return [sampler.draw(LOGITS, []).token for _ in range(count)]
+    return [sampler.draw(LOGITS, [])[0] for _ in range(count)]
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
@@ -171,7 +171,7 @@ def test_nan_ends_with_a_sentence(temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature=temperature))
     with pytest.raises(KeyeError, match="the model computes NaN"):
         sampler.draw(torch.tensor([1.0, math.nan, 0.0]), [])
-    assert sampler.draw(torch.tensor([1.0, -math.inf, 0.0]), []).token in (0, 2), (
+    assert sampler.draw(torch.tensor([1.0, -math.inf, 0.0]), [])[0] in (0, 2), (
         "minus infinity is a token that cannot be"
     )
 
@@ -232,9 +232,9 @@ def run_through(stop: list[str], *pieces: str) -> tuple[list[str], str, bool]:
     text_value = []
     for piece in pieces:
         text_value.append(text.push(piece))
-        if text.stopped:
+        if text.met is not None:
             break
-    return text_value, text.finish(), text.stopped
+    return text_value, text.finish(), text.met is not None
 
 
 def test_a_stop_string_inside_a_piece() -> None:
@@ -243,7 +243,7 @@ def test_a_stop_string_inside_a_piece() -> None:
 
 def test_a_stop_string_may_be_shown() -> None:
     text = StopText(["END", "E"], shows=True)
-    assert (text.push("go on END never"), text.met, text.stopped) == ("go on E", "E", True)
+    assert (text.push("go on END never"), text.met, text.met is not None) == ("go on E", "E", True)
 
 
 def test_text_in_which_no_stop_is_looked_for() -> None:

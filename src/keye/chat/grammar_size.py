@@ -55,7 +55,10 @@ def check_grammar(grammar: str) -> list[Mapping[str, Any]]:
 def regex_size(pattern: str) -> int:
     """Characters of a regular expression that must come, with their repetitions written out."""
     if _VERBOSE.search(pattern):
-        return _largest_product(pattern)
+        size = len(pattern)  # as if each repetition were within all others
+        for token in re.findall(r"\{[^}]*\}", pattern):
+            size = min(size * max(_count(token), 1), _LARGEST)
+        return size
     groups = _Groups()
     for token in _regex_tokens(pattern):
         if token.startswith("("):
@@ -107,24 +110,18 @@ def _regex_tokens(pattern: str) -> Iterator[str]:
     at = 0
     while at < len(pattern):
         if pattern[at] == "[":
-            end = _class_end(pattern, at)
-            yield pattern[at:end]
+            depth, end = 0, len(pattern)
+            for match in _CLASS_PART.finditer(pattern, at):
+                depth += 1 if match[0].startswith("[") else -1 if match[0] == "]" else 0
+                if depth == 0:
+                    end = match.end()
+                    break
         else:
-            match = _REGEX_TOKEN.match(pattern, at)
-            assert match is not None
-            yield match[0]
-            end = match.end()
+            token = _REGEX_TOKEN.match(pattern, at)
+            assert token is not None
+            end = token.end()
+        yield pattern[at:end]
         at = end
-
-
-def _class_end(pattern: str, at: int) -> int:
-    """Where the class that begins at `at` ends."""
-    depth = 0
-    for match in _CLASS_PART.finditer(pattern, at):
-        depth += 1 if match[0].startswith("[") else -1 if match[0] == "]" else 0
-        if depth == 0:
-            return match.end()
-    return len(pattern)
 
 
 def _rule_size(name: str, bodies: Mapping[str, str], sizes: dict[str, int], within: tuple[str, ...]) -> int:
@@ -181,14 +178,6 @@ def _count(token: str) -> int:
     """How often at least something is repeated: `{2,5}`, `{3}`, `{2,}`, `~3..4`."""
     least = re.search(r"\d+", token.partition(",")[0])
     return 1 if least is None else min(int(least[0][:13]), _LARGEST)
-
-
-def _largest_product(pattern: str) -> int:
-    """The size were each repetition within all others."""
-    size = len(pattern)
-    for token in re.findall(r"\{[^}]*\}", pattern):
-        size = min(size * max(_count(token), 1), _LARGEST)
-    return size
 
 
 def _check(size: int, name: str) -> None:

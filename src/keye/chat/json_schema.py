@@ -54,7 +54,10 @@ def compact_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[
         node_found = {"anyOf": [_TO_ANY]}
     if not isinstance(definitions := node_found.get("$defs", {}), Mapping):
         raise KeyeError("the JSON schema has $defs that are no object; give one schema for each name")
-    node_found["$defs"] = {**definitions, _ANY: _any_value()}
+    kinds = [{"type": "object", "additionalProperties": _TO_ANY}, {"type": "array", "items": _TO_ANY}]
+    any_value = {"anyOf": [{"type": "string"}, _bound_node({"type": "number"}, {"number"}), *kinds,
+                           {"type": "boolean"}, {"type": "null"}]}  # fmt: skip
+    node_found["$defs"] = {**definitions, _ANY: any_value}
     return {**node_found, "x-guidance": {**_COMPACT, "lenient": lenient}}
 
 
@@ -71,12 +74,6 @@ def build_call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[s
         "type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False,
         **definitions,
     }  # fmt: skip
-
-
-def _any_value() -> dict[str, Any]:
-    kinds = [{"type": "object", "additionalProperties": _TO_ANY}, {"type": "array", "items": _TO_ANY}]
-    return {"anyOf": [{"type": "string"}, _bound_node({"type": "number"}, {"number"}), *kinds,
-                      {"type": "boolean"}, {"type": "null"}]}  # fmt: skip
 
 
 def _compact_node(value: Any, *, merged: bool, open_targets: set[str]) -> Any:
@@ -129,8 +126,14 @@ def _close_node(node: dict[str, Any], merged: bool) -> dict[str, Any]:
 
 
 def _bound_node(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
-    """A schema of numbers with a smallest, a largest and, unless they are whole, a step."""
-    _clamp_limits(node)
+    """A schema of numbers with a smallest, a largest and, unless they are whole, a step. Limits beyond 64-bit integers
+    become the largest that an automaton of digits can have; `KeyeError` where only numbers beyond these would do."""
+    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        value = node.get(key)
+        if isinstance(value, int | float) and abs(value) > _CLAMP:
+            if (value > 0) == key.lower().endswith("minimum"):
+                raise KeyeError(f"the JSON schema has a {key} of {value:.4g}; limits of numbers can be up to 10^18")
+            node[key] = _CLAMP if value > 0 else -_CLAMP
     if "minimum" not in node and "exclusiveMinimum" not in node:
         node["minimum"] = min(-_LARGEST, _limit(node, "maximum", "exclusiveMaximum"))
     if "maximum" not in node and "exclusiveMaximum" not in node:
@@ -138,17 +141,6 @@ def _bound_node(node: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
     if "number" in kinds and "multipleOf" not in node:
         node["multipleOf"] = _STEP
     return node
-
-
-def _clamp_limits(node: dict[str, Any]) -> None:
-    """Limits that no automaton of digits can have, those of 64-bit integers, become the largest that it can;
-    `KeyeError` where only numbers beyond these would do."""
-    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-        value = node.get(key)
-        if isinstance(value, int | float) and abs(value) > _CLAMP:
-            if (value > 0) == key.lower().endswith("minimum"):
-                raise KeyeError(f"the JSON schema has a {key} of {value:.4g}; limits of numbers can be up to 10^18")
-            node[key] = _CLAMP if value > 0 else -_CLAMP
 
 
 def _limit(node: Mapping[str, Any], *names: str) -> float:
@@ -190,7 +182,10 @@ def check_schema(schema: object) -> None:
             raise KeyeError(f"the JSON schema has more than {MAX_NODES:,} entries; make it smaller")
         if name == "$ref" and not (isinstance(value, str) and value.startswith("#")):
             raise KeyeError("the JSON schema refers to something outside itself; copy that into $defs")
-        for pattern in _patterns(name, value):
+        patterns = [value] if name == "pattern" and isinstance(value, str) else []
+        if name == "patternProperties" and isinstance(value, Mapping):
+            patterns = [*map(str, value)]
+        for pattern in patterns:
             if len(pattern) > MAX_PATTERN:
                 sentence = f"a pattern of the JSON schema has more than {MAX_PATTERN:,} characters; make it shorter"
                 raise KeyeError(sentence)
@@ -201,14 +196,6 @@ def check_schema(schema: object) -> None:
         raise KeyeError("the JSON schema is not JSON; give plain data") from None
     if size > MAX_BYTES:
         raise KeyeError(f"the JSON schema has more than {MAX_BYTES:,} bytes; make it smaller")
-
-
-def _patterns(name: str, value: object) -> Iterator[str]:
-    """The regular expressions in what stands under a name."""
-    if name == "pattern" and isinstance(value, str):
-        yield value
-    elif name == "patternProperties" and isinstance(value, Mapping):
-        yield from map(str, value)
 
 
 def _walk(value: object) -> Iterator[tuple[int, str, object]]:

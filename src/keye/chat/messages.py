@@ -104,9 +104,18 @@ def normalize(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
 def _message(where: str, message: object) -> Message:
     if isinstance(message, Message):
         return message
-    role = _role(where, _fields(where, message, allowed=None, required=("role",))["role"])
+    role = _fields(where, message, allowed=None, required=("role",))["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        if not isinstance(role, str) or not _ROLE_NAME.fullmatch(role) or closest(role, ROLES) is not None:
+            raise KeyeError(f"{where}.role is {brief(role)}: use one of {', '.join(ROLES)}, or a name of your own.")
+        note = f"{where}.role is {role}, which models do not know; the message stands under that name in the prompt"
+        warn(KeyeWarning(note), stacklevel=2)
     fields = _fields(where, message, allowed=_KEYS.get(role, _KEYS["user"]), required=())
-    calls = _tool_calls(f"{where}.tool_calls", fields.get("tool_calls"))
+    calls: tuple[ToolCall, ...] = ()
+    if (listed := fields.get("tool_calls")) is not None:
+        if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
+            raise KeyeError(f"{where}.tool_calls: give a list of calls.")
+        calls = tuple(_tool_call(f"{where}.tool_calls[{index}]", call) for index, call in enumerate(listed))
     content = fields.get("content")
     if content is None and calls:
         return Message("assistant", (), calls)
@@ -120,54 +129,31 @@ def _message(where: str, message: object) -> Message:
     return Message(role, parts, calls)
 
 
-def _role(where: str, role: object) -> Role:
-    """`role` if a turn can be named so: one that models know, or another name that is none of these mistyped."""
-    if isinstance(role, str) and role in ROLES:
-        return role
-    if not isinstance(role, str) or not _ROLE_NAME.fullmatch(role) or closest(role, ROLES) is not None:
-        raise KeyeError(f"{where}.role is {brief(role)}: use one of {', '.join(ROLES)}, or a name of your own.")
-    note = f"{where}.role is {role}, which models do not know; the message stands under that name in the prompt"
-    warn(KeyeWarning(note), stacklevel=2)
-    return role
-
-
-def _tool_calls(where: str, calls: object) -> tuple[ToolCall, ...]:
-    if calls is None:
-        return ()
-    if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
-        raise KeyeError(f"{where}: give a list of calls.")
-    return tuple(_tool_call(f"{where}[{index}]", call) for index, call in enumerate(calls))
-
-
 def _tool_call(where: str, call: object) -> ToolCall:
     """The OpenAI form, whose arguments are JSON text, or `{"name": ..., "arguments": {...}}`."""
     if isinstance(call, ToolCall):
         return call
     fields = _fields(where, call, allowed={"id", "type", "index", "function", "name", "arguments"}, required=())
-    inner = (
-        _fields(f"{where}.function", fields["function"], allowed=None, required=()) if "function" in fields else fields
-    )
+    inner = fields
+    if "function" in fields:
+        inner = _fields(f"{where}.function", fields["function"], allowed=None, required=())
     name, arguments = tool_name(where, inner.get("name")), inner.get("arguments", {})
     if isinstance(arguments, str):
         if len(arguments) > MAX_ARGUMENTS:
             raise KeyeError(f"{where}.arguments has more than {MAX_ARGUMENTS:,} characters: send less.")
-        return _parse_written_call(where, name, arguments)
+        try:
+            data = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            data = None
+        if isinstance(data, Mapping):
+            return ToolCall(name, data)
+        # What a model was cut off in, or got wrong, stands in the prompt as it is.
+        note = f"{where}.arguments of {name} is not a JSON object; the prompt shows it to the model as it is"
+        warn(KeyeWarning(note), stacklevel=2)
+        return ToolCall(name, {}, arguments)
     if not isinstance(arguments, Mapping):
         raise KeyeError(f"{where}.arguments of {name} is a {type(arguments).__name__}: give an object.")
     return ToolCall(name, arguments)
-
-
-def _parse_written_call(where: str, name: str, arguments: str) -> ToolCall:
-    """A call whose arguments are text; what a model was cut off in, or got wrong, stands in the prompt as it is."""
-    try:
-        data = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        data = None
-    if isinstance(data, Mapping):
-        return ToolCall(name, data)
-    note = f"{where}.arguments of {name} is not a JSON object; the prompt shows it to the model as it is"
-    warn(KeyeWarning(note), stacklevel=2)
-    return ToolCall(name, {}, arguments)
 
 
 def tool_name(where: str, name: object) -> str:
@@ -231,21 +217,17 @@ def _medium_url(where: str, kind: MediumKind, part: object) -> Medium:
     key = f"{kind}_url"
     fields = _fields(where, part, allowed={"type", key, "preprocess_kwargs", *_OPTIONS[kind]}, required=(key,))
     inner = fields[key] if isinstance(fields[key], Mapping) else {"url": fields[key]}
-    if kind == "image" and "detail" in inner:
-        inner = _drop_detail(where, inner)
+    if kind == "image" and "detail" in inner:  # OpenAI's two fixed sizes, which Keye does not have
+        detail = inner["detail"]
+        if detail not in _DETAILS:
+            raise KeyeError(f"{where}.image_url.detail is {brief(detail)}: use one of {', '.join(_DETAILS)}.")
+        if detail != "auto":
+            warn(KeyeWarning("detail has no effect on images: min_pixels and max_pixels set their size"), stacklevel=2)
+        inner = {name: value for name, value in inner.items() if name != "detail"}
     outer = {name: value for name, value in fields.items() if name not in ("type", key)}
     if repeated := sorted(outer.keys() & inner.keys()):
         raise KeyeError(f"{where}.{repeated[0]} stands beside {key} and inside it: give it once.")
     return _medium(f"{where}.{key}", kind, {**inner, **outer}, source_key="url", also_allowed=set())
-
-
-def _drop_detail(where: str, picture: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object without OpenAI's `detail`, which means two fixed sizes that Keye does not have."""
-    if picture["detail"] not in _DETAILS:
-        raise KeyeError(f"{where}.image_url.detail is {brief(picture['detail'])}: use one of {', '.join(_DETAILS)}.")
-    if picture["detail"] != "auto":
-        warn(KeyeWarning("detail has no effect on images: min_pixels and max_pixels set their size"), stacklevel=2)
-    return {name: value for name, value in picture.items() if name != "detail"}
 
 
 def _medium(where: str, kind: MediumKind, part: object, *, source_key: str, also_allowed: set[str]) -> Medium:

@@ -82,7 +82,11 @@ def parse_regions(text: str) -> list[Region]:
                 regions.append(Region("label", label=label[0], label_kind=label[1]))
             label, label_end, labelled = (body.strip(), _LABELS[name]), end, False
         elif name == "clip_time":
-            regions += _clips(text, start, end)
+            for interval in parse_intervals(text[start:end]) or ():
+                # Its caption is the rest of the line, up to the next mark.
+                caption = _MARK.split(text[end : end + _MAX_CAPTION].partition("\n")[0], maxsplit=1)[0].strip()
+                caption_kind: LabelKind | None = "caption" if caption else None
+                regions.append(Region("clip", interval=interval, label=caption or None, label_kind=caption_kind))
         elif (shapes := _shapes(name, body)) is not None:
             label_text, label_kind = label or (None, None)
             kind = cast(Kind, name)
@@ -105,20 +109,9 @@ def _blocks(text: str) -> Iterator[tuple[str, int, int, str]]:
             opened = None
 
 
-def _clips(text: str, start: int, end: int) -> Iterator[Region]:
-    """The interval of a clip, and its caption: the rest of the line up to the next mark."""
-    for interval in parse_intervals(text[start:end]) or ():
-        line = text[end : end + _MAX_CAPTION].partition("\n")[0]
-        following = _MARK.search(line)
-        caption = (line[: following.start()] if following else line).strip()
-        yield Region("clip", interval=interval, label=caption or None, label_kind="caption" if caption else None)
-
-
 def _shapes(kind: str, body: str) -> list[tuple[Point, ...]] | None:
-    """The corners of every shape in a list of numbers, or None if it is not one.
-
-    Lists may be nested as in the report, or written as `(x1, y1), (x2, y2)` without an outer list.
-    """
+    """The corners of every shape in a list of numbers, nested as in the report or written as `(x1, y1), (x2, y2)`
+    without an outer list; None if it is not one."""
     if len(body) > _MAX_BODY:
         return None
     body = body.translate(str.maketrans("()", "[]"))
@@ -183,8 +176,14 @@ def parse_reply(text: str) -> Reply:
     """
     reasoning: list[str] = []
     for tag in ("analysis", "think"):
-        inside, text = _split_block(text, tag)
-        if inside:
+        inside, closed, rest = text.rpartition(f"</{tag}>")
+        if closed:
+            inside, text = inside.replace(f"<{tag}>", "", 1), rest
+        else:
+            before, opened, rest = text.partition(f"<{tag}>")
+            if opened and not before.strip():
+                inside, text = rest, ""
+        if inside := inside.strip():
             reasoning.append(inside)
     text, calls = _split_calls(text)
     _, opened, answer = text.rpartition("<answer>")
@@ -192,17 +191,6 @@ def parse_reply(text: str) -> Reply:
     return Reply(
         text, "\n\n".join(reasoning) or None, tuple(parse_intervals(text) or ()), tuple(parse_regions(text)), calls
     )
-
-
-def _split_block(text: str, tag: str) -> tuple[str, str]:
-    """What stands in the block `tag` at the start of `text`, and the rest."""
-    inside, closed, rest = text.rpartition(f"</{tag}>")
-    if closed:
-        return inside.replace(f"<{tag}>", "", 1).strip(), rest
-    before, opened, inside = text.partition(f"<{tag}>")
-    if opened and not before.strip():
-        return inside.strip(), ""
-    return "", text
 
 
 def _split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:

@@ -18,6 +18,8 @@ _HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,128})"\s*,\s*"argume
 #: Marks in replies; each begins with "<" and has no other, upon which the search for them rests.
 _OPEN_CALL: Final = "<tool_call>"
 _CLOSE_CALL: Final = "</tool_call>"
+#: First characters of a call; a "<" alone may be text.
+_CUT_CALLS: Final = frozenset(_OPEN_CALL[:length] for length in range(2, len(_OPEN_CALL) + 1))
 #: A head that is not complete within this many characters is read with the whole call.
 _MAX_HEAD: Final = 512
 #: A call whose end does not come within this many characters is text.
@@ -71,13 +73,8 @@ class ReplyStream:
         pieces = self._run()
         if self._mode == self._whole_call or self._mode == self._head:
             pieces += self._call_of(self._pending, closed=False)
-        elif (
-            self._mode == self._content
-            and self._tools
-            and len(self._pending) > 1
-            and _OPEN_CALL.startswith(self._pending)
-        ):
-            pass  # the first characters of a call
+        elif self._mode == self._content and self._tools and self._pending in _CUT_CALLS:
+            pass
         elif self._mode not in (self._call_arguments, self._tail):
             pieces += self._emit_text("reasoning" if self._mode == self._reasoning else "content", self._pending)
         self._pending = ""

@@ -57,7 +57,13 @@ class TemplateProcess:
             self._end()
 
     def _ask(self, name: str, line: bytes, wait_seconds: float) -> dict[str, Any]:
-        worker = self._running()
+        if self._worker is None or self._worker.poll() is not None:
+            self._end()
+            self._worker = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+        worker = self._worker
         assert worker.stdin is not None and worker.stdout is not None
         clock = threading.Timer(wait_seconds, worker.kill)
         clock.daemon = True
@@ -91,15 +97,6 @@ class TemplateProcess:
             )
         reason = (trouble.decode(errors="replace").strip().splitlines() or ["its process ended without an answer"])[-1]
         return KeyeError(f"{name} cannot be rendered ({reason[:200]}): load it with template keye.")
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._worker is None or self._worker.poll() is not None:
-            self._end()
-            self._worker = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
-        return self._worker
 
     def _end(self) -> None:
         if self._worker is not None:

@@ -27,7 +27,9 @@ def parse_intervals(text: str) -> list[Interval] | None:
     seconds, mm:ss or hh:mm:ss, each with optional decimals. Pairs that end before they start are left out, and so are
     coordinates between point, box, quad and polygon marks.
     """
-    text = _drop_coordinates(text)
+    for name in _COORDINATE_MARKS:
+        before, *blocks = text.split(f"<|{name}_start|>")
+        text = before + "".join(block.partition(f"<|{name}_end|>")[2] for block in blocks)
     intervals: list[Interval] = []
     previous_end = None
     for match in _PAIR.finditer(text):
@@ -40,17 +42,6 @@ def parse_intervals(text: str) -> list[Interval] | None:
         if start <= end:
             intervals.append((start, end))
     return intervals if intervals or _EMPTY.search(text) else None
-
-
-def _drop_coordinates(text: str) -> str:
-    for name in _COORDINATE_MARKS:
-        outside = []
-        opening, closing = f"<|{name}_start|>", f"<|{name}_end|>"
-        before, *blocks = text.split(opening)
-        for block in blocks:
-            outside.append(block.partition(closing)[2])
-        text = before + "".join(outside)
-    return text
 
 
 def to_seconds(time: str) -> float:

@@ -19,43 +19,17 @@ from keye.config import KeyeConfig
 from keye.errors import KeyeError
 
 CONTROL_TOKENS: Final = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
 """Tokens flagged `special` in every official tokenizer: they steer the model and never belong to an answer."""
 
 MARKUP_TOKENS: Final = (
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-    "<|point_start|>",
-    "<|point_end|>",
-    "<|ocr_text_start|>",
-    "<|ocr_text_end|>",
-    "<|clip_time_start|>",
-    "<|clip_time_end|>",
-)
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<|point_start|>",
+    "<|point_end|>", "<|ocr_text_start|>", "<|ocr_text_end|>", "<|clip_time_start|>", "<|clip_time_end|>",
+)  # fmt: skip
 """Single tokens that are not flagged `special`: marks a model writes into its answer, kept by `decode`."""
 
 FRAME_TOKENS: Final = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
@@ -63,7 +37,6 @@ FRAME_TOKENS: Final = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
 
 POLYGON_TOKENS: Final = ("<|polygon_start|>", "<|polygon_end|>")
 """Grounding marks of the 1.5 report (table 1)."""
-
 
 _MEDIA_TOKENS: Final = {
     "image_token_id": "<|image_pad|>",
@@ -176,7 +149,7 @@ class Tokenizer:
                 "support; use a tokenizer whose added tokens match exactly."
             )
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        self._added_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         self._cuts = cuts_of(backend.pre_tokenizer, backend.normalizer)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.largest_id = max(vocabulary.values(), default=-1)
@@ -186,9 +159,7 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Load `tokenizer.json`, or the one inside the folder `path`."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / "tokenizer.json"
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise KeyeError(f"{file} does not exist: a checkpoint folder must hold tokenizer.json.")
         try:
@@ -241,13 +212,14 @@ class Tokenizer:
             return True
 
         for text, special in parts:
-            for piece, index in self._split(text, special):
-                if index is None:
+            pattern = self._added_pattern if special else None
+            for place, piece in enumerate([text] if pattern is None else pattern.split(text)):
+                if place % 2 == 0:  # the text between added tokens
                     pending.append(piece)
                     continue
                 if not encode_pending():
                     return ids
-                ids.append(index)
+                ids.append(self.added_tokens[piece])
         encode_pending()
         return ids
 
@@ -270,18 +242,6 @@ class Tokenizer:
             return bytes(_BYTE_OF[character] for character in token)
         except KeyError:  # an added token with characters outside the byte table is written as it stands
             return str(token).encode("utf-8")
-
-    def _split(self, text: str, special: bool) -> Iterable[tuple[str, int | None]]:
-        """Pieces of `text` in order: (plain text, None) or (added token, its id)."""
-        if not special or self._added_pattern is None:
-            yield text, None
-            return
-        end = 0
-        for match in self._added_pattern.finditer(text):
-            yield text[end : match.start()], None
-            yield match.group(), self.added_tokens[match.group()]
-            end = match.end()
-        yield text[end:], None
 
     def _pieces(self, text: str, bounded: bool) -> Iterator[str]:
         """A text in the parts that are encoded one by one: memory does not grow with the text, but for one without any
@@ -350,6 +310,4 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """The text still held back: U+FFFD for an unfinished character, else nothing."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)

@@ -26,26 +26,8 @@ from keye.config.processor import (
 )
 
 __all__ = [
-    "PROCESSOR_FILE",
-    "ConfigError",
-    "GenerationConfig",
-    "HubConfig",
-    "KernelConfig",
-    "KeyeConfig",
-    "ProcessorConfig",
-    "SparseConfig",
-    "TextConfig",
-    "VisionConfig",
-    "architecture_name",
-    "find_frame_text",
-    "has_keye_fields",
-    "hub_config",
-    "kernel_config",
-    "load_generation_config",
-    "load_model_config",
-    "load_processor_config",
-    "model_config_from_dict",
-    "preview_video_max_pixels",
-    "read_json",
-    "vision_config_from_dict",
-]
+    "PROCESSOR_FILE", "ConfigError", "GenerationConfig", "HubConfig", "KernelConfig", "KeyeConfig", "ProcessorConfig",
+    "SparseConfig", "TextConfig", "VisionConfig", "architecture_name", "find_frame_text", "has_keye_fields",
+    "hub_config", "kernel_config", "load_generation_config", "load_model_config", "load_processor_config",
+    "model_config_from_dict", "preview_video_max_pixels", "read_json", "vision_config_from_dict",
+]  # fmt: skip

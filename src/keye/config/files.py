@@ -69,10 +69,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda value: is_number(value) and 0 <= value <= 100, "a number 0 or more and at most 100"),
     "flag": (lambda value: isinstance(value, bool), "true or false"),
     "text": (lambda value: isinstance(value, str), "a text"),
-    "texts": (
-        lambda value: _is_list(value, lambda item: isinstance(item, str) and item.strip() != ""),
-        "a list of texts",
-    ),
+    "texts": (lambda value: _is_list(value, _is_sentence), "a list of texts"),
     "object": (lambda value: isinstance(value, Mapping), "an object"),
     "layers": (lambda value: _is_list(value, is_whole), "a list of layer numbers"),
     "token": (_is_count, "a token id"),
@@ -98,9 +95,3 @@ def check_format(name: str, text: str, **fields: Any) -> None:
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         listed = ", ".join("{" + field + "}" for field in fields)
         raise ConfigError(f"{name} {text!r} may only use the field {listed}: {error}") from None
-
-
-def raise_first(problems: Iterable[str]) -> None:
-    """Raises `ConfigError` with the first sentence, if there is one."""
-    for problem in problems:
-        raise ConfigError(problem)

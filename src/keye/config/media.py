@@ -143,18 +143,13 @@ def media_options(kind: MediumKind, options: Mapping[str, Any], *, video_count: 
             raise KeyeError("total_pixels and video_total_pixels are the same option; give one of them")
         values["video_total_pixels"] = values.pop("total_pixels")
     if "timestamps" in values:
-        values["timestamps"] = _seconds(values["timestamps"])
+        try:
+            values["timestamps"] = seconds = tuple(map(float, values["timestamps"]))
+        except (TypeError, ValueError, OverflowError):
+            raise KeyeError("timestamps must be a list of seconds, one for each frame") from None
+        if not all(map(math.isfinite, seconds)) or any(a > b for a, b in itertools.pairwise(seconds)):
+            raise KeyeError("timestamps must be finite and ascending, in seconds")
     return MediaOptions(**values, video_count=video_count)
-
-
-def _seconds(values: Any) -> tuple[float, ...]:
-    try:
-        seconds = tuple(float(value) for value in values)
-    except (TypeError, ValueError, OverflowError):
-        raise KeyeError("timestamps must be a list of seconds, one for each frame") from None
-    if any(not math.isfinite(t) for t in seconds) or any(a > b for a, b in itertools.pairwise(seconds)):
-        raise KeyeError("timestamps must be finite and ascending, in seconds")
-    return seconds
 
 
 @dataclass(frozen=True)

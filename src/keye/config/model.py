@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.config.files import (
-    ConfigError,
-    check_fields,
-    check_format,
-    raise_first,
-    read_json,
-    read_keye_fields,
-    require,
-)  # fmt: skip
+from keye.config.files import ConfigError, check_fields, check_format, read_json, read_keye_fields, require
 from keye.releases import Architecture, Release, releases_by_architecture
 
 
@@ -233,7 +225,11 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
             "run yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
         )
     if raw.get("quantization_config"):
-        raise ConfigError(_explain_quantised(raw["quantization_config"]))
+        section = raw["quantization_config"]
+        method = section.get("quant_method") if isinstance(section, Mapping) else None
+        named = f" ({method})" if isinstance(method, str) else ""
+        raise ConfigError(f"config.json has quantization_config{named}: quantised checkpoints are not read yet; use "
+                          "the bfloat16 release of the model")  # fmt: skip
     require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
     check_fields("config.json", raw, _MODEL_KINDS)
     if raw.get("use_sliding_window"):
@@ -242,7 +238,8 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     if not isinstance(scaling, Mapping) or "mrope_section" not in scaling:
         raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
     check_fields("rope_scaling", scaling, {"three sizes": ("mrope_section",)})
-    raise_first(_rope_problems(scaling))
+    for problem in _rope_problems(scaling):
+        raise ConfigError(problem)
     text = _text_config(raw, release.architectures[architecture])
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
@@ -261,18 +258,9 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw[name]) for name in _TOKEN_IDS},
     )
-    raise_first(_contradictions(config))
+    for problem in _contradictions(config):
+        raise ConfigError(problem)
     return config
-
-
-def _explain_quantised(section: object) -> str:
-    """The sentence on a checkpoint whose weights are quantised."""
-    method = section.get("quant_method") if isinstance(section, Mapping) else None
-    named = f" ({method})" if isinstance(method, str) else ""
-    return (
-        f"config.json has quantization_config{named}: quantised checkpoints are not read yet; use the bfloat16 release "
-        "of the model"
-    )
 
 
 def _merge_rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -74,20 +74,11 @@ def _wake(waiting: asyncio.Future[None] | None) -> None:
 
 
 class OpenRequest:
-    """A request that was submitted: iterate over its events once, or take them as they come by `next_events`. Aborted
-    when it is garbage-collected."""
+    """A request that was submitted; `next_events` takes its events as they come. Aborted when it is
+    garbage-collected."""
 
     def __init__(self, engine: AsyncEngine, task: Task, mailbox: _Mailbox) -> None:
         self._engine, self._task, self._mailbox, self._is_open = engine, task, mailbox, True
-
-    def __aiter__(self) -> OpenRequest:
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._is_open:
-            raise StopAsyncIteration
-        await self._mailbox.wait()
-        return self._take()
 
     async def next_events(self, seconds: float | None = None) -> list[Event] | None:
         """All events that have come, waiting for the first of them; none when nothing came for so many seconds, None
@@ -97,7 +88,12 @@ class OpenRequest:
         await self._mailbox.wait(seconds)
         events: list[Event] = []
         while self._mailbox.events and not (events and isinstance(self._mailbox.events[0], Failed)):
-            events.append(self._take())
+            event = self._mailbox.events.popleft()
+            if isinstance(event, Finished | Failed):
+                self._close()
+            if isinstance(event, Failed):
+                raise event.error
+            events.append(event)
         return events
 
     def abort(self) -> None:
@@ -108,14 +104,6 @@ class OpenRequest:
 
     def __del__(self) -> None:
         self.abort()
-
-    def _take(self) -> Event:
-        event = self._mailbox.events.popleft()
-        if isinstance(event, Finished | Failed):
-            self._close()
-        if isinstance(event, Failed):
-            raise event.error
-        return event
 
     def _close(self) -> None:
         if self._is_open:
@@ -148,6 +136,9 @@ class AsyncEngine:
         loop, mailbox = asyncio.get_running_loop(), _Mailbox()
         begun: set[int] = set()
 
+        def flush_later() -> None:
+            loop.call_later(max(0.0, self._last_flush + FLUSH_SECONDS - time.monotonic()), self._flush)
+
         def emit(event: Event) -> None:
             # Called by the engine's thread. More of a reply may wait for what follows it; all else is urgent.
             growth = isinstance(event, Delta) and event.choice_index in begun
@@ -157,7 +148,7 @@ class AsyncEngine:
             with suppress(RuntimeError):  # the loop is closed: no reader is left
                 if growth and not (self._is_scheduled or self._is_waking):
                     self._is_scheduled = True
-                    loop.call_soon_threadsafe(self._flush_later, loop)
+                    loop.call_soon_threadsafe(flush_later)
                 elif not growth and not self._is_waking:
                     self._is_waking = True
                     loop.call_soon_threadsafe(self._flush)
@@ -165,9 +156,6 @@ class AsyncEngine:
         task = self.core.add(request, emit)
         self._open.add(task)
         return OpenRequest(self, task, mailbox)
-
-    def _flush_later(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_later(max(0.0, self._last_flush + FLUSH_SECONDS - time.monotonic()), self._flush)
 
     def _flush(self) -> None:
         """In the event loop: distributes the events to the coroutines that wait for them."""
@@ -180,8 +168,9 @@ class AsyncEngine:
         """Computes a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""
         submitted = self.submit(request)
         try:
-            async for event in submitted:
-                yield event
+            while (events := await submitted.next_events()) is not None:
+                for event in events:
+                    yield event
         finally:
             submitted.abort()
 
@@ -234,8 +223,7 @@ class AsyncEngine:
 
     def gauges(self) -> Mapping[str, float]:
         """Numbers for monitoring: requests by state, tokens computed, what the caches did, bytes by account."""
-        core = self.core
-        runtime, tasks = core.runtime, list(core.tasks)
+        core, runtime, tasks = self.core, self.core.runtime, list(self.core.tasks)
         running = sum(task.is_running for task in tasks)
         return {
             "requests_waiting": len(tasks) - running,

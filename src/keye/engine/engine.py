@@ -24,7 +24,7 @@ from torch import Tensor
 from keye.cache.sequence import KVCache
 from keye.engine.core import EngineCore
 from keye.engine.prompt import Prompt
-from keye.engine.request import Delta, Ended, Event, Failed, Finished, GenerationRequest, Progress, TokenRecord, Trace
+from keye.engine.request import Delta, Ended, Event, Failed, Finished, GenerationRequest, Progress, TokenRecord
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
@@ -149,7 +149,7 @@ class Engine:
         return GenerationRequest(
             self._lay_out(prompt, sampling.max_tokens), sampling, self.runtime.resolve_attention(attention), n=n,
             ignore_eos=ignore_eos, select=select, deterministic=deterministic, seconds=seconds, detokenize=False,
-            stop_loops=False, trace=Trace(experts, indexer_sets),
+            stop_loops=False, records=True, experts=experts, indexer_sets=indexer_sets,
         )  # fmt: skip
 
     def score_request(
@@ -168,7 +168,7 @@ class Engine:
         return GenerationRequest(
             self._lay_out(prompt, 0), SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention),
             prompt_logprobs=top_logprobs, prefill_only=True, detokenize=False, deterministic=deterministic,
-            trace=Trace(experts),
+            experts=experts,
         )  # fmt: skip
 
     def prefill(
@@ -285,9 +285,7 @@ class ResultBuilder:
         assert self.finished is not None
         return GenerationResult(
             tuple(self.finished.prompt.token_ids.tolist()),
-            tuple(
-                _build_completion(records, reason) for records, reason in zip(self.records, self.reasons, strict=True)
-            ),
+            tuple(map(_build_completion, self.records, self.reasons)),
             self.finished.weights_version,
             self.finished.prompt_experts,
         )
@@ -306,9 +304,8 @@ class ResultBuilder:
 
 
 def _build_completion(records: Sequence[TokenRecord], reason: str) -> Completion:
-    routings = [record.routing for record in records]
-    experts = [routing.experts for routing in routings if routing.experts is not None]
-    sets = [routing.indexer_set for routing in routings if routing.indexer_set is not None]
+    experts = [record.experts for record in records if record.experts is not None]
+    sets = [record.indexer_set for record in records if record.indexer_set is not None]
     return Completion(
         tuple(record.token for record in records),
         torch.tensor([record.logprob for record in records], dtype=torch.float32),

@@ -7,18 +7,17 @@ why it answered so. Knows counts and the layout of a prompt, not pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from keye.config import KeyeConfig
 from keye.config.media import MediumKind
 from keye.engine.prompt import Prompt
-from keye.media.processor import Piece, VisualSpan
+from keye.media.processor import VisualSpan
 
 #: Frames that a summary names.
 TOP_FRAMES: Final = 5
@@ -95,13 +94,15 @@ def make_evidence(
             "every token was read",
         )  # fmt: skip
     layers = counted_layers(counts.shape[0])
-    selected = counts[layers, : prompt.token_ids.shape[0]].sum(0).cpu().numpy()
-    per_frame = [_per_frame(selected, spans) for spans in frame_spans(prompt)]
-    total = max(1, sum(int(hits.sum()) for hits, _ in per_frame))
-    media = [
-        _of_medium(facts, hits, sizes, int(hits.sum()) / total)
-        for facts, (hits, sizes) in zip(_iter_facts(prompt), per_frame, strict=True)
-    ]
+    sums = np.concatenate([[0], counts[layers, : prompt.length].sum(0).cpu().numpy().cumsum()])
+    spans = [np.array(frames).T for frames in frame_spans(prompt)]
+    hits = [sums[stops] - sums[starts] for starts, stops in spans]
+    total = max(1, sum(int(frames.sum()) for frames in hits))
+    media: list[MediumEvidence] = []
+    for (kind, name, times), (starts, stops), frames in zip(_iter_facts(prompt), spans, hits, strict=True):
+        shares, sizes = frames / max(1, frames.sum()), stops - starts
+        lifts, share = shares * sizes.sum() / sizes, int(frames.sum()) / total
+        media.append(MediumEvidence(kind, name, times, tuple(shares.tolist()), tuple(lifts.tolist()), share))
     return Evidence(tuple(media), steps)
 
 
@@ -114,26 +115,14 @@ def frame_spans(prompt: Prompt) -> Iterator[list[tuple[int, int]]]:
         media.insert(0, (prompt.indexed.pieces, prompt.indexed.plan.get("frames", 1)))
     for pieces, frames in media:
         spans = []
-        for tokens in _tokens_per_frame(pieces, frames):
+        sizes = [piece.tokens for piece in pieces if isinstance(piece, VisualSpan)]
+        if len(sizes) == 1 and 1 < frames <= sizes[0]:  # Preview has one span for all frames, which are of one size
+            sizes = [sizes[0] // frames] * frames
+        for tokens in sizes:
             first = int(places[done])
             spans.append((first, first + tokens))
             done += tokens
         yield spans
-
-
-def _tokens_per_frame(pieces: Sequence[Piece], frames: int) -> list[int]:
-    """Preview has one span for all frames of a video, which are of one size."""
-    spans = [piece.tokens for piece in pieces if isinstance(piece, VisualSpan)]
-    return [spans[0] // frames] * frames if len(spans) == 1 and 1 < frames <= spans[0] else spans
-
-
-def _per_frame(
-    selected: NDArray[np.int64], spans: Sequence[tuple[int, int]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Selections and tokens of each frame."""
-    sums = np.concatenate([[0], np.cumsum(selected)])
-    starts, stops = np.array(spans).T
-    return sums[stops] - sums[starts], stops - starts
 
 
 def _iter_facts(prompt: Prompt) -> Iterator[tuple[MediumKind, str, tuple[float, ...]]]:
@@ -142,12 +131,3 @@ def _iter_facts(prompt: Prompt) -> Iterator[tuple[MediumKind, str, tuple[float, 
         yield "video", prompt.indexed.name, prompt.indexed.timestamps
     for item in prompt.media:
         yield item.kind, item.plan.name if item.plan is not None else "<memory>", item.timestamps
-
-
-def _of_medium(
-    facts: tuple[MediumKind, str, tuple[float, ...]], hits: NDArray[np.int64], sizes: NDArray[np.int64], share: float
-) -> MediumEvidence:
-    kind, name, times = facts
-    shares = hits / max(1, hits.sum())
-    lifts = shares * sizes.sum() / sizes
-    return MediumEvidence(kind, name, times, tuple(shares.tolist()), tuple(lifts.tolist()), share)

@@ -206,11 +206,12 @@ class PromptBuilder:
             if budget is not None:
                 budget.check(visual, visual, at_least=True)  # before the next one is opened
         text = self._encode_runs(runs, planned, budget)
-        indexed, planned = _split_index(planned)
-        ids = list(text[0])
+        indexed, ids = _find_index(planned), list(text[0])
         if indexed is not None:
-            _check_prefix(indexed, ids)
-            ids, text = [*indexed.token_ids.tolist(), *text[1]], text[1:]
+            if indexed.token_ids[: len(ids)].tolist() != ids or indexed.start != len(ids):
+                raise KeyeError(f"{indexed.name} was indexed with another text before the video: leave out system "
+                                "messages, tools and other templates, or index the video again with them")  # fmt: skip
+            ids, text, planned = [*indexed.token_ids.tolist(), *text[1]], text[1:], planned[1:]
         items = [self.processor.stream(medium, salt) if stream else self.processor.load(medium) for medium in planned]
         for item, after in zip(items, text[1:], strict=True):
             ids += self.piece_ids(item.pieces) + after
@@ -323,7 +324,10 @@ class PromptBuilder:
             rows = [item.grid_thw for item in items if item.kind == kind]
             if rows:
                 grids[self._pad[kind]] = np.concatenate(rows)
-        merge, preview = self.config.vision.spatial_merge_size, self._build_preview_layout(items)
+        merge, preview = self.config.vision.spatial_merge_size, None
+        if self.config.tokens_per_second is not None:  # a video of unknown rate has a second a frame
+            rates = {self._pad["video"]: [item.second_per_grid or 1.0 for item in items if item.kind == "video"]}
+            preview = PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
         new = ids if indexed is None else ids[len(indexed.token_ids) :]
         array, delta = build_position_ids(new, grids, merge_size=merge, preview=preview)
         positions, next_position = torch.from_numpy(array), len(new) + delta
@@ -335,31 +339,16 @@ class PromptBuilder:
         positions = torch.cat((indexed.position_ids, positions + first), dim=1)
         return Prompt(token_ids, positions, is_visual, first + next_position, tuple(items), indexed.cache, indexed)
 
-    def _build_preview_layout(self, items: list[MediaItem]) -> PreviewLayout | None:
-        """How Preview places media; None for the other generations. A video of unknown rate has a second a frame."""
-        if self.config.tokens_per_second is None:
-            return None
-        seconds = [item.second_per_grid or 1.0 for item in items if item.kind == "video"]
-        rates = {self.config.video_token_id: seconds}
-        return PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
 
-
-def _split_index(planned: list[PlannedMedium]) -> tuple[IndexedVideo | None, list[PlannedMedium]]:
-    """The index that a prompt begins with, and the other media. `KeyeError` for one at another place."""
+def _find_index(planned: Sequence[PlannedMedium]) -> IndexedVideo | None:
+    """The index that a prompt begins with. `KeyeError` for one at another place."""
     indexes = [medium.source for medium in planned if isinstance(medium.source, IndexedVideo)]
     if not indexes:
-        return None, planned
+        return None
     if len(indexes) > 1 or planned[0].source is not indexes[0]:
         raise KeyeError(f"{indexes[-1].name} is an index, which can only be the first medium of a prompt: put it "
                         "before the others, or give the video itself")  # fmt: skip
-    return indexes[0], planned[1:]
-
-
-def _check_prefix(indexed: IndexedVideo, before: list[int]) -> None:
-    """`KeyeError` where a prompt does not begin as the one that was indexed."""
-    if indexed.token_ids[: len(before)].tolist() != before or indexed.start != len(before):
-        raise KeyeError(f"{indexed.name} was indexed with another text before the video: leave out system messages, "
-                        "tools and other templates, or index the video again with them")  # fmt: skip
+    return indexes[0]
 
 
 def _split_runs(segments: Sequence[Segment]) -> list[list[tuple[str, bool]]]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
-import torch
 from torch import Tensor
 
 from keye.cache.sequence import KVCache
@@ -51,15 +50,6 @@ class Guide(Protocol):
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What is recorded of each generated token beside its probabilities: the `experts` that computed it, which also
-    covers the prompt, and the `indexer_sets`, the positions that were attended to."""
-
-    experts: bool = False
-    indexer_sets: bool = False
-
-
-@dataclass(frozen=True)
 class GenerationRequest:
     """A rendered prompt (or one laid out before), and how to continue it, `n` times.
 
@@ -70,8 +60,9 @@ class GenerationRequest:
     without end. `notes` are warnings on the request itself. `salt` keeps what is cached for one owner from all others.
     `seconds` is the longest the request may take. With `clamp` a `max_tokens` beyond the context's end becomes what is
     left of it, else it is an error. `reasoning` says that the prompt has opened a block of reasoning. A `prefill_only`
-    request is complete when its prompt is computed, and `Finished` hands over its stored sequence. `trace` asks for the
-    probabilities and the routing of each token. Without `detokenize` no text comes, and no stop string ends it.
+    request is complete when its prompt is computed, and `Finished` hands over its stored sequence. `records` asks for a
+    `TokenRecord` of each token; `experts` for those that computed each token, also of the prompt, and `indexer_sets`
+    for the positions that were attended to. Without `detokenize` no text comes, and no stop string ends it.
     `select` other than "indexer" replaces the choice of keys in sparse attention, as a control.
     """
 
@@ -93,23 +84,16 @@ class GenerationRequest:
     clamp: bool = False
     reasoning: bool = False
     prefill_only: bool = False
-    trace: Trace | None = None
+    records: bool = False
+    experts: bool = False
+    indexer_sets: bool = False
     detokenize: bool = True
     select: Selection = "indexer"
 
     @property
     def counts_selections(self) -> bool:
         """Whether the selections of each step that produces a token are counted."""
-        return self.evidence or (self.trace is not None and self.trace.indexer_sets)
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """Whether every token of the prompt has to be computed, also those in the prefix cache."""
-        return self.deterministic or self.prompt_logprobs is not None or self.traces_experts
-
-    @property
-    def traces_experts(self) -> bool:
-        return self.trace is not None and self.trace.experts
+        return self.evidence or self.indexer_sets
 
     def __post_init__(self) -> None:
         check_attention(self.attention)
@@ -153,27 +137,23 @@ class TokenProb:
     rank: int | None = None
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Of the forward pass of one token, where its request asks for it: the selected `experts` int16 [routed layers,
-    experts per token], and the positions that it attended to, `indexer_set` int32 [layers, k], ascending and -1 after
-    the last."""
-
-    experts: Tensor | None = None
-    indexer_set: Tensor | None = None
+#: Of the forward pass of one token, where its request asks for it: the selected experts int16 [routed layers, experts
+#: per token], and the positions that it attended to, int32 [layers, k], ascending and -1 after the last.
+Routing = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
 class TokenRecord:
     """A generated token: its natural log-probability in the distribution that it was sampled from (after temperature,
-    filters, penalties and guide; 0 for greedy and forced tokens) and in the model's own, and the version of the weights
-    that computed it. `routing` is that of the forward pass that produced it."""
+    filters, penalties and guide; 0 for greedy and forced tokens) and in the model's own, the version of the weights
+    that computed it, and the `Routing` of the forward pass that produced it."""
 
     token: int
     logprob: float
     raw_logprob: float
     weights_version: int
-    routing: Routing
+    experts: Tensor | None
+    indexer_set: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -187,12 +167,6 @@ class PromptScores:
     ranks: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
-
-    @staticmethod
-    def concatenate(parts: Sequence[PromptScores]) -> PromptScores:
-        """Consecutive parts as one."""
-        rows = [(p.token_ids, p.logprobs, p.ranks, p.top_ids, p.top_logprobs) for p in parts]
-        return PromptScores(*map(torch.cat, zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -241,7 +215,7 @@ class Finished:
     for each token of the prompt but the first. `looped` tells that a choice was ended because it repeated itself,
     `notes` what of the request was not honoured. A `prefill_only` request hands over its `sequence`, which the receiver
     frees, and its `scores` if prompt_logprobs were asked for. `prompt_experts` int16 [prompt tokens, routed layers,
-    experts per token] if the trace asks for experts."""
+    experts per token] if the request asks for experts."""
 
     prompt_tokens: int
     media_tokens: int
@@ -296,7 +270,7 @@ class Branch:
     pending: list[int]
     position: int
     logits: Tensor | None
-    routing: Routing = field(default_factory=Routing)
+    routing: Routing = (None, None)
 
 
 @dataclass(frozen=True)
@@ -340,7 +314,7 @@ class Prefilling:
     cache: KVCache
     vision: VisionJob
     logits: Tensor | None = None
-    routing: Routing = field(default_factory=Routing)
+    routing: Routing = (None, None)
 
     @property
     def done(self) -> int:

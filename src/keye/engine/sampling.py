@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor
@@ -147,13 +147,6 @@ def check_logits(logits: Tensor) -> None:
         )
 
 
-class Drawn(NamedTuple):
-    """A token, and its natural log-probability in the distribution that it was drawn from: 0 for a greedy one."""
-
-    token: int
-    logprob: float = 0.0
-
-
 class Sampler:
     """Draws tokens under fixed settings; the same seed, index and logits give the same tokens. `index` parts the
     choices of one request, `ends` are the tokens that may not come before `min_tokens`, `banned` sequences of tokens
@@ -179,28 +172,38 @@ class Sampler:
         """Whether the next token is simply the likeliest."""
         return self.params.temperature < GREEDY_BELOW and self.params.takes_logits_as_they_are
 
-    def draw(self, logits: Tensor, history: Sequence[int], mask: Tensor | None = None) -> Drawn:
+    def draw(self, logits: Tensor, history: Sequence[int], mask: Tensor | None = None) -> tuple[int, float]:
         """`logits` float32 [V], the tokens of the reply so far (which grows from call to call), and which tokens may
-        come (bool [V], None for all) -> the next token; `KeyeError` for NaN, and where no token is left."""
+        come (bool [V], None for all) -> the next token, and its natural log-probability in the distribution that it was
+        drawn from, 0 for a greedy one; `KeyeError` for NaN, and where no token is left."""
         check_logits(logits)
         if not self.params.takes_logits_as_they_are:
             logits = self._adjusted(logits, history)
         if mask is not None:
             logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
         if not self.params.takes_logits_as_they_are:
-            logits = self._without_ends(self._without_banned(logits, history), history)
+            lasts = [
+                words[-1]
+                for words in self._banned
+                if len(words) == 1 or list(history[-(len(words) - 1) :]) == list(words[:-1])
+            ]
+            logits = _without(logits, lasts)
+            if len(history) < self.params.min_tokens:  # a reply does not end yet, unless a form allows nothing else
+                logits = _without(logits, self._ends)
         if self.params.temperature < GREEDY_BELOW:
             token = int(logits.argmax())
             if logits[token] == -torch.inf:
                 raise KeyeError(_NOTHING_LEFT)
-            return Drawn(token)
+            return token, 0.0
         probabilities = filtered_probabilities(logits.cpu(), self.params)
         token = int(torch.multinomial(probabilities, 1, generator=self._generator))
-        return Drawn(token, float(probabilities[token].log()))
+        return token, float(probabilities[token].log())
 
     def _adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor:
         """Logits after penalties and bias, those of tokens that are not allowed minus infinity."""
-        params, counts = self.params, self._count(history)
+        self._counts.update(history[self._counted :])  # the reply has only grown since the last time
+        self._counted = len(history)
+        params, counts = self.params, self._counts
         if counts and (params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty):
             ids = torch.tensor(list(counts), device=logits.device)
             seen = logits[ids]
@@ -215,24 +218,6 @@ class Sampler:
             ids = torch.tensor(params.allowed_token_ids, device=logits.device)
             logits = torch.full_like(logits, -torch.inf).index_copy(0, ids, logits[ids])
         return logits
-
-    def _count(self, history: Sequence[int]) -> Counter[int]:
-        """How often each token stands in the reply, which has only grown since the last time."""
-        self._counts.update(history[self._counted :])
-        self._counted = len(history)
-        return self._counts
-
-    def _without_ends(self, logits: Tensor, history: Sequence[int]) -> Tensor:
-        """Logits under which a reply does not end yet, unless a form allows nothing else."""
-        return _without(logits, self._ends) if len(history) < self.params.min_tokens else logits
-
-    def _without_banned(self, logits: Tensor, history: Sequence[int]) -> Tensor:
-        lasts = [
-            words[-1]
-            for words in self._banned
-            if len(words) == 1 or list(history[-(len(words) - 1) :]) == list(words[:-1])
-        ]
-        return _without(logits, lasts)
 
 
 def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -264,17 +249,12 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 class StopText:
-    """Withholds the end of a text stream while it could be the beginning of a stop string. With `shows` the string that
-    was met is part of the text, too."""
+    """Withholds the end of a text stream while it could be the beginning of a stop string; `met` is the one that was
+    seen. With `shows` it is part of the text, too."""
 
     def __init__(self, stop: Sequence[str], *, shows: bool = False) -> None:
         self._stop, self._shows, self._withheld = tuple(stop), shows, ""
         self.met: str | None = None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string was seen: `met`."""
-        return self.met is not None
 
     def push(self, text: str) -> str:
         """Adds text and returns what can be emitted."""

@@ -148,17 +148,6 @@ def check_request(prompt: Prompt, request: GenerationRequest, store: KVStore, sc
         )  # fmt: skip
 
 
-def clamp_reply(request: GenerationRequest, length: int, context: int) -> tuple[GenerationRequest, list[KeyeWarning]]:
-    """The request with a reply that fits into what a prompt of `length` tokens leaves of the context, and a note where
-    that is less than was asked for; unchanged unless it may be clamped."""
-    left, params = context - length, request.params
-    if not request.clamp or params.max_tokens <= left or left < 1:
-        return request, []
-    note = f"max_tokens is {params.max_tokens:,}; the context of {context:,} tokens leaves {left:,} for the reply"
-    least = min(params.min_tokens, left)
-    return replace(request, params=replace(params, max_tokens=left, min_tokens=least)), [KeyeWarning(note)]
-
-
 def count_computable(request: GenerationRequest, state: Prefilling) -> int:
     """Tokens of a prompt that can be computed now: those before the first visual token that is not encoded."""
     stop, done = state.prompt.length, state.done
@@ -214,8 +203,13 @@ class Scheduler:
     def set_ready(self, task: Task, prompt: Prompt) -> None:
         """Takes the prompt of a task; fails the task if it can never be computed."""
         context = self.runtime.config.text.max_position_embeddings
-        task.request, notes = clamp_reply(task.request, prompt.length, context)
-        task.notes += notes
+        request, left = task.request, context - prompt.length
+        if request.clamp and 1 <= left < request.params.max_tokens:
+            note = (f"max_tokens is {request.params.max_tokens:,}; the context of {context:,} tokens leaves {left:,} "
+                    "for the reply")  # fmt: skip
+            task.notes.append(KeyeWarning(note))
+            least = min(request.params.min_tokens, left)
+            task.request = replace(request, params=replace(request.params, max_tokens=left, min_tokens=least))
         task.times["laid out"] = time.perf_counter()
         store = prompt.past.store if prompt.past is not None else self.runtime.store
         assert store is not None
@@ -271,11 +265,12 @@ class Scheduler:
     def _find_prefix(self, task: Task, prompt: Prompt) -> Prefilling:
         """The state from which a prompt goes on: after its index, after a prefix that is stored, or at its beginning.
         Its media are opened once there is memory for the whole prompt."""
-        runtime, cache = self.runtime, None
+        runtime, request, cache = self.runtime, task.request, None
+        needs_whole_prompt = request.deterministic or request.prompt_logprobs is not None or request.experts
         if prompt.past is not None:
             cache = prompt.past.fork()
-        elif prompt.spans is not None and not task.request.needs_whole_prompt:
-            cache = runtime.prefixes.find(prompt.token_ids, prompt.spans, _cache_namespace(task.request))
+        elif prompt.spans is not None and not needs_whole_prompt:
+            cache = runtime.prefixes.find(prompt.token_ids, prompt.spans, _cache_namespace(request))
         cache = cache or KVCache(runtime.config.text.num_hidden_layers, runtime.store)
         return Prefilling(prompt, cache, VisionJob(runtime.model, ()))
 
@@ -357,7 +352,7 @@ class Scheduler:
             state.cache, prompt.token_ids[start:stop], prompt.position_ids[:, start:stop],
             state.vision.tokens(before, after) if after > before else None,
             wanted, request.attention, counts, request.deterministic, request.select,
-            task.experts if request.traces_experts else None,
+            task.experts if request.experts else None,
         )  # fmt: skip
         return [Work(task, piece)]
 
@@ -376,7 +371,7 @@ class Scheduler:
             piece = Slice(
                 branch.cache, torch.tensor(branch.pending[:1]), torch.full((3, 1), branch.position), None, "last",
                 request.attention, counts, request.deterministic, request.select,
-                [] if request.traces_experts else None,
+                [] if request.experts else None,
             )  # fmt: skip
             work.append(Work(task, piece, branch))
         return work

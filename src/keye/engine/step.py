@@ -127,19 +127,14 @@ def _count_rows(slices: Sequence[Slice]) -> tuple[int, int]:
 @torch.inference_mode()
 def run_slices(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:
     """Computes all slices; returns the wanted logits of each, float32 [1 or n, V] on the model's device."""
+    groups: dict[object, list[int]] = {}  # slices of one kind of attention share a pass, but for those to be alone
+    for i, piece in enumerate(slices):
+        groups.setdefault(("alone", i) if piece.alone else (piece.mode, piece.select), []).append(i)
     out: list[Tensor | None] = [None] * len(slices)
-    for group in _group_slices(slices):
+    for group in groups.values():
         for place, logits in zip(group, _run_group(model, [slices[i] for i in group]), strict=True):
             out[place] = logits
     return out
-
-
-def _group_slices(slices: Sequence[Slice]) -> list[list[int]]:
-    """Which slices share a pass: those of one kind of attention, but for those that want to be alone."""
-    groups: dict[object, list[int]] = {}
-    for i, piece in enumerate(slices):
-        groups.setdefault(("alone", i) if piece.alone else (piece.mode, piece.select), []).append(i)
-    return list(groups.values())
 
 
 def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]:

@@ -29,7 +29,7 @@ from keye.engine.request import (
     TokenRecord,
 )
 from keye.engine.runtime import Runtime
-from keye.engine.sampling import Drawn, Sampler, StopText, check_logits, is_loop
+from keye.engine.sampling import Sampler, StopText, check_logits, is_loop
 from keye.engine.step import Slice
 from keye.errors import KeyeError
 
@@ -50,7 +50,9 @@ class Writer:
         """The choices of a request, not begun. Each draws by itself: its numbers depend on the seed and its index
         alone."""
         params = request.params
-        banned = self._banned(params.bad_words)
+        # The tokens of each text as they stand at the beginning of a text and after a space.
+        forms = [form for text in params.bad_words for form in (text, f" {text.lstrip()}")]
+        banned = [ids for form in forms if (ids := self.tokenizer.encode(form))]
         return [
             Choice(
                 index,
@@ -63,11 +65,6 @@ class Writer:
             for index in range(request.n)
         ]
 
-    def _banned(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text as they stand at the beginning of a text and after a space."""
-        forms = [form for text in texts for form in (text, f" {text.lstrip()}")]
-        return [ids for form in forms if (ids := self.tokenizer.encode(form))]
-
     def count_selections(self, task: Task, prompt: Prompt, length: int, choice_index: int) -> Tensor | None:
         """Where the selections of the last of `length` tokens, which produces the next one of a choice, are counted,
         int64 [layers, at least length]; None where nothing is selected or counted."""
@@ -79,41 +76,30 @@ class Writer:
             task.counted += length > sparse.topk
             if task.counts is None:
                 task.counts = torch.zeros(layers, prompt.length + request.params.max_tokens, dtype=torch.int64)
-        if request.trace is not None and request.trace.indexer_sets:
+        if request.indexer_sets:
             return torch.zeros(layers, length, dtype=torch.int64)
         return task.counts if is_evidence else None
 
     def routing(self, task: Task, piece: Slice, choice_index: int) -> Routing:
         """What is recorded of the last token of a slice."""
-        trace = task.request.trace
-        if trace is None:
-            return Routing()
-        experts = piece.experts[-1][-1] if piece.experts else None
-        if piece.counts is None or not trace.indexer_sets:
-            return Routing(experts)
+        experts, counts = piece.experts[-1][-1] if piece.experts else None, piece.counts
+        if counts is None or not task.request.indexer_sets:
+            return experts, None
         if task.counts is not None and choice_index == 0:
-            task.counts[:, : piece.counts.shape[1]] += piece.counts
-        return Routing(experts, self._selected(piece.counts))
-
-    def _selected(self, counts: Tensor) -> Tensor:
-        """Positions that were counted, int32 [layers, k]; up to k all were selected and none counted."""
+            task.counts[:, : counts.shape[1]] += counts
         assert self.config.text.sparse is not None
         topk = self.config.text.sparse.topk
-        selected = counts if counts.shape[1] > topk else torch.ones_like(counts)
-        out = torch.full((counts.shape[0], topk), -1, dtype=torch.int32)
-        for row, layer in zip(out, selected, strict=True):
+        selected = counts if counts.shape[1] > topk else torch.ones_like(counts)  # up to k all were, and none counted
+        indexer_set = torch.full((counts.shape[0], topk), -1, dtype=torch.int32)
+        for row, layer in zip(indexer_set, selected, strict=True):
             places = layer.nonzero().squeeze(1)
             row[: places.shape[0]] = places
-        return out
+        return experts, indexer_set
 
     def write(self, generating: Sequence[tuple[Task, Generating]]) -> list[tuple[Task, Exception]]:
         """Draws the next token of every branch that has logits and emits it; returns the tasks that cannot go on."""
-        rows = [
-            (task, branch, branch.logits)
-            for task, state in generating
-            for branch in state.branches
-            if branch.logits is not None
-        ]
+        branches = [(task, branch) for task, state in generating for branch in state.branches]
+        rows = [(task, branch, branch.logits) for task, branch in branches if branch.logits is not None]
         if not rows:
             return []
         stacked = torch.stack([logits for _, _, logits in rows])
@@ -137,18 +123,18 @@ class Writer:
         mask = None if choice.guide is None else choice.guide.mask()
         thought, budget, end_of_thought = choice.thought, request.params.thinking_token_budget, self.thought_ids[1]
         if budget is not None and thought is not None and thought >= budget and end_of_thought is not None:
-            drawn = Drawn(end_of_thought)
+            token, logprob = end_of_thought, 0.0
         elif mask is None and choice.sampler.takes_best():
-            drawn = Drawn(best)
+            token, logprob = best, 0.0
         else:
-            drawn = choice.sampler.draw(logits, choice.reply, mask)
-        token, record = drawn.token, None
+            token, logprob = choice.sampler.draw(logits, choice.reply, mask)
+        record = None
         if choice.guide is not None:
             token = choice.guide.settle(token)
             choice.guide.advance(token)
-        if request.trace is not None:
+        if request.records:
             raw_logprob = float(logits.float().log_softmax(-1)[token])
-            record = TokenRecord(token, drawn.logprob, raw_logprob, self.model.weights_version, branch.routing)
+            record = TokenRecord(token, logprob, raw_logprob, self.model.weights_version, *branch.routing)
         params, is_requested = request.params, token in request.params.stop_token_ids
         if is_requested or (token in self.stop_ids and not request.ignore_eos):
             shows = is_requested and params.include_stop_str_in_output
@@ -158,11 +144,13 @@ class Writer:
         choice.reply.append(token)
         branch.pending = [token]
         self._count_thought(choice, token)
-        probs = () if request.logprobs is None else (self._prob(logits, token, request.logprobs),)
+        probs: Sequence[TokenProb] = ()
+        if request.logprobs is not None:
+            probs = self._probs(_score(logits[None], torch.tensor([token]), request.logprobs), ranked=False)
         text = "" if choice.decoder is None else choice.decoder.push(token)
         text = choice.stop.push(text) if len(choice.reply) > params.min_tokens else choice.stop.skip(text)
-        task.emit(Delta(choice.choice_index, text, (token,), probs, () if record is None else (record,)))
-        if choice.stop.stopped:
+        task.emit(Delta(choice.choice_index, text, (token,), tuple(probs), () if record is None else (record,)))
+        if choice.stop.met is not None:
             choice.reason = "stop"
             task.emit(Ended(choice.choice_index, "stop", choice.stop.met, is_requested=True))
         elif len(choice.reply) >= params.max_tokens:
@@ -179,7 +167,7 @@ class Writer:
     def _complete(self, task: Task, choice: Choice, ended: Ended, more: str = "") -> None:
         """Emits the text that was held back, then `more`; a stop string at the very end still counts."""
         rest = choice.stop.push("" if choice.decoder is None else choice.decoder.finish())
-        rest += more if choice.stop.stopped else choice.stop.finish() + more
+        rest += more if choice.stop.met is not None else choice.stop.finish() + more
         if rest:
             task.emit(Delta(choice.choice_index, rest))
         choice.reason = ended.reason
@@ -193,10 +181,6 @@ class Writer:
             choice.thought += 1
         elif token == begin and len(choice.reply) == 1:
             choice.thought = 0
-
-    def _prob(self, logits: Tensor, token: int, top: int) -> TokenProb:
-        (prob,) = self._probs(_score(logits[None], torch.tensor([token]), top), ranked=False)
-        return prob
 
     def _probs(self, scores: PromptScores, *, ranked: bool) -> list[TokenProb]:
         """Scores with the texts of the tokens, and their ranks if these are wanted."""
@@ -242,6 +226,7 @@ class Writer:
             from keye.engine.evidence import make_evidence
 
             evidence = make_evidence(task.counts, task.counted, prompt, self.config, has_text=has_text)
+        rows = [(p.token_ids, p.logprobs, p.ranks, p.top_ids, p.top_logprobs) for p in task.prompt_scores]
         return Finished(
             prompt_tokens=prompt.length,
             media_tokens=prompt.visual_tokens,
@@ -257,7 +242,7 @@ class Writer:
             notes=tuple(task.notes),
             weights_version=self.model.weights_version,
             sequence=sequence,
-            scores=PromptScores.concatenate(task.prompt_scores) if task.prompt_scores else None,
+            scores=PromptScores(*map(torch.cat, zip(*rows, strict=True))) if rows else None,
             prompt_experts=torch.cat(task.experts) if task.experts else None,
         )
 

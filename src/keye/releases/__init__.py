@@ -16,16 +16,6 @@ from keye.releases.v2 import V2
 from keye.releases.v671b import V671B
 
 __all__ = [
-    "PREVIEW",
-    "RELEASES",
-    "V1_5",
-    "V2",
-    "V671B",
-    "Architecture",
-    "FrameBudget",
-    "FrameDemand",
-    "Release",
-    "find_release",
-    "register",
-    "releases_by_architecture",
-]
+    "PREVIEW", "RELEASES", "V1_5", "V2", "V671B", "Architecture", "FrameBudget", "FrameDemand", "Release",
+    "find_release", "register", "releases_by_architecture",
+]  # fmt: skip
