@@ -39,8 +39,7 @@ def connect(address: str) -> tuple[Any, bool]:
 
 
 def _knock(address: str) -> None:
-    """`OSError` where nothing listens: Ray itself would find that out in half a minute or in several, and could not
-    connect to anything else afterwards."""
+    """`OSError` where nothing listens: Ray would take minutes to find out, and could not connect elsewhere then."""
     place = re.split("[/?]", address.removeprefix("ray://"))[0]
     if address == "ray":  # where Ray would look for the cluster of this machine, which may have ended since
         with suppress(ImportError):  # not promised to be there

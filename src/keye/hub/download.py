@@ -159,23 +159,20 @@ def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
 
 
 def _find_offline(store: Store, commit: str | None, weights: bool, reason: str) -> Path:
-    """What another program has fetched, if it looks whole; it left no list of what belongs to it."""
-    if commit is not None and _looks_whole(store.snapshot(commit), weights):
-        return store.snapshot(commit)
+    """What another program has fetched, if it looks complete; it left no list of what belongs to it."""
+    if commit is not None and (store.snapshot(commit) / "config.json").is_file():
+        folder = store.snapshot(commit)
+        if not weights:
+            return folder
+        if not (folder / INDEX_FILE).is_file():
+            is_complete = any(folder.glob("*.safetensors"))
+        else:
+            named = shards_of(folder / INDEX_FILE)
+            is_complete = named is not None and all((folder / shard).is_file() for shard in named)
+        if is_complete:
+            return folder
     raise KeyeError(f"{store.name} is not complete on this machine and {reason}: connect and run the command again "
                     "(what is here is kept), or give a local folder.")  # fmt: skip
-
-
-def _looks_whole(folder: Path, weights: bool) -> bool:
-    """Whether a snapshot has its configuration and every weight file its index names."""
-    if not (folder / "config.json").is_file():
-        return False
-    if not weights:
-        return True
-    if not (folder / INDEX_FILE).is_file():
-        return any(folder.glob("*.safetensors"))
-    named = shards_of(folder / INDEX_FILE)
-    return named is not None and all((folder / shard).is_file() for shard in named)
 
 
 def _hub_sentence(name: str, revision: str, error: Exception) -> str | None:
@@ -203,8 +200,7 @@ def _first_line(error: Exception) -> str:
 
 
 def list_remote(name: str, revision: str, config: HubConfig) -> tuple[str, list[RemoteFile]]:
-    """The commit of `revision` and the files that may be fetched, by one question to the hub. Errors of the hub library
-    pass through."""
+    """The commit of `revision` and the files that may be fetched, by one request; errors of the hub library pass."""
     import huggingface_hub
 
     api = huggingface_hub.HfApi(endpoint=config.endpoint)

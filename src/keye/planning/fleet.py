@@ -30,8 +30,7 @@ _STEPS: Final = 40
 
 @dataclass(frozen=True)
 class Load:
-    """`rate` videos a second arrive, each with `questions` questions, of which the later ones find the video in the
-    engine's cache."""
+    """`rate` videos a second, each with `questions` questions; the later ones find it in the engine's cache."""
 
     rate: float
     questions: int = 1

@@ -173,8 +173,7 @@ def request_of(model: KeyeConfig, config: ProcessorConfig, folder: Path, planned
 
 
 def media_seconds(planned: Sequence[Planned]) -> float:
-    """Seconds to open and decode, from the first second of reading each video. A video that is not there is counted
-    like a clip made for that."""
+    """Seconds to open and decode, from the first second of each video, or for an imagined one from a clip like it."""
     total = 0.0
     for plan, source in ((medium.plan, medium.source) for medium in planned):
         if not isinstance(plan, VideoPlan):

@@ -101,8 +101,7 @@ def check_output(config: TrainConfig, resume: bool) -> bool:
 
 
 def _check_unused(config: TrainConfig) -> None:
-    """`ConfigError` where a folder without a run has files that a run would change. What a run that was killed early
-    left there may be overwritten."""
+    """`ConfigError` where a folder without a run has files of others that a run would change."""
     out = config.output
     if any(out.glob("model*.safetensors*")):
         raise ConfigError(f"{out} holds a model that no run made; choose another output so that it is kept")

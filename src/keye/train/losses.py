@@ -24,8 +24,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """Weights float32 [n] of the tokens in each term; None leaves the term out. The loss is their weighted sum, so that
-    weights of 1 / n make a mean."""
+    """Weights float32 [n] of the tokens in each term, None without it. The loss is a sum: weights of 1 / n, a mean."""
 
     cross_entropy: Tensor | None = None
     policy_gradient: Tensor | None = None

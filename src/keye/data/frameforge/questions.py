@@ -71,8 +71,7 @@ def questions(
 
 
 def picture_questions(clip: Clip, rng: random.Random, count: int) -> list[Question]:
-    """Up to `count` different questions about the first frame of `clip` in wordings that speak of an image, without
-    times, in random order."""
+    """Up to `count` different questions about the first frame of `clip`, as an image without times, in random order."""
     visible, ask = clip.scene.visible_objects(0), partial(_ask, rng, phrases=PICTURE_PHRASES)
     chosen = [ask("count", str(len(visible))), ask("list_at", listing(clip, 0)),
               ask("background", clip.scene.background_at(0).color)]  # fmt: skip

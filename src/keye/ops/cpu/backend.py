@@ -69,8 +69,7 @@ class Timers(ctypes.Structure):
 
 
 class CpuBackend:
-    """`keye.ops.backend.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` in multiples of
-    k."""
+    """`keye.ops.backend.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` over k."""
 
     name = "cpu"
 
@@ -107,9 +106,8 @@ class CpuBackend:
     def select(self, indexer_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
         total = stretch.stop - stretch.start
         for offset in range(0, total, _CHUNK):
-            n = min(_CHUNK, total - offset)
-            sets = torch.empty(n, topk, dtype=torch.int32)
-            part = _part(stretch, offset, n)
+            sets = torch.empty(min(_CHUNK, total - offset), topk, dtype=torch.int32)
+            part = _part(stretch, offset, sets.shape[0])
             self._call("keye_select", None, indexer_q, gate, [part], topk, None, sets=sets)
             yield offset, sets.long()
 
@@ -223,10 +221,8 @@ def status() -> str:
     core = cpu_build.find()
     if core is None:
         names = ", ".join(variant.name for variant in cpu_build.runnable())
-        return (
-            f"the compiled core ({names}) will be built when a context first exceeds {BUILD_ABOVE} tokens; "
-            "`python -m keye.ops.cpu.build` builds it now"
-        )
+        return (f"the compiled core ({names}) will be built when a context first exceeds {BUILD_ABOVE} tokens; "
+                "`python -m keye.ops.cpu.build` builds it now")  # fmt: skip
     if core.library is None:
         return f"reference, plain torch: {core.note}"
     note = f"; not better because {core.note}" if core.note else ""

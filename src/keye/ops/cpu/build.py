@@ -182,13 +182,10 @@ def _build_and_try(library: Path, command: list[str], variant: Variant) -> str:
 
 def _compile(library: Path, command: list[str], variant: Variant) -> str | None:
     """None, or why the compiler failed."""
-    source = str(NATIVE / "keye.cpp")
-    name = f'-DKEYE_VARIANT="{variant.name}"'
+    name, source = f'-DKEYE_VARIANT="{variant.name}"', str(NATIVE / "keye.cpp")
+    full = [*command, *_COMMON, *variant.flags, name, "-o", str(library), source]
     try:
-        done = subprocess.run(
-            [*command, *_COMMON, *variant.flags, name, "-o", str(library), source],
-            capture_output=True, text=True, timeout=_BUILD_LIMIT, check=False,
-        )  # fmt: skip
+        done = subprocess.run(full, capture_output=True, text=True, timeout=_BUILD_LIMIT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the compiler {command[0]} could not be run ({error})"
     if done.returncode:
@@ -215,8 +212,7 @@ def _try(library: Path) -> str:
 
 
 def _cache_folder() -> tuple[Path | None, str]:
-    """A folder that only this user can write, or None and why there is none: anyone who can write there could make us
-    run any code."""
+    """A folder that only this user can write, since its libraries are run; or None and why there is none."""
     cache = kernel_config().cache
     for folder in (cache, cache / "cpu"):
         try:

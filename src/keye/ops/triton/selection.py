@@ -258,8 +258,7 @@ class Room:
 
 
 def most_queries(length: int, topk: int, block: int = 1) -> int:
-    """Queries of one launch whose scratch memory fits the budget, when they see up to `length` keys: whole blocks, and
-    one at least."""
+    """Queries of one launch that see up to `length` keys and fit the scratch budget: complete blocks, at least one."""
     return max(block, SCRATCH_BYTES // Room.of(length, topk).nbytes // block * block)
 
 
@@ -317,7 +316,6 @@ def _topk(scores: Tensor, peaks: Tensor, batch: Batch, need: Room) -> Tensor:
 
 
 def tally(selected: Tensor, counts: Tensor) -> None:
-    """Adds one to `counts` (int64) at every position of `selected` (int32), without asking the card how many there
-    are."""
+    """Adds one to `counts` (int64) at every position of `selected` (int32), without waiting for the card."""
     total = selected.numel()
     _tally_kernel[(triton.cdiv(total, TILE),)](selected, counts, total, TILE=TILE)
