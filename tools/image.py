@@ -14,6 +14,7 @@ reason is printed. Storage of buildah lies in `~/.cache/keye-image`.
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import json
 import os
@@ -152,7 +153,7 @@ class Buildah:
         options = ["--isolation", "chroot", layers, "--force-rm", "--format", "docker", "--file", file, "--tag", tag]
         if self.base:
             options += ["--from", self.base, "--pull=false", "--build-arg", "TORCH_INDEX=https://pypi.org/simple"]
-            options += pip_options()
+            options += pip_options(self.folder)
         run(self._command("bud", *options, "."))
         can_run(self._command("rmi", "--prune"))  # layers of earlier builds that no container uses
 
@@ -200,15 +201,19 @@ def check_owner(port: int) -> None:
     assert owners and 0 not in owners, f"the server's processes belong to the users {owners}"
 
 
-def pip_options() -> list[str]:
-    """Mounts and variables with which pip in a build finds what pip on this machine finds."""
-    settings = run([sys.executable, "-m", "pip", "config", "list"]).replace("'", " ").split()
-    paths = [Path(word.removeprefix("file://")) for word in settings if word.startswith(("/", "file:///"))]
-    paths += [Path("/etc/pip.conf"), Path("/etc/xdg/pip")]
+def pip_options(folder: Path) -> list[str]:
+    """Mounts with which pip in a build finds what pip on this machine finds; its settings go to a file in `folder`."""
+    settings = {}
+    for line in run([sys.executable, "-m", "pip", "config", "list"]).splitlines():
+        name, _, value = line.partition("=")
+        settings[name.rpartition(".")[2]] = str(ast.literal_eval(value))
+    file = folder / "pip.conf"
+    lines = [f"{name} = " + value.replace("\n", "\n    ") for name, value in settings.items()]
+    file.write_text("\n".join(["[global]", *lines, ""]))
+    words = " ".join(settings.values()).split()
+    paths = [Path(word.removeprefix("file://")) for word in words if word.startswith(("/", "file:///"))]
     folders = {path.parent if path.name == "simple" else path for path in paths if path.exists()}
-    mounts = [f"--volume={path}:{path}:ro" for path in sorted(folders)]
-    variables = [name for name in os.environ if name.startswith("PIP_")]
-    return [*mounts, *(f"--env={name}={os.environ[name]}" for name in variables)]
+    return [f"--volume={file}:/etc/pip.conf:ro", *(f"--volume={path}:{path}:ro" for path in sorted(folders))]
 
 
 def find_engine(name: str) -> Docker | Buildah:
