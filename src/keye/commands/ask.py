@@ -19,26 +19,14 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=options.CONTEXT)
 @click.argument("words", nargs=-1, metavar='FILES... "QUESTION"')
-@click.option(
-    "--draw",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the picture with the places that the answer marks (.png, .jpg, .webp).",
-)
-@click.option(
-    "--evidence",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.",
-)
+@click.option("--draw", type=options.PATH, metavar="FILE",
+              help="Write the picture with the places that the answer marks (.png, .jpg, .webp).")  # fmt: skip
+@click.option("--evidence", type=options.PATH, metavar="FILE",
+              help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.")  # fmt: skip
 @options.overwrite
 @click.option("--n", "choices", type=options.COUNT, metavar="N", help="Generate N replies; needs a temperature.")
-@click.option(
-    "--logprobs",
-    type=click.IntRange(0, 20),
-    metavar="N",
-    help="With --json: the probability of each token, beside those of N others.",
-)
+@click.option("--logprobs", type=click.IntRange(0, 20), metavar="N",
+              help="With --json: the probability of each token, beside those of N others.")  # fmt: skip
 @click.option("--deterministic", is_flag=True, help="The same tokens whatever else is computed with them.")
 @click.option("--estimate", is_flag=True, help="First predict memory and time; afterwards print how far off it was.")
 @options.sampling_frames

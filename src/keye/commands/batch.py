@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command(context_settings=options.CONTEXT)
-@click.argument("manifest", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.jsonl",
+@click.argument("manifest", type=options.PATH)
+@click.option("-o", "--output", type=options.PATH, required=True, metavar="OUT.jsonl",
               help="Where answers are appended; what it holds already is not asked again.")  # fmt: skip
 @click.option("--server", "servers", metavar="URL[,URL...]", help="Ask these OpenAI-compatible servers instead.")
 @click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")

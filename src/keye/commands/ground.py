@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @click.command(context_settings=options.CONTEXT)
 @click.argument("video")
 @click.argument("event", metavar='"EVENT"')
-@click.option(
-    "--clips", type=click.Path(path_type=Path), help="Write each found interval as a video file to this folder."
-)
+@click.option("--clips", type=options.PATH, help="Write each found interval as a video file to this folder.")
 @options.overwrite
 @options.sampling_frames
 @options.sampling_text

@@ -15,7 +15,7 @@ from keye.units import format_bytes
 
 @click.command(context_settings=options.CONTEXT)
 @click.argument("video", metavar="VIDEO")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="The index to write.")
+@click.option("-o", "--output", type=options.PATH, metavar="FILE", help="The index to write.")
 @click.option("--check", is_flag=True, help="Compare all of an index, named in place of VIDEO, with its checksum.")
 @options.overwrite
 @options.sampling_frames

@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 @click.argument("video")
 @click.argument("question", metavar='"QUESTION"')
 @click.option("--every", type=Positive(), default=5.0, show_default=True, help="Seconds of video between two answers.")
-@click.option(
-    "--keep",
-    type=click.Choice(["all", "recent"]),
-    default="all",
-    show_default=True,
-    help="When the context is full: stop, or forget the oldest frames.",
-)
+@click.option("--keep", type=click.Choice(["all", "recent"]), default="all", show_default=True,
+              help="When the context is full: stop, or forget the oldest frames.")  # fmt: skip
 @options.sampling_frames
 @options.sampling_text
 @options.running

@@ -14,26 +14,16 @@ from keye.errors import KeyeError
 
 @click.command(context_settings=options.CONTEXT)
 @click.argument("files", nargs=-1)
-@click.option(
-    "--video",
-    "imagined",
-    metavar="LENGTH[@WxH]",
-    help="Plan a hypothetical video: 90s, 2h, 1:30:00, 2h@1920x1080.  [size: 1280x720]",
-)
-@click.option(
-    "--fleet",
-    "fleet_file",
-    metavar="TOML",
-    type=click.Path(path_type=Path),
-    help="Also size a fleet of decode nodes and engines for many such videos a day.",
-)
+@click.option("--video", "imagined", metavar="LENGTH[@WxH]",
+              help="Plan a hypothetical video: 90s, 2h, 1:30:00, 2h@1920x1080.  [size: 1280x720]")  # fmt: skip
+@click.option("--fleet", "fleet_file", metavar="TOML", type=options.PATH,
+              help="Also size a fleet of decode nodes and engines for many such videos a day.")  # fmt: skip
 @click.option("--device", metavar="DEVICE", help="Also predict memory and time there: cpu, cuda, cuda:1, ...")
 @options.kv_format
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of the weights.")
 @click.option("--threads", type=options.COUNT, metavar="N", help="Processor threads for the model.")
-@click.option(
-    "--max-tokens", type=options.COUNT, default=128, show_default=True, metavar="N", help="Length of the reply."
-)
+@click.option("--max-tokens", type=options.COUNT, default=128, show_default=True, metavar="N",
+              help="Length of the reply.")  # fmt: skip
 @options.attention
 @options.sampling_frames
 @options.model_name

@@ -30,38 +30,28 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.argument("model", default="nano")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option(
-    "--api-key-file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Keys that clients must show, one a line: KEY or NAME:KEY.  [default: KEYE_API_KEY]",
-)
+@click.option("--api-key-file", type=options.PATH, metavar="FILE",
+              help="Keys that clients must show, one a line: KEY or NAME:KEY.  [default: KEYE_API_KEY]")  # fmt: skip
 @click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch media from HOST, or *.HOST; may be repeated.")
 @click.option("--allow-media-host", multiple=True, metavar="HOST", help="The same for one at a private address.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Web page elsewhere that may use this server.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server in the Host header.")
-@click.option(
-    "--name",
-    multiple=True,
-    metavar="NAME",
-    help="What clients call the model; may be repeated.  [default: its own name]",
-)
+@click.option("--name", multiple=True, metavar="NAME",
+              help="What clients call the model; may be repeated.  [default: its own name]")  # fmt: skip
 @click.option("--strict-model-name", is_flag=True, help="Reject requests that name another model.")
 @click.option("--strict-limits", is_flag=True, help="Reject a max_tokens that does not fit the context.")
 @click.option("--max-upload", type=options.Bytes(), metavar="SIZE", help="Largest upload, as 500MB.  [default: 4GiB]")
 @click.option("--max-stored", type=options.Bytes(), metavar="SIZE", help="Most bytes of all uploads.  [default: 16GiB]")
-@click.option(
-    "--max-stored-per-key", type=options.Bytes(), metavar="SIZE", help="The same of one key.  [default: a quarter]"
-)
+@click.option("--max-stored-per-key", type=options.Bytes(), metavar="SIZE",
+              help="The same of one key.  [default: a quarter]")  # fmt: skip
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
-@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Append a JSON line for each request.")
+@click.option("--audit", type=options.PATH, metavar="FILE", help="Append a JSON line for each request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Run N servers; requests about one video go to one.")
 @click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
-@click.option(
-    "--ready-fd", type=int, hidden=True, help="Report the address on this descriptor; end with standard input."
-)
+@click.option("--ready-fd", type=int, hidden=True,
+              help="Report the address on this descriptor; end with standard input.")  # fmt: skip
 @options.decode
 @options.template
 @options.running_device

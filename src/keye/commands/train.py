@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(context_settings=options.CONTEXT)
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=options.PATH)
 @click.option(
     "--resume/--no-resume",
     default=True,
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     help="Resume from the last checkpoint of the output folder; --no-resume rejects a folder that holds a run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON, the output folder last.")
-@click.option(
-    "--decode", metavar="ADDRESS", help="Have a decode service make the batches: local:N, ray or ray://HOST:PORT."
-)
+@click.option("--decode", metavar="ADDRESS",
+              help="Have a decode service make the batches: local:N, ray or ray://HOST:PORT.")  # fmt: skip
 @options.debug
 def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None:
     """Train a model by the stages of a TOML file.

@@ -69,6 +69,7 @@ class Bytes(click.ParamType):
 
 
 COUNT = click.IntRange(min=1)
+PATH = click.Path(path_type=Path)
 
 
 def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
@@ -76,92 +77,50 @@ def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
 
-debug: Callable[[F], F] = click.option(
-    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
-)
-
-overwrite: Callable[[F], F] = click.option(
-    "--overwrite", is_flag=True, help="Replace existing files, also ones that keye did not write."
-)
-as_json: Callable[[F], F] = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
-)
-
-model_name: Callable[[F], F] = click.option(
-    "--model", default="nano", show_default=True, help="A name (nano, 2.0), a name on the hub, or a folder."
-)
-
+debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace existing files, also ones that keye did not write.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+model_name = click.option("--model", default="nano", show_default=True,
+                          help="A name (nano, 2.0), a name on the hub, or a folder.")  # fmt: skip
 running_device: Callable[[F], F] = _all(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="Number format of the weights.  [default: the checkpoint's]",
-    ),
+    click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+                 help="Number format of the weights.  [default: the checkpoint's]"),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
-)
-
+)  # fmt: skip
 running: Callable[[F], F] = _all(model_name, running_device)
-
-template: Callable[[F], F] = click.option(
-    "--template",
-    metavar="auto|keye|checkpoint|FILE",
-    default="auto",
-    show_default=True,
+template = click.option(
+    "--template", metavar="auto|keye|checkpoint|FILE", default="auto", show_default=True,
     help="Chat template: the checkpoint's own if it has one (auto), keye's, the checkpoint's, or a file.",
-)
-
+)  # fmt: skip
 prompting: Callable[[F], F] = _all(
     template,
-    click.option(
-        "--tools",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="JSON list of functions that the model may ask to be called.",
-    ),
-)
-
-kv_format: Callable[[F], F] = click.option(
-    "--kv",
-    type=click.Choice(["auto", "bf16", "fp8", "int8", "int4"]),
-    help="Number format of stored keys and values.  [default: auto, that of the weights]",
-)
-
+    click.option("--tools", type=PATH, metavar="FILE",
+                 help="JSON list of functions that the model may ask to be called."),
+)  # fmt: skip
+kv_format = click.option("--kv", type=click.Choice(["auto", "bf16", "fp8", "int8", "int4"]),
+                         help="Number format of stored keys and values.  [default: auto, that of the weights]"
+                         )  # fmt: skip
 storing: Callable[[F], F] = _all(
     kv_format,
     click.option("--indexer-kv", type=click.Choice(["auto", "bf16", "fp8", "int8"]), help="The same for indexer keys."),
-    click.option(
-        "--kv-tier",
-        type=click.Choice(["memory", "host", "file"]),
-        help="Where keys and values are: with the model, in main memory, or in a mapped file.  [default: memory]",
-    ),
-    click.option(
-        "--kv-folder",
-        type=click.Path(path_type=Path),
-        metavar="DIR",
-        help="Folder of the mapped file.  [default: the system's temporary folder]",
-    ),
-    click.option(
-        "--memory",
-        type=Bytes(),
-        metavar="SIZE",
-        help="Memory budget of keys, values and visual tokens, as 8GiB.  [default: what is free]",
-    ),
-)
-
-decode: Callable[[F], F] = click.option(
-    "--decode",
-    metavar="ADDRESS",
+    click.option("--kv-tier", type=click.Choice(["memory", "host", "file"]),
+                 help="Where keys and values are: with the model, in main memory, or in a mapped file.  "
+                      "[default: memory]"),
+    click.option("--kv-folder", type=PATH, metavar="DIR",
+                 help="Folder of the mapped file.  [default: the system's temporary folder]"),
+    click.option("--memory", type=Bytes(), metavar="SIZE",
+                 help="Memory budget of keys, values and visual tokens, as 8GiB.  [default: what is free]"),
+)  # fmt: skip
+decode = click.option(
+    "--decode", metavar="ADDRESS",
     help="Decode videos in other processes: local, local:N, ray or ray://HOST:PORT.  [default: one for each video]",
-)
-
-attention: Callable[[F], F] = click.option(
-    "--attention",
-    type=click.Choice(["sparse", "dense"]),
+)  # fmt: skip
+attention = click.option(
+    "--attention", type=click.Choice(["sparse", "dense"]),
     help="dense attends to every token, also above the model's top-k, which it was not trained for."
-    "  [default: sparse where the model has it]",
-)
-
+         "  [default: sparse where the model has it]",
+)  # fmt: skip
 sampling_frames: Callable[[F], F] = _all(
     click.option("--fps", type=Positive(), help="Frames sampled per second of video."),
     click.option("--nframes", type=COUNT, metavar="N", help="Number of frames, instead of --fps."),
@@ -170,37 +129,23 @@ sampling_frames: Callable[[F], F] = _all(
     click.option("--min-pixels", type=COUNT, metavar="N", help="Fewest pixels of a frame or image."),
     click.option("--max-pixels", type=COUNT, metavar="N", help="Most pixels of a frame or image."),
     click.option("--total-pixels", "video_total_pixels", type=COUNT, metavar="N", help="Most pixels of all frames."),
-    click.option(
-        "--adaptive-budget/--no-adaptive-budget",
-        default=None,
-        help="Keye-VL 2.0: a single video of up to 34 minutes gets a share of --total-pixels by its length."
-        "  [default: as the model's files say]",
-    ),
-    click.option(
-        "--min-frame-similarity",
-        type=click.FloatRange(0, 1),
-        metavar="SHARE",
-        help="Keye-VL 1.5: a frame that shares fewer patches with the last slow frame is slow.  [default: 0.9]",
-    ),
+    click.option("--adaptive-budget/--no-adaptive-budget", default=None,
+                 help="Keye-VL 2.0: a single video of up to 34 minutes gets a share of --total-pixels by its length."
+                      "  [default: as the model's files say]"),
+    click.option("--min-frame-similarity", type=click.FloatRange(0, 1), metavar="SHARE",
+                 help="Keye-VL 1.5: a frame that shares fewer patches with the last slow frame is slow.  "
+                      "[default: 0.9]"),
     click.option("--track", type=COUNT, metavar="N", help="The video track to read.  [default: as players choose]"),
-    click.option(
-        "--deinterlace/--no-deinterlace",
-        default=None,
-        help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]",
-    ),
+    click.option("--deinterlace/--no-deinterlace", default=None,
+                 help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]"),
     click.option("--tone-map", is_flag=True, default=None, help="Convert high dynamic range to standard range."),
     click.option("--strict-media", is_flag=True, default=None, help="Reject files that are damaged or end early."),
     click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
     click.option("--end", "video_end", type=Seconds(), help="End here."),
-    click.option(
-        "--strict-official",
-        is_flag=True,
-        default=None,
-        help="Sample as the official code does, also where it ignores an option or fails.",
-    ),
+    click.option("--strict-official", is_flag=True, default=None,
+                 help="Sample as the official code does, also where it ignores an option or fails."),
     click.option("--allow-private-urls", is_flag=True, help="Open http addresses of this machine and local networks."),
-)
-
+)  # fmt: skip
 sampling_text: Callable[[F], F] = _all(
     click.option("--max-tokens", type=COUNT, metavar="N", help="Longest reply, in tokens."),
     click.option("--temperature", type=float, help="0 always takes the likeliest token."),
@@ -210,10 +155,9 @@ sampling_text: Callable[[F], F] = _all(
     click.option("--repetition-penalty", type=float, help="Above 1: tokens of the reply so far become less likely."),
     click.option("--seed", type=int, help="Seed of sampling."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be repeated."),
-    click.option(
-        "--think/--no-think", "thinking", default=None, help="Ask for or against reasoning before the answer."
-    ),
-)
+    click.option("--think/--no-think", "thinking", default=None,
+                 help="Ask for or against reasoning before the answer."),
+)  # fmt: skip
 
 
 def flag(name: str) -> str:
