@@ -25,7 +25,7 @@ from typing import Any, get_args
 
 import torch
 
-from keye.cache.mapped import fetch_rows, map_file, map_tensor, read_rows
+from keye.cache.mapped import advise, fetch_rows, map_tensor
 from keye.cache.slabs import KVFormat, KVLayout
 from keye.config import load_model_config
 from keye.hub import asset
@@ -62,9 +62,10 @@ def main() -> None:
 
 
 def map_keys(path: Path, shape: torch.Size, advised: bool) -> torch.Tensor:
-    mapped: mmap.mmap = map_file(path)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if advised:
-        read_rows(mapped)
+        advise(mapped, "MADV_RANDOM", 0, len(mapped))
     return map_tensor(mapped, 0, shape)
 
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keye.cache.checksums import FRESH, BlockCheck, Identity, damage_error, identity_of
-from keye.cache.mapped import DISK_RESERVE, check_disk, map_file, map_tensor, read_rows, read_soon
+from keye.cache.mapped import DISK_RESERVE, advise, check_disk, map_tensor
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, SlabRows
 from keye.errors import KeyeError
@@ -92,7 +92,8 @@ class IndexFile:
         rows = {}
         for name, form in self.layout.rows.items():
             section = self.sections[name]
-            (read_soon if name in self.layout.scanned else read_rows)(mapped, section.offset, section.nbytes)
+            advice = "MADV_WILLNEED" if name in self.layout.scanned else "MADV_RANDOM"
+            advise(mapped, advice, section.offset, section.nbytes)
             rows[name] = map_tensor(mapped, section.offset, (self.layout.layers, self.blocks, KV_BLOCK, form.row_bytes))
         return rows
 
@@ -105,15 +106,10 @@ class IndexFile:
 # Writing
 
 
-def index_bytes(layout: KVLayout, tokens: int) -> int:
-    """Bytes that an index of so many tokens takes, up to its header and gaps."""
-    return -(-tokens // KV_BLOCK) * layout.block_bytes + 32 * tokens
-
-
 def check_index_disk(path: Path, layout: KVLayout, tokens: int) -> None:
     """`OutOfMemory` where an index of so many tokens does not fit on the disk, on which as much again is left free, but
     at most the usual reserve."""
-    nbytes = index_bytes(layout, tokens)
+    nbytes = -(-tokens // KV_BLOCK) * layout.block_bytes + 32 * tokens  # up to its header and gaps
     check_disk(path.absolute().parent, nbytes, min(DISK_RESERVE, nbytes))
 
 
@@ -147,8 +143,11 @@ def _write(file: BinaryIO, cache: KVCache, layout: KVLayout, tokens: Tensor, abo
         _pad(file)
         start = file.tell()
         for layer in range(layout.layers):
-            for block in cache.stored_blocks(name, layer):
-                stored = block.numpy().data
+            for place, block in enumerate(cache.block_table):
+                rows = block.slab.rows[name][layer, block.slot].cpu()
+                if (rest := cache.length(layer) - place * KV_BLOCK) < KV_BLOCK:  # the others were never written
+                    rows = torch.cat((rows[:rest], torch.zeros_like(rows[rest:])))
+                stored = rows.numpy().data
                 crcs.append(zlib.crc32(stored))
                 file.write(stored)
         storage["rows"][name] = {
@@ -302,7 +301,7 @@ def open_mapped(path: Path) -> tuple[IndexFile, mmap.mmap, BlockCheck]:
     try:
         with path.open("rb") as opened:
             identity = identity_of(opened.fileno())
-            mapped = map_file(opened)
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):
         raise KeyeError(f"{path} cannot be mapped into memory: copy it to a local disk") from None
     if len(mapped) != file.size:

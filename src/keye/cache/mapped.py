@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -46,21 +46,16 @@ def scratch_tensor(folder: Path, shape: Sequence[int], *, reserve: int = DISK_RE
     check_disk(folder, nbytes, reserve)
     try:
         with tempfile.TemporaryFile(dir=folder, prefix="keye-kv-") as file:
-            _take_room(file.fileno(), nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            else:
+                os.ftruncate(file.fileno(), nbytes)
             mapped = mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         raise OutOfMemory(f"{folder} cannot hold {format_bytes(nbytes)} of keys and values ({error.strerror}); "
                           "name another folder") from None  # fmt: skip
-    read_rows(mapped)
-    return _tensor(mapped, 0, shape)
-
-
-def _take_room(file: int, nbytes: int) -> None:
-    fallocate = getattr(os, "posix_fallocate", None)  # not on every system
-    if fallocate is None:
-        os.ftruncate(file, nbytes)
-    else:
-        fallocate(file, 0, nbytes)
+    advise(mapped, "MADV_RANDOM", 0, nbytes)
+    return map_tensor(mapped, 0, shape)
 
 
 def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
@@ -76,25 +71,21 @@ def check_disk(folder: Path, nbytes: int, reserve: int = DISK_RESERVE) -> None:
         )
 
 
-def map_file(file: BinaryIO) -> mmap.mmap:
-    """A whole file, read only. It stays mapped until the last tensor of it is gone, also when the file is removed."""
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def map_tensor(mapped: mmap.mmap, offset: int, shape: Sequence[int]) -> Tensor:
-    """A uint8 tensor of the bytes of a map from `offset` on. It must not be written to if the map is read only."""
-    assert 0 <= offset <= len(mapped) - torch.Size(shape).numel()
-    return _tensor(mapped, offset, shape)
+    """A uint8 tensor of the bytes of a map from `offset` on. It must not be written to if the map is read only, and
+    keeps the file mapped, also when that is removed."""
+    nbytes = torch.Size(shape).numel()
+    assert 0 <= offset <= len(mapped) - nbytes
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.asarray(_Memory(mapped, offset, nbytes))).view(tuple(shape))
 
 
-def read_rows(mapped: mmap.mmap, start: int = 0, nbytes: int | None = None) -> None:
-    """Tells the system that single rows will be read from here, so that it does not read around them."""
-    _advise(mapped, "MADV_RANDOM", start, len(mapped) - start if nbytes is None else nbytes)
-
-
-def read_soon(mapped: mmap.mmap, start: int, nbytes: int) -> None:
-    """Tells the system that all of this will be read soon."""
-    _advise(mapped, "MADV_WILLNEED", start, nbytes)
+def advise(mapped: mmap.mmap, advice: str, start: int, nbytes: int) -> None:
+    """Says how bytes of a map will be read: `MADV_RANDOM` for single rows, around which nothing is read ahead, or
+    `MADV_WILLNEED` for all of it, soon."""
+    value = getattr(mmap, advice, None)  # not on every system
+    if value is not None and nbytes:
+        mapped.madvise(value, start, nbytes)
 
 
 def fetch_rows(rows: Tensor, chosen: Tensor) -> None:
@@ -114,14 +105,3 @@ def fetch_rows(rows: Tensor, chosen: Tensor) -> None:
 _MADVISE: Final = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_WILLNEED") else None
 if _MADVISE is not None:
     _MADVISE.argtypes, _MADVISE.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-
-
-def _advise(mapped: mmap.mmap, advice: str, start: int, nbytes: int) -> None:
-    value = getattr(mmap, advice, None)  # not on every system
-    if value is not None and nbytes:
-        mapped.madvise(value, start, nbytes)
-
-
-def _tensor(mapped: mmap.mmap, offset: int, shape: Sequence[int]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.asarray(_Memory(mapped, offset, torch.Size(shape).numel()))).view(tuple(shape))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from keye.cache.mapped import DISK_RESERVE, scratch_tensor
@@ -58,7 +59,9 @@ class SavedCaches:
             tables.append(table)
         rows = None
         if copied:
-            rows = _new_rows(folder, len(copied), store.layout.block_bytes)
+            shape = len(copied), store.layout.block_bytes
+            # As much again is left free on the disk, but at most the usual reserve.
+            rows = scratch_tensor(folder, shape, reserve=min(DISK_RESERVE, torch.Size(shape).numel()))
             store.ledger.reserve(ACCOUNT, rows.numel())
             for row, block in zip(rows, copied, strict=True):
                 for part, stored in _parts(row, block):
@@ -82,25 +85,17 @@ class SavedCaches:
             self.store.share([blocks[entry] for entry in again])
             used |= {entry for entry in table if isinstance(entry, int)}
             caches.append(KVCache.of_blocks(self.store, own, length, check))
-        self._forget_rows()
         self.tables = []
+        self.free()
         return caches
 
     def free(self) -> None:
         """Gives everything up; may be called twice."""
-        self._forget_rows()
-        self.store.drop([entry for table in self.tables for entry in table if isinstance(entry, Block)])
-        self.tables = []
-
-    def _forget_rows(self) -> None:
         if self.rows is not None:
             self.store.ledger.release(ACCOUNT, self.rows.numel())
             self.rows = None
-
-
-def _new_rows(folder: Path, blocks: int, block_bytes: int) -> Tensor:
-    """Room for blocks on the disk, on which as much again is left free, but at most the usual reserve."""
-    return scratch_tensor(folder, (blocks, block_bytes), reserve=min(DISK_RESERVE, blocks * block_bytes))
+        self.store.drop([entry for table in self.tables for entry in table if isinstance(entry, Block)])
+        self.tables = []
 
 
 def _parts(row: Tensor, block: Block) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ Legend: n tokens, N rows, H heads of a row, D numbers of a head.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -114,16 +114,6 @@ class KVCache:
             }
         return self._layer_blocks[layer]
 
-    def stored_blocks(self, name: str, layer: int) -> Iterator[Tensor]:
-        """Encoded KV blocks uint8 [64, row_bytes] of a name, in main memory. Rows after the last token, which were
-        never written, are zeros."""
-        for place, block in enumerate(self.block_table):
-            rows = block.slab.rows[name][layer, block.slot].cpu()
-            if (rest := self._lengths[layer] - place * KV_BLOCK) < KV_BLOCK:
-                rows = rows.clone()
-                rows[rest:] = 0
-            yield rows
-
     def fork(self, length: int | None = None) -> KVCache:
         """A sequence that continues from the same tokens, or after the first `length`, which all layers hold: full
         blocks are shared, the last one is copied."""
@@ -188,7 +178,13 @@ class BlockTable:
             place = start
             for _, group in groupby(blocks, key=lambda block: id(block.slab)):
                 run = list(group)
-                addresses[:, place : place + len(run)] = _block_addresses(run, name)
+                tensor, part = run[0].slab.rows[name], addresses[:, place : place + len(run)]
+                if tensor.device.type == "cpu":
+                    slots = torch.tensor([block.slot for block in run]) * tensor.stride(1)
+                    layers = torch.arange(tensor.shape[0]).unsqueeze(1) * tensor.stride(0)
+                    part[:] = tensor.data_ptr() + layers + slots
+                else:
+                    part.zero_()
                 place += len(run)
         self.blocks += blocks
         self._places = None
@@ -256,13 +252,3 @@ def _rows_of(slab: Slab, name: str, layer: int, rows: Tensor) -> Tensor:
         return flat[chosen]
     out = torch.empty(chosen.shape[0], flat.shape[1], dtype=torch.uint8, pin_memory=True)
     return torch.index_select(flat, 0, chosen, out=out)
-
-
-def _block_addresses(blocks: list[Block], name: str) -> Tensor:
-    """Addresses of blocks of one slab, int64 [layers, blocks]; 0 where they are in the memory of a device."""
-    tensor = blocks[0].slab.rows[name]
-    if tensor.device.type != "cpu":
-        return torch.zeros(tensor.shape[0], len(blocks), dtype=torch.int64)
-    slots, layers = torch.tensor([block.slot for block in blocks]), torch.arange(tensor.shape[0]).unsqueeze(1)
-    layer_step, slot_step = tensor.stride()[:2]
-    return tensor.data_ptr() + layers * layer_step + slots * slot_step

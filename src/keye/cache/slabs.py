@@ -129,14 +129,6 @@ class SlabMaker:
     account: str = "kv"
     mapped: bool = False
 
-    def make_rows(self, layout: KVLayout, blocks: int) -> SlabRows:
-        """The tensors of a slab of `blocks`."""
-        near = memory_slabs(self.device).make
-        return {
-            name: (near if name in layout.scanned else self.make)((layout.layers, blocks, KV_BLOCK, rows.row_bytes))
-            for name, rows in layout.rows.items()
-        }
-
 
 def memory_slabs(device: torch.device | str = "cpu", *, pinned: bool = False) -> SlabMaker:
     """Slabs in the memory of a device. Main memory is taken page by page as it is written."""
@@ -146,14 +138,6 @@ def memory_slabs(device: torch.device | str = "cpu", *, pinned: bool = False) ->
             return torch.empty(tuple(shape), dtype=torch.uint8, device=device, pin_memory=pinned)
 
     return SlabMaker(make, device)
-
-
-def host_slabs(device: torch.device | str) -> SlabMaker:
-    """Rows in page-locked main memory beside a model on a GPU, scanned ones on the GPU. For a model in main memory this
-    is `memory_slabs`."""
-    if torch.device(device).type == "cpu":
-        return memory_slabs()
-    return SlabMaker(memory_slabs("cpu", pinned=True).make, device, "kv-host")
 
 
 def file_slabs(folder: Path, device: torch.device | str = "cpu") -> SlabMaker:
@@ -212,8 +196,16 @@ class KVStore:
             for block in blocks:
                 assert block.references > 0, "a block was dropped once too often"
                 block.references -= 1
-                if block.references == 0:
-                    self._free(block)
+                slab = block.slab
+                if block.references:
+                    continue
+                slab.free.append(block.slot)
+                if len(slab.free) == slab.blocks:
+                    if slab.writable:
+                        self._slabs.remove(slab)
+                    self._release(slab.reserved)
+                elif slab.writable:  # the lowest slot is given out first
+                    slab.free.sort(reverse=True)
 
     @property
     def accounts(self) -> Collection[str]:
@@ -276,7 +268,12 @@ class KVStore:
             for account, nbytes in self._costs().items():
                 self.ledger.reserve(account, nbytes)
                 reserved[account] = nbytes
-            rows = self._make_slab.make_rows(self.layout, self._slab_blocks)
+            near, maker, layout = memory_slabs(self._make_slab.device).make, self._make_slab.make, self.layout
+            shape = layout.layers, self._slab_blocks, KV_BLOCK
+            rows = {
+                name: (near if name in layout.scanned else maker)((*shape, form.row_bytes))
+                for name, form in layout.rows.items()
+            }
         except BaseException:
             self._release(reserved)
             raise
@@ -284,16 +281,6 @@ class KVStore:
         slab = Slab(rows, self._slab_blocks, reserved, mapped=self._make_slab.mapped, free=free)
         self._slabs.append(slab)
         return slab
-
-    def _free(self, block: Block) -> None:
-        slab = block.slab
-        slab.free.append(block.slot)
-        if len(slab.free) == slab.blocks:
-            if slab.writable:
-                self._slabs.remove(slab)
-            self._release(slab.reserved)
-        elif slab.writable:  # the lowest slot is given out first
-            slab.free.sort(reverse=True)
 
     def _release(self, reserved: Mapping[str, int]) -> None:
         for account, nbytes in reserved.items():
@@ -334,10 +321,6 @@ class KVOptions:
         if self.folder is not None and self.tier != "file":
             raise KeyeError("{} has no effect without {}", Option("kv_folder"), Option("kv_tier", "file"))
 
-    def ledger(self) -> Ledger:
-        """The account book of one model."""
-        return Ledger(self.memory)
-
     def layout(self, specs: Mapping[str, RowSpec], dtype: torch.dtype) -> KVLayout:
         """The formats of the rows that a model with activations of `dtype` declares."""
         return KVLayout.of(specs, dtype, self.kv, self.indexer_kv)
@@ -345,9 +328,9 @@ class KVOptions:
     def store(self, layout: KVLayout, device: torch.device | str, ledger: Ledger | None = None) -> KVStore:
         """A store in this tier for a model on `device`."""
         blocks = FILE_BLOCKS if self.tier == "file" else SLAB_BLOCKS
-        return KVStore(layout, ledger=ledger, make_slab=self._slabs(device), slab_blocks=blocks)
-
-    def _slabs(self, device: torch.device | str) -> SlabMaker:
+        make = memory_slabs(device)
         if self.tier == "file":
-            return file_slabs(self.folder or Path(tempfile.gettempdir()), device)
-        return host_slabs(device) if self.tier == "host" else memory_slabs(device)
+            make = file_slabs(self.folder or Path(tempfile.gettempdir()), device)
+        elif self.tier == "host" and torch.device(device).type != "cpu":  # rows in page-locked memory, scanned ones not
+            make = SlabMaker(memory_slabs("cpu", pinned=True).make, device, "kv-host")
+        return KVStore(layout, ledger=ledger, make_slab=make, slab_blocks=blocks)

@@ -75,7 +75,7 @@ class Runtime:
         own = template_of(model.config.release, generation_config.default_system)
         if not isinstance(template, ChatTemplate | None):
             template = template.for_model(own, generation_config.default_system)
-        ledger = kv.ledger()
+        ledger = Ledger(kv.memory)
         store = kv.store(kv.layout(model.cache_rows(), model.dtype), model.device, ledger)
         return cls(
             name=name, model=model, tokenizer=tokenizer, processor=processor, generation_config=generation_config,
