@@ -17,7 +17,7 @@ from keye.config.media import MediaOptions
 from keye.hub import asset
 from keye.media.source.fetch import fetch_source
 from keye.media.video import VideoReader
-from keye.sessions.draw import draw_regions
+from keye.sessions.pictures import draw_regions
 
 REPLY = (
     "<|object_ref_start|>cyan triangle<|object_ref_end|><|polygon_start|>[[[775, 618], [922, 893], [625, 893]]]"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import keye
-from keye.sessions.evidence_picture import draw_evidence
+from keye.sessions.pictures import draw_evidence
 
 DEMO = Path(keye.__path__[0]) / "assets" / "demo.mp4"
 

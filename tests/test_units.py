@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keye.errors import KeyeError
-from keye.units import format_bytes, format_count, parse_bytes
+from keye.units import format_bytes, format_count, listed, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,7 @@ def test_sizes_and_counts_as_text() -> None:
     assert [format_bytes(n) for n in sizes] == words
     assert [parse_bytes(word, "size") for word in words[-2:]] == list(sizes[-2:])
     assert [format_count(n) for n in (999, 13_277_888, 31_122_082_160)] == ["999", "13.28 million", "31.12 billion"]
+
+
+def test_long_lists_are_cut() -> None:
+    assert listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,7 @@ from keye.config import (
     load_generation_config,
     load_model_config,
     load_processor_config,
-)
-from keye.engine.core import EngineCore
+)  # fmt: skip
 from keye.engine.engine import Engine
 from keye.engine.media import as_medium
 from keye.engine.prompt import PromptCost
@@ -31,12 +30,11 @@ from keye.errors import KeyeError, collect_warnings
 from keye.hub import check_runs, resolve
 from keye.media.processor import Decoder, Processor
 from keye.models.attention import AttentionMode
-from keye.models.keye import KeyeModel
 from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.process import check_device
 from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
-from keye.units import parse_bytes
+from keye.units import listed, parse_bytes
 
 if TYPE_CHECKING:
     from keye.chat.foreign_template import CheckpointTemplate
@@ -51,41 +49,16 @@ if TYPE_CHECKING:
 class Keye:
     """A model with its tokenizer and processor, which answers. Create one with `keye.load`.
 
-    `notes` are sentences about what loading left out or took for granted; empty where all is as it should be.
+    `engine` computes all requests of this model, also by token ids; `core` is its loop. `notes` are sentences about
+    what loading left out or took for granted; empty where all is as it should be.
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        #: Computes all requests of this model; also by token ids.
+        self.runtime, self.name, self.notes = runtime, runtime.name, runtime.notes
+        self.model, self.config, self.tokenizer = runtime.model, runtime.config, runtime.tokenizer
+        self.processor = runtime.processor
         self.engine = Engine(runtime)
-
-    @property
-    def name(self) -> str:
-        return self.runtime.name
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.runtime.notes
-
-    @property
-    def model(self) -> KeyeModel:
-        return self.runtime.model
-
-    @property
-    def config(self) -> KeyeConfig:
-        return self.runtime.config
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.runtime.tokenizer
-
-    @property
-    def processor(self) -> Processor:
-        return self.runtime.processor
-
-    @property
-    def core(self) -> EngineCore:
-        return self.engine.core
+        self.core = self.engine.core
 
     def ask(self, media: object, question: str, **options: Any) -> Answer:
         """Answers a question about one medium or a list of them; see `stream_ask`."""
@@ -109,16 +82,10 @@ class Keye:
         return self.stream(messages, **options).finish()
 
     def index(
-        self,
-        video: object,
-        path: str | Path,
-        *,
-        media_options: Mapping[str, Any] | None = None,
-        attention: AttentionMode | None = None,
-        overwrite: bool = False,
-        seconds: float | None = None,
+        self, video: object, path: str | Path, *, media_options: Mapping[str, Any] | None = None,
+        attention: AttentionMode | None = None, overwrite: bool = False, seconds: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
-    ) -> IndexInfo:
+    ) -> IndexInfo:  # fmt: skip
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
         Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. It is
@@ -156,21 +123,16 @@ class Keye:
         subject = event.strip() if isinstance(event, str) else ""
         if not subject:
             raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
-        if "{article}" in self.runtime.generation_config.ground_prompt and subject.lower().startswith(
-            ("the ", "a ", "an ")
-        ):
+        prompt = self.runtime.generation_config.ground_prompt
+        if "{article}" in prompt and subject.lower().startswith(("the ", "a ", "an ")):
             subject = subject.split(" ", 1)[1]
-        return self.runtime.generation_config.ground_prompt.format(event=subject, article="the")
+        return prompt.format(event=subject, article="the")
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any] | Message],
-        *,
-        thinking: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Mapping[str, Any] | Message], *, thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (), add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-    ) -> list[Segment]:
+    ) -> list[Segment]:  # fmt: skip
         """The prompt of a conversation under this model's template, its media in their places and not yet opened. With
         `continue_final_message` the last message, the assistant's, is left open for the model to go on with."""
         return self.runtime.prompts.render(
@@ -183,12 +145,9 @@ class Keye:
         return self.runtime.prompts.measure(segments, salt)
 
     def stream(
-        self,
-        messages: Sequence[Mapping[str, Any] | Message],
-        *,
-        on_progress: Callable[[Progress], None] | None = None,
-        **options: Any,
-    ) -> AnswerStream:
+        self, messages: Sequence[Mapping[str, Any] | Message], *,
+        on_progress: Callable[[Progress], None] | None = None, **options: Any,
+    ) -> AnswerStream:  # fmt: skip
         """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
         at the first token. Options, all with a default:
 
@@ -201,8 +160,7 @@ class Keye:
         rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; `on_progress` is
         called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
         model's own defaults for those not given."""
-        request = self.request(messages, **options)
-        return stream_answer(self.engine, request, on_progress)
+        return stream_answer(self.engine, self.request(messages, **options), on_progress)
 
     def request(
         self,
@@ -260,7 +218,7 @@ class Keye:
         return LiveSession(self.engine, keep=keep, reserve=reserve, **media_options)
 
 
-def _with_merged_intervals(stream: AnswerStream) -> Iterator[str | Answer]:
+def _with_merged_intervals(stream: AnswerStream) -> Generator[str | Answer]:
     yield from stream
     answer = stream.finish()
     yield replace(answer, intervals=tuple(merge_intervals(answer.intervals)))
@@ -316,20 +274,12 @@ def load(
     generation_config = load_generation_config(folder)
     folder = resolve(name, revision=revision, progress=progress)
     model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
-    return Keye(
-        Runtime.create(
-            str(config.raw.get("keye_name") or Path(name).name),
-            model,
-            tokenizer,
-            processor,
-            generation_config,
-            attention=attention,
-            template=chosen,
-            kv=replace(storing, memory=limit or free_memory(device)),
-            notes=tuple(_loading_notes(folder, config, report, chosen, is_chosen=template != "auto")),
-            open_index=_open_index,
-        )
-    )
+    notes = _loading_notes(folder, config, report, chosen, is_chosen=template != "auto")
+    return Keye(Runtime.create(
+        str(config.raw.get("keye_name") or Path(name).name), model, tokenizer, processor, generation_config,
+        attention=attention, template=chosen, kv=replace(storing, memory=limit or free_memory(device)),
+        notes=tuple(notes), open_index=_open_index,
+    ))  # fmt: skip
 
 
 def _template(name: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
@@ -357,15 +307,15 @@ def _loading_notes(
     before frames it is used with: nothing where a template was asked for, nor of keye's own formats in checkpoints that
     keye wrote."""
     if config.unknown:
-        yield f"config.json has keys without meaning to keye: {_listed(config.unknown)}"
+        yield f"config.json has keys without meaning to keye: {listed(config.unknown)}"
     if not (folder / PROCESSOR_FILE).exists():
         yield f"{PROCESSOR_FILE} is missing: media are prepared by the official values of Keye-VL {config.release.name}"
     if report.lacks_indexer:
         yield "the files hold no indexer weights: the model attends densely"
     if report.unused:
-        yield f"the files hold tensors that this model has no place for: {_listed(report.unused)}"
+        yield f"the files hold tensors that this model has no place for: {listed(report.unused)}"
     if report.ignored:
-        yield f"the files hold tensors that no forward pass reads: {_listed(report.ignored)}"
+        yield f"the files hold tensors that no forward pass reads: {listed(report.ignored)}"
     if is_chosen:
         return
     if template is not None:
@@ -375,14 +325,6 @@ def _loading_notes(
     if template is None:
         yield f"the checkpoint brings no chat template: prompts follow keye's own for Keye-VL {config.release.name}"
     if not config.release.processor_is_published:
-        yield (
-            "frames are labelled by the frame_text of the checkpoint"
-            if find_frame_text(folder) is not None
-            else "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it"
-        )
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        is_labelled = find_frame_text(folder) is not None
+        yield ("frames are labelled by the frame_text of the checkpoint" if is_labelled else
+               "the checkpoint brings no frame_text: frames are labelled as Keye-VL 1.5 does it")  # fmt: skip

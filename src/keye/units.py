@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from keye.errors import KeyeError, Option
@@ -70,3 +71,9 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` printable and on one line."""
     return printable(" ".join(text.split()))
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -11,7 +11,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from keye.commands.inspect import activation_bytes, fit
-from keye.commands.shared import show_model
 from keye.config import read_json
 from keye.hub import asset
 from keye.models.outline import outline
@@ -199,7 +198,3 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
     (group / "memory.max").write_text("4000000\n")
     assert main_memory(meminfo, group) == Memory("cpu", 4_000_000, 3_000_000)
     assert main_memory(tmp_path / "gone", group) is None
-
-
-def test_words() -> None:
-    assert show_model.listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"

@@ -23,7 +23,7 @@ from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.media.processor import Processor
 from keye.sessions.answer import Answer, stream_answer
-from keye.sessions.evidence_picture import WIDTH, draw_evidence
+from keye.sessions.pictures import WIDTH, draw_evidence
 from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_folder, tiny_model
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from keye.config import KeyeConfig
-from keye.models.factory import replace_layers
 from keye.models.keye import KeyeModel
-from keye.models.load import load_model, save_model
+from keye.models.load import load_model, replace_layers, save_model
 from keye.models.moe import Experts
 from keye.weights.safetensors import WEIGHTS_FILE, open_checkpoint, write_checkpoint
 from keye.weights.source import MemoryTensor, TensorSource, WeightsError, copy_all

@@ -9,8 +9,16 @@ import pytest
 
 from keye.config import read_json
 from keye.hub import asset
-from keye.models.latent import latent_shapes, latent_text_config
-from keye.models.outline import PACKING_ROWS, PARTS, active_parameters, outline, parameters_by_part, read_parameters
+from keye.models.outline import (
+    PACKING_ROWS,
+    PARTS,
+    active_parameters,
+    latent_shapes,
+    latent_text_config,
+    outline,
+    parameters_by_part,
+    read_parameters,
+)
 
 
 @pytest.mark.parametrize("name", ["preview", "1.5", "2.0", "671b"])

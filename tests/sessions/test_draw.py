@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from keye.chat.replies import Region
-from keye.sessions.draw import COLOURS, draw_regions
+from keye.sessions.pictures import COLOURS, draw_regions
 
 BOX = Region("box", ((250, 500), (750, 1000)))
 

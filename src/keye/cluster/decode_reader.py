@@ -81,23 +81,10 @@ class PartReader:
         self._request_parts()
 
     def has(self, rows: int) -> bool:
-        return self.wait(rows, 0)
-
-    def wait(self, rows: int, timeout: float | None = None) -> bool:
-        needed = self._shape.frames(rows)
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with self._lock:
-                if self._closed or self._error is not None or len(self._frames) >= needed or not self._results:
-                    return True
-                first = self._results[0]
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not wait((first,), left).done:
-                return False
-            self._receive(first)
+        return self._receive_rows(rows, 0)
 
     def take(self, rows: int) -> VisionInput:
-        self.wait(rows)
+        self._receive_rows(rows)
         needed = self._shape.frames(rows)
         with self._lock:
             assert not self._closed, "a closed reader is read"
@@ -124,6 +111,20 @@ class PartReader:
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
             self.close()
+
+    def _receive_rows(self, rows: int, timeout: float | None = None) -> bool:
+        """Receives parts until `has(rows)`, for at most `timeout` seconds; returns it."""
+        needed = self._shape.frames(rows)
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if self._closed or self._error is not None or len(self._frames) >= needed or not self._results:
+                    return True
+                first = self._results[0]
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not wait((first,), left).done:
+                return False
+            self._receive(first)
 
     def _receive(self, first: Result) -> None:
         """Takes a part that has come."""

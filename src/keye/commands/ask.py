@@ -145,7 +145,7 @@ def write_picture(media: Sequence[Medium], regions: Sequence[Region], path: Path
     """Writes the image with its marks; notes instead that there are none, and returns whether it wrote."""
     from keye.commands.shared.inputs import note
     from keye.media.image import read_image
-    from keye.sessions.draw import draw_regions
+    from keye.sessions.pictures import draw_regions
 
     if not any(region.points for region in regions):
         note(f"the answer marks no place, so {path} was not written")

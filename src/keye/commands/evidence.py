@@ -43,7 +43,7 @@ def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: 
         with output_file(path) as draft:
             draft.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
         return
-    from keye.sessions.evidence_picture import THUMBNAILS, draw_evidence
+    from keye.sessions.pictures import THUMBNAILS, draw_evidence
 
     thumbnails = {
         place: _thumbnails(model, media, place, medium.top(THUMBNAILS))
@@ -60,7 +60,7 @@ def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequen
     from keye.engine.media import plan_medium
     from keye.media.plan import VideoPlan
     from keye.media.source.fetch import Source, is_index
-    from keye.sessions.evidence_picture import read_thumbnails
+    from keye.sessions.pictures import read_thumbnails
 
     source = media[place].source
     if not isinstance(source, Source) or is_index(source):

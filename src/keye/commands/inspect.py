@@ -103,7 +103,7 @@ def description(model: str) -> dict[str, Any]:
         "kv_bytes_per_token": {name: model_outline.kv_numbers * size for name, size in FORMATS.items()},
         "indexer_bytes_per_token": {
             **{name: model_outline.indexer_numbers * size for name, size in FORMATS.items()},
-            "float8": model_outline.indexer_bytes_float8(),
+            "float8": model_outline.indexer_bytes_float8,
         },
         "files": files,
         "memory": [asdict(device) for device in memory],

@@ -99,11 +99,7 @@ class VisionJob:
 
     def will_keep(self, key: bytes) -> bool:
         """Whether a medium of this key is still to be encoded and will go into the cache then."""
-        return not self._is_scarce and any(item.key == key and self._is_cacheable(item) for _, item in self._media)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Sleeps while `waiting`, at most `timeout` seconds; returns whether `step` has something to do."""
-        return bool(self._groups) and self._reader is not None and self._reader.wait(self._groups[0].rows, timeout)
+        return any(item.key == key and self._is_cacheable(item) for _, item in self._media)
 
     @torch.inference_mode()
     def step(self, patches: int, *, required: bool = True) -> int:
@@ -173,10 +169,11 @@ class VisionJob:
     @property
     def _caches_medium(self) -> bool:
         """Whether the medium being encoded will go into the cache."""
-        return bool(self._media) and not self._is_scarce and self._is_cacheable(self._media[0][1])
+        return bool(self._media) and self._is_cacheable(self._media[0][1])
 
     def _is_cacheable(self, item: MediaItem) -> bool:
-        return item.key is not None and self._cache.accepts(self._bytes_of(item.visual_tokens))
+        fits = self._cache.accepts(self._bytes_of(item.visual_tokens))
+        return item.key is not None and fits and not self._is_scarce
 
     def _bytes_of(self, tokens: int) -> int:
         """Bytes of visual tokens."""

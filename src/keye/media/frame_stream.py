@@ -34,9 +34,6 @@ class PixelReader(Protocol):
     def has(self, rows: int) -> bool:
         """Whether `take(rows)` would answer at once, be it with an error."""
 
-    def wait(self, rows: int, timeout: float | None = None) -> bool:
-        """Waits until `has(rows)`, at most `timeout` seconds; returns it."""
-
     def take(self, rows: int) -> VisionInput:
         """The next `rows` rows, waiting for them. Raises what went wrong with the medium."""
 
@@ -87,9 +84,6 @@ class MemoryReader:
         self._frames, self._shape, self._next_frame = frames, shape, 0
 
     def has(self, rows: int) -> bool:
-        return True
-
-    def wait(self, rows: int, timeout: float | None = None) -> bool:
         return True
 
     def take(self, rows: int) -> VisionInput:
@@ -189,9 +183,6 @@ class FileReader:
 
     def has(self, rows: int) -> bool:
         return self._queue.wait(self._shape.frames(rows), 0)
-
-    def wait(self, rows: int, timeout: float | None = None) -> bool:
-        return self._queue.wait(self._shape.frames(rows), timeout)
 
     def take(self, rows: int) -> VisionInput:
         frames = self._queue.take(self._shape.frames(rows))

@@ -170,9 +170,12 @@ class CachedStep:
         out = torch.empty_like(q)
         if dense:
             registry.dense_attention(q, dense, out)
-        if sparse:
+        if sparse and self.select == "indexer":
             assert index is not None
-            self._attend_sparse(layer, q, index, sparse, out)
+            registry.sparse_attention(q, index.q, index.gate, sparse, self.topk, out)
+        else:
+            for stretch in sparse:
+                registry.attend_selected(q, self._select_without_indexer(layer, stretch, q.device), stretch, out)
         for span, stretch in zip(self.spans, stretches, strict=True):
             check = span.cache.check
             if check is not None and not check.is_complete(layer):
@@ -182,17 +185,9 @@ class CachedStep:
                 check.compare_reads(layer, ("k", "v"), stretch.counts if selected else None)
         return out
 
-    def _attend_sparse(
-        self, layer: int, q: Tensor, index: IndexerOutput, stretches: Sequence[Stretch], out: Tensor
-    ) -> None:
-        if self.select == "indexer":
-            registry.sparse_attention(q, index.q, index.gate, stretches, self.topk, out)
-            return
-        for stretch in stretches:
-            registry.attend_selected(q, self._control(layer, stretch, q.device), stretch, out)
-
-    def _control(self, layer: int, stretch: Stretch, device: torch.device) -> Iterable[tuple[int, Tensor]]:
-        """Sets that no indexer chose."""
+    def _select_without_indexer(
+        self, layer: int, stretch: Stretch, device: torch.device
+    ) -> Iterable[tuple[int, Tensor]]:
         total = stretch.stop - stretch.start
         if self.select == "recent":
             return reference.select_recent(total, stretch.first, self.topk, device)

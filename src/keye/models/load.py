@@ -7,7 +7,7 @@ none, or be an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig, read_json, vision_config_from_dict
 from keye.errors import KeyeError, KeyeWarning, warn
-from keye.models.factory import LayerFactory, replace_layers
 from keye.models.keye import KeyeModel
+from keye.models.moe import Experts, Router
 from keye.models.vision import VisionTower
 from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, View, file_tensors, per_expert_modules
 from keye.weights.safetensors import SHARD_BYTES, open_checkpoint, write_checkpoint
 from keye.weights.source import MemoryTensor, TensorSource, WeightsError, ask_for_huge_pages, copy_all
+
+#: (full name, plain layer) -> the layer to use in its place: the same one, or one with the same `forward`, such as a
+#: quantised one, a shard, or one that carries an adapter and keeps the plain layer inside its own.
+LayerFactory = Callable[[str, nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,17 @@ def load_vision(
     return tower.eval(), report
 
 
+def replace_layers(model: nn.Module, factory: LayerFactory) -> None:
+    """Asks `factory` about every `nn.Linear` and `Experts` of a model, on the meta device before a checkpoint is read
+    or filled afterwards. Routers, and a head that is tied to the embeddings, stay as they are."""
+    tied = getattr(model, "is_tied", False)
+    for name, layer in list(model.named_modules()):
+        is_matrix = isinstance(layer, nn.Linear | Experts) and not isinstance(layer, Router)
+        if is_matrix and not (tied and name == "lm_head"):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, factory(name, layer))
+
+
 def load_tensors(model: KeyeModel, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Fills an existing model from tensors in memory, under the same rules as `load_model`."""
     sources = {name: MemoryTensor(tensor) for name, tensor in tensors.items()}
@@ -146,12 +161,8 @@ def _carried(model: KeyeModel) -> dict[str, Tensor]:
         tensors = open_checkpoint(model.origin, lambda name: CARRIED.search(name) is not None)
         return {name: tensor.read() for name, tensor in tensors.items() if tensor.is_readable}
     except KeyeError as error:
-        warn(
-            KeyeWarning(
-                f"the packing table of {model.origin} cannot be copied, which vLLM's loader will miss ({error})"
-            ),
-            stacklevel=3,
-        )
+        why = f"the packing table of {model.origin} cannot be copied, which vLLM's loader will miss ({error})"
+        warn(KeyeWarning(why), stacklevel=3)
         return {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,7 @@ class AnswerStream(Iterator[str]):
     """Iterates over the text as it is generated; `answer` is there once the iteration has ended. Closing it, or letting
     it go, gives the request up."""
 
-    def __init__(self, pieces: Iterator[str | Answer]) -> None:
+    def __init__(self, pieces: Generator[str | Answer]) -> None:
         self._pieces = pieces
         self.answer: Answer | None = None
 
@@ -136,28 +136,24 @@ class AnswerStream(Iterator[str]):
 
     def close(self) -> None:
         """Ends the iteration now."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+        self._pieces.close()
 
 
 def stream_answer(
     engine: Engine, request: GenerationRequest, on_progress: Callable[[Progress], None] | None = None
 ) -> AnswerStream:
     """Computes one request, step by step as its answer is read; aborts it when the reader closes the stream."""
-    return AnswerStream(_pieces(engine, request, on_progress))
 
+    def pieces() -> Generator[str | Answer]:
+        collector = Collector(request, engine.runtime.name, on_progress)
+        with closing(engine.run([request])) as events:
+            for _, event in events:
+                if text := collector.take(event):
+                    yield text
+        assert collector.answer is not None
+        yield collector.answer
 
-def _pieces(
-    engine: Engine, request: GenerationRequest, on_progress: Callable[[Progress], None] | None
-) -> Iterator[str | Answer]:
-    collector = Collector(request, engine.runtime.name, on_progress)
-    with closing(engine.run([request])) as events:
-        for _, event in events:
-            if text := collector.take(event):
-                yield text
-    assert collector.answer is not None
-    yield collector.answer
+    return AnswerStream(pieces())
 
 
 class Collector:

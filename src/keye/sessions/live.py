@@ -25,7 +25,7 @@ from keye.errors import KeyeError, Option
 from keye.media import sizes
 from keye.media.image import open_frames
 from keye.media.pixels.patches import Pixels, VisionInput, as_frames
-from keye.media.processor import MediaItem, Piece, VisualSpan
+from keye.media.processor import MediaItem, Piece, VisualSpan, count_visual_tokens
 from keye.media.source.fetch import as_source
 from keye.media.video import VideoReader
 from keye.sessions.answer import Answer, AnswerStream, stream_answer
@@ -137,14 +137,9 @@ class LiveSession:
             yield from zip(reader.frames(plan, native=True), plan.timestamps, strict=True)
 
     def request(
-        self,
-        question: str,
-        *,
-        attention: Any = None,
-        thinking: bool | None = None,
-        evidence: bool = False,
+        self, question: str, *, attention: Any = None, thinking: bool | None = None, evidence: bool = False,
         **sampling: Any,
-    ) -> GenerationRequest:
+    ) -> GenerationRequest:  # fmt: skip
         """A question about all that was seen so far, for the engine; the stream stays as it is, and frames may be
         appended before it is answered. Options are those of `Keye.stream`; the mode of attention is the model's, since
         the past was computed in it."""
@@ -162,8 +157,7 @@ class LiveSession:
 
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:
         """Asks a question, with the options of `request`; the engine writes the reply."""
-        request = self.request(question, **options)
-        return stream_answer(self._engine, request)
+        return stream_answer(self._engine, self.request(question, **options))
 
     def ask(self, question: str, **options: Any) -> Answer:
         """The whole answer; see `stream_ask`."""
@@ -172,19 +166,15 @@ class LiveSession:
     def close(self) -> None:
         """Frees what is stored. Whatever is appended or asked afterwards is an error."""
         self._closed = True
-        self._store(None, [])
+        if self._stream is not None:
+            self._stream.cache.free()
+        self._stream, self._frames = None, []
 
     def _check_open(self) -> None:
         if self._closed:
             raise KeyeError("the live session is closed; open a new one")
         if self._version != self._runtime.model.weights_version:
             raise KeyeError("the weights were replaced since the live session was opened; open a new one")
-
-    def _store(self, stream: IndexedVideo | None, frames: list[_Frame]) -> None:
-        """Takes a stream in place of the one before, whose blocks are freed."""
-        before, self._stream, self._frames = self._stream, stream, frames
-        if before is not None:
-            before.cache.free()
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
         """Token ids before the video, and those after it with the question."""
@@ -199,13 +189,15 @@ class LiveSession:
         return list(head), list(tail)
 
     def _append(self, frames: Any, times: list[float]) -> None:
-        first = frames[0]
-        height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
-        size = self._frame_size(height, width)
-        least = len(frames) * size[0] * size[1] // self._runtime.processor.config.token_pixels
+        config = self._runtime.processor.config
+        if self._size is None:  # of all frames: that of a video of two frames like the first
+            first = frames[0]
+            height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+            self._size = sizes.frame_sizes(height, width, 2, config, self._options).slow
+        least = len(frames) * self._size[0] * self._size[1] // config.token_pixels
         if len(self._head) + least + self._reserve > self._limit:
-            raise self._too_many(least)
-        item = self._runtime.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=size)
+            raise _too_many(least, self._limit)
+        item = self._runtime.processor.frames(frames, MediaOptions(timestamps=tuple(times)), size=self._size)
         added = self._split(item)
         grown = sum(len(frame.token_ids) for frame in added)
         if self.tokens + grown + self._reserve <= self._limit:
@@ -216,7 +208,9 @@ class LiveSession:
             self.dropped += len(self._frames) + len(added) - len(frames)
         if self._keep == "all":  # patches are needed for computing a shorter stream
             frames = [replace(frame, vision=None) for frame in frames]
-        self._store(stream, frames)
+        if self._stream is not None:
+            self._stream.cache.free()
+        self._stream, self._frames = stream, frames
 
     def _split(self, item: MediaItem) -> list[_Frame]:
         """Frames of a medium whose pieces are a label and a span for each."""
@@ -242,8 +236,7 @@ class LiveSession:
             prompt = builder.extend(past, ids, [item])
             pieces, times = (*past.pieces, *pieces), (*past.timestamps, *times)
         cache, _ = self._engine.prefill(prompt, attention=mode)
-        visual = sum(piece.tokens for piece in pieces if isinstance(piece, VisualSpan))
-        plan = {"frames": len(times), "timestamps": list(times), "visual_tokens": visual}
+        plan = {"frames": len(times), "timestamps": list(times), "visual_tokens": count_visual_tokens(pieces)}
         return IndexedVideo(
             "<memory>", prompt.token_ids, prompt.position_ids, prompt.next_position, len(self._head), pieces, times,
             plan, mode, cache,
@@ -261,21 +254,13 @@ class LiveSession:
             )
         used, target = len(self._head) + tokens, (self._limit - self._reserve) // 2
         if used + self._reserve > self._limit:
-            raise self._too_many(tokens)
+            raise _too_many(tokens, self._limit)
         start = len(self._frames)
         while start and used + len(self._frames[start - 1].token_ids) <= target:
             start -= 1
             used += len(self._frames[start].token_ids)
         return self._frames[start:]
 
-    def _too_many(self, tokens: int) -> KeyeError:
-        return KeyeError(
-            f"{tokens} tokens of new frames do not fit the context of {self._limit}; append fewer or smaller frames"
-        )
 
-    def _frame_size(self, height: int, width: int) -> sizes.Size:
-        """The size of all frames, decided by the first: that of a video of two frames, under the session's options."""
-        if self._size is None:
-            config = self._runtime.processor.config
-            self._size = sizes.frame_sizes(height, width, 2, config, self._options).slow
-        return self._size
+def _too_many(tokens: int, limit: int) -> KeyeError:
+    return KeyeError(f"{tokens} tokens of new frames do not fit the context of {limit}; append fewer or smaller frames")

@@ -27,7 +27,7 @@ from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.request import Progress
 from keye.engine.runtime import Runtime
 from keye.errors import KeyeError, KeyeWarning
-from keye.media.processor import Piece, VisualSpan
+from keye.media.processor import Piece, VisualSpan, count_visual_tokens
 from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode, cache_rows
 from keye.models.keye import visual_mask
@@ -128,11 +128,8 @@ def _file_hash(source: Any) -> str | None:
     """SHA-256 of a video file; None for pictures in memory."""
     if not isinstance(source, Source):
         return None
-    digest = hashlib.sha256()
     with source.open() as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
 
 
 def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
@@ -216,7 +213,7 @@ class _Facts:
 
     @property
     def visual_tokens(self) -> int:
-        return sum(piece.tokens for piece in self.pieces if isinstance(piece, VisualSpan))
+        return count_visual_tokens(self.pieces)
 
     @classmethod
     def read(cls, file: IndexFile) -> _Facts:

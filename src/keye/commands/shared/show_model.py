@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.commands.shared.show import stdout
-from keye.units import format_bytes, format_count, one_line, plural
+from keye.units import format_bytes, format_count, listed, one_line, plural
 
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
 BAR, NARROW = 20, 64
@@ -198,12 +198,6 @@ def _verdict(files: Mapping[str, Any]) -> str:
 
 
 # Words
-
-
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _bytes(number: int) -> str:

@@ -165,9 +165,6 @@ class HeldPatches:
     def has(self, rows: int) -> bool:
         return True
 
-    def wait(self, rows: int, timeout: float | None = None) -> bool:
-        return True
-
     def take(self, rows: int) -> VisionInput:
         """The next `rows` rows; a view."""
         grid = self._vision.grid_thw[self._row : self._row + rows]

@@ -1,4 +1,5 @@
-"""Draws what an answer rests on: a timeline of each video with the frames that were selected most. Knows no model."""
+"""Draws what an answer marks onto its picture, and what it rests on: a timeline of each video with the frames that were
+selected most. Knows no model."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keye.chat.replies import Region
 from keye.chat.times import Interval, format_seconds
 from keye.engine.evidence import Evidence, MediumEvidence
 from keye.media.plan import VideoPlan
@@ -25,6 +27,12 @@ _TIME_STEPS: Final = (10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0
 _INK, _DIM, _GRID = "#1b1f24", "#667078", "#d9dee3"
 _BAR, _TOP, _SHADE = "#9db8cf", "#d55e00", "#cfead9"
 
+#: Colours that differ also for colour-blind eyes (Okabe and Ito, 2008); one for each label, in turn.
+COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_LIGHT: Final = frozenset({"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"})
+_DARK_TEXT, _LIGHT_TEXT = "#000000", "#FFFFFF"
+_MAX_LABEL: Final = 60
+
 
 def read_thumbnails(
     source: Source, plan: VideoPlan, frames: Sequence[int], limits: DecodeLimits | None = None
@@ -34,16 +42,11 @@ def read_thumbnails(
     if not chosen:
         return {}
     part = replace(
-        plan,
-        fast=None,
-        label_times=None,
-        frame_indices=tuple(plan.frame_indices[i] for i in chosen),
-        timestamps=tuple(plan.timestamps[i] for i in chosen),
-        pts=tuple(plan.pts[i] for i in chosen),
-    )
-    return {
-        i: Image.fromarray(frame) for i, frame in zip(chosen, iter_frames(part, source, limits=limits), strict=True)
-    }
+        plan, fast=None, label_times=None, frame_indices=tuple(plan.frame_indices[i] for i in chosen),
+        timestamps=tuple(plan.timestamps[i] for i in chosen), pts=tuple(plan.pts[i] for i in chosen),
+    )  # fmt: skip
+    frames_of = zip(chosen, iter_frames(part, source, limits=limits), strict=True)
+    return {i: Image.fromarray(frame) for i, frame in frames_of}
 
 
 def draw_evidence(
@@ -60,10 +63,8 @@ def draw_evidence(
     narrower than a pixel, the highest of those that share one is drawn.
     """
     title, text = _font(24), _font(19)
-    head = [
-        *((line, title, _INK) for line in _wrapped(question, 88)),
-        *((line, text, _DIM) for line in _wrapped(answer, 112)),
-    ]
+    head = [(line, title, _INK) for line in _wrapped(question, 88)]
+    head += [(line, text, _DIM) for line in _wrapped(answer, 112)]
     if evidence.reason is not None:
         head += [(line, text, _TOP) for line in _wrapped(f"No evidence: {evidence.reason}", 112)]
     panels = [
@@ -110,7 +111,8 @@ def _panel(medium: MediumEvidence, intervals: Sequence[Interval], thumbnails: Ma
         panel.paste(picture, (x, row))
         draw.rectangle((x, row, x + picture.width - 1, row + picture.height - 1), outline=_TOP, width=2)
         rank = medium.top(THUMBNAILS).index(frame) + 1
-        label = f"#{rank}  {chart.time_label(frame)}  {medium.lifts[frame]:.1f}x"
+        time = format_seconds(chart.times[frame]) if chart.timed else f"frame {frame}"
+        label = f"#{rank}  {time}  {medium.lifts[frame]:.1f}x"
         draw.text((middle, row + picture.height + 4), label, fill=_INK, font=_font(17), anchor="ma")
     return panel
 
@@ -135,15 +137,11 @@ class _Chart:
     def x(self, frame: int) -> float:
         return self.place(self.times[frame])
 
-    def time_label(self, frame: int) -> str:
-        return format_seconds(self.times[frame]) if self.timed else f"frame {frame}"
-
     def draw(self, draw: ImageDraw.ImageDraw, top: int, intervals: Sequence[Interval], marked: set[int]) -> None:
         bottom = top + _CHART
         for start, end in intervals if self.timed else ():
-            draw.rectangle(
-                (self.place(start - self.step / 2), top, self.place(end + self.step / 2), bottom), fill=_SHADE
-            )
+            left, right = self.place(start - self.step / 2), self.place(end + self.step / 2)
+            draw.rectangle((left, top, right, bottom), fill=_SHADE)
         for level in _ticks(self.highest, 4):
             y = bottom - level / self.highest * _CHART
             draw.line((_MARGIN, y, WIDTH - _MARGIN, y), fill=_GRID)
@@ -155,16 +153,11 @@ class _Chart:
         draw.line((_MARGIN, bottom, WIDTH - _MARGIN, bottom), fill=_INK)
         span = self.times[-1] - self.times[0]
         for tick in _ticks(span, 8, _TIME_STEPS if self.timed else ()):
-            x = self.place(self.times[0] + tick)
             time = self.times[0] + tick
+            x = self.place(time)
             draw.line((x, bottom, x, bottom + 5), fill=_INK)
-            draw.text(
-                (x, bottom + 7),
-                format_seconds(time) if self.timed else f"{time:g}",
-                fill=_DIM,
-                font=_font(14),
-                anchor="ma",
-            )
+            text = format_seconds(time) if self.timed else f"{time:g}"
+            draw.text((x, bottom + 7), text, fill=_DIM, font=_font(14), anchor="ma")
 
     def _bars(self, draw: ImageDraw.ImageDraw, bottom: int, marked: set[int]) -> None:
         """One bar for each frame, or for each column of pixels the highest of its frames; marked ones on top."""
@@ -212,3 +205,61 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font
+
+
+def draw_regions(picture: Image.Image, regions: Sequence[Region]) -> Image.Image:
+    """A copy of `picture` (RGB) with the regions that have a place in it. Clips and labels alone have none.
+
+    Lines and letters grow with the picture; a label stands above its shape, or inside where there is no room. A label
+    with letters that the built-in font lacks is drawn as its number in the list of regions, counted from 1.
+    """
+    drawn = picture.convert("RGB")
+    if drawn is picture:
+        drawn = picture.copy()
+    draw = ImageDraw.Draw(drawn)
+    side = max(drawn.size)
+    line, font = max(2, round(side / 300)), _font(max(12, round(side / 45)))
+    colours: dict[str | None, str] = {}
+    placed = [(number, region) for number, region in enumerate(regions, 1) if region.points]
+    for _, region in placed:
+        colours.setdefault(region.label, COLOURS[len(colours) % len(COLOURS)])
+        _outline(draw, region, drawn.size, colours[region.label], line)
+    for number, region in placed:  # after all shapes, so that no line crosses a label
+        if region.label is not None:
+            _label(draw, _label_text(region.label, number), region, drawn.size, colours[region.label], font, line)
+    return drawn
+
+
+def _outline(draw: ImageDraw.ImageDraw, region: Region, size: tuple[int, int], colour: str, line: int) -> None:
+    """The shape in its colour on a wider dark one, so that it shows on any picture."""
+    points = list(region.in_pixels(*size))
+    for shade, width in ((_DARK_TEXT, line + 2), (colour, line)):
+        if region.kind == "point":
+            (x, y), radius = points[0], 2 * line + (width - line)
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shade)
+            continue
+        if region.kind == "box":
+            (left, top), (right, bottom) = region.in_pixels(*size)
+            points = [(left, top), (right, top), (right, bottom), (left, bottom)]
+        draw.line([*points, *points[:2]], fill=shade, width=width, joint="curve")
+
+
+def _label(
+    draw: ImageDraw.ImageDraw, text: str, region: Region, size: tuple[int, int], colour: str,
+    font: ImageFont.FreeTypeFont, line: int,
+) -> None:  # fmt: skip
+    """The label on a ground of its colour, always inside the picture."""
+    left, top = min(region.in_pixels(*size), key=lambda point: point[::-1])  # the uppermost corner
+    box = draw.textbbox((0, 0), text, font=font)
+    width, height = box[2] - box[0] + 2 * line, box[3] - box[1] + 2 * line
+    y = top - height - line if top >= height + line else top + line
+    x, y = max(0.0, min(left, size[0] - width)), max(0.0, min(y, size[1] - height))
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    ink = _DARK_TEXT if colour in _LIGHT else _LIGHT_TEXT
+    draw.text((x + line - box[0], y + line - box[1]), text, fill=ink, font=font)
+
+
+def _label_text(label: str, number: int) -> str:
+    """The label on one line if the built-in font (Latin letters) can show it, else its number."""
+    text = " ".join(label.split())[:_MAX_LABEL]
+    return text if _latin(text) == text else str(number)
