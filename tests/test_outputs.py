@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keye.commands.evidence import check_evidence
+from keye.commands.ask import check_evidence
 from keye.commands.serve import audit_log
 from keye.commands.shared.outputs import save_picture
 from keye.errors import KeyeError

@@ -163,22 +163,12 @@ class Keye:
         return stream_answer(self.engine, self.request(messages, **options), on_progress)
 
     def request(
-        self,
-        messages: Sequence[Mapping[str, Any] | Message],
-        *,
-        thinking: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        attention: AttentionMode | None = None,
-        n: int = 1,
-        logprobs: int | None = None,
-        prompt_logprobs: bool | int | None = None,
-        continue_final_message: bool = False,
-        ignore_eos: bool = False,
-        evidence: bool = False,
-        deterministic: bool = False,
-        stop_loops: bool = True,
+        self, messages: Sequence[Mapping[str, Any] | Message], *, thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (), attention: AttentionMode | None = None, n: int = 1,
+        logprobs: int | None = None, prompt_logprobs: bool | int | None = None, continue_final_message: bool = False,
+        ignore_eos: bool = False, evidence: bool = False, deterministic: bool = False, stop_loops: bool = True,
         **sampling: Any,
-    ) -> GenerationRequest:
+    ) -> GenerationRequest:  # fmt: skip
         """What `stream` asks of the engine; its options are explained there."""
         params = self.runtime.sampling_params(**sampling)
         if not isinstance(thinking, bool | None):
@@ -225,21 +215,11 @@ def _with_merged_intervals(stream: AnswerStream) -> Generator[str | Answer]:
 
 
 def load(
-    name_or_path: str | Path = "nano",
-    *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    attention: AttentionMode = "sparse",
-    kv: KVFormat = "auto",
-    indexer_kv: KVFormat = "auto",
-    kv_tier: Tier = "memory",
-    kv_folder: str | Path | None = None,
-    memory: str | int | None = None,
-    template: str | Path = "auto",
-    revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    decoder: Decoder | None = None,
-) -> Keye:
+    name_or_path: str | Path = "nano", *, device: str = "cpu", dtype: str | None = None,
+    attention: AttentionMode = "sparse", kv: KVFormat = "auto", indexer_kv: KVFormat = "auto", kv_tier: Tier = "memory",
+    kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
+    revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
+) -> Keye:  # fmt: skip
     """Loads a model by name ("nano", a hub name) or from a folder.
 
     `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of

@@ -43,13 +43,9 @@ class BlockCheck:
     order of `crcs`, uint32 [kinds, layers, blocks]. `damage` is the error of the first block that differed."""
 
     def __init__(
-        self,
-        path: Path,
-        mapped: mmap.mmap,
-        sections: Sequence[tuple[str, int, int]],
-        crcs: NDArray[np.uint32],
+        self, path: Path, mapped: mmap.mmap, sections: Sequence[tuple[str, int, int]], crcs: NDArray[np.uint32],
         identity: Identity,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._path, self._mapped, self._crcs = path, mapped, crcs
         self._sections = {name: (number, offset, size) for number, (name, offset, size) in enumerate(sections)}
         self.damage: KeyeError | None = None

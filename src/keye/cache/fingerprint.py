@@ -36,12 +36,9 @@ def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fing
     facts = processor.to_dict()
     facts["generation"] = facts.pop("release")  # its name in index files, so that earlier ones stay valid
     return Fingerprint(
-        name,
-        str(model.dtype).removeprefix("torch."),
-        _hash_of(model.config.raw),
-        _hash_of(facts),
+        name, str(model.dtype).removeprefix("torch."), _hash_of(model.config.raw), _hash_of(facts),
         weights_hash(model.state_dict()),
-    )
+    )  # fmt: skip
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

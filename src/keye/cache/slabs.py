@@ -150,13 +150,9 @@ class KVStore:
     """Gives out blocks of one layout. Safe to use from several threads."""
 
     def __init__(
-        self,
-        layout: KVLayout,
-        *,
-        ledger: Ledger | None = None,
-        make_slab: SlabMaker | None = None,
+        self, layout: KVLayout, *, ledger: Ledger | None = None, make_slab: SlabMaker | None = None,
         slab_blocks: int = SLAB_BLOCKS,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.layout, self.ledger = layout, ledger or Ledger()
         self._make_slab, self._slab_blocks = make_slab or memory_slabs(), slab_blocks
         self._slabs: list[Slab] = []

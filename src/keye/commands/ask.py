@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +14,18 @@ import click
 
 from keye.commands.shared import options, outputs
 from keye.errors import KeyeError
+from keye.files import check_output, has_mark, is_json_with, output_file
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from keye.api import Keye
     from keye.chat.messages import Medium
     from keye.chat.replies import Region
+    from keye.sessions.answer import Answer
+
+#: What our files of JSON hold.
+_NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -38,18 +49,9 @@ if TYPE_CHECKING:
 @options.as_json
 @options.debug
 def ask(
-    words: tuple[str, ...],
-    draw: Path | None,
-    evidence: Path | None,
-    estimate: bool,
-    choices: int | None,
-    logprobs: int | None,
-    deterministic: bool,
-    overwrite: bool,
-    tools: Path | None,
-    as_json: bool,
-    **arguments: Any,
-) -> None:
+    words: tuple[str, ...], draw: Path | None, evidence: Path | None, estimate: bool, choices: int | None,
+    logprobs: int | None, deterministic: bool, overwrite: bool, tools: Path | None, as_json: bool, **arguments: Any,
+) -> None:  # fmt: skip
     """Answer a question about videos and images.
 
     The last argument is the question; the files before it are videos, images, or an index of a video that keye index
@@ -66,15 +68,12 @@ def ask(
     if logprobs is not None and not as_json:
         raise KeyeError("--logprobs gives numbers for programs: add --json")
     from keye.commands.shared import inputs, show
-    from keye.commands.shared.show import watching
 
     media = inputs.open_media(files, arguments)
     offered = inputs.read_tools(tools) if tools is not None else ()
     if draw is not None:
         check_drawing(draw, media, overwrite)
     if evidence is not None:
-        from keye.commands.evidence import check_evidence, write_evidence
-
         check_evidence(evidence, media, overwrite)
     prediction = _predict(media, {**arguments, "as_json": as_json}) if estimate else None
     model = inputs.load_model(arguments)
@@ -85,7 +84,7 @@ def ask(
     temperature = model.runtime.sampling_params(temperature=settings.get("temperature")).temperature
     if settings["n"] > 1 and temperature == 0:
         raise KeyeError(f"--n {choices} generates the same reply each time at temperature 0: add --temperature 1")
-    with watching("watching") as on_progress:
+    with show.watching("watching") as on_progress:
         stream = model.stream_ask(
             media, question, tools=offered, evidence=evidence is not None, on_progress=on_progress, **settings
         )
@@ -99,10 +98,8 @@ def ask(
     if prediction is not None:
         from keye.planning.question import errors_of
 
-        extra["estimate"] = {
-            **prediction,
-            "errors": errors_of(prediction, answer.seconds, answer.usage.completion_tokens),
-        }
+        errors = errors_of(prediction, answer.seconds, answer.usage.completion_tokens)
+        extra["estimate"] = {**prediction, "errors": errors}
     if as_json:
         show.print_json({**answer.to_dict(), **extra})
         return
@@ -134,8 +131,6 @@ def check_drawing(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
     """`KeyeError` where `--draw` cannot work, before a model is loaded."""
     outputs.check_suffix(path, "--draw", outputs.PICTURE_FORMATS)
     outputs.check_not_input(path, "--draw", [medium.source for medium in media])
-    from keye.files import check_output, has_mark
-
     check_output(path, has_mark, overwrite=overwrite)
     if len(media) != 1 or media[0].kind != "image":
         raise KeyeError("--draw marks places in one image: ask about a single image, or leave --draw out")
@@ -166,3 +161,48 @@ def split_words(words: Sequence[str]) -> tuple[list[str], str]:
         raise KeyeError('there is nothing to ask about: put a video or an image before the question, as in: '
                         f'keye ask video.mp4 "{question[:60]}"')  # fmt: skip
     return files, question
+
+
+def check_evidence(path: Path, media: Sequence[Medium], overwrite: bool) -> None:
+    """`KeyeError` where `--evidence` cannot work, before a model is loaded."""
+    outputs.check_suffix(path, "--evidence", (*outputs.PICTURE_FORMATS, ".json"))
+    outputs.check_not_input(path, "--evidence", [medium.source for medium in media])
+    is_own = partial(is_json_with, names=_NAMES) if path.suffix.lower() == ".json" else has_mark
+    check_output(path, is_own, overwrite=overwrite)
+
+
+def write_evidence(model: Keye, media: Sequence[Medium], question: str, answer: Answer, path: Path) -> None:
+    """Writes the evidence of an answer; a picture shows the frames that were selected most, decoded again."""
+    assert answer.evidence is not None
+    if path.suffix.lower() == ".json":
+        data = {"question": question, "answer": answer.text, "intervals": answer.intervals, **answer.evidence.to_dict()}
+        with output_file(path) as draft:
+            draft.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
+    from keye.sessions.pictures import THUMBNAILS, draw_evidence
+
+    videos = [(place, medium) for place, medium in enumerate(answer.evidence.media) if medium.kind == "video"]
+    thumbnails = {place: _thumbnails(model, media, place, medium.top(THUMBNAILS)) for place, medium in videos}
+    picture = draw_evidence(answer.evidence, question, answer.text, answer.intervals, thumbnails)
+    outputs.save_picture(picture, path)
+
+
+def _thumbnails(model: Keye, media: Sequence[Medium], place: int, frames: Sequence[int]) -> dict[int, Image.Image]:
+    """Pictures of frames of the medium at `place`, twice as large as they are shown at most. An index has none,
+    nor has a list of pictures."""
+    from keye.engine.media import plan_medium
+    from keye.media.plan import VideoPlan
+    from keye.media.source.fetch import Source, is_index
+    from keye.sessions.pictures import read_thumbnails
+
+    source = media[place].source
+    if not isinstance(source, Source) or is_index(source):
+        return {}
+    videos = sum(medium.kind == "video" for medium in media)
+    planned = plan_medium(media[place], model.processor, videos)
+    plan = planned.plan
+    if not isinstance(planned.source, Source) or not isinstance(plan, VideoPlan):
+        return {}
+    scale = min(1.0, 400 / plan.source_width)
+    plan = replace(plan, width=round(plan.source_width * scale), height=round(plan.source_height * scale))
+    return read_thumbnails(planned.source, plan, frames, model.processor.limits)

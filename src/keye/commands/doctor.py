@@ -52,10 +52,9 @@ def print_checks(checks: list[Check]) -> None:
     from keye.commands.shared.show import stdout
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    marks = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("", "")}
+    marks = {True: "ok", False: "FAILED", None: ""}
     for check in checks:
-        mark, style = marks[check.ok]
-        table.add_row(check.name, mark, check.finding, style=style if check.ok is False else None)
+        table.add_row(check.name, marks[check.ok], check.finding, style="bold red" if check.ok is False else None)
     stdout().print(table)
 
 
@@ -98,9 +97,8 @@ def check_processor() -> Check:
     facts = {name.strip(): value.strip() for name, value in facts.items()}
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     supported = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS)
-    return Check(
-        "processor", None, f"{facts.get('model name', platform.machine())}, {available_cores()} cores; {supported}"
-    )
+    name = facts.get("model name", platform.machine())
+    return Check("processor", None, f"{name}, {available_cores()} cores; {supported}")
 
 
 def check_memory() -> Check:
@@ -152,9 +150,8 @@ def check_demo() -> Check:
             frames = reader.read(reader.plan(ProcessorConfig(), MediaOptions(nframes=2)))
     except KeyeError as error:
         return Check("decoding", False, one_line(str(error)))
-    return Check(
-        "decoding", True, f"{reader.info.codec} {reader.info.width}x{reader.info.height}, {len(frames)} frames read"
-    )
+    info = reader.info
+    return Check("decoding", True, f"{info.codec} {info.width}x{info.height}, {len(frames)} frames read")
 
 
 def check_nano() -> Check:

@@ -38,7 +38,6 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     keye ground video.mp4 "the red circle" --clips found
     """
     from keye.commands.shared import inputs, show
-    from keye.commands.shared.show import watching
     from keye.media.source.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():
@@ -48,7 +47,7 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
         raise KeyeError(f"{video} is an index and holds no frames: give the video itself for --clips")
     model = inputs.load_model(arguments)
     settings = inputs.reply_options(model, arguments)
-    with watching("watching the video") as on_progress:
+    with show.watching("watching the video") as on_progress:
         answer = model.ground(medium, event, on_progress=on_progress, **settings)
     if not as_json:  # before the clips, which may fail
         if not answer.intervals:

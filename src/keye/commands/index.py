@@ -44,13 +44,12 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
         raise KeyeError("name the index to write with -o, as in: keye index talk.mp4 -o talk.keye")
     from keye.cache.index_file import check_index_output
     from keye.commands.shared import inputs, show
-    from keye.commands.shared.show import watching
 
     medium = inputs.only_video(video, arguments)
     check_not_input(output, "-o", [medium.source])
     check_index_output(output, overwrite=overwrite)
     model = inputs.load_model(arguments)
-    with watching("watching the video") as on_progress:
+    with show.watching("watching the video") as on_progress:
         info = model.index(
             medium, output, attention=arguments["attention"], overwrite=overwrite, on_progress=on_progress
         )

@@ -84,20 +84,13 @@ def description(model: str) -> dict[str, Any]:
     total, read = sum(parts.values()), read_parameters(shapes or model_outline.shapes)
     memory = memories()
     return {
-        "model": model,
-        "folder": None if packaged else str(folder),
-        "architecture": model_outline.architecture,
-        "release": model_outline.release.name,
-        "runs": model_outline.release.runs,
-        "text": model_outline.text,
+        "model": model, "folder": None if packaged else str(folder), "architecture": model_outline.architecture,
+        "release": model_outline.release.name, "runs": model_outline.release.runs, "text": model_outline.text,
         "vision": asdict(model_outline.vision),
         "tokens_per_second": model_outline.config.tokens_per_second if model_outline.config is not None else None,
         "context": model_outline.context,
         "parameters": {
-            "total": total,
-            "read": read,
-            "active": active_parameters(parts, model_outline.experts),
-            "parts": parts,
+            "total": total, "read": read, "active": active_parameters(parts, model_outline.experts), "parts": parts,
         },
         "bytes": {name: total * size for name, size in FORMATS.items()},
         "kv_bytes_per_token": {name: model_outline.kv_numbers * size for name, size in FORMATS.items()},
@@ -105,14 +98,11 @@ def description(model: str) -> dict[str, Any]:
             **{name: model_outline.indexer_numbers * size for name, size in FORMATS.items()},
             "float8": model_outline.indexer_bytes_float8,
         },
-        "files": files,
-        "memory": [asdict(device) for device in memory],
+        "files": files, "memory": [asdict(device) for device in memory],
         "fits": [fit(model_outline, read, memory_of, name) for memory_of in memory for name in FORMATS],
-        "tokenizer": tokenizer_facts(folder, raw),
-        "template": template_facts(folder),
-        "sampling": sampling_facts(folder),
-        "notes": notes,
-    }
+        "tokenizer": tokenizer_facts(folder, raw), "template": template_facts(folder),
+        "sampling": sampling_facts(folder), "notes": notes,
+    }  # fmt: skip
 
 
 def weight_facts(
@@ -189,33 +179,26 @@ def tokenizer_facts(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any] | No
     if (rows := raw.get("vocab_size")) is not None and tokenizer.vocab_size > rows:
         wrong.append(f"{tokenizer.vocab_size} tokens but vocab_size {rows}")
     return {
-        "tokens": tokenizer.vocab_size,
-        "added": len(added),
-        "special": sorted(tokenizer.special_tokens),
+        "tokens": tokenizer.vocab_size, "added": len(added), "special": sorted(tokenizer.special_tokens),
         "ids": {mark: added.get(mark) for mark in MARKS},
-        "frame_marks": [token for token in FRAME_TOKENS if token in added],
-        "thinks": "<think>" in added,
-        "calls_tools": "<tool_call>" in added,
-        "disagreements": wrong,
-    }
+        "frame_marks": [token for token in FRAME_TOKENS if token in added], "thinks": "<think>" in added,
+        "calls_tools": "<tool_call>" in added, "disagreements": wrong,
+    }  # fmt: skip
 
 
 def template_facts(folder: Path) -> dict[str, Any] | None:
     """Which file holds the checkpoint's chat template and what the template knows; None without one. It is not run."""
     from keye.config import read_json
 
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        return _template(jinja.name, jinja.read_text(encoding="utf-8", errors="replace"))
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and isinstance(text := read_json(folder / name).get("chat_template"), str):
-            return _template(name, text)
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.is_file():
+            is_jinja = file.suffix == ".jinja"
+            text = file.read_text("utf-8", "replace") if is_jinja else read_json(file).get("chat_template")
+            if isinstance(text, str):
+                knows = [what for what, word in TEMPLATE_WORDS.items() if word in text]
+                return {"file": name, "characters": len(text), "knows": knows}
     return None
-
-
-def _template(file: str, text: str) -> dict[str, Any]:
-    knows = [what for what, word in TEMPLATE_WORDS.items() if word in text]
-    return {"file": file, "characters": len(text), "knows": knows}
 
 
 def sampling_facts(folder: Path) -> dict[str, Any]:

@@ -80,8 +80,10 @@ def serve(
         watch_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
         on_ready = partial(_report_address, ready_fd)
     settings = settings_of(api_key_file, arguments)
-    check_packages()  # before minutes are spent on loading a model
-    from keye.server.run import run_server
+    try:  # before minutes are spent on loading a model
+        from keye.server.run import run_server
+    except ModuleNotFoundError as error:
+        raise missing_package(error.name, "keye serve", "serve") from None
 
     listening = listen(settings)
     if ray is not None and decode is not None:
@@ -95,14 +97,6 @@ def serve(
         with audit_log(audit) as log:
             gauges = None if service is None else service.gauges
             run_server(loaded, settings, listening, log, gauges=gauges, on_ready=on_ready)
-
-
-def check_packages() -> None:
-    """`KeyeError` where the extra is not installed."""
-    try:
-        import keye.server.run  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise missing_package(error.name, "keye serve", "serve") from None
 
 
 def _report_address(descriptor: int, address: str) -> None:
@@ -164,28 +158,18 @@ def settings_of(api_key_file: Path | None, arguments: Mapping[str, Any]) -> Sett
     if api_key_file is None and (key := api_key()):
         keys = {"environment": key}
     names = {
-        "max_upload": "upload_bytes",
-        "max_stored": "stored_bytes",
-        "max_stored_per_key": "key_bytes",
-        "max_queue": "queue",
-        "max_seconds": "request_seconds",
-    }
+        "max_upload": "upload_bytes", "max_stored": "stored_bytes", "max_stored_per_key": "key_bytes",
+        "max_queue": "queue", "max_seconds": "request_seconds",
+    }  # fmt: skip
     limits = {field: arguments[name] for name, field in names.items() if arguments[name] is not None}
     if arguments["keep_files"] is not None:
         limits["file_seconds"] = arguments["keep_files"] * 3600
     return Settings(
-        host=arguments["host"],
-        port=arguments["port"],
-        keys=keys,
-        allow_urls=arguments["allow_url"],
-        allowed_hosts=arguments["allow_host"],
-        served_names=arguments["name"],
-        strict_model_name=arguments["strict_model_name"],
-        strict_limits=arguments["strict_limits"],
-        allow_origins=arguments["allow_origin"],
-        allow_media_hosts=arguments["allow_media_host"],
-        **limits,
-    )
+        host=arguments["host"], port=arguments["port"], keys=keys, allow_urls=arguments["allow_url"],
+        allowed_hosts=arguments["allow_host"], served_names=arguments["name"],
+        strict_model_name=arguments["strict_model_name"], strict_limits=arguments["strict_limits"],
+        allow_origins=arguments["allow_origin"], allow_media_hosts=arguments["allow_media_host"], **limits,
+    )  # fmt: skip
 
 
 def read_keys(file: Path) -> dict[str, str]:

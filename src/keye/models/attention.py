@@ -140,16 +140,10 @@ class CachedStep:
     do not depend on what else is in the step."""
 
     def __init__(
-        self,
-        spans: Sequence[Span],
-        config: TextConfig,
-        *,
-        mode: AttentionMode = "sparse",
-        select: Selection = "indexer",
-        fixed: bool = False,
-        on_layer: Callable[[int, Tensor], None] | None = None,
+        self, spans: Sequence[Span], config: TextConfig, *, mode: AttentionMode = "sparse",
+        select: Selection = "indexer", fixed: bool = False, on_layer: Callable[[int, Tensor], None] | None = None,
         on_router: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.spans = spans
         self.sparse = mode == "sparse" and config.sparse is not None
         self.topk = config.sparse.topk if config.sparse is not None else 0
@@ -204,15 +198,11 @@ class CachedStep:
         elif counts is None and counted and cache.check is not None and not cache.check.is_complete(layer):
             counts = torch.zeros(cache.length(layer), dtype=torch.int64)
         return Stretch(
-            span.start,
-            span.stop,
-            cache.length(layer) - (span.stop - span.start),
+            span.start, span.stop, cache.length(layer) - (span.stop - span.start),
             rows=lambda positions: (cache.read(layer, "k", positions), cache.read(layer, "v", positions)),
             key_tiles=lambda start, stop: cache.read_range(layer, "indexer_k", start, stop).squeeze(1),
-            blocks=cache.layer_blocks(layer),
-            counts=counts,
-            fixed=self.fixed,
-        )
+            blocks=cache.layer_blocks(layer), counts=counts, fixed=self.fixed,
+        )  # fmt: skip
 
     def observe_layer(self, layer: int, hidden: Tensor) -> None:
         if self._on_layer is not None:

@@ -44,14 +44,9 @@ class LoadReport:
 
 
 def load_model(
-    folder: Path,
-    config: KeyeConfig,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    strict: bool = True,
-    layers: LayerFactory | None = None,
-) -> tuple[KeyeModel, LoadReport]:
+    folder: Path, config: KeyeConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    strict: bool = True, layers: LayerFactory | None = None,
+) -> tuple[KeyeModel, LoadReport]:  # fmt: skip
     """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
     `dtype` defaults to the one in the config. `layers` replaces layers while they are on the meta device: the files

@@ -90,16 +90,12 @@ class Answer:
         }
         del fields["evidence"]
         return {
-            **fields,
-            "usage": asdict(self.usage),
-            "seconds": dict(self.seconds),
-            "intervals": [list(pair) for pair in self.intervals],
-            "plan": list(self.plan),
-            "regions": [region.to_dict() for region in self.regions],
-            "notes": list(self.notes),
+            **fields, "usage": asdict(self.usage), "seconds": dict(self.seconds),
+            "intervals": [list(pair) for pair in self.intervals], "plan": list(self.plan),
+            "regions": [region.to_dict() for region in self.regions], "notes": list(self.notes),
             "tool_calls": [call.to_dict() for call in self.tool_calls],
             **{name: value for name, value in optional.items() if value is not None},
-        }
+        }  # fmt: skip
 
 
 def _plain_probs(probs: tuple[TokenProb, ...] | None) -> list[dict[str, Any]] | None:

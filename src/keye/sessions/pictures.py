@@ -50,12 +50,9 @@ def read_thumbnails(
 
 
 def draw_evidence(
-    evidence: Evidence,
-    question: str,
-    answer: str,
-    intervals: Sequence[Interval] = (),
+    evidence: Evidence, question: str, answer: str, intervals: Sequence[Interval] = (),
     thumbnails: Mapping[int, Mapping[int, Image.Image]] | None = None,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """A picture with question and answer, and for each video a bar for every frame, the `intervals` of the answer
     shaded, and the most selected frames. `thumbnails` holds pictures of frames by the place of their medium.
 

@@ -54,14 +54,9 @@ class IndexInfo:
 
 
 def write_video_index(
-    engine: Engine,
-    medium: Medium,
-    path: Path,
-    mode: AttentionMode,
-    *,
-    seconds: float | None = None,
+    engine: Engine, medium: Medium, path: Path, mode: AttentionMode, *, seconds: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> IndexInfo:
+) -> IndexInfo:  # fmt: skip
     """Computes the prompt up to the end of a video as a request, and writes what is stored of it. `on_progress` may
     raise to end the work, which may take `seconds` at most. `KeyeError`, before anything is computed, for a video that
     does not fit the context, the memory or the disk."""
@@ -101,19 +96,14 @@ def _about(
     """The header of an index, storage excepted."""
     (item,) = prompt.media
     return {
-        "keye": __version__,
-        "model": asdict(owner.fingerprint),
-        "attention": mode,
-        "next_position": prompt.next_position,
-        "start": prompt.token_ids.shape[0] - len(builder.piece_ids(item.pieces)),
+        "keye": __version__, "model": asdict(owner.fingerprint), "attention": mode,
+        "next_position": prompt.next_position, "start": prompt.token_ids.shape[0] - len(builder.piece_ids(item.pieces)),
         "video": {
-            "sha256": _file_hash(medium.source),
+            "sha256": _file_hash(medium.source), "plan": prompt.plans[0], "timestamps": list(item.timestamps),
             "options": {name: value for name, value in medium.options.items() if value is not None},
-            "plan": prompt.plans[0],
-            "timestamps": list(item.timestamps),
             "pieces": [piece.tokens if isinstance(piece, VisualSpan) else piece for piece in item.pieces],
         },
-    }
+    }  # fmt: skip
 
 
 def _noted(plan: Mapping[str, Any], warnings: Sequence[KeyeWarning]) -> Mapping[str, Any]:

@@ -15,14 +15,8 @@ from rich.console import Console
 
 from keye.chat.messages import Medium, normalize_tools
 from keye.commands.shared.options import (
-    FORMAT_OPTIONS,
-    IMAGE_OPTIONS,
-    SAMPLING_OPTIONS,
-    STORING_OPTIONS,
-    VIDEO_OPTIONS,
-    flag,
-    pick_set,
-)
+    FORMAT_OPTIONS, IMAGE_OPTIONS, SAMPLING_OPTIONS, STORING_OPTIONS, VIDEO_OPTIONS, flag, pick_set,
+)  # fmt: skip
 from keye.config.media import FetchLimits
 from keye.errors import KeyeError, MediaError, Option
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
@@ -180,13 +174,10 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
         if options["threads"]:
             torch.set_num_threads(options["threads"])
         model = keye.load(
-            options["model"],
-            device=options["device"],
-            dtype=options["dtype"],
+            options["model"], device=options["device"], dtype=options["dtype"],
             **pick_set({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
-            template=options.get("template") or "auto",
-            decoder=decoder,
-        )
+            template=options.get("template") or "auto", decoder=decoder,
+        )  # fmt: skip
     if model.notes:
         note("; ".join(model.notes))
     return model
@@ -202,13 +193,10 @@ def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     cards = torch.cuda.device_count() if options["device"] == "cuda" else 0
     devices = [f"cuda:{number % cards}" if cards else options["device"] for number in range(count)]
     return [
-        {
-            "device": device,
-            "threads": options["threads"] or max(1, torch.get_num_threads() // count),
-            "memory": options["memory"] or (free_memory(device) or 0) // devices.count(device) or None,
-        }
+        {"device": device, "threads": options["threads"] or max(1, torch.get_num_threads() // count),
+         "memory": options["memory"] or (free_memory(device) or 0) // devices.count(device) or None}
         for device in devices
-    ]
+    ]  # fmt: skip
 
 
 @contextmanager

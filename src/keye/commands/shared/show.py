@@ -20,11 +20,10 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-)
+)  # fmt: skip
 from rich.table import Table
 from rich.text import Text
 
-from keye.chat.messages import ToolCall
 from keye.chat.replies import Region
 from keye.chat.times import Interval, format_seconds, merge_intervals
 from keye.commands.shared.inputs import note, stderr
@@ -33,7 +32,7 @@ from keye.units import format_bytes, one_line, plural, printable
 
 if TYPE_CHECKING:
     from keye.api import Keye
-    from keye.engine.evidence import Evidence, MediumEvidence
+    from keye.engine.evidence import Evidence
     from keye.engine.request import Progress as Step
     from keye.sessions.answer import Answer, AnswerStream
     from keye.sessions.video_index import IndexInfo
@@ -84,8 +83,9 @@ def print_answer(answer: Answer, model: Keye) -> None:
     console = stdout()
     for number, other in enumerate(answer.alternatives, 2):
         console.print(f"{number}: {printable(other.text)}", soft_wrap=True)
-    for mark in [*map(call_line, answer.tool_calls), *region_lines(answer.regions)]:
-        console.print(mark, soft_wrap=True)
+    calls = [f"call {call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in answer.tool_calls]
+    for mark in [*calls, *region_lines(answer.regions)]:
+        console.print(f"  {one_line(mark)}", soft_wrap=True)
     if answer.intervals:
         for line in timeline(answer.intervals, video_length(answer.plan), min(console.width, MAX_BAR + 24)):
             console.print(line, soft_wrap=True)
@@ -99,19 +99,11 @@ def print_evidence(evidence: Evidence) -> None:
         print_line(f"no evidence: {evidence.reason}")
     for medium in evidence.media:
         if medium.kind == "video":
-            named = [f"{_moment(medium, frame)} ({medium.lifts[frame]:.1f}x)" for frame in medium.top()]
+            moments = [f"{medium.times[i]:.1f} s" if medium.times else f"frame {i}" for i in medium.top()]
+            named = [f"{moment} ({medium.lifts[i]:.1f}x)" for moment, i in zip(moments, medium.top(), strict=True)]
             print_line(f"rests on {medium.name} at {', '.join(named) or 'no frame'}")
         else:
             print_line(f"rests on {medium.name}: {medium.share:.0%} of what was selected")
-
-
-def _moment(medium: MediumEvidence, frame: int) -> str:
-    return f"{medium.times[frame]:.1f} s" if medium.times else f"frame {frame}"
-
-
-def call_line(call: ToolCall) -> str:
-    """A call as the model wants it made."""
-    return "  " + one_line(f"call {call.name} {json.dumps(call.arguments, ensure_ascii=False)}")
 
 
 def region_lines(regions: Sequence[Region]) -> list[str]:
@@ -121,7 +113,7 @@ def region_lines(regions: Sequence[Region]) -> list[str]:
         if region.points:
             corners = " ".join(f"({x:g}, {y:g})" for x, y in region.points[:8])
             more = f" and {len(region.points) - 8} more" if len(region.points) > 8 else ""
-            lines.append("  " + one_line(f"{number} {region.kind} {corners}{more} {region.label or ''}"))
+            lines.append(f"{number} {region.kind} {corners}{more} {region.label or ''}")
     return lines
 
 
@@ -142,9 +134,8 @@ def timeline(intervals: Sequence[Interval], length: float | None, width: int) ->
         end = max(length, *(stop for _, stop in intervals))
         left, right = format_seconds(0.0), format_seconds(end)
         cells = max(10, min(MAX_BAR, width - len(left) - len(right) - 4))
-        filled = filled_cells(intervals, end, cells)
         bar = Text(f"{left} ▕")
-        for on in filled:
+        for on in filled_cells(intervals, end, cells):
             bar.append("█" if on else "─", style="green" if on else "dim")
         lines.append(bar.append(f"▏ {right}"))
     for start, stop in intervals:
@@ -208,8 +199,8 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     for name, justify in (("memory", "left"), ("", "right"), ("  time", "left"), ("", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    memory = [*((name, format_bytes(n)) for name, n in prediction["bytes"].items())]
-    memory.append(("in all", format_bytes(prediction["total_bytes"])))
+    sizes = {**prediction["bytes"], "in all": prediction["total_bytes"]}
+    memory = [(name, format_bytes(nbytes)) for name, nbytes in sizes.items()]
     seconds = [(f"  {name}", f"{value:,.2f} s") for name, value in prediction["seconds"].items()]
     if prediction["generate_tokens_per_second"] is not None:
         seconds.append(("  generation", f"{prediction['generate_tokens_per_second']:,.1f} tokens/s"))
@@ -227,10 +218,8 @@ def print_prediction(prediction: Mapping[str, Any]) -> None:
 def print_errors(errors: Mapping[str, float]) -> None:
     """How far a prediction was off."""
     names = {"first_token": "time to the first token", "token": "time of a token"}
-    differences = [
-        f"{names[name]} {abs(error):.0%} {'longer' if error > 0 else 'shorter'}" for name, error in errors.items()
-    ]
-    stdout().print(f"against the prediction: {', '.join(differences) or 'nothing was predicted'}", soft_wrap=True)
+    off = [f"{names[name]} {abs(error):.0%} {'longer' if error > 0 else 'shorter'}" for name, error in errors.items()]
+    stdout().print(f"against the prediction: {', '.join(off) or 'nothing was predicted'}", soft_wrap=True)
 
 
 def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
@@ -244,14 +233,10 @@ def plan_table(plans: Sequence[Mapping[str, Any]]) -> Table:
         source = f"{plan['source_width']}x{plan['source_height']}"
         frames = plan["frames"] if video else 1
         table.add_row(
-            one_line(plan["name"]),
-            format_seconds(plan["duration"]) if video else "image",
-            f"{source}, {plan['native_fps']:.4g} fps" if video else source,
-            str(frames),
-            f"{plan['width']}x{plan['height']}",
-            f"{plan['visual_tokens'] // frames:,}",
-            f"{plan['visual_tokens']:,}",
-        )
+            one_line(plan["name"]), format_seconds(plan["duration"]) if video else "image",
+            f"{source}, {plan['native_fps']:.4g} fps" if video else source, str(frames),
+            f"{plan['width']}x{plan['height']}", f"{plan['visual_tokens'] // frames:,}", f"{plan['visual_tokens']:,}",
+        )  # fmt: skip
     return table
 
 
@@ -268,17 +253,16 @@ def listed_times(times: Sequence[float]) -> str:
 
 def print_index(info: IndexInfo) -> None:
     """What `keye index` wrote, in a line."""
-    frames = info.plan.get("frames", 0)
+    frames, tokens = plural(info.plan.get("frames", 0), "frame"), plural(info.tokens, "token")
     print_line(
-        f"wrote {info.path}: {plural(frames, 'frame')} · {plural(info.tokens, 'token')} ({info.media_tokens:,} visual)"
-        f" · {info.kv} · {format_bytes(info.bytes)} · {sum(info.seconds.values()):.1f} s"
+        f"wrote {info.path}: {frames} · {tokens} ({info.media_tokens:,} visual) · {info.kv} · "
+        f"{format_bytes(info.bytes)} · {sum(info.seconds.values()):.1f} s"
     )
 
 
 def print_held(header: Mapping[str, Any]) -> None:
     """A table of the header of an index."""
-    model, video, formats = header["model"], header["video"], header["formats"]
-    plan = video["plan"]
+    model, video, plan = header["model"], header["video"], header["video"]["plan"]
     table = Table(box=None, pad_edge=False, show_header=False)
     rows = [
         ("video", str(plan.get("name", "pictures in memory"))),
@@ -288,7 +272,7 @@ def print_held(header: Mapping[str, Any]) -> None:
         ("sha256", str(video.get("sha256"))),
         ("model", f"{model['name']}, {model['dtype']}, {header['attention']} attention"),
         ("tokens", f"{header['tokens']:,} ({header['visual_tokens']:,} visual)"),
-        ("formats", ", ".join(f"{name} {kind}" for name, kind in formats.items())),
+        ("formats", ", ".join(f"{name} {kind}" for name, kind in header["formats"].items())),
         ("bytes", f"{header['bytes']:,} ({header['bytes_per_token']:,} a token)"),
         ("keye", str(header["keye"])),
     ]

@@ -92,12 +92,11 @@ def _decoder_rows(text: Mapping[str, Any]) -> list[tuple[str, str]]:
                                 f"width {text['moe_intermediate_size']:,}"))  # fmt: skip
     else:
         rows.append(("feed-forward", f"dense, width {text['intermediate_size']:,}"))
-    sparse = text["sparse"]
-    if sparse is None:
-        rows.append(("attention", "dense"))
-    else:
-        rows.append(("attention", f"sparse: {sparse['indexer_num_heads']} indexer heads of "
-                                  f"{sparse['indexer_head_dim']} choose {sparse['topk']:,} keys"))  # fmt: skip
+    attention = "dense"
+    if (sparse := text["sparse"]) is not None:
+        attention = (f"sparse: {sparse['indexer_num_heads']} indexer heads of {sparse['indexer_head_dim']} choose "
+                     f"{sparse['topk']:,} keys")  # fmt: skip
+    rows.append(("attention", attention))
     sections = "/".join(map(str, text["mrope_section"]))
     rows.append(("rotary", f"base {text['rope_theta']:,.0f}; time/row/column {sections}"))
     return rows
@@ -151,15 +150,12 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((device, f"{format_bytes(memory['free'])} of {format_bytes(memory['total'])} free"))
         for fit in result["fits"]:
             if fit["device"] == device and fit["dtype"] in ROWS:
-                rows.append((f"  {ROWS[fit['dtype']]}", _fit(fit)))
+                verdict = f"does not fit: the weights take {format_bytes(fit['weights'])}"
+                if fit["fits"]:
+                    full = ", all that the model knows" if fit["limited_by"] == "model" else ""
+                    verdict = f"fits with {fit['context']:,} tokens of context{full}"
+                rows.append((f"  {ROWS[fit['dtype']]}", verdict))
     return rows
-
-
-def _fit(fit: Mapping[str, Any]) -> str:
-    if not fit["fits"]:
-        return f"does not fit: the weights take {format_bytes(fit['weights'])}"
-    full = ", all that the model knows" if fit["limited_by"] == "model" else ""
-    return f"fits with {fit['context']:,} tokens of context{full}"
 
 
 def file_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
