@@ -31,8 +31,7 @@ from torch import Tensor
 from keye.cache.sequence import KVCache
 from keye.config import SparseConfig, TextConfig
 from keye.engine.step import ALONE_TOKENS
-from keye.models.attention import CachedStep, Span
-from keye.models.indexer import IndexerOutput
+from keye.models.attention import CachedStep, IndexerOutput, Span
 
 TARGET_MIB = 256
 MIB = 2**20

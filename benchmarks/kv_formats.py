@@ -31,8 +31,7 @@ from keye.cache.slabs import KVFormat, KVLayout, KVStore
 from keye.chat.messages import Medium, Message
 from keye.config import TextConfig, load_model_config
 from keye.hub import asset
-from keye.models.attention import CachedStep, Span, cache_rows
-from keye.models.indexer import IndexerOutput
+from keye.models.attention import CachedStep, IndexerOutput, Span, cache_rows
 
 FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 

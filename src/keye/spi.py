@@ -26,8 +26,7 @@ from keye.media.processor import MediaItem, Processor
 from keye.media.source.fetch import Source, decode_list, fetch_source, parse_list, untrusted
 
 # Networks.
-from keye.models.attention import Rope, cache_rows
-from keye.models.indexer import Indexer, IndexerOutput
+from keye.models.attention import Indexer, IndexerOutput, Rope, cache_rows
 from keye.models.layers import RMSNorm
 from keye.models.vision import Projector, Visual, encode_vision
 

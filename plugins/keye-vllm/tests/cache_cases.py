@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keye.config import TextConfig
 from keye.config.model import SparseConfig
-from keye.models.indexer import IndexerOutput
+from keye.models.attention import IndexerOutput
 from keye.ops.registry import BackendName, backends
 from keye_vllm import attention, cache
 from keye_vllm.attention import SparseAttention

@@ -47,18 +47,15 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for piece in _pieces(tensor):
+        flat = tensor.flatten()
+        pieces = [flat]
+        if tensor.nbytes > WHOLE_BYTES:
+            width = WHOLE_BYTES // _PIECES // tensor.element_size()
+            last = flat.shape[0] - width
+            pieces = [flat[last * i // (_PIECES - 1) :][:width] for i in range(_PIECES)]
+        for piece in pieces:
             digest.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _pieces(tensor: Tensor) -> list[Tensor]:
-    flat = tensor.flatten()
-    if tensor.nbytes <= WHOLE_BYTES:
-        return [flat]
-    width = WHOLE_BYTES // _PIECES // tensor.element_size()
-    last = flat.shape[0] - width
-    return [flat[last * i // (_PIECES - 1) :][:width] for i in range(_PIECES)]
 
 
 def _hash_of(data: Mapping[str, Any]) -> str:

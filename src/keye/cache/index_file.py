@@ -115,12 +115,12 @@ def check_index_disk(path: Path, layout: KVLayout, tokens: int) -> None:
 
 def check_index_output(path: Path, *, overwrite: bool = False) -> None:
     """`KeyeError` where an index cannot be written to a file, or would replace one that is not an index."""
-    check_output(path, _has_magic, overwrite=overwrite)
 
+    def has_magic(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(INDEX_MAGIC)) == INDEX_MAGIC
 
-def _has_magic(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(INDEX_MAGIC)) == INDEX_MAGIC
+    check_output(path, has_magic, overwrite=overwrite)
 
 
 def write_index_file(path: Path, cache: KVCache, tokens: Tensor, about: Mapping[str, Any]) -> None:

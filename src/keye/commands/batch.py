@@ -70,8 +70,8 @@ def batch(manifest: Path, output: Path, as_json: bool, retry_errors: bool, **arg
         if others := unknown_ids(lines, journal):
             inputs.note(f"{output} holds {others:,} answers to questions that {manifest} does not have; they are kept")
         todo = pending(lines, journal.done, retry_errors)
-        with inputs.decode_service(arguments["decode"] if todo else None) as service:
-            workers = open_workers(arguments, inputs.decoder_of(service)) if todo else []
+        with inputs.open_decoder(arguments["decode"] if todo else None) as decoder:
+            workers = open_workers(arguments, decoder) if todo else []
             with show.progress_bar("asking", notes=True) as advance:
                 report = asyncio.run(Batch(workers, journal, progress=advance).run(lines, retry_errors=retry_errors))
     data = {**report.to_dict(), "workers": len(workers), "output": str(output)}

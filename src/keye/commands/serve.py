@@ -92,10 +92,10 @@ def serve(
         with listening, audit_log(audit) as log:
             serve_replicas(context, replicas or 1, settings, listening, log)
         return
-    with listening, inputs.decode_service(decode) as service:
-        loaded = inputs.load_model({**arguments, "model": model}, decoder=inputs.decoder_of(service))
+    with listening, inputs.open_decoder(decode) as decoder:
+        loaded = inputs.load_model({**arguments, "model": model}, decoder=decoder)
         with audit_log(audit) as log:
-            gauges = None if service is None else service.gauges
+            gauges = None if decoder is None else decoder.service.gauges
             run_server(loaded, settings, listening, log, gauges=gauges, on_ready=on_ready)
 
 

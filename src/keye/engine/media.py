@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,22 +76,19 @@ def as_medium(value: object, options: Mapping[str, Any] | None = None) -> Medium
     values = dict(options or {})
     if isinstance(value, Medium):
         if values:
-            raise KeyeError(
-                f"media_options {', '.join(map(str, values))} stand beside a medium with options of its own"
-            )
+            names = ", ".join(map(str, values))
+            raise KeyeError(f"media_options {names} stand beside a medium with options of its own")
         return check_medium(value)
-    return check_medium(_classify(value, values))
-
-
-def _classify(value: object, options: dict[str, Any]) -> Medium:
     if isinstance(value, Image.Image):
-        return Medium("image", value, options)
-    if is_array(value):
-        return Medium("video" if getattr(value, "ndim", 3) == 4 else "image", value, options)
-    if isinstance(value, Frames) or parse_list(value) is not None:
-        return Medium("video", value, options)
-    source = as_source(value)
-    return Medium("image" if media_kind(source) == "image" else "video", source, options)
+        is_image = True
+    elif is_array(value):
+        is_image = getattr(value, "ndim", 3) != 4
+    elif isinstance(value, Frames) or parse_list(value) is not None:
+        is_image = False
+    else:
+        value = as_source(value)
+        is_image = media_kind(value) == "image"
+    return check_medium(Medium("image" if is_image else "video", value, values))
 
 
 def check_medium(medium: Medium) -> Medium:
@@ -120,22 +117,13 @@ def plan_medium(
     source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
     is_file = isinstance(source, Source | str | bytes | bytearray | os.PathLike) and parse_list(source) is None
     if medium.kind == "video" and is_file and is_index(file := as_source(source)):
-        return _plan_index(medium, file, open_index)
+        if names := sorted(name for name, value in medium.options.items() if value is not None):
+            listed = " and ".join(["{}"] * len(names))
+            raise KeyeError(f"{{}} is an index, whose frames were chosen when it was made; leave {listed} out",
+                            file.name, *map(Option, names))  # fmt: skip
+        if open_index is None:
+            raise KeyeError(f"{file.name} is an index of a video: give the video itself here")
+        indexed = open_index(file)
+        emit(file.name, [Note(note) for note in indexed.plan.get("notes", ()) if isinstance(note, str)])
+        return PlannedMedium("video", indexed, pieces=indexed.pieces)
     return processor.plan(medium.kind, source, options, salt)
-
-
-def _plan_index(medium: Medium, file: Source, open_index: OpenIndex | None) -> PlannedMedium:
-    check_index_options(file.name, {name for name, value in medium.options.items() if value is not None})
-    if open_index is None:
-        raise KeyeError(f"{file.name} is an index of a video: give the video itself here")
-    indexed = open_index(file)
-    emit(file.name, [Note(note) for note in indexed.plan.get("notes", ()) if isinstance(note, str)])
-    return PlannedMedium("video", indexed, pieces=indexed.pieces)
-
-
-def check_index_options(name: str, options: Collection[str]) -> None:
-    """`KeyeError` for options beside an index: its frames were chosen when it was made."""
-    if options:
-        listed = " and ".join(["{}"] * len(options))
-        raise KeyeError(f"{{}} is an index, whose frames were chosen when it was made; leave {listed} out",
-                        name, *map(Option, sorted(options)))  # fmt: skip

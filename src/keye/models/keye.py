@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
-from keye.models.attention import Attention, Rope, Step, cache_rows
-from keye.models.indexer import Indexer, Numerics
+from keye.models.attention import Attention, Indexer, Numerics, Rope, Step, cache_rows
 from keye.models.layers import MLP, Layer, RMSNorm, embedding
 from keye.models.moe import MoE
 from keye.models.vision import Projector, Visual, encode_vision
@@ -130,7 +129,7 @@ class KeyeModel(Layer):
                 module.elementwise = elementwise
 
     def set_indexer_numerics(self, numerics: Numerics) -> None:
-        """Chooses how every indexer rounds; see `keye.models.indexer.Numerics`."""
+        """Chooses how every indexer rounds; see `keye.models.attention.Numerics`."""
         for module in self.modules():
             if isinstance(module, Indexer):
                 module.numerics = numerics

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keye.models.indexer import IndexerOutput
+from keye.models.attention import IndexerOutput
 from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.reference import topk_mask
 from keye.train.config import TrainMode

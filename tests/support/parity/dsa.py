@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from keye.cache.sequence import KVCache
-from keye.models.attention import CachedStep, Span
-from keye.models.indexer import IndexerOutput, Numerics
+from keye.models.attention import CachedStep, IndexerOutput, Numerics, Span
 from keye.models.keye import KeyeModel
 from keye.ops import reference
 from keye.ops.registry import backends

@@ -15,7 +15,13 @@ from rich.console import Console
 
 from keye.chat.messages import Medium, normalize_tools
 from keye.commands.shared.options import (
-    FORMAT_OPTIONS, IMAGE_OPTIONS, SAMPLING_OPTIONS, STORING_OPTIONS, VIDEO_OPTIONS, flag, pick_set,
+    FORMAT_OPTIONS,
+    IMAGE_OPTIONS,
+    SAMPLING_OPTIONS,
+    STORING_OPTIONS,
+    VIDEO_OPTIONS,
+    flag,
+    pick_set,
 )  # fmt: skip
 from keye.config.media import FetchLimits
 from keye.errors import KeyeError, MediaError, Option
@@ -24,7 +30,7 @@ from keye.units import format_bytes, one_line
 
 if TYPE_CHECKING:
     from keye.api import Keye
-    from keye.cluster.service import DecodeService
+    from keye.cluster.decode_reader import ServiceDecoder
     from keye.media.processor import Decoder
 
 #: Largest file of functions.
@@ -200,25 +206,17 @@ def shares(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def decode_service(address: str | None) -> Iterator[DecodeService | None]:
-    """The decode service at an address, for as long as it is needed; None without one."""
+def open_decoder(address: str | None) -> Iterator[ServiceDecoder | None]:
+    """A decoder on the decode service at an address, for as long as it is needed; None without one."""
     if address is None:
         yield None
         return
+    from keye.cluster.decode_reader import ServiceDecoder
     from keye.cluster.service import open_service
 
     with open_service(address) as service:
         note(f"{service.gauges()['workers']:.0f} decode workers on {address}")
-        yield service
-
-
-def decoder_of(service: DecodeService | None) -> Decoder | None:
-    """The service as what decodes the videos of a model."""
-    if service is None:
-        return None
-    from keye.cluster.decode_reader import ServiceDecoder
-
-    return ServiceDecoder(service)
+        yield ServiceDecoder(service)
 
 
 def read_tools(file: Path) -> tuple[Mapping[str, Any], ...]:
