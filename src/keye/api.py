@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 class Keye:
     """A model with its tokenizer and processor, which answers. Create one with `keye.load`.
 
-    `engine` computes all requests of this model, also by token ids; `core` is its loop. `notes` are sentences about
-    what loading left out or took for granted; empty where all is as it should be.
+    `name`, `model`, `config`, `tokenizer` and `processor` are what was loaded, and `notes` sentences about what loading
+    left out or took for granted; empty where all is as it should be. `engine` computes all requests of this model, also
+    by token ids; `core` is its loop.
     """
 
     def __init__(self, runtime: Runtime) -> None:
