@@ -111,10 +111,13 @@ class VisionJob:
             if count and count + self._groups[0].patches > patches:
                 break
             nbytes = self._bytes_of(self._groups[0].tokens)
-            if not self._try_reserve(nbytes):
-                if count or not required:
-                    return count
-                self._ledger.reserve(ACCOUNT, nbytes)
+            if not self._ledger.try_reserve(ACCOUNT, nbytes):
+                self._is_scarce = True
+                self.forget(self._forgotten)  # what is retained for the cache
+                if not self._ledger.try_reserve(ACCOUNT, nbytes):
+                    if count or not required:
+                        return count
+                    self._ledger.reserve(ACCOUNT, nbytes)
             group = self._groups.pop(0)
             try:
                 pixels, grids = self._reader.take(group.rows).tensors()
@@ -192,14 +195,6 @@ class VisionJob:
             self._parts.append(_Part(self._item_start, cached, key=item.key))
             self.ready = self._parts[-1].stop
             self._media.pop(0)
-
-    def _try_reserve(self, nbytes: int) -> bool:
-        """Reserves bytes of visual tokens; where they are missing, those retained for the cache are freed."""
-        if self._ledger.try_reserve(ACCOUNT, nbytes):
-            return True
-        self._is_scarce = True
-        self.forget(self._forgotten)
-        return self._ledger.try_reserve(ACCOUNT, nbytes)
 
     def _finish_medium(self) -> None:
         """Moves a complete medium to the cache, and starts the next."""

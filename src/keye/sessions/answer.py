@@ -177,17 +177,14 @@ class Collector:
         if isinstance(event, Ended):
             self._reasons[event.choice_index] = event.reason
         elif isinstance(event, Finished):
-            self.answer = self._finish(event)
+            usage = Usage(event.prompt_tokens, event.media_tokens, event.completion_tokens, event.cached_tokens)
+            first, *others = (
+                Answer.of(
+                    "".join(text), event.prompt, usage, model=self._model, attention=event.attention,
+                    finish_reason=reason, seconds=event.seconds, evidence=event.evidence,
+                    logprobs=tuple(probs) or None, notes=(*self._notes, *event.notes),
+                )
+                for text, reason, probs in zip(self._texts, self._reasons, self._probs, strict=True)
+            )  # fmt: skip
+            self.answer = replace(first, alternatives=tuple(others), prompt_logprobs=event.prompt_probs)
         return ""
-
-    def _finish(self, event: Finished) -> Answer:
-        usage = Usage(event.prompt_tokens, event.media_tokens, event.completion_tokens, event.cached_tokens)
-        first, *others = (
-            Answer.of(
-                "".join(text), event.prompt, usage, model=self._model, attention=event.attention, finish_reason=reason,
-                seconds=event.seconds, evidence=event.evidence, logprobs=tuple(probs) or None,
-                notes=(*self._notes, *event.notes),
-            )
-            for text, reason, probs in zip(self._texts, self._reasons, self._probs, strict=True)
-        )  # fmt: skip
-        return replace(first, alternatives=tuple(others), prompt_logprobs=event.prompt_probs)
