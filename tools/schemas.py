@@ -42,8 +42,8 @@ def checkpoint_schema(title: str, official: dict[str, Any], own: dict[str, Any])
 
 def make_schemas() -> dict[str, dict[str, Any]]:
     """The schemas by the name of their file."""
-    release = [field.name for field in dataclasses.fields(GenerationConfig)]
-    official = [name for name in release if name not in (*GENERATION_FIELDS, "eos_token_ids")]
+    sampling = [field.name for field in dataclasses.fields(GenerationConfig)]
+    official = [name for name in sampling if name not in (*GENERATION_FIELDS, "eos_token_ids")]
     processor = [field.name for field in dataclasses.fields(ProcessorConfig) if field.name != "release"]
     pixels = {"min_pixels": (int | None, None), "max_pixels": (int | None, None)}
     return {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from keye.cache.slabs import KVFormat, KVOptions, Tier, free_memory
 from keye.chat.messages import Message, normalize_tools
@@ -26,7 +27,7 @@ from keye.engine.media import as_medium
 from keye.engine.prompt import PromptCost
 from keye.engine.request import GenerationRequest, Progress, check_attention
 from keye.engine.runtime import Runtime
-from keye.errors import KeyeError, collect_warnings
+from keye.errors import KeyeError, closest, collect_warnings
 from keye.hub import check_runs, resolve
 from keye.media.processor import Decoder, Processor
 from keye.models.attention import AttentionMode
@@ -220,6 +221,7 @@ def load(
     attention: AttentionMode = "sparse", kv: KVFormat = "auto", indexer_kv: KVFormat = "auto", kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
     revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
+    **unknown: Never,
 ) -> Keye:  # fmt: skip
     """Loads a model by name ("nano", a hub name) or from a folder.
 
@@ -239,6 +241,9 @@ def load(
 
     `decoder` decodes video files elsewhere, to the same frames: `keye.cluster.decode_reader.ServiceDecoder`.
     """
+    for option in unknown:
+        near = closest(option, inspect.signature(load).parameters)
+        raise KeyeError(f"load has no option {option}" + (f"; did you mean {near}?" if near else ""))
     check_attention(attention)
     check_device(device)
     storing = KVOptions(kv, indexer_kv, kv_tier, None if kv_folder is None else Path(kv_folder))

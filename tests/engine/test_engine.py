@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,15 @@ def _nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Loading
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [("index_kv", "load has no option index_kv; did you mean indexer_kv?"), ("zzz", "load has no option zzz")],
+)
+def test_unknown_options_of_load_name_the_one_that_was_meant(folder: Path, option: str, sentence: str) -> None:
+    with pytest.raises(KeyeError, match=f"{re.escape(sentence)}$"):
+        keye.load(folder, **{option: "int8"})
 
 
 @pytest.mark.parametrize(
