@@ -66,8 +66,13 @@ def create_app(
     policy = replace(policy, limits=replace(policy.limits, folder=store.folder))
     decoding = decode_gauges or dict
     metrics = Metrics(lambda: {**engine.gauges(), **{f"decode_{name}": n for name, n in decoding().items()}})
+    try:
+        guides = GuideFactory(model.tokenizer, model.runtime.eos_token_ids, model.config.text.vocab_size)
+    except KeyeError as error:
+        guides = None
+        log.warning("%s", error)
     context = Context(
-        model, engine, settings, store, _guides(model), metrics, salt=salt, policy=policy,
+        model, engine, settings, store, guides, metrics, salt=salt, policy=policy,
         responses=ResponseStore(store, settings.file_seconds),
     )  # fmt: skip
 
@@ -105,11 +110,3 @@ async def _sweep(context: Context) -> None:
         context.live.sweep()
         await context.in_thread(context.files.sweep)
         await context.in_thread(context.responses.sweep)
-
-
-def _guides(model: Keye) -> GuideFactory | None:
-    try:
-        return GuideFactory(model.tokenizer, model.runtime.eos_token_ids, model.config.text.vocab_size)
-    except KeyeError as error:
-        log.warning("%s", error)
-        return None

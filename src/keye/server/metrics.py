@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -48,23 +48,22 @@ class Metrics:
         disable_created_metrics()
         registry = self._registry = CollectorRegistry()
         registry.register(_EngineGauges(gauges))
-        self.requests = Counter("keye_request", "Requests by how they ended", ["outcome"], registry=registry)
-        self.prompt_tokens = Counter("keye_prompt_tokens", "Tokens of prompts", registry=registry)
-        self.media_tokens = Counter("keye_media_tokens", "Visual tokens of prompts", registry=registry)
-        self.cached_tokens = Counter("keye_cached_tokens", "Tokens of prompts not computed again", registry=registry)
-        self.generation_tokens = Counter("keye_generation_tokens", "Tokens generated", registry=registry)
-        self.first_token = Histogram(
-            "keye_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
-        )
-        self.between_tokens = Histogram(
-            "keye_inter_token_latency_seconds", "Between tokens of one reply", buckets=_SECONDS, registry=registry
-        )
-        self.whole_request = Histogram(
-            "keye_e2e_request_latency_seconds", "From request to end", buckets=_SECONDS, registry=registry
-        )
-        self.prompt_length = Histogram(
-            "keye_request_prompt_tokens", "Tokens of a prompt", buckets=_TOKENS, registry=registry
-        )
+
+        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"keye_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+            return Histogram(f"keye_{name}", text, buckets=buckets, registry=registry)
+
+        self.requests = counter("request", "Requests by how they ended", ["outcome"])
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
+        self.media_tokens = counter("media_tokens", "Visual tokens of prompts")
+        self.cached_tokens = counter("cached_tokens", "Tokens of prompts not computed again")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated")
+        self.first_token = histogram("time_to_first_token_seconds", "From request to first token")
+        self.between_tokens = histogram("inter_token_latency_seconds", "Between tokens of one reply")
+        self.request_seconds = histogram("e2e_request_latency_seconds", "From request to end")
+        self.prompt_length = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self.active = Gauge("keye_num_requests_active", "Requests being served", registry=registry)
 
     def text(self) -> bytes:
@@ -107,4 +106,4 @@ class RequestWatch:
         self._ended = True
         self._metrics.active.dec()
         self._metrics.requests.labels(outcome).inc()
-        self._metrics.whole_request.observe(time.perf_counter() - self._start)
+        self._metrics.request_seconds.observe(time.perf_counter() - self._start)

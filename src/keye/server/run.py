@@ -92,15 +92,15 @@ class _Server(uvicorn.Server):
         self._on_ready, self._seconds, self._cut = on_ready, seconds, cut
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        cutting = asyncio.create_task(self._cut_in_time())
+        async def cut_in_time() -> None:
+            await asyncio.sleep(self._seconds)
+            await self._cut()
+
+        cutting = asyncio.create_task(cut_in_time())
         try:
             await super().shutdown(sockets)
         finally:
             cutting.cancel()
-
-    async def _cut_in_time(self) -> None:
-        await asyncio.sleep(self._seconds)
-        await self._cut()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -115,6 +115,10 @@ class _Server(uvicorn.Server):
 def facts(model: Keye, settings: Settings) -> dict[str, str]:
     """What the start-up summary says: what is served, and which limits hold."""
     config = model.config
+    try:
+        sandbox = measure_confinement().sentence()
+    except RuntimeError as error:
+        sandbox = f"decode workers cannot start: {error}"
     return {
         "model": f"{', '.join(settings.served_names) or model.name}, Keye-VL {config.release.name}, "
         f"{model.runtime.attention} attention",
@@ -124,13 +128,5 @@ def facts(model: Keye, settings: Settings) -> dict[str, str]:
         "uploads": f"{format_bytes(settings.upload_bytes)} each, {format_bytes(settings.stored_bytes)} in all, "
         f"kept for {settings.file_seconds / 3600:g} h",
         "requests": f"{settings.queue} at once, {settings.request_seconds:g} s each",
-        "sandbox": _sandbox(),
+        "sandbox": sandbox,
     }
-
-
-def _sandbox() -> str:
-    """Which limits of the decode workers hold on this system."""
-    try:
-        return measure_confinement().sentence()
-    except RuntimeError as error:
-        return f"decode workers cannot start: {error}"

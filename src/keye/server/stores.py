@@ -168,13 +168,13 @@ class FileStore:
 
     def _check_bytes(self, owner: str, count: int) -> None:
         """`ApiError` where `count` bytes more are too many for this owner, or for all together."""
+        if count <= 0:
+            return
         sizes: Counter[str] = Counter(self._claimed)
         for file in self._files.values():
             sizes[file.owner] += file.size
         for whose, size in self._arriving.values():
             sizes[whose] += size
-        if count <= 0:
-            return
         if sizes.total() + count > self._settings.stored_bytes:
             raise ApiError(429, "no room is left for files; delete some first", code="storage_full", retry=60)
         if sizes[owner] + count > self._settings.bytes_of_key:

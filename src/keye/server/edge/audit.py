@@ -46,7 +46,12 @@ class Audit:
         self._write = write
 
     def log(self, record: Record) -> None:
-        fields = {name: _safe(value) for name, value in asdict(record).items()}
+        fields = asdict(record)
+        for name, value in fields.items():
+            if isinstance(value, str) and len(value) > _MAX_TEXT:
+                fields[name] = value[:_MAX_TEXT] + "..."
+            elif isinstance(value, float):
+                fields[name] = round(value, 4)
         self._write(json.dumps(fields, ensure_ascii=True, separators=(",", ":")) + "\n")
 
 
@@ -58,13 +63,6 @@ def is_audit_log(path: Path) -> bool:
         return not first or Record.__dataclass_fields__.keys() == json.loads(first).keys()
     except (ValueError, AttributeError, RecursionError):
         return False
-
-
-def _safe(value: object) -> object:
-    """Text cut to a length; numbers as they are, times rounded to a tenth of a millisecond."""
-    if isinstance(value, str):
-        return value if len(value) <= _MAX_TEXT else value[:_MAX_TEXT] + "..."
-    return round(value, 4) if isinstance(value, float) else value
 
 
 #: Seeded once: asking the system each time would release Python's lock, and a busy model would then delay the request.

@@ -95,7 +95,7 @@ def guarded_protocol(limits: Limits) -> type[H11Protocol]:
                 self._wait_for_head()
 
         def on_response_complete(self) -> None:
-            known = self._shows_key
+            known = bool(self.cycle is not None and self.cycle.scope.get("keye.key"))
             self.timeout_keep_alive = limits.keep_alive_seconds if known else limits.unknown_seconds
             super().on_response_complete()
             if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
@@ -110,11 +110,6 @@ def guarded_protocol(limits: Limits) -> type[H11Protocol]:
             if not by_address[self._address]:
                 del by_address[self._address]
             super().connection_lost(exc)
-
-        @property
-        def _shows_key(self) -> bool:
-            """Whether the last request on this connection was one of a known client."""
-            return bool(self.cycle is not None and self.cycle.scope.get("keye.key"))
 
         def _wait_for_head(self) -> None:
             self._timer = self.loop.call_later(limits.head_seconds, self.transport.abort)

@@ -66,22 +66,16 @@ def read_head(scope: dict[str, Any], limits: Limits) -> Head:
         raise ApiError(
             405, "this method is not served", code="bad_method", headers=[(b"allow", ", ".join(METHODS).encode())]
         )
-    headers = _single_headers(scope["headers"], limits)
-    return Head(method, path, headers, _body_length(method, headers))
-
-
-def _single_headers(headers: Iterable[tuple[bytes, bytes]], limits: Limits) -> dict[bytes, bytes]:
-    """Headers by lower-case name."""
-    pairs = list(headers)
+    pairs = list(scope["headers"])
     if len(pairs) > limits.header_count or sum(len(name) + len(value) for name, value in pairs) > limits.header_bytes:
         raise ApiError(431, "the request has too many or too long headers", code="headers_too_large")
-    single: dict[bytes, bytes] = {}
+    headers: dict[bytes, bytes] = {}
     for name, value in pairs:
         name = name.lower()
-        if name in single and name in _ONCE:
+        if name in headers and name in _ONCE:
             raise ApiError(400, f"the request has the header {name.decode()} twice", code="repeated_header")
-        single[name] = value
-    return single
+        headers[name] = value
+    return Head(method, path, headers, _body_length(method, headers))
 
 
 def _body_length(method: str, headers: dict[bytes, bytes]) -> int | None:
@@ -122,12 +116,8 @@ def is_ip(text: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`, a name or an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    plain = host.strip("[]")
+    return host == "localhost" or (is_ip(plain) and ipaddress.ip_address(plain).is_loopback)
 
 
 def check_origin(head: Head, origins: Sequence[str]) -> str | None:
@@ -181,10 +171,8 @@ def secured(headers: Iterable[tuple[bytes, bytes]], *, page: bool, request_id: s
         b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
         b"x-request-id": request_id.encode(),
     }
-    kept_headers = [(name.lower(), value) for name, value in headers]
-    kept_headers = [
-        (name, value) for name, value in kept_headers if name not in added and name not in (b"server", b"x-powered-by")
-    ]
+    dropped = (*added, b"server", b"x-powered-by")
+    kept_headers = [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
     if not any(name == b"cache-control" for name, _ in kept_headers):
         kept_headers.append((b"cache-control", b"no-cache" if page else b"no-store"))
     return [*kept_headers, *added.items()]

@@ -81,7 +81,8 @@ def read_fields(data: Mapping[Any, Any], known: Collection[str], *, where: str =
             if value is not None or name not in fields:
                 fields[name] = value
             continue
-        if not where and value is not None and (other := _other_name(name, known, data)) is not None:
+        others = _OTHER_NAMES.get(name, ()) if not where and value is not None else ()
+        if (other := next((other for other in others if other in known and data.get(other) is None), None)) is not None:
             fields[other] = value
             add_note(f"{where}{name} is called {other} here, and was read as that")
         elif not where and name in _UNMET:
@@ -108,10 +109,6 @@ def _meant(name: str, known: frozenset[str]) -> str | None:
 
 
 _closest: Final = lru_cache(4096)(closest)
-
-
-def _other_name(name: str, known: Collection[str], data: Mapping[Any, Any]) -> str | None:
-    return next((other for other in _OTHER_NAMES.get(name, ()) if other in known and data.get(other) is None), None)
 
 
 def unknown_field(name: str, meant: str) -> ApiError:

@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
+from keye.errors import KeyeError
 from keye.server.edge.errors import ApiError, ends_with_done, error_event
 from keye.server.errors import error_of
 
@@ -28,6 +29,10 @@ _NUMBER: Final = b'"sequence_number":'
 _HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 #: Status of an answer whose client has disconnected (as nginx logs it).
 CLIENT_CLOSED: Final = 499
+
+
+class Cancelled(KeyeError):
+    """The client has disconnected from work in a thread."""
 
 
 class JsonRequest(Request):

@@ -53,7 +53,15 @@ def to_messages(
     """The messages of a chat; `defaults` are settings of media that have none of their own. The sources of media are
     still what the client sent; `opener` only says what kind of medium an upload is."""
     plain = [_message(f"messages[{index}]", message, opener) for index, message in enumerate(messages)]
-    checked = normalize(_one_system(plain))
+    count = next((i for i, message in enumerate(plain) if message.get("role") != "system"), len(plain))
+    if count > 1:  # neighbouring messages of the system (and developer) at the beginning become one
+        parts: list[Any] = []
+        for message in plain[:count]:
+            content = message.get("content")
+            parts += ["\n\n"] if parts else []
+            parts += content if isinstance(content, list) else [content]
+        plain[:count] = [{"role": "system", "content": parts}]
+    checked = normalize(plain)
     return _with_defaults(checked, defaults) if defaults else checked
 
 
@@ -113,17 +121,13 @@ def _message(where: str, message: Mapping[str, Any], opener: MediaOpener) -> dic
         del fields["content"]
     elif role == "assistant" and content is None and "content" in message and not fields.get("tool_calls"):
         fields["content"] = ""  # a reply that was reasoning alone, or that was cut off before it said anything
-    if reasoning is not None:
-        fields["content"] = _prepend_reasoning(where, reasoning, fields.get("content", ""))
+    if reasoning is not None:  # in front of the reply as the model generated it
+        if not isinstance(reasoning, str):
+            raise ApiError(400, f"{where}.reasoning_content is not a text", param=f"{where}.reasoning_content")
+        content = fields.get("content", "")
+        parts = [content] if isinstance(content, str) else list(cast(list[Any], content))
+        fields["content"] = [f"<think>\n{reasoning}\n</think>\n\n", *(part for part in parts if part != "")]
     return fields
-
-
-def _prepend_reasoning(where: str, reasoning: object, content: object) -> list[Any]:
-    """The reasoning of an earlier reply, in front of it as the model generated it."""
-    if not isinstance(reasoning, str):
-        raise ApiError(400, f"{where}.reasoning_content is not a text", param=f"{where}.reasoning_content")
-    parts = [content] if isinstance(content, str) else list(cast(list[Any], content))
-    return [f"<think>\n{reasoning}\n</think>\n\n", *(part for part in parts if part != "")]
 
 
 def _part(where: str, part: object, opener: MediaOpener) -> object:
@@ -178,17 +182,11 @@ def _named_file(where: str, kind: str, part: Mapping[str, Any], opener: MediaOpe
             holder.pop(named[0], None)
     if isinstance(value, Mapping) and set(value) == {"url"}:
         value = value["url"]
-    value = _as_data_url(named[0], value)
+    if named[0] in ("data", "file_data") and isinstance(value, str) and value[:5].lower() != "data:":
+        value = f"data:application/octet-stream;base64,{value}"
     medium = "image" if kind == "input_image" else "video" if kind == "input_video" else _kind_of(value, opener)
     settings = read_fields(fields, {"preprocess_kwargs", *VIDEO_OPTIONS}, where=f"{where}.")
     return {"type": medium, medium: value, **settings}
-
-
-def _as_data_url(name: str, value: object) -> object:
-    """`data` and `file_data` may be base64 without the head of a data URL."""
-    if name not in ("data", "file_data") or not isinstance(value, str) or value[:5].lower() == "data:":
-        return value
-    return f"data:application/octet-stream;base64,{value}"
 
 
 def _kind_of(value: object, opener: MediaOpener) -> MediumKind:
@@ -198,19 +196,6 @@ def _kind_of(value: object, opener: MediaOpener) -> MediumKind:
         return opener.kind(value)
     url = parse_data_url(value)
     return "image" if url is not None and kind_of(io.BytesIO(url.head(_SEEN_BYTES))) == "image" else "video"
-
-
-def _one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbouring messages of the system (and developer) at the beginning as one."""
-    count = next((i for i, message in enumerate(messages) if message.get("role") != "system"), len(messages))
-    if count < 2:
-        return list(messages)
-    parts: list[Any] = []
-    for message in messages[:count]:
-        content = message.get("content")
-        parts += ["\n\n"] if parts else []
-        parts += content if isinstance(content, list) else [content]
-    return [{"role": "system", "content": parts}, *messages[count:]]
 
 
 def _with_defaults(messages: Sequence[Message], defaults: Mapping[str, Any]) -> list[Message]:

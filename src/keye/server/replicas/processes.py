@@ -193,7 +193,7 @@ class Watch:
         while True:
             if not replica.is_ready:
                 self.last_answers.pop(replica.name, None)
-            elif await answers(replica, SILENT_SECONDS):
+            elif await _is_healthy(replica):
                 self.last_answers[replica.name] = self._clock()
             elif self._clock() - self.last_answers.setdefault(replica.name, self._clock()) > LOST_SECONDS:
                 log.warning("replica %s has not answered for %g s and is ended", replica.name, LOST_SECONDS)
@@ -202,10 +202,9 @@ class Watch:
             await asyncio.sleep(pause)
 
 
-async def answers(replica: Replica, seconds: float) -> bool:
-    """Whether a replica answers a health check within `seconds`."""
+async def _is_healthy(replica: Replica) -> bool:
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(SILENT_SECONDS):
             reply = await replica.send("GET", "/health", {}, b"")
             await reply.close()
             return reply.status == 200

@@ -148,7 +148,7 @@ class Proxy:
                 raise ApiError(503, "the replica ended; send the file again", code="replica_lost", retry=1) from None
         content = await request.body()
         body = _object(content)
-        ids = [*path_ids, *(item for item in strings(body) if _ID.fullmatch(item))]
+        ids = [*path_ids, *(text for _, text in texts_in(body) if _ID.fullmatch(text))]
         name: str | None = None
         for last in (False, True):
             name = self.choose(media_key(body), ids, without=name)
@@ -326,16 +326,16 @@ async def _form(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield f"\r\n--{_BOUNDARY}--\r\n".encode()
 
 
-def strings(value: object) -> Iterator[str]:
-    """All texts in JSON data."""
+def texts_in(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in JSON data in their order, each after the key under which it stands."""
     if isinstance(value, str):
-        yield value
+        yield name, value
     elif isinstance(value, list):
         for item in value:
-            yield from strings(item)
+            yield from texts_in(item, name)
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from strings(item)
+        for key, item in value.items():
+            yield from texts_in(item, key)
 
 
 def with_names(value: Any, names: Mapping[str, str]) -> Any:
@@ -436,22 +436,9 @@ def media_key(body: Mapping[str, Any]) -> str | None:
     """What requests about the same media have in common, whatever else they ask; None where there are none. Media are
     known by what the client sends: the same file under two names has two keys."""
     digest, has_media = hashlib.sha256(), False
-    for name in media_in(body):
+    for name in (text for key, text in texts_in(body) if key in _NAMES):
         for at in range(0, len(name), _PIECE):  # a data: URL may have many megabytes
             digest.update(name[at : at + _PIECE].encode("utf-8", "replace"))
         digest.update(b"\0")
         has_media = True
     return digest.hexdigest() if has_media else None
-
-
-def media_in(value: object, name: str = "") -> Iterator[str]:
-    """The names of media in a body of any route, in their order; `name` is the key under which `value` stands."""
-    if isinstance(value, str):
-        if name in _NAMES:
-            yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from media_in(item, name)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from media_in(item, key)

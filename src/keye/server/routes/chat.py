@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -162,7 +163,14 @@ class _ChunkEncoder:
             yield self._chunk(item.choice_index, {"role": "assistant", "content": None})
         self._telemetry.see(item)
         if isinstance(item, Delta):
-            yield from self._encode_delta(item)
+            reply = self._replies[item.choice_index]
+            deltas = [_delta(reply, piece) for piece in reply.take(item)]
+            more: dict[str, Any] = {"logprobs": _probs(item.probs)} if item.probs else {}
+            if self._body.return_token_ids and item.tokens:
+                more["token_ids"] = list(item.tokens)
+            for fields in deltas or ([{}] if more else []):
+                yield self._chunk(item.choice_index, fields, more)
+                more = {"logprobs": _probs(())} if item.probs else {}
         elif isinstance(item, Ended):
             for piece in self._replies[item.choice_index].take(item):
                 yield self._chunk(item.choice_index, _delta(self._replies[item.choice_index], piece))
@@ -181,29 +189,16 @@ class _ChunkEncoder:
                 tail = {"usage": usage, **_prompt_fields(item, self._chat, self._body), "keye": fields}
                 yield event({**self._begin, "choices": [], **tail, **self._telemetry.timings()})
 
-    def _encode_delta(self, delta: Delta) -> Iterator[bytes]:
-        reply = self._replies[delta.choice_index]
-        deltas = [_delta(reply, piece) for piece in reply.take(delta)]
-        more: dict[str, Any] = {"logprobs": _probs(delta.probs)} if delta.probs else {}
-        if self._body.return_token_ids and delta.tokens:
-            more["token_ids"] = list(delta.tokens)
-        for fields in deltas or ([{}] if more else []):
-            yield self._chunk(delta.choice_index, fields, more)
-            more = {"logprobs": _probs(())} if delta.probs else {}
-
-    def _chunk(self, index: int, delta: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(more or {})}
-        return event({**self._begin, "choices": [choice], **self._usage.fields(), **self._telemetry.timings()})
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({}), **own: Any
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        return event({**self._begin, "choices": [choice], **self._usage.fields(), **self._telemetry.timings(), **own})
 
     def _last_chunk(self, end: Ended, notes: Sequence[str] = ()) -> bytes:
         """The chunk that ends a choice."""
-        index = end.choice_index
-        choice = {
-            "index": index, "delta": {}, "logprobs": None, "finish_reason": self._replies[index].reason,
-            **stop_fields(end),
-        }  # fmt: skip
-        own = {"keye": {"notes": notes}} if notes else {}
-        return event({**self._begin, "choices": [choice], **self._usage.fields(), **self._telemetry.timings(), **own})
+        more = {"finish_reason": self._replies[end.choice_index].reason, **stop_fields(end)}
+        return self._chunk(end.choice_index, {}, more, **({"keye": {"notes": notes}} if notes else {}))
 
 
 def _delta(reply: ChatReply, piece: ReplyPiece) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,7 @@ from keye.server.edge.errors import ApiError
 from keye.server.errors import current_notes
 from keye.server.openai.events import (
     Continuation,
+    Encode,
     RunningUsage,
     collect,
     encode_events,
@@ -115,17 +117,13 @@ async def _answer(context: Context, runs: Sequence[_Run], body: CompletionReques
         if sum(probs) > MAX_PROBS:
             raise ApiError(400, "the prompts have too many tokens to be scored together; send fewer", param="prompt")
         if len(replies) > n:
-            replies = sorted(replies, key=lambda reply: -_mean_logprob(reply))[:n]
+            replies = sorted(replies, key=lambda reply: -fmean([prob.logprob for prob in reply.probs] or [0.0]))[:n]
         choices += [_choice(context, len(choices) + i, reply, run, ends[-1], body) for i, reply in enumerate(replies)]
     notes = dict.fromkeys([*current_notes(), *(note for end in ends for note in notes_of(end))])
     usage = _usage(ends, scores=runs[0].scores)
     return {
         **reply_head("cmpl", "text_completion", context), "choices": choices, "usage": usage, **_note_fields([*notes]),
     }  # fmt: skip
-
-
-def _mean_logprob(reply: Continuation) -> float:
-    return sum(prob.logprob for prob in reply.probs) / max(1, len(reply.probs))
 
 
 def _note_fields(notes: Sequence[str]) -> dict[str, Any]:
@@ -159,69 +157,51 @@ async def _stream(context: Context, runs: Sequence[_Run], body: CompletionReques
     begin, options = reply_head("cmpl", "text_completion", context), body.stream_options
     usage = RunningUsage(bool(options and options.continuous_usage_stats))
     has_tail = bool(options and (options.include_usage or options.continuous_usage_stats))
-    encoders = [_ChunkEncoder(context, run, body, begin, usage, has_tail) for run in runs]
-    events = encode_events(context, *((encoder.run.request, encoder.encode) for encoder in encoders))
-    async with aclosing(events):
+    ends: list[Finished] = []
+
+    def chunk(index: int, text: str, lists: Mapping[str, Any] | None = None, **more: Any) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": lists, "finish_reason": None, **more}
+        notes = [*current_notes(), *usage.notes] if choice["finish_reason"] and not has_tail else []
+        return event({**begin, "choices": [choice], **usage.fields(), **_note_fields(notes)})
+
+    def encoder(run: _Run) -> Encode:
+        offsets = [len(run.echo)] * run.request.n
+
+        def encode(item: Event) -> Iterator[bytes]:
+            usage.see(item)
+            if isinstance(item, Prefilled) and body.echo:
+                probs = item.prompt_probs or ()
+                lists = None if body.logprobs is None else _prompt_lists(context, item.first_token, probs)
+                for index in range(run.request.n):
+                    yield chunk(run.first + index, run.echo, lists)
+            elif isinstance(item, Delta) and (item.text or item.probs) and not run.scores:
+                lists = None if body.logprobs is None else _prob_lists(item.probs, offsets[item.choice_index])
+                offsets[item.choice_index] += len(item.text)
+                more = {"token_ids": list(item.tokens)} if body.return_token_ids else {}
+                yield chunk(run.first + item.choice_index, item.text, lists, **more)
+            elif isinstance(item, Ended):
+                ended = Ended(item.choice_index, "length") if run.scores else item
+                fields = {"finish_reason": ended.openai_reason, **stop_fields(ended)}
+                yield chunk(run.first + item.choice_index, "", **fields)
+            elif isinstance(item, Finished):
+                ends.append(item)
+
+        return encode
+
+    async with aclosing(encode_events(context, *((run.request, encoder(run)) for run in runs))) as events:
         async for piece in events:
             yield piece
     if has_tail:
-        ends = [encoder.finished for encoder in encoders if encoder.finished is not None]
         tail = {"usage": _usage(ends, scores=runs[0].scores), **_note_fields([*current_notes(), *usage.notes])}
         yield event({**begin, "choices": [], **tail})
-
-
-class _ChunkEncoder:
-    """Encodes the events of one prompt as chunks."""
-
-    def __init__(
-        self,
-        context: Context,
-        run: _Run,
-        body: CompletionRequest,
-        begin: Mapping[str, Any],
-        usage: RunningUsage,
-        has_tail: bool,
-    ) -> None:
-        self.run = run
-        self._context, self._body, self._begin, self._usage, self._has_tail = context, body, begin, usage, has_tail
-        self._offsets = [len(run.echo)] * run.request.n
-        self.finished: Finished | None = None
-
-    def encode(self, item: Event) -> Iterator[bytes]:
-        self._usage.see(item)
-        run, body = self.run, self._body
-        if isinstance(item, Prefilled) and body.echo:
-            probs = item.prompt_probs or ()
-            lists = None if body.logprobs is None else _prompt_lists(self._context, item.first_token, probs)
-            for index in range(run.request.n):
-                yield self._chunk(index, run.echo, lists)
-        elif isinstance(item, Delta) and (item.text or item.probs) and not run.scores:
-            lists = None if body.logprobs is None else _prob_lists(item.probs, self._offsets[item.choice_index])
-            self._offsets[item.choice_index] += len(item.text)
-            more = {"token_ids": list(item.tokens)} if body.return_token_ids else {}
-            yield self._chunk(item.choice_index, item.text, lists, **more)
-        elif isinstance(item, Ended):
-            ended = Ended(item.choice_index, "length") if run.scores else item
-            yield self._chunk(item.choice_index, "", finish_reason=ended.openai_reason, **stop_fields(ended))
-        elif isinstance(item, Finished):
-            self.finished = item
-
-    def _chunk(self, index: int, text: str, lists: Mapping[str, Any] | None = None, **more: Any) -> bytes:
-        choice = {"index": self.run.first + index, "text": text, "logprobs": lists, "finish_reason": None, **more}
-        notes = [*current_notes(), *self._usage.notes] if choice["finish_reason"] and not self._has_tail else []
-        return event({**self._begin, "choices": [choice], **self._usage.fields(), **_note_fields(notes)})
 
 
 def _prompt_lists(context: Context, first: int, probs: Sequence[TokenProb]) -> dict[str, list[Any]]:
     """The tokens of a prompt with their probabilities; the first, which follows nothing, has none."""
     text = context.model.tokenizer.token_bytes(first).decode("utf-8", "replace")
     lists = _prob_lists(probs, len(text))
-    return {
-        "tokens": [text, *lists["tokens"]],
-        "token_logprobs": [None, *lists["token_logprobs"]],
-        "top_logprobs": [None, *lists["top_logprobs"]],
-        "text_offset": [0, *lists["text_offset"]],
-    }
+    first_entries = {"tokens": text, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+    return {name: [entry, *lists[name]] for name, entry in first_entries.items()}
 
 
 def _prob_lists(probs: Sequence[TokenProb], offset: int) -> dict[str, list[Any]]:

@@ -17,10 +17,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from keye.engine.request import Progress
-from keye.errors import KeyeError
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
-from keye.server.openai.http import JsonRoute, cancel_on_disconnect
+from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect
 from keye.server.openai.schemas import IndexRequest
 from keye.server.stores import INDEX, StoredFile, safe_name
 
@@ -30,23 +29,17 @@ _PURPOSES: Final = ("media", "vision", "user_data", "assistants")
 _MAX_FIELD: Final = 1024
 _MAX_PARTS: Final = 8
 _MAX_HEADER: Final = 8192
-_BODY: Final = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(_PURPOSES)},
-                    },
-                }
-            }
-        },
-    }
-}
+_CALLBACKS: Final = (
+    "on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_headers_finished", "on_part_data",
+    "on_part_end", "on_end",
+)  # fmt: skip
+_SCHEMA: Final = {
+    "type": "object", "required": ["file"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": list(_PURPOSES)},
+    },
+}  # fmt: skip
+_BODY: Final = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
 
 
 @router.post("/v1/files", openapi_extra=_BODY)
@@ -115,16 +108,7 @@ class _Form:
         self._header, self._value, self._headers = b"", b"", dict[str, bytes]()
         self._field, self._waiting = b"", list[bytes]()
         self._complete = False
-        callbacks: Any = {
-            "on_part_begin": self._part_begin,
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-            "on_end": self._on_end,
-        }
+        callbacks: Any = {name: getattr(self, f"_{name}") for name in _CALLBACKS}
         self._parser = MultipartParser(boundary, callbacks)
 
     async def read(self, chunks: AsyncIterator[bytes], context: Context) -> None:
@@ -147,7 +131,7 @@ class _Form:
         self._store.grow(self._path, len(data))
         self._file.write(data)
 
-    def _part_begin(self) -> None:
+    def _on_part_begin(self) -> None:
         self._parts += 1
         self._headers, self._field = {}, b""
         if self._parts > _MAX_PARTS:
@@ -248,10 +232,6 @@ def _index(request: Request, index_id: str) -> StoredFile:
     return context_of(request).files.get(index_id, owner_of(request))
 
 
-class _Cancelled(KeyeError):
-    """The client has disconnected."""
-
-
 async def _in_turn(context: Context, file: StoredFile, body: IndexRequest, cancelled: threading.Event) -> StoredFile:
     """Waits in the event loop, not in one of the few threads."""
     async with context.indexing:
@@ -264,7 +244,7 @@ def _build(context: Context, file: StoredFile, body: IndexRequest, cancelled: th
 
     def check_connected(_: Progress | None = None) -> None:
         if cancelled.is_set():
-            raise _Cancelled("the client has disconnected")
+            raise Cancelled("the client has disconnected")
 
     store.check_room(file.owner)
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -56,32 +56,30 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> JSONRespon
 def _query(body: CountTokensRequest) -> ChatQuery:
     messages: list[dict[str, Any]] = []
     if body.system:
-        messages.append({"role": "system", "content": _system(body.system)})
+        messages.append({"role": "system", "content": _content("system", body.system)})
     for index, message in enumerate(body.messages):
         messages += _messages(f"messages[{index}]", message)
     choice = body.tool_choice or {}
+    inner = body.output_config.format if body.output_config else None
+    form = response_form(inner or body.output_format, "output_config.format" if inner else "output_format")
     return ChatQuery(
         messages=messages,
         sampling=body,
         tools=list(_tools(body.tools or ())),
         tool_choice=_tool_choice(choice),
         parallel_calls=choice.get("disable_parallel_tool_use") is not True,
-        form=_form(body),
+        form=form,
         thinking=None if body.thinking is None else body.thinking.type != "disabled",
         media_defaults=body.preprocess_kwargs,
         continues=messages[-1].get("role") == "assistant" and not messages[-1].get("tool_calls"),
     )
 
 
-def _form(body: CountTokensRequest) -> Any:
-    inner = body.output_config.format if body.output_config else None
-    return response_form(inner or body.output_format, "output_config.format" if inner else "output_format")
-
-
-def _system(system: str | Sequence[Mapping[str, Any]]) -> Any:
-    if isinstance(system, str):
-        return system
-    return [part for index, block in enumerate(system) for part in _parts(f"system[{index}]", block)]
+def _content(where: str, value: Any) -> Any:
+    """Blocks as parts of a message; a text as it is."""
+    if not isinstance(value, list):
+        return value
+    return [part for index, block in enumerate(value) for part in _parts(f"{where}[{index}]", block)]
 
 
 def _tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -122,7 +120,8 @@ def _messages(where: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
         at = f"{where}.content[{index}]"
         kind = block.get("type") if isinstance(block, Mapping) else None
         if kind == "tool_result" and role == "user":
-            results.append(_tool_result(at, block))
+            result = _content(f"{at}.content", block.get("content")) or ""
+            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         elif kind == "tool_use" and role == "assistant":
             call = {"name": block.get("name"), "arguments": block.get("input") or {}}
             turn.setdefault("tool_calls", []).append({"id": block.get("id"), "type": "function", "function": call})
@@ -133,13 +132,6 @@ def _messages(where: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not turn["content"] and (results or "tool_calls" not in turn):
         return results or [{**turn, "content": ""}]
     return [*results, turn]
-
-
-def _tool_result(where: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    content = block.get("content")
-    if isinstance(content, list):
-        content = [part for index, item in enumerate(content) for part in _parts(f"{where}.content[{index}]", item)]
-    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content or ""}
 
 
 def _parts(where: str, block: object) -> list[dict[str, Any]]:
@@ -192,7 +184,7 @@ def _document(where: str, block: Mapping[str, Any]) -> list[dict[str, Any]]:
         if isinstance(content, str):
             return [{"type": "text", "text": content}]
         if isinstance(content, list):
-            return [part for i, item in enumerate(content) for part in _parts(f"{where}.source.content[{i}]", item)]
+            return cast(list[dict[str, Any]], _content(f"{where}.source.content", content))
     raise ApiError(400, f"{where}: a document must be plain text; send its pages as images", param=where)
 
 

@@ -24,7 +24,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.audit import new_id
 from keye.server.edge.errors import ApiError
 from keye.server.errors import current_notes, error_of_validation
-from keye.server.openai.events import Continuation, collect, encode_events, notes_of
+from keye.server.openai.events import Continuation, Encode, collect, encode_events, notes_of
 from keye.server.openai.fields import note_ignored
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
 from keye.server.openai.media_parts import media_of, open_sources, to_messages
@@ -48,7 +48,8 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     context.check_model(body.model)
     runs = await cancel_on_disconnect(request, context.in_thread(_make_runs, context, owner_of(request), body))
     if body.stream:
-        encoders = [(run.request, _Encoder(run, first).encode) for run, first in zip(runs, _offsets(runs), strict=True)]
+        firsts = accumulate((run.request.n for run in runs), initial=0)
+        encoders = [(run.request, _encoder(run, first)) for run, first in zip(runs, firsts, strict=False)]
         return await stream_events(request, encode_events(context, *encoders))
     objects = await cancel_on_disconnect(request, _answer(context, runs))
     many = len(runs) > 1 or runs[0].request.n > 1 or runs[0].is_listed
@@ -66,11 +67,6 @@ class _Run:
     start: int
     begin: float
     notes: Sequence[str]
-
-
-def _offsets(runs: Sequence[_Run]) -> list[int]:
-    """The number of the first choice of each prompt."""
-    return [0, *accumulate(run.request.n for run in runs[:-1])]
 
 
 def _make_runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run]:
@@ -218,31 +214,33 @@ async def _answer(context: Context, runs: Sequence[_Run]) -> list[dict[str, Any]
     return objects
 
 
-class _Encoder:
+def _encoder(run: _Run, first: int) -> Encode:
     """Encodes the events of one prompt, whose first choice is number `first`."""
+    replies = [Continuation() for _ in range(run.request.n)]
 
-    def __init__(self, run: _Run, first: int) -> None:
-        self._run, self._first = run, first
-        self._replies = [Continuation() for _ in range(run.request.n)]
-
-    def encode(self, item: Event) -> Iterator[bytes]:
-        if isinstance(item, Delta):
-            self._replies[item.choice_index].take(item)
-            if item.tokens:
-                data = _reply_object(self._run, self._replies[item.choice_index])
-                yield event({**data, "index": self._first + item.choice_index})
-        elif isinstance(item, Ended):
-            self._replies[item.choice_index].take(item)
+    def encode(item: Event) -> Iterator[bytes]:
+        if isinstance(item, Delta | Ended):
+            replies[item.choice_index].take(item)
+            if isinstance(item, Delta) and item.tokens:
+                data = _reply_object(run, replies[item.choice_index])
+                yield event({**data, "index": first + item.choice_index})
         elif isinstance(item, Finished):
-            for index, reply in enumerate(self._replies):
-                yield event({**_reply_object(self._run, reply, item), "index": self._first + index})
+            for index, reply in enumerate(replies):
+                yield event({**_reply_object(run, reply, item), "index": first + index})
+
+    return encode
 
 
 def _reply_object(run: _Run, reply: Continuation, finished: Finished | None = None) -> dict[str, Any]:
     """A reply in SGLang's form; `finished` at its end."""
+    reason: dict[str, Any] | None = None
+    if finished is not None and reply.ended is not None:
+        is_cut = reply.ended.reason == "length"
+        stop = {"type": "stop", "matched": reply.ended.met}
+        reason = {"type": "length", "length": len(reply.tokens)} if is_cut else stop
     meta: dict[str, Any] = {
         "id": run.name,
-        "finish_reason": None if finished is None else _finish_reason(reply),
+        "finish_reason": reason,
         "prompt_tokens": 0 if finished is None else finished.prompt_tokens,
         "completion_tokens": len(reply.tokens),
         "cached_tokens": 0 if finished is None else finished.cached_tokens,
@@ -270,11 +268,3 @@ def _prompt_probs(run: _Run, finished: Finished) -> list[list[Any]]:
     first: list[list[Any]] = [[None, int(finished.prompt.token_ids[0]), None]]
     probs = [[prob.logprob, prob.token, prob.text] for prob in finished.prompt_probs]
     return [*first, *probs][run.start :]
-
-
-def _finish_reason(reply: Continuation) -> dict[str, Any]:
-    """Why a reply has ended, with the stop that it met."""
-    assert reply.ended is not None
-    if reply.ended.reason == "length":
-        return {"type": "length", "length": len(reply.tokens)}
-    return {"type": "stop", "matched": reply.ended.met}

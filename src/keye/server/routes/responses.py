@@ -11,7 +11,6 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat.stream import ReplyPiece
-from keye.engine.guide import Form
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.audit import new_id
@@ -87,34 +86,24 @@ def _query(body: ResponseRequest, history: Sequence[Mapping[str, Any]]) -> ChatQ
     messages += _messages([*history, *new], len(history))
     text = read_fields(body.text or {}, ("format",), where="text.")
     check_stream_options(body.stream, body.stream_options)
+    form, other = response_form(text.get("format"), "text.format"), form_of(body)
+    if form is not None and other is not None:
+        raise ApiError(400, f"text.format and {other.field} exclude each other; give one form", param=other.field)
+    include = body.include or []
+    if others := [name for name in include if name != _LOGPROBS]:
+        note_ignored([f"include {name}" for name in others])
     return ChatQuery(
         messages=messages,
         sampling=body,
         max_tokens=body.max_output_tokens,
-        logprobs=_alternatives(body),
+        logprobs=(body.top_logprobs or 0) if _LOGPROBS in include else body.top_logprobs,
         tools=body.tools or (),
         tool_choice=body.tool_choice,
         parallel_calls=body.parallel_tool_calls is not False,
-        form=_form(body, text.get("format")),
+        form=form or other,
         thinking=thinking_of(body.chat_template_kwargs, body.reasoning.effort if body.reasoning else None),
         media_defaults=media_settings(body),
     )
-
-
-def _form(body: ResponseRequest, value: object) -> Form | None:
-    """The form of the reply, in OpenAI's field or in one of other servers."""
-    form, other = response_form(value, "text.format"), form_of(body)
-    if form is not None and other is not None:
-        raise ApiError(400, f"text.format and {other.field} exclude each other; give one form", param=other.field)
-    return form or other
-
-
-def _alternatives(body: ResponseRequest) -> int | None:
-    """How many other tokens are returned beside each; a note says what else of `include` is not available."""
-    include = body.include or []
-    if others := [name for name in include if name != _LOGPROBS]:
-        note_ignored([f"include {name}" for name in others])
-    return (body.top_logprobs or 0) if _LOGPROBS in include else body.top_logprobs
 
 
 def _messages(items: Sequence[Mapping[str, Any]], first: int) -> list[dict[str, Any]]:
@@ -127,7 +116,9 @@ def _messages(items: Sequence[Mapping[str, Any]], first: int) -> list[dict[str, 
         if kind not in _ITEMS:
             raise ApiError(400, f"{where}.type is {kind!r}; use one of {', '.join(_ITEMS)}", param=f"{where}.type")
         if kind == "reasoning":
-            reasoning = _reasoning_text(item)
+            content = item.get("content")  # of an item that an earlier response gave out
+            parts = content if isinstance(content, list) else ()
+            reasoning = "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
         elif kind == "function_call_output":
             output = item.get("output")
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
@@ -142,13 +133,6 @@ def _messages(items: Sequence[Mapping[str, Any]], first: int) -> list[dict[str, 
         if reasoning and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
             messages[-1]["reasoning_content"], reasoning = reasoning, ""
     return messages
-
-
-def _reasoning_text(item: Mapping[str, Any]) -> str:
-    """The text of an item of reasoning that an earlier response gave out."""
-    content = item.get("content") or ()
-    parts = content if isinstance(content, list) else ()
-    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
 
 
 def _head(context: Context, chat: PreparedChat, body: ResponseRequest) -> dict[str, Any]:

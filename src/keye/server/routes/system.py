@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from keye.chat.template import Segment
-from keye.chat.tokenizer import Tokenizer, check_unicode
+from keye.chat.tokenizer import check_unicode
 from keye.engine.prompt import MOST_COUNTED
 from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError
@@ -85,25 +84,20 @@ async def tokenize(request: Request, body: TokenizeRequest) -> JSONResponse:
 
 
 def _tokens(context: Context, owner: str, body: TokenizeRequest) -> list[int]:
-    tokenizer = context.model.tokenizer
     if body.prompt is not None:
-        return _count(tokenizer, [(check_unicode(body.prompt), False)], "prompt")
-    messages = to_messages(body.messages or (), context.opener(owner))
-    if media_of(messages):
-        raise ApiError(400, "messages hold media; /v1/media/plan counts their tokens", param="messages")
-    thinking = thinking_of(body.chat_template_kwargs, None)
-    segments = context.model.render(
-        messages, thinking=thinking, tools=body.tools or (),
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-    )  # fmt: skip
-    parts = [(str(segment.value), segment.kind == "template") for segment in segments]
-    return _count(tokenizer, parts, "messages")
-
-
-def _count(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]], field: str) -> list[int]:
+        field, parts = "prompt", [(check_unicode(body.prompt), False)]
+    else:
+        messages = to_messages(body.messages or (), context.opener(owner))
+        if media_of(messages):
+            raise ApiError(400, "messages hold media; /v1/media/plan counts their tokens", param="messages")
+        segments = context.model.render(
+            messages, thinking=thinking_of(body.chat_template_kwargs, None), tools=body.tools or (),
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+        )  # fmt: skip
+        field, parts = "messages", [(str(segment.value), segment.kind == "template") for segment in segments]
     try:
-        tokens = tokenizer.encode_parts(parts, most=MOST_COUNTED)
+        tokens = context.model.tokenizer.encode_parts(parts, most=MOST_COUNTED)
     except KeyeError as error:
         raise error_of_mistake(error, param=field) from None
     if len(tokens) > MOST_COUNTED:
@@ -173,16 +167,11 @@ def _model_info(context: Context) -> dict[str, Any]:
     """Names in the place of paths, which clients need not know."""
     config = context.model.config
     return {
-        "model_path": context.names[0],
-        "tokenizer_path": context.names[0],
-        "is_generation": True,
-        "preferred_sampling_params": None,
-        "weight_version": "default",
-        "has_image_understanding": True,
-        "has_audio_understanding": False,
-        "model_type": config.raw.get("model_type"),
+        "model_path": context.names[0], "tokenizer_path": context.names[0], "is_generation": True,
+        "preferred_sampling_params": None, "weight_version": "default", "has_image_understanding": True,
+        "has_audio_understanding": False, "model_type": config.raw.get("model_type"),
         "architectures": config.raw.get("architectures"),
-    }
+    }  # fmt: skip
 
 
 @router.post("/detokenize")

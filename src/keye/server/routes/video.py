@@ -19,7 +19,7 @@ from starlette.background import BackgroundTask
 from keye.chat.stream import ReplyStream
 from keye.config.media import MediaOptions, media_options
 from keye.engine.request import Event, Finished, GenerationRequest
-from keye.errors import KeyeError, collect_warnings
+from keye.errors import collect_warnings
 from keye.media.clips import cut_clips
 from keye.media.source.fetch import Source
 from keye.server.context import IDLE_SECONDS, Context, context_of, owner_of
@@ -35,7 +35,7 @@ from keye.server.openai.events import (
     keye_fields,
     usage_of,
 )
-from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
+from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect, stream_events
 from keye.server.openai.media_parts import media_of, media_settings, open_sources, to_messages
 from keye.server.openai.prepare import ChatQuery, PreparedChat, prepare_chat
 from keye.server.openai.schemas import ClipsRequest, GroundRequest, LiveAppend, LiveAsk, LiveRequest, PlanRequest
@@ -138,10 +138,6 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
     return FileResponse(path, media_type=kind, filename=path.name, background=cleanup)
 
 
-class _Cancelled(KeyeError):
-    """The client has disconnected."""
-
-
 def _cut(
     source: Source,
     intervals: Sequence[Sequence[float]],
@@ -154,7 +150,7 @@ def _cut(
 
     def progress(done: int, total: int) -> None:
         if cancelled.is_set():
-            raise _Cancelled("the client has disconnected")
+            raise Cancelled("the client has disconnected")
 
     pairs = [(float(start), float(end)) for start, end in intervals]
     clips = cut_clips(source, pairs, folder, options=options, progress=progress)

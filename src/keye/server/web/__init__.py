@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,28 +14,27 @@ from keye.server.edge.errors import ApiError
 from keye.version import PACKAGE_FOLDER
 
 _FOLDER: Final = Path(__file__).parent / "static"
+_SCRIPTS: Final = {".js": "text/javascript", ".mjs": "text/javascript"}
 _SAMPLE: Final = PACKAGE_FOLDER / "assets" / "demo.mp4"
-
-
-@dataclass(frozen=True)
-class _Page:
-    body: bytes
-    kind: str
-    tag: str
 
 
 def install(app: FastAPI) -> None:
     """Adds `/` and `/static/...`. Only files that were there at start-up are served, by their exact names."""
-    pages = {str(path.relative_to(_FOLDER)): _read(path) for path in sorted(_FOLDER.rglob("*")) if path.is_file()}
+    pages: dict[str, tuple[bytes, str, str]] = {}
+    for path in sorted(_FOLDER.rglob("*")):
+        if path.is_file():
+            body = path.read_bytes()
+            kind = _SCRIPTS.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+            pages[str(path.relative_to(_FOLDER))] = body, kind, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
     def answer(request: Request, name: str) -> Response:
-        page = pages.get(name)
-        if page is None:
+        if name not in pages:
             raise ApiError(404, "there is no such file")
-        headers = {"ETag": page.tag}
-        if request.headers.get("if-none-match") == page.tag:
+        body, kind, tag = pages[name]
+        headers = {"ETag": tag}
+        if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
-        return Response(page.body, media_type=page.kind, headers=headers)
+        return Response(body, media_type=kind, headers=headers)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:
@@ -49,9 +47,3 @@ def install(app: FastAPI) -> None:
     @app.api_route("/static/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
     async def static(request: Request, name: str) -> Response:
         return answer(request, name)
-
-
-def _read(path: Path) -> _Page:
-    body = path.read_bytes()
-    kind = {".js": "text/javascript", ".mjs": "text/javascript"}.get(path.suffix) or mimetypes.guess_type(path.name)[0]
-    return _Page(body, kind or "application/octet-stream", f'"{hashlib.sha256(body).hexdigest()[:32]}"')
