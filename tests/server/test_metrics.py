@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from keye.engine.request import Delta
-from keye.server.metrics import Metrics
+from keye.server.metrics import Metrics, RequestWatch
 from keye.server.replicas.proxy import merged
 
 GAUGES = {
@@ -21,10 +21,10 @@ GAUGES = {
 
 def page() -> str:
     metrics = Metrics(lambda: GAUGES)
-    watch = metrics.watch()
+    watch = RequestWatch(metrics)
     watch.see(Delta(0, "a", (1,)))
     watch.see(Delta(0, "b", (2,)))
-    metrics.watch().end("refused")
+    RequestWatch(metrics).end("refused")
     return metrics.text().decode()
 
 

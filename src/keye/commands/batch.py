@@ -156,7 +156,7 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
     check_runs(named["model"])
     settings = options.engine_settings(named)
     if arguments["ray"] is not None:
-        from keye.batch.ray_workers import ray_workers
+        from keye.batch.workers import ray_workers
 
         return ray_workers(
             arguments["ray"], engine_app, settings, count=arguments["workers"], slots=slots,

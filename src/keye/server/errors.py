@@ -71,7 +71,6 @@ def error_of(error: BaseException, *, path: str = "") -> ApiError:
 
 
 def _json_fault(message: str) -> str:
-    """A sentence for what the parser found."""
     if "recursion limit" in message:
         return "the body is nested too deeply; send fewer levels"
     if "surrogate" in message or "end of hex escape" in message:

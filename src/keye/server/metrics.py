@@ -28,8 +28,6 @@ _HELP: Final = {
 
 
 class _EngineGauges(Collector):
-    """The engine's gauges, read when Prometheus reads."""
-
     def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
         self._read = read
 
@@ -70,13 +68,9 @@ class Metrics:
         """The page that Prometheus reads."""
         return generate_latest(self._registry)
 
-    def watch(self) -> RequestWatch:
-        """Follows one request from now on."""
-        return RequestWatch(self)
-
 
 class RequestWatch:
-    """One request's share of the metrics. `see` takes every event, `end` how it ended."""
+    """One request's share of the metrics from now on. `see` takes every event, `end` how it ended."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics, self._start, self._ended = metrics, time.perf_counter(), False

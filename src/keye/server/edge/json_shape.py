@@ -121,7 +121,6 @@ def _is_media(body: bytes, begin: int) -> bool:
 
 
 def _check_counts(skeleton: bytes, limits: Limits) -> None:
-    """Counts what stands outside of strings."""
     if skeleton.count(b":") > limits.json_keys:
         raise BadJson(f"the body has more than {limits.json_keys:,} keys")
     containers = skeleton.count(b"[") + skeleton.count(b"{")

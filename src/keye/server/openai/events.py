@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
+from fastapi import Request
+
 from keye.chat.messages import Medium
 from keye.chat.replies import keep_moments, keep_regions, parse_regions
 from keye.chat.stream import ReplyPiece, ReplyStream
 from keye.chat.times import merge_intervals, parse_intervals
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, Prefilled, Progress, TokenProb
 from keye.errors import KeyeError
-from keye.server.context import Context
+from keye.server.context import Context, context_of
 from keye.server.edge.audit import CURRENT, new_id
 from keye.server.edge.errors import ApiError
 from keye.server.errors import spelled
+from keye.server.metrics import RequestWatch
+from keye.server.openai.http import cancel_on_disconnect
 from keye.server.openai.http import event as sse
 from keye.server.openai.prepare import PreparedChat, ReasoningPlace
 from keye.sessions.answer import LOOPED
@@ -30,7 +34,7 @@ Encode = Callable[[Event], Iterable[bytes]]
 async def _event_batches(context: Context, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
     """The events of a request as they come, counted in the metrics; an empty list where a keep-alive is due. Closing
     this aborts the request."""
-    watch = context.metrics.watch()
+    watch = RequestWatch(context.metrics)
     try:
         running = context.engine.submit(request)
         try:
@@ -170,10 +174,10 @@ class ChatReply:
         yield piece
 
 
-async def collect_chat(context: Context, chat: PreparedChat) -> tuple[list[ChatReply], Finished]:
-    """All replies of a chat, complete, and how it finished."""
+async def collect_chat(request: Request, chat: PreparedChat) -> tuple[list[ChatReply], Finished]:
+    """All replies of a chat, complete, and how it finished. Cancelled when the client disconnects."""
     replies = [ChatReply.of(chat) for _ in range(chat.request.n)]
-    return replies, await collect(context, chat.request, replies)
+    return replies, await cancel_on_disconnect(request, collect(context_of(request), chat.request, replies))
 
 
 def usage_of(finished: Finished, replies: Sequence[ChatReply], chat: PreparedChat) -> dict[str, Any]:

@@ -88,8 +88,10 @@ class PreparedChat:
     echo: str = ""
 
 
-async def prepare_chat(context: Context, owner: str, query: ChatQuery) -> PreparedChat:
-    """The engine's request of a chat; `KeyeError` and `ApiError` for mistakes in it."""
+async def prepare_chat(request: Request, query: ChatQuery) -> PreparedChat:
+    """The engine's request of a chat; `KeyeError` and `ApiError` for mistakes in it. Cancelled when the client
+    disconnects."""
+    context, owner = context_of(request), owner_of(request)
     context.check_model(query.sampling.model)
     if len(query.messages) > context.settings.messages:
         raise ApiError(400, f"messages: more than {context.settings.messages:,} cannot be read", param="messages")
@@ -103,7 +105,7 @@ async def prepare_chat(context: Context, owner: str, query: ChatQuery) -> Prepar
     is_short = is_short and all(isinstance(text, str) and len(text) <= _SHORT_TEXT for text in contents)
     if is_short and isinstance(context.model.runtime.template, ChatTemplate):  # others run in a process
         return _prepare(context, owner, query)
-    return await context.in_thread(_prepare, context, owner, query)
+    return await cancel_on_disconnect(request, context.in_thread(_prepare, context, owner, query))
 
 
 def _prepare(context: Context, owner: str, query: ChatQuery) -> PreparedChat:

@@ -308,7 +308,6 @@ class _Passed(StreamingResponse):
 
 
 async def _read_all(reply: Reply) -> bytes:
-    """The whole body of a reply."""
     try:
         return b"".join([piece async for piece in reply.pieces])
     finally:
@@ -316,7 +315,6 @@ async def _read_all(reply: Reply) -> bytes:
 
 
 async def _form(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """A form with one file."""
     yield (
         f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="copy"\r\n'
         "Content-Type: application/octet-stream\r\n\r\n"

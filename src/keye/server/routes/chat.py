@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress, TokenProb
-from keye.server.context import Context, context_of, owner_of
+from keye.server.context import Context, context_of
 from keye.server.edge.errors import ApiError
 from keye.server.openai.events import (
     ChatReply,
@@ -27,7 +27,7 @@ from keye.server.openai.events import (
     stop_fields,
     usage_of,
 )
-from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
+from keye.server.openai.http import JsonRoute, event, stream_events
 from keye.server.openai.media_parts import media_settings
 from keye.server.openai.prepare import (
     ChatQuery,
@@ -48,12 +48,12 @@ router = APIRouter(route_class=JsonRoute)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Continues a conversation about text, images and videos; with `stream` as server-sent events."""
     context = context_of(request)
-    chat = await cancel_on_disconnect(request, prepare_chat(context, owner_of(request), _query(body)))
+    chat = await prepare_chat(request, _query(body))
     if body.stream:
         encoder = _ChunkEncoder(context, chat, body)
         events = encode_events(context, (chat.request, encoder.encode))
         return await stream_events(request, events, at_once=encoder.wants_progress)
-    replies, finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    replies, finished = await collect_chat(request, chat)
     return JSONResponse({
         **reply_head("chatcmpl", "chat.completion", context),
         "choices": [_choice(index, reply, chat, body) for index, reply in enumerate(replies)],
@@ -103,7 +103,6 @@ def _query(body: ChatRequest) -> ChatQuery:
 
 
 def _prompt_fields(finished: Finished, chat: PreparedChat, body: ChatRequest) -> dict[str, Any]:
-    """What was requested about the prompt."""
     fields: dict[str, Any] = {}
     if body.prompt_logprobs is not None:
         fields["prompt_logprobs"] = prompt_prob_objects(finished.prompt_probs)
@@ -196,13 +195,11 @@ class _ChunkEncoder:
         return event({**self._begin, "choices": [choice], **self._usage.fields(), **self._telemetry.timings(), **own})
 
     def _last_chunk(self, end: Ended, notes: Sequence[str] = ()) -> bytes:
-        """The chunk that ends a choice."""
         more = {"finish_reason": self._replies[end.choice_index].reason, **stop_fields(end)}
         return self._chunk(end.choice_index, {}, more, **({"keye": {"notes": notes}} if notes else {}))
 
 
 def _delta(reply: ChatReply, piece: ReplyPiece) -> dict[str, Any]:
-    """What a piece of a reply adds to a message."""
     if piece.kind == "content":
         return {"content": piece.text}
     if piece.kind == "reasoning":

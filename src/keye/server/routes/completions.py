@@ -88,7 +88,6 @@ def _make_runs(context: Context, owner: str, body: CompletionRequest) -> list[_R
 def _lay_out(
     context: Context, prompt: str | list[int], body: CompletionRequest
 ) -> tuple[Sequence[Segment] | Prompt, str]:
-    """A prompt for the engine, and its text."""
     model, cut = context.model, body.truncate_prompt_tokens
     if isinstance(prompt, str):
         if not prompt:

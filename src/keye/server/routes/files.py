@@ -219,7 +219,6 @@ async def delete_index(request: Request, index_id: str) -> JSONResponse:
 
 
 def _index_object(index: StoredFile) -> dict[str, object]:
-    """The index object of the API."""
     return {
         "id": index.id, "object": "keye.index", "bytes": index.size, "created_at": int(index.created),
         "filename": index.name, "keye": dict(index.facts),

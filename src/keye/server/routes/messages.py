@@ -13,12 +13,12 @@ from fastapi.responses import JSONResponse, Response
 
 from keye.chat.stream import ReplyPiece
 from keye.engine.request import Delta, Ended, Event, Finished, Progress
-from keye.server.context import context_of, owner_of
+from keye.server.context import context_of
 from keye.server.edge.audit import new_id
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
 from keye.server.openai.events import ChatReply, collect_chat, encode_events, keye_fields, usage_of
-from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
+from keye.server.openai.http import JsonRoute, event, stream_events
 from keye.server.openai.prepare import ChatQuery, PreparedChat, count_prompt_tokens, prepare_chat, response_form
 from keye.server.openai.schemas import CountTokensRequest, MessagesRequest
 
@@ -32,18 +32,16 @@ _DROPPED: Final = ("redacted_thinking", "server_tool_use", "web_search_tool_resu
 @router.post("/v1/messages")
 async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of Anthropic's interface."""
-    context = context_of(request)
-    query = _query(body)
     more: dict[str, Any] = {"stop": body.stop_sequences} if body.stop_sequences else {}
     if body.thinking is not None and body.thinking.type != "disabled" and body.thinking_token_budget is None:
         more["thinking_token_budget"] = body.thinking.budget_tokens
-    query = replace(query, sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
-    chat = await cancel_on_disconnect(request, prepare_chat(context, owner_of(request), query))
-    model = context.names[0]
+    query = replace(_query(body), sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
+    chat = await prepare_chat(request, query)
+    context, model = context_of(request), context_of(request).names[0]
     if body.stream:
         events = encode_events(context, (chat.request, MessageEncoder(model, chat).encode))
         return await stream_events(request, events, tail=b"")
-    (reply,), finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    (reply,), finished = await collect_chat(request, chat)
     return JSONResponse(message_object(model, reply, finished, chat))
 
 

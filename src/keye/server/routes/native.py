@@ -97,7 +97,6 @@ def _of_prompt(value: Any, index: int, count: int, name: str) -> Any:
 
 
 def _prompts(context: Context, owner: str, body: GenerateRequest) -> tuple[list[list[Segment] | Prompt], bool]:
-    """The prompts, and whether they came in a list."""
     if body.input_ids is not None:
         if body.image_data or body.video_data:
             raise ApiError(
@@ -176,7 +175,6 @@ def _part(kind: str, value: object) -> dict[str, Any]:
 def _make_request(
     context: Context, owner: str, prompt: Sequence[Segment] | Prompt, params: Mapping[str, Any]
 ) -> GenerationRequest:
-    """A request with settings in SGLang's words."""
     settings = {key: value for key, value in params.items() if value is not None}
     if ignored := settings.keys() & _WITHOUT_MEANING:
         note_ignored([f"sampling_params.{name}" for name in ignored])

@@ -50,11 +50,11 @@ _ITEMS: Final = ("message", "function_call", "function_call_output", "reasoning"
 async def create_response(request: Request, body: ResponseRequest) -> Response:
     """Continues a conversation about text, images and videos, in the form of OpenAI's newer interface."""
     context, owner = context_of(request), owner_of(request)
-    history = await cancel_on_disconnect(request, _history(context, owner, body))
-    chat = await cancel_on_disconnect(request, prepare_chat(context, owner, _query(body, history)))
+    history = await _history(request, body)
+    chat = await prepare_chat(request, _query(body, history))
     if body.stream:
         return await stream_events(request, _stream(context, owner, chat, body), tail=b"")
-    (reply,), finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    (reply,), finished = await collect_chat(request, chat)
     response = _completed(_head(context, chat, body), reply, finished, chat)
     response["output"] = items_of(reply, response["status"])
     return JSONResponse(await _store(context, owner, body, response))
@@ -63,19 +63,19 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
 @router.post("/v1/responses/input_tokens")
 async def count_tokens(request: Request, body: ResponseRequest) -> JSONResponse:
     """How many tokens the prompt of a response takes. Media are probed, and not decoded."""
-    context, owner = context_of(request), owner_of(request)
-    history = await cancel_on_disconnect(request, _history(context, owner, body))
+    history = await _history(request, body)
     count = await count_prompt_tokens(request, _query(body, history))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
-async def _history(context: Context, owner: str, body: ResponseRequest) -> Sequence[Mapping[str, Any]]:
+async def _history(request: Request, body: ResponseRequest) -> Sequence[Mapping[str, Any]]:
     """The items of the conversation that the request follows."""
     if body.previous_response_id is None:
         return ()
-    return await context.in_thread(
-        context.responses.history, owner, body.previous_response_id, context.settings.messages
-    )
+    context, owner = context_of(request), owner_of(request)
+    most = context.settings.messages
+    reading = context.in_thread(context.responses.history, owner, body.previous_response_id, most)
+    return await cancel_on_disconnect(request, reading)
 
 
 def _query(body: ResponseRequest, history: Sequence[Mapping[str, Any]]) -> ChatQuery:
@@ -136,7 +136,6 @@ def _messages(items: Sequence[Mapping[str, Any]], first: int) -> list[dict[str, 
 
 
 def _head(context: Context, chat: PreparedChat, body: ResponseRequest) -> dict[str, Any]:
-    """The response object before it has any output."""
     params = chat.request.params
     return {
         "id": new_response_id(), "object": "response", "created_at": int(time.time()),
@@ -152,7 +151,6 @@ def _head(context: Context, chat: PreparedChat, body: ResponseRequest) -> dict[s
 
 
 def _completed(head: Mapping[str, Any], reply: ChatReply, finished: Finished, chat: PreparedChat) -> dict[str, Any]:
-    """The response object with its status and its usage."""
     usage = usage_of(finished, [reply], chat)
     cut = reply.reason == "length"
     return {
@@ -362,7 +360,6 @@ def items_of(reply: ChatReply, status: str) -> list[dict[str, Any]]:
 
 
 def _new(kind: Kind, status: str) -> dict[str, Any]:
-    """An item without its content."""
     item: dict[str, Any] = {"id": new_id(f"{_PREFIX[kind]}_"), "type": kind, "status": status}
     if kind == "message":
         return item | {"role": "assistant", "content": []}

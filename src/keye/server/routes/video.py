@@ -81,25 +81,20 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
 async def ground(request: Request, body: GroundRequest) -> Response:
     """When an event happens in a video, in seconds; with `stream` as server-sent events, the answer last."""
     context = context_of(request)
-    chat = await cancel_on_disconnect(request, _prepare_ground(context, owner_of(request), body))
+    question = context.model.ground_question(body.event)
+    messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
+    query = ChatQuery(messages, body, body.max_tokens, media_defaults=media_settings(body), evidence=body.evidence)
+    chat = await prepare_chat(request, query)
+    media = [segment.kind for segment in chat.prompt if segment.kind in ("image", "video")]
+    if media != ["video"]:
+        raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
     if body.stream:
         reply = ChatReply.of(chat)
         begin = {"object": "keye.ground.chunk", "model": context.names[0]}
         encode = keye_encoder(reply, begin, lambda finished: _ground_object(context, chat, reply, finished))
         return await stream_events(request, encode_events(context, (chat.request, encode)), at_once=True)
-    replies, finished = await cancel_on_disconnect(request, collect_chat(context, chat))
+    replies, finished = await collect_chat(request, chat)
     return JSONResponse(_ground_object(context, chat, replies[0], finished))
-
-
-async def _prepare_ground(context: Context, owner: str, body: GroundRequest) -> PreparedChat:
-    question = context.model.ground_question(body.event)
-    messages = [{"role": "user", "content": [body.video, {"type": "text", "text": question}]}]
-    query = ChatQuery(messages, body, body.max_tokens, media_defaults=media_settings(body), evidence=body.evidence)
-    chat = await prepare_chat(context, owner, query)
-    media = [segment.kind for segment in chat.prompt if segment.kind in ("image", "video")]
-    if media != ["video"]:
-        raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
-    return chat
 
 
 def _ground_object(context: Context, chat: PreparedChat, reply: ChatReply, finished: Finished) -> dict[str, Any]:
@@ -146,7 +141,6 @@ def _cut(
     stem: str,
     cancelled: threading.Event,
 ) -> Path:
-    """The file to send."""
 
     def progress(done: int, total: int) -> None:
         if cancelled.is_set():
