@@ -209,7 +209,10 @@ class Batch:
                 for state in self._states:
                     tasks.create_task(self._serve(state))
         except BaseExceptionGroup as several:
-            raise _first(several) from None
+            error: BaseException = several
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
         for item in self._suspects:
             await self._ask_alone(item)
         if self._left:
@@ -336,14 +339,6 @@ class Batch:
             await asyncio.to_thread(self._journal.sync)
 
 
-def _first(several: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first of the errors that ended a group of tasks."""
-    error: BaseException = several
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def record_of_answer(item: Item, answer: Answer, seconds: float, worker: str) -> dict[str, Any]:
     """The record of an answer, good or bad: in OpenAI's form for lines in that form, else the answer's parts."""
     body = answer.body
@@ -354,10 +349,7 @@ def record_of_answer(item: Item, answer: Answer, seconds: float, worker: str) ->
         problem = {"code": "bad_answer", "message": "the server's answer has no choices with a message"}
     if item.openai:
         response = {"status_code": answer.status, "request_id": body.get("id") or "", "body": body}
-        return {
-            "id": f"batch_req_{item.digest}", "custom_id": item.id, "line_digest": item.digest,
-            "response": response, "error": problem,
-        }  # fmt: skip
+        return _openai_record(item, response, problem)
     if problem is not None:
         return {"id": item.id, "line_digest": item.digest, "error": problem}
     message, fields = choice["message"], _mapping(body.get("keye"))
@@ -377,11 +369,13 @@ def record_of_error(line: Item | BadLine, message: str, code: str) -> dict[str, 
     """The record of an item that was never answered."""
     error = {"code": code, "message": f"line {line.line}: {message}"}
     if isinstance(line, Item) and line.openai:
-        return {
-            "id": f"batch_req_{line.digest}", "custom_id": line.id, "line_digest": line.digest,
-            "response": None, "error": error,
-        }  # fmt: skip
+        return _openai_record(line, None, error)
     return {"id": line.id, "line_digest": line.digest, "error": error}
+
+
+def _openai_record(item: Item, response: object, error: object) -> dict[str, Any]:
+    ids = {"id": f"batch_req_{item.digest}", "custom_id": item.id, "line_digest": item.digest}
+    return {**ids, "response": response, "error": error}
 
 
 def _problem(answer: Answer) -> dict[str, Any]:

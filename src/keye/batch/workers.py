@@ -1,6 +1,6 @@
 """What answers the questions of a batch: OpenAI-compatible servers, the engine in this process, engines in processes of
-their own, and engines as actors on a Ray cluster, on whose nodes the paths of a manifest must mean the same files. All of
-them take the body of a chat completion; `ask` is the same for all.
+their own, and engines as actors on a Ray cluster, on whose nodes the paths of a manifest must mean the same files. All
+of them take the body of a chat completion; `ask` is the same for all.
 """
 
 from __future__ import annotations
@@ -84,23 +84,18 @@ class Worker(Protocol):
     async def close(self) -> None: ...
 
 
+@dataclass
 class Client:
     """Posts questions to an application, over a socket or in this process. Each request has `tries`, in each of which
     the answer must be complete after `seconds`; `inline` sends our files with the question, for servers that cannot
     open them. `pause` waits between tries."""
 
-    def __init__(
-        self,
-        http: httpx.AsyncClient,
-        name: str,
-        *,
-        tries: int = 1,
-        inline: bool = False,
-        seconds: float | None = None,
-        pause: Pause = asyncio.sleep,
-    ) -> None:
-        self.http, self.name, self.tries, self.inline, self.seconds = http, name, tries, inline, seconds
-        self._pause = pause
+    http: httpx.AsyncClient
+    name: str
+    tries: int = 1
+    inline: bool = False
+    seconds: float | None = None
+    pause: Pause = asyncio.sleep
 
     async def post(self, body: Mapping[str, Any]) -> Answer:
         """One chat completion."""
@@ -152,7 +147,7 @@ class Client:
             except httpx.TransportError:
                 if last:
                     raise
-            await self._pause(retry_wait(attempt, retry_after))
+            await self.pause(retry_wait(attempt, retry_after))
         raise AssertionError("there is at least one try")
 
 

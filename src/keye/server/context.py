@@ -105,12 +105,8 @@ class Context:
         if (not name and not strict) or name in (*self.names, self.model.name):
             return
         if strict or self.settings.strict_model_name:
-            raise ApiError(
-                404,
-                f"the model {(name or '')[:100]!r} is not served here; use {self.names[0]!r}",
-                param="model",
-                code="model_not_found",
-            )
+            sentence = f"the model {(name or '')[:100]!r} is not served here; use {self.names[0]!r}"
+            raise ApiError(404, sentence, param="model", code="model_not_found")
         add_note(f"the model {(name or '')[:100]!r} is not served here: {self.names[0]!r} answers")
 
 
@@ -126,8 +122,6 @@ def owner_of(request: Request) -> str:
     return str(request.scope.get("keye.key") or "local")
 
 
-#: Runs a function in a thread (`Context.in_thread`).
-InThread = Callable[..., Awaitable[Any]]
 #: Most sessions of one key, and seconds after which an unused one ends.
 MAX_SESSIONS: Final = 8
 IDLE_SECONDS: Final = 600.0
@@ -145,9 +139,10 @@ class _Session:
 
 
 class LiveSessions:
-    """The sessions of all owners; each works for one request at a time and releases its memory when it ends."""
+    """The sessions of all owners; each works for one request at a time and releases its memory when it ends.
+    `in_thread` runs a function in a thread."""
 
-    def __init__(self, in_thread: InThread) -> None:
+    def __init__(self, in_thread: Callable[..., Awaitable[Any]]) -> None:
         self._in_thread = in_thread
         self._sessions: dict[str, _Session] = {}
         self._opening: Counter[str] = Counter()

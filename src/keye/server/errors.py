@@ -70,18 +70,15 @@ def error_of(error: BaseException, *, path: str = "") -> ApiError:
     return error_of_defect(error)
 
 
-def _json_fault(message: str) -> str:
-    if "recursion limit" in message:
-        return "the body is nested too deeply; send fewer levels"
-    if "surrogate" in message or "end of hex escape" in message:
-        return "the body has half of a surrogate pair; send whole characters"
-    return "the body is not valid JSON; send one JSON object"
-
-
 def error_of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What a schema found wrong with the first field that is."""
     if errors[0]["type"] == "json_invalid":
-        return ApiError(400, _json_fault(str(errors[0].get("ctx", {}).get("error"))), code="invalid_json")
+        fault, sentence = str(errors[0].get("ctx", {}).get("error")), "the body is not valid JSON; send one JSON object"
+        if "recursion limit" in fault:
+            sentence = "the body is nested too deeply; send fewer levels"
+        elif "surrogate" in fault or "end of hex escape" in fault:
+            sentence = "the body has half of a surrogate pair; send whole characters"
+        return ApiError(400, sentence, code="invalid_json")
     param, sentence, unknown = describe(errors)
     if unknown:
         return ApiError(400, f"{param} is not a field that keye knows; leave it out", param=param, code="unknown_field")

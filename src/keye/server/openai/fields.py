@@ -90,22 +90,17 @@ def read_fields(data: Mapping[Any, Any], known: Collection[str], *, where: str =
             if value not in allowed:
                 raise ApiError(400, f"{where}{name} cannot be used: {reason}", param=f"{where}{name}")
         elif value is not None:
-            familiar = name in _HARMLESS or name in _OTHER_NAMES
-            if not familiar and (meant := _meant(name, frozenset(known))) is not None:
-                raise unknown_field(f"{where}{name}", f"{where}{meant}")
+            if name not in _HARMLESS and name not in _OTHER_NAMES:
+                # Comparing names takes time, so a request has few different unknown ones.
+                if count_unknown(name) > _MOST_UNKNOWN:
+                    sentence = f"more than {_MOST_UNKNOWN} names of fields are unknown; leave them out"
+                    raise ApiError(400, sentence, code="unknown_field")
+                if (meant := _closest(name, frozenset(known))) is not None:
+                    raise unknown_field(f"{where}{name}", f"{where}{meant}")
             ignored.append(name)
     if ignored:
         note_ignored([f"{where}{name}" for name in ignored])
     return fields
-
-
-def _meant(name: str, known: frozenset[str]) -> str | None:
-    """The known name that an unknown one is nearly. Comparing takes time, so a request has few different ones."""
-    if count_unknown(name) > _MOST_UNKNOWN:
-        raise ApiError(
-            400, f"more than {_MOST_UNKNOWN} names of fields are unknown; leave them out", code="unknown_field"
-        )
-    return _closest(name, known)
 
 
 _closest: Final = lru_cache(4096)(closest)

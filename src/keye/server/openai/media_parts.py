@@ -227,7 +227,12 @@ def media_settings(body: MediaDefaults) -> dict[str, Any] | None:
     """The settings of a body; what it gives under two names counts as keye's own field has it."""
     settings: dict[str, Any] = {}
     if body.media_io_kwargs is not None:
-        settings |= _loader_settings(body.media_io_kwargs.video or {}, "media_io_kwargs.video.")
+        # vLLM's loader of videos: a number of frames, -1 for all, at most at a rate.
+        known = {"num_frames", "fps", *VIDEO_OPTIONS}
+        settings |= read_fields(body.media_io_kwargs.video or {}, known, where="media_io_kwargs.video.")
+        frames = settings.pop("num_frames", None)
+        if frames not in (None, -1):
+            settings["max_frames" if settings.get("fps") is not None else "nframes"] = frames
         if body.media_io_kwargs.image:
             note_ignored([f"media_io_kwargs.image.{name}" for name in body.media_io_kwargs.image])
     if body.mm_processor_kwargs is not None:
@@ -235,15 +240,6 @@ def media_settings(body: MediaDefaults) -> dict[str, Any] | None:
     if body.preprocess_kwargs is not None:
         settings |= read_fields(body.preprocess_kwargs, VIDEO_OPTIONS, where="preprocess_kwargs.")
     return {name: value for name, value in settings.items() if value is not None} or None
-
-
-def _loader_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """vLLM's loader of videos: a number of frames, -1 for all, at most at a rate."""
-    known = read_fields(options, {"num_frames", "fps", *VIDEO_OPTIONS}, where=where)
-    frames = known.pop("num_frames", None)
-    if frames is None or frames == -1:
-        return known
-    return {**known, "max_frames" if known.get("fps") is not None else "nframes": frames}
 
 
 def _processor_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from keye.cluster.ray_cluster import connect
@@ -122,19 +123,17 @@ class RayReplica:
 
     async def start(self) -> None:
         """Waits for Serve, which restarts it by itself."""
+        from ray import serve
+
         try:
             if self._handle is None:
-                self._handle = await asyncio.to_thread(self._deploy)
+                run = partial(serve.run, self._application, name=f"keye-{self.name}", route_prefix=None)
+                self._handle = await asyncio.to_thread(run)
             self._instance = await self._handle.name.remote()
         except (self._ray.exceptions.RayError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise KeyeError(f"replica {self.name} could not start on the cluster ({reason})") from None
         self._lost.clear()
-
-    def _deploy(self) -> Any:
-        from ray import serve
-
-        return serve.run(self._application, name=f"keye-{self.name}", route_prefix=None)
 
     async def wait_ended(self) -> None:
         await self._lost.wait()
