@@ -70,13 +70,10 @@ def _print_rows(address: str, rows: Mapping[str, str]) -> None:
 def _run(app: App, settings: Settings, listening: socket.socket, on_ready: Callable[[str], None], cut: Cut) -> None:
     """SIGTERM stops listening, lets running requests end for `drain_seconds`, ends the others by `cut`, and returns."""
     config = uvicorn.Config(
-        app,
-        log_level="warning",
-        lifespan="on",
-        timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _CUT_SECONDS),
-        backlog=2048,
+        app, log_level="warning", lifespan="on",
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _CUT_SECONDS), backlog=2048,
         **uvicorn_options(limits_of_system(Limits())),
-    )
+    )  # fmt: skip
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it once more when it is done
     try:
         _Server(config, on_ready, settings.drain_seconds, cut).run(sockets=[listening])

@@ -28,13 +28,9 @@ def uvicorn_options(limits: Limits) -> dict[str, Any]:
     """What uvicorn must be told: our protocol and the size of a head; nothing about itself in answers; no log of its
     own, which would hold query strings; no belief in X-Forwarded-For; no websockets."""
     return {
-        "http": guarded_protocol(limits),
-        "h11_max_incomplete_event_size": limits.header_bytes,
-        "server_header": False,
-        "access_log": False,
-        "proxy_headers": False,
-        "ws": "none",
-    }
+        "http": guarded_protocol(limits), "h11_max_incomplete_event_size": limits.header_bytes, "server_header": False,
+        "access_log": False, "proxy_headers": False, "ws": "none",
+    }  # fmt: skip
 
 
 class Idle:

@@ -162,15 +162,11 @@ def preflight(head: Head) -> list[tuple[bytes, bytes]]:
 def secured(headers: Iterable[tuple[bytes, bytes]], *, page: bool, request_id: str) -> list[tuple[bytes, bytes]]:
     """The headers of an answer with those that protect its reader, and without names of software."""
     added = {
-        b"content-security-policy": (PAGE_CSP if page else DATA_CSP).encode(),
-        b"x-content-type-options": b"nosniff",
-        b"x-frame-options": b"DENY",
-        b"referrer-policy": b"no-referrer",
-        b"cross-origin-opener-policy": b"same-origin",
+        b"content-security-policy": (PAGE_CSP if page else DATA_CSP).encode(), b"x-content-type-options": b"nosniff",
+        b"x-frame-options": b"DENY", b"referrer-policy": b"no-referrer", b"cross-origin-opener-policy": b"same-origin",
         b"cross-origin-resource-policy": b"same-origin",
-        b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
-        b"x-request-id": request_id.encode(),
-    }
+        b"permissions-policy": b"camera=(), microphone=(), geolocation=()", b"x-request-id": request_id.encode(),
+    }  # fmt: skip
     dropped = (*added, b"server", b"x-powered-by")
     kept_headers = [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
     if not any(name == b"cache-control" for name, _ in kept_headers):

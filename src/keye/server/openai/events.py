@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 
@@ -68,16 +68,10 @@ async def encode_events(context: Context, *requests: tuple[GenerationRequest, En
                     yield piece
 
 
-class Reply(Protocol):
-    """What takes the events of one choice."""
-
-    def take(self, event: Delta | Ended) -> Any: ...
-
-
 async def collect(
     context: Context,
     request: GenerationRequest,
-    replies: Sequence[Reply],
+    replies: Sequence[ChatReply | Continuation],
     on_event: Callable[[Event], object] = lambda _: None,
 ) -> Finished:
     """Runs a request to its end, one of `replies` for each choice."""
@@ -140,12 +134,7 @@ class ChatReply:
             self.reasoning_tokens += len(event.tokens) if self.stream.reasons else 0
             self.probs += event.probs
             self.tokens += event.tokens
-            return self._extend(self.stream.push(event.text))
-        pieces = self._extend(self.stream.finish())
-        self.reason, self.ended = "tool_calls" if self.calls and event.reason == "stop" else event.openai_reason, event
-        return pieces
-
-    def _extend(self, pieces: list[ReplyPiece]) -> list[ReplyPiece]:
+        pieces = self.stream.push(event.text) if isinstance(event, Delta) else self.stream.finish()
         if self.place != "apart":
             pieces = [placed for piece in pieces for placed in self._place_reasoning(piece)]
         if self.echo:
@@ -159,6 +148,9 @@ class ChatReply:
                 self.calls.append([new_id("call_"), piece.text, ""])
             else:
                 self.calls[piece.index][2] += piece.text
+        if isinstance(event, Ended):
+            self.ended = event
+            self.reason = "tool_calls" if self.calls and event.reason == "stop" else event.openai_reason
         return pieces
 
     def _place_reasoning(self, piece: ReplyPiece) -> Iterator[ReplyPiece]:

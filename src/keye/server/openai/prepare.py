@@ -112,7 +112,7 @@ def _prepare(context: Context, owner: str, query: ChatQuery) -> PreparedChat:
     tools, form = choose_tools(query.tools, query.tool_choice, query.form, parallel=query.parallel_calls)
     segments = _render(context, owner, query, tools)
     reasoning = opens_reasoning(segments)
-    guide = make_guide(context, form, query.sampling, after_reasoning=reasoning)
+    guide = make_guide(context, form, query.sampling, after_reasoning=reasoning) if form else None
     request = replace(
         make_request(context, owner, segments, query.sampling, query.max_tokens, has_form=guide is not None),
         n=query.n, logprobs=query.logprobs, prompt_logprobs=query.prompt_logprobs, guide=guide,
@@ -186,17 +186,8 @@ def _take_switch(messages: Sequence[Message]) -> tuple[list[Message], bool | Non
     return messages, None
 
 
-def prompt_text(prompt: Sequence[Segment]) -> str:
-    """The text of a rendered prompt, with one pad token for each medium."""
-    return "".join(segment.value if isinstance(segment.value, str) else f"<|{segment.kind}_pad|>" for segment in prompt)
-
-
-def make_guide(
-    context: Context, form: Form | None, sampling: Sampling, *, after_reasoning: bool = False
-) -> Guide | None:
-    """The guide that keeps a reply to a form; None without one. Blocks for the time it takes to compile the form."""
-    if form is None:
-        return None
+def make_guide(context: Context, form: Form, sampling: Sampling, *, after_reasoning: bool = False) -> Guide:
+    """The guide that keeps a reply to a form. Blocks for the time it takes to compile the form."""
     if context.guides is None:
         raise ApiError(400, "response_format needs llguidance, which this server lacks", param="response_format")
     if sampling.ignore_eos:
@@ -231,16 +222,11 @@ def make_request(
     if sampling.attention == "sparse" and context.model.config.text.sparse is None:
         raise ApiError(400, "attention: this model attends densely; leave it out", param="attention")
     return GenerationRequest(
-        prompt,
-        params,
-        context.model.runtime.resolve_attention(sampling.attention),
-        ignore_eos=bool(sampling.ignore_eos) and not has_form,
-        skip_special=sampling.skip_special_tokens is not False,
-        deterministic=bool(sampling.deterministic),
-        clamp=not context.settings.strict_limits,
-        salt=context.salt(owner),
+        prompt, params, context.model.runtime.resolve_attention(sampling.attention),
+        ignore_eos=bool(sampling.ignore_eos) and not has_form, skip_special=sampling.skip_special_tokens is not False,
+        deterministic=bool(sampling.deterministic), clamp=not context.settings.strict_limits, salt=context.salt(owner),
         seconds=context.settings.request_seconds,
-    )
+    )  # fmt: skip
 
 
 def check_stream_options(stream: bool | None, options: StreamOptions | None) -> None:

@@ -98,11 +98,6 @@ class Proxy:
         loads = self._loads(without)
         return str(at) if at in loads else choose(key, loads)
 
-    def choose_home(self) -> str:
-        """The replica for an upload: the one that keeps least, since questions about it go there too."""
-        stored = Counter(self.homes.values())
-        return min(self._loads(), key=lambda name: (stored[name], self.loads[name]))
-
     def _loads(self, without: str | None = None) -> dict[str, int]:
         """What those that can be asked have to do; `ApiError` where there are none. Silent ones only where all are."""
         alive = [name for name, replica in self.replicas.items() if replica.is_ready and name != without]
@@ -141,7 +136,9 @@ class Proxy:
         """Any request that one replica can answer."""
         path, path_ids = request.url.path, _ID.findall(request.url.path)
         if path == "/v1/files" and request.method == "POST":
-            home = self.choose_home()
+            # The one that keeps least, since questions about the upload go there too.
+            stored = Counter(self.homes.values())
+            home = min(self._loads(), key=lambda name: (stored[name], self.loads[name]))
             try:
                 return await self._relay(request, home, await self.send(home, request, request.stream()))
             except ReplicaLost:

@@ -36,7 +36,6 @@ from keye.server.openai.prepare import (
     count_prompt_tokens,
     form_of,
     prepare_chat,
-    prompt_text,
     thinking_of,
 )
 from keye.server.openai.schemas import ChatRequest
@@ -109,7 +108,9 @@ def _prompt_fields(finished: Finished, chat: PreparedChat, body: ChatRequest) ->
     if body.return_token_ids:
         fields["prompt_token_ids"] = finished.prompt.token_ids.tolist()
     if body.verbose:
-        fields["__verbose"] = {"prompt": prompt_text(chat.prompt)}
+        # One pad token stands for each medium.
+        texts = [part.value if isinstance(part.value, str) else f"<|{part.kind}_pad|>" for part in chat.prompt]
+        fields["__verbose"] = {"prompt": "".join(texts)}
     return fields
 
 
@@ -124,13 +125,10 @@ def _choice(index: int, reply: ChatReply, chat: PreparedChat, body: ChatRequest)
             for call_id, name, arguments in reply.calls
         ]
     return {
-        "index": index,
-        "message": message,
-        "logprobs": None if chat.request.logprobs is None else _probs(reply.probs),
-        "finish_reason": reply.reason,
-        **stop_fields(reply.ended),
+        "index": index, "message": message, "logprobs": None if chat.request.logprobs is None else _probs(reply.probs),
+        "finish_reason": reply.reason, **stop_fields(reply.ended),
         **({"token_ids": reply.tokens} if body.return_token_ids else {}),
-    }
+    }  # fmt: skip
 
 
 def _probs(probs: Sequence[TokenProb]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def _make_runs(context: Context, owner: str, body: CompletionRequest) -> list[_R
     scores = body.max_tokens == 0
     if scores and not body.echo:
         raise ApiError(400, "max_tokens is 0, which needs echo: true; give at least 1", param="max_tokens")
-    guide = make_guide(context, form_of(body), body)
+    form = form_of(body)
+    guide = make_guide(context, form, body) if form else None
     is_single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     prompts: Any = [body.prompt] if is_single else body.prompt
     runs = []

@@ -196,7 +196,8 @@ def _make_request(
     except ValidationError as error:
         details = [{**detail, "loc": ("sampling_params", *detail["loc"])} for detail in error.errors()]
         raise error_of_validation(details) from None
-    guide = make_guide(context, form_of(structured), sampling)
+    form = form_of(structured)
+    guide = make_guide(context, form, sampling) if form else None
     if isinstance(prompt, Prompt) and context.settings.strict_limits:
         ContextBudget(context.model.config.text.max_position_embeddings, tokens).check(len(prompt.token_ids), 0)
     request = make_request(context, owner, prompt, sampling, tokens, has_form=guide is not None)
@@ -237,14 +238,10 @@ def _reply_object(run: _Run, reply: Continuation, finished: Finished | None = No
         stop = {"type": "stop", "matched": reply.ended.met}
         reason = {"type": "length", "length": len(reply.tokens)} if is_cut else stop
     meta: dict[str, Any] = {
-        "id": run.name,
-        "finish_reason": reason,
-        "prompt_tokens": 0 if finished is None else finished.prompt_tokens,
-        "completion_tokens": len(reply.tokens),
-        "cached_tokens": 0 if finished is None else finished.cached_tokens,
-        "weight_version": "default",
-        "e2e_latency": round(time.perf_counter() - run.begin, 6),
-    }
+        "id": run.name, "finish_reason": reason, "prompt_tokens": 0 if finished is None else finished.prompt_tokens,
+        "completion_tokens": len(reply.tokens), "cached_tokens": 0 if finished is None else finished.cached_tokens,
+        "weight_version": "default", "e2e_latency": round(time.perf_counter() - run.begin, 6),
+    }  # fmt: skip
     if run.request.logprobs is not None and finished is not None:
         meta["output_token_logprobs"] = [[prob.logprob, prob.token, prob.text] for prob in reply.probs]
         meta["input_token_logprobs"] = _prompt_probs(run, finished)

@@ -93,17 +93,12 @@ def _query(body: ResponseRequest, history: Sequence[Mapping[str, Any]]) -> ChatQ
     if others := [name for name in include if name != _LOGPROBS]:
         note_ignored([f"include {name}" for name in others])
     return ChatQuery(
-        messages=messages,
-        sampling=body,
-        max_tokens=body.max_output_tokens,
-        logprobs=(body.top_logprobs or 0) if _LOGPROBS in include else body.top_logprobs,
-        tools=body.tools or (),
-        tool_choice=body.tool_choice,
-        parallel_calls=body.parallel_tool_calls is not False,
-        form=form or other,
+        messages=messages, sampling=body, max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if _LOGPROBS in include else body.top_logprobs, tools=body.tools or (),
+        tool_choice=body.tool_choice, parallel_calls=body.parallel_tool_calls is not False, form=form or other,
         thinking=thinking_of(body.chat_template_kwargs, body.reasoning.effort if body.reasoning else None),
         media_defaults=media_settings(body),
-    )
+    )  # fmt: skip
 
 
 def _messages(items: Sequence[Mapping[str, Any]], first: int) -> list[dict[str, Any]]:

@@ -69,12 +69,9 @@ def _plan(context: Context, owner: str, body: PlanRequest) -> dict[str, Any]:
     lacking = {"frames": 1, "timestamps": [], "duration": None}  # of images
     return {
         "media": [{**lacking, "tokens_per_frame": plan["visual_tokens"], **plan} for plan in measured.media],
-        "visual_tokens": measured.media_tokens,
-        "prompt_tokens": measured.prompt_tokens,
-        "context": limit,
-        "fits": measured.prompt_tokens < limit,
-        "keye": {"notes": [note.worded(spelled) for note in notes]},
-    }
+        "visual_tokens": measured.media_tokens, "prompt_tokens": measured.prompt_tokens, "context": limit,
+        "fits": measured.prompt_tokens < limit, "keye": {"notes": [note.worded(spelled) for note in notes]},
+    }  # fmt: skip
 
 
 @router.post("/v1/video/ground")
