@@ -183,6 +183,11 @@ class FileStore:
                 retry=60,
             )  # fmt: skip
 
+    def used(self) -> tuple[int, int]:
+        """Files and bytes that are kept."""
+        with self._lock:
+            return len(self._files), sum(file.size for file in self._files.values())
+
     def close(self) -> None:
         """Removes the folder."""
         self._home.remove()
