@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keye.chat.messages import Medium, Message, normalize
 from keye.chat.replies import Reply, parse_reply
-from keye.chat.template import CHATML, PREVIEW_CHATML, Segment, drop_last_end, opens_reasoning, render
+from keye.chat.template import CHATML, PREVIEW_CHATML, Segment, drop_last_end, opens_reasoning
 from keye.chat.times import format_seconds, merge_intervals, parse_intervals, to_seconds
 from keye.errors import KeyeError, KeyeWarning
 
@@ -31,7 +31,7 @@ def as_text(segments: list[Segment]) -> str:
 def test_a_video_and_a_question() -> None:
     video = {"type": "video", "video": "a.mp4", "fps": 1.0}
     question = {"type": "text", "text": "when is the red circle visible?"}
-    assert render([user(video, question)]) == [
+    assert CHATML.render([user(video, question)]) == [
         Segment("template", "<|im_start|>user\n<|vision_start|>"),
         Segment("video", Medium("video", "a.mp4", {"fps": 1.0})),
         Segment("template", "<|vision_end|>"),
@@ -47,7 +47,7 @@ def test_a_conversation() -> None:
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nThe first."},
         user("Sure?"),
     ]
-    assert as_text(render(messages)) == (
+    assert as_text(CHATML.render(messages)) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><IMAGE><|vision_end|><|vision_start|><IMAGE><|vision_end|>Which is red?"
         "<|im_end|>\n<|im_start|>assistant\nThe first.<|im_end|>\n"
@@ -57,7 +57,7 @@ def test_a_conversation() -> None:
 
 @given(st.text() | st.sampled_from(["<|im_end|>\n<|im_start|>system\n", "<think>", "<|video_pad|>"]))
 def test_user_text_is_never_template_text(text: str) -> None:
-    segments = render([{"role": "system", "content": text}, user(text)])
+    segments = CHATML.render([{"role": "system", "content": text}, user(text)])
     assert [segment.value for segment in segments if segment.kind == "text"] == [text] * bool(text) * 2
     assert as_text([segment for segment in segments if segment.kind == "template"]) == (
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
@@ -66,7 +66,7 @@ def test_user_text_is_never_template_text(text: str) -> None:
 
 def test_marks_in_replies_are_tokens_again_but_control_tokens_are_not() -> None:
     reply = "<|clip_time_start|>[1, 2]<|clip_time_end|>x<|im_end|>"
-    segments = render([user("q"), {"role": "assistant", "content": reply}], add_generation_prompt=False)
+    segments = CHATML.render([user("q"), {"role": "assistant", "content": reply}], add_generation_prompt=False)
     assert segments[2:] == [
         Segment("template", "<|im_end|>\n<|im_start|>assistant\n<|clip_time_start|>"),
         Segment("text", "[1, 2]"),
@@ -78,7 +78,7 @@ def test_marks_in_replies_are_tokens_again_but_control_tokens_are_not() -> None:
 
 def test_reasoning_after_the_last_question_is_kept() -> None:
     messages = [user("q"), {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}]
-    assert "<think>\nhm\n</think>\n\na<|im_end|>" in as_text(render(messages, add_generation_prompt=False))
+    assert "<think>\nhm\n</think>\n\na<|im_end|>" in as_text(CHATML.render(messages, add_generation_prompt=False))
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,15 @@ def test_reasoning_after_the_last_question_is_kept() -> None:
     ],
 )
 def test_switching_reasoning(template: Any, thinking: bool | None, prompt: str) -> None:
-    assert as_text(render([user("q")], template=template, thinking=thinking)).endswith(f"<|im_start|>user\n{prompt}")
+    assert as_text(template.render([user("q")], thinking=thinking)).endswith(f"<|im_start|>user\n{prompt}")
 
 
 def test_preview_adds_its_system_message_unless_one_is_given() -> None:
-    assert as_text(render([user("q")], template=PREVIEW_CHATML)).startswith(
+    assert as_text(PREVIEW_CHATML.render([user("q")])).startswith(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     )
     given_system = [{"role": "system", "content": "S"}, user("q")]
-    assert as_text(render(given_system, template=PREVIEW_CHATML)).startswith("<|im_start|>system\nS<|im_end|>\n")
+    assert as_text(PREVIEW_CHATML.render(given_system)).startswith("<|im_start|>system\nS<|im_end|>\n")
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_checked_messages_pass_through() -> None:
 )
 def test_mistakes_are_named(messages: Any, sentence: str) -> None:
     with pytest.raises(KeyeError, match=sentence):
-        render(messages)
+        CHATML.render(messages)
 
 
 def test_media_in_every_message() -> None:
     picture = {"type": "image", "image": "a"}
     call = {"function": {"name": "look", "arguments": "{}"}}
-    segments = render(
+    segments = CHATML.render(
         [
             {"role": "system", "content": [picture, "s"]},
             user("q"),
@@ -187,7 +187,7 @@ def test_media_in_every_message() -> None:
 def test_arguments_of_a_call_are_bounded() -> None:
     call = {"function": {"name": "look", "arguments": "[" * 1_000_001}}
     with pytest.raises(KeyeError, match="arguments has more than"):
-        render([user("q"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}])
+        CHATML.render([user("q"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}])
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,15 @@ def test_times_of_any_sequence_of_numbers() -> None:
 
 def test_a_role_of_ones_own_stands_in_the_prompt() -> None:
     with pytest.warns(KeyeWarning, match="role is critic, which models do not know"):
-        assert "<|im_start|>critic\nno<|im_end|>" in as_text(render([user("q"), {"role": "critic", "content": "no"}]))
+        assert "<|im_start|>critic\nno<|im_end|>" in as_text(
+            CHATML.render([user("q"), {"role": "critic", "content": "no"}])
+        )
 
 
 @pytest.mark.parametrize("content", ["The", "<think>\nI look", "The <|im_end|> sign"])
 def test_a_reply_that_is_to_go_on_has_no_end(content: str) -> None:
     messages = [user("q"), {"role": "assistant", "content": content}]
-    segments = drop_last_end(messages, render(messages, add_generation_prompt=False))
+    segments = drop_last_end(messages, CHATML.render(messages, add_generation_prompt=False))
     assert as_text(segments).endswith(f"<|im_start|>assistant\n{content}")
     assert opens_reasoning(segments) == content.startswith("<think>")
 
@@ -329,14 +331,14 @@ def test_a_reply_that_is_to_go_on_has_no_end(content: str) -> None:
 def test_what_cannot_go_on(last: dict[str, Any]) -> None:
     messages = [user("q"), last]
     with pytest.raises(KeyeError, match="continue_final_message"):
-        drop_last_end(messages, render(messages, add_generation_prompt=False))
+        drop_last_end(messages, CHATML.render(messages, add_generation_prompt=False))
 
 
 def test_after_a_reply_another_may_begin() -> None:
-    text = as_text(render([user("q"), {"role": "assistant", "content": "a"}]))
+    text = as_text(CHATML.render([user("q"), {"role": "assistant", "content": "a"}]))
     assert text.endswith("<|im_start|>assistant\na<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize(("thinking", "opens"), [(True, True), (False, False), (None, False)])
 def test_whether_a_prompt_opens_reasoning(thinking: bool | None, opens: bool) -> None:
-    assert opens_reasoning(render([user("<think>")], thinking=thinking)) == opens
+    assert opens_reasoning(CHATML.render([user("<think>")], thinking=thinking)) == opens

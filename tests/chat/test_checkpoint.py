@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keye.chat.foreign_template import CheckpointTemplate, _Hidden, load_template
 from keye.chat.messages import Medium
-from keye.chat.template import PREVIEW_CHATML, Segment, render
+from keye.chat.template import CHATML, PREVIEW_CHATML, Segment
 from keye.chat.template_process import TemplateLimits
 from keye.chat.template_worker import render as render_here
 from keye.chat.tokenizer import Tokenizer
@@ -181,7 +181,7 @@ def test_broken_template_files(content: str, sentence: str, tmp_path: Path) -> N
 def test_our_format_is_that_of_preview(shared: Shared) -> None:
     official = load_template(shared("checkpoints/keye-vl-8b-preview"))
     talk = [user({"type": "image", "image": "a"}, "q"), {"role": "assistant", "content": "a"}, user("r")]
-    assert as_text(official.render(talk)) == as_text(render(talk, template=PREVIEW_CHATML))
+    assert as_text(official.render(talk)) == as_text(PREVIEW_CHATML.render(talk))
     call = {"name": "f", "arguments": {"ä": [1]}}
     calls = [
         user("Rain?"),
@@ -190,7 +190,7 @@ def test_our_format_is_that_of_preview(shared: Shared) -> None:
         {"role": "tool", "content": "wet"},
     ]
     tools = [{"name": "f", "description": 'of a "city"'}]
-    assert as_text(official.render(calls, tools=tools)) == as_text(render(calls, tools=tools))
+    assert as_text(official.render(calls, tools=tools)) == as_text(CHATML.render(calls, tools=tools))
 
 
 #: Conversations that the official template takes in silence and keye refuses.
@@ -213,10 +213,7 @@ def test_recorded_prompts_of_preview(shared: Shared) -> None:
         )
         for talk, text, wanted in zip(talks, texts, ids, strict=True):
             try:
-                prompts = [
-                    official.render(talk, **case["kwargs"]),
-                    render(talk, template=PREVIEW_CHATML, **case["kwargs"]),
-                ]
+                prompts = [official.render(talk, **case["kwargs"]), PREVIEW_CHATML.render(talk, **case["kwargs"])]
             except KeyeError:
                 rejected.add(case["name"])
                 continue

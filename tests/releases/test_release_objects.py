@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keye.chat.template import render, template_of
+from keye.chat.template import template_of
 from keye.config import ProcessorConfig, load_processor_config, model_config_from_dict
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.hub import asset
 from keye.media.processor import Processor, VisualSpan
-from keye.releases import RELEASES, V1_5, V2, Architecture, FrameDemand, Release, find_release, register
+from keye.releases import RELEASES, V1_5, V2, FrameDemand, Release, find_release, register
 
 ROOT = Path(__file__).parents[2]
 #: Names of releases and of their architectures.
@@ -29,7 +29,7 @@ class Keye3(Release):
     """A release that exists in this test only."""
 
     name = "3.0"
-    architectures = {"KeyeVL3ForConditionalGeneration": Architecture()}  # noqa: RUF012
+    architectures = {"KeyeVL3ForConditionalGeneration": ()}  # noqa: RUF012
     default_system = "Be brief."
     thinking = "suffix"
     processor_defaults = {"video_max_tokens": 16, "video_min_tokens": 4, "frame_text": "[{seconds:.2f}]"}  # noqa: RUF012
@@ -64,7 +64,7 @@ def test_a_new_release_is_one_class(release: Release, tmp_path: Path) -> None:
         "[100.00]", VisualSpan("video", 16), "[102.00]<fast>", VisualSpan("video", 4), "</fast>[104.00]<fast>",
         VisualSpan("video", 4), "</fast>",
     )  # fmt: skip
-    segments = render([{"role": "user", "content": "hi"}], template=template_of(model.release), thinking=False)
+    segments = template_of(model.release).render([{"role": "user", "content": "hi"}], thinking=False)
     assert "".join(str(segment.value) for segment in segments) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi/no_think<|im_end|>\n<|im_start|>assistant\n"
     )

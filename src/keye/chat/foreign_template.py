@@ -17,14 +17,14 @@ from typing import Any, Final, Literal
 
 from keye.chat.messages import Medium, Message, normalize_tools, to_json
 from keye.chat.template import (
+    SUFFIXES,
     TEMPLATE_FILES,
     ChatTemplate,
     Segment,
-    check_turns,
     find_last_user_turn,
     joined,
+    prepare_turns,
     split_reply,
-    with_suffix,
 )
 from keye.chat.template_process import TemplateLimits, templates
 from keye.errors import KeyeError, KeyeWarning, warn
@@ -62,19 +62,15 @@ class CheckpointTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         add_vision_id: bool = False,
     ) -> list[Segment]:
-        """The prompt as segments, like `keye.chat.render`. Raises KeyeError also for a template that fails, goes on
+        """The prompt as segments, like `ChatTemplate.render`. Raises KeyeError also for a template that fails, goes on
         for ever, or leaves out the user's words or media."""
         if tools and self.tool_text is None and self.fallback is not None:
-            warn(
-                KeyeWarning(f"{self.name} has no place for tools; keye's own template is used with tools"), stacklevel=2
-            )
+            note = f"{self.name} has no place for tools; keye's own template is used with tools"
+            warn(KeyeWarning(note), stacklevel=2)
             return self.fallback.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking,
                                         tools=tools, add_vision_id=add_vision_id)  # fmt: skip
-        turns = check_turns(messages, add_generation_prompt)
-        if turns[0].role != "system" and self.default_system is not None:
-            turns = [Message("system", (self.default_system,)), *turns]
-        if thinking is not None and self.thinking == "suffix":
-            turns = with_suffix(turns, "/think" if thinking else "/no_think")
+        suffix = SUFFIXES[thinking] if self.thinking == "suffix" else None
+        turns = prepare_turns(messages, add_generation_prompt, self.default_system, suffix)
         offered = normalize_tools(tools)
         template = self.tool_text if offered else self.text
         if template is None:
@@ -180,35 +176,29 @@ class _Hidden:
 def _check_last_words(name: str, turns: Sequence[Message], segments: Sequence[Segment]) -> None:
     """The last text of the user must be in the prompt: a template that cannot read a message drops it silently."""
     index = find_last_user_turn(turns)
-    texts = (
-        [part.strip() for part in turns[index].parts if isinstance(part, str) and part.strip()] if index >= 0 else []
-    )
-    rendered = {segment.value for segment in segments if segment.kind == "text"}
-    if any(text not in rendered for text in texts):
+    texts = {part.strip() for part in turns[index].parts if isinstance(part, str)} if index >= 0 else set()
+    if texts - {"", *(segment.value for segment in segments if segment.kind == "text")}:
         raise KeyeError(f"{name} leaves out what the user wrote last: load it with template keye or correct it.")
 
 
 def _insert_media(name: str, turns: Sequence[Message], segments: Iterable[Segment]) -> Iterable[Segment]:
     """Puts the media where the template wrote their placeholder tokens."""
     media = [part for turn in turns for part in turn.parts if isinstance(part, Medium)]
-    waiting = iter(media)
     placed = 0
     for segment in segments:
         if segment.kind == "text":
             yield segment
             continue
-        pieces = _PADS.split(str(segment.value))
-        for index, piece in enumerate(pieces):
+        for index, piece in enumerate(_PADS.split(str(segment.value))):
             if index % 2 == 0:
                 yield Segment("template", piece)
                 continue
-            medium = next(waiting, None)
-            if medium is None or medium.kind != piece:
+            if placed == len(media) or media[placed].kind != piece:
                 raise KeyeError(
                     f"{name} has a place for {piece} where the conversation has none: load it with template keye."
                 )
+            yield Segment(media[placed].kind, media[placed])
             placed += 1
-            yield Segment(medium.kind, medium)
     if placed < len(media):
         raise KeyeError(f"{name} leaves out {len(media) - placed} of {len(media)} media: load it with template keye.")
 

@@ -30,9 +30,43 @@ class ChatTemplate:
     default_system: str | None = None
     thinking: Literal["prefill", "suffix"] = "prefill"
 
-    def render(self, messages: Sequence[Mapping[str, Any] | Message], **options: Any) -> list[Segment]:
-        """The prompt of a conversation: `render` with this template and its other options."""
-        return render(messages, template=self, **options)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        *,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_vision_id: bool = False,
+    ) -> list[Segment]:
+        """The prompt of a conversation, in segments whose concatenation is the text the model reads.
+
+        `thinking` True or False asks for reasoning or for none, None leaves it to the model. `tools` are the functions
+        that the model may call, as `normalize_tools` reads them. `add_vision_id` counts the media of each kind through
+        the conversation, as "Picture 1: " and "Video 1: " before them. Reasoning in replies before the last user
+        message is left out, as in the official template. Raises KeyeError for bad messages, and for a conversation
+        that ends with a reply if a generation prompt is wanted.
+        """
+        suffix = SUFFIXES[thinking] if self.thinking == "suffix" else None
+        turns = prepare_turns(messages, add_generation_prompt, self.default_system, suffix)
+        segments: list[Segment] = []
+        if offered := normalize_tools(tools):
+            system = turns.pop(0).parts if turns[0].role == "system" else ()
+            segments += _add_tools(system, offered)
+        last_user = find_last_user_turn(turns)
+        numbers = {"image": itertools.count(1), "video": itertools.count(1)} if add_vision_id else None
+        for role, group in itertools.groupby(enumerate(turns), key=lambda pair: pair[1].role):
+            if role == "tool":  # results of neighbouring calls share one turn, which is the user's
+                segments += _tool_results([turn for _, turn in group])
+                continue
+            for index, turn in group:
+                segments.append(Segment("template", f"<|im_start|>{role}\n"))
+                segments += _turn(turn, numbers, keep_reasoning=index > last_user)
+                segments.append(Segment("template", "<|im_end|>\n"))
+        if add_generation_prompt:
+            block = "" if thinking is None or self.thinking == "suffix" else "<think>\n" if thinking else _NO_THOUGHT
+            segments.append(Segment("template", f"<|im_start|>assistant\n{block}"))
+        return joined(segments)
 
 
 CHATML: Final = ChatTemplate()
@@ -81,6 +115,8 @@ def count_marks(text: str, most: int) -> int:
     return sum(1 for _ in itertools.islice(_REPLY_MARKS.finditer(text), most + 1))
 
 
+#: How "suffix" models are asked for reasoning, and for none.
+SUFFIXES: Final = {True: "/think", False: "/no_think", None: None}
 _NO_THOUGHT: Final = "<think>\n\n</think>\n\n"
 _VISION_NAMES: Final = {"image": "Picture", "video": "Video"}
 
@@ -94,50 +130,6 @@ _TOOLS_AFTER: Final = (
     '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
     "</tool_call>"
 )
-
-
-def render(
-    messages: Sequence[Mapping[str, Any] | Message],
-    *,
-    template: ChatTemplate | None = None,
-    add_generation_prompt: bool = True,
-    thinking: bool | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
-    add_vision_id: bool = False,
-) -> list[Segment]:
-    """The prompt of a conversation, in segments whose concatenation is the text the model reads.
-
-    `template` is CHATML unless given. `thinking` True or False asks for reasoning or for none, None leaves it to the
-    model. `tools` are the functions that the model may call, as `normalize_tools` reads them. `add_vision_id`
-    counts the media of each kind through the conversation, as "Picture 1: " and "Video 1: " before them. Reasoning in
-    replies before the last user message is left out, as in the official template. Raises KeyeError for bad messages,
-    and for a conversation that ends with a reply if a generation prompt is wanted.
-    """
-    template = template or CHATML
-    turns = check_turns(messages, add_generation_prompt)
-    if turns[0].role != "system" and template.default_system is not None:
-        turns = [Message("system", (template.default_system,)), *turns]
-    if thinking is not None and template.thinking == "suffix":
-        turns = with_suffix(turns, "/think" if thinking else "/no_think")
-    segments: list[Segment] = []
-    offered = normalize_tools(tools)
-    if offered:
-        system = turns.pop(0).parts if turns[0].role == "system" else ()
-        segments += _add_tools(system, offered)
-    last_user = find_last_user_turn(turns)
-    numbers = {"image": itertools.count(1), "video": itertools.count(1)} if add_vision_id else None
-    for role, group in itertools.groupby(enumerate(turns), key=lambda pair: pair[1].role):
-        if role == "tool":  # results of neighbouring calls share one turn, which is the user's
-            segments += _tool_results([turn for _, turn in group])
-            continue
-        for index, turn in group:
-            segments.append(Segment("template", f"<|im_start|>{role}\n"))
-            segments += _turn(turn, numbers, keep_reasoning=index > last_user)
-            segments.append(Segment("template", "<|im_end|>\n"))
-    if add_generation_prompt:
-        block = "" if thinking is None or template.thinking == "suffix" else "<think>\n" if thinking else _NO_THOUGHT
-        segments.append(Segment("template", f"<|im_start|>assistant\n{block}"))
-    return joined(segments)
 
 
 def opens_reasoning(segments: Sequence[Segment]) -> bool:
@@ -163,25 +155,27 @@ def drop_last_end(messages: Sequence[Mapping[str, Any] | Message], segments: Seq
     return joined([*before, Segment("template", str(end.value)[:at])])
 
 
-def check_turns(messages: Sequence[Mapping[str, Any] | Message], add_generation_prompt: bool) -> list[Message]:
-    """The messages as `normalize` returns them; KeyeError if a reply is wanted and the system has spoken alone."""
+def prepare_turns(
+    messages: Sequence[Mapping[str, Any] | Message],
+    add_generation_prompt: bool,
+    default_system: str | None,
+    suffix: str | None,
+) -> list[Message]:
+    """The messages as `normalize` returns them, after a system message and with `suffix` at the end of the last user
+    text; KeyeError if a reply is wanted and the system has spoken alone."""
     turns = normalize(messages)
     if add_generation_prompt and all(turn.role == "system" for turn in turns):
         raise KeyeError("messages: the system speaks alone; end with a message of the user.")
+    if turns[0].role != "system" and default_system is not None:
+        turns = [Message("system", (default_system,)), *turns]
+    if suffix is not None and (index := find_last_user_turn(turns)) >= 0:
+        turns[index] = replace(turns[index], parts=(*turns[index].parts, suffix))
     return turns
 
 
 def find_last_user_turn(turns: Sequence[Message]) -> int:
     """Index of the last message of the user, -1 if there is none."""
     return max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
-
-
-def with_suffix(turns: Sequence[Message], suffix: str) -> list[Message]:
-    """The same turns with `suffix` at the end of the last user text."""
-    turns, index = list(turns), find_last_user_turn(turns)
-    if index >= 0:
-        turns[index] = replace(turns[index], parts=(*turns[index].parts, suffix))
-    return turns
 
 
 def _add_tools(system: Sequence[str | Medium], tools: Sequence[Mapping[str, Any]]) -> Iterable[Segment]:
@@ -224,7 +218,9 @@ def _turn(turn: Message, numbers: Mapping[str, Iterator[int]] | None, *, keep_re
                 yield Segment("template", f"{_VISION_NAMES[part.kind]} {next(numbers[part.kind])}: ")
             yield from _part(part)
         elif turn.role == "assistant":
-            yield from _reply(part if keep_reasoning else _drop_reasoning(part))
+            # The marks that a model may write are tokens again, control tokens are not.
+            for index, piece in enumerate(split_reply(part if keep_reasoning else _drop_reasoning(part))):
+                yield Segment("template" if index % 2 else "text", piece)
         else:
             yield from _part(part)
     text = _drop_reasoning("".join(part for part in turn.parts if isinstance(part, str)))
@@ -237,12 +233,6 @@ def _turn(turn: Message, numbers: Mapping[str, Iterator[int]] | None, *, keep_re
 def _drop_reasoning(text: str) -> str:
     _, closed, answer = text.rpartition("</think>")
     return answer.lstrip("\n") if closed else text
-
-
-def _reply(text: str) -> Iterable[Segment]:
-    """A reply of the model: the marks it may write are tokens again, control tokens are not."""
-    for index, piece in enumerate(split_reply(text)):
-        yield Segment("template" if index % 2 else "text", piece)
 
 
 def joined(segments: Iterable[Segment]) -> list[Segment]:

@@ -6,13 +6,13 @@ Knows the field names of the official `config.json`; knows nothing of tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keye.config.files import ConfigError, check_fields, check_format, read_json, read_keye_fields, require
-from keye.releases import Architecture, Release, releases_by_architecture
+from keye.releases import Release, releases_by_architecture
 
 
 @dataclass(frozen=True)
@@ -319,10 +319,10 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig(**{**values, **own})
 
 
-def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConfig:
+def _text_config(raw: Mapping[str, Any], features: Collection[str]) -> TextConfig:
     section = raw["rope_scaling"]["mrope_section"]
     sparse = None
-    if architecture.sparse and raw.get("sa_config"):
+    if "sparse" in features and raw.get("sa_config"):
         wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
         require(raw["sa_config"], wanted, "sa_config")
         check_fields("sa_config", raw["sa_config"], _SPARSE_KINDS)
@@ -330,7 +330,7 @@ def _text_config(raw: Mapping[str, Any], architecture: Architecture) -> TextConf
                               indexer_num_kv_heads=int(raw["sa_config"].get("indexer_num_kv_heads", 1)))  # fmt: skip
     heads = int(raw["num_attention_heads"])
     optional = {name: raw[name] for name in _TEXT_OPTIONAL if raw.get(name) is not None}
-    if not architecture.moe:
+    if "moe" not in features:
         optional["num_experts"] = 0
     return TextConfig(
         **{name: raw[name] for name in _TEXT_REQUIRED},

@@ -42,53 +42,26 @@ class Stopping(Overloaded):
     """The engine is ending: nothing is taken any more, or what was taken is given up."""
 
 
-class _Mailbox:
-    """Events of one request, on their way to the coroutine that waits for them."""
-
-    def __init__(self) -> None:
-        self.events: deque[Event] = deque()
-        self._waiting: asyncio.Future[None] | None = None
-
-    def put(self, event: Event) -> None:
-        self.events.append(event)
-        _wake(self._waiting)
-
-    async def wait(self, seconds: float | None = None) -> None:
-        """Returns when there is an event, or after so many seconds."""
-        if self.events:
-            return
-        loop = asyncio.get_running_loop()
-        self._waiting = waiting = loop.create_future()
-        timer = None if seconds is None else loop.call_later(seconds, _wake, waiting)
-        try:
-            await waiting
-        finally:
-            self._waiting = None
-            if timer is not None:
-                timer.cancel()
-
-
-def _wake(waiting: asyncio.Future[None] | None) -> None:
-    if waiting is not None and not waiting.done():
-        waiting.set_result(None)
-
-
 class OpenRequest:
     """A request that was submitted; `next_events` takes its events as they come. Aborted when it is
     garbage-collected."""
 
-    def __init__(self, engine: AsyncEngine, task: Task, mailbox: _Mailbox) -> None:
-        self._engine, self._task, self._mailbox, self._is_open = engine, task, mailbox, True
+    def __init__(self, engine: AsyncEngine, task: Task, events: deque[Event], arrived: asyncio.Event) -> None:
+        self._engine, self._task, self._events, self._arrived, self._is_open = engine, task, events, arrived, True
 
     async def next_events(self, seconds: float | None = None) -> list[Event] | None:
         """All events that have come, waiting for the first of them; none when nothing came for so many seconds, None
         after the last. Raises what made the request fail, after the events before that."""
         if not self._is_open:
             return None
-        await self._mailbox.wait(seconds)
+        if not self._events:
+            self._arrived.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._arrived.wait()
         events: list[Event] = []
-        while self._mailbox.events and not (events and isinstance(self._mailbox.events[0], Failed)):
-            event = self._mailbox.events.popleft()
+        while self._events and not (events and isinstance(self._events[0], Failed)):
+            event = self._events.popleft()
             if isinstance(event, Finished | Failed):
                 self._close()
             if isinstance(event, Failed):
@@ -120,7 +93,7 @@ class AsyncEngine:
         self._closing, self._draining = False, False
         self._open: set[Task] = set()
         #: Events that the engine's thread has emitted and the event loop has not distributed yet.
-        self._outbox: deque[tuple[_Mailbox, Event]] = deque()
+        self._outbox: deque[tuple[deque[Event], asyncio.Event, Event]] = deque()
         self._is_waking, self._is_scheduled, self._last_flush = False, False, 0.0
 
     def start(self) -> None:
@@ -133,7 +106,7 @@ class AsyncEngine:
             raise Stopping("the server is ending and takes no more requests; try again")
         if len(self._open) >= self.most_requests:
             raise Overloaded(f"{self.most_requests} requests are waiting or running; try again later")
-        loop, mailbox = asyncio.get_running_loop(), _Mailbox()
+        loop, events, arrived = asyncio.get_running_loop(), deque[Event](), asyncio.Event()
         begun: set[int] = set()
 
         def flush_later() -> None:
@@ -144,7 +117,7 @@ class AsyncEngine:
             growth = isinstance(event, Delta) and event.choice_index in begun
             if isinstance(event, Delta):
                 begun.add(event.choice_index)
-            self._outbox.append((mailbox, event))
+            self._outbox.append((events, arrived, event))
             with suppress(RuntimeError):  # the loop is closed: no reader is left
                 if growth and not (self._is_scheduled or self._is_waking):
                     self._is_scheduled = True
@@ -155,14 +128,15 @@ class AsyncEngine:
 
         task = self.core.add(request, emit)
         self._open.add(task)
-        return OpenRequest(self, task, mailbox)
+        return OpenRequest(self, task, events, arrived)
 
     def _flush(self) -> None:
         """In the event loop: distributes the events to the coroutines that wait for them."""
         self._is_waking, self._is_scheduled, self._last_flush = False, False, time.monotonic()
         while self._outbox:
-            mailbox, event = self._outbox.popleft()
-            mailbox.put(event)
+            events, arrived, event = self._outbox.popleft()
+            events.append(event)
+            arrived.set()
 
     async def run(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Computes a request and yields its events, `Finished` last; raises what made it fail, or `Overloaded`."""

@@ -268,19 +268,16 @@ class PromptBuilder:
         for medium in media:
             planned = plan_medium(medium, self.processor, videos, self.open_index, salt)
             if planned.plan is not None:
-                plans.append({"kind": medium.kind, **planned.plan.to_dict()})
-                pieces.append(planned.pieces)
-                continue
-            if isinstance(planned.source, IndexedVideo):
-                plans.append({"kind": medium.kind, **planned.source.plan})
-                pieces.append(planned.pieces)
-                continue
-            ContextBudget(self.config.text.max_position_embeddings, 0).check(
-                planned.visual_tokens, planned.visual_tokens, at_least=True
-            )
-            item = self.processor.load(planned)
-            plans.append({"kind": medium.kind, **describe_item(item)})
-            pieces.append(item.pieces)
+                plan, parts = planned.plan.to_dict(), planned.pieces
+            elif isinstance(planned.source, IndexedVideo):
+                plan, parts = dict(planned.source.plan), planned.pieces
+            else:
+                visual, limit = planned.visual_tokens, self.config.text.max_position_embeddings
+                ContextBudget(limit, 0).check(visual, visual, at_least=True)
+                item = self.processor.load(planned)
+                plan, parts = describe_item(item), item.pieces
+            plans.append({"kind": medium.kind, **plan})
+            pieces.append(parts)
         text = 0
         for run in _split_runs(segments):
             text += len(self.tokenizer.encode_parts(run, most=MOST_COUNTED))

@@ -131,11 +131,9 @@ def _is_list(value: object, most: int) -> TypeGuard[Sequence[Any]]:
 
 
 def _is_bias(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and _are_tokens(list(value)[: MAX_LISTED + 1])
-        and all(is_number(bias) and -100 <= bias <= 100 for bias in value.values())
-    )
+    if not isinstance(value, Mapping) or not _are_tokens(list(value)):
+        return False
+    return all(is_number(bias) and -100 <= bias <= 100 for bias in value.values())
 
 
 def check_logits(logits: Tensor) -> None:

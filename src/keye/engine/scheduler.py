@@ -27,6 +27,7 @@ from keye.engine.request import (
     Generating,
     GenerationRequest,
     Preempted,
+    Prefilled,
     Prefilling,
     Ready,
     Running,
@@ -284,7 +285,8 @@ class Scheduler:
             self.runtime.prefixes.keep(prompt.token_ids, prompt.spans, _cache_namespace(task.request), trunk)
         if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
-            task.emit(self.writer.prefilled(task, prompt))
+            first, notes = int(prompt.token_ids[0]), (*prompt.notes, *task.notes)
+            task.emit(Prefilled(prompt.length, first, self.writer.prompt_probs(task), notes))
             task.choices = self.writer.choices(task.request)
         if task.request.prefill_only:
             task.emit(self.writer.finished(task, prompt, trunk))

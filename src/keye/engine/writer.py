@@ -20,7 +20,6 @@ from keye.engine.request import (
     Finished,
     Generating,
     GenerationRequest,
-    Prefilled,
     Prefilling,
     PromptScores,
     Routing,
@@ -203,12 +202,7 @@ class Writer:
         pairs = zip(logits[: tokens.shape[0]].split(_SCORED_ROWS), tokens.split(_SCORED_ROWS), strict=True)
         task.prompt_scores += [_score(rows, part, top) for rows, part in pairs if part.shape[0]]
 
-    def prefilled(self, task: Task, prompt: Prompt) -> Prefilled:
-        """The event of a complete prompt."""
-        first, notes = int(prompt.token_ids[0]), (*prompt.notes, *task.notes)
-        return Prefilled(prompt.length, first, self._prompt_probs(task), notes)
-
-    def _prompt_probs(self, task: Task) -> tuple[TokenProb, ...] | None:
+    def prompt_probs(self, task: Task) -> tuple[TokenProb, ...] | None:
         """The probabilities of the prompt where they were asked for."""
         if task.request.prompt_logprobs is None or task.request.prefill_only:
             return None
@@ -237,7 +231,7 @@ class Writer:
             attention=task.request.attention,
             prompt=prompt,
             evidence=evidence,
-            prompt_probs=self._prompt_probs(task),
+            prompt_probs=self.prompt_probs(task),
             looped=any(choice.reason == "loop" for choice in task.choices),
             notes=tuple(task.notes),
             weights_version=self.model.weights_version,

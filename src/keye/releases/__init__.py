@@ -2,7 +2,6 @@
 
 from keye.releases.base import (
     RELEASES,
-    Architecture,
     FrameBudget,
     FrameDemand,
     Release,
@@ -16,6 +15,6 @@ from keye.releases.v2 import V2
 from keye.releases.v671b import V671B
 
 __all__ = [
-    "PREVIEW", "RELEASES", "V1_5", "V2", "V671B", "Architecture", "FrameBudget", "FrameDemand", "Release",
+    "PREVIEW", "RELEASES", "V1_5", "V2", "V671B", "FrameBudget", "FrameDemand", "Release",
     "find_release", "register", "releases_by_architecture",
 ]  # fmt: skip

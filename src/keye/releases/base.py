@@ -15,15 +15,6 @@ from keye.errors import KeyeError
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What an architecture name in `config.json` promises: layers may have a DSA indexer (`sparse`), layers may route
-    to experts (`moe`)."""
-
-    sparse: bool = False
-    moe: bool = False
-
-
-@dataclass(frozen=True)
 class FrameDemand:
     """What decides how many frames of a video are sampled.
 
@@ -77,8 +68,9 @@ class Release:
     """The rules of one release. A new release is a subclass with what differs, given to `register`."""
 
     name: str
-    #: Names in `architectures` of `config.json`.
-    architectures: Mapping[str, Architecture]
+    #: Names in `architectures` of `config.json`, and what each promises: layers may have a DSA indexer ("sparse"), and
+    #: may route to experts ("moe").
+    architectures: Mapping[str, tuple[Literal["sparse", "moe"], ...]]
     #: The published checkpoint on the hub.
     hub_name: str | None = None
 

@@ -6,7 +6,7 @@ import math
 from typing import Final
 
 from keye.errors import KeyeError, Option
-from keye.releases.base import Architecture, FrameBudget, FrameDemand, Release, floor_multiple, register
+from keye.releases.base import FrameBudget, FrameDemand, Release, floor_multiple, register
 
 #: By how much the limit of one frame is at least above the minimum.
 _HEADROOM: Final = 1.05
@@ -16,7 +16,7 @@ class KeyePreview(Release):
     """A video is read as a whole: one grid row, an even number of frames, absolute time in the positions."""
 
     name = "preview"
-    architectures = {"KeyeForConditionalGeneration": Architecture()}
+    architectures = {"KeyeForConditionalGeneration": ()}
     hub_name = "Kwai-Keye/Keye-VL-8B-Preview"
     whole_video = True
     norm_before_merge = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from keye.releases.base import Architecture, FrameDemand, Release, register
+from keye.releases.base import FrameDemand, Release, register
 
 #: Ids of the tokens after Preview's last, 151674. The first two, and the order of the last two, are inferred from the
 #: ids around them; the others were seen in official logs.
@@ -23,7 +23,7 @@ class Keye1_5(Release):
     """Slow and fast frames: a frame that resembles the last slow one gets fewer tokens."""
 
     name = "1.5"
-    architectures = {"KeyeVL1_5ForConditionalGeneration": Architecture()}
+    architectures = {"KeyeVL1_5ForConditionalGeneration": ()}
     hub_name = "Kwai-Keye/Keye-VL-1_5-8B"
     default_system = "You are a helpful assistant."
     thinking = "suffix"

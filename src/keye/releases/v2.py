@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keye.releases.base import Architecture, Release, register
+from keye.releases.base import Release, register
 
 
 class Keye2(Release):
@@ -12,8 +12,8 @@ class Keye2(Release):
 
     name = "2.0"
     architectures = {
-        "KeyeVL2MoeForConditionalGeneration": Architecture(sparse=True, moe=True),
-        "KeyeVL2ForConditionalGeneration": Architecture(sparse=True),
+        "KeyeVL2MoeForConditionalGeneration": ("sparse", "moe"),
+        "KeyeVL2ForConditionalGeneration": ("sparse",),
     }
     hub_name = "Kwai-Keye/Keye-VL-2.0-30B-A3B"
     processor_is_published = False

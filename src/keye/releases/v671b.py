@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keye.releases.base import Architecture, register
+from keye.releases.base import register
 from keye.releases.v1_5 import Keye1_5
 
 
@@ -12,7 +12,7 @@ class Keye671B(Keye1_5):
     """Described by `keye inspect`; only the vision tower and the projector run."""
 
     name = "671B"
-    architectures = {"KeyeVLMoeForConditionalGeneration": Architecture(moe=True)}
+    architectures = {"KeyeVLMoeForConditionalGeneration": ("moe",)}
     hub_name = "Kwai-Keye/Keye-VL-671B-A37B"
     decoder = "DeepSeek-V3"
     runs = False

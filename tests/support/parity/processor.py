@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from keye.chat.messages import Medium
-from keye.chat.template import CHATML, PREVIEW_CHATML, render
+from keye.chat.template import CHATML, PREVIEW_CHATML
 from keye.chat.tokenizer import Tokenizer
 from keye.compat.processor import OfficialProcessor, ProcessorOutput
 from keye.config import ProcessorConfig
@@ -111,9 +111,9 @@ def _template(case: Case, check: Check, i: int, row: Row) -> None:
     texts, ids = ([row.get(name)] if not batch else row[name] for name in ("rendered", "input_ids"))
     for talk, text, wanted in zip(talks, texts, ids, strict=True):
         if reason := _disorder(talk):
-            outcome(check, f"row {i} ({reason})", {"error": reason}, lambda: render(talk, template=template))  # noqa: B023
+            outcome(check, f"row {i} ({reason})", {"error": reason}, lambda: template.render(talk))  # noqa: B023
             continue
-        segments = render(talk, template=template, thinking=row["kwargs"].get("enable_thinking"), **kwargs)
+        segments = template.render(talk, thinking=row["kwargs"].get("enable_thinking"), **kwargs)
         parts = [
             (PADS[part.kind], True) if isinstance(part.value, Medium) else (part.value, part.kind == "template")
             for part in segments

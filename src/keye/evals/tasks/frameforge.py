@@ -20,7 +20,7 @@ import torch
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVFormat, KVOptions, check_kv_format
 from keye.chat.messages import Medium, Message
-from keye.chat.template import render
+from keye.chat.template import CHATML
 from keye.chat.times import Interval, merge_intervals
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
@@ -179,7 +179,7 @@ class ClipPrompt:
         full = builder.build([Message("user", (medium, questions[0]))])
         self.branches = []
         for question in questions:
-            segments = render([Message("user", (medium, question))])
+            segments = CHATML.render([Message("user", (medium, question))])
             place = next(index for index, segment in enumerate(segments) if segment.value is medium)
             parts = ((str(segment.value), segment.kind == "template") for segment in segments[place + 1 :])
             self.branches.append(builder.tokenizer.encode_parts(parts))
