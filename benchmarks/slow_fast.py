@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
-from keye.media.pixels.resample import bilinear
+from keye.media.pixels.patches import resize_bilinear
 from keye.media.pixels.slowfast import frame_types
-from keye.media.sizes import FrameSizes, frame_sizes, smart_resize
+from keye.media.sizes import FrameSizes, compute_frame_sizes, smart_resize
 
 Pixels = NDArray[np.uint8]
 CONFIG = ProcessorConfig.of("1.5")
@@ -86,7 +86,7 @@ def plain_types(frames: list[Pixels], threshold: float = FRAME_THRESHOLD) -> lis
 
 def sizes_of(types: list[int], frame: Pixels) -> FrameSizes:
     fast = sum(types)
-    return frame_sizes(frame.shape[0], frame.shape[1], len(types) - fast, CONFIG, fast=fast)
+    return compute_frame_sizes(frame.shape[0], frame.shape[1], len(types) - fast, CONFIG, fast=fast)
 
 
 def plain(frames: list[Pixels]) -> tuple[list[int], list[Pixels]]:
@@ -100,7 +100,7 @@ def ours(frames: list[Pixels]) -> tuple[list[int], list[Pixels]]:
     """The same by keye."""
     types = frame_types(frames, CONFIG)
     result = sizes_of(types, frames[0])
-    return types, [bilinear(f, result.fast if t else result.slow) for f, t in zip(frames, types, strict=True)]
+    return types, [resize_bilinear(f, result.fast if t else result.slow) for f, t in zip(frames, types, strict=True)]
 
 
 def make_clip(count: int, height: int, width: int) -> list[Pixels]:

@@ -18,7 +18,7 @@ def tokens_of(seconds: float, release: str, height: int = 720, width: int = 1280
     """(frames, tokens of a frame) of a 720p video at 30 frames per second; for 1.5 with every frame slow."""
     config = ProcessorConfig.of(release)
     frames = sampling.smart_nframes(int(seconds * 30), 30.0, config)
-    h, w = sizes.frame_sizes(height, width, frames, config).slow
+    h, w = sizes.compute_frame_sizes(height, width, frames, config).slow
     return frames, h * w // config.token_pixels
 
 
@@ -56,7 +56,7 @@ def slow_and_fast() -> str:
     """Twelve frames of a 720p video of three scenes, at the sizes that 1.5 gives them."""
     types = [0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
     fast = sum(types)
-    result = sizes.frame_sizes(720, 1280, len(types) - fast, ProcessorConfig.of("1.5"), fast=fast)
+    result = sizes.compute_frame_sizes(720, 1280, len(types) - fast, ProcessorConfig.of("1.5"), fast=fast)
     parts, x = [], 10.0
     for i, kind in enumerate(types):
         height, width = (side / 12 for side in (result.fast if kind else result.slow))

@@ -13,8 +13,7 @@ from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media import sizes
-from keye.media.image import open_frames
-from keye.media.lists import count_least_list_tokens
+from keye.media.image import count_least_list_tokens, open_frames
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source, untrusted
 from keye.releases import find_release
@@ -56,9 +55,9 @@ def test_pictures_of_strangers_are_measured_and_not_decoded() -> None:
 def test_a_size_beyond_every_context_is_refused(pixels: float) -> None:
     options = MediaOptions(min_pixels=pixels, max_pixels=pixels)
     with pytest.raises(KeyeError, match="more than 268,435,456; lower min_pixels"):
-        sizes.image_size(64, 64, ProcessorConfig(), options)
+        sizes.compute_image_size(64, 64, ProcessorConfig(), options)
     with pytest.raises(KeyeError, match="lower min_pixels"):
-        sizes.frame_sizes(64, 64, 2, ProcessorConfig(), options)
+        sizes.compute_frame_sizes(64, 64, 2, ProcessorConfig(), options)
 
 
 @pytest.mark.parametrize("name", ["fps", "min_pixels", "nframes", "resized_height", "video_total_pixels"])

@@ -89,9 +89,9 @@ def test_a_plan_of_an_image_is_its_size() -> None:
 
 def test_thin_pictures_work_unless_strict() -> None:
     limits = {"factor": 28, "min_pixels": 3136, "max_pixels": 6272}
-    assert sizes.processor_resize(300, 30, **limits) == (224, 28)  # type: ignore[arg-type]
+    assert sizes.resize_for_processor(300, 30, **limits) == (224, 28)  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="has no size"):
-        sizes.processor_resize(300, 30, **limits, strict_official=True)  # type: ignore[arg-type]
+        sizes.resize_for_processor(300, 30, **limits, strict_official=True)  # type: ignore[arg-type]
     with pytest.raises(KeyeError, match="aspect ratio above 200"):
         Processor(V20).image(Image.new("RGB", (201, 1)))
     with pytest.raises(KeyeError, match="aspect ratio above 200"):
@@ -320,11 +320,11 @@ def test_preview_places_uneven_frames_at_their_own_times(tmp_path: Path) -> None
 def test_fast_frames_are_never_larger_than_slow_ones_of_a_size_asked_for() -> None:
     def sizes_of(height: int, width: int, *, strict: bool = False) -> sizes.FrameSizes:
         requested = MediaOptions(resized_height=height, resized_width=width, strict_official=strict)
-        return sizes.frame_sizes(360, 640, 4, V15, requested, fast=4)
+        return sizes.compute_frame_sizes(360, 640, 4, V15, requested, fast=4)
 
     assert sizes_of(28, 28) == sizes.FrameSizes((56, 56), (56, 56))
     assert sizes_of(280, 560) == sizes.FrameSizes((280, 560), (140, 280)), "its shape is that of the slow frame"
-    assert sizes_of(28, 28, strict=True).fast == sizes.frame_sizes(360, 640, 4, V15, STRICT, fast=4).fast
+    assert sizes_of(28, 28, strict=True).fast == sizes.compute_frame_sizes(360, 640, 4, V15, STRICT, fast=4).fast
 
 
 @pytest.mark.parametrize("config", [PREVIEW, V15, V20])

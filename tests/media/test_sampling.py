@@ -11,7 +11,7 @@ from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.hub import asset
 from keye.media import sampling, sizes
-from keye.releases.base import tokens_per_frame
+from keye.releases.base import find_tokens_per_frame
 
 CONFIG = ProcessorConfig()
 SIDES = st.integers(1, 5000)
@@ -93,7 +93,7 @@ def test_frames_of_long_videos_of_keye_nano_keep_their_pixels(
 ) -> None:
     config = load_processor_config(asset("nano"))
     frames = sampling.smart_nframes(30 * seconds, 30.0, config)
-    h, w = sizes.frame_sizes(height, width, frames, config).slow
+    h, w = sizes.compute_frame_sizes(height, width, frames, config).slow
     assert h * w == tokens * config.token_pixels and frames * tokens <= config.video_total_tokens
 
 
@@ -124,7 +124,7 @@ def test_sample_indices_equal_torch() -> None:
 def test_frame_range(
     total: int, fps: float, start: float | None, end: float | None, expected: tuple[int, int, int]
 ) -> None:
-    assert sampling.frame_range(total, fps, video_start=start, video_end=end) == expected
+    assert sampling.find_frame_range(total, fps, video_start=start, video_end=end) == expected
 
 
 def test_frame_range_refuses() -> None:
@@ -135,7 +135,7 @@ def test_frame_range_refuses() -> None:
         (1, 30.0, 5.0, 15.0),
     ]:
         with pytest.raises(KeyeError):
-            sampling.frame_range(total, fps, video_start=start, video_end=end)
+            sampling.find_frame_range(total, fps, video_start=start, video_end=end)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_time_range_is_what_is_on_display(
     start: float | None, end: float | None, expected: tuple[int, int, int]
 ) -> None:
     times = (5.0, 10.0, 20.0, 30.0)
-    assert sampling.time_range(times, 40.0, video_start=start, video_end=end) == expected
+    assert sampling.find_time_range(times, 40.0, video_start=start, video_end=end) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_time_range_is_what_is_on_display(
 )
 def test_time_range_says_what_is_wrong(start: float | None, end: float | None, sentence: str) -> None:
     with pytest.raises(KeyeError) as error:
-        sampling.time_range((5.0, 10.0, 20.0, 30.0), 40.0, video_start=start, video_end=end)
+        sampling.find_time_range((5.0, 10.0, 20.0, 30.0), 40.0, video_start=start, video_end=end)
     assert str(error.value) == sentence
 
 
@@ -195,7 +195,7 @@ def test_displayed_frames(timestamps: list[float], targets: list[float]) -> None
 @given(st.integers(1, 2880), st.integers(1, 400), st.integers(0, 400), st.integers(1, 200_000))
 def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, extra: int, budget: int) -> None:
     high = low + extra
-    result = tokens_per_frame(frames, low, high, budget)
+    result = find_tokens_per_frame(frames, low, high, budget)
     assert low <= result <= high
     assert frames * (result - 1) <= budget or result == low
     # The official off-by-one: the first number above the budget, unless the limit of a frame comes first.
@@ -205,7 +205,7 @@ def test_tokens_per_frame_is_at_most_one_over_the_budget(frames: int, low: int, 
 def test_budget_of_several_and_short_videos() -> None:
     def budget(duration: float, count: int = 1, total: float | None = None, adaptive: bool | None = None) -> float:
         options = MediaOptions(video_count=count, video_total_pixels=total)
-        return sizes.total_pixels(CONFIG, duration, options.replace(adaptive_budget=adaptive))
+        return sizes.compute_total_pixels(CONFIG, duration, options.replace(adaptive_budget=adaptive))
 
     assert budget(60.0) == 144506880.0
     assert budget(60.0, count=3) == 48168960.0
@@ -216,9 +216,9 @@ def test_budget_of_several_and_short_videos() -> None:
 
 def test_frame_size_official_values() -> None:
     def size(height: int, width: int, frames: int, **options: float) -> sizes.Size:
-        return sizes.frame_sizes(height, width, frames, CONFIG, MediaOptions(**options)).slow  # type: ignore[arg-type]
+        return sizes.compute_frame_sizes(height, width, frames, CONFIG, MediaOptions(**options)).slow  # type: ignore[arg-type]
 
     assert size(60, 96, 30, min_pixels=12544, max_pixels=78400) == (196, 308)
     assert size(100, 96, 2, min_pixels=50176, video_total_pixels=235200) == (252, 224)
-    assert sizes.listed_frame_size(120, 50, CONFIG, MediaOptions(max_pixels=50176)) == (364, 168)
+    assert sizes.compute_listed_frame_size(120, 50, CONFIG, MediaOptions(max_pixels=50176)) == (364, 168)
     assert size(364, 168, 3, max_pixels=50176) == (308, 140)

@@ -18,8 +18,7 @@ from keye.engine.media import as_medium, plan_medium
 from keye.errors import KeyeError, KeyeWarning, MediaError
 from keye.media.clips import cut_clips
 from keye.media.content import content_key, probe_cached
-from keye.media.decode.deinterlace import interpolate_fields
-from keye.media.decode.display import check_aspect, display_size, orientation
+from keye.media.decode.display import check_aspect, display_size, interpolate_fields, orientation
 from keye.media.info import VideoInfo
 from keye.media.pixels.tone_map import to_sdr
 from keye.media.plan import VideoPlan

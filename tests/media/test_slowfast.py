@@ -20,7 +20,7 @@ from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.media import sizes
 from keye.media.pixels.slowfast import FAST, SLOW, SlowFastClassifier, frame_types, similarity, to_hsv
-from keye.releases.base import tokens_per_frame
+from keye.releases.base import find_tokens_per_frame
 
 CONFIG = ProcessorConfig.of("1.5")
 PLAIN = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/slow_fast.py"))
@@ -127,12 +127,12 @@ def test_the_plain_transcription_on_recorded_cases() -> None:
 
 @given(st.integers(1, 400), st.integers(0, 1000), st.integers(48, 900), st.integers(1000, 100_000))
 def test_the_budget_is_met_but_for_one_token(slow: int, fast: int, high: int, budget: int) -> None:
-    result = tokens_per_frame(slow, 48, high, budget, fast=fast)
+    result = find_tokens_per_frame(slow, 48, high, budget, fast=fast)
     cost = slow * (result - 1) + fast * max(int(0.3 * (result - 1)), 48)
     assert result in (48, high) or cost <= budget
 
 
 def test_fast_frames_are_smaller() -> None:
-    result = sizes.frame_sizes(480, 640, 2, CONFIG, MediaOptions(video_total_pixels=15680000), fast=3)
+    result = sizes.compute_frame_sizes(480, 640, 2, CONFIG, MediaOptions(video_total_pixels=15680000), fast=3)
     assert (result.slow, result.fast) == ((476, 644), (252, 336))
-    assert sizes.frame_sizes(480, 640, 5, ProcessorConfig.of("2.0")).fast == (364, 504)
+    assert sizes.compute_frame_sizes(480, 640, 5, ProcessorConfig.of("2.0")).fast == (364, 504)

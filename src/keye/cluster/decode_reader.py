@@ -14,9 +14,9 @@ from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import PlannedFrames, VideoWork
 from keye.cluster.service import DecodeService, Result
 from keye.config.media import MediaOptions
-from keye.errors import KeyeError, KeyeWarning
+from keye.errors import KeyeError
 from keye.media.frame_stream import FrameShape
-from keye.media.pixels.patches import Pixels, VisionInput
+from keye.media.pixels.patches import PixelReader, Pixels, VisionInput
 from keye.media.plan import VideoPlan
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source
@@ -66,8 +66,8 @@ def parts(plan: VideoPlan, *, as_one: bool = False) -> Iterator[tuple[int, int |
     yield first, plan.frames if first else None
 
 
-class PartReader:
-    """`keye.media.frame_stream.PixelReader`: frames that wait here have been taken from the service."""
+class PartReader(PixelReader):
+    """Frames that wait here have been taken from the service."""
 
     def __init__(
         self, service: DecodeService, priority: Priority, works: Sequence[VideoWork], shape: FrameShape
@@ -94,9 +94,6 @@ class PartReader:
             frames = [self._frames.popleft() for _ in range(needed)]
         self._delivered += needed
         return self._shape.patches(frames, self._delivered - needed)
-
-    def notes(self) -> Sequence[KeyeWarning]:
-        return ()
 
     def close(self) -> None:
         with self._lock:

@@ -18,10 +18,17 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.media.image import resize_exactly
-from keye.media.pixels.patches import Pixels, VisionInput, as_frames, as_picture, frames_to_patches, images_to_patches
-from keye.media.pixels.resample import bilinear
+from keye.media.pixels.patches import (
+    Pixels,
+    VisionInput,
+    as_frames,
+    as_picture,
+    frames_to_patches,
+    images_to_patches,
+    resize_bilinear,
+)
 from keye.media.processor import Piece, VisualSpan, expand_frames
-from keye.media.sizes import Size, processor_resize
+from keye.media.sizes import Size, resize_for_processor
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _PAD = {"image": IMAGE_PAD, "video": VIDEO_PAD}
@@ -122,14 +129,14 @@ class OfficialProcessor:
         slow, fast = ((settings[f"{kind}height"], settings[f"{kind}width"]) for kind in ("", "fast_"))
         types = settings.get("frame_types") or [0] * len(frames)
         frame_sizes = [fast if kind else slow for kind in types]
-        resized: Iterator[Pixels] = (bilinear(f, s) for f, s in zip(frames, frame_sizes, strict=True))
+        resized: Iterator[Pixels] = (resize_bilinear(f, s) for f, s in zip(frames, frame_sizes, strict=True))
         return frames_to_patches(resized, frame_sizes, self.config)
 
     def _size(self, picture: Image.Image) -> Size:
         low, high = self.config.processor_min_pixels, self.config.processor_max_pixels
         low, high = _MIN_PIXELS if low is None else low, _MAX_PIXELS if high is None else high
-        return processor_resize(picture.height, picture.width, factor=self.config.factor, min_pixels=low,
-                                max_pixels=high, strict_official=True)  # fmt: skip
+        return resize_for_processor(picture.height, picture.width, factor=self.config.factor, min_pixels=low,
+                                    max_pixels=high, strict_official=True)  # fmt: skip
 
     def _tokens(self, vision: VisionInput) -> list[int]:
         """Visual tokens of each grid row."""

@@ -33,8 +33,7 @@ from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError, KeyeWarning
 from keye.media import sizes
-from keye.media.image import open_frames, open_image, resize_first
-from keye.media.lists import sample_list
+from keye.media.image import open_frames, open_image, resize_first, sample_list
 from keye.media.pixels.patches import Pixels
 from keye.media.pixels.slowfast import frame_types
 from keye.media.source.fetch import as_source
@@ -62,7 +61,7 @@ def fetch_image(ele: Item, size_factor: int = IMAGE_FACTOR, is_video: bool = Fal
     options = options_of(ele, "image", total_key="video_total_pixels")
     image = open_image(picture_of(ele), strict_official=options.strict_official)
     if is_video:
-        height, width = sizes.listed_frame_size(image.height, image.width, CONFIG, options)
+        height, width = sizes.compute_listed_frame_size(image.height, image.width, CONFIG, options)
         return image.convert("RGB").resize((width, height))
     return Image.fromarray(resize_first(image, CONFIG, options))
 
@@ -81,7 +80,7 @@ def fetch_video(ele: Item, image_factor: int = IMAGE_FACTOR) -> tuple[Tensor, di
         array, times = _decode_video(medium_of(ele, "video"), options)
     types = frame_types(array, CONFIG, options.min_frame_similarity)
     fast, (_, height, width, _) = sum(types), array.shape
-    result = sizes.frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
+    result = sizes.compute_frame_sizes(height, width, len(types) - fast, CONFIG, options, fast=fast)
     kwargs: dict[str, Any] = dict(
         zip(("height", "width", "fast_height", "fast_width"), (*result.slow, *result.fast), strict=True)
     )

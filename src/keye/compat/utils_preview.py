@@ -29,12 +29,10 @@ from keye.config import ProcessorConfig, preview_video_max_pixels
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError
 from keye.media import sizes
-from keye.media.image import open_frames, open_image, resize_first
+from keye.media.image import open_frames, open_image, resize_first, select_listed
 from keye.media.info import VideoInfo
-from keye.media.lists import select_listed
-from keye.media.pixels.patches import as_frames
-from keye.media.pixels.resample import bicubic
-from keye.media.sampling import frame_range
+from keye.media.pixels.patches import as_frames, resize_bicubic
+from keye.media.sampling import find_frame_range
 from keye.media.source.fetch import as_source
 from keye.media.video import VideoReader
 from keye.releases import PREVIEW
@@ -109,7 +107,7 @@ def _decode_video(value: object, options: MediaOptions) -> tuple[Tensor, float]:
         plan = reader.plan(CONFIG, _use_official_range(reader.info, options))
         video = torch.empty((plan.frames, 3, plan.height, plan.width))
         for i, frame in enumerate(reader.frames(plan, native=True)):
-            video[i] = torch.from_numpy(bicubic(frame, (plan.height, plan.width))).permute(2, 0, 1)
+            video[i] = torch.from_numpy(resize_bicubic(frame, (plan.height, plan.width))).permute(2, 0, 1)
     return video, plan.sample_fps
 
 
@@ -120,7 +118,7 @@ def _use_official_range(info: VideoInfo, options: MediaOptions) -> MediaOptions:
     if options.strict_official or not info.constant_rate or (start is None and end is None):
         return options
     try:
-        first, last, _ = frame_range(info.frame_count, info.fps, video_start=start, video_end=end)
+        first, last, _ = find_frame_range(info.frame_count, info.fps, video_start=start, video_end=end)
     except KeyeError:
         return options
     return options.replace(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keye.cache.vision import VisionCache
 from keye.errors import KeyeWarning
-from keye.media.frame_stream import PixelReader
+from keye.media.pixels.patches import PixelReader
 from keye.media.processor import MediaItem
 from keye.models.keye import KeyeModel
 from keye.models.vision import PATCHES_PER_CHUNK

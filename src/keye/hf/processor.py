@@ -204,11 +204,13 @@ class KeyeProcessor:
             times = [index / row["fps"] for index in range(len(frames))]
         options = MediaOptions(**self._limits, timestamps=None if times is None else tuple(times))
         if times is not None:
-            total = sizes.total_pixels(processor.config, times[-1] - times[0], options.replace(video_count=count))
+            total = sizes.compute_total_pixels(
+                processor.config, times[-1] - times[0], options.replace(video_count=count)
+            )
             options = options.replace(video_total_pixels=total)
         if "height" in row and "width" in row:
             width, height = frames[0].size if isinstance(frames, list) else frames.shape[2:0:-1]
-            own = sizes.frame_sizes(height, width, len(frames), processor.config, options).slow
+            own = sizes.compute_frame_sizes(height, width, len(frames), processor.config, options).slow
             if own[0] * own[1] > row["height"] * row["width"]:
                 options = options.replace(resized_height=row["height"], resized_width=row["width"])
         return processor.frames(video, options)

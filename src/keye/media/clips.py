@@ -19,7 +19,7 @@ from keye.config.media import DEFAULTS, MediaOptions
 from keye.files import MARK, check_output, complete_file, has_mark, unwritable
 from keye.media.info import VideoInfo
 from keye.media.plan import VideoPlan
-from keye.media.source.fetch import Reference, Source, fetch_source
+from keye.media.source.fetch import Reference, fetch_source
 from keye.media.video import DecodeLimits, VideoReader
 
 #: A clip is at least this long, in seconds; a shorter interval is extended evenly to both sides.
@@ -53,26 +53,25 @@ def cut_clips(
     when the video cannot be read, and `KeyeError` when the folder cannot be written, which is then left as it was.
     """
     source = fetch_source(source)
-    stem = _stem(source)[:_MAX_STEM]
+    # A temporary file has a name of its own that says nothing.
+    name = source.path.name if source.path is not None and source.keep is None else source.name.replace(" ", "-")
+    stem = Path(name).stem[:_MAX_STEM] if source.path is not None else "clip"
     with VideoReader(source, limits, track=options.track) as reader:
         displayed = reader.info.start_offset, reader.info.duration
         spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *displayed))}
-        meter = _Meter(sum(end - start for start, end in spans.values()), progress)
+        total, done = sum(end - start for start, end in spans.values()), 0.0
         names = {n: f"{stem}-{n:03d}-{start:.1f}s-{end:.1f}s.mp4" for n, (start, end) in spans.items()}
         with _folder(folder), ExitStack() as drafts:
             for name in names.values():
                 check_output(folder / name, has_mark, overwrite=overwrite)
             for number, (start, end) in spans.items():
                 draft = drafts.enter_context(complete_file(folder / names[number]))
-                _write(draft, reader, _plan(reader.info, start, end, options), (start, end), meter)
+                plan = _plan(reader.info, start, end, options)
+                for seconds in _write(draft, reader, plan, (start, end)):
+                    done += seconds
+                    if progress is not None:
+                        progress(round(done), round(total))
     return [folder / name for name in names.values()]
-
-
-def _stem(source: Source) -> str:
-    """What the names of clips begin with. A temporary file has a name of its own that says nothing."""
-    if source.path is None:
-        return "clip"
-    return source.path.stem if source.keep is None else Path(source.name.replace(" ", "-")).stem
 
 
 @contextmanager
@@ -104,19 +103,8 @@ def fit_interval(interval: tuple[float, float], begin: float, end: float) -> tup
     return start, stop
 
 
-class _Meter:
-    """Adds up what was written, for the progress bar."""
-
-    def __init__(self, total: float, progress: Progress | None) -> None:
-        self.total, self.progress, self.done = total, progress, 0.0
-
-    def add(self, seconds: float) -> None:
-        self.done += seconds
-        if self.progress is not None:
-            self.progress(round(self.done), round(self.total))
-
-
-def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float, float], meter: _Meter) -> None:
+def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float, float]) -> Iterator[float]:
+    """Writes a clip; yields the seconds of each frame that was written."""
     start, end = span
     times = [round(max(time - start, 0.0) / _TIME_BASE) for time in plan.timestamps]
     ends = [*times[1:], round((end - start) / _TIME_BASE)]
@@ -142,7 +130,7 @@ def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float,
             )  # fmt: skip
             picture.pts, picture.time_base = time, _TIME_BASE
             _mux(container, encoder.encode(picture), durations)
-            meter.add(float(durations[time] * _TIME_BASE))
+            yield float(durations[time] * _TIME_BASE)
         _mux(container, encoder.encode(None), durations)
 
 

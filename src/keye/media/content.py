@@ -1,9 +1,7 @@
 """What a medium is, as one short key: equal keys mean equal visual tokens of one model, whatever the files are called.
 
-The key covers the bytes of the file or the pixels in memory, the options, the plan and the processor's configuration.
-It is meant for caches of this process, so versions of decoders are not part of it. What reading a file showed, its hash
-and the facts about a video, is remembered while path, size, inode and time of change stay the same.
-"""
+The key is meant for caches of this process, so versions of decoders are not part of it. What reading a file gave, its
+hash and the facts about a video, is remembered while path, size, inode and time of change stay the same."""
 
 from __future__ import annotations
 
@@ -12,7 +10,9 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions, MediumKind
 from keye.media.info import VideoInfo
-from keye.media.pixels.patches import is_array
+from keye.media.pixels.patches import is_array, is_tensor, to_numpy
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import Source, as_source, decode_list
 from keye.media.video import DecodeLimits, probe
@@ -59,7 +59,7 @@ def content_key(
     digest = hashlib.sha256(hashlib.sha256(salt).digest())
     facts = {} if plan is None else {k: v for k, v in asdict(plan).items() if k != "name"}
     described = {"kind": kind, "options": asdict(options), "config": config.to_dict(), "plan": facts}
-    digest.update(json.dumps(described, sort_keys=True, default=_to_plain).encode())
+    digest.update(json.dumps(described, sort_keys=True, default=lambda number: number.item()).encode())
     digest.update(_hash_value(source))
     return digest.digest()
 
@@ -70,10 +70,8 @@ def source_hash(source: Source) -> bytes:
         return hashlib.sha256(source.data).digest()
     with source.open() as file:
         identity = _identify(file, source)
-        if (known := _recall(_hashes, identity)) is not None:
-            return known
-        digest = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]  # a file on disk has readinto
-    return _remember(_hashes, identity, digest, REMEMBERED)
+        digest = partial(hashlib.file_digest, file, "sha256")  # type: ignore[arg-type]  # a file on disk has readinto
+        return _remember(_hashes, identity, lambda: digest().digest(), REMEMBERED)
 
 
 def probe_cached(
@@ -85,10 +83,8 @@ def probe_cached(
     else:
         with source.open() as file:
             key = _identify(file, source)
-    name = (key, limits, salt, track)
-    if (known := _recall(_probes, name)) is not None:
-        return known
-    return _remember(_probes, name, probe(source, limits, track=track), REMEMBERED_PROBES)
+    make = partial(probe, source, limits, track=track)
+    return _remember(_probes, (key, limits, salt, track), make, REMEMBERED_PROBES)
 
 
 def _identify(file: BinaryIO, source: Source) -> _Identity:
@@ -96,14 +92,13 @@ def _identify(file: BinaryIO, source: Source) -> _Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, str(source.path)
 
 
-def _recall(memory: OrderedDict[K, V], key: K) -> V | None:
+def _remember(memory: OrderedDict[K, V], key: K, make: Callable[[], V], most: int) -> V:
+    """The value of a key, made where it is not known; the `most` used last are kept."""
     with _lock:
         if key in memory:
             memory.move_to_end(key)
-        return memory.get(key)
-
-
-def _remember(memory: OrderedDict[K, V], key: K, value: V, most: int) -> V:
+            return memory[key]
+    value = make()
     with _lock:
         memory[key] = value
         while len(memory) > most:
@@ -116,35 +111,16 @@ def _hash_value(value: Any) -> bytes:
     if isinstance(value, Source):
         return source_hash(value)
     if isinstance(value, Image.Image):
-        return _hash_picture(value)
+        # Pixels with all that decides what they look like: mode, palette, transparency.
+        palette = value.getpalette() if value.mode in ("P", "PA") else None
+        described = repr((value.mode, value.size, palette, value.info.get("transparency")))
+        return hashlib.sha256(described.encode() + b"\0" + value.tobytes()).digest()
     if is_array(value):
-        return _hash_array(value)
+        tensor = is_tensor(value)
+        array = np.asarray(to_numpy(value) if tensor else value)
+        described = repr((tensor, str(array.dtype), array.shape))
+        return hashlib.sha256(described.encode() + b"\0" + np.ascontiguousarray(array).tobytes()).digest()
     listed = value if isinstance(value, list | tuple) else decode_list(value)
     if listed is None:
         return source_hash(as_source(value))
     return hashlib.sha256(b"".join(map(_hash_value, listed))).digest()
-
-
-def _hash_picture(image: Image.Image) -> bytes:
-    """Pixels with all that decides what they look like: mode, palette, transparency."""
-    palette = image.getpalette() if image.mode in ("P", "PA") else None
-    described = repr((image.mode, image.size, palette, image.info.get("transparency")))
-    return hashlib.sha256(described.encode() + b"\0" + image.tobytes()).digest()
-
-
-def _hash_array(value: Any) -> bytes:
-    tensor = hasattr(value, "detach")
-    array = np.asarray(_to_numpy(value) if tensor else value)
-    described = repr((tensor, str(array.dtype), array.shape))
-    return hashlib.sha256(described.encode() + b"\0" + np.ascontiguousarray(array).tobytes()).digest()
-
-
-def _to_numpy(tensor: Any) -> Any:
-    """A tensor as numpy can read it: it knows no bfloat16."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-def _to_plain(value: Any) -> Any:
-    """Numbers of numpy in options."""
-    return value.item()

@@ -1,9 +1,7 @@
 """Pixels of a medium that are not there yet: frames that are decoded while the first of them are being encoded.
 
-A source says which grid rows will come and can be opened again and again; a reader gives the rows in order, once.
-Waiting frames are kept as bytes, a quarter of their size as patches, and under a limit, so memory does not grow with
-the video. Knows frames and rows, not networks.
-"""
+A source can be opened again and again; a reader gives the rows in order, once. Waiting frames are kept as bytes, a
+quarter of their size as patches, and under a limit, so memory does not grow with the video."""
 
 from __future__ import annotations
 
@@ -12,36 +10,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keye.config import ProcessorConfig
 from keye.errors import KeyeWarning, collect_warnings
-from keye.media.pixels.patches import Pixels, VisionInput, frame_grids, frames_to_patches
+from keye.media.pixels.patches import PixelReader, Pixels, VisionInput, frame_grids, frames_to_patches
 from keye.media.sizes import Size
 from keye.media.source.fetch import Source
 from keye.media.video import DecodeLimits, VideoReader
 
 #: Decoded frames of one video that wait to be encoded.
 BUFFER_BYTES: Final = 32 << 20
-
-
-class PixelReader(Protocol):
-    """The rows of one medium in order. Closing may happen at any time, from any thread, and twice."""
-
-    def has(self, rows: int) -> bool:
-        """Whether `take(rows)` would answer at once, be it with an error."""
-
-    def take(self, rows: int) -> VisionInput:
-        """The next `rows` rows, waiting for them. Raises what went wrong with the medium."""
-
-    def notes(self) -> Sequence[KeyeWarning]:
-        """What was tolerated of the medium; asked for when all rows are taken."""
-
-    def close(self) -> None:
-        """Frees what the reader holds and ends what works for it."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +59,16 @@ class PixelSource:
     open: Callable[[], PixelReader]
 
 
-class MemoryReader:
+class MemoryReader(PixelReader):
     """`PixelReader` of frames in memory, converted to patches when they are read."""
 
     def __init__(self, frames: Iterator[Pixels], shape: FrameShape) -> None:
         self._frames, self._shape, self._next_frame = frames, shape, 0
 
-    def has(self, rows: int) -> bool:
-        return True
-
     def take(self, rows: int) -> VisionInput:
         frames = list(islice(self._frames, self._shape.frames(rows)))
         self._next_frame += len(frames)
         return self._shape.patches(frames, self._next_frame - len(frames))
-
-    def notes(self) -> Sequence[KeyeWarning]:
-        return ()
 
     def close(self) -> None:
         self._frames = iter(())
@@ -159,7 +135,7 @@ class _Queue:
             self.changed.notify_all()
 
 
-class FileReader:
+class FileReader(PixelReader):
     """`PixelReader` of track `track` of a video file: `frames` iterates over those of an open file, at the sizes of
     `shape`. Owns a decode worker and the thread that reads it. The thread knows the queue but not this object, so that
     a reader without references ends both."""
@@ -177,7 +153,7 @@ class FileReader:
         self._shape, self._next_frame = shape, 0
         self._queue = _Queue(buffer_bytes)
         self.video = VideoReader(source, limits, track=track, wait=False)
-        arguments = (self.video, frames, self._queue)
+        arguments = self.video, frames, self._queue
         self.thread = threading.Thread(target=_fill, args=arguments, name="keye-frames", daemon=True)
         self.thread.start()
 
@@ -206,7 +182,7 @@ class FileReader:
 
 
 def _fill(video: VideoReader, frames: Callable[[VideoReader], Iterator[Pixels]], queue: _Queue) -> None:
-    """What the thread does: frames into the queue until they end, fail, or the reader is closed."""
+    """Puts frames into the queue until they end, fail, or the reader is closed."""
     with collect_warnings() as notes:
         try:
             with video:

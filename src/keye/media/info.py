@@ -139,42 +139,37 @@ def parse_info(name: str, kind: bytes, body: bytearray) -> VideoInfo:
 def _build_info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> VideoInfo:
     time_base = Fraction(*facts["time_base"])
     fps, constant = _find_frame_rate(pts, time_base, facts["rate"])
-    start = facts["container_start"] if facts["known_times"] else None
+    container_start = facts["container_start"]
     declared = None if facts["format"] in _ESTIMATED else facts["declared_end"]
     if declared is not None and facts["format"] in _COUNTED_FROM_ZERO:
-        declared -= max(facts["container_start"], 0.0)
+        declared -= max(container_start, 0.0)
     # Sound may outlast the pictures; the file is cut only where every stream ends before what it declares. Where bytes
     # are not known to be missing, what it declares may be that of a whole of which it is a complete piece.
     early = facts.get("ends_early")
     if declared is not None and early and facts["rate"] and facts["declared_frames"]:
         # Of an AVI without its index FFmpeg tells the length of what is there.
-        declared = max(declared, facts["container_start"] + facts["declared_frames"] / Fraction(*facts["rate"]))
+        declared = max(declared, container_start + facts["declared_frames"] / Fraction(*facts["rate"]))
     slack = max(0.5 if early else _UNSURE, 2 / fps)
     end = max(facts["readable_end"], float(pts[-1] * time_base) + 1 / fps)
     cut = declared is not None and early is not False and declared - end > slack
     info = VideoInfo(
-        name=name,
-        format=facts["format"],
-        codec=facts["codec"],
-        **_read_picture_fields(facts),
-        fps=fps,
-        time_base=time_base,
-        pts=pts,
-        exact_times=facts["known_times"],
-        constant_rate=constant,
-        declared_duration=declared - facts["container_start"] if cut else None,
+        name, facts["format"], facts["codec"], **_read_picture_fields(facts),
+        fps=fps, time_base=time_base, pts=pts, exact_times=facts["known_times"], constant_rate=constant,
+        declared_duration=declared - container_start if cut else None,
         last_duration=facts["last_duration"] if facts["known_times"] else None,
-        container_start=start,
-        declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1],
-        ends_early=early is True,
-    )
-    declares_length = declared is not None and facts["known_times"]
-    length = declared - facts["container_start"] if declares_length else None
+        container_start=container_start if facts["known_times"] else None,
+        declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1], ends_early=early is True,
+    )  # fmt: skip
+    length = declared - container_start if declared is not None and facts["known_times"] else None
     joins = [info.start_offset + float((time - pts[0]) * time_base) for time in facts.get("joins", ())]
     damage = tuple((first, last) for first, last in (info.seconds(interval) for interval in facts.get("damage", ())))
-    length_notes = _note_differences(info, length, facts.get("declared_frames"))
-    notes = *_note_picture(info, facts), *length_notes, *_note_joins(joins), *note_damage(damage)
-    return dataclasses.replace(info, notes=notes, damage=damage)
+    notes = [*_note_picture(info, facts), *_note_differences(info, length, facts.get("declared_frames"))]
+    if joins:  # where parts of a file meet whose clocks do not go on
+        listed = ", ".join(f"{time:.1f}" for time in joins[:_LISTED])
+        more = f" and {len(joins) - _LISTED} more" if len(joins) > _LISTED else ""
+        sentence = f"its clock begins again or jumps at {listed} s{more}; what follows goes on from there without a gap"
+        notes.append(Note(sentence))
+    return dataclasses.replace(info, notes=(*notes, *note_damage(damage)), damage=damage)
 
 
 def _note_differences(info: VideoInfo, length: float | None, frames: int | None) -> Iterator[Note]:
@@ -199,21 +194,8 @@ def _note_differences(info: VideoInfo, length: float | None, frames: int | None)
         yield Note(f"its first frame is shown at {info.start_offset:.1f} s{clock}")
 
 
-def _note_joins(seconds: list[float]) -> Iterator[Note]:
-    """Where parts of a file meet whose clocks do not go on."""
-    if seconds:
-        listed = ", ".join(f"{time:.1f}" for time in seconds[:_LISTED])
-        more = f" and {len(seconds) - _LISTED} more" if len(seconds) > _LISTED else ""
-        yield Note(
-            f"its clock begins again or jumps at {listed} s{more}; what follows goes on from there without a gap"
-        )
-
-
 def _find_frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[int] | None) -> tuple[float, bool]:
-    """Frames per second, and whether frame i is shown at i / rate to within half a frame.
-
-    The container's average rate is believed where the times bear it out; otherwise the rate is measured.
-    """
+    """Frames per second (the container's where the times bear it out) and whether frame i is shown at i / rate."""
     rates = [declared[0] / declared[1]] if declared and declared[0] > 0 else []
     if len(pts) > 1:
         rates.append((len(pts) - 1) / float((pts[-1] - pts[0]) * time_base))
@@ -228,15 +210,13 @@ def _find_frame_rate(pts: tuple[int, ...], time_base: Fraction, declared: list[i
 
 def _read_picture_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `VideoInfo`, from the worker's facts. Raises `ValueError` for impossible ones."""
-    size, stored = tuple(facts["shown"]), (facts["width"], facts["height"])
+    size, stored, tracks = tuple(facts["shown"]), (facts["width"], facts["height"]), tuple(facts["tracks"])
     if len(size) != 2 or min(*size, *stored) < 1 or facts["transfer"] not in _TRANSFERS or facts["rotation"] % 90:
         raise ValueError("impossible facts of pictures")
     if facts["aspect"] is not None and not all(isinstance(value, int) for value in facts["aspect"]):
         raise ValueError("impossible shape of pixels")
-    tracks = tuple(facts["tracks"])
-    if not 1 <= facts["track"] <= len(tracks) or not all(
-        isinstance(track, str) and track.isprintable() for track in tracks
-    ):
+    printable = all(isinstance(track, str) and track.isprintable() for track in tracks)
+    if not 1 <= facts["track"] <= len(tracks) or not printable:
         raise ValueError("impossible tracks")
     if facts["rotation"] % 180:
         size, stored = size[::-1], stored[::-1]

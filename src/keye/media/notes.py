@@ -1,9 +1,8 @@
 """Notes and warnings about a medium: where what is used differs from what the file declares or the request asks for.
 
 A note is one sentence about one medium, without its name. `VideoInfo.notes` holds those of a file; making a plan emits
-each once as a `KeyeWarning`, by which Python, the command line, HTTP and batches get it, and keeps it in the plan.
-Warnings about options look at the result, not at its cause; under `strict_official`, which asks for the official code's
-way, there are none.
+each once as a `KeyeWarning` and keeps it in the plan. Warnings about options look at the result, not at its cause;
+under `strict_official`, which asks for the official code's way, there are none.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeWarning, Option, warn
-from keye.media.sizes import Size, whole_tokens
+from keye.media.sizes import Size, round_to_tokens
 
 #: Seconds by which times may differ without a note: they are displayed with one decimal.
 VISIBLE = 0.1
@@ -22,12 +21,8 @@ VISIBLE = 0.1
 #: Seconds (first, last) in which pictures are damaged.
 Places = Sequence[tuple[float, float]]
 
-#: Places that a sentence lists.
-_LISTED = 5
-#: Seconds between damaged frames that count as one place.
-_NEAR = 1.0
-#: Seconds that a sentence displays as one time.
-_SAME_TIME = 0.05
+#: Places that a sentence lists; seconds between damaged frames of one place; seconds that are displayed as one time.
+_LISTED, _NEAR, _SAME_TIME = 5, 1.0, 0.05
 
 #: Options that files, or pictures in memory, have no use for, and why.
 _FILE_ONLY = dict.fromkeys(("adaptive_budget", "track", "deinterlace", "tone_map"), "it is a list of pictures")
@@ -54,10 +49,6 @@ def emit(name: str, notes: Iterable[Note], *, stacklevel: int = 2) -> None:
     """Warns of each note about the medium `name`."""
     for note in notes:
         warn(note.warning(name), stacklevel=stacklevel + 1)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Damage
 
 
 def note_damage(places: Places) -> Iterator[Note]:
@@ -93,10 +84,6 @@ def format_places(places: Places) -> str:
         more = len(places) - _LISTED
         return f"{', '.join(words)} and {more:,} more place{'s' if more > 1 else ''}"
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Options that cannot be met
 
 
 def warn_image_options(name: str, size: Size, config: ProcessorConfig, options: MediaOptions) -> None:
@@ -159,7 +146,7 @@ def _warn_no_effect(name: str, config: ProcessorConfig, options: MediaOptions, u
 def _warn_size(name: str, size: Size, config: ProcessorConfig, options: MediaOptions, each: str) -> None:
     height, width = size
     got = f"{width}x{height} pixels{each}"
-    if options.resized is not None and size != whole_tokens(*options.resized, config.factor):
+    if options.resized is not None and size != round_to_tokens(*options.resized, config.factor):
         size_options = Option("resized_height", options.resized[0]), Option("resized_width", options.resized[1])
         _warn(KeyeWarning("{} and {} cannot be met for {}: it gets {}", *size_options, name, got))
     if options.max_pixels is not None and height * width > options.max_pixels:

@@ -20,10 +20,8 @@ _BEYOND = 0.5
 
 @dataclass(frozen=True)
 class FastFrames:
-    """Which frames of a plan are fast (1.5), and their size and visual tokens.
-
-    `types` has one entry for each frame: 0 slow, 1 fast.
-    """
+    """Which frames of a plan are fast (1.5): `types` has 0 (slow) or 1 (fast) for each; their size and visual
+    tokens."""
 
     types: tuple[int, ...]
     width: int
@@ -87,28 +85,15 @@ class VideoPlan:
         """The plan of frames `indices` of a probed video at `size` (height, width); `rate` is their `sample_fps`. Of
         `options` those count that say what pixels look like."""
         return cls(
-            name=info.name,
-            duration=info.duration,
-            native_fps=info.fps,
-            source_width=info.width,
-            source_height=info.height,
-            rotation=info.rotation,
-            frame_indices=tuple(indices),
-            timestamps=tuple(info.timestamps[i] for i in indices),
-            pts=tuple(info.pts[i] for i in indices),
-            width=size[1],
-            height=size[0],
-            tokens_per_frame=tokens_per_frame,
-            sample_fps=rate,
-            constant_rate=info.constant_rate,
-            notes=tuple(map(str, info.notes)),
-            start_offset=info.start_offset,
-            mirrored=info.mirrored,
-            track=info.track,
-            deinterlace=options.deinterlaces,
+            name=info.name, duration=info.duration, native_fps=info.fps, source_width=info.width,
+            source_height=info.height, rotation=info.rotation, frame_indices=tuple(indices),
+            timestamps=tuple(info.timestamps[i] for i in indices), pts=tuple(info.pts[i] for i in indices),
+            width=size[1], height=size[0], tokens_per_frame=tokens_per_frame, sample_fps=rate,
+            constant_rate=info.constant_rate, notes=tuple(map(str, info.notes)), start_offset=info.start_offset,
+            mirrored=info.mirrored, track=info.track, deinterlace=options.deinterlaces,
             tone_map=info.transfer if options.tone_map and info.transfer != "sdr" else None,
             strict_media=options.strict_media,
-        )
+        )  # fmt: skip
 
     @property
     def frames(self) -> int:
@@ -155,20 +140,23 @@ def make_plan(info: VideoInfo, config: ProcessorConfig, options: MediaOptions = 
         raise KeyeError(f"the official {config.release.name} code takes neither {{}} nor {{}}; leave {{}} out", *named)
     _check_complete(info, options)
     sizes.check_sides(info.height, info.width, info.name, ratio=options.resized is None)
-    part = (_find_official_part if options.strict_official else _find_part)(info, start, end)
+    if options.strict_official:  # frames are counted from the first at the average rate, whatever their times
+        fps = info.declared_fps or info.fps
+        first, last, count = sampling.find_frame_range(info.frame_count, fps, video_start=start, video_end=end)
+        part = _Part(first, last, fps, count / fps, first / fps, last / fps)
+    else:
+        part = _find_part(info, start, end)
     if end is not None and end > info.duration + _BEYOND and not options.strict_official:
         sentence = "{} lies after the end of {} at {:.1f} s; the part ends there"
         warn(KeyeWarning(sentence, Option("video_end", f"{end:g}"), info.name, info.duration), stacklevel=2)
-    request_options, options = (
-        options,
-        options.replace(video_total_pixels=sizes.total_pixels(config, part.seconds, options)),
-    )
+    request_options = options
+    options = options.replace(video_total_pixels=sizes.compute_total_pixels(config, part.seconds, options))
     indices, sampled = _sample_part(info, part, config, options)
     if not indices:
         raise sampling.explain_no_frame(info.name, config, options)
-    height, width = sizes.frame_sizes(info.height, info.width, len(indices), config, options).slow
+    height, width = sizes.compute_frame_sizes(info.height, info.width, len(indices), config, options).slow
     if config.release.frame_resize == "twice":
-        height, width = sizes.encoded_size(height, width, config, options)
+        height, width = sizes.compute_encoded_size(height, width, config, options)
     warn_video_options(
         info.name, len(indices), (height, width), config, request_options, seconds=part.seconds, sampled=sampled
     )
@@ -201,8 +189,8 @@ def _apply_options(info: VideoInfo, options: MediaOptions) -> VideoInfo:
 
 
 def _check_complete(info: VideoInfo, options: MediaOptions) -> None:
-    """Raises `MediaError` where the part that was asked for reaches into what the file declares but lacks; under
-    `strict_media` for any file that ends early or is damaged."""
+    """`MediaError` where the file lacks bytes of the part; under `strict_media` for any file that ends early or is
+    damaged."""
     end, strict = options.video_end, options.strict_media
     if info.cut_short and (strict or end is None or end > info.duration):
         option = Option("strict_media") if strict else Option("video_end", int(info.duration * 10) / 10)
@@ -226,17 +214,14 @@ def add_frame_types(
 ) -> VideoPlan:
     """The plan of a video whose frames have been classified (1.5): 0 slow, 1 fast. Sizes follow from how many are."""
     fast = sum(types)
-    frame_sizes = sizes.frame_sizes(
+    frame_sizes = sizes.compute_frame_sizes(
         plan.source_height, plan.source_width, len(types) - fast, config, options, fast=fast
     )  # fmt: skip
-    height, width = frame_sizes.slow
     return dataclasses.replace(
-        plan,
-        height=height,
-        width=width,
-        tokens_per_frame=config.count_tokens((height, width)),
+        plan, width=frame_sizes.slow[1], height=frame_sizes.slow[0],
+        tokens_per_frame=config.count_tokens(frame_sizes.slow),
         fast=FastFrames(tuple(types), frame_sizes.fast[1], frame_sizes.fast[0], config.count_tokens(frame_sizes.fast)),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -255,7 +240,7 @@ class _Part:
 def _find_part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
     """What is on display between two times. At a variable rate its own rate counts, not that of the whole file."""
     times = info.timestamps
-    first, last, count = sampling.time_range(times, info.duration, video_start=start, video_end=end)
+    first, last, count = sampling.find_time_range(times, info.duration, video_start=start, video_end=end)
     begin = max(times[first], start or 0.0)
     stop = max(begin, times[-1] if end is None else min(times[-1], end))
     fps, seconds = info.fps, count / info.fps
@@ -264,13 +249,6 @@ def _find_part(info: VideoInfo, start: float | None, end: float | None) -> _Part
         if displayed > sampling.SAME_TIME:
             fps, seconds = count / displayed, displayed
     return _Part(first, last, fps, seconds, begin, stop)
-
-
-def _find_official_part(info: VideoInfo, start: float | None, end: float | None) -> _Part:
-    """The official rule: frames are counted from the first at the container's average rate, whatever their times."""
-    fps = info.declared_fps or info.fps
-    first, last, count = sampling.frame_range(info.frame_count, fps, video_start=start, video_end=end)
-    return _Part(first, last, fps, count / fps, first / fps, last / fps)
 
 
 def _sample_part(info: VideoInfo, part: _Part, config: ProcessorConfig, options: MediaOptions) -> tuple[list[int], int]:
@@ -286,25 +264,23 @@ def _sample_part(info: VideoInfo, part: _Part, config: ProcessorConfig, options:
 def _add_labels(plan: VideoPlan, info: VideoInfo, config: ProcessorConfig, options: MediaOptions) -> VideoPlan:
     """The plan with the times in the labels where they are not those of players, and a note of it."""
     if config.release.whole_video:
-        first = plan.timestamps[0]
+        off = plan.timestamps[0]
         text = (
             "the model sees no absolute times: in the text of its answers they count from the first sampled frame, at "
-            f"{first:.1f} s; intervals are converted to those that players show"
+            f"{off:.1f} s; intervals are converted to those that players show"
         )
-        return _add_note(plan, Note(text)) if first >= VISIBLE else plan
-    if not options.strict_official:
+    elif options.strict_official:
+        fps = info.declared_fps or info.fps
+        plan = dataclasses.replace(plan, label_times=tuple(i / fps for i in plan.frame_indices))
+        off = max(abs(label - time) for label, time in zip(plan.labels, plan.timestamps, strict=True))
+        text = (
+            f"frames are labelled as the official code counts, by index from the first frame: up to {off:.1f} s from "
+            "what players show; times in the text of an answer count so too, its intervals are turned into those of "
+            "players"
+        )
+    else:
         return plan
-    fps = info.declared_fps or info.fps
-    labels = tuple(i / fps for i in plan.frame_indices)
-    off = max(abs(label - time) for label, time in zip(labels, plan.timestamps, strict=True))
-    text = (
-        f"frames are labelled as the official code counts, by index from the first frame: up to {off:.1f} s from what "
-        "players show; times in the text of an answer count so too, its intervals are turned into those of players"
-    )
-    plan = dataclasses.replace(plan, label_times=labels)
-    return _add_note(plan, Note(text)) if off >= VISIBLE else plan
-
-
-def _add_note(plan: VideoPlan, note: Note) -> VideoPlan:
-    emit(plan.name, (note,))
-    return dataclasses.replace(plan, notes=(*plan.notes, str(note)))
+    if off < VISIBLE:
+        return plan
+    emit(plan.name, (Note(text),))
+    return dataclasses.replace(plan, notes=(*plan.notes, text))

@@ -20,6 +20,9 @@ from keye.errors import KeyeError
 
 IntArray = NDArray[np.int64]
 Grids = Mapping[int, ArrayLike]
+#: Grid rows of one sequence in order of appearance: first token [n], merged shape [n, 3], and for each row its frames'
+#: offsets on the time axis.
+_Blocks = tuple[IntArray, IntArray, list[IntArray]]
 #: Of each video the seconds between two frames, or where they are uneven the seconds of every frame from the first on.
 FrameSeconds = Sequence[float | Sequence[float]]
 
@@ -38,16 +41,6 @@ class PreviewLayout:
     vision_start: int
     seconds_per_frame: Mapping[int, ArrayLike | FrameSeconds] = field(default_factory=dict)
     tokens_per_second: float = 2.0
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Grid rows of one sequence in order of appearance: first token [n], merged shape [n, 3], and for each visual token
-    its offset on the time axis."""
-
-    starts: IntArray
-    shapes: IntArray
-    times: list[IntArray]
 
 
 def split_grid_rows(grid_thw: ArrayLike) -> IntArray:
@@ -87,32 +80,33 @@ def build_position_ids(
     ids = np.asarray(token_ids, dtype=np.int64)
     if preview is None:
         return _place(len(ids), _locate_blocks(ids, grids, merge_size))
-    _check_announced(ids, grids, preview)
+    for token, count in _count_announced(ids, grids, preview.vision_start).items():
+        if count != (rows := len(_as_grid(grids[token]))):
+            raise KeyeError(
+                f"the prompt announces {count} media of placeholder {token} but has {rows} grid rows; "
+                "give each medium one vision start and each video one row for all its frames"
+            )
     return _place(len(ids), _locate_preview_blocks(ids, grids, merge_size, preview))
 
 
 def _place(length: int, blocks: _Blocks) -> tuple[IntArray, int]:
     """Positions [3, length] and delta of a sequence with these blocks, text everywhere else."""
-    starts, shapes = blocks.starts, blocks.shapes
+    starts, shapes, block_times = blocks
     sizes = shapes.prod(axis=1)
     # The counter grows by 1 at each text token and, at the first token of a row, by the row's longest extent.
     step = np.ones(length, dtype=np.int64)
     inside = np.repeat(starts, sizes) + _local_index(sizes)
     step[inside] = 0
-    extents = np.array([times[-1] + 1 for times in blocks.times], dtype=np.int64)
+    extents = np.array([times[-1] + 1 for times in block_times], dtype=np.int64)
     step[starts] = np.maximum(shapes[:, 1:].max(axis=1, initial=0), extents)
     base = np.cumsum(step) - step
     positions = np.broadcast_to(base, (3, length)).copy()
     _, h, w = np.repeat(shapes, sizes, axis=0).T
     local = _local_index(sizes)
-    times = np.concatenate([np.empty(0, dtype=np.int64), *blocks.times])
+    times = np.concatenate([np.empty(0, dtype=np.int64), *block_times])
     time = np.repeat(times, np.repeat(shapes[:, 1] * shapes[:, 2], shapes[:, 0]))
     positions[:, inside] = np.repeat(base[starts], sizes) + np.stack([time, local // w % h, local % w])
     return positions, int(step.sum()) - length
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 1.5 and 2.0: every placeholder belongs to a row
 
 
 def _locate_blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
@@ -138,11 +132,7 @@ def _locate_blocks(ids: IntArray, grids: Grids, merge_size: int) -> _Blocks:
         all_shapes.append(shapes)
     starts, shapes = np.concatenate(all_starts), np.concatenate(all_shapes)
     order = np.argsort(starts)
-    return _Blocks(starts[order], shapes[order], [np.arange(t) for t in shapes[order][:, 0]])
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Preview: vision starts announce the media
+    return starts[order], shapes[order], [np.arange(t) for t in shapes[order][:, 0]]
 
 
 def _count_announced(ids: IntArray, kinds: Grids, vision_start: int) -> dict[int, int]:
@@ -154,16 +144,6 @@ def _count_announced(ids: IntArray, kinds: Grids, vision_start: int) -> dict[int
     return {token: int((following == token).sum()) for token in kinds}
 
 
-def _check_announced(ids: IntArray, grids: Grids, preview: PreviewLayout) -> None:
-    """A prompt of our own has exactly one grid row for each announced medium."""
-    for token, count in _count_announced(ids, grids, preview.vision_start).items():
-        if count != (rows := len(_as_grid(grids[token]))):
-            raise KeyeError(
-                f"the prompt announces {count} media of placeholder {token} but has {rows} grid rows; "
-                "give each medium one vision start and each video one row for all its frames"
-            )
-
-
 def _locate_preview_blocks(ids: IntArray, grids: Grids, merge_size: int, preview: PreviewLayout) -> _Blocks:
     """Each announced medium on the next placeholders of its kind."""
     shapes = {token: _merge_shapes(_as_grid(grid), merge_size) for token, grid in grids.items()}
@@ -172,7 +152,15 @@ def _locate_preview_blocks(ids: IntArray, grids: Grids, merge_size: int, preview
     row = dict.fromkeys(grids, 0)
     starts, chosen, times, end = [], [], [], 0
     while any(left.values()):
-        token, start = _find_placeholder({t: places[t] for t, n in left.items() if n}, end)
+        candidates = []  # the first placeholder of each kind at `end` or after
+        for token, positions in ((t, places[t]) for t, n in left.items() if n):
+            i = int(np.searchsorted(positions, end))
+            if i == len(positions):
+                raise KeyeError(
+                    f"the grid rows of placeholder {token} make more visual tokens than it has placeholders"
+                )
+            candidates.append((int(positions[i]), token))
+        start, token = min(candidates)
         shape = shapes[token][row[token]]
         end = start + int(shape.prod())
         if end > len(ids) or (ids[start:end] != token).any():
@@ -182,31 +170,16 @@ def _locate_preview_blocks(ids: IntArray, grids: Grids, merge_size: int, preview
         times.append(_find_row_times(token, row[token], int(shape[0]), preview))
         row[token] += 1
         left[token] -= 1
-    return _Blocks(np.array(starts, dtype=np.int64), np.array(chosen, dtype=np.int64).reshape(-1, 3), times)
-
-
-def _find_placeholder(places: Mapping[int, IntArray], end: int) -> tuple[int, int]:
-    """The kind and place of the first placeholder at `end` or after."""
-    candidates = []
-    for token, positions in places.items():
-        i = int(np.searchsorted(positions, end))
-        if i == len(positions):
-            raise KeyeError(f"the grid rows of placeholder {token} make more visual tokens than it has placeholders")
-        candidates.append((int(positions[i]), token))
-    start, token = min(candidates)
-    return token, start
+    return np.array(starts, dtype=np.int64), np.array(chosen, dtype=np.int64).reshape(-1, 3), times
 
 
 def _find_row_times(token: int, row: int, frames: int, preview: PreviewLayout) -> IntArray:
     """Offsets of a row's frames on the time axis."""
     if token not in preview.seconds_per_frame:
         return np.zeros(frames, dtype=np.int64)
-    seconds_of_rows = preview.seconds_per_frame[token]
-    rows = (
-        seconds_of_rows
-        if isinstance(seconds_of_rows, list | tuple)
-        else np.asarray(seconds_of_rows, dtype=np.float64).reshape(-1)
-    )
+    rows = preview.seconds_per_frame[token]
+    if not isinstance(rows, list | tuple):
+        rows = np.asarray(rows, dtype=np.float64).reshape(-1)
     seconds = np.asarray(rows[row] if row < len(rows) else 1.0, dtype=np.float64)
     if seconds.ndim == 0:
         return frame_times(frames, float(seconds), preview.tokens_per_second)
@@ -215,9 +188,6 @@ def _find_row_times(token: int, row: int, frames: int, preview: PreviewLayout) -
             f"a video of {frames} frames has the times {seconds.tolist()}; give one for each frame, ascending from 0"
         )
     return (seconds.astype(np.float32) * np.float32(preview.tokens_per_second)).astype(np.int64)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _as_grid(grid: ArrayLike) -> IntArray:

@@ -22,9 +22,10 @@ from keye.config import ProcessorConfig
 from keye.config.media import DEFAULTS, MediaOptions, MediumKind
 from keye.media import sampling, sizes
 from keye.media.content import content_key, probe_cached
-from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelReader, PixelSource
+from keye.media.frame_stream import FileReader, FrameShape, MemoryReader, PixelSource
 from keye.media.notes import warn_image_options, warn_video_options
 from keye.media.pixels.patches import (
+    PixelReader,
     Pixels,
     VisionInput,
     as_frames,
@@ -32,8 +33,9 @@ from keye.media.pixels.patches import (
     frames_to_patches,
     images_to_patches,
     is_array,
+    resize_bicubic,
+    resize_bilinear,
 )
-from keye.media.pixels.resample import bicubic, bilinear
 from keye.media.plan import VideoPlan, add_frame_types, make_plan
 from keye.media.source.fetch import Reference, Source, as_source, fetch_source, parse_list
 from keye.media.video import DecodeLimits, VideoReader
@@ -174,7 +176,7 @@ class Processor:
             image = plan_image(file, self.config, options)
             return PlannedMedium(kind, file, options, image, (VisualSpan(kind, image.visual_tokens),))
         if isinstance(source, list | tuple) or parse_list(source) is not None:
-            from keye.media.lists import count_least_list_tokens
+            from keye.media.image import count_least_list_tokens
 
             pieces: tuple[Piece, ...] = ()
             if source and isinstance(source, list | tuple) and all(isinstance(picture, Source) for picture in source):
@@ -264,7 +266,7 @@ class Processor:
         open_pixels: Callable[[], PixelReader]
         shape = self._find_shape(plan)
         if frames is not None:
-            open_pixels = partial(_open_memory, frames, shape)
+            open_pixels = partial(lambda read: MemoryReader(read(), shape), frames)
         elif self.decoder is not None:
             open_pixels = partial(self.decoder.open, source, options, plan, self, shape)
         else:
@@ -280,7 +282,7 @@ class Processor:
         (1.5, 2.0) or brought to an even number (Preview), and times are known if `fps` is given. Where times are known,
         `video_start` and `video_end` choose among the pictures. `size` (2.0) is that of more frames of the same video.
         """
-        from keye.media.lists import LISTED, resize_to_one_size, sample_list, select_range
+        from keye.media.image import LISTED, resize_to_one_size, sample_list, select_range
 
         pictures = as_frames(frames)
         if self.config.release.sizes_lists_as_images:
@@ -300,12 +302,12 @@ class Processor:
             types = frame_types(pixels, self.config, options.min_frame_similarity)
         fast = sum(types or ())
         if size is None:
-            video_sizes = sizes.frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
+            video_sizes = sizes.compute_frame_sizes(height, width, len(pixels) - fast, self.config, options, fast=fast)
         else:
             video_sizes = sizes.FrameSizes(size, size)
         warn_video_options(LISTED, len(pixels), video_sizes.slow, self.config, options)
         frame_sizes = [video_sizes.fast if types and types[i] else video_sizes.slow for i in range(len(pixels))]
-        resize = bilinear if self.config.release.frame_resize == "bilinear" else _resize_bicubic
+        resize = resize_bilinear if self.config.release.frame_resize == "bilinear" else _resize_pil
         resized = (resize(frame, size) for frame, size in zip(pixels, frame_sizes, strict=True))
         return self._build_video_item(frames_to_patches(resized, frame_sizes, self.config), times, types, None, None)
 
@@ -335,7 +337,12 @@ class Processor:
             return reader.frames(plan)
         if resize == "bilinear":
             return _resize_all(reader.frames(plan, native=True), plan)
-        return self._resize_twice(reader, plan, options)
+        # By the video's budget, as the utilities do, then by the processor's own limits.
+        first_size = sizes.compute_frame_sizes(
+            plan.source_height, plan.source_width, plan.frames, self.config, options
+        ).slow
+        native = reader.frames(plan, native=True)
+        return (_resize_pil(resize_bicubic(frame, first_size), (plan.height, plan.width)) for frame in native)
 
     def _build_item(self, pixels: VisionInput | PixelSource, plan: VideoPlan, options: MediaOptions) -> MediaItem:
         types = None if plan.fast is None else plan.fast.types
@@ -369,27 +376,22 @@ class Processor:
         tokens = plan.tokens_per_frame
         if self.config.release.classifies_frames:
             # As if all frames were fast: with slow ones among them both kinds get at least as many tokens.
-            size = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).fast
+            size = sizes.compute_frame_sizes(
+                plan.source_height, plan.source_width, plan.frames, self.config, options
+            ).fast
             tokens = self.config.count_tokens(size)
         return expand_frames([tokens] * plan.frames, self.config, plan.labels)
 
-    def _resize_twice(self, reader: VideoReader, plan: VideoPlan, options: MediaOptions) -> Iterator[Pixels]:
-        """Frames resized by the video's budget, as the utilities do, then by the processor's own limits."""
-        first_size = sizes.frame_sizes(plan.source_height, plan.source_width, plan.frames, self.config, options).slow
-        for frame in reader.frames(plan, native=True):
-            yield _resize_bicubic(bicubic(frame, first_size), (plan.height, plan.width))
-
     def _load_image_list(self, pictures: Pixels | list[Image.Image], options: MediaOptions) -> MediaItem:
         """Every picture is sized as an image; all then get the processor's size of the first."""
-        from keye.media.image import resize_first
-        from keye.media.lists import LISTED, open_frame, select_listed
+        from keye.media.image import LISTED, open_frame, resize_first, select_listed
 
         indices, fps = select_listed(len(pictures), self.config, options)
         images = [resize_first(open_frame(pictures[i]), self.config, options) for i in indices]
         height, width, _ = images[0].shape
-        size = sizes.encoded_size(height, width, self.config, options)
+        size = sizes.compute_encoded_size(height, width, self.config, options)
         warn_video_options(LISTED, len(images), size, self.config, options)
-        resized = (_resize_bicubic(frame, size) for frame in images)
+        resized = (_resize_pil(frame, size) for frame in images)
         vision = frames_to_patches(resized, [size] * len(images), self.config).as_one_video()
         times = None if options.timestamps is None else [options.timestamps[i] for i in indices]
         # Without the last frame's repetition, which has no time of its own.
@@ -414,10 +416,6 @@ class Processor:
         return MediaItem("video", pixels, tuple(pieces), times, None, plan)
 
 
-def _open_memory(frames: Callable[[], Iterator[Pixels]], shape: FrameShape) -> MemoryReader:
-    return MemoryReader(frames(), shape)
-
-
 def expand_frames(
     tokens: Sequence[int],
     config: ProcessorConfig,
@@ -433,8 +431,13 @@ def expand_frames(
     for i, count in enumerate(tokens):
         text = format_frame_label(config, None if timestamps is None else timestamps[i])
         span = VisualSpan("video", count)
-        pieces += [text + start, span, end] if types is not None and types[i] else [text, span]
-    return _join_texts(pieces)
+        parts: list[Piece] = [text + start, span, end] if types is not None and types[i] else [text, span]
+        for piece in parts:
+            if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                pieces[-1] += piece
+            elif piece:
+                pieces.append(piece)
+    return pieces
 
 
 def format_frame_label(config: ProcessorConfig, seconds: float | None) -> str:
@@ -444,23 +447,12 @@ def format_frame_label(config: ProcessorConfig, seconds: float | None) -> str:
     return config.frame_text.format(seconds=config.release.label_seconds(seconds))
 
 
-def _join_texts(pieces: Iterable[Piece]) -> list[Piece]:
-    """Neighbouring texts joined, empty ones left out."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += piece
-        elif piece:
-            joined.append(piece)
-    return joined
-
-
 def _resize_all(frames: Iterable[Pixels], plan: VideoPlan) -> Iterator[Pixels]:
     """Frames at the file's own size (1.5), resized to those of the plan."""
-    return (bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(frames))
+    return (resize_bilinear(frame, plan.frame_size(i)) for i, frame in enumerate(frames))
 
 
-def _resize_bicubic(frame: Pixels, size: sizes.Size) -> Pixels:
+def _resize_pil(frame: Pixels, size: sizes.Size) -> Pixels:
     """PIL's bicubic resize, as the image processor does it."""
     from keye.media.image import resize_exactly
 
@@ -469,7 +461,7 @@ def _resize_bicubic(frame: Pixels, size: sizes.Size) -> Pixels:
 
 def _is_evenly_spaced(timestamps: Sequence[float]) -> bool:
     """Whether frames lie at equal distances, but for rounded times; also where all have one time."""
-    rate = sampling.average_rate(timestamps)
+    rate = sampling.compute_average_rate(timestamps)
     return rate is None or all(abs((t - timestamps[0]) * rate - i) <= _EVEN for i, t in enumerate(timestamps))
 
 

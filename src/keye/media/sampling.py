@@ -29,25 +29,16 @@ def smart_nframes(
     """How many of `total_frames` frames are sampled, by the rule of the release (`Release.count_frames`): at `fps`
     (default: the configuration's, never above native), or `nframes` outright, within the request's limits, the budget
     and the length of the video."""
-    return config.release.count_frames(
-        FrameDemand(
-            total=total_frames,
-            native_fps=native_fps,
-            cap=frame_cap(config, options),
-            fps=options.fps,
-            nframes=options.nframes,
-            min_frames=options.min_frames,
-            max_frames=options.max_frames,
-            default_fps=config.fps,
-            default_min_frames=config.min_frames,
-            default_max_frames=config.max_frames,
-            frame_factor=config.frame_factor,
-            strict=options.strict_official,
-        )
-    )
+    demand = FrameDemand(
+        total=total_frames, native_fps=native_fps, cap=count_affordable_frames(config, options), fps=options.fps,
+        nframes=options.nframes, min_frames=options.min_frames, max_frames=options.max_frames, default_fps=config.fps,
+        default_min_frames=config.min_frames, default_max_frames=config.max_frames, frame_factor=config.frame_factor,
+        strict=options.strict_official,
+    )  # fmt: skip
+    return config.release.count_frames(demand)
 
 
-def frame_cap(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
+def count_affordable_frames(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
     """The most frames the budget can hold when every frame has the fewest tokens."""
     token, total = config.token_pixels, options.video_total_pixels
     smallest = config.release.smallest_counted_frame(config.video_min_tokens * token, options.min_pixels)
@@ -56,7 +47,7 @@ def frame_cap(config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> int:
 
 def explain_no_frame(name: str, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> MediaError:
     """Why no frame of a video is sampled: the budget, or (1.5 under `strict_official`) a clip that is too short."""
-    if frame_cap(config, options) < 1:
+    if count_affordable_frames(config, options) < 1:
         return MediaError("the token budget for {} holds no frame; raise {}", name, Option("video_total_pixels"))
     return MediaError(
         "{} is shorter than a sampling step of {:.3g} s, and the official code takes no frame of it; raise {} or "
@@ -65,7 +56,7 @@ def explain_no_frame(name: str, config: ProcessorConfig, options: MediaOptions =
     )  # fmt: skip
 
 
-def frame_range(
+def find_frame_range(
     total_frames: int, native_fps: float, *, video_start: float | None = None, video_end: float | None = None
 ) -> tuple[int, int, int]:
     """The official rule: first index, last index and count of the frames between two times in seconds from the first
@@ -96,7 +87,7 @@ def frame_range(
     return first, last, last - first + 1
 
 
-def time_range(
+def find_time_range(
     timestamps: Sequence[float], duration: float, *, video_start: float | None = None, video_end: float | None = None
 ) -> tuple[int, int, int]:
     """First index, last index and count of the frames that are on display between two times (None: to the end).
@@ -106,24 +97,21 @@ def time_range(
     last.
     """
     first, last = 0, len(timestamps) - 1
-    start, end = Option("video_start", _format_seconds(video_start)), Option("video_end", _format_seconds(video_end))
+    texts = (None if seconds is None else f"{seconds:g}" for seconds in (video_start, video_end))
+    start, end = map(Option, ("video_start", "video_end"), texts)
     if video_start is not None and video_end is not None and video_end < video_start:
         raise KeyeError("{} lies before {}; swap them or leave one out", end, start)
     if video_start is not None:
         if video_start >= max(duration - SAME_TIME, timestamps[-1] + SAME_TIME):
-            raise KeyeError("{} lies after the end of the video at {} s; choose an earlier time",
-                            start, f"{duration:.2f}")  # fmt: skip
+            sentence = "{} lies after the end of the video at {} s; choose an earlier time"
+            raise KeyeError(sentence, start, f"{duration:.2f}")
         first = max(bisect_right(timestamps, video_start + SAME_TIME) - 1, 0)
     if video_end is not None:
         if video_end < timestamps[0] - SAME_TIME:
-            raise KeyeError("{} lies before the first frame of the video, which is shown at {} s; choose a later time",
-                            end, f"{timestamps[0]:.2f}")  # fmt: skip
+            sentence = "{} lies before the first frame of the video, which is shown at {} s; choose a later time"
+            raise KeyeError(sentence, end, f"{timestamps[0]:.2f}")
         last = bisect_right(timestamps, video_end + SAME_TIME) - 1
     return first, last, last - first + 1
-
-
-def _format_seconds(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{seconds:g}"
 
 
 def sample_indices(first: int, last: int, count: int) -> list[int]:
@@ -132,17 +120,12 @@ def sample_indices(first: int, last: int, count: int) -> list[int]:
     torch works in float32, from the left end in the first half and from the right end in the second, with fused
     multiply-add. Rounding decides between neighbouring frames, so the same steps are taken here.
     """
-    if count <= 0:
-        return []
-    if count == 1:
-        return [first]
-    f32, f64 = np.float32, np.float64
+    if count <= 1:
+        return [first] * max(count, 0)
+    f32, f64, i = np.float32, np.float64, np.arange(count)
     step = f64((f32(last) - f32(first)) / f32(count - 1))
-    i = np.arange(count)
-    rising = f64(f32(first)) + step * i
-    falling = f64(f32(last)) - step * (count - 1 - i)
-    spread = np.where(i < count // 2, rising, falling).astype(f32)
-    return [int(x) for x in np.round(spread)]
+    rising, falling = f64(f32(first)) + step * i, f64(f32(last)) - step * (count - 1 - i)
+    return [int(x) for x in np.round(np.where(i < count // 2, rising, falling).astype(f32))]
 
 
 def sample_frames(
@@ -177,11 +160,10 @@ def find_displayed_frames(timestamps: Sequence[float], targets: Sequence[float],
 
     All in seconds, ascending. A frame on display at several targets is named once, so the result may be shorter.
     """
-    chosen = (max(bisect_right(timestamps, target + tolerance) - 1, 0) for target in targets)
-    return sorted(set(chosen))
+    return sorted({max(bisect_right(timestamps, target + tolerance) - 1, 0) for target in targets})
 
 
-def average_rate(timestamps: Sequence[float]) -> float | None:
+def compute_average_rate(timestamps: Sequence[float]) -> float | None:
     """Average frames per second; None when all frames have one time."""
     span = timestamps[-1] - timestamps[0]
     return (len(timestamps) - 1) / span if span > 0 else None

@@ -1,14 +1,13 @@
-"""At which size pictures and frames are encoded, and how a budget of tokens is shared among frames.
+"""At which size pictures and frames are encoded, and how a budget of tokens is shared among frames: integers only.
 
-Integer arithmetic only: no pixels, no torch. The rules are those of each release's own code, reproduced to the last
-integer, oddities included; `keye.releases` has those that differ.
-Sizes are (height, width) in pixels; one visual token stands for `factor` x `factor` pixels.
+The rules are those of each release's own code, reproduced to the last integer, oddities included; `keye.releases` has
+those that differ. Sizes are (height, width) in pixels; one visual token stands for `factor` x `factor` pixels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from keye.config import ProcessorConfig
 from keye.config.media import DEFAULTS, MediaOptions
@@ -31,16 +30,16 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max
     `max_pixels`, and growing may too, as in the official rule. Raises `KeyeError` above an aspect ratio of 200.
     """
     check_sides(height, width)
-    h, w = _fit_limits(height, width, *whole_tokens(height, width, factor), factor, min_pixels, max_pixels)
+    h, w = _fit_limits(height, width, *round_to_tokens(height, width, factor), factor, min_pixels, max_pixels)
     return _check_encoded(max(h, factor), max(w, factor))
 
 
-def whole_tokens(height: int, width: int, factor: int) -> Size:
+def round_to_tokens(height: int, width: int, factor: int) -> Size:
     """The size with each side rounded to whole tokens, at least one."""
     return max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
 
 
-def processor_resize(
+def resize_for_processor(
     height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float, strict_official: bool = False
 ) -> Size:
     """The size that the image processor of Preview and 1.5 gives a picture, after the utilities have sized it.
@@ -92,11 +91,7 @@ def check_sides(height: int, width: int, name: str = "the picture", *, ratio: bo
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Images
-
-
-def image_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
+def compute_image_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
     """The size at which the utilities hold an image; limits default to those of the configuration.
 
     With `resized_height` and `resized_width` that size is rounded under the configuration's limits and `min_pixels`
@@ -112,7 +107,7 @@ def image_size(height: int, width: int, config: ProcessorConfig, options: MediaO
     return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
 
 
-def encoded_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
+def compute_encoded_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
     """The size that reaches the model of a picture which the utilities hold at height x width.
 
     Where the configuration has limits of the processor (Preview, 1.5) a second resize brings the picture into them.
@@ -128,18 +123,20 @@ def encoded_size(height: int, width: int, config: ProcessorConfig, options: Medi
             return height, width
         least = min(least, math.inf if options.min_pixels is None else options.min_pixels)
         most = max(most, options.max_pixels or 0, options.min_pixels or 0)
-    return processor_resize(
+    return resize_for_processor(
         height, width, factor=config.factor, min_pixels=least, max_pixels=most, strict_official=options.strict_official
     )
 
 
-def listed_frame_size(height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS) -> Size:
+def compute_listed_frame_size(
+    height: int, width: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS
+) -> Size:
     """The size at which a picture of a list that stands for a video is first held, before the video's own size.
 
     It is treated as an image where the release says so, else the limits of a frame apply.
     """
     if config.release.sizes_lists_as_images or options.resized is not None:
-        return image_size(height, width, config, options)
+        return compute_image_size(height, width, config, options)
     token = config.token_pixels
     low, high = _pick_limits(options, config.video_min_tokens * token, config.video_max_tokens * token)
     return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
@@ -152,19 +149,14 @@ def _pick_limits(options: MediaOptions, low: float, high: float) -> tuple[float,
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Frames of a video
-
-
-@dataclass(frozen=True)
-class FrameSizes:
+class FrameSizes(NamedTuple):
     """Sizes of a video's slow frames and of its fast ones; equal where there are no fast frames."""
 
     slow: Size
     fast: Size
 
 
-def total_pixels(config: ProcessorConfig, duration: float, options: MediaOptions = DEFAULTS) -> float:
+def compute_total_pixels(config: ProcessorConfig, duration: float, options: MediaOptions = DEFAULTS) -> float:
     """Pixel budget of one video that lasts `duration` seconds.
 
     The budget is the request's, else the configuration's. The release may divide it by the number of videos, and with
@@ -181,7 +173,7 @@ def total_pixels(config: ProcessorConfig, duration: float, options: MediaOptions
     return float(total)
 
 
-def frame_sizes(
+def compute_frame_sizes(
     height: int, width: int, slow: int, config: ProcessorConfig, options: MediaOptions = DEFAULTS, *, fast: int = 0
 ) -> FrameSizes:
     """The sizes at which `slow` slow and `fast` fast frames of height x width pixels are encoded.
@@ -193,27 +185,18 @@ def frame_sizes(
     release, token = config.release, config.token_pixels
     least = config.video_min_tokens * token
     if options.resized is not None and (release.official_frame_size or not options.strict_official):
-        size = height, width = image_size(height, width, config, options)
+        size = height, width = compute_image_size(height, width, config, options)
         # The size asked for may be below the smallest frame; a fast frame is never larger than a slow one.
         low: float = min(least, height * width)
         least = int(low)
     else:
         total = options.video_total_pixels
-        low, high = release.frame_limits(
-            FrameBudget(
-                slow=slow,
-                fast=fast,
-                total=config.video_total_tokens * token if total is None else total,
-                smallest=least,
-                largest=config.video_max_tokens * token,
-                min_pixels=options.min_pixels,
-                max_pixels=options.max_pixels,
-                token=token,
-                fast_ratio=config.fast_ratio,
-                frame_factor=config.frame_factor,
-                strict=options.strict_official,
-            )
-        )
+        budget = FrameBudget(
+            slow=slow, fast=fast, total=config.video_total_tokens * token if total is None else total, smallest=least,
+            largest=config.video_max_tokens * token, min_pixels=options.min_pixels, max_pixels=options.max_pixels,
+            token=token, fast_ratio=config.fast_ratio, frame_factor=config.frame_factor, strict=options.strict_official,
+        )  # fmt: skip
+        low, high = release.frame_limits(budget)
         size = smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
     if not release.classifies_frames:
         return FrameSizes(size, size)

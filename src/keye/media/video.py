@@ -1,6 +1,6 @@
 """Video files: what is in them, which frames are taken and what they cost, and the frames themselves.
 
-All decoding happens in a worker process (`decode_worker`) under limits; this side plans and receives. Times are
+All decoding happens in a worker process (`decode.video_worker`) under limits; this side plans and receives. Times are
 seconds on the clock that players show: the container's own presentation times, counted from the container's start.
 """
 
@@ -11,7 +11,6 @@ import struct
 from array import array
 from collections.abc import Generator, Iterator
 from functools import cached_property
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,13 @@ class VideoReader:
         self.limits = limits or (UNTRUSTED_LIMITS if source.untrusted else DecodeLimits())
         self.source = fetch_source(source, max_bytes=self.limits.file_bytes)
         check_video(source)
-        self.worker = self._start(track)
+        options = {
+            "threads": self.limits.threads, "pixel_limit": self.limits.frame_pixels, "frame_limit": self.limits.frames,
+            "common_only": self.source.untrusted, "track": track, "animation": is_png_or_webp(self.source.head()),
+        }  # fmt: skip
+        with self.source.open_file() as file:
+            self.worker = Worker("keye.media.decode.video_worker", file, options, self.limits, name=self.source.name,
+                                 what="video decoder", untrusted=self.source.untrusted)  # fmt: skip
         #: How many times frames were asked for, and the bytes of each frame that may still come.
         self._requests = self._coming = 0
         try:
@@ -76,9 +81,7 @@ class VideoReader:
     def __enter__(self) -> VideoReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,9 +102,8 @@ class VideoReader:
         They come at the planned size, shrunk by the worker while it decodes, or at the file's own size if `native`.
         """
         _ = self.info  # comes before any frame
-        turned = plan.rotation % 180 != 0
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
-        if turned:
+        if plan.rotation % 180:
             width, height = height, width
         if self._coming:  # frames that were asked for and not read: the worker gives them up
             self.worker.request({})
@@ -147,24 +149,6 @@ class VideoReader:
         for i, frame in enumerate(self.frames(plan)):
             frames[i] = frame
         return frames
-
-    def _start(self, track: int | None) -> Worker:
-        limits = self.limits
-        options = {
-            "threads": limits.threads, "pixel_limit": limits.frame_pixels, "frame_limit": limits.frames,
-            "common_only": self.source.untrusted, "track": track,
-            "animation": is_png_or_webp(self.source.head()),
-        }  # fmt: skip
-        with self.source.open_file() as file:
-            return Worker(
-                "keye.media.decode.video_worker",
-                file,
-                options,
-                limits,
-                name=self.source.name,
-                what="video decoder",
-                untrusted=self.source.untrusted,
-            )
 
 
 def probe(source: Reference, limits: DecodeLimits | None = None, *, track: int | None = None) -> VideoInfo:

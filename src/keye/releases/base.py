@@ -6,7 +6,6 @@ is chosen by these attributes. The defaults here are what most releases have in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -18,10 +17,9 @@ from keye.errors import KeyeError
 class FrameDemand:
     """What decides how many frames of a video are sampled.
 
-    `total` frames at `native_fps` are there, `cap` is the number that the token budget holds when every frame has the
-    fewest tokens. `fps`, `nframes`, `min_frames` and `max_frames` are those of the request, None where it sets nothing;
-    the `default_` values are the configuration's, and the number is a multiple of `frame_factor` where the release says
-    so. `strict`: the official code, oddities included.
+    `total` frames at `native_fps` are there; the token budget holds `cap` of the fewest tokens. `fps`, `nframes`,
+    `min_frames`, `max_frames` are the request's, None where it sets nothing, the `default_` values and `frame_factor`
+    the configuration's. `strict`: the official code, oddities included.
     """
 
     total: int
@@ -37,18 +35,14 @@ class FrameDemand:
     frame_factor: int
     strict: bool
 
-    @property
-    def wanted_fps(self) -> float:
-        return self.fps or self.default_fps
-
 
 @dataclass(frozen=True)
 class FrameBudget:
     """What decides the size of a video's frames, in pixels.
 
-    `slow` slow and `fast` fast frames share `total`. `smallest` and `largest` are the configuration's limits of one
-    frame, `min_pixels` and `max_pixels` those of the request, None where it sets nothing. One visual token stands for
-    `token` pixels; a fast frame costs `fast_ratio` of a slow one.
+    `slow` slow and `fast` fast frames share `total`; a fast one costs `fast_ratio` of a slow one. `smallest` and
+    `largest` limit one frame by configuration, `min_pixels` and `max_pixels` by request (or None). A token is `token`
+    pixels.
     """
 
     slow: int
@@ -153,7 +147,7 @@ class Release:
             cap = min(cap, limit)
         if nframes is not None:
             return min(nframes, cap)
-        wanted = int(demand.total / demand.native_fps * min(demand.wanted_fps, demand.native_fps))
+        wanted = int(demand.total / demand.native_fps * min((demand.fps or demand.default_fps), demand.native_fps))
         return min(max(wanted, self.least_frames(demand)), cap)
 
     def least_frames(self, demand: FrameDemand) -> int:
@@ -166,7 +160,7 @@ class Release:
         low = max(least, budget.smallest)
         high = budget.largest if budget.max_pixels is None else budget.max_pixels
         token = budget.token
-        tokens = tokens_per_frame(
+        tokens = find_tokens_per_frame(
             budget.slow, low / token, high / token, budget.total / token, fast=budget.fast, ratio=budget.fast_ratio
         )
         return low, tokens * token
@@ -186,7 +180,9 @@ class Release:
         return find_release, (self.name,)
 
 
-def tokens_per_frame(slow: int, low: float, high: float, budget: float, *, fast: int = 0, ratio: float = 0.3) -> float:
+def find_tokens_per_frame(
+    slow: int, low: float, high: float, budget: float, *, fast: int = 0, ratio: float = 0.3
+) -> float:
     """Tokens that each of `slow` frames may have under a budget of tokens, between `low` and `high`; each of `fast`
     frames costs `ratio` of that, at least `low`.
 
@@ -201,13 +197,6 @@ def tokens_per_frame(slow: int, low: float, high: float, budget: float, *, fast:
             left = middle + 1
     return left
 
-
-def floor_multiple(value: float, factor: int) -> int:
-    """The largest multiple of `factor` that is at most `value`."""
-    return math.floor(value / factor) * factor
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 R = TypeVar("R", bound=Release)
 

@@ -6,7 +6,7 @@ import math
 from typing import Final
 
 from keye.errors import KeyeError, Option
-from keye.releases.base import FrameBudget, FrameDemand, Release, floor_multiple, register
+from keye.releases.base import FrameBudget, FrameDemand, Release, register
 
 #: By how much the limit of one frame is at least above the minimum.
 _HEADROOM: Final = 1.05
@@ -46,8 +46,8 @@ class KeyePreview(Release):
             low = math.ceil((demand.min_frames or demand.default_min_frames) / factor) * factor
             most = demand.max_frames or min(demand.default_max_frames or total, total)
             high = most // factor * factor
-            wanted = total / demand.native_fps * demand.wanted_fps
-            count = floor_multiple(min(max(wanted, low), high, total), factor)
+            wanted = total / demand.native_fps * (demand.fps or demand.default_fps)
+            count = math.floor(min(max(wanted, low), high, total) / factor) * factor
         if factor <= count <= total:
             return count
         if demand.strict:

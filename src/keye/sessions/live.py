@@ -193,7 +193,7 @@ class LiveSession:
         if self._size is None:  # of all frames: that of a video of two frames like the first
             first = frames[0]
             height, width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
-            self._size = sizes.frame_sizes(height, width, 2, config, self._options).slow
+            self._size = sizes.compute_frame_sizes(height, width, 2, config, self._options).slow
         least = len(frames) * self._size[0] * self._size[1] // config.token_pixels
         if len(self._head) + least + self._reserve > self._limit:
             raise _too_many(least, self._limit)

@@ -22,7 +22,7 @@ from keye.errors import KeyeError
 from keye.media import sampling, sizes
 from keye.media.image import resize_exactly, resize_image
 from keye.media.info import VideoInfo
-from keye.media.pixels.resample import bilinear
+from keye.media.pixels.patches import resize_bilinear
 from keye.media.pixels.slowfast import compared_size, frame_types, similarity
 from keye.media.plan import VideoPlan, add_frame_types, make_plan
 from tests.support.parity.cases import Case, Check, NotApplicable, is_preview
@@ -117,14 +117,14 @@ def nframes_row(check: Check, i: int, row: Row, config: ProcessorConfig) -> None
 
 def _frame_range(case: Case, check: Check, i: int, row: Row) -> None:
     total, native = row["total_frames"], row["video_fps"]
-    result = outcome(check, f"row {i}", row, lambda: sampling.frame_range(total, native, **row["ele"]))
+    result = outcome(check, f"row {i}", row, lambda: sampling.find_frame_range(total, native, **row["ele"]))
     if result is not None:
         check.equal(f"row {i} {row}", list(result), row["out"])
 
 
 def _duration_budget(case: Case, check: Check, i: int, row: Row) -> None:
     options = MediaOptions(video_total_pixels=row["video_total_pixels"], video_count=row["num_videos"])
-    total = sizes.total_pixels(
+    total = sizes.compute_total_pixels(
         CONFIGS["v20"], row["duration"], options.replace(adaptive_budget=row["adaptive_enabled"])
     )
     check.equal(f"row {i} {row}", total, row["out"])
@@ -146,7 +146,7 @@ def _frame_typing(case: Case, check: Check) -> None:
     frames = [np.ascontiguousarray(frame) for frame in case.tensors["frames"].numpy().transpose(0, 2, 3, 1)]
     size = compared_size(frames[0].shape[0], frames[0].shape[1], config)
     check.equal("resized_hw", list(size), meta["resized_hw"])
-    resized = [bilinear(frame, size) for frame in frames]
+    resized = [resize_bilinear(frame, size) for frame in frames]
     if "resized_first" in case.tensors:
         first = case.tensors["resized_first"].numpy().transpose(1, 2, 0)
         check.equal("resized_first", int((resized[0] != first).sum()), 0)
@@ -204,7 +204,7 @@ def _long_clip(case: Case, check: Check, i: int, row: Row) -> None:
     check.equal(f"{name} nframes", plan.frames, want["nframes"])
     _check_times(check, name, (plan.timestamps[0], plan.timestamps[-1]), want["first_last_timestamps"])
     if "ele_video_total_pixels_after" in want:
-        budget = sizes.total_pixels(config, row["duration"], options)
+        budget = sizes.compute_total_pixels(config, row["duration"], options)
         check.equal(f"{name} budget", budget, want["ele_video_total_pixels_after"])
 
 
@@ -221,10 +221,10 @@ def _frame_list(case: Case, check: Check, i: int, row: Row) -> None:
         )
         if indices is None:
             continue
-        height, width = sizes.listed_frame_size(row["height"], row["width"], config, options)
+        height, width = sizes.compute_listed_frame_size(row["height"], row["width"], config, options)
         check.equal(f"{name} frames_shape", [len(indices), 3, height, width], want["frames_shape"])
         fast = sum(want["frame_types"])
-        result = sizes.frame_sizes(height, width, len(indices) - fast, config, options, fast=fast)
+        result = sizes.compute_frame_sizes(height, width, len(indices) - fast, config, options, fast=fast)
         check.equal(f"{name} slow", list(result.slow), [want["height"], want["width"]])
         check.equal(f"{name} fast", list(result.fast), [want["fast_height"], want["fast_width"]])
         if "timestamps" in want:

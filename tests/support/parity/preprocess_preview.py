@@ -80,7 +80,7 @@ def _processor_resize(case: Case, check: Check, i: int, row: Row) -> None:
     limits = {name: row[name] for name in ("factor", "min_pixels", "max_pixels")}
     got = outcome(
         check, f"row {i}", row,
-        lambda: sizes.processor_resize(row["height"], row["width"], **limits, strict_official=True),
+        lambda: sizes.resize_for_processor(row["height"], row["width"], **limits, strict_official=True),
     )  # fmt: skip
     if got is not None:
         check.equal(f"row {i} {row}", list(got), row["out"])
@@ -92,7 +92,7 @@ def _nframes(case: Case, check: Check, i: int, row: Row) -> None:
 
 def _frame_range(case: Case, check: Check, i: int, row: Row) -> None:
     total, native = row["total_frames"], row["video_fps"]
-    got = outcome(check, f"row {i}", row, lambda: sampling.frame_range(total, native, **row["ele"]))
+    got = outcome(check, f"row {i}", row, lambda: sampling.find_frame_range(total, native, **row["ele"]))
     if got is not None:
         check.equal(f"row {i} {row}", list(got), row["out"])
 

@@ -29,8 +29,7 @@ def is_animated_gif(file: BinaryIO, max_blocks: int = MAX_BLOCKS) -> bool:
     if len(header) < 13:
         return False
     _skip_color_table(file, header[10])
-    images = 0
-    blocks = 0
+    images = blocks = 0
     while introducer := file.read(1):
         if introducer == b"\x2c":
             images += 1
@@ -53,7 +52,15 @@ def is_animated_gif(file: BinaryIO, max_blocks: int = MAX_BLOCKS) -> bool:
 
 def is_animated_webp(file: BinaryIO) -> bool:
     """Whether a WebP has a second frame."""
-    return _has_two(_webp_chunks(file, _MAX_CHUNKS), b"ANMF")
+    count = 0
+    try:
+        for name, _, _ in _webp_chunks(file, _MAX_CHUNKS):
+            count += name == b"ANMF"
+            if count == 2:
+                return True
+    except ValueError:  # Cut short: more may have followed.
+        return count > 0
+    return False
 
 
 def is_animated_png(file: BinaryIO) -> bool:
@@ -97,8 +104,8 @@ def is_track_file(file: BinaryIO) -> bool:
 
 
 def is_jpeg_sequence(file: BinaryIO) -> bool:
-    """Whether pictures of one size follow one another in a JPEG file, as in a raw MJPEG stream. Files of cameras with
-    a second picture, which they declare (MPF), are none."""
+    """Whether pictures of one size follow one another in a JPEG file, as in a raw MJPEG stream. A second picture that a
+    camera declares (MPF) does not count."""
     first = _jpeg_picture(file, 0)
     if first is None:
         return False
@@ -114,26 +121,24 @@ def tiff_pages(file: BinaryIO) -> int:
     if order is None or len(start) < 16 or struct.unpack_from(order + "H", start, 2)[0] not in (42, 43):
         return 0
     big = start[2:4] in (b"+\0", b"\0+")
-    count_form, place_form, entry, header = (
-        (order + "Q", order + "Q", 20, 8) if big else (order + "H", order + "I", 12, 4)
-    )
-    (place,) = struct.unpack_from(place_form, start, header)
+    count_form, place_form, entry, header = ("Q", "Q", 20, 8) if big else ("H", "I", 12, 4)
+    (place,) = struct.unpack_from(order + place_form, start, header)
     pages, seen = 0, set[int]()
     while place and place not in seen and len(seen) < _MAX_PAGES:
         seen.add(place)
         file.seek(place)
-        size = struct.calcsize(count_form)
+        data = file.read(struct.calcsize(count_form))
+        if len(data) < struct.calcsize(count_form):
+            break
+        (tags,) = struct.unpack(order + count_form, data)
+        if not 0 < tags <= _MAX_TAGS:
+            break
+        size = tags * entry + struct.calcsize(place_form)
         data = file.read(size)
         if len(data) < size:
             break
-        (tags,) = struct.unpack(count_form, data)
-        if not 0 < tags <= _MAX_TAGS:
-            break
-        data = file.read(tags * entry + struct.calcsize(place_form))
-        if len(data) < tags * entry + struct.calcsize(place_form):
-            break
         pages += not _subfile_type(data, tags, entry, order) & 0b101
-        (place,) = struct.unpack_from(place_form, data, tags * entry)
+        (place,) = struct.unpack_from(order + place_form, data, tags * entry)
     return pages
 
 
@@ -182,21 +187,8 @@ def _display_seconds(delay: int, unit: int) -> Fraction:
     return time if time >= _SHORTEST else _USUAL
 
 
-def _has_two(chunks: Iterator[tuple[bytes, int, int]], wanted: bytes) -> bool:
-    count = 0
-    try:
-        for name, _, _ in chunks:
-            count += name == wanted
-            if count == 2:
-                return True
-    except ValueError:  # Cut short: more may have followed.
-        return count > 0
-    return False
-
-
 def _webp_chunks(file: BinaryIO, most: int = sys.maxsize) -> Iterator[tuple[bytes, int, int]]:
-    """Name, place and length of each chunk of a WebP's content, of at most so many; `ValueError` after one that the
-    file does not hold whole."""
+    """Name, place and length of up to `most` chunks of a WebP; `ValueError` after one that is cut short."""
     file.seek(0, os.SEEK_END)
     size = file.tell()
     file.seek(4)
@@ -229,8 +221,7 @@ def _png_chunks(file: BinaryIO, most: int = sys.maxsize) -> Iterator[tuple[bytes
 
 
 def _jpeg_picture(file: BinaryIO, place: int) -> tuple[bytes, int] | None:
-    """The size of the picture that begins at a place, as its header writes it, and where it ends; None if there is no
-    whole picture or it declares more."""
+    """Size (as in the header) and end of the picture at a place; None if it is incomplete or declares more."""
     file.seek(place)
     if file.read(2) != b"\xff\xd8":
         return None

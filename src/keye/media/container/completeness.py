@@ -1,9 +1,6 @@
 """Whether a media file ends before it says that it does, by the sizes in its own structure. Standard library only.
 
-MP4, QuickTime and HEIF are rows of boxes, Matroska is one segment, AVI one or more RIFF chunks, each with its size; a
-GIF ends with a mark, a Flash video with the size of its last tag. A declared duration tells less: that of a whole
-recording stands in each of its pieces.
-"""
+A declared duration says less: that of a whole recording stands in each of its pieces."""
 
 from __future__ import annotations
 
@@ -32,7 +29,14 @@ def ends_early(file: BinaryIO) -> bool | None:
         if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
             return _chunks(file, end)
         if start.startswith(b"FLV"):
-            return not _ends_with_tag(file, end)
+            # It ends with a complete tag and its size.
+            file.seek(max(end - 4, 0))
+            size = int.from_bytes(file.read(4), "big")
+            if not _TAG_HEADER <= size <= end:
+                return True
+            file.seek(max(end - 4 - size, 0))
+            header = file.read(4)
+            return header[:1] not in _TAGS or int.from_bytes(header[1:], "big") + _TAG_HEADER != size
         if start.startswith((b"GIF87a", b"GIF89a")):
             file.seek(max(end - _TAIL, 0))
             return not file.read().rstrip(b"\0").endswith(b";")
@@ -48,9 +52,7 @@ def _boxes(file: BinaryIO, end: int) -> bool | None:
             return False
         file.seek(place)
         header = file.read(16)
-        size = int.from_bytes(header[:4], "big")
-        if size == 1:
-            size = int.from_bytes(header[8:16], "big")
+        size = int.from_bytes(header[8:16] if header[:4] == b"\0\0\0\1" else header[:4], "big")
         if size == 0:  # up to the end
             return False
         if size < 8 or not header[4:8].isascii():
@@ -59,17 +61,6 @@ def _boxes(file: BinaryIO, end: int) -> bool | None:
         if place > end:
             return True
     return None
-
-
-def _ends_with_tag(file: BinaryIO, end: int) -> bool:
-    """Whether a Flash video ends with a whole tag and its size."""
-    file.seek(max(end - 4, 0))
-    size = int.from_bytes(file.read(4), "big")
-    if not _TAG_HEADER <= size <= end:
-        return False
-    file.seek(max(end - 4 - size, 0))
-    header = file.read(4)
-    return header[:1] in _TAGS and int.from_bytes(header[1:], "big") + _TAG_HEADER == size
 
 
 def _segment(file: BinaryIO, end: int) -> bool | None:

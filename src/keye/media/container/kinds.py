@@ -11,14 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from keye.media.container.animations import (
-    is_animated_gif,
-    is_animated_png,
-    is_animated_webp,
-    is_jpeg_sequence,
-    is_png_sequence,
-    is_track_file,
-)
+from keye.media.container import animations
 
 #: How many of the first bytes tell the kind.
 HEAD_BYTES = 4096
@@ -30,12 +23,9 @@ _HEIF_STILLS = frozenset({b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2"})
 _HEIF_SEQUENCES = frozenset({b"hevc", b"hevx", b"hevm", b"hevs", b"msf1"})
 _AVIF = frozenset({b"avif", b"avis"})
 
-_PICTURE = "save it as PNG or JPEG"
+_PICTURE, _SOUND, _MEDIUM = "save it as PNG or JPEG", "give a video", "give a video or an image"
 _EXPORT = "export its pages or pictures as PNG and give those"
-_UNPACK = "unpack it and give the video or picture inside"
-_ITSELF = "give the video itself"
-_MEDIUM = "give a video or an image"
-_SOUND = "give a video"
+_UNPACK, _ITSELF = "unpack it and give the video or picture inside", "give the video itself"
 #: What files are that are neither, what to do, and how they begin.
 _OTHERS: tuple[tuple[str, str, tuple[bytes, ...]], ...] = (
     ("a PostScript document", _EXPORT, (b"%!PS", b"\xc5\xd0\xd3\xc6")),
@@ -94,7 +84,6 @@ _MARKUP = (
     (re.compile(rb"<(MPD|smil|asx|playlist)[\s>]", re.IGNORECASE), "a playlist", _ITSELF),
     (re.compile(rb"<tt[\s>]", re.IGNORECASE), "a subtitle file", _ITSELF),
 )
-_PDF = "convert its pages to PNG and give those as images"
 
 
 @dataclass(frozen=True)
@@ -108,30 +97,41 @@ class Other:
         return f"is {self.what}, which is not read; {self.advice}"
 
 
-def kind_of(file: BinaryIO) -> Literal["image", "video"] | Other:
+def find_kind(file: BinaryIO) -> Literal["image", "video"] | Other:
     """The kind of an open file. Animations are videos; so is what is not known, for the decoder to judge."""
     file.seek(0)
     head = file.read(HEAD_BYTES)
     if head.startswith((b"GIF87a", b"GIF89a")):
-        return "video" if is_animated_gif(file) else "image"
+        return "video" if animations.is_animated_gif(file) else "image"
     if head.startswith(b"RIFF"):
-        return _riff(head, file)
+        if head[8:12] in (b"WAVE", b"RMID"):
+            return Other("a sound file", _SOUND)
+        return "image" if head[8:12] == b"WEBP" and not animations.is_animated_webp(file) else "video"
     if head[4:8] == b"ftyp":
-        return _iso(head, file)
+        if head[8:12] == b"crx ":
+            return Other("a camera's raw picture", _PICTURE)
+        # Brands of sequences stand first in bursts too, which have pictures but no track; and what says to be a still
+        # image first of all is one, whatever else it holds.
+        sequence = head[8:12] in _HEIF_SEQUENCES | {b"avis"} and animations.is_track_file(file)
+        return "video" if find_heif_format(head) is None or sequence else "image"
     if head.startswith((b"II", b"MM")) and _is_camera_raw(head):
         return Other("a camera's raw picture", _PICTURE)
     if head.startswith(_PNG):
-        return _png(file)
+        if animations.is_animated_png(file):
+            return "video"
+        if animations.is_png_sequence(file):
+            return Other("a row of PNG pictures in one file", "save each to a file of its own, or make a video of them")
+        return "image"
     if head.startswith(b"\xff\xd8\xff"):
-        return "video" if is_jpeg_sequence(file) else "image"
+        return "video" if animations.is_jpeg_sequence(file) else "image"
     if (head.startswith(_IMAGES) and not _is_text(head[:64])) or _is_icon(head):
         return "image"
-    return _other(head) or "video"
+    return _describe_other(head) or "video"
 
 
 def is_image_format(head: bytes) -> bool:
     """Whether a file that begins like this is in a format for images, of which some can move."""
-    return head.startswith((*_IMAGES, b"GIF8")) or head[8:12] == b"WEBP" or heif_format(head) is not None
+    return head.startswith((*_IMAGES, b"GIF8")) or head[8:12] == b"WEBP" or find_heif_format(head) is not None
 
 
 def is_png_or_webp(head: bytes) -> bool:
@@ -139,11 +139,12 @@ def is_png_or_webp(head: bytes) -> bool:
     return head.startswith(_PNG) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
 
 
-def heif_format(head: bytes) -> Literal["AVIF", "HEIF"] | None:
+def find_heif_format(head: bytes) -> Literal["AVIF", "HEIF"] | None:
     """The image format of a file of the ISO family, None where it is a video or of another family."""
     if head[4:8] != b"ftyp":
         return None
-    major, brands = _brands(head)
+    size = min(int.from_bytes(head[:4], "big"), len(head))
+    major, brands = head[8:12], {head[place : place + 4] for place in range(16, size - 3, 4)}
     if major in _AVIF or (major in (b"mif1", b"mif2", b"miaf", b"msf1") and brands & _AVIF):
         return "AVIF"
     if major in _HEIF_STILLS | _HEIF_SEQUENCES or (major == b"miaf" and brands & _HEIF_STILLS):
@@ -151,42 +152,9 @@ def heif_format(head: bytes) -> Literal["AVIF", "HEIF"] | None:
     return None
 
 
-def _brands(head: bytes) -> tuple[bytes, set[bytes]]:
-    size = min(int.from_bytes(head[:4], "big"), len(head))
-    return head[8:12], {head[place : place + 4] for place in range(16, size - 3, 4)}
-
-
-def _iso(head: bytes, file: BinaryIO) -> Literal["image", "video"] | Other:
-    major, _ = _brands(head)
-    if major == b"crx ":
-        return Other("a camera's raw picture", _PICTURE)
-    if heif_format(head) is None:
-        return "video"
-    # Brands of sequences stand first in bursts too, which have pictures but no track; and what says to be a still
-    # image first of all is one, whatever else it holds.
-    sequence = major in _HEIF_SEQUENCES | {b"avis"}
-    return "video" if sequence and is_track_file(file) else "image"
-
-
-def _png(file: BinaryIO) -> Literal["image", "video"] | Other:
-    if is_animated_png(file):
-        return "video"
-    if is_png_sequence(file):
-        return Other("a row of PNG pictures in one file", "save each to a file of its own, or make a video of them")
-    return "image"
-
-
-def _riff(head: bytes, file: BinaryIO) -> Literal["image", "video"] | Other:
-    if head[8:12] == b"WEBP":
-        return "video" if is_animated_webp(file) else "image"
-    if head[8:12] in (b"WAVE", b"RMID"):
-        return Other("a sound file", _SOUND)
-    return "video"
-
-
-def _other(head: bytes) -> Other | None:
+def _describe_other(head: bytes) -> Other | None:
     if b"%PDF-" in head[:1024]:
-        return Other("a PDF document", _PDF)
+        return Other("a PDF document", "convert its pages to PNG and give those as images")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         content = next((what for mark, what in _ZIPPED.items() if mark in head), None)
         return Other(content, _EXPORT) if content else Other("a ZIP archive", _UNPACK)
@@ -204,10 +172,10 @@ def _other(head: bytes) -> Other | None:
     for what, advice, marks in _OTHERS:
         if text.startswith(marks):
             return Other(what, advice)
-    return _text(text)
+    return _describe_text(text)
 
 
-def _text(head: bytes) -> Other | None:
+def _describe_text(head: bytes) -> Other | None:
     if not head.startswith((b"\xff\xfe", b"\xfe\xff")) and (not _is_text(head) or head.startswith(b"YUV4MPEG2 ")):
         return None
     if _SUBTITLE.match(head):
@@ -242,15 +210,12 @@ def _is_camera_raw(head: bytes) -> bool:
     """Whether a TIFF file is the raw picture of a camera, which Pillow would open as the thumbnail in front of it."""
     if head[2:4] not in (b"*\0", b"\0*"):
         return False
-    if head[8:10] == b"CR":
-        return True
-    tags = dict(first_tags(head))
-    return 50706 in tags or (330 in tags and bool(tags.get(254, 0) & 1))
+    tags = dict(_read_first_tags(head))
+    return head[8:10] == b"CR" or 50706 in tags or (330 in tags and bool(tags.get(254, 0) & 1))
 
 
-def first_tags(head: bytes) -> Iterator[tuple[int, int]]:
-    """The numbers and (short or long) values of the tags in the first directory of a TIFF file, as far as `head`
-    holds it."""
+def _read_first_tags(head: bytes) -> Iterator[tuple[int, int]]:
+    """Numbers and (short or long) values of the tags in the first directory of a TIFF file, up to the end of `head`."""
     order = "<" if head[:2] == b"II" else ">"
     if len(head) < 8 or struct.unpack_from(order + "H", head, 2)[0] != 42:
         return

@@ -1,12 +1,12 @@
 """Reads every packet of a video file once, without decoding but for the first frame. Standard library and PyAV.
 
-What the packets' own bytes tell is read only where the container does not tell it: which H.264 and HEVC keys begin
-afresh, which HEVC pictures lack what they need, which MPEG pictures lie between others, which VP8 frames are not shown,
-which Theora packets are headers.
+The packets' own bytes are read only where the container does not tell: which H.264 and HEVC keys begin afresh, which
+HEVC pictures lack what they need, which MPEG pictures lie between others, which VP8 and Theora packets are not shown.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +56,10 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
     units = {s.index: float(s.time_base) for s in container.streams if s.time_base is not None}
     timed = {s.index for s in container.streams if s.type in ("audio", "video")}
     packets, wanted = scan.packets, stream.index
-    leading = _Leading()
-    prefix = _prefix_size(codec, stream.codec_context.extradata)
+    keyed = lacking = False
+    extra, at = stream.codec_context.extradata, {"h264": 4, "hevc": 21}.get(codec)
+    # Bytes of the length before each NAL unit; 0 where start codes part them.
+    prefix = (extra[at] & 3) + 1 if at is not None and extra and extra[0] == 1 and len(extra) > at else 0
     for packet in container.demux():
         if packet.size == 0:
             continue
@@ -70,15 +72,21 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
                     joiner.follow(index, (time if dts is None else dts) * units[index], duration * units[index])
             continue
         flags = _flags(packet, codec, prefix)
-        if codec == "hevc" and leading.lacks(packet, flags, prefix):
-            flags |= HIDDEN
+        if codec == "hevc":
+            # Pictures that need what came before a key, and lack it: decoders leave them out.
+            kind = slice_kind(bytes(packet), "hevc", prefix) if flags & KEY or lacking else None
+            if flags & KEY:
+                lacking = kind in _BLA or (kind == _CRA and not keyed)
+                keyed = True
+            elif kind in _SKIPPED:
+                flags |= HIDDEN
         if joiner is not None and dts is not None:
             dts, pts, joins = joiner.shift(dts, pts, duration)
             flags |= JOIN if joins else 0
         if not len(packets):
             scan.first_packet = packet_key(packet)
         if scan.first_frame is None:
-            scan.first_frame = _first_frame(packet)
+            scan.first_frame = _decode_first(packet.decode)
         packets.add(pts, dts, duration, flags)
         time = dts if pts is None else pts
         if time is not None:
@@ -86,7 +94,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
     if restarts:
         packets.mend_times(unit)
     if scan.first_frame is None:
-        scan.first_frame = _first_frame(None, stream)
+        scan.first_frame = _decode_first(stream.decode)
     scan.ends.setdefault(wanted, 0.0)
     return scan
 
@@ -111,30 +119,6 @@ def _flags(packet: av.Packet[Any], codec: str, prefix: int) -> int:
     elif (codec == "vp8" and not memoryview(packet)[0] & 0x10) or (codec == "theora" and memoryview(packet)[0] & 0x80):
         flags |= HIDDEN
     return flags
-
-
-class _Leading:
-    """Tells which pictures of HEVC decoders leave out: they need what came before a key, and lack it."""
-
-    def __init__(self) -> None:
-        self._keyed = self._lacking = False
-
-    def lacks(self, packet: av.Packet[Any], flags: int, prefix: int) -> bool:
-        """Whether the next packet, with its `flags`, is of such a picture."""
-        if not flags & KEY:
-            return self._lacking and slice_kind(bytes(packet), "hevc", prefix) in _SKIPPED
-        kind = slice_kind(bytes(packet), "hevc", prefix)
-        self._lacking = kind in _BLA or (kind == _CRA and not self._keyed)
-        self._keyed = True
-        return False
-
-
-def _prefix_size(codec: str, extradata: bytes | None) -> int:
-    """Bytes of the length before each NAL unit; 0 where start codes part them."""
-    place = {"h264": 4, "hevc": 21}.get(codec)
-    if place is None or not extradata or extradata[0] != 1 or len(extradata) <= place:
-        return 0
-    return (extradata[place] & 3) + 1
 
 
 def slice_kind(data: bytes, codec: str, prefix: int) -> int | None:
@@ -167,10 +151,10 @@ def _lies_between(data: bytes, codec: str) -> bool:
     return data[header + 4] >> 6 == 2 if codec == PACKED else data[header + 5] >> 3 & 7 == 3
 
 
-def _first_frame(packet: av.Packet[Any] | None, stream: VideoStream | None = None) -> VideoFrame | None:
+def _decode_first(decode: Callable[[], Sequence[Any]]) -> VideoFrame | None:
     """The first frame that decodes; damaged packets before it are passed over."""
     try:
-        frames = packet.decode() if packet is not None else stream.decode(None) if stream is not None else []
+        frames = decode()
     except av.error.FFmpegError:
         return None
     return next((frame for frame in frames if isinstance(frame, VideoFrame)), None)

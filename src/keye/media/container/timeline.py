@@ -1,7 +1,7 @@
 """When the frames of a video are shown, out of what its packets say. Standard library only: nothing is read or decoded.
 
-A packet is known by its place in the file; one packet holds one frame. Times are whole units of the stream's time base.
-Packets tell when frames are decoded (dts) and when they are shown (pts), some containers only the former, some neither.
+A packet, known by its place in the file, holds one frame. Times are whole units of the stream's time base: of decoding
+(dts) and of showing (pts); some containers have only the former, some neither.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _MOST_HELD = 16
 PACKED = "mpeg4"
 #: Frames by which a lost one may lie from a packet that tells of the loss.
 _AROUND = 8
-#: Seconds by which the clock must jump ahead, or fall back, to be another part's: the limits of ffmpeg.
-_JUMP, _FALL = 10.0, 0.1
-#: The same where a container's clock cannot begin again, and only falls back after careless joining.
-_STRICT_FALL = 1.0
+#: Seconds by which the clock must jump ahead, or fall back, to be another part's: the limits of ffmpeg. The last one
+#: is for containers whose clock cannot begin again, and only falls back after careless joining.
+_JUMP, _FALL, _STRICT_FALL = 10.0, 0.1, 1.0
 
 
 @dataclass
@@ -69,9 +68,9 @@ class Packets:
         return [min(part) for part in inside if part]
 
     def mend_times(self, unit: float) -> None:
-        """Replaces damaged times. One of decoding is damaged where those on both sides of it ascend without it; one of
-        showing where it lies off that of decoding by more than the most frames that a decoder holds back, at the rate
-        around it, and a jump of the clock."""
+        """Replaces damaged times: one of decoding that does not fit between those on both sides, which ascend without
+        it; one of showing that is further off than the most frames that a decoder holds back, at the rate around it,
+        and a jump."""
         pts, dts, least = self.pts, self.dts, _FALL / unit
         for place in range(1, len(self) - 1):
             before, time, after = dts[place - 1 : place + 2]
@@ -119,11 +118,15 @@ class Joiner:
         """The times of the next packet on the one clock, and whether a part begins with it."""
         time, joins = dts + self._offset, False
         if self._last is not None:
-            if self._is_damaged(time, pts):
+            # Damaged: the packet's decoding time alone lies far from where it should, its time of showing does not.
+            off, displayed_off = abs(time - self._next), 0 if pts is None else abs(pts + self._offset - self._next)
+            if pts is not None and displayed_off * self._unit <= _JUMP < off * self._unit:
                 time = self._next
             fall = (self._last - time) * self._unit
             leap = (time - self._next) * self._unit
-            joins = self._jumps and leap > _JUMP and not self._is_gap(dts * self._unit)
+            even = (due for stream, due in self._due.items() if stream not in self._broken)
+            is_gap = any(abs(dts * self._unit - due) <= _JUMP for due in even)
+            joins = self._jumps and leap > _JUMP and not is_gap
             if fall > self._fall:  # unless it was the time of the last packet that was wrong
                 joins = abs(time - self._regular) * self._unit > self._fall
             if joins:
@@ -136,17 +139,6 @@ class Joiner:
         self._regular = due + (duration or self._step)
         self._broken.clear()
         return time, None if pts is None else pts + self._offset, joins
-
-    def _is_damaged(self, time: int, pts: int | None) -> bool:
-        """Whether a packet's decoding time alone lies far from where it should: its time of showing does not."""
-        if pts is None:
-            return False
-        off, shown_off = abs(time - self._next), abs(pts + self._offset - self._next)
-        return shown_off * self._unit <= _JUMP < off * self._unit
-
-    def _is_gap(self, seconds: float) -> bool:
-        even = (due for stream, due in self._due.items() if stream not in self._broken)
-        return any(abs(seconds - due) <= _JUMP for due in even)
 
 
 @dataclass(frozen=True)
@@ -202,10 +194,7 @@ def lay_out(packets: Packets, codec: str, delay: int, step: int, reorders: Calla
 
 
 def _by_pts(packets: Packets) -> Timeline:
-    """The timeline of packets that tell when their frames are shown; dts take the place of pts that are missing.
-
-    What comes before the first key cannot be decoded and is left out.
-    """
+    """The timeline of packets that tell when their frames are shown; what comes before the first key is left out."""
     keys = packets.places(KEY)
     pts = array("q", (d if p == NONE else p for p, d in zip(packets.pts, packets.dts, strict=True)))
     first = keys[0] if keys else 0
@@ -246,11 +235,8 @@ def _by_picture_type(packets: Packets, delay: int, step: int) -> Timeline:
 
 
 def _by_count(packets: Packets, delay: int, step: int) -> Timeline:
-    """The timeline of packets that do not tell the order of showing: the decoder does.
-
-    It gives a frame for each packet, `delay` packets later, whose dts is when the frame is shown. Without any dts
-    frames are shown every `step`.
-    """
+    """The timeline where the decoder alone knows the order of showing: it gives a frame for each packet, `delay`
+    packets later, shown at that packet's dts. Without any dts frames are shown every `step`."""
     place = first = next(iter(packets.places(KEY)), 0)
     count = sum(not flags & HIDDEN for flags in packets.flags[first:])
     times = _guessed([NONE] * count, _delayed(packets, first, delay), step)
@@ -269,21 +255,15 @@ def _by_count(packets: Packets, delay: int, step: int) -> Timeline:
 def _timeline(
     packets: Packets, order: array[int], values: Sequence[int], keys: Sequence[int], pts: array[int]
 ) -> Timeline:
-    times = array("q", _ascending(values))
+    times: array[int] = array("q")
+    for value in values:  # each raised where it does not lie above the one before it
+        times.append(value if not times or value > times[-1] else times[-1] + 1)
     stamps = array("q", [NONE]) * len(packets)
     for place, time in zip(order, times, strict=True):
         stamps[place] = time
     begins = [pts[key] if stamps[key] == NONE else stamps[key] for key in keys] or [NONE]
     last = packets.durations[order[-1]] or None if len(order) else None
     return Timeline(times, stamps, keys or [0], begins, True, last, _damage(packets, times, stamps), order)
-
-
-def _ascending(values: Sequence[int]) -> list[int]:
-    """The values, each raised where it does not lie above the one before it."""
-    times: list[int] = []
-    for value in values:
-        times.append(value if not times or value > times[-1] else times[-1] + 1)
-    return times
 
 
 def _delayed(packets: Packets, first: int, delay: int) -> list[int]:
@@ -323,9 +303,8 @@ def _guessed(pts: Sequence[int], dts: Sequence[int], step: int) -> list[int]:
 
 
 def _damage(packets: Packets, times: array[int], stamps: array[int] | None) -> list[tuple[int, int]]:
-    """Intervals from a packet that lacks parts to the next key, where that shows: its frame, or one after it, cannot be
-    decoded without faults, or a frame is missing from the times around it. The last packet of a file that was cut off
-    does not count."""
+    """Intervals from a packet that lacks parts to the next key, where its frame, or one after it, decodes with faults
+    or a frame is missing from the times around it. The last packet of a file that was cut off does not count."""
     ranges: list[tuple[int, int]] = []
     known = packets.dts if stamps is None else stamps
     for first, end in packets.groups():

@@ -1,12 +1,10 @@
-"""Animated WebP and APNG as videos, read with Pillow: FFmpeg knows no frames of a WebP and drops transparency.
-
-Runs in the decode worker, in the place of its `Reader`. Transparent parts are shown on white.
-"""
+"""Animated WebP and APNG as videos, read with Pillow on white: FFmpeg reads no frames of a WebP."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 import av
@@ -31,6 +29,8 @@ class AnimationReader:
         if track not in (None, 1):
             raise WorkerError("is an animation, which has one track; leave {} out", "track")
         self.file, self.pixel_limit = file, pixel_limit
+        self.damage: list[int] = []
+        self.resized: list[tuple[int, int, int]] = []
         self.format = "webp" if is_webp(file) else "apng"
         try:
             spans = webp_times(file) if self.format == "webp" else png_times(file)
@@ -39,16 +39,12 @@ class AnimationReader:
         if len(spans) > frame_limit:
             raise WorkerError(f"has {len(spans):,} frames, more than the limit of {frame_limit:,}; cut it into parts")
         self.size = self._open().size
-        ends = [Fraction(0)]
-        for span in spans:
-            ends.append(ends[-1] + span)
-        ticks = [round(end / TIME_BASE) for end in ends]
+        ticks = [round(end / TIME_BASE) for end in accumulate(spans, initial=Fraction(0))]
         self.times, self.end = ticks[:-1], ticks[-1]
 
     def info(self) -> dict[str, Any]:
         """Facts for `keye.media.video.VideoInfo`."""
-        end = float(self.end * TIME_BASE)
-        width, height = self.size
+        end, (width, height) = float(self.end * TIME_BASE), self.size
         return {
             **display_facts(av.VideoFrame(*self.size, "rgb24"), None, self.pixel_limit),
             "format": self.format, "codec": self.format, "rate": None,
@@ -74,9 +70,8 @@ class AnimationReader:
                 image.seek(first + number)
                 picture = _on_white(in_color(image)).resize((width, height), Image.Resampling.BICUBIC)
             except DAMAGE:
-                raise WorkerError(
-                    f"is damaged near {float(time * TIME_BASE):.1f} s; download or export it again"
-                ) from None
+                seconds = float(time * TIME_BASE)
+                raise WorkerError(f"is damaged near {seconds:.1f} s; download or export it again") from None
             while place < len(targets) and targets[place] <= time:
                 yield picture.tobytes()
                 place += 1

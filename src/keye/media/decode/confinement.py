@@ -1,7 +1,4 @@
-"""What a worker process is kept from on this system, found out by trying. Knows no media.
-
-`held` starts a process like those that decode, which confines itself and then tries what it must not be able to do.
-"""
+"""What a worker process is kept from on this system: a process confines itself and tries. Knows no media."""
 
 from __future__ import annotations
 
@@ -76,9 +73,13 @@ def attempts(memory_bytes: int, parent: int, scratch: str) -> dict[str, list[Cal
         "reading": [lambda: os.open(sys.executable, os.O_RDONLY), lambda: os.listdir("/")],
         "writing": [lambda: os.open(scratch, os.O_CREAT | os.O_WRONLY), lambda: os.mkdir(scratch)],
         "network": [socket.socket, lambda: socket.socket(socket.AF_UNIX), socket.socketpair],
-        "processes": [_fork, _replace],
+        # No such program: where nothing forbids it, that is the error, and this process goes on.
+        "processes": [_fork, lambda: os.execv("/nonexistent/program", ["program"])],
         "signals": [lambda: os.kill(parent, 0)],
-        "privileges": [lambda: _raise_limit(memory_bytes), lambda: _parse_report(libc.setuid(12345))],
+        "privileges": [
+            lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * memory_bytes, 2 * memory_bytes)),
+            lambda: _raise_errno(libc.setuid(12345)),
+        ],
     }
 
 
@@ -86,10 +87,8 @@ def is_rejected(attempt: Callable[[], object]) -> bool:
     """Whether the system forbids it. Failing for another reason counts as not forbidden."""
     try:
         attempt()
-    except MemoryError:
-        return True
-    except ValueError:
-        return True  # The standard library's word for a limit that may not be raised.
+    except (MemoryError, ValueError):
+        return True  # ValueError: the standard library's error for a limit that may not be raised.
     except OSError as error:
         return error.errno in _FORBIDDEN
     return False
@@ -102,16 +101,7 @@ def _fork() -> None:
     os.waitpid(child, 0)
 
 
-def _replace() -> None:
-    # No such program: where nothing forbids it, that is the error, and this process goes on.
-    os.execv("/nonexistent/program", ["program"])
-
-
-def _raise_limit(memory_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (2 * memory_bytes, 2 * memory_bytes))
-
-
-def _parse_report(result: int) -> None:
+def _raise_errno(result: int) -> None:
     if result:
         raise OSError(ctypes.get_errno(), "refused")
 

@@ -1,18 +1,21 @@
-"""How decoded pictures are to be shown: their orientation, the shape of their pixels, their light. Standard library and
-PyAV.
+"""How decoded pictures are to be shown: their orientation, the shape of their pixels, their light, their fields.
 
 These facts are stored beside the pixels, by containers and by codecs; players and ffmpeg apply them, decoders do not.
+An interlaced frame holds two moments in its odd and even lines; what moved looks combed. FFmpeg's bwdif keeps the lines
+of the first moment and makes up the others from the frames before and after. Standard library and PyAV.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import av.filter
+import av.filter.context
 from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 
@@ -24,6 +27,8 @@ _NEARLY_SQUARE = Fraction(1, 100)
 _EXACT_DEGREES = 1.0
 #: Names of transfer characteristics (ITU-T H.273) of high dynamic range, by their number.
 _HIGH_RANGE = {16: "pq", 18: "hlg"}
+#: Smallest side of a picture whose planes the filter takes, also where colour has a quarter of it.
+_LEAST_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,35 @@ def display_facts(frame: VideoFrame, aspect: Fraction | None, pixel_limit: int) 
         "interlaced": bool(frame.interlaced_frame),
         "transfer": _HIGH_RANGE.get(frame.color_trc, "sdr"),
     }
+
+
+def with_neighbours(frames: Iterator[VideoFrame]) -> Iterator[tuple[VideoFrame | None, VideoFrame, VideoFrame | None]]:
+    """Each frame with the one before it and, where it is interlaced, the one after it."""
+    before, frame = None, next(frames, None)
+    while frame is not None:
+        after = next(frames, None) if frame.interlaced_frame else None
+        yield before, frame, after
+        before, frame = frame, after or next(frames, None)
+
+
+def interpolate_fields(
+    before: VideoFrame | None, frame: VideoFrame, after: VideoFrame | None, threads: int
+) -> VideoFrame:
+    """The frame as it was at its first moment; itself where it is too small."""
+    if min(frame.width, frame.height) < _LEAST_SIDE or frame.time_base is None:
+        return frame
+    graph = av.filter.Graph()
+    graph.threads = threads
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=all"), graph.add("buffersink")).configure()
+    layout = frame.width, frame.height, frame.format.name
+    near = [f if f is not None and (f.width, f.height, f.format.name) == layout else None for f in (before, after)]
+    for frame_in in (near[0], frame, near[1]):
+        if frame_in is not None:
+            graph.vpush(frame_in)
+    graph.vpush(None)
+    if near[0] is not None:
+        graph.vpull()
+    picture = graph.vpull()
+    picture.colorspace, picture.color_range = frame.colorspace, frame.color_range  # the filter receives sizes alone
+    return picture

@@ -1,5 +1,4 @@
-"""Images decoded by a confined process (`image_worker`): untrusted ones, and formats with very large decoders. This
-side asks and checks what comes back."""
+"""Images decoded by a confined process (`image_worker`): this side asks and checks what comes back."""
 
 from __future__ import annotations
 
@@ -7,15 +6,15 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from types import TracebackType
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 from PIL import Image
 
 from keye.errors import MediaError
-from keye.media.container.kinds import HEAD_BYTES, heif_format
+from keye.media.container.kinds import HEAD_BYTES, find_heif_format
 from keye.media.decode.picture import MAX_IMAGE_PIXELS
 from keye.media.decode.wire import FRAME, INFO
 from keye.media.decode.workers import DecodeLimits, Worker
@@ -32,8 +31,7 @@ _MAX_FACTS = 1 << 10
 
 @dataclass(frozen=True)
 class Header:
-    """What the beginning of an image file tells: its size as stored, in pixels, its EXIF orientation, how many pictures
-    there are, and Pillow's name for the kind of pixels."""
+    """The beginning of an image file: size as stored in pixels, EXIF orientation, number of pictures, Pillow mode."""
 
     width: int
     height: int
@@ -52,7 +50,7 @@ def heif_version() -> str | None:
 
 def is_confined(source: Source) -> bool:
     """Whether an image has to be read here."""
-    return source.untrusted or heif_format(source.head(HEAD_BYTES)) is not None
+    return source.untrusted or find_heif_format(source.head(HEAD_BYTES)) is not None
 
 
 class ImageReader:
@@ -61,10 +59,8 @@ class ImageReader:
     def __init__(self, sources: Sequence[Source], limits: DecodeLimits = IMAGE_LIMITS) -> None:
         assert sources
         self.sources = sources
-        self._offsets = [0]
-        for source in sources:
-            self._offsets.append(self._offsets[-1] + source.size)
-        formats = {heif_format(source.head(HEAD_BYTES)) for source in sources}
+        self._offsets = list(accumulate((source.size for source in sources), initial=0))
+        formats = {find_heif_format(source.head(HEAD_BYTES)) for source in sources}
         with _joined(sources) as file:
             self.worker = Worker(
                 "keye.media.decode.image_worker", file, {"formats": sorted(formats - {None})}, limits,
@@ -74,14 +70,12 @@ class ImageReader:
     def __enter__(self) -> ImageReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.worker.close()
 
     def header(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS) -> Header:
         """What is known of one image before it is decoded."""
-        names = tuple(field.name for field in fields(Header))
+        names = tuple(Header.__dataclass_fields__)
         header = Header(**self._ask(index, pixel_limit, names, pixels=False))
         numbers = all(isinstance(value, int) for value in (header.orientation, header.pictures))
         if not self._fits(header.width, header.height, pixel_limit) or not numbers:
@@ -91,7 +85,7 @@ class ImageReader:
     def picture(self, index: int, pixel_limit: int = MAX_IMAGE_PIXELS, *, strict_official: bool = False) -> Image.Image:
         """One image, decoded, as `picture.upright` gives it."""
         facts = self._ask(index, pixel_limit, ("width", "height", "mode"), pixels=True, strict_official=strict_official)
-        width, height, mode = (facts[name] for name in ("width", "height", "mode"))
+        width, height, mode = facts["width"], facts["height"], facts["mode"]
         if mode not in _PIXEL_BYTES or not self._fits(width, height, pixel_limit):
             raise self.worker.broken()
         size = width * height * _PIXEL_BYTES[mode]

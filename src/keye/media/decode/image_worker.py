@@ -1,12 +1,9 @@
-"""The process that touches untrusted images, and all HEIC and AVIF: reads the header, or decodes, under
-limits. Standard library, Pillow and pillow-heif.
+"""The process that touches untrusted images, and all HEIC and AVIF. Standard library, Pillow and pillow-heif.
 
-Started by `keye.media.decode.image_reader` with an open file that holds one or more images. Each request line (JSON)
-names the bytes of one by `offset` and `length`, and `pixel_limit`. With `pixels` false the answer is an INFO message
-with the stored size, the EXIF orientation, the number of pictures and the mode; with `pixels` true (and
-`strict_official`) it is an INFO message with size and mode and a FRAME message with the pixels. An ERROR message ends
-the conversation.
-"""
+Started by `image_reader` with an open file that holds one or more images. Each request line (JSON) names the bytes of
+one by `offset` and `length`, and `pixel_limit`. With `pixels` false the answer is an INFO message with the stored size,
+the EXIF orientation, the number of pictures and the mode; with `pixels` true (and `strict_official`) it is an INFO
+message with size and mode and a FRAME message with the pixels. An ERROR message ends the conversation."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import json
 import os
 import sys
 from importlib import import_module
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -28,35 +25,29 @@ _LAZY = ("Jpeg", "Mpo", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ico", "Avif")
 
 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, formats: tuple[str, ...]) -> None:
-    """Answers requests until standard input ends. See the module's docstring."""
+    """Answers requests until standard input ends, as the module's docstring says."""
     try:
         for line in requests:
             request = json.loads(line)
             file.seek(request["offset"])
             with open_picture(io.BytesIO(file.read(request["length"])), request["pixel_limit"], formats) as image:
-                _answer(image, request, out)
+                if not request["pixels"]:
+                    facts = {"width": image.width, "height": image.height, "orientation": orientation(image),
+                             "pictures": picture_count(image), "mode": image.mode}  # fmt: skip
+                    send(out, INFO, json.dumps(facts).encode())
+                    continue
+                picture = upright(image, strict_official=request["strict_official"])
+                facts = {"width": picture.width, "height": picture.height, "mode": picture.mode}
+                send(out, INFO, json.dumps(facts).encode())
+                send(out, FRAME, picture.tobytes())
     except WorkerError as error:
         send_error(out, *error.args)
     except MemoryError:
         send_error(out, "needs more memory to decode than the limit allows; shrink it first")
 
 
-def _answer(image: Image.Image, request: dict[str, Any], out: BinaryIO) -> None:
-    if not request["pixels"]:
-        facts = {
-            "width": image.width, "height": image.height, "orientation": orientation(image),
-            "pictures": picture_count(image), "mode": image.mode,
-        }  # fmt: skip
-        send(out, INFO, json.dumps(facts).encode())
-        return
-    picture = upright(image, strict_official=request["strict_official"])
-    send(out, INFO, json.dumps({"width": picture.width, "height": picture.height, "mode": picture.mode}).encode())
-    send(out, FRAME, picture.tobytes())
-
-
 def _preload(wanted: list[str]) -> tuple[str, ...]:
-    """Everything that decoding may import, and the decoders of all formats that are read, and of those that are wanted
-    beside them. Returns the formats that can be read."""
+    """Imports everything that decoding may need; returns the formats that can be read."""
     for name in _LAZY:
         import_module(f"PIL.{name}ImagePlugin")
     for name in ("ImageSequence", "ImageMath", "ImageChops", "ImageColor", "ImagePalette", "ImageFile", "TiffTags"):

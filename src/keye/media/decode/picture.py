@@ -1,7 +1,4 @@
-"""Pillow at work on one image file: opened under limits, turned upright, converted. Knows no sources, names or arrays.
-
-Runs in the main process for files of one's own and in a confined process for untrusted ones. numpy is not imported.
-"""
+"""Pillow at work on one image file: opened under limits, turned upright, converted. numpy is not imported."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import BinaryIO
 from PIL import Image, ImageCms, ImageOps
 
 from keye.media.container.completeness import ends_early
-from keye.media.container.kinds import HEAD_BYTES, heif_format
+from keye.media.container.kinds import HEAD_BYTES, find_heif_format
 from keye.media.decode.wire import WorkerError
 
 #: Formats that are read; of an animation or a file of several pages the first picture, of an icon the largest.
@@ -22,18 +19,8 @@ CONFINED = ("AVIF", "HEIF")
 #: Most pixels an image may have before it is decoded (300 MB as RGB).
 MAX_IMAGE_PIXELS = 100_000_000
 #: What Pillow raises for a file whose content is wrong.
-DAMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    EOFError,
-    MemoryError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    RuntimeError,
-)
+DAMAGE = (OSError, ValueError, TypeError, SyntaxError, EOFError, MemoryError, LookupError, ArithmeticError,
+          struct.error, RuntimeError)  # fmt: skip
 #: From 16 bits to 8: the upper byte, as FFmpeg and OpenCV do.
 _UPPER_BYTE = [level >> 8 for level in range(1 << 16)]
 
@@ -50,7 +37,7 @@ def open_picture(file: BinaryIO, pixel_limit: int, formats: tuple[str, ...] = FO
     head = file.read(HEAD_BYTES)
     file.seek(0)
     # The decoder of HEIC gives what is there, and the rest of the picture black.
-    if heif_format(head) in formats and ends_early(file):
+    if find_heif_format(head) in formats and ends_early(file):
         raise WorkerError("is cut short; download or export it again")
     try:
         with warnings.catch_warnings():
@@ -60,7 +47,7 @@ def open_picture(file: BinaryIO, pixel_limit: int, formats: tuple[str, ...] = FO
     except Image.DecompressionBombError:
         raise WorkerError(f"has more than {pixel_limit:,} pixels; shrink it first") from None
     except DAMAGE:
-        if heif_format(head) in formats:
+        if find_heif_format(head) in formats:
             raise DamagedPicture from None
         raise WorkerError(f"is not an image that can be read; use one of {', '.join(FORMATS + CONFINED)}") from None
     width, height = image.size
@@ -70,8 +57,7 @@ def open_picture(file: BinaryIO, pixel_limit: int, formats: tuple[str, ...] = FO
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 if there is none. In a PNG it may stand behind the pixels, so a file that is cut short
-    fails here."""
+    """The EXIF orientation, 1 if there is none. Fails for a PNG that is cut short before it."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except DAMAGE as error:
@@ -84,8 +70,7 @@ def picture_count(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, *, strict_official: bool = False) -> Image.Image:
-    """The decoded image, turned by its EXIF, as `in_color` has it. With `strict_official` as it is stored, RGBA if its
-    mode is that, else RGB."""
+    """The decoded image, turned by its EXIF, as `in_color` has it. `strict_official`: as stored, RGBA or RGB."""
     try:
         if strict_official:
             return image.convert("RGBA" if image.mode == "RGBA" else "RGB")
@@ -102,7 +87,11 @@ def in_color(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F", "RGB", "RGBA") and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+        clear, wide = image.info.get("transparency"), image.convert("I")
+        color = wide.point(_UPPER_BYTE, "L").convert("RGB")
+        if isinstance(clear, int):
+            color.putalpha(wide.point([0 if level == clear else 255 for level in range(1 << 16)], "L"))
+        return color
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode == "LAB":
@@ -114,11 +103,3 @@ def in_color(image: Image.Image) -> Image.Image:
     if isinstance(clear, tuple) and max(clear) > 255:
         image.info["transparency"] = tuple(level >> 8 for level in clear)
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    clear, wide = image.info.get("transparency"), image.convert("I")
-    color = wide.point(_UPPER_BYTE, "L").convert("RGB")
-    if isinstance(clear, int):
-        color.putalpha(wide.point([0 if level == clear else 255 for level in range(1 << 16)], "L"))
-    return color

@@ -1,9 +1,7 @@
 """Confines the process that calls it before it reads an untrusted file. Standard library only; Linux system calls.
 
-Knows no media. Each layer is optional, since systems differ, and `keye.media.decode.confinement` tells which of them
-hold by trying. After `confine` the process computes on the descriptors it has: it opens nothing, connects to nothing,
-starts nothing. So whatever it needs must have been imported before.
-"""
+Each layer is optional, since systems differ; `keye.media.decode.confinement` finds out which hold. Whatever the process
+needs must have been imported before: after `confine` it opens nothing, connects to nothing, starts nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +13,8 @@ import struct
 import sys
 
 #: System call numbers, x86-64 and aarch64, of what a decoder never needs; None where the machine has no such call.
-#: io_uring is among them because its operations pass by any filter of system calls. Those on open files are there
-#: because the media file is open: its mode and attributes are not the decoder's to change. Those on processes reach
-#: the parent, which runs as the same user.
+#: io_uring passes by any filter of system calls; the mode and attributes of the open media file are not the
+#: decoder's to change; calls on processes reach the parent, which runs as the same user.
 DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
     # The network.
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
@@ -94,7 +91,8 @@ def confine(memory_bytes: int, cpu_seconds: int) -> None:
     limit_resources(memory_bytes, cpu_seconds)
     machine = ARCHITECTURES.get(os.uname().machine)
     if machine is not None:
-        _drop_capabilities(libc, _CAPSET[machine[0]])
+        # Gives up what makes root more than a user, also the right to raise one's limits again.
+        _call(libc, _CAPSET[machine[0]], struct.pack("<Ii", 0x20080522, 0), bytes(24))
         filter_calls(libc, *machine)
 
 
@@ -107,9 +105,7 @@ def load_libc() -> ctypes.CDLL:
 
 def _call(libc: ctypes.CDLL, number: int, *arguments: int | bytes | None) -> int:
     """A system call, with whole words for numbers: what is narrower may arrive with garbage in its upper half."""
-    words = [
-        ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in (number, *arguments)
-    ]
+    words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in (number, *arguments)]
     return int(libc.syscall(*words))
 
 
@@ -139,20 +135,12 @@ def deny_files(libc: ctypes.CDLL) -> None:
         return
     files = (1 << _FILE_RIGHTS.get(version, _FILE_RIGHTS_NOW)) - 1
     rules = struct.pack("<Q", files)
-    if version >= 4:
-        rules += struct.pack("<Q", _TCP_RIGHTS)
-    if version >= 6:
-        rules += struct.pack("<Q", _SCOPES)
+    rules += struct.pack("<Q", _TCP_RIGHTS) if version >= 4 else b""
+    rules += struct.pack("<Q", _SCOPES) if version >= 6 else b""
     ruleset = _call(libc, _LANDLOCK_CREATE, rules, len(rules), 0)
     if ruleset >= 0:
         _call(libc, _LANDLOCK_RESTRICT, ruleset, 0)
         os.close(ruleset)
-
-
-def _drop_capabilities(libc: ctypes.CDLL, capset: int) -> None:
-    """Gives up what makes root more than a user, also the right to raise one's limits again."""
-    header, nothing = struct.pack("<Ii", 0x20080522, 0), bytes(24)
-    _call(libc, capset, header, nothing)
 
 
 def filter_calls(libc: ctypes.CDLL, column: int, architecture: int) -> None:

@@ -1,5 +1,8 @@
-"""An open video file inside the decode worker: its packets, again and again from the first, and its decoder. Standard
-library and PyAV."""
+"""An open video file inside the decode worker: its tracks, its packets from the first again and again, its decoder.
+
+Tracks are counted from 1, in the file's order, without pictures that are attached, such as covers, or stand beside an
+animation. Standard library and PyAV.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from keye.media.container.completeness import ends_early
 from keye.media.container.packets import Scan, packet_key, scan
-from keye.media.decode.tracks import choose_track, video_tracks
 from keye.media.decode.wire import WorkerError
 
 #: What untrusted files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
@@ -34,12 +37,18 @@ _NO_VIDEOS = re.compile(
 _JPEG = b"\xff\xd8\xff"
 #: FFmpeg's flag (AVFMT_FLAG_GENPTS) of readers that guess times of showing.
 _GUESS_PTS = 1
+#: What a file calls its default track counts as many pixels, and having packets as many: ffmpeg's own weights.
+_DEFAULT_PIXELS, _PACKET_PIXELS = 5_000_000, 100_000_000
+#: Tracks that go with another one and are not shown by themselves.
+_ASIDE = Disposition.timed_thumbnails | Disposition.dependent
+#: Tracks that a sentence lists.
+_LISTED = 12
 
 
 @dataclass(frozen=True)
 class Opening:
     """How a file is opened: decoder `threads`, the most pixels of a frame, with `common_only` common containers and
-    codecs alone, and the number of the video `track` (`keye.media.decode.tracks`)."""
+    codecs alone, and the number of the video `track`."""
 
     threads: int
     pixel_limit: int
@@ -130,7 +139,7 @@ class VideoFile:
                 metadata_errors="replace",  # Titles and the like may be in any encoding; none of them is used.
                 container_options={"protocol_whitelist": "none"}
                 | ({"format_whitelist": _FORMATS} if opening.common_only else {}),
-                io_open=_refuse,
+                io_open=_reject_open,
                 buffer_size=1 << 18,
             )
         except av.error.FFmpegError:
@@ -146,10 +155,9 @@ class VideoFile:
         context = stream.codec_context
         if context is None:
             raise WorkerError("is in a video codec that is not supported; re-encode it, for example as H.264")
-        if opening.common_only and context.codec.name not in _CODECS:
-            raise WorkerError(
-                f"is in the video codec {context.codec.name}, which is not read here; re-encode it as H.264"
-            )
+        name = context.codec.name
+        if opening.common_only and name not in _CODECS:
+            raise WorkerError(f"is in the video codec {name}, which is not read here; re-encode it as H.264")
         if context.width * context.height > opening.pixel_limit:
             raise WorkerError(
                 f"has frames of {context.width}x{context.height} pixels, more than the limit of "
@@ -161,5 +169,46 @@ class VideoFile:
         return container, stream
 
 
-def _refuse(url: str, flags: int, options: Any) -> None:
+def video_tracks(container: InputContainer) -> list[VideoStream]:
+    """The tracks that can be chosen. Raises `WorkerError` where there is none."""
+    tracks = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not tracks:
+        raise WorkerError("has no video stream (it may be audio only); give a file with pictures")
+    # The still pictures of a HEIF or AVIF file, which has none of them in a track, have no times.
+    return [track for track in tracks if track.frames != 1 or track.time_base != 1] or tracks
+
+
+def choose_track(tracks: Sequence[VideoStream], number: int | None) -> VideoStream:
+    """Track `number`, or the one that ffmpeg and players choose: the file's default, then the largest."""
+    if number is None:
+        return max(tracks, key=_score)
+    if not 1 <= number <= len(tracks):
+        raise WorkerError(f"has no video track {number:,}; give {{}} one of {'; '.join(list_tracks(tracks))}", "track")
+    return tracks[number - 1]
+
+
+def list_tracks(tracks: Sequence[VideoStream]) -> list[str]:
+    """The tracks in words, one each, such as "2: 1920x1080 h264, default"."""
+    words = []
+    for number, track in enumerate(tracks[:_LISTED], 1):
+        marks = [name for name in ("default", "timed_thumbnails", "dependent") if track.disposition & Disposition[name]]
+        context = track.codec_context
+        picture = "unknown" if context is None else f"{context.width}x{context.height} {context.name}"
+        words.append(", ".join([f"{number}: {picture}", *marks]).replace("_", " "))
+    return words + ([f"... {len(tracks)} in all"] if len(tracks) > _LISTED else [])
+
+
+def _score(track: VideoStream) -> tuple[bool, bool, int]:
+    """Orders tracks; the first of the highest is chosen. One that cannot be decoded or goes with another is last."""
+    context = track.codec_context
+    pixels = 0 if context is None else context.width * context.height
+    filled = track.start_time is not None or track.frames > 0
+    return (
+        context is not None,
+        not track.disposition & _ASIDE,
+        pixels + _PACKET_PIXELS * filled + _DEFAULT_PIXELS * bool(track.disposition & Disposition.default),
+    )
+
+
+def _reject_open(url: str, flags: int, options: Any) -> None:
     raise PermissionError("a media file may not open other files")

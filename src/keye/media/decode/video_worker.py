@@ -26,12 +26,10 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, Timeline, lay_out
-from keye.media.decode.deinterlace import interpolate_fields, with_neighbours
-from keye.media.decode.display import display_facts
+from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, lay_out
+from keye.media.decode.display import display_facts, interpolate_fields, with_neighbours
 from keye.media.decode.sandbox import confine
-from keye.media.decode.tracks import list_tracks, video_tracks
-from keye.media.decode.video_file import Opening, VideoFile
+from keye.media.decode.video_file import Opening, VideoFile, list_tracks, video_tracks
 from keye.media.decode.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
 
 if TYPE_CHECKING:
@@ -52,18 +50,14 @@ _TELLING = frozenset({"h264", "hevc"})
 #: exist depends on its version.
 _LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
               for part in ("stream", "codeccontext"))  # fmt: skip
-#: What reads animations of image formats.
-_ANIMATIONS = "keye.media.decode.animation_reader"
 #: So many groups of pictures that decoding begins at the first packet.
 _EVERYTHING = 1 << 62
 #: FFmpeg's number of intra pictures.
 _INTRA = 1
 #: Most starts that are found damaged one by one.
 _MOST_RERUNS = 8
-#: Most joins of parts that are reported.
-_MOST_JOINS = 100
-#: Most damaged places that are reported.
-_MOST_DAMAGE = 100
+#: Most joins of parts, and most damaged places, that are reported.
+_MOST_REPORTED = 100
 #: Packets that are decoded to see whether fields come in packets of their own, and whether frames are reordered.
 _FIELDS, _ORDER = 16, 64
 
@@ -85,8 +79,12 @@ class Reader:
         if self.video.scan.first_frame is None:
             raise WorkerError("holds no frame that can be decoded; re-encode it")
         self._hide_frameless()
-        self.timeline = self._lay_out()
-        count = len(self.timeline.times)
+        rate, unit = self._rate(), self.video.stream.time_base
+        step = 1 if not rate or unit is None else max(round(1 / (rate * unit)), 1)
+        context = self.video.stream.codec_context
+        self.timeline = lay_out(self.video.scan.packets, context.name, context.reorder_depth, step, self._reorders)
+        self.times = self.timeline.times
+        count = len(self.times)
         if count == 0:
             raise WorkerError("holds no frame that can be decoded; re-encode it")
         if count > frame_limit:
@@ -116,16 +114,11 @@ class Reader:
             "declared_frames": stream.frames or None,
             "readable_end": max(video.scan.ends.values()),
             "known_times": timeline.exact,
-            "joins": video.scan.packets.joins(timeline.stamps or ())[:_MOST_JOINS],
+            "joins": video.scan.packets.joins(timeline.stamps or ())[:_MOST_REPORTED],
             "last_duration": timeline.last_duration,
             "ends_early": video.ends_early,
-            "damage": [list(interval) for interval in timeline.damage[:_MOST_DAMAGE]],
+            "damage": [list(interval) for interval in timeline.damage[:_MOST_REPORTED]],
         }
-
-    @property
-    def times(self) -> array[int]:
-        """The frames' presentation times."""
-        return self.timeline.times
 
     def frames(
         self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool = False
@@ -136,7 +129,9 @@ class Reader:
         wanted = Wanted(targets)
         self.damage = wanted.damage
         self.resized = []
-        resize, size = VideoReformatter(), self._first_size()
+        first = self.video.scan.first_frame
+        assert first is not None
+        resize, size = VideoReformatter(), (first.width, first.height)
         for target, frame in zip(targets, self._decoded(wanted), strict=False):
             if size != (size := (frame.width, frame.height)):
                 self.resized.append((target, *size))
@@ -147,11 +142,6 @@ class Reader:
                 )
             yield packed_rgb(resize, frame, width, height, self.video.opening.threads)
 
-    def _first_size(self) -> tuple[int, int]:
-        first = self.video.scan.first_frame
-        assert first is not None
-        return first.width, first.height
-
     def _rate(self) -> Fraction | None:
         """Frames a second, as far as the file tells."""
         stream = self.video.stream
@@ -160,15 +150,8 @@ class Reader:
             return declared or stream.guessed_rate or stream.average_rate
         return stream.average_rate or stream.guessed_rate
 
-    def _lay_out(self) -> Timeline:
-        rate, unit = self._rate(), self.video.stream.time_base
-        step = 1 if not rate or unit is None else max(round(1 / (rate * unit)), 1)
-        context = self.video.stream.codec_context
-        return lay_out(self.video.scan.packets, context.name, context.reorder_depth, step, self._reorders)
-
     def _hide_frameless(self) -> None:
-        """Finds out which packets give no frame, where that is in doubt, by decoding the groups around them: those with
-        packets that lack parts, and the first one where it may have no beginning."""
+        """Finds the packets that give no frame, where that is in doubt, by decoding the groups around them."""
         packets, first = self.video.scan.packets, self.video.scan.first_frame
         groups = packets.groups()
         damage = [i for i, (begin, end) in enumerate(groups) if any(f & CORRUPT for f in packets.flags[begin:end])]
@@ -178,8 +161,10 @@ class Reader:
         key, end = groups[number]
         if packets.leads(key, end) or (recovers and packets.flags[key] & (KEY | CLOSED) == KEY):
             doubtful += range(number + 1)
-        if recovers and first is not None and first.interlaced_frame and self._has_field_packets():
-            doubtful = list(range(len(groups)))
+        if recovers and first is not None and first.interlaced_frame:
+            count = min(_FIELDS, len(packets))
+            if 4 * sum(1 for _ in self.video.sample([(0, count)])) < 3 * count:  # a packet for each field
+                doubtful = list(range(len(groups)))
         if not doubtful:
             return
         needed = sorted({near for i in doubtful for near in (max(i - 1, 0), i)})
@@ -192,11 +177,6 @@ class Reader:
             if place not in decoded:
                 packets.flags[place] |= HIDDEN
 
-    def _has_field_packets(self) -> bool:
-        """Whether frames come in two packets, one for each field."""
-        count = min(_FIELDS, len(self.video.scan.packets))
-        return 4 * sum(1 for _ in self.video.sample([(0, count)])) < 3 * count
-
     def _reorders(self) -> bool:
         """Whether the decoder gives frames in another order than that of their packets' times of showing."""
         packets = self.video.scan.packets
@@ -205,10 +185,8 @@ class Reader:
         return times != sorted(times)
 
     def _decoded(self, wanted: Wanted) -> Iterator[VideoFrame]:
-        """The frame for each target: first without the frames that are not needed, then, if any is missing, with them.
-
-        A pass that finds out that decoding cannot begin where the container says so is run again from further back.
-        """
+        """The frame for each target: first without frames that are not needed, then, if any is missing, with them; from
+        further back where decoding cannot begin where the container says so."""
         codec, first = self.video.stream.codec_context.name, self.video.scan.first_frame
         assert first is not None
         interlaced = self.deinterlace and first.interlaced_frame
@@ -227,12 +205,16 @@ class Reader:
             if not lean:
                 yield from wanted.rest(faults=self._is_faulty(self.video.faults))
                 if not wanted.done:
-                    raise self._cut(wanted.pending)
+                    raise WorkerError(
+                        f"is cut short or damaged: no frame at {self._seconds(wanted.pending):.1f} s can be decoded; "
+                        "download it again or pass a smaller {}",
+                        "video_end",
+                    )
             lean = False
 
     def _pass(self, wanted: Wanted, *, lean: bool) -> Iterator[VideoFrame]:
         """One run through the file; a lean one ends early where it has no whole frame for a target."""
-        wanted.begin_pass()
+        wanted.missed, wanted.previous = False, None
         self.video.faults = known = 0
         tainted = False
         for before, frame, after in with_neighbours(self._decode(wanted, lean=lean)):
@@ -257,8 +239,7 @@ class Reader:
         return faults > 0 or self.video.stream.codec_context.name in _COMPLETE
 
     def _decode(self, wanted: Wanted, *, lean: bool) -> Iterator[VideoFrame]:
-        """Decoded frames of the groups of pictures that hold a wanted frame; of the others packets are only read.
-        The frames' pts are their times on the timeline."""
+        """Frames of the groups of pictures that hold a wanted frame; their pts are their times on the timeline."""
         timeline, stamps = self.timeline, self.timeline.stamps
         skipping, resumed, begin, count = False, False, NONE, 0
         number, served = 0, -1
@@ -290,29 +271,17 @@ class Reader:
                     known = lean or self.lead or number in self.damaged_starts
                     if not known and (self.video.faults or frame.is_corrupt):
                         raise _DamagedStart(number)
-                    self._check_start(frame, begin)
+                    intra = frame.key_frame or frame.pict_type == _INTRA
+                    if not (self.video.faults or self.lead) and (frame.pts != begin or not intra):
+                        raise _NoStart  # the first frame after a leap shows that decoding cannot begin there
                     resumed = False
                 yield frame
-
-    def _check_start(self, frame: VideoFrame, begin: int) -> None:
-        """Raises `_NoStart` where the first frame after a leap shows that decoding cannot begin there."""
-        if self.video.faults or self.lead:
-            return
-        if frame.pts != begin or not (frame.key_frame or frame.pict_type == _INTRA):
-            raise _NoStart
 
     def _seconds(self, time: int) -> float:
         """A time as players show it."""
         unit, start = self.video.stream.time_base, self.video.container.start_time
         assert unit is not None
         return max(float(time * unit) - (start or 0) / av.time_base, 0.0)
-
-    def _cut(self, time: int) -> WorkerError:
-        return WorkerError(
-            f"is cut short or damaged: no frame at {self._seconds(time):.1f} s can be decoded; "
-            "download it again or pass a smaller {}",
-            "video_end",
-        )
 
 
 class _NoStart(Exception):
@@ -328,11 +297,9 @@ class _DamagedStart(Exception):
 
 
 class Wanted:
-    """Target times still without a frame, ascending, and what happened to those with one.
-
-    `damaged` are the targets whose frame was decoded with faults, or not at all: then the one on display before it
-    stands in for it. `missed` tells that a lean pass found no whole frame for a target.
-    """
+    """Target times still without a frame, ascending. `damage` are the targets whose frame was decoded with faults, or
+    not at all: then the one on display before it stands in for it. `missed`: a lean pass found no complete frame for a
+    target."""
 
     def __init__(self, targets: list[int]) -> None:
         self.targets = targets
@@ -340,7 +307,7 @@ class Wanted:
         self.place = 0
         self.damage: list[int] = []
         self.missed = False
-        self._previous: VideoFrame | None = None
+        self.previous: VideoFrame | None = None
 
     @property
     def done(self) -> bool:
@@ -351,15 +318,12 @@ class Wanted:
         """The earliest target without a frame; the last one when all have."""
         return self.targets[min(self.place, len(self.targets) - 1)]
 
-    def begin_pass(self) -> None:
-        self.missed, self._previous = False, None
-
     def take(
         self, frame: VideoFrame, *, complete: bool, exact: bool, usable: bool, faults: bool
     ) -> Iterator[VideoFrame]:
-        """The frame on display at each target up to the time of a frame, which is `whole` where it was decoded without
-        faults. An `exact` pass has only whole and `usable` frames. Without `faults` of the decoder so far, a target
-        without a frame of its own is not damage: some packets have none."""
+        """The frame on display at each target up to the time of a frame, which is `complete` where it was decoded
+        without faults. An `exact` pass has only complete and `usable` frames. Without `faults` of the decoder so far, a
+        target without a frame of its own is not damage: some packets have none."""
         assert frame.pts is not None
         while not self.done and self.pending <= frame.pts:
             late = self.pending < frame.pts
@@ -369,19 +333,18 @@ class Wanted:
             if faults if late else not complete:
                 self.damage.append(self.pending)
             self.place += 1
-            yield self._previous or frame if late else frame
-        self._previous = frame
+            yield self.previous or frame if late else frame
+        self.previous = frame
 
     def rest(self, *, faults: bool) -> Iterator[VideoFrame]:
-        """What stands in for frames that a whole pass has not given: the last one. Nothing where there is none, or
-        where most of what was wanted is missing."""
+        """What stands in for frames that a complete pass has not given: the last one, unless most are missing."""
         missing = len(self.targets) - self.place
-        if self._previous is None or 2 * missing > len(self.targets):
+        if self.previous is None or 2 * missing > len(self.targets):
             return
         self.damage += self.targets[self.place :] if faults else []
         for _ in range(missing):
             self.place += 1
-            yield self._previous
+            yield self.previous
 
 
 def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: int, threads: int) -> bytes:
@@ -389,34 +352,23 @@ def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: 
     picture = resize.reformat(
         frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC, threads=threads
     )
-    plane = picture.planes[0]
-    row, stride = width * 3, plane.line_size
-    data = memoryview(plane)
+    row, stride, data = width * 3, picture.planes[0].line_size, memoryview(picture.planes[0])
     if stride == row:
         return bytes(data[: row * height])
     return b"".join(data[i * stride : i * stride + row] for i in range(height))
 
 
-def _reader(file: BinaryIO, options: dict[str, Any]) -> Reader | AnimationReader:
-    if options["animation"]:
-        from keye.media.decode.animation_reader import AnimationReader
-
-        return AnimationReader(file, *(options[name] for name in ("pixel_limit", "frame_limit", "track")))
-    opening = Opening(*(options[name] for name in ("threads", "pixel_limit", "common_only", "track")))
-    return Reader(file, opening, options["frame_limit"])
-
-
-def _facts_of(reader: Reader | AnimationReader) -> dict[str, Any]:
-    """What reading frames has shown."""
-    if not isinstance(reader, Reader):
-        return {"damaged": [], "resized": []}
-    return {"damaged": list(reader.damage[:_MOST_DAMAGE]), "resized": reader.resized[:_MOST_DAMAGE]}
-
-
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
     try:
-        reader = _reader(file, options)
+        reader: Reader | AnimationReader
+        if options["animation"]:
+            from keye.media.decode.animation_reader import AnimationReader
+
+            reader = AnimationReader(file, *(options[name] for name in ("pixel_limit", "frame_limit", "track")))
+        else:
+            opening = Opening(*(options[name] for name in ("threads", "pixel_limit", "common_only", "track")))
+            reader = Reader(file, opening, options["frame_limit"])
         facts = json.dumps(reader.info()).encode()
         send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.times).tobytes())
         for line in requests:
@@ -428,7 +380,8 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
                 if select.select([requests], [], [], 0)[0]:
                     break  # the caller needs no more of these frames, or has exited
                 send(out, FRAME, frame)
-            send(out, END, json.dumps(_facts_of(reader)).encode())
+            report = {"damaged": list(reader.damage[:_MOST_REPORTED]), "resized": reader.resized[:_MOST_REPORTED]}
+            send(out, END, json.dumps(report).encode())
     except WorkerError as error:
         send_error(out, *error.args)
     except MemoryError:
@@ -440,7 +393,7 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
 def main(arguments: list[str]) -> None:
     """Arguments: the options as JSON, and the inherited descriptor of the media file."""
     options = json.loads(arguments[0])
-    for name in (*_LAZY, *([_ANIMATIONS] if options["animation"] else [])):
+    for name in (*_LAZY, *(["keye.media.decode.animation_reader"] if options["animation"] else [])):
         with suppress(ImportError):
             import_module(name)
     av.logging.set_level(av.logging.PANIC)

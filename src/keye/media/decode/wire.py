@@ -1,8 +1,7 @@
 """Messages between a worker process and the side that started it. Standard library only; knows no media.
 
 A worker writes messages on standard output: a header (one byte of kind, eight bytes of length, little endian) and a
-body. It reads requests on standard input, one line of JSON each.
-"""
+body. It reads requests on standard input, one line of JSON each."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """Worker processes that read untrusted media: without privileges, under limits, their output validated.
 
-Knows processes, pipes and limits; what the messages mean is known to `video` and `image`. A worker gets one open file,
-an empty environment and `/` as its folder, and confines itself (`keye.media.decode.sandbox`) before it reads. This
-side bounds the time it waits and the length of every message, so that a worker that has been taken over can only end
-its own job.
-"""
+A worker gets one open file, an empty environment and `/` as its folder, and confines itself (`sandbox`) before it
+reads. This side bounds the time it waits and the length of every message, so that a
+worker that has been taken over can only end its own job. What the messages mean is known to `video` and `image`."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, NoReturn
 
@@ -104,11 +103,8 @@ class Worker:
         process.wait()
         for stream in (process.stdin, process.stdout, self._log):
             if stream is not None:
-                try:
+                with suppress(BrokenPipeError):  # Closing flushes; the killed worker no longer reads.
                     stream.close()
-                except BrokenPipeError:
-                    # Closing flushes; the killed worker no longer reads.
-                    continue
 
     def request(self, request: dict[str, Any]) -> None:
         """Writes one request."""
@@ -215,8 +211,8 @@ class Worker:
 
 
 def _ready(descriptor: int, event: int, seconds: float) -> bool:
-    """Whether a pipe can be used, or has ended, within a time. `select` would refuse descriptors above 1023, which a
-    server with many connections reaches."""
+    """Whether a pipe can be used, or has ended, within a time. `poll` takes descriptors above 1023; `select` does
+    not."""
     poll = select.poll()
     poll.register(descriptor, event)
     return bool(poll.poll(math.ceil(1000 * max(min(seconds, _LONGEST_POLL), 0))))

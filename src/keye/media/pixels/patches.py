@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 from keye.config import ProcessorConfig
@@ -20,13 +20,14 @@ from keye.media.sizes import Size
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 Pixels = NDArray[np.uint8]
 
 
 def is_array(value: object) -> bool:
     """Whether `value` is a numpy array or a torch tensor."""
-    return isinstance(value, np.ndarray) or _is_tensor(value)
+    return isinstance(value, np.ndarray) or is_tensor(value)
 
 
 def as_picture(value: Any, *, strict_official: bool = False) -> Image.Image:
@@ -43,7 +44,7 @@ def as_picture(value: Any, *, strict_official: bool = False) -> Image.Image:
     array = _levels(value)
     if array.ndim == 2:
         return Image.fromarray(array)
-    array = _channels_last(array, tensor=_is_tensor(value), axes=3)
+    array = _channels_last(array, tensor=is_tensor(value), axes=3)
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
@@ -72,7 +73,7 @@ def as_frames(value: Any) -> Pixels | list[Image.Image]:
     """The frames of a video in memory: uint8 RGB [F, H, W, 3] of an array or tensor with four axes, or PIL images of
     a list of pictures, whose sizes may differ."""
     if is_array(value):
-        array = _channels_last(_levels(value), tensor=_is_tensor(value), axes=4)
+        array = _channels_last(_levels(value), tensor=is_tensor(value), axes=4)
         if array.shape[-1] != 3:
             raise MediaError(f"the frames have {array.shape[-1]} channels; give RGB, 3 channels")
         if len(array) == 0:
@@ -96,7 +97,7 @@ def _channels_last(array: Pixels, *, tensor: bool, axes: int) -> Pixels:
 
 def _levels(value: Any) -> Pixels:
     """uint8 of an array or tensor that holds uint8 or numbers from 0 to 255."""
-    array = np.asarray(_plain(value) if _is_tensor(value) else value)
+    array = np.asarray(to_numpy(value) if is_tensor(value) else value)
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "fiu" or array.size == 0:
@@ -111,11 +112,11 @@ def _levels(value: Any) -> Pixels:
     return np.rint(array).astype(np.uint8)
 
 
-def _is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> bool:
     return hasattr(value, "detach") and hasattr(value, "permute")
 
 
-def _plain(tensor: Any) -> Any:
+def to_numpy(tensor: Any) -> Any:
     """A tensor in main memory that numpy can read: it knows no bfloat16."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
@@ -142,9 +143,8 @@ class VisionInput:
     @staticmethod
     def concatenate(inputs: Sequence[VisionInput]) -> VisionInput:
         """The media of a prompt in order; at least one."""
-        return VisionInput(
-            np.concatenate([i.pixel_values for i in inputs]), np.concatenate([i.grid_thw for i in inputs])
-        )
+        values, grids = zip(*((i.pixel_values, i.grid_thw) for i in inputs), strict=True)
+        return VisionInput(np.concatenate(values), np.concatenate(grids))
 
     def open(self) -> HeldPatches:
         """The rows one after another, as a video that is still being decoded gives them (`frame_stream`)."""
@@ -156,14 +156,31 @@ class VisionInput:
         return VisionInput(self.pixel_values, np.array([[t, h, w]], dtype=np.int64))
 
 
-class HeldPatches:
-    """A reader of patches that are all there."""
+class PixelReader:
+    """The rows of one medium in order. Closing may happen at any time, from any thread, and twice. The methods here are
+    those of rows that are in memory."""
+
+    def has(self, rows: int) -> bool:
+        """Whether `take(rows)` would answer at once, be it with an error."""
+        return True
+
+    def take(self, rows: int) -> VisionInput:
+        """The next `rows` rows, waiting for them. Raises what went wrong with the medium."""
+        raise NotImplementedError
+
+    def notes(self) -> Sequence[KeyeWarning]:
+        """What was tolerated of the medium; asked for when all rows are taken."""
+        return ()
+
+    def close(self) -> None:
+        """Frees what the reader holds and ends what works for it."""
+
+
+class HeldPatches(PixelReader):
+    """A reader of patches that are in memory."""
 
     def __init__(self, vision: VisionInput) -> None:
         self._vision, self._row, self._patch = vision, 0, 0
-
-    def has(self, rows: int) -> bool:
-        return True
 
     def take(self, rows: int) -> VisionInput:
         """The next `rows` rows; a view."""
@@ -172,19 +189,15 @@ class HeldPatches:
         self._row, self._patch = self._row + rows, stop
         return VisionInput(self._vision.pixel_values[start:stop], grid)
 
-    def notes(self) -> Sequence[KeyeWarning]:
-        return ()
-
-    def close(self) -> None:
-        """Nothing is held beside what the prompt holds."""
-
 
 def images_to_patches(images: NDArray[np.uint8], config: ProcessorConfig) -> VisionInput:
     """Cuts pictures of one size, uint8 RGB [n, H, W, 3], into normalised patches; one grid row (1, h, w) for each.
 
     H and W must be multiples of `config.factor`. Values are (x / 255 - mean) / std.
     """
-    array = rgb_frames(images)
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or len(array) == 0:
+        raise KeyeError(f"pictures must be uint8 [n, height, width, 3] with n >= 1, not {array.dtype} {array.shape}")
     return frames_to_patches(array, [array.shape[1:3]] * len(array), config)
 
 
@@ -227,9 +240,35 @@ def _build_level_table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArr
     return ((levels[None] - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
 
 
-def rgb_frames(frames: ArrayLike) -> NDArray[np.uint8]:
-    """`frames` as uint8 [n, H, W, 3] with n >= 1; `KeyeError` for anything else."""
-    array = np.asarray(frames)
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or len(array) == 0:
-        raise KeyeError(f"pictures must be uint8 [n, height, width, 3] with n >= 1, not {array.dtype} {array.shape}")
-    return array
+def resize_bilinear(frame: Pixels, size: Size) -> Pixels:
+    """uint8 [H, W, 3] to uint8 [*size, 3] in torch's integer arithmetic (1.5)."""
+    return frame if frame.shape[:2] == size else _pixels(resize_planes(frame, size)[None])
+
+
+def resize_planes(frame: Pixels, size: Size) -> Tensor:
+    """`resize_bilinear` to colour planes, uint8 [3, *size], as torch leaves them."""
+    import torch.nn.functional as F
+
+    return F.interpolate(as_planes(frame), list(size), mode="bilinear", antialias=True)[0]
+
+
+def resize_bicubic(frame: Pixels, size: Size) -> Pixels:
+    """uint8 [H, W, 3] to uint8 [*size, 3] through float32, clamped and rounded (Preview)."""
+    import torch.nn.functional as F
+
+    if frame.shape[:2] == size:
+        return frame
+    resized = F.interpolate(as_planes(frame).float(), list(size), mode="bicubic", antialias=True)
+    return _pixels(resized.clamp(0, 255).round().byte())
+
+
+def as_planes(frame: Pixels) -> Tensor:
+    """uint8 [1, 3, H, W] that shares the memory of the frame."""
+    import torch
+
+    return torch.from_numpy(frame if frame.flags.writeable else frame.copy()).permute(2, 0, 1)[None]
+
+
+def _pixels(planes: Tensor) -> Pixels:
+    """[H, W, 3] that shares the memory of the planes: cutting patches reads it in any order."""
+    return planes[0].permute(1, 2, 0).numpy()

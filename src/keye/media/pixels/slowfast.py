@@ -1,21 +1,19 @@
 """Slow and fast frames of Keye-VL 1.5: a frame that resembles the latest slow frame is fast and gets fewer tokens.
 
-Frames come one at a time and none is kept but the latest slow one, so memory does not grow with the video. Patches are
-compared in the 8-bit HSV colours of OpenCV, which are computed here to the last bit. Source: `get_frame_sim` and
-`extract_slow_fast_frames` of keye-vl-utils 1.5.2.
+Only the latest slow frame is kept. Patches are compared in the 8-bit HSV colours of OpenCV, computed here to the last
+bit. Source: `get_frame_sim` and `extract_slow_fast_frames` of keye-vl-utils 1.5.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keye.config import ProcessorConfig
-from keye.media.pixels.resample import Pixels, bilinear_planes, planes_of
+from keye.media.pixels.patches import Pixels, as_planes, resize_planes
 from keye.media.sizes import Size, smart_resize
 
 if TYPE_CHECKING:
@@ -38,9 +36,8 @@ _LEAST_PLACE, _MOST_PLACE = -255, 5 * 255
 def to_hsv(planes: Tensor) -> Tensor:
     """8-bit HSV, uint8 [3, H, W], of uint8 RGB planes: hue 0..179 (two degrees each), saturation and value 0..255.
 
-    OpenCV's integer arithmetic (`COLOR_RGB2HSV`): both divisions are multiplications by rounded reciprocals with 12
-    fractional bits, so that every colour comes out the same. What they give is looked up: saturation by value and
-    chroma, hue by chroma and the place in the colour circle. Masks are factors, which costs less than choosing.
+    OpenCV's integer arithmetic (`COLOR_RGB2HSV`) with 12 fractional bits, looked up: saturation by value and chroma,
+    hue by chroma and the place in the colour circle. Masks are factors, which costs less than choosing.
     """
     import torch
 
@@ -81,21 +78,14 @@ def _tables() -> tuple[Tensor, Tensor]:
     return saturations, hues
 
 
-@dataclass(frozen=True)
-class _Patches:
+def _cut_patches(planes: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """HSV of a frame, float32 [3, rows, side, columns, side], and the norms of its patches, float64 [rows, columns]."""
-
-    values: Tensor
-    norms: Tensor
-
-
-def _patches(planes: Tensor, side: int) -> _Patches:
     _, height, width = planes.shape
     values = to_hsv(planes).float().view(3, height // side, side, width // side, side)
-    return _Patches(values, _dots(values, values).sqrt_())
+    return values, _multiply(values, values).sqrt_()
 
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of patches, float64 [rows, columns], exact: a row of a patch of 8-bit levels stays below 2^24."""
     import torch
 
@@ -107,17 +97,18 @@ def similarity(before: Pixels, now: Pixels, side: int = 28) -> float:
 
     Patches that are black in both frames do not count; NaN when all are.
     """
-    return _share(_patches(planes_of(before)[0], side), _patches(planes_of(now)[0], side))
+    return _compare(_cut_patches(as_planes(before)[0], side), _cut_patches(as_planes(now)[0], side))
 
 
-def _share(before: _Patches, now: _Patches) -> float:
+def _compare(before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> float:
+    (values_before, norms_before), (values, norms) = before, now
     # Norms of 8-bit patches are 0 or at least 1.
-    seen = (before.norms > 0) | (now.norms > 0)
+    seen = (norms_before > 0) | (norms > 0)
     count = int(seen.sum())
     if count == 0:
         return float("nan")
     # A patch that is black in one frame only has the cosine 0, not 0 / 0.
-    similar = _dots(before.values, now.values) > PATCH_SIMILARITY * before.norms * now.norms
+    similar = _multiply(values_before, values) > PATCH_SIMILARITY * norms_before * norms
     return float(np.float32(int((similar & seen).sum())) / np.float32(count))
 
 
@@ -128,16 +119,16 @@ class SlowFastClassifier:
         self.config = config
         self.threshold = config.min_frame_similarity if min_frame_similarity is None else min_frame_similarity
         self._size: Size | None = None
-        self._slow: _Patches | None = None
+        self._slow: tuple[Tensor, Tensor] | None = None
 
     def push(self, frame: Pixels) -> int:
         """The kind of the next frame, uint8 RGB [H, W, 3]; all frames of a video have one size."""
         if self._size is None:
             height, width, _ = frame.shape
             self._size = compared_size(height, width, self.config)
-        patches = _patches(bilinear_planes(frame, self._size), self.config.factor)
+        patches = _cut_patches(resize_planes(frame, self._size), self.config.factor)
         # The first frame is slow. NaN, both frames being black, is below no threshold.
-        if self._slow is None or _share(self._slow, patches) < self.threshold:
+        if self._slow is None or _compare(self._slow, patches) < self.threshold:
             self._slow = patches
             return SLOW
         return FAST
@@ -146,13 +137,8 @@ class SlowFastClassifier:
 def compared_size(height: int, width: int, config: ProcessorConfig) -> Size:
     """The size at which frames are compared."""
     token = config.token_pixels
-    return smart_resize(
-        height,
-        width,
-        factor=config.factor,
-        min_pixels=config.video_min_tokens * token,
-        max_pixels=COMPARED_TOKENS * token,
-    )
+    low, high = config.video_min_tokens * token, COMPARED_TOKENS * token
+    return smart_resize(height, width, factor=config.factor, min_pixels=low, max_pixels=high)
 
 
 def frame_types(

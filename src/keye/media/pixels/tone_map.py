@@ -1,8 +1,7 @@
 """Pictures of high dynamic range made ones of standard range: BT.2100 (PQ or HLG, BT.2020 primaries) to BT.709. Numpy.
 
-The reference white of BT.2408, 203 cd/m2, is what white of standard range stands for. Brighter light, up to the 1000
-cd/m2 that most files are graded for, is rolled off by the curve of BT.2390 (annex 5), applied to the largest of the
-three colours, so that hues stay. The result is coded for a display of BT.1886.
+The reference white of BT.2408, 203 cd/m2, becomes white. Brighter light, up to 1000 cd/m2, is rolled off by the curve
+of BT.2390 (annex 5), applied to the largest colour, so that hues stay. The result is for a display of BT.1886.
 """
 
 from __future__ import annotations
@@ -39,31 +38,21 @@ def to_sdr(frame: NDArray[np.uint8], transfer: str) -> NDArray[np.uint8]:
     done = np.empty_like(pixels)
     for start in range(0, len(pixels), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        done[part] = _mapped(_light(pixels[part], transfer))
+        light: Floats = _build_decoding(transfer)[pixels[part]]  # as a share of `PEAK`
+        if transfer == "hlg":  # of a scene; the display that HLG is meant for makes it steeper
+            light *= np.power(light @ _LUMA, np.float32(_HLG_GAMMA - 1))[:, None]
+        light *= _build_scale()[_find_steps(light.max(axis=1))][:, None]
+        done[part] = _build_encoding()[_find_steps(light @ _TO_709.T)]
     return done.reshape(frame.shape)
 
 
-def _light(pixels: NDArray[np.uint8], transfer: str) -> Floats:
-    """Light of coded pixels [N, 3], as a share of `PEAK`."""
-    light: Floats = _decoding(transfer)[pixels]
-    if transfer == "hlg":  # of a scene; the display that HLG is meant for makes it steeper
-        light *= np.power(light @ _LUMA, np.float32(_HLG_GAMMA - 1))[:, None]
-    return light
-
-
-def _mapped(light: Floats) -> NDArray[np.uint8]:
-    """Light of BT.2020 [N, 3] as coded pixels of BT.709."""
-    light *= _scale()[_steps(light.max(axis=1))][:, None]
-    return _encoding()[_steps(light @ _TO_709.T)]
-
-
-def _steps(light: Floats) -> NDArray[np.int32]:
+def _find_steps(light: Floats) -> NDArray[np.int32]:
     """Places of light of 0 to 1 in curves over its square root, which spreads what is dark."""
     return (np.sqrt(light.clip(0, 1)) * (_STEPS - 1) + 0.5).astype(np.int32)
 
 
 @cache
-def _decoding(transfer: str) -> Floats:
+def _build_decoding(transfer: str) -> Floats:
     """Light of the 256 values of a coded colour."""
     value = np.arange(256) / 255
     if transfer == "pq":
@@ -72,9 +61,9 @@ def _decoding(transfer: str) -> Floats:
 
 
 @cache
-def _scale() -> Floats:
+def _build_scale() -> Floats:
     """What light of each strength is multiplied with, for `WHITE` to be 1."""
-    # Over the square root of light, as `_steps` has it.
+    # Over the square root of light, as `_find_steps` has it.
     light = np.maximum((np.arange(_STEPS) / (_STEPS - 1)) ** 2, 1e-9) * PEAK
     value, most = _pq_value(light) / _pq_value(PEAK), _pq_value(WHITE) / _pq_value(PEAK)
     knee = 1.5 * most - 0.5
@@ -85,7 +74,7 @@ def _scale() -> Floats:
 
 
 @cache
-def _encoding() -> NDArray[np.uint8]:
+def _build_encoding() -> NDArray[np.uint8]:
     """Coded values of light as BT.1886 displays it."""
     return ((np.arange(_STEPS) / (_STEPS - 1)) ** (2 / 2.4) * 255).round().astype(np.uint8)
 

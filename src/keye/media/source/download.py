@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -33,7 +33,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def download(
-    url: str, limits: FetchLimits, max_bytes: int, *, max_bytes_of: Callable[[bytes], int] | None = None
+    url: str, limits: FetchLimits, max_bytes: int, max_bytes_of: Callable[[bytes], int] | None = None
 ) -> tuple[IO[bytes], int]:
     """The file behind `url` as a named temporary file, which is removed when it is closed, and its size in bytes.
 
@@ -44,15 +44,13 @@ def download(
     expired, end = threading.Event(), time.monotonic() + limits.total_seconds
     for _ in range(limits.redirects + 1):
         parts = _check_url(url, limits)
-        with _connection(parts, limits, expired, end - time.monotonic()) as connection:
+        with _connect(parts, limits, expired, end - time.monotonic()) as connection:
             # The connection forgets its socket once the head of the response is read.
             dialled = connection.sock
             try:
-                location = _response(connection, parts)
+                location = _open_response(connection, parts)
                 if isinstance(location, http.client.HTTPResponse):
-                    file, size = _save(location, parts, most, expired, max_bytes_of, limits.folder)
-                    _check_end(location, dialled, parts, file, size)
-                    return file, size
+                    return _save(location, dialled, parts, most, expired, max_bytes_of, limits.folder)
             except (OSError, http.client.HTTPException) as error:
                 raise _explain_failure(parts, error, expired, limits) from None
         url = urljoin(url, location)
@@ -83,7 +81,7 @@ def _check_url(url: str, limits: FetchLimits) -> SplitResult:
     return parts
 
 
-def _address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
+def _resolve_address(parts: SplitResult, limits: FetchLimits) -> tuple[Any, ...]:
     """The socket address to dial: the first that the name resolves to, all of them being allowed."""
     assert parts.hostname is not None
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -116,11 +114,11 @@ def is_public(text: str) -> bool:
 
 
 @contextmanager
-def _connection(
+def _connect(
     parts: SplitResult, limits: FetchLimits, expired: threading.Event, seconds: float
 ) -> Iterator[http.client.HTTPConnection]:
     """An open connection that is cut after `seconds`, whatever the other side sends until then."""
-    address = _address(parts, limits)
+    address = _resolve_address(parts, limits)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, address[1])
     # The connection forgets its socket once the head of the response is read; the response goes on using it.
@@ -157,7 +155,7 @@ def _connection(
         connection.close()
 
 
-def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse | str:
+def _open_response(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse | str:
     """The response with the file, or where it is said to be instead."""
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if any(ord(letter) <= 32 or ord(letter) > 126 for letter in target):
@@ -187,6 +185,7 @@ def _response(connection: http.client.HTTPConnection, parts: SplitResult) -> htt
 
 def _save(
     response: http.client.HTTPResponse,
+    dialled: socket.socket,
     parts: SplitResult,
     most: int,
     expired: threading.Event,
@@ -221,6 +220,13 @@ def _save(
             raise TimeoutError
         if declared is not None and size != declared:
             raise MediaError(f"{name} ended after {size} of {declared} bytes; try again")
+        surplus = b""
+        if response.length is not None:
+            with suppress(OSError):  # Silence: a server that keeps the connection open although it was asked not to.
+                dialled.settimeout(_SURPLUS_SECONDS)
+                surplus = response.read(1)
+        if surplus:  # The declared length or the file is wrong.
+            raise MediaError(f"{name} sends more than the {size} bytes it declares; download it and pass the file")
         file.flush()
     except BaseException:
         file.close()
@@ -233,24 +239,6 @@ def _check_declared(name: str, declared: int | None, most: int) -> None:
         raise MediaError(
             f"{name} has {format_bytes(declared)}, more than the limit of {format_bytes(most)}; "
             "cut it into parts or re-encode it"
-        )
-
-
-def _check_end(
-    response: http.client.HTTPResponse, dialled: socket.socket, parts: SplitResult, file: IO[bytes], size: int
-) -> None:
-    """`MediaError` if the body goes on after its declared length: then the length or the file is wrong."""
-    if response.length is None:
-        return
-    try:
-        dialled.settimeout(_SURPLUS_SECONDS)
-        surplus = response.read(1)
-    except OSError:
-        return  # Silence: a server that keeps the connection open although it was asked not to.
-    if surplus:
-        file.close()
-        raise MediaError(
-            f"{redact_url(parts.geturl())} sends more than the {size} bytes it declares; download it and pass the file"
         )
 
 

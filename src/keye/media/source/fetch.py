@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 
 from keye.config.media import FetchLimits
 from keye.errors import MediaError
-from keye.media.container.kinds import Other, is_image_format, kind_of
+from keye.media.container.kinds import Other, find_kind, is_image_format
 from keye.media.source.hosts import check_address
 from keye.units import GIB, format_bytes
 
@@ -81,7 +81,7 @@ class DataUrl:
             return _unescape(text)[:count]
         letters = _unescape(text.partition(",")[0]).translate(_STANDARD, _BLANKS.encode())
         try:
-            return _base64(letters[: 4 * (count // 3)])
+            return _decode_letters(letters[: 4 * (count // 3)])
         except MediaError:
             return b""
 
@@ -101,7 +101,7 @@ class DataUrl:
                 raise _explain_invalid()
             usable = len(letters) if begin == end else len(letters) // 4 * 4
             rest, padded = letters[usable:], b"=" in letters[:usable]
-            out.write(_base64(letters[:usable]))
+            out.write(_decode_letters(letters[:usable]))
         return out.getvalue()
 
 
@@ -112,11 +112,11 @@ def parse_data_url(reference: object) -> DataUrl | None:
     head = reference[len(_SCHEME) : len(_SCHEME) + _MAX_HEADER]
     mark = _BASE64.search(head)
     if mark is not None and _PARAMETERS.fullmatch(head[: mark.start()]):
-        return DataUrl(_type(head), True, reference, len(_SCHEME) + mark.end())
+        return DataUrl(_parse_type(head), True, reference, len(_SCHEME) + mark.end())
     plain = _PLAIN.match(head)
     if plain is None:
         raise MediaError("the data: URL has no comma; write it as data:<type>;base64,<data>")
-    return DataUrl(_type(head), False, reference, len(_SCHEME) + plain.end())
+    return DataUrl(_parse_type(head), False, reference, len(_SCHEME) + plain.end())
 
 
 def decode_list(reference: object) -> list[bytes] | None:
@@ -136,7 +136,7 @@ def parse_list(reference: object) -> DataUrl | None:
     return url
 
 
-def _type(head: str) -> str:
+def _parse_type(head: str) -> str:
     return re.split("[;,]", head, maxsplit=1)[0].strip().lower()
 
 
@@ -144,7 +144,7 @@ def _unescape(text: str) -> bytes:
     return unquote_to_bytes(text) if "%" in text else text.encode(errors="replace")
 
 
-def _base64(letters: bytes) -> bytes:
+def _decode_letters(letters: bytes) -> bytes:
     """Bytes of base64 in the standard alphabet, with or without padding."""
     if len(letters) % 4 > 1 and b"=" not in letters:
         letters += b"=" * (-len(letters) % 4)
@@ -231,7 +231,10 @@ def fetch_source(
     if isinstance(reference, bytes | bytearray | memoryview):
         return _check_size(Source("<bytes>", len(reference), data=bytes(reference)), max_bytes)
     text = os.fspath(reference)
-    source = _own_file(text) or _fetch(text, max_bytes, limits or FetchLimits())
+    source = None
+    if len(text) <= _LONGEST_PATH and _ODD.match(text) and "\0" not in text and os.path.isfile(text):
+        source = _file(text, expand=False)  # a name that looks like an address, a flag or another user's home
+    source = source or _fetch(text, max_bytes, limits or FetchLimits())
     return _check_size(source or _file(_file_url(text) if text[:5].lower() == "file:" else text), max_bytes)
 
 
@@ -328,15 +331,10 @@ def media_kind(source: Reference) -> str:
     judge. Raises `MediaError` for what is neither, such as a PDF or a text file."""
     source = fetch_source(source)
     with source.open() as file:
-        kind = kind_of(file)
+        kind = find_kind(file)
     if isinstance(kind, Other):
         raise MediaError(f"{source.name} {kind}")
     return kind
-
-
-def check_media(source: Source) -> None:
-    """Raises `MediaError` for what is surely neither an image nor a video."""
-    media_kind(source)
 
 
 def check_video(source: Source) -> None:
@@ -350,16 +348,6 @@ def is_index(source: Source) -> bool:
     return source.head(len(INDEX_MAGIC)) == INDEX_MAGIC
 
 
-def _own_file(text: str) -> Source | None:
-    """The file of this machine with exactly this name, be it like an address, a flag or another user's home."""
-    if len(text) > _LONGEST_PATH or not _ODD.match(text):
-        return None
-    try:
-        return _file(text, expand=False) if os.path.isfile(text) else None
-    except ValueError:
-        return None  # No path holds a zero byte.
-
-
 def _fetch(text: str, max_bytes: int, limits: FetchLimits) -> Source | None:
     """What an address or a `data:` URL names; None for anything else. Opens no file of this machine."""
     url = parse_data_url(text)
@@ -370,7 +358,9 @@ def _fetch(text: str, max_bytes: int, limits: FetchLimits) -> Source | None:
     if scheme in ("http", "https"):
         from keye.media.source.download import download, redact_url
 
-        file, size = download(text, limits, max_bytes, max_bytes_of=_max_bytes_of)
+        file, size = download(
+            text, limits, max_bytes, lambda head: MAX_IMAGE_BYTES if is_image_format(head) else MAX_VIDEO_BYTES
+        )
         return Source(redact_url(text).rpartition("/")[2] or redact_url(text), size, path=Path(file.name), keep=file)
     if scheme in ("ftp", "rtsp", "rtmp") or (scheme != "file" and _ADDRESS.match(text)):
         raise MediaError(f"{_short(text)} is a {scheme} address; download it first and pass the file")
@@ -398,7 +388,7 @@ def _file(text: str, *, expand: bool = True) -> Source:
 
 
 def _file_url(text: str) -> str:
-    """The path in a `file:` URL. Marks that a URL has other uses for (`?`, `#`, `%`) may stand unescaped in it."""
+    """The path in a `file:` URL, in which `?`, `#` and `%` may stand unescaped."""
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise MediaError(f"{_short(text)} names another machine; copy the file here and pass its path")
@@ -412,23 +402,14 @@ def _file_url(text: str) -> str:
 
 
 def _check_data(url: DataUrl, kind: str, most: int) -> None:
-    """A `data:` URL of a picture or video of at most `most` bytes: found out before it is decoded. An animation may
-    call itself an image."""
+    """Checks the declared type and the size of a `data:` URL before it is decoded; an animation may be an image."""
     declared = url.media_type.partition("/")[0]
     allowed = (kind, "application", "") if kind == "image" else ("image", "video", "application", "")
     if declared not in allowed:
-        raise MediaError(f"the data: URL does not say that it holds {_an(kind)}; write data:{kind}/...;base64,...")
+        what = "an image" if kind == "image" else "a video"
+        raise MediaError(f"the data: URL does not say that it holds {what}; write data:{kind}/...;base64,...")
     if url.most_bytes > most + 2:
         raise MediaError(f"the data: URL holds more than the limit of {format_bytes(most)}; upload the file instead")
-
-
-def _an(kind: str) -> str:
-    return "an image" if kind == "image" else "a video"
-
-
-def _max_bytes_of(head: bytes) -> int:
-    """How large a file with these first bytes may be."""
-    return MAX_IMAGE_BYTES if is_image_format(head) else MAX_VIDEO_BYTES
 
 
 def _reason(error: BaseException) -> str:

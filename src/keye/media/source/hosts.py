@@ -52,16 +52,13 @@ def check_address(url: str, rules: Sequence[str]) -> None:
 
 def allows_host(rules: Sequence[str], host: str, port: int, scheme: str) -> bool:
     """Whether one of `rules` is for this host and port; without a port in it, a rule is for the scheme's own."""
-    return any(_allows(rule, host.lower(), port, _PORTS[scheme]) for rule in rules)
-
-
-def _allows(rule: str, host: str, port: int, usual: int) -> bool:
-    name, _, its_port = rule.partition(":")
-    if port != (int(its_port) if its_port else usual):
-        return False
-    if name.startswith("*."):
-        return host.endswith(name[1:]) and not _NUMERIC.fullmatch(host)
-    return host == name
+    host = host.lower()
+    for rule in rules:
+        name, _, its_port = rule.partition(":")
+        inside = name.startswith("*.") and host.endswith(name[1:]) and not _NUMERIC.fullmatch(host)
+        if port == (int(its_port) if its_port else _PORTS[scheme]) and (inside or host == name):
+            return True
+    return False
 
 
 def _is_ipv4(text: str) -> bool:

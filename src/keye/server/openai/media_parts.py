@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 from keye.chat.messages import Medium, Message, normalize
 from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
 from keye.errors import KeyeError
-from keye.media.container.kinds import HEAD_BYTES, is_image_format, kind_of
+from keye.media.container.kinds import HEAD_BYTES, find_kind, is_image_format
 from keye.media.source.fetch import Source, media_kind, parse_data_url
 from keye.server.edge.errors import ApiError
 from keye.server.openai.fields import note_ignored, read_fields
@@ -195,7 +195,7 @@ def _kind_of(value: object, opener: MediaOpener) -> MediumKind:
     if isinstance(value, str) and is_stored(value):
         return opener.kind(value)
     url = parse_data_url(value)
-    return "image" if url is not None and kind_of(io.BytesIO(url.head(_SEEN_BYTES))) == "image" else "video"
+    return "image" if url is not None and find_kind(io.BytesIO(url.head(_SEEN_BYTES))) == "image" else "video"
 
 
 def _with_defaults(messages: Sequence[Message], defaults: Mapping[str, Any]) -> list[Message]:
