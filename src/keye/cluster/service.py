@@ -74,12 +74,12 @@ class DecodeService:
         self._closed: KeyeError | None = None
         self._poisoned: dict[str, str] = {}
         self._counts = dict.fromkeys(("done", "refused", "retried", "deaths", "carried", "carried_bytes"), 0)
-        self._workers: dict[int, PoolWorker] = {}
+        self._workers: dict[int, PoolWorker] = dict(enumerate(start_workers(pool)))
         #: The node of each worker that waits for a job.
         self._idle: dict[int, str] = {}
         self._threads = [
             threading.Thread(target=self._serve, args=(place, worker), name=f"keye-decode-{place}", daemon=True)
-            for place, worker in enumerate(self._ready(pool))
+            for place, worker in self._workers.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -102,8 +102,8 @@ class DecodeService:
     ) -> Result:  # fmt: skip
         """Has work done. Where too many of its priority wait already, this waits until there is room (`TimeoutError`
         after so many seconds), but for interactive work, whose number its server limits, and for callers that limit
-        themselves (not `limited`). The future raises `KeyeError` for a mistake in the work, `Poisoned` for what was set
-        aside."""
+        themselves (not `limited`). The future raises `KeyeError` for a mistake in the work, `Poisoned` for
+        quarantined work."""
         waits = limited and priority is not Priority.INTERACTIVE
         with self._changed:
             if waits and not self._changed.wait_for(
@@ -156,30 +156,6 @@ class DecodeService:
             self._budget.leave(rank)
             self._changed.notify_all()
 
-    def _ready(self, pool: Pool) -> list[PoolWorker]:
-        """The workers that start and are fit; a warning for each that is not, an error if none is."""
-        fit: list[PoolWorker] = []
-        sentences: list[str] = []
-        for worker in pool.start():
-            try:
-                answer, reason = worker.hello()
-            except WorkerDied as death:
-                why = str(death).strip().rpartition("\n")[2] or "see what it wrote above"
-                answer = REJECTED
-                reason = f"a decode worker ended while it started ({why}): this version of keye must be on every node"
-            if answer == DONE:
-                fit.append(worker)
-            else:
-                sentences.append(reason)
-                worker.stop()
-        if not fit:
-            pool.close()
-            raise KeyeError(sentences[0] if sentences else "the cluster has no node that can run a decode worker")
-        for sentence in dict.fromkeys(sentences):
-            warn(KeyeWarning(f"{sentence}; it is left out"), stacklevel=4)
-        self._workers = dict(enumerate(fit))
-        return fit
-
     def _end(self, reason: KeyeError) -> None:
         with self._changed:
             if self._closed is not None:
@@ -202,7 +178,13 @@ class DecodeService:
                 try:
                     worker.check()
                     begun = True
-                    self._do(job, worker)
+                    try:
+                        self._attempt(job, worker)
+                    except WorkerDied:
+                        raise
+                    except Exception as error:  # noqa: BLE001 - raised again where the result is taken
+                        worker.drop()
+                        self._fail(job, error)
                 except WorkerDied:
                     self._on_worker_death(job, worker, begun)
                     worker = self._replaced(place, worker)
@@ -214,7 +196,13 @@ class DecodeService:
             self._end(reason)
             raise
         finally:
-            self._leave(place)
+            with self._changed:
+                self._workers.pop(place, None)
+                self._idle.pop(place, None)
+                is_last = not self._workers
+                self._changed.notify_all()
+            if is_last:
+                self._end(KeyeError("no decode worker is left: their nodes have gone; start them, then start again"))
 
     def _next(self, place: int, worker: PoolWorker) -> Job | None:
         """Waits for a job; None when the service is closed."""
@@ -233,16 +221,6 @@ class DecodeService:
                 self._changed.wait()
             self._idle.pop(place, None)
             return None
-
-    def _do(self, job: Job, worker: PoolWorker) -> None:
-        """One job, whose every mistake is its own and not the service's."""
-        try:
-            self._attempt(job, worker)
-        except WorkerDied:
-            raise
-        except Exception as error:  # noqa: BLE001 - raised again where the result is taken
-            worker.drop()
-            self._fail(job, error)
 
     def _attempt(self, job: Job, worker: PoolWorker) -> None:
         """One job: begun, given room, done."""
@@ -344,15 +322,29 @@ class DecodeService:
             fresh.stop()
         return None
 
-    def _leave(self, place: int) -> None:
-        """A worker's thread ends; with the last one the service does."""
-        with self._changed:
-            self._workers.pop(place, None)
-            self._idle.pop(place, None)
-            left = bool(self._workers)
-            self._changed.notify_all()
-        if not left:
-            self._end(KeyeError("no decode worker is left: their nodes have gone; start them, then start again"))
+
+def start_workers(pool: Pool) -> list[PoolWorker]:
+    """The workers that start and are fit; a warning for each that is not, an error if none is."""
+    fit: list[PoolWorker] = []
+    sentences: list[str] = []
+    for worker in pool.start():
+        try:
+            answer, reason = worker.hello()
+        except WorkerDied as death:
+            why = str(death).strip().rpartition("\n")[2] or "see what it wrote above"
+            answer = REJECTED
+            reason = f"a decode worker ended while it started ({why}): this version of keye must be on every node"
+        if answer == DONE:
+            fit.append(worker)
+        else:
+            sentences.append(reason)
+            worker.stop()
+    if not fit:
+        pool.close()
+        raise KeyeError(sentences[0] if sentences else "the cluster has no node that can run a decode worker")
+    for sentence in dict.fromkeys(sentences):
+        warn(KeyeWarning(f"{sentence}; it is left out"), stacklevel=4)
+    return fit
 
 
 def _poison_key(work: Work) -> str:
