@@ -110,7 +110,7 @@ def test_another_run_goes_on_where_the_last_was_cut(remote: FakeHub, tmp_path: P
     assert not list(tmp_path.rglob("*.incomplete"))
 
 
-def test_a_server_that_cannot_continue_begins_anew(remote: FakeHub, tmp_path: Path) -> None:
+def test_a_server_that_cannot_continue_starts_again(remote: FakeHub, tmp_path: Path) -> None:
     remote.cut_after["model-1.safetensors"] = [2000]
     remote.ignore_range = True
     seen: list[int] = []
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_deleted(name: str, remote: FakeHub, tmp_path: Path) -
     resolve(remote, tmp_path)
 
 
-def test_a_file_of_another_size_is_no_file(remote: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_size_is_missing(remote: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = FakeHub.info
 
     def lying(self: FakeHub, commit: str) -> dict[str, object]:
@@ -219,7 +219,7 @@ def test_what_another_program_fetched_serves_offline(remote: FakeHub, tmp_path: 
     assert resolve(remote, tmp_path, offline=True) == snapshot
 
 
-def test_a_full_disk_is_told_before(remote: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before(remote: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keye.hub.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(KeyeError, match="B left: free some space, or set HF_HOME"):
         resolve(remote, tmp_path)

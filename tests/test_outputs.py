@@ -42,7 +42,7 @@ def test_evidence_as_json_replaces_nothing_else(tmp_path: Path, text: str) -> No
     check_evidence(path, [], False)
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/null"), tmp_path / "none" / "a"):
         with pytest.raises(KeyeError):

@@ -201,7 +201,7 @@ def test_no_worker_left_keeps_what_is_there(out: Path) -> None:
     assert run(out, [Fake()], [item(str(number)) for number in range(3)]).ok == 2
 
 
-def test_a_mistake_in_starting_is_told_as_it_is(out: Path) -> None:
+def test_a_mistake_in_starting_is_reported_as_it_is(out: Path) -> None:
     class Locked(Fake):
         async def start(self) -> None:
             raise KeyeError("the server wants another key")

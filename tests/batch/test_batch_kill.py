@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("engines", ["processes", "ray"])
-def test_every_item_is_there_once_whoever_is_killed(engines: str) -> None:
+def test_every_item_is_there_once_whatever_is_killed(engines: str) -> None:
     if engines == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("needs the extra: pip install keye[ray]")
     command = [sys.executable, "-m", "benchmarks.batch_kill", "--items", "60", "--videos", "4", "--workers", "2"]

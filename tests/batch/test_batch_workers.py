@@ -69,7 +69,7 @@ def test_a_server_that_is_gone() -> None:
     assert lost.value.during
 
 
-def test_an_answer_that_is_no_json() -> None:
+def test_an_answer_that_is_not_json() -> None:
     answer = post(client(lambda request: httpx.Response(200, text="<html>")))
     assert answer.body["error"]["message"] == "the server answered 200 with something that is not a JSON object"
 
@@ -83,7 +83,7 @@ def test_an_answer_that_cannot_be_unpacked() -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"choices": ' + "1" * 5000 + "}", "7", "\ud800".encode("utf-8", "replace")]
 )
-def test_an_answer_that_nobody_can_read(text: Any) -> None:
+def test_an_answer_that_cannot_be_read(text: Any) -> None:
     assert "error" in post(client(lambda request: httpx.Response(200, content=text))).body
 
 

@@ -51,7 +51,7 @@ def test_settings_of_replies(tmp_path: Path) -> None:
     assert {name: body[name] for name in (*settings, "temperature")} == {**settings, "temperature": 0.5}
 
 
-def test_media_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+def test_media_are_distinguished_by_their_bytes(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.bin", "PNG")
     (tmp_path / "clip").write_bytes(b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom")
     item = only(tmp_path, {"media": ["picture.bin", "clip"], "question": "what?", "fps": 2})
@@ -122,7 +122,7 @@ def test_addresses_and_uploads_stay_as_they_are(tmp_path: Path) -> None:
         ({**openai(), "extra": 1}, "'extra' is not a key of a batch line"),
     ],
 )
-def test_a_bad_line_is_told_and_the_next_is_read(tmp_path: Path, line: Any, sentence: str) -> None:
+def test_a_bad_line_is_reported_and_the_next_is_read(tmp_path: Path, line: Any, sentence: str) -> None:
     rejected, item = read(tmp_path, line, QUESTION)
     assert isinstance(rejected, BadLine) and sentence in rejected.reason and rejected.id == "line-1"
     assert isinstance(item, Item) and item.id == "line-2"
@@ -200,7 +200,7 @@ def test_a_bad_line_is_refused_alone(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "source", ["a\x00b.mp4", "~nosuchuser/a.mp4", "a\ud800.mp4", "file:///a\x00b", "x" * 5000, "\udcff.mp4"]
 )
-def test_names_that_no_file_has_stay_for_whoever_answers(tmp_path: Path, source: str) -> None:
+def test_unknown_file_names_stay_for_the_worker(tmp_path: Path, source: str) -> None:
     odd, good = read(tmp_path, {"video": source, "question": "x"}, QUESTION)
     assert isinstance(good, Item) and isinstance(odd, Item | BadLine)
 

@@ -278,7 +278,7 @@ def test_what_comes_before_or_beside_it(model: Keye, video: Path, index: Path) -
         model.index(PICTURE, index.with_name("image.keye"))
 
 
-def test_no_room_is_told_before_any_work(
+def test_no_room_is_reported_before_any_work(
     model: Keye, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:

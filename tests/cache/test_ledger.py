@@ -78,7 +78,7 @@ def test_separate_budgets_evict_only_what_counts_against_them() -> None:
     assert ledger.used("vision-cache") == 0 and ledger.used("kv-file") == 50
 
 
-def test_what_a_cache_keeps_is_no_reason_to_evict_from_another() -> None:
+def test_what_a_cache_keeps_does_not_evict_from_another() -> None:
     ledger = Ledger(1000)
     ledger.register(entries(ledger, "other", 100), {"other"}, priority=0)
     cache, tokens = VisionCache(2000, ledger), torch.zeros(5, 16)
@@ -104,7 +104,7 @@ def test_a_reservation_finds_the_blocks_that_an_eviction_freed() -> None:
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_a_prefix_is_found_whole_though_there_is_no_room_for_a_copy(room: bool) -> None:
+def test_a_complete_prefix_is_found_without_room_for_a_copy(room: bool) -> None:
     """Its last block, which is not full, is copied for the one who continues it, or else handed over."""
     ledger = Ledger()
     store = make_store(ledger)

@@ -44,7 +44,7 @@ def test_a_fork_shares_full_blocks_and_copies_the_last() -> None:
     assert (ours == theirs).tolist() == [True, True, False]
 
 
-def test_everything_is_given_back() -> None:
+def test_everything_is_released() -> None:
     store = make_store()
     cache = KVCache(LAYERS, store)
     fill(cache, 3 * KV_BLOCK)

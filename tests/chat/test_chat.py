@@ -277,7 +277,7 @@ def test_times_for_people_are_read_back(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("time", ["", "1:2:3:4", "-1", "1.", "soon", "1:"])
-def test_what_is_no_time(time: str) -> None:
+def test_what_is_not_a_time(time: str) -> None:
     with pytest.raises(KeyeError, match="is not a valid time"):
         to_seconds(time)
 

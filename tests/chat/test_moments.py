@@ -69,7 +69,7 @@ def test_times_that_a_model_counts_otherwise_become_those_of_players() -> None:
     assert keep_regions([clip], relative) == [Region("clip", (), interval=(30.5, 31.2))]
 
 
-def test_what_rounding_leaves_is_no_moment() -> None:
+def test_what_rounding_leaves_is_not_a_moment() -> None:
     """A time of one decimal at the end of what was looked at shares some hundredths with it."""
     remaining, notes = keep_moments([(20.0, 21.0), (20.03, 30.0)], [Window(0.0, 20.03)])
     assert remaining == [] and "20.0 s to 21.0 s, 20.0 s to 30.0 s: outside" in str(notes[0])

@@ -119,7 +119,7 @@ def test_engines_share_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_lines_that_json_can_write_and_nobody_reads(
+def test_lines_that_json_can_write_but_readers_reject(
     run: Callable, model_folder: Path, video: Path, tmp_path: Path
 ) -> None:
     deep = '{"items":' * 300 + "{}" + "}" * 300

@@ -44,7 +44,7 @@ def test_the_demo_video_shows_its_scene() -> None:
     assert requested["at what times is the red circle shown?"] == "[[3.0, 8.5]]"
 
 
-def test_the_demo_video_can_be_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_video_can_be_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "examples/make_demo.py"))
     script["main"](tmp_path / "demo.mp4")
     assert "[[3.0, 8.5]]" in capsys.readouterr().out

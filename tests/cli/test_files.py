@@ -50,7 +50,7 @@ def test_a_pdf(run: Callable[..., Any], folder: Path) -> None:
         assert (result.code, result.out, result.err) == (2, "", message)
 
 
-def test_pages_that_are_not_used_are_told_of(run: Callable[..., Any], folder: Path) -> None:
+def test_unused_pages_are_noted(run: Callable[..., Any], folder: Path) -> None:
     pages = [Image.new("RGB", (60, 40), (90 * i, 0, 0)) for i in range(3)]
     pages[0].save("a.tif", save_all=True, append_images=pages[1:])
     message = "a.tif: it has 3 pages, of which only the first is used; save the others as files of their own"

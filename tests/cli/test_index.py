@@ -20,7 +20,9 @@ def indexed(model_folder: Path, video: Path, tmp_path_factory: pytest.TempPathFa
     return path
 
 
-def test_an_index_is_written_and_told_in_a_line(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
+def test_an_index_is_written_and_summarised_in_a_line(
+    run: Callable, model_folder: Path, video: Path, tmp_path: Path
+) -> None:
     arguments = ["index", video, "-o", tmp_path / "a.keye", "--model", model_folder, "--fps", 1, "--kv", "int8"]
     result = run(*arguments)
     assert (result.code, result.err) == (0, "")

@@ -42,7 +42,7 @@ def test_a_timeline_has_a_bar_and_a_line_for_each_interval() -> None:
     assert (first, second) == ("  4.0 s to 8.0 s  (4.0 s)", "  12.0 s to 16.0 s  (4.0 s)")
 
 
-def test_without_a_length_there_is_no_bar() -> None:
+def test_without_a_length_no_bar_is_shown() -> None:
     assert [line.plain for line in timeline([(1.0, 2.0)], None, 80)] == ["  1.0 s to 2.0 s  (1.0 s)"]
 
 

@@ -110,7 +110,7 @@ def test_a_reader_that_is_closed_leaves_nothing(service: DecodeService, clips: l
     again.close()
 
 
-def test_bytes_in_memory_and_strangers_files(service: DecodeService, clips: list[Source]) -> None:
+def test_bytes_in_memory_and_untrusted_files(service: DecodeService, clips: list[Source]) -> None:
     assert clips[0].path is not None
     data = clips[0].path.read_bytes()
     expected = complete(clips[0])
@@ -128,7 +128,7 @@ def test_a_damaged_file_and_one_that_is_nowhere(service: DecodeService, tmp_path
     assert service.poisoned == {}
 
 
-def test_a_defect_is_told_as_one(service: DecodeService) -> None:
+def test_a_defect_is_reported_as_one(service: DecodeService) -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         service.submit(CallWork(divmod, (1, 0))).result(60)
     assert service.submit(CallWork(divmod, (7, 2))).result(60) == (3, 1)

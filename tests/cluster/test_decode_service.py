@@ -59,7 +59,7 @@ def test_every_item_once_whatever_dies() -> None:
     assert sorted(name for name, _ in pool.done) == sorted(items)
 
 
-def test_a_file_that_kills_workers_is_set_aside_and_not_tried_again() -> None:
+def test_a_file_that_kills_workers_is_quarantined() -> None:
     pool, tried = FakePool(("a", "b")), list[str]()
 
     def die(worker: FakeWorker, item: Item) -> None:
@@ -80,7 +80,7 @@ def test_a_file_that_kills_workers_is_set_aside_and_not_tried_again() -> None:
         assert set(service.poisoned) == {"bad.mp4"} and "is quarantined" in service.poisoned["bad.mp4"]
 
 
-def test_results_that_nobody_takes_hold_the_workers_back() -> None:
+def test_results_that_are_not_taken_hold_the_workers_back() -> None:
     pool = FakePool(("a",))
     with DecodeService(pool, budget=25) as service:
         results = [service.submit(Item(str(number), size=10), Priority.BATCH) for number in range(5)]
@@ -136,7 +136,7 @@ def test_an_event_loop_can_wait_for_results() -> None:
         assert service.gauges()["bytes"] == 0
 
 
-def test_work_that_nobody_wants_any_more_is_not_done() -> None:
+def test_work_that_is_not_wanted_any_more_is_not_done() -> None:
     pool = FakePool()
     with held_at_begin(pool) as (permits, waiting), DecodeService(pool) as service:
         begun = service.submit(Item("begun"))

@@ -148,7 +148,7 @@ def test_a_fleet_needs_its_file_and_one_video(plan: Plan, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("load", [Load(1e12), Load(1e300), Load(1.0, questions=10**12)])
-def test_a_load_beyond_any_fleet_is_told_at_once(load: Load) -> None:
+def test_a_load_beyond_any_fleet_is_reported_at_once(load: Load) -> None:
     with pytest.raises(KeyeError, match="the load is beyond any fleet: it would take .* decode workers and .* engines"):
         size_fleet(load, Costs(10.0, ((1, 10.0),)), seconds=1000.0)
 

@@ -112,7 +112,7 @@ def test_lists_of_frames() -> None:
     assert "timestamps" not in utils_1_5.fetch_video({"video": frames})[1]
 
 
-def test_ignored_options_are_honoured_or_told(tmp_path: Path) -> None:
+def test_ignored_options_are_honoured_or_noted(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4", frames=60)
     assert len(utils_1_5.fetch_video({"video": path, "nframes": 3})[0]) == 3
     assert len(utils_1_5.fetch_video({"video": path, "nframes": 3, "strict_official": True})[0]) == 4

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_nan_ends_with_a_sentence(own: Callable[..., Path]) -> N
         ({"media_options": {"strict_official": "yes"}}, "strict_official is 'yes'; give true or false"),
     ],
 )
-def test_mistakes_are_told_before_any_work(model: Keye, options: dict[str, Any], sentence: str) -> None:
+def test_mistakes_are_reported_before_any_work(model: Keye, options: dict[str, Any], sentence: str) -> None:
     for start in (model.stream_ask, model.stream_ground):
         with pytest.raises(KeyeError, match=sentence):
             start(Frames(FRAMES), "the circle", **options)

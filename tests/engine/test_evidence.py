@@ -132,7 +132,7 @@ def test_a_timeline_of_any_length(frames: int) -> None:
     assert (1, 2, 3) in colours(picture) or frames == 1
 
 
-def test_a_picture_tells_why_there_is_no_evidence(tmp_path: Path) -> None:
+def test_a_picture_says_why_there_is_no_evidence(tmp_path: Path) -> None:
     plain = draw_evidence(Evidence((), 0), "when?", "now", [])
     events = draw_evidence(Evidence((), 0, "attention was dense"), "when? 日本", "", [])
     assert events.height > plain.height and (213, 94, 0) in colours(events)

@@ -190,7 +190,7 @@ class Only:
         return self
 
 
-def test_a_placeholder_that_a_model_draws_disturbs_nobody(folder: Path) -> None:
+def test_a_placeholder_that_a_model_samples_has_no_effect(folder: Path) -> None:
     """Beside a prompt whose placeholders are given visual tokens."""
     model = keye.load(folder)
     config = model.config

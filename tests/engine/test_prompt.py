@@ -46,7 +46,7 @@ def added_tokens(text: str, folder: Path, template: ChatTemplate | CheckpointTem
 
 @pytest.mark.parametrize("tools", [False, True])
 @pytest.mark.parametrize("template", [CHATML, PREVIEW_CHATML, THEIRS], ids=["chatml", "preview", "theirs"])
-def test_nobody_but_the_template_writes_tokens(
+def test_only_the_template_writes_tokens(
     template: ChatTemplate | CheckpointTemplate, tools: bool, tmp_path: Path
 ) -> None:
     harmless, evil = (added_tokens(text, tmp_path, template, tools) for text in ("hello", EVIL))

@@ -97,7 +97,7 @@ def test_transparency_is_white(kind: str) -> None:
     assert read(fetch_source(out.getvalue()), 3)[1] == [0, 255, 80]
 
 
-def test_the_picture_of_a_png_for_programs_that_show_no_animation_is_no_frame() -> None:
+def test_the_still_picture_of_an_animated_png_is_not_a_frame() -> None:
     out = io.BytesIO()
     Image.new("RGB", (64, 32), (255, 255, 255)).save(
         out, "PNG", save_all=True, append_images=[shade(i) for i in range(3)], duration=100, default_image=True

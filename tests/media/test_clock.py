@@ -174,7 +174,7 @@ def test_strict_official_counts_from_the_first_picture(tmp_path: Path) -> None:
     assert (plan.labels[0], plan.timestamps[0], plan.start_offset) == (0.0, 1.5, 1.5)
 
 
-def test_preview_is_told_no_times(tmp_path: Path) -> None:
+def test_preview_receives_no_times(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mp4", frames=60, fps=10))
     with pytest.warns(KeyeWarning, match=r"count from the first sampled frame, at 2\.0 s"):
         plan = plan_video(source, PREVIEW, MediaOptions(video_start=2.0))

@@ -62,7 +62,7 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(
     assert source_hash(fetch_source(path)) != first and len(read) == 2
 
 
-def test_pictures_in_memory_are_told_apart_by_their_pixels() -> None:
+def test_pictures_in_memory_are_distinguished_by_their_pixels() -> None:
     frames = np.zeros((4, 56, 56, 3), dtype=np.uint8)
     other = frames.copy()
     other[3, 0, 0, 0] = 1

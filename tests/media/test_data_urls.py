@@ -52,7 +52,7 @@ def test_all_forms_give_the_same_bytes(url: str) -> None:
     [TEXT[:50] + "!" + TEXT[50:], TEXT + "A", TEXT[:-5] + "=" + TEXT[-4:], "QQ==QQ==", "QQ=", "A", "é" * 4, "\ud800AAA",
      "%3", "%%%%", "QQ=%3", "data:video/mp4;base64,AAAA", "=" * 4, "====AAAA"],
 )  # fmt: skip
-def test_what_is_no_base64_is_refused(body: str) -> None:
+def test_what_is_not_base64_is_rejected(body: str) -> None:
     with pytest.raises(MediaError, match="not valid base64; encode the file again"):
         fetch_source("data:video/mp4;base64," + body)
 

@@ -94,7 +94,7 @@ def test_closing_ends_worker_and_thread(source: Source) -> None:
     assert worker.poll() is not None and not thread.is_alive()
 
 
-def test_a_reader_that_nobody_holds_ends_too(source: Source) -> None:
+def test_an_unreferenced_reader_ends(source: Source) -> None:
     reader = endless(source, [], buffer_bytes=FRAME.nbytes)
     worker, thread = reader.video.worker.process, reader.thread
     del reader
@@ -123,7 +123,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(source: Source) -> None:
     assert worker.poll() is not None and not thread.is_alive() and yielded == []
 
 
-def test_what_is_wrong_with_a_file_is_told_when_its_frames_are_taken(tmp_path: Path, source: Source) -> None:
+def test_faults_of_a_file_are_reported_when_its_frames_are_taken(tmp_path: Path, source: Source) -> None:
     assert source.path is not None
     plan = Processor(CONFIG).video(source).plan
     broken = tmp_path / "broken.mp4"

@@ -267,7 +267,7 @@ def test_a_name_is_resolved_once(web: Web, monkeypatch: pytest.MonkeyPatch) -> N
     assert requested == ["media.example"]
 
 
-def test_an_uploaded_file_is_marked_as_a_strangers(tmp_path: Path) -> None:
+def test_an_uploaded_file_is_marked_untrusted(tmp_path: Path) -> None:
     path = tmp_path / "upload.png"
     path.write_bytes(png())
     assert not fetch_source(path).untrusted

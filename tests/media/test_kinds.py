@@ -140,13 +140,13 @@ def test_what_is_neither_gets_one_sentence(data: bytes, what: str) -> None:
                 use(item)
 
 
-def test_an_image_is_no_video(tmp_path: Path) -> None:
+def test_an_image_is_not_a_video(tmp_path: Path) -> None:
     (tmp_path / "photo.mp4").write_bytes(saved("JPEG"))
     with pytest.raises(MediaError, match=r"photo.mp4 is an image, not a video; give it as an image"):
         VideoReader(tmp_path / "photo.mp4")
 
 
-def test_a_video_is_no_image(tmp_path: Path) -> None:
+def test_a_video_is_not_an_image(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="clip.mp4 is not an image that can be read"):
         plan_image(write_clip(tmp_path / "clip.mp4", frames=3), CONFIG)
 

@@ -44,7 +44,7 @@ def test_tokens_of_a_list_are_those_of_its_item(release: Any, settings: dict[str
     assert least <= item.visual_tokens if release == "1.5" else least == item.visual_tokens
 
 
-def test_pictures_of_strangers_are_measured_and_not_decoded() -> None:
+def test_untrusted_pictures_are_measured_and_not_decoded() -> None:
     options = MediaOptions(timestamps=(0.0,), max_pixels=100 * 28 * 28)
     assert count_least_list_tokens([header_of(2800, 2800)], ProcessorConfig(), options) == 100
     with pytest.raises(KeyeError, match="too many pixels together"):

@@ -42,7 +42,7 @@ def test_a_file_that_exists_is_opened_whatever_its_name(name: str, folder: Path)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strangers_reach_no_file_by_any_name(name: str, folder: Path) -> None:
+def test_untrusted_users_reach_no_file_by_any_name(name: str, folder: Path) -> None:
     (folder / name).write_bytes(b"content")
     for policy in (FetchPolicy(), FetchPolicy(hosts=("media.example",))):
         for reference in (name, str(folder / name), (folder / name).as_uri()):

@@ -127,7 +127,7 @@ def test_a_heic_of_too_many_pixels() -> None:
 _PAGES = "it has 3 pages, of which only the first is used; save the others as files of their own"
 
 
-def test_several_pictures_are_told_of() -> None:
+def test_several_pictures_are_noted() -> None:
     pages = [halves().rotate(90 * i) for i in range(3)]
     tiff = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     file = pillow_heif.from_pillow(pages[0])
@@ -192,7 +192,7 @@ def test_levels_of_16_bits_and_transparency(data: bytes, wanted: list[list[int]]
     assert np.asarray(read_image(fetch_source(data)))[0].tolist() == wanted
 
 
-def test_levels_of_strangers_images() -> None:
+def test_levels_of_untrusted_images() -> None:
     for image, (_, wanted) in zip(strangers([data for data, _ in LEVELS]), LEVELS, strict=True):
         assert np.asarray(image)[0].tolist() == wanted
     files = [saved(Image.fromarray(levels[None]), "TIFF") for levels, _ in DEEP_LEVELS]

@@ -189,7 +189,7 @@ def test_a_worker_sees_nothing_of_the_parent(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "AVIF"])
-def test_strangers_images_come_out_the_same(kind: str) -> None:
+def test_untrusted_images_come_out_the_same(kind: str) -> None:
     rng = np.random.default_rng(0)
     data = encoded(Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), kind)
     ours, theirs = read_image(fetch_source(data)), read_image(stranger(data))
@@ -198,7 +198,7 @@ def test_strangers_images_come_out_the_same(kind: str) -> None:
     assert plan_image(stranger(data), CONFIG) == plan_image(fetch_source(data), CONFIG)
 
 
-def test_a_strangers_list_of_pictures_shares_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untrusted_list_of_pictures_shares_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     start = Worker.__init__
     monkeypatch.setattr(Worker, "__init__", lambda self, *a, **k: (started.append(self), start(self, *a, **k))[1])
@@ -210,7 +210,7 @@ def test_a_strangers_list_of_pictures_shares_one_worker(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("cut", [20, 60, 0.5])
-def test_what_a_stranger_is_told_of_a_bad_image(cut: float) -> None:
+def test_what_an_untrusted_user_learns_of_a_bad_image(cut: float) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
     data = encoded(noise)
     for use in (read_image, lambda source: plan_image(source, CONFIG)):
@@ -230,7 +230,7 @@ def test_limits_of_what_a_file_holds(tmp_path: Path) -> None:
         VideoReader(source, DecodeLimits(duration=1.5))
 
 
-def test_strangers_files_have_tighter_limits(tmp_path: Path) -> None:
+def test_untrusted_files_have_tighter_limits(tmp_path: Path) -> None:
     source = fetch_source(write_clip(tmp_path / "clip.mkv", frames=2, times_ms=[0, 90_000_000]))
     with VideoReader(source) as reader:
         assert reader.info.duration > 24 * 3600
@@ -387,7 +387,7 @@ def test_readers_in_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
     assert result == [60] * 4
 
 
-def test_of_strangers_only_common_containers_are_read(tmp_path: Path) -> None:
+def test_untrusted_files_are_read_in_common_containers_only(tmp_path: Path) -> None:
     for name, codec in (("clip.mp4", "libx264"), ("clip.webm", "libvpx-vp9"), ("clip.avi", "mpeg4")):
         with VideoReader(untrusted(fetch_source(write_clip(tmp_path / name, frames=5, codec=codec)))) as reader:
             assert reader.info.frame_count == 5

@@ -43,7 +43,7 @@ def test_selections_of_a_step_are_in_the_order_of_its_sequences() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_a_case_that_only_informs_is_told_from_one_with_informative_tensors(tmp_path: Path) -> None:
+def test_an_informative_case_differs_from_one_with_informative_tensors(tmp_path: Path) -> None:
     folder = tmp_path / "vision"
     folder.mkdir()
     meta = {"informative": "info.sdpa.*: of another branch"}

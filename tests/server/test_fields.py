@@ -297,7 +297,7 @@ def test_prompts_of_token_ids(http: TestClient) -> None:
         assert error_of(http.post(COMPLETIONS, json={"prompt": wrong}))["param"].startswith("prompt")
 
 
-def test_a_prompt_of_media_tokens_is_no_text(http: TestClient, model: keye.Keye) -> None:
+def test_a_prompt_of_media_tokens_is_rejected(http: TestClient, model: keye.Keye) -> None:
     error = error_of(http.post(COMPLETIONS, json={"prompt": [1, model.config.image_token_id]}))
     assert "stand for media" in error["message"]
 

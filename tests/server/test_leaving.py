@@ -84,7 +84,7 @@ def test_who_leaves_gives_everything_back(
     httpx.delete(f"{running.url}/v1/files/{uploaded}")
 
 
-def test_an_index_that_nobody_waits_for_is_given_up(running: Running, video: Any) -> None:
+def test_an_index_whose_client_left_is_aborted(running: Running, video: Any) -> None:
     context = running.app.app.state.keye
     core, retained = context.model.core, context.files.used()
     uploaded = httpx.post(f"{running.url}/v1/files", files={"file": video.open("rb")}).json()["id"]

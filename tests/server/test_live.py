@@ -66,7 +66,7 @@ def test_sessions_are_counted_and_end(http: TestClient) -> None:
     error_of(http.delete(f"/v1/live/{opened[0]}"), 404)
 
 
-def test_one_that_nobody_uses_ends_by_itself(http: TestClient) -> None:
+def test_an_unused_process_ends_by_itself(http: TestClient) -> None:
     store: LiveSessions = http.app.app.state.keye.live  # type: ignore[attr-defined]
     name = http.post("/v1/live", json={}).json()["id"]
     store.sweep(idle=0.0)

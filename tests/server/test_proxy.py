@@ -142,7 +142,7 @@ def test_a_response_is_followed_and_read_where_it_was_stored(http: Any, fakes: l
         assert http.get(f"/v1/responses/{created['id']}").json() == {"at": fake.name}
 
 
-def test_a_stranger_gets_no_copy_and_spoils_none(http: Any, fakes: list[Fake]) -> None:
+def test_another_owner_gets_no_copy_and_spoils_none(http: Any, fakes: list[Fake]) -> None:
     first, second = upload(http), upload(http)
     ask(http, first, second, key="other")
     assert json.loads(fakes[0].received[-1][2])["messages"][0]["content"][1]["file_id"] == second  # its replica says no
@@ -163,7 +163,7 @@ def test_a_replica_that_ends_is_passed_over(http: Any, fakes: list[Fake]) -> Non
     assert http.get("/health").status_code == 503
 
 
-def test_load_is_given_back(http: Any, fakes: list[Fake]) -> None:
+def test_load_is_released(http: Any, fakes: list[Fake]) -> None:
     proxy = http.app.state.proxy
     assert isinstance(proxy, Proxy)
     upload(http)

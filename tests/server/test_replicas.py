@@ -120,7 +120,7 @@ def test_errors_are_those_of_a_replica(http: Any) -> None:
     assert http.get("/").status_code == 200
 
 
-def test_a_replica_that_is_killed_is_started_anew(http: Any, server: tuple[str, Any], clips: list[Path]) -> None:
+def test_a_killed_replica_is_restarted(http: Any, server: tuple[str, Any], clips: list[Path]) -> None:
     stored = [upload(http, clip) for clip in clips[:2]]  # one at each
     os.kill(replicas(server[1].pid)[0], signal.SIGKILL)
     # The other one goes on meanwhile, and what the victim kept is gone.

@@ -57,7 +57,7 @@ def test_questions_about_one_video_have_one_key() -> None:
     assert len({media_key(body) for body in same}) == 1
 
 
-def test_metrics_of_several_replicas_are_told_apart() -> None:
+def test_metrics_of_several_replicas_are_distinguished() -> None:
     from keye.server.replicas.proxy import merged
 
     texts = {

@@ -17,7 +17,7 @@ from keye.server.settings import Settings
 from tests.support.serving import Running
 
 
-def test_what_one_key_has_asked_costs_another_as_much_as_if_nobody_had(model: keye.Keye, video: Path) -> None:
+def test_what_one_key_has_asked_costs_another_as_much_as_if_not_asked(model: keye.Keye, video: Path) -> None:
     """Neither `cached_tokens` nor the time an answer takes tells of others: all the work is done again."""
     keys = {"ann": "a-key-of-ann-0123456789", "bob": "a-key-of-bob-0123456789"}
     served = Running(model, Settings(keys=keys))

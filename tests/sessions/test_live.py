@@ -115,7 +115,7 @@ def small(model: Keye, context: int) -> Keye:
     return keye.Keye(Runtime.create(model.name, network, model.tokenizer, model.processor))
 
 
-def test_a_full_context_is_told_and_nothing_is_lost(model: Keye) -> None:
+def test_a_full_context_is_an_error_and_nothing_is_lost(model: Keye) -> None:
     session = small(model, 200).live(reserve=50, **SIZE)
     room = (150 - session.tokens) // 10  # a frame is a label of six tokens and four visual ones
     session.append(FRAMES[:room], TIMES[:room])

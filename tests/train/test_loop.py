@@ -149,7 +149,7 @@ def test_a_tiny_model_learns(tmp_path):
     assert sum(finite[-10:]) < 0.35 * sum(finite[:10])
 
 
-def test_a_model_that_is_no_run_is_not_overwritten(tmp_path):
+def test_a_model_that_is_not_a_run_is_not_overwritten(tmp_path):
     tiny_folder(tmp_path / "mine")
     before = (tmp_path / "mine" / "model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="holds a model that no run made"):

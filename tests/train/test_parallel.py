@@ -49,7 +49,7 @@ class _Follow:
         _work(group, self.folder)
 
 
-def test_one_process_needs_nobody(tmp_path):
+def test_one_process_needs_no_others(tmp_path):
     with processes(1, tmp_path, _Follow(tmp_path)) as group:
         done = _work(group, tmp_path)
     assert group.size == 1
