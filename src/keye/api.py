@@ -39,7 +39,7 @@ from keye.units import listed, parse_bytes
 
 if TYPE_CHECKING:
     from keye.chat.foreign_template import CheckpointTemplate
-    from keye.engine.media import IndexedVideo
+    from keye.engine.media import VideoIndex
     from keye.media.source.fetch import Source
     from keye.sessions.live import Keep, LiveSession
     from keye.sessions.video_index import IndexInfo
@@ -280,7 +280,7 @@ def _template(name: str | Path, folder: Path, release: Release) -> CheckpointTem
     return load_template(folder if name == "checkpoint" else name)
 
 
-def _open_index(runtime: Runtime, source: Source) -> IndexedVideo:
+def _open_index(runtime: Runtime, source: Source) -> VideoIndex:
     from keye.sessions.video_index import open_video_index
 
     return open_video_index(runtime, source)

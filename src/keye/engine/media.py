@@ -31,7 +31,7 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class IndexedVideo:
+class VideoIndex:
     """A video that was read before: the first tokens of a prompt up to its end, computed. There are no pixels.
 
     `token_ids` int64 [P] and `position_ids` int64 [3, P] are what `cache` holds, `next_position` that of the token
@@ -55,7 +55,7 @@ class IndexedVideo:
         return count_visual_tokens(self.pieces)
 
 
-def check_index_attention(indexed: IndexedVideo, mode: AttentionMode) -> None:
+def check_index_attention(indexed: VideoIndex, mode: AttentionMode) -> None:
     """`KeyeError` where a question attends in another mode than the index was computed in."""
     if indexed.attention != mode:
         raise KeyeError(f"{indexed.name} was indexed with {indexed.attention} attention, but the question asks for "
@@ -63,7 +63,7 @@ def check_index_attention(indexed: IndexedVideo, mode: AttentionMode) -> None:
 
 
 #: Opens an index for a model.
-OpenIndex = Callable[[Source], IndexedVideo]
+OpenIndex = Callable[[Source], VideoIndex]
 
 
 def as_medium(value: object, options: Mapping[str, Any] | None = None) -> Medium:

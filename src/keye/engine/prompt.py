@@ -18,7 +18,7 @@ from keye.chat.replies import Window, collect_windows
 from keye.chat.template import CHATML, ChatTemplate, Segment, drop_last_end
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
-from keye.engine.media import IndexedVideo, OpenIndex, check_medium, plan_medium
+from keye.engine.media import OpenIndex, VideoIndex, check_medium, plan_medium
 from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
 from keye.media.pixels.patches import VisionInput
 from keye.media.positions import PreviewLayout, build_position_ids
@@ -69,7 +69,7 @@ class Prompt:
     next_position: int
     media: tuple[MediaItem, ...]
     past: KVCache | None = None
-    indexed: IndexedVideo | None = None
+    indexed: VideoIndex | None = None
     notes: tuple[KeyeWarning, ...] = ()
     windows: tuple[Window, ...] = ()
 
@@ -251,7 +251,7 @@ class PromptBuilder:
                             "write one of the medium's kind for each, in the order of the media")  # fmt: skip
         return self._positioned(list(ids), list(media))
 
-    def extend(self, past: IndexedVideo, ids: Sequence[int], media: Sequence[MediaItem] = ()) -> Prompt:
+    def extend(self, past: VideoIndex, ids: Sequence[int], media: Sequence[MediaItem] = ()) -> Prompt:
         """The prompt of a stored sequence and the token ids behind it, with the media at their placeholders."""
         prompt = self._positioned([*past.token_ids.tolist(), *ids], list(media), past)
         return replace(prompt, windows=self._windows(prompt))
@@ -269,7 +269,7 @@ class PromptBuilder:
             planned = plan_medium(medium, self.processor, videos, self.open_index, salt)
             if planned.plan is not None:
                 plan, parts = planned.plan.to_dict(), planned.pieces
-            elif isinstance(planned.source, IndexedVideo):
+            elif isinstance(planned.source, VideoIndex):
                 plan, parts = dict(planned.source.plan), planned.pieces
             else:
                 visual, limit = planned.visual_tokens, self.config.text.max_position_embeddings
@@ -315,7 +315,7 @@ class PromptBuilder:
                 ids += self.tokenizer.encode(piece, special=True)
         return ids
 
-    def _positioned(self, ids: list[int], items: list[MediaItem], indexed: IndexedVideo | None = None) -> Prompt:
+    def _positioned(self, ids: list[int], items: list[MediaItem], indexed: VideoIndex | None = None) -> Prompt:
         grids = {}
         for kind in ("image", "video"):
             rows = [item.grid_thw for item in items if item.kind == kind]
@@ -337,9 +337,9 @@ class PromptBuilder:
         return Prompt(token_ids, positions, is_visual, first + next_position, tuple(items), indexed.cache, indexed)
 
 
-def _find_index(planned: Sequence[PlannedMedium]) -> IndexedVideo | None:
+def _find_index(planned: Sequence[PlannedMedium]) -> VideoIndex | None:
     """The index that a prompt begins with. `KeyeError` for one at another place."""
-    indexes = [medium.source for medium in planned if isinstance(medium.source, IndexedVideo)]
+    indexes = [medium.source for medium in planned if isinstance(medium.source, VideoIndex)]
     if not indexes:
         return None
     if len(indexes) > 1 or planned[0].source is not indexes[0]:

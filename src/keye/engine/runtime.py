@@ -14,7 +14,7 @@ from keye.cache.vision import VisionCache
 from keye.chat.template import ChatTemplate, template_of
 from keye.chat.tokenizer import Tokenizer
 from keye.config import GenerationConfig, KeyeConfig
-from keye.engine.media import IndexedVideo
+from keye.engine.media import VideoIndex
 from keye.engine.prompt import PromptBuilder
 from keye.engine.request import check_attention
 from keye.engine.sampling import SamplingParams
@@ -51,7 +51,7 @@ class Runtime:
     vision_cache: VisionCache
     prefixes: PrefixCache
     notes: tuple[str, ...] = ()
-    open_index: Callable[[Runtime, Source], IndexedVideo] | None = None
+    open_index: Callable[[Runtime, Source], VideoIndex] | None = None
 
     @classmethod
     def create(
@@ -66,7 +66,7 @@ class Runtime:
         template: ChatTemplate | CheckpointTemplate | None = None,
         kv: KVOptions | None = None,
         notes: Sequence[str] = (),
-        open_index: Callable[[Runtime, Source], IndexedVideo] | None = None,
+        open_index: Callable[[Runtime, Source], VideoIndex] | None = None,
     ) -> Runtime:
         """A runtime with empty caches. `template` is keye's own for the model's release by default; `attention`
         "sparse" becomes "dense" for a model without an indexer."""

@@ -18,7 +18,7 @@ from PIL import Image
 from keye.chat.messages import Medium, Message
 from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
-from keye.engine.media import Frames, IndexedVideo
+from keye.engine.media import Frames, VideoIndex
 from keye.engine.prompt import ContextBudget
 from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError, Option
@@ -87,7 +87,7 @@ class LiveSession:
         self._head, _ = self._around("?")
         self._version = runtime.model.weights_version
         #: What is stored of the stream; None before the first frame.
-        self._stream: IndexedVideo | None = None
+        self._stream: VideoIndex | None = None
 
     @property
     def frames(self) -> int:
@@ -224,7 +224,7 @@ class LiveSession:
         assert not pieces and len(frames) == len(item.timestamps), "a frame is a label and a span"
         return frames
 
-    def _compute(self, frames: Sequence[_Frame], past: IndexedVideo | None) -> IndexedVideo:
+    def _compute(self, frames: Sequence[_Frame], past: VideoIndex | None) -> VideoIndex:
         """The stream with frames behind its past, or from its beginning."""
         vision = VisionInput.concatenate([frame.vision for frame in frames if frame.vision is not None])
         pieces, times = tuple(piece for frame in frames for piece in frame.pieces), tuple(f.time for f in frames)
@@ -237,7 +237,7 @@ class LiveSession:
             pieces, times = (*past.pieces, *pieces), (*past.timestamps, *times)
         cache, _ = self._engine.prefill(prompt, attention=mode)
         plan = {"frames": len(times), "timestamps": list(times), "visual_tokens": count_visual_tokens(pieces)}
-        return IndexedVideo(
+        return VideoIndex(
             "<memory>", prompt.token_ids, prompt.position_ids, prompt.next_position, len(self._head), pieces, times,
             plan, mode, cache,
         )  # fmt: skip

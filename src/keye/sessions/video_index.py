@@ -22,7 +22,7 @@ from keye.cache.sequence import KVCache
 from keye.chat.messages import Medium, Message
 from keye.config import KeyeConfig
 from keye.engine.engine import Engine
-from keye.engine.media import IndexedVideo
+from keye.engine.media import VideoIndex
 from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.request import Progress
 from keye.engine.runtime import Runtime
@@ -122,7 +122,7 @@ def _file_hash(source: Any) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO
 
 
-def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
+def open_video_index(owner: Runtime, source: Source) -> VideoIndex:
     """An index as the beginning of prompts of a model. `KeyeError` where the file is damaged, or is not of this model.
 
     Its blocks are read only and shared by all that continue it; what they add goes to a store of the same formats in
@@ -148,7 +148,7 @@ def open_video_index(owner: Runtime, source: Source) -> IndexedVideo:
     store = owner.kv.store(file.layout, device, owner.ledger)
     blocks = store.adopt(rows, file.blocks, near)
     cache = KVCache.of_blocks(store, blocks, file.length, check)
-    return IndexedVideo(
+    return VideoIndex(
         source.name, file.tokens[0], file.tokens[1:], facts.next_position, facts.start, facts.pieces, facts.timestamps,
         facts.plan, facts.attention, cache,
     )  # fmt: skip
