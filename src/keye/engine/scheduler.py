@@ -166,6 +166,15 @@ def count_computable(request: GenerationRequest, state: Prefilling) -> int:
     return max(0, ready - done)
 
 
+def is_due(request: GenerationRequest, state: Prefilling, encoded: bool) -> bool:
+    """Whether the next tokens of a prompt are computed now. No reply waits for a prompt that is only stored, and whole
+    chunks cost less: it waits for one as long as its media are being decoded or were `encoded` in this step."""
+    count = count_computable(request, state)
+    if (encoded or state.vision.waiting) and request.prefill_only and request.prompt_logprobs is None:
+        return count >= min(ALONE_TOKENS, state.prompt.length - state.done)
+    return count > 0
+
+
 def is_fragmented(state: object) -> bool:
     """Whether the blocks of a running state are in more slabs than they need, among what others have left."""
     if not isinstance(state, Running) or not state.caches or (store := state.caches[0].store) is None:
@@ -304,8 +313,9 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------------------- a step
 
-    def schedule(self, *, prompts: bool) -> list[Work]:
-        """What the next step computes: a token of every branch and, with `prompts`, shares of the prompts. There is
+    def schedule(self, *, prompts: bool, encoded: bool = False) -> list[Work]:
+        """What the next step computes: a token of every branch and, with `prompts`, shares of the prompts; with
+        `encoded`, media are being encoded, and more of the prompts can be computed in the next step. There is
         memory for its keys and values; where scratch does not suffice for all, those that have waited longest come
         first, and at least one comes."""
         states = [(task, task.state) for task in self.tasks]
@@ -315,7 +325,7 @@ class Scheduler:
         for task, state in sorted(generating, key=lambda pair: pair[0].last_step):
             work += self._schedule_reply(task, state)
         if prompts:
-            work += self._schedule_prompts(replies)
+            work += self._schedule_prompts(replies, encoded)
         work = [item for item in work if item.slice.cache.blocks]  # making room for one may have preempted another
         work = work[: max(1, self.scratch.count_fitting([item.slice for item in work]))]
         self._steps += 1
@@ -323,9 +333,9 @@ class Scheduler:
             item.task.last_step = self._steps
         return work
 
-    def _schedule_prompts(self, replies: int) -> list[Work]:
+    def _schedule_prompts(self, replies: int, encoded: bool) -> list[Work]:
         waiting = [(task, task.state) for task in self.tasks if isinstance(task.state, Prefilling)]
-        waiting = [(task, state) for task, state in waiting if count_computable(task.request, state)]
+        waiting = [(task, state) for task, state in waiting if is_due(task.request, state, encoded)]
         waiting.sort(key=lambda pair: pair[0].created)
         budget = self.scratch.limit_tokens(self.timer.token_budget(replies, len(waiting)), replies)
         needs = [(i, count_computable(task.request, state)) for i, (task, state) in enumerate(waiting)]
