@@ -86,13 +86,14 @@ class Keye:
     def index(
         self, video: object, path: str | Path, *, media_options: Mapping[str, Any] | None = None,
         attention: AttentionMode | None = None, overwrite: bool = False, seconds: float | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None, check: Callable[[], None] | None = None,
     ) -> IndexInfo:  # fmt: skip
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
         Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. It is
         computed as a request beside others, and may take `seconds` at most; `on_progress` is called as the video is
-        computed, and may raise to end the work. An index at `path` is replaced, another file only with `overwrite`."""
+        computed, `check` again and again while this waits, and both may raise to end the work. An index at `path` is
+        replaced, another file only with `overwrite`."""
         medium = as_medium(video, media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to index; give a video")
@@ -101,7 +102,9 @@ class Keye:
         from keye.sessions.video_index import write_video_index
 
         check_index_output(Path(path), overwrite=overwrite)
-        return write_video_index(self.engine, medium, Path(path), mode, seconds=seconds, on_progress=on_progress)
+        return write_video_index(
+            self.engine, medium, Path(path), mode, seconds=seconds, on_progress=on_progress, check=check
+        )
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""

@@ -65,7 +65,8 @@ def memories() -> list[Memory]:
 
 def memory_on(device: str) -> Memory | None:
     """The memory of "cpu", "cuda" or "cuda:1"; None where it is not known."""
-    name = "cuda:0" if device == "cuda" else device
+    kind, _, index = device.partition(":")
+    name = kind if kind == "cpu" else f"{kind}:{index or 0}"
     return next((memory for memory in memories() if memory.device == name), None)
 
 

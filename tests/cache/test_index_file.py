@@ -399,3 +399,16 @@ def test_names_that_are_no_text(model: Keye, video: Path, tmp_path: Path) -> Non
     info = model.index(odd, tmp_path / "x\udcff.keye")
     assert info.plan["name"].startswith("b") and describe(info.path)["video"]["plan"]["name"] == "b?d.mp4"
     assert model.ask(info.path, "what?", max_tokens=1).plan[0]["name"] == "b?d.mp4"
+
+
+def test_an_index_that_waits_can_be_ended(model: Keye, video: Path, tmp_path: Path) -> None:
+    """A client may leave while nothing can be computed for it."""
+    waits = iter(range(4))
+
+    def check() -> None:
+        if next(waits, None) is None:
+            raise InterruptedError
+
+    with model.engine.exclusive(), pytest.raises(InterruptedError):
+        model.index(video, tmp_path / "left.keye", check=check)
+    assert not model.core.tasks and list(tmp_path.iterdir()) == []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,3 +162,27 @@ def test_host_memory_beside_a_model_in_main_memory_is_that_memory() -> None:
     cache = KVCache(2, store)
     fill(cache, 3)
     assert store.ledger.accounts() == {"kv": store.slab_bytes}
+
+
+def test_a_disk_that_fills_up_evicts_what_is_kept_for_later(tmp_path: Path) -> None:
+    """No budget counts the disk: where it has no room for another slab, entries of caches are evicted."""
+    maker, ledger = file_slabs(tmp_path), Ledger()
+
+    def make(shape: Sequence[int]) -> torch.Tensor:
+        if store.nbytes() >= 2 * store.slab_bytes:
+            raise OutOfMemory("the disk is full")
+        return maker.make(shape)
+
+    store = KVStore(LAYOUT, ledger=ledger, make_slab=replace(maker, make=make), slab_blocks=1)
+    kept = [KVCache(2, store)]
+    fill(kept[0], 2 * KV_BLOCK)
+
+    def evict() -> bool:
+        return bool(kept) and kept.pop().free() is None
+
+    ledger.register(evict, ("kv", "kv-file"), priority=0)
+    cache = KVCache(2, store)
+    fill(cache, KV_BLOCK)
+    assert not kept and cache.length(0) == KV_BLOCK
+    with pytest.raises(OutOfMemory, match="the disk is full"):
+        fill(KVCache(2, store), 2 * KV_BLOCK)

@@ -208,3 +208,10 @@ def test_deterministic_replies_survive_a_preemption_to_the_last_bit(folder: Path
 
 def writes(model: Keye) -> bool:
     return any(isinstance(task.state, Generating) for task in model.core.tasks)
+
+
+def test_memory_below_the_scratch_of_a_step_is_an_error_of_one_sentence(folder: Path) -> None:
+    model = keye.load(folder, dtype="float32", memory="3KiB")
+    with pytest.raises(KeyeError, match="memory budget"):
+        model.chat([Message("user", ("hello",))], max_tokens=2)
+    assert model.runtime.ledger.used() == 0

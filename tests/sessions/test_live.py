@@ -216,3 +216,29 @@ def test_frames_beyond_the_context_are_refused_before_they_are_resized(model: ke
     session = model.live(min_pixels=2e8, max_pixels=2e8)
     with pytest.raises(KeyeError, match="tokens of new frames do not fit the context"):
         session.append(np.zeros((2, 112, 112, 3), np.uint8), [1.0, 2.0])
+
+
+def test_a_stream_goes_on_beside_any_number_of_replies(folder: Path) -> None:
+    model = keye.load(folder, dtype="float32")
+    model.core.scheduler.most_running = 0  # as if that many replies were running
+    session = model.live(**SIZE)
+    session.append(FRAMES[:2], TIMES[:2])
+    assert session.frames == 2
+
+
+def test_a_stream_that_cannot_be_computed_again_is_empty_and_goes_on(model: Keye) -> None:
+    limited = small(model, 200)
+    session = limited.live(keep="recent", reserve=50, **SIZE)
+    limited.runtime.ledger.budget, count = 1 << 40, 0
+    while not session.dropped:
+        before = session.frames
+        if before and session.tokens * (before + 1) // before > 150:
+            limited.runtime.ledger.budget = 1
+            with pytest.raises(KeyeError):
+                session.append(FRAMES[count : count + 1], TIMES[count : count + 1])
+            break
+        session.append(FRAMES[count : count + 1], TIMES[count : count + 1])
+        count += 1
+    limited.runtime.ledger.budget = None
+    session.append(FRAMES[count + 1 : count + 2], TIMES[count + 1 : count + 2])
+    assert session.frames + session.dropped in (count + 1, count + 2)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from keye.cache.ledger import OutOfMemory
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVStore
 from keye.ops.kv_blocks import KV_BLOCK
@@ -67,7 +68,10 @@ class PrefixCache:
                     continue
                 if not self._has_room(length):
                     return
-                self._entries[key] = cache.fork(length)
+                try:
+                    self._entries[key] = cache.fork(length)
+                except OutOfMemory:  # of the disk, which no budget counts
+                    return
                 if len(self._entries) > self.most:
                     self.evict()
 

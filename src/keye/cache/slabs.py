@@ -18,7 +18,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from keye.cache.ledger import SEPARATE_BUDGETS, Ledger
+from keye.cache.ledger import SEPARATE_BUDGETS, Ledger, OutOfMemory
 from keye.cache.mapped import scratch_tensor
 from keye.errors import KeyeError, Option
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind, RowSpec
@@ -254,8 +254,14 @@ class KVStore:
         """A slab with a free block, a new one if need be. Evicting a prefix may free blocks and no bytes."""
         while (slab := next((slab for slab in self._slabs if slab.free), None)) is None:
             short = [account for account, nbytes in self._costs().items() if not self.ledger.has_room(account, nbytes)]
-            if not (short and self.ledger.reclaim(short[0])):
+            if short and self.ledger.reclaim(short[0]):
+                continue
+            try:
                 return self._new_slab()
+            except OutOfMemory:
+                # Without bytes missing in a budget, the disk of a mapped file is full: its slabs may become free.
+                if short or not self.ledger.reclaim(self._make_slab.account):
+                    raise
         return slab
 
     def _new_slab(self) -> Slab:

@@ -205,7 +205,8 @@ class EngineCore:
             if task.aborted:
                 self.scheduler.end(task)
             elif seconds is not None and now - task.created > seconds:
-                error = KeyeError(f"the request took longer than {seconds:g} s, and was given up")
+                sentence = f"the request took longer than {seconds:g} s, and was given up"
+                error = KeyeError(f"{sentence}; ask about fewer frames, or for fewer tokens")
                 self.scheduler.fail(task, error)
 
     def _reap_aborted(self) -> None:

@@ -179,15 +179,17 @@ class Engine:
         select: Selection = "indexer",
         seconds: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> tuple[KVCache, Finished]:
         """Computes a prompt and returns what is stored of it, which the caller frees: other prompts continue it as
-        their `past`. It is stored behind the prompt's own `past`, in that store. `on_progress` may raise to end the
-        work; `seconds` is the longest that it may take."""
+        their `past`. It is stored behind the prompt's own `past`, in that store. `on_progress` and
+        `check`, which is called again and again also while nothing is computed, may raise to end the work; `seconds`
+        is the longest that it may take."""
         request = GenerationRequest(
             prompt, SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention), select=select,
             seconds=seconds, prefill_only=True, detokenize=False,
         )  # fmt: skip
-        with closing(self.run([request])) as events:
+        with closing(self.run([request], check)) as events:
             for _, event in events:
                 if isinstance(event, Progress) and on_progress is not None:
                     on_progress(event)
@@ -213,10 +215,12 @@ class Engine:
         """Entered around work on the model that is not a request: no step runs meanwhile."""
         return self.core.exclusive()
 
-    def run(self, requests: Sequence[GenerationRequest]) -> Generator[tuple[int, Event]]:
+    def run(
+        self, requests: Sequence[GenerationRequest], check: Callable[[], None] | None = None
+    ) -> Generator[tuple[int, Event]]:
         """Computes requests together, step by step as their events are read; each event comes with the number of its
         request, and `Finished` is the last one of each. Raises what made a request fail. Closing the iterator aborts
-        what has not finished."""
+        what has not finished. `check` is called again and again while this waits, and may raise."""
         events = deque[tuple[int, Event]]()
 
         def receive(number: int, event: Event) -> None:
@@ -227,6 +231,8 @@ class Engine:
         try:
             while unfinished:
                 while not events:
+                    if check is not None:
+                        check()
                     if not self.core.step() and not events:
                         self.core.wait_for_work()
                 number, event = events.popleft()

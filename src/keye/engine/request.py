@@ -91,6 +91,11 @@ class GenerationRequest:
     select: Selection = "indexer"
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the prompt is computed to be stored, for a stream or an index: no reply and no scores are wanted."""
+        return self.prefill_only and self.prompt_logprobs is None
+
+    @property
     def counts_selections(self) -> bool:
         """Whether the selections of each step that produces a token are counted."""
         return self.evidence or self.indexer_sets

@@ -170,7 +170,7 @@ def is_due(request: GenerationRequest, state: Prefilling, encoded: bool) -> bool
     """Whether the next tokens of a prompt are computed now. No reply waits for a prompt that is only stored, and whole
     chunks cost less: it waits for one as long as its media are being decoded or were `encoded` in this step."""
     count = count_computable(request, state)
-    if (encoded or state.vision.waiting) and request.prefill_only and request.prompt_logprobs is None:
+    if (encoded or state.vision.waiting) and request.is_stored:
         return count >= min(ALONE_TOKENS, state.prompt.length - state.done)
     return count > 0
 
@@ -231,19 +231,22 @@ class Scheduler:
             task.state = Ready(prompt)
 
     def admit(self) -> None:
-        """Starts prompts, the oldest first, as long as few enough are running."""
-        running = sum(task.is_running for task in self.tasks)
+        """Starts prompts, the oldest first, as long as few enough are running. Streams and indexes do not count: they
+        take turns with replies, however many there are."""
+        running = sum(task.is_running and not task.request.is_stored for task in self.tasks)
+        is_busy = any(task.is_running for task in self.tasks)
         for task in sorted(self.tasks, key=lambda task: task.created):
-            if not isinstance(task.state, Ready) or running >= self.most_running:
+            is_stored = task.request.is_stored
+            if not isinstance(task.state, Ready) or (running >= self.most_running and not is_stored):
                 continue
-            if running and task.state.blocked == self.ended:
+            if is_busy and task.state.blocked == self.ended:
                 continue  # nothing has changed since it found no memory
             keys = {item.key for item in task.state.prompt.media if item.key is not None}
             jobs = [other.state.vision for other in self.tasks if isinstance(other.state, Prefilling)]
             if any(job.will_keep(key) for job in jobs for key in keys):
                 continue  # another request reads the same video just now: it will be in the cache in a moment
             self._start(task, task.state)
-            running += 1
+            running, is_busy = running + (not is_stored), True
 
     def _start(self, task: Task, ready: Ready) -> None:
         """Goes on from what is stored of a prompt, and reserves memory for the rest of it before any work."""

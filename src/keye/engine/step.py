@@ -105,7 +105,7 @@ class Scratch:
     def count_fitting(self, slices: Sequence[Slice]) -> int:
         """How many of the slices, from the first on, there is scratch for when caches are evicted; 0 where not even for
         the first."""
-        while not self._has_room(*_count_rows(slices)):
+        while slices and not self._has_room(*_count_rows(slices)):
             if not self._ledger.reclaim(SCRATCH):
                 return next(n for n in range(len(slices)) if not self._has_room(*_count_rows(slices[: n + 1])))
         return len(slices)

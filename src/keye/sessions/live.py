@@ -204,8 +204,12 @@ class LiveSession:
             stream, frames = self._compute(added, self._stream), [*self._frames, *added]
         else:
             frames = [*self._recent(grown), *added]
+            self.dropped += len(self._frames)
+            if self._stream is not None:  # released first: both streams together would need twice the memory
+                self._stream.cache.free()
+            self._stream, self._frames = None, []
             stream = self._compute(frames, None)
-            self.dropped += len(self._frames) + len(added) - len(frames)
+            self.dropped -= len(frames) - len(added)
         if self._keep == "all":  # patches are needed for computing a shorter stream
             frames = [replace(frame, vision=None) for frame in frames]
         if self._stream is not None:

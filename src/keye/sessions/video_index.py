@@ -55,11 +55,11 @@ class IndexInfo:
 
 def write_video_index(
     engine: Engine, medium: Medium, path: Path, mode: AttentionMode, *, seconds: float | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None, check: Callable[[], None] | None = None,
 ) -> IndexInfo:  # fmt: skip
-    """Computes the prompt up to the end of a video as a request, and writes what is stored of it. `on_progress` may
-    raise to end the work, which may take `seconds` at most. `KeyeError`, before anything is computed, for a video that
-    does not fit the context, the memory or the disk."""
+    """Computes the prompt up to the end of a video as a request, and writes what is stored of it. `on_progress` and
+    `check` may raise to end the work, which may take `seconds` at most. `KeyeError`, before anything is computed, for a
+    video that does not fit the context, the memory or the disk."""
     begin = time.perf_counter()
     if isinstance(medium.source, Source) and is_index(medium.source):
         raise KeyeError(f"{medium.source.name} is an index already: give the video itself")
@@ -75,7 +75,7 @@ def write_video_index(
     # A store of its own, since the rows of an index are those of its mode and are freed together.
     empty = KVCache(layout.layers, owner.kv.store(layout, model.device, owner.ledger))
     sequence, finished = engine.prefill(
-        replace(prompt, past=empty), attention=mode, seconds=seconds, on_progress=on_progress
+        replace(prompt, past=empty), attention=mode, seconds=seconds, on_progress=on_progress, check=check
     )
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)

@@ -16,7 +16,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from keye.engine.request import Progress
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect
@@ -241,7 +240,7 @@ def _build(context: Context, file: StoredFile, body: IndexRequest, cancelled: th
     """Computes and keeps an index. Blocks for as long as the video takes, beside other requests."""
     store, path = context.files, context.files.folder / secrets.token_hex(16)
 
-    def check_connected(_: Progress | None = None) -> None:
+    def check_connected() -> None:
         if cancelled.is_set():
             raise Cancelled("the client has disconnected")
 
@@ -249,7 +248,7 @@ def _build(context: Context, file: StoredFile, body: IndexRequest, cancelled: th
     try:
         info = context.model.index(
             file.source(), path, media_options=body.preprocess_kwargs or {}, seconds=context.settings.request_seconds,
-            on_progress=check_connected,
+            check=check_connected,
         )  # fmt: skip
         facts = {
             "kind": "video", "file_id": file.id, "tokens": info.tokens, "frames": info.plan["frames"], "kv": info.kv,
