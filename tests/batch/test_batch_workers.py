@@ -152,6 +152,28 @@ def test_a_server_is_asked_for_its_model_with_the_key() -> None:
     assert started(handle, model="mine").model == "mine"
 
 
+@pytest.mark.parametrize("tries", [2, 3])
+def test_a_server_that_is_slow_to_list_its_models_is_asked_again(tries: int) -> None:
+    errors = [TimeoutError(), httpx.DecodingError("not gzip")]
+    pauses: list[float] = []
+
+    def handle(request: Any) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return httpx.Response(200, json={"data": [{"id": "keye"}]})
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    server = client(handle, tries=tries, pause=pause)
+    if tries == 3:
+        assert asyncio.run(server.first_model()) == "keye"
+    else:
+        with pytest.raises(WorkerLost, match=r"http://server cannot be reached \(not gzip\): check --server"):
+            asyncio.run(server.first_model())
+    assert not errors and len(pauses) == tries - 1
+
+
 @pytest.mark.parametrize(
     ("status", "body", "sentence"),
     [

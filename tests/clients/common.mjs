@@ -51,8 +51,8 @@ export function png(width = 112, height = 112) {
 export const imageUrl = () => `data:image/png;base64,${png().toString("base64")}`;
 export const videoUrl = () => `data:video/mp4;base64,${readFileSync(VIDEO_FILE).toString("base64")}`;
 
-export function check(condition, told) {
-  if (!condition) throw new Error(`not as expected: ${JSON.stringify(told)}`);
+export function check(condition, actual) {
+  if (!condition) throw new Error(`not as expected: ${JSON.stringify(actual)}`);
 }
 
 export const checkAnswer = (value) => check(["yes", "no"].includes(value?.answer), value);

@@ -84,7 +84,7 @@ def test_uploads_lie_apart_and_can_be_asked_about_together(http: Any, clips: lis
     both = ask(http, *ids)
     assert both.status_code == 200, both.text
     assert len(both.json()["usage"]["media"]) == 2
-    assert {item["id"] for item in http.get("/v1/files").json()["data"]} == set(ids)  # the copy is not told of
+    assert {item["id"] for item in http.get("/v1/files").json()["data"]} == set(ids)  # the copy is not listed
     for item in ids:
         assert http.delete(f"/v1/files/{item}").status_code == 200
     assert http.get("/v1/files").json()["data"] == []
@@ -151,7 +151,7 @@ def test_a_replica_that_hangs_is_passed_over_and_started_again(http: Any, server
 
 def test_a_stream_whose_replica_is_killed_ends_with_an_error(http: Any, server: tuple[str, Any]) -> None:
     if is_ray(server[1].pid):
-        pytest.skip("which actor answers cannot be told")
+        pytest.skip("it is not known which actor answers")
     body = {
         "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20_000, "ignore_eos": True, "stream": True,
     }  # fmt: skip

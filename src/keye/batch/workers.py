@@ -102,7 +102,11 @@ class Client:
         content = await asyncio.to_thread(lambda: json.dumps(with_files(body) if self.inline else body).encode())
         headers = {"Content-Type": "application/json"}
         try:
-            answer = await self._retry(lambda: self.http.post(_ROUTE, content=content, headers=headers), self.seconds)
+            answer = await self._retry(
+                lambda: self.http.post(_ROUTE, content=content, headers=headers),
+                self.seconds,
+                (httpx.TransportError,),  # not TimeoutError: another try would take as long
+            )
         except TimeoutError:
             raise WorkerLost(f"{self.name} gave no answer in {self.seconds:g} s") from None
         except httpx.DecodingError:
@@ -121,9 +125,10 @@ class Client:
     async def first_model(self) -> str | None:
         """The name of the server's first model, None where it lists none; `WorkerLost` where it cannot be reached,
         `KeyeError` where it wants another key."""
+        errors = (httpx.RequestError, TimeoutError)  # a server that still loads its model may be slow to list it
         try:
-            answer = await self._retry(lambda: self.http.get("/v1/models"), _MODELS_SECONDS)
-        except (httpx.RequestError, TimeoutError) as error:
+            answer = await self._retry(lambda: self.http.get("/v1/models"), _MODELS_SECONDS, errors)
+        except errors as error:
             reason = str(error) or type(error).__name__
             raise WorkerLost(f"{self.name} cannot be reached ({reason}): check --server") from None
         if answer.status_code in (401, 403):
@@ -133,9 +138,11 @@ class Client:
         name = first.get("id") if answer.status_code == 200 and isinstance(first, dict) else None
         return name if isinstance(name, str) else None
 
-    async def _retry(self, send: Callable[[], Awaitable[httpx.Response]], seconds: float | None) -> httpx.Response:
-        """The answer of one try, each of at most `seconds`. A server that is full, fails or breaks off is asked again,
-        after as long as it says or twice as long each time; not after a timeout, which would take as long again."""
+    async def _retry(
+        self, send: Callable[[], Awaitable[httpx.Response]], seconds: float | None, errors: tuple[type[Exception], ...]
+    ) -> httpx.Response:
+        """The answer to a request, which is tried again after one of `errors`, or when the server is full or fails,
+        after as long as it says or twice as long each time. Each try has `seconds`; the last one raises its error."""
         for attempt in range(self.tries):
             last, retry_after = attempt == self.tries - 1, ""
             try:
@@ -144,7 +151,7 @@ class Client:
                 if answer.status_code not in _RETRY_STATUSES or last:
                     return answer
                 retry_after = answer.headers.get("retry-after", "")
-            except httpx.TransportError:
+            except errors:
                 if last:
                     raise
             await self.pause(retry_wait(attempt, retry_after))

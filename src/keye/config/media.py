@@ -158,7 +158,7 @@ class FetchLimits:
 
     `allow_private` permits addresses that are not public: this machine, the local network, a cloud's metadata service.
     With `hosts` only those may be asked, at first and by redirect, and addresses must be written so that all programs
-    read them alike (`hosts.check_address`); what they resolve to is then not told. `private_hosts` are rules
+    read them alike (`hosts.check_address`); what they resolve to is then not reported. `private_hosts` are rules
     for those that may be at addresses that are not public. Files are saved in `folder`, else where temporary files are.
     """
 

@@ -48,7 +48,7 @@ def run_preprocess(case: Case, check: Check) -> None:
 
 
 def _row_function(meta: Row) -> Callable[[Case, Check, int, Row], None]:
-    """The comparison for the rows of a file, told by their fields."""
+    """The comparison for the rows of a file, chosen by their fields."""
     row, what = meta["cases"][0], str(meta["what"])
     fields = set(row)
     if {"factor", "min_pixels", "max_pixels"} <= fields:

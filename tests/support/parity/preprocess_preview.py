@@ -48,7 +48,7 @@ def run_preview(case: Case, check: Check) -> None:
 
 
 def _row_function(row: Row) -> Callable[[Case, Check, int, Row], None]:
-    """The comparison for the rows of a file, told by the fields of the first."""
+    """The comparison for the rows of a file, chosen by the fields of the first."""
     fields = set(row)
     for wanted, function in (
         ({"VIDEO_MAX_PIXELS"}, _environment),

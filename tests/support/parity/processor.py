@@ -41,7 +41,7 @@ def run_processor(case: Case, check: Check) -> None:
 
 
 def _row_function(row: Row) -> Callable[[Case, Check, int, Row], None]:
-    """The comparison for the rows of a file, told by the fields of the first."""
+    """The comparison for the rows of a file, chosen by the fields of the first."""
     fields = set(row)
     for wanted, function in (
         ({"expanded"}, _expansion),

@@ -148,8 +148,8 @@ class Timeline:
     `times` ascend strictly. `stamps` are the frames' times by the packets' places, NONE for packets without a frame
     that is shown; None where frames are only known by the order in which a decoder gives them. `starts` are the places
     at which decoding can begin, `begins` the times of their frames, or, without stamps, the numbers of frames before
-    them. `exact` is false where times were counted. `last_duration` is how long the last frame is shown, if that is
-    told. `damage` lists intervals (first time, end) in which packets lack parts.
+    them. `exact` is false where times were counted. `last_duration` is how long the last frame is shown, if the
+    file says so. `damage` lists intervals (first time, end) in which packets lack parts.
     """
 
     times: array[int]

@@ -25,8 +25,8 @@ _OTHER_FILES: Final = 512
 
 
 def uvicorn_options(limits: Limits) -> dict[str, Any]:
-    """What uvicorn must be told: our protocol and the size of a head; nothing about itself in answers; no log of its
-    own, which would hold query strings; no belief in X-Forwarded-For; no websockets."""
+    """Options of uvicorn: our protocol and the size of a head; nothing about itself in answers; no log of its own,
+    which would hold query strings; no belief in X-Forwarded-For; no websockets."""
     return {
         "http": guarded_protocol(limits), "h11_max_incomplete_event_size": limits.header_bytes, "server_header": False,
         "access_log": False, "proxy_headers": False, "ws": "none",
@@ -75,7 +75,7 @@ def guarded_protocol(limits: Limits) -> type[H11Protocol]:
             crowded = by_address[self._address] > limits.connections_per_address and not is_loopback(self._address)
             full = by_address.total() > limits.connections
             idle.add(transport, self._address, known=False)
-            # A connection that is aborted is counted until the loop has told so, in its next round.
+            # An aborted connection is counted until the loop calls its `connection_lost`, in its next iteration.
             if (crowded or full) and not idle.close_oldest(self._address if crowded else None, transport):
                 transport.abort()
                 return

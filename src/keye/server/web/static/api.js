@@ -51,16 +51,16 @@ async function call(path, { method = "GET", json, signal } = {}) {
 
 /** The error in the body of an answer, however it looks. */
 export function serverError(status, body, retryAfter) {
-  let message = "";
+  let reported;
   try {
-    message = JSON.parse(body)?.error?.message;
+    reported = JSON.parse(body)?.error?.message;
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
   }
   const seconds = Number(retryAfter);
   const wait = retryAfter !== null && Number.isFinite(seconds) && seconds >= 0 ? Math.ceil(seconds) : null;
-  const told = typeof message === "string" && message;
-  return new ServerError(told || `The server answered ${status}.`, status, wait);
+  const message = typeof reported === "string" && reported !== "" ? reported : `The server answered ${status}.`;
+  return new ServerError(message, status, wait);
 }
 
 /** What went wrong, and what the user can do about it, as two sentences. */
