@@ -174,15 +174,15 @@ def test_a_disk_that_fills_up_evicts_what_is_kept_for_later(tmp_path: Path) -> N
         return maker.make(shape)
 
     store = KVStore(LAYOUT, ledger=ledger, make_slab=replace(maker, make=make), slab_blocks=1)
-    kept = [KVCache(2, store)]
-    fill(kept[0], 2 * KV_BLOCK)
+    evictable = [KVCache(2, store)]
+    fill(evictable[0], 2 * KV_BLOCK)
 
     def evict() -> bool:
-        return bool(kept) and kept.pop().free() is None
+        return bool(evictable) and evictable.pop().free() is None
 
     ledger.register(evict, ("kv", "kv-file"), priority=0)
     cache = KVCache(2, store)
     fill(cache, KV_BLOCK)
-    assert not kept and cache.length(0) == KV_BLOCK
+    assert not evictable and cache.length(0) == KV_BLOCK
     with pytest.raises(OutOfMemory, match="the disk is full"):
         fill(KVCache(2, store), 2 * KV_BLOCK)
