@@ -1,5 +1,6 @@
 """transformers' Auto classes load Keye through keye.hf, and compute what keye computes."""
 
+import gc
 import importlib
 import json
 import shutil
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 
 import keye
+from keye.cache.ledger import Ledger
 from keye.config import model_config_from_dict
+from keye.engine.step import ALONE_TOKENS
 from keye.errors import KeyeError, KeyeWarning
 from keye.hub import asset
 from keye.models.keye import KeyeModel
@@ -342,3 +345,43 @@ def test_length_and_beams(folder: Path) -> None:
         model.generate(**inputs, max_length=length)
     with pytest.raises(KeyeError, match="without beams"):
         model.generate(**inputs, num_beams=4)
+
+
+def test_generate_frees_its_memory_at_once(folder: Path) -> None:
+    model, processor = load(folder)
+    talk = [{"role": "user", "content": "what do you see? " * 30}]  # longer than a block, so that prefixes are kept
+    text = processor.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
+    picture = processor.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True)
+
+    def count_used() -> int:
+        return sum(item.used() for item in gc.get_objects() if type(item) is Ledger)
+
+    def fail_in_reply(_: Any, inputs: Any) -> None:
+        if inputs[0].shape[0] == 1:
+            raise RuntimeError("broken")
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = count_used()
+        for inputs in (text, picture, text):
+            model.generate(**inputs, max_new_tokens=2, eos_token_id=-1)
+            assert count_used() == before
+        model.network.model.register_forward_pre_hook(fail_in_reply)
+        with pytest.raises(RuntimeError, match="broken"):
+            model.generate(**text, max_new_tokens=2, eos_token_id=-1)
+        assert count_used() == before
+    finally:
+        gc.enable()
+
+
+def test_long_rows_are_computed_in_chunks(folder: Path) -> None:
+    model, _ = load(folder, dtype="float32")
+    ids = torch.randint(20, 300, (1, 2 * ALONE_TOKENS + 70), generator=torch.Generator().manual_seed(0))
+    rows: list[int] = []
+    hook = model.network.model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
+    logits = model(ids, logits_to_keep=2).logits
+    hook.remove()
+    assert rows == [ALONE_TOKENS, ALONE_TOKENS, 70]
+    plain = PlainSequence(model.network)
+    torch.testing.assert_close(logits[0, -1], plain.append(ids[0].tolist()).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from keye.engine.request import (
     Task,
     Waiting,
 )
-from keye.engine.scheduler import StepTimer
+from keye.engine.scheduler import PROBED_TOKENS, StepTimer
 from keye.models.keye import KeyeModel
 from tests.support.engine import (
     WORDS,
@@ -108,6 +109,22 @@ def near(event: Any) -> Any:
     for name in ("probs", "prompt_probs"):
         fields[name] = [(item.token, round(item.logprob, 3), item.rank) for item in fields.get(name) or ()]
     return fields
+
+
+def test_probabilities_of_a_prompt_are_built_once_while_it_is_computed(model: Keye) -> None:
+    inbox = Inbox()
+    task = model.core.add(greedy(model, [Message("user", ("word " * 500,))], prompt_logprobs=1), inbox)
+    sizes = [0]
+    while not model.core.is_idle():
+        step(model)
+        sizes.append(len(task.prompt_probs))
+    assert max(after - before for before, after in pairwise(sizes)) == PROBED_TOKENS
+    prefilled, finished = (event for event in inbox.events if isinstance(event, Prefilled | Finished))
+    assert prefilled.prompt_probs is not None and finished.prompt_probs is not None
+    assert len(prefilled.prompt_probs) == prefilled.prompt_tokens - 1 > 3 * PROBED_TOKENS
+    pairs = zip(prefilled.prompt_probs, finished.prompt_probs, strict=True)
+    assert all(first is second for first, second in pairs)
+    assert not task.prompt_scores, "kept only where they are handed over"
 
 
 def test_token_ids_are_those_of_the_model(model: Keye) -> None:

@@ -409,7 +409,10 @@ class Task:
     choices: list[Choice] = field(default_factory=list)
     counts: Tensor | None = None
     counted: int = 0
+    #: Of the tokens of the prompt as far as it is computed, if the request asks for them: scores if it is
+    #: `prefill_only`, else probabilities.
     prompt_scores: list[PromptScores] = field(default_factory=list)
+    prompt_probs: list[TokenProb] = field(default_factory=list)
     #: Of the tokens of the prompt, in parts int16 [n, routed layers, experts per token], if the request asks for it.
     experts: list[Tensor] = field(default_factory=list)
     notes: list[KeyeWarning] = field(default_factory=list)
@@ -422,7 +425,13 @@ class Task:
 
     def forget_computed(self) -> None:
         """Forgets what was recorded while its tokens were computed, which are computed again."""
-        self.prompt_scores, self.experts, self.counts, self.counted = [], [], None, 0
+        self.prompt_scores, self.prompt_probs, self.experts, self.counts, self.counted = [], [], [], None, 0
+
+    @property
+    def wanted_prompt_probs(self) -> tuple[TokenProb, ...] | None:
+        """The probabilities of the prompt for an event; None where they were not asked for."""
+        is_wanted = self.request.prompt_logprobs is not None and not self.request.prefill_only
+        return tuple(self.prompt_probs) if is_wanted else None
 
     @property
     def has_ended(self) -> bool:

@@ -298,7 +298,7 @@ class Scheduler:
         if "prefilled" not in task.times:  # after a preemption the prompt may be computed again
             task.times["prefilled"] = time.perf_counter()
             first, notes = int(prompt.token_ids[0]), (*prompt.notes, *task.notes)
-            task.emit(Prefilled(prompt.length, first, self.writer.prompt_probs(task), notes))
+            task.emit(Prefilled(prompt.length, first, task.wanted_prompt_probs, notes))
             task.choices = self.writer.choices(task.request)
         if task.request.prefill_only:
             task.emit(self.writer.finished(task, prompt, trunk))

@@ -196,17 +196,16 @@ class Writer:
         return TokenProb(token, raw.decode("utf-8", "replace"), raw, logprob, top, rank)
 
     def probe(self, task: Task, state: Prefilling, logits: Tensor) -> None:
-        """Keeps the scores of prompt tokens; `logits` [n, V] are those after the tokens just computed."""
+        """Keeps the scores of prompt tokens, or their probabilities where a reply follows; `logits` [n, V] are those
+        after the tokens just computed."""
         tokens = state.prompt.token_ids[state.done - logits.shape[0] + 1 : state.done + 1]
         top = task.request.prompt_logprobs or 0
         pairs = zip(logits[: tokens.shape[0]].split(_SCORED_ROWS), tokens.split(_SCORED_ROWS), strict=True)
-        task.prompt_scores += [_score(rows, part, top) for rows, part in pairs if part.shape[0]]
-
-    def prompt_probs(self, task: Task) -> tuple[TokenProb, ...] | None:
-        """The probabilities of the prompt where they were asked for."""
-        if task.request.prompt_logprobs is None or task.request.prefill_only:
-            return None
-        return tuple(prob for scores in task.prompt_scores for prob in self._probs(scores, ranked=True))
+        for scores in (_score(rows, part, top) for rows, part in pairs if part.shape[0]):
+            if task.request.prefill_only:
+                task.prompt_scores.append(scores)
+            else:
+                task.prompt_probs += self._probs(scores, ranked=True)
 
     def finished(self, task: Task, prompt: Prompt, sequence: KVCache | None = None) -> Finished:
         """The event of a complete request, which hands over a `sequence`."""
@@ -231,7 +230,7 @@ class Writer:
             attention=task.request.attention,
             prompt=prompt,
             evidence=evidence,
-            prompt_probs=self.prompt_probs(task),
+            prompt_probs=task.wanted_prompt_probs,
             looped=any(choice.reason == "loop" for choice in task.choices),
             notes=tuple(task.notes),
             weights_version=self.model.weights_version,

@@ -22,6 +22,7 @@ from keye.engine.engine import Engine
 from keye.engine.prompt import Prompt
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
+from keye.engine.step import ALONE_TOKENS
 from keye.errors import KeyeError, KeyeWarning
 from keye.hf.config import KeyeConfigHF, KeyeVL1_5ConfigHF, KeyeVL2ConfigHF, folder_of
 from keye.media.pixels.patches import VisionInput
@@ -139,9 +140,12 @@ class _Model(transformers.PreTrainedModel):
         stops = tuple(token for token in eos if 0 <= token < config.text.vocab_size)
         params = SamplingParams(**{**settings, "max_tokens": max_new_tokens, "stop_token_ids": stops})
         # The parameters may be changed between calls, so nothing is cached from one to the next.
-        engine = Engine(Runtime.create("transformers", self.network, Tokenizer.blank(), Processor(ProcessorConfig())))
+        runtime = Runtime.create("transformers", self.network, Tokenizer.blank(), Processor(ProcessorConfig()))
         prompts = [prompt for _, prompt in self._prompts(input_ids, **options)]
-        results = engine.generate(prompts, params, ignore_eos=True)
+        try:
+            results = Engine(runtime).generate(prompts, params, ignore_eos=True)
+        finally:  # ledger and prefixes refer to each other: what they hold would wait for garbage collection
+            runtime.prefixes.clear()
         replies = [list(result.completions[0].token_ids) for result in results]
         longest = max(map(len, replies))
         filled = [reply + [pad] * (longest - len(reply)) for reply in replies]
@@ -187,13 +191,18 @@ class _Model(transformers.PreTrainedModel):
             yield places, Prompt(ids, positions, visual_mask(config, ids), int(positions.max()) + 1, tuple(media))
 
     def _hidden(self, prompt: Prompt) -> Tensor:
-        """Hidden states [n, d] of a row, in one plain pass."""
+        """Hidden states [n, d] of a row, computed in chunks of the same size as by the engine."""
         network, text = self.network, self.network.config.text
         patches = prompt.vision()
         visual = None if patches is None else network.encode_vision(patches[0].to(network.device), patches[1])
         x = network.embed(prompt.token_ids.to(network.device), visual)
-        step = CachedStep([Span(0, prompt.length, KVCache(text.num_hidden_layers))], text)
-        return network(x, prompt.position_ids.to(network.device), step)
+        positions = prompt.position_ids.to(network.device)
+        cache, hidden = KVCache(text.num_hidden_layers), list[Tensor]()
+        for start in range(0, prompt.length, ALONE_TOKENS):
+            part = slice(start, min(start + ALONE_TOKENS, prompt.length))
+            step = CachedStep([Span(0, part.stop - part.start, cache)], text)
+            hidden.append(network(x[part], positions[:, part], step))
+        return torch.cat(hidden)
 
 
 class _Rows:
