@@ -19,6 +19,12 @@ def test_the_schemas_are_current() -> None:
     assert check.returncode == 0, check.stdout + check.stderr
 
 
+def test_a_wrong_argument_writes_nothing() -> None:
+    command = [sys.executable, "-m", "tools.schemas", "--chek"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "--chek" in result.stderr
+
+
 @pytest.mark.parametrize(("example", "schema"), [("nano.toml", "train.json"), ("fleet.toml", "fleet.json")])
 def test_examples_name_the_schema_that_they_follow(example: str, schema: str) -> None:
     jsonschema = pytest.importorskip("jsonschema")

@@ -6,6 +6,7 @@ python -m tools.schemas --check    # exits with 1 where a file is not current
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -63,15 +64,18 @@ def make_schemas() -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file is not current")
+    check = parser.parse_args().check
     stale = []
     for name, schema in make_schemas().items():
         text = json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
         path = FOLDER / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)
-            if "--check" not in sys.argv[1:]:
+            if not check:
                 path.write_text(text, encoding="utf-8")
-    if stale and "--check" in sys.argv[1:]:
+    if stale and check:
         print(f"docs/schemas: {', '.join(stale)} not current; run python -m tools.schemas")
         return 1
     return 0

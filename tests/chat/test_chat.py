@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keye.chat.foreign_template import CheckpointTemplate
 from keye.chat.messages import Medium, Message, normalize
 from keye.chat.replies import Reply, parse_reply
 from keye.chat.template import CHATML, PREVIEW_CHATML, Segment, drop_last_end, opens_reasoning
@@ -94,6 +95,14 @@ def test_reasoning_after_the_last_question_is_kept() -> None:
 )
 def test_switching_reasoning(template: Any, thinking: bool | None, prompt: str) -> None:
     assert as_text(template.render([user("q")], thinking=thinking)).endswith(f"<|im_start|>user\n{prompt}")
+
+
+@pytest.mark.parametrize(("value", "suffix"), [("yes", "/think"), (0, "/no_think"), ([], "/no_think")])
+def test_reasoning_is_switched_by_truth(value: Any, suffix: str) -> None:
+    messages = [user("q")]
+    assert f"q{suffix}<|im_end|>" in as_text(PREVIEW_CHATML.render(messages, thinking=value))
+    template = CheckpointTemplate("T", "{% for m in messages %}{{ m.content }}{% endfor %}", thinking="suffix")
+    assert as_text(template.render(messages, thinking=value)).endswith(f"q{suffix}")
 
 
 def test_preview_adds_its_system_message_unless_one_is_given() -> None:

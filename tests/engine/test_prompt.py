@@ -13,6 +13,8 @@ from keye.chat.tokenizer import CONTROL_TOKENS, FRAME_TOKENS, MARKUP_TOKENS, POL
 from keye.config import load_model_config, load_processor_config
 from keye.engine.prompt import PromptBuilder
 from keye.media.processor import Processor
+from keye.media.source.fetch import Source, fetch_source
+from tests.support.clips import write_clip
 
 NANO = Path(__file__).parents[2] / "configs/nano"
 BUILDER = PromptBuilder(load_model_config(NANO), Tokenizer.from_file(NANO), Processor(load_processor_config(NANO)))
@@ -51,6 +53,20 @@ def test_only_the_template_writes_tokens(
 ) -> None:
     harmless, evil = (added_tokens(text, tmp_path, template, tools) for text in ("hello", EVIL))
     assert harmless == evil and harmless[BUILDER.tokenizer.token_id("<|im_end|>")] >= 5
+
+
+def test_a_video_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_clip(tmp_path / "clip.mp4", frames=4)
+    fetched = []
+
+    def count_fetches(value: Any, *arguments: Any, **options: Any) -> Source:
+        if not isinstance(value, Source):
+            fetched.append(value)
+        return fetch_source(value, *arguments, **options)
+
+    monkeypatch.setattr("keye.media.source.fetch.fetch_source", count_fetches)
+    BUILDER.build([{"role": "user", "content": [{"type": "video", "video": str(path)}, "q"]}])
+    assert fetched == [str(path)]
 
 
 def test_neighbouring_texts_are_encoded_as_one() -> None:

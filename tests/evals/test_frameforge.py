@@ -106,7 +106,7 @@ def test_result_has_every_figure(tiny):
     assert result["options"] == asdict(options)
     assert result["questions"] == sum(task["n"] for task in result["tasks"].values()) == 25
     assert calls[-1] == (25, 25)
-    assert {"accuracy", "miou", "grounding", "whole_video_miou", "k_over_context"} <= set(result)
+    assert {"accuracy", "miou", "grounding", "whole_video_miou", "k_over_context", "seconds_by_phase"} <= set(result)
     assert 0 < result["k_over_context"] < 1
     assert result["generated_tokens"] <= 25 * 5
 

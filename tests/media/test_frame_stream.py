@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -55,39 +54,51 @@ def test_nothing_is_decoded_before_a_stream_is_opened(source: Source, monkeypatc
     assert item.frame_count == 8 and item.visual_tokens == 8 * 16
 
 
-def endless(source: Source, built: list[int], *, buffer_bytes: int) -> FileReader:
-    """A reader whose frames never end; `made` counts them."""
+class Counter:
+    """Counts the frames of a stream, and waits for them."""
+
+    def __init__(self) -> None:
+        self.count, self.changed = 0, threading.Condition()
+
+    def add(self) -> None:
+        with self.changed:
+            self.count += 1
+            self.changed.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.count >= count, 60), f"{self.count} of {count} frames"
+
+
+def endless(source: Source, built: Counter, *, buffer_bytes: int) -> FileReader:
+    """A reader whose frames never end; `built` counts them."""
 
     def frames(_: VideoReader) -> Iterator[Pixels]:
         while True:
-            built.append(len(built))
+            built.add()
             yield FRAME
 
     shape = FrameShape([(28, 28)] * 100, CONFIG)
     return FileReader(source, DecodeLimits(), frames, shape, buffer_bytes=buffer_bytes)
 
 
-def wait_for(reader: FileReader, rows: int) -> None:
-    while not reader.has(rows):
-        os.sched_yield()
-
-
 def test_decoding_waits_for_encoding(source: Source) -> None:
-    built: list[int] = []
+    built = Counter()
     reader = endless(source, built, buffer_bytes=3 * FRAME.nbytes)
-    wait_for(reader, 3)
-    assert len(built) <= 4  # three wait, the next is in the thread's hand
+    built.wait_for(4)  # three wait, the next is in the thread's hand
+    assert reader.has(3) and built.count == 4
     reader.take(2)
-    wait_for(reader, 3)
-    assert len(built) <= 6
-    wait_for(reader, 10)
-    assert len(built) <= 13  # who asks for more than the limit gets it
+    built.wait_for(6)
+    assert reader.has(3) and built.count == 6
+    reader.has(10)  # who asks for more than the limit gets it
+    built.wait_for(13)
+    assert reader.has(10) and built.count == 13
     assert len(reader.take(10).grid_thw) == 10
     reader.close()
 
 
 def test_closing_ends_worker_and_thread(source: Source) -> None:
-    reader = endless(source, [], buffer_bytes=FRAME.nbytes)
+    reader = endless(source, Counter(), buffer_bytes=FRAME.nbytes)
     worker, thread = reader.video.worker.process, reader.thread
     reader.close()
     reader.close()
@@ -95,7 +106,7 @@ def test_closing_ends_worker_and_thread(source: Source) -> None:
 
 
 def test_an_unreferenced_reader_ends(source: Source) -> None:
-    reader = endless(source, [], buffer_bytes=FRAME.nbytes)
+    reader = endless(source, Counter(), buffer_bytes=FRAME.nbytes)
     worker, thread = reader.video.worker.process, reader.thread
     del reader
     thread.join()

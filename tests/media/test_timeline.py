@@ -252,6 +252,8 @@ def avi(size: int, content: int) -> bytes:
         (mp4((b"ftyp", 8)) + b"\0\0\0\0mdat" + bytes(20), False),
         (mp4((b"ftyp", 8)) + b"\0\0\0\1mdat" + (116).to_bytes(8, "big") + bytes(100), False),
         (mp4((b"ftyp", 8)) + b"\0\0\0\1mdat" + (117).to_bytes(8, "big") + bytes(100), True),
+        (mp4((b"ftyp", 8), (b"mdat", 100)) + b"\1", False),
+        (mp4((b"ftyp", 8), (b"mdat", 100)) + b"\0\0\1", False),
         (mp4((b"ftyp", 8)) + b"\0\0\0\3junk" + bytes(20), None),
         (mkv(b"\x40\x64", 100), False),
         (mkv(b"\x40\x64", 99), True),

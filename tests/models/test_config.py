@@ -11,6 +11,8 @@ import torch
 
 from keye.config import (
     ConfigError,
+    GenerationConfig,
+    ProcessorConfig,
     load_generation_config,
     load_model_config,
     load_processor_config,
@@ -103,6 +105,7 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
         ({"rope_scaling": {"mrope_section": [16, 24, 23]}}, "sum to head_dim/2 = 64"),
         ({"rope_scaling": {"mrope_section": [32, 32]}}, "must be three whole numbers"),
         ({"rope_scaling": {"mrope_section": "16,24,24"}}, "must be three whole numbers"),
+        ({"rope_scaling": {"mrope_section": None}}, "mrope_section None; it must be three whole numbers"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0; it must be a whole number of at least 1"),
         ({"hidden_size": "2048"}, "hidden_size '2048'; it must be a whole number"),
         ({"num_hidden_layers": 1.5}, "num_hidden_layers 1.5; it must be a whole number"),
@@ -194,7 +197,8 @@ def write(folder: Path, **files: object) -> Path:
         ({"image_mean": 0.5}, "image_mean 0.5; it must be three numbers"),
         ({"image_mean": [0.5, "x", 0.5]}, "it must be three numbers"),
         ({"image_std": [0.5, 0, 0.5]}, "all of it must be above 0"),
-        ({"keye": {"fps": "fast"}}, "fps 'fast'; it must be a number above 0"),
+        ({"keye": {"fps": "fast"}}, "preprocessor_config.json has keye.fps 'fast'; it must be a number above 0"),
+        ({"keye": {"fps": None}}, "preprocessor_config.json has keye.fps None; it must be a number above 0"),
         ({"keye": {"video_max_tokens": 1.5}}, "video_max_tokens 1.5; it must be a whole number"),
         ({"keye": {"frame_text": "{second}"}}, "may only use the field {seconds}"),
         ({"keye": {"frame_text": 3}}, "frame_text 3; it must be a text"),
@@ -249,7 +253,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_model_config(tmp_path)
 
 
-@pytest.mark.parametrize("value", [0, -1, "2", True])
+@pytest.mark.parametrize("value", [0, -1, "2", "abc", [1], pytest.param(10**400, id="huge"), True])
 def test_tokens_per_second_of_preview(value: Any) -> None:
     raw = read_json(asset("configs/preview") / "config.json")
     raw["vision_config"]["tokens_per_second"] = value
@@ -257,3 +261,20 @@ def test_tokens_per_second_of_preview(value: Any) -> None:
         model_config_from_dict(raw)
     raw["vision_config"]["tokens_per_second"] = None
     assert model_config_from_dict(raw).tokens_per_second == 2.0
+    other = read_json(asset("configs/1.5") / "config.json")
+    other["vision_config"]["tokens_per_second"] = value
+    assert model_config_from_dict(other).tokens_per_second is None
+
+
+@pytest.mark.parametrize("name", ["fps", "video_min_tokens", "image_std", "frame_text", "adaptive_budget"])
+def test_fields_of_a_processor_that_cannot_be_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^the processor's {name} is None; it must be"):
+        ProcessorConfig.of("2.0", **{name: None})
+    assert ProcessorConfig.of("2.0", max_frames=None).max_frames is None
+
+
+@pytest.mark.parametrize("name", ["do_sample", "ground_prompt", "examples"])
+def test_fields_of_sampling_that_cannot_be_none(name: str) -> None:
+    fields: dict[str, Any] = {name: None}
+    with pytest.raises(ConfigError, match=f"has {name} None; it must be"):
+        GenerationConfig(**fields)

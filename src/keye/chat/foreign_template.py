@@ -69,7 +69,7 @@ class CheckpointTemplate:
             warn(KeyeWarning(note), stacklevel=2)
             return self.fallback.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking,
                                         tools=tools, add_vision_id=add_vision_id)  # fmt: skip
-        suffix = SUFFIXES[thinking] if self.thinking == "suffix" else None
+        suffix = SUFFIXES[bool(thinking)] if self.thinking == "suffix" and thinking is not None else None
         turns = prepare_turns(messages, add_generation_prompt, self.default_system, suffix)
         offered = normalize_tools(tools)
         template = self.tool_text if offered else self.text

@@ -236,7 +236,7 @@ _LISTED: Final = 3
 @dataclass(frozen=True)
 class Window:
     """From when to when a video was looked at, in seconds as the model counts them. Where players count otherwise, they
-    show what the model sees at `counted` is, ascending, at `shown`."""
+    show what the model sees at `counted` is, ascending, at `displayed`."""
 
     start: float
     end: float

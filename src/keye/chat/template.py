@@ -47,7 +47,7 @@ class ChatTemplate:
         message is left out, as in the official template. Raises KeyeError for bad messages, and for a conversation
         that ends with a reply if a generation prompt is wanted.
         """
-        suffix = SUFFIXES[thinking] if self.thinking == "suffix" else None
+        suffix = SUFFIXES[bool(thinking)] if self.thinking == "suffix" and thinking is not None else None
         turns = prepare_turns(messages, add_generation_prompt, self.default_system, suffix)
         segments: list[Segment] = []
         if offered := normalize_tools(tools):
@@ -116,7 +116,7 @@ def count_marks(text: str, most: int) -> int:
 
 
 #: How "suffix" models are asked for reasoning, and for none.
-SUFFIXES: Final = {True: "/think", False: "/no_think", None: None}
+SUFFIXES: Final = {True: "/think", False: "/no_think"}
 _NO_THOUGHT: Final = "<think>\n\n</think>\n\n"
 _VISION_NAMES: Final = {"image": "Picture", "video": "Video"}
 

@@ -60,7 +60,9 @@ class OfficialProcessor:
 
     def __init__(self, config: ProcessorConfig) -> None:
         if not config.release.processor_is_published:
-            raise KeyeError(f"the official {config.release.name} processor is not published; use keye.media.Processor")
+            raise KeyeError(
+                f"the official {config.release.name} processor is not published; use keye.media.processor.Processor"
+            )
         self.config = config
 
     def __call__(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from keye.errors import KeyeError, is_number, is_whole
 
@@ -32,13 +33,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_keye_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> dict[str, Any]:
-    """The `keye` object of a file, whose fields must be among `known`, without those that are null."""
+    """The `keye` object of a file, whose fields must be among `known`."""
     own = raw.get("keye", {})
     if not isinstance(own, Mapping):
         raise ConfigError(f"{path} has keye {own!r}; it must be an object")
     if unknown := sorted(set(own) - set(known)):
         raise ConfigError(f"{path} has unknown keye fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return {name: value for name, value in own.items() if value is not None}
+    return dict(own)
 
 
 def require(raw: Mapping[str, Any], names: Iterable[str], where: str) -> None:
@@ -79,13 +80,28 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_fields(where: str, values: Mapping[str, Any], kinds: Mapping[str, Iterable[str]]) -> None:
-    """`ConfigError` for the first field whose value is not of its kind; `kinds` lists the fields of each. None fits."""
+def check_fields(
+    where: str,
+    values: Mapping[str, Any],
+    kinds: Mapping[str, Iterable[str]],
+    *,
+    required: Collection[str] = (),
+    form: str = "{where} has {name} {value!r}",
+) -> None:
+    """`ConfigError` for the first field whose value is not of its kind; `kinds` lists the fields of each. None fits
+    fields that are not `required`, and a missing field is right. `form` begins the sentence of the error."""
     for kind, names in kinds.items():
         fits, words = _KINDS[kind]
         for name in names:
-            if (value := values.get(name)) is not None and not fits(value):
-                raise ConfigError(f"{where} has {name} {value!r}; it must be {words}")
+            value = values.get(name)
+            if name in values and not (fits(value) or (value is None and name not in required)):
+                raise ConfigError(f"{form.format(where=where, name=name, value=value)}; it must be {words}")
+
+
+def required_fields(config: type) -> frozenset[str]:
+    """The fields of a dataclass that cannot be None."""
+    hints = get_type_hints(config)
+    return frozenset(name for name, hint in hints.items() if NoneType not in get_args(hint))
 
 
 def check_format(name: str, text: str, **fields: Any) -> None:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.config.files import ConfigError, check_fields, check_format, read_json, read_keye_fields, require
+from keye.config.files import (
+    ConfigError,
+    check_fields,
+    check_format,
+    read_json,
+    read_keye_fields,
+    require,
+    required_fields,
+)
 from keye.releases import Release, releases_by_architecture
 
 
@@ -149,7 +157,9 @@ class GenerationConfig:
     examples: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields("generation_config.json", vars(self), _GENERATION_KINDS)
+        check_fields(
+            "generation_config.json", vars(self), _GENERATION_KINDS, required=required_fields(GenerationConfig)
+        )
         check_format("ground_prompt", self.ground_prompt, event="", article="")
 
     def sampling_defaults(self) -> dict[str, Any]:
@@ -185,7 +195,7 @@ _MODEL_KINDS = {
 }
 _VISION_KINDS = {
     "size": (*_VISION_REQUIRED, "patch_size", "image_size", "num_channels", "spatial_merge_size"),
-    "positive": ("rope_theta", "layer_norm_eps", "tokens_per_second"),
+    "positive": ("rope_theta", "layer_norm_eps"),
 }
 _SPARSE_KINDS = {"size": ("indexer_num_heads", "indexer_head_dim", "topk", "indexer_num_kv_heads")}
 _GENERATION_KINDS = {
@@ -237,19 +247,20 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     scaling = raw.get("rope_scaling")
     if not isinstance(scaling, Mapping) or "mrope_section" not in scaling:
         raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
-    check_fields("rope_scaling", scaling, {"three sizes": ("mrope_section",)})
+    check_fields("rope_scaling", scaling, {"three sizes": ("mrope_section",)}, required=("mrope_section",))
     for problem in _rope_problems(scaling):
         raise ConfigError(problem)
     text = _text_config(raw, release.architectures[architecture])
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
-    tokens_per_second = release.tokens_per_second
+    vision, tokens_per_second = vision_config_from_dict(raw), release.tokens_per_second
     if tokens_per_second is not None:
+        check_fields("vision_config", raw["vision_config"], {"positive": ("tokens_per_second",)})
         tokens_per_second = float(raw["vision_config"].get("tokens_per_second") or tokens_per_second)
     config = KeyeConfig(
         architecture=architecture,
         text=text,
-        vision=vision_config_from_dict(raw),
+        vision=vision,
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),)),
         pad_token_id=raw.get("pad_token_id"),
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye.config.files import ConfigError, check_fields, check_format, read_json, read_keye_fields
+from keye.config.files import ConfigError, check_fields, check_format, read_json, read_keye_fields, required_fields
 from keye.releases import V2, Release, find_release, releases_by_architecture
 
 #: The file that says how a checkpoint wants its media prepared, and the one that newer versions of transformers write
@@ -83,9 +83,10 @@ class ProcessorConfig:
         return (size[0] // self.factor) * (size[1] // self.factor)
 
     def __post_init__(self) -> None:
-        check_fields(PROCESSOR_FILE, vars(self), _KINDS)
+        required = required_fields(ProcessorConfig)
+        check_fields("the processor", vars(self), _KINDS, required=required, form="{where}'s {name} is {value!r}")
         if min(self.image_std) <= 0:
-            raise ConfigError(f"{PROCESSOR_FILE} has image_std {self.image_std!r}; all of it must be above 0")
+            raise ConfigError(f"the processor's image_std is {self.image_std!r}; all of it must be above 0")
         if self.video_min_tokens > self.video_max_tokens or self.image_min_tokens > self.image_max_tokens:
             raise ConfigError("the processor's minimum of tokens is above its maximum; swap min_tokens and max_tokens")
         check_format("frame_text", self.frame_text, seconds=0.0)
@@ -140,7 +141,8 @@ def _read_processor_config(path: Path, release: Release, frame_text: str | None)
     if not path.exists():
         return ProcessorConfig.of(release, **brought)
     raw = {name: value for name, value in read_json(path).items() if value is not None}
-    check_fields(str(path), raw, {"size": ("patch_size", "merge_size", "min_pixels", "max_pixels")})
+    check_fields(str(path), raw, {"size": ("patch_size", "merge_size", "min_pixels", "max_pixels"),
+                                  "three numbers": ("image_mean", "image_std")})  # fmt: skip
     values: dict[str, Any] = {k: raw[k] for k in ("patch_size", "merge_size") if k in raw}
     for name in ("image_mean", "image_std"):
         if name in raw:
@@ -157,4 +159,6 @@ def _read_processor_config(path: Path, release: Release, frame_text: str | None)
     own = read_keye_fields(raw, path, {f.name for f in dataclasses.fields(ProcessorConfig)} | {"generation"})
     if "generation" in own:
         raise ConfigError(f"{path} has keye.generation; the field is called release now")
+    required = required_fields(ProcessorConfig)
+    check_fields(str(path), own, _KINDS, required=required, form="{where} has keye.{name} {value!r}")
     return ProcessorConfig.of(str(own.pop("release", release.name)), **{**values, **brought, **own})

@@ -116,14 +116,16 @@ def plan_medium(
     options = _options(medium, videos)
     source = medium.source.frames if isinstance(medium.source, Frames) else medium.source
     is_file = isinstance(source, Source | str | bytes | bytearray | os.PathLike) and parse_list(source) is None
-    if medium.kind == "video" and is_file and is_index(file := as_source(source)):
+    if medium.kind == "video" and is_file:
+        source = as_source(source)
+    if medium.kind == "video" and isinstance(source, Source) and is_index(source):
         if names := sorted(name for name, value in medium.options.items() if value is not None):
             listed = " and ".join(["{}"] * len(names))
             raise KeyeError(f"{{}} is an index, whose frames were chosen when it was made; leave {listed} out",
-                            file.name, *map(Option, names))  # fmt: skip
+                            source.name, *map(Option, names))  # fmt: skip
         if open_index is None:
-            raise KeyeError(f"{file.name} is an index of a video: give the video itself here")
-        indexed = open_index(file)
-        emit(file.name, [Note(note) for note in indexed.plan.get("notes", ()) if isinstance(note, str)])
+            raise KeyeError(f"{source.name} is an index of a video: give the video itself here")
+        indexed = open_index(source)
+        emit(source.name, [Note(note) for note in indexed.plan.get("notes", ()) if isinstance(note, str)])
         return PlannedMedium("video", indexed, pieces=indexed.pieces)
     return processor.plan(medium.kind, source, options, salt)

@@ -213,7 +213,7 @@ class Processor:
         return replace(item, key=key)
 
     def image(self, source: Any, options: MediaOptions = DEFAULTS, *, plan: ImagePlan | None = None) -> MediaItem:
-        """An image: a file (a `Source` or what names one), a PIL image, an array or a tensor (`pictures.as_picture`).
+        """An image: a file (a `Source` or what names one), a PIL image, an array or a tensor (`as_picture`).
         With a plan made before, nothing is warned of again."""
         from keye.media.image import ImagePlan, read_image, resize_image
 
@@ -275,7 +275,7 @@ class Processor:
         return self._build_item(PixelSource(shape.grid_thw, open_pixels), plan, options)
 
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS, *, size: sizes.Size | None = None) -> MediaItem:
-        """A video in memory: an array or tensor with four axes, or a list of pictures (`pictures.as_frames`).
+        """A video in memory: an array or tensor with four axes, or a list of pictures (`as_frames`).
 
         With `timestamps` all frames are used and take the size that a file of them would get. Without, the official
         rule for lists holds: each is sized on its own, they are sampled like frames that were taken at `fps`

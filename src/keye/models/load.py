@@ -143,7 +143,7 @@ def save_model(
 ) -> Path:
     """Writes the weights under the official names: `model.safetensors`, or shards with an index if there are more than
     `shard_bytes`. Tensors of the official files that no forward pass reads (`CARRIED`) are copied from the folder
-    that the model was loaded from. Returns the path of the file or index; see `checkpoint.write_checkpoint`."""
+    that the model was loaded from. Returns the path of the file or index; see `write_checkpoint`."""
     state = {name: t for name, t in model.state_dict().items() if not (model.is_tied and name == "lm_head.weight")}
     return write_checkpoint({**state, **_carried(model)}, folder, dtype=dtype, shard_bytes=shard_bytes)
 

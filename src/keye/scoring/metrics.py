@@ -23,8 +23,8 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)(?: ?s| seconds?)?\.?")
 def parse_interval_answer(text: str) -> list[Interval] | None:
     """The intervals of `[[3.5, 7.0], [9.0, 11.5]]`, merged and sorted; empty for `[]`; None for a malformed answer.
 
-    Strict, unlike `keye.chat.parse_intervals`: anything but a JSON list of pairs of seconds with 0 <= start <= end
-    is malformed.
+    Strict, unlike `keye.chat.times.parse_intervals`: anything but a JSON list of pairs of seconds with 0 <= start <=
+    end is malformed.
     """
     try:
         value = json.loads(text)

@@ -1,7 +1,7 @@
 """A video read once and kept in a file: the prompt up to the end of the video is computed, and questions continue it.
 
-`write_video_index` and `open_video_index` turn a prompt into the facts of an `indexfile` header and back, and hold file
-and model together.
+`write_video_index` and `open_video_index` turn a prompt into the facts of the header of an `IndexFile` and back, and
+hold file and model together.
 """
 
 from __future__ import annotations

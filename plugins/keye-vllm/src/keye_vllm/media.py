@@ -1,8 +1,8 @@
 """Images and videos of a prompt: opened, sampled, resized and laid out by `keye.media`, so that they are the same
 everywhere.
 
-Inside, a medium is a `keye.chat.Medium`: its kind, its source and its own options. vLLM decodes no video before:
-`WholeFile` hands the bytes through. Of images the bytes are taken that vLLM has read.
+Inside, a medium is a `keye.chat.messages.Medium`: its kind, its source and its own options. vLLM decodes no video
+before: `WholeFile` hands the bytes through. Of images the bytes are taken that vLLM has read.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _hashable(source: object) -> object:
 
 
 class MediaParser(MultiModalDataParser):
-    """Media in every form that vLLM or a caller of `LLM.generate` gives them, to `keye.chat.Medium`."""
+    """Media in every form that vLLM or a caller of `LLM.generate` gives them, to `keye.chat.messages.Medium`."""
 
     def _get_subparsers(self) -> Mapping[str, Any]:
         return {"image": self._images, "video": self._videos}

@@ -251,7 +251,7 @@ class _Examiner:
             "generated_tokens": self.decoded,
             "tokens_per_second": round((self.prefilled + self.decoded) / max(1e-9, total), 1),
             "seconds": round(total, 2),
-            "seconds_by_part": {name: round(value, 2) for name, value in self.seconds.items()},
+            "seconds_by_phase": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
     @contextmanager

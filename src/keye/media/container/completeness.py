@@ -52,7 +52,7 @@ def _boxes(file: BinaryIO, end: int) -> bool | None:
             return False
         file.seek(place)
         header = file.read(16)
-        size = int.from_bytes(header[8:16] if header[:4] == b"\0\0\0\1" else header[:4], "big")
+        size = int.from_bytes(header[8:16] if int.from_bytes(header[:4], "big") == 1 else header[:4], "big")
         if size == 0:  # up to the end
             return False
         if size < 8 or not header[4:8].isascii():

@@ -1,12 +1,12 @@
 """Which keys the indexer keeps: scores over paged keys, then an exact, ordered top-k.
 
-The k largest of a row are collected without sorting it:
+The k largest of a row are found without sorting it:
 
 1. `_score_kernel` writes the scores of a few queries as integers in the order of the numbers, and the largest of every
    GROUP neighbouring keys (the peaks).
 2. The k-th largest peak is a floor of the k-th largest score: k keys reach it. At most (k - 1) * GROUP keys exceed it.
 3. Those keys, and the first ones that equal the floor if k do not exceed it, are collected in order.
-4. Among them the k-th largest is collected bit by bit, and the k kept are written in order; of equal ones the first.
+4. Among them the k-th largest is found bit by bit, and the k kept are written in order; of equal ones the first.
 
 Scores of one slice of queries and the keys collected are the scratch memory: `SCRATCH_BYTES` at most, at any length up
 to the one at which a single query needs more. Every integer step has one right answer, so that only the scores can
@@ -103,7 +103,7 @@ def _kth_largest(rows, count, topk, ROWS: tl.constexpr, TILE: tl.constexpr):
     lanes = tl.arange(0, TILE)[None, :]
     if stop > topk:
         for i in range(32):
-            # Bits of `largest` that are not decided are 0 and the sign is 1: turning unit around raises the number.
+            # Bits of `largest` that are not decided are 0 and the sign is 1: flipping bit 31 - i raises the number.
             attempt = largest ^ (unit << (31 - i))
             reached = zero
             for tile in range(0, stop, TILE):
