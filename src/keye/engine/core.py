@@ -151,7 +151,7 @@ class EngineCore:
             generating = any(isinstance(task.state, Generating) for task in self.tasks)
             # Beside replies, a step either encodes or computes prompts, in turn: both would take too long.
             encoded = self._encoded = not (generating and self._encoded) and self._encode()
-            computed = self._compute(prompts=not (generating and encoded), encoded=encoded)
+            computed = self._compute(prompts=not (generating and encoded))
         finally:
             self._stepping.release()
         self._reap_aborted()
@@ -243,11 +243,11 @@ class EngineCore:
                 return True
         return False
 
-    def _compute(self, *, prompts: bool, encoded: bool) -> bool:
+    def _compute(self, *, prompts: bool) -> bool:
         """One pass over every reply and, with `prompts`, shares of the prompts, as far as there is scratch for them.
         Returns whether anything was computed or drawn."""
         begin, scheduler = time.perf_counter(), self.scheduler
-        work = scheduler.schedule(prompts=prompts, encoded=encoded)
+        work = scheduler.schedule(prompts=prompts)
         if not work:
             return self._draw()
         reserve = partial(scheduler.scratch.reserve, [item.slice for item in work])

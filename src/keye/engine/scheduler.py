@@ -149,6 +149,12 @@ def check_request(prompt: Prompt, request: GenerationRequest, store: KVStore, sc
         )  # fmt: skip
 
 
+def count_fixed(request: GenerationRequest) -> int | None:
+    """Tokens of each slice of a prompt whose slices do not depend on what else runs, so that its numbers do not either:
+    those of deterministic requests, and of streams and indexes. None for others."""
+    return FIXED_TOKENS if request.deterministic else ALONE_TOKENS if request.is_stored else None
+
+
 def count_computable(request: GenerationRequest, state: Prefilling) -> int:
     """Tokens of a prompt that can be computed now: those before the first visual token that is not encoded."""
     stop, done = state.prompt.length, state.done
@@ -156,23 +162,14 @@ def count_computable(request: GenerationRequest, state: Prefilling) -> int:
         stop -= 1  # the last token goes alone: it produces the first of the reply
     if request.prompt_logprobs is not None:
         stop = min(stop, done + PROBED_TOKENS)
-    if request.deterministic:
-        stop = min(stop, done + FIXED_TOKENS)
+    if (fixed := count_fixed(request)) is not None:
+        stop = min(stop, done + fixed)
     ready = stop
     if not state.vision.done:
         ready = min(stop, int(torch.searchsorted(state.prompt.visual_counts, state.vision.ready, right=True)))
-    if request.deterministic and ready < stop:
+    if fixed is not None and ready < stop:
         return 0  # its slices are always cut at the same places
     return max(0, ready - done)
-
-
-def is_due(request: GenerationRequest, state: Prefilling, encoded: bool) -> bool:
-    """Whether the next tokens of a prompt are computed now. No reply waits for a prompt that is only stored, and whole
-    chunks cost less: it waits for one as long as its media are being decoded or were `encoded` in this step."""
-    count = count_computable(request, state)
-    if (encoded or state.vision.waiting) and request.is_stored:
-        return count >= min(ALONE_TOKENS, state.prompt.length - state.done)
-    return count > 0
 
 
 def is_fragmented(state: object) -> bool:
@@ -316,9 +313,8 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------------------- a step
 
-    def schedule(self, *, prompts: bool, encoded: bool = False) -> list[Work]:
-        """What the next step computes: a token of every branch and, with `prompts`, shares of the prompts; with
-        `encoded`, media are being encoded, and more of the prompts can be computed in the next step. There is
+    def schedule(self, *, prompts: bool) -> list[Work]:
+        """What the next step computes: a token of every branch and, with `prompts`, shares of the prompts. There is
         memory for its keys and values; where scratch does not suffice for all, those that have waited longest come
         first, and at least one comes."""
         states = [(task, task.state) for task in self.tasks]
@@ -328,7 +324,7 @@ class Scheduler:
         for task, state in sorted(generating, key=lambda pair: pair[0].last_step):
             work += self._schedule_reply(task, state)
         if prompts:
-            work += self._schedule_prompts(replies, encoded)
+            work += self._schedule_prompts(replies)
         work = [item for item in work if item.slice.cache.blocks]  # making room for one may have preempted another
         work = work[: max(1, self.scratch.count_fitting([item.slice for item in work]))]
         self._steps += 1
@@ -336,9 +332,9 @@ class Scheduler:
             item.task.last_step = self._steps
         return work
 
-    def _schedule_prompts(self, replies: int, encoded: bool) -> list[Work]:
+    def _schedule_prompts(self, replies: int) -> list[Work]:
         waiting = [(task, task.state) for task in self.tasks if isinstance(task.state, Prefilling)]
-        waiting = [(task, state) for task, state in waiting if is_due(task.request, state, encoded)]
+        waiting = [(task, state) for task, state in waiting if count_computable(task.request, state)]
         waiting.sort(key=lambda pair: pair[0].created)
         budget = self.scratch.limit_tokens(self.timer.token_budget(replies, len(waiting)), replies)
         needs = [(i, count_computable(task.request, state)) for i, (task, state) in enumerate(waiting)]
@@ -352,10 +348,13 @@ class Scheduler:
         """The next tokens of a prompt; nothing where memory does not suffice for them."""
         request, prompt, start = task.request, state.prompt, state.done
         count = count_computable(request, state)
-        if not request.deterministic:
+        fixed = count_fixed(request)
+        if fixed is None:
             count = min(share, count)
             if request.prompt_logprobs is not None:
                 count = self.scratch.limit_tokens(count, probes=True)
+        elif request.is_stored:
+            count = self.scratch.limit_tokens(count)
         stop = start + count
         if self.make_room(partial(state.cache.reserve, stop), task) is None:
             return []
@@ -366,7 +365,7 @@ class Scheduler:
         piece = Slice(
             state.cache, prompt.token_ids[start:stop], prompt.position_ids[:, start:stop],
             state.vision.tokens(before, after) if after > before else None,
-            wanted, request.attention, counts, request.deterministic, request.select,
+            wanted, request.attention, counts, fixed is not None, request.select,
             task.experts if request.experts else None,
         )  # fmt: skip
         return [Work(task, piece)]
