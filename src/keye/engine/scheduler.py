@@ -366,7 +366,7 @@ class Scheduler:
             state.cache, prompt.token_ids[start:stop], prompt.position_ids[:, start:stop],
             state.vision.tokens(before, after) if after > before else None,
             wanted, request.attention, counts, fixed is not None, request.select,
-            task.experts if request.experts else None,
+            task.experts if request.experts else None, request.deterministic,
         )  # fmt: skip
         return [Work(task, piece)]
 
@@ -385,7 +385,7 @@ class Scheduler:
             piece = Slice(
                 branch.cache, torch.tensor(branch.pending[:1]), torch.full((3, 1), branch.position), None, "last",
                 request.attention, counts, request.deterministic, request.select,
-                [] if request.experts else None,
+                [] if request.experts else None, request.deterministic,
             )  # fmt: skip
             work.append(Work(task, piece, branch))
         return work

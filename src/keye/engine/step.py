@@ -34,8 +34,9 @@ Wanted = Literal["none", "last", "all"]
 @dataclass(frozen=True)
 class Slice:
     """New tokens of one sequence: `token_ids` int64 [n], `position_ids` int64 [3, n], and the `visual` tokens [m, d]
-    that stand at its placeholders. `alone` slices are computed in a pass of their own. `counts` and `experts` receive
-    what `keye.models.attention.Span` counts, and the selected experts int16 [n, routed layers, experts per token]."""
+    that stand at its placeholders. `alone` slices are computed in a pass of their own, and `fixed` ones, which are
+    alone as well, by products of one shape whatever their length. `counts` and `experts` receive what
+    `keye.models.attention.Span` counts, and the selected experts int16 [n, routed layers, experts per token]."""
 
     cache: KVCache
     token_ids: Tensor
@@ -47,6 +48,7 @@ class Slice:
     alone: bool = False
     select: Selection = "indexer"
     experts: list[Tensor] | None = None
+    fixed: bool = False
 
 
 def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> int:
@@ -151,7 +153,7 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
     routed: list[Tensor] = []
     is_traced = any(piece.experts is not None for piece in slices)
     step = CachedStep(
-        spans, model.config.text, mode=slices[0].mode, select=slices[0].select, fixed=slices[0].alone,
+        spans, model.config.text, mode=slices[0].mode, select=slices[0].select, fixed=slices[0].fixed,
         on_router=(lambda _layer, _logits, experts: routed.append(experts)) if is_traced else None,
     )  # fmt: skip
     hidden = model(x, positions, step)
@@ -168,7 +170,7 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
     chosen = [i for wanted in rows for i in wanted]
     if not chosen:
         return [None] * len(slices)
-    if slices[0].alone and slices[0].wanted == "last":
+    if slices[0].fixed and slices[0].wanted == "last":
         hidden, chosen = hidden[-1:], [0]  # the head sees one row, whatever the slice was
     logits = model.logits(hidden if len(chosen) == hidden.shape[0] else hidden[chosen])
     parts = logits.split([len(wanted) for wanted in rows])
