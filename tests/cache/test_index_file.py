@@ -25,7 +25,6 @@ from keye.data.frameforge import make_clip, questions, render, write_mp4
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import KV_BLOCK
 from keye.sessions.video_index import describe
-from tests.support.tiny import tiny_folder
 
 PRELUDE = struct.Struct("<16sIQQ32s")
 PICTURE = Image.new("RGB", (56, 56), "red")
@@ -37,11 +36,6 @@ REQUEST = [question.text for question in questions(CLIP, random.Random(0), 4)]
 def nano() -> Keye:
     """A model whose answers depend on what it sees."""
     return keye.load("nano")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

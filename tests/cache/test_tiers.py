@@ -25,15 +25,9 @@ from keye.data.frameforge import make_clip, questions, render
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 from tests.support.rows import kv_layout, kv_rows
-from tests.support.tiny import tiny_folder
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8), [i / 2 for i in range(6)])
 LAYOUT = kv_layout(2, RowFormat("float32", 2, 8), RowFormat("float32", 1, 4))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -10,12 +10,6 @@ import pytest
 import keye
 from keye import Keye
 from tests.support.engine import write_clip
-from tests.support.tiny import tiny_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -25,15 +25,9 @@ from keye.engine.media import as_medium, plan_medium
 from keye.evals.tasks.frameforge import EvalOptions, evaluate
 from keye.media.processor import Processor
 from keye.media.video import VideoReader
-from tests.support.tiny import tiny_folder
 
 FRAMES = np.zeros((4, 56, 56, 3), dtype=np.uint8)
 PICTURE = Image.new("RGB", (56, 56), "red")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

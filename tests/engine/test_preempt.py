@@ -18,12 +18,6 @@ from keye.cache.saved import ACCOUNT
 from keye.chat.messages import Medium, Message
 from keye.engine.request import Delta, Failed, Finished, Generating, GenerationRequest, Prefilling, Ready, Task
 from tests.support.engine import Inbox
-from tests.support.tiny import tiny_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def clip(seed: int, frames: int = 30) -> Frames:

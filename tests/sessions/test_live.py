@@ -23,16 +23,10 @@ from keye.engine.runtime import Runtime
 from keye.media.processor import Processor
 from keye.sessions.live import LiveSession
 from tests.support.reference import PlainSequence
-from tests.support.tiny import tiny_folder
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 56, 56, 3), dtype=np.uint8)
 TIMES = [0.5 * i for i in range(40)]
 SIZE = {"resized_height": 56, "resized_width": 56}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

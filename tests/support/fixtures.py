@@ -1,4 +1,4 @@
-"""Short clips, and a Ray cluster."""
+"""A tiny model, short clips, and a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 
 from keye.data.frameforge import make_clip, write_mp4
+from tests.support.tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a tiny model of 2.0."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

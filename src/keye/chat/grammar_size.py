@@ -1,8 +1,9 @@
 """How large the literals of a regular expression or a grammar get when their repetitions are written out, found
 without doing so.
 
-A literal is laid out in memory as often as it must at least be repeated, so that a form of a hundred characters could
-take all of it. Where a notation is read less exactly than by its parser, the result is too large rather than too small.
+A literal is written out in memory as often as it must at least be repeated, so that a form of a hundred characters
+could take all of it. Where a notation is read less exactly than by its parser, the result is too large rather than too
+small.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LARGEST: Final = 10**12
 #: A token of a regular expression, but for classes, which may lie within each other.
 _REGEX_TOKEN: Final = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{\d*(?:,\d*)?\}|\(\?[a-zA-Z-]*:?|.", re.DOTALL)
 _CLASS_PART: Final = re.compile(r"\\.|\[\^?\]?|\]|[^\\\[\]]+", re.DOTALL)
-#: Classes of more than one character, which are not laid out.
+#: Classes of more than one character, which are not written out.
 _WIDE: Final = re.compile(r"\.|\\[wWdDsSpP].*|\[\^.*|\[.*(?:-|\\[wWdDsSpP]|\[:).*", re.DOTALL)
 #: In this mode blanks and comments count for nothing.
 _VERBOSE: Final = re.compile(r"\(\?[a-zA-Z]*x|/[a-z]*x[a-z]*$")

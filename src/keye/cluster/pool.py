@@ -58,7 +58,7 @@ class PoolWorker(Protocol):
         """Makes what was begun: the answer, and the buffer, uint8 [buffer_bytes]."""
 
     def drop(self) -> None:
-        """Gives up what was begun."""
+        """Cancels the work that was begun."""
 
     def stop(self) -> None:
         """Ends the worker; may be called twice."""

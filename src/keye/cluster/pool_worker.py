@@ -62,7 +62,7 @@ class Desk:
             self.drop()
 
     def drop(self) -> None:
-        """Gives up what was begun."""
+        """Cancels the work that was begun."""
         if self._begun is not None:
             self._begun.close()
             self._begun = None

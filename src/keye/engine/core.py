@@ -121,7 +121,7 @@ class EngineCore:
         return task
 
     def abort(self, task: Task) -> None:
-        """Gives up a request; it holds nothing after the step that is running, and emits nothing more."""
+        """Aborts a request; it holds nothing after the step that is running, and emits nothing more."""
         task.aborted = True
         self._notify()
         self._reap_aborted()

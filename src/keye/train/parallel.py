@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keye.process import end_with_parent
 
-#: How long a process waits for the others before it gives up.
+#: How long a process waits for the others before it raises an error.
 PATIENCE = timedelta(minutes=15)
 
 

@@ -91,7 +91,7 @@ def confine(memory_bytes: int, cpu_seconds: int) -> None:
     limit_resources(memory_bytes, cpu_seconds)
     machine = ARCHITECTURES.get(os.uname().machine)
     if machine is not None:
-        # Gives up what makes root more than a user, also the right to raise one's limits again.
+        # Drops what makes root more than a user, also the right to raise one's limits again.
         _call(libc, _CAPSET[machine[0]], struct.pack("<Ii", 0x20080522, 0), bytes(24))
         filter_calls(libc, *machine)
 
