@@ -242,6 +242,16 @@ def test_text_options_are_rejected(engine: Engine) -> None:
         engine.generate([TEXTS[0]], [GREEDY, GREEDY])
     with pytest.raises(KeyeError, match="top_logprobs is -1"):
         engine.score([TEXTS[0]], top_logprobs=-1)
+    for token in ("a", 1.5, None):
+        with pytest.raises(KeyeError, match="a token that is not a whole number; give token ids"):
+            engine.generate([[1, token]], SamplingParams(max_tokens=1))
+
+
+def test_scores_are_bounded_before_any_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keye.engine.engine.MAX_SCORES", 8)
+    with pytest.raises(KeyeError, match="top_logprobs of 9 tokens, 1 with each, are more than 8 numbers"):
+        engine.score([[1] * 9], top_logprobs=1)
+    assert engine.score([[1] * 8], top_logprobs=1)[0].top_ids.shape == (7, 1)
     with pytest.raises(KeyeError, match="the prompt has no tokens"):
         engine.score([[]])
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class TokenPrompt:
     media: Sequence[MediaItem] = ()
 
 
+#: Most log-probabilities of other tokens that the scores of one sequence may have: 1.2 GB with their ids.
+MAX_SCORES: Final = 100_000_000
 #: What the entry points take: token ids of text, token ids with media, or a prompt that was laid out before.
 AnyPrompt = Sequence[int] | TokenPrompt | Prompt
 
@@ -165,8 +167,12 @@ class Engine:
         vocabulary = self.runtime.config.text.vocab_size
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= vocabulary:
             raise KeyeError(f"top_logprobs is {top_logprobs!r}; choose 0 to {vocabulary}")
+        laid_out = self._lay_out(prompt, 0)
+        if laid_out.length * top_logprobs > MAX_SCORES:
+            raise KeyeError(f"top_logprobs of {laid_out.length:,} tokens, {top_logprobs:,} with each, are more than "
+                            f"{MAX_SCORES:,} numbers; ask for fewer, or score the sequence in parts")  # fmt: skip
         return GenerationRequest(
-            self._lay_out(prompt, 0), SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention),
+            laid_out, SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention),
             prompt_logprobs=top_logprobs, prefill_only=True, detokenize=False, deterministic=deterministic,
             experts=experts,
         )  # fmt: skip

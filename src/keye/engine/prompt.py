@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,12 +235,16 @@ class PromptBuilder:
 
     def of_tokens(self, ids: Sequence[int], media: Sequence[MediaItem] = (), *, reply: int = 1) -> Prompt:
         """A prompt by token ids, with the `media` that stand at its placeholders, in order. `KeyeError` for ids that
-        the model does not have, and for placeholders of another number than the media have visual tokens;
-        `ContextError` where the context does not hold them and `reply` more tokens."""
+        the model does not have or that are not whole numbers, and for placeholders of another number than the media
+        have visual tokens; `ContextError` where the context does not hold them and `reply` more tokens."""
         if not len(ids):
             raise KeyeError("the prompt has no tokens; give at least one")
         visual = sum(item.visual_tokens for item in media)
         ContextBudget(self.config.text.max_position_embeddings, reply).check(len(ids), visual)
+        try:
+            ids = [index(token) for token in ids]
+        except TypeError:
+            raise KeyeError("the prompt has a token that is not a whole number; give token ids") from None
         if min(ids) < 0 or max(ids) >= self.config.text.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self.config.text.vocab_size)
             raise KeyeError(f"the prompt has the token {wrong}; this model has {self.config.text.vocab_size:,}")
