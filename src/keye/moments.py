@@ -138,8 +138,8 @@ class FindResult:
 
 @dataclass(frozen=True)
 class FindProgress:
-    """How far a stage is: `done` of `total` units ("s" of video, "window", "place"); `seconds_left` where it can be
-    told."""
+    """How far a stage is: `done` of `total` units ("s" of video, "window", "place"); `seconds_left` where it is
+    known."""
 
     stage: Stage
     done: float
