@@ -16,12 +16,11 @@ from typing import Any, get_type_hints
 from pydantic import create_model
 
 from keye.config import GenerationConfig, ProcessorConfig
+from keye.config.model import GENERATION_FIELDS
 from keye.planning.fleet_file import FleetFile
 from keye.train.recipes.nano.config import NanoConfig
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
-#: Fields that stand in the object `keye` of generation_config.json; the others are official ones.
-GENERATION_FIELDS = ("default_system", "ground_prompt", "examples")
 #: Official fields of preprocessor_config.json.
 PROCESSOR_FIELDS = ("patch_size", "merge_size", "image_mean", "image_std")
 
@@ -38,7 +37,8 @@ def describe_fields(config: type, names: list[str], **more: Any) -> dict[str, An
 def checkpoint_schema(title: str, official: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The schema of a checkpoint's file: official fields, among which unknown ones are left alone, and keye's own."""
     own = {**own, "description": "keye's own fields.", "additionalProperties": False}
-    return {"title": title, **official, "properties": {**official["properties"], "keye": own}}
+    definitions = {"$defs": own.pop("$defs")} if "$defs" in own else {}
+    return {"title": title, **official, "properties": {**official["properties"], "keye": own}, **definitions}
 
 
 def make_schemas() -> dict[str, dict[str, Any]]:

@@ -233,6 +233,10 @@ def test_a_processor_without_a_file_must_suit_the_vision_tower_too(official: dic
         ({"eos_token_id": ["</s>"]}, "it must be a token id or a list of them"),
         ({"keye": {"default_system": 3}}, "default_system 3; it must be a text"),
         ({"keye": {"ground_prompt": "when is {it}?"}}, "may only use the field {event}, {article}"),
+        ({"keye": {"presence_prompt": "is {it} there?"}}, "may only use the field {event}, {article}"),
+        ({"keye": {"scope": "shapes"}}, "it must be an object of short, text"),
+        ({"keye": {"scope": {"color": "red"}}}, "it must be an object of short, text"),
+        ({"keye": {"scope": {"words": [1]}}}, "words .*it must be a list of texts"),
     ],
 )
 def test_sampling_that_cannot_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:

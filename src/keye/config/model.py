@@ -134,12 +134,31 @@ class KeyeConfig:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """What a small model knows and was measured on: `short` in a few words, `text` in a sentence, the most `frames` of
+    a video, `examples` of events, and the `words` that it reads (lower case; empty where it reads any). Words in
+    capital letters stand for text in the picture."""
+
+    short: str = ""
+    text: str = ""
+    frames: int | None = None
+    examples: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        kinds = {"text": ("short", "text"), "size": ("frames",), "texts": ("examples", "words")}
+        check_fields("generation_config.json", vars(self), kinds, required=required_fields(Scope))
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """`generation_config.json`: how a model wants to be sampled. Absent values leave the engine's defaults.
 
     `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a
-    prompt that also has `{article}` gets the event without its own article. `examples` are questions about the sample
-    clip that the model answers rightly, for people who try it.
+    prompt that also has `{article}` gets the event without its own article. `presence_prompt` is the same for the
+    question, to be answered with yes or no, whether it happens at all; its article is "a" or "an". `examples` are
+    questions about the sample clip that the model answers rightly, for people who try it. `scope` says what the model
+    knows, None where nothing is known of that.
     """
 
     do_sample: bool = False
@@ -154,13 +173,16 @@ class GenerationConfig:
         "When does this happen in the video: {event}? Answer with a list of time intervals in seconds, "
         "[[start, end], ...], or [] if it never happens."
     )
+    presence_prompt: str = "Does this happen in the video: {event}? Answer with yes or no."
     examples: tuple[str, ...] = ()
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
         check_fields(
             "generation_config.json", vars(self), _GENERATION_KINDS, required=required_fields(GenerationConfig)
         )
         check_format("ground_prompt", self.ground_prompt, event="", article="")
+        check_format("presence_prompt", self.presence_prompt, event="", article="")
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of the engine's sampling parameters that the model sets."""
@@ -198,6 +220,8 @@ _VISION_KINDS = {
     "positive": ("rope_theta", "layer_norm_eps"),
 }
 _SPARSE_KINDS = {"size": ("indexer_num_heads", "indexer_head_dim", "topk", "indexer_num_kv_heads")}
+#: Fields that stand in the object `keye` of generation_config.json; the others are official ones.
+GENERATION_FIELDS = ("default_system", "ground_prompt", "presence_prompt", "examples", "scope")
 _GENERATION_KINDS = {
     "flag": ("do_sample",),
     "count": ("top_k",),
@@ -206,7 +230,7 @@ _GENERATION_KINDS = {
     "positive share": ("top_p",),
     "factor": ("repetition_penalty",),
     "tokens": ("eos_token_ids",),
-    "text": ("default_system", "ground_prompt"),
+    "text": ("default_system", "ground_prompt", "presence_prompt"),
     "texts": ("examples",),
 }
 #: Names of the rotary embedding that keye implements. Others stretch the context by changing the frequencies.
@@ -326,8 +350,18 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     eos = raw.get("eos_token_id")
     if eos is not None:
         values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
-    own = read_keye_fields(raw, path, ("default_system", "ground_prompt", "examples"))
+    own = read_keye_fields(raw, path, GENERATION_FIELDS)
+    if own.get("scope") is not None:
+        own["scope"] = _read_scope(own["scope"], path)
     return GenerationConfig(**{**values, **own})
+
+
+def _read_scope(raw: Any, path: Path) -> Scope:
+    known = [field.name for field in dataclasses.fields(Scope)]
+    if not isinstance(raw, Mapping) or set(raw) - set(known):
+        raise ConfigError(f"{path} has keye scope {raw!r}; it must be an object of {', '.join(known)}")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    return Scope(**values)
 
 
 def _text_config(raw: Mapping[str, Any], features: Collection[str]) -> TextConfig:
