@@ -78,13 +78,17 @@ def probe_cached(
     source: Source, limits: DecodeLimits | None, salt: bytes = b"", *, track: int | None = None
 ) -> VideoInfo:
     """Facts about a video file, found out once for each `salt` and track: a decode worker scans it at first."""
-    if source.data is not None:
-        key: _Identity | bytes = source_hash(source)
-    else:
-        with source.open() as file:
-            key = _identify(file, source)
+    key = identify(source)
     make = partial(probe, source, limits, track=track)
     return _remember(_probes, (key, limits, salt, track), make, REMEMBERED_PROBES)
+
+
+def identify(source: Source) -> _Identity | bytes:
+    """What tells a file, or bytes in memory, from others in this process, without reading a file."""
+    if source.data is not None:
+        return source_hash(source)
+    with source.open() as file:
+        return _identify(file, source)
 
 
 def _identify(file: BinaryIO, source: Source) -> _Identity:

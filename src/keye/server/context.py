@@ -23,6 +23,7 @@ from keye.api import Keye
 from keye.engine.async_engine import AsyncEngine
 from keye.engine.guide import GuideFactory
 from keye.media.source.fetch import FetchPolicy
+from keye.media.thumbnails import ThumbnailCache
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
 from keye.server.metrics import Metrics
@@ -34,7 +35,7 @@ from keye.version import __version__
 T = TypeVar("T")
 
 
-#: Uploads probed, plans made and clips cut at once.
+#: Uploads probed, plans and pictures made and clips cut at once.
 MAX_DECODING = 4
 
 
@@ -54,6 +55,7 @@ class Context:
     responses: ResponseStore
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    thumbnails: ThumbnailCache = field(default_factory=ThumbnailCache)
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DECODING))
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))

@@ -34,6 +34,10 @@ _NO_VIDEOS = re.compile(
     r"\w+_pipe|image2|image2pipe|tty|bin|xbin|adf|idf|iff|alias_pix|brender_pix|ico|fits|txd|concatf?|hls|dash|sdp|"
     r"lavfi|jpegxl_anim"
 )
+#: Parts of PyAV that it imports only when a file needs them, which is too late for a confined process. Which of them
+#: exist depends on its version.
+LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
+             for part in ("stream", "codeccontext"))  # fmt: skip
 _JPEG = b"\xff\xd8\xff"
 #: FFmpeg's flag (AVFMT_FLAG_GENPTS) of readers that guess times of showing.
 _GUESS_PTS = 1
@@ -128,27 +132,8 @@ class VideoFile:
         self.container, self.stream = self._open()
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
-        opening, start = self.opening, self.file.read(len(_JPEG))
-        self.file.seek(0)
-        try:
-            container = av.open(
-                self.file,
-                mode="r",
-                # Pictures that follow one another in a file; FFmpeg takes it for a row of files.
-                format="mjpeg" if start == _JPEG else None,
-                metadata_errors="replace",  # Titles and the like may be in any encoding; none of them is used.
-                container_options={"protocol_whitelist": "none"}
-                | ({"format_whitelist": _FORMATS} if opening.common_only else {}),
-                io_open=_reject_open,
-                buffer_size=1 << 18,
-            )
-        except av.error.FFmpegError:
-            raise WorkerError(
-                "is not a video that can be read (unknown format, or damaged or cut short at its index); "
-                "check the file or download it again"
-            ) from None
-        if _NO_VIDEOS.fullmatch(container.format.name):
-            raise WorkerError("is not a video that can be read; give a video or an image")
+        opening = self.opening
+        container = open_container(self.file, common_only=opening.common_only)
         # Packets keep the times that the container tells: FFmpeg's guesses are wrong where frames are reordered.
         container.flags &= ~_GUESS_PTS
         stream = choose_track(video_tracks(container), opening.track)
@@ -167,6 +152,31 @@ class VideoFile:
         context.thread_count = opening.threads
         context.copy_opaque = True  # frames tell which packet they are of
         return container, stream
+
+
+def open_container(file: BinaryIO, *, common_only: bool) -> InputContainer:
+    """The container of a video file, which opens nothing else. Raises `WorkerError` for a file that is none."""
+    start = file.read(len(_JPEG))
+    file.seek(0)
+    try:
+        container = av.open(
+            file,
+            mode="r",
+            # Pictures that follow one another in a file; FFmpeg takes it for a row of files.
+            format="mjpeg" if start == _JPEG else None,
+            metadata_errors="replace",  # Titles and the like may be in any encoding; none of them is used.
+            container_options={"protocol_whitelist": "none"} | ({"format_whitelist": _FORMATS} if common_only else {}),
+            io_open=_reject_open,
+            buffer_size=1 << 18,
+        )
+    except av.error.FFmpegError:
+        raise WorkerError(
+            "is not a video that can be read (unknown format, or damaged or cut short at its index); "
+            "check the file or download it again"
+        ) from None
+    if _NO_VIDEOS.fullmatch(container.format.name):
+        raise WorkerError("is not a video that can be read; give a video or an image")
+    return container
 
 
 def video_tracks(container: InputContainer) -> list[VideoStream]:

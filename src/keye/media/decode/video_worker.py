@@ -29,7 +29,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, lay_out
 from keye.media.decode.display import display_facts, interpolate_fields, with_neighbours
 from keye.media.decode.sandbox import confine
-from keye.media.decode.video_file import Opening, VideoFile, list_tracks, video_tracks
+from keye.media.decode.video_file import LAZY, Opening, VideoFile, list_tracks, video_tracks
 from keye.media.decode.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ _COMPLETE = frozenset({"hevc"})
 _RAW = frozenset({"h264", "hevc", "mpegvideo", "m4v", "vvc", "vc1"})
 #: Those of them of which FFmpeg's guess may be twice the rate that the pictures tell.
 _TELLING = frozenset({"h264", "hevc"})
-#: Parts of PyAV that it imports only when a file needs them, which is too late for a confined process. Which of them
-#: exist depends on its version.
-_LAZY = tuple(f"av.{kind}.{part}" for kind in ("audio", "subtitles", "data", "attachments", "video")
-              for part in ("stream", "codeccontext"))  # fmt: skip
 #: So many groups of pictures that decoding begins at the first packet.
 _EVERYTHING = 1 << 62
 #: FFmpeg's number of intra pictures.
@@ -393,7 +389,7 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
 def main(arguments: list[str]) -> None:
     """Arguments: the options as JSON, and the inherited descriptor of the media file."""
     options = json.loads(arguments[0])
-    for name in (*_LAZY, *(["keye.media.decode.animation_reader"] if options["animation"] else [])):
+    for name in (*LAZY, *(["keye.media.decode.animation_reader"] if options["animation"] else [])):
         with suppress(ImportError):
             import_module(name)
     av.logging.set_level(av.logging.PANIC)

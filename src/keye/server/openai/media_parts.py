@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 from keye.chat.messages import Medium, Message, normalize
-from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediumKind
+from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS, MediaOptions, MediumKind, media_options
 from keye.errors import KeyeError
 from keye.media.container.kinds import HEAD_BYTES, find_kind, is_image_format
-from keye.media.source.fetch import Source, media_kind, parse_data_url
+from keye.media.source.fetch import Source, is_index, media_kind, parse_data_url
 from keye.server.edge.errors import ApiError
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.schemas import MediaDefaults
@@ -68,6 +68,27 @@ def to_messages(
 def media_of(messages: Sequence[Message]) -> list[Medium]:
     """All media, in their order."""
     return [part for message in messages for part in message.parts if isinstance(part, Medium)]
+
+
+def named_video(video: Mapping[str, Any], opener: MediaOpener, defaults: Mapping[str, Any] | None = None) -> Medium:
+    """The one video of a body's field `video`: a part of a message, or only its file_id or url. Not opened yet."""
+    if "type" not in video and ("file_id" in video or "url" in video):
+        video = {"type": "input_video", "input_video": video}
+    media = media_of(to_messages([{"role": "user", "content": [video]}], opener, defaults))
+    if [medium.kind for medium in media] != ["video"]:
+        raise ApiError(400, "video: give one video, as file_id, url, video_url or input_video", param="video")
+    return media[0]
+
+
+def open_video(
+    video: Mapping[str, Any], opener: MediaOpener, defaults: Mapping[str, Any] | None = None
+) -> tuple[Source, MediaOptions]:
+    """The file of the one video that a body names, and its settings; `ApiError` for pictures in the place of a file, or
+    an index. Blocks."""
+    medium = open_medium(named_video(video, opener, defaults), opener)
+    if not isinstance(medium.source, Source) or is_index(medium.source):
+        raise ApiError(400, "video: give a video file here, not pictures and not an index", param="video")
+    return medium.source, media_options("video", medium.options)
 
 
 def open_sources(messages: Sequence[Message], opener: MediaOpener) -> list[Message]:

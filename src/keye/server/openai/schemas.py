@@ -262,6 +262,40 @@ class ClipsRequest(Body, Preprocess):
     intervals: Annotated[list[Interval], Field(fail_fast=True, min_length=1, max_length=100)]
 
 
+Seconds = Annotated[float, Field(ge=0, le=1e7)]
+
+
+class VideoBody(Body, Preprocess):
+    """A video: a part of a message, or `{"file_id"}`, `{"url"}` alone."""
+
+    video: Object
+
+
+class FramesRequest(VideoBody):
+    times: Annotated[list[Seconds], Field(fail_fast=True, min_length=1, max_length=60)] = Field(
+        description="seconds as players show them; each gets the frame on display then"
+    )
+    height: Annotated[int, Field(ge=16, le=480)] = 120
+
+
+class SubtitleChoice(Body):
+    """Subtitles of a video: the `track` inside it, by number or language, or the `text` of an SRT or WebVTT file."""
+
+    track: Annotated[str, Field(min_length=1, max_length=40)] | None = None
+    text: Annotated[str, Field(min_length=1, max_length=4_000_000)] | None = None
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if (self.track is None) == (self.text is None):
+            raise ValueError("give track or text, one of them")
+        return self
+
+
+class SubtitlesRequest(Body):
+    video: Object | None = None
+    subtitles: SubtitleChoice | None = Field(default=None, description="what players would show unless given")
+
+
 class IndexRequest(Body, Preprocess):
     model: Name | None = None
     file_id: Name

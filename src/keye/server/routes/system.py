@@ -13,6 +13,7 @@ from keye.chat.tokenizer import check_unicode
 from keye.engine.prompt import MOST_COUNTED
 from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError
+from keye.planning.known_models import list_known_models
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import error_of_mistake, noted
@@ -40,7 +41,8 @@ async def health(request: Request) -> JSONResponse:
 async def models(request: Request) -> JSONResponse:
     """The model that is served, under each of its names."""
     context = context_of(request)
-    return JSONResponse({"object": "list", "data": [_model(context, name) for name in context.names]})
+    entries = await context.in_thread(lambda: [_model(context, name) for name in context.names])
+    return JSONResponse({"object": "list", "data": entries})
 
 
 @router.get("/v1/models/{name:path}")
@@ -48,16 +50,27 @@ async def model(request: Request, name: str) -> JSONResponse:
     """One model by its name."""
     context = context_of(request)
     context.check_model(name, strict=True)
-    return JSONResponse(_model(context, name))
+    return JSONResponse(await context.in_thread(_model, context, name))
+
+
+#: What every model that is served can do here.
+_CAPABILITIES: Final = ("images", "video", "ask", "ground", "find", "clips", "frames", "scenes", "subtitles", "export")
 
 
 def _model(context: Context, name: str) -> dict[str, Any]:
-    config = context.model.config
+    """The entry of a model. Which others fit this machine is for clients on it and for those with a key: the guard lets
+    no others in."""
+    config, defaults = context.model.config, context.model.runtime.generation_config
+    scope = defaults.scope
     facts = {
         "context": config.text.max_position_embeddings,
         "release": config.release.name,
         "attention": context.model.runtime.attention,
-        "examples": list(context.model.runtime.generation_config.examples),
+        "examples": list(defaults.examples),
+        "scope": None if scope is None else scope.to_dict(),
+        "measured_frames": None if scope is None else scope.frames,
+        "capabilities": list(_CAPABILITIES),
+        "known_models": [known.to_dict() for known in list_known_models()],
     }
     return {
         "id": name, "object": "model", "created": int(context.started), "owned_by": "keye",
