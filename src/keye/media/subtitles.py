@@ -129,8 +129,8 @@ def find_sidecars(video: Path) -> list[Path]:
     """Subtitle files beside a video: those of its name, then those with a language between name and ending."""
     stem = glob.escape(str(video.with_suffix("")))
     candidates = (Path(path) for path in sorted(glob.iglob(f"{stem}.*")))
-    beside = [path for path in candidates if path.suffix.lower() in SUFFIXES and path.is_file()]
-    matching = [path for path in beside if path.stem == video.stem or _NAME_TAG.match(path.stem[len(video.stem) + 1 :])]
+    files = [path for path in candidates if path.suffix.lower() in SUFFIXES and path.is_file()]
+    matching = [path for path in files if path.stem == video.stem or _NAME_TAG.match(path.stem[len(video.stem) + 1 :])]
     return sorted(matching, key=lambda path: (path.stem != video.stem, path.name))[:MOST_TRACKS]
 
 
@@ -160,19 +160,19 @@ def load_subtitles(video: Reference, choice: str | Path | None = None) -> Subtit
 
 
 def load_track(video: Reference, track: str | None = None) -> Subtitles | None:
-    """The lines of one of `list_tracks`; None where there is no track.
+    """The lines of one of `list_tracks`; None where there is none.
 
     `track` is its id or a language such as "en", None for what players would show: a file beside the video, then the
     default track. Raises `KeyeError` where it is not there. A track inside the video takes reading the whole file.
     Blocks.
     """
     source = fetch_source(video)
-    beside = _sidecar_tracks(source)
+    files = _sidecar_tracks(source)
     with closing(_TrackReader(source)) as reader:
-        chosen = _choose([*beside, *reader.tracks], track, source.name)
+        chosen = _choose([*files, *reader.tracks], track, source.name)
         if chosen is None:
             return None
-        if chosen not in beside:
+        if chosen not in files:
             return reader.read(chosen)
     assert source.path is not None
     return replace(read_subtitle_file(source.path.parent / chosen.id), track=chosen)

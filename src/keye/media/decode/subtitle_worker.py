@@ -28,7 +28,7 @@ from keye.media.decode.wire import FRAME, INFO, WorkerError, report_crashes, sen
 _TEXT = frozenset({"mov_text", "subrip", "srt", "text", "webvtt", "ass", "ssa"})
 _ASS_FIELDS = {"ass": 8, "ssa": 8}
 #: Seconds for which a line without an end is shown, until the next one at the latest.
-_SHOWN = 5.0
+_DEFAULT_SECONDS = 5.0
 
 
 class TextTracks:
@@ -66,7 +66,9 @@ class TextTracks:
             text = text_of(bytes(packet), codec)[: self._options["most_characters"]]
             open_end = not packet.duration
             if text.strip() and len(lines) < self._options["most_lines"]:
-                lines.append((max(begin, 0.0), begin + (packet.duration * unit if packet.duration else _SHOWN), text))
+                lines.append(
+                    (max(begin, 0.0), begin + (packet.duration * unit if packet.duration else _DEFAULT_SECONDS), text)
+                )
         return lines
 
     def _packets(self, stream: Any) -> Iterator[Any]:

@@ -57,6 +57,9 @@ async def model(request: Request, name: str) -> JSONResponse:
 _CAPABILITIES: Final = ("images", "video", "ask", "ground", "find", "clips", "frames", "scenes", "subtitles", "export")
 
 
+_SCOPE: Final = ("short", "text", "frames", "examples")
+
+
 def _model(context: Context, name: str) -> dict[str, Any]:
     """The entry of a model. Which others fit this machine is for clients on it and for those with a key: the guard lets
     no others in."""
@@ -67,7 +70,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "release": config.release.name,
         "attention": context.model.runtime.attention,
         "examples": list(defaults.examples),
-        "scope": None if scope is None else scope.to_dict(),
+        "scope": None if scope is None else {name: getattr(scope, name) for name in _SCOPE},
         "measured_frames": None if scope is None else scope.frames,
         "capabilities": list(_CAPABILITIES),
         "known_models": [known.to_dict() for known in list_known_models()],

@@ -59,14 +59,14 @@ def score_lines(lines: Sequence[SubtitleLine], query: str) -> list[tuple[Subtitl
     1: all words of the question stand in the line, in its order. Words that no line has count, so that a question of
     which only a common word is said matches nothing.
     """
-    asked = [word for word in words_of(query[:_MOST_QUERY]) if word not in _EMPTY]
-    if not asked or not lines:
+    wanted_words = [word for word in words_of(query[:_MOST_QUERY]) if word not in _EMPTY]
+    if not wanted_words or not lines:
         return []
     spoken = [words_of(line.text) for line in lines]
-    wanted = set(asked)
+    wanted = set(wanted_words)
     counts = Counter(word for words in spoken for word in wanted.intersection(words))
     weights = {word: math.log(1 + (len(lines) - counts[word] + 0.5) / (counts[word] + 0.5)) for word in wanted}
-    total, pairs = sum(weights.values()), set(pairwise(asked))
+    total, pairs = sum(weights.values()), set(pairwise(wanted_words))
     matches = []
     for line, words in zip(lines, spoken, strict=True):
         present = wanted.intersection(words)

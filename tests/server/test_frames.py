@@ -1,0 +1,155 @@
+"""/v1/video/frames and /v1/video/subtitles: what is shown beside answers, of one's own files only."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+import keye
+from keye.media.plan import VideoPlan
+from keye.media.source.fetch import fetch_source, untrusted
+from keye.media.thumbnails import ThumbnailCache, make_thumbnails
+from keye.media.video import VideoReader
+from keye.server.app import guarded_app
+from keye.server.settings import Settings
+from tests.server.conftest import upload
+from tests.support.serving import error_of
+
+SRT = "1\n00:00:00,500 --> 00:00:01,000\na red box\n\n2\n00:00:02,000 --> 00:00:03,000\nthe end\n"
+
+
+def pictures(answer: Any) -> list[tuple[float, Image.Image]]:
+    assert answer.status_code == 200, answer.text
+    listed = answer.json()["data"]
+    head = "data:image/jpeg;base64,"
+    assert all(item["url"].startswith(head) for item in listed)
+    read = [Image.open(io.BytesIO(base64.b64decode(item["url"].removeprefix(head)))) for item in listed]
+    assert [picture.size for picture in read] == [(item["width"], item["height"]) for item in listed]
+    return [(item["timestamp"], picture) for item, picture in zip(listed, read, strict=True)]
+
+
+def test_frames_come_in_the_order_of_their_times(http: TestClient, file_id: str, video: Path) -> None:
+    """Each time gets the frame on display then; one outside the video the nearest."""
+    body = {"video": {"file_id": file_id}, "times": [2.2, 0.0, 2.2, 100.0], "height": 48}
+    read = pictures(http.post("/v1/video/frames", json=body))
+    assert [time for time, _ in read] == [2.0, 0.0, 2.0, 3.5] and read[0][1].size == (48, 48)
+    assert read[0][1].tobytes() == read[2][1].tobytes() != read[1][1].tobytes()
+    data = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
+    for part in ({"url": data}, {"type": "video_url", "video_url": {"url": data}},
+                 {"type": "file", "file": {"file_id": file_id}}):  # fmt: skip
+        again = pictures(http.post("/v1/video/frames", json={**body, "video": part}))
+        assert [(time, picture.tobytes()) for time, picture in again] == [(t, p.tobytes()) for t, p in read]
+    large = pictures(http.post("/v1/video/frames", json={**body, "height": 480}))
+    assert large[0][1].size == (112, 112), "pictures are not made larger than the video"
+
+
+def test_frames_that_were_made_are_kept_by_owner(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    frames = VideoReader.frames
+
+    def counted(reader: VideoReader, plan: VideoPlan) -> Iterator[Any]:
+        opened.append(plan.frames)
+        return frames(reader, plan)
+
+    monkeypatch.setattr(VideoReader, "frames", counted)
+    source, cache = untrusted(fetch_source(video)), ThumbnailCache()
+    first = make_thumbnails(source, [0, 1], 48, salt=b"ann", cache=cache)
+    assert make_thumbnails(source, [1, 0, 1], 48, salt=b"ann", cache=cache) == [first[1], first[0], first[1]]
+    assert opened == [2]
+    assert make_thumbnails(source, [0, 1], 48, salt=b"bob", cache=cache) == first and opened == [2, 2]
+    small = ThumbnailCache(most_bytes=len(first[0].jpeg) + 1)
+    make_thumbnails(source, [0, 1], 48, salt=b"ann", cache=small)
+    make_thumbnails(source, [0, 1], 48, salt=b"ann", cache=small)
+    assert len(opened) > 3, "the least used picture made room"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"times": []}, "times"),
+        ({"times": [0.0] * 61}, "times"),
+        ({"times": [-1.0]}, "times[0]"),
+        ({"height": 481}, "height"),
+        ({"height": 1}, "height"),
+        ({"video": {"type": "text", "text": "hello"}}, "video"),
+        ({"video": {"file_id": "/etc/passwd"}}, None),
+        ({"video": {"url": "file:///etc/passwd"}}, None),
+        ({"video": {"type": "video", "video": ["data:image/png;base64,AAAA"]}}, None),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_requests_for_frames_that_are_rejected(
+    http: TestClient, file_id: str, change: dict[str, Any], param: str | None
+) -> None:
+    error = error_of(http.post("/v1/video/frames", json={"video": {"file_id": file_id}, "times": [0.0], **change}))
+    assert param is None or error["param"] == param
+
+
+def test_the_text_of_a_subtitle_file_becomes_lines(http: TestClient, file_id: str) -> None:
+    expected = [{"start": 0.5, "end": 1.0, "text": "a red box"}, {"start": 2.0, "end": 3.0, "text": "the end"}]
+    for body in ({"subtitles": {"text": SRT}}, {"video": {"file_id": file_id}, "subtitles": {"text": SRT}}):
+        answer = http.post("/v1/video/subtitles", json=body).json()
+        assert answer["lines"] == expected and answer["tracks"] == []
+    empty = http.post("/v1/video/subtitles", json={"video": {"file_id": file_id}}).json()
+    assert (empty["track"], empty["lines"]) == (None, [])
+
+
+def test_a_text_track_of_an_upload_is_listed_and_read(http: TestClient, tmp_path: Path) -> None:
+    from tests.media.test_subtitles import LINES, write_video
+
+    video = upload(http, write_video(tmp_path / "talk.mkv", LINES))["id"]
+    answer = http.post("/v1/video/subtitles", json={"video": {"file_id": video}}).json()
+    assert [(track["id"], track["language"]) for track in answer["tracks"]] == [("1", "de")]
+    assert [line["text"] for line in answer["lines"]] == ["erste Zeile", "zweite"] and answer["track"]["id"] == "1"
+    body = {"video": {"file_id": video}, "subtitles": {"track": "fr"}}
+    assert "has no subtitles" in error_of(http.post("/v1/video/subtitles", json=body))["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"subtitles": {"track": "1"}},
+        {"subtitles": {"track": "1", "text": "x"}},
+        {"subtitles": {}},
+        {"subtitles": {"text": "no subtitles at all"}},
+    ],
+)
+def test_requests_for_subtitles_that_are_rejected(http: TestClient, body: dict[str, Any]) -> None:
+    error_of(http.post("/v1/video/subtitles", json=body))
+
+
+def test_no_path_is_opened_as_a_track(http: TestClient, file_id: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.srt"
+    secret.write_text(SRT)
+    for track in (str(secret), f"file://{secret}", "../secret.srt"):
+        error_of(http.post("/v1/video/subtitles", json={"video": {"file_id": file_id}, "subtitles": {"track": track}}))
+
+
+def test_files_of_another_key_are_not_found(model: keye.Keye, video: Path) -> None:
+    keys = {"ann": "a-key-of-ann-0123456789", "bob": "a-key-of-bob-0123456789"}
+    with TestClient(guarded_app(model, Settings(keys=keys)), base_url="http://127.0.0.1") as client:
+        ann, bob = ({"Authorization": f"Bearer {key}"} for key in keys.values())
+        form = {"files": {"file": ("a.mp4", video.read_bytes())}, "data": {"purpose": "media"}}
+        mine = client.post("/v1/files", headers=ann, **form).json()["id"]
+        for path, body in (("frames", {"times": [0.0]}), ("subtitles", {})):
+            complete = {"video": {"file_id": mine}, **body}
+            assert client.post(f"/v1/video/{path}", json=complete, headers=ann).status_code == 200
+            error_of(client.post(f"/v1/video/{path}", json=complete, headers=bob), 404)
+
+
+def test_models_say_what_they_know_and_can(http: TestClient) -> None:
+    (entry,) = http.get("/v1/models").json()["data"]
+    facts = entry["keye"]
+    assert facts["scope"]["short"] == "drawn shapes only" and facts["measured_frames"] == facts["scope"]["frames"] == 64
+    assert {"video", "find", "frames", "subtitles"} <= set(facts["capabilities"])
+    known = {item["name"]: item for item in facts["known_models"]}
+    assert set(known) == {"preview", "1.5", "2.0", "671b"}
+    assert known["2.0"]["bytes"] > known["1.5"]["bytes"] > 10**9 and not known["671b"]["fits"]
