@@ -30,7 +30,7 @@ class DenseLabels:
     letter_order: [rows, columns, 2], the place of these characters in their text, from 1.
     text_length: [rows, columns], the number of characters of the text that the cell's characters belong to.
     cover_color, cover_shape: [rows, columns], of the object that covers the cell's centre.
-    background: 0-based index into BACKGROUNDS.
+    background: 0-based index into BACKGROUNDS, -1 for a texture.
     """
 
     color: NDArray[np.int64]
@@ -59,7 +59,7 @@ def dense_labels(clip: Clip, frame: int, cell: int = 28) -> DenseLabels:
     unit_x, unit_y = columns / clip.scene.canvas[0], rows / clip.scene.canvas[1]  # cells per scene unit
     single = {name: np.zeros((rows, columns), np.int64) for name in _SINGLE}
     letters, letter_order = (np.zeros((rows, columns, 2), np.int64) for _ in range(2))
-    background = BACKGROUND_IDS[clip.scene.background_at(frame).color]
+    background = BACKGROUND_IDS.get(clip.scene.background_at(frame).color, -1)
     labels = DenseLabels(offset=np.zeros((rows, columns, 2), np.float32), letters=letters, letter_order=letter_order,
                          background=background, **single)  # fmt: skip
     for thing in clip.scene.visible_objects(frame):

@@ -72,22 +72,22 @@ def questions(
 
 def picture_questions(clip: Clip, rng: random.Random, count: int) -> list[Question]:
     """Up to `count` different questions about the first frame of `clip`, as an image without times, in random order."""
-    visible, ask = clip.scene.visible_objects(0), partial(_ask, rng, phrases=PICTURE_PHRASES)
-    chosen = [ask("count", str(len(visible))), ask("list_at", listing(clip, 0)),
-              ask("background", clip.scene.background_at(0).color)]  # fmt: skip
+    visible, form = clip.scene.visible_objects(0), partial(ask, rng, phrases=PICTURE_PHRASES)
+    chosen = [form("count", str(len(visible))), form("list_at", listing(clip, 0)),
+              form("background", clip.scene.background_at(0).color)]  # fmt: skip
     if clip.scene.text is not None and clip.scene.text.visible(0):
-        chosen.append(ask("read", clip.scene.text.content))
+        chosen.append(form("read", clip.scene.text.content))
     for thing in visible:
         color, others = thing.color_at(0), [other for other in visible if other is not thing]
         name = f"{color} {thing.shape}"
-        chosen.append(ask("presence", "yes", x=with_article(name)))
-        chosen.append(ask("size", thing.size, x=name))
+        chosen.append(form("presence", "yes", x=with_article(name)))
+        chosen.append(form("size", thing.size, x=name))
         if all(other.shape != thing.shape for other in others):
-            chosen.append(ask("attribute_at.color", color, x=thing.shape))
+            chosen.append(form("attribute_at.color", color, x=thing.shape))
         if all(other.color_at(0) != color for other in others):
-            chosen.append(ask("attribute_at.shape", thing.shape, x=color))
+            chosen.append(form("attribute_at.shape", thing.shape, x=color))
     absent = absent_pairs(clip, rng, len(visible))
-    chosen += [ask("presence", "no", x=with_article(" ".join(pair))) for pair in absent]
+    chosen += [form("presence", "no", x=with_article(" ".join(pair))) for pair in absent]
     rng.shuffle(chosen)
     return list({question.text: question for question in chosen}.values())[:count]
 
@@ -107,7 +107,7 @@ def _shares(tasks: Sequence[str] | None, weights: Mapping[str, float] | None) ->
     return {task: merged[task] for task in TASKS if (tasks is None or task in tasks) and merged[task] > 0}
 
 
-def _ask(
+def ask(
     rng: random.Random, form: str, answer: str, *, phrases: Mapping[str, Sequence[str]] = PHRASES,
     time: float | None = None, intervals: tuple[Seconds, ...] | None = None, **slots: str,
 ) -> Question:  # fmt: skip
@@ -166,33 +166,33 @@ def absent_pairs(clip: Clip, rng: random.Random, count: int) -> list[Pair]:
 def _ground(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
         gold = _in_seconds(clip, thing.intervals)
-        yield _ask(rng, "ground", format_intervals(gold), x=thing.name, intervals=gold)
+        yield ask(rng, "ground", format_intervals(gold), x=thing.name, intervals=gold)
 
 
 def _ground_text(clip: Clip, rng: random.Random) -> Iterator[Question]:
     if (text := clip.scene.text) is not None:
         gold = _in_seconds(clip, text.intervals)
-        yield _ask(rng, "ground_text", format_intervals(gold), w=text.content, intervals=gold)
+        yield ask(rng, "ground_text", format_intervals(gold), w=text.content, intervals=gold)
 
 
 def _ground_none(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for pair in absent_pairs(clip, rng, 2):
-        question = _ask(rng, "ground", format_intervals(()), x=" ".join(pair), intervals=())
+        question = ask(rng, "ground", format_intervals(()), x=" ".join(pair), intervals=())
         yield replace(question, task="ground_none")
 
 
 def _start(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
-        yield _ask(rng, "start", _seconds(clip, thing.first), x=thing.name)
+        yield ask(rng, "start", _seconds(clip, thing.first), x=thing.name)
 
 
 def _end(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
-        yield _ask(rng, "end", _seconds(clip, thing.last), x=thing.name)
+        yield ask(rng, "end", _seconds(clip, thing.last), x=thing.name)
 
 
 def _count(clip: Clip, rng: random.Random) -> Iterator[Question]:
-    yield _ask(rng, "count", str(len(clip.scene.objects)))
+    yield ask(rng, "count", str(len(clip.scene.objects)))
 
 
 def _frames_by_count(clip: Clip) -> dict[int, list[int]]:
@@ -206,7 +206,7 @@ def _frames_by_count(clip: Clip) -> dict[int, list[int]]:
 def _count_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
     groups = _frames_by_count(clip)
     for number in sorted(groups, key=lambda number: rng.random() ** (1 / _COUNT_PREFERENCE.get(number, 12.0))):
-        yield _ask(rng, "count_at", str(number), time=clip.timestamps[rng.choice(groups[number])])
+        yield ask(rng, "count_at", str(number), time=clip.timestamps[rng.choice(groups[number])])
 
 
 def _list_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -214,7 +214,7 @@ def _list_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
         if number == 0 and rng.random() < 0.6:
             continue
         for frame in rng.sample(frames, min(2 if number else 1, len(frames))):
-            yield _ask(rng, "list_at", listing(clip, frame), time=clip.timestamps[frame])
+            yield ask(rng, "list_at", listing(clip, frame), time=clip.timestamps[frame])
 
 
 def listing(clip: Clip, frame: int) -> str:
@@ -230,7 +230,7 @@ def _visible_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
         for frames, answer in ((visible, "yes"), (hidden, "no")):
             if hidden:
                 time = clip.timestamps[rng.choice(frames)]
-                yield _ask(rng, "visible_at", answer, x=thing.name, time=time)
+                yield ask(rng, "visible_at", answer, x=thing.name, time=time)
 
 
 def _attribute_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -239,9 +239,9 @@ def _attribute_at(clip: Clip, rng: random.Random) -> Iterator[Question]:
         others = [other for other in clip.scene.visible_objects(frame) if other is not thing]
         color, time = thing.color_at(frame), clip.timestamps[frame]
         if all(other.shape != thing.shape for other in others):
-            yield _ask(rng, "attribute_at.color", color, x=thing.shape, time=time)
+            yield ask(rng, "attribute_at.color", color, x=thing.shape, time=time)
         if all(other.color_at(frame) != color for other in others):
-            yield _ask(rng, "attribute_at.shape", thing.shape, x=color, time=time)
+            yield ask(rng, "attribute_at.shape", thing.shape, x=color, time=time)
 
 
 def _order(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -249,15 +249,15 @@ def _order(clip: Clip, rng: random.Random) -> Iterator[Question]:
         if a.first == b.first:
             continue
         if rng.random() < 0.5:
-            yield _ask(rng, "order.first", a.name if a.first < b.first else b.name, a=a.name, b=b.name)
+            yield ask(rng, "order.first", a.name if a.first < b.first else b.name, a=a.name, b=b.name)
         else:
-            yield _ask(rng, "order.before", "yes" if a.first < b.first else "no", a=a.name, b=b.name)
+            yield ask(rng, "order.before", "yes" if a.first < b.first else "no", a=a.name, b=b.name)
 
 
 def _direction(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in _steady(clip):
         if thing.motion != "static":
-            yield _ask(rng, "direction", thing.motion, x=thing.name)
+            yield ask(rng, "direction", thing.motion, x=thing.name)
 
 
 def _place(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -268,58 +268,61 @@ def _place(clip: Clip, rng: random.Random) -> Iterator[Question]:
         for form, away, sides in (("place.x", x - width / 2, ("left", "right")),
                                   ("place.y", y - height / 2, ("top", "bottom"))):  # fmt: skip
             if abs(away) >= _PLACE_MARGIN:
-                yield _ask(rng, form, sides[away > 0], x=thing.name, time=clip.timestamps[frame])
+                yield ask(rng, form, sides[away > 0], x=thing.name, time=clip.timestamps[frame])
 
 
 def _read(clip: Clip, rng: random.Random) -> Iterator[Question]:
     if clip.scene.text:
-        yield _ask(rng, "read", clip.scene.text.content)
+        yield ask(rng, "read", clip.scene.text.content)
 
 
 def _presence(clip: Clip, rng: random.Random) -> list[Question]:
-    present = [_ask(rng, "presence", "yes", x=with_article(thing.name)) for thing in _steady(clip)]
+    present = [ask(rng, "presence", "yes", x=with_article(thing.name)) for thing in _steady(clip)]
     pairs = absent_pairs(clip, rng, len(present))
-    absent = [_ask(rng, "presence", "no", x=with_article(" ".join(pair))) for pair in pairs]
+    absent = [ask(rng, "presence", "no", x=with_article(" ".join(pair))) for pair in pairs]
     return _even(rng, present, absent)
 
 
 def _color_change(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in clip.scene.objects:
         if thing.change:
-            yield _ask(rng, "color_change", thing.change.color, x=thing.name)
+            yield ask(rng, "color_change", thing.change.color, x=thing.name)
 
 
 def _change_time(clip: Clip, rng: random.Random) -> Iterator[Question]:
     for thing in clip.scene.objects:
         if thing.change:
-            yield _ask(rng, "change_time", _seconds(clip, thing.change.frame), x=thing.name)
+            yield ask(rng, "change_time", _seconds(clip, thing.change.frame), x=thing.name)
 
 
 def _times(clip: Clip, rng: random.Random) -> list[Question]:
     groups: tuple[list[Question], list[Question]] = ([], [])
     for thing in _steady(clip):
         number = len(thing.intervals)
-        groups[number - 1].append(_ask(rng, "times", str(number), x=thing.name))
+        groups[number - 1].append(ask(rng, "times", str(number), x=thing.name))
     return _even(rng, *groups)
 
 
 def _size(clip: Clip, rng: random.Random) -> list[Question]:
     groups: dict[str, list[Question]] = {"small": [], "big": []}
     for thing in _steady(clip):
-        groups[thing.size].append(_ask(rng, "size", thing.size, x=thing.name))
+        groups[thing.size].append(ask(rng, "size", thing.size, x=thing.name))
     return _even(rng, *groups.values())
 
 
 def _background(clip: Clip, rng: random.Random) -> Iterator[Question]:
     starts = [background.frame for background in clip.scene.backgrounds]
     for background, end in zip(clip.scene.backgrounds, [*starts[1:], clip.frames], strict=True):
+        if background.texture is not None:
+            continue  # it has no name
         time = clip.timestamps[rng.randrange(background.frame, end)]
-        yield _ask(rng, "background", background.color, time=time)
+        yield ask(rng, "background", background.color, time=time)
 
 
 def _cut_time(clip: Clip, rng: random.Random) -> Iterator[Question]:
-    for cut in clip.scene.backgrounds[1:]:
-        yield _ask(rng, "cut_time", _seconds(clip, cut.frame))
+    cuts = clip.scene.backgrounds[1:]
+    if len(cuts) == 1:  # of several no single time is the answer
+        yield ask(rng, "cut_time", _seconds(clip, cuts[0].frame))
 
 
 def _caption(clip: Clip, rng: random.Random) -> Iterator[Question]:
@@ -332,7 +335,7 @@ def _caption(clip: Clip, rng: random.Random) -> Iterator[Question]:
     if clip.scene.text:
         events.append((clip.scene.text.intervals, f"word {clip.scene.text.content}"))
     lines = [f"{format_intervals(_in_seconds(clip, intervals))} {words}" for intervals, words in sorted(events)]
-    yield _ask(rng, "caption", "; ".join(lines))
+    yield ask(rng, "caption", "; ".join(lines))
 
 
 #: The share of each task among the questions, and what makes its questions.

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from keye.data.frameforge.scene import REACH, Clip, Interval, RenderedText, Scene, SceneObject, font
+from keye.data.frameforge.backdrop import paint_texture
+from keye.data.frameforge.scene import REACH, Background, Clip, Interval, RenderedText, Scene, SceneObject, font
 from keye.data.frameforge.words import Rgb
 from keye.errors import KeyeError
 
@@ -36,12 +37,15 @@ def render(clip: Clip, size: tuple[int, int] | None = None) -> Pixels:
     frames = np.empty((clip.frames, height, width, 3), np.uint8)
     for start in scene.backgrounds:  # each until the next one
         frames[start.frame :] = start.rgb
+        if start.texture is not None:
+            units = (scales[0] * scales[1]) ** 0.5
+            frames[start.frame :] = paint_texture(start.texture, clip.timestamps[start.frame :], (width, height), units)
     for thing in scene.objects:
         _paint_object(frames, scene, thing, scales)
     if scene.text:
         mask, left, top = _text_mask(scene.text, scales)
         for first, last, background in _runs(scene, scene.text.intervals, clip.frames):
-            _paste(frames[first : last + 1], _tint(mask, scene.text.rgb, background), left, top)
+            _draw(frames[first : last + 1], mask, scene.text.rgb, background, left, top)
     if scene.noise:
         # Colours stay within 8..247, so adding small signed numbers modulo 256 never wraps around.
         frames += _grain(clip, width, height)
@@ -72,13 +76,13 @@ def _around(corners: int, radii: tuple[float, ...], turn: float) -> list[tuple[f
     ]
 
 
-def _runs(scene: Scene, intervals: tuple[Interval, ...], frames: int) -> Iterator[tuple[int, int, Rgb]]:
+def _runs(scene: Scene, intervals: tuple[Interval, ...], frames: int) -> Iterator[tuple[int, int, Background]]:
     """(first, last, background) of each run of visible frames over one background."""
     ends = [background.frame - 1 for background in scene.backgrounds[1:]] + [frames - 1]
     for background, end in zip(scene.backgrounds, ends, strict=True):
         for first, last in intervals:
             if max(first, background.frame) <= min(last, end):
-                yield max(first, background.frame), min(last, end), background.rgb
+                yield max(first, background.frame), min(last, end), background
 
 
 def _paint_object(frames: Pixels, scene: Scene, thing: SceneObject, scales: tuple[float, float]) -> None:
@@ -94,12 +98,11 @@ def _paint_object(frames: Pixels, scene: Scene, thing: SceneObject, scales: tupl
         spots = dict(enumerate(moved.tolist(), thing.first))
     for first, last, background in _runs(scene, thing.intervals, len(frames)):
         for begin, end, rgb in _color_runs(thing, first, last):
-            picture = _tint(mask, rgb, background)
             if spots is None:
-                _paste(frames[begin : end + 1], picture, anchor_x + left, anchor_y + top)
+                _draw(frames[begin : end + 1], mask, rgb, background, anchor_x + left, anchor_y + top)
                 continue
             for frame in range(begin, end + 1):
-                _paste(frames[frame], picture, *spots[frame])
+                _draw(frames[frame], mask, rgb, background, *spots[frame])
 
 
 def _color_runs(thing: SceneObject, first: int, last: int) -> Iterator[tuple[int, int, Rgb]]:
@@ -113,17 +116,26 @@ def _color_runs(thing: SceneObject, first: int, last: int) -> Iterator[tuple[int
         yield change.frame, last, change.rgb
 
 
-def _paste(frames: Pixels, picture: Pixels, left: int, top: int) -> None:
-    """Puts `picture` [h, w, 3] into one frame or several, moved inside where it would stick out by a pixel."""
-    height, width = picture.shape[:2]
+def _draw(frames: Pixels, mask: Pixels, rgb: Rgb, background: Background, left: int, top: int) -> None:
+    """Draws `rgb` where `mask` [h, w] is 255 into one frame or several, moved inside where it would stick out by a
+    pixel."""
+    height, width = mask.shape
     left = min(max(left, 0), frames.shape[-2] - width)
     top = min(max(top, 0), frames.shape[-3] - height)
-    frames[..., top : top + height, left : left + width, :] = picture
+    below = frames[..., top : top + height, left : left + width, :]
+    below[...] = _tint(mask, rgb, background.rgb) if background.texture is None else _blend(mask, rgb, below)
 
 
 def _tint(mask: Pixels, rgb: Rgb, background: Rgb) -> Pixels:
     """[h, w, 3]: `rgb` where `mask` [h, w] is 255, `background` where it is 0, mixed between."""
     return np.rint(np.linspace(background, rgb, 256)).astype(np.uint8)[mask]
+
+
+def _blend(mask: Pixels, rgb: Rgb, below: Pixels) -> Pixels:
+    """[..., h, w, 3]: `rgb` where `mask` [h, w] is 255, `below` where it is 0, mixed between."""
+    share = mask[..., None].astype(np.uint16)
+    over = share * np.array(rgb, np.uint16)
+    return ((over + (255 - share) * below + 127) // 255).astype(np.uint8)
 
 
 def _split_position(position: float) -> tuple[int, float]:

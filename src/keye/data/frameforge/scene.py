@@ -8,12 +8,13 @@ depends on the seed and on what was asked for, but of the size only on the aspec
 import hashlib
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 from PIL import ImageFont
 
+from keye.data.frameforge.backdrop import Texture
 from keye.data.frameforge.words import (
     ALL_PAIRS,
     BACKGROUNDS,
@@ -32,6 +33,8 @@ from keye.errors import KeyeError
 
 SPLITS = ("train", "test", "unseen")
 Interval = tuple[int, int]
+#: Draws when something is visible.
+PickIntervals = Callable[[random.Random], tuple[Interval, ...]]
 
 MAX_OBJECTS = 8
 CANVAS_SIDE = 112.0
@@ -130,11 +133,14 @@ class RenderedText:
 
 @dataclass(frozen=True)
 class Background:
-    """The background from `frame` on."""
+    """The background from `frame` on. One with a texture has no name: `color` is empty and `rgb` is its mean."""
+
+    # `texture` is left out of repr: digests of scenes of one colour, which published scores rest on, stay the same.
 
     frame: int
     color: str
     rgb: Rgb
+    texture: Texture | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -187,11 +193,8 @@ def make_clip(
     `objects` is the maximum: 1 to `objects` are placed. `start` and `step` are seconds, drawn when None; they do not
     change the scene. KeyeError names an argument out of range.
     """
-    _check(frames, objects, split, size, start, step, text_chance)
-    # In scene units: the side of a square canvas is CANVAS_SIDE, and no side is shorter than MIN_SIDE.
-    scale = min(math.sqrt(size[0] * size[1]) / CANVAS_SIDE, min(size) / MIN_SIDE)
-    canvas = size[0] / scale, size[1] / scale
-    scene = _make_scene(stream(split, seed, "scene"), frames, objects, split, canvas, text_chance)
+    check_clip(frames, objects, split, size, start, step, text_chance)
+    scene = _make_scene(stream(split, seed, "scene"), frames, objects, split, canvas_of(size), text_chance)
     clock = stream(split, seed, "clock")
     # Both are drawn in any case, so that one that is set does not change the other.
     drawn_start = 0.0 if clock.random() < 0.3 else clock.randrange(6000) / 10
@@ -201,13 +204,19 @@ def make_clip(
     return Clip(scene, timestamps, size, seed, split, step)
 
 
+def canvas_of(size: tuple[int, int]) -> tuple[float, float]:
+    """The canvas of frames of `size`: a square one has sides of CANVAS_SIDE, and no side is shorter than MIN_SIDE."""
+    scale = min(math.sqrt(size[0] * size[1]) / CANVAS_SIDE, min(size) / MIN_SIDE)
+    return size[0] / scale, size[1] / scale
+
+
 def stream(split: str, seed: int, purpose: str) -> random.Random:
     """A random stream of its own for each (split, seed, purpose)."""
     digest = hashlib.blake2b(f"frameforge/{split}/{seed}/{purpose}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def _check(
+def check_clip(
     frames: int, objects: int, split: str, size: tuple[int, int], start: float | None, step: float | None,
     text_chance: float,
 ) -> None:  # fmt: skip
@@ -230,12 +239,13 @@ def _check(
 def _make_scene(
     rng: random.Random, frames: int, objects: int, split: str, canvas: tuple[float, float], text_chance: float
 ) -> Scene:
-    text = _make_text(rng, frames, split, canvas) if rng.random() < text_chance else None
+    pick = partial(_make_intervals, frames=frames)
+    text = make_text(rng, pick, split, canvas) if rng.random() < text_chance else None
     wanted = rng.randint(1, objects)
     placed: list[SceneObject] = []
     # A crowded canvas can lack room for the last object; starting over keeps the number of objects evenly spread.
     for _ in range(8):
-        attempt = _make_objects(rng, wanted, frames, split, canvas, text)
+        attempt = _make_objects(rng, wanted, pick, split, canvas, text)
         placed = max(placed, attempt, key=len)
         if len(placed) == wanted:
             break
@@ -243,24 +253,21 @@ def _make_scene(
 
 
 def _make_objects(
-    rng: random.Random, wanted: int, frames: int, split: str, canvas: tuple[float, float], text: RenderedText | None
-) -> list[SceneObject]:
+    rng: random.Random, wanted: int, pick: PickIntervals, split: str, canvas: tuple[float, float],
+    text: RenderedText | None,
+) -> list[SceneObject]:  # fmt: skip
     used: set[Pair] = set()
-    tracks = []
-    if text:
-        left, top, right, bottom = text.box
-        center = (left + right) / 2, (top + bottom) / 2
-        tracks.append(_Track(text.intervals, *center, 0.0, 0.0, (right - left) / 2, (bottom - top) / 2))
+    tracks = [text_track(text)] if text else []
     placed: list[SceneObject] = []
     for _ in range(wanted):
         pair = _pick_pair(rng, split, used, must_be_held_out=not placed)
-        thing = _place_object(rng, pair, frames, canvas, tracks)
+        thing = place_object(rng, pair, pick, canvas, tracks)
         if thing is None:
             break
         used.add(pair)
-        thing = _maybe_change_color(rng, thing, split, used)
+        thing = maybe_change_color(rng, thing, split, used)
         placed.append(thing)
-        tracks.append(_object_track(thing))
+        tracks.append(object_track(thing))
     return placed
 
 
@@ -274,22 +281,22 @@ def _pick_pair(rng: random.Random, split: str, used: set[Pair], must_be_held_out
             return pair
 
 
-def _place_object(
-    rng: random.Random, pair: Pair, frames: int, canvas: tuple[float, float], tracks: Sequence["_Track"]
+def place_object(
+    rng: random.Random, pair: Pair, pick: PickIntervals, canvas: tuple[float, float], tracks: Sequence["Track"]
 ) -> SceneObject | None:
-    """An object that meets no other one at any time, or None where no room was found."""
+    """An object that meets no other one at any time, visible as `pick` says, or None where no room was found."""
     for _ in range(4):
         size = rng.choice(SIZES)
         radius = rng.randint(*RADII[size]) / 4
-        intervals = _make_intervals(rng, frames)
+        intervals = pick(rng)
         first, last = intervals[0][0], intervals[-1][1]
         moves = len(intervals) == 1 and last - first >= 2 and rng.random() < 0.5
         motion = rng.choice(DIRECTIONS) if moves else "static"
-        rgb = _jitter(rng, COLORS[pair[0]], 12)
+        rgb = jitter(rng, COLORS[pair[0]], 12)
         for _ in range(6):
             path = _make_path(rng, motion, radius * REACH + 1.5, canvas)
             thing = SceneObject(*pair, size, radius, rgb, intervals, motion, path)
-            track = _object_track(thing)
+            track = object_track(thing)
             if not any(_meet(track, other) for other in tracks):
                 return thing
     return None
@@ -309,7 +316,7 @@ def _make_path(
     return (begin, y, end, y) if motion in ("left", "right") else (x, begin, x, end)
 
 
-def _maybe_change_color(rng: random.Random, thing: SceneObject, split: str, used: set[Pair]) -> SceneObject:
+def maybe_change_color(rng: random.Random, thing: SceneObject, split: str, used: set[Pair]) -> SceneObject:
     """With a small chance `thing` with another colour for its last frames; adds the new pair to `used`."""
     if len(thing.intervals) > 1 or thing.last - thing.first < 3 or rng.random() >= 0.15:
         return thing
@@ -319,11 +326,11 @@ def _maybe_change_color(rng: random.Random, thing: SceneObject, split: str, used
         return thing
     color = rng.choice(colors)
     used.add((color, thing.shape))
-    change = Change(rng.randint(thing.first + 2, thing.last - 1), color, _jitter(rng, COLORS[color], 12))
+    change = Change(rng.randint(thing.first + 2, thing.last - 1), color, jitter(rng, COLORS[color], 12))
     return replace(thing, change=change)
 
 
-def _make_intervals(rng: random.Random, frames: int) -> tuple[Interval, ...]:
+def _make_intervals(rng: random.Random, *, frames: int) -> tuple[Interval, ...]:
     """One or two visible intervals of at least two frames, where the clip has two."""
     if frames <= 2:
         return ((0, frames - 1),)
@@ -341,20 +348,21 @@ def _make_intervals(rng: random.Random, frames: int) -> tuple[Interval, ...]:
 def _make_backgrounds(rng: random.Random, frames: int) -> tuple[Background, ...]:
     """One background, or two with a scene cut between them."""
     colors = rng.sample(list(BACKGROUNDS), 2)
-    first = Background(0, colors[0], _jitter(rng, BACKGROUNDS[colors[0]], 6))
+    first = Background(0, colors[0], jitter(rng, BACKGROUNDS[colors[0]], 6))
     if frames < 4 or rng.random() >= 0.25:
         return (first,)
-    return first, Background(rng.randint(2, frames - 2), colors[1], _jitter(rng, BACKGROUNDS[colors[1]], 6))
+    return first, Background(rng.randint(2, frames - 2), colors[1], jitter(rng, BACKGROUNDS[colors[1]], 6))
 
 
-def _jitter(rng: random.Random, rgb: Rgb, amount: int) -> Rgb:
+def jitter(rng: random.Random, rgb: Rgb, amount: int) -> Rgb:
     # Levels stay in 8..247 so that the grain can be added in 8 bits without overflow.
     red, green, blue = (min(247, max(8, level + rng.randint(-amount, amount))) for level in rgb)
     return red, green, blue
 
 
-def _make_text(rng: random.Random, frames: int, split: str, canvas: tuple[float, float]) -> RenderedText:
-    content = _pick_content(rng, split)
+def make_text(rng: random.Random, pick: PickIntervals, split: str, canvas: tuple[float, float]) -> RenderedText:
+    """A line of text, visible as `pick` says."""
+    content = pick_content(rng, split)
     stroke = rng.choice((0.25, 0.5, 0.75))
     font_size = float(rng.randint(18, 26))
     room = canvas[0] - 6 - 2 * stroke
@@ -374,13 +382,11 @@ def _make_text(rng: random.Random, frames: int, split: str, canvas: tuple[float,
         x += pitch
     box = (left - stroke, top, left + width + stroke, baseline + tail + stroke)
     middle = baseline - _cap_height() * font_size / 2
-    rgb = _jitter(rng, rng.choice(TEXT_COLORS), 8)
-    return RenderedText(
-        content, font_size, stroke, rgb, _make_intervals(rng, frames), tuple(centers), baseline, middle, box
-    )
+    rgb = jitter(rng, rng.choice(TEXT_COLORS), 8)
+    return RenderedText(content, font_size, stroke, rgb, pick(rng), tuple(centers), baseline, middle, box)
 
 
-def _pick_content(rng: random.Random, split: str) -> str:
+def pick_content(rng: random.Random, split: str) -> str:
     if split == "unseen":
         return rng.choice(HELD_OUT_WORDS)
     kind = rng.random()
@@ -411,7 +417,7 @@ def _advances(content: str, font_size: float) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Track:
+class Track:
     """A box that is there during `intervals`; its centre in frame f is (x + vx f, y + vy f)."""
 
     intervals: tuple[Interval, ...]
@@ -423,15 +429,22 @@ class _Track:
     half_height: float
 
 
-def _object_track(thing: SceneObject) -> _Track:
+def text_track(text: RenderedText) -> Track:
+    """Where the text is."""
+    left, top, right, bottom = text.box
+    center = (left + right) / 2, (top + bottom) / 2
+    return Track(text.intervals, *center, 0.0, 0.0, (right - left) / 2, (bottom - top) / 2)
+
+
+def object_track(thing: SceneObject) -> Track:
     x0, y0, x1, y1 = thing.path
     span = max(1, thing.last - thing.first)
     vx, vy = (x1 - x0) / span, (y1 - y0) / span
     reach = thing.radius * REACH
-    return _Track(thing.intervals, x0 - vx * thing.first, y0 - vy * thing.first, vx, vy, reach, reach)
+    return Track(thing.intervals, x0 - vx * thing.first, y0 - vy * thing.first, vx, vy, reach, reach)
 
 
-def _meet(a: _Track, b: _Track) -> bool:
+def _meet(a: Track, b: Track) -> bool:
     """Whether the boxes come closer than a gap of 2.5 units while both are visible."""
     reach_x, reach_y = a.half_width + b.half_width + 2.5, a.half_height + b.half_height + 2.5
     for first, last in a.intervals:

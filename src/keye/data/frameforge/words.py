@@ -77,6 +77,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "read the text.", "what does the text say?", "what text is shown in the video?", "which text can you read?",
     ),
     "presence": ("is there {x} in the video?", "can you see {x} in the video?", "does {x} appear in the video?"),
+    "presence_text": (
+        "is the word {w} shown in the video?", "can you read {w} in the video?",
+        "does the word {w} appear in the video?",
+    ),
     "color_change": ("what color does the {x} change to?", "which color does the {x} have after the change?"),
     "change_time": ("when does the {x} change color?", "at what time does the {x} change color?"),
     "times": ("how many times does the {x} appear?", "how often does the {x} appear?"),

@@ -14,18 +14,33 @@ from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig, load_processor_config
-from keye.data.frameforge import Clip, Question, dense_labels, make_clip, picture_questions, questions, render
+from keye.data.frameforge import (
+    Clip,
+    Question,
+    dense_labels,
+    make_clip,
+    make_window,
+    picture_questions,
+    questions,
+    render,
+    window_questions,
+)
 from keye.media.positions import build_position_ids
-from keye.train.recipes.nano.config import NanoStage, NanoTable
+from keye.media.sizes import compute_frame_sizes
+from keye.train.recipes.nano.config import Mix, NanoStage, NanoTable
 from keye.train.recipes.nano.evidence import Array, Comparison, Events, Pointer, PointerMaker, TrunkLayout, events_of
 
 IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
 WINDOW = 128
 CAPITAL_CHANCE = 0.25
+#: Sizes of films in pixels, and how often each is drawn; their frames become 15, 12 or 16 visual tokens.
+FILM_SIZES = {(240, 135): 0.35, (320, 180): 0.15, (160, 120): 0.14, (168, 112): 0.06, (112, 112): 0.08,
+              (160, 160): 0.04, (90, 160): 0.08, (120, 160): 0.05, (196, 84): 0.05}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,8 @@ class BatchMaker:
         """A batch for the language stages: one entry of the mix, clips and questions drawn from `seed`."""
         rng = random.Random(seed)
         mix = rng.choices(config.mix, [m.weight for m in config.mix])[0]
+        if mix.scene != "clip":
+            return self._windows(mix, rng)
         text_chance = config.text_chance if mix.text_chance is None else mix.text_chance
         clips: list[Clip] = []
         chosen_questions: list[list[Question]] = []
@@ -107,21 +124,30 @@ class BatchMaker:
                 drawn = questions(clip, rng, mix.questions, weights=config.task_weights or None)
             if drawn:
                 clips.append(clip)
-                # Some of them begin with a capital letter, as people write them.
-                chosen_questions.append([
-                    replace(question, text=question.text[:1].upper() + question.text[1:])
-                    if rng.random() < CAPITAL_CHANCE else question for question in drawn
-                ])  # fmt: skip
+                chosen_questions.append(_capitalise(drawn, rng))
         return self.pack(clips, chosen_questions, pictures=mix.pictures)
+
+    def _windows(self, mix: Mix, rng: random.Random) -> PackedBatch[NDArray]:
+        """A batch of windows in one aspect ratio."""
+        film = rng.choices(list(FILM_SIZES), list(FILM_SIZES.values()))[0]
+        clips = [
+            make_window(rng.getrandbits(60), frames=mix.frames, size=film, close=mix.scene == "close")
+            for _ in range(mix.clips)
+        ]
+        return self.pack(clips, [_capitalise(window_questions(clip, rng, mix.questions), rng) for clip in clips])
 
     def pack(
         self, clips: Sequence[Clip], questions: Sequence[Sequence[Question]], *, pictures: bool = False
     ) -> PackedBatch[NDArray]:
-        """Packs clips of equally many frames with their questions; `pictures` shows the only frame as an image."""
-        trunks, times = zip(*(self._trunk(clip, pictures) for clip in clips), strict=True)
+        """Packs clips of equally many frames and one size with their questions, each frame as the processor would size
+        it; `pictures` shows the only frame as an image."""
+        film = clips[0].size
+        size = compute_frame_sizes(film[1], film[0], clips[0].frames, self.processor).slow
+        rows, columns = (side // self.processor.factor for side in size)
+        trunks, times = zip(*(self._trunk(clip, pictures, rows * columns) for clip in clips), strict=True)
         trunk_ids = np.array(trunks, dtype=np.int64)
         patch, pad = self.processor.merge_size, self.image_pad if pictures else self.video_pad
-        grid = np.tile([1, self.rows * patch, self.columns * patch], (clips[0].frames, 1))
+        grid = np.tile([1, rows * patch, columns * patch], (clips[0].frames, 1))
         trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
         first = trunk_ids.shape[1] + delta
         rendered = [[self._render(question) for question in items] for items in questions]
@@ -131,9 +157,9 @@ class BatchMaker:
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         answers: list[AnswerSpan] = []
-        cells, prefix, length = self.rows * self.columns, len(self.prefix), trunk_ids.shape[1]
+        cells, prefix, length = rows * columns, len(self.prefix), trunk_ids.shape[1]
         text = (length - prefix - len(self.suffix)) // clips[0].frames - cells
-        layout = TrunkLayout(prefix, text, cells, self.columns, clips[0].frames, length)
+        layout = TrunkLayout(prefix, text, cells, columns, clips[0].frames, length)
         pointers: list[Pointer] = []
         comparisons: list[Comparison] = []
         for row, items in enumerate(rendered):
@@ -150,14 +176,14 @@ class BatchMaker:
         positions = np.concatenate(
             [np.broadcast_to(trunk_positions, (len(clips), *trunk_positions.shape)),
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
-        frames = np.stack([render(clip) for clip in clips])
+        frames = np.stack([_resize(render(clip), size) for clip in clips])
         time_ids = np.array(times, np.int64).reshape(len(clips), -1, 2)
         return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
                            layout, tuple(pointers), tuple(comparisons), events_of(clips))  # fmt: skip
 
-    def _trunk(self, clip: Clip, pictures: bool) -> tuple[list[int], list[list[int]]]:
+    def _trunk(self, clip: Clip, pictures: bool, cells: int) -> tuple[list[int], list[list[int]]]:
         """The trunk of a video with the tokens of its times, or that of an image, which has none."""
-        ids, times, cells = list(self.prefix), [], self.rows * self.columns
+        ids, times = list(self.prefix), []
         if pictures:
             return ids + [self.image_pad] * cells + self.suffix, []
         for seconds in clip.timestamps:
@@ -193,6 +219,23 @@ class BatchMaker:
             offset = np.where(labels.color[..., None] > 0, labels.offset, np.nan)
             offsets.append(offset.reshape(-1, 2).astype(np.float32))
         return VisionBatch(np.stack(frames), np.stack(ids), np.stack(offsets))
+
+
+def _capitalise(questions: list[Question], rng: random.Random) -> list[Question]:
+    """Some of them begin with a capital letter, as people write them."""
+    return [
+        replace(question, text=question.text[:1].upper() + question.text[1:])
+        if rng.random() < CAPITAL_CHANCE else question for question in questions
+    ]  # fmt: skip
+
+
+def _resize(frames: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Frames [F, H, W, 3] at `size` (height, width), smoothed as the processor does."""
+    if frames.shape[1:3] == size:
+        return frames
+    return np.stack(
+        [np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR)) for frame in frames]
+    )
 
 
 def fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -23,6 +23,8 @@ class Mix(Settings):
     """How often this kind is drawn, relative to the others."""
     text_chance: Share | None = None
     """Replaces the stage's where it is set."""
+    scene: Literal["clip", "window", "close"] = "clip"
+    """clip: `make_clip`; window, close: what a search looks at (`make_window`), in any aspect ratio."""
     pictures: bool = False
     """Ask about the first frame alone, as an image prompt without times; `frames` is 1 then."""
 
@@ -30,6 +32,8 @@ class Mix(Settings):
     def _check(self) -> Mix:
         if self.pictures and self.frames != 1:
             raise ValueError(f"frames is {self.frames}, but pictures are single frames; set frames = 1")
+        if self.pictures and self.scene != "clip":
+            raise ValueError(f'scene is "{self.scene}", but pictures are frames of clips; set scene = "clip"')
         return self
 
 

@@ -26,6 +26,8 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 #: answer, at the frame of that time; those that predict which of two objects comes first, at its first frame. `letter`:
 #: the token that predicts a letter, at the cell that shows it.
 PointerKind = Literal["time", "first", "last", "start", "end", "letter"]
+#: The target of a background without a name; losses leave it out.
+UNNAMED = -100
 COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
 SHAPE_RANK = {shape: rank for rank, shape in enumerate(SHAPES)}
 #: bool [8, 5]: the pairs of colour and shape that training clips can show; the others teach nothing.
@@ -59,13 +61,15 @@ class Comparison:
 @dataclass(frozen=True)
 class Events(Generic[Array]):
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
-    bool [B, F, 3] the same of rendered text, `background` int64 [B, F]. Everything in the first frame appeared.
-    `so_far` bool [B, F, 8, 5]: the objects seen up to each frame, by their first colour."""
+    bool [B, F, 3] the same of rendered text, `background` int64 [B, F] (`UNNAMED` for textures), `cut` bool [B, F],
+    whether the background changes. Everything in the first frame appeared. `so_far` bool [B, F, 8, 5]: the objects seen
+    up to each frame, by their first colour."""
 
     pairs: Array
     so_far: Array
     text: Array
     background: Array
+    cut: Array
 
 
 def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
@@ -75,6 +79,7 @@ def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
     so_far = np.zeros_like(seen)
     text = np.zeros((len(clips), frames), bool)
     background = np.zeros((len(clips), frames), np.int64)
+    cut = np.zeros((len(clips), frames), bool)
     for row, clip in enumerate(clips):
         for thing in clip.scene.objects:
             so_far[row, thing.first :, COLOR_RANK[thing.color], SHAPE_RANK[thing.shape]] = True
@@ -82,8 +87,10 @@ def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
             for thing in clip.scene.visible_objects(frame):
                 seen[row, frame, COLOR_RANK[thing.color_at(frame)], SHAPE_RANK[thing.shape]] = True
             text[row, frame] = clip.scene.text is not None and clip.scene.text.visible(frame)
-            background[row, frame] = BACKGROUND_IDS[clip.scene.background_at(frame).color]
-    return Events(_with_changes(seen), so_far, _with_changes(text), background)
+            background[row, frame] = BACKGROUND_IDS.get(clip.scene.background_at(frame).color, UNNAMED)
+        for start in clip.scene.backgrounds[1:]:
+            cut[row, start.frame] = True
+    return Events(_with_changes(seen), so_far, _with_changes(text), background, cut)
 
 
 def _with_changes(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -22,7 +22,7 @@ from keye.models.keye import KeyeModel
 from keye.train.packed import AttentionHint, PackedStep
 from keye.train.recipes.nano.batches import PackedBatch
 from keye.train.recipes.nano.config import NanoTable
-from keye.train.recipes.nano.evidence import TRAINED_PAIRS, Pointer, PointerKind
+from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Pointer, PointerKind
 
 #: Which head of which layer (as a share of all layers) each kind of pointer is shown to. The first come early: answers
 #: build on what names and times have found.
@@ -159,10 +159,10 @@ class Helpers(nn.Module):
         late = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1)
         loss = self.pair_loss(self.seen(early), pairs[:, :1], "seen")
         loss = loss + self.pair_loss(self.changed(late), pairs[:, 1:], "changed")
-        background = events.background
-        cut = F.pad(background[:, 1:] != background[:, :-1], (1, 0)).flatten().float()
+        background, cut = events.background.flatten(), events.cut.flatten().float()
         scene = self.scene(F.rms_norm(late.float(), late.shape[-1:]))
-        loss = loss + F.cross_entropy(scene[:, :-1], background.flatten())
+        if bool((named := background != UNNAMED).any()):
+            loss = loss + F.cross_entropy(scene[:, :-1][named], background[named])
         loss = loss + F.binary_cross_entropy_with_logits(scene[:, -1], cut)
         text = self.text(F.rms_norm(late.float(), late.shape[-1:]))
         target = events.text[..., 1:].flatten(0, 1).float()
