@@ -11,6 +11,7 @@ import struct
 from array import array
 from collections.abc import Generator, Iterator
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,34 @@ from keye.config import ProcessorConfig
 from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, MediaError, warn
 from keye.media.container.kinds import is_png_or_webp
-from keye.media.decode.wire import END, FRAME
+from keye.media.decode.thumbnails import BATCH
+from keye.media.decode.thumbnails import BYTES as THUMBNAIL_BYTES
+from keye.media.decode.thumbnails import HEIGHT as THUMBNAIL_HEIGHT
+from keye.media.decode.thumbnails import WIDTH as THUMBNAIL_WIDTH
+from keye.media.decode.wire import END, FRAME, THUMBNAILS
 from keye.media.decode.workers import UNTRUSTED_LIMITS, Worker
 from keye.media.decode.workers import DecodeLimits as DecodeLimits
 from keye.media.info import VideoInfo, note_size_changes, parse_info
 from keye.media.notes import emit, warn_decoded_damage
+from keye.media.pixels.patches import Pixels
 from keye.media.pixels.tone_map import to_sdr
 from keye.media.plan import VideoPlan, make_plan
 from keye.media.source.fetch import Reference, check_video, fetch_source
 
 #: Longest description of a file, in bytes, without its frames' times.
 _MAX_FACTS = 1 << 16
+
+
+class FrameScan(Protocol):
+    """What looks at all `frames` of a video, in small, in the same pass as others are sampled."""
+
+    @property
+    def frames(self) -> range:
+        """Numbers of consecutive frames of the file."""
+
+    def push(self, thumbnails: Pixels) -> None:
+        """The next of its frames, uint8 RGB [frames, 36, 64, 3], in whatever shape the video has, before they are
+        turned upright. Frames at the end that cannot be decoded do not come."""
 
 
 class VideoReader:
@@ -96,39 +114,65 @@ class VideoReader:
         """Which frames would be sampled and what they would cost."""
         return make_plan(self.info, config, options)
 
-    def frames(self, plan: VideoPlan, *, native: bool = False) -> Iterator[NDArray[np.uint8]]:
+    def frames(self, plan: VideoPlan, *, native: bool = False, scan: FrameScan | None = None) -> Iterator[Pixels]:
         """The planned frames one by one, upright, uint8 RGB [height, width, 3].
 
         They come at the planned size, shrunk by the worker while it decodes, or at the file's own size if `native`.
+        `scan` gets thumbnails of all its frames in the same pass, which then leaves no frame out; it is complete when
+        the iterator has ended.
         """
-        _ = self.info  # comes before any frame
         width, height = (plan.source_width, plan.source_height) if native else (plan.width, plan.height)
         if plan.rotation % 180:
             width, height = height, width
-        if self._coming:  # frames that were asked for and not read: the worker gives them up
-            self.worker.request({})
-            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] == FRAME:
-                continue
-        self._requests, self._coming = self._requests + 1, height * width * 3
-        number = self._requests
-        self.worker.request({"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
-                              "strict": plan.strict_media})  # fmt: skip
-        for _ in range(plan.frames):
-            if number != self._requests:
-                raise KeyeError("frames of another plan were asked for meanwhile; read one plan after the other")
-            kind, body = self.worker.receive(self._coming)
-            if kind != FRAME or len(body) != self._coming:
-                raise self.worker.broken()
+        request = {"targets": plan.pts, "width": width, "height": height, "deinterlace": plan.deinterlace,
+                   "strict": plan.strict_media}  # fmt: skip
+        for body in self._answer(request, plan.frames, scan, plan.name):
             frame = np.frombuffer(body, dtype=np.uint8).reshape(height, width, 3)
             rotated = np.rot90(frame, plan.rotation // 90)
             upright = np.ascontiguousarray(rotated[:, ::-1] if plan.mirrored else rotated)
             yield upright if plan.tone_map is None else to_sdr(upright, plan.tone_map)
-        if number == self._requests:
-            self._end(plan.name)
 
-    def _end(self, name: str) -> None:
+    def scan(self, scan: FrameScan) -> None:
+        """Gives `scan` thumbnails of all its frames."""
+        request = {"targets": [], "width": 1, "height": 1, "deinterlace": False, "strict": False}
+        for _ in self._answer(request, 0, scan, self.source.name):
+            raise self.worker.broken()
+
+    def _answer(self, request: dict[str, Any], frames: int, scan: FrameScan | None, name: str) -> Iterator[bytearray]:
+        """Bytes of each frame that a request asks for; thumbnails go to `scan`."""
+        pts = self.info.pts  # comes before any frame
+        if self._coming:  # frames that were asked for and not read: the worker gives them up
+            self.worker.request({})
+            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] in (FRAME, THUMBNAILS):
+                continue
+        length, unseen = request["width"] * request["height"] * 3, 0 if scan is None else len(scan.frames)
+        self._requests, self._coming = self._requests + 1, max(length, THUMBNAIL_BYTES * BATCH)
+        number = self._requests
+        span = [pts[scan.frames[0]], pts[scan.frames[-1]]] if scan is not None and unseen else None
+        self.worker.request({**request, "scan": span})
+        while True:
+            kind, body = self.worker.receive(max(self._coming, _MAX_FACTS))
+            if kind == FRAME and len(body) == length and frames:
+                frames -= 1
+                yield body
+            elif kind == THUMBNAILS and scan is not None and 0 < len(body) <= THUMBNAIL_BYTES * BATCH:
+                thumbnails = np.frombuffer(body, dtype=np.uint8).reshape(-1, THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, 3)
+                unseen -= len(thumbnails)
+                if unseen < 0:
+                    raise self.worker.broken()
+                scan.push(thumbnails)
+            else:
+                break
+            if number != self._requests and not frames:
+                return
+            if number != self._requests:
+                raise KeyeError("frames of another plan were asked for meanwhile; read one plan after the other")
+        if kind != END or frames:
+            raise self.worker.broken()
+        self._end(name, body)
+
+    def _end(self, name: str, body: bytearray) -> None:
         """Reads the end of an answer, and warns of frames that turned out to be damaged or of another size."""
-        kind, body = self.worker.receive(_MAX_FACTS)
         self._coming = 0
         try:
             answer = json.loads(bytes(body))
@@ -137,8 +181,6 @@ class VideoReader:
             resized = list(note_size_changes(self.info, [(time, width, height) for time, width, height in sizes]))
         except (ValueError, TypeError, LookupError, OverflowError):
             raise self.worker.broken() from None
-        if kind != END:
-            raise self.worker.broken()
         if (warning := warn_decoded_damage(name, self.info.seconds(damage), self.info.damage)) is not None:
             warn(warning, stacklevel=3)
         emit(name, resized, stacklevel=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, BinaryIO
@@ -13,6 +13,7 @@ from PIL import Image, WebPImagePlugin
 from keye.media.container.animations import is_webp, png_times, webp_times
 from keye.media.decode.display import display_facts
 from keye.media.decode.picture import DAMAGE, in_color, open_picture
+from keye.media.decode.thumbnails import interleave, wanted_times
 from keye.media.decode.wire import WorkerError
 
 #: Times of frames are in this unit, in seconds, in which those of both formats are whole or nearly so.
@@ -55,30 +56,38 @@ class AnimationReader:
         }  # fmt: skip
 
     def frames(
-        self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool = False
-    ) -> Iterator[bytes]:
-        """RGB bytes (height x width x 3) of the frames that begin at the target times, ascending."""
+        self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool, scan: list[int] | None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """RGB bytes (height x width x 3) of the frames that begin at the target times, ascending, as messages (kind,
+        body), those with thumbnails of the frames in `scan` among them."""
+        pictures = self._pictures(wanted_times(targets, self.times, scan))
+        return interleave(pictures, targets, scan, _resize, (width, height))
+
+    def _pictures(self, times: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
         image = self._open()
         first = int(getattr(image, "default_image", False))  # A PNG may show another picture where nothing moves.
-        place = 0
+        wanted = frozenset(times)
         for number, time in enumerate(self.times):
-            if place == len(targets):
+            if not times or time > times[-1]:
                 return
-            if time < targets[place]:
+            if time not in wanted:
                 continue
             try:
                 image.seek(first + number)
-                picture = _on_white(in_color(image)).resize((width, height), Image.Resampling.BICUBIC)
+                picture = _on_white(in_color(image))
+                picture.load()
             except DAMAGE:
                 seconds = float(time * TIME_BASE)
                 raise WorkerError(f"is damaged near {seconds:.1f} s; download or export it again") from None
-            while place < len(targets) and targets[place] <= time:
-                yield picture.tobytes()
-                place += 1
+            yield time, picture
 
     def _open(self) -> Image.Image:
         self.file.seek(0)
         return open_picture(self.file, self.pixel_limit, ("WEBP", "PNG"))
+
+
+def _resize(picture: Image.Image, width: int, height: int) -> bytes:
+    return picture.resize((width, height), Image.Resampling.BICUBIC).tobytes()
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

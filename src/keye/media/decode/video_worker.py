@@ -3,9 +3,10 @@
 Started by `keye.media.video` with an open file; it opens nothing else, so a playlist inside the file leads nowhere.
 It imports neither numpy nor torch. Conversation: on start it sends one INFO message; then, for each request line
 (JSON) on standard input, one FRAME message per target in ascending order and an END message with the times of targets
-whose frames are damaged, or of another size than those before. A request without targets has no answer; any that comes
-while frames are sent ends them early. An ERROR message ends the conversation. `keye.media.decode.wire` has the form of
-messages, `keye.media.decode.sandbox` what the process may not do.
+whose frames are damaged, or of another size than those before. A request with a `scan` (first, last) is also answered
+by THUMBNAILS messages of all frames between these times, in batches. A request without targets has no answer; any that
+comes while frames are sent ends them early. An ERROR message ends the conversation. `keye.media.decode.wire` has the
+form of messages, `keye.media.decode.sandbox` what the process may not do.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, lay_out
 from keye.media.decode.display import display_facts, interpolate_fields, with_neighbours
 from keye.media.decode.sandbox import confine
+from keye.media.decode.thumbnails import HEIGHT, WIDTH, interleave, wanted_times
 from keye.media.decode.video_file import LAZY, Opening, VideoFile, list_tracks, video_tracks
-from keye.media.decode.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
+from keye.media.decode.wire import END, INFO, WorkerError, report_crashes, send, send_error
 
 if TYPE_CHECKING:
     from keye.media.decode.animation_reader import AnimationReader
@@ -117,26 +119,38 @@ class Reader:
         }
 
     def frames(
-        self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool = False
-    ) -> Iterator[bytes]:
+        self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool, scan: list[int] | None
+    ) -> Iterator[tuple[bytes, bytes]]:
         """RGB bytes (height x width x 3) of the frame shown at each target time, ascending, before it is turned and
-        mirrored; with `deinterlace` of interlaced frames their first moment. `strict`: damaged frames are errors."""
+        mirrored; with `deinterlace` of interlaced frames their first moment. `strict`: damaged frames are errors.
+        Messages (kind, body), those with thumbnails of the frames in `scan` among them."""
         self.deinterlace = deinterlace
-        wanted = Wanted(targets)
+        wanted = Wanted(wanted_times(targets, self.times, scan), targets)
         self.damage = wanted.damage
         self.resized = []
+        resizers = {(width, height): VideoReformatter(), (WIDTH, HEIGHT): VideoReformatter()}
+
+        def resize(frame: VideoFrame, w: int, h: int) -> bytes:
+            # A thumbnail holds means; frames are resized as the official code does it.
+            kind = Interpolation.BICUBIC if (w, h) == (width, height) else Interpolation.AREA
+            return packed_rgb(resizers[w, h], frame, w, h, kind, self.video.opening.threads)
+
+        yield from interleave(self._checked(wanted, strict=strict), targets, scan, resize, (width, height))
+
+    def _checked(self, wanted: Wanted, *, strict: bool) -> Iterator[tuple[int, VideoFrame]]:
+        """The frames for the wanted times with these; notes changes of their size."""
         first = self.video.scan.first_frame
         assert first is not None
-        resize, size = VideoReformatter(), (first.width, first.height)
-        for target, frame in zip(targets, self._decoded(wanted), strict=False):
+        size = first.width, first.height
+        for time, frame in zip(wanted.targets, self._decoded(wanted), strict=False):
             if size != (size := (frame.width, frame.height)):
-                self.resized.append((target, *size))
+                self.resized.append((time, *size))
             if strict and wanted.damage:
                 raise WorkerError(
                     f"is damaged near {self._seconds(wanted.damage[0]):.1f} s; download it again or leave {{}} out",
                     "strict_media",
                 )
-            yield packed_rgb(resize, frame, width, height, self.video.opening.threads)
+            yield time, frame
 
     def _rate(self) -> Fraction | None:
         """Frames a second, as far as the file tells."""
@@ -186,7 +200,7 @@ class Reader:
         codec, first = self.video.stream.codec_context.name, self.video.scan.first_frame
         assert first is not None
         interlaced = self.deinterlace and first.interlaced_frame
-        lean = self.timeline.stamps is not None and codec in _SKIPPABLE and not interlaced
+        lean = self.timeline.stamps is not None and codec in _SKIPPABLE and not interlaced and not wanted.scans
         while not wanted.done:
             try:
                 yield from self._pass(wanted, lean=lean)
@@ -200,6 +214,8 @@ class Reader:
                 continue
             if not lean:
                 yield from wanted.rest(faults=self._is_faulty(self.video.faults))
+                if not wanted.samples_left:
+                    return  # nothing but thumbnails is missing
                 if not wanted.done:
                     raise WorkerError(
                         f"is cut short or damaged: no frame at {self._seconds(wanted.pending):.1f} s can be decoded; "
@@ -219,7 +235,7 @@ class Reader:
             known = self.video.faults
             complete = not frame.is_corrupt and (frame.key_frame or not tainted)
             # Deinterlacing takes a frame's neighbours, which a lean pass may have left out.
-            combed = self.deinterlace and frame.interlaced_frame
+            combed = self.deinterlace and frame.interlaced_frame and frame.pts in wanted.sampled
             if self.lead == 1 and not known and not wanted.done and wanted.pending < (frame.pts or 0):
                 raise _NoStart  # one group was not enough
             for hit in wanted.take(
@@ -293,13 +309,14 @@ class _DamagedStart(Exception):
 
 
 class Wanted:
-    """Target times still without a frame, ascending. `damage` are the targets whose frame was decoded with faults, or
-    not at all: then the one on display before it stands in for it. `missed`: a lean pass found no complete frame for a
-    target."""
+    """Target times still without a frame, ascending; those among them that are not `sampled` are for thumbnails alone.
+    `damage` are the sampled targets whose frame was decoded with faults, or not at all: then the one on display before
+    it stands in for it. `missed`: a lean pass found no complete frame for a target."""
 
-    def __init__(self, targets: list[int]) -> None:
+    def __init__(self, targets: Sequence[int], sampled: Sequence[int]) -> None:
         self.targets = targets
-        self.times = frozenset(targets)
+        self.times, self.sampled = frozenset(targets), frozenset(sampled)
+        self.last_sample = sampled[-1] if sampled else NONE
         self.place = 0
         self.damage: list[int] = []
         self.missed = False
@@ -308,6 +325,16 @@ class Wanted:
     @property
     def done(self) -> bool:
         return self.place == len(self.targets)
+
+    @property
+    def scans(self) -> bool:
+        """Whether thumbnails are wanted, of all frames."""
+        return len(self.times) > len(self.sampled)
+
+    @property
+    def samples_left(self) -> bool:
+        """Whether any sampled target is without a frame."""
+        return not self.done and self.pending <= self.last_sample
 
     @property
     def pending(self) -> int:
@@ -326,7 +353,7 @@ class Wanted:
             if exact and (late or not complete or not usable):
                 self.missed = True
                 return
-            if faults if late else not complete:
+            if (faults if late else not complete) and self.pending in self.sampled:
                 self.damage.append(self.pending)
             self.place += 1
             yield self.previous or frame if late else frame
@@ -337,17 +364,17 @@ class Wanted:
         missing = len(self.targets) - self.place
         if self.previous is None or 2 * missing > len(self.targets):
             return
-        self.damage += self.targets[self.place :] if faults else []
+        self.damage += [time for time in self.targets[self.place :] if faults and time in self.sampled]
         for _ in range(missing):
             self.place += 1
             yield self.previous
 
 
-def packed_rgb(resize: VideoReformatter, frame: VideoFrame, width: int, height: int, threads: int) -> bytes:
-    """The frame as RGB bytes without row padding, resized by libswscale's bicubic (antialiasing) filter."""
-    picture = resize.reformat(
-        frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC, threads=threads
-    )
+def packed_rgb(
+    resize: VideoReformatter, frame: VideoFrame, width: int, height: int, kind: Interpolation, threads: int
+) -> bytes:
+    """The frame as RGB bytes without row padding, resized by one of libswscale's (antialiasing) filters."""
+    picture = resize.reformat(frame, width=width, height=height, format="rgb24", interpolation=kind, threads=threads)
     row, stride, data = width * 3, picture.planes[0].line_size, memoryview(picture.planes[0])
     if stride == row:
         return bytes(data[: row * height])
@@ -371,11 +398,11 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
             request = json.loads(line)
             if "targets" not in request:
                 continue
-            wanted = (request[name] for name in ("targets", "width", "height", "deinterlace", "strict"))
-            for frame in reader.frames(*wanted):
+            wanted = (request[name] for name in ("targets", "width", "height", "deinterlace", "strict", "scan"))
+            for kind, body in reader.frames(*wanted):
                 if select.select([requests], [], [], 0)[0]:
                     break  # the caller needs no more of these frames, or has exited
-                send(out, FRAME, frame)
+                send(out, kind, body)
             report = {"damaged": list(reader.damage[:_MOST_REPORTED]), "resized": reader.resized[:_MOST_REPORTED]}
             send(out, END, json.dumps(report).encode())
     except WorkerError as error:

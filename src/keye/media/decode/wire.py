@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 HEADER = struct.Struct("<cQ")
-INFO, FRAME, END, ERROR, CRASH = b"I", b"F", b"N", b"E", b"X"
+INFO, FRAME, THUMBNAILS, END, ERROR, CRASH = b"I", b"F", b"T", b"N", b"E", b"X"
 #: Longest body of an ERROR or CRASH message, in bytes.
 MAX_WORDS = 1 << 16
 
