@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Final
 
@@ -22,20 +23,20 @@ from torch import Tensor
 from keye.errors import KeyeError
 from keye.ops.kv_blocks import KV_BLOCK
 
-#: Files of which it is remembered what was compared.
-_REMEMBERED: Final = 64
-#: Device, inode, size, and times of the last changes of content and of the inode.
-Identity = tuple[int, int, int, int, int]
+#: Bytes of notes on what was compared, one for each block, that are remembered of all files.
+_REMEMBERED: Final = 64 << 20
+#: Device, inode, size, times of the last changes of content and of the inode, and where in the file the blocks are.
+Identity = tuple[int, int, int, int, int, int]
 #: That of a file of which nothing is remembered.
-FRESH: Final[Identity] = (-1, -1, -1, -1, -1)
+FRESH: Final[Identity] = (-1, -1, -1, -1, -1, -1)
 _sound: OrderedDict[Identity, NDArray[np.bool_]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def identity_of(file: int) -> Identity:
-    """What tells an open file from others, and from itself before it was changed."""
+def identity_of(file: int, start: int = 0) -> Identity:
+    """What tells a part of an open file from others, and from itself before it was changed."""
     status = os.fstat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, start
 
 
 class BlockCheck:
@@ -47,6 +48,7 @@ class BlockCheck:
         identity: Identity,
     ) -> None:  # fmt: skip
         self._path, self._mapped, self._crcs = path, mapped, crcs
+        self._first, self._total = 0, crcs.shape[2]
         self._sections = {name: (number, offset, size) for number, (name, offset, size) in enumerate(sections)}
         self.damage: KeyeError | None = None
         with _lock:
@@ -54,8 +56,15 @@ class BlockCheck:
             self._sound = np.zeros(crcs.shape, dtype=bool) if sound is None else sound
             if identity != FRESH:
                 _sound[identity] = self._sound
-            while len(_sound) > _REMEMBERED:
+            while sum(known.nbytes for known in _sound.values()) > _REMEMBERED and len(_sound) > 1:
                 _sound.popitem(last=False)
+
+    def part(self, first: int, count: int) -> BlockCheck:
+        """The same for `count` blocks from `first` on, which are those of one of several sequences."""
+        part = copy(self)
+        part._first, part.damage = self._first + first, None
+        part._crcs, part._sound = (array[:, :, first : first + count] for array in (self._crcs, self._sound))
+        return part
 
     def is_complete(self, layer: int) -> bool:
         """Whether every block of a layer has been compared."""
@@ -79,7 +88,7 @@ class BlockCheck:
         sound, total = self._sound[number, layer], self._sound.shape[2]
         wanted = np.arange(total) if blocks is None else blocks[blocks < total]
         for block in wanted[~sound[wanted]].tolist():
-            number_in_file = layer * total + block
+            number_in_file = layer * self._total + self._first + block
             start = offset + number_in_file * size
             if zlib.crc32(self._mapped[start : start + size]) == int(self._crcs[number, layer, block]):
                 sound[block] = True

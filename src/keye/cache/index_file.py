@@ -7,7 +7,8 @@
     checksums   uint32 [names, layers, blocks]: CRC-32 of every KV block, names in the order of the header
     header      JSON; `storage.rows` has name, number format and place of each kind of rows
 
-Files of version 1 have the rows `keys`, `values` and, in sparse models, `index` of keye 0.1, directly in `storage`.
+Files of version 1 have the rows `keys`, `values` and, in sparse models, `index` of keye 0.1, directly in `storage`. A
+file of version 3 is a series of such images (`keye.cache.segments`), whose places count from the image's own prelude.
 
 The header comes last, so that the file is written front to back; sections begin at multiples of 64 KiB. A file is data:
 nothing in it is executed, sizes are limited, and every place is checked against the file before it is read. Checksums
@@ -24,7 +25,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -44,6 +45,8 @@ from keye.media.source.fetch import INDEX_MAGIC
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
 
 VERSION: Final = 2
+#: The version of files of several images.
+SEGMENTS_VERSION: Final = 3
 #: Names of rows in files of version 1, in their order, and which of them were scanned.
 _VERSION_1: Final = {"index": ("indexer_k", True), "keys": ("k", False), "values": ("v", False)}
 #: Names that rows of a file can have.
@@ -56,6 +59,7 @@ MAX_HEADER_BYTES: Final = 16 << 20
 SAMPLED_BLOCKS: Final = 16
 #: Magic, version, place and length of the header, SHA-256 of the header.
 _PRELUDE: Final = struct.Struct("<16sIQQ32s")
+PRELUDE_BYTES: Final = _PRELUDE.size
 #: More of anything than this is damage.
 _MOST: Final = 1 << 24
 Progress = Callable[[int, int], None]
@@ -71,8 +75,8 @@ class Section:
 
 @dataclass(frozen=True)
 class IndexFile:
-    """A file whose header has been read and checked. `about` is what its writer said of it; `size` in bytes; `crcs`
-    uint32 [names of rows, layers, blocks]; `tokens` int64 [4, T]."""
+    """A file, or an image in one, whose header has been read and checked. `about` is what its writer said of it; `size`
+    in bytes; `crcs` uint32 [names of rows, layers, blocks]; `tokens` int64 [4, T]."""
 
     path: Path
     about: Mapping[str, Any]
@@ -136,38 +140,62 @@ def write_index_file(path: Path, cache: KVCache, tokens: Tensor, about: Mapping[
 
 
 def _write(file: BinaryIO, cache: KVCache, layout: KVLayout, tokens: Tensor, about: Mapping[str, Any]) -> None:
-    storage: dict[str, Any] = {"layers": layout.layers, "length": cache.length(0), "rows": {}}
+    file.write(bytes(PRELUDE_BYTES))
+    storage = write_rows(file, [cache], layout, tokens)
+    place, header = file.tell(), encode_header({**about, "storage": storage})
+    file.write(header)
+    file.seek(0)
+    file.write(encode_prelude(VERSION, place, header))
+
+
+def write_rows(
+    file: BinaryIO, caches: Sequence[KVCache], layout: KVLayout, tokens: Tensor, start: int = 0
+) -> dict[str, Any]:
+    """Writes the rows of sequences, each from a block of its own on, their `tokens` and the checksums, and returns the
+    `storage` of the header, whose places count from byte `start` of the file."""
+    storage: dict[str, Any] = {"layers": layout.layers, "length": tokens.shape[1], "rows": {}}
     crcs: list[int] = []
-    file.write(bytes(_PRELUDE.size))
     for name, form in sorted(layout.rows.items(), key=lambda item: item[0] not in layout.scanned):
         _pad(file)
-        start = file.tell()
+        begin = file.tell()
         for layer in range(layout.layers):
-            for place, block in enumerate(cache.block_table):
-                rows = block.slab.rows[name][layer, block.slot].cpu()
-                if (rest := cache.length(layer) - place * KV_BLOCK) < KV_BLOCK:  # the others were never written
-                    rows = torch.cat((rows[:rest], torch.zeros_like(rows[rest:])))
-                stored = rows.numpy().data
-                crcs.append(zlib.crc32(stored))
-                file.write(stored)
+            for rows in (rows for cache in caches for rows in _iter_blocks(cache, name, layer)):
+                crcs.append(zlib.crc32(rows))
+                file.write(rows)
         storage["rows"][name] = {
             "kind": form.kind, "heads": form.heads, "dim": form.dim, "scanned": name in layout.scanned,
-            "offset": start, "bytes": file.tell() - start,
+            "offset": begin - start, "bytes": file.tell() - begin,
         }  # fmt: skip
     for name, data in (("tokens", tokens.contiguous().numpy()), ("checksums", np.array(crcs, dtype="<u4"))):
         _pad(file)
         storage[name] = {
-            "offset": file.tell(), "bytes": data.nbytes, "sha256": hashlib.sha256(data.tobytes()).hexdigest(),
+            "offset": file.tell() - start, "bytes": data.nbytes, "sha256": hashlib.sha256(data.tobytes()).hexdigest(),
         }  # fmt: skip
         file.write(data.tobytes())
-    # Names of files may hold bytes that are no text.
-    header = json.dumps({**about, "storage": storage}, ensure_ascii=False).encode("utf-8", "replace")
-    if len(header) > MAX_HEADER_BYTES:
+    return storage
+
+
+def _iter_blocks(cache: KVCache, name: str, layer: int) -> Iterator[memoryview]:
+    """The stored bytes of the blocks of a sequence; zeros where rows were never written."""
+    length = cache.length(layer)
+    for place, block in enumerate(cache.block_table[: -(-length // KV_BLOCK)]):
+        rows = block.slab.rows[name][layer, block.slot].cpu()
+        if (rest := length - place * KV_BLOCK) < KV_BLOCK:
+            rows = torch.cat((rows[:rest], torch.zeros_like(rows[rest:])))
+        yield rows.numpy().data
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """The bytes of a header; `KeyeError` where there are too many. Names of files may hold bytes that are no text."""
+    text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
+    if len(text) > MAX_HEADER_BYTES:
         raise KeyeError("the plan of the video is too long for an index: sample fewer frames")
-    place = file.tell()
-    file.write(header)
-    file.seek(0)
-    file.write(_PRELUDE.pack(INDEX_MAGIC, VERSION, place, len(header), hashlib.sha256(header).digest()))
+    return text
+
+
+def encode_prelude(version: int, place: int, header: bytes) -> bytes:
+    """The first bytes of an image whose header is at `place`."""
+    return _PRELUDE.pack(INDEX_MAGIC, version, place, len(header), hashlib.sha256(header).digest())
 
 
 def _pad(file: BinaryIO) -> None:
@@ -191,28 +219,39 @@ def read_index_file(path: Path) -> IndexFile:
 
 def _read(path: Path, file: BinaryIO) -> IndexFile:
     size = os.fstat(file.fileno()).st_size
-    start = file.read(_PRELUDE.size)
+    version, place, length, digest = read_prelude(path, file.read(_PRELUDE.size))
+    if version == SEGMENTS_VERSION:
+        raise KeyeError(f"{path} is an index for searching, whose parts are read one by one: use keye find")
+    if place + length != size:
+        raise damage_error(path, f"it has {size:,} bytes instead of {place + length:,}")
+    file.seek(place)
+    header = decode_header(path, file.read(length), digest)
+    return read_image(path, file, header, place, size, version=version)
+
+
+def read_prelude(path: Path, start: bytes) -> tuple[int, int, int, bytes]:
+    """Version, and place, length and SHA-256 of the header, from the first bytes of an image."""
     if start[: len(INDEX_MAGIC)] != INDEX_MAGIC:
         raise KeyeError(f"{path} is not an index of a video: make one with keye index VIDEO -o FILE")
     if len(start) < _PRELUDE.size:
         raise damage_error(path, "it is cut short")
     _, version, place, length, digest = _PRELUDE.unpack(start)
-    if not 1 <= version <= VERSION:
+    if not 1 <= version <= SEGMENTS_VERSION:
         raise KeyeError(f"{path} has version {version} of the index format, but this keye reads versions up to "
-                        f"{VERSION}: index the video again with keye index")  # fmt: skip
+                        f"{SEGMENTS_VERSION}: index the video again with keye index")  # fmt: skip
     if length > MAX_HEADER_BYTES or place < _PRELUDE.size:
         raise damage_error(path, "its header is not where one can be")
-    if place + length != size:
-        raise damage_error(path, f"it has {size:,} bytes instead of {place + length:,}")
-    file.seek(place)
-    text = file.read(length)
+    return version, place, length, digest
+
+
+def decode_header(path: Path, text: bytes, digest: bytes) -> Any:
+    """The JSON of a header whose SHA-256 is known."""
     if hashlib.sha256(text).digest() != digest:
         raise damage_error(path, "its header differs from its checksum")
     try:
-        header = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+        return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise damage_error(path, "its header is not JSON") from None
-    return _check_header(path, file, header, place, version)
 
 
 def _number(text: str) -> int | float:
@@ -223,8 +262,11 @@ def _number(text: str) -> int | float:
     return number if any(mark in text for mark in ".eE") else int(text)
 
 
-def _check_header(path: Path, file: BinaryIO, header: Any, end: int, version: int) -> IndexFile:
-    """The file described by a header; all its places are before `end`."""
+def read_image(
+    path: Path, file: BinaryIO, header: Any, end: int, size: int, *, version: int = VERSION, start: int = 0
+) -> IndexFile:
+    """The image of `size` bytes from byte `start` of a file on, described by a header; all its places are before
+    `end`, counted from `start`."""
     if not isinstance(header, dict) or not isinstance(storage := header.pop("storage", None), dict):
         raise damage_error(path, "its header says nothing of what is stored")
     layers, length = _natural(path, storage, "layers"), _natural(path, storage, "length")
@@ -238,9 +280,8 @@ def _check_header(path: Path, file: BinaryIO, header: Any, end: int, version: in
     sections = {name: _section(path, rows, name, nbytes, end) for name, nbytes in sizes.items()}
     small = {"tokens": 32 * length, "checksums": 4 * len(sizes) * layers * blocks}
     sections |= {name: _section(path, storage, name, nbytes, end) for name, nbytes in small.items()}
-    tokens = np.frombuffer(_read_section(path, file, storage, "tokens", sections), dtype="<i8")
-    crcs = np.frombuffer(_read_section(path, file, storage, "checksums", sections), dtype="<u4")
-    size = os.fstat(file.fileno()).st_size
+    tokens = np.frombuffer(_read_section(path, file, storage, "tokens", sections, start), dtype="<i8")
+    crcs = np.frombuffer(_read_section(path, file, storage, "checksums", sections, start), dtype="<u4")
     return IndexFile(
         path, header, layout, length, size, sections, torch.from_numpy(tokens.reshape(4, length).astype(np.int64)),
         crcs.reshape(-1, layers, blocks),
@@ -256,10 +297,10 @@ def _rows_of_version_1(storage: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _read_section(
-    path: Path, file: BinaryIO, storage: Mapping[str, Any], name: str, sections: Mapping[str, Section]
+    path: Path, file: BinaryIO, storage: Mapping[str, Any], name: str, sections: Mapping[str, Section], start: int
 ) -> bytes:
     """A small section in full, compared with its SHA-256."""
-    file.seek(sections[name].offset)
+    file.seek(start + sections[name].offset)
     data = file.read(sections[name].nbytes)
     if hashlib.sha256(data).hexdigest() != storage[name].get("sha256"):
         raise damage_error(path, f"its {name} differ from their checksum")

@@ -19,7 +19,7 @@ from keye.chat.replies import Window, collect_windows
 from keye.chat.template import CHATML, ChatTemplate, Segment, drop_last_end
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
-from keye.engine.media import OpenIndex, VideoIndex, check_medium, plan_medium
+from keye.engine.media import Frames, OpenIndex, VideoIndex, check_medium, plan_medium
 from keye.errors import ContextError, KeyeError, KeyeWarning, Option, collect_warnings
 from keye.media.pixels.patches import VisionInput
 from keye.media.positions import PreviewLayout, build_position_ids
@@ -174,6 +174,19 @@ class PromptBuilder:
             if isinstance(segment.value, Medium):
                 check_medium(segment.value)
         return segments
+
+    def encode_around(
+        self, question: str, *, template: ChatTemplate | CheckpointTemplate | None = None, thinking: bool | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids before one video, and those after it with a question about it."""
+        medium = Medium("video", Frames(()))
+        segments = self.render([Message("user", (medium, question))], template=template, thinking=thinking)
+        place = next(i for i, segment in enumerate(segments) if segment.value is medium)
+        head, tail = (
+            self.tokenizer.encode_parts((str(s.value), s.kind == "template") for s in part)
+            for part in (segments[:place], segments[place + 1 :])
+        )
+        return head, tail
 
     def lay_out(
         self,

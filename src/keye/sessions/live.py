@@ -15,10 +15,9 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from keye.chat.messages import Medium, Message
 from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
-from keye.engine.media import Frames, VideoIndex
+from keye.engine.media import VideoIndex
 from keye.engine.prompt import ContextBudget
 from keye.engine.request import GenerationRequest
 from keye.errors import KeyeError, Option
@@ -178,15 +177,7 @@ class LiveSession:
 
     def _around(self, question: str, thinking: bool | None = None) -> tuple[list[int], list[int]]:
         """Token ids before the video, and those after it with the question."""
-        builder, medium = self._runtime.prompts, Medium("video", Frames(()))
-        message = Message("user", (medium, question))
-        segments = builder.render([message], template=self._runtime.template, thinking=thinking)
-        place = next(i for i, segment in enumerate(segments) if segment.value is medium)
-        head, tail = (
-            builder.tokenizer.encode_parts((str(s.value), s.kind == "template") for s in part)
-            for part in (segments[:place], segments[place + 1 :])
-        )
-        return list(head), list(tail)
+        return self._runtime.prompts.encode_around(question, template=self._runtime.template, thinking=thinking)
 
     def _append(self, frames: Any, times: list[float]) -> None:
         config = self._runtime.processor.config

@@ -19,6 +19,7 @@ from keye.cache.checksums import damage_error
 from keye.cache.fingerprint import Fingerprint
 from keye.cache.index_file import IndexFile, check_index_disk, open_mapped, read_index_file, write_index_file
 from keye.cache.sequence import KVCache
+from keye.cache.slabs import KVLayout
 from keye.chat.messages import Medium, Message
 from keye.config import KeyeConfig
 from keye.engine.engine import Engine
@@ -136,7 +137,7 @@ def open_video_index(owner: Runtime, source: Source) -> VideoIndex:
     if "native_fps" in facts.plan and "start_offset" not in facts.plan:
         raise KeyeError(f"{source.path} was made by an older keye, whose times counted from the first picture and not "
                         "from the start of the file: index the video again")  # fmt: skip
-    _check_layout(file, owner.config, owner.model.dtype)
+    check_layout(source.path, file.layout, owner.config)
     _check_tokens(file, facts, owner.config)
     rows, near, device = dict(file.rows(mapped)), 0, owner.model.device
     for name in file.layout.scanned if device.type != "cpu" else ():
@@ -245,16 +246,15 @@ def _fields(file: IndexFile, value: Any, wanted: Mapping[str, type]) -> Mapping[
     return value
 
 
-def _check_layout(file: IndexFile, config: KeyeConfig, dtype: torch.dtype) -> None:
-    """The stored rows must be those of the model, in whatever format."""
-    layout = file.layout
+def check_layout(path: Path, layout: KVLayout, config: KeyeConfig) -> None:
+    """`KeyeError` where stored rows are not those of the model, in whatever format."""
     specs = {
         name: RowSpec(layout.layers, rows.heads, rows.dim, name in layout.scanned) for name, rows in layout.rows.items()
     }
     # An index of dense attention holds no scanned rows.
     ours = {name: spec for name, spec in cache_rows(config.text).items() if name in specs or not spec.scanned}
     if specs != ours:
-        raise damage_error(file.path, "its rows have another shape than those of its model")
+        raise damage_error(path, "its rows have another shape than those of its model")
 
 
 def _check_tokens(file: IndexFile, facts: _Facts, config: KeyeConfig) -> None:

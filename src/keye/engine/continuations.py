@@ -1,0 +1,119 @@
+"""One text behind many stored sequences: what the model would say next after each, in passes over many at a time.
+
+This is how a question is put to every window of a video. A request each would cost milliseconds before anything is
+computed; here a pass takes as many sequences as a step has tokens. Passes alternate with the steps of requests, and
+their memory is reserved in the ledger as that of a step is. Knows token ids and sequences, not what is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keye.cache.ledger import OutOfMemory
+from keye.cache.sequence import KVCache
+from keye.engine.core import EngineCore
+from keye.engine.engine import Engine
+from keye.engine.request import Generating
+from keye.engine.step import Slice
+from keye.models.attention import AttentionMode
+
+
+@dataclass(frozen=True)
+class StoredSequence:
+    """What is stored of a prompt's first tokens, and the position of the token after them."""
+
+    cache: KVCache
+    next_position: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What comes after a text behind sequence `number`: float32 [V] `logits`, and `counts` int64 [layers, positions] of
+    how often each stored position was selected while the text was read; None where it was not counted, or every
+    position was read."""
+
+    number: int
+    logits: Tensor
+    counts: Tensor | None
+
+
+def continue_sequences(
+    engine: Engine, sequences: Callable[[int, int], Sequence[StoredSequence]], total: int, token_ids: Sequence[int], *,
+    attention: AttentionMode, count: bool = False, check: Callable[[], None] | None = None,
+) -> Iterator[Continuation]:  # fmt: skip
+    """Computes the text behind each of `total` stored sequences, in their order; `sequences` gives those from a first to
+    before a last number, and they stay as they are. `count` asks for the selections. `check` is called before each
+    pass and may raise. `OutOfMemory` where not even one fits beside what else is there; damage of a stored file is its
+    `KeyeError`."""
+    core, ids, done = engine.core, torch.tensor(list(token_ids)), 0
+    while done < total:
+        if check is not None:
+            check()
+        most = _count_sequences(core, len(ids))
+        begin = done
+        try:
+            with core.exclusive():
+                for item in _compute(core, sequences(done, min(done + most, total)), ids, attention, count, done):
+                    done = item.number + 1
+                    yield item
+        except OutOfMemory:
+            if done > begin:
+                continue
+            if core.is_idle():
+                raise
+        if not core.is_idle() and not core.step():  # others go on in between
+            core.wait_for_work()
+
+
+def _count_sequences(core: EngineCore, tokens: int) -> int:
+    """How many sequences a pass takes: as many as prompts may have tokens in a step, at least one."""
+    replies = sum(len(task.state.branches) for task in core.tasks if isinstance(task.state, Generating))
+    return max(1, core.scheduler.timer.token_budget(replies) // tokens)
+
+
+def _compute(
+    core: EngineCore, sequences: Sequence[StoredSequence], ids: Tensor, attention: AttentionMode, count: bool, first: int
+) -> list[Continuation]:
+    """One pass; over fewer sequences where memory is short, at least one."""
+    scratch, forks = core.scheduler.scratch, list[KVCache]()
+    try:
+        slices = []
+        for item in sequences:
+            try:
+                forks.append(item.cache.fork())
+                forks[-1].reserve(forks[-1].length(0) + len(ids))
+            except OutOfMemory:
+                if not slices:
+                    raise
+                break
+            slices.append(_slice(core, forks[-1], item.next_position, ids, attention, count))
+        fitting = scratch.count_fitting(slices)
+        slices = slices[: max(fitting, 1)]
+        scratch.reserve(slices)
+        logits = core.run_slices(core.runtime.model, slices)
+    finally:
+        scratch.release(least=not core.is_idle())
+        for fork in forks:
+            fork.free()
+    for fork in forks[: len(slices)]:
+        if fork.damage is not None:
+            raise fork.damage
+    return [
+        Continuation(first + i, row[-1].float(), piece.counts)
+        for i, (row, piece) in enumerate(zip(logits, slices, strict=True)) if row is not None
+    ]  # fmt: skip
+
+
+def _slice(
+    core: EngineCore, cache: KVCache, position: int, ids: Tensor, attention: AttentionMode, count: bool
+) -> Slice:
+    sparse, config = core.runtime.config.text.sparse, core.runtime.config.text
+    length, counts = cache.length(0) + len(ids), None
+    if count and sparse is not None and attention == "sparse" and length > sparse.topk:
+        counts = torch.zeros(config.num_hidden_layers, length, dtype=torch.int64)
+    positions = torch.arange(position, position + len(ids)).expand(3, len(ids))
+    return Slice(cache, ids, positions, None, "last", attention, counts)
