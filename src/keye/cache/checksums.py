@@ -63,7 +63,7 @@ class BlockCheck:
         """The same for `count` blocks from `first` on, which are those of one of several sequences."""
         part = copy(self)
         part._first, part.damage = self._first + first, None
-        part._crcs, part._sound = (array[:, :, first : first + count] for array in (self._crcs, self._sound))
+        part._crcs, part._sound = self._crcs[:, :, first : first + count], self._sound[:, :, first : first + count]
         return part
 
     def is_complete(self, layer: int) -> bool:

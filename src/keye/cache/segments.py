@@ -142,7 +142,7 @@ OpenFile = Callable[[Path], BinaryIO]
 
 def open_for_writing(path: Path) -> BinaryIO:
     """An `OpenFile`."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=1 << 20)  # type: ignore[return-value]
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=1 << 20)
 
 
 class SegmentWriter:

@@ -66,12 +66,16 @@ class KernelConfig:
     compiler: str | None = None
 
 
+def cache_folder() -> Path:
+    """Where keye keeps what it can make again: `keye` in XDG_CACHE_HOME."""
+    return Path(os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "keye")).expanduser()
+
+
 def kernel_config() -> KernelConfig:
     """The settings in the environment: KEYE_KERNELS, KEYE_CPU_VARIANT, XDG_CACHE_HOME and CXX."""
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "keye")
     return KernelConfig(
         kernels=os.environ.get("KEYE_KERNELS") or KernelConfig.kernels,
         cpu_variant=os.environ.get("KEYE_CPU_VARIANT") or None,
-        cache=Path(cache).expanduser(),
+        cache=cache_folder(),
         compiler=os.environ.get("CXX") or None,
     )

@@ -45,8 +45,8 @@ def continue_sequences(
     engine: Engine, sequences: Callable[[int, int], Sequence[StoredSequence]], total: int, token_ids: Sequence[int], *,
     attention: AttentionMode, count: bool = False, check: Callable[[], None] | None = None,
 ) -> Iterator[Continuation]:  # fmt: skip
-    """Computes the text behind each of `total` stored sequences, in their order; `sequences` gives those from a first to
-    before a last number, and they stay as they are. `count` asks for the selections. `check` is called before each
+    """Computes the text behind each of `total` stored sequences, in their order; `sequences` gives those from a first
+    to before a last number, and they stay as they are. `count` asks for the selections. `check` is called before each
     pass and may raise. `OutOfMemory` where not even one fits beside what else is there; damage of a stored file is its
     `KeyeError`."""
     core, ids, done = engine.core, torch.tensor(list(token_ids)), 0
@@ -76,12 +76,17 @@ def _count_sequences(core: EngineCore, tokens: int) -> int:
 
 
 def _compute(
-    core: EngineCore, sequences: Sequence[StoredSequence], ids: Tensor, attention: AttentionMode, count: bool, first: int
+    core: EngineCore,
+    sequences: Sequence[StoredSequence],
+    ids: Tensor,
+    attention: AttentionMode,
+    count: bool,
+    first: int,
 ) -> list[Continuation]:
     """One pass; over fewer sequences where memory is short, at least one."""
     scratch, forks = core.scheduler.scratch, list[KVCache]()
     try:
-        slices = []
+        slices = list[Slice]()
         for item in sequences:
             try:
                 forks.append(item.cache.fork())

@@ -161,9 +161,14 @@ class FileReader(PixelReader):
         return self._queue.wait(self._shape.frames(rows), 0)
 
     def take(self, rows: int) -> VisionInput:
-        frames = self._queue.take(self._shape.frames(rows))
-        self._next_frame += len(frames)
+        frames = self.take_frames(self._shape.frames(rows))
         return self._shape.patches(frames, self._next_frame - len(frames))
+
+    def take_frames(self, count: int) -> list[Pixels]:
+        """The next frames as they are, uint8 RGB [H, W, 3]."""
+        frames = self._queue.take(count)
+        self._next_frame += count
+        return frames
 
     def notes(self) -> Sequence[KeyeWarning]:
         with self._queue.changed:

@@ -274,6 +274,14 @@ class Processor:
             open_pixels = partial(FileReader, source, self.limits, read, shape, track=plan.track)
         return self._build_item(PixelSource(shape.grid_thw, open_pixels), plan, options)
 
+    def build_item(self, vision: VisionInput, labels: Sequence[float], key: bytes | None = None) -> MediaItem:
+        """Frames of one size that were read before, as patches with a row each, in the form of a video; `labels` are
+        the seconds that the model reads. No frame counts as fast (1.5). `key` names their visual tokens."""
+        release = self.config.release
+        pixels = vision.as_one_video() if release.whole_video else vision
+        item = self._build_video_item(pixels, labels, None, _subtract_first(labels), None)
+        return replace(item, key=key)
+
     def frames(self, frames: Any, options: MediaOptions = DEFAULTS, *, size: sizes.Size | None = None) -> MediaItem:
         """A video in memory: an array or tensor with four axes, or a list of pictures (`as_frames`).
 

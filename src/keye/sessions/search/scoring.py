@@ -68,9 +68,7 @@ def score_windows(
                 index.release()
         return [index.sequence(number) for index, number in windows[start:stop]]
 
-    results = continue_sequences(
-        engine, open_sequences, len(windows), ids, attention=mode, count=evidence, check=check
-    )
+    results = continue_sequences(engine, open_sequences, len(windows), ids, attention=mode, count=evidence, check=check)
     for item in results:
         index, number = windows[item.number]
         yes, mass = read_answer(item.logits, readers)

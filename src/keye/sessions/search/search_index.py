@@ -7,7 +7,7 @@
     scenes    hard cuts and change scores of a part of the video
     level     a spacing that is complete
 
-Everything in a header is checked before it is used: a file is data that somebody else may have written.
+Everything in a header is checked before it is used: anyone may have written the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """A video as windows of a few frames that overlap, each with a clock of its own.
 
-A model that was trained on a minute of video reads two hours as windows of a minute, each a prompt by itself. The labels
+A model that was trained on a minute of video reads two hours as windows of a minute, each a prompt by itself. Labels
 of its frames count from 0 on the window's own clock: small numbers, as in training. Where frames lie closer together
 than labels with one decimal can tell, that clock runs slower than the video's. What a model answers in seconds of the
 clock is turned into seconds of the file by the frames between which it lies. Knows times, no pixels.
@@ -27,7 +27,7 @@ OVERLAP_FRAMES: Final = 2
 OVERLAP_SECONDS: Final = 2.0
 #: Most frames of a plan: two days at one a second.
 MOST_FRAMES: Final = 200_000
-Times = NDArray[np.float64]
+Times = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,11 @@ def count_overlap(spacing: float, frames: int, seconds: float = OVERLAP_SECONDS)
 
 
 def choose_frames(
-    timestamps: Sequence[float], spacing: float, *, start: float = 0.0, end: float | None = None,
+    timestamps: Sequence[float],
+    spacing: float,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
     changes: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> list[int]:
     """Indices of the frames shown every `spacing` seconds between two times. `changes` are times and scores: within
@@ -107,8 +111,14 @@ def _move_to_changes(targets: Times, spacing: float, times: Times, scores: Times
 
 
 def plan_windows(
-    timestamps: Sequence[float], duration: float, chosen: Sequence[int], *, spacing: float, frames: int,
-    overlap: int | None = None, first_number: int = 0,
+    timestamps: Sequence[float],
+    duration: float,
+    chosen: Sequence[int],
+    *,
+    spacing: float,
+    frames: int,
+    overlap: int | None = None,
+    first_number: int = 0,
 ) -> list[SearchWindow]:
     """Windows of at most `frames` of the `chosen` frames of a video whose frames are shown at `timestamps`, each
     sharing `overlap` with the next; the last one may be shorter."""
