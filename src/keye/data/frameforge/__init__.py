@@ -3,10 +3,13 @@
     clip = make_clip(7, frames=16)
     frames = render(clip)                       # uint8 RGB [16, 112, 112, 3]
     chosen = questions(clip, random.Random(7), 8)
+    write_film(plan_film(7, minutes=30), "film.mp4")     # one to search in
 
 Needs numpy and pillow, and PyAV to write files; never torch.
 """
 
+from keye.data.frameforge.film import Film, FilmEvent, plan_film
+from keye.data.frameforge.film_file import write_film
 from keye.data.frameforge.labels import dense_labels
 from keye.data.frameforge.questions import TASKS, Question, format_intervals, picture_questions, questions
 from keye.data.frameforge.render import render
@@ -16,7 +19,7 @@ from keye.data.frameforge.words import HELD_OUT_PAIRS, HELD_OUT_WORDS, TRAIN_WOR
 from keye.data.frameforge.writer import write_mp4
 
 __all__ = [
-    "HELD_OUT_PAIRS", "HELD_OUT_WORDS", "SPLITS", "TASKS", "TRAIN_WORDS", "Clip", "Question", "SceneObject",
-    "dense_labels", "format_intervals", "make_clip", "make_window", "picture_questions", "questions", "render",
-    "stream", "vocabulary", "window_questions", "write_mp4",
+    "HELD_OUT_PAIRS", "HELD_OUT_WORDS", "SPLITS", "TASKS", "TRAIN_WORDS", "Clip", "Film", "FilmEvent", "Question",
+    "SceneObject", "dense_labels", "format_intervals", "make_clip", "make_window", "picture_questions", "plan_film",
+    "questions", "render", "stream", "vocabulary", "window_questions", "write_film", "write_mp4",
 ]  # fmt: skip

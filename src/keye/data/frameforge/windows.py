@@ -101,7 +101,7 @@ def _make_scene(
     cuts = rng.choices(list(CUTS), list(CUTS.values()))[0]
     starts = [0, *sorted(rng.sample(range(1, frames), min(cuts, frames - 1)))]
     shots = list(zip(starts, [*(start - 1 for start in starts[1:]), frames - 1], strict=True))
-    backgrounds = tuple(_make_background(rng, start, split, textured) for start in starts)
+    backgrounds = tuple(make_background(rng, start, split, textured) for start in starts)
     pick = partial(_pick_interval, shots=shots, close=close)
     text = make_text(rng, pick, split, canvas) if rng.random() < text_chance else None
     wanted = rng.choices(list(OBJECTS), list(OBJECTS.values()))[0]
@@ -114,7 +114,8 @@ def _make_scene(
     return Scene(canvas, tuple(placed), text, backgrounds, rng.randint(0, 6))
 
 
-def _make_background(rng: random.Random, start: int, split: str, textured: float) -> Background:
+def make_background(rng: random.Random, start: int, split: str, textured: float) -> Background:
+    """A background from frame `start` on: a texture with the chance `textured`, else a single colour."""
     if rng.random() < textured:
         texture = pick_texture(rng, split)
         (a, b, c), (d, e, f) = texture.colors
