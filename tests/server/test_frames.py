@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -20,7 +22,7 @@ from keye.media.video import VideoReader
 from keye.server.app import guarded_app
 from keye.server.settings import Settings
 from tests.server.conftest import upload
-from tests.support.serving import error_of
+from tests.support.serving import error_of, read_events
 
 SRT = "1\n00:00:00,500 --> 00:00:01,000\na red box\n\n2\n00:00:02,000 --> 00:00:03,000\nthe end\n"
 
@@ -153,3 +155,24 @@ def test_models_say_what_they_know_and_can(http: TestClient) -> None:
     known = {item["name"]: item for item in facts["known_models"]}
     assert set(known) == {"preview", "1.5", "2.0", "671b"}
     assert known["2.0"]["bytes"] > known["1.5"]["bytes"] > 10**9 and not known["671b"]["fits"]
+
+
+def test_scenes_are_the_parts_between_cuts(http: TestClient, tmp_path: Path) -> None:
+    shots = np.repeat([[255, 0, 0], [0, 0, 255], [255, 255, 255]], [12, 10, 8], axis=0).astype(np.uint8)
+    with av.open(str(tmp_path / "shots.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for color in shots:
+            picture = np.full((64, 64, 3), color)
+            picture[:32, :32] = 255 - color  # a picture of one colour is taken for a fade
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    body = {"video": {"file_id": upload(http, tmp_path / "shots.mp4")["id"]}}
+    events = read_events(http.post("/v1/video/scenes", json={**body, "stream": True}))
+    assert events[0]["type"] == "started" and events[-1]["type"] == "result"
+    result = http.post("/v1/video/scenes", json=body).json()
+    assert result == events[-1]["result"] and result["cuts"] == pytest.approx([1.2, 2.2])
+    assert [scene["start"] for scene in result["scenes"]] == pytest.approx([0.0, 1.2, 2.2])
+    error_of(http.post("/v1/video/scenes", json={**body, "min_length": -1}))
+    error_of(http.post("/v1/video/scenes", json={"video": {"file_id": "file-none"}}), 404)

@@ -75,6 +75,8 @@ class Fake:
             return 200, self.files.get(named[0], (owner, b""))[1]
         if (method, path) == ("POST", "/v1/responses"):
             return 200, {"id": f"resp_{next(NUMBERS):032x}", "at": self.name}
+        if path == "/v1/video/find":
+            return 200, {"type": "started", "id": f"find-{next(NUMBERS):032x}"}
         if path == "/v1/files":
             return 200, {
                 "data": [{"id": name, "created_at": 1} for name, (who, _) in self.files.items() if who == owner]
@@ -140,6 +142,16 @@ def test_a_response_is_followed_and_read_where_it_was_stored(http: Any, fakes: l
         body = {"input": "y", "previous_response_id": created["id"]}
         assert {http.post("/v1/responses", json=body).json()["at"] for _ in range(3)} == {fake.name}
         assert http.get(f"/v1/responses/{created['id']}").json() == {"at": fake.name}
+
+
+def test_a_search_is_stopped_where_it_runs(http: Any, fakes: list[Fake]) -> None:
+    for fake in fakes:
+        for other in fakes:
+            other.is_ready = other is fake
+        search = http.post("/v1/video/find", json={"video": {"url": "https://e/1"}}).json()["id"]
+        for other in fakes:
+            other.is_ready = True
+        assert {http.post(f"/v1/video/find/{search}/stop", json={}).json()["at"] for _ in range(3)} == {fake.name}
 
 
 def test_another_owner_gets_no_copy_and_spoils_none(http: Any, fakes: list[Fake]) -> None:

@@ -27,6 +27,7 @@ from keye.media.thumbnails import ThumbnailCache
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
 from keye.server.metrics import Metrics
+from keye.server.searches import Jobs, SearchIndexes
 from keye.server.settings import Settings
 from keye.server.stores import FileStore, MediaOpener, ResponseStore
 from keye.sessions.live import LiveSession
@@ -59,6 +60,25 @@ class Context:
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DECODING))
     started: float = field(default_factory=time.time)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "keye-serve"))
+
+    @cached_property
+    def searches(self) -> Jobs:
+        """Searches in videos."""
+        return Jobs(self.in_thread, 2)
+
+    @cached_property
+    def scans(self) -> Jobs:
+        """Scans of whole videos for cuts."""
+        return Jobs(self.in_thread, 1)
+
+    def stop_jobs(self) -> None:
+        """Ends searches and scans soon: the server is ending."""
+        self.searches.stop_all()
+        self.scans.stop_all()
+
+    @cached_property
+    def indexes(self) -> SearchIndexes:
+        return SearchIndexes(self.files, self.salt)
 
     @cached_property
     def live(self) -> LiveSessions:

@@ -40,10 +40,11 @@ def run_server(
     """Serves a model on a bound socket; see `run_app`. `gauges` are numbers of the decode service for /metrics.
     `on_ready` is called with the address when requests are taken, by default a summary is printed."""
     app = guarded_app(model, settings, audit, decode_gauges=gauges)
-    engine = app.app.state.keye.engine
+    context = app.app.state.keye
 
     async def cut() -> None:
-        engine.fail_open()
+        context.stop_jobs()
+        context.engine.fail_open()
 
     _run(app, settings, listening, on_ready or (lambda address: _print_rows(address, facts(model, settings))), cut)
 

@@ -32,7 +32,8 @@ class Settings:
     `key_bytes` are the most of `stored_bytes` that the files of one key may take: a quarter of it, or all
     where there is one key. `allow_origins` are web pages elsewhere that may use the server, `allow_media_hosts` hosts
     whose media may be fetched also at private addresses. `allowed_hosts` are names in the Host header beside the
-    address that is listened on.
+    address that is listened on. A search takes at most `find_seconds` in its turn and `find_tokens` tokens for its
+    question.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +60,8 @@ class Settings:
     drain_seconds: float = 30.0
     keep_alive_seconds: float = 15.0
     clip_seconds: float = 1800.0
+    find_seconds: float = 3600.0
+    find_tokens: int = 1_000_000
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -278,6 +278,11 @@ class FramesRequest(VideoBody):
     height: Annotated[int, Field(ge=16, le=480)] = 120
 
 
+class ScenesRequest(VideoBody):
+    min_length: Annotated[float, Field(ge=0, le=3600)] = Field(default=0.0, description="seconds; shorter ones join")
+    stream: bool | None = None
+
+
 class SubtitleChoice(Body):
     """Subtitles of a video: the `track` inside it, by number or language, or the `text` of an SRT or WebVTT file."""
 
@@ -289,6 +294,22 @@ class SubtitleChoice(Body):
         if (self.track is None) == (self.text is None):
             raise ValueError("give track or text, one of them")
         return self
+
+
+class FindRequest(VideoBody):
+    model: Name | None = None
+    event: Annotated[str, Field(min_length=1, max_length=10_000)]
+    budget: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
+        default=None, description="tokens that the question may cost; by default an eighth of the index"
+    )
+    top: Annotated[int, Field(ge=1, le=100)] = 5
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    effort: Literal["auto", "low", "medium", "high"] = "auto"
+    scenes: bool = True
+    subtitles: SubtitleChoice | Literal["none"] | None = Field(
+        default=None, description="what players would show unless given"
+    )
+    stream: bool | None = None
 
 
 class SubtitlesRequest(Body):

@@ -34,11 +34,12 @@ _REPLY_HEADERS: Final = (
     "content-type", "content-length", "content-disposition", "content-range", "accept-ranges", "cache-control", "etag",
     "last-modified", "retry-after", "x-accel-buffering",
 )  # fmt: skip
-_ID: Final = re.compile(r"(?:(?:file|index|live)-|resp_)[0-9a-f]{32}")
-_RESPONSES: Final = "/v1/responses"
+_ID: Final = re.compile(r"(?:(?:file|index|live|find)-|resp_)[0-9a-f]{32}")
+#: Paths whose answers begin with an id under which they can be asked for later.
+_NAMING: Final = ("/v1/responses", "/v1/video/find")
 _MAKERS: Final = ("/v1/files", "/v1/indexes", "/v1/live")
-_RESPONSE_ID: Final = re.compile(rb'"id": ?"(resp_[0-9a-f]{32})"')
-#: How far the id of a response is looked for.
+_OWN_ID: Final = re.compile(rb'"id": ?"((?:resp_|find-)[0-9a-f]{32})"')
+#: How far the id of an answer is looked for.
 _BEGIN_BYTES: Final = 4096
 #: Ids whose replica is remembered; more than replicas keep.
 _MOST_IDS: Final = 100_000
@@ -165,8 +166,8 @@ class Proxy:
             content = await _read_all(reply)
             self._remember(str(_object(content).get("id")), name)
             return Response(content, reply.status, headers)
-        if request.method == "POST" and request.url.path == _RESPONSES and reply.status == 200:
-            reply = replace(reply, pieces=self._read_response(reply.pieces, name))
+        if request.method == "POST" and request.url.path in _NAMING and reply.status == 200:
+            reply = replace(reply, pieces=self._read_id(reply.pieces, name))
         if request.method == "DELETE" and reply.status == 200:
             await self._drop(request, request.url.path.rpartition("/")[2])
         kind = headers.get("content-type", "")
@@ -176,13 +177,13 @@ class Proxy:
             reply = replace(reply, pieces=_with_end(reply.pieces, request.url.path))
         return _Passed(reply, headers)
 
-    async def _read_response(self, pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
-        """The pieces of a response, whole or as events; the first id in it is its own."""
+    async def _read_id(self, pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+        """The pieces of an answer, whole or as events; the first id in it is its own."""
         begin = b""
         async for piece in pieces:
             if len(begin) < _BEGIN_BYTES:
                 begin += piece
-                if (match := _RESPONSE_ID.search(begin)) is not None:
+                if (match := _OWN_ID.search(begin)) is not None:
                     self._remember(match[1].decode(), name)
                     begin = b" " * _BEGIN_BYTES
             yield piece

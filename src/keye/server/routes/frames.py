@@ -1,21 +1,25 @@
-"""What of a video is shown beside answers: small pictures, and subtitles."""
+"""What of a video is shown beside answers: small pictures, scenes and subtitles."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from keye.media.scenes import find_scenes
 from keye.media.subtitles import Subtitles, list_tracks, load_track, read_text
 from keye.media.thumbnails import make_thumbnails
+from keye.moments import FindProgress
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
-from keye.server.openai.http import JsonRoute, cancel_on_disconnect
-from keye.server.openai.media_parts import open_video
-from keye.server.openai.schemas import FramesRequest, SubtitleChoice, SubtitlesRequest
+from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect, event, stream_events
+from keye.server.openai.media_parts import named_video, open_video
+from keye.server.openai.schemas import FramesRequest, ScenesRequest, SubtitleChoice, SubtitlesRequest
+from keye.server.searches import Emit, Job, Jobs
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -70,3 +74,54 @@ def choose_subtitles(
     assert video is not None
     source, _ = open_video(video, context.opener(owner))
     return load_track(source, None if choice is None else choice.track)
+
+
+@router.post("/v1/video/scenes")
+async def scenes(request: Request, body: ScenesRequest) -> Response:
+    """The hard cuts of a video and the scenes between them; every frame is decoded. With `stream` as server-sent
+    events: `progress`, and last the `result`."""
+    context, owner = context_of(request), owner_of(request)
+    named_video(body.video, context.opener(owner), body.preprocess_kwargs)
+    job = Job(owner, lambda job, emit: _scan(context, owner, body, job, emit))
+    if body.stream:
+        return await stream_events(request, job_events(context.scans, job, _scan_event))
+    return JSONResponse(await cancel_on_disconnect(request, last_event(context.scans, job)))
+
+
+def _scan_event(job: Job, item: FindProgress | Mapping[str, Any]) -> Mapping[str, Any]:
+    return item.to_dict() if isinstance(item, FindProgress) else {"type": "result", "result": item}
+
+
+def _scan(context: Context, owner: str, body: ScenesRequest, job: Job, emit: Emit) -> None:
+    source, options = open_video(body.video, context.opener(owner), body.preprocess_kwargs)
+
+    def progress(done: int, total: int) -> None:
+        if job.is_stopping:
+            raise Cancelled("the scan was stopped")
+        emit(FindProgress("index", done, total, "frame"))
+
+    scenes = find_scenes(source, track=options.track, min_length=body.min_length, on_progress=progress)
+    shots = [{"start": round(shot.start, 6), "end": round(shot.end, 6)} for shot in scenes.shots]
+    emit(
+        {"object": "keye.scenes", "start": scenes.start, "end": scenes.end, "cuts": list(scenes.cuts), "scenes": shots}
+    )
+
+
+async def job_events(
+    jobs: Jobs, job: Job, encode: Callable[[Job, Any], Mapping[str, Any]]
+) -> AsyncGenerator[bytes, None]:
+    """A job as server-sent events: `started` with its id, `waiting` until its turn, and its own as `encode` has
+    them."""
+    yield event({"type": "started", "id": job.id})
+    async with aclosing(jobs.run(job)) as running:
+        async for item in running:
+            yield event({"type": "waiting"} if item is None else encode(job, item))
+
+
+async def last_event(jobs: Jobs, job: Job) -> Any:
+    """The last event of a job, its result."""
+    result = None
+    async with aclosing(jobs.run(job)) as running:
+        async for item in running:
+            result = item
+    return result

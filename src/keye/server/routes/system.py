@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -57,9 +58,6 @@ async def model(request: Request, name: str) -> JSONResponse:
 _CAPABILITIES: Final = ("images", "video", "ask", "ground", "find", "clips", "frames", "scenes", "subtitles", "export")
 
 
-_SCOPE: Final = ("short", "text", "frames", "examples")
-
-
 def _model(context: Context, name: str) -> dict[str, Any]:
     """The entry of a model. Which others fit this machine is for clients on it and for those with a key: the guard lets
     no others in."""
@@ -70,7 +68,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "release": config.release.name,
         "attention": context.model.runtime.attention,
         "examples": list(defaults.examples),
-        "scope": None if scope is None else {name: getattr(scope, name) for name in _SCOPE},
+        "scope": None if scope is None else {k: v for k, v in asdict(scope).items() if k != "words"},
         "measured_frames": None if scope is None else scope.frames,
         "capabilities": list(_CAPABILITIES),
         "known_models": [known.to_dict() for known in list_known_models()],

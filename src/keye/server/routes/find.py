@@ -1,0 +1,87 @@
+"""/v1/video/find: where in a video something happens, searched in as many looks as that takes; a stream of what it has
+found so far, which can be stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from keye.media.subtitles import Subtitles
+from keye.moments import FindEvent, FindNote, FindResult
+from keye.server.context import Context, context_of, owner_of
+from keye.server.edge.errors import ApiError
+from keye.server.errors import add_note, current_notes
+from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
+from keye.server.openai.media_parts import named_video, open_video
+from keye.server.openai.schemas import FindRequest
+from keye.server.routes.frames import choose_subtitles, job_events, last_event
+from keye.server.searches import Emit, Job
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/video/find")
+async def find(request: Request, body: FindRequest) -> Response:
+    """Where something happens in a video of any length. With `stream` as server-sent events, at least one every two
+    seconds: `started` with the id of the search, `waiting` until its turn, `progress`, `moments` found so far, and
+    last the `result`. It ends when the client leaves; what was indexed stays for the next question."""
+    context, owner = context_of(request), owner_of(request)
+    context.check_model(body.model)
+    named_video(body.video, context.opener(owner), body.preprocess_kwargs)  # mistakes are found before the search waits
+    job = Job(owner, lambda job, emit: _search(context, owner, body, job, emit))
+    if body.stream:
+        return await stream_events(request, job_events(context.searches, job, _event_object))
+    result = await cancel_on_disconnect(request, last_event(context.searches, job))
+    return JSONResponse(_result_object(job, result))
+
+
+@router.post("/v1/video/find/{find_id}/stop")
+async def stop(request: Request, find_id: str) -> JSONResponse:
+    """Ends a search soon: its stream ends with the result so far."""
+    context_of(request).searches.stop(find_id, owner_of(request))
+    return JSONResponse({"id": find_id, "object": "keye.find", "stopping": True})
+
+
+def _event_object(job: Job, item: FindEvent) -> Mapping[str, Any]:
+    return {"type": "result", **_result_object(job, item)} if isinstance(item, FindResult) else item.to_dict()
+
+
+def _result_object(job: Job, result: FindResult) -> dict[str, Any]:
+    notes = tuple(FindNote("request", text, "request") for text in current_notes())
+    return {"object": "keye.find", "id": job.id, "result": replace(result, notes=(*result.notes, *notes)).to_dict()}
+
+
+def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emit) -> None:
+    """Opens the video and searches it, in a thread. Its index counts as storage of its owner while it grows."""
+    source, _ = open_video(body.video, context.opener(owner), body.preprocess_kwargs)
+    options = dict(named_video(body.video, context.opener(owner), body.preprocess_kwargs).options)
+    budget, most, end = body.budget, context.settings.find_tokens, time.monotonic() + context.settings.find_seconds
+    if budget is not None and budget > most:
+        budget = most
+        add_note(f"budget is lowered to the {most:,} tokens that a question may cost here")
+    path = context.indexes.path(owner, source, {**options, "scenes": body.scenes})
+    stream = cast(Any, context.model).stream_find(
+        source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
+        scenes=body.scenes, subtitles=_subtitles(context, owner, body), media_options=options,
+    )  # fmt: skip
+    job.on_stop(stream.stop)
+    try:
+        for item in stream:
+            context.indexes.account(owner, path)
+            emit(item)
+            if time.monotonic() > end and not job.is_stopping:
+                job.stop()
+    except ApiError:
+        context.indexes.remove(owner, path)
+        raise
+
+
+def _subtitles(context: Context, owner: str, body: FindRequest) -> Subtitles | Literal["none"]:
+    if isinstance(body.subtitles, str):
+        return body.subtitles
+    return choose_subtitles(context, owner, body.video, body.subtitles) or "none"
