@@ -141,6 +141,7 @@ VERBS = {
     "ask": ("keye.commands.ask:ask", "answer a question about videos and images"),
     "ground": ("keye.commands.ground:ground", "find when something happens in a video"),
     "index": ("keye.commands.index:index", "read a video once and keep it in a file for questions"),
+    "library": ("keye.commands.library:library", "keep folders of videos indexed and search all of them"),
     "live": ("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
     "plan": ("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
     "batch": ("keye.commands.batch:batch", "answer the questions of a file, once each, by many workers"),

@@ -53,10 +53,14 @@ def output_file(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
 
 
+class DiskFull(KeyeError):
+    """No room was left for a file."""
+
+
 def unwritable(path: Path, error: OSError) -> KeyeError:
     """The sentence for a file that could not be written."""
     if error.errno in _FULL:
-        return KeyeError(f"no room is left to write {path}: free some, or name a place on another disk")
+        return DiskFull(f"no room is left to write {path}: free some, or name a place on another disk")
     reason = error.strerror if error.errno else "the disk may be full"
     return KeyeError(f"{path} cannot be written ({reason}): name another place")
 

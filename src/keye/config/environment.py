@@ -79,3 +79,9 @@ def kernel_config() -> KernelConfig:
         cache=cache_folder(),
         compiler=os.environ.get("CXX") or None,
     )
+
+
+def library_folder() -> Path:
+    """Where a user's library is: KEYE_LIBRARY, or `keye/library` in XDG_DATA_HOME."""
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(os.environ.get("KEYE_LIBRARY") or os.path.join(data, "keye", "library")).expanduser()

@@ -218,6 +218,16 @@ class Catalog:
                     removed += 1
         return ScanReport(added, changed, removed, tuple(problems))
 
+    def count_unsettled(self, *, now: float | None = None) -> int:
+        """The number of videos in the folders that changed within `SETTLED` seconds and are not in the list yet."""
+        now = time.time() if now is None else now
+        known = {str(entry.path) for entry in self.entries()}
+        return sum(
+            str(path) not in known and now - status.st_mtime < SETTLED
+            for folder in self.folders() if folder.path.is_dir()
+            for path, status in list_videos(folder.path)[0].items()
+        )  # fmt: skip
+
     # Entries
 
     def entries(self, *states: State, since: int = -1) -> list[Entry]:
