@@ -175,6 +175,12 @@ class FileReader(PixelReader):
             self._queue.changed.wait_for(lambda: self._queue.ended or self._queue.closed)
             return self._queue.notes
 
+    def finish(self) -> None:
+        """Waits for the end of the frames; raises the error that came instead."""
+        self.notes()
+        if self._queue.error is not None:
+            raise self._queue.error
+
     def close(self) -> None:
         self._queue.close()
         self.video.stop()

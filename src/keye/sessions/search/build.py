@@ -7,7 +7,6 @@ was killed goes on behind the last complete segment of the file. How long it wil
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,18 +28,18 @@ from keye.engine.engine import Engine
 from keye.errors import KeyeError, Option
 from keye.media import sizes
 from keye.media.content import probe_cached
-from keye.media.frame_stream import FileReader, FrameShape
-from keye.media.pixels.patches import Pixels, VisionInput, frames_to_patches, resize_bilinear
-from keye.media.plan import VideoPlan
+from keye.media.frame_stream import FrameShape
+from keye.media.pixels.patches import VisionInput, frames_to_patches
 from keye.media.processor import MediaItem
+from keye.media.scenes import Scenes
 from keye.media.source.fetch import Source, is_index
-from keye.media.video import VideoReader
 from keye.models.attention import AttentionMode, cache_rows
 from keye.moments import FindProgress
 from keye.ops.kv_blocks import KV_BLOCK
 from keye.sessions.search.places import identify_source
 from keye.sessions.search.scoring import YES_NO, answer_ids, encode_question, frame_shares, read_answer
 from keye.sessions.search.search_index import SearchIndex, open_search_index
+from keye.sessions.search.window_reader import OnFrames, WindowReader
 from keye.sessions.search.windows import SearchWindow, choose_frames, count_overlap, plan_windows
 from keye.version import __version__
 
@@ -76,8 +75,6 @@ class WindowsReady:
 
 
 BuildEvent = FindProgress | WindowsReady
-#: Is called with frames uint8 [n, H, W, 3] as they are decoded, and their seconds.
-OnFrames = Callable[[np.ndarray, Sequence[float]], None]
 
 
 @dataclass(frozen=True)
@@ -195,36 +192,57 @@ class _Builder:
             if [window.times for window in stored] != [window.times for window in windows[: len(stored)]]:
                 raise KeyeError(f"{self.path} has windows of other frames than the video has; index it again")
             yield from self._run_level(level, windows, len(stored), null_ids)
-            self.writer.append("level", {"level": level})
-            self.index.extend()
+            self.index.extend([self.writer.append("level", {"level": level})])
 
     def _run_level(
         self, level: int, windows: Sequence[SearchWindow], done: int, null_ids: Sequence[int]
     ) -> Iterator[BuildEvent]:
-        """The windows of one spacing from number `done` on."""
+        """The windows of one spacing from number `done` on, and the scenes that are found meanwhile."""
         count = self._windows_per_segment()
-        with closing(_WindowReader(self, level, windows, done)) as reader:
+        with closing(self._open_reader(level, windows, done)) as reader:
             while done < len(windows):
-                group = windows[done : done - done % count + count]
-                begin = time.perf_counter()
-                entries, caches, tokens = list[dict[str, Any]](), list[KVCache](), list[torch.Tensor]()
-                try:
-                    for window in group:
-                        prompt, cache = self._prefill(reader.read(window))
-                        caches.append(cache)
-                        tokens.append(_pad_tokens(torch.cat((prompt.token_ids[None], prompt.position_ids))))
-                        entries.append(_entry(window, level, prompt))
-                    self._add_priors(entries, caches, null_ids)
-                    check_index_disk(self.path, self.layout, sum(part.shape[1] for part in tokens))
-                    self.writer.append("windows", {"windows": entries}, caches, self.layout, torch.cat(tokens, dim=1))
-                finally:
-                    for cache in caches:
-                        cache.free()
-                numbers = self.index.extend()
+                group, begin = windows[done : done - done % count + count], time.perf_counter()
+                numbers = self._add_windows(level, group, reader, null_ids)
                 done += len(group)
+                self._add_scenes(reader.take_scenes(is_last=False))
                 self.rate.record(time.perf_counter() - begin, sum(len(window.times) for window in group))
                 yield WindowsReady(self.index, tuple(numbers))
                 yield FindProgress("index", self._done(), self._total(), "s", self._seconds_left())
+            self._add_scenes(reader.take_scenes(is_last=True))
+
+    def _add_windows(
+        self, level: int, windows: Sequence[SearchWindow], reader: WindowReader, null_ids: Sequence[int]
+    ) -> list[int]:
+        """Computes windows and writes them as a segment; returns their numbers in the index."""
+        entries, caches, tokens = list[dict[str, Any]](), list[KVCache](), list[torch.Tensor]()
+        try:
+            for window in windows:
+                prompt, cache = self._prefill(reader.read(window, self.check))
+                caches.append(cache)
+                tokens.append(_pad_tokens(torch.cat((prompt.token_ids[None], prompt.position_ids))))
+                entries.append(_entry(window, level, prompt))
+            self._add_priors(entries, caches, null_ids)
+            check_index_disk(self.path, self.layout, sum(part.shape[1] for part in tokens))
+            segment = self.writer.append(
+                "windows", {"windows": entries}, caches, self.layout, torch.cat(tokens, dim=1)
+            )  # fmt: skip
+            return self.index.extend([segment])
+        finally:
+            for cache in caches:
+                cache.free()
+
+    def _add_scenes(self, scenes: Sequence[Scenes]) -> None:
+        for part in scenes:
+            self.index.extend([self.writer.append("scenes", part.to_dict())])
+
+    def _open_reader(self, level: int, windows: Sequence[SearchWindow], done: int) -> WindowReader:
+        config, is_finest = self.runtime.processor.config, level == len(self.plan.spacings) - 1
+        shape = FrameShape([(self.plan.height, self.plan.width)], config)
+        return WindowReader(
+            self.source, self.info, self.runtime.processor, self.options, shape, windows, done,
+            scenes_from=self.index.scenes_end if self.scenes else None,
+            on_frames=self.on_frames if is_finest else None,
+        )  # fmt: skip
 
     def _open_known(
         self, identity: str, spacing: float | None, frames: int | None, overwrite: bool
@@ -387,84 +405,6 @@ class _Rate:
         """Seconds that so many frames will take; None where nothing was measured."""
         rate = self._seconds / self._frames if self._frames else self._sample
         return None if rate is None else rate * frames
-
-
-class _WindowReader:
-    """The windows of one spacing as media, decoded once in order; patches of frames that two windows share stay,
-    and their visual tokens have a key by which they are found again."""
-
-    def __init__(self, builder: _Builder, level: int, windows: Sequence[SearchWindow], first: int) -> None:
-        self._builder, self._plan = builder, builder.plan
-        self._windows, self._first = windows, first
-        times = sorted({time for window in windows[first:] for time in window.times})
-        number_of = {time: i for i, time in enumerate(builder.info.timestamps)}
-        self._times, self._salt = times, hashlib.sha256(f"{builder.path} {time.time_ns()} {level}".encode()).digest()
-        self._patches: dict[float, VisionInput] = {}
-        self._next = 0
-        self._shows = builder.on_frames if level == len(builder.plan.spacings) - 1 else None
-        self._reader: FileReader | None = None
-        if times:
-            self._reader = _open_reader(builder, [number_of[time] for time in times])
-
-    def read(self, window: SearchWindow) -> list[MediaItem]:
-        """The frames of the next window: those shared with the window before, its own, those shared with the next."""
-        builder, number = self._builder, window.number
-        missing = [time for time in window.times if time not in self._patches]
-        self._take(missing)
-        before = self._windows[number - 1].times if number else ()
-        after = self._windows[number + 1].times if number + 1 < len(self._windows) else ()
-        shared = [(time in before, time in after) for time in window.times]
-        items, place = list[MediaItem](), 0
-        alone = builder.runtime.processor.config.release.reads_frames_alone
-        while place < len(shared):
-            stop = place + 1
-            while stop < len(shared) and (shared[stop] == shared[place] or not alone):
-                stop += 1
-            times = window.times[place:stop]
-            vision = VisionInput.concatenate([self._patches[time] for time in times])
-            key = hashlib.sha256(self._salt + repr(times).encode()).digest() if alone and any(shared[place]) else None
-            items.append(builder._build_item(vision, window.labels[place:stop], key))
-            place = stop
-        self._patches = {time: patches for time, patches in self._patches.items() if time in after}
-        return items
-
-    def close(self) -> None:
-        """Ends decoding."""
-        if self._reader is not None:
-            self._reader.close()
-
-    def _take(self, times: Sequence[float]) -> None:
-        if not times:
-            return
-        assert self._reader is not None and self._times[self._next : self._next + len(times)] == list(times)
-        self._next += len(times)
-        while not self._reader.has(1):  # frames are still being decoded
-            if self._builder.check is not None:
-                self._builder.check()
-            time.sleep(0.002)
-        frames = self._reader.take_frames(len(times))
-        size = self._plan.height, self._plan.width
-        for moment, frame in zip(times, frames, strict=True):
-            self._patches[moment] = frames_to_patches([frame], [size], self._builder.runtime.processor.config)
-        if self._shows is not None:
-            self._shows(np.stack(frames), times)
-
-
-def _open_reader(builder: _Builder, indices: Sequence[int]) -> FileReader:
-    """A reader of some frames of the video, at the size of the plan."""
-    config, plan = builder.runtime.processor.config, builder.plan
-    size = plan.height, plan.width
-    video_plan = VideoPlan.of(
-        builder.info, indices, size, tokens_per_frame=config.count_tokens(size), rate=1.0, options=builder.options
-    )
-    native = config.release.frame_resize != "decoder"
-
-    def read(video: VideoReader) -> Iterator[Pixels]:
-        for frame in video.frames(video_plan, native=native):
-            yield resize_bilinear(frame, size) if native else frame
-
-    shape = FrameShape([size] * len(indices), config)
-    return FileReader(builder.source, builder.runtime.processor.limits, read, shape, track=builder.info.track)
 
 
 def _layout(indexer: Any, kv: Any, rows: Any, dtype: torch.dtype) -> KVLayout:

@@ -33,6 +33,8 @@ from keye.engine.media import VideoIndex
 from keye.engine.runtime import Runtime
 from keye.errors import KeyeError
 from keye.media.processor import Piece, VisualSpan, expand_frames
+from keye.media.sampling import SAME_TIME
+from keye.media.scenes import Scenes
 from keye.models.attention import AttentionMode
 from keye.models.keye import visual_mask
 from keye.moments import SeenSpan
@@ -103,7 +105,7 @@ class SearchIndex:
     """A search index open for reading, of the model that made it. `windows` are those of the finest spacing wherever
     they are complete, in the order of time, else those of the wider one; `number` of a window is its place in `all`.
 
-    `extend` reads what was appended since. Damage found while rows are read is an error of what reads them.
+    `extend` reads what was appended since. Damage part while rows are read is an error of what reads them.
     """
 
     def __init__(self, runtime: Runtime, path: Path, segments: Sequence[Segment]) -> None:
@@ -119,11 +121,8 @@ class SearchIndex:
         self._sequences: dict[int, list[KVCache]] = {}
         self._store: KVStore | None = None
         self.all: list[StoredWindow] = []
-        self.cuts: list[float] = []
-        #: Times and scores of how much the picture changes, ascending.
-        self.changes: tuple[list[float], list[float]] = ([], [])
-        #: Up to which second cuts and changes are known.
-        self.scenes_end = 0.0
+        #: Cuts and change scores of parts of the video, in the order of time.
+        self.scenes: list[Scenes] = []
         self.levels_done: set[int] = set()
         self._stop = segments[0].stop
         self.extend(segments[1:])
@@ -136,6 +135,24 @@ class SearchIndex:
     @property
     def source_name(self) -> str:
         return str(self.head.source["name"])
+
+    @property
+    def cuts(self) -> list[float]:
+        """Seconds at which a new shot begins."""
+        return [cut for part in self.scenes for cut in part.cuts]
+
+    @property
+    def changes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Seconds, and how much the picture has changed shortly before each, 0 to 1."""
+        if not self.scenes:
+            return np.empty(0), np.empty(0)
+        times = [part.start + part.step * (1 + np.arange(len(part.scores))) for part in self.scenes]
+        return np.concatenate(times), np.concatenate([part.scores.astype(np.float64) for part in self.scenes])
+
+    @property
+    def scenes_end(self) -> float:
+        """Up to which second cuts and changes are known."""
+        return self.scenes[-1].end if self.scenes else 0.0
 
     @property
     def is_complete(self) -> bool:
@@ -280,17 +297,13 @@ class SearchIndex:
         return caches
 
     def _read_scenes(self, about: Mapping[str, Any]) -> None:
-        cuts, times, scores = (_numbers(self.path, about.get(name)) for name in ("cuts", "times", "scores"))
-        end = about.get("end")
-        if len(times) != len(scores) or not isinstance(end, int | float) or not 0 <= end < _MOST:
-            raise damage_error(self.path, "its scenes are none that keye writes")
-        if any(a >= b for known, new in ((self.cuts, cuts), (self.changes[0], times)) for a, b in
-               pairwise([*known[-1:], *new])):  # fmt: skip
+        try:
+            part = Scenes.from_dict(about)
+        except (ValueError, TypeError, LookupError, OverflowError):
+            raise damage_error(self.path, "its scenes are none that keye writes") from None
+        if not -_MOST < part.start <= part.end < _MOST or part.start < self.scenes_end - SAME_TIME:
             raise damage_error(self.path, "its scenes are not in the order of time")
-        self.cuts += cuts
-        self.changes[0].extend(times)
-        self.changes[1].extend(scores)
-        self.scenes_end = max(self.scenes_end, float(end))
+        self.scenes.append(part)
 
 
 def open_search_index(runtime: Runtime, path: str | Path) -> SearchIndex:

@@ -82,7 +82,7 @@ def choose_frames(
     *,
     start: float = 0.0,
     end: float | None = None,
-    changes: tuple[Sequence[float], Sequence[float]] | None = None,
+    changes: tuple[Times, Times] | None = None,
 ) -> list[int]:
     """Indices of the frames shown every `spacing` seconds between two times. `changes` are times and scores: within
     half a step a frame makes way for the first one after the greatest change, if that is well above the usual."""
@@ -95,7 +95,7 @@ def choose_frames(
                         f"{MOST_FRAMES:,}; choose a wider spacing")  # fmt: skip
     targets = first + spacing * np.arange(count)
     if changes is not None and len(changes[0]):
-        targets = _move_to_changes(targets, spacing, *map(np.asarray, changes))
+        targets = _move_to_changes(targets, spacing, *changes)
     return find_displayed_frames(timestamps, targets.tolist(), tolerance=SAME_TIME)
 
 
