@@ -23,12 +23,13 @@ from typing import Any, BinaryIO, Final
 
 from torch import Tensor
 
-from keye.cache.checksums import BlockCheck, damage_error, identity_of
+from keye.cache.checksums import FRESH, BlockCheck, damage_error, identity_of
 from keye.cache.index_file import (
     ALIGN,
     PRELUDE_BYTES,
     SEGMENTS_VERSION,
     IndexFile,
+    Progress,
     decode_header,
     encode_header,
     encode_prelude,
@@ -138,6 +139,24 @@ def map_segment(path: Path, segment: Segment) -> tuple[mmap.mmap, BlockCheck]:
 
 #: Opens a file for reading and writing; makes it if need be.
 OpenFile = Callable[[Path], BinaryIO]
+
+
+def check_segments(path: Path, progress: Progress | None = None) -> list[Segment]:
+    """Compares every KV block of a file with its checksum."""
+    segments = read_segments(path)
+    for number, segment in enumerate(segments):
+        if segment.image is None:
+            continue
+        mapped, _ = map_segment(path, segment)
+        check = segment.image.checker(mapped, FRESH)
+        for name in segment.image.layout.rows:
+            for layer in range(segment.image.layout.layers):
+                check.compare(name, layer)
+        if check.damage is not None:
+            raise check.damage
+        if progress is not None:
+            progress(number + 1, len(segments))
+    return segments
 
 
 def open_for_writing(path: Path) -> BinaryIO:

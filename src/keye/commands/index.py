@@ -61,13 +61,21 @@ def index(video: str, output: Path | None, check: bool, overwrite: bool, as_json
 
 def _check(file: Path, output: Path | None, as_json: bool) -> None:
     from keye.cache.index_file import check_full
+    from keye.cache.segments import check_segments, is_segmented
     from keye.commands.shared import show
+    from keye.sessions.search.headers import IndexContents
 
     if output is not None:
         raise KeyeError("--check reads an index and writes none: leave -o out")
     with show.progress_bar("checking") as advance:
-        checked = check_full(file, advance)
+        if is_segmented(file):
+            segments = check_segments(file, advance)
+            tokens = sum(window.tokens for window in IndexContents.read(file, segments).windows)
+            size = file.stat().st_size
+        else:
+            checked = check_full(file, advance)
+            tokens, size = checked.length, checked.size
     if as_json:
-        show.print_json({"index": str(file), "tokens": checked.length, "bytes": checked.size, "sound": True})
+        show.print_json({"index": str(file), "tokens": tokens, "bytes": size, "sound": True})
     else:
-        show.print_line(f"{file} is sound: {checked.length:,} tokens, {format_bytes(checked.size)}")
+        show.print_line(f"{file} is sound: {tokens:,} tokens, {format_bytes(size)}")

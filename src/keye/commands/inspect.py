@@ -38,7 +38,7 @@ def inspect(model: str, as_json: bool) -> None:
 
     MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, or a folder with config.json. Weights are
     neither needed nor fetched; where they are, their headers are read and compared. It may also be an index that keye
-    index wrote.
+    index or keye find wrote.
 
     \b
     keye inspect nano
@@ -49,8 +49,14 @@ def inspect(model: str, as_json: bool) -> None:
     from keye.media.source.fetch import fetch_source, is_index
 
     if os.path.isfile(model) and is_index(fetch_source(model)):
+        from keye.cache.segments import is_segmented
+        from keye.sessions.search.headers import describe_search_index
         from keye.sessions.video_index import describe
 
+        if is_segmented(Path(model)):
+            contents = describe_search_index(Path(model))
+            show.print_json(contents) if as_json else show.print_search_index(contents)
+            return
         header = describe(Path(model))
         show.print_json(header) if as_json else show.print_held(header)
         return

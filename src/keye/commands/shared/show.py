@@ -281,6 +281,33 @@ def print_held(header: Mapping[str, Any]) -> None:
     stdout().print(table)
 
 
+def print_search_index(contents: Mapping[str, Any]) -> None:
+    """A table of what a search index holds."""
+    model, source, plan = contents["model"], contents["source"], contents["plan"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    levels = [
+        f"{plural(level['windows'], 'window')} of a frame every {level['spacing']:g} s"
+        + ", unfinished" * (not level["complete"])
+        for level in contents["levels"]
+    ]
+    rows = [
+        ("video", str(source["name"])),
+        ("length", format_seconds(source["duration"])),
+        ("frames", f"{contents['frames']:,} of {plan['width']} x {plan['height']} pixels, {plan['frames']} a window"),
+        ("windows", "; ".join(levels)),
+        ("scenes", f"{plural(contents['cuts'], 'cut')} in {format_seconds(contents['scenes_until'])}"),
+        ("identity", str(source["identity"])),
+        ("model", f"{model['name']}, {model['dtype']}, {contents['attention']} attention"),
+        ("tokens", f"{contents['tokens']:,}"),
+        ("formats", ", ".join(f"{name} {kind}" for name, kind in contents["formats"].items()) or "no windows yet"),
+        ("bytes", f"{contents['bytes']:,}"),
+        ("keye", str(contents["keye"])),
+    ]
+    for name, value in rows:
+        table.add_row(name, one_line(value))
+    stdout().print(table)
+
+
 # Progress
 
 

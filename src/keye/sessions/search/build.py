@@ -172,7 +172,7 @@ class _Builder:
                 "keye": __version__, "model": asdict(self.runtime.fingerprint), "attention": self.mode,
                 "null_question": question, "plan": self.plan.to_dict(),
                 "source": {"name": self.source.name, "identity": identity, "size": self.source.size,
-                           "duration": self.info.duration},
+                           "duration": self.info.duration, "start": self.options.video_start or self.info.start_offset},
             }  # fmt: skip
             self.writer = SegmentWriter.create(self.path, "head", about, open_file)
             self.index = open_search_index(self.runtime, self.path)
