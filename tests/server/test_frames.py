@@ -70,6 +70,30 @@ def test_frames_that_were_made_are_kept_by_owner(video: Path, monkeypatch: pytes
     make_thumbnails(source, [0, 1], 48, salt=b"ann", cache=small)
     make_thumbnails(source, [0, 1], 48, salt=b"ann", cache=small)
     assert len(opened) > 3, "the least used picture made room"
+    cache.close()
+    small.close()
+
+
+def test_a_video_that_was_opened_stays_open_for_a_while(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next pictures of it come from the same reader; one that has ended is replaced."""
+    source, cache = untrusted(fetch_source(video)), ThumbnailCache()
+    first = make_thumbnails(source, [0], 48, cache=cache)
+    begun: list[object] = []
+    begin = VideoReader.__init__
+
+    def counted(reader: VideoReader, *arguments: Any, **options: Any) -> None:
+        begun.append(reader)
+        begin(reader, *arguments, **options)
+
+    monkeypatch.setattr(VideoReader, "__init__", counted)
+    assert make_thumbnails(source, [1], 48, cache=cache) != first and begun == []
+    (reader,) = (entry for entry, _ in cache._readers.values())  # private: the worker must end from outside
+    reader.stop()
+    assert make_thumbnails(source, [0], 40, cache=cache)[0].height == 40 and len(begun) == 1
+    cache.close()
+    make_thumbnails(source, [0], 32, cache=cache)
+    assert len(begun) == 2
+    cache.close()
 
 
 @pytest.mark.parametrize(

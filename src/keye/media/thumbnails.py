@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from PIL import Image
 
 from keye.config.media import DEFAULTS, MediaOptions
+from keye.errors import MediaError
 from keye.media.content import identify, probe_cached
 from keye.media.info import VideoInfo
 from keye.media.plan import VideoPlan
@@ -24,6 +26,11 @@ from keye.units import MIB
 _WIDEST: Final = 4
 _QUALITY: Final = 80
 _CACHE_BYTES: Final = 64 * MIB
+#: Readers that stay open, and for how many seconds without use.
+_IDLE_READERS: Final = 3
+_IDLE_SECONDS: Final = 45.0
+
+Key: TypeAlias = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -38,27 +45,61 @@ class Thumbnail:
 
 
 class ThumbnailCache:
-    """Pictures made before, the last used up to `most_bytes`. Safe to share by threads."""
+    """Pictures made before, the last used up to `most_bytes`, and the last readers, which stay open for a while:
+    opening a long video takes reading all of it. Safe to share by threads."""
 
     def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
         self._most, self._bytes = most_bytes, 0
-        self._entries: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+        self._entries: OrderedDict[Key, bytes] = OrderedDict()
+        self._readers: OrderedDict[Key, tuple[VideoReader, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[object, ...]) -> bytes | None:
+    def get(self, key: Key) -> bytes | None:
         """The picture of a key, None where it is not here."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
-    def keep(self, key: tuple[object, ...], jpeg: bytes) -> None:
+    def keep(self, key: Key, jpeg: bytes) -> None:
         """Takes a picture; the least used make room."""
         with self._lock:
             self._bytes += len(jpeg) - len(self._entries.pop(key, b""))
             self._entries[key] = jpeg
             while self._bytes > self._most:
                 self._bytes -= len(self._entries.popitem(last=False)[1])
+
+    def take_reader(self, key: Key) -> VideoReader | None:
+        """A reader that was left open, for the caller alone until `leave_reader`."""
+        with self._lock:
+            reader, _ = self._readers.pop(key, (None, 0.0))
+        return reader
+
+    def leave_reader(self, key: Key, reader: VideoReader) -> None:
+        """Keeps a reader open for later."""
+        with self._lock:
+            before, _ = self._readers.pop(key, (None, 0.0))
+            self._readers[key] = reader, time.monotonic()
+        if before is not None:
+            before.close()
+        self.sweep(most=_IDLE_READERS)
+
+    def sweep(self, most: int = 0, seconds: float = _IDLE_SECONDS) -> None:
+        """Closes readers that were not used for `seconds`, and the oldest beyond `most` where that is not 0."""
+        oldest, closing = time.monotonic() - seconds, list[VideoReader]()
+        with self._lock:
+            while self._readers:
+                key, (reader, used) = next(iter(self._readers.items()))
+                if used >= oldest and (not most or len(self._readers) <= most):
+                    break
+                del self._readers[key]
+                closing.append(reader)
+        for reader in closing:
+            reader.close()
+
+    def close(self) -> None:
+        """Closes all readers."""
+        self.sweep(seconds=-1.0)
 
 
 def make_thumbnails(
@@ -70,24 +111,48 @@ def make_thumbnails(
     Times outside the video get its first or last frame. Frames that are not in `cache` are decoded, each from the key
     before it. `salt` separates the caches of owners. Raises `MediaError` where the video cannot be read. Blocks.
     """
-    cache = cache or ThumbnailCache()
+    own, cache = cache, cache or ThumbnailCache()
     info = probe_cached(source, None, salt, track=options.track)
     size = _fit(info, height)
-    indices = {time: find_displayed_frames(info.timestamps, [time], tolerance=SAME_TIME)[0] for time in times}
-    about = (salt, identify(source), info.track, options.deinterlaces, size)
-    jpegs = {index: cache.get((*about, index)) for index in set(indices.values())}
-    if missing := sorted(index for index, jpeg in jpegs.items() if jpeg is None):
-        looks = MediaOptions(deinterlace=options.deinterlace, tone_map=True)
-        with VideoReader(source, track=options.track) as reader:
-            plan = VideoPlan.of(reader.info, missing, size, tokens_per_frame=0, rate=info.fps, options=looks)
-            for index, pixels in zip(missing, reader.frames(plan), strict=True):
-                out = io.BytesIO()
-                Image.fromarray(pixels).save(out, "JPEG", quality=_QUALITY)
-                jpegs[index] = out.getvalue()
-                cache.keep((*about, index), out.getvalue())
-    return [
-        Thumbnail(time, info.timestamps[indices[time]], size[1], size[0], jpegs[indices[time]] or b"") for time in times
-    ]
+    indices = {at: find_displayed_frames(info.timestamps, [at], tolerance=SAME_TIME)[0] for at in times}
+    about = (salt, identify(source), info.track, options.deinterlaces)
+    jpegs = {index: cache.get((*about, size, index)) for index in set(indices.values())}
+    try:
+        if missing := sorted(index for index, jpeg in jpegs.items() if jpeg is None):
+            looks = MediaOptions(deinterlace=options.deinterlace, tone_map=True)
+            plan = VideoPlan.of(info, missing, size, tokens_per_frame=0, rate=info.fps, options=looks)
+            for index, jpeg in zip(missing, _decode(source, options.track, plan, cache, about), strict=True):
+                jpegs[index] = jpeg
+                cache.keep((*about, size, index), jpeg)
+    finally:
+        if own is None:
+            cache.close()
+    return [Thumbnail(at, info.timestamps[indices[at]], size[1], size[0], jpegs[indices[at]] or b"") for at in times]
+
+
+def _decode(source: Source, track: int | None, plan: VideoPlan, cache: ThumbnailCache, key: Key) -> list[bytes]:
+    """The frames of a plan as JPEG files, by a reader that is open, or a new one where that has used up its time."""
+    reader = cache.take_reader(key)
+    if reader is not None:
+        try:
+            return _read(reader, plan, cache, key)
+        except MediaError:
+            pass
+    return _read(VideoReader(source, track=track), plan, cache, key)
+
+
+def _read(reader: VideoReader, plan: VideoPlan, cache: ThumbnailCache, key: Key) -> list[bytes]:
+    jpegs = []
+    try:
+        for pixels in reader.frames(plan):
+            out = io.BytesIO()
+            Image.fromarray(pixels).save(out, "JPEG", quality=_QUALITY)
+            jpegs.append(out.getvalue())
+    except BaseException:
+        reader.close()
+        raise
+    cache.leave_reader(key, reader)
+    return jpegs
 
 
 def _fit(info: VideoInfo, height: int) -> tuple[int, int]:

@@ -90,6 +90,7 @@ def create_app(
             await engine.drain(settings.drain_seconds)
             engine.close()
             context.threads.shutdown(wait=False, cancel_futures=True)
+            context.thumbnails.close()
             store.close()
 
     app = FastAPI(
@@ -109,5 +110,6 @@ async def _sweep(context: Context) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         context.live.sweep()
+        await context.in_thread(context.thumbnails.sweep)
         await context.in_thread(context.files.sweep)
         await context.in_thread(context.responses.sweep)

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from keye.media.content import source_hash
 from keye.media.source.fetch import Source
 from keye.moments import FindEvent, FindProgress
 from keye.server.edge.errors import ApiError
 from keye.server.stores import FileStore
+from keye.sessions.search.places import identify_source
 
 #: Jobs of one owner that may be open.
 MOST_OPEN: Final = 8
@@ -152,7 +152,7 @@ class SearchIndexes:
     def path(self, owner: str, source: Source, options: Mapping[str, Any]) -> Path:
         """Where the index of a video under these options is, or will be. Reads the file once. Blocks."""
         facts = repr(sorted(options.items())).encode()
-        digest = hashlib.sha256(self._salt(owner) + source_hash(source) + facts).hexdigest()
+        digest = hashlib.sha256(self._salt(owner) + identify_source(source).encode() + facts).hexdigest()
         path = self._files.folder / f"find-{digest}"
         with self._lock:
             self._sizes[owner].setdefault(path, 0)

@@ -64,7 +64,7 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
     if budget is not None and budget > most:
         budget = most
         add_note(f"budget is lowered to the {most:,} tokens that a question may cost here")
-    path = context.indexes.path(owner, source, {**options, "scenes": body.scenes})
+    path = context.indexes.path(owner, source, {**options, "scenes": body.scenes, "effort": body.effort})
     stream = cast(Any, context.model).stream_find(
         source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
         scenes=body.scenes, subtitles=_subtitles(context, owner, body), media_options=options,
