@@ -1,11 +1,12 @@
-"""Parts of a video as video files of their own: H.264 in MP4, upright, with square pixels, without sound.
+"""Parts of a video as video files of their own: H.264 and AAC in MP4, upright, with square pixels.
 
-Decoding happens in the decode worker under its limits; this side only encodes the frames that it receives.
+Decoding happens in the decode worker under its limits; this side only encodes the frames and samples that it receives.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
@@ -13,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
+from av.container import OutputContainer
+from av.packet import Packet
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.stream import VideoStream
 
 from keye.config.media import DEFAULTS, MediaOptions
 from keye.files import MARK, check_output, complete_file, has_mark, unwritable
 from keye.media.info import VideoInfo
+from keye.media.notes import Note, emit
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import Reference, fetch_source
 from keye.media.video import DecodeLimits, VideoReader
@@ -47,10 +53,11 @@ def cut_clips(
 
     Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times. A clip shows
     what is on display from `start` on and lasts exactly until `end`; times are those that players show. Intervals are
-    clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. Of `options`
-    the track and deinterlacing count; of high dynamic range always a clip of standard range is made. The files appear
-    when all are complete, and replace clips of the same names; other files only with `overwrite`. Raises `MediaError`
-    when the video cannot be read, and `KeyeError` when the folder cannot be written, which is then left as it was.
+    clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. The sound of
+    that time goes with them, in mono or stereo; where it cannot be decoded a note says so. Of `options` the track and
+    deinterlacing count; of high dynamic range always a clip of standard range is made. The files appear when all are
+    complete, and replace clips of the same names; other files only with `overwrite`. Raises `MediaError` when the video
+    cannot be read, and `KeyeError` when the folder cannot be written, which is then left as it was.
     """
     source = fetch_source(source)
     # A temporary file has a name of its own that says nothing.
@@ -61,6 +68,8 @@ def cut_clips(
         spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *displayed))}
         total, done = sum(end - start for start, end in spans.values()), 0.0
         names = {n: f"{stem}-{n:03d}-{start:.1f}s-{end:.1f}s.mp4" for n, (start, end) in spans.items()}
+        if spans and reader.info.sound is not None and not reader.info.sound.is_readable:
+            emit(reader.info.name, [_no_sound(reader.info)])
         with _folder(folder), ExitStack() as drafts:
             for name in names.values():
                 check_output(folder / name, has_mark, overwrite=overwrite)
@@ -103,6 +112,11 @@ def fit_interval(interval: tuple[float, float], begin: float, end: float) -> tup
     return start, stop
 
 
+def _no_sound(info: VideoInfo) -> Note:
+    assert info.sound is not None
+    return Note(f"its sound ({info.sound.codec}) cannot be decoded here: clips are written without it")
+
+
 def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float, float]) -> Iterator[float]:
     """Writes a clip; yields the seconds of each frame that was written."""
     start, end = span
@@ -113,15 +127,8 @@ def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float,
         str(draft.absolute()), "w", format="mp4", options={"video_track_timescale": str(_TIME_BASE.denominator)}
     ) as container:
         container.metadata["comment"] = MARK
-        # Without B-frames packets come in the order of time, and the file needs no edit list.
-        encoder = container.add_stream("libx264", rate=max(1, round(reader.info.fps)),
-                                       options={"crf": "18", "preset": "veryfast", "bf": "0"})  # fmt: skip
-        encoder.width, encoder.height, encoder.pix_fmt = plan.width, plan.height, "yuv420p"
-        encoder.codec_context.time_base = _TIME_BASE
-        encoder.codec_context.sample_aspect_ratio = Fraction(1)
-        # Named, since players guess by the size, and not all alike.
-        encoder.codec_context.colorspace = encoder.codec_context.color_primaries = _BT709
-        encoder.codec_context.color_trc = _BT709
+        encoder = _add_video(container, reader.info, plan)
+        sound = deque(_encode_sound(container, reader, span))
         convert = VideoReformatter()
         for pixels, time in zip(reader.frames(plan), times, strict=True):
             picture = convert.reformat(
@@ -130,8 +137,48 @@ def _write(draft: Path, reader: VideoReader, plan: VideoPlan, span: tuple[float,
             )  # fmt: skip
             picture.pts, picture.time_base = time, _TIME_BASE
             _mux(container, encoder.encode(picture), durations)
+            while sound and (sound[0].dts or 0) * sound[0].time_base <= time * _TIME_BASE:
+                container.mux(sound.popleft())
             yield float(durations[time] * _TIME_BASE)
         _mux(container, encoder.encode(None), durations)
+        container.mux(list(sound))
+
+
+def _add_video(container: OutputContainer, info: VideoInfo, plan: VideoPlan) -> VideoStream:
+    # Without B-frames packets come in the order of time, and the file needs no edit list.
+    encoder = container.add_stream("libx264", rate=max(1, round(info.fps)),
+                                   options={"crf": "18", "preset": "veryfast", "bf": "0"})  # fmt: skip
+    encoder.width, encoder.height, encoder.pix_fmt = plan.width, plan.height, "yuv420p"
+    encoder.codec_context.time_base = _TIME_BASE
+    encoder.codec_context.sample_aspect_ratio = Fraction(1)
+    # Named, since players guess by the size, and not all alike.
+    encoder.codec_context.colorspace = encoder.codec_context.color_primaries = _BT709
+    encoder.codec_context.color_trc = _BT709
+    return encoder
+
+
+def _encode_sound(container: OutputContainer, reader: VideoReader, span: tuple[float, float]) -> list[Packet[Any]]:
+    """The packets of the sound between two times, whose stream is added to the file; none, and no stream, where the
+    video has no sound then. All before the pictures, since the worker gives one after the other: 24 KB a second."""
+    if reader.info.sound is None or not reader.info.sound.is_readable:
+        return []
+    rate, channels = reader.sound_form
+    layout = "mono" if channels == 1 else "stereo"
+    encoder = None
+    packets: list[Packet[Any]] = []
+    done = 0
+    for samples in reader.sound(*span):
+        if encoder is None:
+            encoder = container.add_stream("aac", rate=rate, layout=layout, options={"b": str(96_000 * channels)})
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, done, Fraction(1, rate)
+        packets += encoder.encode(frame)
+        done += len(samples)
+    if reader.sound_faults:
+        state = "in part damaged, and silent there" if packets else "damaged, and left out"
+        place = f"{span[0]:.1f} to {span[1]:.1f} s"
+        emit(reader.info.name, [Note(f"its sound from {place} is {state}")])
+    return packets + (encoder.encode(None) if encoder is not None else [])
 
 
 def _mux(container: Any, packets: Sequence[Any], durations: dict[int, int]) -> None:

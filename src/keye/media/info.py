@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,18 @@ _UNSURE = 2.0
 #: Times that a note lists.
 _LISTED = 5
 _TRANSFERS = ("sdr", "pq", "hlg")
+_TIMECODE = re.compile(r"\d\d:[0-5]\d:[0-5]\d[:;.,]\d{2,3}")
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The sound track that players choose: codec, sample rate and channels, 0 where they are not known. `is_readable`
+    says whether keye may decode it and knows where it belongs in time."""
+
+    codec: str
+    rate: int
+    channels: int
+    is_readable: bool
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,8 @@ class VideoInfo:
     `stored_size` is the upright (width, height) of a file whose pixels are not square, as they are stored. `transfer`
     is "sdr", "pq" or "hlg". `track` is the number of the video track that is read, `tracks` has all of them in words.
     `damage` are intervals, in seconds as players show them, in which packets are known to lack parts; `ends_early` says
-    whether bytes are known to be missing at the end.
+    whether bytes are known to be missing at the end. `timecode` is the label of the first frame, hh:mm:ss:ff, with
+    ";" before the frames where it is drop-frame; `sound` is None without any.
     """
 
     name: str
@@ -73,6 +87,8 @@ class VideoInfo:
     tracks: tuple[str, ...] = ()
     damage: tuple[tuple[float, float], ...] = ()
     ends_early: bool = False
+    timecode: str | None = None
+    sound: Sound | None = None
 
     @property
     def frame_count(self) -> int:
@@ -159,6 +175,7 @@ def _build_info(name: str, facts: dict[str, Any], pts: tuple[int, ...]) -> Video
         last_duration=facts["last_duration"] if facts["known_times"] else None,
         container_start=container_start if facts["known_times"] else None,
         declared_fps=None if not facts["rate"] else facts["rate"][0] / facts["rate"][1], ends_early=early is True,
+        timecode=_read_timecode(facts.get("timecode")), sound=_read_sound(facts.get("sound")),
     )  # fmt: skip
     length = declared - container_start if declared is not None and facts["known_times"] else None
     joins = [info.start_offset + float((time - pts[0]) * time_base) for time in facts.get("joins", ())]
@@ -225,6 +242,22 @@ def _read_picture_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
         "rotation": facts["rotation"] % 360, "mirrored": bool(facts["mirrored"]), "transfer": facts["transfer"],
         "track": facts["track"], "tracks": tracks,
     }  # fmt: skip
+
+
+def _read_timecode(label: Any) -> str | None:
+    if label is not None and not (isinstance(label, str) and _TIMECODE.fullmatch(label)):
+        raise ValueError("impossible timecode")
+    return label
+
+
+def _read_sound(facts: Any) -> Sound | None:
+    if facts is None:
+        return None
+    sound = Sound(facts["codec"], facts["rate"], facts["channels"], facts["readable"] is True)
+    numbers = all(isinstance(number, int) and 0 <= number < 1 << 24 for number in (sound.rate, sound.channels))
+    if not numbers or not isinstance(sound.codec, str) or not sound.codec.isprintable():
+        raise ValueError("impossible sound")
+    return sound
 
 
 def _note_picture(info: VideoInfo, facts: Mapping[str, Any]) -> Iterator[Note]:

@@ -20,11 +20,12 @@ from keye.config import ProcessorConfig
 from keye.config.media import DEFAULTS, MediaOptions
 from keye.errors import KeyeError, MediaError, warn
 from keye.media.container.kinds import is_png_or_webp
+from keye.media.decode import wire
 from keye.media.decode.thumbnails import BATCH
 from keye.media.decode.thumbnails import BYTES as THUMBNAIL_BYTES
 from keye.media.decode.thumbnails import HEIGHT as THUMBNAIL_HEIGHT
 from keye.media.decode.thumbnails import WIDTH as THUMBNAIL_WIDTH
-from keye.media.decode.wire import END, FRAME, THUMBNAILS
+from keye.media.decode.wire import END, FRAME, SOUND, THUMBNAILS
 from keye.media.decode.workers import UNTRUSTED_LIMITS, Worker
 from keye.media.decode.workers import DecodeLimits as DecodeLimits
 from keye.media.info import VideoInfo, note_size_changes, parse_info
@@ -73,6 +74,8 @@ class VideoReader:
                                  what="video decoder", untrusted=self.source.untrusted)  # fmt: skip
         #: How many times frames were asked for, and the bytes of each frame that may still come.
         self._requests = self._coming = 0
+        #: Of the sound read last, how many packets did not decode.
+        self.sound_faults = 0
         try:
             if wait:
                 _ = self.info
@@ -141,10 +144,7 @@ class VideoReader:
     def _answer(self, request: dict[str, Any], frames: int, scan: FrameScan | None, name: str) -> Iterator[bytearray]:
         """Bytes of each frame that a request asks for; thumbnails go to `scan`."""
         pts = self.info.pts  # comes before any frame
-        if self._coming:  # frames that were asked for and not read: the worker gives them up
-            self.worker.request({})
-            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] in (FRAME, THUMBNAILS):
-                continue
+        self._give_up_frames()
         length, unseen = request["width"] * request["height"] * 3, 0 if scan is None else len(scan.frames)
         self._requests, self._coming = self._requests + 1, max(length, THUMBNAIL_BYTES * BATCH)
         number = self._requests
@@ -170,6 +170,41 @@ class VideoReader:
         if kind != END or frames:
             raise self.worker.broken()
         self._end(name, body)
+
+    def sound(self, begin: float, end: float) -> Iterator[NDArray[np.float32]]:
+        """The sound from `begin` to `end` seconds as players count them, float32 [samples, channels] piece by piece:
+        exactly as many samples as the time has at `sound_form`, silence where the file has none; no piece where it has
+        none at all. Then `sound_faults` is the number of packets that did not decode. `info.sound` must be readable."""
+        assert self.info.sound is not None and self.info.sound.is_readable
+        rate, channels = self.sound_form
+        self._give_up_frames()
+        self._requests += 1
+        self.worker.request({"sound": [begin, end]})
+        left = round((end - begin) * rate)
+        while (message := self.worker.receive(max(4 * channels * rate, _MAX_FACTS)))[0] == SOUND:
+            body = message[1]
+            left -= len(body) // (4 * channels)
+            if not body or len(body) % (4 * channels) or left < -1:
+                raise self.worker.broken()
+            yield np.frombuffer(body, dtype=np.float32).reshape(-1, channels)
+        try:
+            self.sound_faults = int(json.loads(bytes(message[1]))["faults"])
+        except (ValueError, TypeError, LookupError):
+            raise self.worker.broken() from None
+
+    @property
+    def sound_form(self) -> tuple[int, int]:
+        """Sample rate and channels of what `sound` gives: at most two channels, a rate that AAC has."""
+        assert self.info.sound is not None
+        return wire.sound_form(self.info.sound.rate, self.info.sound.channels)
+
+    def _give_up_frames(self) -> None:
+        """Has the worker leave out frames that were asked for and not read."""
+        if self._coming:
+            self.worker.request({})
+            while self.worker.receive(max(self._coming, _MAX_FACTS))[0] in (FRAME, THUMBNAILS):
+                continue
+            self._coming = 0
 
     def _end(self, name: str, body: bytearray) -> None:
         """Reads the end of an answer, and warns of frames that turned out to be damaged or of another size."""

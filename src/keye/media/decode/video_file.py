@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 
 from keye.media.container.completeness import ends_early
 from keye.media.container.packets import Scan, packet_key, scan
+from keye.media.container.timeline import JOIN
 from keye.media.decode.wire import WorkerError
 
 #: What untrusted files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
@@ -110,22 +111,27 @@ class VideoFile:
             elif not left:
                 return
 
+    @property
+    def has_joins(self) -> bool:
+        """Whether parts of the file were found whose clocks do not go on, so that times were changed."""
+        return bool(self.scan.packets.places(JOIN))
+
     def _from_start(self) -> Iterator[av.Packet[VideoStream]]:
         try:
             self.container.seek(self.scan.first_packet[1] or 0, stream=self.stream)
             self.stream.codec_context.flush_buffers()
         except av.error.FFmpegError:
-            self._reopen()
+            self.reopen()
         first = True
         for packet in self.container.demux(self.stream):
             if first and packet_key(packet) != self.scan.first_packet:
-                self._reopen()
+                self.reopen()
                 yield from self.container.demux(self.stream)
                 return
             first = False
             yield packet
 
-    def _reopen(self) -> None:
+    def reopen(self) -> None:
         """For containers that cannot seek back to their first packet."""
         self.container.close()
         self.file.seek(0)

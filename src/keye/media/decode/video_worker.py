@@ -4,9 +4,10 @@ Started by `keye.media.video` with an open file; it opens nothing else, so a pla
 It imports neither numpy nor torch. Conversation: on start it sends one INFO message; then, for each request line
 (JSON) on standard input, one FRAME message per target in ascending order and an END message with the times of targets
 whose frames are damaged, or of another size than those before. A request with a `scan` (first, last) is also answered
-by THUMBNAILS messages of all frames between these times, in batches. A request without targets has no answer; any that
-comes while frames are sent ends them early. An ERROR message ends the conversation. `keye.media.decode.wire` has the
-form of messages, `keye.media.decode.sandbox` what the process may not do.
+by THUMBNAILS messages of all frames between these times, in batches; one of `sound` (begin, end) by SOUND messages and
+an END message with the number of packets that did not decode. Other requests have no answer; any that comes while
+frames are sent ends them early. An ERROR message ends the conversation. `keye.media.decode.wire` has the form of
+messages, `keye.media.decode.sandbox` what the process may not do.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, lay_out
 from keye.media.decode.display import display_facts, interpolate_fields, with_neighbours
 from keye.media.decode.sandbox import confine
+from keye.media.decode.sound import SoundReader, describe_sound, find_timecode
 from keye.media.decode.thumbnails import HEIGHT, WIDTH, interleave, wanted_times
 from keye.media.decode.video_file import LAZY, Opening, VideoFile, list_tracks, video_tracks
-from keye.media.decode.wire import END, INFO, WorkerError, report_crashes, send, send_error
+from keye.media.decode.wire import END, INFO, SOUND, WorkerError, report_crashes, send, send_error
 
 if TYPE_CHECKING:
     from keye.media.decode.animation_reader import AnimationReader
@@ -94,8 +96,6 @@ class Reader:
         stream, frame, rate = video.stream, video.scan.first_frame, self._rate()
         assert frame is not None and stream.time_base is not None
         duration, start = video.container.duration, video.container.start_time
-        first = float(timeline.times[0] * stream.time_base)
-        begin = start / av.time_base if start is not None else 0.0 if timeline.exact else first
         tracks = video_tracks(video.container)
         return {
             **display_facts(frame, stream.sample_aspect_ratio, video.opening.pixel_limit),
@@ -106,8 +106,7 @@ class Reader:
             "track_asked": video.opening.track is not None,
             "rate": [rate.numerator, rate.denominator] if rate else None,
             "time_base": [stream.time_base.numerator, stream.time_base.denominator],
-            # Where sound begins first, the clock of players runs before the first picture is shown.
-            "container_start": min(begin, first),
+            "container_start": self._start(),
             "declared_end": None if duration is None else (duration + (start or 0)) / av.time_base,
             "declared_frames": stream.frames or None,
             "readable_end": max(video.scan.ends.values()),
@@ -116,7 +115,22 @@ class Reader:
             "last_duration": timeline.last_duration,
             "ends_early": video.ends_early,
             "damage": [list(interval) for interval in timeline.damage[:_MOST_REPORTED]],
+            "timecode": find_timecode(video.container, stream),
+            "sound": describe_sound(video),
         }
+
+    def sound(self, begin: float, end: float) -> SoundReader:
+        """The samples between two seconds as players count them."""
+        return SoundReader(self.video, self._start() + begin, self._start() + end)
+
+    def _start(self) -> float:
+        """When the clock of players begins, in seconds of the container's own: where sound begins first, before the
+        first picture is shown."""
+        stream, start = self.video.stream, self.video.container.start_time
+        assert stream.time_base is not None
+        first = float(self.timeline.times[0] * stream.time_base)
+        begin = start / av.time_base if start is not None else 0.0 if self.timeline.exact else first
+        return min(begin, first)
 
     def frames(
         self, targets: list[int], width: int, height: int, deinterlace: bool, strict: bool, scan: list[int] | None
@@ -396,6 +410,12 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
         send(out, INFO, struct.pack("<Q", len(facts)) + facts + array("q", reader.times).tobytes())
         for line in requests:
             request = json.loads(line)
+            if "sound" in request:
+                assert isinstance(reader, Reader)
+                sound = reader.sound(*request["sound"])
+                for part in sound.samples():
+                    send(out, SOUND, part)
+                send(out, END, json.dumps({"faults": sound.faults}).encode())
             if "targets" not in request:
                 continue
             wanted = (request[name] for name in ("targets", "width", "height", "deinterlace", "strict", "scan"))

@@ -13,14 +13,23 @@ from types import TracebackType
 from typing import BinaryIO
 
 HEADER = struct.Struct("<cQ")
-INFO, FRAME, THUMBNAILS, END, ERROR, CRASH = b"I", b"F", b"T", b"N", b"E", b"X"
+INFO, FRAME, THUMBNAILS, SOUND, END, ERROR, CRASH = b"I", b"F", b"T", b"S", b"N", b"E", b"X"
 #: Longest body of an ERROR or CRASH message, in bytes.
 MAX_WORDS = 1 << 16
+
+#: Sample rates that every encoder and player of AAC knows; what has another one is resampled.
+_RATES = frozenset({8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000})
+_USUAL_RATE = 48_000
 
 
 class WorkerError(Exception):
     """What is wrong with the file and what to do, without its name: a sentence, with `{}` for each option named after
     it, which each interface spells in its own way."""
+
+
+def sound_form(rate: int, channels: int) -> tuple[int, int]:
+    """Sample rate and channels in which sound of a file is given."""
+    return rate if rate in _RATES else _USUAL_RATE, min(channels, 2)
 
 
 def send(out: BinaryIO, kind: bytes, body: bytes) -> None:
