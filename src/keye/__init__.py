@@ -23,19 +23,28 @@ if TYPE_CHECKING:
     from keye.engine.runtime import Runtime
     from keye.engine.sampling import SamplingParams
     from keye.errors import KeyeError, KeyeWarning
+    from keye.moments import Coverage, FindNote, FindProgress, FindResult, Moment, MomentsFound
     from keye.sessions.answer import Answer, AnswerStream
+    from keye.sessions.search.find import FindStream
 
 __all__ = [
     "Answer",
     "AnswerStream",
     "AsyncEngine",
     "Completion",
+    "Coverage",
     "Engine",
+    "FindNote",
+    "FindProgress",
+    "FindResult",
+    "FindStream",
     "Frames",
     "GenerationResult",
     "Keye",
     "KeyeError",
     "KeyeWarning",
+    "Moment",
+    "MomentsFound",
     "Runtime",
     "SamplingParams",
     "ScoreResult",
@@ -53,7 +62,9 @@ _HOMES = {
     "keye.engine.runtime": ("Runtime",),
     "keye.engine.sampling": ("SamplingParams",),
     "keye.errors": ("KeyeError", "KeyeWarning"),
+    "keye.moments": ("Coverage", "FindNote", "FindProgress", "FindResult", "Moment", "MomentsFound"),
     "keye.sessions.answer": ("Answer", "AnswerStream"),
+    "keye.sessions.search.find": ("FindStream",),
 }
 
 

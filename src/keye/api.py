@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
 from keye.cache.slabs import KVFormat, KVOptions, Tier, free_memory
-from keye.chat.messages import Message, normalize_tools
+from keye.chat.messages import Medium, Message, normalize_tools
 from keye.chat.template import Segment, may_bring_template, opens_reasoning, template_of
 from keye.chat.times import merge_intervals
 from keye.chat.tokenizer import Tokenizer, check_tokenizer
@@ -35,13 +35,16 @@ from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.process import check_device
 from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
+from keye.sessions.search.questions import ground_question
 from keye.units import listed, parse_bytes
 
 if TYPE_CHECKING:
     from keye.chat.foreign_template import CheckpointTemplate
     from keye.engine.media import VideoIndex
     from keye.media.source.fetch import Source
+    from keye.moments import FindResult
     from keye.sessions.live import Keep, LiveSession
+    from keye.sessions.search.find import FindStream
     from keye.sessions.video_index import IndexInfo
 
 # Sessions, indexes and foreign templates are imported where they are used: a question needs none of them.
@@ -125,13 +128,43 @@ class Keye:
 
     def ground_question(self, event: str) -> str:
         """The question by which this model is asked when `event` happens."""
-        subject = event.strip() if isinstance(event, str) else ""
-        if not subject:
-            raise KeyeError("the event is empty; say what to look for, e.g. 'the red circle'")
-        prompt = self.runtime.generation_config.ground_prompt
-        if "{article}" in prompt and subject.lower().startswith(("the ", "a ", "an ")):
-            subject = subject.split(" ", 1)[1]
-        return prompt.format(event=subject, article="the")
+        return ground_question(self.runtime.generation_config, event)
+
+    def find(self, video: object, event: str, **options: Any) -> FindResult:
+        """Finds the moments of an event in a video of any length; see `stream_find`."""
+        return self.stream_find(video, event, **options).finish()
+
+    def stream_find(
+        self, video: object, event: str, *, media_options: Mapping[str, Any] | None = None,
+        check: Callable[[], None] | None = None, name: str | None = None, **options: Any,
+    ) -> FindStream:  # fmt: skip
+        """`find`, what it finds as it is found: an iterator of `FindProgress`, `MomentsFound` and last a `FindResult`.
+        `stop()` of it ends the search early, with the best so far. Mistakes in options are errors raised here.
+
+        `video` is a path, an address or a `Source`, or a search index of one. It is read once into a search index, kept
+        in the file `index` or else in the user's cache, and questions after the first go on from there. Options, all
+        with a default: `budget` tokens may be spent on the question (by default an eighth of those of the index); `top`
+        moments are returned; `threshold` is the probability from which on a moment counts as found; `effort` is
+        "auto", "low", "medium" or "high"; `seconds` is the longest that the search may take; without `scenes` borders
+        are not put on hard cuts, which are looked for in every frame of the video; `subtitles` names a file or a
+        track, or are lines, "none" leaves out what players show; `scorers` rank frames besides the model
+        (`keye.sessions.search.coarse.FrameScorer`). `media_options` as in `stream_ask`; `check` is called again and
+        again and may raise; `name` is what moments call the video."""
+        from keye.media.source.fetch import as_source, fetch_source
+        from keye.sessions.search.find import FindOptions, FindStream, open_find
+
+        known = FindOptions.__dataclass_fields__
+        for option in options:
+            if option not in known:
+                near = closest(option, known)
+                raise KeyeError(f"find has no option {option}" + (f"; did you mean {near}?" if near else ""))
+        if options.get("index") is not None:
+            options["index"] = Path(options["index"])
+        medium = as_medium(video if isinstance(video, Medium) else as_source(video), media_options)
+        if medium.kind != "video":
+            raise KeyeError("an image was given to find; give a video, or use ask for images")
+        source = fetch_source(medium.source)  # type: ignore[arg-type]  # a video that is a file
+        return FindStream(open_find(self.engine, source, event, FindOptions(**options), medium.options, check, name))
 
     def render(
         self, messages: Sequence[Mapping[str, Any] | Message], *, thinking: bool | None = None,
@@ -267,7 +300,7 @@ def load(
     return Keye(Runtime.create(
         str(config.raw.get("keye_name") or Path(name).name), model, tokenizer, processor, generation_config,
         attention=attention, template=chosen, kv=replace(storing, memory=limit or free_memory(device)),
-        notes=tuple(notes), open_index=_open_index,
+        notes=tuple(notes), open_index=_open_index, folder=folder,
     ))  # fmt: skip
 
 

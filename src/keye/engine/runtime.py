@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keye.cache.ledger import Ledger
@@ -35,7 +36,8 @@ class Runtime:
 
     `attention` is the mode of requests that name none. `store` holds keys and values; every byte of it, of the caches
     and of scratch is reserved in `ledger`. `notes` are sentences about what loading left out or took for granted.
-    `open_index` opens an index of a video as the beginning of prompts; without it, indexes are rejected.
+    `open_index` opens an index of a video as the beginning of prompts; without it, indexes are rejected. `folder` holds
+    the files of the model, None for one that was made in memory.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Runtime:
     prefixes: PrefixCache
     notes: tuple[str, ...] = ()
     open_index: Callable[[Runtime, Source], VideoIndex] | None = None
+    folder: Path | None = None
 
     @classmethod
     def create(
@@ -67,6 +70,7 @@ class Runtime:
         kv: KVOptions | None = None,
         notes: Sequence[str] = (),
         open_index: Callable[[Runtime, Source], VideoIndex] | None = None,
+        folder: Path | None = None,
     ) -> Runtime:
         """A runtime with empty caches. `template` is keye's own for the model's release by default; `attention`
         "sparse" becomes "dense" for a model without an indexer."""
@@ -81,7 +85,7 @@ class Runtime:
             name=name, model=model, tokenizer=tokenizer, processor=processor, generation_config=generation_config,
             template=template or own, attention=attention if model.config.text.sparse is not None else "dense",
             kv=kv, ledger=ledger, store=store, vision_cache=VisionCache(ledger=ledger), prefixes=PrefixCache(store),
-            notes=tuple(notes), open_index=open_index,
+            notes=tuple(notes), open_index=open_index, folder=folder,
         )  # fmt: skip
 
     @property

@@ -36,7 +36,7 @@ from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode, cache_rows
 from keye.moments import FindProgress
 from keye.ops.kv_blocks import KV_BLOCK
-from keye.sessions.search.places import identify_source
+from keye.sessions.search.places import identify_source, path_of
 from keye.sessions.search.scoring import YES_NO, answer_ids, encode_question, frame_shares, read_answer
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.sessions.search.window_reader import OnFrames, WindowReader
@@ -171,8 +171,9 @@ class _Builder:
             about = {
                 "keye": __version__, "model": asdict(self.runtime.fingerprint), "attention": self.mode,
                 "null_question": question, "plan": self.plan.to_dict(),
-                "source": {"name": self.source.name, "identity": identity, "size": self.source.size,
-                           "duration": self.info.duration, "start": self.options.video_start or self.info.start_offset},
+                "source": {"name": self.source.name, "path": path_of(self.source), "identity": identity,
+                           "size": self.source.size, "duration": self.info.duration,
+                           "start": self.options.video_start or self.info.start_offset},
             }  # fmt: skip
             self.writer = SegmentWriter.create(self.path, "head", about, open_file)
             self.index = open_search_index(self.runtime, self.path)

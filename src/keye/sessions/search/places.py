@@ -16,8 +16,9 @@ from typing import Final
 
 from keye.cache.fingerprint import Fingerprint
 from keye.config.environment import cache_folder
+from keye.errors import MediaError
 from keye.media.content import source_hash
-from keye.media.source.fetch import Source
+from keye.media.source.fetch import Source, fetch_source
 
 #: Files up to this size are hashed in full; of larger ones size, time of change and three pieces count.
 HASHED_BYTES: Final = 1 << 30
@@ -42,6 +43,22 @@ def identify_source(source: Source) -> str:
             file.seek(start)
             digest.update(file.read(_PIECE))
     return f"pieces:{digest.hexdigest()}"
+
+
+def path_of(source: Source) -> str | None:
+    """Where a file will be found again; None for one in memory and for a temporary one."""
+    return None if source.path is None or source.keep is not None else str(source.path.absolute())
+
+
+def find_again(path: object, identity: str) -> Source | None:
+    """The file that was at a path, if it is still there and the same."""
+    if not isinstance(path, str) or not Path(path).is_file():
+        return None
+    try:
+        source = fetch_source(Path(path))
+    except MediaError:
+        return None
+    return source if identify_source(source) == identity else None
 
 
 def find_folder() -> Path:

@@ -87,10 +87,10 @@ def encode_question(runtime: Runtime, question: str) -> list[int]:
     """Token ids of a question behind the frames of a window."""
     if not question.strip():
         raise KeyeError("the question is empty; ask something about the video")
-    return runtime.prompts.encode_around(question, template=runtime.template, thinking=_thinking(runtime))[1]
+    return runtime.prompts.encode_around(question, template=runtime.template, thinking=thinking_of(runtime))[1]
 
 
-def _thinking(runtime: Runtime) -> bool | None:
+def thinking_of(runtime: Runtime) -> bool | None:
     """Whether to ask for no reasoning, so that the answer comes first."""
     return False if runtime.tokenizer.added_tokens.get("</think>") is not None else None
 

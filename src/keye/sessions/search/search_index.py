@@ -19,10 +19,12 @@ from keye.engine.runtime import Runtime
 from keye.errors import KeyeError
 from keye.media.processor import Piece, VisualSpan, expand_frames
 from keye.media.scenes import Scenes
+from keye.media.source.fetch import Source
 from keye.models.keye import visual_mask
 from keye.moments import SeenSpan
 from keye.ops.kv_blocks import KV_BLOCK
 from keye.sessions.search.headers import IndexContents, IndexHead, StoredWindow
+from keye.sessions.search.places import find_again
 from keye.sessions.video_index import check_layout, check_same_model
 
 
@@ -82,6 +84,10 @@ class SearchIndex:
     def source_name(self) -> str:
         """The name of the video."""
         return str(self.head.source["name"])
+
+    def find_source(self) -> Source | None:
+        """The video, if it is still where it was when it was indexed, and the same."""
+        return find_again(self.head.source.get("path"), str(self.head.source["identity"]))
 
     @property
     def cuts(self) -> list[float]:
