@@ -6,8 +6,9 @@ several sequences, each beginning with a block of its own, others the header alo
 
 A segment is appended in three acts: everything behind its prelude is written and brought to disk, then the prelude,
 which makes it count. A process that is killed or a disk that fills up leaves the segments before as they were, and
-behind them bytes without a prelude, which readers ignore and the next writer overwrites. A prelude that is there and
-does not fit what follows is damage. One process writes at a time; others may read meanwhile. Knows bytes, not models.
+behind them bytes without a prelude, which readers ignore and the next writer overwrites; so are those of a last segment
+of which bytes are missing, as in a file that was copied in part. Anything else that does not fit is damage. One process
+writes at a time; others may read meanwhile. Knows bytes, not models.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ def _read(path: Path, file: BinaryIO, start: int) -> list[Segment]:
         prelude = file.read(PRELUDE_BYTES)
         if start and prelude[: len(INDEX_MAGIC)] != INDEX_MAGIC:
             break
-        segments.append(_read_segment(path, file, start, prelude, end))
+        segment = _read_segment(path, file, start, prelude, end)
+        if segment is None:
+            break
+        segments.append(segment)
         start = segments[-1].stop
         if len(segments) > MOST_SEGMENTS:
             raise damage_error(path, f"it has more than {MOST_SEGMENTS:,} segments")
@@ -100,12 +104,15 @@ def _read(path: Path, file: BinaryIO, start: int) -> list[Segment]:
     return segments
 
 
-def _read_segment(path: Path, file: BinaryIO, start: int, prelude: bytes, end: int) -> Segment:
+def _read_segment(path: Path, file: BinaryIO, start: int, prelude: bytes, end: int) -> Segment | None:
+    """The segment at byte `start`; None for one behind the first of which bytes are missing at the end of the file."""
     version, place, length, digest = read_prelude(path, prelude)
     if version != SEGMENTS_VERSION:
         raise KeyeError(f"{path} is an index of one video for keye ask, not one for searching: make one with keye find")
     if place + length > end - start:
-        raise damage_error(path, f"its segment at byte {start:,} is cut short")
+        if start:
+            return None
+        raise damage_error(path, "it is cut short")
     file.seek(start + place)
     about = decode_header(path, file.read(length), digest)
     if not isinstance(about, dict) or not isinstance(kind := about.get("segment"), str):
@@ -179,8 +186,9 @@ class SegmentWriter:
             raise unwritable(path, error) from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.segments = read_segments(path) if os.fstat(self._descriptor).st_size else []
-            os.ftruncate(self._descriptor, self.stop)
+            size = os.fstat(self._descriptor).st_size
+            self.segments = read_segments(path) if size else []
+            os.ftruncate(self._descriptor, min(size, self.stop))
         except OSError:
             self.close()
             raise KeyeError(f"another process is writing to {path}: wait for it, or name another file") from None
