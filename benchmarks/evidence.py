@@ -78,7 +78,11 @@ def ask_all(model: keye.Keye, split: str, wanted: int) -> list[Row]:
     params = SamplingParams(max_tokens=MAX_TOKENS, stop_token_ids=(model.tokenizer.token_id("<|im_end|>"),))
     rows = list[Row]()
     for number, (clip, request) in enumerate(clips(split, wanted)):
-        prompt = ClipPrompt(model.runtime.prompts, frames_of(clip), [question.text for question in request])
+        prompt = ClipPrompt(
+            model.runtime.prompts,
+            frames_of(clip, model.runtime.processor.config),
+            [question.text for question in request],
+        )
         trunk, _ = model.engine.prefill(prompt.trunk)
         prompts = [prompt.continue_trunk(branch, trunk) for branch in prompt.branches]
         results = model.engine.generate(prompts, params, indexer_sets=True)

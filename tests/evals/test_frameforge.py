@@ -47,7 +47,7 @@ def figures(result):
 
 def clip_prompt(tiny, clip, texts):
     builder = PromptBuilder(tiny.model.config, tiny.tokenizer, Processor(tiny.processor.config))
-    return ClipPrompt(builder, frames_of(clip), texts)
+    return ClipPrompt(builder, frames_of(clip, tiny.processor.config), texts)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,29 @@ def clip_prompt(tiny, clip, texts):
         ("select", "best", "select is 'best'"),
         ("kv", "int3", "the key-value format is 'int3'; choose one of auto, bf16"),
         ("max_tokens", 0, "max_tokens is 0"),
+        ("scene", "film", "scene is 'film'; choose one of clip, window, close"),
     ],
 )
 def test_options_out_of_range(field, value, sentence):
     with pytest.raises(KeyeError, match=sentence):
         EvalOptions(**{field: value})
+
+
+def test_windows_do_not_go_through_files():
+    with pytest.raises(KeyeError, match="leave mp4 out"):
+        EvalOptions(scene="window", mp4=True)
+
+
+def test_windows_ask_about_presence_in_any_aspect_ratio(tiny):
+    options = EvalOptions(questions=60, frames=(3, 5), scene="window", max_tokens=2)
+    clips = [clip for clip, _ in exam(options)]
+    assert len({clip.size for clip in clips}) > 2
+    assert all(start.texture for clip in clips for start in clip.scene.backgrounds)
+    result = evaluate(tiny, options)
+    presence = result["presence"]
+    assert presence["n"] == sum(result["tasks"][task]["n"] for task in ("presence", "presence_text")) > 15
+    assert 0 <= presence["calibration_error"] <= 1
+    json.dumps(result, allow_nan=False)
 
 
 def test_dense_attention_selects_nothing():
@@ -156,7 +174,7 @@ def test_mp4_gives_back_the_clip(tiny, start, step):
     assert through.timestamps == pytest.approx(clip.timestamps, abs=0.05)
     text = [f"{seconds:.1f}" for seconds in through.timestamps]
     assert text == [f"{seconds:.1f}" for seconds in clip.timestamps]
-    original = frames_of(clip).frames
+    original = frames_of(clip, tiny.processor.config).frames
     assert through.frames.shape == original.shape
     assert np.abs(through.frames.astype(int) - original).mean() < 12
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from keye.scoring import metrics
 from keye.scoring.metrics import Constant
+from keye.scoring.search import calibration_error
 
 #: Tasks whose mean is the headline accuracy: those that the model card vouches for.
 SHIPPED_TASKS = (
@@ -19,6 +20,7 @@ SHIPPED_TASKS = (
 #: Tasks whose intervals make the headline mIoU.
 GROUNDING_TASKS = ("ground", "ground_text")
 NEVER_TASK = "ground_none"
+PRESENCE_TASKS = ("presence", "presence_text")
 IOU_LEVELS = (0.3, 0.5, 0.7)
 #: An interval task counts as answered from this IoU on.
 HIT_IOU = 0.5
@@ -28,7 +30,8 @@ WHOLE_VIDEO = "(the whole video)"
 @dataclass(frozen=True)
 class Scored:
     """One answer with its scores. `cluster` numbers the clip; `iou` and `whole_video_iou` (of answering with the whole
-    video) are those of interval tasks, None elsewhere; `exact` is the match of text, number or all intervals."""
+    video) are those of interval tasks, None elsewhere; `exact` is the match of text, number or all intervals. `yes` is
+    the probability of "yes" where that or "no" is the answer."""
 
     cluster: int
     task: str
@@ -38,6 +41,7 @@ class Scored:
     exact: bool
     iou: float | None = None
     whole_video_iou: float | None = None
+    yes: float | None = None
 
     @property
     def correct(self) -> float:
@@ -53,6 +57,8 @@ def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) 
     miou: mean IoU over ground and ground_text. miou_with_none: also over ground_none, where `[]` scores 1.
     *_error: standard errors with clips as clusters, None for a single clip.
     grounding: R1 at three IoU levels, and the same figures for always answering with the whole video.
+    presence: of the questions whether something is there, n, accuracy, and how far the probability of yes is from the
+        share of yes (calibration_error, 0 to 1).
     tasks: for each task n, accuracy, its error, the metric, the best constant answer (majority_answer) with its
         accuracy (majority), whether it is shipped; interval tasks also miou and exact. ground and ground_none
         share one pool of constant answers, since the model cannot know which of the two it is asked.
@@ -78,10 +84,24 @@ def summarise(scored: Sequence[Scored], shipped: Sequence[str] = SHIPPED_TASKS) 
                 for level in IOU_LEVELS
             },
         },
+        "presence": _presence([answer for task in PRESENCE_TASKS for answer in by_task.get(task, [])]),
         "tasks": {task: _task(task, by_task, shipped) for task in sorted(by_task)},
         "questions": len(scored),
         "clips": len({answer.cluster for answer in scored}),
     }
+
+
+def _presence(items: Sequence[Scored]) -> dict[str, Any]:
+    """Questions whether something is there: how many answers are right, of those to be answered by yes and by no, and
+    the expected calibration error of the probability of yes (0 to 1)."""
+    sides = {gold: [answer for answer in items if answer.gold == gold] for gold in ("yes", "no")}
+    known = [(answer.yes, answer.gold == "yes") for answer in items if answer.yes is not None]
+    error = calibration_error([yes for yes, _ in known], [gold for _, gold in known]) if known else None
+    return {
+        "n": len(items), "accuracy": _percent(_accuracy(items)),
+        **{f"accuracy_{gold}": _percent(_accuracy(side)) for gold, side in sides.items()},
+        "calibration_error": None if error is None else round(error, 4),
+    }  # fmt: skip
 
 
 def _task(task: str, by_task: dict[str, list[Scored]], shipped: Sequence[str]) -> dict[str, Any]:

@@ -45,7 +45,10 @@ from keye.data.frameforge.words import (
 
 #: How many objects a window has, and how many camera cuts.
 OBJECTS = {0: 0.16, 1: 0.22, 2: 0.2, 3: 0.16, 4: 0.14, 5: 0.07, 6: 0.05}
-CUTS = {0: 0.6, 1: 0.2, 2: 0.12, 3: 0.08}
+CUTS = {0: 0.3, 1: 0.14, 2: 0.14, 3: 0.12, 4: 0.1, 6: 0.1, 8: 0.07, 10: 0.03}
+#: Sizes of films in pixels, and how often each is drawn; their frames become 12, 15 or 16 visual tokens of keye-nano.
+FILM_SIZES = {(240, 135): 0.35, (320, 180): 0.15, (160, 120): 0.14, (168, 112): 0.06, (112, 112): 0.08,
+              (160, 160): 0.04, (90, 160): 0.08, (120, 160): 0.05, (196, 84): 0.05}  # fmt: skip
 #: Seconds between frames: of windows over a film, and of a close look at a part of it.
 WINDOW_STEPS = {0.1: 0.03, 0.2: 0.05, 0.4: 0.04, 0.5: 0.2, 1.0: 0.36, 1.5: 0.03, 2.0: 0.1, 3.0: 0.03, 4.0: 0.1,
                 5.0: 0.03, 10.0: 0.03}  # fmt: skip

@@ -7,14 +7,16 @@ Clips and questions follow from the options alone, so runs that differ in `mode`
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from keye.cache.sequence import KVCache
@@ -34,6 +36,8 @@ from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 from keye.evals.summary import Scored, summarise
+from keye.media.pixels.patches import resize_bilinear
+from keye.media.sizes import compute_frame_sizes
 from keye.media.source.fetch import fetch_source
 from keye.media.video import VideoReader
 from keye.models.attention import AttentionMode, Selection
@@ -41,6 +45,8 @@ from keye.scoring import metrics
 
 #: Splits that a model has not been trained on.
 SPLITS = ("test", "unseen")
+YES_NO = ("yes", "no")
+SCENES = ("clip", "window", "close")
 #: Side in pixels of the frames of clips: as rendered for the model, and as written to video files.
 FRAME_SIZE, FILE_SIZE = (112, 112), (448, 448)
 #: Questions about one clip: at least and at most.
@@ -58,7 +64,8 @@ class EvalOptions:
 
     `frames` are the fewest and the most frames of a clip, drawn evenly; `objects` the most objects. `mode` and `select`
     say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored. `mp4` writes each
-    clip to a video file and reads it back. `max_tokens` is the longest reply.
+    clip to a video file and reads it back. `max_tokens` is the longest reply. `scene` is what the clips are like:
+    "clip", or "window" and "close", which show what a search in films looks at, over textures and in any aspect ratio.
     """
 
     split: str = "test"
@@ -71,6 +78,7 @@ class EvalOptions:
     kv: KVFormat = "auto"
     mp4: bool = False
     max_tokens: int = 96
+    scene: Literal["clip", "window", "close"] = "clip"
 
     def __post_init__(self) -> None:
         fewest, most = self.frames
@@ -82,11 +90,14 @@ class EvalOptions:
             raise KeyeError(f"objects is {self.objects}; choose 1 to {MAX_OBJECTS}")
         if self.questions < 1:
             raise KeyeError(f"n is {self.questions}; ask at least 1 question")
-        for name, known in (("mode", get_args(AttentionMode)), ("select", get_args(Selection))):
+        known_values = {"mode": get_args(AttentionMode), "select": get_args(Selection), "scene": SCENES}
+        for name, known in known_values.items():
             if (value := getattr(self, name)) not in known:
                 raise KeyeError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         if self.mode == "dense" and self.select != "indexer":
             raise KeyeError(f"select is {self.select!r} but dense attention selects nothing; use mode sparse")
+        if self.mp4 and self.scene != "clip":
+            raise KeyeError(f"scene is {self.scene!r}, but only clips go through video files; leave mp4 out")
         check_kv_format(self.kv)
         if self.max_tokens < 1:
             raise KeyeError(f"max_tokens is {self.max_tokens}; a reply needs at least 1")
@@ -123,9 +134,18 @@ def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
     rng = frameforge.stream(options.split, options.seed, "evaluation")
     left = options.questions
     while left:
-        clip = frameforge.make_clip(rng.getrandbits(60), frames=rng.randint(*options.frames), objects=options.objects,
-                                    split=options.split, size=FRAME_SIZE)  # fmt: skip
-        questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
+        seed, frames = rng.getrandbits(60), rng.randint(*options.frames)
+        if options.scene == "clip":
+            clip = frameforge.make_clip(
+                seed, frames=frames, objects=options.objects, split=options.split, size=FRAME_SIZE
+            )
+            questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
+        else:
+            (film,) = rng.choices(list(frameforge.FILM_SIZES), list(frameforge.FILM_SIZES.values()))
+            clip = frameforge.make_window(
+                seed, frames=frames, split=options.split, size=film, close=options.scene == "close", textured=1.0
+            )
+            questions = frameforge.window_questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
         left -= len(questions)
         if questions:
             yield clip, questions
@@ -143,9 +163,11 @@ def score(clip: Clip, question: Question, reply: str, cluster: int) -> Scored:
                    whole_video_iou=metrics.interval_iou(full, gold))  # fmt: skip
 
 
-def frames_of(clip: Clip) -> Frames:
-    """The clip's frames as they are, in memory."""
-    return Frames(frameforge.render(clip), clip.timestamps)
+def frames_of(clip: Clip, config: ProcessorConfig) -> Frames:
+    """The clip's frames in memory, at the size that the processor gives them."""
+    width, height = clip.size
+    size = compute_frame_sizes(height, width, clip.frames, config).slow
+    return Frames(np.stack([resize_bilinear(frame, size) for frame in frameforge.render(clip)]), clip.timestamps)
 
 
 def frames_through_mp4(clip: Clip, config: ProcessorConfig) -> Frames:
@@ -217,7 +239,7 @@ class _Examiner:
         """The scored replies to the questions about one clip."""
         config, options = self.runtime.processor.config, self.options
         with self._timed("media"):
-            frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip)
+            frames = frames_through_mp4(clip, config) if options.mp4 else frames_of(clip, config)
             prompt = ClipPrompt(self.runtime.prompts, frames, [question.text for question in questions])
             longest = max(map(len, prompt.branches))
             budget = ContextBudget(self.config.text.max_position_embeddings, longest + options.max_tokens)
@@ -235,8 +257,13 @@ class _Examiner:
         self.contexts += [shared + len(branch) + len(reply) for branch, reply in pairs]
         self.prefilled += shared + sum(map(len, prompt.branches))
         self.decoded += sum(map(len, replies))
-        texts = [self.runtime.tokenizer.decode(reply) for reply in replies]
-        return [score(clip, question, text, number) for question, text in zip(questions, texts, strict=True)]
+        scored = []
+        for question, reply, result in zip(questions, replies, results, strict=True):
+            text = self.runtime.tokenizer.decode(reply)
+            first = math.exp(float(result.raw_logprobs[0]))
+            yes = first if text.startswith("yes") else 1 - first
+            scored.append(replace(score(clip, question, text, number), yes=yes if question.answer in YES_NO else None))
+        return scored
 
     def figures(self) -> dict[str, Any]:
         """Context, tokens and time of everything asked so far."""

@@ -19,6 +19,7 @@ from PIL import Image
 from keye.chat.tokenizer import Tokenizer
 from keye.config import ProcessorConfig, load_processor_config
 from keye.data.frameforge import (
+    FILM_SIZES,
     Clip,
     Question,
     dense_labels,
@@ -38,9 +39,6 @@ IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
 WINDOW = 128
 CAPITAL_CHANCE = 0.25
-#: Sizes of films in pixels, and how often each is drawn; their frames become 15, 12 or 16 visual tokens.
-FILM_SIZES = {(240, 135): 0.35, (320, 180): 0.15, (160, 120): 0.14, (168, 112): 0.06, (112, 112): 0.08,
-              (160, 160): 0.04, (90, 160): 0.08, (120, 160): 0.05, (196, 84): 0.05}  # fmt: skip
 
 
 @dataclass(frozen=True)
