@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from keye.errors import KeyeError
-from keye.library.vectors import VectorWriter, read_vectors
+from keye.library.vectors import VectorWriter, rank_frames, read_vectors
 
 
 class MeanColors:
@@ -75,3 +75,13 @@ def test_damaged_vectors_are_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "1.vectors").write_bytes(content)
     (tmp_path / "1.times").write_bytes(b"\0" * 8)
     assert read_vectors(tmp_path / "1.keye") is None
+
+
+def test_the_best_frames_of_many_videos(tmp_path: Path) -> None:
+    indexes = [tmp_path / f"{number}.keye" for number in range(3)]
+    VectorWriter(indexes[0], MeanColors()).append(paint(RED, BLUE, BLUE), [0.0, 10.0, 12.0])
+    VectorWriter(indexes[1], MeanColors("other")).append(paint(BLUE), [0.0])
+    VectorWriter(indexes[2], MeanColors()).append(paint((9, 0, 9), RED), [3.0, 30.0])
+    matches, without = rank_frames(indexes, MeanColors(), "blue", 2)
+    assert [(match.number, match.time) for match in matches] == [(0, 10.0), (2, 3.0)]  # 12.0 is too near
+    assert matches[1].cosine == pytest.approx(0.707, abs=0.01) and without == [1]

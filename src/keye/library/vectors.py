@@ -26,6 +26,8 @@ from keye.sessions.search.embedders import MAX_DIM, Embedder, unit_vectors
 
 _MAGIC: Final = b"keye vectors 1\0\0"
 _HEADER: Final = 4096
+#: Seconds between two frames of one video that are both among the best.
+APART: Final = 5.0
 
 
 class VectorWriter:
@@ -100,3 +102,36 @@ def read_vectors(index: Path) -> FrameVectors | None:
 
 def _paths(index: Path) -> tuple[Path, Path]:
     return index.with_suffix(".vectors"), index.with_suffix(".times")
+
+
+@dataclass(frozen=True)
+class Match:
+    """The frame at `time` of index number `number`, and its cosine with a text."""
+
+    number: int
+    time: float
+    cosine: float
+
+
+def rank_frames(indexes: Sequence[Path], embedder: Embedder, text: str, count: int) -> tuple[list[Match], list[int]]:
+    """The `count` frames beside `indexes` that match a text best, no two of one video within `APART` seconds, the best
+    first; and the numbers of the indexes without vectors of this embedder."""
+    unit = unit_vectors(embedder.embed_text(text), 1, embedder)
+    vector = torch.from_numpy(unit[0]).to(torch.bfloat16)
+    matches: list[Match] = []
+    without: list[int] = []
+    for number, index in enumerate(indexes):
+        stored = read_vectors(index)
+        if stored is None or (stored.embedder, stored.dim) != (embedder.name, embedder.dim) or not len(stored.times):
+            without.append(number)
+            continue
+        cosines = stored.match(vector)
+        times: list[float] = []
+        for place in np.argsort(-cosines)[: 8 * count].tolist():
+            time = float(stored.times[place])
+            if len(times) == count:
+                break
+            if all(abs(time - other) >= APART for other in times):
+                times.append(time)
+                matches.append(Match(number, time, float(cosines[place])))
+    return sorted(matches, key=lambda match: -match.cosine)[:count], without
