@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.cache.sequence import KVCache
-from keye.models.attention import CachedStep, Span
+from keye.cache.slabs import KVFormat, KVLayout, KVStore
+from keye.models.attention import CachedStep, IndexerOutput, Span, cache_rows
 from tests.support.rows import kv_rows
+from tests.support.tiny import tiny_config
 
 
 def entries(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,3 +99,20 @@ def test_branches_continue_from_a_fork(make_model: Any, make_prompt: Any, run_ch
     feed(cache, slice(20, 25))
     cache.truncate(20)
     torch.testing.assert_close(feed(cache, slice(20, 30)), run_chunks(model, prompt, [30])[20:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv", ["int4", "int8", "fp8", "bf16"])
+def test_rows_of_many_sequences_are_encoded_as_those_of_each(kv: KVFormat) -> None:
+    config, generator = tiny_config(topk=4).text, torch.Generator().manual_seed(0)
+    layout = KVLayout.of(cache_rows(config), torch.float32, kv)
+    q, k, v = (torch.randn(27, heads, 32, generator=generator) for heads in (2, 1, 1))
+    index = IndexerOutput(*(torch.randn(27, *shape, generator=generator) for shape in ((2, 16), (16,), (2,))))
+
+    def stored(together: bool) -> list[torch.Tensor]:
+        caches = [KVCache(2, KVStore(layout)) for _ in range(3)]
+        spans = [Span(9 * i, 9 * i + 9, cache) for i, cache in enumerate(caches)]
+        for part in [spans] if together else [[span] for span in spans]:
+            CachedStep(part, config).attend(0, q, k, v, index)
+        return [cache.read_range(0, name, 0, 9) for cache in caches for name in layout.rows]
+
+    assert all(map(torch.equal, stored(True), stored(False)))

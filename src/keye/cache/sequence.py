@@ -65,6 +65,11 @@ class KVCache:
         return self._table.blocks
 
     @property
+    def formats(self) -> Mapping[str, RowFormat] | None:
+        """How rows are stored, by name; None before anything was appended to a cache without a store."""
+        return None if self.store is None else self.store.layout.rows
+
+    @property
     def damage(self) -> KeyeError | None:
         """What is wrong with what was read: nothing that was computed from it may be used."""
         return None if self.check is None else self.check.damage
@@ -83,12 +88,18 @@ class KVCache:
         if self.store is None:
             device = next(iter(rows.values())).device
             self.store = KVStore(KVLayout.like(len(self._lengths), rows), make_slab=memory_slabs(device))
-        layout, start = self.store.layout, self._lengths[layer]
+        formats = self.store.layout.rows
+        self.append_encoded(
+            layer, {name: form.encode(rows[name].detach()) for name, form in formats.items() if name in rows}
+        )
+
+    def append_encoded(self, layer: int, rows: Mapping[str, Tensor]) -> None:
+        """`append` of rows that are encoded in the formats of the store, uint8 [n, row_bytes]."""
+        start = self._lengths[layer]
         stop = start + next(iter(rows.values())).shape[0]
         self.reserve(stop)
-        for name, form in layout.rows.items():
-            if name in rows:
-                self._table.write(name, layer, start, form.encode(rows[name].detach()))
+        for name, encoded in rows.items():
+            self._table.write(name, layer, start, encoded)
         self._lengths[layer] = stop
 
     def read(self, layer: int, name: str, positions: Tensor) -> Tensor:

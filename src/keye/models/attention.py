@@ -24,7 +24,7 @@ from keye.config import TextConfig
 from keye.models.layers import Layer, RMSNorm
 from keye.ops import reference, registry
 from keye.ops.backend import Stretch
-from keye.ops.kv_blocks import BlockRows, RowSpec
+from keye.ops.kv_blocks import BlockRows, RowFormat, RowSpec
 from keye.ops.reference import hadamard_transform, quantize_fp8
 
 #: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
@@ -117,8 +117,15 @@ class SequenceCache(Protocol):
     def length(self, layer: int) -> int:
         """Tokens stored for `layer`."""
 
+    @property
+    def formats(self) -> Mapping[str, RowFormat] | None:
+        """How rows are stored, by name; None where that follows from what is appended first."""
+
     def append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
         """Adds n tokens: rows [n, heads, dim] by name."""
+
+    def append_encoded(self, layer: int, rows: Mapping[str, Tensor]) -> None:
+        """The same for rows that are encoded already, uint8 [n, row_bytes]."""
 
     def read(self, layer: int, name: str, positions: Tensor) -> Tensor:
         """The rows of a name at `positions` (int64 [N]): [N, heads, dim]."""
@@ -214,12 +221,7 @@ class CachedStep:
         self._on_layer, self._on_router = on_layer, on_router
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
-        for span in self.spans:
-            part = slice(span.start, span.stop)
-            rows = {"k": k[part], "v": v[part]}
-            if index is not None:
-                rows["indexer_k"] = index.k[part].unsqueeze(1)
-            span.cache.append(layer, rows)
+        self._append(layer, {"k": k, "v": v} if index is None else {"k": k, "v": v, "indexer_k": index.k.unsqueeze(1)})
         stretches = [self._stretch(span, layer, counted=index is not None) for span in self.spans]
         # Up to k tokens the top-k is everything: dense attention is then the same function.
         dense = [stretch for stretch in stretches if index is None or stretch.length <= self.topk]
@@ -241,6 +243,18 @@ class CachedStep:
                     check.compare_reads(layer, ("indexer_k",))
                 check.compare_reads(layer, ("k", "v"), stretch.counts if selected else None)
         return out
+
+    def _append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
+        """Adds the rows [T, heads, dim] of a step to the caches; encoded at once where all store them alike, since many
+        short spans would take most of their time there."""
+        formats = self.spans[0].cache.formats
+        if formats is None or len(self.spans) == 1 or any(span.cache.formats != formats for span in self.spans):
+            for span in self.spans:
+                span.cache.append(layer, {name: part[span.start : span.stop] for name, part in rows.items()})
+            return
+        encoded = {name: form.encode(rows[name]) for name, form in formats.items() if name in rows}
+        for span in self.spans:
+            span.cache.append_encoded(layer, {name: part[span.start : span.stop] for name, part in encoded.items()})
 
     def _select_without_indexer(
         self, layer: int, stretch: Stretch, device: torch.device
