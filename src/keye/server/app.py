@@ -22,7 +22,19 @@ from keye.server.edge.audit import Audit
 from keye.server.edge.guard import Guard
 from keye.server.errors import begin_notes, collect_warnings
 from keye.server.metrics import Metrics
-from keye.server.routes import chat, completions, files, find, frames, messages, native, responses, system, video
+from keye.server.routes import (
+    chat,
+    completions,
+    export,
+    files,
+    find,
+    frames,
+    messages,
+    native,
+    responses,
+    system,
+    video,
+)
 from keye.server.settings import Settings, fetch_policy, guard_settings
 from keye.server.stores import FileStore, ResponseStore
 from keye.version import __version__
@@ -33,7 +45,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, frames.router, find.router,
-    system.router, messages.router, native.router,
+    export.router, system.router, messages.router, native.router,
 )  # fmt: skip
 
 

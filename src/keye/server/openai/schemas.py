@@ -312,6 +312,42 @@ class FindRequest(VideoBody):
     stream: bool | None = None
 
 
+class ExportMoment(Body):
+    start: Seconds
+    end: Seconds
+    label: Annotated[str, Field(max_length=1000)] = Field(default="", description="by default that of the request")
+    probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    note: Annotated[str, Field(max_length=4000)] = ""
+    file: Name | None = Field(default=None, description="its name in `videos`, where there are several")
+
+
+class ExportRequest(Body):
+    video: Object | None = None
+    videos: Annotated[dict[Name, Object], Field(min_length=1, max_length=100)] | None = Field(
+        default=None, description="several videos by the names that moments give in `file`"
+    )
+    moments: Annotated[list[ExportMoment], Field(fail_fast=True, min_length=1, max_length=10_000)]
+    format: Name
+    label: Annotated[str, Field(max_length=1000)] = ""
+    title: Annotated[str, Field(max_length=200)] = ""
+    rate: Annotated[str, Field(min_length=1, max_length=20)] | None = None
+    start_timecode: Annotated[str, Field(min_length=1, max_length=20)] | None = None
+    handles: Annotated[list[Annotated[float, Field(ge=0, le=3600)]], Field(min_length=2, max_length=2)] | None = None
+    mode: Literal["sequence", "markers"] = "sequence"
+    paths: Annotated[dict[str, Annotated[str, Field(max_length=4000)]], Field(max_length=100)] | None = Field(
+        default=None, description='where the user has the videos, by name ("" for the only one): a path or an address'
+    )
+
+    @model_validator(mode="after")
+    def _check_videos(self) -> Self:
+        if (self.video is None) == (self.videos is None):
+            raise ValueError("give video or videos, one of them")
+        known = {None} if self.videos is None else set(self.videos)
+        if unknown := next((moment for moment in self.moments if moment.file not in known), None):
+            raise ValueError(f"a moment names the file {unknown.file!r}, which is not among the videos")
+        return self
+
+
 class SubtitlesRequest(Body):
     video: Object | None = None
     subtitles: SubtitleChoice | None = Field(default=None, description="what players would show unless given")

@@ -3,7 +3,6 @@ found so far, which can be stopped."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -60,13 +59,14 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
     """Opens the video and searches it, in a thread. Its index counts as storage of its owner while it grows."""
     source, _ = open_video(body.video, context.opener(owner), body.preprocess_kwargs)
     options = dict(named_video(body.video, context.opener(owner), body.preprocess_kwargs).options)
-    budget, most, end = body.budget, context.settings.find_tokens, time.monotonic() + context.settings.find_seconds
+    budget, most = body.budget, context.settings.find_tokens
     if budget is not None and budget > most:
         budget = most
         add_note(f"budget is lowered to the {most:,} tokens that a question may cost here")
     path = context.indexes.path(owner, source, {**options, "scenes": body.scenes, "effort": body.effort})
     stream = cast(Any, context.model).stream_find(
         source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
+        seconds=context.settings.find_seconds,
         scenes=body.scenes, subtitles=_subtitles(context, owner, body), media_options=options,
     )  # fmt: skip
     job.on_stop(stream.stop)
@@ -74,8 +74,6 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
         for item in stream:
             context.indexes.account(owner, path)
             emit(item)
-            if time.monotonic() > end and not job.is_stopping:
-                job.stop()
     except ApiError:
         context.indexes.remove(owner, path)
         raise
