@@ -63,7 +63,7 @@ def _reference(context: Context, owner: str, body: ExportRequest, name: str, par
     source, options = open_video(part, context.opener(owner))
     info = probe_cached(source, None, context.salt(owner), track=options.track)
     place = (body.paths or {}).get(name)
-    return MediaReference.of(info, None if place is None else _address(place), source.name)
+    return MediaReference.of(info, None if place is None else _address(place), name or source.name)
 
 
 def _address(place: str) -> str:
