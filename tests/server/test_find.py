@@ -146,6 +146,17 @@ def test_a_stream_ends_with_the_result(http: TestClient, file_id: str, doubles: 
     assert alone["object"] == "keye.find" and alone["result"]["moments"] == events[3]["result"]["moments"]
 
 
+def test_a_video_is_searched_by_the_model(http: TestClient, file_id: str) -> None:
+    """Random weights find nothing in particular; the second question reads no frame of the index again."""
+    body = body_of(file_id, preprocess_kwargs={"track": 1})  # an index of its own: doubles write none that can be read
+    events = read_events(http.post("/v1/video/find", json={**body, "stream": True}))
+    result = events[-1]["result"]
+    assert events[0]["type"] == "started" and events[-1]["type"] == "result" and result["query"] == "the red circle"
+    assert result["coverage"]["unseen"] == [] and result["coverage"]["frames"] >= 4 and not result["stopped"]
+    again = http.post("/v1/video/find", json=body).json()["result"]
+    assert again["seconds"]["index"] < result["seconds"]["index"] and again["moments"] == result["moments"]
+
+
 def test_settings_and_subtitles_reach_the_search(http: TestClient, file_id: str, doubles: Doubles) -> None:
     doubles.waits = False
     text = "1\n00:01 --> 00:02\na red circle\n"

@@ -17,10 +17,14 @@ from starlette.testclient import TestClient
 import keye
 from keye.media.plan import VideoPlan
 from keye.media.source.fetch import fetch_source, untrusted
+from keye.media.speech import Transcriber
 from keye.media.thumbnails import ThumbnailCache, make_thumbnails
 from keye.media.video import VideoReader
 from keye.server.app import guarded_app
 from keye.server.settings import Settings
+from tests.media.test_speech import Service
+from tests.media.test_speech import service as service
+from tests.media.test_speech import talk as talk
 from tests.server.conftest import upload
 from tests.support.serving import error_of, read_events
 
@@ -157,6 +161,24 @@ def test_no_path_is_opened_as_a_track(http: TestClient, file_id: str, tmp_path: 
     secret.write_text(SRT)
     for track in (str(secret), f"file://{secret}", "../secret.srt"):
         error_of(http.post("/v1/video/subtitles", json={"video": {"file_id": file_id}, "subtitles": {"track": track}}))
+
+
+def test_speech_is_transcribed_once_where_a_service_is_named(model: keye.Keye, talk: Path, service: Service) -> None:
+    service.segments((0.0, 1.0, "hello"))
+    settings = Settings(transcriber=Transcriber(service.url, key="secret"))
+    with TestClient(guarded_app(model, settings), base_url="http://127.0.0.1") as client:
+        body = {"video": {"file_id": upload(client, talk)["id"]}, "subtitles": "speech"}
+        events = read_events(client.post("/v1/video/subtitles", json={**body, "stream": True}))
+        assert events[0]["type"] == "started" and events[-1]["type"] == "result"
+        answer = client.post("/v1/video/subtitles", json=body).json()
+        assert answer == events[-1]["result"] and answer["track"]["origin"] == "speech"
+        assert answer["lines"] == [{"start": 0.0, "end": 1.0, "text": "hello"}] and len(service.received) == 1
+
+
+def test_no_speech_is_sent_without_a_service(http: TestClient, file_id: str) -> None:
+    for path in ("find", "subtitles"):
+        body = {"video": {"file_id": file_id}, "subtitles": "speech", **({"event": "x"} if path == "find" else {})}
+        assert error_of(http.post(f"/v1/video/{path}", json=body))["code"] == "no_transcriber"
 
 
 def test_files_of_another_key_are_not_found(model: keye.Keye, video: Path) -> None:

@@ -47,6 +47,7 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
+@options.transcribe
 @click.option("--audit", type=options.PATH, metavar="FILE", help="Append a JSON line for each request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Run N servers; requests about one video go to one.")
 @click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
@@ -162,6 +163,10 @@ def settings_of(api_key_file: Path | None, arguments: Mapping[str, Any]) -> Sett
         "max_queue": "queue", "max_seconds": "request_seconds",
     }  # fmt: skip
     limits = {field: arguments[name] for name, field in names.items() if arguments[name] is not None}
+    if arguments["transcribe"] is not None:
+        from keye.commands.shared.inputs import open_transcriber
+
+        limits["transcriber"] = open_transcriber(arguments)
     if arguments["keep_files"] is not None:
         limits["file_seconds"] = arguments["keep_files"] * 3600
     return Settings(

@@ -43,6 +43,11 @@ def api_key() -> str | None:
     return os.environ.get("KEYE_API_KEY") or None
 
 
+def transcribe_key() -> str | None:
+    """KEYE_TRANSCRIBE_KEY, the key that the transcription service asks for."""
+    return os.environ.get("KEYE_TRANSCRIBE_KEY") or None
+
+
 def preview_video_max_pixels() -> int | None:
     """VIDEO_MAX_PIXELS, with which keye-vl-utils 1.0.0 lets the environment set the pixels of all frames of a video."""
     value = os.environ.get("VIDEO_MAX_PIXELS")

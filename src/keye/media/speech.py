@@ -43,7 +43,7 @@ _TRIES: Final = 3
 _WAIT: Final = 5.0
 _BUSY: Final = (429, 500, 502, 503, 504)
 #: Characters of an answer that an error shows.
-_SHOWN: Final = 200
+_MOST_SHOWN: Final = 200
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ def transcribe(
 
 def _parts(reader: VideoReader, end: float) -> Iterator[tuple[float, NDArray[np.int16]]]:
     """(begin in seconds, samples at 16 kHz) of parts of the sound, each but the last cut at its quietest place."""
-    begin, kept = 0.0, np.empty(0, np.int16)
+    begin, remaining = 0.0, np.empty(0, np.int16)
     most, search = int(_PART * _RATE), int(_SEARCH * _RATE)
     for piece in _mono(reader, end):
-        kept = np.concatenate([kept, piece])
-        while len(kept) >= most:
-            cut = most - search + _quietest(kept[most - search : most])
-            yield begin, kept[:cut]
-            begin, kept = begin + cut / _RATE, kept[cut:]
-    if len(kept) >= int(_QUIET * _RATE):
-        yield begin, kept
+        remaining = np.concatenate([remaining, piece])
+        while len(remaining) >= most:
+            cut = most - search + _quietest(remaining[most - search : most])
+            yield begin, remaining[:cut]
+            begin, remaining = begin + cut / _RATE, remaining[cut:]
+    if len(remaining) >= int(_QUIET * _RATE):
+        yield begin, remaining
 
 
 def _mono(reader: VideoReader, end: float) -> Iterator[NDArray[np.int16]]:
@@ -157,7 +157,7 @@ def _ask(service: Transcriber, samples: NDArray[np.int16], language: str | None)
         if status == 200:
             break
         if status not in _BUSY or number == _TRIES - 1:
-            words = answer[:_SHOWN].decode("utf-8", "replace")
+            words = answer[:_MOST_SHOWN].decode("utf-8", "replace")
             raise KeyeError(f"the transcription service at {_host(service)} answers {status}: {words!r}")
         time.sleep(_WAIT)
     try:

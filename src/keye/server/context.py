@@ -27,7 +27,7 @@ from keye.media.thumbnails import ThumbnailCache
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
 from keye.server.metrics import Metrics
-from keye.server.searches import Jobs, SearchIndexes
+from keye.server.searches import Jobs, SearchIndexes, Transcripts
 from keye.server.settings import Settings
 from keye.server.stores import FileStore, MediaOpener, ResponseStore
 from keye.sessions.live import LiveSession
@@ -79,6 +79,10 @@ class Context:
     @cached_property
     def indexes(self) -> SearchIndexes:
         return SearchIndexes(self.files, self.salt)
+
+    @cached_property
+    def transcripts(self) -> Transcripts:
+        return Transcripts(self.settings.transcriber, self.salt)
 
     @cached_property
     def live(self) -> LiveSessions:

@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from keye.media.content import identify
 from keye.media.source.fetch import Source
+from keye.media.speech import Transcriber, transcribe
+from keye.media.subtitles import Subtitles
 from keye.moments import FindEvent, FindProgress
 from keye.server.edge.errors import ApiError
 from keye.server.stores import FileStore
@@ -138,6 +141,36 @@ class Jobs:
         if not self._count[job.owner]:
             del self._count[job.owner]
             self._turns.pop(job.owner, None)
+
+
+class Transcripts:
+    """Speech of videos as lines, by a service that the operator has named; the last ones are kept, by owner. Safe to
+    share by threads."""
+
+    def __init__(self, service: Transcriber | None, salt: Callable[[str], bytes], most: int = 32) -> None:
+        self._service, self._salt, self._most = service, salt, most
+        self._lines: OrderedDict[object, Subtitles] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(
+        self, owner: str, source: Source, track: int | None, check: Callable[[], None],
+        on_progress: Callable[[float, float], None],
+    ) -> Subtitles:  # fmt: skip
+        """The lines of a video; `ApiError` where no service is named. `check` may raise to end the work. Blocks."""
+        if self._service is None:
+            sentence = "subtitles: this server has no transcription service; start it with --transcribe"
+            raise ApiError(400, sentence, param="subtitles", code="no_transcriber")
+        key = self._salt(owner), identify(source), track
+        with self._lock:
+            if key in self._lines:
+                self._lines.move_to_end(key)
+                return self._lines[key]
+        lines = transcribe(source, self._service, track=track, on_progress=on_progress, check=check)
+        with self._lock:
+            self._lines[key] = lines
+            while len(self._lines) > self._most:
+                self._lines.popitem(last=False)
+        return lines
 
 
 class SearchIndexes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from keye.errors import KeyeError, Option
 from keye.media.source.fetch import FetchPolicy
 from keye.media.source.hosts import parse_host_rule
+from keye.media.speech import Transcriber
 from keye.server.edge.guard import GuardSettings
 from keye.server.edge.keys import Keyring
 from keye.server.edge.limits import Limits
@@ -33,7 +34,7 @@ class Settings:
     where there is one key. `allow_origins` are web pages elsewhere that may use the server, `allow_media_hosts` hosts
     whose media may be fetched also at private addresses. `allowed_hosts` are names in the Host header beside the
     address that is listened on. A search takes at most `find_seconds` in its turn and `find_tokens` tokens for its
-    question.
+    question. `transcriber` is the service that transcribes speech, where requests ask for it.
     """
 
     host: str = "127.0.0.1"
@@ -62,6 +63,7 @@ class Settings:
     clip_seconds: float = 1800.0
     find_seconds: float = 3600.0
     find_tokens: int = 1_000_000
+    transcriber: Transcriber | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from keye.api import Keye
     from keye.cluster.decode_reader import ServiceDecoder
     from keye.media.processor import Decoder
+    from keye.media.speech import Transcriber
 
 #: Largest file of functions.
 MAX_TOOLS_BYTES = 4 << 20
@@ -131,6 +132,19 @@ def describing_folder(model: str) -> tuple[Path, bool]:
                 return Path(cached).parent, False
             return asset(f"configs/{short}"), True
     return find_model(model, weights=False), False
+
+
+def open_transcriber(options: Mapping[str, Any]) -> Transcriber | None:
+    """The service that `--transcribe` names; None without."""
+    if options["transcribe"] is None:
+        if options["transcribe_model"] is not None:
+            raise KeyeError("--transcribe-model names the model of a service: name that with --transcribe")
+        return None
+    from keye.config.environment import transcribe_key
+    from keye.media.speech import Transcriber
+
+    model = options["transcribe_model"] or Transcriber.model
+    return Transcriber(options["transcribe"], model, transcribe_key())
 
 
 @contextmanager

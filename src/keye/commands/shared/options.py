@@ -112,6 +112,12 @@ storing: Callable[[F], F] = _all(
     click.option("--memory", type=Bytes(), metavar="SIZE",
                  help="Memory budget of keys, values and visual tokens, as 8GiB.  [default: what is free]"),
 )  # fmt: skip
+transcribe: Callable[[F], F] = _all(
+    click.option("--transcribe", metavar="URL",
+                 help="Transcription service with OpenAI's interface that speech may be sent to; its key stands in "
+                      "KEYE_TRANSCRIBE_KEY."),
+    click.option("--transcribe-model", metavar="NAME", help="Its model.  [default: whisper-1]"),
+)  # fmt: skip
 decode = click.option(
     "--decode", metavar="ADDRESS",
     help="Decode videos in other processes: local, local:N, ray or ray://HOST:PORT.  [default: one for each video]",

@@ -306,8 +306,8 @@ class FindRequest(VideoBody):
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     effort: Literal["auto", "low", "medium", "high"] = "auto"
     scenes: bool = True
-    subtitles: SubtitleChoice | Literal["none"] | None = Field(
-        default=None, description="what players would show unless given"
+    subtitles: SubtitleChoice | Literal["none", "speech"] | None = Field(
+        default=None, description="what players would show unless given; speech has it transcribed"
     )
     stream: bool | None = None
 
@@ -350,7 +350,10 @@ class ExportRequest(Body):
 
 class SubtitlesRequest(Body):
     video: Object | None = None
-    subtitles: SubtitleChoice | None = Field(default=None, description="what players would show unless given")
+    subtitles: SubtitleChoice | Literal["speech"] | None = Field(
+        default=None, description="what players would show unless given; speech has it transcribed"
+    )
+    stream: bool | None = None
 
 
 class IndexRequest(Body, Preprocess):

@@ -36,26 +36,26 @@ async def export(request: Request, body: ExportRequest) -> Response:
         chosen = find_format(body.format)
     except KeyeError as error:
         raise error_of_mistake(error, param="format") from None
-    written = await cancel_on_disconnect(request, context.decode(_export, context, owner_of(request), body))
+    rendered = await cancel_on_disconnect(request, context.decode(_export, context, owner_of(request), body))
     title = safe_name(body.title or body.label or "moments")
     headers = {
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(title + chosen.suffix)}",
-        "Keye-Notes": json.dumps(written.notes), "Keye-Rounding-Ms": str(written.rounding_ms),
+        "Keye-Notes": json.dumps(rendered.notes), "Keye-Rounding-Ms": str(rendered.rounding_ms),
         "Cache-Control": "private, no-store",
     }  # fmt: skip
-    return Response(written.data, media_type=chosen.media_type, headers=headers)
+    return Response(rendered.data, media_type=chosen.media_type, headers=headers)
 
 
 def _export(context: Context, owner: str, body: ExportRequest) -> Export:
     media = {name: _reference(context, owner, body, name, part) for name, part in (body.videos or {}).items()}
-    one = None if body.video is None else _reference(context, owner, body, "", body.video)
+    single = None if body.video is None else _reference(context, owner, body, "", body.video)
     ranges = [
         ExportRange(item.start, item.end, item.label or body.label, item.probability, item.note, item.file)
         for item in body.moments
     ]
     before, after = body.handles or (0.0, 0.0)
     options = ExportOptions(body.rate, body.start_timecode, (before, after), body.mode)
-    return render(ranges, one or media, body.format, options, title=body.title)
+    return render(ranges, single or media, body.format, options, title=body.title)
 
 
 def _reference(context: Context, owner: str, body: ExportRequest, name: str, part: dict[str, Any]) -> MediaReference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -64,10 +64,10 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
         budget = most
         add_note(f"budget is lowered to the {most:,} tokens that a question may cost here")
     path = context.indexes.path(owner, source, {**options, "scenes": body.scenes, "effort": body.effort})
-    stream = cast(Any, context.model).stream_find(
+    stream = context.model.stream_find(
         source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
         seconds=context.settings.find_seconds,
-        scenes=body.scenes, subtitles=_subtitles(context, owner, body), media_options=options,
+        scenes=body.scenes, subtitles=_subtitles(context, owner, body, job, emit), media_options=options,
     )  # fmt: skip
     job.on_stop(stream.stop)
     try:
@@ -79,7 +79,7 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
         raise
 
 
-def _subtitles(context: Context, owner: str, body: FindRequest) -> Subtitles | Literal["none"]:
-    if isinstance(body.subtitles, str):
-        return body.subtitles
-    return choose_subtitles(context, owner, body.video, body.subtitles) or "none"
+def _subtitles(context: Context, owner: str, body: FindRequest, job: Job, emit: Emit) -> Subtitles | Literal["none"]:
+    if body.subtitles == "none":
+        return "none"
+    return choose_subtitles(context, owner, body.video, body.subtitles, job, emit) or "none"

@@ -46,34 +46,54 @@ def _frames(context: Context, owner: str, body: FramesRequest) -> dict[str, Any]
 
 
 @router.post("/v1/video/subtitles")
-async def subtitles(request: Request, body: SubtitlesRequest) -> JSONResponse:
-    """The text tracks of a video and the lines of one of them, or those of a subtitle file."""
+async def subtitles(request: Request, body: SubtitlesRequest) -> Response:
+    """The text tracks of a video and the lines of one of them, of a subtitle file, or of its speech, which may take
+    long: with `stream` as server-sent events."""
     context = context_of(request)
-    if body.video is None and (body.subtitles is None or body.subtitles.text is None):
+    owner = owner_of(request)
+    if body.video is None and not (isinstance(body.subtitles, SubtitleChoice) and body.subtitles.text):
         raise ApiError(400, "video: it is missing; give it, or the text of a subtitle file", param="video")
-    work = context.decode(_subtitles, context, owner_of(request), body)
+    job = Job(owner, lambda job, emit: emit(_subtitles(context, owner, body, job, emit)))
+    if body.stream:
+        return await stream_events(request, job_events(context.scans, job, _scan_event))
+    if body.subtitles == "speech":
+        return JSONResponse(await cancel_on_disconnect(request, last_event(context.scans, job)))
+    work = context.decode(_subtitles, context, owner, body, job, lambda _: None)
     return JSONResponse(await cancel_on_disconnect(request, work))
 
 
-def _subtitles(context: Context, owner: str, body: SubtitlesRequest) -> dict[str, Any]:
+def _subtitles(context: Context, owner: str, body: SubtitlesRequest, job: Job, emit: Emit) -> dict[str, Any]:
     tracks = []
     if body.video is not None:
         source, _ = open_video(body.video, context.opener(owner))
         tracks = list_tracks(source)
-    chosen = choose_subtitles(context, owner, body.video, body.subtitles) if tracks or body.subtitles else None
+    chosen = None
+    if tracks or body.subtitles:
+        chosen = choose_subtitles(context, owner, body.video, body.subtitles, job, emit)
     lines = {"track": None, "lines": [], "notes": []} if chosen is None else chosen.to_dict()
     return {"object": "keye.subtitles", "tracks": [track.to_dict() for track in tracks], **lines}
 
 
 def choose_subtitles(
-    context: Context, owner: str, video: Mapping[str, Any] | None, choice: SubtitleChoice | None
-) -> Subtitles | None:
+    context: Context, owner: str, video: Mapping[str, Any] | None, choice: SubtitleChoice | str | None, job: Job,
+    emit: Emit,
+) -> Subtitles | None:  # fmt: skip
     """The subtitles that a request chooses, by default those that players would show. Blocks."""
-    if choice is not None and choice.text is not None:
+    if isinstance(choice, SubtitleChoice) and choice.text is not None:
         return read_text(choice.text, "subtitles.text")
     assert video is not None
-    source, _ = open_video(video, context.opener(owner))
-    return load_track(source, None if choice is None else choice.track)
+    source, options = open_video(video, context.opener(owner))
+    if not isinstance(choice, str):
+        return load_track(source, None if choice is None else choice.track)
+
+    def check() -> None:
+        if job.is_stopping:
+            raise Cancelled("the transcription was stopped")
+
+    def progress(done: float, total: float) -> None:
+        emit(FindProgress("index", done, total, "s"))
+
+    return context.transcripts.get(owner, source, options.track, check, progress)
 
 
 @router.post("/v1/video/scenes")
