@@ -61,6 +61,8 @@ def test_notes_about_a_file_reach_plans_answers_and_live_sessions(http: TestClie
 def test_ground_and_clips(http: TestClient, file_id: str) -> None:
     result = http.post("/v1/video/ground", json={"video": medium(file_id), "event": "the red circle", "max_tokens": 2})
     assert result.status_code == 200 and isinstance(result.json()["intervals"], list)
+    coverage = result.json()["keye"]["coverage"]
+    assert coverage["duration"] == 4.0 and coverage["unseen"] == [] and coverage["frames"] == 8
     item = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1]]})
     assert (item.headers["content-type"], item.content[4:8]) == ("video/mp4", b"ftyp")
     two = http.post("/v1/clips", json={"file_id": file_id, "intervals": [[0, 1], [2, 3]]})

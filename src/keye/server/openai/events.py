@@ -27,6 +27,7 @@ from keye.server.openai.http import cancel_on_disconnect
 from keye.server.openai.http import event as sse
 from keye.server.openai.prepare import PreparedChat, ReasoningPlace
 from keye.sessions.answer import LOOPED
+from keye.sessions.coverage import coverage_of, moments_of
 
 Encode = Callable[[Event], Iterable[bytes]]
 
@@ -221,16 +222,24 @@ def keye_fields(finished: Finished, text: str, notes: Sequence[str], *, merged: 
     """keye's own fields of an answer: what it marks, what it rests on, and what was not honoured."""
     windows = finished.prompt.windows
     intervals, warnings = keep_moments(parse_intervals(text) or [], windows)
+    intervals = merge_intervals(intervals) if merged else intervals
+    coverage = coverage_of(finished.media, finished.prompt_tokens - finished.media_tokens)
     fields: dict[str, Any] = {
-        "intervals": [list(pair) for pair in (merge_intervals(intervals) if merged else intervals)],
+        "intervals": [list(pair) for pair in intervals],
+        "moments": [moment.to_dict() for moment in moments_of(intervals)],
+        "coverage": None if coverage is None else coverage.to_dict(),
         "regions": [region.to_dict() for region in keep_regions(parse_regions(text), windows)],
         "seconds": dict(finished.seconds),
         "attention": finished.attention,
     }
     if finished.evidence is not None:
         fields["evidence"] = finished.evidence.to_dict()
-    if all_notes := dict.fromkeys((*notes, *notes_of(finished), *(warning.worded(spelled) for warning in warnings))):
+    outside = [warning.worded(spelled) for warning in warnings]
+    if all_notes := dict.fromkeys((*notes, *notes_of(finished), *outside)):
         fields["notes"] = list(all_notes)
+        codes = {str(LOOPED): ("loop", "reply"), **dict.fromkeys(outside, ("outside_time", "moment"))}
+        coded = [(text, *codes.get(text, ("note", "request"))) for text in all_notes]
+        fields["coded_notes"] = [{"code": code, "text": text, "place": place} for text, code, place in coded]
     return fields
 
 
