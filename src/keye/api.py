@@ -35,6 +35,7 @@ from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.process import check_device
 from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
+from keye.sessions.scope import question_notes, warn_scope
 from keye.sessions.search.questions import ground_question
 from keye.units import listed, parse_bytes
 
@@ -124,7 +125,7 @@ class Keye:
         medium = as_medium(listed[0], media_options)
         if medium.kind != "video":
             raise KeyeError("an image was given to ground; give a video, or use ask for images")
-        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, **options)))
+        return AnswerStream(_with_merged_intervals(self.stream_ask(medium, question, is_grounding=True, **options)))
 
     def ground_question(self, event: str) -> str:
         """The question by which this model is asked when `event` happens."""
@@ -184,7 +185,7 @@ class Keye:
 
     def stream(
         self, messages: Sequence[Mapping[str, Any] | Message], *,
-        on_progress: Callable[[Progress], None] | None = None, **options: Any,
+        on_progress: Callable[[Progress], None] | None = None, is_grounding: bool = False, **options: Any,
     ) -> AnswerStream:  # fmt: skip
         """Starts a reply. Mistakes in messages and options are errors raised here, before any medium is opened and not
         at the first token. Options, all with a default:
@@ -195,10 +196,12 @@ class Keye:
         `prompt_logprobs` those of the prompt (a number of others, or true for as many as `logprobs`);
         `continue_final_message` goes on with the last message, the assistant's; `ignore_eos` goes on to `max_tokens`;
         `stop_loops` False lets a reply that repeats itself without end go on; `evidence` asks which frames the answer
-        rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; `on_progress` is
+        rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; one that
+        `is_grounding` asks for a list of times, and a note says where none came; `on_progress` is
         called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
         model's own defaults for those not given."""
-        return stream_answer(self.engine, self.request(messages, **options), on_progress)
+        request = self.request(messages, **options)
+        return stream_answer(self.engine, request, on_progress, is_grounding=is_grounding)
 
     def request(
         self, messages: Sequence[Mapping[str, Any] | Message], *, thinking: bool | None = None,
@@ -217,6 +220,7 @@ class Keye:
             segments = self.render(
                 messages, thinking=thinking, tools=tools, continue_final_message=continue_final_message
             )
+            warn_scope(question_notes(self.runtime.generation_config.scope, segments))
         return GenerationRequest(
             segments, params, self.runtime.resolve_attention(attention), n=n, logprobs=logprobs,
             prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos, evidence=evidence, deterministic=deterministic,
@@ -227,7 +231,8 @@ class Keye:
         """Continues many conversations at once, which costs far less than one after another; see `stream` for options.
         Answers are in the order of the conversations. The first mistake in any of them is raised, and ends all."""
         requests = [self.request(messages, **options) for messages in conversations]
-        collectors = [Collector(request, self.name) for request in requests]
+        scope = self.runtime.generation_config.scope
+        collectors = [Collector(request, self.name, scope=scope) for request in requests]
         for number, event in self.engine.run(requests):
             collectors[number].take(event)
         return [collector.answer for collector in collectors if collector.answer is not None]

@@ -140,6 +140,7 @@ def _print_error(sentence: str, code: int) -> int:
 VERBS = {
     "ask": ("keye.commands.ask:ask", "answer a question about videos and images"),
     "ground": ("keye.commands.ground:ground", "find when something happens in a video"),
+    "find": ("keye.commands.find:find", "find the moments of an event in hours of video"),
     "index": ("keye.commands.index:index", "read a video once and keep it in a file for questions"),
     "library": ("keye.commands.library:library", "keep folders of videos indexed and search all of them"),
     "live": ("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
@@ -168,6 +169,7 @@ def cli() -> None:
     \b
     keye ask video.mp4 "when is the red circle visible?"
     keye ground video.mp4 "the red circle" --clips found
+    keye find hours.mp4 "the red circle"
     """
 
 

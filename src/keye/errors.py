@@ -93,6 +93,10 @@ class KeyeWarning(_Worded, UserWarning):
     """A setting that was not honoured, or only in part. The command line prints it as a note."""
 
 
+class ScopeWarning(KeyeWarning):
+    """A question or a video is beyond what a small model knows or was measured on."""
+
+
 _collected: ContextVar[list[KeyeWarning] | None] = ContextVar("collected", default=None)
 
 

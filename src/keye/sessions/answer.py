@@ -9,17 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from keye.chat.messages import ToolCall
-from keye.chat.replies import Region, keep_moments, keep_regions, parse_reply
+from keye.chat.replies import Region, is_malformed, keep_moments, keep_regions, parse_reply
+from keye.config.model import Scope
 from keye.engine.engine import Engine
 from keye.engine.prompt import Prompt
 from keye.engine.request import Delta, Ended, Event, Failed, Finished, GenerationRequest, Progress, TokenProb
-from keye.errors import KeyeWarning, warn
+from keye.errors import KeyeWarning, ScopeWarning, warn
+from keye.sessions.scope import length_notes
 
 if TYPE_CHECKING:
     from keye.engine.evidence import Evidence
 
 #: The note on a reply that was ended because it repeated itself.
 LOOPED = KeyeWarning("the reply repeated itself and was stopped; ask in another way, or set a repetition_penalty")
+#: The note on a reply that cannot be an answer.
+MALFORMED = KeyeWarning("the reply is malformed, as of a question or a video that the model does not know; do not rely "
+                        "on it")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,19 @@ class Answer:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, text: str, prompt: Prompt, usage: Usage, **fields: Any) -> Answer:
-        """The answer with `text` taken apart. Warns of times in it that are no moments, and of a loop."""
+    def of(
+        cls, text: str, prompt: Prompt, usage: Usage, *, scope: Scope | None = None, is_grounding: bool = False,
+        **fields: Any,
+    ) -> Answer:  # fmt: skip
+        """The answer with `text` taken apart. Warns of times in it that are no moments, of a loop, of a reply that is
+        malformed (where it `is_grounding`, also of one that lists no times), and of a video beyond `scope`."""
         reply = parse_reply(text)
         intervals, noted = keep_moments(reply.intervals, prompt.windows)
         if fields.get("finish_reason") == "loop":
             noted.append(LOOPED)
+        elif is_malformed(reply.text, is_list=is_grounding) and fields.get("finish_reason") != "length":
+            noted.append(MALFORMED)
+        noted += [ScopeWarning("{}", note.text) for note in length_notes(scope, prompt.plans)]
         for warning in noted:
             warn(warning, stacklevel=2)
         notes = dict.fromkeys(map(str, (*fields.pop("notes", ()), *prompt.notes, *noted)))
@@ -136,12 +148,15 @@ class AnswerStream(Iterator[str]):
 
 
 def stream_answer(
-    engine: Engine, request: GenerationRequest, on_progress: Callable[[Progress], None] | None = None
-) -> AnswerStream:
-    """Computes one request, step by step as its answer is read; aborts it when the reader closes the stream."""
+    engine: Engine, request: GenerationRequest, on_progress: Callable[[Progress], None] | None = None, *,
+    is_grounding: bool = False,
+) -> AnswerStream:  # fmt: skip
+    """Computes one request, step by step as its answer is read; aborts it when the reader closes the stream. One that
+    `is_grounding` asks for a list of times."""
 
     def pieces() -> Generator[str | Answer]:
-        collector = Collector(request, engine.runtime.name, on_progress)
+        scope = engine.runtime.generation_config.scope
+        collector = Collector(request, engine.runtime.name, on_progress, scope=scope, is_grounding=is_grounding)
         with closing(engine.run([request])) as events:
             for _, event in events:
                 if text := collector.take(event):
@@ -156,8 +171,10 @@ class Collector:
     """Puts an `Answer` together from the events of one request; `answer` is there after the last one."""
 
     def __init__(
-        self, request: GenerationRequest, model: str, on_progress: Callable[[Progress], None] | None = None
-    ) -> None:
+        self, request: GenerationRequest, model: str, on_progress: Callable[[Progress], None] | None = None, *,
+        scope: Scope | None = None, is_grounding: bool = False,
+    ) -> None:  # fmt: skip
+        self._scope, self._is_grounding = scope, is_grounding
         self._model, self._notes, self._on_progress = model, request.notes, on_progress
         self._texts: list[list[str]] = [[] for _ in range(request.n)]
         self._probs: list[list[TokenProb]] = [[] for _ in range(request.n)]
@@ -182,7 +199,8 @@ class Collector:
                 Answer.of(
                     "".join(text), event.prompt, usage, model=self._model, attention=event.attention,
                     finish_reason=reason, seconds=event.seconds, evidence=event.evidence,
-                    logprobs=tuple(probs) or None, notes=(*self._notes, *event.notes),
+                    logprobs=tuple(probs) or None, notes=(*self._notes, *event.notes), scope=self._scope,
+                    is_grounding=self._is_grounding,
                 )
                 for text, reason, probs in zip(self._texts, self._reasons, self._probs, strict=True)
             )  # fmt: skip

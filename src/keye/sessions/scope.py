@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from keye.chat.template import Segment
 from keye.config.model import Scope
+from keye.errors import ScopeWarning, warn
 from keye.moments import FindNote
 from keye.units import listed
 
@@ -32,6 +34,12 @@ def scope_notes(scope: Scope | None, question: str) -> list[FindNote]:
     return [FindNote("scope", text, "question")]
 
 
+def question_notes(scope: Scope | None, segments: Sequence[Segment]) -> list[FindNote]:
+    """`scope_notes` of what a rendered prompt asks last."""
+    texts = [str(segment.value) for segment in segments if segment.kind == "text"]
+    return scope_notes(scope, texts[-1]) if texts else []
+
+
 def length_notes(scope: Scope | None, plans: Sequence[Mapping[str, Any]]) -> list[FindNote]:
     """The note on a video of more frames than a model was measured on, or of frames so far apart that what is short may
     lie between them; it names `keye find`."""
@@ -50,3 +58,9 @@ def length_notes(scope: Scope | None, plans: Sequence[Mapping[str, Any]]) -> lis
             continue
         notes.append(FindNote("length", f"{reason}: keye find looks for a moment in all of a long video", "file"))
     return notes[:1]
+
+
+def warn_scope(notes: Sequence[FindNote]) -> None:
+    """Gives notes on the scope as warnings."""
+    for note in notes:
+        warn(ScopeWarning("{}", note.text), stacklevel=3)

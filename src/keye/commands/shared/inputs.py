@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from keye.commands.shared.options import (
     pick_set,
 )  # fmt: skip
 from keye.config.media import FetchLimits
-from keye.errors import KeyeError, MediaError, Option
+from keye.errors import KeyeError, MediaError, Option, ScopeWarning
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
 from keye.units import format_bytes, one_line
 
@@ -107,6 +108,12 @@ def _check_index_options(name: str, options: Mapping[str, Any], used: Collection
                         name, Option(fixed[0]))  # fmt: skip
     if set_here:
         note(f"{', '.join(map(flag, set_here))} has no effect on {name}, whose frames were chosen when it was made")
+
+
+def silence_scope(options: Mapping[str, Any]) -> None:
+    """With `--no-scope-notes` nothing is said of what a small model does not know."""
+    if options.get("no_scope_notes"):
+        warnings.simplefilter("ignore", ScopeWarning)
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:

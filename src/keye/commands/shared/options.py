@@ -127,6 +127,17 @@ attention = click.option(
     help="dense attends to every token, also above the model's top-k, which it was not trained for."
          "  [default: sparse where the model has it]",
 )  # fmt: skip
+private_urls = click.option("--allow-private-urls", is_flag=True,
+                            help="Open http addresses of this machine and local networks.")  # fmt: skip
+reading: Callable[[F], F] = _all(
+    click.option("--track", type=COUNT, metavar="N", help="The video track to read.  [default: as players choose]"),
+    click.option("--deinterlace/--no-deinterlace", default=None,
+                 help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]"),
+    click.option("--tone-map", is_flag=True, default=None, help="Convert high dynamic range to standard range."),
+    click.option("--strict-media", is_flag=True, default=None, help="Reject files that are damaged or end early."),
+    click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
+    click.option("--end", "video_end", type=Seconds(), help="End here."),
+)  # fmt: skip
 sampling_frames: Callable[[F], F] = _all(
     click.option("--fps", type=Positive(), help="Frames sampled per second of video."),
     click.option("--nframes", type=COUNT, metavar="N", help="Number of frames, instead of --fps."),
@@ -141,17 +152,14 @@ sampling_frames: Callable[[F], F] = _all(
     click.option("--min-frame-similarity", type=click.FloatRange(0, 1), metavar="SHARE",
                  help="Keye-VL 1.5: a frame that shares fewer patches with the last slow frame is slow.  "
                       "[default: 0.9]"),
-    click.option("--track", type=COUNT, metavar="N", help="The video track to read.  [default: as players choose]"),
-    click.option("--deinterlace/--no-deinterlace", default=None,
-                 help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]"),
-    click.option("--tone-map", is_flag=True, default=None, help="Convert high dynamic range to standard range."),
-    click.option("--strict-media", is_flag=True, default=None, help="Reject files that are damaged or end early."),
-    click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
-    click.option("--end", "video_end", type=Seconds(), help="End here."),
+    reading,
     click.option("--strict-official", is_flag=True, default=None,
                  help="Sample as the official code does, also where it ignores an option or fails."),
-    click.option("--allow-private-urls", is_flag=True, help="Open http addresses of this machine and local networks."),
+    private_urls,
 )  # fmt: skip
+no_scope_notes = click.option(
+    "--no-scope-notes", is_flag=True, help="Do not say when a question or a video is beyond what a small model knows."
+)
 sampling_text: Callable[[F], F] = _all(
     click.option("--max-tokens", type=COUNT, metavar="N", help="Longest reply, in tokens."),
     click.option("--temperature", type=float, help="0 always takes the likeliest token."),

@@ -51,12 +51,13 @@ class FrameScorer(Protocol):
 @dataclass(frozen=True)
 class Span:
     """A part of a video that may show the event: `score` is the fused one, `yes` the log-odds of the best window that
-    covers it (None where the model gives none)."""
+    covers it (None where the model gives none). `is_named` says that the model has named these times in a window."""
 
     start: float
     end: float
     score: float
     yes: float | None
+    is_named: bool = False
 
     @property
     def middle(self) -> float:
@@ -168,7 +169,7 @@ def find_spans(
         return []
     fused = smooth(fuse(grids))
     spans = [
-        Span(start, end, float(fused[min(int(start / CELL), cells - 1)]), odds)
+        Span(start, end, float(fused[min(int(start / CELL), cells - 1)]), odds, is_named=True)
         for start, end, odds in merge_named(named)
     ][:count]
     odds = None if yes is None else to_grid(yes, cells)

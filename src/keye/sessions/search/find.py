@@ -34,7 +34,7 @@ from keye.moments import (
     SeenSpan,
     Stage,
 )  # fmt: skip
-from keye.sessions.scope import scope_notes
+from keye.sessions.scope import scope_notes, warn_scope
 from keye.sessions.search.build import Effort, WindowsReady, build_search_index
 from keye.sessions.search.calibration import DEFAULT_THRESHOLD, load_calibration
 from keye.sessions.search.coarse import (
@@ -157,6 +157,7 @@ class MomentSearch:
         self._begin = self._mark = time.perf_counter()
         self._stop = False
         self.notes += scope_notes(runtime.generation_config.scope, self.event)
+        warn_scope(self.notes)
 
     # What ends it
 
@@ -346,7 +347,7 @@ class MomentSearch:
         """The best so far."""
         ranked = self._ranked()
         moments, weaker = ranked.moments, ranked.weaker
-        if not self.candidates and self.index is not None:  # ended before anything was looked at closely
+        if not any(arm.looks for arm in self.arms):  # ended before anything was looked at closely
             spans = self.ranking.rank_spans(self.spans, self.names)
             moments, weaker = ((), spans) if self.calibration is not None else (spans, ())
         presence = None

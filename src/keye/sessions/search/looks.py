@@ -22,7 +22,7 @@ from keye.chat.times import Interval, parse_intervals
 from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
 from keye.engine.media import Frames
-from keye.engine.request import Delta, Ended, Finished, GenerationRequest, TokenProb
+from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, TokenProb
 from keye.engine.sampling import SamplingParams
 from keye.errors import MediaError
 from keye.media import sizes
@@ -39,6 +39,8 @@ from keye.sessions.search.windows import SearchWindow
 LABEL_STEP: Final = 0.5
 #: Tokens of a reply that lists intervals, at most.
 _MAX_REPLY: Final = 96
+#: Tokens of any other reply.
+_MAX_TEXT: Final = 256
 #: Likeliest tokens among which yes and no are sought.
 _LIKELIEST: Final = 20
 
@@ -77,17 +79,8 @@ class Look:
         return self.times[frames[0]], self.ends[frames[1]]
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a model says of a look: `yes` the log-odds that the event is there (None where it says neither yes nor no),
-    `spans` the first and last frames in which it happens, None where it was not asked or did not list times.
-    `fault` is "loop", "malformed" or "outside" (times that no frame has) for a reply that cannot be used; `tokens`
-    is what was computed."""
-
-    yes: float | None
-    spans: tuple[tuple[int, int], ...] | None
-    fault: str | None
-    tokens: int
+#: First and last frames of a look between which an event happens.
+Spans = tuple[tuple[int, int], ...]
 
 
 class LookReader:
@@ -124,8 +117,10 @@ class LookReader:
         return self._reader
 
     def choose(self, start: float, end: float, frames: int) -> Look:
-        """At most `frames` frames on display between two times, evenly spread."""
+        """At most `frames` frames on display between two times, and in the part that is searched, evenly spread."""
         times = self.info.timestamps
+        start = max(start, self.options.video_start or 0.0)
+        end = end if self.options.video_end is None else min(end, self.options.video_end)
         first = max(bisect_right(times, start + 1e-6) - 1, 0)
         last = max(bisect_left(times, end - 1e-6) - 1, first)
         count = min(frames, last - first + 1)
@@ -168,8 +163,8 @@ class LookReader:
 
 
 class Asker:
-    """Asks one model about an event in looks. `tokens` counts what was computed, `faults` the replies that were no
-    use."""
+    """Asks one model about an event in looks. `tokens` counts what was computed; `faults` are the replies that could
+    not be used as they were: "loop", "malformed" and "outside" (times that no frame has)."""
 
     def __init__(self, engine: Engine, event: str, check: Callable[[], None] | None = None) -> None:
         self.engine, self.event, self.check = engine, event, check
@@ -178,32 +173,32 @@ class Asker:
         self.tokens = 0
         self.faults: list[str] = []
 
-    def ask_presence(self, looks: Sequence[Look]) -> list[Reply]:
-        """Whether the event is in each of the looks."""
-        return self._run([self._request(look, self._presence, 1) for look in looks], looks)
+    def ask_presence(self, looks: Sequence[Look]) -> list[float | None]:
+        """The log-odds that the event is in each of the looks; None where the model says neither yes nor no."""
+        outcomes = self._run([self._request(look, self._presence, 1) for look in looks])
+        return [yes_log_odds(outcome.probs) for outcome in outcomes]
 
-    def ask_spans(self, looks: Sequence[Look]) -> list[Reply]:
-        """In which frames of each look the event happens."""
-        replies = self._run([self._request(look, self._ground, _MAX_REPLY) for look in looks], looks)
-        self.faults += [reply.fault for reply in replies if reply.fault is not None]
-        return replies
+    def ask_spans(self, looks: Sequence[Look]) -> list[Spans | None]:
+        """The first and last frames between which the event happens in each look; None where the reply does not say."""
+        outcomes = self._run([self._request(look, self._ground, _MAX_REPLY) for look in looks])
+        return [self._read_spans(look, outcome) for look, outcome in zip(looks, outcomes, strict=True)]
 
     def ask_windows(self, index: SearchIndex, numbers: Sequence[int]) -> list[list[Interval]]:
         """When the event happens in stored windows, in seconds of the file."""
-        runtime = self.engine.runtime
-        ids = encode_question(runtime, self._ground)
-        requests = [
-            GenerationRequest(runtime.prompts.extend(index.past(number), ids), self._params(_MAX_REPLY),
-                              index.head.attention)
-            for number in numbers
-        ]  # fmt: skip
+        runtime, mode = self.engine.runtime, index.head.attention
+        ids, before = encode_question(runtime, self._ground), self.tokens
+        prompts = [runtime.prompts.extend(index.past(number), ids) for number in numbers]
+        outcomes = self._run([GenerationRequest(prompt, self._params(_MAX_REPLY), mode) for prompt in prompts])
+        # What the windows hold was computed when the video was indexed.
+        self.tokens = before + sum(len(ids) + outcome.replied for outcome in outcomes)
         looks = [window_look(index.all[number]) for number in numbers]
-        replies = self._run(requests, looks)
-        self.tokens -= sum(index.all[number].tokens for number in numbers)  # computed when the video was indexed
-        return [
-            [look.seconds_of(frames) for frames in reply.spans or ()]
-            for look, reply in zip(looks, replies, strict=True)
-        ]
+        spans = [self._read_spans(look, outcome) for look, outcome in zip(looks, outcomes, strict=True)]
+        return [[look.seconds_of(frames) for frames in named or ()] for look, named in zip(looks, spans, strict=True)]
+
+    def ask_text(self, look: Look, question: str) -> str:
+        """The reply to another question about a look."""
+        (outcome,) = self._run([self._request(look, question, _MAX_TEXT)])
+        return outcome.text
 
     def _params(self, most: int) -> SamplingParams:
         return self.engine.runtime.sampling_params(max_tokens=most, temperature=0.0)
@@ -214,43 +209,50 @@ class Asker:
         segments = runtime.prompts.render(
             [Message("user", (medium, question))], template=runtime.template, thinking=thinking_of(runtime)
         )
-        is_first = most == 1
         return GenerationRequest(
-            segments, self._params(most), runtime.attention, logprobs=_LIKELIEST if is_first else None,
-            deterministic=True,
-        )  # fmt: skip
+            segments, self._params(most), runtime.attention, logprobs=_LIKELIEST if most == 1 else None
+        )
 
-    def _run(self, requests: Sequence[GenerationRequest], looks: Sequence[Look]) -> list[Reply]:
-        texts, probs, reasons = [""] * len(requests), [list[TokenProb]() for _ in requests], ["stop"] * len(requests)
-        tokens = [0] * len(requests)
+    def _run(self, requests: Sequence[GenerationRequest]) -> list[_Outcome]:
+        outcomes = [_Outcome() for _ in requests]
         with closing(self.engine.run(requests, self.check)) as events:
             for number, event in events:
-                if isinstance(event, Delta):
-                    texts[number] += event.text
-                    probs[number] += event.probs
-                elif isinstance(event, Ended):
-                    reasons[number] = event.reason
-                elif isinstance(event, Finished):
-                    tokens[number] = event.prompt_tokens - event.cached_tokens + event.completion_tokens
-        self.tokens += sum(tokens)
-        parts = zip(looks, texts, probs, reasons, tokens, requests, strict=True)
-        return [
-            Reply(yes_log_odds(prob), None, None, count) if request.logprobs is not None
-            else _read_spans(look, text, reason, count)
-            for look, text, prob, reason, count, request in parts
-        ]  # fmt: skip
+                outcomes[number].take(event)
+        self.tokens += sum(outcome.tokens for outcome in outcomes)
+        return outcomes
+
+    def _read_spans(self, look: Look, outcome: _Outcome) -> Spans | None:
+        """The frames that a reply names. One that repeats itself counts as far as it goes."""
+        intervals = parse_intervals(parse_reply(outcome.text).text)
+        spans = [frames for interval in intervals or () if (frames := look.frames_of(interval)) is not None]
+        if outcome.reason == "loop":
+            self.faults.append("loop")
+        elif intervals is None:
+            self.faults.append("malformed")
+        elif intervals and not spans:
+            self.faults.append("outside")
+        return None if intervals is None else tuple(sorted(spans))
 
 
-def _read_spans(look: Look, text: str, reason: str, tokens: int) -> Reply:
-    """The frames that a reply names. One that is cut off or repeats itself counts as far as it goes."""
-    intervals = parse_intervals(parse_reply(text).text)
-    fault = "loop" if reason == "loop" else "malformed" if intervals is None else None
-    if intervals is None:
-        return Reply(None, None, fault, tokens)
-    spans = [frames for interval in intervals if (frames := look.frames_of(interval)) is not None]
-    if intervals and not spans:
-        fault = "outside"
-    return Reply(None, tuple(sorted(spans)), fault, tokens)
+@dataclass
+class _Outcome:
+    """The reply to one request: `tokens` were computed for it, `replied` of them generated."""
+
+    text: str = ""
+    probs: list[TokenProb] = field(default_factory=list)
+    reason: str = "stop"
+    tokens: int = 0
+    replied: int = 0
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, Delta):
+            self.text += event.text
+            self.probs += event.probs
+        elif isinstance(event, Ended):
+            self.reason = event.reason
+        elif isinstance(event, Finished):
+            self.replied = event.completion_tokens
+            self.tokens = event.prompt_tokens - event.cached_tokens + event.completion_tokens
 
 
 def window_look(window: SearchWindow) -> Look:

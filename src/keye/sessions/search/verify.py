@@ -46,9 +46,9 @@ def refine_borders(
         if not affordable:
             break
         looks = reader.read([looks[place] for place in affordable])
-        for place, look, reply in zip(affordable, looks, asker.ask_spans(looks), strict=True):
+        for place, look, spans in zip(affordable, looks, asker.ask_spans(looks), strict=True):
             i = coarse[place]
-            refined[i] = _move_borders(refined[i], look, reply.spans or ())
+            refined[i] = _move_borders(refined[i], look, spans or ())
     return refined
 
 
@@ -107,8 +107,8 @@ def check_alone(asker: Asker, reader: LookReader, candidates: Sequence[Candidate
     for candidate in candidates:
         pad = min(_MOST_PADDED, _PADDED * candidate.seconds)
         looks.append(reader.choose(max(candidate.start - pad, 0.0), candidate.end + pad, ALONE_FRAMES))
-    replies = asker.ask_presence(reader.read(looks))
-    return [replace(candidate, alone=reply.yes) for candidate, reply in zip(candidates, replies, strict=True)]
+    present = asker.ask_presence(reader.read(looks))
+    return [replace(candidate, alone=yes) for candidate, yes in zip(candidates, present, strict=True)]
 
 
 def agreement(candidate: Candidate) -> Checked:

@@ -14,7 +14,7 @@ from typing import Final
 
 from keye.errors import MediaError
 from keye.sessions.search.coarse import Span
-from keye.sessions.search.looks import Asker, Look, LookReader, Reply
+from keye.sessions.search.looks import Asker, Look, LookReader, Spans
 from keye.sessions.search.questions import to_probability
 
 #: Seconds on both sides of the middle of a span that a look shows, and its frames a second.
@@ -72,7 +72,8 @@ class Arm:
         if (known := self.yes[-1]) is None:
             return 0.0
         p = to_probability(known)
-        return p if UNSETTLED[0] < p < UNSETTLED[1] else 0.0
+        lacks_times = p >= UNSETTLED[1] and not self.candidates
+        return p if UNSETTLED[0] < p < UNSETTLED[1] or lacks_times else 0.0
 
     def next_look(self, frames: int) -> Look:
         """The frames of the next look: around the middle of the span; the second time fewer seconds, more densely."""
@@ -82,13 +83,16 @@ class Arm:
         end = min(self.span.middle + reach, self.reader.info.duration)
         return self.reader.choose(start, end, min(frames, round(2 * REACH * RATE)))
 
-    def take(self, look: Look, yes: float | None, reply: Reply | None) -> None:
+    def take(self, look: Look, yes: float | None, spans: Spans) -> None:
         """Takes what the model says of a look."""
         self.looks.append(look)
         self.yes.append(yes)
-        spans = () if reply is None or reply.spans is None else reply.spans
         if spans or len(self.looks) == 1:
             self.candidates = [make_candidate(look, span, self.span.yes, yes) for span in spans]
+        is_last = len(self.looks) == MOST_LOOKS
+        if is_last and not self.candidates and self.span.is_named and max(odds or 0.0 for odds in self.yes) > 0:
+            # The look shows the event but names no times that can be used: those of the window stand.
+            self.candidates = [Candidate(self.span.start, self.span.end, (1.0, 1.0), self.span.yes, yes)]
 
 
 def make_candidate(look: Look, span: tuple[int, int], coarse: float | None, close: float | None) -> Candidate:
@@ -158,8 +162,8 @@ def _look(
         note(arms[0], error)
         return []
     present = asker.ask_presence(looks)
-    likely = [i for i, reply in enumerate(present) if reply.yes is None or reply.yes >= _ASK_WHEN]
+    likely = [i for i, yes in enumerate(present) if yes is None or yes >= _ASK_WHEN]
     when = dict(zip(likely, asker.ask_spans([looks[i] for i in likely]) if likely else [], strict=True))
     for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
-        arm.take(look, present[i].yes, when.get(i))
+        arm.take(look, present[i], when.get(i) or ())
     return arms

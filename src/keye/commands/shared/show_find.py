@@ -1,0 +1,123 @@
+"""How a search looks: its progress, what it finds as it finds it, and the ranked moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from keye.chat.times import format_seconds
+from keye.commands.shared.inputs import note, stderr
+from keye.commands.shared.show import MAX_BAR, filled_cells, print_line, stdout, time_left
+from keye.moments import FindProgress, FindResult, Moment, MomentsFound
+from keye.units import one_line, plural
+
+if TYPE_CHECKING:
+    from keye.sessions.search.find import FindStream
+
+_STAGES: Final = {
+    "index": "reading the video", "coarse": "asking about all of it", "close": "looking closely", "verify": "checking",
+}  # fmt: skip
+_CHECKED: Final = {"twice": "confirmed", "failed": "a second question did not agree", "no": "not confirmed"}
+
+
+def watch_search(stream: FindStream, name: str) -> FindResult:
+    """Runs a search to its end under a bar on standard error; where that is not a terminal, with a line for each stage.
+    Moments are listed as they are found."""
+    console = stderr()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TextColumn("{task.fields[left]}"))  # fmt: skip
+    stage, listed = None, set[str]()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(one_line(name), total=None, left="")
+        for event in stream:
+            if isinstance(event, FindProgress):
+                left = "" if event.seconds_left is None else time_left(event.seconds_left)
+                title = f"{one_line(name)}: {_STAGES[event.stage]}"
+                bar.update(task, description=title, completed=event.done, total=event.total or None, left=left)
+                if event.stage != stage and not console.is_terminal:
+                    note(title + (f", {left}" if left and event.stage == "index" else ""))
+                stage = event.stage
+            elif isinstance(event, MomentsFound):
+                for moment in event.moments:
+                    if moment.id not in listed and (moment.refined or moment.checked == "twice"):
+                        listed.add(moment.id)
+                        note(f"{one_line(name)}: {_span(moment)}")
+    assert stream.result is not None
+    return stream.result
+
+
+def print_found(results: Sequence[FindResult], event: str, failed: Sequence[tuple[str, str]]) -> None:
+    """The moments of each video, best first, what was looked at, and the files that could not be searched."""
+    console = stdout()
+    several = len(results) + len(failed) > 1
+    for result in sorted(results, key=_best, reverse=True):
+        if several:
+            console.print(one_line(result.video), style="bold", soft_wrap=True)
+        if not result.is_found:
+            sure = "" if result.presence is None else f" (probability that it is there: {result.presence:.0%})"
+            print_line(f"Not found: {event}{sure}")
+        if result.moments and result.coverage.duration > 0:
+            console.print(_bar(result, min(console.width, MAX_BAR + 24)), soft_wrap=True)
+        for moment in result.moments:
+            console.print(_line(moment), soft_wrap=True)
+        if result.weaker:
+            console.print("below the threshold:", style="dim")
+        for moment in result.weaker:
+            console.print(_line(moment), style="dim", soft_wrap=True)
+        for item in result.notes:
+            if item.code not in ("media", "scope"):  # those were noted when they were met
+                note(item.text)
+        console.print(_coverage_line(result), style="dim", soft_wrap=True)
+    for file, error in failed:
+        note(f"{file} was not searched: {error}")
+
+
+def _best(result: FindResult) -> tuple[bool, float]:
+    return result.is_found, max((moment.probability or 0.0 for moment in result.moments), default=0.0)
+
+
+def _span(moment: Moment) -> str:
+    return f"{format_seconds(moment.start)} to {format_seconds(moment.end)}"
+
+
+def _line(moment: Moment) -> Text:
+    parts = [f"  {_span(moment)}  ({format_seconds(moment.end - moment.start)})"]
+    if moment.probability is not None:
+        parts.append(f"{moment.probability:.0%}")
+    parts.append(_CHECKED[moment.checked])
+    if moment.on_cut is not None:
+        parts.append("on a cut" if moment.on_cut == "both" else f"{moment.on_cut} on a cut")
+    if moment.subtitle is not None:
+        parts.append(f'"{one_line(moment.subtitle.text)}" at {format_seconds(moment.subtitle.start)}')
+    return Text(" · ".join(parts))
+
+
+def _bar(result: FindResult, width: int) -> Text:
+    """The video from its beginning to its end, with the moments filled in."""
+    length = result.coverage.duration
+    left, right = format_seconds(0.0), format_seconds(length)
+    bar = Text(f"{left} ▕")
+    spans = [(moment.start, moment.end) for moment in result.moments]
+    for on in filled_cells(spans, length, max(10, min(MAX_BAR, width - len(left) - len(right) - 4))):
+        bar.append("█" if on else "─", style="green" if on else "dim")
+    return bar.append(f"▏ {right}")
+
+
+def _coverage_line(result: FindResult) -> str:
+    """What was looked at, in a line, so that silence is not taken for absence."""
+    coverage = result.coverage
+    spacing = max((span.spacing for span in coverage.seen if not span.close), default=None)
+    if spacing is None:
+        seen = "nothing was looked at"
+    elif not coverage.unseen:
+        seen = f"a frame at least every {spacing:g} s"
+    else:
+        seen = f"{coverage.share:.0%} seen, a frame at least every {spacing:g} s"
+    return one_line(" · ".join((
+        seen, f"{plural(coverage.places, 'place')} looked at closely", plural(coverage.frames, "frame"),
+        f"{coverage.index_tokens:,} tokens indexed, {coverage.query_tokens:,} for the question",
+        f"{sum(result.seconds.values()):.1f} s",
+    )))  # fmt: skip
