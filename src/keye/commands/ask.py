@@ -34,6 +34,7 @@ _NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
               help="Write the picture with the places that the answer marks (.png, .jpg, .webp).")  # fmt: skip
 @click.option("--evidence", type=options.PATH, metavar="FILE",
               help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.")  # fmt: skip
+@options.exporting
 @options.overwrite
 @click.option("--n", "choices", type=options.COUNT, metavar="N", help="Generate N replies; needs a temperature.")
 @click.option("--logprobs", type=click.IntRange(0, 20), metavar="N",
@@ -64,26 +65,22 @@ def ask(
     keye ask lecture.mp4 "when is the second proof?" --evidence proof.png
     keye ask street.jpg "where are the signs, and what do they say?" --model 1.5 --draw signs.png
     """
-    files, question = split_words(words)
+    names, question = split_words(words)
     if logprobs is not None and not as_json:
         raise KeyeError("--logprobs gives numbers for programs: add --json")
     from keye.commands.shared import inputs, show
+    from keye.commands.shared.record import plan_files
 
-    media = inputs.open_media(files, arguments)
+    media = inputs.open_media(names, arguments)
     offered = inputs.read_tools(tools) if tools is not None else ()
     if draw is not None:
         check_drawing(draw, media, overwrite)
     if evidence is not None:
         check_evidence(evidence, media, overwrite)
+    files = plan_files(media, arguments, overwrite=overwrite)
     prediction = _predict(media, {**arguments, "as_json": as_json}) if estimate else None
     model = inputs.load_model(arguments)
-    settings = {
-        **inputs.reply_options(model, arguments), "n": choices or 1, "logprobs": logprobs,
-        "deterministic": deterministic,
-    }  # fmt: skip
-    temperature = model.runtime.sampling_params(temperature=settings.get("temperature")).temperature
-    if settings["n"] > 1 and temperature == 0:
-        raise KeyeError(f"--n {choices} generates the same reply each time at temperature 0: add --temperature 1")
+    settings = _settings(model, arguments, choices or 1) | {"logprobs": logprobs, "deterministic": deterministic}
     with show.watching("watching") as on_progress:
         stream = model.stream_ask(
             media, question, tools=offered, evidence=evidence is not None, on_progress=on_progress, **settings
@@ -95,6 +92,8 @@ def ask(
     if evidence is not None:
         write_evidence(model, media, question, answer, evidence)
     extra: dict[str, Any] = {"drawn": str(draw) if is_drawn else None} if draw else {}
+    exports = files.write("keye ask", question, question, model, media, answer, settings)
+    extra |= {"exports": [str(path) for path in exports]} if exports else {}
     if prediction is not None:
         from keye.planning.question import errors_of
 
@@ -108,8 +107,18 @@ def ask(
         show.print_evidence(answer.evidence)
     if prediction is not None:
         show.print_errors(extra["estimate"]["errors"])
-    for path in ([draw] if is_drawn else []) + ([evidence] if evidence is not None else []):
+    for path in ([draw] if is_drawn else []) + ([evidence] if evidence is not None else []) + exports:
         show.print_line(f"wrote {path}")
+
+
+def _settings(model: Keye, arguments: Mapping[str, Any], choices: int) -> dict[str, Any]:
+    """Options of the reply; `KeyeError` for several at temperature 0."""
+    from keye.commands.shared import inputs
+
+    settings = inputs.reply_options(model, arguments)
+    if choices > 1 and model.runtime.sampling_params(temperature=settings.get("temperature")).temperature == 0:
+        raise KeyeError(f"--n {choices} generates the same reply each time at temperature 0: add --temperature 1")
+    return {**settings, "n": choices}
 
 
 def _predict(media: Sequence[Medium], arguments: Mapping[str, Any]) -> dict[str, Any]:

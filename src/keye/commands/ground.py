@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("video")
 @click.argument("event", metavar='"EVENT"')
 @click.option("--clips", type=options.PATH, help="Write each found interval as a video file to this folder.")
+@options.exporting
 @options.overwrite
 @options.sampling_frames
 @options.sampling_text
@@ -36,8 +37,10 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     \b
     keye ground video.mp4 "the red circle"
     keye ground video.mp4 "the red circle" --clips found
+    keye ground video.mp4 "the red circle" --export cut.xml --handles 1
     """
     from keye.commands.shared import inputs, show
+    from keye.commands.shared.record import plan_files
     from keye.media.source.fetch import is_index
 
     if clips is not None and clips.exists() and not clips.is_dir():
@@ -45,6 +48,7 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
     medium = inputs.only_video(video, arguments)
     if clips is not None and is_index(medium.source):  # type: ignore[arg-type]
         raise KeyeError(f"{video} is an index and holds no frames: give the video itself for --clips")
+    files = plan_files([medium], arguments, overwrite=overwrite)
     model = inputs.load_model(arguments)
     settings = inputs.reply_options(model, arguments)
     with show.watching("watching the video") as on_progress:
@@ -55,9 +59,12 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
             show.print_line(f"Not found: {event}{reply}")
         show.print_answer(answer, model)
     clip_paths = write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
+    question = model.ground_question(event)
+    exports = files.write("keye ground", event, question, model, [medium], answer, settings)
     if as_json:
-        show.print_json({**answer.to_dict(), "clips": [str(path) for path in clip_paths]})
-    for path in () if as_json else clip_paths:
+        named = {"exports": [str(path) for path in exports]} if exports else {}
+        show.print_json({**answer.to_dict(), "clips": [str(path) for path in clip_paths], **named})
+    for path in () if as_json else [*clip_paths, *exports]:
         show.print_line(f"wrote {path}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from keye.errors import KeyeError
+from keye.errors import missing_package
 from keye.exports.ranges import Cut, Event, MediaReference
 from keye.files import MARK
 
@@ -17,7 +17,7 @@ def to_otio(cut: Cut) -> str:
     try:
         from opentimelineio import schema
     except ImportError:
-        raise KeyeError("an otio file needs opentimelineio: install it with pip install 'keye[export]'") from None
+        raise missing_package("opentimelineio", "an otio file", "export") from None
     timeline = schema.Timeline(cut.title, metadata={"keye": {"written": MARK, "notes": list(cut.notes)}})
     timeline.global_start_time = _times(cut, cut.start, 0).start_time
     tracks = [schema.Track("V1", kind=schema.TrackKind.Video)]

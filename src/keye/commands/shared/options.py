@@ -59,6 +59,23 @@ class Positive(click.ParamType):
         return number
 
 
+class Handles(click.ParamType):
+    """Seconds before and after a range: one number for both, or two with a comma."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = [float(part) for part in str(value).split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2) or not all(0 <= number < math.inf for number in numbers):
+            self.fail(f"{value!r} is not a number of seconds, or two with a comma between them.", param, ctx)
+        return numbers[0], numbers[-1]
+
+
 class Bytes(click.ParamType):
     """A size in bytes: 8GiB, 500MB, 4096."""
 
@@ -171,6 +188,19 @@ sampling_text: Callable[[F], F] = _all(
     click.option("--stop", multiple=True, help="End the reply before this text; may be repeated."),
     click.option("--think/--no-think", "thinking", default=None,
                  help="Ask for or against reasoning before the answer."),
+)  # fmt: skip
+exporting: Callable[[F], F] = _all(
+    click.option("--export", "export", multiple=True, metavar="FILE",
+                 help="Write the moments as .xml (Premiere), .fcpxml, .edl, .otio, .csv, .srt, .vtt, .txt (chapters), "
+                      ".ffmetadata or .json; may be repeated. FORMAT:FILE names the format."),
+    click.option("--export-rate", metavar="RATE",
+                 help="Frames a second of exports: 25, 29.97df.  [default: the file's]"),
+    click.option("--start-timecode", metavar="TIMECODE", help="First timecode of exports.  [default: 01:00:00:00]"),
+    click.option("--handles", type=Handles(), metavar="SECONDS",
+                 help="Seconds that exports show before and after each moment: 1, or 1,2."),
+    click.option("--markers", is_flag=True, help="Export markers on the whole video instead of clips in a sequence."),
+    click.option("--record", type=PATH, metavar="FILE",
+                 help="Write what was asked, looked at and answered, with which model, to an .html file."),
 )  # fmt: skip
 
 
