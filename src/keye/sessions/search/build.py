@@ -36,7 +36,7 @@ from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode, cache_rows
 from keye.moments import FindProgress
 from keye.ops.kv_blocks import KV_BLOCK
-from keye.sessions.search.places import identify_source, path_of
+from keye.sessions.search.places import identify_source, is_default, make_room, path_of
 from keye.sessions.search.scoring import YES_NO, answer_ids, encode_question, frame_shares, read_answer
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.sessions.search.window_reader import OnFrames, WindowReader
@@ -175,6 +175,8 @@ class _Builder:
                            "size": self.source.size, "duration": self.info.duration,
                            "start": self.options.video_start or self.info.start_offset},
             }  # fmt: skip
+            if is_default(self.path):
+                make_room(self._predict_bytes(), keep=self.path)
             self.writer = SegmentWriter.create(self.path, "head", about, open_file)
             self.index = open_search_index(self.runtime, self.path)
         yield FindProgress("index", 0.0, self._total(), "s", self._seconds_left())
@@ -323,6 +325,12 @@ class _Builder:
     def _windows_per_segment(self) -> int:
         tokens = self.plan.frames * (self._frame_tokens() + 8)
         return max(1, _SEGMENT_BYTES // (tokens * self.layout.token_bytes))
+
+    def _predict_bytes(self) -> int:
+        """About what the file will take."""
+        shared = self.plan.frames / (self.plan.frames - self.plan.overlap)
+        frames = sum(self.info.duration / spacing for spacing in self.plan.spacings)
+        return int(frames * shared * (self._frame_tokens() + 8) * self.layout.token_bytes)
 
     def _frame_tokens(self) -> int:
         return self.runtime.processor.config.count_tokens((self.plan.height, self.plan.width))

@@ -28,7 +28,7 @@ MOST_BYTES: Final = 20 << 30
 _FREE_SHARE: Final = 0.1
 #: A use is noted at most so often, in seconds: writing the time makes what was compared of a file forgotten.
 _TOUCH_SECONDS: Final = 24 * 3600
-_SUFFIX: Final = ".keye"
+_FOLDER, _SUFFIX = "find", ".keye"
 
 
 def identify_source(source: Source) -> str:
@@ -63,9 +63,14 @@ def find_again(path: object, identity: str) -> Source | None:
 
 def find_folder() -> Path:
     """The folder of search indexes, made if need be."""
-    folder = cache_folder() / "find"
+    folder = cache_folder() / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def is_default(path: Path) -> bool:
+    """Whether a file lies in that folder."""
+    return path.absolute().parent == (cache_folder() / _FOLDER).absolute()
 
 
 def default_index_path(source: Source, model: Fingerprint, plan: object, folder: Path | None = None) -> Path:
