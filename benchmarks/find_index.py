@@ -75,18 +75,18 @@ def measure(video: Path, path: Path, options: argparse.Namespace) -> dict[str, A
     opening = timed(lambda: opened.append(open_search_index(model.runtime, path)))
     (index,) = opened
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(1 + options.repeats)]
-    answered = [timed(partial(score, model, index, question)) for question in questions]
+    answers = [timed(partial(score, model, index, question)) for question in questions]
     count = len(index.windows)
     return {
         "duration": round(index.duration, 1), "megabytes": round(video.stat().st_size / 1e6, 1),
         "spacings": index.head.plan["spacings"], "window_frames": index.head.plan["frames"], "windows": count,
         "frames": index.frames, "tokens": index.tokens, "index_megabytes": round(path.stat().st_size / 1e6, 1),
         "cuts": len(index.cuts), "left": predicted[0] and round(predicted[0], 1), "index": built, "open": opening,
-        "first_question": answered[0],
+        "first_question": answers[0],
         "question": {
-            name: round(statistics.median(times[name] for times in answered[1:]), 3) for name in ("wall", "cpu")
+            name: round(statistics.median(times[name] for times in answers[1:]), 3) for name in ("wall", "cpu")
         },
-        "windows_per_second": round(count / statistics.median(times["wall"] for times in answered[1:])),
+        "windows_per_second": round(count / statistics.median(times["wall"] for times in answers[1:])),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
 

@@ -132,3 +132,23 @@ def test_options_beside_an_index_are_for_the_other_video(
 def test_the_old_name_of_an_option_names_the_new_one(run: Callable, tmp_path: Path) -> None:
     result = run("ask", "--index-kv", "int8", tmp_path / "a.mp4", "what?")
     assert result.code == 2 and "--indexer-kv" in result.err
+
+
+def test_inspect_and_check_search_indexes(run: Callable, model_folder: Path, video: Path, tmp_path: Path) -> None:
+    from keye import load
+    from keye.engine.media import as_medium
+    from keye.sessions.search.build import build_search_index
+
+    path, model = tmp_path / "film.keye", load(model_folder)
+    for _ in build_search_index(model.engine, as_medium(video), path, spacing=0.5, window_frames=4):
+        pass
+    lines = [" ".join(line.split()) for line in run("inspect", path).out.splitlines()]
+    assert any(line.startswith("windows ") and "windows of a frame every 0.5 s" in line for line in lines)
+    contents = run("inspect", path, "--json").data
+    assert contents["complete"] and contents["unused_bytes"] == 0 and contents["formats"]["k"] == "int4"
+    assert run("index", "--check", path, "--json").data["tokens"] == contents["tokens"] > 0
+    assert "is sound" in run("index", "--check", path).out
+    path.write_bytes(path.read_bytes() + bytes(5000))  # a run that was killed
+    assert run("inspect", path, "--json").data["unused_bytes"] > 0
+    result = run("ask", path, "what?", "--model", model_folder)
+    assert result.code == 1 and "use keye find" in result.err

@@ -3,17 +3,25 @@ all windows at once scores on each what it scores alone."""
 
 from __future__ import annotations
 
+import copy
+import errno
+import math
+import random
+import shutil
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
 import keye
-from keye import Keye
+from keye import Keye, KeyeError
+from keye.cache.segments import Segment, open_for_writing, read_segments
 from keye.engine.media import as_medium
 from keye.sessions.search.build import WindowsReady, build_search_index
+from keye.sessions.search.headers import IndexContents
 from keye.sessions.search.scoring import score_windows
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from tests.support.clips import write_clip
@@ -95,3 +103,164 @@ def test_a_killed_run_goes_on_to_the_same_file(model: Keye, video: Path, index: 
     resumed = finish(build(model, video, path))
     assert resumed.is_complete
     assert path.read_bytes() == index.path.read_bytes()
+
+
+def test_wide_windows_come_first_where_it_takes_long(model: Keye, video: Path, tmp_path: Path) -> None:
+    """The first windows cover more of the video; the finer ones replace them, and all is there when it ends."""
+    path, frames = tmp_path / "film.keye", list[float]()
+    events = build(model, video, path, wide_first=True, on_frames=lambda pixels, times: frames.extend(times))
+    first = next(event for event in events if isinstance(event, WindowsReady))
+    assert [window.spacing for window in first.index.windows] == [2.0] and not first.index.is_complete
+    assert first.index.unseen == [] and not frames
+    index = finish(events)
+    assert {window.spacing for window in index.windows} == {0.5} and len(index.all) > len(index.windows)
+    assert len(frames) == len(set(frames)) == index.frames
+    assert index.scenes_end == pytest.approx(index.duration)
+
+
+def test_a_run_that_is_killed_between_levels_goes_on(model: Keye, video: Path, tmp_path: Path) -> None:
+    files = []
+    for interrupted in (True, False):
+        path = tmp_path / f"{interrupted}.keye"
+        for _ in range(20 if interrupted else 1):
+            events = build(model, video, path, wide_first=True)
+            for event in events:
+                if interrupted and isinstance(event, WindowsReady):
+                    break
+            events.close()
+        files.append(open_search_index(model.runtime, path))
+    ours, theirs = files
+    assert ours.is_complete and theirs.is_complete
+    assert [window.times for window in ours.all] == [window.times for window in theirs.all]
+    assert [window.prior for window in ours.all] == [window.prior for window in theirs.all]
+    scores = [
+        [score.yes for score in score_windows(model.engine, [(index, w.number) for w in index.windows], QUESTION)]
+        for index in files
+    ]
+    assert scores[0] == scores[1]
+
+
+class FullDisk:
+    """A file on a disk that holds `room` more bytes."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_disk_that_fills_up_leaves_a_valid_index(
+    model: Keye, video: Path, index: SearchIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "film.keye"
+    monkeypatch.setattr("keye.sessions.search.build._SEGMENT_BYTES", 1)  # a window in each
+    room = index.path.stat().st_size // 2
+    with pytest.raises(KeyeError, match="no room is left to write"):
+        finish(build(model, video, path, open_file=lambda path: FullDisk(open_for_writing(path), room)))
+    stored = open_search_index(model.runtime, path)
+    assert 0 < len(stored.windows) < 5 and not stored.is_complete and stored.unseen
+    (score,) = score_windows(model.engine, [(stored, 0)], QUESTION)
+    assert math.isfinite(score.yes)
+    assert len(finish(build(model, video, path)).windows) == 5
+
+
+def test_an_index_is_of_one_video_and_one_model(
+    model: Keye, video: Path, index: SearchIndex, tmp_path: Path, folder: Path
+) -> None:
+    path = Path(shutil.copyfile(index.path, tmp_path / "film.keye"))
+    other = write_clip(tmp_path / "other.mp4", frames=8, fps=2)
+    with pytest.raises(KeyeError, match=r"film.keye is a search index of film.mp4: name another file, or give"):
+        finish(build(model, other, path))
+    with pytest.raises(KeyeError, match="was made with a frame every 0.5 s in windows of 8"):
+        finish(build_search_index(model.engine, as_medium(video), path, spacing=1.0))
+    with pytest.raises(KeyeError, match="it was computed in float32|was computed in float32"):
+        open_search_index(keye.load(folder, dtype="bfloat16").runtime, path)
+    with pytest.raises(KeyeError, match="use keye find"):
+        model.ask(path, "what?")
+    assert finish(build(model, other, path, overwrite=True)).source_name == "other.mp4"
+
+
+def test_wrong_choices(model: Keye, video: Path, tmp_path: Path) -> None:
+    path = tmp_path / "film.keye"
+    (tmp_path / "text.txt").write_text("mine")
+    for message, medium, target, choices in (
+        ("effort is 'huge'; choose one of auto, low, medium, high", as_medium(video), path, {"effort": "huge"}),
+        ("spacing is 0 s; choose", as_medium(video), path, {"spacing": 0}),
+        ("window_frames is 1; choose 2 to 256", as_medium(video), path, {"window_frames": 1}),
+        ("has no effect on a search index", as_medium(video, {"max_frames": 4}), path, {}),
+        ("is made of a video file", as_medium(index_frames()), path, {}),
+        ("exists and is not an earlier output", as_medium(video), tmp_path / "text.txt", {}),
+    ):
+        with pytest.raises(KeyeError, match=message):
+            finish(build_search_index(model.engine, medium, target, **choices))
+    assert not path.exists()
+
+
+def index_frames() -> keye.Frames:
+    return keye.Frames(np.zeros((4, 56, 56, 3), dtype=np.uint8), [0.0, 1.0, 2.0, 3.0])
+
+
+def test_noise_in_rows_ends_the_question_that_reads_them(model: Keye, index: SearchIndex, tmp_path: Path) -> None:
+    path = Path(shutil.copyfile(index.path, tmp_path / "film.keye"))
+    segment = next(segment for segment in read_segments(path) if segment.kind == "windows")
+    assert segment.image is not None
+    place = segment.start + segment.image.sections["indexer_k"].offset + 40
+    data = bytearray(path.read_bytes())
+    data[place : place + 16] = b"noise" * 3 + b"!"
+    path.write_bytes(data)
+    own = open_search_index(model.runtime, path)
+    with pytest.raises(KeyeError, match=r"film\.keye is damaged \(KV block"):
+        list(score_windows(model.engine, [(own, window.number) for window in own.windows], QUESTION))
+    assert model.runtime.ledger.accounts().get("kv", 0) == 0 or model.runtime.store.nbytes() >= 0
+
+
+def test_headers_with_other_values_are_refused(model: Keye, index: SearchIndex, tmp_path: Path) -> None:
+    """Whatever a header says in the place of any value: an error of one sentence, never another one."""
+    generator, path = random.Random(3), tmp_path / "film.keye"
+    head, *segments = read_segments(index.path)
+    odd = [None, -1, 0, 10**12, 1e300, "text", [], {}, [1, "a"], True, float(1 << 40)]
+    rejected = 0
+    for _ in range(120):
+        path.unlink(missing_ok=True)
+        about: Any = copy.deepcopy(generator.choice([head, *segments]).about)
+        places = list(leaves({key: value for key, value in about.items() if key not in ("segment", "storage")}))
+        parent, key = generator.choice(places)
+        kind, target = about.pop("segment"), about
+        for name in parent:
+            target = target[name]
+        target[key] = generator.choice(odd)
+        try:
+            contents = IndexContents.read(path, [Segment(0, 1, "head", about if kind == "head" else head.about, None)])
+            for segment in segments:
+                contents.add(replace(segment, about=about) if segment.kind == kind else segment)
+            describe(contents)
+        except KeyeError as error:
+            rejected += 1
+            assert_sentence(error)
+    assert rejected > 30
+
+
+def leaves(value: Any, parent: tuple[Any, ...] = ()) -> Any:
+    """Every place in plain data: the path to what holds it, and its key."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield parent, key
+        yield from leaves(inner, (*parent, key))
+
+
+def describe(contents: IndexContents) -> None:
+    """Uses what was read."""
+    for window in contents.windows:
+        window.to_file(1.0), window.to_clock(window.start)
+    assert contents.scenes_end >= 0
+
+
+def assert_sentence(error: KeyeError) -> None:
+    assert "film.keye is damaged (" in str(error) and len(str(error)) < 300

@@ -8,11 +8,12 @@ was killed goes on behind the last complete segment of the file. How long it wil
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,50 +21,42 @@ import torch
 from keye.cache.index_file import check_index_disk, check_index_output
 from keye.cache.segments import OpenFile, SegmentWriter, is_segmented, open_for_writing
 from keye.cache.sequence import KVCache
-from keye.cache.slabs import KVLayout, KVStore
+from keye.cache.slabs import KVLayout, KVOptions, KVStore
 from keye.chat.messages import Medium
+from keye.config import KeyeConfig
 from keye.config.media import media_options
 from keye.engine.continuations import StoredSequence, continue_sequences
 from keye.engine.engine import Engine
+from keye.engine.prompt import Prompt
 from keye.errors import KeyeError, Option
-from keye.media import sizes
 from keye.media.content import probe_cached
 from keye.media.frame_stream import FrameShape
-from keye.media.pixels.patches import VisionInput, frames_to_patches
+from keye.media.info import VideoInfo
+from keye.media.pixels.patches import frames_to_patches
 from keye.media.processor import MediaItem
 from keye.media.scenes import Scenes
 from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode, cache_rows
 from keye.moments import FindProgress
-from keye.ops.kv_blocks import KV_BLOCK
+from keye.ops.kv_blocks import KV_BLOCK, RowSpec
 from keye.sessions.search.places import identify_source, is_default, make_room, path_of
+from keye.sessions.search.plans import Choices, FrameRate, IndexPlan
+from keye.sessions.search.plans import Effort as Effort
 from keye.sessions.search.scoring import YES_NO, answer_ids, encode_question, frame_shares, read_answer
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.sessions.search.window_reader import OnFrames, WindowReader
-from keye.sessions.search.windows import SearchWindow, choose_frames, count_overlap, plan_windows
+from keye.sessions.search.windows import SearchWindow, choose_frames, plan_windows
 from keye.version import __version__
 
-#: How much work an index may take: "low" and "high" are the ends of `_EFFORTS`, "auto" is the most that ends in time.
-Effort = Literal["auto", "low", "medium", "high"]
-#: Seconds between frames and most visual tokens of a frame.
-_EFFORTS: Final[Mapping[str, tuple[float, int]]] = {"high": (1.0, 64), "medium": (2.0, 64), "low": (4.0, 16)}
-#: "auto" takes what is predicted to end within so many seconds; where more than `_SOON` are, wide windows come first.
-_AUTO_SECONDS: Final = 1800.0
-_SOON: Final = 120.0
-#: How many times wider the first spacing is.
-_COARSER: Final = 4
-#: Most frames of a window.
-MOST_WINDOW_FRAMES: Final = 256
-#: Frames of a window of a model that says for how many it was made.
-_SCOPED_FRAMES: Final = 32
 #: Bytes of rows that a segment holds, at least one window.
 _SEGMENT_BYTES: Final = 8 << 20
 #: Options of a video that an index takes; the others choose frames, which is done here.
 _OPTIONS: Final = frozenset(
     {"track", "deinterlace", "tone_map", "strict_media", "video_start", "video_end", "max_pixels", "min_pixels", "fps"}
 )
-#: Frames of the sample by which the rate is measured.
+#: Frames of the sample by which the rate is measured, and tokens of a frame that are not visual, about.
 _SAMPLE_FRAMES: Final = 8
+_LABEL_TOKENS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -77,57 +70,36 @@ class WindowsReady:
 BuildEvent = FindProgress | WindowsReady
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How a video becomes windows: `spacings` from the widest to the finest, the frames of a window and those that it
-    shares at the finest, the size of a frame."""
-
-    spacings: tuple[float, ...]
-    frames: int
-    overlap: int
-    height: int
-    width: int
-    options: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "spacings": list(self.spacings), "options": dict(self.options)}
-
-
 def build_search_index(
     engine: Engine, medium: Medium, path: Path, *, effort: Effort = "auto", spacing: float | None = None,
-    window_frames: int | None = None, scenes: bool = True, overwrite: bool = False,
+    window_frames: int | None = None, wide_first: bool | None = None, scenes: bool = True, overwrite: bool = False,
     check: Callable[[], None] | None = None, on_frames: OnFrames | None = None, open_file: OpenFile = open_for_writing,
 ) -> Generator[BuildEvent, None, SearchIndex]:  # fmt: skip
     """Reads a video into a search index at `path`, going on with what is there of the same video; the index is the
     value of the generator, and comes with each `WindowsReady`. Close it to stop: what is there stays.
 
     `spacing` is the seconds between two frames, `window_frames` how many are read together; `effort` chooses what is
-    left open. `check` is called again and again and may raise; `on_frames` sees every frame of the finest spacing once.
-    A file of another video or model is replaced only with `overwrite`. `KeyeError` for anything but a video file,
-    for a disk that is full, and for a file that another process writes to.
+    left open. `wide_first` reads windows of a wider spacing first; by default where the whole takes long. `check` is
+    called again and again and may raise; `on_frames` sees the frames of the finest spacing, each once. A file of
+    another video or model is replaced only with `overwrite`. `KeyeError` for anything but a video file, for a disk that
+    is full, and for a file that another process writes to.
     """
-    if effort not in get_args(Effort):
-        raise KeyeError(f"effort is {effort!r}; choose one of {', '.join(get_args(Effort))}")
-    if spacing is not None and not 0.01 <= spacing <= 3600:
-        raise KeyeError(f"spacing is {spacing:g} s; choose 0.01 to 3,600")
     source = medium.source
     if medium.kind != "video" or not isinstance(source, Source) or is_index(source):
         raise KeyeError("a search index is made of a video file; give a path or an address of one")
-    builder = _Builder(engine, medium, path, scenes, check, on_frames)
-    yield from builder.open(effort, spacing, window_frames, overwrite, open_file)
-    try:
+    choices = Choices(effort, spacing, window_frames, wide_first)
+    with closing(_Builder(engine, medium, path, scenes, check, on_frames)) as builder:
+        yield from builder.open(choices, overwrite, open_file)
         yield from builder.run()
-    finally:
-        builder.close()
-    return builder.index
+        return builder.index
 
 
 class _Builder:
     """One run. The file is open for writing until `close`."""
 
     index: SearchIndex
+    plan: IndexPlan
     writer: SegmentWriter
-    plan: _Plan
 
     def __init__(
         self, engine: Engine, medium: Medium, path: Path, scenes: bool, check: Callable[[], None] | None,
@@ -136,61 +108,57 @@ class _Builder:
         assert isinstance(medium.source, Source)
         self.engine, self.runtime, self.source, self.path = engine, engine.runtime, medium.source, path
         self.scenes, self.check, self.on_frames = scenes, check, on_frames
-        chosen = {name: value for name, value in medium.options.items() if value is not None}
-        if unknown := sorted(set(chosen) - _OPTIONS):
-            raise KeyeError("{} has no effect on a search index, which chooses its frames itself; leave it out",
-                            Option(unknown[0]))  # fmt: skip
-        self.chosen, self.options = chosen, media_options("video", chosen)
-        self.mode: AttentionMode = self.runtime.attention
-        self.info = probe_cached(self.source, self.runtime.processor.limits, track=self.options.track)
+        self.chosen = {name: value for name, value in medium.options.items() if value is not None}
+        if unknown := sorted(set(self.chosen) - _OPTIONS):
+            sentence = "{} has no effect on a search index, which chooses its frames itself; leave it out"
+            raise KeyeError(sentence, Option(unknown[0]))
+        self.options, self.mode = media_options("video", self.chosen), self.runtime.attention
         model = self.runtime.model
-        text = model.config.text if self.mode == "sparse" else model.config.without_indexer().text
-        self.layout = _layout(self.runtime.kv.indexer_kv, self.runtime.kv.kv, cache_rows(text), model.dtype)
+        self.layout = choose_layout(self.runtime.kv, self.mode, model.config, model.dtype)
         self.store: KVStore = self.runtime.kv.store(self.layout, model.device, self.runtime.ledger)
         self.head, _ = self.runtime.prompts.encode_around("?", template=self.runtime.template)
-        self.rate = _Rate()
+        self.rate, self.stack = FrameRate(), ExitStack()
 
-    def open(
-        self, effort: Effort, spacing: float | None, window_frames: int | None, overwrite: bool, open_file: OpenFile
-    ) -> Iterator[BuildEvent]:
+    @cached_property
+    def info(self) -> VideoInfo:
+        """The video, probed."""
+        return probe_cached(self.source, self.runtime.processor.limits, track=self.options.track)
+
+    def open(self, choices: Choices, overwrite: bool, open_file: OpenFile) -> Iterator[BuildEvent]:
         """Goes on with the file, or plans and begins a new one; says how long it will take."""
-        spacing = 1 / self.options.fps if spacing is None and self.options.fps is not None else spacing
+        if choices.spacing is None and self.options.fps is not None:
+            choices = replace(choices, spacing=1 / self.options.fps)
         check_index_output(self.path, overwrite=overwrite)
         identity = identify_source(self.source)
-        known = self._open_known(identity, spacing, window_frames, overwrite)
+        known = self._open_known(identity, choices, overwrite)
         if known is not None:
-            plan = known.head.plan
-            self.index, self.writer = known, SegmentWriter(self.path, open_file)
-            self.plan = _Plan(
-                tuple(plan["spacings"]), plan["frames"], plan["overlap"], plan["height"], plan["width"], plan["options"]
-            )
-            self.rate.measure(self.engine, self.plan, self._build_item, self._prefill)
+            self.index, self.plan = known, IndexPlan.of(known.head.plan)
+            self._take_writer(SegmentWriter(self.path, open_file))
+            self.index.extend()  # what another process has written meanwhile
+            if not self.index.is_complete:
+                self._predict(self.plan)
         else:
-            self._choose_plan(effort, spacing, window_frames)
-            question = self.runtime.generation_config.presence_prompt.format(event="object", article="an")
-            about = {
-                "keye": __version__, "model": asdict(self.runtime.fingerprint), "attention": self.mode,
-                "null_question": question, "plan": self.plan.to_dict(),
-                "source": {"name": self.source.name, "path": path_of(self.source), "identity": identity,
-                           "size": self.source.size, "duration": self.info.duration,
-                           "start": self.options.video_start or self.info.start_offset},
-            }  # fmt: skip
+            is_scoped = self.runtime.generation_config.scope is not None
+            self.plan = choices.make_plan(
+                self.info, self.runtime.processor.config, self.options, self.chosen, self._predict, is_scoped=is_scoped
+            )
             if is_default(self.path):
                 make_room(self._predict_bytes(), keep=self.path)
-            self.writer = SegmentWriter.create(self.path, "head", about, open_file)
+            self._take_writer(SegmentWriter.create(self.path, "head", self._head(identity), open_file))
             self.index = open_search_index(self.runtime, self.path)
-        yield FindProgress("index", 0.0, self._total(), "s", self._seconds_left())
+        yield self._progress()
 
     def close(self) -> None:
         """Ends the run; what is complete stays."""
-        self.writer.close()
+        self.stack.close()
 
     def run(self) -> Iterator[BuildEvent]:
         """Computes what is missing, the widest spacing first."""
         null_ids = encode_question(self.runtime, self.index.head.null_question)
-        for level, windows in enumerate(self._windows()):
+        for level in range(len(self.plan.spacings)):
             if level in self.index.levels_done:
                 continue
+            windows = self._windows(level)
             stored = [window for window in self.index.all if window.level == level]
             if [window.times for window in stored] != [window.times for window in windows[: len(stored)]]:
                 raise KeyeError(f"{self.path} has windows of other frames than the video has; index it again")
@@ -210,7 +178,7 @@ class _Builder:
                 self._add_scenes(reader.take_scenes(is_last=False))
                 self.rate.record(time.perf_counter() - begin, sum(len(window.times) for window in group))
                 yield WindowsReady(self.index, tuple(numbers))
-                yield FindProgress("index", self._done(), self._total(), "s", self._seconds_left())
+                yield self._progress()
             self._add_scenes(reader.take_scenes(is_last=True))
 
     def _add_windows(
@@ -247,9 +215,23 @@ class _Builder:
             on_frames=self.on_frames if is_finest else None,
         )  # fmt: skip
 
-    def _open_known(
-        self, identity: str, spacing: float | None, frames: int | None, overwrite: bool
-    ) -> SearchIndex | None:
+    def _take_writer(self, writer: SegmentWriter) -> None:
+        self.writer = writer
+        self.stack.callback(writer.close)
+
+    def _head(self, identity: str) -> dict[str, Any]:
+        """The head of a new file."""
+        return {
+            "keye": __version__, "model": asdict(self.runtime.fingerprint), "attention": self.mode,
+            "null_question": self.runtime.generation_config.presence_prompt.format(event="object", article="an"),
+            "plan": self.plan.to_dict(),
+            "source": {
+                "name": self.source.name, "path": path_of(self.source), "identity": identity, "size": self.source.size,
+                "duration": self.info.duration, "start": self.options.video_start or self.info.start_offset,
+            },
+        }  # fmt: skip
+
+    def _open_known(self, identity: str, choices: Choices, overwrite: bool) -> SearchIndex | None:
         """The index at the path, if it is one of this video and model under the choices of the user; None where a new
         one takes its place."""
         if not is_segmented(self.path):
@@ -262,8 +244,7 @@ class _Builder:
             raise
         head, plan = index.head, index.head.plan
         is_same = head.source["identity"] == identity and head.attention == self.mode
-        chosen = spacing in (None, plan["spacings"][-1]) and frames in (None, plan["frames"])
-        if is_same and chosen and plan["options"] == self.chosen:
+        if is_same and choices.suit(plan) and plan["options"] == self.chosen:
             return index
         if overwrite:
             return None
@@ -275,70 +256,27 @@ class _Builder:
             self.path, plan["spacings"][-1], plan["frames"], Option("overwrite"),
         )  # fmt: skip
 
-    def _choose_plan(self, effort: Effort, spacing: float | None, window_frames: int | None) -> None:
-        scope = self.runtime.generation_config.scope
-        frames = window_frames or (_SCOPED_FRAMES if scope is not None else MOST_WINDOW_FRAMES)
-        if not 2 <= frames <= MOST_WINDOW_FRAMES:
-            raise KeyeError(f"window_frames is {frames}; choose 2 to {MOST_WINDOW_FRAMES}")
-        choices = [_EFFORTS["high"], _EFFORTS["medium"], (4.0, 64), _EFFORTS["low"]]
-        choices = [_EFFORTS[effort]] if effort != "auto" else choices
-        for step, tokens in choices:
-            step = spacing or step
-            size = self._frame_size(frames, tokens)
-            self.plan = _Plan((step,), frames, count_overlap(step, frames), *size, dict(self.chosen))
-            self.rate.measure(self.engine, self.plan, self._build_item, self._prefill)
-            if (left := self._seconds_left()) is None or left <= _AUTO_SECONDS:
-                break
-        if (
-            (left := self._seconds_left()) is not None
-            and left > _SOON
-            and self.info.duration > step * _COARSER * frames
-        ):
-            self.plan = replace(self.plan, spacings=(step * _COARSER, step))
-
-    def _frame_size(self, frames: int, tokens: int) -> sizes.Size:
-        """(height, width) of frames with at most so many visual tokens, under what the request allows."""
-        config = self.runtime.processor.config
-        most = min(max(tokens, config.video_min_tokens), config.video_max_tokens) * config.token_pixels
-        options = self.options.replace(max_pixels=min(self.options.max_pixels or most, most), fps=None)
-        least = options.min_pixels
-        if least is not None and options.max_pixels is not None:
-            options = options.replace(min_pixels=min(least, options.max_pixels))
-        return sizes.compute_frame_sizes(self.info.height, self.info.width, frames, config, options).slow
-
-    def _windows(self) -> Iterator[list[SearchWindow]]:
-        """The windows of each spacing. Those of a finer one know what a wider one has seen change."""
+    def _windows(self, level: int) -> list[SearchWindow]:
+        """The windows of a spacing. Those of a finer one know what a wider one has seen change."""
         start, end = self.options.video_start or 0.0, self.options.video_end
-        for level, spacing in enumerate(self.plan.spacings):
-            is_known = level and self.index.scenes_end >= self.info.duration - spacing
-            chosen = choose_frames(
-                self.info.timestamps, spacing, start=start, end=end, changes=self.index.changes if is_known else None
-            )
-            stop = self.info.duration if end is None else min(end, self.info.duration)
-            overlap = (
-                self.plan.overlap if spacing == self.plan.spacings[-1] else count_overlap(spacing, self.plan.frames)
-            )
-            yield plan_windows(
-                self.info.timestamps, stop, chosen, spacing=spacing, frames=self.plan.frames, overlap=overlap
-            )
+        times, duration, spacing = self.info.timestamps, self.info.duration, self.plan.spacings[level]
+        is_known = level > 0 and self.index.scenes_end >= duration - spacing
+        changes = self.index.changes if is_known else None
+        chosen = choose_frames(times, spacing, start=start, end=end, changes=changes)
+        stop = duration if end is None else min(end, duration)
+        return plan_windows(
+            times, stop, chosen, spacing=spacing, frames=self.plan.frames, overlap=self.plan.overlap_at(spacing)
+        )
+
+    @property
+    def _frame_tokens(self) -> int:
+        """Tokens of a frame with its label, about."""
+        return self.runtime.processor.config.count_tokens((self.plan.height, self.plan.width)) + _LABEL_TOKENS
 
     def _windows_per_segment(self) -> int:
-        tokens = self.plan.frames * (self._frame_tokens() + 8)
-        return max(1, _SEGMENT_BYTES // (tokens * self.layout.token_bytes))
+        return max(1, _SEGMENT_BYTES // (self.plan.frames * self._frame_tokens * self.layout.token_bytes))
 
-    def _predict_bytes(self) -> int:
-        """About what the file will take."""
-        shared = self.plan.frames / (self.plan.frames - self.plan.overlap)
-        frames = sum(self.info.duration / spacing for spacing in self.plan.spacings)
-        return int(frames * shared * (self._frame_tokens() + 8) * self.layout.token_bytes)
-
-    def _frame_tokens(self) -> int:
-        return self.runtime.processor.config.count_tokens((self.plan.height, self.plan.width))
-
-    def _build_item(self, vision: VisionInput, labels: Sequence[float], key: bytes | None = None) -> MediaItem:
-        return self.runtime.processor.build_item(vision, labels, key)
-
-    def _prefill(self, items: Sequence[MediaItem]) -> tuple[Any, KVCache]:
+    def _prefill(self, items: Sequence[MediaItem]) -> tuple[Prompt, KVCache]:
         """The prompt of a window up to the end of its frames, and what is stored of it."""
         builder = self.runtime.prompts
         ids = [*self.head, *(token for item in items for token in builder.piece_ids(item.pieces))]
@@ -351,9 +289,7 @@ class _Builder:
         self, entries: Sequence[dict[str, Any]], caches: Sequence[KVCache], null_ids: Sequence[int]
     ) -> None:
         """What the null question scores on each window."""
-        stored = [
-            StoredSequence(cache, entry["next_position"]) for entry, cache in zip(entries, caches, strict=True)
-        ]  # fmt: skip
+        stored = [StoredSequence(cache, entry["next_position"]) for entry, cache in zip(entries, caches, strict=True)]
         readers = [answer_ids(self.runtime, answer) for answer in YES_NO]
         results = continue_sequences(
             self.engine, lambda a, b: stored[a:b], len(stored), null_ids, attention=self.mode, count=True,
@@ -363,66 +299,54 @@ class _Builder:
             entry = entries[item.number]
             entry["prior"] = round(read_answer(item.logits, readers)[0], 5)
             if item.counts is not None:
-                spans = entry["spans"]
-                entry["null_shares"] = [round(float(share), 6) for share in frame_shares(item, spans)]
+                entry["null_shares"] = [round(float(share), 6) for share in frame_shares(item, entry["spans"])]
         for entry in entries:
             del entry["spans"]
 
-    def _total(self) -> float:
-        """Seconds of video to be read, of all spacings together."""
-        return self.info.duration * len(self.plan.spacings)
+    # How long it takes
 
-    def _done(self) -> float:
-        done = dict.fromkeys(range(len(self.plan.spacings)), 0.0)
+    def _progress(self) -> FindProgress:
+        """Seconds of video that were read, of all spacings together, and how long the rest will take."""
+        ends = dict.fromkeys(range(len(self.plan.spacings)), 0.0)
         for window in self.index.all:
-            done[window.level] = max(done[window.level], window.end)
-        return sum(done.values())
-
-    def _seconds_left(self) -> float | None:
-        """Predicted from the rate so far."""
-        done = self._done() / len(self.plan.spacings) if hasattr(self, "index") else 0.0
-        frames = sum(self.info.duration / spacing for spacing in self.plan.spacings)
-        return self.rate.seconds_for(frames * (1 - min(1.0, done / self.info.duration)))
-
-
-class _Rate:
-    """Seconds of a frame: measured on a sample first, then as they were."""
-
-    def __init__(self) -> None:
-        self._sample: float | None = None
-        self._seconds, self._frames = 0.0, 0
-
-    def measure(
-        self, engine: Engine, plan: _Plan, build: Callable[..., MediaItem], prefill: Callable[..., Any]
-    ) -> None:
-        """Computes a few frames of noise, twice: the first time is not counted."""
-        picture = np.random.default_rng(0).integers(0, 256, (plan.height, plan.width, 3), dtype=np.uint8)
-        frames = frames_to_patches(
-            [picture] * _SAMPLE_FRAMES, [(plan.height, plan.width)] * _SAMPLE_FRAMES, engine.runtime.processor.config
+            ends[window.level] = max(ends[window.level], window.end)
+        done, total = sum(ends.values()), self.index.duration * len(ends)
+        left = (
+            0.0 if self.index.is_complete else self.rate.seconds_for(self._count_frames(self.plan) * (1 - done / total))
         )
-        for _ in range(2):
-            begin = time.perf_counter()
-            _, cache = prefill([build(frames, tuple(map(float, range(_SAMPLE_FRAMES))))])
-            cache.free()
-            self._sample = (time.perf_counter() - begin) / _SAMPLE_FRAMES
+        return FindProgress("index", done, total, "s", left)
 
-    def record(self, seconds: float, frames: int) -> None:
-        """So many frames took so long, decoding included."""
-        self._seconds, self._frames = self._seconds + seconds, self._frames + frames
+    def _predict(self, plan: IndexPlan) -> float:
+        """Seconds that a plan will take, from the time of a few frames of noise; decoding is not counted."""
+        picture = np.random.default_rng(0).integers(0, 256, (plan.height, plan.width, 3), dtype=np.uint8)
+        sizes, config = [(plan.height, plan.width)] * _SAMPLE_FRAMES, self.runtime.processor.config
+        patches = frames_to_patches([picture] * _SAMPLE_FRAMES, sizes, config)
+        item = self.runtime.processor.build_item(patches, tuple(map(float, range(_SAMPLE_FRAMES))))
+        self.rate.measure(lambda: self._prefill([item])[1].free(), _SAMPLE_FRAMES)
+        return self.rate.seconds_for(self._count_frames(plan))
 
-    def seconds_for(self, frames: float) -> float | None:
-        """Seconds that so many frames will take; None where nothing was measured."""
-        rate = self._seconds / self._frames if self._frames else self._sample
-        return None if rate is None else rate * frames
+    def _count_frames(self, plan: IndexPlan) -> float:
+        """Frames of all windows, those in two counted twice."""
+        repeats = (plan.frames / (plan.frames - plan.overlap_at(spacing)) / spacing for spacing in plan.spacings)
+        return self.info.duration * sum(repeats)
+
+    def _predict_bytes(self) -> int:
+        """About what the file will take."""
+        return int(self._count_frames(self.plan) * self._frame_tokens * self.layout.token_bytes)
 
 
-def _layout(indexer: Any, kv: Any, rows: Any, dtype: torch.dtype) -> KVLayout:
-    """int4 keys and values where the shape of the heads allows it and nothing else was chosen."""
-    if kv != "auto":
-        return KVLayout.of(rows, dtype, kv, indexer)
-    dims = {spec.dim for spec in rows.values() if not spec.scanned}
-    allows = all(dim >= 8 and not dim & (dim - 1) for dim in dims)
-    return KVLayout.of(rows, dtype, "int4" if allows else "int8", indexer)
+def choose_layout(kv: KVOptions, mode: AttentionMode, config: KeyeConfig, dtype: torch.dtype) -> KVLayout:
+    """How windows are stored: int4 keys and values where the heads allow it and the model was not loaded with another
+    format."""
+    rows = cache_rows(config.text if mode == "sparse" else config.without_indexer().text)
+    kind = kv.kv
+    if kind == "auto":
+        kind = "int4" if all(_allows_int4(spec) for spec in rows.values() if not spec.scanned) else "int8"
+    return KVLayout.of(rows, dtype, kind, kv.indexer_kv)
+
+
+def _allows_int4(spec: RowSpec) -> bool:
+    return spec.dim >= 8 and not spec.dim & (spec.dim - 1)
 
 
 def _pad_tokens(tokens: torch.Tensor) -> torch.Tensor:
@@ -430,7 +354,7 @@ def _pad_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % KV_BLOCK))
 
 
-def _entry(window: SearchWindow, level: int, prompt: Any) -> dict[str, Any]:
+def _entry(window: SearchWindow, level: int, prompt: Prompt) -> dict[str, Any]:
     """What the header says of a window, and `spans` of its frames, which are not written."""
     visual = prompt.is_visual.nonzero().squeeze(1).numpy()
     frame_tokens = len(visual) // len(window.times)

@@ -167,7 +167,7 @@ def describe_search_index(path: Path) -> dict[str, Any]:
         for level, spacing in enumerate(head.plan["spacings"])
     ]  # fmt: skip
     return {
-        "search_index": str(path), "bytes": size, "unused_bytes": max(0, size - segments[-1].stop),
+        "search_index": str(path), "bytes": size, "unused_bytes": size - segments[-1].start - segments[-1].size,
         "keye": head.keye, "model": asdict(head.model), "attention": head.attention, "source": dict(head.source),
         "plan": dict(head.plan), "null_question": head.null_question, "complete": contents.is_complete,
         "levels": levels, "windows": len(contents.windows), "segments": len(segments),
