@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at watched folders.
 _WATCH_SECONDS: Final = 5.0
-place = click.option("--library", "library_folder", type=options.PATH, metavar="DIR",
+place = click.option("--library-folder", type=options.PATH, metavar="DIR",
                      help="Where the library is kept.  [default: in the user's data folder]")  # fmt: skip
 _indexing = (
     click.option("--effort", type=click.Choice(["auto", "low", "medium", "high"]), default="auto", show_default=True,
