@@ -43,6 +43,11 @@ _EFFORTS: Final = ("auto", "low", "medium", "high")
 @click.option("--subtitles", metavar="FILE|TRACK|none",
               help="Subtitles to search too.  [default: those that players show]")  # fmt: skip
 @click.option("--clips", type=options.PATH, metavar="DIR", help="Write each moment as a video file to this folder.")
+@click.option("--library", "in_library", is_flag=True, help="Search the videos of keye library instead of named ones.")
+@click.option("--library-folder", type=options.PATH, metavar="DIR",
+              help="With --library: where it is kept.  [default: in the user's data folder]")  # fmt: skip
+@click.option("--embedder", metavar="NAME",
+              help="With --library: rank by stored vectors of this image-text embedder first.")  # fmt: skip
 @options.overwrite
 @options.reading
 @options.private_urls
@@ -62,9 +67,17 @@ def find(words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: b
     \b
     keye find video.mp4 "the red circle"
     keye find day1.mp4 day2.mp4 holidays/ "a dog on the beach" --clips dogs --model 2.0
+    keye find --library "a red circle"
     """
     from keye.commands.shared import inputs, show, show_find
 
+    if arguments["in_library"]:
+        from keye.commands.library import find_in_library
+
+        find_in_library(words, clips, overwrite, as_json, arguments)
+        return
+    if library_only := [options.flag(name) for name in ("library_folder", "embedder") if arguments[name] is not None]:
+        raise KeyeError(f"{library_only[0]} belongs to a search in the library: add --library, or leave it out")
     files, event = split_words(words)
     if clips is not None and clips.exists() and not clips.is_dir():
         raise KeyeError(f"{clips} is a file: give a folder for --clips")

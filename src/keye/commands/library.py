@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from keye.commands.shared import options
+from keye.errors import KeyeError
 from keye.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from keye.library.catalog import Catalog, Entry, ScanReport
+    from keye.library.find import LibraryResult
 
 #: Seconds between two looks at watched folders.
 _WATCH_SECONDS: Final = 5.0
@@ -195,3 +197,50 @@ def run_indexing(model: Any, catalog: Catalog, arguments: dict[str, Any]) -> Non
         inputs.note(f"{entry.path.name}: {describe(entry)}")
     show.print_line(f"{plural(len(catalog.entries('indexed')), 'video')} indexed, "
                     f"{len(catalog.entries('failed')):,} failed, {time.monotonic() - begun:.0f} s")  # fmt: skip
+
+
+def find_in_library(
+    words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: bool, arguments: dict[str, Any]
+) -> None:
+    """What `keye find --library` does: searches, prints, cuts clips. Ctrl-C ends it with the best so far."""
+    from keye.commands.shared import inputs, show, show_find
+    from keye.library.find import LibrarySearch
+    from keye.sessions.search.embedders import load_embedder
+
+    if len(words) != 1:
+        raise KeyeError('--library searches its own videos: give only the event, as in: keye find --library "a dog"')
+    for name in ("index_file", "subtitles"):
+        if arguments[name] is not None:
+            raise KeyeError(f"{options.flag(name.removesuffix('_file'))} belongs to a named video: leave it out "
+                            "with --library")  # fmt: skip
+    catalog = open_catalog(arguments["library_folder"])
+    inputs.silence_scope(arguments)
+    search = LibrarySearch(
+        inputs.load_model(arguments), catalog, words[0], top=arguments["top"], threshold=arguments["threshold"],
+        budget=arguments["budget"], seconds=arguments["seconds"],
+        embedder=load_embedder(arguments["embedder"]) if arguments["embedder"] else None,
+    )  # fmt: skip
+    result = show_find.watch_library_search(search)
+    paths = _write_clips(result, clips, overwrite) if clips is not None else []
+    if as_json:
+        show.print_json({**result.to_dict(), "clips": [str(path) for path in paths]})
+    else:
+        show_find.print_library_found(result)
+        for path in paths:
+            show.print_line(f"wrote {path}")
+    if result.stopped and arguments["seconds"] is None:
+        raise click.exceptions.Exit(130)
+
+
+def _write_clips(result: LibraryResult, folder: Path, overwrite: bool) -> list[Path]:
+    """A clip of each moment, by video."""
+    from keye.commands.ground import write_clips
+    from keye.engine.media import as_medium
+
+    files = dict.fromkeys(moment.file for moment in result.moments if moment.file)
+    return [
+        path for file in files
+        for path in write_clips(
+            as_medium(file, None), tuple((m.start, m.end) for m in result.moments if m.file == file), folder, overwrite
+        )
+    ]  # fmt: skip

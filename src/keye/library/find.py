@@ -173,7 +173,8 @@ class LibrarySearch:
                 continue
             self.videos.append(_Video(entry, index, [window.number for window in index.windows]))
         if not self.videos:
-            raise KeyeError("nothing in the library is indexed yet: keye library add FOLDER indexes videos")
+            why = f" ({self.missing[0][0]}: {self.missing[0][1]})" if self.missing else ""
+            raise KeyeError(f"nothing in the library can be searched{why}; keye library add FOLDER indexes videos")
 
     def _rank_by_vectors(self) -> Iterator[LibraryEvent]:
         """The best frames by stored vectors, as moments of no certainty; chooses the videos that are asked."""

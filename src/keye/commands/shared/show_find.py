@@ -15,6 +15,7 @@ from keye.moments import FindProgress, FindResult, Moment, MomentsFound
 from keye.units import one_line, plural
 
 if TYPE_CHECKING:
+    from keye.library.find import LibraryResult, LibrarySearch
     from keye.sessions.search.find import FindStream
 
 _STAGES: Final = {
@@ -73,6 +74,56 @@ def print_found(results: Sequence[FindResult], event: str, failed: Sequence[tupl
         console.print(_coverage_line(result), style="dim", soft_wrap=True)
     for file, error in failed:
         note(f"{file} was not searched: {error}")
+
+
+def watch_library_search(search: LibrarySearch) -> LibraryResult:
+    """Runs a search in a library to its end under a bar; Ctrl-C ends it with the best so far."""
+    console = stderr()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TextColumn("{task.fields[left]}"))  # fmt: skip
+    best: Moment | None = None
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("asking about all windows", total=None, left="")
+        try:
+            for event in search.run():
+                if isinstance(event, FindProgress):
+                    left = "" if event.seconds_left is None else time_left(event.seconds_left)
+                    title = "asking about all windows" if event.stage == "coarse" else "looking closely"
+                    bar.update(task, description=title, completed=event.done, total=event.total or None, left=left)
+                elif isinstance(event, MomentsFound) and event.moments and event.moments[0] != best:
+                    best = event.moments[0]
+                    note(f"best so far: {one_line(best.file or '')}, {_span(best)}")
+        except KeyboardInterrupt:
+            search.stop()
+    return search.result()
+
+
+def print_library_found(result: LibraryResult) -> None:
+    """The moments over all videos, best first, and what of the library was searched."""
+    console = stdout()
+    if not result.is_found:
+        print_line(f"Not found: {result.query}")
+    for moment in result.moments:
+        console.print(Text(f"{one_line(moment.file or '')}"), _line(moment), soft_wrap=True)
+    if result.weaker:
+        console.print("below the threshold:", style="dim")
+    for moment in result.weaker:
+        console.print(Text(f"{one_line(moment.file or '')}"), _line(moment), style="dim", soft_wrap=True)
+    for item in result.notes:
+        if item.code not in ("media", "scope"):
+            note(item.text)
+    coverage = result.coverage
+    for file, reason in coverage.missing:
+        note(f"{one_line(file)} was not searched whole: {one_line(reason)}")
+    unit, seconds = ("hours", 3600) if coverage.duration >= 3600 else ("minutes", 60)
+    hours = f"in {coverage.searched / seconds:.1f} of {coverage.duration / seconds:.1f} {unit}"
+    share = coverage.scored_windows / max(1, coverage.windows)
+    console.print(one_line(" · ".join((
+        hours, f"{share:.0%} of {plural(coverage.windows, 'window')} asked",
+        f"{plural(coverage.close_videos, 'video')} looked at closely",
+        f"{coverage.query_tokens:,} tokens for the question",
+        f"{result.seconds:.1f} s",
+    ))), style="dim", soft_wrap=True)  # fmt: skip
 
 
 def _best(result: FindResult) -> tuple[bool, float]:
