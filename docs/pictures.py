@@ -31,7 +31,7 @@ COMMANDS = (
     ["keye", "ask", "demo.mp4", "when is the cyan triangle visible?"],
     ["keye", "ground", "demo.mp4", "the red circle"],
 )
-QUESTION = "when is the red circle visible?"
+QUESTION = "the red circle"
 
 
 def main(folder: Path) -> None:
@@ -122,12 +122,10 @@ def ask_on_page(page: Page, address: str) -> None:
     """Asks about the sample video and waits until the answer stands there."""
     page.goto(address)
     page.click("#sample")
-    page.wait_for_selector("#thumbs:not(:has(canvas:not([data-drawn]))) canvas:nth-child(8)")
+    page.wait_for_selector("#pictures[data-drawn=yes]")
     page.fill("#question", QUESTION)
     page.press("#question", "Enter")
-    turn = page.locator(".turn").last
-    turn.locator(".answer[aria-busy=false]").wait_for()
-    turn.locator(".usage").wait_for(state="attached")
+    page.locator(".answer[aria-busy=false] .card canvas[data-drawn]").wait_for()
     page.wait_for_timeout(1000)  # the player seeks to the first moment
 
 

@@ -15,7 +15,7 @@ import keye.server
 from keye.chat.times import parse_intervals
 
 STATIC = Path(keye.server.__file__).parent / "web" / "static"
-FILES = sorted(STATIC.iterdir())
+FILES = sorted(path for path in STATIC.iterdir() if path.suffix != ".svg")
 SCRIPTS = [file for file in FILES if file.suffix == ".js"]
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -58,23 +58,63 @@ def test_everything_that_is_named_exists() -> None:
     named = re.findall(r'(?:href|src)="static/([^"]+)"', (STATIC / "index.html").read_text())
     for file in SCRIPTS:
         named += re.findall(r'from "\./([^"]+)"', file.read_text())
-    assert set(named) == {file.name for file in FILES} - {"index.html"}
+    assert set(named) == {file.name for file in STATIC.iterdir()} - {"index.html"}
     ids = set(re.findall(r'\sid="([^"]+)"', (STATIC / "index.html").read_text()))
     for file in SCRIPTS:
         assert set(re.findall(r'byId\("([^"]+)"\)', file.read_text())) <= ids, file.name
 
 
 def test_the_files_are_few_and_small() -> None:
-    assert sum(file.stat().st_size for file in FILES) < 150_000
+    assert sum(file.stat().st_size for file in FILES) < 330_000
     for file in FILES:
         assert len(file.read_text().splitlines()) < 500, file.name
 
 
 @needs_node
 def test_every_script_parses() -> None:
+    program = "import vm from 'node:vm'; import fs from 'node:fs';" + (
+        f"for (const file of {json.dumps([str(file) for file in SCRIPTS])})"
+        "new vm.SourceTextModule(fs.readFileSync(file, 'utf8'), { identifier: file });"
+    )
     assert NODE is not None
+    flags = ["--experimental-vm-modules", "--no-warnings", "--input-type=module"]
+    subprocess.run([NODE, *flags], input=program, text=True, check=True, capture_output=True)
+
+
+@needs_node
+def test_every_text_is_there_in_both_languages() -> None:
+    code = 'const m = await import(STATIC + "/texts.js"); result = m.TEXTS;'
+    texts = run_module(code, None)
+    for key, row in texts.items():
+        assert len(row) == 2 and all(text.strip() for text in row), key
+        assert set(re.findall(r"{\w+}", row[0])) == set(re.findall(r"{\w+}", row[1])), f"{key}: other values in Chinese"
+        counts = key.removesuffix(".one")
+        assert key == counts or f"{counts}.other" in texts, f"{key} has no row for other numbers"
+    used = set(re.findall(r'data-t(?:-[a-z-]+)?="([^"]+)"', (STATIC / "index.html").read_text()))
     for file in SCRIPTS:
-        subprocess.run([NODE, "--check", str(file)], check=True, capture_output=True)
+        code = file.read_text()
+        used |= set(re.findall(r'\bt\("([\w.-]+)"', code))
+        used |= {f"{key}.other" for key in re.findall(r'\bplural\("([\w.-]+)"', code)}
+    assert used <= set(texts)
+
+
+def test_no_text_stands_in_markup_or_scripts() -> None:
+    """Words between tags, and in scripts strings of several words: they belong into the table. Names of elements,
+    classes and addresses have no capital letter at their start, sentences do."""
+    html = re.sub(r"<!--.*?-->", "", (STATIC / "index.html").read_text(), flags=re.DOTALL)
+    words = {text.strip() for text in re.findall(r">([^<>]*[A-Za-z][^<>]*)<", html)}
+    assert words == {"keye"}
+    for file in SCRIPTS:
+        if file.name in ("texts.js", "keys.js", "request.js"):  # the last one's words are for the model
+            continue
+        code = re.sub(
+            r"/\*.*?\*/|^\s*//.*?$|throw new Error\(.*?\)", "", file.read_text(), flags=re.DOTALL | re.MULTILINE
+        )
+        literals = re.findall(r'"((?:[^"\\\n]|\\.)*)"|`([^`]*)`', code)
+        sentences = [
+            text for pair in literals for text in pair if re.search(r"^[A-Z][a-z]+ [a-z]+ |[a-z] [a-z]+\.$", text)
+        ]
+        assert sentences == [], file.name
 
 
 TEXTS = [
@@ -113,6 +153,8 @@ def test_times_are_written_and_read() -> None:
     code = 'const m = await import(STATIC + "/times.js"); result = value.map((time) => m.clock(time));'
     output = ["0:00.0", "0:07.5", "1:00.0", "1:07.5", "1:00:07.5"]
     assert run_module(code, [0, 7.5, 59.96, 67.5, 3607.5]) == output
+    code = 'const m = await import(STATIC + "/times.js"); result = m.clock(value, 0, true);'
+    assert run_module(code, 67.5) == "0:01:08"
     code = 'const m = await import(STATIC + "/times.js"); result = value.map((text) => m.toSeconds(text));'
     assert run_module(code, [*output, "12", "1:xx", ""]) == [0, 7.5, 60, 67.5, 3607.5, 12, None, None]
 
@@ -131,6 +173,48 @@ def test_strange_evidence_is_bounded_and_finite() -> None:
 
 
 @needs_node
+def test_strange_moments_and_coverage_are_bounded() -> None:
+    code = 'const m = await import(STATIC + "/data.js"); result = [m.moments(value[0]), m.coverage(value[1])];'
+    good = {"id": "a", "rank": 2, "start": 1, "end": 2.5, "probability": 0.9, "checked": "twice", "refined": False}
+    evil = [
+        {"start": "1", "end": 2},
+        {"start": 5, "end": 4},
+        None,
+        7,
+        {"start": 0, "end": 1, "probability": 3, "checked": "x"},
+    ]
+    strange = {
+        "duration": 10,
+        "seen": [{"start": 0, "end": 5, "spacing": 1}, {"start": None}],
+        "unseen": [[5, 10], [9, 1]],
+    }
+    moments, coverage = run_module(code, [[good, *evil], strange])
+    assert [(one["start"], one["probability"], one["checked"]) for one in moments] == [
+        (1, 0.9, "twice"),
+        (0, None, None),
+    ]
+    assert coverage["unseen"] == [[5, 10]] and len(coverage["seen"]) == 1 and coverage["frames"] is None
+    assert run_module(code, [None, {"duration": "long"}]) == [[], None]
+
+
+@needs_node
+def test_addresses_hold_file_question_and_moment() -> None:
+    code = 'const m = await import(STATIC + "/router.js"); result = value.map((text) => m.parseRoute(text));'
+    fragment = "#/desk?file=file-1&mode=find&q=a+red+folder%26&t=4351.2,4354"
+    read, strange, library = run_module(code, [fragment, "#/x/../?file=../a&mode=z&t=9,1&q=", "#/library?q=x&from=0.3"])
+    assert (read["file"], read["mode"], read["question"], read["range"]) == (
+        "file-1", "find", "a red folder&", [4351.2, 4354]
+    )  # fmt: skip
+    assert strange == {
+        "place": "desk", "item": "..", "file": None, "mode": None, "question": None, "range": None, "threshold": None,
+        "order": "best",
+    }  # fmt: skip
+    assert library["place"] == "library" and library["threshold"] == 0.3
+    code = 'const m = await import(STATIC + "/router.js"); result = m.formatRoute(m.parseRoute(value));'
+    assert run_module(code, fragment) == fragment
+
+
+@needs_node
 def test_a_follow_up_holds_the_video_once_and_the_turns_before() -> None:
     code = 'const m = await import(STATIC + "/request.js"); result = m.chatRequest(value);'
     request = run_module(
@@ -138,7 +222,11 @@ def test_a_follow_up_holds_the_video_once_and_the_turns_before() -> None:
         {
             "model": "keye-nano",
             "media": [{"kind": "video", "id": "file-1"}],
-            "turns": [{"mode": "find", "question": "a dog", "answer": "[[1, 2]]"}, {"mode": "ask", "question": "x"}],
+            "turns": [
+                {"mode": "find", "question": "a dog", "answer": "[[1, 2]]"},
+                {"mode": "ask", "question": "x"},
+                {"mode": "ask", "question": "y", "answer": "half", "failed": "error"},
+            ],
             "question": "And then?",
             "sampling": {"fps": 2, "max_frames": None, "video_start": 3, "video_end": None},
             "options": {"temperature": None, "maxTokens": 64, "thinking": "off", "evidence": True},

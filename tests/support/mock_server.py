@@ -60,9 +60,23 @@ def _evidence(medium: dict[str, Any], reason: str | None = None) -> dict[str, An
     return {"reason": reason, "steps": 12, "media": [medium]}
 
 
-EXAMPLES = ["When is the red circle visible?", "What color is the triangle?"]
+SCOPE = {
+    "short": "drawn shapes only",
+    "text": "This is the small model that comes with keye. It learned from drawn films of coloured shapes, "
+    "up to 64 frames.",
+    "frames": 64,
+    "examples": ["the red circle", "the purple cross", "When is the red circle visible?"],
+}
+MODEL = {
+    "scope": SCOPE, "measured_frames": 64, "capabilities": ["video"],
+    "known_models": [
+        {"name": "2.0", "hub_name": "Kwai-Keye/Keye-VL-2.0-30B-A3B", "bytes": 62_000_000_000, "fits": False},
+        {"name": "1.5", "hub_name": "Kwai-Keye/Keye-VL-1_5-8B", "bytes": 5_000_000_000, "fits": True},
+    ],
+}  # fmt: skip
 BROKEN = "broken.mp4 is cut short: 3.0 of 16.0 s can be read; download it again"
 NOTE = "the reply names 50:00.0 to 50:05.0: outside what was looked at (0.0 s to 16.0 s), so not shown as a moment"
+LOOP = "the reply repeated itself and was stopped"
 CIRCLE = "The red circle is visible at [[3.0, 8.5]] and from 0:12 on: [[12.0, 15.5]] red circle again; it moves up."
 
 
@@ -77,6 +91,7 @@ class MockServer:
     disconnected: threading.Event = field(default_factory=threading.Event)
     checking: threading.Event | None = None
     busy: int = 0
+    model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
 
     def __post_init__(self) -> None:
         handler = type("Handler", (_Handler,), {"mock": self})
@@ -117,7 +132,7 @@ def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
                 EVIL_EVIDENCE if evil else EVIDENCE, "<img src=x onerror=window.hacked=1>" if evil else None
             ),
             "attention": "sparse",
-            **({"notes": [NOTE]} if "far" in question else {}),
+            **({"notes": [NOTE]} if "far" in question else {"notes": [LOOP]} if "loop" in question else {}),
         },
     }
 
@@ -135,17 +150,33 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         self.mock.requests.append(("GET", path, None))
+        if path in ("/health", "/version"):
+            return self._json({"status": "ok", "version": "0.2.0"})
         if not path.startswith("/v1/"):
             return self._static(path)
         if not self._allowed():
             return None
         if path == "/v1/models":
-            facts = {"context": 8192, "attention": "sparse", "examples": EXAMPLES}
+            facts = {"context": 8192, "attention": "sparse", **self.mock.model}
             return self._json({"data": [{"id": "keye-nano", "keye": facts}]})
+        if path == "/v1/files":
+            return self._json({"data": list(self.mock.files.values())})
         name, _, content = path.removeprefix("/v1/files/").partition("/")
         if name not in self.mock.files:
             return self._error(404, "There is no such file.")
-        return self._send(200, self.mock.contents[name], "video/mp4") if content else self._json(self.mock.files[name])
+        return self._content(self.mock.contents[name]) if content else self._json(self.mock.files[name])
+
+    def do_DELETE(self) -> None:
+        self.mock.requests.append(("DELETE", self.path, None))
+        self.mock.files.pop(self.path.removeprefix("/v1/files/"), None)
+        self._json({"deleted": True})
+
+    def _content(self, content: bytes) -> None:
+        """All bytes or, as players ask for them, a range."""
+        start, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        first, last = int(start), min(int(end or len(content)), len(content) - 1)
+        headers = {"Content-Range": f"bytes {first}-{last}/{len(content)}", "Accept-Ranges": "bytes"}
+        self._send(206, content[first : last + 1], "application/octet-stream", headers)
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"]))
@@ -159,13 +190,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/media/plan":
             self._json({"media": [PLAN], "visual_tokens": 512, "prompt_tokens": 620, "context": 8192, "fits": True})
         elif self.path == "/v1/video/ground":
-            keye = {"intervals": [[3.0, 8.5]], "regions": [], "evidence": _evidence(EVIDENCE), "attention": "sparse"}
+            pairs = [] if "purple" in body["event"] else [[3.0, 8.5]]
+            keye = {"intervals": pairs, "regions": [], "evidence": _evidence(EVIDENCE), "attention": "sparse"}
             usage = {"prompt_tokens": 636, "completion_tokens": 7, "media": [PLAN]}
-            result = {"intervals": [[3.0, 8.5]], "text": "[[3.0, 8.5]]", "usage": usage, "keye": keye}
+            result = {"intervals": pairs, "text": json.dumps(pairs), "usage": usage, "keye": keye}
             steps = [{"keye": {"progress": {"phase": "media", "done": done, "total": 32}}} for done in (16, 32)]
             self._stream(
                 body["event"],
-                [*steps, {"delta": {"content": "[[3.0, 8.5]]"}}, {"object": "keye.ground", **result}],
+                [*steps, {"delta": {"content": result["text"]}}, {"object": "keye.ground", **result}],
                 hold=2,
             )
         elif self.path == "/v1/clips":

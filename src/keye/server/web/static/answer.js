@@ -1,188 +1,307 @@
 /**
- * One question and its answer as they are shown: progress, text as it comes, reasoning folded, then the moments, each
- * with a button that plays it, and a menu for everything else.
+ * One question and its answer as they are shown: what is under way, then moments, words, and what they rest on.
  *
- * A turn is `{mode, question, answer, reasoning, intervals, regions, evidence, plan, usage, attention, note, request}`.
- * This module draws it; it sends nothing. What it wants done it says by the handlers it is given.
+ * This module draws a turn; it sends nothing. What it wants done it says by the handlers it gets.
  */
 
-import { button, copyText, element } from "./dom.js";
-import { menu } from "./menu.js";
-import { clock, pieces, span } from "./times.js";
+import { card, momentRow, sureness } from "./card.js";
+import { button, element } from "./dom.js";
+import { icon } from "./icons.js";
+import { attachMenu } from "./menu.js";
+import { codeOf, noteBox, serverNote } from "./notes.js";
+import { number, percent, plural, spoken, t, when } from "./strings.js";
+import { pieces } from "./times.js";
+import { doneLine, Working } from "./working.js";
 
-const PHASES = { media: "Opening the media", encode: "Encoding frames", prefill: "Computing the prompt" };
+const THRESHOLDS = [0, 0.3, 0.5, 0.7, 0.9];
 
 export class AnswerView {
+  #head = element("div", { class: "turn-head" });
+  #summary = element("p", { class: "visually-hidden" });
+  #body = element("div", { class: "turn-body", "aria-live": "off" });
   #text = element("div", { class: "answer-text" });
-  #status = element("div", { class: "phases" });
   #thought = element("div", { class: "thought" });
-  #reasoning = element("details", { class: "reasoning", hidden: true }, element("summary", { text: "Reasoning" }));
-  #foot = element("div", { class: "answer-foot" });
-  #note = element("p", { class: "note", hidden: true });
-  #notes = element("ul", { class: "notes", hidden: true });
-  #moments = element("div", { class: "moments" });
-  #bars = new Map();
+  #foot = element("div", { class: "turn-body", "aria-live": "off" });
+  #working = null;
+  #found = null;
+  #timer = 0;
 
   /**
-   * `handlers`: `jump(seconds)`, `play(interval)`, `focus(turn)` to show a turn's marks, `region(index)`,
-   * `clips(intervals, button)`, `range(interval)`, `curl(turn)` which returns a text, `again(turn)`.
+   * `handlers`: `jump`, `play`, `picture`, `save`, `formats`, `more`, `link` of a moment; `seek(turn, seconds)`,
+   * `region(turn, i)`, `stop`, `again(turn)`, `details(turn)`, `reword(turn)`, `closer(turn)`, `models()`,
+   * `threshold(turn, value)`, `exporting(turn, button)` or null, `isBack()` resolving to whether the server answers.
    */
   constructor(turn, handlers) {
     this.turn = turn;
     this.handlers = handlers;
-    this.#reasoning.append(this.#thought);
-    const question = element("h2", { class: "question" });
-    if (turn.mode === "find") question.append(element("span", { class: "tag", text: "Find" }), " ");
-    question.append(turn.question);
-    // The log around it is read aloud as things are added; this part only once it is complete.
-    this.article = element(
-      "div", { class: "answer", "aria-busy": "false" },
-      this.#status, this.#reasoning, this.#moments, this.#text, this.#note, this.#notes,
-    );
-    this.node = element("article", { class: "turn" }, question, this.article, this.#foot);
-    if (turn.answer || turn.note) this.finish();
+    this.answer = element("div", { class: "answer", "aria-busy": "false" }, this.#summary, this.#body, this.#text, this.#foot);
+    this.node = element("article", { class: "turn" }, this.#head, this.answer);
+    this.#drawHead();
+    if (turn.isDone) this.finish();
+  }
+
+  #drawHead() {
+    const { mode, at, question } = this.turn;
+    const facts = [t(`mode.${mode}`), at ? when(at) : ""].filter(Boolean).join(", ");
+    this.#head.replaceChildren(element("h2", { class: "question", text: question }), element("span", { text: facts }));
   }
 
   /** Says that the answer is under way. */
   begin() {
-    this.article.setAttribute("aria-busy", "true");
-    this.#status.replaceChildren(element("span", { class: "working", text: "Sent" }));
+    this.answer.setAttribute("aria-busy", "true");
+    this.#working = new Working(() => this.handlers.stop());
+    this.#body.replaceChildren(this.#working.node);
   }
 
-  /** Says that the question waits for its media, with a way back. */
+  /** Says that the question waits for its files or the answer before, with a way back. */
   wait(text, back) {
-    this.#status.replaceChildren(element("span", { class: "working", text }), button("Take it back", back));
+    this.#body.replaceChildren(noteBox("tint", "", text, button(t("wait.back"), back, { class: "link" })));
   }
 
-  /** Shows how far a phase is. */
-  progress({ phase, done, total }) {
-    if (!this.#bars.size) this.#status.replaceChildren();
-    let bar = this.#bars.get(phase);
-    if (!bar) {
-      const label = element("span", { text: PHASES[phase] });
-      bar = { meter: element("progress", { "aria-label": PHASES[phase] }), count: element("span", { class: "count" }) };
-      this.#status.append(element("div", { class: "phase" }, label, bar.meter, bar.count));
-      this.#bars.set(phase, bar);
-    }
-    if (!total) return;
-    bar.meter.max = total;
-    bar.meter.value = done;
-    bar.count.textContent = `${done.toLocaleString("en")} of ${total.toLocaleString("en")}`;
+  phase(progress) {
+    this.#working.phase(progress);
+  }
+
+  search(progress) {
+    this.#working.search(progress, this.turn.moments?.length ?? 0);
+  }
+
+  /** Shows the moments that a search has so far. */
+  findings() {
+    this.#found?.remove();
+    this.#found = element("div", { class: "turn-body" }, ...this.#moments());
+    this.#body.append(this.#found);
   }
 
   /** Adds text of the answer as it comes. */
   write(text) {
-    if (!this.#text.textContent) this.#status.replaceChildren();
     this.#text.append(text);
   }
 
   think(text) {
-    this.#reasoning.hidden = false;
+    if (!this.#thought.isConnected) this.#body.append(this.#reasoning());
     this.#thought.append(text);
   }
 
-  /** Shows the turn as it is at its end, with its moments. */
-  finish() {
-    const { turn } = this;
-    const parts = pieces(turn.answer ?? "");
-    const listed = turn.intervals?.length > 0 && !parts.some(({ kind, text }) => kind !== "interval" && text.trim());
-    this.article.setAttribute("aria-busy", "false");
-    this.#status.replaceChildren();
-    this.#moments.replaceChildren(...this.#momentRows());
-    // What was found stands above as moments; the list that the model wrote says the same.
-    this.#text.hidden = listed;
-    this.#text.replaceChildren(...this.#pieces(turn.answer ?? ""));
-    this.#thought.textContent = turn.reasoning ?? "";
-    this.#reasoning.hidden = !turn.reasoning;
-    this.#note.textContent = turn.note ?? "";
-    this.#note.hidden = !turn.note;
-    this.#note.classList.toggle("calm", !turn.failed);
-    if (turn.failed) this.#note.setAttribute("role", "alert");
-    this.#notes.replaceChildren(...(turn.notes ?? []).map((text) => element("li", { text })));
-    this.#notes.hidden = !turn.notes?.length;
-    this.#foot.replaceChildren(...this.#tools(), element("p", { class: "usage", text: usageLine(turn) }));
+  #reasoning() {
+    return element("details", { class: "reasoning" }, element("summary", { text: t("reasoning") }), this.#thought);
   }
 
-  /** The moments of the answer: the first large, each with what is done with it most. */
-  #momentRows() {
-    const intervals = this.turn.intervals ?? [];
-    const labels = pieces(this.turn.answer ?? "").filter((piece) => piece.kind === "interval");
-    return intervals.map(([start, end], i) => {
-      const name = span([start, end]);
-      const time = this.#mark(name, start, i ? "mark" : "mark main", "");
-      const label = labels.find((one) => one.start === start && one.end === end)?.label;
-      const length = element("span", {
-        class: "length", text: [`${(end - start).toFixed(1)} s`, label].filter(Boolean).join(" · "),
-      });
-      const play = button(i ? "Play" : "Play moment", () => {
-        this.handlers.focus(this.turn);
-        this.handlers.play([start, end]);
-      }, { class: i ? "" : "primary", "aria-label": `Play the moment ${name}` });
-      const save = button("Save clip", (event) => this.handlers.clips([[start, end]], event.currentTarget), {
-        "aria-label": `Save the clip ${name}`,
-      });
-      return element("div", { class: i ? "moment-row" : "moment-row card" }, time, length, play, save);
-    });
+  /** Shows the turn as it is at its end. */
+  finish() {
+    clearTimeout(this.#timer);
+    const { turn } = this;
+    this.#working = this.#found = null;
+    this.#drawHead();
+    const parts = pieces(turn.answer ?? "");
+    // What was found stands as moments; a list of times that the model wrote says the same.
+    const isListed = turn.mode === "find" || (turn.moments?.length > 0 && !parts.some(isWords));
+    this.#thought.textContent = turn.reasoning ?? "";
+    this.#body.replaceChildren(...[
+      ...this.#outcome(), ...(turn.reasoning ? [this.#reasoning()] : []), ...this.#moments(),
+    ]);
+    this.#text.replaceChildren(...(isListed ? [] : this.#pieces(turn.answer ?? "")));
+    this.#foot.replaceChildren(...this.#notes(), ...this.#tools(isListed), ...this.#why());
+    this.#summary.textContent = isListed && !turn.failed ? summary(turn) : "";
+    this.answer.setAttribute("aria-busy", "false");
+  }
+
+  /** How it ended, where that is not plain from the answer: failed, stopped, not found, done. */
+  #outcome() {
+    const { turn, handlers } = this;
+    if (turn.failed === "gone") return this.#gone();
+    if (turn.failed) {
+      const again = button(t("again"), () => handlers.again(turn), { icon: "again" });
+      return [noteBox("wrong", "", turn.note), element("div", { class: "row" }, again)];
+    }
+    const stopped = turn.stopped ? [noteBox("", "", t(turn.moments?.length ? "stopped.kept" : "stopped"))] : [];
+    if (turn.mode !== "find") return stopped;
+    if (!turn.moments?.length && !turn.stopped) return this.#notFound();
+    if (turn.route !== "search" || turn.stopped) return stopped;
+    return [element("p", { class: "row done" }, icon("check"), doneLine(turn.seconds, turn.moments.length))];
+  }
+
+  #notFound() {
+    const { turn, handlers } = this;
+    const frames = turn.coverage?.frames ?? (turn.plan ?? []).reduce((sum, medium) => sum + medium.frames, 0);
+    const seen = turn.coverage?.unseen.length
+      ? t("notfound.part", { share: percent(turn.coverage.share ?? 0) })
+      : frames ? plural("notfound.frames", frames) : "";
+    const chance = turn.presence === null || turn.presence === undefined ? "" : t("notfound.chance", { share: percent(turn.presence) });
+    const box = noteBox("", t("notfound.title"), [seen, chance].filter(Boolean).join(" "));
+    const closer = handlers.canSearch(turn) ? [button(t("notfound.closer"), () => handlers.closer(turn))] : [];
+    const words = button(t("notfound.words"), () => handlers.reword(turn), { class: closer.length ? "quiet" : "" });
+    return [box, element("div", { class: "row" }, ...closer, words)];
+  }
+
+  /** The server cannot be reached: it is asked again after 5 s, then at longer intervals, until it answers. */
+  #gone(seconds = 5) {
+    const { turn, handlers } = this;
+    const rest = element("span");
+    const box = noteBox("wrong", t("gone.title"), t("gone.text"));
+    box.children[1].append(" ", rest);
+    const now = button(t("gone.now"), () => {
+      clearTimeout(this.#timer);
+      handlers.again(turn);
+    }, { icon: "again" });
+    const count = async (left, pause) => {
+      if (!this.node.isConnected) return;
+      rest.textContent = t("gone.again", { seconds: number(left) });
+      if (left > 0) return void (this.#timer = setTimeout(() => count(left - 1, pause), 1000));
+      if (await handlers.isBack()) rest.textContent = t("gone.back");
+      else count(Math.min(60, pause * 2), Math.min(60, pause * 2));
+    };
+    this.#timer = setTimeout(() => count(seconds, seconds));
+    return [box, element("div", { class: "row" }, now)];
+  }
+
+  #moments() {
+    const { moments = [], weaker = [] } = this.turn;
+    const handlers = this.handlers;
+    const bound = Object.fromEntries(
+      ["jump", "play", "link", "more", "formats"].map((name) => [name, (moment) => handlers[name](this.turn, moment)]),
+    );
+    const own = { ...bound, save: handlers.save, picture: handlers.picture };
+    const [first, ...others] = moments ?? [];
+    const rows = others.map((moment) => momentRow(moment, own));
+    return [
+      ...(first ? [card(first, own)] : []), ...rows, ...this.#weak(weaker ?? [], own), ...this.#exports(),
+    ];
+  }
+
+  /** One line for the weaker places, folded. */
+  #weak(weaker, own) {
+    if (!weaker.length) return [];
+    const box = element("div", { class: "folded", hidden: true }, ...weaker.map((moment) => momentRow(moment, own)));
+    const most = Math.max(...weaker.map(({ probability }) => probability ?? 0));
+    const facts = [most ? percent(most) : "", weaker.every(({ checked }) => checked === "failed") ? t("checked.failed") : ""];
+    return [fold(plural("weaker", weaker.length), facts.filter(Boolean).join(", "), box), box];
+  }
+
+  #exports() {
+    const { turn, handlers } = this;
+    if (!turn.isDone || !turn.moments?.length) return [];
+    const row = element("div", { class: "row" });
+    if (handlers.exporting) {
+      const count = turn.moments.length;
+      row.append(button(plural("export", count), (event) => handlers.exporting(turn, event.currentTarget), { icon: "save" }));
+    }
+    if ([...turn.moments, ...(turn.weaker ?? [])].some(({ probability }) => probability !== null)) {
+      const from = button(t("threshold", { share: percent(turn.threshold ?? 0) }), () => {}, { class: "quiet" });
+      from.append(icon("down"));
+      attachMenu(from, () => t("threshold.name"), () => THRESHOLDS.map((value) => ({
+        text: t("threshold", { share: percent(value) }), checked: value === turn.threshold,
+        act: () => handlers.threshold(turn, value),
+      })));
+      row.append(from);
+    }
+    return row.children.length ? [row] : [];
   }
 
   #pieces(text) {
     let region = -1;
     return pieces(text.trim()).map((piece) => {
       if (piece.kind === "text") return piece.text;
-      if (piece.kind === "interval") {
-        return this.#mark(span([piece.start, piece.end]), piece.start, "mark", piece.label);
-      }
-      if (piece.kind === "moment") return this.#mark(piece.text, piece.at, "moment", "");
+      if (piece.kind === "interval") return this.#link(spoken(piece), piece.start, piece.label);
+      if (piece.kind === "moment") return this.#link(piece.text, piece.at, "");
       region += 1;
       const index = region;
       return button(`${index + 1}`, () => this.handlers.region(this.turn, index), {
-        class: "mark", "aria-label": `Show place ${index + 1} in the picture`,
+        class: "time-link", "aria-label": t("region.show", { number: number(index + 1) }),
       });
     });
   }
 
-  #mark(text, seconds, kind, label) {
-    const jump = () => {
-      this.handlers.focus(this.turn);
-      this.handlers.jump(seconds);
-    };
-    return button(text, jump, { class: kind, "aria-label": `Jump to ${text}${label ? `: ${label}` : ""}` });
+  #link(text, seconds, label) {
+    const node = button(text, () => this.handlers.seek(this.turn, seconds), {
+      class: "time-link", "aria-label": [t("moment.jump", { range: text }), label].filter(Boolean).join(", "),
+    });
+    if (!this.handlers.hasPictures()) return node;
+    const canvas = element("canvas", { width: 84, height: 48, "aria-hidden": "true" });
+    node.prepend(canvas);
+    this.handlers.picture(canvas, seconds);
+    return node;
   }
 
-  /** Try again where it failed, and everything that is wanted less often in one menu. */
-  #tools() {
+  #notes() {
     const { turn, handlers } = this;
-    const { intervals } = turn;
-    const entries = [];
-    if (intervals?.length) {
-      entries.push(["Copy times", (source) => copyText(timesAsText(turn), source)]);
-      if (intervals.length > 1) entries.push(["Save all clips", (source) => handlers.clips(intervals, source)]);
-      entries.push(["Use as range", () => handlers.range(intervals[0])]);
+    const found = (turn.notes ?? []).map((note) => {
+      if (codeOf(note) !== "loop") return serverNote(note);
+      const chip = element("span", { class: "chip warn" }, icon("stop"), t("note.loop"));
+      return element("div", { class: "row" }, chip, button(t("loop.words"), () => handlers.reword(turn)));
+    });
+    if ((turn.notes ?? []).some((note) => codeOf(note) === "scope") && handlers.models) {
+      found.push(element("div", { class: "row" }, button(t("scope.models"), (event) => handlers.models(event.currentTarget))));
     }
-    if (turn.answer) entries.push(["Copy answer", (source) => copyText(turn.answer, source)]);
-    if (turn.request) entries.push(["Copy as curl", (source) => copyText(handlers.curl(turn), source)]);
-    const shown = intervals?.length || turn.evidence || turn.regions?.length;
-    if (shown) entries.push(["Show on timeline", () => handlers.focus(turn)]);
-    const tools = entries.length ? [menu("More for this answer", entries)] : [];
-    if (turn.note && turn.request && turn.failed) {
-      tools.unshift(button("Try again", () => handlers.again(turn), { class: "primary" }));
+    const looped = (turn.notes ?? []).some((note) => codeOf(note) === "loop");
+    if (turn.isCut && !looped) found.push(noteBox("", "", t("cut.limit")));
+    return found;
+  }
+
+  /** For an answer in words: copy, link and menu in one row; the card has its own. */
+  #tools(isListed) {
+    const { turn, handlers } = this;
+    if (isListed || turn.failed || !turn.answer) return [];
+    const more = button("", () => {}, { icon: "more", class: "icon-button", "aria-label": t("more"), title: t("more") });
+    attachMenu(more, () => t("more"), () => handlers.more(turn, null));
+    const link = button("", () => handlers.link(turn, null), { icon: "link", class: "icon-button", "aria-label": t("link.copy"), title: t("link.copy") });
+    return [element("div", { class: "row" }, element("span", { class: "space" }), link, more)];
+  }
+
+  #why() {
+    const { turn, handlers } = this;
+    if (turn.failed) return [];
+    if (turn.coverage) {
+      const box = element("div", { class: "folded", hidden: true }, ...howSearched(turn));
+      return [fold(t("how"), "", box), box];
     }
-    return tools.length ? [element("div", { class: "tools" }, ...tools)] : [];
+    const rests = (turn.evidence ?? []).reduce((sum, { top }) => sum + top.length, 0);
+    const open = button("", () => handlers.details(turn), { icon: "right", class: "fold why-open" });
+    open.append(element("span", {}, element("b", { text: t("why") }), rests ? ` ${plural("why.frames", rests)}` : ""));
+    return [open];
   }
 }
 
-/** One line for each interval, with tabs, as spreadsheets take it. */
-function timesAsText(turn) {
-  return turn.intervals.map(([start, end]) => `${clock(start)}\t${clock(end)}`).join("\n");
+function isWords({ kind, text }) {
+  return kind !== "interval" && text?.trim();
 }
 
-function usageLine({ plan, usage, attention, seconds }) {
-  const parts = [];
-  const frames = (plan ?? []).reduce((sum, one) => sum + one.frames, 0);
-  if (frames) parts.push(`${frames.toLocaleString("en")} ${frames === 1 ? "frame" : "frames"}`);
-  if (usage?.prompt) parts.push(`${usage.prompt.toLocaleString("en")} prompt tokens`);
-  if (usage?.generated) parts.push(`${usage.generated.toLocaleString("en")} generated`);
-  if (attention) parts.push(`${attention} attention`);
-  if (seconds && parts.length) parts.push(`${seconds.toFixed(1)} s`);
-  return parts.join(" · ");
+/** A button that shows and hides `box`. */
+function fold(title, facts, box) {
+  const node = button("", () => {
+    box.hidden = !box.hidden;
+    node.setAttribute("aria-expanded", String(!box.hidden));
+  }, { icon: "right", class: "fold", "aria-expanded": "false" });
+  node.append(element("span", {}, element("b", { text: title }), facts ? ` ${facts}` : ""));
+  return node;
+}
+
+/** What a search looked at, in words and figures. */
+export function howSearched({ coverage }) {
+  const seen = coverage.unseen.length
+    ? t("how.part", { share: percent(coverage.share ?? 0) })
+    : t("how.all");
+  const places = coverage.places ? plural("how.places", coverage.places) : "";
+  const rows = [];
+  if (coverage.frames !== null) rows.push(["how.frames", plural("frames", coverage.frames)]);
+  if (coverage.queryTokens !== null) {
+    const part = coverage.indexTokens ? coverage.queryTokens / coverage.indexTokens : null;
+    const share = part === null ? "" : ` ${t("how.share", { share: percent(part) })}`;
+    rows.push(["how.tokens", number(coverage.queryTokens) + share]);
+  }
+  const list = element("dl", { class: "facts-list" });
+  for (const [key, value] of rows) list.append(element("dt", { text: t(key) }), element("dd", { text: value }));
+  return [element("p", { text: [seen, places].filter(Boolean).join(" ") }), list];
+}
+
+/** What a screen reader is told once: "1 moment, 0:03.0 to 0:08.5, 97%, very likely". */
+export function summary({ mode, moments, presence }) {
+  if (!moments?.length) {
+    if (mode !== "find") return "";
+    const chance = presence === null || presence === undefined ? "" : t("notfound.chance", { share: percent(presence) });
+    return [t("notfound.title"), chance].filter(Boolean).join(" ");
+  }
+  const [first] = moments;
+  const sure = first.probability === null ? "" : percent(first.probability);
+  return [plural("moments", moments.length), spoken(first), sure, sureness(first.probability)].filter(Boolean).join(", ");
 }

@@ -5,6 +5,7 @@
  */
 
 import { events, StreamCut } from "./sse.js";
+import { said, t } from "./strings.js";
 
 const KEY = "keye.key";
 
@@ -59,24 +60,35 @@ export function serverError(status, body, retryAfter) {
   }
   const seconds = Number(retryAfter);
   const wait = retryAfter !== null && Number.isFinite(seconds) && seconds >= 0 ? Math.ceil(seconds) : null;
-  const message = typeof reported === "string" && reported !== "" ? reported : `The server answered ${status}.`;
+  const message = typeof reported === "string" && reported !== "" ? reported : t("error.status", { status });
   return new ServerError(message, status, wait);
+}
+
+/** Whether there was no answer at all. */
+export function isGone(error) {
+  return !(error instanceof ServerError || error instanceof StreamCut);
 }
 
 /** What went wrong, and what the user can do about it, as two sentences. */
 export function explain(error) {
-  if (error instanceof StreamCut) return [error.message, "The part that arrived is kept; ask again for the rest."];
-  if (!(error instanceof ServerError)) {
-    return ["The server cannot be reached.", "See whether keye serve is still running."];
-  }
+  if (error instanceof StreamCut) return [t("error.cut"), t("error.cut.advice")];
+  if (isGone(error)) return [t("gone.title"), t("gone.text")];
   const advice = {
-    401: "Enter the key under Settings.",
-    404: "Drop the file again if it is no longer on the server.",
-    413: "Ask about a shorter range, fewer frames or a smaller file.",
-    429: error.retryAfter === null ? "Try again in a moment." : `Try again in ${error.retryAfter} s.`,
-    503: "Try again in a moment.",
+    401: t("error.401"), 404: t("error.404"), 413: t("error.413"),
+    429: error.retryAfter === null ? t("error.busy") : t("error.busy.seconds", { seconds: error.retryAfter }),
+    503: t("error.busy"),
   };
-  return [error.message, advice[error.status] ?? (error.status >= 500 ? "Try again; the server's log has more." : "")];
+  return [said(error.message), advice[error.status] ?? (error.status >= 500 ? t("error.500") : "")];
+}
+
+/** Whether the server answers at all. */
+export async function isBack() {
+  try {
+    return (await fetch("health", { method: "GET" })).ok;
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    return false;
+  }
 }
 
 export async function models(signal) {
@@ -100,6 +112,23 @@ export async function plan(request, signal) {
   return (await call("v1/media/plan", { method: "POST", json: request, signal })).json();
 }
 
+export function contentAddress(id) {
+  return `v1/files/${encodeURIComponent(id)}/content`;
+}
+
+export async function files() {
+  const list = await (await call("v1/files")).json();
+  return Array.isArray(list?.data) ? list.data : [];
+}
+
+export async function deleteFile(id) {
+  await call(`v1/files/${encodeURIComponent(id)}`, { method: "DELETE" });
+}
+
+export async function version() {
+  return (await (await call("version")).json())?.version;
+}
+
 export async function clips(fileId, intervals) {
   return (await call("v1/clips", { method: "POST", json: { file_id: fileId, intervals } })).blob();
 }
@@ -110,6 +139,10 @@ export function chat(request, signal) {
 
 export function ground(request, signal) {
   return chunks("v1/video/ground", request, signal);
+}
+
+export function find(request, signal) {
+  return chunks("v1/video/find", request, signal);
 }
 
 /** The chunks of a streamed answer as objects. An error inside the stream is thrown as ServerError. */
@@ -128,12 +161,12 @@ function readChunk(event) {
     return JSON.parse(event);
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
-    throw new StreamCut("The server sent a part of the answer that cannot be read.");
+    throw new StreamCut("unreadable");
   }
 }
 
 /**
- * Uploads a file; `onProgress` gets the share that is sent, 0 to 1. Resolves to the server's file object.
+ * Uploads a file; `onProgress` gets the bytes that are sent and all bytes. Resolves to the server's file object.
  *
  * XMLHttpRequest, because fetch does not report the progress of an upload.
  */
@@ -154,10 +187,10 @@ function send(file, onProgress, signal) {
   request.open("POST", "v1/files");
   for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
   return new Promise((resolve, reject) => {
-    request.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
+    request.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded, event.total);
     request.onload = () => resolve(request);
-    request.onerror = () => reject(new TypeError("The connection failed."));
-    request.onabort = () => reject(new DOMException("The upload was stopped.", "AbortError"));
+    request.onerror = () => reject(new TypeError("failed"));
+    request.onabort = () => reject(new DOMException("stopped", "AbortError"));
     signal?.addEventListener("abort", () => request.abort());
     request.send(form);
   });

@@ -87,6 +87,107 @@ export function progress(value) {
   return { phase: value.phase, done: Math.min(amount(value.done) ?? 0, total), total };
 }
 
+/** A share between 0 and 1, or null. */
+export function share(value) {
+  return finite(value) && value >= 0 && value <= 1 ? value : null;
+}
+
+/** A subtitle line `{start, end, text}`, or null. */
+export function line(value) {
+  if (amount(value?.start) === null || amount(value?.end) === null || typeof value.text !== "string") return null;
+  return { start: value.start, end: Math.max(value.start, value.end), text: words(value.text, 500) };
+}
+
+/**
+ * Moments as the page shows them: `{id, rank, start, end, probability, checked, refined, onCut, file, subtitle, label}`.
+ * What the server did not say is null.
+ */
+export function moments(value) {
+  return list(value, MAX_INTERVALS)
+    .filter((moment) => amount(moment?.start) !== null && finite(moment.end) && moment.end >= moment.start)
+    .map((moment, i) => ({
+      id: words(moment.id, 100) || `m${i + 1}`,
+      rank: Number.isInteger(moment.rank) && moment.rank > 0 ? moment.rank : i + 1,
+      start: moment.start,
+      end: moment.end,
+      probability: share(moment.probability),
+      checked: ["twice", "no", "failed"].includes(moment.checked) ? moment.checked : null,
+      refined: moment.refined !== false,
+      onCut: ["start", "end", "both"].includes(moment.on_cut) ? moment.on_cut : null,
+      file: words(moment.file, 300) || null,
+      subtitle: line(moment.subtitle),
+      label: "",
+    }));
+}
+
+/** The moments of plain intervals: nothing is known of them but their times and the words that name them. */
+export function momentsOf(pairs, labelled) {
+  const same = ([start, end]) => labelled.find((piece) => piece.start === start && piece.end === end);
+  return moments(pairs.map(([start, end]) => ({ start, end })))
+    .map((moment, i) => ({ ...moment, label: same(pairs[i])?.label ?? "" }));
+}
+
+/** What a search looked at: `{duration, seen: [{start, end, spacing, close}], unseen: [[start, end]], ...}`, or null. */
+export function coverage(value) {
+  const duration = amount(value?.duration);
+  if (duration === null) return null;
+  return {
+    duration,
+    seen: list(value.seen, MAX_FRAMES)
+      .filter((span) => amount(span?.start) !== null && finite(span.end) && amount(span.spacing) !== null)
+      .map(({ start, end, spacing, close }) => ({ start, end, spacing, close: close === true })),
+    unseen: intervals(value.unseen),
+    places: amount(value.places),
+    frames: amount(value.frames),
+    indexTokens: amount(value.index_tokens),
+    queryTokens: amount(value.query_tokens),
+    share: share(value.share),
+  };
+}
+
+/** Notes as `{code, text, place}`, from objects or plain sentences. */
+export function notes(value) {
+  return list(value, 20)
+    .map((note) => (typeof note === "string" ? { text: note } : note))
+    .filter((note) => typeof note?.text === "string" && note.text.trim())
+    .map(({ code, text, place }) => ({ code: words(code, 40), text: words(text, 500), place: words(place, 40) }));
+}
+
+/** `{stage, done, total, unit, left}` of a search, or null. */
+export function searchProgress(value) {
+  if (!["index", "coarse", "close", "verify"].includes(value?.stage)) return null;
+  const total = amount(value.total) ?? 0;
+  const done = Math.min(amount(value.done) ?? 0, total);
+  return { stage: value.stage, done, total, unit: words(value.unit, 20), left: amount(value.seconds_left) };
+}
+
+/** Seconds by stage of the work, as `[name, seconds]`. */
+export function durations(value) {
+  if (typeof value !== "object" || value === null || Array.isArray(value)) return [];
+  return Object.entries(value).filter(([, seconds]) => amount(seconds) !== null).slice(0, 12);
+}
+
+/** The model of `/v1/models` as far as the page speaks of it; parts that the server does not name are empty. */
+export function model(value) {
+  const { scope, capabilities, measured_frames: measured, context, examples, known_models: known } = value?.keye ?? {};
+  return {
+    id: words(value?.id),
+    context: amount(context),
+    short: words(scope?.short, 40),
+    text: words(scope?.text, 500),
+    can: sentences(scope?.can),
+    cannot: sentences(scope?.cannot),
+    measured: amount(measured) ?? amount(scope?.frames),
+    capabilities: sentences(capabilities),
+    // What ends with a question mark is asked; anything else is an event to find.
+    examples: sentences(scope?.examples?.length ? scope.examples : examples).slice(0, 4)
+      .map((text) => ({ mode: text.endsWith("?") ? "ask" : "find", text })),
+    known: list(known, 20).filter((entry) => words(entry?.name)).map((entry) => ({
+      name: words(entry.name, 60), hub: words(entry.hub_name, 120), bytes: amount(entry.bytes), fits: entry.fits === true,
+    })),
+  };
+}
+
 /** The plan of one medium, as far as it is shown. */
 export function plan(value) {
   return {

@@ -4,6 +4,8 @@
  * It knows no part of the page. `style` and `on...` attributes are refused: the page's content policy forbids them.
  */
 
+import { icon } from "./icons.js";
+
 /** The element with this id. It must exist: ids are ours. */
 export function byId(id) {
   const found = document.getElementById(id);
@@ -30,9 +32,17 @@ export function element(name, options = {}, ...children) {
   return node;
 }
 
-/** A button that submits nothing. */
-export function button(label, listener, options = {}) {
-  return element("button", { type: "button", text: label, ...options, on: { click: listener } });
+/** A button that submits nothing; `options.icon` names its picture, which stands alone where there is no `label`. */
+export function button(label, listener, { icon: name, ...options } = {}) {
+  const picture = name ? icon(name) : null;
+  const text = label ? element("span", { text: label }) : null;
+  return element("button", { type: "button", ...options, on: { click: listener } }, picture, text);
+}
+
+/** A button that shows only a picture: `label` is its name, also for a pointer that rests on it. */
+export function iconButton(name, label, listener, options = {}) {
+  const classes = ["icon-button", options.class].filter(Boolean).join(" ");
+  return button("", listener, { icon: name, "aria-label": label, title: label, ...options, class: classes });
 }
 
 /** Whether keys typed now belong to a field. */
@@ -51,17 +61,15 @@ export function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-/** Copies `text`, and says on the button for a moment whether that worked. */
-export async function copyText(text, source) {
-  const label = source.textContent;
+/** Copies `text`; resolves to whether that worked. */
+export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
-    source.textContent = "Copied";
+    return true;
   } catch (error) {
     if (!(error instanceof DOMException || error instanceof TypeError)) throw error;
-    source.textContent = copyBySelection(text) ? "Copied" : "Copying is not allowed here";
+    return copyBySelection(text);
   }
-  setTimeout(() => (source.textContent = label), 1500);
 }
 
 /** The clipboard interface exists only on loopback and https; this older way works on plain http as well. */

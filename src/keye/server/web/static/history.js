@@ -1,7 +1,8 @@
 /**
  * Conversations kept in this browser: text and plans, never a video or picture. Bounded in number and in size.
+ * Fires `conversations` on the document when they change.
  *
- * A conversation is `{id, created, title, media: [{id, name, kind, bytes, duration}], turns: [...]}`.
+ * A conversation is `{id, created, title, media: [{id, name, kind, bytes, duration, ...}], turns: [...]}`.
  */
 
 const STORE = "keye.history";
@@ -34,7 +35,7 @@ export function forget(id) {
 }
 
 export function forgetAll() {
-  localStorage.removeItem(STORE);
+  write([]);
 }
 
 export function newConversation() {
@@ -42,19 +43,32 @@ export function newConversation() {
   return { id, created: Date.now(), title: "", media: [], turns: [] };
 }
 
+/** Fields of a turn that are kept as they are; texts are cut, evidence and requests are left out. */
+const FIELDS = [
+  "mode", "route", "at", "moments", "weaker", "presence", "threshold", "regions", "plan", "usage", "notes", "attention",
+  "failed", "stopped", "isCut", "seconds", "durations", "media",
+];
+const MAX_SPANS = 500;
+
 function bounded(conversation) {
   const cut = (text) => (typeof text === "string" ? text.slice(0, MAX_TEXT) : "");
   const turns = conversation.turns.slice(-MAX_TURNS).map((turn) => ({
-    mode: turn.mode, question: cut(turn.question), answer: cut(turn.answer), reasoning: cut(turn.reasoning),
-    intervals: turn.intervals, regions: turn.regions, plan: turn.plan, usage: turn.usage, note: cut(turn.note), notes: turn.notes,
-    failed: turn.failed === true,
+    ...Object.fromEntries(FIELDS.map((name) => [name, turn[name]])),
+    question: cut(turn.question), answer: cut(turn.answer), reasoning: cut(turn.reasoning), note: cut(turn.note),
+    coverage: turn.coverage?.seen.length <= MAX_SPANS ? turn.coverage : null, isDone: true,
   }));
-  const media = conversation.media.map(({ id, name, kind, bytes, duration }) => ({ id, name, kind, bytes, duration }));
+  const media = conversation.media
+    .map(({ id, name, kind, bytes, duration, fps, width, height }) => ({ id, name, kind, bytes, duration, fps, width, height }));
   const { id, created, title } = conversation;
   return { id, created, title: cut(title).slice(0, 120), media, turns };
 }
 
 function write(list) {
+  store(list);
+  document.dispatchEvent(new Event("conversations"));
+}
+
+function store(list) {
   for (let kept = list; kept.length; kept = kept.slice(0, -1)) {
     const text = JSON.stringify(kept);
     if (text.length > MAX_ALL && kept.length > 1) continue;

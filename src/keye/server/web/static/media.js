@@ -1,12 +1,14 @@
 /**
  * The media of the conversation: chosen files, their local addresses and their upload in the background.
  *
- * It knows neither player nor questions. A medium is `{name, kind, bytes, url, file, id, duration, fps, share, error}`;
+ * It knows neither player nor questions. A medium is `{name, kind, bytes, url, file, id, duration, fps, width, height, share,
+ * error}`;
  * `url` is null for one that is only on the server, `id` is null until the upload is done.
  */
 
 import { fileInfo, upload } from "./api.js";
 import { amount, words } from "./data.js";
+import { begin, change, end } from "./runs.js";
 
 export const MAX_MEDIA = 8;
 
@@ -41,17 +43,17 @@ export class Media extends EventTarget {
   add(file) {
     const item = {
       name: file.name || "pasted", kind: kindOf(file), bytes: file.size, url: URL.createObjectURL(file), file,
-      id: null, duration: null, fps: null, share: 0, error: null,
+      id: null, duration: null, fps: null, width: null, height: null, share: 0, error: null,
     };
     this.#items = [...this.#items, item];
     this.start(item);
     return item;
   }
 
-  /** Takes up the media of a kept conversation: `{id, name, kind, bytes, duration}`. */
+  /** Takes up the media of a kept conversation; of a file that only has an `id`, `check` finds out the rest. */
   restore(kept) {
     this.clear();
-    this.#items = kept.map((item) => ({ ...item, url: null, file: null, fps: null, share: 1, error: null }));
+    this.#items = kept.map((item) => ({ ...item, url: null, file: null, share: 1, error: null }));
     this.#changed();
   }
 
@@ -71,7 +73,7 @@ export class Media extends EventTarget {
   clear() {
     for (const item of this.#items) {
       this.#uploads.get(item)?.abort();
-      if (item.url) URL.revokeObjectURL(item.url);
+      if (item.url?.startsWith("blob:")) URL.revokeObjectURL(item.url);
     }
     this.#items = [];
     this.#changed();
@@ -81,10 +83,12 @@ export class Media extends EventTarget {
   async start(item) {
     const stop = new AbortController();
     this.#uploads.set(item, stop);
-    item.error = null;
+    [item.error, item.began] = [null, performance.now()];
+    const run = begin({ kind: "upload", title: item.name, share: 0, stop: () => this.remove(item) });
     this.#changed();
-    const progress = (share) => {
-      item.share = share;
+    const progress = (sent, total) => {
+      item.share = total ? sent / total : 0;
+      change(run, { share: item.share });
       this.#changed();
     };
     try {
@@ -92,6 +96,8 @@ export class Media extends EventTarget {
     } catch (error) {
       if (error.name === "AbortError") return;
       item.error = error;
+    } finally {
+      end(run);
     }
     this.#changed();
   }
@@ -111,8 +117,13 @@ export class Media extends EventTarget {
     item.id = words(object?.id, 200) || null;
     item.duration = amount(object?.keye?.duration) ?? item.duration;
     item.fps = amount(object?.keye?.fps);
+    item.name ||= words(object?.filename, 300);
+    item.kind ||= object?.keye?.kind === "image" ? "image" : "video";
+    item.bytes ??= amount(object?.bytes) ?? 0;
+    item.width = amount(object?.keye?.width);
+    item.height = amount(object?.keye?.height);
     item.share = 1;
-    if (item.id === null) item.error = new TypeError("no id");
+    if (item.id === null) item.error = new TypeError("id");
   }
 
   #changed() {

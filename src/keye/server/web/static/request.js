@@ -20,7 +20,7 @@ export function chatRequest({ model, media, turns, question, sampling, options }
   const parts = media.map((medium) => mediaPart(medium, sampling));
   const messages = [];
   for (const turn of turns) {
-    if (!turn.answer) continue;
+    if (!turn.answer || turn.failed) continue;
     const text = turn.mode === "find" ? FIND_AS_QUESTION + turn.question : turn.question;
     messages.push({ role: "user", content: text }, { role: "assistant", content: turn.answer });
   }
@@ -41,6 +41,14 @@ export function chatRequest({ model, media, turns, question, sampling, options }
 /** The body of `/v1/video/ground`. */
 export function groundRequest({ model, video, event, sampling, options }) {
   return { model, video: mediaPart(video, sampling), event, stream: true, evidence: options.evidence };
+}
+
+/** The body of `/v1/video/find`. Settings that are left to the server are left out. */
+export function findRequest({ model, video, event, sampling, options }) {
+  const effort = options.effort && options.effort !== "auto" ? { effort: options.effort } : {};
+  const { video_start, video_end } = sampling;
+  const part = mediaPart(video, { video_start, video_end });
+  return { model, video: part, event, stream: true, ...effort, ...(options.subtitles === false ? { subtitles: "none" } : {}) };
 }
 
 /** The body of `/v1/media/plan`. */

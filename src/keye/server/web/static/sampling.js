@@ -1,5 +1,5 @@
 /**
- * How a video will be looked at: frames a second, most frames and range, and what that costs before it is sent.
+ * How a video will be looked at by the next question: range, frames a second, most frames, and what that costs.
  *
  * The costs come from the server's plan; this module asks for it again when something changes.
  */
@@ -8,7 +8,7 @@ import { explain, plan as askPlan } from "./api.js";
 import { amount, plans } from "./data.js";
 import { byId, element } from "./dom.js";
 import { planRequest } from "./request.js";
-import { number } from "./settings.js";
+import { number, percent, plural, said, t, time } from "./strings.js";
 import { clock, toSeconds } from "./times.js";
 
 /** Milliseconds without a change before the server is asked. */
@@ -19,36 +19,43 @@ export class Sampling extends EventTarget {
   #meter = byId("plan-meter");
   #timer = 0;
   #stop = null;
+  #plan = null;
 
   /** `subject` returns `{model, media}`, media null as long as something is not uploaded. Fires `range`, `planned`. */
   constructor(subject) {
     super();
     this.subject = subject;
     byId("sampling").addEventListener("input", () => this.#edited());
+    byId("sampling").addEventListener("submit", (event) => event.preventDefault());
     byId("range-clear").addEventListener("click", () => this.setRange(null, null));
+    byId("sampling-reset").addEventListener("click", () => this.reset());
+    document.addEventListener("language", () => {
+      this.#edited(false);
+      if (this.#plan) this.#show();
+    });
   }
 
   /** The settings of a video part; null where the server decides. */
   get values() {
     const [start, end] = this.range;
-    return { fps: number("fps"), max_frames: number("max-frames"), video_start: start, video_end: end };
+    return { fps: valueOf("fps"), max_frames: valueOf("max-frames"), video_start: start, video_end: end };
   }
 
   /** The field that is wrong and why, as `{field, message}`; null where all are right. */
   get problem() {
     const field = [...byId("sampling").elements].find((candidate) => !candidate.checkValidity());
-    return field ? { field, message: `${field.labels[0].textContent.trim()}: ${field.validationMessage}` } : null;
+    if (!field) return null;
+    return { field, message: field.validity.customError ? field.validationMessage : t("range.number") };
   }
 
-  /** Opens the fields and puts the cursor into the one that is wrong. */
-  showProblem() {
-    byId("advanced").open = true;
-    this.problem?.field.focus();
-  }
-
-  /** Start and end in seconds, null for an open one. */
+  /** Start and end in seconds, null for an open end. */
   get range() {
     return [readTime("start"), readTime("end")];
+  }
+
+  /** The plan of the video, or null. */
+  get planned() {
+    return this.#plan?.media.find(({ kind }) => kind === "video") ?? null;
   }
 
   /** Sets the range, as when it was drawn on the timeline. */
@@ -58,25 +65,29 @@ export class Sampling extends EventTarget {
     this.#edited();
   }
 
+  reset() {
+    byId("fps").value = byId("max-frames").value = "";
+    this.setRange(null, null);
+  }
+
   /** Plans again, soon. */
   refresh() {
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#plan(), PAUSE);
+    this.#timer = setTimeout(() => this.#ask(), PAUSE);
   }
 
-  #edited(again = true) {
+  #edited(isNew = true) {
     const wrong = this.#wrongRange();
     for (const id of ["start", "end"]) byId(id).setCustomValidity(wrong[id] ?? "");
     this.#showProblem();
-    this.#showRange();
-    if (!again) return;
+    if (!isNew) return;
     this.dispatchEvent(new Event("range"));
     this.refresh();
   }
 
   #showProblem() {
-    const problem = this.problem;
-    byId("sampling-problem").textContent = problem ? `${problem.message} Nothing is sent until this is right.` : "";
+    const { problem } = this;
+    byId("sampling-problem").textContent = problem ? `${problem.message} ${t("range.block")}` : "";
     for (const field of byId("sampling").elements) {
       if (field === problem?.field) field.setAttribute("aria-invalid", "true");
       else field.removeAttribute("aria-invalid");
@@ -86,75 +97,65 @@ export class Sampling extends EventTarget {
   /** What is wrong with start and end, by field. */
   #wrongRange() {
     for (const id of ["start", "end"]) {
-      if (byId(id).value.trim() && readTime(id) === null) return { [id]: "Write seconds, m:ss or h:mm:ss." };
+      if (byId(id).value.trim() && readTime(id) === null) return { [id]: t("range.form") };
     }
     const [start, end] = this.range;
-    if (start !== null && end !== null && end <= start) return { end: `The end is before the start, ${clock(start)}.` };
+    if (start !== null && end !== null && end <= start) return { end: t("range.order", { start: time(start) }) };
     const { duration } = this.subject();
-    if (duration && start !== null && start >= duration) return { start: `The video ends at ${clock(duration)}.` };
+    if (duration && start !== null && start >= duration) return { start: t("range.after", { end: time(duration) }) };
     return {};
   }
 
-  #showRange() {
-    const [start, end] = this.range;
-    const open = start === null && end === null;
-    byId("range-chip").hidden = open;
-    byId("range-text").textContent = open
-      ? ""
-      : `Asks about ${clock(start ?? 0)} to ${end === null ? "the end" : clock(end)}`;
-  }
-
-  async #plan() {
+  async #ask() {
     this.#stop?.abort();
     const { model, media } = this.subject();
+    this.#plan = null;
     this.#meter.hidden = true;
     byId("plan-notes").replaceChildren();
-    if (!media) return this.#say("The cost is planned when the upload is done.");
-    if (!media.length) return this.#say("");
+    if (!media) return this.#say(t("plan.later"));
+    if (!media.length || !model) return this.#say("");
     this.#edited(false);
-    if (this.problem) return this.#say(this.problem.message, true);
+    if (this.problem) return this.#say("");
     this.#stop = new AbortController();
     try {
-      this.#show(await askPlan(planRequest({ model, media, sampling: this.values }), this.#stop.signal), media);
+      const result = await askPlan(planRequest({ model, media, sampling: this.values }), this.#stop.signal);
+      this.#plan = {
+        media: plans(result?.media), names: media.map(({ name }) => name), fits: result?.fits !== false,
+        tokens: amount(result?.prompt_tokens) ?? amount(result?.visual_tokens), context: amount(result?.context),
+      };
+      this.#show();
     } catch (error) {
       if (error.name !== "AbortError") this.#say(explain(error).join(" "), true);
     }
+    return this.dispatchEvent(new Event("planned"));
   }
 
-  #show(result, media) {
-    const planned = plans(result?.media);
-    const frames = planned.reduce((sum, one) => sum + one.frames, 0);
-    const [tokens, context] = [amount(result?.prompt_tokens) ?? amount(result?.visual_tokens), amount(result?.context)];
-    const parts = [`${count(frames)} ${frames === 1 ? "frame" : "frames"}`];
-    if (tokens !== null) parts.push(`${count(tokens)} tokens`);
+  #show() {
+    const { media, names, fits, tokens, context } = this.#plan;
+    const parts = [plural("frames", media.reduce((sum, medium) => sum + medium.frames, 0))];
+    if (tokens !== null) parts.push(t("plan.tokens", { tokens: number(tokens) }));
     if (tokens !== null && context) {
-      parts.push(`${((tokens / context) * 100).toFixed(1)} % of the context of ${count(context)}`);
+      parts.push(t("plan.share", { share: percent(tokens / context) }));
       Object.assign(this.#meter, { max: context, value: Math.min(tokens, context), hidden: false });
     }
-    const tooMuch = result?.fits === false;
-    if (tooMuch) parts.push("this does not fit: lower the frames or choose a range");
-    this.#say(parts.join(" · "), tooMuch);
-    byId("plan-notes").replaceChildren(...notesOf(planned, media).map((text) => element("li", { text })));
-    const times = planned.find((one) => one.kind === "video")?.timestamps ?? [];
-    this.dispatchEvent(new CustomEvent("planned", { detail: times }));
+    if (!fits) parts.push(t("plan.full"));
+    this.#say(parts.join(", "), !fits);
+    const named = (i) => (media.length > 1 && names[i] ? `${names[i]}: ` : "");
+    const notes = media.flatMap((medium, i) => medium.notes.map((note) => named(i) + said(note)));
+    byId("plan-notes").replaceChildren(...notes.map((text) => element("li", { text })));
   }
 
-  #say(text, wrong = false) {
+  #say(text, isWrong = false) {
     this.#summary.textContent = text;
-    this.#summary.classList.toggle("wrong", wrong);
+    this.#summary.classList.toggle("problem", isWrong);
   }
-}
-
-/** The notes on each medium, after its name where there are several. */
-function notesOf(planned, media) {
-  const name = (i) => (planned.length > 1 && media[i] ? `${media[i].name}: ` : "");
-  return planned.flatMap((one, i) => one.notes.map((note) => name(i) + note));
 }
 
 function readTime(id) {
   return toSeconds(byId(id).value);
 }
 
-function count(number) {
-  return number.toLocaleString("en");
+function valueOf(id) {
+  const { value } = byId(id);
+  return value === "" || !Number.isFinite(Number(value)) ? null : Number(value);
 }

@@ -19,7 +19,7 @@ export async function* events(body) {
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      if (done) throw new StreamCut("The answer broke off before its end.");
+      if (done) throw new StreamCut("cut");
       const lines = (rest + value).split(/\r?\n/);
       rest = lines.pop();
       for (const line of lines) {
@@ -30,7 +30,7 @@ export async function* events(body) {
         if (event === "[DONE]") return;
         yield event;
       }
-      if (rest.length > MAX_EVENT) throw new StreamCut("The server sent an event without an end.");
+      if (rest.length > MAX_EVENT) throw new StreamCut("endless");
     }
   } finally {
     await reader.cancel().catch(() => undefined);

@@ -1,75 +1,132 @@
 /**
- * Small pictures of a video, drawn by the browser one at a time from a second, hidden player. Nothing waits for them.
+ * Small pictures of a video at given times, drawn one after the other in the background and kept. Nothing waits for them.
  *
- * It knows no timeline: it is given a time and a canvas.
+ * It knows no timeline. A source has `aspect` (null before it is known) and `draw(seconds)`, which resolves to a picture
+ * or null, and `close()`.
  */
 
-export class Thumbnails {
-  #video = document.createElement("video");
-  #queue = [];
-  #current = null;
-  #usable = false;
+/** Pixels of the height of a kept picture, and how many are kept. */
+const HEIGHT = 132;
+const MOST = 400;
 
-  /** `url` is the local address of the video; `onReady` is called once its shape is known. */
-  constructor(url, onReady = () => {}) {
-    this.#video.muted = true;
-    this.#video.playsInline = true;
-    this.#video.preload = "auto";
-    this.#video.addEventListener("loadeddata", () => {
-      this.#usable = true;
-      onReady();
+export class Thumbnails {
+  #source;
+  #queue = [];
+  #kept = new Map();
+  #isDrawing = false;
+  #isClosed = false;
+
+  /** `changed()` is called when the shape is known and whenever another picture is there. */
+  constructor(source, changed) {
+    this.#source = source;
+    this.changed = changed;
+    source.ready.then(() => {
+      if (this.#isClosed) return;
+      changed();
       this.#next();
     });
-    this.#video.addEventListener("seeked", () => this.#draw());
-    this.#video.addEventListener("error", () => (this.#queue = []));
-    this.#video.src = url;
   }
 
-  /** Width over height, or null before it is known. */
+  /** Width over height, or null. */
+  get aspect() {
+    return this.#source.aspect;
+  }
+
+  /** The picture at a time if it is kept, else null. */
+  at(seconds) {
+    return this.#kept.get(keyOf(seconds)) ?? null;
+  }
+
+  /** Draws the picture at `seconds` on `canvas`, now or when it is there; a canvas waits for one time only. */
+  request(seconds, canvas, { first = false } = {}) {
+    canvas.dataset.time = keyOf(seconds);
+    const picture = this.at(seconds);
+    if (picture) return paint(picture, canvas);
+    this.#queue = this.#queue.filter((waiting) => waiting.canvas !== canvas);
+    this.#queue[first ? "unshift" : "push"]({ seconds, canvas });
+    return this.#next();
+  }
+
+  /** Asks for pictures without a canvas, in their order, in the place of those asked for before. */
+  want(times) {
+    this.#queue = [...this.#queue.filter(({ canvas }) => canvas), ...times.map((seconds) => ({ seconds, canvas: null }))];
+    this.#next();
+  }
+
+  close() {
+    this.#isClosed = true;
+    this.#queue = [];
+    this.#source.close();
+  }
+
+  async #next() {
+    if (this.#isDrawing || this.#isClosed || !this.aspect || !this.#queue.length) return;
+    this.#isDrawing = true;
+    const { seconds, canvas } = this.#queue.shift();
+    const picture = this.at(seconds) ?? (await this.#source.draw(seconds, HEIGHT));
+    this.#isDrawing = false;
+    if (this.#isClosed) return;
+    if (picture) this.#keep(seconds, picture);
+    if (picture && canvas?.dataset.time === keyOf(seconds)) paint(picture, canvas);
+    const idle = window.requestIdleCallback ?? requestAnimationFrame;
+    idle(() => this.#next());
+  }
+
+  #keep(seconds, picture) {
+    this.#kept.set(keyOf(seconds), picture);
+    if (this.#kept.size > MOST) this.#kept.delete(this.#kept.keys().next().value);
+    this.changed();
+  }
+}
+
+function keyOf(seconds) {
+  return seconds.toFixed(2);
+}
+
+/** Draws a picture on a canvas of any shape: all of it, in the middle, never cut. */
+export function paint(picture, canvas) {
+  const scale = Math.min(canvas.width / picture.width, canvas.height / picture.height);
+  const [width, height] = [picture.width * scale, picture.height * scale];
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(picture, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
+  canvas.dataset.drawn = "yes";
+}
+
+/** Pictures from a second, hidden player of the browser. */
+export class VideoSource {
+  #video = document.createElement("video");
+  #isOpen = true;
+
+  constructor(url) {
+    Object.assign(this.#video, { muted: true, playsInline: true, preload: "auto", src: url });
+    this.ready = new Promise((resolve) => this.#video.addEventListener("loadeddata", resolve, { once: true }));
+  }
+
   get aspect() {
     return this.#video.videoWidth ? this.#video.videoWidth / this.#video.videoHeight : null;
   }
 
-  /** Draws the picture at `time` on `canvas` when its turn comes; a canvas waits for one time only. */
-  request(time, canvas, { first = false } = {}) {
-    this.#queue = this.#queue.filter((waiting) => waiting.canvas !== canvas);
-    if (first) this.#queue.unshift({ time, canvas });
-    else this.#queue.push({ time, canvas });
-    this.#next();
-  }
-
-  /** Forgets what waits, as when the timeline shows another part. */
-  forget() {
-    this.#queue = [];
+  async draw(seconds, height) {
+    const target = Math.min(seconds, Math.max(0, (this.#video.duration || 0) - 0.05));
+    // A seek to where the player is already reports nothing in some browsers.
+    if (Math.abs(this.#video.currentTime - target) > 1e-3) {
+      const arrived = new Promise((resolve) => {
+        for (const type of ["seeked", "error", "emptied"]) this.#video.addEventListener(type, resolve, { once: true });
+      });
+      this.#video.currentTime = target;
+      await arrived;
+    }
+    if (!this.#isOpen) return null;
+    const width = Math.max(1, Math.round(height * this.aspect));
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    canvas.getContext("2d").drawImage(this.#video, 0, 0, width, height);
+    return canvas;
   }
 
   close() {
-    this.forget();
+    this.#isOpen = false;
     this.#video.removeAttribute("src");
     this.#video.load();
-  }
-
-  #next() {
-    if (!this.#usable || this.#current || !this.#queue.length) return;
-    this.#current = this.#queue.shift();
-    const last = Math.max(0, (this.#video.duration || 0) - 0.05);
-    const target = Math.min(this.#current.time, last);
-    // A seek to where the player is already reports nothing in some browsers.
-    if (Math.abs(this.#video.currentTime - target) < 1e-3) this.#draw();
-    else this.#video.currentTime = target;
-  }
-
-  #draw() {
-    if (!this.#current) return;
-    const { canvas } = this.#current;
-    this.#current = null;
-    // The whole picture, never cut: what is at its edge may be what is looked for.
-    const scale = Math.min(canvas.width / this.#video.videoWidth, canvas.height / this.#video.videoHeight);
-    const [width, height] = [this.#video.videoWidth * scale, this.#video.videoHeight * scale];
-    const context = canvas.getContext("2d");
-    context.drawImage(this.#video, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
-    canvas.dataset.drawn = "yes";
-    const idle = window.requestIdleCallback ?? requestAnimationFrame;
-    idle(() => this.#next());
   }
 }

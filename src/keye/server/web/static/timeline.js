@@ -1,155 +1,277 @@
 /**
- * The timeline under the player: thumbnails, the intervals of the answer as bars, the playhead, the range for the next
- * question, and a part of the video that can be made larger. It knows times, not questions.
+ * The timeline under the player: lanes that share one view of the time, the head, and the range for the next question.
+ * It knows times and moments, not questions. At most 200 elements at any length of the video; all else is canvas.
  */
 
 import { byId, element } from "./dom.js";
-import { clock, span } from "./times.js";
+import { cells, CUT_LANE_FROM, drawDensity, drawEvidence, drawPictures, drawSeen } from "./lanes.js";
+import { Marks } from "./marks.js";
+import { startGestures } from "./gestures.js";
+import { plural, t, time as timeText } from "./strings.js";
 
-/** Most thumbnails, and least pixels between two labels of the axis. */
-const MAX_THUMBNAILS = 60;
+/** Least pixels between two labels of the axis, and the pixels that one needs. */
 const LABEL_GAP = 8;
-const MAX_LANES = 4;
-/** A pointer that moves less far than this clicks; one that moves further drags. */
-const DRAG_PIXELS = 5;
-const AXIS_STEPS = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200];
+const LABEL_ROOM = 76;
+const AXIS_STEPS = [0.5, 1, 2, 4, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200];
+const MAX_PICTURES = 60;
+/** Milliseconds without a change of the view before pictures are asked for. */
+const REST = 120;
+const SHORTEST = 1;
+/** The share of the width that the first moment takes after an answer. */
+const MOMENT_SHARE = 0.1;
 
 export class Timeline extends EventTarget {
-  #box = byId("timeline");
-  #track = byId("track");
-  #thumbs = byId("thumbs");
-  #lanes = byId("lanes");
-  #axis = byId("axis");
-  #playhead = byId("playhead");
-  #selection = byId("selection");
-  #ticks = byId("ticks");
   #duration = 0;
   #now = 0;
   #view = [0, 0];
-  #intervals = [];
+  #moments = [];
+  #weaker = [];
+  #evidence = null;
+  #coverage = null;
+  #cuts = [];
+  #lines = [];
   #range = [null, null];
-  #frames = [];
   #thumbnails = null;
-  #drag = null;
+  #frame = 0;
+  #rest = 0;
+  #lane = new Marks(byId("moments"), (moments) => this.#choose(moments));
+  #overview = new Marks(byId("whole-marks"), (moments) => this.#choose(moments));
 
-  /** Fires `jump` (detail: seconds), `range` ([start, end] or [null, null]), `hover` (seconds or null, x) and `view`. */
+  /**
+   * Fires `jump` (seconds), `choose` (a moment), `range` ([start, end]), `step` (frames), `hover`
+   * ({time, x}) and `view`.
+   */
   constructor() {
     super();
-    this.#track.addEventListener("pointerdown", (event) => this.#press(event));
-    this.#track.addEventListener("pointermove", (event) => this.#move(event));
-    this.#track.addEventListener("pointerup", (event) => this.#release(event));
-    this.#track.addEventListener("pointercancel", () => (this.#drag = null));
-    this.#box.addEventListener("pointerleave", () => this.#say("hover", { time: null }));
-    byId("evidence").addEventListener("pointermove", (event) => this.#hover(event));
-    this.#playhead.addEventListener("keydown", (event) => this.#key(event));
-    byId("zoom-in").addEventListener("click", () => this.#zoom(0.5));
-    byId("zoom-out").addEventListener("click", () => this.#zoom(2));
-    byId("zoom-all").addEventListener("click", () => this.#see(0, this.#duration));
-    new ResizeObserver(() => this.#draw()).observe(this.#track);
+    startGestures(this);
+    byId("playhead").addEventListener("keydown", (event) => this.#key(event));
+    byId("zoom-in").addEventListener("click", () => this.zoom(0.5));
+    byId("zoom-out").addEventListener("click", () => this.zoom(2));
+    byId("zoom-switch").addEventListener("click", () => (this.isWhole ? this.seeMoment() : this.seeAll()));
+    new ResizeObserver(() => this.draw()).observe(byId("track"));
+    for (const type of ["language", "theme"]) document.addEventListener(type, () => this.draw());
   }
 
-  get intervals() {
-    return this.#intervals;
+  get duration() {
+    return this.#duration;
   }
 
   get view() {
     return this.#view;
   }
 
-  /** Shows the whole of a video of `duration` seconds, without intervals; `thumbnails` may be null. */
+  get now() {
+    return this.#now;
+  }
+
+  get selected() {
+    return this.#range;
+  }
+
+  get isWhole() {
+    return this.#view[1] - this.#view[0] >= this.#duration - 1e-6;
+  }
+
+  /** Shows all of a video of `duration` seconds, without moments; `thumbnails` may be null. */
   reset(duration, thumbnails) {
-    this.#duration = duration;
-    this.#now = 0;
-    this.#thumbnails = thumbnails;
-    this.#intervals = [];
-    this.#box.hidden = !(duration > 0);
-    this.#see(0, duration);
+    [this.#duration, this.#thumbnails, this.#now] = [duration, thumbnails, 0];
+    [this.#cuts, this.#lines] = [[], []];
+    byId("timeline").hidden = !(duration > 0);
+    byId("playhead").setAttribute("aria-valuemax", duration.toFixed(1));
+    this.show({});
+    this.see(0, duration);
   }
 
-  /** Shows the intervals of an answer: `{start, end, label}` in seconds. */
-  setIntervals(intervals) {
-    this.#intervals = intervals.filter(({ start }) => start <= this.#duration);
-    this.#drawLanes();
+  /** Shows what an answer brought: `moments` and `weaker` ones with a `state`, `evidence` frames and `coverage`. */
+  show({ moments = [], weaker = [], evidence = null, coverage = null }) {
+    const inside = ({ start }) => start <= this.#duration;
+    [this.#moments, this.#weaker] = [moments.filter(inside), weaker.filter(inside)];
+    [this.#evidence, this.#coverage] = [evidence, coverage];
+    this.draw();
   }
 
-  /** Shows the times of the frames that a question will see. */
-  setFrames(times) {
-    this.#frames = times;
-    this.#drawTicks();
+  /** Seconds of the hard cuts of the video. */
+  setCuts(cuts) {
+    this.#cuts = cuts;
+    this.draw();
+  }
+
+  /** Lines `{start, end, text, isMatch}` of the subtitles. */
+  setSubtitles(lines) {
+    this.#lines = lines;
+    this.draw();
   }
 
   setRange(start, end) {
     this.#range = [start, end];
-    this.#drawRange();
+    this.draw();
   }
 
-  /** Draws the thumbnails again, as when the shape of the video is known. */
   drawThumbs() {
-    this.#drawThumbs();
+    this.draw();
   }
 
-  /** Moves the playhead, and the view with it when it leaves what was seen. */
+  /** Moves the head, and the view with it when it leaves what was seen. */
   moveTo(time) {
     const leaves = this.#sees(this.#now) && !this.#sees(time);
     this.#now = time;
     if (leaves) this.reveal(time);
-    this.#drawPlayhead();
+    this.#drawHead();
   }
 
   /** Moves the view so that `time` is in it. */
   reveal(time) {
-    const [start, end] = this.#view;
-    if (!this.#sees(time)) this.#see(time, time + end - start);
+    const half = (this.#view[1] - this.#view[0]) / 2;
+    if (!this.#sees(time)) this.see(time - half, time + half);
+  }
+
+  /** The moment before or after `time`, or null. */
+  neighbour(time, direction) {
+    const sorted = [...this.#moments].sort((a, b) => a.start - b.start);
+    const next = direction > 0
+      ? sorted.find(({ start }) => start > time + 0.05)
+      : sorted.findLast(({ start }) => start < time - 0.05);
+    return next ?? null;
+  }
+
+  ofRank(rank) {
+    return this.#moments.find((moment) => moment.rank === rank) ?? null;
+  }
+
+  /** The moment that the head is in, else the first of the ranks. */
+  get current() {
+    const isIn = ({ start, end }) => this.#now >= start - 0.01 && this.#now <= end + 0.01;
+    return this.#moments.find(isIn) ?? this.ofRank(1) ?? this.#moments[0] ?? null;
   }
 
   #sees(time) {
     return time >= this.#view[0] && time <= this.#view[1];
   }
 
-  #drawPlayhead() {
-    const time = this.#now;
-    this.#playhead.classList.toggle("outside", !this.#sees(time));
-    this.#playhead.style.left = `${Math.min(100, Math.max(0, this.#percent(time)))}%`;
-    this.#playhead.setAttribute("aria-valuenow", time.toFixed(1));
-    this.#playhead.setAttribute("aria-valuetext", clock(time));
-    for (const bar of this.#lanes.querySelectorAll("button")) {
-      const inside = time >= Number(bar.dataset.start) - 0.01 && time <= Number(bar.dataset.end);
-      bar.classList.toggle("current", inside);
-    }
-  }
-
-  /** The start of the interval before or after `time`, or null. */
-  neighbour(time, direction) {
-    const starts = this.#intervals.map(({ start }) => start).sort((a, b) => a - b);
-    const found = direction > 0 ? starts.find((start) => start > time + 0.05) : starts.findLast((s) => s < time - 0.05);
-    return found ?? null;
-  }
-
-  #say(type, detail) {
+  say(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+
+  #choose(moments) {
+    const [first] = moments;
+    if (moments.length === 1) return this.say("choose", first);
+    const [from, to] = [first.start, moments.at(-1).end];
+    const room = Math.max(SHORTEST, to - from);
+    return this.see(from - room / 2, to + room / 2);
   }
 
   // What part is seen
 
-  #see(start, end) {
-    const length = Math.min(this.#duration, Math.max(1, end - start));
+  see(start, end) {
+    const length = Math.min(this.#duration, Math.max(SHORTEST, end - start));
     const from = Math.min(Math.max(0, start), this.#duration - length);
     this.#view = [from, from + length];
-    this.#playhead.setAttribute("aria-valuemax", this.#duration.toFixed(1));
-    byId("zoom-all").disabled = length >= this.#duration;
-    byId("zoom-out").disabled = length >= this.#duration;
-    byId("zoom-in").disabled = length <= 1;
-    this.#draw();
+    this.draw();
   }
 
-  /** Makes the part `factor` times as long around the range if there is one, else around the playhead. */
-  #zoom(factor) {
+  seeAll() {
+    this.see(0, this.#duration);
+  }
+
+  /** Shows the moment at the head so that it takes a tenth of the width. */
+  seeMoment(moment = this.current) {
+    if (!moment) return;
+    const length = Math.max(moment.end - moment.start, 0.2) / MOMENT_SHARE;
+    const middle = (moment.start + moment.end) / 2;
+    this.see(middle - length / 2, middle + length / 2);
+  }
+
+  /** Makes the view `factor` times as long about `time`: the head where nothing else is named. */
+  zoom(factor, time = this.#sees(this.#now) ? this.#now : (this.#view[0] + this.#view[1]) / 2) {
     const [start, end] = this.#view;
-    const [from, to] = this.#range;
-    if (factor < 1 && from !== null && to !== null && to - from < end - start) return this.#see(from, to);
-    const centre = this.#sees(this.#now) ? this.#now : (start + end) / 2;
-    const half = ((end - start) * factor) / 2;
-    return this.#see(centre - half, centre + half);
+    this.see(time - (time - start) * factor, time + (end - time) * factor);
+  }
+
+  pan(seconds) {
+    this.see(this.#view[0] + seconds, this.#view[1] + seconds);
+  }
+
+  #key(event) {
+    const steps = { PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
+    const frames = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 };
+    if (event.shiftKey || !(event.key in steps || event.key in frames)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    if (event.key in frames) this.say("step", frames[event.key]);
+    else this.say("jump", Math.min(this.#duration, Math.max(0, this.#now + steps[event.key])));
+  }
+
+  // Drawing, once a frame
+
+  draw() {
+    if (this.#frame) return;
+    this.#frame = requestAnimationFrame(() => {
+      this.#frame = 0;
+      if (this.#duration > 0) this.#drawAll();
+    });
+  }
+
+  #drawAll() {
+    const width = byId("track").clientWidth;
+    if (!width) return;
+    const view = this.#view;
+    const hasOverview = !this.isWhole;
+    const length = view[1] - view[0];
+    byId("lane-whole").hidden = !hasOverview;
+    byId("lane-cuts").hidden = !this.#cuts.length || length < CUT_LANE_FROM;
+    byId("lane-evidence").hidden = !this.#evidence?.length;
+    byId("lane-seen").hidden = !this.#coverage;
+    byId("lane-subtitles").hidden = !this.#lines.length;
+    const isComplete = drawPictures(byId("pictures"), view, this.#duration, this.#thumbnails, this.#cuts);
+    byId("pictures").dataset.drawn = isComplete ? "yes" : "";
+    if (!isComplete) this.#wantPictures(width);
+    const all = [...this.#moments, ...this.#weaker];
+    const current = this.#moments.length ? this.current?.id : null;
+    this.#lane.draw(all, view, width, current);
+    drawEvidence(byId("evidence"), view, this.#evidence);
+    drawSeen(byId("seen"), view, this.#coverage);
+    if (!byId("lane-cuts").hidden) drawDensity(byId("cuts"), view, this.#cuts, "--edge");
+    if (hasOverview) this.#drawOverview(all, width, current);
+    this.#drawSubtitles(width);
+    this.#drawRange();
+    this.#drawAxis(width);
+    this.#drawHead();
+    this.#drawButtons(hasOverview);
+    this.say("view", view);
+  }
+
+  #drawOverview(all, width, current) {
+    const full = [0, this.#duration];
+    drawEvidence(byId("whole-canvas"), full, this.#evidence);
+    this.#overview.draw(all, full, width, current, { asPoints: true });
+    const box = byId("window");
+    const wide = Math.max(32, ((this.#view[1] - this.#view[0]) / this.#duration) * width);
+    const middle = ((this.#view[0] + this.#view[1]) / 2 / this.#duration) * width;
+    box.style.width = `${wide}px`;
+    box.style.left = `${Math.min(width - wide, Math.max(0, middle - wide / 2))}px`;
+  }
+
+  #drawButtons(isZoomed) {
+    byId("zoom-out").disabled = !isZoomed;
+    byId("zoom-in").disabled = this.#view[1] - this.#view[0] <= SHORTEST;
+    byId("zoom-switch").textContent = t(isZoomed ? "zoom.all" : "zoom.moment");
+    byId("zoom-switch").hidden = !isZoomed && !this.#moments.length;
+    byId("evidence").setAttribute("aria-label", plural("evidence.name", this.#evidence?.length ?? 0));
+    byId("seen").setAttribute("aria-label", t("seen.name"));
+    byId("cuts").setAttribute("aria-label", plural("cuts.name", this.#cuts.length));
+  }
+
+  /** Asks for the pictures of this view from the middle outwards once it rests. */
+  #wantPictures(width) {
+    clearTimeout(this.#rest);
+    this.#rest = setTimeout(() => {
+      if (!this.#thumbnails?.aspect) return;
+      const height = byId("track").clientHeight;
+      const { list } = cells(this.#view, width, this.#duration, this.#thumbnails.aspect, height);
+      const far = ({ left, width: wide }) => Math.abs(left + wide / 2 - width / 2);
+      const missing = list.filter(({ time }) => !this.#thumbnails.at(time)).sort((a, b) => far(a) - far(b));
+      this.#thumbnails.want(missing.slice(0, MAX_PICTURES).map(({ time }) => time));
+    }, REST);
   }
 
   #percent(time) {
@@ -157,148 +279,67 @@ export class Timeline extends EventTarget {
     return end > start ? ((time - start) / (end - start)) * 100 : 0;
   }
 
-  #time(event) {
-    const { left, width } = this.#track.getBoundingClientRect();
-    const share = Math.min(1, Math.max(0, (event.clientX - left) / width));
-    return this.#view[0] + share * (this.#view[1] - this.#view[0]);
-  }
-
-  // Pointer and keys
-
-  #press(event) {
-    if (event.button !== 0 || event.target.closest("button") || event.target === this.#playhead) return;
-    this.#drag = { x: event.clientX, time: this.#time(event), moved: false };
-    this.#track.setPointerCapture(event.pointerId);
-  }
-
-  #move(event) {
-    this.#hover(event);
-    if (!this.#drag) return;
-    this.#drag.moved ||= Math.abs(event.clientX - this.#drag.x) > DRAG_PIXELS;
-    if (!this.#drag.moved) return;
-    const [start, end] = [this.#drag.time, this.#time(event)].sort((a, b) => a - b);
-    this.setRange(start, end);
-  }
-
-  #release(event) {
-    if (!this.#drag) return;
-    const { moved } = this.#drag;
-    this.#drag = null;
-    if (moved) this.#say("range", this.#range.map((time) => Math.round(time * 10) / 10));
-    else this.#say("jump", this.#time(event));
-  }
-
-  #hover(event) {
-    if (this.#duration > 0) this.#say("hover", { time: this.#time(event), x: event.clientX });
-  }
-
-  #key(event) {
-    const steps = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10 };
-    let target = null;
-    if (event.key in steps) target = this.#now + steps[event.key];
-    else if (event.key === "Home") target = 0;
-    else if (event.key === "End") target = this.#duration;
-    if (target === null) return;
-    event.preventDefault();
-    event.stopPropagation();
-    this.#say("jump", Math.min(this.#duration, Math.max(0, target)));
-  }
-
-  // Drawing
-
-  #draw() {
-    this.#drawThumbs();
-    this.#drawLanes();
-    this.#drawTicks();
-    this.#drawRange();
-    this.#drawAxis();
-    this.#drawPlayhead();
-    this.#say("view", this.#view);
-  }
-
-  #drawThumbs() {
-    const width = this.#track.clientWidth;
-    this.#thumbnails?.forget();
-    const height = this.#thumbs.clientHeight;
-    if (!this.#thumbnails?.aspect || !width) return this.#thumbs.replaceChildren();
-    // As many as fit in the shape of the video, each in the middle of its part of the time.
-    const own = height * Math.min(4, Math.max(0.3, this.#thumbnails.aspect));
-    const count = Math.min(MAX_THUMBNAILS, Math.max(1, Math.floor(width / own)));
-    const ratio = Math.min(2, window.devicePixelRatio || 1);
-    const [start, end] = this.#view;
-    const cells = Array.from({ length: count }, (_, i) => {
-      const canvas = element("canvas", { width: Math.ceil(own * ratio), height: Math.ceil(height * ratio) });
-      canvas.style.width = `${own}px`;
-      this.#thumbnails.request(start + ((i + 0.5) / count) * (end - start), canvas);
-      return canvas;
-    });
-    return this.#thumbs.replaceChildren(...cells);
-  }
-
-  #drawLanes() {
-    const lanes = [];
-    const bars = [...this.#intervals].sort((a, b) => a.start - b.start).map((interval) => {
-      let lane = lanes.findIndex((end) => end <= interval.start);
-      if (lane < 0) lane = lanes.length < MAX_LANES ? lanes.length : MAX_LANES - 1;
-      lanes[lane] = interval.end;
-      return this.#bar(interval, lane);
-    });
-    this.#lanes.dataset.lanes = String(Math.max(1, lanes.length));
-    this.#lanes.replaceChildren(...bars.filter((bar) => bar !== null));
-  }
-
-  #bar({ start, end, label }, lane) {
-    const [left, right] = [this.#percent(start), this.#percent(Math.min(end, this.#duration))];
-    if (right < 0 || left > 100) return null;
-    const name = label ? `${span([start, end])}: ${label}` : span([start, end]);
-    const bar = element("button", {
-      type: "button", class: "bar", title: name, "aria-label": `Jump to ${name}`, "data-start": start, "data-end": end,
-      "data-lane": lane, on: { click: () => this.#say("jump", start) },
-    });
-    bar.style.left = `${Math.max(0, left)}%`;
-    bar.style.width = `${Math.min(100, right) - Math.max(0, left)}%`;
-    return bar;
-  }
-
-  #drawTicks() {
-    const seen = this.#frames.filter((time) => time >= this.#view[0] && time <= this.#view[1]);
-    const width = this.#track.clientWidth;
-    // Ticks closer than three pixels would be a bar of one colour and slow for long videos.
-    const shown = seen.length * 3 > width ? [] : seen;
-    this.#ticks.replaceChildren(...shown.map((time) => {
-      const tick = element("span");
-      tick.style.left = `${this.#percent(time)}%`;
-      return tick;
-    }));
+  #drawHead() {
+    const head = byId("playhead");
+    head.classList.toggle("outside", !this.#sees(this.#now));
+    head.style.left = `${Math.min(100, Math.max(0, this.#percent(this.#now)))}%`;
+    // The head stands over the lanes of the view, below the one that shows all of the video.
+    const top = byId("lane-whole").hidden ? 0 : byId("lane-whole").offsetHeight + 4;
+    head.style.top = `${top}px`;
+    head.setAttribute("aria-valuenow", this.#now.toFixed(1));
+    head.setAttribute("aria-valuetext", timeText(this.#now));
   }
 
   #drawRange() {
     const [start, end] = this.#range;
-    this.#selection.hidden = start === null && end === null;
-    const left = Math.max(0, this.#percent(start ?? 0));
-    const right = Math.min(100, this.#percent(end ?? this.#duration));
-    this.#selection.style.left = `${left}%`;
-    this.#selection.style.width = `${Math.max(0, right - left)}%`;
+    const box = byId("selection");
+    const [left, right] = [this.#percent(start ?? 0), this.#percent(end ?? this.#duration)];
+    box.hidden = (start === null && end === null) || right < 0 || left > 100;
+    box.style.left = `${Math.max(0, left)}%`;
+    box.style.width = `${Math.min(100, right) - Math.max(0, left)}%`;
   }
 
-  #drawAxis() {
+  #drawSubtitles(width) {
+    const box = byId("subtitle-texts");
+    if (!this.#lines.length) return box.replaceChildren();
+    const [from, to] = this.#view;
+    const visible = this.#lines.filter(({ start, end }) => end >= from && start <= to);
+    const pixels = (seconds) => (seconds / (to - from)) * width;
+    const asTexts = visible.length <= 40 && visible.every(({ start, end }) => pixels(end - start) > 48);
+    byId("subtitle-canvas").hidden = asTexts;
+    if (!asTexts) {
+      const marks = visible.filter(({ isMatch }) => isMatch).map(({ start }) => start);
+      box.replaceChildren();
+      return drawDensity(byId("subtitle-canvas"), this.#view, visible.map(({ start }) => start), "--cue", { least: 0.35, marks });
+    }
+    return box.replaceChildren(...visible.map(({ start, end, text, isMatch }) => {
+      const line = element("span", { class: isMatch ? "line match" : "line", text, title: text });
+      const [left, right] = [Math.max(0, pixels(start - from)), Math.min(width, pixels(end - from))];
+      line.style.left = `${left}px`;
+      line.style.width = `${right - left - 2}px`;
+      return line;
+    }));
+  }
+
+  #drawAxis(width) {
+    const axis = byId("axis");
     const [start, end] = this.#view;
-    const room = Math.max(2, this.#track.clientWidth / 76);
+    const room = Math.max(2, width / LABEL_ROOM);
     const step = AXIS_STEPS.find((size) => (end - start) / size <= room) ?? (end - start) / room;
     const labels = [];
-    for (let time = Math.ceil(start / step) * step; time <= end && end > start; time += step) {
-      const label = element("span", { text: clock(time, step < 1 ? 1 : 0) });
-      label.style.left = `${this.#percent(time)}%`;
+    for (let at = Math.ceil(start / step - 1e-6) * step; at <= end && end > start; at += step) {
+      const label = element("span", { text: timeText(at, step < 1 ? 1 : 0) });
+      label.style.left = `${this.#percent(at)}%`;
       labels.push(label);
     }
-    this.#axis.replaceChildren(...labels);
-    // A label that does not fit whole before the next or before the edge is left out.
+    axis.replaceChildren(...labels);
+    // A label that does not fit whole before the next or before the edge is left out. First all are measured.
+    const boxes = labels.map((label) => [label.offsetLeft, label.offsetWidth]);
     let free = 0;
-    for (const label of labels) {
-      const right = label.offsetLeft + label.offsetWidth;
-      const fits = label.offsetLeft >= free && right <= this.#axis.clientWidth;
-      if (fits) free = right + LABEL_GAP;
+    labels.forEach((label, i) => {
+      const [left, wide] = boxes[i];
+      if (left >= free && left + wide <= width) free = left + wide + LABEL_GAP;
       else label.remove();
-    }
+    });
   }
 }

@@ -24,20 +24,15 @@ export function toSeconds(text) {
   return time.split(":").reduce((seconds, field) => seconds * 60 + Number(field), 0);
 }
 
-/** "0:07.5", "1:07.5", "1:00:07.5"; `digits` decimals. */
-export function clock(seconds, digits = 1) {
+/** "0:07.5", "1:07.5", "1:00:07.5"; `digits` decimals, and hours in any case where `hasHours`. */
+export function clock(seconds, digits = 1, hasHours = false) {
   const scale = 10 ** digits;
   let rest = Math.round(Math.max(0, seconds) * scale);
   const fraction = rest % scale;
   rest = (rest - fraction) / scale;
   const [hours, minutes] = [Math.floor(rest / 3600), Math.floor(rest / 60) % 60];
   const tail = String(rest % 60).padStart(2, "0") + (digits ? `.${String(fraction).padStart(digits, "0")}` : "");
-  return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${tail}` : `${minutes}:${tail}`;
-}
-
-/** "0:03.0 to 0:08.5". */
-export function span([start, end]) {
-  return `${clock(start)} to ${clock(end)}`;
+  return hours || hasHours ? `${hours}:${String(minutes).padStart(2, "0")}:${tail}` : `${minutes}:${tail}`;
 }
 
 /**

@@ -1,0 +1,89 @@
+/** What is done with a moment or an answer: clips, copies, links, and the menus that offer them. */
+
+import { clips, explain, storedKey } from "./api.js";
+import { byId, copyText, download } from "./dom.js";
+import { toast } from "./notices.js";
+import { curl } from "./request.js";
+import { addressOf } from "./router.js";
+import { range, spoken, t } from "./strings.js";
+
+const PATHS = { chat: "v1/chat/completions", ground: "v1/video/ground", search: "v1/video/find" };
+
+export class Actions {
+  /** `desk` has `media`, `stage`, `sampling`, `composer`, `places`, `notice(text)` and `remove(turn)`. */
+  constructor(desk) {
+    this.desk = desk;
+  }
+
+  formats(turn, moment) {
+    const entries = [{ text: t("save.clip"), icon: "save", act: () => this.save([moment], byId("file-more")) }];
+    if (turn.moments.length > 1) {
+      entries.push({ text: t("save.all"), icon: "save", act: () => this.save(turn.moments, byId("file-more")) });
+    }
+    if (this.desk.places.exporting) {
+      entries.push({ text: t("export.open"), icon: "file", act: () => this.desk.places.exporting([moment], this.desk.media.video) });
+    }
+    return entries;
+  }
+
+  more(turn, moment) {
+    const within = moment && [
+      { text: t("more.inside"), icon: "search", act: () => {
+        this.desk.sampling.setRange(moment.start, moment.end);
+        this.desk.composer.focus();
+      } },
+      { text: t("more.range"), icon: "mark", act: () => this.desk.sampling.setRange(moment.start, moment.end) },
+    ];
+    const times = turn.moments?.length ? [{ text: t("more.times"), icon: "copy", key: "Y", act: () => this.times(turn) }] : [];
+    // On a phone there is no room for the arrow beside the button.
+    const formats = moment && window.matchMedia("(max-width: 860px)").matches ? this.formats(turn, moment) : [];
+    return [
+      ...(within ?? []), ...formats, ...times,
+      { text: t("more.answer"), icon: "copy", act: () => this.#copy(answerText(turn)) }, null,
+      { text: t("more.delete"), icon: "close", act: () => this.desk.remove(turn) },
+    ];
+  }
+
+  async save(moments, source) {
+    const { video } = this.desk.media;
+    if (!video?.id) return this.desk.notice(t("file.gone"));
+    source.disabled = true;
+    try {
+      const blob = await clips(video.id, moments.map(({ start, end: stop }) => [start, stop]));
+      const stem = video.name.replace(/\.[^.]*$/, "").replaceAll(/[^\p{L}\p{N}_-]+/gu, "-").slice(0, 60) || "clip";
+      const times = range(moments[0]).replaceAll(":", "m").replaceAll(/[^0-9m.]+/g, "-");
+      download(blob, moments.length === 1 ? `${stem}-${times}.mp4` : `${stem}-clips.zip`);
+    } catch (error) {
+      this.desk.notice(explain(error).join(" "));
+    } finally {
+      source.disabled = false;
+    }
+    return undefined;
+  }
+
+  async #copy(text, sentence = t("copied")) {
+    toast((await copyText(text)) ? sentence : t("copy.not"));
+  }
+
+  /** One line for each moment, with tabs, as spreadsheets take it. */
+  times(turn = this.desk.stage.turn) {
+    const lines = (turn?.moments ?? []).map((moment) => range(moment).replaceAll("\u2009–\u2009", "\t"));
+    if (lines.length) this.#copy(lines.join("\n"));
+  }
+
+  link(turn, moment) {
+    const times = moment && [moment.start, moment.end];
+    const target = { place: "desk", file: this.desk.stage.item?.id, mode: turn?.mode, question: turn?.question, range: times };
+    this.#copy(addressOf(target), t("link.done"));
+  }
+
+  curl({ route, request }) {
+    this.#copy(curl(new URL(PATHS[route], location.href.split("#")[0]).href, request, storedKey() !== ""));
+  }
+}
+
+function answerText(turn) {
+  if (turn.mode === "ask" && turn.answer) return turn.answer;
+  const lines = (turn.moments ?? []).map((moment) => [spoken(moment), moment.label].filter(Boolean).join(" "));
+  return [turn.question, ...lines].join("\n");
+}
