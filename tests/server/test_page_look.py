@@ -59,12 +59,12 @@ def test_nothing_is_wrong_with_any_state(
     page.reload()
     page.wait_for_selector("body[data-ready]")
     least = 44 if size[0] <= 860 else 24
-    found: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {}
     for name, show in STATES.items():
         show(page)
-        if faults := faults_of(page, least_target=least):
-            found[name] = faults
-    assert found == {}
+        if wrong := faults_of(page, least_target=least):
+            faults[name] = wrong
+    assert faults == {}
 
 
 def test_forced_colours_keep_marks_and_choices_visible(page: Any) -> None:

@@ -189,7 +189,7 @@ def test_strange_moments_and_coverage_are_bounded() -> None:
         "unseen": [[5, 10], [9, 1]],
     }
     moments, coverage = run_module(code, [[good, *evil], strange])
-    assert [(one["start"], one["probability"], one["checked"]) for one in moments] == [
+    assert [(moment["start"], moment["probability"], moment["checked"]) for moment in moments] == [
         (1, 0.9, "twice"),
         (0, None, None),
     ]

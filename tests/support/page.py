@@ -30,7 +30,7 @@ def find(page: Any, event: str) -> Any:
 
 
 def choose(turn: Any, entry: str) -> None:
-    """Chooses an entry of the menu of a turn's first moment, or of its text where there is no moment."""
+    """Chooses an entry of the menu of a turn's first moment, or of its text without a moment."""
     turn.get_by_role("button", name="More", exact=True).first.click()
     turn.get_by_role("menuitem", name=entry).click()
 

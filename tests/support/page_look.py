@@ -123,11 +123,11 @@ TARGETS = """
 
 def faults_of(page: Any, *, least_target: int) -> list[str]:
     """Everything that is wrong with what the page shows now."""
-    found = [*run_axe(page)]
+    faults = run_axe(page)
     for name, code in (("contrast", CONTRAST), ("overlap", OVERLAP), ("cut", CUT), ("target", TARGETS)):
         script = f"() => {{ const LEAST = {least_target}; {TOOLS} {code} }}"
-        found += [f"{name}: {fault}" for fault in page.evaluate(script)]
-    return found
+        faults += [f"{name}: {fault}" for fault in page.evaluate(script)]
+    return faults
 
 
 def run_axe(page: Any) -> list[str]:

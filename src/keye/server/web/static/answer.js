@@ -294,7 +294,7 @@ export function howSearched({ coverage }) {
   return [element("p", { text: [seen, places].filter(Boolean).join(" ") }), list];
 }
 
-/** What a screen reader is told once: "1 moment, 0:03.0 to 0:08.5, 97%, very likely". */
+/** What a screen reader hears once: "1 moment, 0:03.0 to 0:08.5, 97%, very likely". */
 export function summary({ mode, moments, presence }) {
   if (!moments?.length) {
     if (mode !== "find") return "";

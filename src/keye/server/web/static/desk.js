@@ -274,14 +274,14 @@ export class Desk {
     this.#running = { stop, turn };
     mine.media = [...this.media.items];
     const release = follow(view.node);
-    let told = 0;
+    let reported = 0;
     await runTurn(turn, view, stop.signal, (progress) => {
       if (progress) return change(run, { share: progress.total ? progress.done / progress.total : null, left: progress.left });
       if (mine !== this.#conversation) return undefined;
-      if (turn.moments.length > told) say(summary({ ...turn, moments: turn.moments.slice(told) }));
-      if (told === 0 && turn.moments.length) this.stage.present(turn);
+      if (turn.moments.length > reported) say(summary({ ...turn, moments: turn.moments.slice(reported) }));
+      if (reported === 0 && turn.moments.length) this.stage.present(turn);
       else this.stage.show(turn);
-      return void (told = turn.moments.length);
+      return void (reported = turn.moments.length);
     });
     release();
     this.#running = null;

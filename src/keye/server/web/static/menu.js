@@ -9,7 +9,7 @@ import { button, element } from "./dom.js";
 const MARGIN = 8;
 
 /**
- * Gives the button `opener` a menu. `entries()` makes `{text, act, icon, key, checked}` anew at each opening; null
+ * Gives the button `opener` a menu. `entries()` is called at each opening and returns `{text, act, icon, key, checked}`; null
  * draws a line. Where an entry has `checked`, it is one of a choice.
  */
 export function attachMenu(opener, label, entries) {

@@ -1,4 +1,4 @@
-/** Sentences that somebody must see, each with its icon: calm, good to know, a warning, or an error. */
+/** Sentences that must be seen, each with its icon: calm, good to know, a warning, or an error. */
 
 import { element } from "./dom.js";
 import { icon } from "./icons.js";

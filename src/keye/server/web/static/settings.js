@@ -1,4 +1,4 @@
-/** Settings: what belongs to the person and to the server. A change applies at once; there is no Save. */
+/** Settings: what belongs to the person and to the server. A change applies at once; nothing waits for a Save button. */
 
 import { deleteFile, explain, files, storedKey, storeKey, version } from "./api.js";
 import { byId, button, element } from "./dom.js";

@@ -43,7 +43,7 @@ export function translate(root) {
 /** The text `key` with `values` in the place of `{name}`. */
 export function t(key, values = {}) {
   const row = TEXTS[key];
-  if (!row) throw new Error(`There is no text ${key}.`);
+  if (!row) throw new Error(`The table has no text ${key}.`);
   return row[column].replaceAll(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
 }
 

@@ -91,7 +91,7 @@ function takeResult(turn, result) {
   turn.durations = data.durations(result?.seconds);
 }
 
-/** Divides the moments of a search anew at `threshold`. */
+/** Divides the moments of a search at `threshold`. */
 export function divide(turn, threshold) {
   const all = [...turn.moments, ...(turn.weaker ?? [])].sort((a, b) => a.rank - b.rank);
   const isSure = ({ probability, checked }) => checked !== "failed" && (probability ?? 1) >= threshold;
