@@ -151,4 +151,4 @@ def test_inspect_and_check_search_indexes(run: Callable, model_folder: Path, vid
     path.write_bytes(path.read_bytes() + bytes(5000))  # a run that was killed
     assert run("inspect", path, "--json").data["unused_bytes"] > 0
     result = run("ask", path, "what?", "--model", model_folder)
-    assert result.code == 1 and "use keye find" in result.err
+    assert result.code == 2 and "use keye find" in result.err
