@@ -227,14 +227,11 @@ def read_call(body: str) -> ToolCall | None:
         return None
 
 
-#: Lists of intervals that are begun and not ended, and marks of text that no tokenizer has made.
-_UNENDED: Final = re.compile(r"\[\s{0,4}\[[^\[\]]{0,40}(?:\[|\Z)|\[[0-9.:, ]{0,40}\Z")
-
-
 def is_malformed(text: str, *, is_list: bool = False) -> bool:
     """Whether a finished reply cannot be an answer: it breaks off inside a list of times, has bytes that are no text,
     or, where a list of times was wanted (`is_list`), holds none."""
-    if "\N{REPLACEMENT CHARACTER}" in text or _UNENDED.search(text):
+    is_open = "[[" in text and text.count("[") != text.count("]")
+    if "\N{REPLACEMENT CHARACTER}" in text or is_open:
         return True
     return is_list and parse_intervals(text) is None
 

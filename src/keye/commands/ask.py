@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from keye.api import Keye
     from keye.chat.messages import Medium
     from keye.chat.replies import Region
+    from keye.moments import Moment
     from keye.sessions.answer import Answer
 
+#: Seconds around a moment that was found which are asked about too.
+_AROUND = 1.0
 #: What our files of JSON hold.
 _NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
 
@@ -35,6 +38,8 @@ _NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
 @click.option("--evidence", type=options.PATH, metavar="FILE",
               help="Write which frames the answer rests on: a picture (.png, .jpg, .webp) or .json.")  # fmt: skip
 @options.exporting
+@click.option("--search", metavar='"EVENT"',
+              help="Find this event in a long video first, as keye find does, and ask about that part.")  # fmt: skip
 @options.overwrite
 @click.option("--n", "choices", type=options.COUNT, metavar="N", help="Generate N replies; needs a temperature.")
 @click.option("--logprobs", type=click.IntRange(0, 20), metavar="N",
@@ -47,11 +52,13 @@ _NAMES = frozenset({"question", "answer", "intervals", "media", "steps"})
 @options.attention
 @options.storing
 @options.running
+@options.no_scope_notes
 @options.as_json
 @options.debug
 def ask(
-    words: tuple[str, ...], draw: Path | None, evidence: Path | None, estimate: bool, choices: int | None,
-    logprobs: int | None, deterministic: bool, overwrite: bool, tools: Path | None, as_json: bool, **arguments: Any,
+    words: tuple[str, ...], draw: Path | None, evidence: Path | None, search: str | None, estimate: bool,
+    choices: int | None, logprobs: int | None, deterministic: bool, overwrite: bool, tools: Path | None, as_json: bool,
+    **arguments: Any,
 ) -> None:  # fmt: skip
     """Answer a question about videos and images.
 
@@ -63,6 +70,7 @@ def ask(
     keye ask before.png after.png "what is different?"
     keye ask talk.mp4 "what is on the board?" --start 12:30 --end 14:00 --fps 1
     keye ask lecture.mp4 "when is the second proof?" --evidence proof.png
+    keye ask hours.mp4 "what color is the triangle?" --search "the red circle"
     keye ask street.jpg "where are the signs, and what do they say?" --model 1.5 --draw signs.png
     """
     names, question = split_words(words)
@@ -71,15 +79,24 @@ def ask(
     from keye.commands.shared import inputs, show
     from keye.commands.shared.record import plan_files
 
+    inputs.silence_scope(arguments)
     media = inputs.open_media(names, arguments)
     offered = inputs.read_tools(tools) if tools is not None else ()
     if draw is not None:
         check_drawing(draw, media, overwrite)
     if evidence is not None:
         check_evidence(evidence, media, overwrite)
+    if search is not None:
+        check_search(media, arguments)
     files = plan_files(media, arguments, overwrite=overwrite)
     prediction = _predict(media, {**arguments, "as_json": as_json}) if estimate else None
     model = inputs.load_model(arguments)
+    moment = None
+    if search is not None:
+        media, moment = narrow_down(model, media[0], search)
+        if moment is None:
+            show.print_json({"search": search, "found": False}) if as_json else show.print_line(f"Not found: {search}")
+            return
     settings = _settings(model, arguments, choices or 1) | {"logprobs": logprobs, "deterministic": deterministic}
     with show.watching("watching") as on_progress:
         stream = model.stream_ask(
@@ -94,6 +111,8 @@ def ask(
     extra: dict[str, Any] = {"drawn": str(draw) if is_drawn else None} if draw else {}
     exports = files.write("keye ask", question, question, model, media, answer, settings)
     extra |= {"exports": [str(path) for path in exports]} if exports else {}
+    if moment is not None:
+        extra["moment"] = moment.to_dict()
     if prediction is not None:
         from keye.planning.question import errors_of
 
@@ -119,6 +138,34 @@ def _settings(model: Keye, arguments: Mapping[str, Any], choices: int) -> dict[s
     if choices > 1 and model.runtime.sampling_params(temperature=settings.get("temperature")).temperature == 0:
         raise KeyeError(f"--n {choices} generates the same reply each time at temperature 0: add --temperature 1")
     return {**settings, "n": choices}
+
+
+def check_search(media: Sequence[Medium], arguments: Mapping[str, Any]) -> None:
+    """`KeyeError` where `--search` cannot work, before a model is loaded."""
+    from keye.media.source.fetch import Source, is_index
+
+    if len(media) != 1 or media[0].kind != "video" or not isinstance(media[0].source, Source):
+        raise KeyeError("--search finds the part of one video to ask about: name a single video")
+    if is_index(media[0].source):
+        raise KeyeError(f"{media[0].source.name} is an index, of which no part can be chosen: give the video itself")
+    for name in ("fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "strict_official"):
+        if arguments[name] is not None:
+            raise KeyeError(
+                f"{options.flag(name)} does not go with --search, which chooses frames itself; leave it out"
+            )
+
+
+def narrow_down(model: Keye, medium: Medium, event: str) -> tuple[list[Medium], Moment | None]:
+    """The medium with the part that shows an event best, and that moment; None where it was not found."""
+    from keye.commands.shared.show_find import watch_search
+
+    result = watch_search(model.stream_find(medium, event), medium.source.name)  # type: ignore[attr-defined]
+    if not result.is_found:
+        return [medium], None
+    moment = result.moments[0]
+    start = max(moment.start - _AROUND, medium.options.get("video_start") or 0.0)
+    end = min(moment.end + _AROUND, medium.options.get("video_end") or result.coverage.duration)
+    return [replace(medium, options={**medium.options, "video_start": start, "video_end": end})], moment
 
 
 def _predict(media: Sequence[Medium], arguments: Mapping[str, Any]) -> dict[str, Any]:

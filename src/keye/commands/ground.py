@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.attention
 @options.storing
 @options.running
+@options.no_scope_notes
 @options.as_json
 @options.debug
 def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json: bool, **arguments: Any) -> None:
@@ -45,6 +46,7 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
 
     if clips is not None and clips.exists() and not clips.is_dir():
         raise KeyeError(f"{clips} is a file: give a folder for --clips")
+    inputs.silence_scope(arguments)
     medium = inputs.only_video(video, arguments)
     if clips is not None and is_index(medium.source):  # type: ignore[arg-type]
         raise KeyeError(f"{video} is an index and holds no frames: give the video itself for --clips")

@@ -27,6 +27,8 @@ MOST_LOOKS: Final = 2
 LEAST_BOUND: Final = 0.15
 #: Log-odds of yes from which on the model is asked when the event happens.
 _ASK_WHEN: Final = -2.0
+#: Borders known to so many seconds were looked at more closely than windows show them.
+_REFINED: Final = 0.5
 #: Tokens of a question and its reply, to predict what a look costs.
 _QUESTION_TOKENS = 60
 
@@ -99,7 +101,8 @@ def make_candidate(look: Look, span: tuple[int, int], coarse: float | None, clos
     """The candidate of the first and last frame of a look in which the event is."""
     (start, end), (first, last) = look.seconds_of(span), span
     before = look.times[first] - look.times[first - 1] if first else 0.0
-    return Candidate(start, end, (before, end - look.times[last]), coarse, close)
+    slack = before, end - look.times[last]
+    return Candidate(start, end, slack, coarse, close, is_refined=max(slack) <= _REFINED)
 
 
 @dataclass(frozen=True)
