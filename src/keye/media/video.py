@@ -47,7 +47,7 @@ class FrameScan(Protocol):
         """Numbers of consecutive frames of the file."""
 
     def push(self, thumbnails: Pixels) -> None:
-        """The next of its frames, uint8 RGB [frames, 36, 64, 3], in whatever shape the video has, before they are
+        """The next of its frames, uint8 RGB [frames, 18, 32, 3], in whatever shape the video has, before they are
         turned upright. Frames at the end that cannot be decoded do not come."""
 
 

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from keye.media.decode.wire import FRAME, THUMBNAILS
 
 #: Size of a thumbnail in pixels, and its bytes (RGB).
-WIDTH, HEIGHT = 64, 36
+WIDTH, HEIGHT = 32, 18
 BYTES: Final = WIDTH * HEIGHT * 3
 #: Thumbnails in a message; the last one of an answer may have fewer.
 BATCH: Final = 64
