@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from keye.engine.runtime import Runtime
     from keye.engine.sampling import SamplingParams
     from keye.errors import KeyeError, KeyeWarning
+    from keye.media.scenes import Scenes, find_scenes
     from keye.moments import Coverage, FindNote, FindProgress, FindResult, Moment, MomentsFound
     from keye.sessions.answer import Answer, AnswerStream
     from keye.sessions.search.find import FindStream
@@ -47,9 +48,11 @@ __all__ = [
     "MomentsFound",
     "Runtime",
     "SamplingParams",
+    "Scenes",
     "ScoreResult",
     "TokenPrompt",
     "__version__",
+    "find_scenes",
     "load",
 ]  # fmt: skip
 
@@ -62,6 +65,7 @@ _HOMES = {
     "keye.engine.runtime": ("Runtime",),
     "keye.engine.sampling": ("SamplingParams",),
     "keye.errors": ("KeyeError", "KeyeWarning"),
+    "keye.media.scenes": ("Scenes", "find_scenes"),
     "keye.moments": ("Coverage", "FindNote", "FindProgress", "FindResult", "Moment", "MomentsFound"),
     "keye.sessions.answer": ("Answer", "AnswerStream"),
     "keye.sessions.search.find": ("FindStream",),

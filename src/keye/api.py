@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
+from PIL import Image
+
 from keye.cache.slabs import KVFormat, KVOptions, Tier, free_memory
 from keye.chat.messages import Medium, Message, normalize_tools
 from keye.chat.template import Segment, may_bring_template, opens_reasoning, template_of
@@ -39,9 +41,13 @@ from keye.sessions.scope import question_notes, warn_scope
 from keye.sessions.search.questions import ground_question
 from keye.units import listed, parse_bytes
 
+#: Most pixels of the picture that a scene is titled by, and most tokens of the title.
+TITLE_PIXELS, TITLE_TOKENS = 1 << 19, 48
+
 if TYPE_CHECKING:
     from keye.chat.foreign_template import CheckpointTemplate
     from keye.engine.media import VideoIndex
+    from keye.media.scenes import Scenes
     from keye.media.source.fetch import Source
     from keye.moments import FindResult
     from keye.sessions.live import Keep, LiveSession
@@ -166,6 +172,23 @@ class Keye:
             raise KeyeError("an image was given to find; give a video, or use ask for images")
         source = fetch_source(medium.source)  # type: ignore[arg-type]  # a video that is a file
         return FindStream(open_find(self.engine, source, event, FindOptions(**options), medium.options, check, name))
+
+    def title_scenes(
+        self, video: object, scenes: Scenes, *, track: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """A title for each shot of a video that `keye.find_scenes` has found, asked about the picture in its middle.
+        `on_progress` is called with (titles, shots)."""
+        from keye.media.scenes import middle_frames
+        from keye.media.source.fetch import as_source
+
+        titles = list[str]()
+        for picture in middle_frames(as_source(video), scenes, most_pixels=TITLE_PIXELS, track=track):
+            image = Image.fromarray(picture)
+            titles.append(self.ask(image, self.runtime.generation_config.title_prompt, max_tokens=TITLE_TOKENS).text)
+            if on_progress is not None:
+                on_progress(len(titles), len(scenes.shots))
+        return titles
 
     def render(
         self, messages: Sequence[Mapping[str, Any] | Message], *, thinking: bool | None = None,

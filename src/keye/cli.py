@@ -142,6 +142,7 @@ VERBS = {
     "ground": ("keye.commands.ground:ground", "find when something happens in a video"),
     "find": ("keye.commands.find:find", "find the moments of an event in hours of video"),
     "index": ("keye.commands.index:index", "read a video once and keep it in a file for questions"),
+    "scenes": ("keye.commands.scenes:scenes", "list the shots of a video, cut by cut"),
     "library": ("keye.commands.library:library", "keep folders of videos indexed and search all of them"),
     "live": ("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
     "plan": ("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),

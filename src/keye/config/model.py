@@ -156,7 +156,8 @@ class GenerationConfig:
 
     `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a
     prompt that also has `{article}` gets the event without its own article. `presence_prompt` is the same for the
-    question, to be answered with yes or no, whether it happens at all; its article is "a" or "an". `examples` are
+    question, to be answered with yes or no, whether it happens at all; its article is "a" or "an". `title_prompt` asks
+    for the title of a picture out of a video. `examples` are
     questions about the sample clip that the model answers rightly, for people who try it. `scope` says what the model
     knows, None where nothing is known of that.
     """
@@ -174,6 +175,7 @@ class GenerationConfig:
         "[[start, end], ...], or [] if it never happens."
     )
     presence_prompt: str = "Does this happen in the video: {event}? Answer with yes or no."
+    title_prompt: str = "Give this picture from a video a title of at most six words. Answer with the title alone."
     examples: tuple[str, ...] = ()
     scope: Scope | None = None
 
@@ -221,7 +223,7 @@ _VISION_KINDS = {
 }
 _SPARSE_KINDS = {"size": ("indexer_num_heads", "indexer_head_dim", "topk", "indexer_num_kv_heads")}
 #: Fields that stand in the object `keye` of generation_config.json; the others are official ones.
-GENERATION_FIELDS = ("default_system", "ground_prompt", "presence_prompt", "examples", "scope")
+GENERATION_FIELDS = ("default_system", "ground_prompt", "presence_prompt", "title_prompt", "examples", "scope")
 _GENERATION_KINDS = {
     "flag": ("do_sample",),
     "count": ("top_k",),
@@ -230,7 +232,7 @@ _GENERATION_KINDS = {
     "positive share": ("top_p",),
     "factor": ("repetition_penalty",),
     "tokens": ("eos_token_ids",),
-    "text": ("default_system", "ground_prompt", "presence_prompt"),
+    "text": ("default_system", "ground_prompt", "presence_prompt", "title_prompt"),
     "texts": ("examples",),
 }
 #: Names of the rotary embedding that keye implements. Others stretch the context by changing the frequencies.

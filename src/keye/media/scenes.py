@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import base64
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -15,11 +15,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from keye.config.media import MediaOptions
 from keye.errors import KeyeError, Option
 from keye.media.info import VideoInfo
 from keye.media.pixels.cuts import THRESHOLD, CutDetector
 from keye.media.pixels.patches import Pixels
-from keye.media.source.fetch import Reference
+from keye.media.plan import VideoPlan
+from keye.media.source.fetch import Reference, fetch_source
 from keye.media.video import DecodeLimits, VideoReader
 from keye.moments import OnCut
 
@@ -28,6 +30,8 @@ SNAP: Final = 0.3
 #: Seconds between scores of change, and the most of them: of longer videos each stands for more seconds.
 STEP: Final = 0.1
 MOST_SCORES: Final = 1_000_000
+#: Processor seconds for decoding all frames of a user's own file.
+_CPU_SECONDS: Final = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,30 @@ class SceneScan:
 
 
 def find_scenes(
-    source: Reference, *, track: int | None = None, threshold: float = THRESHOLD, min_length: float = 0.0,
+    video: Reference, *, track: int | None = None, threshold: float = THRESHOLD, min_length: float = 0.0,
     limits: DecodeLimits | None = None, on_progress: Callable[[int, int], None] | None = None,
 ) -> Scenes:  # fmt: skip
-    """The scenes of a video file, all frames of which are decoded; options are those of `SceneScan`."""
+    """The hard cuts of a video (a path, an address, bytes or a `Source`) and the scenes between them. All frames are
+    decoded, which needs no model. Options are those of `SceneScan`; `track` is the video track that is read. Raises
+    `MediaError` for a file that cannot be read."""
+    source = fetch_source(video)
+    if limits is None and not source.untrusted:  # all frames of many hours may be read, as long as the user waits
+        limits = DecodeLimits(cpu_seconds=_CPU_SECONDS)
     with VideoReader(source, limits, track=track) as reader:
         scan = SceneScan(reader.info, threshold=threshold, min_length=min_length, on_progress=on_progress)
         reader.scan(scan)
         return scan.finish()
+
+
+def middle_frames(video: Reference, scenes: Scenes, *, most_pixels: int, track: int | None = None) -> Iterator[Pixels]:
+    """A picture of each shot, from its middle, upright, uint8 RGB [height, width, 3] of at most `most_pixels`."""
+    with VideoReader(video, track=track) as reader:
+        times, info = reader.info.timestamps, reader.info
+        places = [bisect_right(times, (shot.start + shot.end) / 2) - 1 for shot in scenes.shots]
+        scale = min(1.0, (most_pixels / (info.width * info.height)) ** 0.5)
+        size = max(1, int(info.height * scale)), max(1, int(info.width * scale))
+        looks = MediaOptions(tone_map=True)
+        yield from reader.frames(VideoPlan.of(info, places, size, tokens_per_frame=0, rate=info.fps, options=looks))
 
 
 def snap(

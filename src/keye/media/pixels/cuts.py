@@ -103,9 +103,12 @@ class CutDetector:
         # In fast motion or noise: more of the picture is new than before and after. Not at the end of a fade.
         if change < _LARGE or max(contrast(self._picture(n)) for n in (number - 1, number)) < _PLAIN:
             return None
+        share = self._unexplained(number - 1, number)
+        if share < self.threshold:
+            return None
         before = self._newness(number - 1, (number - 2, number - 3))
         after = self._newness(number, (number + 1, number + 2))
-        return number if self._unexplained(number - 1, number) >= _PEAK * max(before, after) else None
+        return number if share >= _PEAK * max(before, after) else None
 
     def _newness(self, number: int, others: Sequence[int]) -> float:
         """The share of a picture that none of the others explains; a flash in one of them does not count."""
