@@ -22,7 +22,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shots_as_text(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scenes", str(clip)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["3 shots, 2 cuts", "1 0.0 s to 1.2 s (1.2 s)", "2 1.2 s to 2.0 s (0.8 s)", "3 2.0 s to 3.0 s (1.0 s)"]
+    assert lines == [
+        "3 shots, 2 cuts",
+        "1 0.0 s to 1.2 s (1.2 s)",
+        "2 1.2 s to 2.0 s (0.8 s)",
+        "3 2.0 s to 3.0 s (1.0 s)",
+    ]
 
 
 def test_shots_as_json_and_as_a_table(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def _planes(thumbnail: Pixels) -> Planes:
     motion."""
     planes = (thumbnail.astype(np.float32) @ _TO_YCC).transpose(2, 0, 1)
     padded = np.pad(planes, ((0, 0), (1, 0), (1, 0)), mode="edge")
-    return (padded[:, 1:, 1:] + padded[:, :-1, 1:] + padded[:, 1:, :-1] + padded[:, :-1, :-1]) / 4
+    return ((padded[:, 1:, 1:] + padded[:, :-1, 1:] + padded[:, 1:, :-1] + padded[:, :-1, :-1]) / 4).astype(np.float32)
 
 
 def _contrast(planes: Planes) -> Planes:
