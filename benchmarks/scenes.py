@@ -110,10 +110,11 @@ def animation(folder: Film, name: str) -> Path:
     return path
 
 
+_X264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
 #: Formats that `benchmarks.media_files` has not.
 MORE: dict[str, Case] = {
-    "hdr.mp4": encoded("-c:v", "libx265", "-preset", "ultrafast", "-pix_fmt", "yuv420p10le", "-color_primaries", "bt2020",
-                       "-color_trc", "smpte2084", "-colorspace", "bt2020nc"),
+    "hdr.mp4": encoded("-c:v", "libx265", "-preset", "ultrafast", "-pix_fmt", "yuv420p10le",
+                       "-color_primaries", "bt2020", "-color_trc", "smpte2084", "-colorspace", "bt2020nc"),
     "grey.mkv": encoded("-c:v", "ffv1", "-pix_fmt", "gray"),
     "grey.mp4": encoded("-c:v", "libx264", "-pix_fmt", "gray"),
     "ten-bit.mkv": encoded("-c:v", "libx264", "-pix_fmt", "yuv422p10le"),
@@ -121,8 +122,8 @@ MORE: dict[str, Case] = {
     "low-rate.mp4": encoded("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "40"),
     "low-rate.mpg": encoded("-c:v", "mpeg2video", "-q:v", "20"),
     "telecine.ts": encoded("-vf", "telecine", "-c:v", "mpeg2video", "-flags", "+ildct+ilme", "-q:v", "3", rate="24"),
-    "blended.mp4": encoded("-vf", "minterpolate=fps=25:mi_mode=blend:scd=none", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
-    "double-rate.mp4": encoded("-r", "60", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
+    "blended.mp4": encoded("-vf", "minterpolate=fps=25:mi_mode=blend:scd=none", *_X264),
+    "double-rate.mp4": encoded("-r", "60", *_X264),
     "animation.png": animation, "animation.webp": animation,
 }  # fmt: skip
 
