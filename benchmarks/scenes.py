@@ -38,7 +38,7 @@ from keye.media.video import VideoReader
 SHOTS = (13, 19, 10, 24, 16)
 BITS = 4
 SIZE, RATE = (320, 180), 25
-#: Mean difference of levels below which two shots that follow one another are not told apart by people either.
+#: Mean difference of levels below which two shots that follow one another are hardly distinguished by people either.
 VISIBLE = 8.0
 
 
@@ -129,7 +129,7 @@ MORE: dict[str, Case] = {
 
 
 def formats(only: str) -> dict[str, Any]:
-    misses, cuts, refused = dict[str, list[str]](), 0, list[str]()
+    misses, cuts, skipped = dict[str, list[str]](), 0, list[str]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Film(Path(temporary))
         cases = {**CASES, **MORE}
@@ -137,7 +137,7 @@ def formats(only: str) -> dict[str, Any]:
             try:
                 path = cases[name](folder, name)
             except (subprocess.CalledProcessError, ValueError):
-                refused.append(name)  # a case that is not of this film
+                skipped.append(name)  # a case that is not of this film
                 continue
             try:
                 faults = check_format(path)
@@ -146,7 +146,7 @@ def formats(only: str) -> dict[str, Any]:
             if faults:
                 misses[name] = faults
             cuts += 1
-    return {"files": cuts, "right": cuts - len(misses), "misses": misses, "not made": refused}
+    return {"files": cuts, "right": cuts - len(misses), "misses": misses, "not made": skipped}
 
 
 def write(path: Path, pictures: Iterable[Picture], size: tuple[int, int] = SIZE) -> Path:
