@@ -32,6 +32,46 @@ def print_report(result: Mapping[str, Any], console: Console | None = None) -> N
         console.print(part)
 
 
+def print_needle_report(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints what `keye.evals.tasks.needle.evaluate` returned, its baselines beside it."""
+    console = console or Console()
+    options, present, absent, costs = (result[name] for name in ("options", "present", "absent", "costs"))
+    console.print(f"{_count(result['films'], 'film')} of {options['minutes']:g} minutes, split {options['split']}, "
+                  f"events of {options['event']:g} s")  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    table.add_column("events that happen", no_wrap=True)
+    names = ("hit@1", "hit@5", "r1@0.5", "miou")
+    for name in names:
+        table.add_column("mIoU" if name == "miou" else name.capitalize(), justify="right", no_wrap=True)
+    table.add_row("search", *(_with_error(present[name]["value"], present[name]["error"]) for name in names))
+    for label, row in _needle_baselines(result).items():
+        table.add_row(label, *(_number(row.get(name)) for name in names))
+    table.caption = f"n = {present['n']}; a hit is within 5 s"
+    console.print(table)
+    alarms = absent["false_alarms"]
+    console.print(f"events that never happen: {_with_error(alarms['value'], alarms['error'])} % reported, n = "
+                  f"{absent['n']}; of those that happen {_number(present['answered']['value'])} %")  # fmt: skip
+    for name, text in (("presence", "presence"), ("chance", "first moment")):
+        if (error := result["calibration"][name]["error"]) is not None:
+            console.print(f"calibration error of the probability, {text}: {error:.3f}")
+    further, tokens = costs["further"], costs["query_tokens"]["median"]
+    console.print(f"a further question: {_number(further['wall'])} s, {_number(further['cpu'])} CPU seconds, "
+                  f"{tokens:,.0f} tokens; index: {costs['index_tokens']:,.0f} tokens")  # fmt: skip
+
+
+def _needle_baselines(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Rows below that of a search."""
+    if (baselines := result.get("baselines")) is None:
+        return {}
+    ceilings = {
+        f"perfect, 1 frame / {float(spacing):g} s": {"hit@1": 100 * item["seen"], "hit@5": 100 * item["seen"],
+                                                 "r1@0.5": 100 * item["recall"], "miou": 100 * item["miou"]}
+        for spacing, item in baselines["perfect_one_pass"].items()
+    }  # fmt: skip
+    one_pass = {name: figure["value"] for name, figure in baselines["one_pass"]["present"].items() if name != "n"}
+    return {"one pass": one_pass, **ceilings, "random": baselines["random"]}
+
+
 def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("task", no_wrap=True)
