@@ -16,7 +16,7 @@ from keye import KeyeError
 from keye.cache.fingerprint import Fingerprint
 from keye.media.source.fetch import fetch_source
 from keye.sessions.search import places
-from keye.sessions.search.windows import choose_frames, count_overlap, label_frames, plan_windows
+from keye.sessions.search.windows import choose_frames, choose_step, count_overlap, label_frames, plan_windows
 
 MODEL = Fingerprint("tiny", "float32", "c", "p", "w")
 
@@ -46,8 +46,11 @@ def test_windows_cover_every_second_with_clocks_of_their_own(
 
 
 def test_a_clock_runs_slower_where_frames_lie_close() -> None:
-    assert label_frames([40.0, 41.0, 42.5]) == (0.0, 1.0, 2.5)
-    assert label_frames([40.0, 40.1, 40.2]) == (0.0, 0.5, 1.0)
+    for times, step, labels in (
+        ([40.0, 41.0, 42.5], None, (0.0, 1.0, 2.5)),
+        ([40.0, 40.1, 40.2], 0.5, (0.0, 0.5, 1.0)),
+    ):
+        assert choose_step(times) == step and label_frames(times, step) == labels
 
 
 def test_frames_are_moved_to_changes() -> None:

@@ -39,13 +39,14 @@ from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode, cache_rows
 from keye.moments import FindProgress
 from keye.ops.kv_blocks import KV_BLOCK, RowSpec
+from keye.sessions.search.headers import encode_shares
 from keye.sessions.search.places import identify_source, is_default, make_room, path_of
 from keye.sessions.search.plans import Choices, FrameRate, IndexPlan
 from keye.sessions.search.plans import Effort as Effort
 from keye.sessions.search.scoring import YES_NO, answer_ids, encode_question, frame_shares, read_answer
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.sessions.search.window_reader import OnFrames, WindowReader
-from keye.sessions.search.windows import SearchWindow, choose_frames, plan_windows
+from keye.sessions.search.windows import SearchWindow, choose_frames, choose_step, plan_windows
 from keye.version import __version__
 
 #: Bytes of rows that a segment holds, at least one window.
@@ -299,7 +300,7 @@ class _Builder:
             entry = entries[item.number]
             entry["prior"] = round(read_answer(item.logits, readers)[0], 5)
             if item.counts is not None:
-                entry["null_shares"] = [round(float(share), 6) for share in frame_shares(item, entry["spans"])]
+                entry["null_shares"] = encode_shares(frame_shares(item, entry["spans"]))
         for entry in entries:
             del entry["spans"]
 
@@ -360,7 +361,7 @@ def _entry(window: SearchWindow, level: int, prompt: Prompt) -> dict[str, Any]:
     frame_tokens = len(visual) // len(window.times)
     starts = visual[::frame_tokens]
     return {
-        "times": list(window.times), "labels": list(window.labels), "end": window.end, "level": level,
+        "times": list(window.times), "step": choose_step(window.times), "end": window.end, "level": level,
         "tokens": prompt.length, "frame_tokens": frame_tokens, "next_position": prompt.next_position,
         "prior": None, "null_shares": None, "spans": np.stack((starts, starts + frame_tokens), axis=1),
     }  # fmt: skip

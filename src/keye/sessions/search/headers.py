@@ -12,10 +12,9 @@ A file is data that anyone may have written: no number is used that is not possi
 
 from __future__ import annotations
 
-import math
+import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -29,7 +28,8 @@ from keye.media.sampling import SAME_TIME
 from keye.media.scenes import Scenes
 from keye.models.attention import AttentionMode
 from keye.ops.kv_blocks import KV_BLOCK
-from keye.sessions.search.windows import SearchWindow
+from keye.sessions.search.plans import MOST_WINDOW_FRAMES
+from keye.sessions.search.windows import SearchWindow, label_frames
 
 #: More of anything than this is damage: windows, frames of a window, positions.
 _MOST: Final = 1 << 24
@@ -179,6 +179,11 @@ def describe_search_index(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def encode_shares(shares: NDArray[np.float32]) -> str:
+    """The shares of the frames of a window as they are in headers: base64 of little-endian float16."""
+    return base64.b64encode(shares.astype("<f2").tobytes()).decode()
+
+
 def _read_windows(contents: IndexContents, segment: Segment) -> Iterator[StoredWindow]:
     """The windows of a segment, checked against its rows."""
     path, image, entries = contents.path, segment.image, segment.about.get("windows")
@@ -186,28 +191,51 @@ def _read_windows(contents: IndexContents, segment: Segment) -> Iterator[StoredW
         raise damage_error(path, "a segment of windows has no windows")
     spacings, block = contents.head.plan["spacings"], 0
     for i, entry in enumerate(entries):
-        _fields(path, entry, {"times": list, "end": float, "level": int, "tokens": int, "frame_tokens": int,
-                              "next_position": int, "labels": list})  # fmt: skip
-        times, labels = _numbers(path, entry["times"]), _numbers(path, entry["labels"])
-        prior, shares = entry.get("prior"), entry.get("null_shares")
+        fields = {"times": list, "end": float, "level": int, "tokens": int, "frame_tokens": int, "next_position": int}
+        _fields(path, entry, fields)
+        times, step, prior = _read_times(path, entry), entry.get("step"), entry.get("prior")
         blocks = -(-entry["tokens"] // KV_BLOCK)
         sound = (
-            0 < len(times) == len(labels) and all(a < b for t in (times, labels) for a, b in pairwise(t))
-            and -1 <= times[0] and times[-1] <= entry["end"] < _MOST
+            -1 <= times[0] and times[-1] <= entry["end"] < _MOST
+            and (step is None or (type(step) is float and 0 < step < _MOST))
             and 0 <= entry["level"] < len(spacings)
             and 0 < entry["tokens"] and block + blocks <= image.blocks
             and 0 < entry["frame_tokens"] and 0 < entry["next_position"] < 1 << 31
-            and isinstance(prior, int | float | None) and (shares is None or len(_numbers(path, shares)) == len(times))
+            and (prior is None or (type(prior) in (int, float) and abs(prior) < _MOST))
         )  # fmt: skip
         if not sound:
             raise damage_error(path, "a window holds values that keye does not write")
         yield StoredWindow(
-            len(contents.windows) + i, tuple(times), tuple(labels), entry["end"], spacings[entry["level"]],
+            len(contents.windows) + i, times, label_frames(times, step), entry["end"], spacings[entry["level"]],
             entry["level"], len(contents.images), block, entry["tokens"], entry["frame_tokens"],
             entry["next_position"], None if prior is None else float(prior),
-            None if shares is None else np.array(shares, dtype=np.float32),
+            _read_shares(path, entry.get("null_shares"), len(times)),
         )  # fmt: skip
         block += blocks
+
+
+def _read_times(path: Path, entry: Mapping[str, Any]) -> tuple[float, ...]:
+    """The seconds of the frames of a window, at least one, ascending."""
+    values = entry["times"]
+    if not values or len(values) > MOST_WINDOW_FRAMES or not all(type(time) in (int, float) for time in values):
+        raise damage_error(path, "the times of a window are none that keye writes")
+    times = np.array(values, dtype=np.float64)
+    if not (abs(times) < _MOST).all() or (np.diff(times) <= 0).any():
+        raise damage_error(path, "the times of a window do not ascend")
+    return tuple(times.tolist())
+
+
+def _read_shares(path: Path, value: Any, frames: int) -> NDArray[np.float32] | None:
+    """What `encode_shares` gave; None where there are none."""
+    if value is None:
+        return None
+    try:
+        shares = np.frombuffer(base64.b64decode(value, validate=True), "<f2").astype(np.float32)
+    except (ValueError, TypeError):
+        shares = np.empty(0, dtype=np.float32)
+    if len(shares) != frames or not ((shares >= 0) & (shares <= 1)).all():
+        raise damage_error(path, "the shares of a window are none that keye writes")
+    return shares
 
 
 def _fields(path: Path, value: Any, wanted: Mapping[str, type]) -> Mapping[str, Any]:
@@ -220,11 +248,3 @@ def _fields(path: Path, value: Any, wanted: Mapping[str, type]) -> Mapping[str, 
         if type(value.get(name)) is not kind:
             raise damage_error(path, f"its header lacks {name}")
     return value
-
-
-def _numbers(path: Path, value: Any) -> list[float]:
-    if not isinstance(value, list) or not all(type(number) in (int, float) for number in value):
-        raise damage_error(path, "its header has something else where numbers belong")
-    if any(not math.isfinite(number) or abs(number) > 1e12 for number in value):
-        raise damage_error(path, "its header has numbers beyond all bounds")
-    return [float(number) for number in value]

@@ -29,6 +29,8 @@ _FREE_SHARE: Final = 0.1
 #: A use is noted at most so often, in seconds: writing the time makes what was compared of a file forgotten.
 _TOUCH_SECONDS: Final = 24 * 3600
 _FOLDER, _SUFFIX = "find", ".keye"
+#: Changes when what is in an index does, so that older ones are not found.
+_FORMAT: Final = 2
 
 
 def identify_source(source: Source) -> str:
@@ -75,7 +77,7 @@ def is_default(path: Path) -> bool:
 
 def default_index_path(source: Source, model: Fingerprint, plan: object, folder: Path | None = None) -> Path:
     """Where the index of a video for a model belongs under `plan`, the choices of the user as plain data."""
-    key = hashlib.sha256(repr((identify_source(source), model, plan)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_FORMAT, identify_source(source), model, plan)).encode()).hexdigest()[:32]
     return (folder or find_folder()) / f"{key}{_SUFFIX}"
 
 

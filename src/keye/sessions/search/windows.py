@@ -63,11 +63,16 @@ class SearchWindow:
         return *self.labels, self.labels[-1] + max(self.end - self.times[-1], 0.0) * pace
 
 
-def label_frames(times: Sequence[float]) -> tuple[float, ...]:
-    """The window's own clock at frames shown at `times`: seconds since the first, or a slower one for frames that lie
-    close together."""
-    if len(times) > 1 and min(np.diff(times)) < LEAST_SPACING:
-        return tuple(_STRETCHED * i for i in range(len(times)))
+def choose_step(times: Sequence[float]) -> float | None:
+    """How far apart the labels of frames shown at `times` are, where these lie too close together; None where labels
+    are seconds."""
+    return _STRETCHED if len(times) > 1 and min(np.diff(times)) < LEAST_SPACING else None
+
+
+def label_frames(times: Sequence[float], step: float | None) -> tuple[float, ...]:
+    """The window's own clock at frames shown at `times`: seconds since the first, or `step` for each frame."""
+    if step is not None:
+        return tuple(step * i for i in range(len(times)))
     return tuple(round(time - times[0], 6) for time in times)
 
 
@@ -130,5 +135,6 @@ def plan_windows(
         part = tuple(times[begin : begin + frames])
         after = begin + frames
         end = times[after] if after < len(times) else duration
-        windows.append(SearchWindow(first_number + len(windows), part, label_frames(part), end, spacing))
+        labels = label_frames(part, choose_step(part))
+        windows.append(SearchWindow(first_number + len(windows), part, labels, end, spacing))
     return windows
