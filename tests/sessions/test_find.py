@@ -12,33 +12,13 @@ import pytest
 import keye
 from keye.moments import FindProgress, FindResult, MomentsFound, SubtitleLine
 from keye.sessions.search.tools import VideoTools
-from tests.support.films import write_short_film
-
-
-@pytest.fixture(scope="session")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty seconds; a red circle is seen from 21 to 23."""
-    return write_short_film(tmp_path_factory.mktemp("films") / "film.mp4")
-
-
-@pytest.fixture(scope="session")
-def model() -> keye.Keye:
-    return keye.load("nano")
-
-
-@pytest.fixture(scope="session")
-def index(film: Path, model: keye.Keye) -> Path:
-    """The search index of the film."""
-    path = film.with_suffix(".keye")
-    model.find(film, "green cross", index=path, subtitles="none", effort="low")
-    return path
 
 
 @pytest.fixture
-def find(film: Path, model: keye.Keye, index: Path) -> Any:
+def find(film: Path, nano: keye.Keye, film_index: Path) -> Any:
     """Searches the film by its index."""
-    return lambda event, **options: model.stream_find(
-        film, event, **{"index": index, "subtitles": "none", **options}
+    return lambda event, **options: nano.stream_find(
+        film, event, **{"index": film_index, "subtitles": "none", **options}
     )  # fmt: skip
 
 
@@ -102,13 +82,13 @@ def test_an_interruption_leaves_the_best_so_far(find: Any) -> None:
     assert result.stopped and result.coverage.index_tokens > 0
 
 
-def test_an_index_stands_for_its_video(model: keye.Keye, film: Path, index: Path, tmp_path: Path) -> None:
-    result = model.find(index, "the red circle")
+def test_an_index_stands_for_its_video(nano: keye.Keye, film: Path, film_index: Path, tmp_path: Path) -> None:
+    result = nano.find(film_index, "the red circle")
     assert (result.moments[0].start, result.moments[0].end) == (21.0, 23.0)
     copy = Path(shutil.copy(film, tmp_path / "copy.mp4"))
-    model.find(copy, "green cross", index=tmp_path / "copy.keye", subtitles="none", effort="low", scenes=False)
+    nano.find(copy, "green cross", index=tmp_path / "copy.keye", subtitles="none", effort="low", scenes=False)
     copy.unlink()
-    result = model.find(tmp_path / "copy.keye", "the red circle")
+    result = nano.find(tmp_path / "copy.keye", "the red circle")
     assert "no_video" in {note.code for note in result.notes} and result.coverage.places == 0
 
 
@@ -119,8 +99,8 @@ def test_what_is_said_is_found_too(find: Any) -> None:
     assert (moment.start, moment.end, moment.checked) == (2.0, 4.0, "no")
 
 
-def test_tools_look_in_seconds(model: keye.Keye, film: Path) -> None:
-    with VideoTools(model.engine, film) as tools:
+def test_tools_look_in_seconds(nano: keye.Keye, film: Path) -> None:
+    with VideoTools(nano.engine, film) as tools:
         everything = tools.overview("is there a red circle in the video?")
         assert everything["start"] == 0.0 and everything["end"] == 40.0 and everything["text"] == "yes"
         near = tools.focus(17, 27, "when is the red circle visible?")
@@ -157,12 +137,12 @@ def test_events_that_are_none(find: Any, event: Any) -> None:
 
 
 def test_words_that_the_model_does_not_know(find: Any) -> None:
-    with pytest.warns(keye.KeyeWarning, match="the model does not know 'dog'; keye-nano knows drawn shapes"):
+    with pytest.warns(keye.KeyeWarning, match="the model does not know 'dog'"):
         stream = find("the red dog", budget=200)
     assert [note.code for note in stream.finish().notes].count("scope") == 1
 
 
 @pytest.fixture(autouse=True)
-def _close(model: keye.Keye) -> Iterator[None]:
+def _close(nano: keye.Keye) -> Iterator[None]:
     yield
-    assert not model.core.tasks
+    assert not nano.core.tasks

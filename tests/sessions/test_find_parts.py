@@ -155,7 +155,7 @@ def test_yes_is_read_from_the_first_token() -> None:
     assert yes_log_odds([]) is None
 
 
-SCOPE = Scope("shapes", "it knows shapes", 64, (), ("the", "red", "circle", "is", "word", "shown"))
+SCOPE = Scope("shapes", "It knows shapes.", 64, words=("the", "red", "circle", "is", "word", "shown"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import keye
 from keye.data.frameforge import make_clip, write_mp4
+from tests.support.films import write_short_film
 from tests.support.tiny import tiny_folder
 
 
@@ -24,6 +26,26 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed in range(4):
         write_mp4(make_clip(seed, frames=8, objects=2, start=0.0, step=0.5), folder / f"{seed}.mp4", (112, 112))
     return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty seconds in which a red circle is seen from 21 to 23."""
+    return write_short_film(tmp_path_factory.mktemp("films") / "film.mp4")
+
+
+@pytest.fixture(scope="session")
+def nano() -> keye.Keye:
+    """The packaged model."""
+    return keye.load("nano")
+
+
+@pytest.fixture(scope="session")
+def film_index(film: Path, nano: keye.Keye) -> Path:
+    """The search index of the film."""
+    path = film.with_suffix(".keye")
+    nano.find(film, "green cross", index=path, subtitles="none", effort="high", budget=100)
+    return path
 
 
 @pytest.fixture(scope="module")

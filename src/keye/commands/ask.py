@@ -150,9 +150,7 @@ def check_search(media: Sequence[Medium], arguments: Mapping[str, Any]) -> None:
         raise KeyeError(f"{media[0].source.name} is an index, of which no part can be chosen: give the video itself")
     for name in ("fps", "nframes", "min_frames", "max_frames", "video_total_pixels", "strict_official"):
         if arguments[name] is not None:
-            raise KeyeError(
-                f"{options.flag(name)} does not go with --search, which chooses frames itself; leave it out"
-            )
+            raise KeyeError(f"--search chooses frames itself: leave {options.flag(name)} out")
 
 
 def narrow_down(model: Keye, medium: Medium, event: str) -> tuple[list[Medium], Moment | None]:

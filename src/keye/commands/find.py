@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import click
 
@@ -48,6 +48,7 @@ _EFFORTS: Final = ("auto", "low", "medium", "high")
               help="With --library: where it is kept.  [default: in the user's data folder]")  # fmt: skip
 @click.option("--embedder", metavar="NAME",
               help="With --library: rank by stored vectors of this image-text embedder first.")  # fmt: skip
+@options.exporting
 @options.overwrite
 @options.reading
 @options.private_urls
@@ -85,15 +86,18 @@ def find(words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: b
     opened = list(_open_videos(files, arguments))
     if arguments["index_file"] is not None and len(opened) > 1:
         raise KeyeError(f"--index keeps the index of one video, but {len(opened)} were named; leave it out")
+    check_files(opened, arguments, overwrite=overwrite)
     model = inputs.load_model(arguments)
     searched = _search_all(model, opened, event, arguments)
-    clip_paths = _write_all_clips(searched, clips, overwrite) if clips is not None else []
-    if as_json:
-        show.print_json({**_to_dict(searched, event), "clips": [str(path) for path in clip_paths]})
-    else:
+    if not as_json:  # before the files, which may fail
         show_find.print_found([video.result for video in searched.videos], event, searched.failed)
-        for path in clip_paths:
-            show.print_line(f"wrote {path}")
+    clip_paths = _write_all_clips(searched, clips, overwrite) if clips is not None else []
+    exports = _write_exports(model, searched, event, arguments, overwrite)
+    if as_json:
+        extra = {"exports": [str(path) for path in exports]} if exports else {}
+        show.print_json({**_to_dict(searched, event), "clips": [str(path) for path in clip_paths], **extra})
+    for path in () if as_json else (*clip_paths, *exports):
+        show.print_line(f"wrote {path}")
     if searched.is_interrupted:
         raise click.exceptions.Exit(_INTERRUPTED)
 
@@ -112,9 +116,18 @@ def split_words(words: Sequence[str]) -> tuple[list[str], str]:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A video by the name that the user gave it."""
+
+    name: str
+    medium: Medium
+
+
+@dataclass(frozen=True)
 class SearchedVideo:
     """A video, or the index of one, what was found in it, and where the video itself is."""
 
+    name: str
     medium: Medium
     result: FindResult
     source: Source | None
@@ -129,7 +142,11 @@ class Searched:
     is_interrupted: bool = False
 
 
-def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[Medium | tuple[str, str]]:
+#: A video that could be opened, or a name and why it could not.
+Opened: TypeAlias = Named | tuple[str, str]
+
+
+def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[Opened]:
     """Every named file and every video of a named folder, opened, or its name and why it cannot be. An error where it
     is the only one."""
     from keye.commands.shared import inputs
@@ -150,25 +167,23 @@ def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator
     choices = {**dict.fromkeys((*VIDEO_OPTIONS, *options.VIDEO_OPTIONS, *options.FORMAT_OPTIONS)), **arguments}
     for name in names:
         try:
-            yield inputs.only_video(name, choices)
+            yield Named(name, inputs.only_video(name, choices))
         except MediaError as error:
             if len(names) == 1:
                 raise
             yield name, str(error)
 
 
-def _search_all(
-    model: Keye, opened: Sequence[Medium | tuple[str, str]], event: str, arguments: Mapping[str, Any]
-) -> Searched:
+def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Mapping[str, Any]) -> Searched:
     """Searches one video after the other; those that turn out to be unreadable are listed as failed."""
     from keye.commands.shared.show_find import watch_search
 
     searched, several = Searched([], []), len(opened) > 1
-    for medium in opened:
-        if isinstance(medium, tuple):
-            searched.failed.append(medium)
+    for item in opened:
+        if isinstance(item, tuple):
+            searched.failed.append(item)
             continue
-        name = medium.source.name  # type: ignore[attr-defined]
+        name, medium = item.name, item.medium
         stream = model.stream_find(
             medium, event, name=name if several else None, top=arguments["top"], threshold=arguments["threshold"],
             budget=arguments["budget"], effort=arguments["effort"], seconds=arguments["seconds"],
@@ -183,7 +198,7 @@ def _search_all(
                 raise
             searched.failed.append((name, str(error)))
             continue
-        searched.videos.append(SearchedVideo(medium, result, stream.search.source))
+        searched.videos.append(SearchedVideo(name, medium, result, stream.search.source))
         if searched.is_interrupted:
             break
     return searched
@@ -207,6 +222,49 @@ def rank_over_videos(results: Sequence[FindResult]) -> list[Moment]:
     moments = [moment for result in results for moment in result.moments]
     ordered = sorted(moments, key=lambda moment: (-(moment.probability or 0.0), moment.rank))
     return [replace(moment, rank=rank) for rank, moment in enumerate(ordered, 1)]
+
+
+def check_files(opened: Sequence[Opened], arguments: Mapping[str, Any], *, overwrite: bool) -> None:
+    """`KeyeError` where `--export` and `--record` cannot work, before a model is loaded."""
+    from keye.commands.shared.export import plan_exports
+    from keye.commands.shared.record import check_record
+
+    media = {video.name: video.medium.source for video in opened if isinstance(video, Named)}
+    if arguments["record"] is not None:
+        if len(opened) > 1:
+            raise KeyeError(f"--record writes the record of one video, but {len(opened)} were named; leave it out")
+        check_record(arguments["record"], list(media.values()), overwrite=overwrite)
+    if len(opened) == 1:
+        plan_exports(arguments, next(iter(media.values())), overwrite=overwrite)  # type: ignore[arg-type]
+    else:
+        plan_exports(arguments, media, overwrite=overwrite)  # type: ignore[arg-type]
+
+
+def _write_exports(
+    model: Keye, searched: Searched, event: str, arguments: Mapping[str, Any], overwrite: bool
+) -> list[Path]:
+    """Writes what `--export` and `--record` ask for."""
+    from keye.commands.shared.export import plan_exports
+    from keye.commands.shared.record import write_find_record
+    from keye.exports import ranges_of
+    from keye.sessions.search.questions import ground_question, presence_question
+
+    paths: list[Path] = []
+    sources = {video.name: video.source for video in searched.videos if video.source is not None}
+    if arguments["export"] and len(sources) < len(searched.videos):
+        raise KeyeError("the video of an index is not where it was: give the video itself for --export")
+    several = len(searched.videos) + len(searched.failed) > 1
+    if sources and arguments["export"]:
+        moments = rank_over_videos([video.result for video in searched.videos])
+        plan = plan_exports(arguments, sources if several else next(iter(sources.values())), overwrite=overwrite)
+        paths += plan.write(ranges_of(moments, event), event) if plan is not None else []
+    if arguments["record"] is not None and sources:
+        config, (video,) = model.runtime.generation_config, searched.videos
+        prompts = [presence_question(config, event), ground_question(config, event)]
+        settings = {name: arguments[name] for name in ("effort", "budget", "top", "seconds") if arguments[name]}
+        write_find_record(arguments["record"], model, sources[video.name], video.result, prompts, settings)
+        paths.append(arguments["record"])
+    return paths
 
 
 def _write_all_clips(searched: Searched, folder: Path, overwrite: bool) -> list[Path]:

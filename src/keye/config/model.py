@@ -136,17 +136,19 @@ class KeyeConfig:
 @dataclass(frozen=True)
 class Scope:
     """What a small model knows and was measured on: `short` in a few words, `text` in a sentence, the most `frames` of
-    a video, `examples` of events, and the `words` that it reads (lower case; empty where it reads any). Words in
-    capital letters stand for text in the picture."""
+    a video, `examples` of events, what it `can` and `cannot` do, and the `words` that it reads (lower case; empty where
+    it reads any). Words in capital letters stand for text in the picture."""
 
     short: str = ""
     text: str = ""
     frames: int | None = None
     examples: tuple[str, ...] = ()
+    can: tuple[str, ...] = ()
+    cannot: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        kinds = {"text": ("short", "text"), "size": ("frames",), "texts": ("examples", "words")}
+        kinds = {"text": ("short", "text"), "size": ("frames",), "texts": ("examples", "can", "cannot", "words")}
         check_fields("generation_config.json", vars(self), kinds, required=required_fields(Scope))
 
 
@@ -156,10 +158,10 @@ class GenerationConfig:
 
     `ground_prompt` turns an event into the question that the model was trained on; `{event}` stands for it, and a
     prompt that also has `{article}` gets the event without its own article. `presence_prompt` is the same for the
-    question, to be answered with yes or no, whether it happens at all; its article is "a" or "an". `title_prompt` asks
-    for the title of a picture out of a video. `examples` are
-    questions about the sample clip that the model answers rightly, for people who try it. `scope` says what the model
-    knows, None where nothing is known of that.
+    question, to be answered with yes or no, whether it happens at all; its article is "a" or "an". `word_ground_prompt`
+    and `word_presence_prompt`, where they are given, ask about a `{word}` that is written in the picture.
+    `title_prompt` asks for the title of a picture out of a video. `examples` are questions about the sample clip that
+    the model answers rightly, for people who try it. `scope` says what the model knows, None where that is not known.
     """
 
     do_sample: bool = False
@@ -176,6 +178,8 @@ class GenerationConfig:
     )
     presence_prompt: str = "Does this happen in the video: {event}? Answer with yes or no."
     title_prompt: str = "Give this picture from a video a title of at most six words. Answer with the title alone."
+    word_ground_prompt: str | None = None
+    word_presence_prompt: str | None = None
     examples: tuple[str, ...] = ()
     scope: Scope | None = None
 
@@ -185,6 +189,9 @@ class GenerationConfig:
         )
         check_format("ground_prompt", self.ground_prompt, event="", article="")
         check_format("presence_prompt", self.presence_prompt, event="", article="")
+        for name in ("word_ground_prompt", "word_presence_prompt"):
+            if (prompt := getattr(self, name)) is not None:
+                check_format(name, prompt, word="")
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of the engine's sampling parameters that the model sets."""
@@ -223,7 +230,10 @@ _VISION_KINDS = {
 }
 _SPARSE_KINDS = {"size": ("indexer_num_heads", "indexer_head_dim", "topk", "indexer_num_kv_heads")}
 #: Fields that stand in the object `keye` of generation_config.json; the others are official ones.
-GENERATION_FIELDS = ("default_system", "ground_prompt", "presence_prompt", "title_prompt", "examples", "scope")
+GENERATION_FIELDS = (
+    "default_system", "ground_prompt", "presence_prompt", "word_ground_prompt", "word_presence_prompt", "title_prompt",
+    "examples", "scope",
+)  # fmt: skip
 _GENERATION_KINDS = {
     "flag": ("do_sample",),
     "count": ("top_k",),
@@ -232,7 +242,14 @@ _GENERATION_KINDS = {
     "positive share": ("top_p",),
     "factor": ("repetition_penalty",),
     "tokens": ("eos_token_ids",),
-    "text": ("default_system", "ground_prompt", "presence_prompt", "title_prompt"),
+    "text": (
+        "default_system",
+        "ground_prompt",
+        "presence_prompt",
+        "title_prompt",
+        "word_ground_prompt",
+        "word_presence_prompt",
+    ),
     "texts": ("examples",),
 }
 #: Names of the rotary embedding that keye implements. Others stretch the context by changing the frequencies.

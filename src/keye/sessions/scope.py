@@ -28,9 +28,9 @@ def scope_notes(scope: Scope | None, question: str) -> list[FindNote]:
     if not unknown:
         return []
     if foreign or (len(words) > 2 and len(unknown) == len(words)):
-        text = f"the question is in a language that the model does not know; {scope.text}"
+        text = f"the question is in a language that the model does not know. {scope.text}"
     else:
-        text = f"the model does not know {listed([repr(word) for word in unknown])}; {scope.text}"
+        text = f"the model does not know {listed([repr(word) for word in unknown])}. {scope.text}"
     return [FindNote("scope", text, "question")]
 
 

@@ -6,6 +6,7 @@ Knows the wording that each model was trained on and no frames.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 #: Characters of an event: a sentence or two.
 MOST_CHARACTERS: Final = 500
+_WORD: Final = re.compile(r"(?:(?:the |a )?(?:word|text) )?[\"']?([A-Z0-9]{2,20})[\"']?")
 _ARTICLES: Final = ("the ", "a ", "an ")
 #: Least probability that yes and no share where a reply counts as one of them.
 LEAST_MASS: Final = 0.05
@@ -26,11 +28,17 @@ MOST_LOG_ODDS: Final = 12.0
 
 def ground_question(config: GenerationConfig, event: str) -> str:
     """The question when `event` happens. `KeyeError` for an empty event and for one that is as long as a text."""
+    word = _word_of(event)
+    if word is not None and config.word_ground_prompt is not None:
+        return config.word_ground_prompt.format(word=word)
     return _fill(config.ground_prompt, event, article="the")
 
 
 def presence_question(config: GenerationConfig, event: str) -> str:
     """The question, to be answered with yes or no, whether `event` happens. Errors as in `ground_question`."""
+    word = _word_of(event)
+    if word is not None and config.word_presence_prompt is not None:
+        return config.word_presence_prompt.format(word=word)
     return _fill(config.presence_prompt, event, article=None)
 
 
@@ -42,6 +50,12 @@ def check_event(event: object) -> str:
     if len(subject) > MOST_CHARACTERS:
         raise KeyeError(f"the event has {len(subject):,} characters, more than {MOST_CHARACTERS}; say it in a sentence")
     return subject
+
+
+def _word_of(event: str) -> str | None:
+    """The word in "the word STOP" or "STOP": text in the picture, in capital letters."""
+    match = _WORD.fullmatch(check_event(event))
+    return None if match is None else match[1]
 
 
 def _fill(prompt: str, event: str, *, article: str | None) -> str:
