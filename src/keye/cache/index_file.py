@@ -62,6 +62,7 @@ _PRELUDE: Final = struct.Struct("<16sIQQ32s")
 PRELUDE_BYTES: Final = _PRELUDE.size
 #: More of anything than this is damage.
 _MOST: Final = 1 << 24
+_MOST_DIGITS: Final = 300
 Progress = Callable[[int, int], None]
 
 
@@ -249,17 +250,23 @@ def decode_header(path: Path, text: bytes, digest: bytes) -> Any:
     if hashlib.sha256(text).digest() != digest:
         raise damage_error(path, "its header differs from its checksum")
     try:
-        return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+        return json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_real)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise damage_error(path, "its header is not JSON") from None
 
 
-def _number(text: str) -> int | float:
+def _real(text: str) -> float:
     """A number as keye writes them. JSON would also give ones that no float holds; they would fail far from here."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)
-    return number if any(mark in text for mark in ".eE") else int(text)
+    return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError("a number with too many digits")
+    return int(text)
 
 
 def read_image(

@@ -73,7 +73,7 @@ def label_frames(times: Sequence[float], step: float | None) -> tuple[float, ...
     """The window's own clock at frames shown at `times`: seconds since the first, or `step` for each frame."""
     if step is not None:
         return tuple(step * i for i in range(len(times)))
-    return tuple(round(time - times[0], 6) for time in times)
+    return tuple((np.array(times) - times[0]).round(6).tolist())
 
 
 def count_overlap(spacing: float, frames: int, seconds: float = OVERLAP_SECONDS) -> int:
