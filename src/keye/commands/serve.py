@@ -47,6 +47,9 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--max-queue", type=options.COUNT, metavar="N", help="Most requests at once.  [default: 256]")
 @click.option("--max-seconds", type=options.Positive(), metavar="S", help="Longest request.  [default: 900]")
 @click.option("--keep-files", type=options.Positive(), metavar="HOURS", help="How long uploads stay.  [default: 24]")
+@click.option("--library", metavar="[DIR]", is_flag=False, flag_value="",
+              help="Serve a library of videos, and index it: that in DIR, or that of keye library.")  # fmt: skip
+@click.option("--library-manage", is_flag=True, help="Clients with a key may add and remove folders of it.")
 @options.transcribe
 @click.option("--audit", type=options.PATH, metavar="FILE", help="Append a JSON line for each request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Run N servers; requests about one video go to one.")
@@ -152,7 +155,7 @@ def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:
 
 def settings_of(api_key_file: Path | None, arguments: Mapping[str, Any]) -> Settings:
     """The settings of the command line and of the environment."""
-    from keye.config.environment import api_key
+    from keye.config.environment import api_key, library_folder
     from keye.server.settings import Settings
 
     keys = read_keys(api_key_file) if api_key_file is not None else {}
@@ -167,13 +170,16 @@ def settings_of(api_key_file: Path | None, arguments: Mapping[str, Any]) -> Sett
         from keye.commands.shared.inputs import open_transcriber
 
         limits["transcriber"] = open_transcriber(arguments)
+    if arguments["library"] is not None:
+        limits["library"] = Path(arguments["library"]).expanduser() if arguments["library"] else library_folder()
     if arguments["keep_files"] is not None:
         limits["file_seconds"] = arguments["keep_files"] * 3600
     return Settings(
         host=arguments["host"], port=arguments["port"], keys=keys, allow_urls=arguments["allow_url"],
         allowed_hosts=arguments["allow_host"], served_names=arguments["name"],
         strict_model_name=arguments["strict_model_name"], strict_limits=arguments["strict_limits"],
-        allow_origins=arguments["allow_origin"], allow_media_hosts=arguments["allow_media_host"], **limits,
+        allow_origins=arguments["allow_origin"], allow_media_hosts=arguments["allow_media_host"],
+        library_manage=arguments["library_manage"], **limits,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from keye.server.context import Context
 from keye.server.edge.audit import Audit
 from keye.server.edge.guard import Guard
 from keye.server.errors import begin_notes, collect_warnings
+from keye.server.library import ServedLibrary
 from keye.server.metrics import Metrics
 from keye.server.routes import (
     chat,
@@ -29,6 +30,7 @@ from keye.server.routes import (
     files,
     find,
     frames,
+    library,
     messages,
     native,
     responses,
@@ -45,7 +47,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, frames.router, find.router,
-    export.router, system.router, messages.router, native.router,
+    export.router, library.router, system.router, messages.router, native.router,
 )  # fmt: skip
 
 
@@ -83,15 +85,20 @@ def create_app(
     except KeyeError as error:
         guides = None
         log.warning("%s", error)
+    served = None
+    if settings.library is not None:
+        served = ServedLibrary(model, settings.library, may_manage=not settings.keys or settings.library_manage)
     context = Context(
         model, engine, settings, store, guides, metrics, salt=salt, policy=policy,
-        responses=ResponseStore(store, settings.file_seconds),
+        responses=ResponseStore(store, settings.file_seconds), library=served,
     )  # fmt: skip
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         collect_warnings()
         engine.start()
+        if served is not None:
+            served.start()
         sweeping = asyncio.create_task(_sweep(context))
         try:
             yield
@@ -99,6 +106,8 @@ def create_app(
             sweeping.cancel()
             context.live.close()
             context.stop_jobs()
+            if served is not None:
+                await context.in_thread(served.close)
             await engine.drain(settings.drain_seconds)
             engine.close()
             context.threads.shutdown(wait=False, cancel_futures=True)

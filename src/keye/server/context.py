@@ -26,6 +26,7 @@ from keye.media.source.fetch import FetchPolicy
 from keye.media.thumbnails import ThumbnailCache
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
+from keye.server.library import ServedLibrary
 from keye.server.metrics import Metrics
 from keye.server.searches import Jobs, SearchIndexes, Transcripts
 from keye.server.settings import Settings
@@ -54,6 +55,7 @@ class Context:
     salt: Callable[[str], bytes]
     policy: FetchPolicy
     responses: ResponseStore
+    library: ServedLibrary | None = None
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
     thumbnails: ThumbnailCache = field(default_factory=ThumbnailCache)
@@ -109,7 +111,7 @@ class Context:
 
     def opener(self, owner: str) -> MediaOpener:
         """Opens the media of a request of this owner."""
-        return MediaOpener(self.files, owner, self.policy)
+        return MediaOpener(self.files, owner, self.policy, self.library)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from keye.errors import KeyeError, Option
 from keye.media.source.fetch import FetchPolicy
@@ -34,7 +35,9 @@ class Settings:
     where there is one key. `allow_origins` are web pages elsewhere that may use the server, `allow_media_hosts` hosts
     whose media may be fetched also at private addresses. `allowed_hosts` are names in the Host header beside the
     address that is listened on. A search takes at most `find_seconds` in its turn and `find_tokens` tokens for its
-    question. `transcriber` is the service that transcribes speech, where requests ask for it.
+    question. `transcriber` is the service that transcribes speech, where requests ask for it. `library` is the folder
+    of a library that all clients may search; its folders are managed by clients where no keys are needed, or
+    `library_manage` is set.
     """
 
     host: str = "127.0.0.1"
@@ -64,6 +67,8 @@ class Settings:
     find_seconds: float = 3600.0
     find_tokens: int = 1_000_000
     transcriber: Transcriber | None = None
+    library: Path | None = None
+    library_manage: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

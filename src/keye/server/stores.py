@@ -21,6 +21,7 @@ from keye.media.image import plan_image
 from keye.media.source.fetch import FetchPolicy, Source, media_kind, untrusted
 from keye.media.video import probe
 from keye.server.edge.errors import ApiError
+from keye.server.library import LIBRARY, ServedLibrary
 from keye.server.settings import Settings
 from keye.units import MIB, format_bytes
 
@@ -194,28 +195,35 @@ class FileStore:
 
 
 def is_stored(reference: object) -> bool:
-    """Whether a reference to a medium is the id of an upload or an index."""
-    return isinstance(reference, str) and reference.startswith((FILE, INDEX))
+    """Whether a reference to a medium is the id of an upload, an index, or a video of the library."""
+    return isinstance(reference, str) and reference.startswith((FILE, INDEX, LIBRARY))
 
 
 @dataclass(frozen=True)
 class MediaOpener:
-    """Opens the media of one owner's requests: files of `store`, and what `policy` allows. `ApiError` 404 for the id of
-    another owner's file."""
+    """Opens the media of one owner's requests: files of `store`, videos of the `library`, and what `policy` allows.
+    `ApiError` 404 for the id of another owner's file."""
 
     store: FileStore
     owner: str
     policy: FetchPolicy
+    library: ServedLibrary | None = None
 
     def kind(self, file_id: str) -> MediumKind:
         """What an upload is."""
+        if file_id.startswith(LIBRARY):
+            return "video"
         return self.store.get(file_id, self.owner).kind
 
     def open(self, reference: object, kind: MediumKind) -> Source:
         """The file of an id, a data: URL or an address. Blocks."""
-        if is_stored(reference):
-            return self.store.get(str(reference), self.owner).source()
-        return self.policy.fetch(reference, kind)
+        return self.open_stored(str(reference)) if is_stored(reference) else self.policy.fetch(reference, kind)
+
+    def open_stored(self, file_id: str) -> Source:
+        """The file of an upload, an index, or a video of the library. Blocks."""
+        if self.library is not None and file_id.startswith(LIBRARY):
+            return self.library.source(file_id)
+        return self.store.get(file_id, self.owner).source()
 
 
 def probe_file(source: Source) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from keye.errors import KeyeError
 from keye.media.container.kinds import HEAD_BYTES, find_kind, is_image_format
 from keye.media.source.fetch import Source, is_index, media_kind, parse_data_url
 from keye.server.edge.errors import ApiError
+from keye.server.library import LIBRARY
 from keye.server.openai.fields import note_ignored, read_fields
 from keye.server.openai.schemas import MediaDefaults
 from keye.server.stores import MediaOpener, is_stored
@@ -72,6 +73,8 @@ def media_of(messages: Sequence[Message]) -> list[Medium]:
 
 def named_video(video: Mapping[str, Any], opener: MediaOpener, defaults: Mapping[str, Any] | None = None) -> Medium:
     """The one video of a body's field `video`: a part of a message, or only its file_id or url. Not opened yet."""
+    if set(video) == {"library_id"}:
+        video = {"file_id": f"{LIBRARY}{video['library_id']}"}
     if "type" not in video and ("file_id" in video or "url" in video):
         video = {"type": "input_video", "input_video": video}
     media = media_of(to_messages([{"role": "user", "content": [video]}], opener, defaults))

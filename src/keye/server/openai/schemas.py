@@ -312,6 +312,20 @@ class FindRequest(VideoBody):
     stream: bool | None = None
 
 
+class FolderRequest(Body):
+    path: Annotated[str, Field(min_length=1, max_length=4000)]
+    watch: bool = True
+
+
+class LibraryFindRequest(Body):
+    model: Name | None = None
+    event: Annotated[str, Field(min_length=1, max_length=10_000)]
+    budget: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    top: Annotated[int, Field(ge=1, le=100)] = 12
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    stream: bool | None = None
+
+
 class ExportMoment(Body):
     start: Seconds
     end: Seconds

@@ -63,7 +63,8 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
     if budget is not None and budget > most:
         budget = most
         add_note(f"budget is lowered to the {most:,} tokens that a question may cost here")
-    path = context.indexes.path(owner, source, {**options, "scenes": body.scenes, "effort": body.effort})
+    ready = None if context.library is None else context.library.find_index(source.path)
+    path = ready or context.indexes.path(owner, source, {**options, "scenes": body.scenes, "effort": body.effort})
     stream = context.model.stream_find(
         source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
         seconds=context.settings.find_seconds,
@@ -72,7 +73,8 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
     job.on_stop(stream.stop)
     try:
         for item in stream:
-            context.indexes.account(owner, path)
+            if ready is None:
+                context.indexes.account(owner, path)
             emit(item)
     except ApiError:
         context.indexes.remove(owner, path)

@@ -39,6 +39,7 @@ from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect, 
 from keye.server.openai.media_parts import media_of, media_settings, open_sources, to_messages
 from keye.server.openai.prepare import ChatQuery, PreparedChat, prepare_chat
 from keye.server.openai.schemas import ClipsRequest, GroundRequest, LiveAppend, LiveAsk, LiveRequest, PlanRequest
+from keye.server.stores import is_stored
 from keye.sessions.answer import Collector
 from keye.sessions.live import LiveSession
 
@@ -113,13 +114,14 @@ async def clips(request: Request, body: ClipsRequest) -> FileResponse:
         )
     if any(start > end for start, end in body.intervals):
         raise ApiError(400, "an interval ends before it starts", param="intervals")
-    file = context.files.get(body.file_id, owner_of(request))
-    if file.kind != "video":
+    opener = context.opener(owner_of(request))
+    if is_stored(body.file_id) and opener.kind(body.file_id) != "video":
         raise ApiError(400, "file_id is an image; clips are cut from videos", param="file_id")
+    source = await context.in_thread(opener.open_stored, body.file_id)
     folder, cancelled = Path(tempfile.mkdtemp(prefix="clips-", dir=context.files.folder)), threading.Event()
     try:
         settings = media_options("video", body.preprocess_kwargs or {})
-        cutting = context.decode(_cut, file.source(), body.intervals, settings, folder, Path(file.name).stem, cancelled)
+        cutting = context.decode(_cut, source, body.intervals, settings, folder, Path(source.name).stem, cancelled)
         path = await cancel_on_disconnect(request, cutting)
     except BaseException:
         cancelled.set()
