@@ -71,6 +71,15 @@ def test_ground_and_clips(http: TestClient, file_id: str) -> None:
     assert "has no video track 2; give track one of 1: " in error_of(http.post("/v1/clips", json=requested))["message"]
 
 
+def test_what_the_model_does_not_know_is_noted_with_a_code(http: TestClient, file_id: str) -> None:
+    body = {"video": medium(file_id), "event": "the zebra", "max_tokens": 2}
+    fields = http.post("/v1/video/ground", json=body).json()["keye"]
+    (note,) = [note for note in fields["coded_notes"] if note["code"] == "scope"]
+    assert "'zebra'" in note["text"] and note["place"] == "question" and note["text"] not in fields.get("notes", ())
+    known = http.post("/v1/video/ground", json={**body, "event": "the red circle"}).json()["keye"]["coded_notes"]
+    assert [note for note in known if note["code"] == "scope"] == []
+
+
 def test_a_track_that_is_not_there(http: TestClient, file_id: str) -> None:
     rejected = http.post("/v1/media/plan", json={"content": [medium(file_id, track=2)]})
     assert "has no video track 2; give track one of 1: " in error_of(rejected)["message"]

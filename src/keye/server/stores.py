@@ -238,7 +238,8 @@ def probe_file(source: Source) -> dict[str, Any]:
     info = probe(source)
     return {
         "kind": "video", "duration": info.duration, "width": info.width, "height": info.height, "fps": info.fps,
-        "frames": info.frame_count, "start_offset": info.start_offset, "notes": [str(note) for note in info.notes],
+        "frames": info.frame_count, "audio": info.sound is not None, "start_offset": info.start_offset,
+        "notes": [str(note) for note in info.notes],
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from keye.chat.stream import ReplyPiece, ReplyStream
 from keye.chat.times import merge_intervals, parse_intervals
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, Prefilled, Progress, TokenProb
 from keye.errors import KeyeError
+from keye.moments import FindNote
 from keye.server.context import Context, context_of
 from keye.server.edge.audit import CURRENT, new_id
 from keye.server.edge.errors import ApiError
@@ -218,7 +219,7 @@ def notes_of(finished: Finished) -> list[str]:
     return [warning.worded(spelled) for warning in (*finished.prompt.notes, *finished.notes, *looped)]
 
 
-def keye_fields(finished: Finished, text: str, notes: Sequence[str], *, merged: bool = False) -> dict[str, Any]:
+def keye_fields(finished: Finished, text: str, chat: PreparedChat, *, merged: bool = False) -> dict[str, Any]:
     """keye's own fields of an answer: what it marks, what it rests on, and what was not honoured."""
     windows = finished.prompt.windows
     intervals, warnings = keep_moments(parse_intervals(text) or [], windows)
@@ -235,11 +236,12 @@ def keye_fields(finished: Finished, text: str, notes: Sequence[str], *, merged: 
     if finished.evidence is not None:
         fields["evidence"] = finished.evidence.to_dict()
     outside = [warning.worded(spelled) for warning in warnings]
-    if all_notes := dict.fromkeys((*notes, *notes_of(finished), *outside)):
+    if all_notes := dict.fromkeys((*chat.notes, *notes_of(finished), *outside)):
         fields["notes"] = list(all_notes)
-        codes = {str(LOOPED): ("loop", "reply"), **dict.fromkeys(outside, ("outside_time", "moment"))}
-        coded = [(text, *codes.get(text, ("note", "request"))) for text in all_notes]
-        fields["coded_notes"] = [{"code": code, "text": text, "place": place} for text, code, place in coded]
+    codes = dict.fromkeys(all_notes, ("note", "request")) | dict.fromkeys(outside, ("outside_time", "moment"))
+    codes |= {str(LOOPED): ("loop", "reply")}
+    coded = [FindNote(codes[note][0], note, codes[note][1]) for note in all_notes]
+    fields["coded_notes"] = [asdict(note) for note in (*coded, *chat.scope_notes(finished))]
     return fields
 
 

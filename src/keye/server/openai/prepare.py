@@ -16,17 +16,20 @@ from keye.api import Keye
 from keye.chat.json_schema import ANY_OBJECT
 from keye.chat.messages import Message, normalize_tools
 from keye.chat.template import ChatTemplate, Segment, count_marks, opens_reasoning
+from keye.config.model import Scope
 from keye.engine.guide import Form, Guide, Tag
 from keye.engine.prompt import Prompt
-from keye.engine.request import GenerationRequest
+from keye.engine.request import Finished, GenerationRequest
 from keye.engine.sampling import MAX_SEED
 from keye.errors import ContextError, KeyeError
+from keye.moments import FindNote
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note, current_notes, error_of_mistake
 from keye.server.openai.http import cancel_on_disconnect
 from keye.server.openai.media_parts import media_of, open_sources, to_messages
 from keye.server.openai.schemas import Forms, Sampling, StreamOptions, StructuredOutputs, TemplateFields
+from keye.sessions.scope import length_notes, question_notes
 
 #: Settings of `Sampling` that the engine takes as they are, and those of which it takes tuples.
 _SETTINGS: Final = (
@@ -77,7 +80,7 @@ class ChatQuery:
 class PreparedChat:
     """A request with its rendered prompt, and what its reply needs to be parsed: whether `tools` were offered, where
     reasoning is placed, whether the reply `continues` a text of the prompt, and that text where it is to be repeated
-    (`echo`). `notes` are sentences on settings that are not honoured."""
+    (`echo`). `notes` are sentences on settings that are not honoured, `scope` is what the model knows."""
 
     request: GenerationRequest
     prompt: Sequence[Segment]
@@ -86,6 +89,13 @@ class PreparedChat:
     reasoning_place: ReasoningPlace = "apart"
     continues: bool = False
     echo: str = ""
+    scope: Scope | None = None
+
+    def scope_notes(self, finished: Finished) -> list[FindNote]:
+        """Notes on media or words that the model was not measured on; none without media."""
+        if not finished.media:
+            return []
+        return [*question_notes(self.scope, self.prompt), *length_notes(self.scope, finished.media)]
 
 
 async def prepare_chat(request: Request, query: ChatQuery) -> PreparedChat:
@@ -123,7 +133,8 @@ def _prepare(context: Context, owner: str, query: ChatQuery) -> PreparedChat:
         content = query.messages[-1].get("content") or ""
         parts = [{"text": content}] if isinstance(content, str) else content
         echo = "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
-    return PreparedChat(request, segments, bool(tools), current_notes(), query.reasoning_place, continues, echo)
+    return PreparedChat(request, segments, bool(tools), current_notes(), query.reasoning_place, continues, echo,
+                        context.model.runtime.generation_config.scope)  # fmt: skip
 
 
 async def count_prompt_tokens(request: Request, query: ChatQuery) -> int:

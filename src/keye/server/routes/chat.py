@@ -58,7 +58,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         "choices": [_choice(index, reply, chat, body) for index, reply in enumerate(replies)],
         "usage": usage_of(finished, replies, chat),
         **_prompt_fields(finished, chat, body),
-        "keye": keye_fields(finished, replies[0].text, chat.notes),
+        "keye": keye_fields(finished, replies[0].text, chat),
     })  # fmt: skip
 
 
@@ -179,7 +179,7 @@ class _ChunkEncoder:
                 yield event({**self._begin, "choices": [], "keye": progress_fields(item)})
             yield from (event({**self._begin, "choices": [], **step}) for step in self._telemetry.progress(item))
         elif isinstance(item, Finished):
-            fields = keye_fields(item, self._replies[0].text, self._chat.notes)
+            fields = keye_fields(item, self._replies[0].text, self._chat)
             yield self._last_chunk(self._ends[-1], () if self._has_tail else fields.get("notes", ()))
             if self._has_tail:
                 usage = usage_of(item, self._replies, self._chat)

@@ -211,7 +211,7 @@ def message_object(model: str, reply: ChatReply, finished: Finished, chat: Prepa
         "content": content,
         **_end(reply),
         "usage": _usage(finished, reply, chat),
-        "keye": keye_fields(finished, reply.text, chat.notes),
+        "keye": keye_fields(finished, reply.text, chat),
     }
 
 
@@ -242,7 +242,7 @@ class MessageEncoder:
                 yield from self._open("text", {"text": ""})
             yield from self._close()
             usage = _usage(item, self._reply, self._chat)
-            fields = keye_fields(item, self._reply.text, self._chat.notes)
+            fields = keye_fields(item, self._reply.text, self._chat)
             yield _event("message_delta", delta=_end(self._reply), usage=usage, keye=fields)
             yield _event("message_stop")
 

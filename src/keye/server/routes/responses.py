@@ -157,7 +157,7 @@ def _completed(head: Mapping[str, Any], reply: ChatReply, finished: Finished, ch
             "total_tokens": usage["total_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens_details": usage["completion_tokens_details"], "media": usage["media"],
         },
-        "keye": keye_fields(finished, reply.text, chat.notes),
+        "keye": keye_fields(finished, reply.text, chat),
     }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ async def ground(request: Request, body: GroundRequest) -> Response:
 
 
 def _ground_object(context: Context, chat: PreparedChat, reply: ChatReply, finished: Finished) -> dict[str, Any]:
-    fields = keye_fields(finished, reply.text, chat.notes, merged=True)
+    fields = keye_fields(finished, reply.text, chat, merged=True)
     return {
         "object": "keye.ground", "model": context.names[0], "intervals": fields["intervals"], "text": reply.text,
         "usage": usage_of(finished, [reply], chat), "keye": fields,
