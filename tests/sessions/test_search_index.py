@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import math
 import random
 import shutil
@@ -17,14 +18,18 @@ import numpy as np
 import pytest
 
 import keye
-from keye import Keye, KeyeError
+from keye import Keye, KeyeError, SamplingParams
 from keye.cache.segments import Segment, open_for_writing, read_segments
+from keye.config import model_config_from_dict
 from keye.engine.media import as_medium
+from keye.models.load import save_model
 from keye.sessions.search.build import WindowsReady, build_search_index
 from keye.sessions.search.headers import IndexContents
-from keye.sessions.search.scoring import score_windows
+from keye.sessions.search.scoring import answer_ids, score_windows, thinking_of
 from keye.sessions.search.search_index import SearchIndex, open_search_index
+from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.clips import write_clip
+from tests.support.tiny import tiny_raw
 
 #: 24 frames at 2 a second, in windows of 8 that share 4: five of them.
 CHOICES: dict[str, Any] = {"spacing": 0.5, "window_frames": 8}
@@ -82,16 +87,42 @@ def test_a_question_scores_on_all_windows_what_it_scores_on_each(model: Keye, in
 
 
 def test_a_window_is_the_past_of_any_prompt(model: Keye, index: SearchIndex) -> None:
-    """The scores are the logits that a request behind the same stored window sees."""
+    """The scores are those that a request sees behind the same stored window."""
     (score,) = score_windows(model.engine, [(index, 2)], QUESTION, evidence=False)
-    past, builder = index.past(2), model.runtime.prompts
-    _, tail = builder.encode_around(QUESTION, template=model.runtime.template)
-    prompt = builder.extend(past, tail)
-    yes, no = (model.tokenizer.encode(word)[0] for word in ("yes", "no"))
-    (result,) = model.engine.generate(
-        [prompt], model.runtime.sampling_params(max_tokens=1, temperature=0.0, allowed_token_ids=(yes, no))
-    )
-    assert (result.completions[0].token_ids[0] == yes) == (score.yes > 0) or abs(score.yes) < 1
+    builder = model.runtime.prompts
+    _, tail = builder.encode_around(QUESTION, template=model.runtime.template, thinking=thinking_of(model.runtime))
+    prompt = builder.extend(index.past(2), tail)
+
+    def logprob(token: int) -> float:
+        params = SamplingParams(max_tokens=1, allowed_token_ids=(token,))
+        (result,) = model.engine.generate([prompt], params)
+        return float(result.completions[0].raw_logprobs[0])
+
+    yes, no = ([logprob(token) for token in answer_ids(model.runtime, answer).tolist()] for answer in ("yes", "no"))
+    assert score.yes == pytest.approx(float(np.logaddexp.reduce(yes) - np.logaddexp.reduce(no)), abs=1e-3)
+    assert score.mass == pytest.approx(float(np.exp(yes).sum() + np.exp(no).sum()), abs=1e-4)
+    assert score.lifts is None and score.tokens == prompt.length - index.all[2].tokens
+
+
+@pytest.mark.parametrize("architecture", ["KeyeForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration"])
+def test_windows_of_the_other_releases(architecture: str, folder: Path, video: Path, tmp_path: Path) -> None:
+    """Preview reads all frames of a window at once, 1.5 would classify them as slow and fast: here all are slow."""
+    raw = tiny_raw() | {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForConditionalGeneration"),
+    }
+    own = tmp_path / "own"
+    shutil.copytree(folder, own, ignore=shutil.ignore_patterns("*.safetensors"))
+    plain = {"patch_size": 14, "merge_size": 2, "min_pixels": 3136, "max_pixels": 1003520}
+    (own / "preprocessor_config.json").write_text(json.dumps(plain))
+    (own / "config.json").write_text(json.dumps(raw))
+    save_model(fresh_model(model_config_from_dict(raw), 0), own)
+    model = keye.load(own, dtype="float32")
+    medium = as_medium(video, {"max_pixels": 28 * 28 * 16})
+    index = finish(build_search_index(model.engine, medium, tmp_path / "film.keye", spacing=1.0, window_frames=8))
+    scores = list(score_windows(model.engine, [(index, window.number) for window in index.windows], QUESTION))
+    assert len(scores) == 2 and all(math.isfinite(score.yes) and score.lifts is None for score in scores)
+    assert index.past(1).timestamps == index.all[1].labels
 
 
 def test_a_killed_run_goes_on_to_the_same_file(model: Keye, video: Path, index: SearchIndex, tmp_path: Path) -> None:

@@ -91,8 +91,10 @@ def encode_question(runtime: Runtime, question: str) -> list[int]:
 
 
 def thinking_of(runtime: Runtime) -> bool | None:
-    """Whether to ask for no reasoning, so that the answer comes first."""
-    return False if runtime.tokenizer.added_tokens.get("</think>") is not None else None
+    """False where a model may reason and is asked not to, so that the answer comes first. Models that say what they
+    were made for do not reason, and never read that they should not."""
+    may_reason = "</think>" in runtime.tokenizer.added_tokens and runtime.generation_config.scope is None
+    return False if may_reason else None
 
 
 def answer_ids(runtime: Runtime, answer: str) -> Tensor:
