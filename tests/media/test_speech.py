@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from python_multipart.multipart import parse_options_header
 
+from keye.chat.messages import Medium
+from keye.commands.shared.inputs import find_subtitles
 from keye.errors import KeyeError, MediaError
 from keye.media import speech
 from keye.media.source.fetch import fetch_source, untrusted
 from keye.media.speech import Transcriber, transcribe
+from keye.media.subtitles import Subtitles
 
 
 class Service:
@@ -184,3 +187,25 @@ def test_a_video_without_sound_is_an_error(service: Service, clips: list[Path]) 
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(KeyeError, match="transcribe is"):
         Transcriber(url)
+
+
+def test_the_command_line_transcribes_what_has_no_subtitles(
+    service: Service, talk: Path, clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where a service is named; the key comes from the environment. A video without sound has no lines."""
+    monkeypatch.setenv("KEYE_TRANSCRIBE_KEY", "from the environment")
+    service.segments((0.0, 1.0, "hello"))
+    options: dict[str, Any] = {"transcribe": service.url, "transcribe_model": "large", "subtitles": None}
+    video = tmp_path / "talk.mp4"
+    video.write_bytes(talk.read_bytes())
+    medium = Medium("video", fetch_source(video), {})
+    read = find_subtitles(medium, options)
+    assert isinstance(read, Subtitles) and read.lines[0].text == "hello"
+    assert service.received[0][1]["Authorization"] == "Bearer from the environment"
+    assert service.sound(0)[0]["model"] == "large"
+    assert find_subtitles(Medium("video", fetch_source(clips[0]), {}), options) is None
+    (tmp_path / "talk.srt").write_text("1\n00:01 --> 00:02\nown\n")
+    own = find_subtitles(medium, options)
+    assert isinstance(own, Subtitles) and own.lines[0].text == "own"
+    assert find_subtitles(medium, {**options, "transcribe": None, "transcribe_model": None}) is None
+    assert len(service.received) == 1

@@ -42,6 +42,7 @@ _EFFORTS: Final = ("auto", "low", "medium", "high")
               help="Do not decode every frame to find hard cuts; borders then lie on none.")  # fmt: skip
 @click.option("--subtitles", metavar="FILE|TRACK|none",
               help="Subtitles to search too.  [default: those that players show]")  # fmt: skip
+@options.transcribe
 @click.option("--clips", type=options.PATH, metavar="DIR", help="Write each moment as a video file to this folder.")
 @click.option("--library", "in_library", is_flag=True, help="Search the videos of keye library instead of named ones.")
 @click.option("--library-folder", type=options.PATH, metavar="DIR",
@@ -176,6 +177,7 @@ def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator
 
 def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Mapping[str, Any]) -> Searched:
     """Searches one video after the other; those that turn out to be unreadable are listed as failed."""
+    from keye.commands.shared import inputs
     from keye.commands.shared.show_find import watch_search
 
     searched, several = Searched([], []), len(opened) > 1
@@ -187,7 +189,8 @@ def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Ma
         stream = model.stream_find(
             medium, event, name=name if several else None, top=arguments["top"], threshold=arguments["threshold"],
             budget=arguments["budget"], effort=arguments["effort"], seconds=arguments["seconds"],
-            index=arguments["index_file"], scenes=not arguments["no_scenes"], subtitles=arguments["subtitles"],
+            index=arguments["index_file"], scenes=not arguments["no_scenes"],
+            subtitles=inputs.find_subtitles(medium, arguments),
         )  # fmt: skip
         try:
             result = watch_search(stream, name)

@@ -209,7 +209,7 @@ def find_in_library(
 
     if len(words) != 1:
         raise KeyeError('--library searches its own videos: give only the event, as in: keye find --library "a dog"')
-    for name in ("index_file", "subtitles"):
+    for name in ("index_file", "subtitles", "transcribe"):
         if arguments[name] is not None:
             raise KeyeError(f"{options.flag(name.removesuffix('_file'))} belongs to a named video: leave it out "
                             "with --library")  # fmt: skip

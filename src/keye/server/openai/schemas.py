@@ -272,6 +272,9 @@ class VideoBody(Body, Preprocess):
 
 
 class FramesRequest(VideoBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"video": {"file_id": "file-0123"}, "times": [0.5, 12.0], "height": 120}]})  # fmt: skip
+
     times: Annotated[list[Seconds], Field(fail_fast=True, min_length=1, max_length=60)] = Field(
         description="seconds as players show them; each gets the frame on display then"
     )
@@ -297,6 +300,11 @@ class SubtitleChoice(Body):
 
 
 class FindRequest(VideoBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"video": {"file_id": "file-0123"}, "event": "the red circle", "top": 5, "stream": True},
+        {"video": {"file_id": "file-0123"}, "event": "the vote", "subtitles": {"track": "en"}, "effort": "high"},
+    ]})  # fmt: skip
+
     model: Name | None = None
     event: Annotated[str, Field(min_length=1, max_length=10_000)]
     budget: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
@@ -336,6 +344,11 @@ class ExportMoment(Body):
 
 
 class ExportRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"video": {"file_id": "file-0123"}, "format": "fcp7", "rate": "25", "label": "the red circle",
+         "moments": [{"start": 3.0, "end": 8.5, "probability": 0.97}], "handles": [1.0, 1.0]},
+    ]})  # fmt: skip
+
     video: Object | None = None
     videos: Annotated[dict[Name, Object], Field(min_length=1, max_length=100)] | None = Field(
         default=None, description="several videos by the names that moments give in `file`"
