@@ -17,7 +17,7 @@ import pytest
 from python_multipart.multipart import parse_options_header
 
 from keye.chat.messages import Medium
-from keye.commands.shared.inputs import find_subtitles
+from keye.commands.shared.subtitles import find_subtitles
 from keye.errors import KeyeError, MediaError
 from keye.media import speech
 from keye.media.source.fetch import fetch_source, untrusted

@@ -177,8 +177,8 @@ def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator
 
 def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Mapping[str, Any]) -> Searched:
     """Searches one video after the other; those that turn out to be unreadable are listed as failed."""
-    from keye.commands.shared import inputs
     from keye.commands.shared.show_find import watch_search
+    from keye.commands.shared.subtitles import find_subtitles
 
     searched, several = Searched([], []), len(opened) > 1
     for item in opened:
@@ -190,7 +190,7 @@ def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Ma
             medium, event, name=name if several else None, top=arguments["top"], threshold=arguments["threshold"],
             budget=arguments["budget"], effort=arguments["effort"], seconds=arguments["seconds"],
             index=arguments["index_file"], scenes=not arguments["no_scenes"],
-            subtitles=inputs.find_subtitles(medium, arguments),
+            subtitles=find_subtitles(medium, arguments),
         )  # fmt: skip
         try:
             result = watch_search(stream, name)

@@ -141,25 +141,6 @@ def describing_folder(model: str) -> tuple[Path, bool]:
     return find_model(model, weights=False), False
 
 
-def find_subtitles(medium: Medium, options: Mapping[str, Any]) -> object:
-    """What `--subtitles` names. With `--transcribe` the speech of a video that has none is transcribed instead."""
-    service, source = open_transcriber(options), medium.source
-    if service is None or options["subtitles"] is not None or not isinstance(source, Source) or is_index(source):
-        return options["subtitles"]
-    from keye.commands.shared.show import progress_bar
-    from keye.media.speech import transcribe
-    from keye.media.subtitles import load_subtitles
-
-    if (own := load_subtitles(source)) is not None:
-        return own
-    try:
-        with progress_bar("transcribing") as advance:
-            return transcribe(source, service, on_progress=lambda done, total: advance(round(done), round(total)))
-    except MediaError as error:  # it has no sound: the picture is searched alone
-        note(f"nothing is transcribed: {error}")
-        return None
-
-
 def open_transcriber(options: Mapping[str, Any]) -> Transcriber | None:
     """The service that `--transcribe` names; None without."""
     if options["transcribe"] is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,23 +11,22 @@ from typing import TYPE_CHECKING, Any
 from keye.chat.messages import Medium, Message
 from keye.commands.shared.export import ExportPlan, plan_media_exports
 from keye.commands.shared.outputs import check_not_input, check_suffix
-from keye.config.media import MediaOptions, media_options
-from keye.errors import MediaError, is_number
-from keye.exports import ExportRange, ranges_of
+from keye.config.media import media_options
+from keye.errors import is_number
+from keye.exports import ExportRange
+from keye.exports.find_record import find_record, format_now, moment_times, read_pictures
 from keye.exports.record import Picture, Record, RecordedVideo, to_html
 from keye.files import check_output, has_mark, output_file
 from keye.media.content import source_hash
 from keye.media.source.fetch import Source, is_index
-from keye.media.thumbnails import make_thumbnails
-from keye.units import plural
 
 if TYPE_CHECKING:
     from keye.api import Keye
-    from keye.moments import Coverage, FindResult
+    from keye.moments import FindResult
     from keye.sessions.answer import Answer
 
-#: Pictures of moments and of other frames, and their height in pixels.
-_OF_MOMENTS, _OF_FRAMES, _HEIGHT = 24, 12, 120
+#: Pictures of frames that belong to no moment.
+_OF_FRAMES = 12
 #: Facts of a plan that a record lists.
 _FACTS = ("frames", "sample_fps", "width", "height", "visual_tokens", "native_fps", "source_width", "source_height",
           "part", "track", "rotation")  # fmt: skip
@@ -80,7 +78,7 @@ def write_answer_record(
     sampling = {name: value for name, value in settings.items() if value is not None and name != "thinking"}
     params = model.runtime.sampling_params(**{k: v for k, v in sampling.items() if k not in _NO_SAMPLING})
     _write(path, Record(
-        command, question, _now(), asdict(model.runtime.fingerprint),
+        command, question, format_now(), asdict(model.runtime.fingerprint),
         {"attention": answer.attention, **{k: v for k, v in asdict(params).items() if v not in (None, (), {})}},
         [prompt], answer.text, ranges,
         {"finished": answer.finish_reason, "tokens": f"{answer.usage.prompt_tokens:,} in the prompt, "
@@ -99,24 +97,7 @@ def write_find_record(
     settings: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes the record of a search in one video."""
-    ranges, coverage = ranges_of([*result.moments, *result.weaker], result.query), result.coverage
-    facts = {
-        "looked at": "; ".join(_span_words(coverage)) or "nothing",
-        "places looked at closely": f"{coverage.places:,}", "share looked at": f"{coverage.share:.1%}",
-        "tokens": f"{coverage.index_tokens:,} of the index, {coverage.query_tokens:,} of the question",
-    }  # fmt: skip
-    video = RecordedVideo(
-        result.video, _sha256(source), source.size, coverage.duration, (), coverage.unseen, facts,
-        _pictures(source, MediaOptions(), _moment_times(ranges)), coverage.frames,
-        [(span.start, span.end) for span in coverage.seen],
-    )  # fmt: skip
-    presence = {} if result.presence is None else {"probability that it is there": f"{result.presence:.1%}"}
-    threshold = {"threshold": f"{result.threshold:.0%}", "ended early": "yes" if result.stopped else "no"}
-    seconds = {"seconds": ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items())}
-    _write(path, Record(
-        "keye find", result.query, _now(), asdict(model.runtime.fingerprint), dict(settings or {}), prompts, "", ranges,
-        {**presence, **threshold, **seconds}, [note.text for note in result.notes], [video], result.to_dict(),
-    ))  # fmt: skip
+    _write(path, find_record(result, source, asdict(model.runtime.fingerprint), prompts, settings))
 
 
 def _write(path: Path, record: Record) -> None:
@@ -136,31 +117,11 @@ def _video_of(medium: Medium, plan: Mapping[str, Any], ranges: Sequence[ExportRa
     pictures: list[Picture] = []
     if medium.kind == "video" and isinstance(source, Source) and not is_index(source):
         spread = times[:: max(1, -(-len(times) // _OF_FRAMES))]
-        pictures = _pictures(source, media_options("video", medium.options), [*_moment_times(ranges), *spread])
+        pictures = read_pictures(source, [*moment_times(ranges), *spread], media_options("video", medium.options))
     known = source if isinstance(source, Source) else None
     name = str(plan.get("name") or _name(medium))
     return RecordedVideo(name, None if known is None else _sha256(known), None if known is None else known.size,
                          duration, times, unseen, facts, pictures, len(times))  # fmt: skip
-
-
-def _moment_times(ranges: Sequence[ExportRange]) -> list[float]:
-    return [time for item in ranges[: _OF_MOMENTS // 2] for time in (item.start, (item.start + item.end) / 2)]
-
-
-def _pictures(source: Source, options: MediaOptions, times: Sequence[float]) -> list[Picture]:
-    """Frames at these times; none where the video cannot be read again."""
-    wanted = sorted(set(times))
-    try:
-        thumbnails = make_thumbnails(source, wanted, _HEIGHT, options=options)
-    except MediaError:
-        return []
-    return [Picture(picture.timestamp, picture.jpeg) for picture in thumbnails]
-
-
-def _span_words(coverage: Coverage) -> list[str]:
-    spans = [f"{span.start:.1f} to {span.end:.1f} s every {span.spacing:.2g} s" + (" (closely)" if span.close else "")
-             for span in coverage.seen]  # fmt: skip
-    return spans[:50] + ([f"and {plural(len(spans) - 50, 'more span')}"] if len(spans) > 50 else [])
 
 
 def _sha256(source: Source) -> str:
@@ -170,7 +131,3 @@ def _sha256(source: Source) -> str:
 def _name(value: Medium | str) -> str:
     source = value.source if isinstance(value, Medium) else value
     return getattr(source, "name", type(source).__name__)
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
