@@ -132,6 +132,15 @@ def test_requests_go_on_in_between(model: Keye) -> None:
     assert tokens == list(alone.completions[0].token_ids)
 
 
+def test_those_who_read_results_may_ask_in_between(model: Keye) -> None:
+    sequences = stored(model, [30, 30])
+    results = continue_sequences(model.engine, lambda a, b: sequences[a:b], 2, TAIL, attention="sparse")
+    next(results)
+    (result,) = model.engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    assert result.completions[0].token_ids
+    assert next(results).number == 1
+
+
 def test_a_check_ends_it_and_frees_everything(model: Keye) -> None:
     sequences, calls = stored(model, [30] * 120), list[int]()
 

@@ -295,3 +295,14 @@ def describe(contents: IndexContents) -> None:
 
 def assert_sentence(error: KeyeError) -> None:
     assert "film.keye is damaged (" in str(error) and len(str(error)) < 300
+
+
+def test_an_index_is_of_the_weights_that_computed_it(folder: Path, index: SearchIndex) -> None:
+    model = keye.load(folder, dtype="float32")
+    own = open_search_index(model.runtime, index.path)
+    name, tensor = next(iter(model.model.state_dict().items()))
+    model.engine.update_weights({name: tensor + 1})
+    with pytest.raises(KeyeError, match="the weights were replaced since"):
+        list(score_windows(model.engine, [(own, 0)], QUESTION))
+    with pytest.raises(KeyeError, match="with other weights"):
+        open_search_index(model.runtime, index.path)

@@ -54,17 +54,15 @@ def continue_sequences(
         if check is not None:
             check()
         most = _count_sequences(core, len(ids))
-        begin = done
         try:
             with core.exclusive():
-                for item in _compute(core, sequences(done, min(done + most, total)), ids, attention, count, done):
-                    done = item.number + 1
-                    yield item
+                items = _compute(core, sequences(done, min(done + most, total)), ids, attention, count, done)
         except OutOfMemory:
-            if done > begin:
-                continue
             if core.is_idle():
                 raise
+            items = []
+        done += len(items)
+        yield from items
         if not core.is_idle() and not core.step():  # others go on in between
             core.wait_for_work()
 

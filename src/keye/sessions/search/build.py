@@ -118,7 +118,7 @@ class _Builder:
         self.layout = choose_layout(self.runtime.kv, self.mode, model.config, model.dtype)
         self.store: KVStore = self.runtime.kv.store(self.layout, model.device, self.runtime.ledger)
         self.head, _ = self.runtime.prompts.encode_around("?", template=self.runtime.template)
-        self.rate, self.stack = FrameRate(), ExitStack()
+        self.rate, self.stack, self.version = FrameRate(), ExitStack(), model.weights_version
 
     @cached_property
     def info(self) -> VideoInfo:
@@ -194,6 +194,8 @@ class _Builder:
                 tokens.append(_pad_tokens(torch.cat((prompt.token_ids[None], prompt.position_ids))))
                 entries.append(_entry(window, level, prompt))
             self._add_priors(entries, caches, null_ids)
+            if self.version != self.runtime.model.weights_version:
+                raise KeyeError(f"the weights were replaced while {self.path} was written; index the video again")
             check_index_disk(self.path, self.layout, sum(part.shape[1] for part in tokens))
             segment = self.writer.append(
                 "windows", {"windows": entries}, caches, self.layout, torch.cat(tokens, dim=1)
