@@ -153,6 +153,11 @@ def test_a_video_is_searched_by_the_model(http: TestClient, file_id: str) -> Non
     result = events[-1]["result"]
     assert events[0]["type"] == "started" and events[-1]["type"] == "result" and result["query"] == "the red circle"
     assert result["coverage"]["unseen"] == [] and result["coverage"]["frames"] >= 4 and not result["stopped"]
+    record = http.get(f"/v1/video/find/{events[0]['id']}/record")
+    assert (
+        record.headers["content-type"].startswith("text/html") and "attachment" in record.headers["content-disposition"]
+    )
+    assert "the red circle" in record.text and result["model"] in record.text and "http:" not in record.text
     again = http.post("/v1/video/find", json=body).json()["result"]
     assert again["seconds"]["index"] < result["seconds"]["index"] and again["moments"] == result["moments"]
 
@@ -227,6 +232,9 @@ def test_a_stopped_search_gives_what_it_has_and_only_to_its_owner(
     assert result["stopped"] and result["moments"][0]["start"] == 3.0
     stream.close()
     error_of(send(served, "ann", f"/v1/video/find/{search}/stop"), 404)
+    headers = [{"Authorization": f"Bearer {key}"} for key in KEYS.values()]
+    records = [httpx.get(f"{served.url}/v1/video/find/{search}/record", headers=own, timeout=30) for own in headers]
+    assert records[0].status_code == 200 and error_of(records[1], 404)
 
 
 def test_a_search_ends_when_its_client_leaves(served: Running, files: dict[str, str], doubles: Doubles) -> None:

@@ -28,7 +28,7 @@ from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
 from keye.server.library import ServedLibrary
 from keye.server.metrics import Metrics
-from keye.server.searches import Jobs, SearchIndexes, Transcripts
+from keye.server.searches import FinishedSearches, Jobs, SearchIndexes, Transcripts
 from keye.server.settings import Settings
 from keye.server.stores import FileStore, MediaOpener, ResponseStore
 from keye.sessions.live import LiveSession
@@ -58,6 +58,7 @@ class Context:
     library: ServedLibrary | None = None
     #: Indexes are made one at a time: each takes a core for as long as its video needs.
     indexing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    finished_searches: FinishedSearches = field(default_factory=FinishedSearches)
     thumbnails: ThumbnailCache = field(default_factory=ThumbnailCache)
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DECODING))
     started: float = field(default_factory=time.time)

@@ -24,7 +24,7 @@ from keye.media.content import identify
 from keye.media.source.fetch import Source
 from keye.media.speech import Transcriber, transcribe
 from keye.media.subtitles import Subtitles
-from keye.moments import FindEvent, FindProgress
+from keye.moments import FindEvent, FindProgress, FindResult
 from keye.server.edge.errors import ApiError
 from keye.server.stores import FileStore
 from keye.sessions.search.places import identify_source
@@ -141,6 +141,41 @@ class Jobs:
         if not self._count[job.owner]:
             del self._count[job.owner]
             self._turns.pop(job.owner, None)
+
+
+@dataclass(frozen=True)
+class FinishedSearch:
+    """What a search has found in a video, and what it was asked with."""
+
+    owner: str
+    source: Source
+    result: FindResult
+    prompts: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+class FinishedSearches:
+    """The last searches that have ended, for their records. Safe to share by threads."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._searches: OrderedDict[str, FinishedSearch] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, search_id: str, search: FinishedSearch) -> None:
+        """Takes a search; the oldest make room."""
+        with self._lock:
+            self._searches[search_id] = search
+            while len(self._searches) > self._most:
+                self._searches.popitem(last=False)
+
+    def get(self, search_id: str, owner: str) -> FinishedSearch:
+        """A search of this owner; `ApiError` 404 for any other id."""
+        with self._lock:
+            search = self._searches.get(search_id)
+        if search is None or search.owner != owner:
+            raise ApiError(404, "no search that has ended has this id", param="find_id", code="not_found")
+        return search
 
 
 class Transcripts:

@@ -4,12 +4,15 @@ found so far, which can be stopped."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from keye.exports.find_record import find_record
+from keye.exports.record import to_html
+from keye.media.source.fetch import Source
 from keye.media.subtitles import Subtitles
 from keye.moments import FindEvent, FindNote, FindResult
 from keye.server.context import Context, context_of, owner_of
@@ -19,7 +22,8 @@ from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_even
 from keye.server.openai.media_parts import named_video, open_video
 from keye.server.openai.schemas import FindRequest
 from keye.server.routes.frames import choose_subtitles, job_events, last_event
-from keye.server.searches import Emit, Job
+from keye.server.searches import Emit, FinishedSearch, Job
+from keye.sessions.search.questions import ground_question, presence_question
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -44,6 +48,22 @@ async def stop(request: Request, find_id: str) -> JSONResponse:
     """Ends a search soon: its stream ends with the result so far."""
     context_of(request).searches.stop(find_id, owner_of(request))
     return JSONResponse({"id": find_id, "object": "keye.find", "stopping": True})
+
+
+@router.get("/v1/video/find/{find_id}/record", response_class=Response)
+async def record(request: Request, find_id: str) -> Response:
+    """The record of a search that has ended, as one HTML file: the video's digest, model, prompts, what was looked at
+    and not, moments and their pictures. The last searches are kept, as long as their videos are."""
+    context = context_of(request)
+    search = context.finished_searches.get(find_id, owner_of(request))
+    page = await cancel_on_disconnect(request, context.decode(_record, context, search))
+    headers = {"Content-Disposition": 'attachment; filename="record.html"', "Cache-Control": "private, no-store"}
+    return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def _record(context: Context, search: FinishedSearch) -> str:
+    model = asdict(context.model.runtime.fingerprint)
+    return to_html(find_record(search.result, search.source, model, search.prompts, search.settings))
 
 
 def _event_object(job: Job, item: FindEvent) -> Mapping[str, Any]:
@@ -75,10 +95,20 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
         for item in stream:
             if ready is None:
                 context.indexes.account(owner, path)
+            if isinstance(item, FindResult):
+                _keep(context, owner, body, source, job, item)
             emit(item)
     except ApiError:
         context.indexes.remove(owner, path)
         raise
+
+
+def _keep(context: Context, owner: str, body: FindRequest, source: Source, job: Job, result: FindResult) -> None:
+    """Keeps a result for its record."""
+    config = context.model.runtime.generation_config
+    prompts = (presence_question(config, body.event), ground_question(config, body.event))
+    settings = body.model_dump(include={"effort", "budget", "top", "scenes", "preprocess_kwargs"}, exclude_none=True)
+    context.finished_searches.keep(job.id, FinishedSearch(owner, source, result, prompts, settings))
 
 
 def _subtitles(context: Context, owner: str, body: FindRequest, job: Job, emit: Emit) -> Subtitles | Literal["none"]:
