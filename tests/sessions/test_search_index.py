@@ -226,6 +226,7 @@ def test_wrong_choices(model: Keye, video: Path, tmp_path: Path) -> None:
         ("spacing is 0 s; choose", as_medium(video), path, {"spacing": 0}),
         ("window_frames is 1; choose 2 to 256", as_medium(video), path, {"window_frames": 1}),
         ("has no effect on a search index", as_medium(video, {"max_frames": 4}), path, {}),
+        ("lies after the end of the video at 12.00 s", as_medium(video, {"video_start": 13}), path, {}),
         ("is made of a video file", as_medium(index_frames()), path, {}),
         ("exists and is not an earlier output", as_medium(video), tmp_path / "text.txt", {}),
     ):

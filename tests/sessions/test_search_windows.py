@@ -28,7 +28,7 @@ def test_windows_cover_every_second_with_clocks_of_their_own(
     rng = np.random.default_rng(frames)
     times = np.cumsum(step * (1 + uneven * rng.uniform(-1, 1, frames))).round(6).tolist()
     duration = times[-1] + step
-    chosen = choose_frames(times, spacing)
+    chosen = choose_frames(times, duration, spacing)
     windows = plan_windows(times, duration, chosen, spacing=spacing, frames=size)
     assert sorted({time for window in windows for time in window.times}) == [times[i] for i in chosen]
     assert windows[0].start == times[chosen[0]] and windows[-1].end == duration
@@ -57,8 +57,8 @@ def test_frames_are_moved_to_changes() -> None:
     times = [0.1 * i for i in range(400)]
     scores = np.full(400, 0.01)
     scores[[57, 203]] = 0.8
-    plain = choose_frames(times, 4.0)
-    moved = choose_frames(times, 4.0, changes=(np.array(times), scores))
+    plain = choose_frames(times, 40.0, 4.0)
+    moved = choose_frames(times, 40.0, 4.0, changes=(np.array(times), scores))
     assert plain == list(range(0, 400, 40))
     assert sorted(set(moved) - set(plain)) == [57, 203] and len(moved) == len(plain)
 
@@ -66,9 +66,10 @@ def test_frames_are_moved_to_changes() -> None:
 def test_too_many_frames_and_parts_without_any() -> None:
     times = [0.1 * i for i in range(400)]
     with pytest.raises(KeyeError, match="choose a wider spacing"):
-        choose_frames([0.0, 1e6], 0.01)
-    with pytest.raises(KeyeError, match="no frame of the video is shown between 50 and 60 s"):
-        choose_frames(times, 1.0, start=50.0, end=60.0)
+        choose_frames([0.0, 1e6], 1e6 + 1, 0.01)
+    with pytest.raises(KeyeError, match="video_start=50 lies after the end of the video at 40.00 s"):
+        choose_frames(times, 40.0, 1.0, start=50.0, end=60.0)
+    assert choose_frames([0.0, 1.0, 1.5], 2.0, 1.0, start=1.95) == [2]
 
 
 def test_indexes_are_found_again_by_what_they_were_made_of(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ class _Builder:
             )
             if is_default(self.path):
                 make_room(self._predict_bytes(), keep=self.path)
+            self._windows(0)  # says what is wrong with the part before anything is written
             self._take_writer(SegmentWriter.create(self.path, "head", self._head(identity), open_file))
             self.index = open_search_index(self.runtime, self.path)
         yield self._progress()
@@ -230,7 +231,7 @@ class _Builder:
             "plan": self.plan.to_dict(),
             "source": {
                 "name": self.source.name, "path": path_of(self.source), "identity": identity, "size": self.source.size,
-                "duration": self.info.duration, "start": self.options.video_start or self.info.start_offset,
+                "duration": self.info.duration, "start": self._windows(0)[0].start,
             },
         }  # fmt: skip
 
@@ -261,11 +262,11 @@ class _Builder:
 
     def _windows(self, level: int) -> list[SearchWindow]:
         """The windows of a spacing. Those of a finer one know what a wider one has seen change."""
-        start, end = self.options.video_start or 0.0, self.options.video_end
+        start, end = self.options.video_start, self.options.video_end
         times, duration, spacing = self.info.timestamps, self.info.duration, self.plan.spacings[level]
         is_known = level > 0 and self.index.scenes_end >= duration - spacing
         changes = self.index.changes if is_known else None
-        chosen = choose_frames(times, spacing, start=start, end=end, changes=changes)
+        chosen = choose_frames(times, duration, spacing, start=start, end=end, changes=changes)
         stop = duration if end is None else min(end, duration)
         return plan_windows(
             times, stop, chosen, spacing=spacing, frames=self.plan.frames, overlap=self.plan.overlap_at(spacing)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.errors import KeyeError
-from keye.media.sampling import SAME_TIME, find_displayed_frames
+from keye.media.sampling import SAME_TIME, find_displayed_frames, find_time_range
 
 #: Frames closer together than this, in seconds, have labels too alike: they are labelled `_STRETCHED` apart.
 LEAST_SPACING: Final = 0.2
@@ -82,18 +82,15 @@ def count_overlap(spacing: float, frames: int, seconds: float = OVERLAP_SECONDS)
 
 
 def choose_frames(
-    timestamps: Sequence[float],
-    spacing: float,
-    *,
-    start: float = 0.0,
-    end: float | None = None,
-    changes: tuple[Times, Times] | None = None,
-) -> list[int]:
-    """Indices of the frames shown every `spacing` seconds between two times. `changes` are times and scores: within
-    half a step a frame makes way for the first one after the greatest change, if that is well above the usual."""
-    first, last = max(start, timestamps[0]), timestamps[-1] if end is None else min(end, timestamps[-1])
-    if last < first:
-        raise KeyeError(f"no frame of the video is shown between {start:g} and {end:g} s; choose a longer part")
+    timestamps: Sequence[float], duration: float, spacing: float, *, start: float | None = None,
+    end: float | None = None, changes: tuple[Times, Times] | None = None,
+) -> list[int]:  # fmt: skip
+    """Indices of the frames on display every `spacing` seconds between two times. `changes` are times and scores:
+    within half a step a frame makes way for the first one after the greatest change, if that is well above the usual.
+    `KeyeError` for a part in which nothing is shown, and for more frames than an index has."""
+    number, _, _ = find_time_range(timestamps, duration, video_start=start, video_end=end)
+    first = max(timestamps[number], start or 0.0)
+    last = max(first, timestamps[-1] if end is None else min(end, timestamps[-1]))
     count = int((last - first) / spacing + SAME_TIME) + 1
     if count > MOST_FRAMES:
         raise KeyeError(f"a frame every {spacing:g} s of {last - first:,.0f} s makes {count:,} frames, more than "
