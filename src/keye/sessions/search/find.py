@@ -77,7 +77,7 @@ DEPTHS: Final[Mapping[Effort, Depth]] = {
     "high": Depth(spans=64, least=12, most=64, windows=32, rounds=3, share=1 / 2),
 }
 #: Tokens that may be spent on a short video, whose index has few.
-LEAST_BUDGET: Final = 6000
+LEAST_BUDGET: Final = 10_000
 #: The part of the budget that is kept for the second questions.
 _VERIFY_SHARE: Final = 0.3
 #: Spans looked at together, and frames of a look of a model that does not say how many it was measured on.
@@ -253,7 +253,8 @@ class MomentSearch:
         assert self.index is not None
         best = sorted((s for s in self._current() if s.yes >= _ASK_WINDOW), key=lambda score: -score.yes)
         numbers = [score.number for score in best[: self.depth.windows]]
-        named = dict(zip(numbers, self.asker.ask_windows(self.index, numbers), strict=True)) if numbers else {}
+        certain = [self.scored[number].yes > 0 for number in numbers]
+        named = dict(zip(numbers, self.asker.ask_windows(self.index, numbers, certain), strict=True))
         self.spans = self._find_spans({number: spans for number, spans in named.items() if spans})
         self._take_time("coarse")
         if moments := self.ranking.rank_spans(self.spans, self.names):

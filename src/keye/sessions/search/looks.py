@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from keye.chat.messages import Medium, Message
 from keye.chat.replies import parse_reply
+from keye.chat.template import Segment
 from keye.chat.times import Interval, parse_intervals
 from keye.config.media import MediaOptions, media_options
 from keye.engine.engine import Engine
 from keye.engine.media import Frames
+from keye.engine.prompt import Prompt
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, TokenProb
 from keye.engine.sampling import SamplingParams
 from keye.errors import MediaError
@@ -39,6 +41,8 @@ from keye.sessions.search.windows import SearchWindow
 LABEL_STEP: Final = 0.5
 #: Tokens of a reply that lists intervals, at most.
 _MAX_REPLY: Final = 96
+#: How a list of times begins.
+_BEGINNING: Final = "[["
 #: Tokens of any other reply.
 _MAX_TEXT: Final = 256
 #: Likeliest tokens among which yes and no are sought.
@@ -170,7 +174,7 @@ class Asker:
         self.engine, self.event, self.check = engine, event, check
         config = engine.runtime.generation_config
         self._presence, self._ground = presence_question(config, event), ground_question(config, event)
-        self.tokens = 0
+        self.tokens = self._replied = 0
         self.faults: list[str] = []
 
     def ask_presence(self, looks: Sequence[Look]) -> list[float | None]:
@@ -178,22 +182,49 @@ class Asker:
         outcomes = self._run([self._request(look, self._presence, 1) for look in looks])
         return [yes_log_odds(outcome.probs) for outcome in outcomes]
 
-    def ask_spans(self, looks: Sequence[Look]) -> list[Spans | None]:
-        """The first and last frames between which the event happens in each look; None where the reply does not say."""
-        outcomes = self._run([self._request(look, self._ground, _MAX_REPLY) for look in looks])
+    def ask_spans(self, looks: Sequence[Look], certain: Sequence[bool]) -> list[Spans | None]:
+        """The first and last frames between which the event happens in each look; None where the reply does not say.
+        Where it is `certain` that it happens, a reply that names no times is begun for the model, which goes on."""
+        requests = [self._request(look, self._ground, _MAX_REPLY) for look in looks]
+        return self._ask_times(requests, looks, certain)
+
+    def ask_windows(self, index: SearchIndex, numbers: Sequence[int], certain: Sequence[bool]) -> list[list[Interval]]:
+        """When the event happens in stored windows, in seconds of the file. `certain` as in `ask_spans`."""
+        runtime, mode, before = self.engine.runtime, index.head.attention, self.tokens
+        ids, pasts = encode_question(runtime, self._ground), [index.past(number) for number in numbers]
+        requests = [
+            GenerationRequest(runtime.prompts.extend(past, ids), self._params(_MAX_REPLY), mode) for past in pasts
+        ]
+        looks = [window_look(index.all[number]) for number in numbers]
+        spans = self._ask_times(requests, looks, certain)
+        # What the windows hold was computed when the video was indexed.
+        self.tokens = before + self._replied + len(ids) * len(numbers)
+        return [[look.seconds_of(frames) for frames in named or ()] for look, named in zip(looks, spans, strict=True)]
+
+    def _ask_times(
+        self, requests: Sequence[GenerationRequest], looks: Sequence[Look], certain: Sequence[bool]
+    ) -> list[Spans | None]:
+        self._replied = 0
+        outcomes = self._run(requests)
+        again = [
+            i for i, outcome in enumerate(outcomes)
+            if certain[i] and outcome.reason != "loop" and not parse_intervals(parse_reply(outcome.text).text)
+        ]  # fmt: skip
+        for i, outcome in zip(again, self._run([self._begin_reply(requests[i]) for i in again]), strict=True):
+            outcomes[i] = replace(outcome, text=_BEGINNING + outcome.text)
+        self._replied = sum(outcome.replied for outcome in outcomes) + len(again)
         return [self._read_spans(look, outcome) for look, outcome in zip(looks, outcomes, strict=True)]
 
-    def ask_windows(self, index: SearchIndex, numbers: Sequence[int]) -> list[list[Interval]]:
-        """When the event happens in stored windows, in seconds of the file."""
-        runtime, mode = self.engine.runtime, index.head.attention
-        ids, before = encode_question(runtime, self._ground), self.tokens
-        prompts = [runtime.prompts.extend(index.past(number), ids) for number in numbers]
-        outcomes = self._run([GenerationRequest(prompt, self._params(_MAX_REPLY), mode) for prompt in prompts])
-        # What the windows hold was computed when the video was indexed.
-        self.tokens = before + sum(len(ids) + outcome.replied for outcome in outcomes)
-        looks = [window_look(index.all[number]) for number in numbers]
-        spans = [self._read_spans(look, outcome) for look, outcome in zip(looks, outcomes, strict=True)]
-        return [[look.seconds_of(frames) for frames in named or ()] for look, named in zip(looks, spans, strict=True)]
+    def _begin_reply(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the reply begun: a list of times follows."""
+        if isinstance(request.prompt, Prompt):
+            assert request.prompt.indexed is not None
+            past = request.prompt.indexed
+            prompts = self.engine.runtime.prompts
+            ids = [*request.prompt.token_ids[len(past.token_ids) :].tolist(),
+                   *self.engine.runtime.tokenizer.encode(_BEGINNING)]  # fmt: skip
+            return replace(request, prompt=prompts.extend(past, ids))
+        return replace(request, prompt=[*request.prompt, Segment("template", _BEGINNING)])
 
     def ask_text(self, look: Look, question: str) -> str:
         """The reply to another question about a look."""

@@ -46,7 +46,7 @@ def refine_borders(
         if not affordable:
             break
         looks = reader.read([looks[place] for place in affordable])
-        for place, look, spans in zip(affordable, looks, asker.ask_spans(looks), strict=True):
+        for place, look, spans in zip(affordable, looks, asker.ask_spans(looks, [True] * len(looks)), strict=True):
             i = coarse[place]
             refined[i] = _move_borders(refined[i], look, spans or ())
     return refined
@@ -57,7 +57,7 @@ def _border_look(reader: LookReader, candidate: Candidate) -> Look:
     step = 1 / reader.info.fps
     zones = []
     for border, slack in zip((candidate.start, candidate.end), candidate.slack, strict=True):
-        reach = max(slack, 3 * step, (BORDER_FRAMES * step - slack) / 2)
+        reach = max(slack, 3 * step, ((BORDER_FRAMES - 2) * step - slack) / 2)
         zones.append((max(border - slack - reach, 0.0), min(border + reach, reader.info.duration)))
     (first, before), (after, last) = zones
     if after - before < 4 * step:

@@ -132,12 +132,12 @@ def look_closely(
 def _choose(asker: Asker, arms: Sequence[Arm], limits: ZoomLimits) -> list[Arm]:
     """The next arms, as many as tokens are left for."""
     seen = sum(bool(arm.looks) or arm.is_unreadable for arm in arms)
-    by_bound = sorted((arm for arm in arms if arm.bound > 0), key=lambda arm: -arm.bound)
-    fresh = [arm for arm in arms if not arm.looks and not arm.is_unreadable]  # in the order of their fused scores
-    chosen = [arm for arm in by_bound if arm.bound >= LEAST_BOUND]
-    chosen += [arm for arm in fresh if arm not in chosen][: max(0, limits.least - seen - len(chosen))]
+    chosen = sorted((arm for arm in arms if arm.bound >= LEAST_BOUND), key=lambda arm: -arm.bound)
     if seen >= limits.most:
         chosen = [arm for arm in chosen if arm.looks]
+    if not chosen:  # once all that promises something is settled, in the order of the fused scores
+        fresh = [arm for arm in arms if not arm.looks and not arm.is_unreadable]
+        chosen = fresh[: max(0, limits.least - seen)]
     batch, left = list[Arm](), limits.tokens - asker.tokens
     for arm in chosen[: limits.width]:
         left -= cost_of(arm, limits.frames)
@@ -166,7 +166,8 @@ def _look(
         return []
     present = asker.ask_presence(looks)
     likely = [i for i, yes in enumerate(present) if yes is None or yes >= _ASK_WHEN]
-    when = dict(zip(likely, asker.ask_spans([looks[i] for i in likely]) if likely else [], strict=True))
+    certain = [(present[i] or 0.0) > 0 for i in likely]
+    when = dict(zip(likely, asker.ask_spans([looks[i] for i in likely], certain), strict=True))
     for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
         arm.take(look, present[i], when.get(i) or ())
     return arms
