@@ -78,6 +78,29 @@ def test_frames_that_were_made_are_kept_by_owner(video: Path, monkeypatch: pytes
     small.close()
 
 
+def test_keys_stand_for_times_nearby(tmp_path: Path) -> None:
+    """Frames 0.1 s apart, keys each second: only keys are decoded where times lie far apart, and none twice."""
+    with av.open(str(tmp_path / "keys.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "10", "sc_threshold": "0"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for number in range(40):
+            picture = np.full((64, 64, 3), 6 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    source, cache = untrusted(fetch_source(tmp_path / "keys.mp4")), ThumbnailCache()
+    with VideoReader(source) as reader:
+        assert reader.starts() == [0, 10, 20, 30]
+
+    def stamps(times: list[float], near: bool) -> list[float]:
+        return [round(picture.timestamp, 3) for picture in make_thumbnails(source, times, 48, cache=cache, near=near)]
+
+    assert stamps([0.4, 1.6, 2.9], near=True) == [0.0, 2.0, 3.0]
+    assert stamps([0.4, 1.6, 2.9], near=False) == [0.4, 1.6, 2.9]
+    assert stamps([0.4, 0.5, 2.0], near=True) == [0.4, 0.5, 2.0] and stamps([0.4], near=True) == [0.4]
+    cache.close()
+
+
 def test_a_video_that_was_opened_stays_open_for_a_while(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next pictures of it come from the same reader; one that has ended is replaced."""
     source, cache = untrusted(fetch_source(video)), ThumbnailCache()

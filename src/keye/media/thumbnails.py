@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import time
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final, TypeAlias
 
 from PIL import Image
@@ -28,6 +31,8 @@ _QUALITY: Final = 80
 _CACHE_BYTES: Final = 64 * MIB
 #: Readers that stay open, and for how many seconds without use.
 _IDLE_READERS: Final = 3
+#: Videos of which it is known where decoding can begin.
+_MOST_STARTS: Final = 16
 _IDLE_SECONDS: Final = 45.0
 
 Key: TypeAlias = tuple[object, ...]
@@ -51,6 +56,7 @@ class ThumbnailCache:
     def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
         self._most, self._bytes = most_bytes, 0
         self._entries: OrderedDict[Key, bytes] = OrderedDict()
+        self._starts: OrderedDict[Key, Sequence[int]] = OrderedDict()
         self._readers: OrderedDict[Key, tuple[VideoReader, float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -68,6 +74,18 @@ class ThumbnailCache:
             self._entries[key] = jpeg
             while self._bytes > self._most:
                 self._bytes -= len(self._entries.popitem(last=False)[1])
+
+    def starts(self, key: Key) -> Sequence[int] | None:
+        """The frames of a video that cost least, None where they are not known."""
+        with self._lock:
+            return self._starts.get(key)
+
+    def keep_starts(self, key: Key, starts: Sequence[int]) -> None:
+        """Takes the frames of a video that cost least."""
+        with self._lock:
+            self._starts[key] = starts
+            while len(self._starts) > _MOST_STARTS:
+                self._starts.popitem(last=False)
 
     def take_reader(self, key: Key) -> VideoReader | None:
         """A reader that was left open, for the caller alone until `leave_reader`."""
@@ -104,18 +122,23 @@ class ThumbnailCache:
 
 def make_thumbnails(
     source: Source, times: Sequence[float], height: int, *, options: MediaOptions = DEFAULTS, salt: bytes = b"",
-    cache: ThumbnailCache | None = None,
+    cache: ThumbnailCache | None = None, near: bool = False,
 ) -> list[Thumbnail]:  # fmt: skip
     """A picture for each of `times`, in their order, at most `height` pixels high, upright and with square pixels.
 
     Times outside the video get its first or last frame. Frames that are not in `cache` are decoded, each from the key
-    before it. `salt` separates the caches of owners. Raises `MediaError` where the video cannot be read. Blocks.
+    before it. With `near` a key stands for times that are nearer to it than half the least distance of two of them,
+    which costs far less in videos whose keys lie seconds apart. `salt` separates the caches of owners. Raises
+    `MediaError` where the video cannot be read. Blocks.
     """
     own, cache = cache, cache or ThumbnailCache()
     info = probe_cached(source, None, salt, track=options.track)
     size = _fit(info, height)
-    indices = {at: find_displayed_frames(info.timestamps, [at], tolerance=SAME_TIME)[0] for at in times}
     about = (salt, identify(source), info.track, options.deinterlaces)
+    indices = {at: find_displayed_frames(info.timestamps, [at], tolerance=SAME_TIME)[0] for at in times}
+    if near and len(indices) > 1:
+        starts = [info.timestamps[number] for number in _starts(source, options.track, cache, about)]
+        indices = {at: _nearest(at, number, indices, info, starts) for at, number in indices.items()}
     jpegs = {index: cache.get((*about, size, index)) for index in set(indices.values())}
     try:
         if missing := sorted(index for index, jpeg in jpegs.items() if jpeg is None):
@@ -128,6 +151,30 @@ def make_thumbnails(
         if own is None:
             cache.close()
     return [Thumbnail(at, info.timestamps[indices[at]], size[1], size[0], jpegs[indices[at]] or b"") for at in times]
+
+
+def _starts(source: Source, track: int | None, cache: ThumbnailCache, key: Key) -> Sequence[int]:
+    """Numbers of the frames that cost least."""
+    known = cache.starts(key)
+    if known is None:
+        reader = cache.take_reader(key) or VideoReader(source, track=track)
+        try:
+            known = reader.starts()
+        except BaseException:
+            reader.close()
+            raise
+        cache.keep_starts(key, known)
+        cache.leave_reader(key, reader)
+    return known
+
+
+def _nearest(at: float, number: int, times: Collection[float], info: VideoInfo, starts: Sequence[float]) -> int:
+    """The frame that stands for a time: that of a key nearby, or frame `number`."""
+    ordered = sorted(times)
+    most = min(later - earlier for earlier, later in pairwise(ordered)) / 2
+    place = bisect_left(starts, at)
+    close = min(starts[max(place - 1, 0) : place + 1], key=lambda start: abs(start - at), default=math.inf)
+    return bisect_left(info.timestamps, close) if abs(close - at) <= most else number
 
 
 def _decode(source: Source, track: int | None, plan: VideoPlan, cache: ThumbnailCache, key: Key) -> list[bytes]:

@@ -25,7 +25,7 @@ from keye.media.decode.thumbnails import BATCH
 from keye.media.decode.thumbnails import BYTES as THUMBNAIL_BYTES
 from keye.media.decode.thumbnails import HEIGHT as THUMBNAIL_HEIGHT
 from keye.media.decode.thumbnails import WIDTH as THUMBNAIL_WIDTH
-from keye.media.decode.wire import END, FRAME, SOUND, THUMBNAILS
+from keye.media.decode.wire import END, FRAME, INFO, SOUND, THUMBNAILS
 from keye.media.decode.workers import UNTRUSTED_LIMITS, Worker
 from keye.media.decode.workers import DecodeLimits as DecodeLimits
 from keye.media.info import VideoInfo, note_size_changes, parse_info
@@ -170,6 +170,21 @@ class VideoReader:
         if kind != END or frames:
             raise self.worker.broken()
         self._end(name, body)
+
+    def starts(self) -> list[int]:
+        """Numbers of the frames that decoding can begin with, ascending: those cost least. None of animations."""
+        self._give_up_frames()
+        self._requests += 1
+        self.worker.request({"starts": True})
+        kind, body = self.worker.receive(8 * self.info.frame_count)
+        numbers = {time: number for number, time in enumerate(self.info.pts)}
+        try:
+            starts = [numbers[time] for time in array("q", bytes(body))]
+        except (ValueError, LookupError):
+            raise self.worker.broken() from None
+        if kind != INFO or starts != sorted(set(starts)):
+            raise self.worker.broken()
+        return starts
 
     def sound(self, begin: float, end: float) -> Iterator[NDArray[np.float32]]:
         """The sound from `begin` to `end` seconds as players count them, float32 [samples, channels] piece by piece:

@@ -166,6 +166,13 @@ class Reader:
                 )
             yield time, frame
 
+    def starts(self) -> array[int]:
+        """Times of the frames that decoding can begin with, ascending."""
+        timeline = self.timeline
+        if timeline.stamps is None:
+            return array("q", (timeline.times[number] for number in timeline.begins if number < len(timeline.times)))
+        return array("q", sorted({*timeline.begins}.intersection(timeline.times)))
+
     def _rate(self) -> Fraction | None:
         """Frames a second, as far as the file tells."""
         stream = self.video.stream
@@ -416,6 +423,9 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
                 for part in sound.samples():
                     send(out, SOUND, part)
                 send(out, END, json.dumps({"faults": sound.faults}).encode())
+            if "starts" in request:
+                starts = reader.starts() if isinstance(reader, Reader) else array("q")
+                send(out, INFO, starts.tobytes())
             if "targets" not in request:
                 continue
             wanted = (request[name] for name in ("targets", "width", "height", "deinterlace", "strict", "scan"))

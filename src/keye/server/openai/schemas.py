@@ -279,6 +279,7 @@ class FramesRequest(VideoBody):
         description="seconds as players show them; each gets the frame on display then"
     )
     height: Annotated[int, Field(ge=16, le=480)] = 120
+    near: bool = Field(default=False, description="a frame nearby may stand for a time: faster in long videos")
 
 
 class ScenesRequest(VideoBody):

@@ -35,7 +35,13 @@ async def frames(request: Request, body: FramesRequest) -> JSONResponse:
 def _frames(context: Context, owner: str, body: FramesRequest) -> dict[str, Any]:
     source, options = open_video(body.video, context.opener(owner), body.preprocess_kwargs)
     pictures = make_thumbnails(
-        source, body.times, body.height, options=options, salt=context.salt(owner), cache=context.thumbnails
+        source,
+        body.times,
+        body.height,
+        options=options,
+        salt=context.salt(owner),
+        cache=context.thumbnails,
+        near=body.near,
     )
     data = [
         {"time": picture.time, "timestamp": picture.timestamp, "width": picture.width, "height": picture.height,
