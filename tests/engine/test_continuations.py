@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from keye.cache.ledger import OutOfMemory
 from keye.cache.sequence import KVCache
 from keye.engine.continuations import Continuation, StoredSequence, continue_sequences
 from keye.engine.step import run_slices
+from keye.models.attention import GroupScores
 
 TAIL = list(range(40, 60))
 
@@ -156,3 +158,24 @@ def test_a_check_ends_it_and_frees_everything(model: Keye) -> None:
     for item in sequences:
         item.cache.free()
     assert blocks == 120
+
+
+def test_scores_of_groups_are_those_of_the_indexer(model: Keye) -> None:
+    """The definition, I[t,s] = sum of gate relu(q . k) over the heads, and the same alone as in company."""
+    generator = torch.Generator().manual_seed(0)
+    q, gate, keys = (torch.randn(shape, generator=generator) for shape in ((5, 2, 16), (5, 2), (40, 16)))
+    watch = GroupScores(0, torch.tensor([[3, 7], [7, 8], [20, 40]]))
+    watch.take(q, gate, keys)
+    exact = torch.einsum("tj,tjs->ts", gate, torch.relu(torch.einsum("tji,si->tjs", q, keys)))
+    expected = torch.stack([exact[:, a:b].amax(1) for a, b in ((3, 7), (7, 8), (20, 40))], dim=1)
+    assert watch.scores is not None and torch.allclose(watch.scores, expected, atol=1e-4)
+    groups = torch.tensor([[2, 9], [9, 30]])
+    sequences = [replace(item, groups=groups) for item in stored(model, [50, 8 + 30, 200])]
+    together = compute(model, sequences, count=True)
+    for item, result in zip(sequences, together, strict=True):
+        (alone,) = compute(model, [item], count=True)
+        assert result.scores is not None and alone.scores is not None and result.scores.shape == (len(TAIL), 2)
+        assert torch.allclose(result.scores, alone.scores, atol=1e-4)
+    assert all(result.scores is None for result in compute(model, sequences))
+    for item in sequences:
+        item.cache.free()

@@ -25,7 +25,7 @@ from keye.engine.media import as_medium
 from keye.models.load import save_model
 from keye.sessions.search.build import WindowsReady, build_search_index
 from keye.sessions.search.headers import IndexContents
-from keye.sessions.search.scoring import answer_ids, score_windows, thinking_of
+from keye.sessions.search.scoring import answer_ids, rank_evidence, score_windows, thinking_of
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.clips import write_clip
@@ -84,6 +84,11 @@ def test_a_question_scores_on_all_windows_what_it_scores_on_each(model: Keye, in
         assert score.lifts is not None and alone.lifts is not None
         assert np.abs(score.raw_lifts.sum() - len(score.lifts)) < 1e-3
         assert 0 < score.probability < 1 and 0 < score.mass < 1 and score.prior is not None
+        assert score.evidence is not None and score.evidence.shape == (score.tokens, 8)
+        assert alone.evidence is not None and np.allclose(alone.evidence, score.evidence, atol=1e-4)
+    ranks = rank_evidence(together)
+    assert [len(rank) for rank in ranks] == [8] * 5 and max(float(rank.max()) for rank in ranks) > 1
+    assert rank_evidence([replace(score, evidence=None) for score in together]) == []
 
 
 def test_a_window_is_the_past_of_any_prompt(model: Keye, index: SearchIndex) -> None:

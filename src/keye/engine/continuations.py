@@ -19,26 +19,36 @@ from keye.engine.core import EngineCore
 from keye.engine.engine import Engine
 from keye.engine.request import Generating
 from keye.engine.step import Slice
-from keye.models.attention import AttentionMode
+from keye.models.attention import AttentionMode, GroupScores
 
 
 @dataclass(frozen=True)
 class StoredSequence:
-    """What is stored of a prompt's first tokens, and the position of the token after them."""
+    """What is stored of a prompt's first tokens, and the position of the token after them. `groups` int64 [F, 2] are
+    the first and one past the last position of stored tokens that are of interest together, such as those of a
+    frame."""
 
     cache: KVCache
     next_position: int
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Continuation:
     """What comes after a text behind sequence `number`: float32 [V] `logits`, and `counts` int64 [layers, positions] of
     how often each stored position was selected while the text was read; None where it was not counted, or every
-    position was read."""
+    position was read. `scores` float32 [tokens of the text, F] are the greatest indexer scores of each group; None
+    where they were not wanted, and for dense attention."""
 
     number: int
     logits: Tensor
     counts: Tensor | None
+    scores: Tensor | None = None
+
+
+def scored_layer(layers: int) -> int:
+    """The layer whose indexer scores are reported: of keye-nano's the one that finds frames best, on training films."""
+    return layers // 2
 
 
 def continue_sequences(
@@ -46,9 +56,9 @@ def continue_sequences(
     attention: AttentionMode, count: bool = False, check: Callable[[], None] | None = None,
 ) -> Iterator[Continuation]:  # fmt: skip
     """Computes the text behind each of `total` stored sequences, in their order; `sequences` gives those from a first
-    to before a last number, and they stay as they are. `count` asks for the selections. `check` is called before each
-    pass and may raise. `OutOfMemory` where not even one fits beside what else is there; damage of a stored file is its
-    `KeyeError`."""
+    to before a last number, and they stay as they are. `count` asks for the selections, and the scores of groups.
+    `check` is called before each pass and may raise. `OutOfMemory` where not even one fits beside what else is there;
+    damage of a stored file is its `KeyeError`."""
     core, ids, done = engine.core, torch.tensor(list(token_ids)), 0
     while done < total:
         if check is not None:
@@ -93,7 +103,7 @@ def _compute(
                 if not slices:
                     raise
                 break
-            slices.append(_slice(core, forks[-1], item.next_position, ids, attention, count))
+            slices.append(_slice(core, forks[-1], item, ids, attention, count))
         fitting = scratch.count_fitting(slices)
         slices = slices[: max(fitting, 1)]
         scratch.reserve(slices)
@@ -106,17 +116,20 @@ def _compute(
         if fork.damage is not None:
             raise fork.damage
     return [
-        Continuation(first + i, row[-1].float(), piece.counts)
+        Continuation(first + i, row[-1].float(), piece.counts, None if piece.scored is None else piece.scored.scores)
         for i, (row, piece) in enumerate(zip(logits, slices, strict=True)) if row is not None
     ]  # fmt: skip
 
 
 def _slice(
-    core: EngineCore, cache: KVCache, position: int, ids: Tensor, attention: AttentionMode, count: bool
+    core: EngineCore, cache: KVCache, item: StoredSequence, ids: Tensor, attention: AttentionMode, count: bool
 ) -> Slice:
-    sparse, config = core.runtime.config.text.sparse, core.runtime.config.text
-    length, counts = cache.length(0) + len(ids), None
-    if count and sparse is not None and attention == "sparse" and length > sparse.topk:
-        counts = torch.zeros(config.num_hidden_layers, length, dtype=torch.int64)
-    positions = torch.arange(position, position + len(ids)).expand(3, len(ids))
-    return Slice(cache, ids, positions, None, "last", attention, counts)
+    config = core.runtime.config.text
+    length, counts, scored = cache.length(0) + len(ids), None, None
+    if count and config.sparse is not None and attention == "sparse":
+        if length > config.sparse.topk:
+            counts = torch.zeros(config.num_hidden_layers, length, dtype=torch.int64)
+        if item.groups is not None:
+            scored = GroupScores(scored_layer(config.num_hidden_layers), item.groups)
+    positions = torch.arange(item.next_position, item.next_position + len(ids)).expand(3, len(ids))
+    return Slice(cache, ids, positions, None, "last", attention, counts, scored=scored)

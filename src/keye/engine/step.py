@@ -16,7 +16,7 @@ from torch import Tensor
 from keye.cache.ledger import Ledger
 from keye.cache.sequence import KVCache
 from keye.config import TextConfig
-from keye.models.attention import AttentionMode, CachedStep, Selection, Span
+from keye.models.attention import AttentionMode, CachedStep, GroupScores, Selection, Span
 from keye.models.keye import KeyeModel
 
 #: Prompt tokens of a step in which nothing is generated, and the fewest of one in which something is.
@@ -35,8 +35,9 @@ Wanted = Literal["none", "last", "all"]
 class Slice:
     """New tokens of one sequence: `token_ids` int64 [n], `position_ids` int64 [3, n], and the `visual` tokens [m, d]
     that stand at its placeholders. `alone` slices are computed in a pass of their own, and `fixed` ones, which are
-    alone as well, by products of one shape whatever their length. `counts` and `experts` receive what
-    `keye.models.attention.Span` counts, and the selected experts int16 [n, routed layers, experts per token]."""
+    alone as well, by products of one shape whatever their length. `counts`, `scored` and `experts` receive what
+    `keye.models.attention.Span` counts, the indexer's scores, and the selected experts int16 [n, routed layers, experts
+    per token]."""
 
     cache: KVCache
     token_ids: Tensor
@@ -49,6 +50,7 @@ class Slice:
     select: Selection = "indexer"
     experts: list[Tensor] | None = None
     fixed: bool = False
+    scored: GroupScores | None = None
 
 
 def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> int:
@@ -146,7 +148,7 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
     x = model.model.embed_tokens(ids)
     spans, start = [], 0
     for piece in slices:
-        spans.append(Span(start, start + piece.token_ids.shape[0], piece.cache, piece.counts))
+        spans.append(Span(start, start + piece.token_ids.shape[0], piece.cache, piece.counts, piece.scored))
         part, start = slice(start, spans[-1].stop), spans[-1].stop
         if piece.visual is not None:  # a placeholder elsewhere is a token that a model has drawn, and stands for itself
             x[part] = model.embed(ids[part], piece.visual)

@@ -194,15 +194,37 @@ class Attention(Layer):
         return self.o_proj(step.attend(self.layer, q, k, v, index).flatten(1))
 
 
+@dataclass(eq=False)
+class GroupScores:
+    """What an indexer thinks of groups of stored keys, such as the frames of a video: for each token n of a span and
+    each group the greatest score I[t,s] of its keys in `layer`. `groups` int64 [F, 2] are the first and one past the
+    last position of each; `scores` float32 [n, F] when the layer was computed."""
+
+    layer: int
+    groups: Tensor
+    scores: Tensor | None = None
+
+    def take(self, q: Tensor, gate: Tensor, keys: Tensor) -> None:
+        """Scores of queries [n, J, I] with gates [n, J] for keys [N, I], a head after the other: all at once would take
+        J times the memory."""
+        total = torch.zeros(q.shape[0], keys.shape[0], device=q.device)
+        for head in range(q.shape[1]):
+            total += gate[:, head : head + 1].float() * F.relu(q[:, head].float() @ keys.float().T)
+        groups = self.groups.tolist()
+        self.scores = torch.stack([total[:, start:stop].amax(1) for start, stop in groups], dim=1).cpu()
+
+
 @dataclass(frozen=True)
 class Span:
     """Tokens start .. stop of the step belong to the sequence whose past is in `cache`. `counts` int64, if given, tells
-    how often the key of each position was selected: [positions] over all layers, or [layers, positions]."""
+    how often the key of each position was selected: [positions] over all layers, or [layers, positions]. `scored`, if
+    given, receives the indexer's scores."""
 
     start: int
     stop: int
     cache: SequenceCache
     counts: Tensor | None = None
+    scored: GroupScores | None = None
 
 
 class CachedStep:
@@ -236,6 +258,8 @@ class CachedStep:
             for stretch in sparse:
                 registry.attend_selected(q, self._select_without_indexer(layer, stretch, q.device), stretch, out)
         for span, stretch in zip(self.spans, stretches, strict=True):
+            if span.scored is not None and index is not None and span.scored.layer == layer:
+                self._score(span, index, stretch)
             check = span.cache.check
             if check is not None and not check.is_complete(layer):
                 selected = index is not None and stretch.length > self.topk
@@ -243,6 +267,14 @@ class CachedStep:
                     check.compare_reads(layer, ("indexer_k",))
                 check.compare_reads(layer, ("k", "v"), stretch.counts if selected else None)
         return out
+
+    def _score(self, span: Span, index: IndexerOutput, stretch: Stretch) -> None:
+        """The indexer's scores of groups of keys that were stored before the span."""
+        assert span.scored is not None and stretch.key_tiles is not None
+        part, check = slice(span.start, span.stop), span.cache.check
+        span.scored.take(index.q[part], index.gate[part], stretch.key_tiles(0, stretch.first))
+        if check is not None:
+            check.compare_reads(span.scored.layer, ("indexer_k",))
 
     def _append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
         """Adds the rows [T, heads, dim] of a step to the caches; encoded at once where all store them alike, since many

@@ -35,7 +35,8 @@ class WindowScore:
     said something else. `prior` is the log-odds under the null question, None where there is none. `raw_lifts` float32
     [frames] are the shares of each frame in the indexers' selections while the question was read, times the number of
     frames; `lifts` the same minus those of the null question. None where every token was read. `tokens` of the question
-    were computed."""
+    were computed. `evidence` float32 [tokens, frames] are the indexer's scores of each frame for each token of the
+    question; None under dense attention."""
 
     index: SearchIndex
     number: int
@@ -46,6 +47,7 @@ class WindowScore:
     tokens: int
     lifts: NDArray[np.float32] | None = field(default=None, repr=False)
     raw_lifts: NDArray[np.float32] | None = field(default=None, repr=False)
+    evidence: NDArray[np.float32] | None = field(default=None, repr=False)
 
 
 def score_windows(
@@ -79,8 +81,21 @@ def score_windows(
             null = 1.0 if window.null_shares is None else window.null_shares * len(shares)
             lifts = (raw - null).astype(np.float32)
         yield WindowScore(
-            index, number, yes, float(torch.sigmoid(torch.tensor(yes))), mass, window.prior, len(ids), lifts, raw
-        )
+            index, number, yes, float(torch.sigmoid(torch.tensor(yes))), mass, window.prior, len(ids), lifts, raw,
+            None if item.scores is None else item.scores.numpy(),
+        )  # fmt: skip
+
+
+def rank_evidence(scores: Sequence[WindowScore]) -> list[NDArray[np.float32]]:
+    """What the indexers alone say of every frame, float32 [frames] for each of the windows that a question was put to:
+    the score of each token of the question in standard deviations above its mean over all frames of all windows, the
+    greatest over the tokens. Empty without evidence."""
+    parts = [score.evidence for score in scores if score.evidence is not None]
+    if len(parts) != len(scores) or not parts:
+        return []
+    joined = np.concatenate(parts, axis=1)
+    mean, spread = joined.mean(1, keepdims=True), joined.std(1, keepdims=True)
+    return [((part - mean) / np.maximum(spread, 1e-6)).max(0).astype(np.float32) for part in parts]
 
 
 def encode_question(runtime: Runtime, question: str) -> list[int]:

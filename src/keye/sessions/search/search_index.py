@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -167,7 +168,7 @@ class SearchIndex:
         if window.segment not in self._sequences:
             self._sequences[window.segment] = self._open(window.segment)
         cache = self._sequences[window.segment][number - self._firsts[window.segment]]
-        return StoredSequence(cache, window.next_position)
+        return StoredSequence(cache, window.next_position, torch.from_numpy(self.frame_spans(number)))
 
     def past(self, number: int) -> VideoIndex:
         """A window as the beginning of prompts, as an index of a video is one; times in replies are those of its own
