@@ -4,12 +4,14 @@ what is pressed, in both themes, both languages and at six sizes; and forced col
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.support.mock_server import MockServer
+from tests.support.mock_server import LINES, SEARCHING, MockServer
 from tests.support.page import ask, find, open_sample
 from tests.support.page_look import faults_of
 
@@ -26,6 +28,16 @@ def show_menu(page: Any) -> None:
     page.locator(".card .icon-button[aria-haspopup]:visible").last.click()
 
 
+def show_export(page: Any) -> None:
+    page.keyboard.press("Escape")
+    page.locator(".turn").last.get_by_role("button", name=re.compile("^(Export 2|导出 2)")).click()
+
+
+def show_subtitles(page: Any) -> None:
+    page.keyboard.press("Escape")
+    page.get_by_role("tab").nth(1).click()
+
+
 def show_place(name: str) -> Callable[[Any], None]:
     def show(page: Any) -> None:
         page.keyboard.press("Escape")
@@ -40,7 +52,9 @@ STATES: dict[str, Callable[[Any], None]] = {
     "answers": lambda page: (open_sample(page), find(page, "the purple cross"), ask(page, "something far away")),
     "moment": lambda page: find(page, "the red circle"),
     "menu": show_menu,
-    "details": lambda page: (page.keyboard.press("Escape"), page.get_by_role("tab").last.click()),
+    "export": show_export,
+    "subtitles": show_subtitles,
+    "details": lambda page: page.get_by_role("tab").last.click(),
     "settings": show_place("settings"),
     "activity": show_place("activity"),
     "library": show_place("library"),
@@ -51,6 +65,8 @@ STATES: dict[str, Callable[[Any], None]] = {
 def test_nothing_is_wrong_with_any_state(
     page: Any, server: MockServer, theme: str, language: str, size: tuple[int, int]
 ) -> None:
+    server.model |= SEARCHING
+    server.subtitles = LINES
     page.evaluate(
         "(chosen) => localStorage.setItem('keye.settings', JSON.stringify(chosen))",
         {"theme": theme, "language": language},
@@ -64,7 +80,7 @@ def test_nothing_is_wrong_with_any_state(
         show(page)
         if wrong := faults_of(page, least_target=least):
             faults[name] = wrong
-    assert faults == {}
+    assert faults == {}, json.dumps(faults, indent=1, ensure_ascii=False)
 
 
 def test_forced_colours_keep_marks_and_choices_visible(page: Any) -> None:

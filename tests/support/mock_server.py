@@ -76,6 +76,23 @@ MODEL = {
 }  # fmt: skip
 BROKEN = "broken.mp4 is cut short: 3.0 of 16.0 s can be read; download it again"
 NOTE = "the reply names 50:00.0 to 50:05.0: outside what was looked at (0.0 s to 16.0 s), so not shown as a moment"
+#: A server that can do everything, and a model for which the sample is long.
+SEARCHING = {
+    "measured_frames": 8,
+    "capabilities": ["video", "find", "scenes", "subtitles", "frames", "export", "clips"],
+}
+LINES = [
+    {"start": 1.0, "end": 2.5, "text": "The next point is the river bridge."},
+    {"start": 3.2, "end": 5.0, "text": "In this red folder."},
+    {"start": 9.0, "end": 11.0, "text": "The red folder, please."},
+]
+ROUTES = [f"/v1/video/{name}" for name in ("find", "scenes", "subtitles", "frames", "export")]
+#: A grey picture of 8 x 8.
+JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAFA3PEY8MlBGQUZaVVBfeMiCeG5uePWvuZHI////////////////////////////////"
+    "////////////////////wAALCAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAAAf/EABQQAQAAAAAAAAAAAAAAAAAAAAD/2gAI"
+    "AQEAAD8AH//Z"
+)
 LOOP = "the reply repeated itself and was stopped"
 CIRCLE = "The red circle is visible at [[3.0, 8.5]] and from 0:12 on: [[12.0, 15.5]] red circle again; it moves up."
 
@@ -91,6 +108,8 @@ class MockServer:
     disconnected: threading.Event = field(default_factory=threading.Event)
     checking: threading.Event | None = None
     busy: int = 0
+    search: list[dict[str, Any]] = field(default_factory=list)
+    subtitles: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
 
     def __post_init__(self) -> None:
@@ -135,6 +154,45 @@ def answer_chunks(question: str) -> Iterator[dict[str, Any]]:
             **({"notes": [NOTE]} if "far" in question else {"notes": [LOOP]} if "loop" in question else {}),
         },
     }
+
+
+def moment(rank: int, start: float, end: float, probability: float | None, **more: Any) -> dict[str, Any]:
+    """A moment as the server sends it."""
+    plain = {"checked": "no", "refined": False, "on_cut": None, "file": None, "subtitle": None}
+    return {"id": f"m{rank}", "rank": rank, "start": start, "end": end, "probability": probability, **plain, **more}
+
+
+def search_events(event: str, duration: float = 16.0) -> list[dict[str, Any]]:
+    """What a search sends: how far it is, findings as they come, and what it was at its end."""
+    line = {"start": 3.2, "end": 5.0, "text": "In this red folder."}
+    first = moment(1, 3.0, 8.5, 0.94, checked="twice", refined=True, on_cut="start", subtitle=line)
+    second = moment(2, 12.0, 15.0, 0.71, checked="twice", refined=True)
+    weak = moment(3, 10.0, 11.0, 0.38, checked="failed")
+    seen = [
+        {"start": 0.0, "end": duration, "spacing": 1.0, "close": False},
+        {"start": 2.0, "end": 9.0, "spacing": 0.2, "close": True},
+    ]
+    coverage = {
+        "duration": duration, "seen": seen, "unseen": [], "places": 12, "frames": 8226, "index_tokens": 540_000,
+        "query_tokens": 61_240, "share": 1.0,
+    }  # fmt: skip
+    nothing = "purple" in event
+    result = {
+        "query": event, "video": "sample.mp4", "model": "keye-nano", "found": not nothing,
+        "moments": [] if nothing else [first, second], "weaker": [] if nothing else [weak],
+        "presence": 0.02 if nothing else 0.96, "threshold": 0.5, "coverage": coverage,
+        "notes": [{"code": "scope", "text": "keye-nano does not know real footage.", "place": "file"}],
+        "seconds": {"coarse": 3.0, "close": 5.0}, "stopped": False,
+    }  # fmt: skip
+    progress = {"type": "progress", "unit": "s", "seconds_left": 40.0}
+    return [
+        {"type": "started", "id": "find-1"}, {"type": "waiting"},
+        {**progress, "stage": "coarse", "done": 8.0, "total": duration},
+        *([] if nothing else [{"type": "moments", "moments": [moment(1, 3.0, 8.0, 0.6)]}]),
+        {**progress, "stage": "close", "done": 8, "total": 12, "unit": "place"},
+        *([] if nothing else [{"type": "moments", "moments": [first, moment(2, 12.0, 15.0, 0.5)]}]),
+        {"type": "result", "id": "find-1", "result": result},
+    ]  # fmt: skip
 
 
 def _delta(**content: str) -> dict[str, Any]:
@@ -200,10 +258,35 @@ class _Handler(BaseHTTPRequestHandler):
                 [*steps, {"delta": {"content": result["text"]}}, {"object": "keye.ground", **result}],
                 hold=2,
             )
+        elif self.path in ROUTES and self.path.rsplit("/", 1)[-1] in self.mock.model.get("capabilities", ()):
+            self._search_route(body)
+        elif self.path.startswith("/v1/video/find/"):
+            self.mock.release.set()
+            self._json({"stopping": True})
         elif self.path == "/v1/clips":
             self._send(200, SAMPLE.read_bytes(), "video/mp4")
         else:
             self._chat(body)
+
+    def _search_route(self, body: dict[str, Any]) -> None:
+        if self.path == "/v1/video/find":
+            self._stream(body["event"], self.mock.search or search_events(body["event"]), hold=4)
+        elif self.path == "/v1/video/scenes":
+            result = {"cuts": [4.0, 9.5], "scenes": [{"start": a, "end": b} for a, b in ((0, 4), (4, 9.5), (9.5, 16))]}
+            self._stream("", [{"type": "started", "id": "scan-1"}, {"type": "result", "result": result}], hold=9)
+        elif self.path == "/v1/video/subtitles":
+            text = (body.get("subtitles") or {}).get("text")
+            lines = self.mock.subtitles if text is None else [{"start": 1.0, "end": 2.0, "text": text}]
+            track = {"id": "1", "origin": "track", "name": "", "language": "en"} if lines else None
+            self._json({"tracks": [track] if track else [], "track": track, "lines": lines, "notes": []})
+        elif self.path == "/v1/video/frames":
+            self._json({"data": [{"url": f"data:image/jpeg;base64,{JPEG}"} for _ in body["times"]]})
+        else:
+            headers = {
+                "Content-Disposition": "attachment; filename*=UTF-8''the%20red%20circle.xml",
+                "Keye-Notes": json.dumps(["Times fall on whole frames: at most 250 ms from the answer."]),
+            }
+            self._send(200, b"<xmeml/>", "application/xml", headers)
 
     def _chat(self, body: dict[str, Any]) -> None:
         content = body["messages"][-1]["content"]

@@ -56,8 +56,9 @@ CONTRAST = """
         const seen = Math.max(bordered ? ratio(edge, around) : 0, clear(own) ? 0 : ratio(own, around));
         const words = node.textContent.trim() || node.placeholder;
         const icon = node.querySelector("svg");
-        const field = /^(INPUT|SELECT|TEXTAREA)$/.test(node.tagName) && !node.classList.contains("quiet");
-        if ((field || !words && !icon && !node.querySelector("canvas")) && node.type !== "checkbox" && seen < 2.99)
+        const native = ["checkbox", "radio"].includes(node.type) || node.matches("select.quiet");
+        const field = /^(INPUT|SELECT|TEXTAREA)$/.test(node.tagName);
+        if ((field || !words && !icon && !node.querySelector("canvas")) && !native && seen < 2.99)
             faults.push(`${named(node)}: edge ${seen}`);
         if (icon && ratio(getComputedStyle(icon).color, ground(node)) < 3) faults.push(`${named(node)}: icon`);
         if (words && ratio(style.color, ground(node)) < 4.5) faults.push(`${named(node)}: text`);
@@ -69,7 +70,9 @@ OVERLAP = """
     const faults = [];
     for (let i = 0; i < seen.length; i++) for (let j = i + 1; j < seen.length; j++) {
         const [a, b] = [seen[i], seen[j]];
-        if (a.node === b.node) continue;
+        // What opens over the page hides parts of it.
+        const layer = (text) => text.owner.closest(":popover-open, dialog");
+        if (a.node === b.node || layer(a) !== layer(b)) continue;
         const wide = Math.min(a.box.right, b.box.right) - Math.max(a.box.left, b.box.left);
         const high = Math.min(a.box.bottom, b.box.bottom) - Math.max(a.box.top, b.box.top);
         if (wide > 2 && high > 4) faults.push(`${named(a.owner)} over ${named(b.owner)}`);

@@ -2,6 +2,8 @@
 
 import { clips, explain, storedKey } from "./api.js";
 import { byId, copyText, download } from "./dom.js";
+import { openExport } from "./export.js";
+import { isAble } from "./model.js";
 import { toast } from "./notices.js";
 import { curl } from "./request.js";
 import { addressOf } from "./router.js";
@@ -10,7 +12,7 @@ import { range, spoken, t } from "./strings.js";
 const PATHS = { chat: "v1/chat/completions", ground: "v1/video/ground", search: "v1/video/find" };
 
 export class Actions {
-  /** `desk` has `media`, `stage`, `sampling`, `composer`, `places`, `notice(text)` and `remove(turn)`. */
+  /** `desk` has `media`, `stage`, `sampling`, `composer`, `notice(text)` and `remove(turn)`. */
   constructor(desk) {
     this.desk = desk;
   }
@@ -20,10 +22,12 @@ export class Actions {
     if (turn.moments.length > 1) {
       entries.push({ text: t("save.all"), icon: "save", act: () => this.save(turn.moments, byId("file-more")) });
     }
-    if (this.desk.places.exporting) {
-      entries.push({ text: t("export.open"), icon: "file", act: () => this.desk.places.exporting([moment], this.desk.media.video) });
-    }
+    if (isAble("export")) entries.push({ text: t("export.open"), icon: "file", act: () => this.exporting(turn, [moment]) });
     return entries;
+  }
+
+  exporting(turn, moments) {
+    openExport(moments, { "": this.desk.media.video }, turn.question);
   }
 
   more(turn, moment) {

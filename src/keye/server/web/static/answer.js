@@ -29,7 +29,7 @@ export class AnswerView {
   /**
    * `handlers`: `jump`, `play`, `picture`, `save`, `formats`, `more`, `link` of a moment; `seek(turn, seconds)`,
    * `region(turn, i)`, `stop`, `again(turn)`, `details(turn)`, `reword(turn)`, `closer(turn)`, `models()`,
-   * `threshold(turn, value)`, `exporting(turn, button)` or null, `isBack()` resolving to whether the server answers.
+   * `threshold(turn, value)`, `canExport()`, `exporting(turn)`, `isBack()` resolving to whether the server answers.
    */
   constructor(turn, handlers) {
     this.turn = turn;
@@ -62,12 +62,18 @@ export class AnswerView {
     this.#working.phase(progress);
   }
 
+  /** Says that the search waits for others of the server. */
+  waiting() {
+    this.#working.title(t("search.waiting"));
+  }
+
   search(progress) {
-    this.#working.search(progress, this.turn.moments?.length ?? 0);
+    this.#working.search(progress);
   }
 
   /** Shows the moments that a search has so far. */
   findings() {
+    this.#working.found(this.turn.moments.length);
     this.#found?.remove();
     this.#found = element("div", { class: "turn-body" }, ...this.#moments());
     this.#body.append(this.#found);
@@ -182,9 +188,9 @@ export class AnswerView {
     const { turn, handlers } = this;
     if (!turn.isDone || !turn.moments?.length) return [];
     const row = element("div", { class: "row" });
-    if (handlers.exporting) {
+    if (handlers.canExport()) {
       const count = turn.moments.length;
-      row.append(button(plural("export", count), (event) => handlers.exporting(turn, event.currentTarget), { icon: "save" }));
+      row.append(button(plural("export", count), () => handlers.exporting(turn), { icon: "save" }));
     }
     if ([...turn.moments, ...(turn.weaker ?? [])].some(({ probability }) => probability !== null)) {
       const from = button(t("threshold", { share: percent(turn.threshold ?? 0) }), () => {}, { class: "quiet" });

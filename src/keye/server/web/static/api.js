@@ -52,12 +52,7 @@ async function call(path, { method = "GET", json, signal } = {}) {
 
 /** The error in the body of an answer, however it looks. */
 export function serverError(status, body, retryAfter) {
-  let reported;
-  try {
-    reported = JSON.parse(body)?.error?.message;
-  } catch (error) {
-    if (!(error instanceof SyntaxError)) throw error;
-  }
+  const reported = parse(body)?.error?.message;
   const seconds = Number(retryAfter);
   const wait = retryAfter !== null && Number.isFinite(seconds) && seconds >= 0 ? Math.ceil(seconds) : null;
   const message = typeof reported === "string" && reported !== "" ? reported : t("error.status", { status });
@@ -145,23 +140,52 @@ export function find(request, signal) {
   return chunks("v1/video/find", request, signal);
 }
 
+/** Ends a search: its stream goes on to the result so far. */
+export async function stopSearch(id) {
+  await call(`v1/video/find/${encodeURIComponent(id)}/stop`, { method: "POST", json: {} });
+}
+
+export function scenes(request, signal) {
+  return chunks("v1/video/scenes", request, signal);
+}
+
+export async function subtitles(request, signal) {
+  return (await call("v1/video/subtitles", { method: "POST", json: request, signal })).json();
+}
+
+/** Pictures of a video at most 60 times, as data URLs in the order of the times. */
+export async function frames(request) {
+  const list = await (await call("v1/video/frames", { method: "POST", json: request })).json();
+  return Array.isArray(list?.data) ? list.data : [];
+}
+
+/** A file of moments: its `blob` and `name`, and the sentences on what was rounded or left out. */
+export async function exportMoments(request) {
+  const response = await call("v1/video/export", { method: "POST", json: request });
+  const name = /filename\*=UTF-8''([^;]+)/.exec(response.headers.get("Content-Disposition") ?? "")?.[1];
+  const notes = parse(response.headers.get("Keye-Notes") ?? "[]");
+  return { blob: await response.blob(), name: name && decodeURIComponent(name), notes: Array.isArray(notes) ? notes : [] };
+}
+
+/** What a JSON text holds; undefined where it is not one. */
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    return undefined;
+  }
+}
+
 /** The chunks of a streamed answer as objects. An error inside the stream is thrown as ServerError. */
 async function* chunks(path, request, signal) {
   const response = await call(path, { method: "POST", json: request, signal });
   for await (const event of events(response.body)) {
-    const chunk = readChunk(event);
+    const chunk = parse(event);
+    if (chunk === undefined) throw new StreamCut("unreadable");
     // Inside a stream there are no status codes; the type distinguishes mistakes of the user from failures.
     if (chunk?.error) throw serverError(chunk.error.type === "invalid_request_error" ? 400 : 500, event, null);
     yield chunk;
-  }
-}
-
-function readChunk(event) {
-  try {
-    return JSON.parse(event);
-  } catch (error) {
-    if (!(error instanceof SyntaxError)) throw error;
-    throw new StreamCut("unreadable");
   }
 }
 

@@ -8,6 +8,7 @@ import { byId } from "./dom.js";
 import { showModel, showPlace, startHeader } from "./header.js";
 import { conversations } from "./history.js";
 import { drawIcons } from "./icons.js";
+import { useSample } from "./intake.js";
 import { startKeyDialog } from "./keydialog.js";
 import { startKeys } from "./keys.js";
 import { startLibrary } from "./library.js";
@@ -19,7 +20,7 @@ import { setting } from "./store.js";
 import { preferredLanguage, setLanguage } from "./strings.js";
 import { startWelcome } from "./welcome.js";
 
-const ACCEPT = "video/*,image/*,.mkv,.avi,.ts,.m2ts,.flv,.wmv,.heic,.heif,.avif";
+const ACCEPT = "video/*,image/*,.mkv,.avi,.ts,.m2ts,.flv,.wmv,.heic,.heif,.avif,.srt,.vtt";
 
 function applyTheme() {
   const theme = setting("theme");
@@ -102,10 +103,10 @@ function startControls(desk) {
 function start() {
   drawIcons(document);
   startKeyDialog();
-  const desk = new Desk({ models: showModel, exporting: null });
+  const desk = new Desk({ models: showModel });
   startPanel();
   startHeader();
-  startWelcome({ sample: (example) => desk.useSample(example), reopen: (kept) => desk.reopen(kept) });
+  startWelcome({ sample: (example) => useSample(desk, example), reopen: (kept) => desk.reopen(kept) });
   startLibrary({
     open: (id) => go({ place: "desk", file: id }),
     add: () => byId("choose-more").click(),

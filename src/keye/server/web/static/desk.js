@@ -1,14 +1,15 @@
 /** The desk: files are opened, questions become turns of a conversation, and turns are shown and kept. */
 
 import { Actions } from "./actions.js";
-import { contentAddress, explain, fileContent, isBack, sampleFile, storedKey } from "./api.js";
+import { contentAddress, explain, fileContent, isBack, stopSearch, storedKey } from "./api.js";
 import { AnswerView, summary } from "./answer.js";
 import { Composer } from "./composer.js";
 import { drawDetails } from "./details.js";
 import { button, byId } from "./dom.js";
 import { FileBar } from "./filebar.js";
 import { conversations, keep, newConversation } from "./history.js";
-import { kindOf, MAX_MEDIA, Media } from "./media.js";
+import { addFiles } from "./intake.js";
+import { Media } from "./media.js";
 import { isAble, loadModel, model } from "./model.js";
 import { noteBox } from "./notes.js";
 import { say, toast } from "./notices.js";
@@ -17,9 +18,11 @@ import { chatRequest, findRequest, groundRequest } from "./request.js";
 import { note as noteRoute } from "./router.js";
 import { begin, change, end } from "./runs.js";
 import { Sampling } from "./sampling.js";
+import { Scenes } from "./scenes.js";
 import { Stage } from "./stage.js";
 import { options, setting } from "./store.js";
 import { t } from "./strings.js";
+import { Subtitles } from "./subtitles.js";
 import { divide, runTurn } from "./turns.js";
 
 /** A kept file up to this many bytes is fetched where its address alone does not do, as when the server has a key. */
@@ -29,6 +32,8 @@ export class Desk {
   media = new Media();
   stage = new Stage();
   actions = new Actions(this);
+  subtitles = new Subtitles(this.stage);
+  scenes = new Scenes(this.stage);
   sampling;
   composer;
   #bar;
@@ -38,6 +43,7 @@ export class Desk {
   /** A question that waits until its files are on the server, or the answer before it is there. */
   #waiting = null;
   #planned = "";
+  #extrasOf = null;
 
   /** `places`: `models(anchor)` shows what is known of the model, `exporting(moments, item)` or null. */
   constructor(places) {
@@ -47,10 +53,11 @@ export class Desk {
     }));
     this.composer = new Composer(() => ({
       kind: this.stage.item?.kind || "video", isBeyond: this.#isBeyond(), frames: model()?.measured, model: model()?.id,
-      hasSubtitles: false,
+      hasSubtitles: this.subtitles.isThere && setting("subtitles"),
     }));
     this.#bar = new FileBar(this.media, {
-      open: (item) => this.#open(item), remove: (item) => this.media.remove(item), retry: (item) => this.media.start(item),
+      open: (item) => this.open(item), remove: (item) => this.media.remove(item), retry: (item) => this.media.start(item),
+      scenes: () => this.scenes.find().catch((error) => this.notice(explain(error).join(" "))),
       link: () => this.actions.link(null, null), close: () => this.clear(), add: () => byId("choose-more").click(),
       choose: () => byId("choose").click(),
     });
@@ -70,11 +77,16 @@ export class Desk {
       composer.block(sampling.problem !== null);
     });
     sampling.addEventListener("planned", () => this.#draw());
-    document.addEventListener("model", () => sampling.refresh());
+    document.addEventListener("model", () => {
+      sampling.refresh();
+      this.#extrasOf = null;
+      this.#mediaChanged();
+    });
     document.addEventListener("key", async () => {
       this.clearNotice();
       media.items.filter((item) => item.error && item.file).forEach((item) => media.start(item));
     });
+    document.addEventListener("subtitles", () => composer.draw());
     document.addEventListener("language", () => {
       this.#views.forEach((view) => view.turn.isDone && view.finish());
       composer.showRange(sampling.range);
@@ -90,41 +102,17 @@ export class Desk {
     return this.media.items.length > 0;
   }
 
+  get hasTurns() {
+    return this.#conversation.turns.length > 0;
+  }
+
+  /** Opens files of this machine: a video, pictures, or subtitles of what is open. */
   addFiles(files) {
-    const usable = [...files].filter((file) => kindOf(file));
-    if (!usable.length) return this.notice(t("file.unknown"));
-    const missing = this.media.items.find((item) => item.error && !item.file);
-    if (missing && kindOf(usable[0]) === missing.kind) {
-      this.media.attach(missing, usable[0]);
-      return this.#open(missing);
-    }
-    const hasVideo = this.media.video && usable.some((file) => kindOf(file) === "video");
-    if (this.#conversation.turns.length || hasVideo) this.clear();
-    let videos = 0;
-    for (const file of usable.slice(0, MAX_MEDIA - this.media.items.length)) {
-      if (kindOf(file) === "video" && videos++) continue;
-      this.media.add(file);
-    }
-    this.clearNotice();
-    if (videos > 1) this.notice(t("file.single"));
-    this.#open(this.media.video ?? this.media.items[0]);
-    this.composer.open();
-    return this.composer.welcome();
+    return addFiles(this, files);
   }
 
-  /** Opens the sample clip, and asks an example about it if there is one. */
-  async useSample(example) {
-    try {
-      this.addFiles([await sampleFile()]);
-    } catch (error) {
-      return this.notice(explain(error).join(" "));
-    }
-    if (!example) return undefined;
-    this.composer.mode = example.mode;
-    return this.send({ question: example.text, mode: example.mode });
-  }
-
-  #open(item) {
+  /** Shows a file. */
+  open(item) {
     this.stage.open(item);
     this.#draw();
     this.stage.show(this.stage.turn);
@@ -143,13 +131,23 @@ export class Desk {
     if (state !== this.#planned) {
       this.sampling.refresh();
       if (items.length && this.media.ready) this.note();
+      this.#openExtras();
     }
     this.#planned = state;
     this.#goOn();
   }
 
+  /** Subtitles and scenes of the video, once it is on the server. */
+  #openExtras() {
+    const video = this.media.video?.id ? this.media.video : null;
+    if (video === this.#extrasOf) return;
+    this.#extrasOf = video;
+    this.scenes.open(video);
+    this.subtitles.open(video).catch((error) => this.notice(explain(error).join(" ")));
+  }
+
   #draw() {
-    this.#bar.draw(this.stage.item, this.sampling.planned);
+    this.#bar.draw(this.stage.item, this.#isBeyond() ? null : this.sampling.planned);
     this.composer.draw();
   }
 
@@ -178,12 +176,12 @@ export class Desk {
     return (this.sampling.planned?.frames ?? 0) > measured || (video.duration ?? 0) > measured;
   }
 
-  #makeTurn({ question, mode, route }) {
+  #makeTurn({ question, mode, route, effort }) {
     const turns = this.#conversation.turns;
     const way = route ?? (mode === "ask" ? "chat" : this.#isBeyond() && isAble("find") ? "search" : "ground");
     const facts = {
       model: model().id, sampling: this.sampling.values, video: this.media.video, event: question, media: this.media.items,
-      turns, question, options: { ...options(), effort: setting("effort"), subtitles: setting("subtitles") },
+      turns, question, options: { ...options(), effort: effort ?? setting("effort"), subtitles: setting("subtitles") ? this.subtitles.choice : "none" },
     };
     const request = { chat: chatRequest, ground: groundRequest, search: findRequest }[way](facts);
     return {
@@ -270,7 +268,7 @@ export class Desk {
   async #run(turn, view) {
     const mine = this.#conversation;
     const stop = new AbortController();
-    const run = begin({ kind: turn.mode, title: turn.question, stop: () => stop.abort() });
+    const run = begin({ kind: turn.mode, title: turn.question, stop: () => this.stop() });
     this.#running = { stop, turn };
     mine.media = [...this.media.items];
     const release = follow(view.node);
@@ -361,14 +359,15 @@ export class Desk {
         this.composer.text = own.question;
         this.composer.focus({ select: true });
       },
-      closer: (own) => this.#ask({ question: own.question, mode: "find", route: "search" }),
-      canSearch: (own) => own.route === "ground" && isAble("find") && this.media.ready,
+      closer: (own) => this.#ask({ question: own.question, mode: "find", route: "search", effort: own.route === "search" ? "high" : null }),
+      canSearch: (own) => isAble("find") && this.media.ready && own.request?.effort !== "high",
       threshold: (own, value) => {
         divide(own, value);
         view.finish();
         this.show(own);
       },
-      exporting: this.places.exporting ? (own) => this.places.exporting(own.moments, this.media.video) : null,
+      canExport: () => isAble("export") && this.media.ready,
+      exporting: (own) => this.actions.exporting(own, own.moments),
       stop: () => this.stop(), isBack,
     });
     this.#views.push(view);
@@ -413,12 +412,13 @@ export class Desk {
     await this.#ask(turn);
   }
 
+  /** Ends what runs: a search keeps what it has; asked twice, or where nothing can be kept, the connection is closed. */
   stop() {
-    this.#running?.stop.abort();
-  }
-
-  get isRunning() {
-    return this.#running !== null;
+    if (!this.#running) return;
+    const { stop, turn } = this.#running;
+    if (!turn.searchId || turn.isStopping) return stop.abort();
+    turn.isStopping = true;
+    stopSearch(turn.searchId).catch(() => stop.abort());
   }
 
   // Coming back
@@ -463,7 +463,7 @@ export class Desk {
     } catch (error) {
       this.notice(explain(error).join(" "));
     }
-    if (item === this.stage.item || this.stage.item === null) this.#open(item);
+    if (item === this.stage.item || this.stage.item === null) this.open(item);
   }
 
   notice(text) {

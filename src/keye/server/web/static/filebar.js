@@ -3,18 +3,20 @@
 import { explain } from "./api.js";
 import { button, byId, element, iconButton } from "./dom.js";
 import { icon } from "./icons.js";
+import { isAble } from "./model.js";
 import { attachMenu } from "./menu.js";
 import { noteBox } from "./notes.js";
 import { bytes, left, plural, t, time } from "./strings.js";
 
 export class FileBar {
-  /** `handlers`: `open(item)`, `remove(item)`, `retry(item)`, `link()`, `close()`, `add()`, `choose()`. */
+  /** `handlers`: `open(item)`, `remove(item)`, `retry(item)`, `link()`, `scenes()`, `close()`, `add()`, `choose()`. */
   constructor(media, handlers) {
     this.media = media;
     this.handlers = handlers;
     attachMenu(byId("file-more"), () => t("file.more"), () => [
       { text: t("file.add"), icon: "plus", act: () => handlers.add() },
       { text: t("link.copy.file"), icon: "link", act: () => handlers.link() },
+      ...(isAble("scenes") && this.media.video?.id ? [{ text: t("scenes.find"), icon: "mark", act: () => handlers.scenes() }] : []),
       null,
       { text: t("file.close"), icon: "close", act: () => handlers.close() },
     ]);

@@ -24,8 +24,17 @@ function scale([start, end], width) {
   return (time) => (end > start ? ((time - start) / (end - start)) * width : 0);
 }
 
+/** Colours of tokens as they are now; a token itself holds one for either theme. */
+const colors = new Map();
+document.addEventListener("theme", () => colors.clear());
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => colors.clear());
+
 function color(canvas, name) {
-  return getComputedStyle(canvas).getPropertyValue(name).trim() || "CanvasText";
+  if (!colors.has(name)) {
+    canvas.style.color = `var(${name})`;
+    colors.set(name, getComputedStyle(canvas).color);
+  }
+  return colors.get(name);
 }
 
 /** The cells of the pictures: `{left, width, time}`, the frame of each in its middle. They stay where they are in time. */
@@ -77,7 +86,7 @@ export function drawEvidence(canvas, view, frames) {
   if (!frames?.length) return;
   const x = scale(view, width);
   const most = frames.reduce((high, frame) => Math.max(high, frame.share), 0) || 1;
-  context.fillStyle = getComputedStyle(canvas).color;
+  context.fillStyle = color(canvas, "--accent");
   context.globalAlpha = 0.72;
   const bar = (left, wide, share) => {
     const tall = Math.max(1, (share / most) * (height - 2));

@@ -4,7 +4,7 @@
  */
 
 import { element } from "./dom.js";
-import { percent, plural, range, spoken, t } from "./strings.js";
+import { language, percent, plural, range, spoken, t } from "./strings.js";
 
 /** Pixels from which a moment is a bar, and below which two are one. */
 const BAR_FROM = 20;
@@ -22,7 +22,7 @@ export class Marks {
     this.#choose = choose;
   }
 
-  /** Draws `moments` (with `state`: "solid", "hollow", "dot") over `width` pixels of `view`; `current` is an id. */
+  /** Draws `moments`, sorted by their start (with `state`: "solid", "hollow", "dot") over `width` pixels of `view`; `current` is an id. */
   draw(moments, view, width, current, { asPoints = false } = {}) {
     const groups = join(moments, view, width, asPoints).slice(0, MOST);
     groups.forEach((group, i) => this.#update(this.#button(i), group, current));
@@ -44,20 +44,23 @@ export class Marks {
     const [first] = moments;
     const isBar = width > 0;
     const isCount = moments.length > 1;
-    const kind = isCount ? (moments.some(({ state }) => state === "solid") ? "solid" : "hollow") : first.state;
-    node.className = ["pin", kind, isBar ? "" : "point", moments.some(({ id }) => id === current) ? "current" : ""].join(" ");
     node.style.left = `${left}px`;
     node.style.width = isBar ? `${width}px` : "";
+    node.moments = moments;
+    // While the view is dragged most marks only move.
+    const isCurrent = moments.some(({ id }) => id === current);
+    const key = [first.id, moments.length, first.state, first.probability, first.start, isBar && width > 64, isBar, isCurrent, language()].join();
+    if (node.dataset.key === key) return;
+    node.dataset.key = key;
+    const kind = isCount ? (moments.some(({ state }) => state === "solid") ? "solid" : "hollow") : first.state;
+    node.className = ["pin", kind, isBar ? "" : "point", isCurrent ? "current" : ""].join(" ");
     const sure = first.probability === null || isCount ? "" : percent(first.probability);
     const words = isCount ? String(moments.length) : isBar && width > 64 ? `${first.rank}  ${sure}` : String(first.rank);
     const text = kind === "dot" ? "" : words.trim();
-    if (node.firstChild.textContent !== text) node.firstChild.textContent = text;
+    node.firstChild.textContent = text;
     const name = isCount ? plural("moments.here", moments.length) : nameOf(first, sure);
-    if (node.getAttribute("aria-label") !== name) {
-      node.setAttribute("aria-label", name);
-      node.title = isCount ? name : [range(first), first.label].filter(Boolean).join(" · ");
-    }
-    node.moments = moments;
+    node.setAttribute("aria-label", name);
+    node.title = isCount ? name : [range(first), first.label].filter(Boolean).join(" · ");
   }
 }
 
@@ -67,13 +70,13 @@ function nameOf(moment, sure) {
   return [t("moment.name", { start, range: spoken(moment) }), moment.label].filter(Boolean).join(", ");
 }
 
-/** Groups of moments in their order in time: `{moments, left, width}` in pixels, `width` 0 for a pin. */
+/** Groups of moments, which are sorted by their start: `{moments, left, width}` in pixels, `width` 0 for a pin. */
 function join(moments, view, width, asPoints) {
   const x = (time) => ((time - view[0]) / (view[1] - view[0])) * width;
   const groups = [];
-  for (const moment of [...moments].sort((a, b) => a.start - b.start)) {
+  for (const moment of moments) {
+    if (moment.end < view[0] || moment.start > view[1]) continue;
     const [from, to] = [x(moment.start), x(moment.end)];
-    if (to < 0 || from > width) continue;
     const wide = Math.min(width, to) - Math.max(0, from);
     if (!asPoints && moment.state !== "dot" && wide > BAR_FROM) {
       groups.push({ moments: [moment], left: Math.max(0, from), width: wide });

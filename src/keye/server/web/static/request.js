@@ -48,7 +48,8 @@ export function findRequest({ model, video, event, sampling, options }) {
   const effort = options.effort && options.effort !== "auto" ? { effort: options.effort } : {};
   const { video_start, video_end } = sampling;
   const part = mediaPart(video, { video_start, video_end });
-  return { model, video: part, event, stream: true, ...effort, ...(options.subtitles === false ? { subtitles: "none" } : {}) };
+  const subtitles = options.subtitles === null ? {} : { subtitles: options.subtitles };
+  return { model, video: part, event, stream: true, ...effort, ...subtitles };
 }
 
 /** The body of `/v1/media/plan`. */

@@ -2,6 +2,7 @@
 
 import { deleteFile, explain, files, storedKey, storeKey, version } from "./api.js";
 import { byId, button, element } from "./dom.js";
+import { FORMAT_NAMES, modeField, rateField } from "./export.js";
 import { conversations, forgetAll } from "./history.js";
 import { askForKey } from "./keydialog.js";
 import { isAble, model } from "./model.js";
@@ -106,7 +107,14 @@ function finding() {
 }
 
 function exporting() {
-  return [];
+  if (!isAble("export")) return [];
+  const handles = amountField("handles", { max: 3600, step: "any", placeholder: "0" });
+  return [
+    option("format", choice("format", FORMAT_NAMES.map((name) => [name, t(`format.${name}`)])), { hint: false, id: "set-format" }),
+    option("rate", rateField("set-rate"), { hint: false, id: "set-rate" }),
+    option("handles", handles, { hint: false, id: "set-handles" }),
+    option("sequence", modeField("set-sequence"), { hint: false, id: "set-sequence" }),
+  ];
 }
 
 function advanced() {

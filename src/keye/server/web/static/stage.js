@@ -6,10 +6,14 @@
 
 import { byId, element } from "./dom.js";
 import { Player } from "./player.js";
+import { isAble } from "./model.js";
 import { RegionOverlay } from "./regions.js";
-import { Thumbnails, VideoSource } from "./thumbnails.js";
+import { paint, ServerSource, Thumbnails, VideoSource } from "./thumbnails.js";
 import { Timeline } from "./timeline.js";
 import { percent, number, setHours, t, time } from "./strings.js";
+
+/** Pixels of the height of a picture that stands in the place of the player. */
+const STILL_HEIGHT = 480;
 
 export class Stage extends EventTarget {
   player = new Player();
@@ -19,12 +23,18 @@ export class Stage extends EventTarget {
   #item = null;
   #turn = null;
   #waits = null;
+  /** What draws large pictures of a video that the browser cannot play, and the time of the one that is drawn. */
+  #still = null;
+  #stillAt = null;
 
   /** Fires `ready` when the length of what is open is known, and `unplayable`. */
   constructor() {
     super();
     const { player, timeline } = this;
-    player.addEventListener("time", () => timeline.moveTo(player.time));
+    player.addEventListener("time", () => {
+      timeline.moveTo(player.time);
+      if (this.#still) this.#drawStill();
+    });
     player.addEventListener("ready", () => this.#measured(player.duration, new VideoSource(this.#item.url)));
     player.addEventListener("unplayable", () => this.#strange());
     timeline.addEventListener("jump", (event) => this.jump(event.detail));
@@ -91,6 +101,7 @@ export class Stage extends EventTarget {
     byId("controls").hidden = !isVideo;
     byId("picture").hidden = !item || isVideo || !item.url;
     byId("still").hidden = true;
+    this.#still = null;
     this.timeline.reset(0, null);
     if (isVideo && item.url) this.player.load(item.url);
     else this.player.clear();
@@ -125,9 +136,28 @@ export class Stage extends EventTarget {
     item.strange = true;
     byId("player").hidden = true;
     this.dispatchEvent(new Event("unplayable"));
-    if (!item.duration) return;
+    if (!item.duration || !item.id) return;
+    const source = isAble("frames") ? new ServerSource(item) : null;
     this.player.standIn(item.duration);
-    this.#measured(item.duration, null);
+    this.#measured(item.duration, source);
+    this.#still = source;
+    if (source) this.#drawStill();
+  }
+
+  /** Draws the picture at the head in the place of the player; of those asked for meanwhile only the last. */
+  async #drawStill() {
+    if (this.#stillAt !== null) return;
+    const [source, at] = [this.#still, this.player.time];
+    this.#stillAt = at;
+    const [picture] = await source.draw([at], STILL_HEIGHT);
+    this.#stillAt = null;
+    if (source !== this.#still) return;
+    if (picture) {
+      byId("player").hidden = byId("still").hidden = false;
+      Object.assign(byId("still"), { width: picture.width, height: picture.height });
+      paint(picture, byId("still"));
+    }
+    if (this.player.time !== at) this.#drawStill();
   }
 
   #hover({ time: at, x }) {

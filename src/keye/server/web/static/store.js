@@ -3,7 +3,7 @@
 const PLACE = "keye.settings";
 const DEFAULTS = {
   language: "auto", theme: "auto", singleKeys: true, playFound: false, threshold: null, effort: "auto", subtitles: true,
-  format: "fcp7xml", rate: "auto", handles: 1, sequence: "sequence", sound: true,
+  format: "fcp7", rate: "auto", handles: 1, sequence: "sequence", sound: true,
   temperature: null, maxTokens: null, thinking: "auto", evidence: true,
   videoMode: "find", otherMode: "ask",
 };

@@ -62,14 +62,22 @@ export function said(sentence) {
   return KNOWN.get(sentence)?.[column] ?? sentence;
 }
 
+/** Making a format is slow; those that were made stay. */
+const formats = new Map();
+
+function numberFormat(options) {
+  const key = LOCALES[column] + JSON.stringify(options);
+  if (!formats.has(key)) formats.set(key, new Intl.NumberFormat(LOCALES[column], options));
+  return formats.get(key);
+}
+
 export function number(value, digits = 0) {
-  const format = { minimumFractionDigits: digits, maximumFractionDigits: digits };
-  return new Intl.NumberFormat(LOCALES[column], format).format(value);
+  return numberFormat({ minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
 }
 
 /** "97%". */
 export function percent(share, digits = 0) {
-  return new Intl.NumberFormat(LOCALES[column], { style: "percent", maximumFractionDigits: digits }).format(share);
+  return numberFormat({ style: "percent", maximumFractionDigits: digits }).format(share);
 }
 
 /** "77 MB", "1.1 GB". */

@@ -1,9 +1,11 @@
 /**
  * Small pictures of a video at given times, drawn one after the other in the background and kept. Nothing waits for them.
  *
- * It knows no timeline. A source has `aspect` (null before it is known) and `draw(seconds)`, which resolves to a picture
- * or null, and `close()`.
+ * It knows no timeline. A source has `aspect` (null before it is known), `ready`, `batch` (how many pictures it draws at
+ * once), `draw(times, height)`, which resolves to pictures or null in their order, and `close()`.
  */
+
+import { frames } from "./api.js";
 
 /** Pixels of the height of a kept picture, and how many are kept. */
 const HEIGHT = 132;
@@ -62,12 +64,16 @@ export class Thumbnails {
   async #next() {
     if (this.#isDrawing || this.#isClosed || !this.aspect || !this.#queue.length) return;
     this.#isDrawing = true;
-    const { seconds, canvas } = this.#queue.shift();
-    const picture = this.at(seconds) ?? (await this.#source.draw(seconds, HEIGHT));
+    const waiting = this.#queue.splice(0, this.#source.batch);
+    const times = waiting.map(({ seconds }) => seconds).filter((seconds) => !this.at(seconds));
+    const pictures = times.length ? await this.#source.draw(times, HEIGHT) : [];
     this.#isDrawing = false;
     if (this.#isClosed) return;
-    if (picture) this.#keep(seconds, picture);
-    if (picture && canvas?.dataset.time === keyOf(seconds)) paint(picture, canvas);
+    pictures.forEach((picture, i) => picture && this.#keep(times[i], picture));
+    for (const { seconds, canvas } of waiting) {
+      const picture = this.at(seconds);
+      if (picture && canvas?.dataset.time === keyOf(seconds)) paint(picture, canvas);
+    }
     const idle = window.requestIdleCallback ?? requestAnimationFrame;
     idle(() => this.#next());
   }
@@ -95,6 +101,7 @@ export function paint(picture, canvas) {
 
 /** Pictures from a second, hidden player of the browser. */
 export class VideoSource {
+  batch = 1;
   #video = document.createElement("video");
   #isOpen = true;
 
@@ -107,7 +114,7 @@ export class VideoSource {
     return this.#video.videoWidth ? this.#video.videoWidth / this.#video.videoHeight : null;
   }
 
-  async draw(seconds, height) {
+  async draw([seconds], height) {
     const target = Math.min(seconds, Math.max(0, (this.#video.duration || 0) - 0.05));
     // A seek to where the player is already reports nothing in some browsers.
     if (Math.abs(this.#video.currentTime - target) > 1e-3) {
@@ -117,11 +124,11 @@ export class VideoSource {
       this.#video.currentTime = target;
       await arrived;
     }
-    if (!this.#isOpen) return null;
+    if (!this.#isOpen) return [null];
     const width = Math.max(1, Math.round(height * this.aspect));
     const canvas = Object.assign(document.createElement("canvas"), { width, height });
     canvas.getContext("2d").drawImage(this.#video, 0, 0, width, height);
-    return canvas;
+    return [canvas];
   }
 
   close() {
@@ -129,4 +136,38 @@ export class VideoSource {
     this.#video.removeAttribute("src");
     this.#video.load();
   }
+}
+
+/** Pictures from the server, for formats that the browser cannot play. */
+export class ServerSource {
+  batch = 12;
+  #item;
+
+  constructor(item) {
+    this.#item = item;
+    this.ready = Promise.resolve();
+  }
+
+  get aspect() {
+    return this.#item.width && this.#item.height ? this.#item.width / this.#item.height : null;
+  }
+
+  async draw(times, height) {
+    try {
+      const list = await frames({ video: { file_id: this.#item.id }, times, height });
+      return await Promise.all(times.map((_, i) => decode(list[i]?.url)));
+    } catch (error) {
+      if (!(error instanceof Error)) throw error;
+      return times.map(() => null);
+    }
+  }
+
+  close() {}
+}
+
+async function decode(url) {
+  if (typeof url !== "string" || !url.startsWith("data:image/jpeg;base64,")) return null;
+  const image = Object.assign(new Image(), { src: url });
+  await image.decode();
+  return image;
 }

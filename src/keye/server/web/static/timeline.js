@@ -7,7 +7,7 @@ import { byId, element } from "./dom.js";
 import { cells, CUT_LANE_FROM, drawDensity, drawEvidence, drawPictures, drawSeen } from "./lanes.js";
 import { Marks } from "./marks.js";
 import { startGestures } from "./gestures.js";
-import { plural, t, time as timeText } from "./strings.js";
+import { language, plural, t, time as timeText } from "./strings.js";
 
 /** Least pixels between two labels of the axis, and the pixels that one needs. */
 const LABEL_GAP = 8;
@@ -26,6 +26,7 @@ export class Timeline extends EventTarget {
   #view = [0, 0];
   #moments = [];
   #weaker = [];
+  #all = [];
   #evidence = null;
   #coverage = null;
   #cuts = [];
@@ -33,6 +34,9 @@ export class Timeline extends EventTarget {
   #range = [null, null];
   #thumbnails = null;
   #frame = 0;
+  #version = 0;
+  #widths = new Map();
+  #drawnOverview = "";
   #rest = 0;
   #lane = new Marks(byId("moments"), (moments) => this.#choose(moments));
   #overview = new Marks(byId("whole-marks"), (moments) => this.#choose(moments));
@@ -49,7 +53,12 @@ export class Timeline extends EventTarget {
     byId("zoom-out").addEventListener("click", () => this.zoom(2));
     byId("zoom-switch").addEventListener("click", () => (this.isWhole ? this.seeMoment() : this.seeAll()));
     new ResizeObserver(() => this.draw()).observe(byId("track"));
-    for (const type of ["language", "theme"]) document.addEventListener(type, () => this.draw());
+    for (const type of ["language", "theme"]) {
+      document.addEventListener(type, () => {
+        this.#version += 1;
+        this.draw();
+      });
+    }
   }
 
   get duration() {
@@ -75,7 +84,6 @@ export class Timeline extends EventTarget {
   /** Shows all of a video of `duration` seconds, without moments; `thumbnails` may be null. */
   reset(duration, thumbnails) {
     [this.#duration, this.#thumbnails, this.#now] = [duration, thumbnails, 0];
-    [this.#cuts, this.#lines] = [[], []];
     byId("timeline").hidden = !(duration > 0);
     byId("playhead").setAttribute("aria-valuemax", duration.toFixed(1));
     this.show({});
@@ -86,7 +94,9 @@ export class Timeline extends EventTarget {
   show({ moments = [], weaker = [], evidence = null, coverage = null }) {
     const inside = ({ start }) => start <= this.#duration;
     [this.#moments, this.#weaker] = [moments.filter(inside), weaker.filter(inside)];
+    this.#all = [...this.#moments, ...this.#weaker].sort((a, b) => a.start - b.start);
     [this.#evidence, this.#coverage] = [evidence, coverage];
+    this.#version += 1;
     this.draw();
   }
 
@@ -205,10 +215,14 @@ export class Timeline extends EventTarget {
 
   draw() {
     if (this.#frame) return;
-    this.#frame = requestAnimationFrame(() => {
-      this.#frame = 0;
-      if (this.#duration > 0) this.#drawAll();
-    });
+    this.#frame = requestAnimationFrame(() => this.drawNow());
+  }
+
+  /** Draws what `draw` would draw with the next frame. */
+  drawNow() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = 0;
+    if (this.#duration > 0) this.#drawAll();
   }
 
   #drawAll() {
@@ -225,13 +239,12 @@ export class Timeline extends EventTarget {
     const isComplete = drawPictures(byId("pictures"), view, this.#duration, this.#thumbnails, this.#cuts);
     byId("pictures").dataset.drawn = isComplete ? "yes" : "";
     if (!isComplete) this.#wantPictures(width);
-    const all = [...this.#moments, ...this.#weaker];
     const current = this.#moments.length ? this.current?.id : null;
-    this.#lane.draw(all, view, width, current);
+    this.#lane.draw(this.#all, view, width, current);
     drawEvidence(byId("evidence"), view, this.#evidence);
     drawSeen(byId("seen"), view, this.#coverage);
     if (!byId("lane-cuts").hidden) drawDensity(byId("cuts"), view, this.#cuts, "--edge");
-    if (hasOverview) this.#drawOverview(all, width, current);
+    if (hasOverview) this.#drawOverview(width, current);
     this.#drawSubtitles(width);
     this.#drawRange();
     this.#drawAxis(width);
@@ -240,10 +253,15 @@ export class Timeline extends EventTarget {
     this.say("view", view);
   }
 
-  #drawOverview(all, width, current) {
+  #drawOverview(width, current) {
     const full = [0, this.#duration];
-    drawEvidence(byId("whole-canvas"), full, this.#evidence);
-    this.#overview.draw(all, full, width, current, { asPoints: true });
+    // All of the video looks the same while a part of it is dragged.
+    const drawn = [this.#version, width, current, language()].join();
+    if (this.#drawnOverview !== drawn) {
+      drawEvidence(byId("whole-canvas"), full, this.#evidence);
+      this.#overview.draw(this.#all, full, width, current, { asPoints: true });
+      this.#drawnOverview = drawn;
+    }
     const box = byId("window");
     const wide = Math.max(32, ((this.#view[1] - this.#view[0]) / this.#duration) * width);
     const middle = ((this.#view[0] + this.#view[1]) / 2 / this.#duration) * width;
@@ -321,25 +339,35 @@ export class Timeline extends EventTarget {
     }));
   }
 
+  /** Pixels of a label, by its length: figures have the same width. Measuring each would lay the page out each time. */
+  #measure(text) {
+    if (!this.#widths.has(text.length)) {
+      const label = element("span", { text });
+      byId("axis").append(label);
+      this.#widths.set(text.length, label.offsetWidth);
+      label.remove();
+    }
+    return this.#widths.get(text.length);
+  }
+
   #drawAxis(width) {
     const axis = byId("axis");
     const [start, end] = this.#view;
     const room = Math.max(2, width / LABEL_ROOM);
     const step = AXIS_STEPS.find((size) => (end - start) / size <= room) ?? (end - start) / room;
     const labels = [];
+    let free = 0;
     for (let at = Math.ceil(start / step - 1e-6) * step; at <= end && end > start; at += step) {
-      const label = element("span", { text: timeText(at, step < 1 ? 1 : 0) });
-      label.style.left = `${this.#percent(at)}%`;
+      const text = timeText(at, step < 1 ? 1 : 0);
+      const left = (this.#percent(at) / 100) * width;
+      const right = left + this.#measure(text);
+      // A label that does not fit whole before the next or before the edge is left out.
+      if (left < free || right > width) continue;
+      const label = element("span", { text });
+      label.style.left = `${left}px`;
       labels.push(label);
+      free = right + LABEL_GAP;
     }
     axis.replaceChildren(...labels);
-    // A label that does not fit whole before the next or before the edge is left out. First all are measured.
-    const boxes = labels.map((label) => [label.offsetLeft, label.offsetWidth]);
-    let free = 0;
-    labels.forEach((label, i) => {
-      const [left, wide] = boxes[i];
-      if (left >= free && left + wide <= width) free = left + wide + LABEL_GAP;
-      else label.remove();
-    });
   }
 }

@@ -62,7 +62,9 @@ async function groundTurn(turn, view, signal) {
 async function searchTurn(turn, view, signal, changed) {
   let isComplete = false;
   for await (const event of find(turn.request, signal)) {
-    if (event?.type === "progress") {
+    if (event?.type === "started") turn.searchId = data.words(event.id, 100);
+    else if (event?.type === "waiting") view.waiting();
+    else if (event?.type === "progress") {
       const step = data.searchProgress(event);
       if (step) {
         view.search(step);
@@ -121,6 +123,6 @@ function takeExtras(turn, extras) {
   if (extras.regions) turn.regions = data.regions(extras.regions);
   if (extras.evidence) turn.evidence = data.evidence(extras.evidence);
   turn.attention = data.words(extras.attention, 20);
-  turn.notes = data.notes(extras.notes);
+  turn.notes = data.notes(extras.coded_notes ?? extras.notes);
   turn.durations = data.durations(extras.seconds);
 }

@@ -18,6 +18,8 @@ export class Working {
   #began = performance.now();
   #read = performance.now();
   #shownLeft = null;
+  #seen = "";
+  #places = "";
 
   constructor(stop) {
     this.#stop = button(t("stop"), stop, { icon: "stop", class: "stop" });
@@ -26,8 +28,12 @@ export class Working {
     this.node = element(
       "div", { class: "working", "aria-live": "off" },
       element("div", { class: "line" }, this.#stage, this.#left),
-      element("div", { class: "line" }, this.#bar, element("span", { class: "space" }), this.#stop), this.#more,
+      element("div", { class: "line" }, this.#bar, this.#stop), this.#more,
     );
+  }
+
+  title(text) {
+    this.#stage.textContent = text;
   }
 
   /** A phase of an answer: `{phase, done, total}`. */
@@ -36,18 +42,24 @@ export class Working {
     this.#more.textContent = total ? t("work.of", { done: number(done), total: number(total) }) : "";
   }
 
-  /** A stage of a search: `{stage, done, total, unit, left}`, with the moments that were found so far. */
-  search({ stage, done, total, unit, left: seconds }, moments) {
+  /** A stage of a search: `{stage, done, total, unit, left}`. */
+  search({ stage, done, total, unit, left: seconds }) {
     const isPlaces = stage === "close" || stage === "verify";
     const words = isPlaces ? { done: number(Math.min(done + 1, total)), total: number(total) } : {};
     this.#show(t(`search.${stage}`, words), done, total, seconds);
-    this.#stop.lastChild.textContent = t(moments ? "stop.keep" : "stop");
     const seen = stage === "coarse" || stage === "index";
-    const part = unit === "s" && seen ? t("search.upto", { time: time(done, 0) }) : "";
-    this.#more.textContent = [part, plural("search.places", moments)].filter(Boolean).join(" ");
+    if (seen) this.#seen = unit === "s" ? t("search.upto", { time: time(done, 0) }) : "";
+    this.#more.textContent = [this.#seen, this.#places].filter(Boolean).join(" ");
     if (performance.now() - this.#read < READ_EVERY) return;
     this.#read = performance.now();
     say([this.#stage.textContent, this.#left.textContent].filter(Boolean).join(", "));
+  }
+
+  /** How many moments there are so far; stopping keeps them. */
+  found(count) {
+    this.#places = plural("search.places", count);
+    this.#stop.lastChild.textContent = t("stop.keep");
+    this.#more.textContent = [this.#seen, this.#places].filter(Boolean).join(" ");
   }
 
   #show(text, done, total, seconds) {
