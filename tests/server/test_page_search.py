@@ -81,7 +81,9 @@ def test_not_found_after_a_search_says_what_was_looked_at(page: Any, searching: 
     turn.get_by_role("button", name="Search more closely").click()
     page.locator(".turn").nth(1).locator(".answer[aria-busy=false] .note").first.wait_for()
     assert [body.get("effort") for body in searching.sent("/v1/video/find")] == [None, "high"]
-    assert page.get_by_role("button", name="Search more closely").count() == 1, "there is no closer search than that"
+    assert page.get_by_role("button", name="Search more closely").count() == 1, (
+        "nothing searches more closely than that"
+    )
 
 
 def test_a_part_that_was_not_looked_at_is_said(page: Any, searching: MockServer) -> None:
@@ -140,7 +142,7 @@ def test_moments_are_exported_for_an_editor(page: Any, searching: MockServer) ->
     request = searching.sent("/v1/video/export")[0]
     assert request["video"] == {"file_id": "file-0"} and request["format"] == "fcp7" and request["mode"] == "markers"
     assert request["rate"] == "29.97df" and request["start_timecode"] == "10:00:00;00" and request["handles"] == [1, 1]
-    assert [(one["start"], one["end"], one["probability"]) for one in request["moments"]] == [
+    assert [(sent["start"], sent["end"], sent["probability"]) for sent in request["moments"]] == [
         (3, 8.5, 0.94),
         (12, 15, 0.71),
     ]
