@@ -270,8 +270,9 @@ def test_searches_of_one_owner_that_wait_are_few(
     monkeypatch.setattr(searches, "MOST_OPEN", 1)
     stream = Reading(served, "ann", body_of(files["ann"]))
     stream.next("moments")
-    answer = send(served, "ann", "/v1/video/find", body_of(files["ann"]))
-    assert error_of(answer, 429)["code"] == "too_many_running" and answer.headers["retry-after"]
+    for streams in (False, True):
+        answer = send(served, "ann", "/v1/video/find", body_of(files["ann"], stream=streams))
+        assert error_of(answer, 429)["code"] == "too_many_running" and answer.headers["retry-after"]
     stream.close()
 
 

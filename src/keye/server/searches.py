@@ -35,6 +35,8 @@ MOST_OPEN: Final = 8
 BEAT_SECONDS: Final = 2.0
 _PROGRESS_SECONDS: Final = 0.2
 
+#: What comes before the events of a job.
+STARTED: Final = object()
 #: What a job calls with each event, in its thread.
 Emit = Callable[[Any], None]
 
@@ -79,18 +81,21 @@ class Jobs:
         self._running = asyncio.Semaphore(most_running)
 
     async def run(self, job: Job) -> AsyncGenerator[Any, None]:
-        """The events of a job, at least one every `BEAT_SECONDS`: the progress again, None where there is none yet.
-        Raises what its work raises. Closing this stops the job, whose turn lasts until its thread has ended."""
+        """`STARTED` once the job has its place, then its events, at least one every `BEAT_SECONDS`: the progress again,
+        None where there is none yet. Raises what its work raises. Closing this stops the job, whose turn lasts until
+        its thread has ended."""
         if self._count[job.owner] >= MOST_OPEN:
             sentence = f"{MOST_OPEN} searches of yours are waiting or running; stop one, or try again later"
             raise ApiError(429, sentence, code="too_many_running", retry=10)
         self._count[job.owner] += 1
         self._open[job.id] = job
         queue: asyncio.Queue[tuple[Any]] = asyncio.Queue()
-        task = asyncio.ensure_future(self._take_turn(job, queue))
-        task.add_done_callback(lambda _: self._leave(job))
+        task: asyncio.Future[None] | None = None
         progress: FindProgress | None = None
         try:
+            yield STARTED
+            task = asyncio.ensure_future(self._take_turn(job, queue))
+            task.add_done_callback(lambda _: self._leave(job))
             while not task.done() or not queue.empty():
                 getting = asyncio.ensure_future(queue.get())
                 await asyncio.wait((getting, task), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -106,6 +111,8 @@ class Jobs:
         finally:
             job.stop()
             del self._open[job.id]
+            if task is None:
+                self._leave(job)
 
     def stop(self, job_id: str, owner: str) -> None:
         """Stops a job of this owner; `ApiError` 404 for any other id."""

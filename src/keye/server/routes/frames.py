@@ -19,7 +19,7 @@ from keye.server.edge.errors import ApiError
 from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect, event, stream_events
 from keye.server.openai.media_parts import named_video, open_video
 from keye.server.openai.schemas import FramesRequest, ScenesRequest, SubtitleChoice, SubtitlesRequest
-from keye.server.searches import Emit, Job, Jobs
+from keye.server.searches import STARTED, Emit, Job, Jobs
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -138,10 +138,12 @@ async def job_events(
 ) -> AsyncGenerator[bytes, None]:
     """A job as server-sent events: `started` with its id, `waiting` until its turn, and its own as `encode` has
     them."""
-    yield event({"type": "started", "id": job.id})
     async with aclosing(jobs.run(job)) as running:
         async for item in running:
-            yield event({"type": "waiting"} if item is None else encode(job, item))
+            if item is STARTED:
+                yield event({"type": "started", "id": job.id})
+            else:
+                yield event({"type": "waiting"} if item is None else encode(job, item))
 
 
 async def last_event(jobs: Jobs, job: Job) -> Any:
