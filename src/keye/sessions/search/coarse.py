@@ -51,13 +51,15 @@ class FrameScorer(Protocol):
 @dataclass(frozen=True)
 class Span:
     """A part of a video that may show the event: `score` is the fused one, `yes` the log-odds of the best window that
-    covers it (None where the model gives none). `is_named` says that the model has named these times in a window."""
+    covers it (None where the model gives none). `is_named` says that the model has named these times in a
+    window, `is_elsewhere` that it has named others in the window that shows this span."""
 
     start: float
     end: float
     score: float
     yes: float | None
     is_named: bool = False
+    is_elsewhere: bool = False
 
     @property
     def middle(self) -> float:
@@ -159,10 +161,11 @@ def pick_peaks(scores: NDArray[np.float64], count: int) -> list[int]:
 
 def find_spans(
     duration: float, tracks: Sequence[FrameScores | None], yes: FrameScores | None, count: int,
-    named: Sequence[tuple[float, float, float]] = (),
+    named: Sequence[tuple[float, float, float]] = (), replies: Sequence[tuple[float, float]] = (),
 ) -> list[Span]:  # fmt: skip
     """The best `count` spans of a video, the best first: the intervals (start, end, log-odds) that the model has
-    `named` in windows, then peaks of the fused scores of `tracks` elsewhere. `yes` gives their log-odds."""
+    `named` in windows, then peaks of the fused scores of `tracks` elsewhere. `yes` gives their log-odds; `replies` are
+    the windows (start, end) in which it has named any."""
     cells = max(1, math.ceil(duration / CELL))
     grids = [to_grid(track, cells) for track in tracks if track is not None]
     if not grids:
@@ -179,5 +182,6 @@ def find_spans(
             continue
         known = None if odds is None or not math.isfinite(odds[peak]) else float(odds[peak])
         start, end = max(0.0, middle - SMOOTHED / 2), min(duration, middle + SMOOTHED / 2)
-        spans.append(Span(start, max(end, start), float(fused[peak]), known))
+        is_elsewhere = any(a <= middle <= b for a, b in replies)
+        spans.append(Span(start, max(end, start), float(fused[peak]), known, is_elsewhere=is_elsewhere))
     return spans

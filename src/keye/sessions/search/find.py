@@ -271,11 +271,12 @@ class MomentSearch:
         scored, index = self._current(), self.index
         yes = score_by_yes(index, scored, named)
         intervals = [(start, end, self.scored[number].yes) for number, spans in named.items() for start, end in spans]
+        replies = [(index.all[number].start, index.all[number].end) for number in named]
         tracks: list[FrameScores | None] = [
             yes, score_by_evidence(index, scored), self.spoken.scores,
             *(scorer.score(index, self.event) for scorer in self.options.scorers),
         ]  # fmt: skip
-        return find_spans(index.duration, tracks, yes, self.depth.spans, intervals)
+        return find_spans(index.duration, tracks, yes, self.depth.spans, intervals, replies)
 
     def _close_and_verify(self) -> Iterator[FindEvent]:
         if self.source is None:

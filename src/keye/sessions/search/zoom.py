@@ -29,6 +29,8 @@ LEAST_BOUND: Final = 0.15
 _ASK_WHEN: Final = -2.0
 #: Borders known to so many seconds were looked at more closely than windows show them.
 _REFINED: Final = 0.5
+#: Seconds that two spans of one window lie apart at most, about.
+_WINDOW_SECONDS: Final = 64.0
 #: Tokens of a question and its reply, to predict what a look costs.
 _QUESTION_TOKENS = 60
 
@@ -133,6 +135,11 @@ def _choose(asker: Asker, arms: Sequence[Arm], limits: ZoomLimits) -> list[Arm]:
     """The next arms, as many as tokens are left for."""
     seen = sum(bool(arm.looks) or arm.is_unreadable for arm in arms)
     chosen = sorted((arm for arm in arms if arm.bound >= LEAST_BOUND), key=lambda arm: -arm.bound)
+    # Where the model has named times of a window, the rest of it waits until they turn out not to show the event.
+    if any(not arm.span.is_elsewhere for arm in chosen):
+        chosen = [arm for arm in chosen if arm.looks or not arm.span.is_elsewhere]
+    else:
+        chosen = [arm for arm in chosen if arm.looks or not _is_explained(arm, arms)]
     if seen >= limits.most:
         chosen = [arm for arm in chosen if arm.looks]
     if not chosen:  # once all that promises something is settled, in the order of the fused scores
@@ -145,6 +152,15 @@ def _choose(asker: Asker, arms: Sequence[Arm], limits: ZoomLimits) -> list[Arm]:
             break
         batch.append(arm)
     return batch
+
+
+def _is_explained(arm: Arm, arms: Sequence[Arm]) -> bool:
+    """Whether what a window says of an event is explained by the times named in it, which were looked at."""
+    return any(
+        other.span.is_named and other.candidates and other.reader is arm.reader
+        and abs(other.span.middle - arm.span.middle) <= _WINDOW_SECONDS
+        for other in arms
+    )  # fmt: skip
 
 
 def cost_of(arm: Arm, frames: int) -> int:
