@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keye.sessions.search.questions import LEAST_MASS, clip_log_odds, to_probability
+from keye.sessions.search.scoring import WindowScore, rank_evidence
 
 if TYPE_CHECKING:
-    from keye.sessions.search.scoring import WindowScore
     from keye.sessions.search.search_index import SearchIndex
 
 #: Seconds of a cell of the grid on which scores are fused.
@@ -89,12 +89,13 @@ def score_by_yes(
     return _join([(window.times, window.end, [yes] * len(window.times)) for window, yes in rows])
 
 
-def score_by_evidence(index: SearchIndex, scored: Iterable[WindowScore]) -> FrameScores | None:
-    """Every frame by how much more often than for the null question the indexer selects it; None without an indexer."""
-    rows = [(index.all[score.number], score.lifts) for score in scored if score.lifts is not None]
-    if not rows:
+def score_by_evidence(index: SearchIndex, scored: Sequence[WindowScore]) -> FrameScores | None:
+    """Every frame by what the sparse-attention indexer scores it for the question; None without an indexer."""
+    ranked = rank_evidence(scored)
+    if not ranked:
         return None
-    return _join([(window.times, window.end, lifts) for window, lifts in rows])
+    windows = [index.all[score.number] for score in scored]
+    return _join([(w.times, w.end, evidence) for w, evidence in zip(windows, ranked, strict=True)])
 
 
 def merge_named(named: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
