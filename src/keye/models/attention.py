@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +194,10 @@ class Attention(Layer):
         return self.o_proj(step.attend(self.layer, q, k, v, index).flatten(1))
 
 
+#: Scores of single heads that are held at once: 16 MiB of them.
+_GROUP_SCORES: Final = 1 << 22
+
+
 @dataclass(eq=False)
 class GroupScores:
     """What an indexer thinks of groups of stored keys, such as the frames of a video: for each token n of a span and
@@ -205,13 +209,18 @@ class GroupScores:
     scores: Tensor | None = None
 
     def take(self, q: Tensor, gate: Tensor, keys: Tensor) -> None:
-        """Scores of queries [n, J, I] with gates [n, J] for keys [N, I], a head after the other: all at once would take
-        J times the memory."""
-        total = torch.zeros(q.shape[0], keys.shape[0], device=q.device)
-        for head in range(q.shape[1]):
-            total += gate[:, head : head + 1].float() * F.relu(q[:, head].float() @ keys.float().T)
-        groups = self.groups.tolist()
-        self.scores = torch.stack([total[:, start:stop].amax(1) for start, stop in groups], dim=1).cpu()
+        """Scores of queries [n, J, I] with gates [n, J] for keys [N, I], as many heads at once as memory is granted."""
+        n, N = q.shape[0], keys.shape[0]
+        total, keys, heads = torch.zeros(n, N, device=q.device), keys.float(), max(1, _GROUP_SCORES // (n * N))
+        for some, gates in zip(q.float().split(heads, dim=1), gate.float().split(heads, dim=1), strict=True):
+            total += torch.einsum("njs,nj->ns", F.relu_(some @ keys.T), gates)
+        starts, sizes = self.groups[:, 0], (self.groups[:, 1] - self.groups[:, 0])
+        if len(sizes.unique()) == 1:
+            places = starts.unsqueeze(1) + torch.arange(int(sizes[0]))
+            self.scores = total[:, places.to(total.device)].amax(2).cpu()
+        else:
+            parts = [total[:, start:stop].amax(1) for start, stop in self.groups.tolist()]
+            self.scores = torch.stack(parts, dim=1).cpu()
 
 
 @dataclass(frozen=True)
