@@ -144,6 +144,7 @@ VERBS = {
     "index": ("keye.commands.index:index", "read a video once and keep it in a file for questions"),
     "scenes": ("keye.commands.scenes:scenes", "list the shots of a video, cut by cut"),
     "library": ("keye.commands.library:library", "keep folders of videos indexed and search all of them"),
+    "watch": ("keye.commands.watch:watch", "report when something happens in a live source"),
     "live": ("keye.commands.live:live", "play a video as if it were live and ask about it again and again"),
     "plan": ("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
     "batch": ("keye.commands.batch:batch", "answer the questions of a file, once each, by many workers"),

@@ -11,6 +11,7 @@ import os
 import resource
 import struct
 import sys
+from dataclasses import dataclass
 
 #: System call numbers, x86-64 and aarch64, of what a decoder never needs; None where the machine has no such call.
 #: io_uring passes by any filter of system calls; the mode and attributes of the open media file are not the
@@ -56,15 +57,30 @@ _X32 = 0x40000000
 
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 4, 22, 38, 2
 _ALLOW, _FAIL, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-#: Offsets in the kernel's `struct seccomp_data`, little endian: call number, architecture, low half of argument 0.
-_AT_NUMBER, _AT_ARCHITECTURE, _AT_FLAGS = 0, 4, 16
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
+#: Offsets in the kernel's `struct seccomp_data`, little endian: call number, architecture, low halves of two arguments.
+_AT_NUMBER, _AT_ARCHITECTURE, _AT_FLAGS, _AT_SECOND = 0, 4, 16, 24
+_AF_INET, _SOCK_STREAM, _SOCK_KIND = 2, 1, 0xF
 
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT, _LANDLOCK_VERSION = 444, 446, 1
 #: Rights to files that each version of Landlock adds, as the number of bits it knows.
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _FILE_RIGHTS_NOW = 16
 _TCP_RIGHTS, _SCOPES = 0b11, 0b11
+#: Rules for a path and for a port, the right to connect, and those to read, write and control a device.
+_LANDLOCK_ADD, _PATH_RULE, _PORT_RULE, _CONNECT = 445, 1, 2, 0b10
+_READ_FILE, _WRITE_FILE, _CONTROL_DEVICE = 1 << 2, 1 << 1, 1 << 15
+#: Calls that a process with a port needs, and open descriptors of one that may open anything.
+_PORT_CALLS = frozenset({"socket", "connect", "sendto"})
+_DESCRIPTORS = 32
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a relay may open after all: TCP connections to a `port` of this machine, or one `device` file."""
+
+    port: int | None = None
+    device: str | None = None
 
 
 class _Program(ctypes.Structure):
@@ -73,27 +89,29 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
-def confine(memory_bytes: int, cpu_seconds: int) -> None:
+def confine(memory_bytes: int, cpu_seconds: int, reach: Reach | None = None) -> None:
     """Applies every layer that the system offers; call it while the process has one thread.
 
     `memory_bytes` limits the address space, `cpu_seconds` the processor time. What the system refuses is left out. The
-    process also gives way to those that serve: many decoders at once would keep the server from its processor.
+    process also gives way to those that serve: many decoders at once would keep the server from its processor. With
+    `reach` it may open that, and nothing else.
     """
     os.nice(NICENESS)
+    descriptors = 0 if reach is None else _DESCRIPTORS
     if sys.platform != "linux":
-        limit_resources(memory_bytes, cpu_seconds)
+        limit_resources(memory_bytes, cpu_seconds, descriptors)
         return
     libc = load_libc()
     # None of the parent's privileges, and none to be gained: only so may an ordinary user apply the other layers.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    deny_files(libc)
-    limit_resources(memory_bytes, cpu_seconds)
+    deny_files(libc, reach)
+    limit_resources(memory_bytes, cpu_seconds, descriptors)
     machine = ARCHITECTURES.get(os.uname().machine)
     if machine is not None:
         # Drops what makes root more than a user, also the right to raise one's limits again.
         _call(libc, _CAPSET[machine[0]], struct.pack("<Ii", 0x20080522, 0), bytes(24))
-        filter_calls(libc, *machine)
+        filter_calls(libc, *machine, connects=reach is not None and reach.port is not None)
 
 
 def load_libc() -> ctypes.CDLL:
@@ -109,7 +127,7 @@ def _call(libc: ctypes.CDLL, number: int, *arguments: int | bytes | None) -> int
     return int(libc.syscall(*words))
 
 
-def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
+def limit_resources(memory_bytes: int, cpu_seconds: int, descriptors: int = 0) -> None:
     """Caps memory and processor time; no file grows, no descriptor is opened, no core is dumped."""
     limits = {
         resource.RLIMIT_AS: memory_bytes,
@@ -117,7 +135,7 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
         # Open descriptors stay; any new one, be it a file, a socket or a pipe, would get a number beyond the limit.
-        resource.RLIMIT_NOFILE: 0,
+        resource.RLIMIT_NOFILE: descriptors,
     }
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
@@ -128,8 +146,9 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.setrlimit(kind, (most, most + 1 if later else most))
 
 
-def deny_files(libc: ctypes.CDLL) -> None:
-    """Landlock: no path can be read, written, made or removed, no TCP port used, no outside process signalled."""
+def deny_files(libc: ctypes.CDLL, reach: Reach | None = None) -> None:
+    """Landlock: no path can be read, written, made or removed, no TCP port used, no outside process signalled, but for
+    what `reach` names."""
     version = _call(libc, _LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
     if version < 1:
         return
@@ -139,21 +158,31 @@ def deny_files(libc: ctypes.CDLL) -> None:
     rules += struct.pack("<Q", _SCOPES) if version >= 6 else b""
     ruleset = _call(libc, _LANDLOCK_CREATE, rules, len(rules), 0)
     if ruleset >= 0:
+        if reach is not None and reach.port is not None and version >= 4:
+            _call(libc, _LANDLOCK_ADD, ruleset, _PORT_RULE, struct.pack("<QQ", _CONNECT, reach.port), 0)
+        if reach is not None and reach.device is not None:
+            rights = (_READ_FILE | _WRITE_FILE | _CONTROL_DEVICE) & files
+            device = os.open(reach.device, getattr(os, "O_PATH", 0) | os.O_CLOEXEC)
+            _call(libc, _LANDLOCK_ADD, ruleset, _PATH_RULE, struct.pack("<Qi", rights, device), 0)
+            os.close(device)
         _call(libc, _LANDLOCK_RESTRICT, ruleset, 0)
         os.close(ruleset)
 
 
-def filter_calls(libc: ctypes.CDLL, column: int, architecture: int) -> None:
-    code = call_filter(column, architecture)
+def filter_calls(libc: ctypes.CDLL, column: int, architecture: int, *, connects: bool = False) -> None:
+    code = call_filter(column, architecture, connects=connects)
     program = _Program(len(code) // 8, code)
     libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
 
 
-def call_filter(column: int, architecture: int) -> bytes:
+def call_filter(column: int, architecture: int, *, connects: bool = False) -> bytes:
     """The seccomp program, 8 bytes an instruction: calls in `DENIED_CALLS` fail with EPERM, `clone` too unless it makes
     a thread. `clone3`, whose flags lie out of reach in memory, fails as if it did not exist, so that libraries use
-    `clone`. A call of another architecture kills the process."""
-    denied = [numbers[column] for numbers in DENIED_CALLS.values() if numbers[column] is not None]
+    `clone`. A call of another architecture kills the process. With `connects` there are TCP sockets over IPv4, and no
+    others."""
+    allowed = _PORT_CALLS if connects else frozenset[str]()
+    denied = [n[column] for name, n in DENIED_CALLS.items() if n[column] is not None and name not in allowed]
+    socket_number = DENIED_CALLS["socket"][column]
     refuse = _FAIL | errno.EPERM
     code = [
         (_LOAD, 0, 0, _AT_ARCHITECTURE),
@@ -169,6 +198,20 @@ def call_filter(column: int, architecture: int) -> bytes:
         (_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD),
         (_RETURN, 0, 0, refuse),
         (_RETURN, 0, 0, _ALLOW),
+        *(
+            (
+                (_JUMP_EQUAL, 0, 7, socket_number),
+                (_LOAD, 0, 0, _AT_FLAGS),
+                (_JUMP_EQUAL, 0, 4, _AF_INET),
+                (_LOAD, 0, 0, _AT_SECOND),
+                (_AND, 0, 0, _SOCK_KIND),
+                (_JUMP_EQUAL, 0, 1, _SOCK_STREAM),
+                (_RETURN, 0, 0, _ALLOW),
+                (_RETURN, 0, 0, refuse),
+            )
+            if connects
+            else ()
+        ),
         # Each denied number jumps over those after it and over the return that allows, to the one that refuses.
         *((_JUMP_EQUAL, len(denied) - place, 0, number) for place, number in enumerate(denied)),
         (_RETURN, 0, 0, _ALLOW),

@@ -31,9 +31,11 @@ _PEAK, _STILL = 1.4, 0.5
 #: Levels of contrast below which a picture is plain, such as the last one of a fade.
 _PLAIN: Final = 5.0
 #: A share of new picture below which two frames show the same picture.
-_SAME: Final = 0.3
+_SAME: Final = 0.4
 #: Frames before and after that are compared across a possible flash, at most.
 _MOST_RETURNS: Final = 10
+#: Frames before and after that tell whether a picture is new in fast motion: a flash is not as long.
+_BESIDE: Final = 4
 #: Frames around one that tell whether all of them are new.
 _AROUND: Final = (-3, -2, 2, 3)
 
@@ -62,7 +64,7 @@ class CutDetector:
         self._changes = np.concatenate([self._changes, changes])
         while self._has_followers(self._judged):
             self._judge()
-        oldest = min(bisect_left(self.times, self.times[self._judged - 1] - 2 * FLASH), self._judged - 5)
+        oldest = min(bisect_left(self.times, self.times[self._judged - 1] - 2 * FLASH), self._judged - 6)
         if oldest > self._first:
             self._recent, self._changes = self._recent[oldest - self._first :], self._changes[oldest - self._first :]
             self._first = oldest
@@ -106,8 +108,8 @@ class CutDetector:
         share = self._unexplained(number - 1, number)
         if share < self.threshold:
             return None
-        before = self._newness(number - 1, (number - 2, number - 3))
-        after = self._newness(number, (number + 1, number + 2))
+        before = self._newness(number - 1, range(number - 2, number - 2 - _BESIDE, -1))
+        after = self._newness(number, range(number + 1, number + 1 + _BESIDE))
         return number if share >= _PEAK * max(before, after) else None
 
     def _newness(self, number: int, others: Sequence[int]) -> float:
