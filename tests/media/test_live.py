@@ -178,10 +178,10 @@ def rtsp_server(path: Path) -> subprocess.Popen[str]:
     python = "/usr/bin/python3"
     check = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
     try:
-        found = subprocess.run([python, "-c", check], capture_output=True, check=False).returncode == 0
+        is_there = subprocess.run([python, "-c", check], capture_output=True, check=False).returncode == 0
     except OSError:
-        found = False
-    if not found:
+        is_there = False
+    if not is_there:
         pytest.skip("GStreamer's RTSP server is not installed (gir1.2-gst-rtsp-server-1.0, python3-gi)")
     return subprocess.Popen([python, "-c", _SERVER, str(path)], stdout=subprocess.PIPE, text=True)
 

@@ -34,9 +34,12 @@ class Seer:
         self.doubts, self.shapes = doubts, list[tuple[int, ...]]()
 
     def ask_presence(self, looks: Sequence[Look]) -> list[float | None]:
-        return [ODDS[bool(self.ask_spans([look])[0]) and not (self.doubts and len(look.times) < 8)] for look in looks]
+        return [
+            ODDS[bool(self.ask_spans([look], [False])[0]) and not (self.doubts and len(look.times) < 8)]
+            for look in looks
+        ]
 
-    def ask_spans(self, looks: Sequence[Look]) -> list[Spans | None]:
+    def ask_spans(self, looks: Sequence[Look], certain: Sequence[bool]) -> list[Spans | None]:
         return [self._spans(look) for look in looks]
 
     def _spans(self, look: Look) -> Spans:
@@ -65,7 +68,7 @@ def test_an_event_is_reported_when_it_begins_and_when_it_ends() -> None:
         ("start", 1, 10.0, None), ("end", 1, 10.0, 24.0),
     ]  # fmt: skip
     assert events[0].probability == pytest.approx(0.9933, abs=1e-4)
-    assert watcher.reported == 1 and watcher.rejected == 0 and watcher.asked == 60
+    assert watcher.reported == 1 and watcher.rejected == 0 and watcher.questions == 60
 
 
 def test_a_short_event_is_reported_at_once_with_its_end() -> None:
@@ -166,11 +169,11 @@ def test_a_slow_model_sees_the_newest_frames_and_a_file_waits() -> None:
     live = FrameQueue(Camera(1000), wait=wait)
     live._thread.join(30)  # all frames have come before the first is taken
     assert list(watch_source(live, watcher)) == []
-    assert live.counts.unseen == 1000 - 256 and watcher.asked == 1
+    assert live.counts.unseen == 1000 - 256 and watcher.questions == 1
     watcher = Watcher(Seer(), "light", "file")
     played = FrameQueue(Camera(1000), lossless=True, wait=wait)
     assert list(watch_source(played, watcher, lossless=True)) == []
-    assert played.counts.unseen == 0 and watcher.asked == 500
+    assert played.counts.unseen == 0 and watcher.questions == 500
 
 
 class _Hook(http.server.BaseHTTPRequestHandler):

@@ -165,7 +165,7 @@ def handle(
 def summary(watcher: Watcher, counts: WatchCounts, hook: Webhook | None) -> str:
     """What was done, in a sentence."""
     parts = [f"{plural(watcher.reported, 'event')}", f"{plural(watcher.rejected, 'doubtful one')} not confirmed",
-             f"{plural(watcher.asked, 'question')} about {plural(counts.frames, 'frame')}"]  # fmt: skip
+             f"{plural(watcher.questions, 'question')} about {plural(counts.frames, 'frame')}"]  # fmt: skip
     if counts.unseen:
         parts.append(f"{counts.unseen} frames came faster than the model is")
     if counts.reconnects:

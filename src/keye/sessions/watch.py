@@ -38,8 +38,8 @@ class EventAsker(Protocol):
     def ask_presence(self, looks: Sequence[Look]) -> list[float | None]:
         """Log-odds that the event is in each look."""
 
-    def ask_spans(self, looks: Sequence[Look]) -> list[Spans | None]:
-        """The first and last frames between which it happens."""
+    def ask_spans(self, looks: Sequence[Look], certain: Sequence[bool]) -> list[Spans | None]:
+        """The first and last frames between which it happens, of looks in which that is `certain` or not."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class _Active:
 
 
 class Watcher:
-    """Takes frames with `add` and asks with `look`, for one event in one source. `asked` and `rejected` count questions
-    about windows, and events that the second question did not confirm."""
+    """Takes frames with `add` and asks with `look`, for one event in one source. `questions` counts those about
+    windows, `reported` and `rejected` the events that the second question confirmed and did not."""
 
     def __init__(self, asker: EventAsker, event: str, source: str, options: WatchOptions | None = None) -> None:
         self.options = options or WatchOptions()
@@ -105,7 +105,7 @@ class Watcher:
         self._frames: deque[LiveFrame] = deque(maxlen=self.options.window_frames)
         self._active: _Active | None = None
         self._due, self._quiet_until = 0.0, -math.inf
-        self.asked = self.rejected = self.reported = 0
+        self.questions = self.rejected = self.reported = 0
 
     @property
     def is_due(self) -> bool:
@@ -126,7 +126,7 @@ class Watcher:
         """Asks about the window as it is; the events that began or ended by it."""
         look = make_look(list(self._frames))
         self._due = look.times[-1] + self.options.every
-        self.asked += 1
+        self.questions += 1
         yes = self._asker.ask_presence([look])[0]
         is_there = yes is not None and to_probability(yes) >= self.options.threshold
         if self._active is None:
@@ -176,7 +176,7 @@ class Watcher:
 
     def _spans(self, look: Look, after: float) -> list[tuple[int, int]]:
         """The spans of frames with the event that end after a time, in order."""
-        spans = self._asker.ask_spans([look])[0] or ()
+        spans = self._asker.ask_spans([look], [False])[0] or ()
         return [span for span in sorted(spans) if look.ends[span[1]] > after]
 
 

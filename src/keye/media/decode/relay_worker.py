@@ -46,7 +46,7 @@ def relay(source: Any, out: Any) -> int:
         return NO_VIDEO
     stream = source.streams.video[0]
     name = "mpegts" if stream.codec_context.name in TS_CODECS else "nut"
-    # The reader is told first what comes.
+    # The reader learns first what comes.
     out.write(name.ljust(8).encode())
     out.flush()
     with av.open(out, "w", format=name, options={"flush_packets": "1", "muxdelay": "0"}) as target:

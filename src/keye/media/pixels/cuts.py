@@ -35,7 +35,7 @@ _SAME: Final = 0.4
 #: Frames before and after that are compared across a possible flash, at most.
 _MOST_RETURNS: Final = 10
 #: Frames before and after that tell whether a picture is new in fast motion: a flash is not as long.
-_BESIDE: Final = 4
+_CLOSE_BY: Final = 4
 #: Frames around one that tell whether all of them are new.
 _AROUND: Final = (-3, -2, 2, 3)
 
@@ -108,8 +108,8 @@ class CutDetector:
         share = self._unexplained(number - 1, number)
         if share < self.threshold:
             return None
-        before = self._newness(number - 1, range(number - 2, number - 2 - _BESIDE, -1))
-        after = self._newness(number, range(number + 1, number + 1 + _BESIDE))
+        before = self._newness(number - 1, range(number - 2, number - 2 - _CLOSE_BY, -1))
+        after = self._newness(number, range(number + 1, number + 1 + _CLOSE_BY))
         return number if share >= _PEAK * max(before, after) else None
 
     def _newness(self, number: int, others: Sequence[int]) -> float:

@@ -59,15 +59,15 @@ class StreamAddress:
         host, port = self.parts.hostname, self.parts.port or PORTS[self.parts.scheme]
         assert host is not None
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise MediaError(f"{self.name} names an unknown host; check the address") from None
-        for *_, address in found:
+        for *_, address in answers:
             if not self.allow_private and not is_public(str(address[0])):
                 raise MediaError("{} leads to the private address {}; give {} if you trust it",
                                  self.name, address[0], Option("allow_private_urls"))  # fmt: skip
         try:
-            connection = socket.create_connection((str(found[0][4][0]), port), timeout=DIAL_SECONDS)
+            connection = socket.create_connection((str(answers[0][4][0]), port), timeout=DIAL_SECONDS)
             if self.parts.scheme == "rtsps":
                 return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
             return connection
