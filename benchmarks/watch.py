@@ -43,7 +43,7 @@ server.attach(None)
 print(server.get_bound_port(), flush=True)
 GLib.MainLoop().run()
 """
-RATE, SHOWN, PERIOD = 25, 4.0, 16.0
+RATE, VISIBLE, PERIOD = 25, 4.0, 16.0
 
 
 class _Hook(http.server.BaseHTTPRequestHandler):
@@ -60,13 +60,13 @@ class _Hook(http.server.BaseHTTPRequestHandler):
 
 
 def write(path: Path, events: int) -> None:
-    """A red circle on grey for `SHOWN` seconds in each `PERIOD`, in the middle of it."""
+    """A red circle on grey for `VISIBLE` seconds in each `PERIOD`, in the middle of it."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"bf": "0", "g": str(RATE), "tune": "zerolatency"})
         stream.width, stream.height, stream.pix_fmt = 448, 448, "yuv420p"
         for index in range(round(events * PERIOD * RATE)):
             image = Image.new("RGB", (448, 448), (128, 128, 128))
-            if 0 <= index / RATE % PERIOD - PERIOD / 2 < SHOWN:
+            if 0 <= index / RATE % PERIOD - PERIOD / 2 < VISIBLE:
                 ImageDraw.Draw(image).ellipse((150, 150, 300, 300), fill=(220, 30, 30))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
         container.mux(stream.encode())
