@@ -2,17 +2,18 @@
 
     python -m benchmarks.find run --results find.jsonl [--films 20] [--questions 13] [--minutes 120] [--part 0/2]
     python -m benchmarks.find card find.jsonl            # the figures of benchmarks/README.md, as JSON
-    python -m benchmarks.find run --results fit.jsonl --split train --films 6 --dense 0
+    python -m benchmarks.find run --results fit.jsonl --split train --minutes 30 --films 4 --evidence 0
     python -m benchmarks.find fit fit.jsonl -o search.json      # the calibration of the model, from other films
     python -m benchmarks.find make -o film.mp4 [--minutes 120] [--seed 0] [--needles 13] [--event 2] [--sound]
 
 `run` makes film after film (640x360, 12.5 frames/s, one 2 s event a question, other events that share its colour or
 shape every minute), indexes it, and asks for events that happen and for as many that never do. A line is written for
-each question, and a run that was ended goes on where it stopped; `--part 0/2` takes every second film, so that two
-processes can share a file. `one_pass` is the same model on as
+each question, `--step` of each kind about one film after another, and a run that was ended goes on where it stopped;
+`--part 0/2` takes every second film, so that two processes can share a file. `one_pass` is the same model on as
 many evenly spaced frames as the tokens of a search allow, in one prompt. Retrieval compares methods that name 8 spans
-of 12 s: the indexers' evidence, the keys that dense attention weighs most (`--dense` questions a film), change of the
-picture, and chance; and the 8 windows surest of "yes". `make` writes a film and its gold answers (film.json).
+of 12 s: the indexers' selections, the scores of one layer's indexer and the keys that dense attention weighs most (for
+`--evidence` questions a step), change of the picture, and chance; and the 8 windows surest of "yes".
+`make` writes a film and its gold answers (film.json).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import keye
-from benchmarks.find_dense import dense_shares
+from benchmarks.find_evidence import dense_shares, indexer_scores
 from keye.api import Keye
 from keye.chat.messages import Medium
 from keye.chat.times import Interval
@@ -51,53 +52,68 @@ from keye.sessions.search.questions import clip_log_odds, presence_question
 
 #: Features of the two calibrations.
 MOMENT_FEATURES, PRESENCE_FEATURES = ("coarse", "close", "alone"), ("best", "coarse")
+#: What a line of the model without a search is called, and the tokens that it may use: an eighth of two hours.
+ONE_PASS, ONE_PASS_TOKENS = "(one pass)", 17_000
 Line = dict[str, Any]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Films of one part, question by question."""
+    """Films of one part, a few questions about each in turn, so that figures are fair however far it comes."""
     torch.set_num_threads(arguments.threads)
     model = keye.load(arguments.model)
     part, parts = map(int, arguments.part.split("/"))
-    lines = read_lines(arguments.results) if arguments.results.exists() else []
-    for number in range(arguments.first, arguments.first + arguments.films):
-        if number % parts == part:
-            done = {line["name"] for line in lines if line["film"] == number}
-            for line in run_film(model, number, done, arguments):
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+    numbers = [n for n in range(arguments.first, arguments.first + arguments.films) if n % parts == part]
+    done = {(line["film"], line["name"]) for line in read_lines(arguments.results)}
+    with tempfile.TemporaryDirectory(prefix="keye-find-") as temporary:
+        folder = arguments.folder or Path(temporary)
+        for count in range(arguments.step, arguments.questions + arguments.step, arguments.step):
+            for number in numbers:
+                film = plan_film(number, minutes=arguments.minutes, split=arguments.split, event=arguments.event)
+                questions = film_questions(film, min(count, arguments.questions))
+                left = [(name, gold) for name, gold in questions if (number, name) not in done]
+                for line in ask(model, film, number, left, folder, arguments) if left else ():
+                    append(arguments.results, line)
+                done |= {(number, name) for name, _ in left}
+        for number in numbers[: -(-arguments.one_pass // parts)]:
+            if (number, ONE_PASS) not in done:
+                film = plan_film(number, minutes=arguments.minutes, split=arguments.split, event=arguments.event)
+                path = film_file(film, number, folder, arguments)
+                for row in ask_in_one_pass(model, film, number, path, arguments.questions, ONE_PASS_TOKENS):
+                    append(
+                        arguments.results, {"kind": "one_pass", **row.to_dict(), "asked": row.name, "name": ONE_PASS}
+                    )
 
 
 def read_lines(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What a file of results holds; nothing where it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_film(model: Keye, number: int, done: set[str], arguments: argparse.Namespace) -> Iterator[Line]:
-    """The lines of one film that are not there yet."""
-    film = plan_film(number, minutes=arguments.minutes, split=arguments.split, event=arguments.event)
-    questions = film_questions(film, arguments.questions)
-    names = [name for name, _ in questions]
-    if done >= {*names, "(one pass)"}:
-        return
-    with tempfile.TemporaryDirectory(prefix="keye-find-", dir=arguments.folder) as folder:
-        path = Path(folder) / "film.mp4"
-        begin = cpu_seconds()
+def append(path: Path, line: Line) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def film_file(film: Film, number: int, folder: Path, arguments: argparse.Namespace) -> Path:
+    """The file of a film, written now if it is not there."""
+    path = folder / f"{arguments.split}-{arguments.minutes:g}-{arguments.event:g}-{number}.mp4"
+    if not path.exists():
         write_film(film, path)
-        facts = {"film_cpu": round(cpu_seconds() - begin, 1), "film_bytes": path.stat().st_size}
+    return path
+
+
+def ask(
+    model: Keye, film: Film, number: int, questions: Sequence[tuple[str, Interval | None]], folder: Path,
+    arguments: argparse.Namespace,
+) -> Iterator[Line]:  # fmt: skip
+    """The lines of some questions about a film."""
+    path = film_file(film, number, folder, arguments)
+    facts: Line = {"minutes": arguments.minutes, "event": arguments.event, "film_bytes": path.stat().st_size}
+    if not path.with_suffix(".keye").exists():
         facts |= index_film(model, path, arguments.spacing)
-        tokens, dense = 1, arguments.dense
-        for name, gold in questions:
-            if name in done:
-                continue
-            line = search_once(model, number, path, name, gold, with_dense=gold is not None and dense > 0)
-            dense -= gold is not None
-            tokens = max(tokens, line["query_tokens"])
-            yield {"kind": "search", **line, "minutes": arguments.minutes, "event": arguments.event, **facts}
-        if arguments.one_pass and "(one pass)" not in done:
-            rows = list(ask_in_one_pass(model, film, number, path, arguments.questions, tokens))
-            for row in rows:
-                yield {"kind": "one_pass", **row.to_dict(), "name": f"(one pass) {row.name}"}
-            yield {"kind": "end", "film": number, "name": "(one pass)"}
+    for place, (name, gold) in enumerate(questions):
+        evidence = gold is not None and place < 2 * arguments.evidence
+        yield {"kind": "search", **search_once(model, number, path, name, gold, with_evidence=evidence), **facts}
 
 
 def index_film(model: Keye, path: Path, spacing: float) -> Line:
@@ -110,7 +126,7 @@ def index_film(model: Keye, path: Path, spacing: float) -> Line:
             "index_bytes": path.with_suffix(".keye").stat().st_size}  # fmt: skip
 
 
-def search_once(model: Keye, number: int, path: Path, name: str, gold: Interval | None, *, with_dense: bool) -> Line:
+def search_once(model: Keye, number: int, path: Path, name: str, gold: Interval | None, *, with_evidence: bool) -> Line:
     """One question, and what the calibration and the retrieval methods need of it."""
     index_path = path.with_suffix(".keye")
     begin, cpu = time.perf_counter(), cpu_seconds()
@@ -127,9 +143,11 @@ def search_once(model: Keye, number: int, path: Path, name: str, gold: Interval 
     if gold is not None:
         index, scores = search.index, list(search.scored.values())
         line["retrieval"] = retrieve(index, scores, gold)
-        if with_dense:
-            shares = dense_shares(model.engine, index, presence_question(model.runtime.generation_config, name))
-            line["retrieval"]["dense"] = meets(index, scores, lambda score: shares[score.number], gold)
+        if with_evidence:
+            question = presence_question(model.runtime.generation_config, name)
+            for method, read in (("dense", dense_shares), ("indexer", indexer_scores)):
+                values = read(model.engine, index, question)
+                line["retrieval"][method] = meets(index, scores, lambda s, values=values: values[s.number], gold)  # type: ignore[misc]
     return line
 
 
@@ -142,14 +160,15 @@ def summarise(lines: Sequence[Line]) -> dict[str, Any]:
     return {
         "minutes": first["minutes"], "event": first["event"], **summarise_searches(rows),
         "index": {name: sorted({line[name] for line in lines if name in line}) for name in
-                  ("film_cpu", "index_cpu", "index_wall", "index_bytes")},
+                  ("film_bytes", "index_cpu", "index_wall", "index_bytes")},
         "baselines": summarise_baselines(rows, others, 60 * first["minutes"]),
         "retrieval": summarise_retrieval(retrieval, first["event"], 60 * first["minutes"]),
     }  # fmt: skip
 
 
 def as_row(line: Mapping[str, Any]) -> SearchRow:
-    return SearchRow.from_dict({name: line[name] for name in SearchRow.__dataclass_fields__})
+    values = {name: line[name] for name in SearchRow.__dataclass_fields__}
+    return SearchRow.from_dict({**values, "name": line.get("asked", line["name"])})
 
 
 def card(arguments: argparse.Namespace) -> None:
@@ -233,10 +252,11 @@ def main() -> None:
     runner.add_argument("--first", type=int, default=0, help="seed of the first film")
     runner.add_argument("--questions", type=int, default=13, help="of each kind about a film")
     runner.add_argument("--spacing", type=float, default=1.0, help="seconds between two frames of the index")
-    runner.add_argument("--dense", type=int, default=4, help="questions a film for which dense attention is read")
-    runner.add_argument("--no-one-pass", dest="one_pass", action="store_false")
+    runner.add_argument("--step", type=int, default=5, help="questions of each kind about a film before the next film")
+    runner.add_argument("--evidence", type=int, default=2, help="questions a step whose attention is read as well")
+    runner.add_argument("--one-pass", type=int, default=4, help="films that are also read in one pass")
     runner.add_argument("--part", default="0/1", help="which films of how many parts, as 0/2 and 1/2")
-    runner.add_argument("--folder", help="where films and indexes lie meanwhile")
+    runner.add_argument("--folder", type=Path, help="where films and indexes lie; they stay there")
     runner.add_argument("--threads", type=int, default=1)
     runner.set_defaults(run=run)
     reader = commands.add_parser("card", help="the figures of a file of results")

@@ -125,7 +125,7 @@ def cpu_seconds() -> float:
 
 def ask_in_one_pass(model: Keye, film: Film, number: int, path: Path, count: int, tokens: int) -> Iterator[SearchRow]:
     """Asks the same of evenly spaced frames in one prompt of at most `tokens`, or what the model holds: one frame every
-    so many seconds, at the size of the search. Replies are read strictly, and a malformed one is not answer."""
+    so many seconds, at the size of the search. Replies are read strictly: a malformed one counts as no answer."""
     runtime, questions = model.runtime, film_questions(film, count)
     limit = min(tokens, model.config.text.max_position_embeddings - _ROOM)
     texts = [model.ground_question(name) for name, _ in questions]
