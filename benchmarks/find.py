@@ -2,7 +2,7 @@
 
     python -m benchmarks.find run --results find.jsonl [--films 20] [--questions 13] [--minutes 120] [--part 0/2]
     python -m benchmarks.find card find.jsonl            # the figures of benchmarks/README.md, as JSON
-    python -m benchmarks.find run --results fit.jsonl --split train --minutes 30 --films 4 --evidence 0
+    python -m benchmarks.find run --results fit.jsonl --split train --minutes 30 --films 4 --dense 0
     python -m benchmarks.find fit fit.jsonl -o search.json      # the calibration of the model, from other films
     python -m benchmarks.find make -o film.mp4 [--minutes 120] [--seed 0] [--needles 13] [--event 2] [--sound]
 
@@ -11,9 +11,9 @@ shape every minute), indexes it, and asks for events that happen and for as many
 each question, `--step` of each kind about one film after another, and a run that was ended goes on where it stopped;
 `--part 0/2` takes every second film, so that two processes can share a file. `one_pass` is the same model on as
 many evenly spaced frames as the tokens of a search allow, in one prompt. Retrieval compares methods that name 8 spans
-of 12 s: the indexers' selections, the scores of one layer's indexer and the keys that dense attention weighs most (for
-`--evidence` questions a step), change of the picture, and chance; and the 8 windows surest of "yes".
-`make` writes a film and its gold answers (film.json).
+of 12 s: the scores by which the indexer of one layer chooses keys, how often all choose a frame, the keys that dense
+attention weighs most (for `--dense` questions a step), change of the picture, and chance; and the 8 windows surest of
+"yes". `make` writes a film and its gold answers (film.json).
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import keye
-from benchmarks.find_evidence import dense_shares, indexer_scores
+from benchmarks.find_evidence import dense_shares, meets, retrieve, summarise_retrieval
 from keye.api import Keye
 from keye.chat.messages import Medium
 from keye.chat.times import Interval
 from keye.data.frameforge import Film, plan_film, write_film
 from keye.evals.searches import SearchRow, summarise_searches
 from keye.evals.tasks.needle import ask_in_one_pass, cpu_seconds, film_questions, summarise_baselines
-from keye.evals.tasks.retrieval import meets, retrieve, summarise_retrieval
 from keye.media.source.fetch import fetch_source
 from keye.moments import FindResult
 from keye.scoring.calibration import LogisticFit, fit_logistic
@@ -52,6 +51,8 @@ from keye.sessions.search.questions import clip_log_odds, presence_question
 
 #: Features of the two calibrations.
 MOMENT_FEATURES, PRESENCE_FEATURES = ("coarse", "close", "alone"), ("best", "coarse")
+#: Weak: softened outcomes keep probabilities off the ends.
+PENALTY = 0.1
 #: What a line of the model without a search is called, and the tokens that it may use: an eighth of two hours.
 ONE_PASS, ONE_PASS_TOKENS = "(one pass)", 17_000
 Line = dict[str, Any]
@@ -112,8 +113,8 @@ def ask(
     if not path.with_suffix(".keye").exists():
         facts |= index_film(model, path, arguments.spacing)
     for place, (name, gold) in enumerate(questions):
-        evidence = gold is not None and place < 2 * arguments.evidence
-        yield {"kind": "search", **search_once(model, number, path, name, gold, with_evidence=evidence), **facts}
+        dense = gold is not None and place < 2 * arguments.dense
+        yield {"kind": "search", **search_once(model, number, path, name, gold, with_dense=dense), **facts}
 
 
 def index_film(model: Keye, path: Path, spacing: float) -> Line:
@@ -126,7 +127,7 @@ def index_film(model: Keye, path: Path, spacing: float) -> Line:
             "index_bytes": path.with_suffix(".keye").stat().st_size}  # fmt: skip
 
 
-def search_once(model: Keye, number: int, path: Path, name: str, gold: Interval | None, *, with_evidence: bool) -> Line:
+def search_once(model: Keye, number: int, path: Path, name: str, gold: Interval | None, *, with_dense: bool) -> Line:
     """One question, and what the calibration and the retrieval methods need of it."""
     index_path = path.with_suffix(".keye")
     begin, cpu = time.perf_counter(), cpu_seconds()
@@ -143,11 +144,9 @@ def search_once(model: Keye, number: int, path: Path, name: str, gold: Interval 
     if gold is not None:
         index, scores = search.index, list(search.scored.values())
         line["retrieval"] = retrieve(index, scores, gold)
-        if with_evidence:
-            question = presence_question(model.runtime.generation_config, name)
-            for method, read in (("dense", dense_shares), ("indexer", indexer_scores)):
-                values = read(model.engine, index, question)
-                line["retrieval"][method] = meets(index, scores, lambda s, values=values: values[s.number], gold)  # type: ignore[misc]
+        if with_dense:
+            shares = dense_shares(model.engine, index, presence_question(model.runtime.generation_config, name))
+            line["retrieval"]["dense"] = meets(index, scores, [shares[score.number] for score in scores], gold)
     return line
 
 
@@ -182,10 +181,10 @@ def fit(arguments: argparse.Namespace) -> None:
     candidates = [(line, item) for line in lines for item in line["candidates"]]
     truths = [is_right(line, item) for line, item in candidates]
     features = [[item["features"][name] for name in MOMENT_FEATURES] for _, item in candidates]
-    moment = fit_logistic(features, truths)
+    moment = fit_logistic(features, truths, PENALTY)
     rows = [presence_row(line, moment) for line in lines]
     happens = [line["gold"] is not None for line in lines]
-    presence = fit_logistic(rows, happens)
+    presence = fit_logistic(rows, happens, PENALTY)
     chances = [best_chance(line, moment) for line in lines]
     threshold = pick_threshold(
         [chance for chance, there in zip(chances, happens, strict=True) if there],
@@ -253,7 +252,7 @@ def main() -> None:
     runner.add_argument("--questions", type=int, default=13, help="of each kind about a film")
     runner.add_argument("--spacing", type=float, default=1.0, help="seconds between two frames of the index")
     runner.add_argument("--step", type=int, default=5, help="questions of each kind about a film before the next film")
-    runner.add_argument("--evidence", type=int, default=2, help="questions a step whose attention is read as well")
+    runner.add_argument("--dense", type=int, default=2, help="questions a step for which dense attention is read")
     runner.add_argument("--one-pass", type=int, default=4, help="films that are also read in one pass")
     runner.add_argument("--part", default="0/1", help="which films of how many parts, as 0/2 and 1/2")
     runner.add_argument("--folder", type=Path, help="where films and indexes lie; they stay there")

@@ -1,4 +1,4 @@
-"""The needle evaluation on a short film and a model that knows nothing, and what finds the right part of a film."""
+"""The needle evaluation on a short film and a model that knows nothing."""
 
 import json
 
@@ -10,7 +10,6 @@ from keye.cli import main
 from keye.data.frameforge import plan_film, write_film
 from keye.errors import KeyeError
 from keye.evals.tasks.needle import NeedleOptions, ask_in_one_pass, evaluate, film_questions, search_film
-from keye.evals.tasks.retrieval import RetrievalRow, summarise_retrieval
 from keye.scoring.search import one_pass_ceiling
 from tests.support.tiny import tiny_folder, tiny_model
 
@@ -61,14 +60,6 @@ def test_a_film_is_searched_and_read_in_one_pass(film, file):
     others = list(ask_in_one_pass(model, film, 7, file, 1, tokens=200))
     assert [(row.name, row.gold) for row in others] == film_questions(film, 1)
     assert all(100 < row.query_tokens <= 200 for row in others)
-
-
-def test_retrieval_beside_chance():
-    rows: list[RetrievalRow] = [(0, {"yes": True, "evidence": False}), (1, {"yes": True, "evidence": True})]
-    result = summarise_retrieval(rows, 2.0, 7200.0)
-    assert result["yes"] == {"value": 100.0, "error": 0.0, "n": 2}
-    assert result["evidence"]["value"] == 50.0
-    assert result["random"]["value"] == pytest.approx(100 * 8 * 14 / 7200, abs=0.01)
 
 
 @pytest.mark.slow
