@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.mock_server import LINES, SEARCHING, MockServer
+from tests.support.mock_server import LIBRARY, LINES, SEARCHING, MockServer
 from tests.support.page import ask, find, open_sample
 from tests.support.page_look import faults_of
 
@@ -47,6 +47,12 @@ def show_place(name: str) -> Callable[[Any], None]:
     return show
 
 
+def show_results(page: Any) -> None:
+    page.fill("#library-question", "a red folder")
+    page.press("#library-question", "Enter")
+    page.locator(".grid canvas[data-drawn]").nth(2).wait_for()
+
+
 STATES: dict[str, Callable[[Any], None]] = {
     "empty": lambda page: page.locator("#try button").first.wait_for(),
     "answers": lambda page: (open_sample(page), find(page, "the purple cross"), ask(page, "something far away")),
@@ -58,6 +64,7 @@ STATES: dict[str, Callable[[Any], None]] = {
     "settings": show_place("settings"),
     "activity": show_place("activity"),
     "library": show_place("library"),
+    "results": show_results,
 }
 
 
@@ -67,6 +74,7 @@ def test_nothing_is_wrong_with_any_state(
 ) -> None:
     server.model |= SEARCHING
     server.subtitles = LINES
+    server.library = LIBRARY
     page.evaluate(
         "(chosen) => localStorage.setItem('keye.settings', JSON.stringify(chosen))",
         {"theme": theme, "language": language},

@@ -86,6 +86,23 @@ LINES = [
     {"start": 3.2, "end": 5.0, "text": "In this red folder."},
     {"start": 9.0, "end": 11.0, "text": "The red folder, please."},
 ]
+#: A library with a video in each state.
+LIBRARY = {
+    "folders": [{"name": "meetings", "watch": True, "path": "/srv/meetings"}],
+    "videos": [
+        {"id": f"library-{i}", "name": f"meetings/{name}.mp4", "state": state, "reason": reason, "duration": duration,
+         "searchable": searchable, "bytes": size, "size": 1000, "path": None}
+        for i, (name, state, reason, duration, searchable, size) in enumerate([
+            ("Council meeting 14 May", "indexed", None, 7458.0, 7458.0, 1_100_000_000),
+            ("Council meeting 30 April", "indexing", None, 11500.0, 4800.0, 700_000_000),
+            ("Town hall", "discovered", None, 753.0, 0.0, 0),
+            ("interview", "failed", "the file is cut short: its index is missing", None, 0.0, 0),
+        ])
+    ],
+    "bytes": 3_100_000_000, "limit": 20_000_000_000, "may_manage": True, "problems": [],
+    "indexing": {"id": "library-1", "stage": "index", "done": 4800, "total": 11500, "unit": "s", "seconds_left": 330,
+                 "waiting": 1},
+}  # fmt: skip
 ROUTES = [f"/v1/video/{name}" for name in ("find", "scenes", "subtitles", "frames", "export")]
 #: A grey picture of 8 x 8.
 JPEG = (
@@ -110,6 +127,7 @@ class MockServer:
     busy: int = 0
     search: list[dict[str, Any]] = field(default_factory=list)
     subtitles: list[dict[str, Any]] = field(default_factory=list)
+    library: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
 
     def __post_init__(self) -> None:
@@ -195,6 +213,35 @@ def search_events(event: str, duration: float = 16.0) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def library_events(event: str) -> list[dict[str, Any]]:
+    """What a search in the library sends."""
+    places = [
+        ("library-0", "meetings/Council meeting 14 May.mp4"),
+        ("library-1", "meetings/Council meeting 30 April.mp4"),
+    ]
+    all_moments = [
+        {**moment(rank, 60.0 * rank, 60.0 * rank + 3, probability, checked=checked, file=file), "name": name}
+        for rank, probability, checked, (file, name) in [
+            (1, 0.94, "twice", places[0]), (2, 0.71, "twice", places[1]), (3, 0.33, "no", places[0]),
+        ]
+    ]  # fmt: skip
+    coverage = {"videos": 4, "searched_videos": 2, "duration": 41760.0, "searched": 34560.0,
+                "missing": [{"file": "library-3", "name": "interview.mp4", "reason": "cut short"}]}  # fmt: skip
+    result = {
+        "query": event,
+        "moments": all_moments[:2],
+        "weaker": all_moments[2:],
+        "threshold": 0.3,
+        "coverage": coverage,
+    }
+    return [
+        {"type": "started", "id": "find-2"},
+        {"type": "progress", "stage": "coarse", "done": 10, "total": 40, "unit": "window", "seconds_left": 9.0},
+        {"type": "moments", "moments": all_moments[:1]},
+        {"type": "result", "id": "find-2", "result": result},
+    ]
+
+
 def _delta(**content: str) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": content}]}
 
@@ -217,6 +264,15 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/v1/models":
             facts = {"context": 8192, "attention": "sparse", **self.mock.model}
             return self._json({"data": [{"id": "keye-nano", "keye": facts}]})
+        if path.startswith("/v1/library") and self.mock.library is None:
+            return self._error(404, "this server has no library; start it with --library")
+        if path == "/v1/library/events":
+            return self._stream("slow", [{"type": "library", **(self.mock.library or {})}, {}], hold=1)
+        if path.startswith("/v1/library/") and self.mock.library is not None:
+            name, _, content = path.removeprefix("/v1/library/").partition("/")
+            if content:
+                return self._content(SAMPLE.read_bytes())
+            return self._json(next(video for video in self.mock.library["videos"] if video["id"] == name))
         if path == "/v1/files":
             return self._json({"data": list(self.mock.files.values())})
         name, _, content = path.removeprefix("/v1/files/").partition("/")
@@ -260,6 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
             )
         elif self.path in ROUTES and self.path.rsplit("/", 1)[-1] in self.mock.model.get("capabilities", ()):
             self._search_route(body)
+        elif self.path == "/v1/library/find":
+            self._stream(body["event"], library_events(body["event"]), hold=3)
         elif self.path.startswith("/v1/video/find/"):
             self.mock.release.set()
             self._json({"stopping": True})

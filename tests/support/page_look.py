@@ -16,7 +16,7 @@ TOOLS = """
         return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
     };
     const ratio = (a, b) => Math.max(light(a), light(b)) / Math.min(light(a), light(b));
-    const clear = (color) => color === "transparent" || /, 0\\)$|\\/ 0\\)$/.test(color);
+    const clear = (color) => color === "transparent" || /^rgba.*, 0\\)$|\\/ 0\\)$/.test(color);
     const ground = (node) => {
         for (let at = node; at; at = at.parentElement) {
             const color = getComputedStyle(at).backgroundColor;
@@ -107,7 +107,7 @@ TARGETS = """
     const all = "button, a[href], input, select, textarea, [role=slider], [role=switch], summary";
     for (const node of document.querySelectorAll(all)) {
         if (!shown(node) || node.closest("p") && node.tagName === "A" || node.type === "file") continue;
-        const box = node.getBoundingClientRect();
+        const box = (node.closest("label") ?? node).getBoundingClientRect();
         const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
         if (x < 0 || y < 0 || x > window.innerWidth || y > window.innerHeight || !reached(node, x, y)) continue;
         const small = [];
@@ -115,8 +115,9 @@ TARGETS = """
         if (box.height < LEAST - 0.5) small.push([x, y - half], [x, y + half]);
         if (box.width < LEAST - 0.5) small.push([x - half, y], [x + half, y]);
         const outside = ([px, py]) => px < 0 || py < 0 || px > window.innerWidth || py > window.innerHeight;
-        // The slider is moved along all lanes; a link within a line of text has that line's height.
-        if (node.matches("[role=slider], .answer-text .time-link")) continue;
+        // The slider is moved along all lanes, a link within a line of text has that line's height, and a weak mark
+        // shares its room with those beside it.
+        if (node.matches("[role=slider], .answer-text .time-link, .pin.dot")) continue;
         if (small.some((point) => !outside(point) && !reached(node, ...point)))
             faults.push(`${named(node)}: ${box.width} x ${box.height}`);
     }

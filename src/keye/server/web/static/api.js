@@ -91,12 +91,19 @@ export async function models(signal) {
   return Array.isArray(list?.data) ? list.data : [];
 }
 
+/** Uploads and videos of the library by their ids, which tell them apart. */
+function addressOf(id) {
+  return `v1/${id.startsWith("library-") ? "library" : "files"}/${encodeURIComponent(id)}`;
+}
+
 export async function fileInfo(id) {
-  return (await call(`v1/files/${encodeURIComponent(id)}`)).json();
+  const info = await (await call(addressOf(id))).json();
+  // A video of the library is described in its own words.
+  return info?.name ? { id, filename: info.name, bytes: info.size, keye: { kind: "video", duration: info.duration } } : info;
 }
 
 export async function fileContent(id) {
-  return (await call(`v1/files/${encodeURIComponent(id)}/content`)).blob();
+  return (await call(contentAddress(id))).blob();
 }
 
 export async function sampleFile() {
@@ -108,7 +115,7 @@ export async function plan(request, signal) {
 }
 
 export function contentAddress(id) {
-  return `v1/files/${encodeURIComponent(id)}/content`;
+  return `${addressOf(id)}/content`;
 }
 
 export async function files() {
@@ -145,6 +152,20 @@ export async function stopSearch(id) {
   await call(`v1/video/find/${encodeURIComponent(id)}/stop`, { method: "POST", json: {} });
 }
 
+/** All of the library, then its changes as they come. */
+export function libraryEvents(signal) {
+  return chunks("v1/library/events", undefined, signal);
+}
+
+export function findInLibrary(request, signal) {
+  return chunks("v1/library/find", request, signal);
+}
+
+export async function changeFolder(path, isAdded) {
+  const query = isAdded ? "" : `?${new URLSearchParams({ path })}`;
+  await call(`v1/library/folders${query}`, isAdded ? { method: "POST", json: { path } } : { method: "DELETE" });
+}
+
 export function scenes(request, signal) {
   return chunks("v1/video/scenes", request, signal);
 }
@@ -179,7 +200,7 @@ function parse(text) {
 
 /** The chunks of a streamed answer as objects. An error inside the stream is thrown as ServerError. */
 async function* chunks(path, request, signal) {
-  const response = await call(path, { method: "POST", json: request, signal });
+  const response = await call(path, request ? { method: "POST", json: request, signal } : { signal });
   for await (const event of events(response.body)) {
     const chunk = parse(event);
     if (chunk === undefined) throw new StreamCut("unreadable");

@@ -11,7 +11,7 @@ import { drawIcons } from "./icons.js";
 import { useSample } from "./intake.js";
 import { startKeyDialog } from "./keydialog.js";
 import { startKeys } from "./keys.js";
-import { startLibrary } from "./library.js";
+import { libraryKeys, startLibrary } from "./library.js";
 import { loadModel } from "./model.js";
 import { startPanel } from "./panel.js";
 import { go, PLACES, route } from "./router.js";
@@ -97,6 +97,7 @@ function startControls(desk) {
   }
   startKeys(() => ({
     go: (place) => go({ place }), escape: () => escape(desk), ...(route().place === "desk" ? deskKeys(desk) : {}),
+    ...(route().place === "library" ? libraryKeys() : {}),
   }));
 }
 
@@ -108,7 +109,7 @@ function start() {
   startHeader();
   startWelcome({ sample: (example) => useSample(desk, example), reopen: (kept) => desk.reopen(kept) });
   startLibrary({
-    open: (id) => go({ place: "desk", file: id }),
+    open: go,
     add: () => byId("choose-more").click(),
   });
   startActivity({

@@ -40,7 +40,7 @@ export function chips({ checked, onCut }) {
   return found;
 }
 
-function quote({ subtitle }) {
+export function quote({ subtitle }) {
   if (!subtitle) return null;
   return element("p", { class: "quote" }, t("quote", { text: subtitle.text }), " ",
     element("span", { class: "soft", text: t("quote.source") }));
@@ -63,8 +63,8 @@ function times(moment, handlers) {
   });
 }
 
-function name({ label, file }) {
-  const text = [label, file].filter(Boolean).join(" · ");
+function name({ label, name: video }) {
+  const text = [label, video].filter(Boolean).join(" · ");
   return text ? element("span", { text }) : null;
 }
 

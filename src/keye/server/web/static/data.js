@@ -115,9 +115,21 @@ export function moments(value) {
       refined: moment.refined !== false,
       onCut: ["start", "end", "both"].includes(moment.on_cut) ? moment.on_cut : null,
       file: words(moment.file, 300) || null,
+      name: words(moment.name, 500) || null,
       subtitle: line(moment.subtitle),
       label: "",
     }));
+}
+
+/** A video of the library: `{id, name, state, reason, duration, searchable, bytes}`, or null. */
+export function entry(value) {
+  const [id, name] = [words(value?.id, 100), words(value?.name, 500)];
+  const states = ["discovered", "indexing", "indexed", "failed"];
+  if (!id || !name || !states.includes(value.state)) return null;
+  return {
+    id, name, state: value.state, reason: words(value.reason, 500), duration: amount(value.duration),
+    searchable: amount(value.searchable), bytes: amount(value.bytes) ?? 0,
+  };
 }
 
 /** The moments of plain intervals: nothing is known of them but their times and the words that name them. */
