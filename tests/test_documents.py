@@ -80,11 +80,11 @@ def test_commands_of_the_readme_run(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.chdir(ROOT)
     blocks = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
     commands = [shlex.split(line)[1:] for line in blocks.splitlines() if line.startswith("keye ")]
-    assert [command[0] for command in commands] == ["ask", "ground", "plan"]
+    assert [command[0] for command in commands] == ["ask", "find", "plan"]
     for command in commands:
         assert main(command) == 0
     text = capsys.readouterr().out
-    assert "[[3.0, 8.5]]" in text and "2.0 s to 14.0 s" in text and "512 visual tokens" in text
+    assert "[[3.0, 8.5]]" in text and "2.0 s to 14.5 s" in text and "512 visual tokens" in text
 
 
 def test_table_of_machines_follows_from_the_models(capsys: pytest.CaptureFixture[str]) -> None:

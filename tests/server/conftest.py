@@ -104,9 +104,10 @@ def ask(http: TestClient) -> Ask:
     return post
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window; the test is skipped where it or playwright is not installed."""
+    """Chromium without a window; the test is skipped where it or playwright is not installed. Of a module alone: while
+    playwright is open, no other test in this process can run an event loop."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
