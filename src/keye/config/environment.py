@@ -48,6 +48,12 @@ def transcribe_key() -> str | None:
     return os.environ.get("KEYE_TRANSCRIBE_KEY") or None
 
 
+def preferred_language() -> str:
+    """The language in which people read messages, such as "zh_CN.UTF-8": LC_ALL, LC_MESSAGES or LANG, as the first of
+    them that is set says; empty where none is."""
+    return next((value for name in ("LC_ALL", "LC_MESSAGES", "LANG") if (value := os.environ.get(name))), "")
+
+
 def preview_video_max_pixels() -> int | None:
     """VIDEO_MAX_PIXELS, with which keye-vl-utils 1.0.0 lets the environment set the pixels of all frames of a video."""
     value = os.environ.get("VIDEO_MAX_PIXELS")

@@ -27,6 +27,7 @@ from rich.text import Text
 from keye.chat.replies import Region
 from keye.chat.times import Interval, format_seconds, merge_intervals
 from keye.commands.shared.inputs import note, stderr
+from keye.commands.shared.language import in_english
 from keye.errors import is_number
 from keye.units import format_bytes, one_line, plural, printable
 
@@ -332,13 +333,13 @@ def progress_bar(title: str, *, notes: bool = False) -> Iterator[Callable[[int, 
         yield advance
 
 
-def time_left(seconds: float) -> str:
+def time_left(seconds: float, words: Callable[..., str] = in_english) -> str:
     """Seconds left for people, rounded up: "about 40 s left", "6 min left"."""
     if seconds < 90:
-        return f"about {max(1, math.ceil(seconds / 5) * 5 if seconds > 10 else math.ceil(seconds))} s left"
+        return words("left.seconds", seconds=max(1, math.ceil(seconds / 5) * 5 if seconds > 10 else math.ceil(seconds)))
     if seconds < 5400:
-        return f"{math.ceil(seconds / 60)} min left"
-    return f"{seconds / 3600:.1f} h left"
+        return words("left.minutes", minutes=math.ceil(seconds / 60))
+    return words("left.hours", hours=f"{seconds / 3600:.1f}")
 
 
 class Share:

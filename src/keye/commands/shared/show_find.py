@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from keye.chat.times import format_seconds
 from keye.commands.shared.inputs import note, stderr
+from keye.commands.shared.language import say
 from keye.commands.shared.show import MAX_BAR, filled_cells, print_line, stdout, time_left
 from keye.moments import FindProgress, FindResult, Moment, MomentsFound
 from keye.units import one_line, plural
@@ -17,11 +18,6 @@ from keye.units import one_line, plural
 if TYPE_CHECKING:
     from keye.library.find import LibraryResult, LibrarySearch
     from keye.sessions.search.find import FindStream
-
-_STAGES: Final = {
-    "index": "reading the video", "coarse": "asking about all of it", "close": "looking closely", "verify": "checking",
-}  # fmt: skip
-_CHECKED: Final = {"twice": "confirmed", "failed": "a second question did not agree", "no": "not confirmed"}
 
 
 def watch_search(stream: FindStream, name: str) -> FindResult:
@@ -35,8 +31,8 @@ def watch_search(stream: FindStream, name: str) -> FindResult:
         task = bar.add_task(one_line(name), total=None, left="")
         for event in stream:
             if isinstance(event, FindProgress):
-                left = "" if event.seconds_left is None else time_left(event.seconds_left)
-                title = f"{one_line(name)}: {_STAGES[event.stage]}"
+                left = "" if event.seconds_left is None else time_left(event.seconds_left, say)
+                title = f"{one_line(name)}: {say(f'stage.{event.stage}')}"
                 bar.update(task, description=title, completed=event.done, total=event.total or None, left=left)
                 if event.stage != stage and not console.is_terminal:
                     note(title + (f", {left}" if left and event.stage == "index" else ""))
@@ -58,14 +54,14 @@ def print_found(results: Sequence[FindResult], event: str, failed: Sequence[tupl
         if several:
             console.print(one_line(result.video), style="bold", soft_wrap=True)
         if not result.is_found:
-            sure = "" if result.presence is None else f" (probability that it is there: {result.presence:.0%})"
-            print_line(f"Not found: {event}{sure}")
+            sure = "" if result.presence is None else say("presence", share=f"{result.presence:.0%}")
+            print_line(say("missing", event=event) + sure)
         if result.moments and result.coverage.duration > 0:
             console.print(_bar(result, min(console.width, MAX_BAR + 24)), soft_wrap=True)
         for moment in result.moments:
             console.print(_line(moment), soft_wrap=True)
         if result.weaker:
-            console.print("below the threshold:", style="dim")
+            console.print(say("weaker"), style="dim")
         for moment in result.weaker:
             console.print(_line(moment), style="dim", soft_wrap=True)
         for item in result.notes:
@@ -73,7 +69,7 @@ def print_found(results: Sequence[FindResult], event: str, failed: Sequence[tupl
                 note(item.text)
         console.print(_coverage_line(result), style="dim", soft_wrap=True)
     for file, error in failed:
-        note(f"{file} was not searched: {error}")
+        note(say("failed", file=file, error=error))
 
 
 def watch_library_search(search: LibrarySearch) -> LibraryResult:
@@ -131,18 +127,19 @@ def _best(result: FindResult) -> tuple[bool, float]:
 
 
 def _span(moment: Moment) -> str:
-    return f"{format_seconds(moment.start)} to {format_seconds(moment.end)}"
+    return say("span", start=format_seconds(moment.start), end=format_seconds(moment.end))
 
 
 def _line(moment: Moment) -> Text:
     parts = [f"  {_span(moment)}  ({format_seconds(moment.end - moment.start)})"]
     if moment.probability is not None:
         parts.append(f"{moment.probability:.0%}")
-    parts.append(_CHECKED[moment.checked])
+    parts.append(say(f"checked.{moment.checked}"))
     if moment.on_cut is not None:
-        parts.append("on a cut" if moment.on_cut == "both" else f"{moment.on_cut} on a cut")
+        parts.append(say(f"cut.{moment.on_cut}"))
     if moment.subtitle is not None:
-        parts.append(f'"{one_line(moment.subtitle.text)}" at {format_seconds(moment.subtitle.start)}')
+        text, time = one_line(moment.subtitle.text), format_seconds(moment.subtitle.start)
+        parts.append(say("subtitle", text=text, time=time))
     return Text(" · ".join(parts))
 
 
@@ -162,13 +159,14 @@ def _coverage_line(result: FindResult) -> str:
     coverage = result.coverage
     spacing = max((span.spacing for span in coverage.seen if not span.close), default=None)
     if spacing is None:
-        seen = "nothing was looked at"
-    elif not coverage.unseen:
-        seen = f"a frame at least every {spacing:g} s"
+        seen = say("seen.nothing")
     else:
-        seen = f"{coverage.share:.0%} seen, a frame at least every {spacing:g} s"
+        seen = say(
+            "seen.part" if coverage.unseen else "seen.all", share=f"{coverage.share:.0%}", spacing=f"{spacing:g}"
+        )
     return one_line(" · ".join((
-        seen, f"{plural(coverage.places, 'place')} looked at closely", plural(coverage.frames, "frame"),
-        f"{coverage.index_tokens:,} tokens indexed, {coverage.query_tokens:,} for the question",
-        f"{sum(result.seconds.values()):.1f} s",
+        seen, say("places", places=plural(coverage.places, "place"), count=f"{coverage.places:,}"),
+        say("frames", frames=plural(coverage.frames, "frame"), count=f"{coverage.frames:,}"),
+        say("tokens", index=f"{coverage.index_tokens:,}", query=f"{coverage.query_tokens:,}"),
+        say("seconds", seconds=f"{sum(result.seconds.values()):.1f}"),
     )))  # fmt: skip
