@@ -203,8 +203,14 @@ def find_in_library(
     words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: bool, arguments: dict[str, Any]
 ) -> None:
     """What `keye find --library` does: searches, prints, cuts clips. Ctrl-C ends it with the best so far."""
+    from dataclasses import replace
+
     from keye.commands.shared import inputs, show, show_find
+    from keye.commands.shared.export import plan_exports
+    from keye.commands.shared.language import say
+    from keye.exports import ranges_of
     from keye.library.find import LibrarySearch
+    from keye.media.source.fetch import fetch_source
     from keye.sessions.search.embedders import load_embedder
 
     if len(words) != 1:
@@ -213,6 +219,9 @@ def find_in_library(
         if arguments[name] is not None:
             raise KeyeError(f"{options.flag(name.removesuffix('_file'))} belongs to a named video: leave it out "
                             "with --library")  # fmt: skip
+    if arguments["record"] is not None:
+        raise KeyeError("--record belongs to named videos: leave it out with --library")
+    exports = plan_exports(arguments, {}, overwrite=overwrite)
     catalog = open_catalog(arguments["library_folder"])
     inputs.silence_scope(arguments)
     search = LibrarySearch(
@@ -222,12 +231,17 @@ def find_in_library(
     )  # fmt: skip
     result = show_find.watch_library_search(search)
     paths = _write_clips(result, clips, overwrite) if clips is not None else []
-    if as_json:
-        show.print_json({**result.to_dict(), "clips": [str(path) for path in paths]})
-    else:
+    if not as_json:
         show_find.print_library_found(result)
-        for path in paths:
-            show.print_line(f"wrote {path}")
+    files: list[Path] = []
+    if exports is not None:
+        sources = {moment.file: fetch_source(moment.file) for moment in result.moments if moment.file}
+        files = replace(exports, sources=sources).write(ranges_of(result.moments, words[0]), words[0])
+    if as_json:
+        named = {"exports": [str(path) for path in files]} if files else {}
+        show.print_json({**result.to_dict(), "clips": [str(path) for path in paths], **named})
+    for path in () if as_json else [*paths, *files]:
+        show.print_line(say("wrote", path=path))
     if result.stopped and arguments["seconds"] is None:
         raise click.exceptions.Exit(130)
 

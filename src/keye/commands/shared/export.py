@@ -35,6 +35,7 @@ class ExportPlan:
         if isinstance(self.sources, Source):
             media: MediaReference | dict[str, MediaReference] = self._reference(self.sources)
         else:
+            # The videos in which something was found, in the order of the moments.
             named = dict.fromkeys(item.file for item in ranges if item.file in self.sources)
             media = {file: self._reference(self.sources[file]) for file in named if file is not None}
             if not media:
