@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; more threads than cores stall one another
+os.environ["LC_ALL"] = "C.UTF-8"  # messages in English, wherever the tests run
 
 import pytest
 from hypothesis import settings

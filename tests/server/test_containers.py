@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,21 @@ def test_images_copy_what_exists_and_run_what_parses(name: str) -> None:
     context = serve.make_context("keye serve", command)
     assert context.params["host"] == "0.0.0.0" and context.params["model"] == "nano"
     assert text.index("USER 10001") < text.index("ENTRYPOINT"), "it does not run as root"
+
+
+def test_the_space_runs_what_parses_with_a_key_alone() -> None:
+    folder = ROOT / "examples" / "space"
+    dockerfile, start = (folder / "Dockerfile").read_text(), (folder / "start.sh").read_text()
+    front = dict(re.findall(r"^(\w+): (.+)$", (folder / "README.md").read_text().split("---")[1], re.MULTILINE))
+    assert front["sdk"] == "docker" and f"EXPOSE {front['app_port']}\n" in dockerfile
+    assert dockerfile.rindex("USER 1000") < dockerfile.index("ENTRYPOINT"), "it does not run as root"
+    line = re.search(r"^exec keye serve (.+)$", start, re.MULTILINE)[1]  # type: ignore[index]
+    flags = [word for word in line.replace('"${KEYE_MODEL:-nano}"', "nano").split() if word != '"$@"']
+    context = serve.make_context("keye serve", [*flags, "--allow-host", "me-keye.hf.space"])
+    assert (context.params["host"], str(context.params["port"])) == ("0.0.0.0", front["app_port"])
+    quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    ended = subprocess.run(["/bin/sh", folder / "start.sh"], env={"PATH": "/nowhere"}, **quiet)
+    assert ended.returncode == 1 and "KEYE_API_KEY is not set" in ended.stderr
 
 
 def test_compose_runs_what_parses_and_mounts_what_exists() -> None:

@@ -72,6 +72,7 @@ def find(words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: b
     keye find --library "a red circle"
     """
     from keye.commands.shared import inputs, show, show_find
+    from keye.commands.shared.language import say
 
     if arguments["in_library"]:
         from keye.commands.library import find_in_library
@@ -98,7 +99,7 @@ def find(words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: b
         extra = {"exports": [str(path) for path in exports]} if exports else {}
         show.print_json({**_to_dict(searched, event), "clips": [str(path) for path in clip_paths], **extra})
     for path in () if as_json else (*clip_paths, *exports):
-        show.print_line(f"wrote {path}")
+        show.print_line(say("wrote", path=path))
     if searched.is_interrupted:
         raise click.exceptions.Exit(_INTERRUPTED)
 

@@ -38,6 +38,14 @@ WORDS: Final[dict[str, tuple[str, str]]] = {
     "frames": ("{frames}", "{count} 帧"),
     "tokens": ("{index} tokens indexed, {query} for the question", "索引 {index} 个 token，本次提问 {query} 个"),
     "seconds": ("{seconds} s", "用时 {seconds} 秒"),
+    "library.coarse": ("asking about all windows", "正在浏览所有视频"),
+    "library.best": ("best so far: {file}, {span}", "目前最佳：{file}，{span}"),
+    "library.partly": ("{file} was not searched whole: {reason}", "{file} 未能完整查找：{reason}"),
+    "library.hours": ("in {searched} of {duration} hours", "已查找 {searched} / {duration} 小时"),
+    "library.minutes": ("in {searched} of {duration} minutes", "已查找 {searched} / {duration} 分钟"),
+    "library.windows": ("{share} of {windows} asked", "已浏览 {count} 段中的 {share}"),
+    "library.videos": ("{videos} looked at closely", "仔细查看了 {count} 个视频"),
+    "library.tokens": ("{query} tokens for the question", "本次提问 {query} 个 token"),
     "wrote": ("wrote {path}", "已写入 {path}"),
 }
 

@@ -79,16 +79,16 @@ def watch_library_search(search: LibrarySearch) -> LibraryResult:
                TextColumn("{task.fields[left]}"))  # fmt: skip
     best: Moment | None = None
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("asking about all windows", total=None, left="")
+        task = bar.add_task(say("library.coarse"), total=None, left="")
         try:
             for event in search.run():
                 if isinstance(event, FindProgress):
-                    left = "" if event.seconds_left is None else time_left(event.seconds_left)
-                    title = "asking about all windows" if event.stage == "coarse" else "looking closely"
+                    left = "" if event.seconds_left is None else time_left(event.seconds_left, say)
+                    title = say("library.coarse" if event.stage == "coarse" else "stage.close")
                     bar.update(task, description=title, completed=event.done, total=event.total or None, left=left)
                 elif isinstance(event, MomentsFound) and event.moments and event.moments[0] != best:
                     best = event.moments[0]
-                    note(f"best so far: {one_line(best.file or '')}, {_span(best)}")
+                    note(say("library.best", file=one_line(best.file or ""), span=_span(best)))
         except KeyboardInterrupt:
             search.stop()
     return search.result()
@@ -98,11 +98,11 @@ def print_library_found(result: LibraryResult) -> None:
     """The moments over all videos, best first, and what of the library was searched."""
     console = stdout()
     if not result.is_found:
-        print_line(f"Not found: {result.query}")
+        print_line(say("missing", event=result.query))
     for moment in result.moments:
         console.print(Text(f"{one_line(moment.file or '')}"), _line(moment), soft_wrap=True)
     if result.weaker:
-        console.print("below the threshold:", style="dim")
+        console.print(say("weaker"), style="dim")
     for moment in result.weaker:
         console.print(Text(f"{one_line(moment.file or '')}"), _line(moment), style="dim", soft_wrap=True)
     for item in result.notes:
@@ -110,15 +110,16 @@ def print_library_found(result: LibraryResult) -> None:
             note(item.text)
     coverage = result.coverage
     for file, reason in coverage.missing:
-        note(f"{one_line(file)} was not searched whole: {one_line(reason)}")
+        note(say("library.partly", file=one_line(file), reason=one_line(reason)))
     unit, seconds = ("hours", 3600) if coverage.duration >= 3600 else ("minutes", 60)
-    hours = f"in {coverage.searched / seconds:.1f} of {coverage.duration / seconds:.1f} {unit}"
+    times = {"searched": f"{coverage.searched / seconds:.1f}", "duration": f"{coverage.duration / seconds:.1f}"}
     share = coverage.scored_windows / max(1, coverage.windows)
     console.print(one_line(" · ".join((
-        hours, f"{share:.0%} of {plural(coverage.windows, 'window')} asked",
-        f"{plural(coverage.close_videos, 'video')} looked at closely",
-        f"{coverage.query_tokens:,} tokens for the question",
-        f"{result.seconds:.1f} s",
+        say(f"library.{unit}", **times),
+        say("library.windows", share=f"{share:.0%}", windows=plural(coverage.windows, "window"),
+            count=f"{coverage.windows:,}"),
+        say("library.videos", videos=plural(coverage.close_videos, "video"), count=f"{coverage.close_videos:,}"),
+        say("library.tokens", query=f"{coverage.query_tokens:,}"), say("seconds", seconds=f"{result.seconds:.1f}"),
     ))), style="dim", soft_wrap=True)  # fmt: skip
 
 
