@@ -22,7 +22,7 @@ class Mix(Settings):
     weight: float = Field(default=1.0, gt=0)
     """How often this kind is drawn, relative to the others."""
     text_chance: Share | None = None
-    """Replaces the stage's where it is set."""
+    """Replaces the stage's where it is set; windows have a share of their own."""
     scene: Literal["clip", "window", "close"] = "clip"
     """clip: `make_clip`; window, close: what a search looks at (`make_window`), in any aspect ratio."""
     pictures: bool = False
