@@ -21,7 +21,7 @@ from keye.media.pixels.patches import Pixels
 THRESHOLD: Final = 0.45
 #: Seconds within which the picture before comes back after a flash; a shorter shot between two alike counts as one.
 FLASH: Final = 0.3
-#: Cuts are so many seconds apart at least: of a flash on a cut the end counts.
+#: Of a plain picture, such as a flash, so few seconds long between two others the end is the cut.
 _APART: Final = 0.13
 #: Mean difference (0..1) below which a frame is not looked at closely, and above which it is beside any motion.
 _LEAST_CHANGE, _LARGE = 1.5 / 255, 14 / 255
@@ -88,7 +88,7 @@ class CutDetector:
             return
         if self._returns(number - 1, new) or self._is_restless(number):
             return
-        if self.cuts and self.times[number] - self.cuts[-1] < _APART:
+        if self.cuts and self.times[number] - self.cuts[-1] < _APART and contrast(self._picture(number - 1)) < _PLAIN:
             self.cuts.pop()
         self.cuts.append(self.times[number])
 
