@@ -54,7 +54,6 @@ async function groundTurn(turn, view, signal) {
   turn.answer = data.words(result.text, 100_000);
   takeUsage(turn, result.usage);
   takeExtras(turn, { intervals: result.intervals, ...result.keye });
-  if (Array.isArray(result.keye?.moments)) turn.moments = data.moments(result.keye.moments);
   turn.presence = data.share(result.keye?.presence);
 }
 
