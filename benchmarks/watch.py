@@ -123,7 +123,7 @@ def model_seconds() -> float:
     for _ in range(4):
         begin = time.monotonic()
         asker.ask_presence([look])
-        asker.ask_spans([look])
+        asker.ask_spans([look], [False])
         asker.ask_presence([part_of(look, 14, 15)])
         times.append(time.monotonic() - begin)
     return statistics.median(times[1:])
