@@ -129,6 +129,7 @@ def test_a_reload_brings_back_file_question_and_answer(page: Any, server: MockSe
     page.reload()
     page.locator(".card").wait_for()
     page.locator("#time b", has_text="0:03.0").wait_for()
+    assert position(page) == pytest.approx(3.0, abs=0.01) and page.locator("#file-states .note").count() == 0
     page.goto(server.address)
     page.reload()
     page.locator(".card").wait_for()

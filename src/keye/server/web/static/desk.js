@@ -457,6 +457,7 @@ export class Desk {
 
   /** Gives a kept file an address to be shown from: the server's own, or where that needs a key a copy here. */
   async #fetchBack(item) {
+    item.isComing = false;
     try {
       if (item.kind === "video" && storedKey() === "") item.url = contentAddress(item.id);
       else if (item.bytes <= MAX_FETCH) item.url = URL.createObjectURL(await fileContent(item.id));

@@ -43,8 +43,9 @@ export function cells(view, width, duration, aspect, height) {
   const length = view[1] - view[0];
   if (!(length > 0) || !(width > 0)) return { own, list: [] };
   const count = Math.max(1, Math.floor(width / own));
-  const level = Math.max(0, Math.floor(Math.log2(duration / length) + 1e-6));
-  const step = Math.max(duration / count / 2 ** level, FINEST);
+  // Cells divide the video evenly, so that they keep their places in time while the view is dragged.
+  const parts = Math.max(1, Math.floor(duration / length + 1e-6));
+  const step = Math.max(duration / count / parts, FINEST);
   const x = scale(view, width);
   const first = Math.floor(view[0] / step);
   const last = Math.min(Math.ceil(view[1] / step), Math.ceil(duration / step - 1e-6));

@@ -53,7 +53,7 @@ export class Media extends EventTarget {
   /** Takes up the media of a kept conversation; of a file that only has an `id`, `check` finds out the rest. */
   restore(kept) {
     this.clear();
-    this.#items = kept.map((item) => ({ ...item, url: null, file: null, share: 1, error: null }));
+    this.#items = kept.map((item) => ({ ...item, url: null, file: null, share: 1, error: null, isComing: true }));
     this.#changed();
   }
 

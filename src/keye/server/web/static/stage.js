@@ -106,7 +106,9 @@ export class Stage extends EventTarget {
     if (isVideo && item.url) this.player.load(item.url);
     else this.player.clear();
     if (item?.kind === "image" && item.url) Object.assign(byId("image"), { src: item.url, alt: item.name });
-    if (isVideo && !item.url) this.#strange();
+    if (item) item.strange = false;
+    // A kept video has no address until the server has said that it is still there.
+    if (isVideo && !item.url && !item.isComing) this.#strange();
   }
 
   /** Where the player should stand as soon as it can. */

@@ -48,7 +48,7 @@ export class Working {
     const words = isPlaces ? { done: number(Math.min(done + 1, total)), total: number(total) } : {};
     this.#show(t(`search.${stage}`, words), done, total, seconds);
     const seen = stage === "coarse" || stage === "index";
-    if (seen) this.#seen = unit === "s" ? t("search.upto", { time: time(done, 0) }) : "";
+    if (seen) this.#seen = unit === "s" && done >= 1 ? t("search.upto", { time: time(done, 0) }) : "";
     this.#more.textContent = [this.#seen, this.#places].filter(Boolean).join(" ");
     if (performance.now() - this.#read < READ_EVERY) return;
     this.#read = performance.now();
