@@ -84,16 +84,17 @@ def score_table(results: dict[str, dict[str, Any]]) -> str:
 
 def window_table(results: dict[str, dict[str, Any]]) -> str:
     """A row for each setting of windows."""
-    rows = ["setting | questions | presence (yes / no) | calibration error | mIoU | whole video | `[]` where absent",
-            "|".join(["---"] * 7)]  # fmt: skip
+    rows = ["setting | questions | presence of objects / words | calibration error | mIoU | whole video | "
+            "`[]` where absent", "|".join(["---"] * 7)]  # fmt: skip
     for name in WINDOWS:
         if (item := results.get(name)) is None:
             continue
-        presence, never = item["presence"], item["tasks"]["ground_none"]["accuracy"]
-        sides = f"{presence['accuracy']:.1f} ({presence['accuracy_yes']:.1f} / {presence['accuracy_no']:.1f})"
+        objects, words, never = (
+            item["tasks"][task]["accuracy"] for task in ("presence", "presence_text", "ground_none")
+        )
         located = f"{item['miou']:.1f} ± {item['miou_error']:.1f} | {item['whole_video_miou']:.1f}"
-        error = f"{presence['calibration_error']:.3f}"
-        rows.append(f"{name} | {item['questions']} | {sides} | {error} | {located} | {never:.1f}")
+        presence = f"{objects:.1f} / {words:.1f} | {item['presence']['calibration_error']:.3f}"
+        rows.append(f"{name} | {item['questions']} | {presence} | {located} | {never:.1f}")
     return "".join(f"| {row} |\n" for row in rows)
 
 
