@@ -103,7 +103,7 @@ def test_a_window_holds_no_frames_from_before_a_gap_or_of_another_size() -> None
     watcher.look()
     watcher.add(LiveFrame(31.0, np.zeros((8, 8, 3), np.uint8), 31.0))
     watcher.look()
-    assert seer.shapes == [(2, 4, 4, 3), (1, 8, 8, 3)]
+    assert seer.shapes == [(2, 4, 4, 3)] * 2 + [(1, 8, 8, 3)] * 2
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from keye.sessions.search.questions import to_probability
 RATE, WINDOW_FRAMES = 2.0, 16
 #: Seconds of the source between two questions, and without the event before it is reported again.
 EVERY, COOLDOWN = 1.0, 30.0
+#: Frames at the end of a window about which a question of their own is asked.
+_NEWEST: Final = 4
 #: Questions in a row without the event that end it.
 _MISSES: Final = 2
 #: Frames at the end of a window within which an event counts as going on.
@@ -127,7 +129,9 @@ class Watcher:
         look = make_look(list(self._frames))
         self._due = look.times[-1] + self.options.every
         self.questions += 1
-        yes = self._asker.ask_presence([look])[0]
+        # What has just begun is little of the window, and most of its newest frames.
+        newest = part_of(look, len(look.times) - _NEWEST, len(look.times) - 1)
+        yes = max((odds for odds in self._asker.ask_presence([look, newest]) if odds is not None), default=None)
         is_there = yes is not None and to_probability(yes) >= self.options.threshold
         if self._active is None:
             return self._begin(look, yes) if is_there and yes is not None else []
@@ -176,7 +180,7 @@ class Watcher:
 
     def _spans(self, look: Look, after: float) -> list[tuple[int, int]]:
         """The spans of frames with the event that end after a time, in order."""
-        spans = self._asker.ask_spans([look], [False])[0] or ()
+        spans = self._asker.ask_spans([look], [True])[0] or ()
         return [span for span in sorted(spans) if look.ends[span[1]] > after]
 
 
