@@ -44,3 +44,13 @@ def test_the_examples_of_the_page_are_answered_rightly(model):
     assert set(model.runtime.generation_config.examples) == set(right)
     for question, text in right.items():
         assert model.ask(asset("demo.mp4"), question).text == text
+
+
+def test_the_examples_of_its_scope_are_answered_rightly(model):
+    """What the first screen of the page offers: something that is there, something that is not, and a question."""
+    scope = model.runtime.generation_config.scope
+    visible, absent, question = scope.examples
+    assert (visible, absent) == ("the red circle", "the purple cross")
+    assert model.ground(asset("demo.mp4"), visible).intervals == ((3.0, 8.5),)
+    assert model.ground(asset("demo.mp4"), absent).intervals == ()
+    assert model.ask(asset("demo.mp4"), question).text == "3"

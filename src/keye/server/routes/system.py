@@ -23,6 +23,7 @@ from keye.server.openai.http import JsonRoute
 from keye.server.openai.media_parts import media_of, to_messages
 from keye.server.openai.prepare import thinking_of
 from keye.server.openai.schemas import DetokenizeRequest, TokenizeRequest
+from keye.sessions.search.plans import MOST_WINDOW_FRAMES
 from keye.version import __version__
 
 #: Seconds in which a token must come for a model to be called healthy.
@@ -69,7 +70,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "attention": context.model.runtime.attention,
         "examples": list(defaults.examples),
         "scope": None if scope is None else {k: v for k, v in asdict(scope).items() if k != "words"},
-        "measured_frames": None if scope is None else scope.frames,
+        "measured_frames": MOST_WINDOW_FRAMES if scope is None else scope.frames,
         "capabilities": list(_CAPABILITIES),
         "known_models": [known.to_dict() for known in list_known_models()],
     }
