@@ -128,9 +128,12 @@ class CutDetector:
         before: a flash begins or ends."""
         after = self._within(range(number + 1, self.seen), self.times[number])
         earlier = self._within(range(before - 1, self._first - 1, -1), self.times[before])
-        return any(self._unexplained(before, n) < _SAME for n in after) or any(
-            self._unexplained(n, number) < _SAME for n in earlier
-        )
+        if any(self._unexplained(before, n) < _SAME for n in after):
+            return True
+        # Light that has gone out of the picture only in part: what it hid is compared with what comes a little later.
+        is_plain = contrast(self._picture(before)) < _PLAIN
+        clear = [number, *after[-2:]] if is_plain else [number]
+        return any(self._unexplained(n, m) < _SAME for n in earlier for m in clear)
 
     def _within(self, numbers: range, time: float) -> list[int]:
         """Those of consecutive frames that lie within `FLASH` seconds of a time, at most `_MOST_RETURNS`."""
