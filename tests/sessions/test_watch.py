@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import http.server
 import json
+import queue
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -235,6 +237,27 @@ def test_a_webhook_that_hangs_drops_what_does_not_fit() -> None:
         hook.post({"kind": "start"})
     assert hook.dropped >= 200 - 64 - 1
     hook.close(0.1)
+
+
+def test_a_server_that_speaks_no_http_fails_and_what_never_left_counts_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(1 << 16)
+                client.sendall(b"no such protocol\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        sentences: queue.Queue[str] = queue.Queue()
+        hook = Webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/hook", sentences.put)
+        hook._closing.set()  # one try each
+        hook.post({"kind": "start"})
+        assert "no such protocol" in sentences.get(timeout=30)
+        for _ in range(3):  # the second connection is never answered
+            hook.post({"kind": "end"})
+        hook.close(0.05)
+    assert (hook.delivered, hook.failed, hook.dropped) == (0, 4, 0)
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "http:///x", "http://host:99999/x", "http://ho st/"])

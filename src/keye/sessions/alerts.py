@@ -12,9 +12,11 @@ import json
 import os
 import queue
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -46,6 +48,7 @@ class Webhook:
         self.url, self._on_failure, self._backoff, self._timeout = url, on_failure, backoff, timeout
         self.delivered = self.failed = self.dropped = 0
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE)
+        self._accepted, self._is_abandoned, self._lock = 0, False, threading.Lock()
         self._closing = threading.Event()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
         self._thread = threading.Thread(target=self._run, name="keye-webhook", daemon=True)
@@ -55,26 +58,33 @@ class Webhook:
         """Queues a report; never waits."""
         try:
             self._queue.put_nowait(json.dumps(report, ensure_ascii=False, allow_nan=False).encode())
+            self._accepted += 1
         except queue.Full:
             self.dropped += 1
 
     def close(self, seconds: float = TIMEOUT) -> None:
-        """Waits for what is queued, at most so many seconds; what is tried again is given up."""
+        """Waits for what is queued, at most so many seconds; what is not delivered by then counts as failed."""
         self._closing.set()
-        try:
+        end = time.monotonic() + seconds
+        with suppress(queue.Full):
             self._queue.put(None, timeout=seconds)
-        except queue.Full:
-            return
-        self._thread.join(seconds)
+        self._thread.join(max(0.0, end - time.monotonic()))
+        with self._lock:
+            self._is_abandoned = True
+            self.failed = self._accepted - self.delivered
 
     def _run(self) -> None:
         while (body := self._queue.get()) is not None:
             error = self._deliver(body)
-            if error is None:
-                self.delivered += 1
-            else:
-                self.failed += 1
-                if self._on_failure is not None:
+            with self._lock:
+                if self._is_abandoned:
+                    return
+                if error is None:
+                    self.delivered += 1
+                else:
+                    self.failed += 1
+            if error is not None and self._on_failure is not None:
+                with suppress(Exception):  # later reports are to go out all the same
                     self._on_failure(f"the webhook did not take a report ({error})")
 
     def _deliver(self, body: bytes) -> str | None:
@@ -94,8 +104,8 @@ class Webhook:
                 failure.close()
                 if 300 <= failure.code < 500 and failure.code not in (408, 425, 429):
                     break  # another try would get the same answer
-            except (OSError, ValueError) as failure:
-                error = one_line(str(getattr(failure, "reason", failure)))[:200]
+            except Exception as failure:  # noqa: BLE001 - whatever a server answers, later reports are to go out
+                error = one_line(str(getattr(failure, "reason", failure)))[:200].strip() or type(failure).__name__
         return error
 
 
