@@ -62,7 +62,7 @@ def test_changed_and_vanished_videos(catalog: Catalog, films: Path) -> None:
     add(catalog, films)
     for entry in catalog.entries():
         catalog.index_path(entry).write_bytes(b"index")
-        catalog.update(entry, "indexed", searchable=5.0, duration=5.0)
+        assert catalog.update(entry, "indexed", searchable=5.0, duration=5.0)
     put(films / "a.mp4", b"another video")
     (films / "b.MKV").unlink()
     report = catalog.scan(now=LATER)
@@ -145,3 +145,47 @@ def test_the_limit_is_kept(catalog: Catalog) -> None:
     assert Catalog(catalog.folder).limit == 1 << 20
     with pytest.raises(KeyeError, match="positive"):
         catalog.limit = 0
+
+
+def test_a_video_that_changes_while_it_is_indexed_is_indexed_again(catalog: Catalog, films: Path) -> None:
+    add(catalog, films)
+    entry = catalog.claim()
+    assert entry is not None
+    catalog.index_path(entry).write_bytes(b"index")
+    put(entry.path, b"another video")
+    catalog.scan(now=LATER)
+    assert not catalog.update(entry, "indexed", searchable=5.0)
+    assert {known.state for known in catalog.entries()} == {"discovered"} and catalog.used_bytes() == 0
+
+
+def test_ids_are_never_used_again(catalog: Catalog, films: Path, tmp_path: Path) -> None:
+    add(catalog, films)
+    entry = catalog.claim()
+    assert entry is not None
+    catalog.remove_folder(films)
+    put(tmp_path / "others/z.mp4")
+    add(catalog, tmp_path / "others")
+    assert not catalog.update(entry, "indexed", searchable=50.0)
+    (other,) = catalog.entries()
+    assert other.state == "discovered" and other.id > entry.id
+
+
+def test_a_lost_index_is_made_again(catalog: Catalog, films: Path) -> None:
+    add(catalog, films)
+    for entry in catalog.entries():
+        catalog.update(entry, "indexed", searchable=5.0)
+    assert catalog.scan(now=LATER).changed == 3 and {entry.state for entry in catalog.entries()} == {"discovered"}
+
+
+def test_a_name_that_is_not_text_is_left_out(catalog: Catalog, films: Path) -> None:
+    (Path(os.fsdecode(bytes(films) + b"/\xff.mp4"))).write_bytes(b"video")
+    catalog.add_folder(films)
+    report = catalog.scan(now=LATER)
+    assert any("not valid UTF-8" in problem for problem in report.problems) and len(catalog.entries()) == 3
+
+
+@pytest.mark.parametrize("name", ["x" * 3000, "~no-such-user/x", "a\0b"])
+def test_what_cannot_be_a_path_is_one_sentence(catalog: Catalog, name: str) -> None:
+    for work in (catalog.add_folder, catalog.remove_folder):
+        with pytest.raises(KeyeError, match="cannot be a folder|not a folder|not in the library"):
+            work(Path(name))

@@ -160,12 +160,12 @@ def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator
         if not os.path.isdir(file):
             names.append(file)
             continue
-        videos, problems = list_videos(Path(file))
-        for problem in problems:
+        listing = list_videos(Path(file))
+        for problem in listing.problems:
             inputs.note(problem)
-        if not videos:
+        if not listing.videos:
             raise KeyeError(f"{file} is a folder without videos; name another one, or a file")
-        names += map(str, videos)
+        names += map(str, listing.videos)
     choices = {**dict.fromkeys((*VIDEO_OPTIONS, *options.VIDEO_OPTIONS, *options.FORMAT_OPTIONS)), **arguments}
     for name in names:
         try:

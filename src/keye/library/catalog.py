@@ -32,7 +32,7 @@ _SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE folders (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, watch INTEGER NOT NULL);
 CREATE TABLE videos (
-    id INTEGER PRIMARY KEY, folder INTEGER NOT NULL REFERENCES folders (id) ON DELETE CASCADE,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, folder INTEGER NOT NULL REFERENCES folders (id) ON DELETE CASCADE,
     path TEXT NOT NULL UNIQUE, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT,
     duration REAL, searchable REAL NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0, change INTEGER NOT NULL
 );
@@ -57,6 +57,7 @@ class Entry:
     id: int
     path: Path
     size: int
+    mtime_ns: int
     state: State
     reason: str | None
     duration: float | None
@@ -107,6 +108,8 @@ class Catalog:
                 elif version != _VERSION:
                     raise KeyeError(f"the library in {self.folder} was written by another version of keye: "
                                     "name another folder")  # fmt: skip
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from None
         except sqlite3.DatabaseError as error:
             raise KeyeError(f"{self.folder / 'library.db'} is damaged ({error}): move it away and add the folders "
                             "again; indexes are found again by their videos") from None  # fmt: skip
@@ -120,27 +123,36 @@ class Catalog:
     def _change(self) -> Iterator[sqlite3.Connection]:
         """A transaction that writes; one at a time among threads and processes."""
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
             try:
+                self._database.execute("BEGIN IMMEDIATE")
                 yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+                self._database.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise self._unusable(error) from None
+            finally:
+                if self._database.in_transaction:
+                    with suppress(sqlite3.Error):
+                        self._database.execute("ROLLBACK")
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock, closing(self._database.execute(query, values)) as cursor:
-            return cursor.fetchall()
+        try:
+            with self._lock, closing(self._database.execute(query, values)) as cursor:
+                return cursor.fetchall()
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: sqlite3.OperationalError) -> KeyeError:
+        return KeyeError(f"the library in {self.folder} cannot be used now ({error}): see that its disk has room and "
+                         "can be written to, and that no other program holds it")  # fmt: skip
 
     # Folders
 
     def add_folder(self, path: Path, *, watch: bool = False) -> ScanReport:
         """Adds a folder, or sets `watch` of one that is here, and looks for videos in it. `KeyeError` for a path that
         is not a readable folder, or lies in one that is here already, or the other way round."""
-        folder = path.expanduser().absolute()
+        folder = _resolve(path)
         if not folder.is_dir():
             raise KeyeError(f"{path} is not a folder: name a folder with videos")
-        folder = folder.resolve()
         for other in self.folders():
             if other.path != folder and (folder.is_relative_to(other.path) or other.path.is_relative_to(folder)):
                 raise KeyeError(f"{path} overlaps with {other.path} in the library: remove that first")
@@ -154,8 +166,7 @@ class Catalog:
     def remove_folder(self, path: Path) -> int:
         """Forgets a folder and its videos, deletes their indexes and returns the bytes that were freed; the videos stay
         where they are. `KeyeError` where the folder is not in the library."""
-        folder = path.expanduser().absolute()
-        names = {str(folder), str(folder.resolve())}
+        names = {str(_resolve(path)), str(path)}
         known = [other for other in self.folders() if str(other.path) in names]
         if not known:
             raise KeyeError(f"{path} is not in the library: keye library list names its folders")
@@ -186,12 +197,13 @@ class Catalog:
             if not root.is_dir():
                 problems.append(f"{root} is not there now; its videos are kept in the library")
                 continue
-            videos, unreadable = list_videos(root)
-            problems += unreadable
+            listing = list_videos(root)
+            problems += listing.problems
             known = {r["path"]: r for r in self._rows("SELECT * FROM videos WHERE folder = ?", (row["id"],))}
+            stale: list[int] = []  # whose indexes are deleted once the change is stored
             with self._change() as database:
-                for path, status in videos.items():
-                    if now - status.st_mtime < SETTLED:
+                for path, status in listing.videos.items():
+                    if 0 <= now - status.st_mtime < SETTLED:
                         known.pop(str(path), None)
                         continue
                     old = known.pop(str(path), None)
@@ -203,19 +215,24 @@ class Catalog:
                              self._next_change(database)),
                         )  # fmt: skip
                         added += 1
-                    elif (old["size"], old["mtime_ns"]) != (status.st_size, status.st_mtime_ns):
-                        self._delete_index(old["id"])
+                        continue
+                    is_same = (old["size"], old["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+                    if not is_same or (old["state"] == "indexed" and not self._path(old["id"]).exists()):
                         database.execute(
                             "UPDATE videos SET size = ?, mtime_ns = ?, state = 'discovered', reason = NULL, duration = "
                             "NULL, searchable = 0, bytes = 0, change = ? WHERE id = ?",
                             (status.st_size, status.st_mtime_ns, self._next_change(database), old["id"]),
                         )
+                        stale.append(old["id"])
                         changed += 1
-                for old in known.values() if not unreadable else ():
-                    self._delete_index(old["id"])
-                    database.execute("DELETE FROM videos WHERE id = ?", (old["id"],))
-                    self._next_change(database)
-                    removed += 1
+                for path_text, old in known.items():
+                    if not any(Path(path_text).is_relative_to(folder) for folder in listing.unread):
+                        database.execute("DELETE FROM videos WHERE id = ?", (old["id"],))
+                        self._next_change(database)
+                        stale.append(old["id"])
+                        removed += 1
+            for number in stale:
+                self._delete_index(number)
         return ScanReport(added, changed, removed, tuple(problems))
 
     def count_unsettled(self, *, now: float | None = None) -> int:
@@ -223,9 +240,9 @@ class Catalog:
         now = time.time() if now is None else now
         known = {str(entry.path) for entry in self.entries()}
         return sum(
-            str(path) not in known and now - status.st_mtime < SETTLED
+            str(path) not in known and 0 <= now - status.st_mtime < SETTLED
             for folder in self.folders() if folder.path.is_dir()
-            for path, status in list_videos(folder.path)[0].items()
+            for path, status in list_videos(folder.path).videos.items()
         )  # fmt: skip
 
     # Entries
@@ -246,7 +263,10 @@ class Catalog:
 
     def index_path(self, entry: Entry) -> Path:
         """Where the index of a video lies."""
-        return self.indexes / f"{entry.id}.keye"
+        return self._path(entry.id)
+
+    def _path(self, number: int) -> Path:
+        return self.indexes / f"{number}.keye"
 
     def used_bytes(self) -> int:
         """Bytes of all indexes and what is stored beside them, as the disk has them."""
@@ -314,17 +334,19 @@ class Catalog:
         return _entry(self._rows("SELECT * FROM videos WHERE id = ?", (row["id"],))[0])
 
     def update(self, entry: Entry, state: State, *, reason: str | None = None, searchable: float | None = None,
-               duration: float | None = None) -> None:  # fmt: skip
-        """Notes how far a video is. Nothing happens where it has been removed meanwhile."""
+               duration: float | None = None) -> bool:  # fmt: skip
+        """Notes how far a video is; False, and nothing is noted, where it was removed or has changed meanwhile."""
         path, nbytes = self.index_path(entry), 0
         with suppress(OSError):
             nbytes = path.stat().st_size
         with self._change() as database:
-            database.execute(
+            count = database.execute(
                 "UPDATE videos SET state = ?, reason = ?, searchable = coalesce(?, searchable), duration = "
-                "coalesce(?, duration), bytes = ?, change = ? WHERE id = ?",
-                (state, reason, searchable, duration, nbytes, self._next_change(database), entry.id),
-            )
+                "coalesce(?, duration), bytes = ?, change = ? WHERE id = ? AND size = ? AND mtime_ns = ?",
+                (state, reason, searchable, duration, nbytes, self._next_change(database), entry.id, entry.size,
+                 entry.mtime_ns),
+            ).rowcount  # fmt: skip
+        return bool(count)
 
     def _next_change(self, database: sqlite3.Connection) -> int:
         row = database.execute(
@@ -346,6 +368,16 @@ class Catalog:
 
 def _entry(row: sqlite3.Row) -> Entry:
     return Entry(
-        row["id"], Path(row["path"]), row["size"], row["state"], row["reason"], row["duration"], row["searchable"],
-        row["bytes"], row["change"],
+        row["id"], Path(row["path"]), row["size"], row["mtime_ns"], row["state"], row["reason"], row["duration"],
+        row["searchable"], row["bytes"], row["change"],
     )  # fmt: skip
+
+
+def _resolve(path: Path) -> Path:
+    """The absolute path without links; `KeyeError` for what cannot be a path."""
+    try:
+        folder = path.expanduser().resolve()
+        folder.is_dir()  # fails for names that are too long
+        return folder
+    except (OSError, RuntimeError, ValueError):
+        raise KeyeError(f"{str(path)[:80]!r} cannot be a folder: name a folder with videos") from None

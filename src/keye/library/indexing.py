@@ -6,9 +6,10 @@ reason and the next one is taken; a full disk or the library's own bound ends th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from keye.cache.ledger import OutOfMemory
 from keye.cache.mapped import check_disk
@@ -18,6 +19,8 @@ from keye.library.catalog import Catalog, Entry
 from keye.library.vectors import VectorWriter
 from keye.moments import FindProgress
 from keye.units import format_bytes
+
+log: Final = logging.getLogger("keye")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +52,8 @@ def index_library(
         if not is_mine:
             raise KeyeError(f"another process indexes the library in {catalog.folder}: wait for it, or stop it")
         while True:
+            if not catalog.entries("discovered"):
+                return
             _check_room(catalog)
             entry = catalog.claim()
             if entry is None:
@@ -56,13 +61,15 @@ def index_library(
             yield from _index_video(model, catalog, entry, effort, embedder, check)
 
 
+class LibraryFull(KeyeError):
+    """The bound on the disk that the indexes may take is reached."""
+
+
 def _check_room(catalog: Catalog) -> None:
-    if not catalog.entries("discovered"):
-        return
     used = catalog.used_bytes()
     if used >= catalog.limit:
-        raise KeyeError(f"the indexes take {format_bytes(used)} of the {format_bytes(catalog.limit)} that the library "
-                        "may use: set a higher limit, or remove a folder")  # fmt: skip
+        raise LibraryFull(f"the indexes take {format_bytes(used)} of the {format_bytes(catalog.limit)} that the "
+                          "library may use: set a higher limit, or remove a folder")  # fmt: skip
     check_disk(catalog.folder, 0)
 
 
@@ -79,26 +86,46 @@ def _index_video(
     searchable = entry.searchable
     duration: float | None = None
     waiting = len(catalog.entries("discovered"))
+    interrupted = False
+
+    def check_all() -> None:
+        nonlocal interrupted
+        interrupted = True
+        if check is not None:
+            check()
+        interrupted = False
+
     try:
         yield IndexingEvent(entry, None, waiting)
         store = None if embedder is None else VectorWriter(path, embedder)
         on_frames = None if store is None else _appender(store)
         events = build_search_index(
-            model.engine, as_medium(str(entry.path), None), path, effort=effort, check=check, on_frames=on_frames
+            model.engine, as_medium(str(entry.path), None), path, effort=effort, check=check_all, on_frames=on_frames
         )
         for event in events:
             if isinstance(event, WindowsReady):
                 duration = event.index.duration
                 searchable = searchable_until(event.index.seen)
-                catalog.update(entry, "indexing", searchable=searchable, duration=duration)
+                if not catalog.update(entry, "indexing", searchable=searchable, duration=duration):
+                    return  # the video was removed, or has changed
+                _check_room(catalog)
             else:
                 yield IndexingEvent(entry, event, waiting)
         state = "indexed"
-    except (DiskFull, OutOfMemory) as error:  # the machine's fault, not the video's
+    except (DiskFull, LibraryFull) as error:  # not the video's fault
         reason = str(error)
         raise
+    except OutOfMemory as error:
+        state, reason = "failed", str(error)
+        check_disk(catalog.folder, 0)
     except KeyeError as error:
         state, reason = "failed", str(error)
+    except Exception as error:
+        if interrupted:
+            raise
+        # A defect that one video meets must not keep the others waiting.
+        log.exception("%s could not be indexed", entry.path)
+        state, reason = "failed", f"unexpected {type(error).__name__}: {error}"
     finally:
         catalog.update(entry, state, reason=reason, searchable=searchable, duration=duration)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,11 +19,22 @@ MOST_FILES: Final = 200_000
 _MOST_DEPTH: Final = 32
 
 
-def list_videos(root: Path) -> tuple[dict[Path, os.stat_result], tuple[str, ...]]:
-    """The regular video files below `root` with their status, by path, and a sentence for each folder that could not be
-    read. Hidden files and folders are left out and links are not followed."""
+@dataclass(frozen=True)
+class Listing:
+    """The video files of a folder with their status, sentences on what was left out, and the folders in which there may
+    be more: those that could not be read."""
+
+    videos: Mapping[Path, os.stat_result]
+    problems: tuple[str, ...]
+    unread: tuple[Path, ...]
+
+
+def list_videos(root: Path) -> Listing:
+    """The regular video files below `root`, by path. Hidden files and folders are left out and links are not
+    followed."""
     videos: dict[Path, os.stat_result] = {}
     problems: list[str] = []
+    unread: list[Path] = []
     waiting = [(root, 0)]
     seen = 0
     while waiting:
@@ -37,13 +50,22 @@ def list_videos(root: Path) -> tuple[dict[Path, os.stat_result], tuple[str, ...]
                             waiting.append((Path(item.path), depth + 1))
                     elif Path(item.name).suffix.lower() in SUFFIXES:
                         status = item.stat(follow_symlinks=False)
-                        if stat.S_ISREG(status.st_mode):
+                        if not _is_text(item.name):
+                            problems.append(f"{item.name!a} is left out: its name is not valid UTF-8")
+                        elif stat.S_ISREG(status.st_mode):
                             videos[Path(item.path)] = status
                     if seen > MOST_FILES:
-                        return videos, (
-                            *problems,
-                            f"{root} holds more than {MOST_FILES:,} files: the others are left out",
-                        )
+                        problems.append(f"{root} holds more than {MOST_FILES:,} files: the others are left out")
+                        return Listing(videos, tuple(problems), (root,))
         except OSError as error:
             problems.append(f"{folder} cannot be read ({error.strerror})")
-    return dict(sorted(videos.items())), tuple(problems)
+            unread.append(folder)
+    return Listing(dict(sorted(videos.items())), tuple(problems), tuple(unread))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,6 +3,7 @@ changes. It belongs to the operator and is there for all keys; folders are manag
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,6 +22,7 @@ from keye.server.edge.errors import ApiError
 if TYPE_CHECKING:
     from keye.api import Keye
 
+log: Final = logging.getLogger("keye.server")
 #: How ids of videos in the library begin.
 LIBRARY: Final = "library-"
 #: Seconds between two looks at folders, and after work that could not go on.
@@ -89,6 +91,9 @@ class ServedLibrary:
                 return
             except KeyeError as error:
                 self.problems, seconds = (str(error),), _RETRY_SECONDS
+            except Exception as error:  # the thread lives as long as the server
+                log.exception("the library could not be indexed")
+                self.problems, seconds = (f"unexpected {type(error).__name__}",), _RETRY_SECONDS
             finally:
                 self.indexing = None
             self._wake.wait(seconds)
