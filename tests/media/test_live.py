@@ -21,7 +21,7 @@ from keye.errors import KeyeError, MediaError
 from keye.media.decode.live_worker import Clock
 from keye.media.decode.wire import END, FRAME, INFO
 from keye.media.decode.workers import DecodeLimits, Worker
-from keye.media.live import PlayedFile, StreamSource, open_live
+from keye.media.live import CLIP_PAD, PlayedFile, StreamSource, open_live
 from keye.media.source.fetch import fetch_source
 from keye.media.source.forward import Forwarder, StreamAddress
 from keye.media.video import probe
@@ -147,6 +147,28 @@ def test_a_file_is_played_at_the_rate_that_is_asked_for(tmp_path: Path) -> None:
     assert [(frame.time, read_code(frame.picture)) for frame in frames] == [(0, 0), (0.5, 15), (1, 30), (1.5, 45)]
     clip = source.write_clip(0.5, 1.5, tmp_path / "clips", "name")
     assert clip is not None and probe(clip).duration == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_clip_of_a_camera_can_be_read_though_its_header_came_long_before(tmp_path: Path) -> None:
+    path, noise = tmp_path / "camera.nut", np.random.default_rng(0)
+    with av.open(str(path), "w", format="nut") as container:
+        stream = container.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuvj420p"
+        for _ in range(60):
+            picture = noise.integers(0, 256, (96, 160, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(b"nut     " + path.read_bytes())
+    source = StreamSource(None, device=tmp_path / "camera", rate=2.0, max_pixels=1 << 20)
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE) as relay:
+        source._recent.copy(relay, os.open(os.devnull, os.O_WRONLY))
+    source._begin = source._recent._pieces[1][0]  # after the header
+    clip = source.write_clip(CLIP_PAD, CLIP_PAD, tmp_path / "clips", "event")
+    assert clip is not None and clip.suffix == ".nut"
+    with av.open(str(clip)) as container:
+        assert 10 < len(list(container.decode(video=0))) < 60
+    with pytest.raises(KeyeError, match="cannot be written"):
+        source.write_clip(CLIP_PAD, CLIP_PAD, path / "clips", "event")
 
 
 def test_sources_that_cannot_be_watched() -> None:

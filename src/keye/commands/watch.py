@@ -140,7 +140,7 @@ def handle(
             name = f"{now:%Y%m%d-%H%M%S}-{report.number:03d}"
             path = live.write_clip(report.start, report.end, clips, name)
             report = replace(report, clip=None if path is None else str(path))
-        except KeyeError as error:
+        except (KeyeError, OSError) as error:
             inputs.note(f"no clip was written: {error}")
     values = report.to_dict()
     if hook is not None:

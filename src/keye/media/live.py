@@ -45,6 +45,8 @@ LIVE_LIMITS: Final = DecodeLimits(cpu_seconds=365 * 24 * 3600, wait_seconds=30.0
 #: Bytes and seconds of coded video that are retained for clips; seconds before and after an event in a clip.
 _CLIP_BYTES, CLIP_SECONDS, CLIP_PAD = 96 << 20, 120.0, 3.0
 _CHUNK: Final = 1 << 16
+#: What begins each sync point of NUT, before the first of which its header stands, within so many bytes.
+_NUT_SYNC, _NUT_HEADER = bytes.fromhex("4e4be4adeeca4569"), 1 << 18
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,12 @@ class StreamSource:
         stack.callback(_end, relay)
         reading, writing = os.pipe()
         with os.fdopen(reading, "rb", buffering=0) as pipe:
-            worker = Worker("keye.media.decode.live_worker", pipe, self._options, self._limits, name=self.name,
-                            what="live decoder", untrusted=True)  # fmt: skip
+            try:
+                worker = Worker("keye.media.decode.live_worker", pipe, self._options, self._limits, name=self.name,
+                                what="live decoder", untrusted=True)  # fmt: skip
+            except BaseException:
+                os.close(writing)
+                raise
         stack.callback(worker.close)
         threading.Thread(target=self._recent.copy, args=(relay, writing), name="keye-relay", daemon=True).start()
         with self._lock:
@@ -187,9 +193,9 @@ class StreamSource:
         data, suffix = self._recent.take(self._begin + start - CLIP_PAD, self._begin + end + CLIP_PAD)
         if not data:
             return None
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.{suffix}"
         with output_file(path) as draft:
+            folder.mkdir(parents=True, exist_ok=True)
             draft.write_bytes(data)
         return path
 
@@ -204,6 +210,8 @@ class _Recent:
     def __init__(self) -> None:
         self._pieces: deque[tuple[float, bytes]] = deque()
         self._bytes, self._format, self._lock = 0, "ts", threading.Lock()
+        #: Of NUT the first bytes, whose header a clip needs.
+        self._first = b""
 
     def copy(self, relay: subprocess.Popen[bytes], target: int) -> None:
         """Passes what a relay writes on to the decoder until one of them ends."""
@@ -216,6 +224,7 @@ class _Recent:
             out.write(heading)
             with self._lock:  # pieces of another connection do not go together with those of this one
                 self._pieces.clear()
+                self._first = b""
                 self._bytes, self._format = 0, "ts" if heading.startswith(b"mpegts") else "nut"
             while data := os.read(source, _CHUNK):
                 self._add(data)
@@ -226,15 +235,22 @@ class _Recent:
     def _add(self, data: bytes) -> None:
         now = time.monotonic()
         with self._lock:
+            if self._format == "nut" and len(self._first) < _NUT_HEADER and _NUT_SYNC not in self._first:
+                self._first += data
             self._pieces.append((now, data))
             self._bytes += len(data)
             while self._bytes > _CLIP_BYTES or self._pieces[0][0] < now - CLIP_SECONDS:
                 self._bytes -= len(self._pieces.popleft()[1])
 
     def take(self, start: float, end: float) -> tuple[bytes, str]:
-        """The bytes that came between two times, and the suffix of their format."""
+        """A stream of the bytes that came between two times, and the suffix of its format."""
         with self._lock:
-            return b"".join(data for when, data in self._pieces if start <= when <= end), self._format
+            data, suffix = b"".join(data for when, data in self._pieces if start <= when <= end), self._format
+            header = self._first.partition(_NUT_SYNC)[0]
+        if suffix == "nut":
+            at = data.find(_NUT_SYNC)
+            data = header + data[at:] if at >= 0 else b""
+        return data, suffix
 
 
 @dataclass(frozen=True)
