@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -23,7 +26,7 @@ from keye.media.decode.wire import END, FRAME, INFO
 from keye.media.decode.workers import DecodeLimits, Worker
 from keye.media.live import CLIP_PAD, PlayedFile, StreamSource, open_live
 from keye.media.source.fetch import fetch_source
-from keye.media.source.forward import Forwarder, StreamAddress
+from keye.media.source.forward import DIAL_SECONDS, Forwarder, StreamAddress
 from keye.media.video import probe
 from tests.media.test_sandbox import confined, linux
 from tests.support.clips import coded_frame, read_code, write_clip
@@ -54,6 +57,63 @@ def test_a_forwarder_passes_bytes_to_the_address_and_back(echo: int) -> None:
             assert client.recv(100) == b"DESCRIBE"
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", forwarder.port), timeout=1).close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_an_encrypted_server_that_sends_tickets_gets_the_first_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = (
+        f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout {key} -out {certificate} -days 2"
+    )
+    subject = ["-subj", "/CN=camera", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(["openssl", *words.split(), *subject], check=True, capture_output=True)
+    is_reading = threading.Event()
+
+    class Far(ssl.SSLSocket):
+        def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+            is_reading.set()
+            return super().recv(buflen, flags)
+
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    trusting.sslsocket_class = Far
+    trusting.minimum_version = ssl.TLSVersion.TLSv1_3
+    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with serving.wrap_socket(client, server_side=True) as encrypted:
+                while data := encrypted.recv(100):
+                    encrypted.sendall(data.upper() * 1000)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"rtsps://127.0.0.1:{server.getsockname()[1]}/live"
+        with (
+            Forwarder(StreamAddress.parse(url, allow_private=True)) as forwarder,
+            # Less patience than the forwarder has for what does not come.
+            socket.create_connection(("127.0.0.1", forwarder.port), timeout=DIAL_SECONDS / 2) as client,
+        ):
+            assert is_reading.wait(30)  # the tickets, before anything was asked
+            for _ in range(2):
+                client.sendall(b"describe")
+                with client.makefile("rb") as answer:
+                    assert answer.read(8000) == b"DESCRIBE" * 1000
+
+
+def test_a_name_is_dialled_at_each_of_its_addresses(echo: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = socket.getaddrinfo
+
+    def answers(host: str, *arguments: Any, **more: Any) -> list[Any]:
+        addresses = ["127.0.0.2", "127.0.0.1"] if host == "camera.test" else [host]
+        return [answer for address in addresses for answer in resolve(address, *arguments, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answers)
+    with StreamAddress.parse(f"rtsp://camera.test:{echo}/live", allow_private=True).dial() as connection:
+        assert connection.getpeername()[0] == "127.0.0.1"
 
 
 def test_private_addresses_need_permission(echo: int) -> None:

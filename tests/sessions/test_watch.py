@@ -128,6 +128,8 @@ class Camera:
 
     def frames(self) -> Iterator[LiveFrame]:
         batch = self.batches.pop(0)
+        if batch == "no processes":
+            raise BlockingIOError(batch)
         if isinstance(batch, str):
             raise MediaError(batch)
         for _ in range(batch):
@@ -148,7 +150,7 @@ def test_a_source_that_drops_is_opened_again_later_and_later() -> None:
         waits.append(seconds)
         return len(waits) == 6
 
-    queue = FrameQueue(Camera(3, "no route", "no route", "no route", 2, 2), on_note=notes.append, wait=wait)
+    queue = FrameQueue(Camera(3, "no route", "no processes", "no route", 2, 2), on_note=notes.append, wait=wait)
     count = 0
     while batch := queue.take():
         count += len(batch)

@@ -91,7 +91,7 @@ class FrameQueue:
                     self._put(frame)
                     if self._stopping.is_set():
                         return
-            except MediaError as error:
+            except (MediaError, OSError) as error:
                 if self._stopping.is_set():
                     return
                 if not self._source.is_endless or (self._must_open and not self.counts.frames):

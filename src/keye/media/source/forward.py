@@ -22,6 +22,8 @@ from keye.media.source.download import is_public, redact_url
 PORTS: Final = {"rtsp": 554, "rtsps": 322}
 #: Seconds to dial, and for the relay to come.
 DIAL_SECONDS: Final = 10.0
+#: Addresses of a name that are dialled one after another, at most.
+_MOST_DIALLED: Final = 4
 _CHUNK: Final = 1 << 16
 
 
@@ -66,14 +68,16 @@ class StreamAddress:
             if not self.allow_private and not is_public(str(address[0])):
                 raise MediaError("{} leads to the private address {}; give {} if you trust it",
                                  self.name, address[0], Option("allow_private_urls"))  # fmt: skip
-        try:
-            connection = socket.create_connection((str(answers[0][4][0]), port), timeout=DIAL_SECONDS)
-            if self.parts.scheme == "rtsps":
-                return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-            return connection
-        except OSError as error:
-            reason = error.strerror or str(error) or "no answer"
-            raise MediaError(f"{self.name} cannot be reached ({reason})") from None
+        reason = ""
+        for *_, address in answers[:_MOST_DIALLED]:
+            try:
+                connection = socket.create_connection((str(address[0]), port), timeout=DIAL_SECONDS)
+                if self.parts.scheme == "rtsps":
+                    return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+                return connection
+            except (OSError, ValueError) as error:  # ValueError: a name that no certificate can have
+                reason = reason or getattr(error, "strerror", None) or str(error) or "no answer"
+        raise MediaError(f"{self.name} cannot be reached ({reason})")
 
 
 class Forwarder:
@@ -101,15 +105,15 @@ class Forwarder:
             if end is not None:
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
+        self._thread.join(DIAL_SECONDS)  # before they are closed: a selector is not woken by what is closed
+        for end in (self._listener, self._near, self._far):
+            if end is not None:
                 end.close()
-        self._thread.join(DIAL_SECONDS)
 
     def _run(self) -> None:
         with suppress(OSError, ValueError):  # ValueError: closed meanwhile
             self._near, _ = self._listener.accept()
             self._listener.close()
-            self._far.settimeout(DIAL_SECONDS)
-            self._near.settimeout(DIAL_SECONDS)
             self._pump(self._near, self._far)
         for end in (self._near, self._far):
             if end is not None:
@@ -123,12 +127,24 @@ class Forwarder:
             ready.register(far, selectors.EVENT_READ, near)
             while True:
                 for key, _ in ready.select():
-                    assert isinstance(key.fileobj, socket.socket)
-                    while True:
-                        data = key.fileobj.recv(_CHUNK)
-                        if not data:
-                            return
-                        key.data.sendall(data)
-                        # What an encrypted connection has read ahead wakes no selector.
-                        if not isinstance(key.fileobj, ssl.SSLSocket) or not key.fileobj.pending():
-                            break
+                    source, target = key.fileobj, key.data
+                    assert isinstance(source, socket.socket)
+                    events = selectors.EVENT_READ
+                    try:
+                        while True:
+                            source.setblocking(False)
+                            data = source.recv(_CHUNK)
+                            if not data:
+                                return
+                            target.settimeout(DIAL_SECONDS)
+                            target.sendall(data)
+                            # What an encrypted connection has read ahead wakes no selector.
+                            if not isinstance(source, ssl.SSLSocket) or not source.pending():
+                                break
+                    # Encrypted connections also carry what is not for the client, such as tickets of the session.
+                    except (BlockingIOError, ssl.SSLWantReadError):
+                        pass
+                    except ssl.SSLWantWriteError:
+                        events |= selectors.EVENT_WRITE
+                    if events != key.events:
+                        ready.modify(source, events, target)
