@@ -44,6 +44,8 @@ def copy_pages() -> None:
             files = sorted(path for path in linked.iterdir() if path.is_file())
             for file in files:
                 write(target / file.name, file.read_bytes())
+            if (linked / "README.md").exists():
+                return f"{start}{address.rstrip('/')}/README.md{end}"
             listing = f"# {linked.name}\n\n" + "".join(f"- [{file.name}]({file.name})\n" for file in files)
             write(target / "index.md", listing.encode())
             return f"{start}{address.rstrip('/')}/index.md{end}"
