@@ -53,6 +53,11 @@ def test_later_questions_read_nothing_again(find: Any) -> None:
 def test_a_budget_bounds_the_tokens(find: Any) -> None:
     result = find("the red circle", budget=200).finish()
     assert result.coverage.query_tokens < 300 and result.coverage.places == 0
+    # Windows alone promise moments, but settle nothing.
+    assert result.presence is None and result.is_found
+    assert {(moment.checked, moment.probability) for moment in result.moments} == {("no", None)}
+    (note,) = [note for note in result.notes if note.code == "no_look"]
+    assert "not looked at closely: the budget of 200 tokens is too small" in note.text
 
 
 def test_stopping_gives_the_best_so_far(find: Any) -> None:

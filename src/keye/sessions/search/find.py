@@ -45,7 +45,7 @@ from keye.sessions.search.coarse import (
     score_by_evidence,
     score_by_yes,
 )  # fmt: skip
-from keye.sessions.search.looks import Asker, LookReader
+from keye.sessions.search.looks import FAULTS, Asker, LookReader
 from keye.sessions.search.places import default_index_path, identify_source, note_use
 from keye.sessions.search.questions import check_event, presence_question
 from keye.sessions.search.ranking import MomentNames, RankedMoments, Ranking, certainty, join_candidates
@@ -280,7 +280,7 @@ class MomentSearch:
 
     def _close_and_verify(self) -> Iterator[FindEvent]:
         if self.source is None:
-            self._note("no_video", "the video of the index was not found, so no place was looked at closely", "file")
+            self._note("no_video", "the video of the index was not found")
             return
         frames = min(self._frames(), _FRAMES)
         with LookReader(self.source, self.engine, self.media_options) as reader:
@@ -349,11 +349,10 @@ class MomentSearch:
         """The best so far."""
         ranked = self._ranked()
         moments, weaker = ranked.moments, ranked.weaker
-        if not any(arm.looks for arm in self.arms):  # ended before anything was looked at closely
-            spans = self.ranking.rank_spans(self.spans, self.names)
-            moments, weaker = ((), spans) if self.calibration is not None else (spans, ())
-        presence = None
-        if self.calibration is not None and self.scored and not self.is_stopped:
+        presence, looked = None, any(arm.looks for arm in self.arms)
+        if not looked:  # then what the windows promise is all that is known, and no probability holds
+            moments, weaker = self.ranking.rank_spans(self.spans, self.names), ()
+        elif self.calibration is not None and not self.is_stopped:
             presence = self.calibration.presence_probability(list(ranked.log_odds), self.best_coarse)
         name = self.name or (self.source.name if self.source is not None else self._index_name())
         return FindResult(
@@ -410,14 +409,26 @@ class MomentSearch:
     def _all_notes(self) -> Iterator[FindNote]:
         yield from dict.fromkeys(self.notes)
         faults = self.asker.faults
-        for code, what in _FAULTS.items():
+        for code, what in FAULTS.items():
             if count := faults.count(code):
                 yield FindNote(code, f"{count} of the replies {what}, and counted no further", "reply")
+        if not (looked := any(arm.looks for arm in self.arms)) and not self.is_stopped:
+            yield FindNote("no_look", f"not looked at closely: {self._obstacle()}; moments are what windows "
+                           "promise, and whether the event is there is not known", "search")  # fmt: skip
         if self.calibration is None:
-            yield FindNote("uncalibrated", f"no probabilities: {self.engine.runtime.name} has no calibration for them; "
-                           "moments are those that a second question confirmed", "model")  # fmt: skip
+            confirmed = "; moments are those that a second question confirmed" if looked else ""
+            text = f"no probabilities: {self.engine.runtime.name} has no calibration for them{confirmed}"
+            yield FindNote("uncalibrated", text, "model")
         if self.is_stopped:
             yield FindNote("stopped", "the search was ended early; these are the best so far", "search")
+
+    def _obstacle(self) -> str:
+        """Why no place was looked at closely."""
+        if self.source is None:
+            return "only the index is there, and not its video"
+        if any(arm.is_unreadable for arm in self.arms):
+            return "the places could not be read"
+        return f"the budget of {self.budget:,} tokens is too small" if self.arms else "no place stood out"
 
     def _frames(self) -> int:
         scope = self.engine.runtime.generation_config.scope
@@ -428,14 +439,6 @@ class MomentSearch:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._mark
         self._mark = now
-
-
-#: What is said of replies that are no use as they are.
-_FAULTS: Final = {
-    "loop": "repeated themselves",
-    "malformed": "were no list of times",
-    "outside": "named times outside what was looked at",
-}
 
 
 class FindStream(Iterator[FindEvent]):

@@ -47,6 +47,12 @@ _BEGINNING: Final = "[["
 _MAX_TEXT: Final = 256
 #: Likeliest tokens among which yes and no are sought.
 _LIKELIEST: Final = 20
+#: Replies that cannot be used as they are, and what is said of them.
+FAULTS: Final = {
+    "loop": "repeated themselves",
+    "malformed": "were no list of times",
+    "outside": "named times outside what was looked at",
+}
 
 
 @dataclass(frozen=True)
