@@ -52,6 +52,16 @@ def test_ground_exports_what_it_found(
     assert again.data["exports"] == [str(file) for file in files[:3]]
 
 
+def test_json_is_printed_though_a_file_cannot_be_written(
+    run: Callable, model_folder: Path, video: Path, tmp_path: Path, reply: str
+) -> None:
+    (tmp_path / f"{video.stem}-001-0.5s-1.5s.mp4").write_bytes(b"another file")
+    words = ["ground", video, "the circle", "--model", model_folder, "--max-tokens", 1, "--json"]
+    result = run(*words, "--clips", tmp_path)
+    assert result.code != 0 and result.err
+    assert result.data["intervals"][0] == [0.52, 1.48] and result.data["clips"] == []
+
+
 def test_ask_exports_markers_and_writes_a_record(
     run: Callable, model_folder: Path, video: Path, tmp_path: Path, reply: str
 ) -> None:

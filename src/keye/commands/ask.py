@@ -105,12 +105,7 @@ def ask(
         first = "" if as_json else next(stream, "")
         answer = stream.finish() if as_json else None
     answer = answer or show.print_stream(stream, first)
-    is_drawn = write_picture(media, answer.regions, draw) if draw is not None else False
-    if evidence is not None:
-        write_evidence(model, media, question, answer, evidence)
-    extra: dict[str, Any] = {"drawn": str(draw) if is_drawn else None} if draw else {}
-    exports = files.write("keye ask", question, question, model, media, answer, settings)
-    extra |= {"exports": [str(path) for path in exports]} if exports else {}
+    extra, is_drawn = dict[str, Any](), False
     if moment is not None:
         extra["moment"] = moment.to_dict()
     if prediction is not None:
@@ -118,8 +113,17 @@ def ask(
 
         errors = errors_of(prediction, answer.seconds, answer.usage.completion_tokens)
         extra["estimate"] = {**prediction, "errors": errors}
+    try:
+        is_drawn = write_picture(media, answer.regions, draw) if draw is not None else False
+        extra |= {"drawn": str(draw) if is_drawn else None} if draw else {}
+        if evidence is not None:
+            write_evidence(model, media, question, answer, evidence)
+        exports = files.write("keye ask", question, question, model, media, answer, settings)
+        extra |= {"exports": [str(path) for path in exports]} if exports else {}
+    finally:  # the answer is not lost where a file cannot be written
+        if as_json:
+            show.print_json({**answer.to_dict(), **extra})
     if as_json:
-        show.print_json({**answer.to_dict(), **extra})
         return
     show.print_answer(answer, model)
     if answer.evidence is not None:

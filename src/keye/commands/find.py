@@ -93,11 +93,14 @@ def find(words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: b
     searched = _search_all(model, opened, event, arguments)
     if not as_json:  # before the files, which may fail
         show_find.print_found([video.result for video in searched.videos], event, searched.failed)
-    clip_paths = _write_all_clips(searched, clips, overwrite) if clips is not None else []
-    exports = _write_exports(model, searched, event, arguments, overwrite)
-    if as_json:
-        extra = {"exports": [str(path) for path in exports]} if exports else {}
-        show.print_json({**_to_dict(searched, event), "clips": [str(path) for path in clip_paths], **extra})
+    clip_paths, exports = list[Path](), list[Path]()
+    try:
+        clip_paths += _write_all_clips(searched, clips, overwrite) if clips is not None else []
+        exports += _write_exports(model, searched, event, arguments, overwrite)
+    finally:  # the result is not lost where a file cannot be written
+        if as_json:
+            extra = {"exports": [str(path) for path in exports]} if exports else {}
+            show.print_json({**_to_dict(searched, event), "clips": [str(path) for path in clip_paths], **extra})
     for path in () if as_json else (*clip_paths, *exports):
         show.print_line(say("wrote", path=path))
     if searched.is_interrupted:

@@ -60,12 +60,15 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
             reply = "" if answer.text in ("", "[]") else f' (the model answered "{answer.text}")'
             show.print_line(f"Not found: {event}{reply}")
         show.print_answer(answer, model)
-    clip_paths = write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
-    question = model.ground_question(event)
-    exports = files.write("keye ground", event, question, model, [medium], answer, settings)
-    if as_json:
-        named = {"exports": [str(path) for path in exports]} if exports else {}
-        show.print_json({**answer.to_dict(), "clips": [str(path) for path in clip_paths], **named})
+    clip_paths, exports = list[Path](), list[Path]()
+    try:
+        clip_paths += write_clips(medium, answer.intervals, clips, overwrite) if clips is not None else []
+        question = model.ground_question(event)
+        exports += files.write("keye ground", event, question, model, [medium], answer, settings)
+    finally:  # the answer is not lost where a file cannot be written
+        if as_json:
+            named = {"exports": [str(path) for path in exports]} if exports else {}
+            show.print_json({**answer.to_dict(), "clips": [str(path) for path in clip_paths], **named})
     for path in () if as_json else [*clip_paths, *exports]:
         show.print_line(f"wrote {path}")
 
