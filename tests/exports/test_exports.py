@@ -290,6 +290,10 @@ def test_several_videos() -> None:
     ]
     reels = [line.split()[1] for line in text_of(media, "edl", ranges).splitlines() if line[:3].isdigit()]
     assert reels[0] == reels[1] != reels[2], "each file has a reel of its own"
+    names = ["clip.mp4", "clip3.mp4", "clip.mov", "clip4.mp4"]
+    alike = {name: replace(MEDIA, name=name, url=f"file:///{number}") for number, name in enumerate(names)}
+    text = text_of(alike, "edl", [ExportRange(1.0, 2.0, "x", file=name) for name in names])
+    assert len({line.split()[1] for line in text.splitlines() if line[:3].isdigit()}) == len(names)
     clips, _, root = edit_lists.read_fcpxml(text_of(media, "fcpxml", ranges))
     assert len(clips) == 3 and len(root.findall("resources/asset")) == 2
     for name, sentence in (("srt", "one video"), ("chapters", "one video")):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import count
 
 from keye.errors import KeyeError
 from keye.exports.ranges import Cut, Event, MediaReference
@@ -63,10 +64,12 @@ def _reels(media: Sequence[MediaReference]) -> dict[MediaReference, str]:
     """Names of the files in what every program takes: eight ASCII letters and digits, each another name."""
     reels: dict[MediaReference, str] = {}
     for number, file in enumerate(media, 1):
-        letters = unicodedata.normalize("NFKD", file.name.rpartition(".")[0] or file.name).encode("ascii", "ignore")
-        reel = re.sub(r"[^A-Za-z0-9]", "", letters.decode())[:_REEL].upper() or "AX"
-        if reel in reels.values():
-            reel = reel[: _REEL - len(str(number))] + str(number)
+        ascii_name = unicodedata.normalize("NFKD", file.name.rpartition(".")[0] or file.name).encode("ascii", "ignore")
+        reel = re.sub(r"[^A-Za-z0-9]", "", ascii_name.decode())[:_REEL].upper() or "AX"
+        letters, numbers = reel, map(str, count(number))
+        while reel in reels.values():
+            suffix = next(numbers)
+            reel = letters[: _REEL - len(suffix)] + suffix
         reels[file] = reel
     return reels
 
