@@ -9,7 +9,7 @@ import pytest
 from keye.config import ProcessorConfig
 from keye.config.media import MediaOptions
 from keye.errors import KeyeError
-from keye.media.clips import cut_clips, fit_interval
+from keye.media.clips import clip_prefixes, cut_clips, fit_interval
 from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import VideoReader
 from tests.support.clips import read_code, write_clip, write_with_sound
@@ -33,6 +33,18 @@ def test_a_clip_holds_the_frames_of_its_interval(tmp_path: Path) -> None:
     assert times == [i / 10 for i in range(10)] and length == pytest.approx(1.0)
     assert codes_and_times(paths[1])[0] == list(range(10, 30))
     assert seen[-1] == (3, 3)
+
+
+def test_clips_of_videos_of_the_same_name_do_not_replace_each_other(tmp_path: Path) -> None:
+    for folder in ("day1", "day2"):
+        (tmp_path / folder).mkdir()
+    sources = [fetch_source(write_clip(tmp_path / folder / "a.mp4", frames=10, fps=10)) for folder in ("day1", "day2")]
+    names = [
+        cut_clips(source, [(0.0, 1.0)], tmp_path / "out", prefix=prefix)[0].name
+        for source, prefix in zip(sources, clip_prefixes(sources), strict=True)
+    ]
+    assert names == ["1-a-001-0.0s-1.0s.mp4", "2-a-001-0.0s-1.0s.mp4"]
+    assert clip_prefixes(sources[:1]) == [""]
 
 
 def test_clips_of_what_was_piped_in_have_a_name_that_says_so(tmp_path: Path) -> None:

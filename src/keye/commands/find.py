@@ -277,11 +277,14 @@ def _write_exports(
 def _write_all_clips(searched: Searched, folder: Path, overwrite: bool) -> list[Path]:
     """Cuts the moments of each video. `KeyeError` for an index whose video is gone."""
     from keye.commands.ground import write_clips
+    from keye.media.clips import clip_prefixes
 
     paths: list[Path] = []
+    prefixes = iter(clip_prefixes([video.source for video in searched.videos if video.source is not None]))
     for video in searched.videos:
+        prefix = next(prefixes) if video.source is not None else ""
         intervals = tuple((moment.start, moment.end) for moment in video.result.moments)
         if intervals and video.source is None:
             raise KeyeError(f"the video of {video.result.video} is not where it was: give it itself for --clips")
-        paths += write_clips(replace(video.medium, source=video.source), intervals, folder, overwrite)
+        paths += write_clips(replace(video.medium, source=video.source), intervals, folder, overwrite, prefix)
     return paths

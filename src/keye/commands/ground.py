@@ -73,8 +73,10 @@ def ground(video: str, event: str, clips: Path | None, overwrite: bool, as_json:
         show.print_line(f"wrote {path}")
 
 
-def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, overwrite: bool) -> list[Path]:
-    """Cuts the intervals into files under a progress bar."""
+def write_clips(
+    medium: Medium, intervals: tuple[Interval, ...], folder: Path, overwrite: bool, prefix: str = ""
+) -> list[Path]:
+    """Cuts the intervals into files under a progress bar; names of files begin with `prefix`."""
     from keye.commands.shared import inputs, show
     from keye.config.media import media_options
     from keye.media.clips import cut_clips
@@ -84,7 +86,9 @@ def write_clips(medium: Medium, intervals: tuple[Interval, ...], folder: Path, o
         return []
     source, settings = fetch_source(medium.source), media_options("video", medium.options)  # type: ignore[arg-type]
     with show.progress_bar("writing clips") as advance:
-        clip_paths = cut_clips(source, intervals, folder, options=settings, progress=advance, overwrite=overwrite)
+        clip_paths = cut_clips(
+            source, intervals, folder, options=settings, progress=advance, overwrite=overwrite, prefix=prefix
+        )
     if len(clip_paths) < len(intervals):
         beyond = plural(len(intervals) - len(clip_paths), "interval")
         inputs.note(f"no clip was written of {beyond} outside the video")

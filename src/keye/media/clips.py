@@ -25,7 +25,7 @@ from keye.files import MARK, check_output, complete_file, has_mark, unwritable
 from keye.media.info import VideoInfo
 from keye.media.notes import Note, emit
 from keye.media.plan import VideoPlan
-from keye.media.source.fetch import Reference, fetch_source
+from keye.media.source.fetch import Reference, Source, fetch_source
 from keye.media.video import DecodeLimits, VideoReader
 
 #: A clip is at least this long, in seconds; a shorter interval is extended evenly to both sides.
@@ -48,10 +48,12 @@ def cut_clips(
     limits: DecodeLimits | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    prefix: str = "",
 ) -> list[Path]:
     """Writes a clip for each interval of (start, end) seconds and returns the paths, in the intervals' order.
 
-    Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times. A clip shows
+    Files are called `NAME-001-12.5s-20.0s.mp4` after the source, the interval's number and its times, with `prefix`
+    before (see `clip_prefixes`). A clip shows
     what is on display from `start` on and lasts exactly until `end`; times are those that players show. Intervals are
     clamped to the pictures of the video, shorter ones than `MIN_CLIP` extended, those outside left out. The sound of
     that time goes with them, in mono or stereo; where it cannot be decoded a note says so. Of `options` the track and
@@ -60,9 +62,7 @@ def cut_clips(
     cannot be read, and `KeyeError` when the folder cannot be written, which is then left as it was.
     """
     source = fetch_source(source)
-    # A temporary file has a name of its own that says nothing.
-    name = source.path.name if source.path is not None and source.keep is None else source.name.replace(" ", "-")
-    stem = Path(name).stem[:_MAX_STEM] if source.path is not None else "clip"
+    stem = prefix + _stem_of(source)
     with VideoReader(source, limits, track=options.track) as reader:
         displayed = reader.info.start_offset, reader.info.duration
         spans = {i: span for i, pair in enumerate(intervals, 1) if (span := fit_interval(pair, *displayed))}
@@ -81,6 +81,19 @@ def cut_clips(
                     if progress is not None:
                         progress(round(done), round(total))
     return [folder / name for name in names.values()]
+
+
+def _stem_of(source: Source) -> str:
+    # A temporary file has a name of its own that says nothing.
+    name = source.path.name if source.path is not None and source.keep is None else source.name.replace(" ", "-")
+    return Path(name).stem[:_MAX_STEM] if source.path is not None else "clip"
+
+
+def clip_prefixes(sources: Sequence[Source]) -> list[str]:
+    """What the clips of each video begin with, so that those of videos of the same name do not replace each other: the
+    number of the video, or nothing where all names differ."""
+    stems = {_stem_of(source).casefold() for source in sources}
+    return [f"{number}-" if len(stems) < len(sources) else "" for number in range(1, len(sources) + 1)]
 
 
 @contextmanager
