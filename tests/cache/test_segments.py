@@ -162,6 +162,26 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     SegmentWriter(path).close()
 
 
+def test_two_that_begin_the_same_file(tmp_path: Path) -> None:
+    """The second is refused; one whose file was replaced says so, and the file in its place stays as it is."""
+    path = tmp_path / "film.keye"
+    first = SegmentWriter.create(path, "head", {"name": "film"})
+    with pytest.raises(KeyeError, match="another process is writing to"):
+        SegmentWriter.create(path, "head", {"name": "film"})
+    write(first, 10)
+    assert [segment.kind for segment in read_segments(path)] == ["head", "rows"]
+    other = tmp_path / "other.keye"
+    make(other, 2)
+    data = other.read_bytes()
+    other.replace(path)
+    with pytest.raises(KeyeError, match="another process is writing to"):
+        write(first, 20)
+    first.close()
+    assert path.read_bytes() == data
+    SegmentWriter.create(path, "head", {"name": "film"}).close()
+    assert len(read_segments(path)) == 1
+
+
 def test_damage_is_said_and_not_taken_for_an_end(complete: tuple[bytes, list[int]], tmp_path: Path) -> None:
     data, ends = complete
     path, start = tmp_path / "film.keye", -(-ends[1] // ALIGN) * ALIGN

@@ -16,8 +16,8 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -171,6 +171,31 @@ def open_for_writing(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=1 << 20)
 
 
+def _busy(path: Path) -> KeyeError:
+    return KeyeError(f"another process is writing to {path}: wait for it, or name another file")
+
+
+@contextmanager
+def _lock_existing(path: Path) -> Iterator[None]:
+    """Keeps the file at `path`, if there is one, locked, so that none that a process writes to is replaced."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    except OSError as error:
+        raise unwritable(path, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise _busy(path) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class SegmentWriter:
     """Appends segments to a file, which is locked while this is open; `segments` are those that it has. `open_file` is
     where a disk that fills up can be injected. `KeyeError` where the file cannot be written, or another process
@@ -191,7 +216,7 @@ class SegmentWriter:
             os.ftruncate(self._descriptor, min(size, self.stop))
         except OSError:
             self.close()
-            raise KeyeError(f"another process is writing to {path}: wait for it, or name another file") from None
+            raise _busy(path) from None
         except BaseException:
             self.close()
             raise
@@ -201,13 +226,14 @@ class SegmentWriter:
         cls, path: Path, kind: str, about: Mapping[str, Any], open_file: OpenFile = open_for_writing
     ) -> SegmentWriter:
         """A new file in place of what is at `path`, which has its first segment from the beginning."""
-        with output_file(path) as draft:
-            writer = cls(draft, open_file)
-            try:
+        with _lock_existing(path), ExitStack() as stack:
+            with output_file(path) as draft:
+                writer = cls(draft, open_file)
+                stack.callback(writer.close)
                 writer.append(kind, about)
-            finally:
-                writer.close()
-        return cls(path, open_file)
+            writer.path = path  # the lock went with the file
+            stack.pop_all()
+        return writer
 
     @property
     def stop(self) -> int:
@@ -240,7 +266,7 @@ class SegmentWriter:
             if isinstance(error, OSError):
                 raise unwritable(self.path, error) from None
             raise
-        (segment,) = read_segments(self.path, start)
+        segment = self._read_back(start)
         self.segments.append(segment)
         return segment
 
@@ -251,6 +277,16 @@ class SegmentWriter:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _read_back(self, start: int) -> Segment:
+        """The segment that was written at byte `start`; `KeyeError` where another file took the place of this one."""
+        try:
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
+                raise _busy(self.path)
+            (segment,) = _read(self.path, self._file, start)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        return segment
 
     def _sync(self) -> None:
         self._file.flush()
