@@ -182,6 +182,18 @@ def test_two_that_begin_the_same_file(tmp_path: Path) -> None:
     assert len(read_segments(path)) == 1
 
 
+def test_a_disk_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "film.keye"
+    make(path, 1)
+    monkeypatch.setattr("keye.cache.segments.fcntl.flock", refuse)
+    for open_writer in (SegmentWriter, lambda path: SegmentWriter.create(path, "head", {})):
+        with pytest.raises(KeyeError, match=r"film\.keye cannot be written \(No locks available\)"):
+            open_writer(path)
+
+
 def test_damage_is_said_and_not_taken_for_an_end(complete: tuple[bytes, list[int]], tmp_path: Path) -> None:
     data, ends = complete
     path, start = tmp_path / "film.keye", -(-ends[1] // ALIGN) * ALIGN

@@ -187,9 +187,12 @@ def _lock_existing(path: Path) -> Iterator[None]:
         raise unwritable(path, error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise _busy(path) from None
+    except OSError as error:
+        os.close(descriptor)
+        raise unwritable(path, error) from None
     try:
         yield
     finally:
@@ -214,9 +217,12 @@ class SegmentWriter:
             size = os.fstat(self._descriptor).st_size
             self.segments = read_segments(path) if size else []
             os.ftruncate(self._descriptor, min(size, self.stop))
-        except OSError:
+        except BlockingIOError:
             self.close()
             raise _busy(path) from None
+        except OSError as error:
+            self.close()
+            raise unwritable(path, error) from None
         except BaseException:
             self.close()
             raise
