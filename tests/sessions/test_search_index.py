@@ -23,6 +23,7 @@ from keye.cache.segments import Segment, open_for_writing, read_segments
 from keye.config import model_config_from_dict
 from keye.engine.media import as_medium
 from keye.models.load import save_model
+from keye.moments import Coverage
 from keye.sessions.search.build import WindowsReady, build_search_index
 from keye.sessions.search.headers import IndexContents
 from keye.sessions.search.scoring import answer_ids, rank_evidence, score_windows, thinking_of
@@ -72,6 +73,14 @@ def test_windows_cover_the_video_and_share_frames(index: SearchIndex) -> None:
     assert first.times[-4:] == second.times[:4] and second.labels[0] == 0.0
     assert index.frames == 24 and index.windows[-1].end == index.duration
     assert [span.spacing for span in index.seen] == [0.5]
+
+
+def test_what_lies_outside_the_part_is_unseen(model: Keye, video: Path, tmp_path: Path) -> None:
+    part = as_medium(video, {"video_start": 8, "video_end": 10})
+    index = finish(build_search_index(model.engine, part, tmp_path / "part.keye", **CHOICES))
+    assert index.is_complete and index.unseen == [(0.0, 8.0), (10.0, 12.0)]
+    coverage = Coverage(index.duration, index.seen, index.unseen, 0, index.frames, index.tokens, 0)
+    assert coverage.share == pytest.approx(2 / 12)
 
 
 def test_a_question_scores_on_all_windows_what_it_scores_on_each(model: Keye, index: SearchIndex) -> None:

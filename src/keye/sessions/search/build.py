@@ -231,7 +231,7 @@ class _Builder:
             "plan": self.plan.to_dict(),
             "source": {
                 "name": self.source.name, "path": path_of(self.source), "identity": identity, "size": self.source.size,
-                "duration": self.info.duration, "start": self._windows(0)[0].start,
+                "duration": self.info.duration, "start": self.info.timestamps[0],
             },
         }  # fmt: skip
 

@@ -54,9 +54,9 @@ class StoredWindow(SearchWindow):
 
 @dataclass(frozen=True)
 class IndexHead:
-    """The first segment, checked. `source` has `name`, `identity`, `size`, `duration`, and `start`,
-    when its first frame is shown; `plan` says how windows were
-    planned: `spacings` by level, `frames` of a window, `overlap`, `height` and `width` of a frame, `options`."""
+    """The first segment, checked. `source` has `name`, `identity`, `size`, `duration`, and `start`, when the first
+    frame of the video is shown, also where only a later part was chosen; `plan` says how windows were planned:
+    `spacings` by level, `frames` of a window, `overlap`, `height` and `width` of a frame, `options`."""
 
     model: Fingerprint
     attention: AttentionMode

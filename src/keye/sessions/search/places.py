@@ -30,7 +30,7 @@ _FREE_SHARE: Final = 0.1
 _TOUCH_SECONDS: Final = 24 * 3600
 _FOLDER, _SUFFIX = "find", ".keye"
 #: Changes when what is in an index does, so that older ones are not found.
-_FORMAT: Final = 3
+_FORMAT: Final = 4
 
 
 def identify_source(source: Source) -> str:
