@@ -293,6 +293,19 @@ def test_headers_with_other_values_are_refused(model: Keye, index: SearchIndex, 
     assert rejected > 30
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("height", 0), ("width", -28), ("width", 1 << 20), ("spacings", [1e-6]), ("spacings", [20_000.0]), ("frames", 257),
+     ("options", {"colour": 1}), ("options", {"fps": -1}), ("options", {"video_start": "soon"})],
+)  # fmt: skip
+def test_plans_that_keye_does_not_make(index: SearchIndex, tmp_path: Path, name: str, value: object) -> None:
+    about: Any = copy.deepcopy(read_segments(index.path)[0].about)
+    about["plan"][name] = value
+    with pytest.raises(KeyeError) as error:
+        IndexContents.read(tmp_path / "film.keye", [Segment(0, 1, "head", about, None)])
+    assert_sentence(error.value)
+
+
 def leaves(value: Any, parent: tuple[Any, ...] = ()) -> Any:
     """Every place in plain data: the path to what holds it, and its key."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from keye.cache.checksums import damage_error
 from keye.cache.fingerprint import Fingerprint
 from keye.cache.segments import Segment, read_segments
+from keye.config.media import media_options
+from keye.errors import KeyeError
 from keye.media.sampling import SAME_TIME
 from keye.media.scenes import Scenes
 from keye.models.attention import AttentionMode
@@ -33,6 +35,9 @@ from keye.sessions.search.windows import SearchWindow, label_frames
 
 #: More of anything than this is damage: windows, frames of a window, positions.
 _MOST: Final = 1 << 24
+#: Most seconds between frames, those of the widest spacing, and most pixels of a side of a frame.
+_MOST_SPACING: Final = 4 * 3600
+_MOST_SIDE: Final = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,11 @@ class IndexHead:
             and 0 < source["duration"] < _MOST
             and 0 <= source["start"] < source["duration"]
             and 0 < len(plan["spacings"]) <= 8
-            and all(type(spacing) is float and 0 < spacing < _MOST for spacing in plan["spacings"])
-            and 0 <= plan["overlap"] < plan["frames"] < _MOST
-        )
+            and all(type(spacing) is float and 0.01 <= spacing <= _MOST_SPACING for spacing in plan["spacings"])
+            and 0 <= plan["overlap"] < plan["frames"] <= MOST_WINDOW_FRAMES
+            and 0 < plan["height"] <= _MOST_SIDE and 0 < plan["width"] <= _MOST_SIDE
+            and _is_accepted(plan["options"])
+        )  # fmt: skip
         if not sound:
             raise damage_error(path, "its head holds values that keye does not write")
         return cls(
@@ -182,6 +189,15 @@ def describe_search_index(path: Path) -> dict[str, Any]:
 def encode_shares(shares: NDArray[np.float32]) -> str:
     """The shares of the frames of a window as they are in headers: base64 of little-endian float16."""
     return base64.b64encode(shares.astype("<f2").tobytes()).decode()
+
+
+def _is_accepted(options: Mapping[str, Any]) -> bool:
+    """Whether options are those of a video."""
+    try:
+        media_options("video", options)
+    except KeyeError:
+        return False
+    return True
 
 
 def _read_windows(contents: IndexContents, segment: Segment) -> Iterator[StoredWindow]:
