@@ -77,7 +77,10 @@ def test_windows_cover_the_video_and_share_frames(index: SearchIndex) -> None:
 
 def test_what_lies_outside_the_part_is_unseen(model: Keye, video: Path, tmp_path: Path) -> None:
     part = as_medium(video, {"video_start": 8, "video_end": 10})
-    index = finish(build_search_index(model.engine, part, tmp_path / "part.keye", **CHOICES))
+    events = build_search_index(model.engine, part, tmp_path / "part.keye", **CHOICES)
+    first = next(events)
+    assert (first.done, first.total) == (0.0, 2.0)
+    index = finish(events)
     assert index.is_complete and index.unseen == [(0.0, 8.0), (10.0, 12.0)]
     coverage = Coverage(index.duration, index.seen, index.unseen, 0, index.frames, index.tokens, 0)
     assert coverage.share == pytest.approx(2 / 12)

@@ -34,6 +34,7 @@ from keye.media.frame_stream import FrameShape
 from keye.media.info import VideoInfo
 from keye.media.pixels.patches import frames_to_patches
 from keye.media.processor import MediaItem
+from keye.media.sampling import SAME_TIME
 from keye.media.scenes import Scenes
 from keye.media.source.fetch import Source, is_index
 from keye.models.attention import AttentionMode, cache_rows
@@ -125,6 +126,14 @@ class _Builder:
         """The video, probed."""
         return probe_cached(self.source, self.runtime.processor.limits, track=self.options.track)
 
+    @cached_property
+    def _part(self) -> tuple[float, float]:
+        """Where the part that was chosen begins and ends, in seconds; never empty."""
+        start, end = max(self.options.video_start or 0.0, 0.0), self.info.duration
+        if self.options.video_end is not None:
+            end = min(self.options.video_end, end)
+        return start, max(end, start + SAME_TIME)
+
     def open(self, choices: Choices, overwrite: bool, open_file: OpenFile) -> Iterator[BuildEvent]:
         """Goes on with the file, or plans and begins a new one; says how long it will take."""
         if choices.spacing is None and self.options.fps is not None:
@@ -141,8 +150,9 @@ class _Builder:
         else:
             is_scoped = self.runtime.generation_config.scope is not None
             self.plan = choices.make_plan(
-                self.info, self.runtime.processor.config, self.options, self.chosen, self._predict, is_scoped=is_scoped
-            )
+                self.info, self.runtime.processor.config, self.options, self.chosen, self._predict,
+                seconds=self._part[1] - self._part[0], is_scoped=is_scoped,
+            )  # fmt: skip
             if is_default(self.path):
                 make_room(self._predict_bytes(), keep=self.path)
             self._windows(0)  # says what is wrong with the part before anything is written
@@ -311,10 +321,11 @@ class _Builder:
 
     def _progress(self) -> FindProgress:
         """Seconds of video that were read, of all spacings together, and how long the rest will take."""
-        ends = dict.fromkeys(range(len(self.plan.spacings)), 0.0)
+        start, stop = self._part
+        ends = dict.fromkeys(range(len(self.plan.spacings)), start)
         for window in self.index.all:
             ends[window.level] = max(ends[window.level], window.end)
-        done, total = sum(ends.values()), self.index.duration * len(ends)
+        done, total = sum(end - start for end in ends.values()), (stop - start) * len(ends)
         left = (
             0.0 if self.index.is_complete else self.rate.seconds_for(self._count_frames(self.plan) * (1 - done / total))
         )
@@ -332,7 +343,7 @@ class _Builder:
     def _count_frames(self, plan: IndexPlan) -> float:
         """Frames of all windows, those in two counted twice."""
         repeats = (plan.frames / (plan.frames - plan.overlap_at(spacing)) / spacing for spacing in plan.spacings)
-        return self.info.duration * sum(repeats)
+        return (self._part[1] - self._part[0]) * sum(repeats)
 
     def _predict_bytes(self) -> int:
         """About what the file will take."""

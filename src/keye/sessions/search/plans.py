@@ -79,20 +79,20 @@ class Choices:
 
     def make_plan(
         self, info: VideoInfo, config: ProcessorConfig, options: MediaOptions, plain: Mapping[str, Any],
-        predict: Callable[[IndexPlan], float], *, is_scoped: bool,
+        predict: Callable[[IndexPlan], float], *, seconds: float, is_scoped: bool,
     ) -> IndexPlan:  # fmt: skip
-        """The plan for a video; `plain` are its options as plain data, `predict` says how many seconds a plan takes.
-        Models that say what they were made for (`is_scoped`) read short windows."""
+        """The plan for so many `seconds` of a video; `plain` are its options as plain data, `predict` says how many
+        seconds a plan takes. Models that say what they were made for (`is_scoped`) read short windows."""
         frames = self.window_frames or (_SCOPED_FRAMES if is_scoped else MOST_WINDOW_FRAMES)
         for step, tokens in _TRIED if self.effort == "auto" else (_EFFORTS[self.effort],):
             spacing = self.spacing or step
             height, width = _find_size(info, config, options, frames, tokens)
             plan = IndexPlan((spacing,), frames, count_overlap(spacing, frames), height, width, dict(plain))
-            if (seconds := predict(plan)) <= _AUTO_SECONDS:
+            if (predicted := predict(plan)) <= _AUTO_SECONDS:
                 break
         wide_first = self.wide_first
         if wide_first is None:
-            wide_first = seconds > _SOON and info.duration > spacing * _WIDER * frames
+            wide_first = predicted > _SOON and seconds > spacing * _WIDER * frames
         return replace(plan, spacings=(spacing * _WIDER, spacing)) if wide_first else plan
 
 
