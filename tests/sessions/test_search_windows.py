@@ -104,6 +104,8 @@ def test_the_least_recently_used_indexes_make_room(tmp_path: Path) -> None:
         os.utime(path, (number, number))
     (tmp_path / "notes.txt").write_bytes(bytes(1000))
     places.note_use(tmp_path / "0.keye")
+    with pytest.raises(KeyeError, match="more than the 0 MB that their folder may hold: name a file with index"):
+        places.make_room(451, folder=tmp_path, most=450)
     removed = places.make_room(150, keep=tmp_path / "1.keye", folder=tmp_path, most=450)
     assert [path.name for path in removed] == ["2.keye", "3.keye"]
     assert {path.name for path in tmp_path.iterdir()} == {"0.keye", "1.keye", "4.keye", "notes.txt"}

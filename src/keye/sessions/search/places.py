@@ -16,7 +16,7 @@ from typing import Final
 
 from keye.cache.fingerprint import Fingerprint
 from keye.config.environment import cache_folder
-from keye.errors import MediaError
+from keye.errors import KeyeError, MediaError, Option
 from keye.media.content import source_hash
 from keye.media.source.fetch import Source, fetch_source
 
@@ -90,7 +90,8 @@ def note_use(path: Path) -> None:
 
 def make_room(needed: int, keep: Path | None = None, folder: Path | None = None, most: int | None = None) -> list[Path]:
     """Removes the least recently used indexes until `needed` more bytes are within the bound; returns those removed.
-    `keep` stays. Files that others have mapped stay readable for them."""
+    `keep` stays. Files that others have mapped stay readable for them. `KeyeError` before anything is removed where
+    `needed` is beyond the bound by itself."""
     folder = folder or find_folder()
     entries: list[tuple[float, int, Path]] = []
     for path in folder.glob(f"*{_SUFFIX}"):
@@ -100,6 +101,9 @@ def make_room(needed: int, keep: Path | None = None, folder: Path | None = None,
     used = sum(size for _, size, _ in entries)
     if most is None:
         most = min(MOST_BYTES, int(_FREE_SHARE * (shutil.disk_usage(folder).free + used)))
+    if needed > most:
+        sentence = "the index takes about {} MB, more than the {} MB that their folder may hold: name a file with {}"
+        raise KeyeError(sentence, f"{needed / 1e6:,.0f}", f"{most / 1e6:,.0f}", Option("index"))
     removed = []
     for _, size, path in sorted(entries, key=lambda entry: entry[0]):
         if used + needed <= most:
