@@ -118,11 +118,13 @@ def ask(
 
 
 def index_film(model: Keye, path: Path, spacing: float) -> Line:
-    """Indexes a film at a spacing that does not depend on how busy the machine is; what that cost."""
+    """Indexes a film at a spacing that does not depend on how busy the machine is; what that cost. The index has its
+    name when it is complete."""
     begin, cpu = time.perf_counter(), cpu_seconds()
-    medium = Medium("video", fetch_source(path))
-    for _ in build_search_index(model.engine, medium, path.with_suffix(".keye"), spacing=spacing):
+    medium, draft = Medium("video", fetch_source(path)), path.with_suffix(".part")
+    for _ in build_search_index(model.engine, medium, draft, spacing=spacing):
         pass
+    draft.replace(path.with_suffix(".keye"))
     return {"index_wall": round(time.perf_counter() - begin, 1), "index_cpu": round(cpu_seconds() - cpu, 1),
             "index_bytes": path.with_suffix(".keye").stat().st_size}  # fmt: skip
 
@@ -264,7 +266,7 @@ def main() -> None:
     fitter = commands.add_parser("fit", help="fit the calibration")
     fitter.add_argument("results", type=Path)
     fitter.add_argument("-o", "--output", type=Path, required=True)
-    fitter.add_argument("--recall", type=float, default=0.95, help="events that the threshold keeps")
+    fitter.add_argument("--recall", type=float, default=1.0, help="events that the threshold keeps")
     fitter.set_defaults(run=fit)
     maker = commands.add_parser("make", help="write one film and its gold answers")
     maker.add_argument("-o", "--output", type=Path, required=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -194,10 +194,13 @@ class ClipPrompt:
 
     `trunk` ends with the last visual token; `branches` hold the token ids after it, and their first position is
     `trunk.next_position`. Trunk and branch together are the prompt that `PromptBuilder` makes of video and question.
+    `options` are those of the video.
     """
 
-    def __init__(self, builder: PromptBuilder, frames: Frames, questions: list[str]) -> None:
-        medium = Medium("video", frames)
+    def __init__(
+        self, builder: PromptBuilder, frames: Frames, questions: list[str], options: Mapping[str, Any] | None = None
+    ) -> None:
+        medium = Medium("video", frames, dict(options or {}))
         full = builder.build([Message("user", (medium, questions[0]))])
         self.branches = []
         for question in questions:

@@ -132,9 +132,9 @@ def ask_in_one_pass(model: Keye, film: Film, number: int, path: Path, count: int
     with VideoReader(fetch_source(path)) as reader:
 
         def build(frames: int) -> ClipPrompt:
-            options = MediaOptions(nframes=frames, max_frames=frames, video_total_pixels=1e12)
-            plan = reader.plan(runtime.processor.config, options)
-            return ClipPrompt(runtime.prompts, Frames(reader.read(plan), plan.timestamps), texts)
+            options: dict[str, Any] = {"nframes": frames, "max_frames": frames, "video_total_pixels": 1e12}
+            plan = reader.plan(runtime.processor.config, MediaOptions(**options))
+            return ClipPrompt(runtime.prompts, Frames(reader.read(plan), plan.timestamps), texts, options)
 
         few, more = (build(frames).trunk.length for frames in (2, 10))
         begin, cpu = time.perf_counter(), cpu_seconds()
