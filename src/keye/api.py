@@ -155,8 +155,9 @@ class Keye:
         "auto", "low", "medium" or "high"; `seconds` is the longest that the search may take; without `scenes` borders
         are not put on hard cuts, which are looked for in every frame of the video; `subtitles` names a file or a
         track, or are lines, "none" leaves out what players show; `scorers` rank frames besides the model
-        (`keye.sessions.search.coarse.FrameScorer`). `media_options` as in `stream_ask`; `check` is called again and
-        again and may raise; `name` is what moments call the video."""
+        (`keye.sessions.search.coarse.FrameScorer`); `overwrite` replaces an index of another video or model.
+        `media_options` as in `stream_ask`; `check` is called again and again and may raise; `name` is what moments call
+        the video."""
         from keye.media.source.fetch import as_source, fetch_source
         from keye.sessions.search.find import FindOptions, FindStream, open_find
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import keye
+from keye.cache.segments import SEGMENTS_VERSION
+from keye.media.source.fetch import INDEX_MAGIC
 from keye.moments import FindProgress, FindResult, MomentsFound, SubtitleLine
 from keye.sessions.search.tools import VideoTools
 
@@ -95,6 +97,14 @@ def test_an_index_stands_for_its_video(nano: keye.Keye, film: Path, film_index: 
     copy.unlink()
     result = nano.find(tmp_path / "copy.keye", "the red circle")
     assert "no_video" in {note.code for note in result.notes} and result.coverage.places == 0
+
+
+def test_an_index_that_is_damaged_is_replaced_on_demand(nano: keye.Keye, film: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "film.keye"
+    damaged.write_bytes(INDEX_MAGIC + SEGMENTS_VERSION.to_bytes(4, "little") + bytes(64))
+    with pytest.raises(keye.KeyeError, match="film.keye"):
+        nano.find(film, "the red circle", index=damaged, seconds=1e-6)
+    assert nano.find(film, "the red circle", index=damaged, seconds=1e-6, overwrite=True).stopped
 
 
 def test_what_is_said_is_found_too(find: Any) -> None:

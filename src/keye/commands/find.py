@@ -90,7 +90,7 @@ def find(words: tuple[str, ...], clips: Path | None, overwrite: bool, as_json: b
         raise KeyeError(f"--index keeps the index of one video, but {len(opened)} were named; leave it out")
     check_files(opened, arguments, overwrite=overwrite)
     model = inputs.load_model(arguments)
-    searched = _search_all(model, opened, event, arguments)
+    searched = _search_all(model, opened, event, arguments, overwrite=overwrite)
     if not as_json:  # before the files, which may fail
         show_find.print_found([video.result for video in searched.videos], event, searched.failed)
     clip_paths, exports = list[Path](), list[Path]()
@@ -179,7 +179,9 @@ def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator
             yield name, str(error)
 
 
-def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Mapping[str, Any]) -> Searched:
+def _search_all(
+    model: Keye, opened: Sequence[Opened], event: str, arguments: Mapping[str, Any], *, overwrite: bool
+) -> Searched:
     """Searches one video after the other; those that turn out to be unreadable are listed as failed."""
     from keye.commands.shared.show_find import watch_search
     from keye.commands.shared.subtitles import find_subtitles
@@ -193,7 +195,7 @@ def _search_all(model: Keye, opened: Sequence[Opened], event: str, arguments: Ma
         stream = model.stream_find(
             medium, event, name=name if several else None, top=arguments["top"], threshold=arguments["threshold"],
             budget=arguments["budget"], effort=arguments["effort"], seconds=arguments["seconds"],
-            index=arguments["index_file"], scenes=not arguments["no_scenes"],
+            index=arguments["index_file"], overwrite=overwrite, scenes=not arguments["no_scenes"],
             subtitles=find_subtitles(medium, arguments),
         )  # fmt: skip
         try:

@@ -100,6 +100,7 @@ class FindOptions:
     scenes: bool = True
     subtitles: Any = None
     scorers: Sequence[FrameScorer] = ()
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.effort not in get_args(Effort):
@@ -207,13 +208,18 @@ class MomentSearch:
         plan = (self.options.effort, sorted(self.media_options.items()))
         path = self.options.index or default_index_path(self.source, self.engine.runtime.fingerprint, plan)
         note_use(path)
-        if (known := self._open_complete(path)) is not None:
-            self.index = known
+        try:
+            self.index = self._open_complete(path)
+        except KeyeError:  # of other weights, or damaged
+            if not self.options.overwrite:
+                raise
+        if self.index is not None:
             return
         medium = Medium("video", self.source, dict(self.media_options))
         events = build_search_index(
-            self.engine, medium, path, effort=self.options.effort, scenes=self.options.scenes, check=self._check
-        )
+            self.engine, medium, path, effort=self.options.effort, scenes=self.options.scenes,
+            overwrite=self.options.overwrite, check=self._check,
+        )  # fmt: skip
         for event in events:
             if isinstance(event, WindowsReady):
                 self.index = event.index
