@@ -85,13 +85,21 @@ def test_asking_about_the_part_that_was_found(run: Callable, film: Path) -> None
         (["find"], "give a video and an event, as in: keye find"),
         (["find", "the red circle"], "there is nothing to search: put a video before the event"),
         (["find", "{film}"], "is a file: put the event after the files"),
-        (["find", "{film}", "{film}", "x", "--index", "i.keye"], "--index keeps the index of one video, but 2"),
-        (["find", "{film}", "{film}", "x", "--record", "r.html"], "--record writes the record of one video, but 2"),
+        (["find", "{film}", "{again}", "x", "--index", "i.keye"], "--index keeps the index of one video, but 2"),
+        (["find", "{film}", "{again}", "x", "--record", "r.html"], "--record writes the record of one video, but 2"),
         (["find", "{film}", ""], "the event is empty"),
         (["ask", "{film}", "what?", "--search", "x", "--fps", "2"], "--search chooses frames itself: leave --fps out"),
         (["ask", "{film}", "{film}", "what?", "--search", "x"], "--search finds the part of one video"),
     ],
 )
 def test_mistakes_get_one_sentence(run: Callable, film: Path, arguments: list[str], sentence: str) -> None:
-    result = run(*(str(film) if argument == "{film}" else argument for argument in arguments))
+    names = {"{film}": str(film), "{again}": f"{film.parent}/./{film.name}"}
+    result = run(*(names.get(argument, argument) for argument in arguments))
     assert result.code == 2 and sentence in result.err and result.err.count("\n") == 1
+
+
+def test_a_search_index_stands_for_its_video_in_exports(run: Callable, film_index: Path, tmp_path: Path) -> None:
+    # The folder holds no model: what cannot be exported fails before one is loaded.
+    words = ["find", film_index, "the red circle", "--model", tmp_path, "--export"]
+    assert "is an index" not in run(*words, tmp_path / "cut.edl").err
+    assert "is the input itself" not in run(*words, tmp_path / "cut.edl", "--record", tmp_path / "r.html").err

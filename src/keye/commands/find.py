@@ -170,6 +170,7 @@ def _open_videos(files: Sequence[str], arguments: Mapping[str, Any]) -> Iterator
             raise KeyeError(f"{file} is a folder without videos; name another one, or a file")
         names += map(str, listing.videos)
     choices = {**dict.fromkeys((*VIDEO_OPTIONS, *options.VIDEO_OPTIONS, *options.FORMAT_OPTIONS)), **arguments}
+    names = list(dict.fromkeys(names))
     for name in names:
         try:
             yield Named(name, inputs.only_video(name, choices))
@@ -237,16 +238,34 @@ def check_files(opened: Sequence[Opened], arguments: Mapping[str, Any], *, overw
     """`KeyeError` where `--export` and `--record` cannot work, before a model is loaded."""
     from keye.commands.shared.export import plan_exports
     from keye.commands.shared.record import check_record
+    from keye.media.source.fetch import is_index
 
-    media = {video.name: video.medium.source for video in opened if isinstance(video, Named)}
+    if not (arguments["export"] or arguments["record"]):
+        plan_exports(arguments, {}, overwrite=overwrite)
+        return
+    media = {video.name: _resolve_video(video.medium.source) for video in opened if isinstance(video, Named)}
     if arguments["record"] is not None:
         if len(opened) > 1:
             raise KeyeError(f"--record writes the record of one video, but {len(opened)} were named; leave it out")
+        if any(is_index(source) for source in media.values()):
+            raise KeyeError("the video of the index is not where it was: give the video itself for --record")
         check_record(arguments["record"], list(media.values()), overwrite=overwrite)
     if len(opened) == 1:
         plan_exports(arguments, next(iter(media.values())), overwrite=overwrite)  # type: ignore[arg-type]
     else:
         plan_exports(arguments, media, overwrite=overwrite)  # type: ignore[arg-type]
+
+
+def _resolve_video(source: Any) -> Any:
+    """The video of a search index where it still is; anything else as it is."""
+    from keye.cache.segments import is_segmented, read_segments
+    from keye.sessions.search.headers import IndexContents
+    from keye.sessions.search.places import find_again
+
+    if source.path is None or not is_segmented(source.path):
+        return source
+    head = IndexContents.read(source.path, read_segments(source.path)).head
+    return find_again(head.source.get("path"), str(head.source["identity"])) or source
 
 
 def _write_exports(
