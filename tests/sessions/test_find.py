@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import keye
-from keye.cache.segments import SEGMENTS_VERSION
+from keye.cache.index_file import SEGMENTS_VERSION
 from keye.media.source.fetch import INDEX_MAGIC
 from keye.moments import FindProgress, FindResult, MomentsFound, SubtitleLine
 from keye.sessions.search.tools import VideoTools

@@ -251,9 +251,9 @@ def check_files(opened: Sequence[Opened], arguments: Mapping[str, Any], *, overw
             raise KeyeError("the video of the index is not where it was: give the video itself for --record")
         check_record(arguments["record"], list(media.values()), overwrite=overwrite)
     if len(opened) == 1:
-        plan_exports(arguments, next(iter(media.values())), overwrite=overwrite)  # type: ignore[arg-type]
+        plan_exports(arguments, next(iter(media.values())), overwrite=overwrite)
     else:
-        plan_exports(arguments, media, overwrite=overwrite)  # type: ignore[arg-type]
+        plan_exports(arguments, media, overwrite=overwrite)
 
 
 def _resolve_video(source: Any) -> Any:
