@@ -100,11 +100,11 @@ def test_an_index_stands_for_its_video(nano: keye.Keye, film: Path, film_index: 
 
 
 def test_an_index_that_is_damaged_is_replaced_on_demand(nano: keye.Keye, film: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "film.keye"
-    damaged.write_bytes(INDEX_MAGIC + SEGMENTS_VERSION.to_bytes(4, "little") + bytes(64))
+    path = tmp_path / "film.keye"
+    path.write_bytes(INDEX_MAGIC + SEGMENTS_VERSION.to_bytes(4, "little") + bytes(64))
     with pytest.raises(keye.KeyeError, match="film.keye"):
-        nano.find(film, "the red circle", index=damaged, seconds=1e-6)
-    assert nano.find(film, "the red circle", index=damaged, seconds=1e-6, overwrite=True).stopped
+        nano.find(film, "the red circle", index=path, seconds=1e-6)
+    assert nano.find(film, "the red circle", index=path, seconds=1e-6, overwrite=True).stopped
 
 
 def test_what_is_said_is_found_too(find: Any) -> None:
