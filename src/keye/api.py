@@ -152,9 +152,10 @@ class Keye:
         in the file `index` or else in the user's cache, and questions after the first go on from there. Options, all
         with a default: `budget` tokens may be spent on the question (by default an eighth of those of the index); `top`
         moments are returned; `threshold` is the probability from which on a moment counts as found; `effort` is
-        "auto", "low", "medium" or "high"; `seconds` is the longest that the search may take; without `scenes` borders
-        are not put on hard cuts, which are looked for in every frame of the video; `subtitles` names a file or a
-        track, or are lines, "none" leaves out what players show; `scorers` rank frames besides the model
+        "auto", "low", "medium" or "high"; `seconds` is the longest that the search may take and `most_tokens` the
+        most that it may spend on the question, whatever the budget; without `scenes` borders are not put on hard cuts,
+        which are looked for in every frame of the video; `subtitles` names a file or a track, or are lines, "none"
+        leaves out what players show; `scorers` rank frames besides the model
         (`keye.sessions.search.coarse.FrameScorer`); `overwrite` replaces an index of another video or model.
         `media_options` as in `stream_ask`; `check` is called again and again and may raise; `name` is what moments call
         the video."""

@@ -85,6 +85,13 @@ def test_a_stopped_search_returns_what_it_has(nano: keye.Keye, catalog: Catalog)
     assert result.coverage.scored_windows < result.coverage.windows
 
 
+@pytest.mark.parametrize("bound", [{"budget": 1}, {"seconds": 1e-6}])
+def test_tokens_and_time_bound_a_search(nano: keye.Keye, catalog: Catalog, bound: dict[str, object]) -> None:
+    result = search(nano, catalog, "the cyan triangle", **bound)
+    assert result.stopped and result.coverage.close_videos == 0
+    assert 0 < result.coverage.scored_windows < result.coverage.windows
+
+
 def test_an_empty_library_says_what_to_do(nano: keye.Keye, tmp_path: Path) -> None:
     with pytest.raises(KeyeError, match="keye library add"):
         search(nano, Catalog(tmp_path), "the cyan triangle")

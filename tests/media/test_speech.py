@@ -169,6 +169,14 @@ def test_a_large_answer_and_no_answer_are_errors(service: Service, talk: Path, m
         transcribe(talk, Transcriber("http://127.0.0.1:1/v1"))
 
 
+@pytest.mark.parametrize(
+    ("url", "key"), [("http://h:99999/", None), ("http://[h/", None), ("http://h/v1", "a key\nof two lines")]
+)
+def test_an_address_or_key_that_cannot_be_is_rejected(url: str, key: str | None) -> None:
+    with pytest.raises(KeyeError, match="transcri"):
+        Transcriber(url, key=key)
+
+
 def test_work_ends_where_it_is_checked(service: Service, talk: Path) -> None:
     def check() -> None:
         raise InterruptedError

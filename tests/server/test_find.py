@@ -282,10 +282,22 @@ def test_a_waiting_search_that_is_stopped_ends_with_an_error(
     first, second = (Reading(served, "ann", body_of(files["ann"])) for _ in range(2))
     first.next("moments")
     send(served, "ann", f"/v1/video/find/{second.next('started')['id']}/stop")
-    doubles[0].go_on.set()
-    assert second.next("error")["error"]["code"] == "stopped" and len(doubles) == 1
+    assert second.next("error")["error"]["code"] == "stopped" and len(doubles) == 1, "the first still runs"
     first.close()
     second.close()
+
+
+def test_an_upload_takes_the_room_of_indexes(model: keye.Keye, video: Path, doubles: Doubles) -> None:
+    doubles.waits = False
+    size = video.stat().st_size
+    settings = Settings(stored_bytes=2 * size + 500)
+    with TestClient(guarded_app(model, settings), base_url="http://127.0.0.1") as client:
+        form = {"files": {"file": ("a.mp4", video.read_bytes())}, "data": {"purpose": "media"}}
+        file_id = client.post("/v1/files", **form).json()["id"]
+        assert client.post("/v1/video/find", json=body_of(file_id)).status_code == 200
+        assert doubles[0].options["index"].exists()
+        assert client.post("/v1/files", **form).status_code == 200 and not doubles[0].options["index"].exists()
+        error_of(client.post("/v1/files", **form), 429)
 
 
 def test_indexes_count_as_storage_and_the_oldest_make_room(model: keye.Keye, video: Path, doubles: Doubles) -> None:

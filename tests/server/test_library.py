@@ -105,6 +105,9 @@ def test_a_video_is_used_by_its_id_like_an_upload(server: Running, indexed: dict
     result = httpx.post(f"{server.url}/v1/video/find", json=body, timeout=60).json()["result"]
     assert result["coverage"]["unseen"] == []
     assert list(server.app.app.state.keye.files.folder.glob("find-*")) == [], "the index of the library was used"
+    body |= {"preprocess_kwargs": {"video_end": 2.0}}
+    httpx.post(f"{server.url}/v1/video/find", json=body, timeout=60).raise_for_status()
+    assert len(list(server.app.app.state.keye.files.folder.glob("find-*"))) == 1, "an index of this part was made"
 
 
 def test_all_videos_are_searched(server: Running, indexed: dict[str, Any]) -> None:
@@ -142,6 +145,24 @@ def test_what_is_rejected(server: Running, http: TestClient, indexed: dict[str, 
     error_of(httpx.post(f"{server.url}/v1/library/find", json={"event": ""}))
     assert error_of(http.get("/v1/library"), 404)["code"] == "no_library"
     error_of(http.post("/v1/video/frames", json={"video": {"file_id": "library-1"}, "times": [0.0]}), 404)
+
+
+def test_paths_are_hidden_from_those_who_may_not_manage(model: keye.Keye, films: Path, tmp_path: Path) -> None:
+    """Names stand for folders and indexes in problems, reasons and errors."""
+    library = served_library.ServedLibrary(model, tmp_path / "kept", may_manage=False)
+    library.catalog.add_folder(films)
+    library.problems = (f"{films}/deep cannot be read", f"the disk of {tmp_path / 'kept'} is full")
+    good, bad = sorted(library.catalog.entries(), key=lambda entry: entry.path.name, reverse=True)
+    library.catalog.update(bad, "failed", reason=f"{bad.path} is not a video")
+    library.catalog.update(good, "indexed", searchable=4.0, duration=4.0)  # its index is gone
+    described = library.describe()
+    assert described["problems"] == ["films/deep cannot be read", "the disk of the library is full"]
+    assert "films/broken.mp4 is not a video" in {entry["reason"] for entry in described["videos"]}
+    with pytest.raises(keye.KeyeError, match="nothing in the library") as error:
+        list(library.search("a dog", lambda search: None))
+    texts = json.dumps(described) + str(error.value)
+    assert str(films.parent) not in texts and str(tmp_path) not in texts
+    library.close()
 
 
 def test_clients_with_keys_search_and_do_not_manage(model: keye.Keye, films: Path, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_an_index_stands_for_its_video(nano: keye.Keye, film: Path, film_index: 
     assert (result.moments[0].start, result.moments[0].end) == (21.0, 23.0)
     copy = Path(shutil.copy(film, tmp_path / "copy.mp4"))
     nano.find(copy, "green cross", index=tmp_path / "copy.keye", subtitles="none", effort="low", scenes=False)
+    with pytest.raises(keye.KeyeError, match="its own options"):
+        nano.find(copy, "green cross", index=tmp_path / "copy.keye", media_options={"video_end": 10.0})
     copy.unlink()
     result = nano.find(tmp_path / "copy.keye", "the red circle")
     assert "no_video" in {note.code for note in result.notes} and result.coverage.places == 0

@@ -242,7 +242,7 @@ def find_in_library(
         show.print_json({**result.to_dict(), "clips": [str(path) for path in paths], **named})
     for path in () if as_json else [*paths, *files]:
         show.print_line(say("wrote", path=path))
-    if result.stopped and arguments["seconds"] is None:
+    if result.stopped and arguments["seconds"] is None and arguments["budget"] is None:
         raise click.exceptions.Exit(130)
 
 

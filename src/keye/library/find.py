@@ -117,7 +117,8 @@ class LibrarySearch:
         check: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.catalog, self.event, self.embedder = model, catalog, check_event(event), embedder
-        self.options = FindOptions(top=top, threshold=threshold, budget=budget)
+        options = FindOptions(top=top, threshold=threshold, budget=budget)
+        self.options = replace(options, budget=None, most_tokens=budget)
         if seconds is not None and not seconds > 0:
             raise KeyeError(f"seconds is {seconds}; it must be above 0")
         self.limit, self.check = seconds, check
@@ -128,7 +129,7 @@ class LibrarySearch:
         self.results: list[FindResult] = []
         self.tokens = 0
         self.chosen: set[int] | None = None
-        self._stop = False
+        self._stop = self._is_cut_short = False
 
     def stop(self) -> None:
         """Ends the search as soon as it can; the last event is the best so far. From any thread."""
@@ -136,10 +137,16 @@ class LibrarySearch:
 
     @property
     def is_over(self) -> bool:
-        """Whether it was stopped, or its time has passed."""
+        """Whether it was stopped, or its time or its tokens are spent."""
         if self.check is not None:
             self.check()
-        return self._stop or (self.limit is not None and time.perf_counter() - self.begin > self.limit)
+        return self._stop or self._seconds_left() <= 0 or self._tokens_left() <= 0
+
+    def _seconds_left(self) -> float:
+        return np.inf if self.limit is None else self.limit - (time.perf_counter() - self.begin)
+
+    def _tokens_left(self) -> float:
+        return np.inf if self.options.most_tokens is None else self.options.most_tokens - self.tokens
 
     def run(self) -> Generator[LibraryEvent]:
         """The events of the search."""
@@ -212,6 +219,7 @@ class LibrarySearch:
                 yield FindProgress("coarse", done, len(windows), "window", round(left, 1))
                 yield MomentsFound(self._best_windows())
             if self.is_over:
+                self._is_cut_short |= done < len(windows)
                 return
 
     def _best_windows(self) -> tuple[Moment, ...]:
@@ -228,6 +236,7 @@ class LibrarySearch:
         ranked = sorted((v for v in self.videos if v.best >= LEAST_YES), key=lambda v: -v.best)[:CLOSE_VIDEOS]
         for number, video in enumerate(ranked):
             if self.is_over:
+                self._is_cut_short = True
                 return
             yield FindProgress("close", number, len(ranked), "video")
             yield from self._search(video)
@@ -238,19 +247,29 @@ class LibrarySearch:
         try:
             source = as_source(str(path)) if path.exists() else None
             search = MomentSearch(
-                self.model.engine, source, self.event, self.options, check=self._check_close, index=video.index,
-                name=str(path),
+                self.model.engine, source, self.event, self._options_left(), check=self._check_close,
+                index=video.index, name=str(path),
             )  # fmt: skip
             search.scored.update(video.scores)
             for event in search.run():
                 if self.is_over:
                     search.stop()
                 if isinstance(event, FindResult):
+                    self._is_cut_short |= event.stopped
                     self.results.append(event)
                     self.tokens += event.coverage.query_tokens
                     yield MomentsFound(self._ranked()[0] or self._best_windows())
         except KeyeError as error:
             self._note("unreadable", f"{path}: {error}")
+
+    def _options_left(self) -> FindOptions:
+        """The options of a search in one video: what is left of time and tokens bounds it."""
+        options = self.options
+        if self.limit is not None:
+            options = replace(options, seconds=max(self._seconds_left(), 1e-3))
+        if options.most_tokens is not None:
+            options = replace(options, most_tokens=max(options.most_tokens - self.tokens, 1))
+        return options
 
     def _check_close(self) -> None:
         if self.check is not None:
@@ -289,5 +308,6 @@ class LibrarySearch:
                 sum(len(video.numbers) for video in self.videos), sum(len(video.scores) for video in self.videos),
                 len(self.results), self.tokens, tuple(self.missing),
             ),
-            (*notes.values(), *self.notes), round(time.perf_counter() - self.begin, 3), self._stop,
+            (*notes.values(), *self.notes), round(time.perf_counter() - self.begin, 3),
+            self._stop or self._is_cut_short,
         )  # fmt: skip

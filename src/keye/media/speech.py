@@ -57,11 +57,22 @@ class Transcriber:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        plain = self.url.isascii() and self.url.isprintable() and " " not in self.url
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or not plain:
+        if not (self.url.isascii() and self.url.isprintable() and " " not in self.url and _is_address(self.url)):
             raise KeyeError(f"transcribe is {self.url[:80]!r}; give an http or https address, such as "
                             "http://127.0.0.1:9000/v1")  # fmt: skip
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            raise KeyeError("the key of the transcription service has line breaks or other characters that no key has; "
+                            "give the key alone")  # fmt: skip
+
+
+def _is_address(url: str) -> bool:
+    """Whether this is an http or https address without a user, whose host and port can be."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.username is None
+                    and parts.port != 0)  # fmt: skip
+    except ValueError:  # the port or the host is none
+        return False
 
 
 def transcribe(
@@ -99,16 +110,18 @@ def transcribe(
 
 def _parts(reader: VideoReader, end: float) -> Iterator[tuple[float, NDArray[np.int16]]]:
     """(begin in seconds, samples at 16 kHz) of parts of the sound, each but the last cut at its quietest place."""
-    begin, remaining = 0.0, np.empty(0, np.int16)
+    begin, pieces, count = 0.0, list[NDArray[np.int16]](), 0
     most, search = int(_PART * _RATE), int(_SEARCH * _RATE)
     for piece in _mono(reader, end):
-        remaining = np.concatenate([remaining, piece])
-        while len(remaining) >= most:
-            cut = most - search + _quietest(remaining[most - search : most])
-            yield begin, remaining[:cut]
-            begin, remaining = begin + cut / _RATE, remaining[cut:]
-    if len(remaining) >= int(_QUIET * _RATE):
-        yield begin, remaining
+        pieces.append(piece)
+        count += len(piece)
+        while count >= most:
+            samples = np.concatenate(pieces)
+            cut = most - search + _quietest(samples[most - search : most])
+            yield begin, samples[:cut]
+            begin, pieces, count = begin + cut / _RATE, [samples[cut:]], count - cut
+    if count >= int(_QUIET * _RATE):
+        yield begin, np.concatenate(pieces)
 
 
 def _mono(reader: VideoReader, end: float) -> Iterator[NDArray[np.int16]]:

@@ -134,3 +134,4 @@ async def _sweep(context: Context) -> None:
         await context.in_thread(context.thumbnails.sweep)
         await context.in_thread(context.files.sweep)
         await context.in_thread(context.responses.sweep)
+        await context.in_thread(context.indexes.sweep)

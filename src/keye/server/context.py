@@ -81,7 +81,7 @@ class Context:
 
     @cached_property
     def indexes(self) -> SearchIndexes:
-        return SearchIndexes(self.files, self.salt)
+        return SearchIndexes(self.files, self.salt, self.settings.file_seconds)
 
     @cached_property
     def transcripts(self) -> Transcripts:

@@ -4,9 +4,10 @@ changes. It belongs to the operator and is there for all keys; folders are manag
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,7 @@ from keye.library.indexing import index_library
 from keye.media.source.fetch import Source, fetch_source
 from keye.moments import FindProgress, MomentsFound
 from keye.server.edge.errors import ApiError
+from keye.sessions.search.search_index import open_search_index
 
 if TYPE_CHECKING:
     from keye.api import Keye
@@ -123,12 +125,46 @@ class ServedLibrary:
 
     def source(self, video_id: str) -> Source:
         """The file of a video. `MediaError` where it is gone. Blocks."""
-        return fetch_source(self.entry(video_id).path)
+        path = self.entry(video_id).path
+        with self.hiding_paths():
+            return fetch_source(path)
 
-    def find_index(self, path: Path | None) -> Path | None:
-        """The index of a video by its path; None for others, and those that are not indexed. Blocks."""
+    def find_index(self, path: Path | None, media_options: Mapping[str, Any], *, scenes: bool) -> Path | None:
+        """The index of a video by its path, if it was made under these options of media, and with scenes where they
+        are wanted; None for others, and those that are not indexed. Blocks."""
         entries = self.catalog.entries("indexed") if path is not None else []
-        return next((self.catalog.index_path(entry) for entry in entries if entry.path == path), None)
+        entry = next((entry for entry in entries if entry.path == path), None)
+        if entry is None:
+            return None
+        try:
+            index = open_search_index(self.model.runtime, self.catalog.index_path(entry))
+        except KeyeError:  # made by another model, or gone: a search makes its own
+            return None
+        fits = index.suits(media_options) and (not scenes or index.scenes_end > 0)
+        index.release()
+        return self.catalog.index_path(entry) if fits else None
+
+    def names_for_paths(self) -> Callable[[str], str]:
+        """What puts names in place of the library's paths in a text; leaves it as it is for those who may manage.
+        Blocks."""
+        if self.may_manage:
+            return lambda text: text
+        names = {str(folder.path): folder.path.name or "/" for folder in self.catalog.folders()}
+        names |= {str(self.catalog.index_path(entry)): f"{LIBRARY}{entry.id}" for entry in self.catalog.entries()}
+        for path in (self.catalog.indexes, self.catalog.folder):
+            names |= {str(form): "the library" for form in (path, path.resolve()) if form.is_absolute()}
+        pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        return lambda text: pattern.sub(lambda match: names[match[0]], text)
+
+    @contextmanager
+    def hiding_paths(self) -> Iterator[None]:
+        """Puts names in place of the library's paths in errors that are raised within. Blocks."""
+        rename = self.names_for_paths()
+        try:
+            yield
+        except KeyeError as error:
+            error.args = tuple(rename(str(part)) if isinstance(part, str | Path) else part for part in error.args)
+            raise
 
     def state(self) -> object:
         """Something that differs whenever `describe` does. Blocks."""
@@ -137,6 +173,7 @@ class ServedLibrary:
     def describe(self) -> dict[str, Any]:
         """All of it, as plain data. Blocks."""
         change, entries = self.catalog.last_change(), self.catalog.entries()
+        rename = self.names_for_paths()
         folders = [
             {"name": folder.path.name, "watch": folder.watch, **({"path": str(folder.path)} if self.may_manage else {})}
             for folder in self.catalog.folders()
@@ -144,15 +181,16 @@ class ServedLibrary:
         return {
             "object": "keye.library", "folders": folders, "videos": self.describe_entries(entries), "change": change,
             "bytes": self.catalog.used_bytes(), "limit": self.catalog.limit, "may_manage": self.may_manage,
-            "indexing": None if self.indexing is None else self.indexing.to_dict(), "problems": list(self.problems),
+            "indexing": None if self.indexing is None else self.indexing.to_dict(),
+            "problems": [rename(problem) for problem in self.problems],
         }  # fmt: skip
 
     def describe_entries(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
         """Videos as plain data, named by their folder; with paths for those who may manage."""
-        roots = [folder.path for folder in self.catalog.folders()]
+        roots, rename = [folder.path for folder in self.catalog.folders()], self.names_for_paths()
         return [
-            {**entry.to_dict(), "id": f"{LIBRARY}{entry.id}", "name": _name(entry.path, roots),
-             "path": str(entry.path) if self.may_manage else None}
+            {**entry.to_dict(), "reason": entry.reason and rename(entry.reason), "id": f"{LIBRARY}{entry.id}",
+             "name": _name(entry.path, roots), "path": str(entry.path) if self.may_manage else None}
             for entry in entries
         ]  # fmt: skip
 
@@ -161,15 +199,18 @@ class ServedLibrary:
         ids; `on_search` gets what can be stopped. Blocks."""
         search = LibrarySearch(self.model, self.catalog, event, **options)
         on_search(search)
-        entries = self.describe_entries(self.catalog.entries())
-        named = {str(entry.path): data for entry, data in zip(self.catalog.entries(), entries, strict=False)}
-        for item in search.run():
-            if isinstance(item, FindProgress):
-                yield item
-            elif isinstance(item, MomentsFound):
-                yield _with_ids(item.to_dict(), named)
-            elif isinstance(item, LibraryResult):
-                yield {"type": "result", "result": _with_ids(item.to_dict(), named)}
+        entries, rename = self.catalog.entries(), self.names_for_paths()
+        described = self.describe_entries(entries)
+        named = {str(entry.path): data for entry, data in zip(entries, described, strict=True)}
+        with self.hiding_paths():
+            for item in search.run():
+                if isinstance(item, FindProgress):
+                    yield item
+                elif isinstance(item, MomentsFound):
+                    yield _with_ids(item.to_dict(), named, rename)
+                elif isinstance(item, LibraryResult):
+                    result = {**_with_ids(item.to_dict(), named, rename), "query": item.query}
+                    yield {"type": "result", "result": result}
 
 
 def _name(path: Path, roots: Sequence[Path]) -> str:
@@ -177,13 +218,15 @@ def _name(path: Path, roots: Sequence[Path]) -> str:
     return path.relative_to(root.parent).as_posix()
 
 
-def _with_ids(value: Any, named: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Plain data in which each `file` is the id of a video, and `name` its name."""
+def _with_ids(value: Any, named: Mapping[str, Mapping[str, Any]], rename: Callable[[str], str]) -> Any:
+    """Plain data in which each `file` is the id of a video, and `name` its name; other texts are renamed."""
+    if isinstance(value, str):
+        return rename(value)
     if isinstance(value, list):
-        return [_with_ids(item, named) for item in value]
+        return [_with_ids(item, named, rename) for item in value]
     if not isinstance(value, dict):
         return value
-    data = {key: _with_ids(item, named) for key, item in value.items()}
+    data = {key: _with_ids(item, named, rename) for key, item in value.items()}
     if isinstance(file := value.get("file"), str):
         known = named.get(file, {"id": None, "name": Path(file).name})
         data |= {"file": known["id"], "name": known["name"]}

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -138,9 +138,18 @@ class Jobs:
             with suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(queue.put_nowait, (event,))
 
-        async with self._turns[job.owner], self._running:
-            if job.is_stopping:
-                raise ApiError(409, "the search was stopped before it began", code="stopped")
+        stopped = asyncio.Event()
+
+        def note_stop() -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(stopped.set)
+
+        job.on_stop(note_stop)
+        async with AsyncExitStack() as stack:
+            for place in (self._turns[job.owner], self._running):
+                if not await _acquire(place, stopped) or job.is_stopping:
+                    raise ApiError(409, "the search was stopped before it began", code="stopped")
+                stack.callback(place.release)
             await self._submit(job.work, job, emit)
 
     def _leave(self, job: Job) -> None:
@@ -148,6 +157,21 @@ class Jobs:
         if not self._count[job.owner]:
             del self._count[job.owner]
             self._turns.pop(job.owner, None)
+
+
+async def _acquire(place: asyncio.Lock | asyncio.Semaphore, stopped: asyncio.Event) -> bool:
+    """Waits for a place, and whether it was taken: not where `stopped` is set before."""
+    taking, stopping = asyncio.ensure_future(place.acquire()), asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        taking.cancel()
+    await asyncio.wait((taking,))
+    if not taking.cancelled() and stopped.is_set():
+        place.release()
+        return False
+    return not taking.cancelled()
 
 
 @dataclass(frozen=True)
@@ -217,22 +241,41 @@ class Transcripts:
 
 class SearchIndexes:
     """Files of indexes by owner and video, in the folder of uploads and counted as storage of their owner. Those used
-    longest ago make room for others. Safe to share by threads."""
+    longest ago make room for others, and for uploads; those not used for `seconds` go. Safe to share by threads."""
 
-    def __init__(self, files: FileStore, salt: Callable[[str], bytes]) -> None:
-        self._files, self._salt = files, salt
+    def __init__(self, files: FileStore, salt: Callable[[str], bytes], seconds: float) -> None:
+        self._files, self._salt, self._seconds = files, salt, seconds
         self._sizes: defaultdict[str, OrderedDict[Path, int]] = defaultdict(OrderedDict)
+        self._used: dict[Path, float] = {}
+        self._busy: Counter[Path] = Counter()
         self._lock = threading.Lock()
+        files.evict = self._evict
 
     def path(self, owner: str, source: Source, options: Mapping[str, Any]) -> Path:
-        """Where the index of a video under these options is, or will be. Reads the file once. Blocks."""
+        """Where the index of a video under these options is, or will be; in use until `release`. Reads the file once.
+        Blocks."""
         facts = repr(sorted(options.items())).encode()
         digest = hashlib.sha256(self._salt(owner) + identify_source(source).encode() + facts).hexdigest()
         path = self._files.folder / f"find-{digest}"
         with self._lock:
             self._sizes[owner].setdefault(path, 0)
             self._sizes[owner].move_to_end(path)
+            self._busy[path] += 1
         return path
+
+    def release(self, path: Path) -> None:
+        """Ends a use of an index."""
+        with self._lock:
+            self._busy[path] -= 1
+            self._used[path] = time.time()
+
+    def sweep(self) -> None:
+        """Removes those that were not used for long."""
+        oldest = time.time() - self._seconds
+        with self._lock:
+            for owner in list(self._sizes):
+                for path in [path for path in self._idle(owner) if self._used[path] < oldest]:
+                    self._drop(owner, path)
 
     def account(self, owner: str, path: Path) -> None:
         """Counts what an index has grown by; `ApiError` where there is no room for it even without the others."""
@@ -258,6 +301,19 @@ class SearchIndexes:
         with self._lock:
             self._drop(owner, path)
 
+    def _idle(self, owner: str) -> list[Path]:
+        """Indexes that no search uses, those used longest ago first."""
+        return [path for path in self._sizes.get(owner, ()) if not self._busy[path]]
+
+    def _evict(self, owner: str) -> bool:
+        """Removes the index that was used longest ago; False where all are in use."""
+        with self._lock:
+            idle = self._idle(owner)
+            if idle:
+                self._drop(owner, idle[0])
+            return bool(idle)
+
     def _drop(self, owner: str, path: Path) -> None:
         self._files.claim(owner, -self._sizes[owner].pop(path, 0))
+        self._used.pop(path, None)
         path.unlink(missing_ok=True)

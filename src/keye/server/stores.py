@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,21 @@ class FileStore:
         self._arriving: dict[Path, tuple[str, int]] = {}
         self._claimed: Counter[str] = Counter()
         self._lock = threading.Lock()
+        #: Removes something of an owner that can be made again, and says whether there was anything.
+        self.evict: Callable[[str], bool] = lambda owner: False
+
+    def make_room(self, owner: str, count: int) -> None:
+        """Removes what can be made again until there is room for `count` more bytes, or nothing of it is left."""
+        while not self._has_room(owner, count) and self.evict(owner):
+            pass
+
+    def _has_room(self, owner: str, count: int) -> bool:
+        try:
+            with self._lock:
+                self._check_bytes(owner, count)
+        except ApiError:
+            return False
+        return True
 
     def check_room(self, owner: str) -> None:
         """`ApiError` where an owner has as many files as may be kept."""
@@ -90,6 +105,7 @@ class FileStore:
 
     def keep(self, file: StoredFile) -> None:
         """Takes a file that is in the folder already; `ApiError` where it is too large."""
+        self.make_room(file.owner, file.size)
         with self._lock:
             self._check_bytes(file.owner, file.size)
             self._files[file.id] = file
@@ -106,8 +122,10 @@ class FileStore:
     def grow(self, path: Path, count: int) -> None:
         """Accounts for `count` more bytes before they are written."""
         with self._lock:
-            owner, size = self._arriving[path]
-            size += count
+            owner, _ = self._arriving[path]
+        self.make_room(owner, count)
+        with self._lock:
+            size = self._arriving[path][1] + count
             if size > self._settings.upload_bytes:
                 most = format_bytes(self._settings.upload_bytes)
                 raise ApiError(413, f"the file is larger than {most}; cut it into parts or re-encode it", param="file")
@@ -300,6 +318,7 @@ class ResponseStore:
             mine = self._entries[owner]
             while self._sizes[owner] + size > self._most:
                 self._drop(owner, next(iter(mine)))
+            self._files.make_room(owner, size)
             try:
                 self._files.claim(owner, size)
             except ApiError:

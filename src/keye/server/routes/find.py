@@ -4,6 +4,7 @@ found so far, which can be stopped."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -83,24 +84,31 @@ def _search(context: Context, owner: str, body: FindRequest, job: Job, emit: Emi
     if budget is not None and budget > most:
         budget = most
         add_note(f"budget is lowered to the {most:,} tokens that a question may cost here")
-    ready = None if context.library is None else context.library.find_index(source.path)
+    ready = None
+    if context.library is not None:
+        ready = context.library.find_index(source.path, options, scenes=body.scenes)
     path = ready or context.indexes.path(owner, source, {**options, "scenes": body.scenes, "effort": body.effort})
-    stream = context.model.stream_find(
-        source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
-        seconds=context.settings.find_seconds,
-        scenes=body.scenes, subtitles=_subtitles(context, owner, body, job, emit), media_options=options,
-    )  # fmt: skip
-    job.on_stop(stream.stop)
     try:
-        for item in stream:
-            if ready is None:
-                context.indexes.account(owner, path)
-            if isinstance(item, FindResult):
-                _keep(context, owner, body, source, job, item)
-            emit(item)
+        stream = context.model.stream_find(
+            source, body.event, budget=budget, top=body.top, threshold=body.threshold, effort=body.effort, index=path,
+            seconds=context.settings.find_seconds, most_tokens=most,
+            scenes=body.scenes, subtitles=_subtitles(context, owner, body, job, emit), media_options=options,
+        )  # fmt: skip
+        job.on_stop(stream.stop)
+        with nullcontext() if context.library is None else context.library.hiding_paths():
+            for item in stream:
+                if ready is None:
+                    context.indexes.account(owner, path)
+                if isinstance(item, FindResult):
+                    _keep(context, owner, body, source, job, item)
+                emit(item)
     except ApiError:
-        context.indexes.remove(owner, path)
+        if ready is None:  # one of the library is not the owner's
+            context.indexes.remove(owner, path)
         raise
+    finally:
+        if ready is None:
+            context.indexes.release(path)
 
 
 def _keep(context: Context, owner: str, body: FindRequest, source: Source, job: Job, result: FindResult) -> None:

@@ -78,8 +78,7 @@ DEPTHS: Final[Mapping[Effort, Depth]] = {
 }
 #: Tokens that may be spent on a short video, whose index has few.
 LEAST_BUDGET: Final = 10_000
-#: The part of the budget that is kept for the second questions.
-_VERIFY_SHARE: Final = 0.3
+_VERIFY_SHARE: Final = 0.3  # of the budget is kept for the second questions
 #: Spans looked at together, and frames of a look of a model that does not say how many it was measured on.
 _WIDTH: Final = 3
 _FRAMES: Final = 64
@@ -101,11 +100,12 @@ class FindOptions:
     subtitles: Any = None
     scorers: Sequence[FrameScorer] = ()
     overwrite: bool = False
+    most_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.effort not in get_args(Effort):
             raise KeyeError(f"effort is {self.effort!r}; choose {', '.join(get_args(Effort))}")
-        for name, value in (("budget", self.budget), ("top", self.top)):
+        for name, value in (("budget", self.budget), ("top", self.top), ("most_tokens", self.most_tokens)):
             if value is not None and not (is_whole(value) and value > 0):
                 raise KeyeError(f"{name} is {value!r}; it must be a whole number above 0")
         if self.threshold is not None and not (is_number(self.threshold) and 0 <= self.threshold <= 1):
@@ -170,7 +170,8 @@ class MomentSearch:
         if self.check is not None:
             self.check()
         late = self.options.seconds is not None and time.perf_counter() - self._begin > self.options.seconds
-        if self._stop or late:
+        most = self.options.most_tokens
+        if self._stop or late or (most is not None and self._question_tokens + self.asker.tokens >= most):
             raise _Stopped
 
     # Stages
@@ -235,7 +236,7 @@ class MomentSearch:
             return None
         index = open_search_index(self.engine.runtime, path)
         is_own = index.head.source["identity"] == identify_source(self.source)
-        return index if is_own and index.is_complete else None
+        return index if is_own and index.is_complete and index.suits(self.media_options) else None
 
     def _score(self, numbers: Sequence[int]) -> Iterator[FindEvent]:
         """Puts the question to windows."""
@@ -311,7 +312,8 @@ class MomentSearch:
         try:
             best = join_candidates(refine_borders(self.asker, reader, best, budget, self.depth.rounds))
             assert self.index is not None
-            snapped = [snap_borders(candidate, self.index.cuts, reader.info.fps) for candidate in best]
+            cuts = self.index.cuts if self.options.scenes else []
+            snapped = [snap_borders(candidate, cuts, reader.info.fps) for candidate in best]
             best = check_alone(self.asker, reader, [candidate for candidate, _ in snapped])
         except MediaError as error:
             self._note("unreadable", str(error))
@@ -340,10 +342,9 @@ class MomentSearch:
     @property
     def budget(self) -> int:
         """Tokens that may be spent on the question."""
-        if self.options.budget is not None:
-            return self.options.budget
         tokens = 0 if self.index is None else self.index.tokens
-        return max(LEAST_BUDGET, int(tokens * self.depth.share))
+        budget = self.options.budget or max(LEAST_BUDGET, int(tokens * self.depth.share))
+        return min(budget, self.options.most_tokens or budget)
 
     @property
     def best_coarse(self) -> float | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,11 @@ class SearchIndex:
     def is_complete(self) -> bool:
         """Whether the finest spacing is complete."""
         return self._contents.is_complete
+
+    def suits(self, media_options: Mapping[str, Any]) -> bool:
+        """Whether it was made under these options of the video; those of None count as not given."""
+        wanted = {name: value for name, value in media_options.items() if value is not None}
+        return dict(self.head.plan["options"]) == wanted
 
     @property
     def duration(self) -> float:
