@@ -75,6 +75,7 @@ def test_nothing_is_wrong_with_any_state(
     server.model |= SEARCHING
     server.subtitles = LINES
     server.library = LIBRARY
+    page.emulate_media(reduced_motion="reduce")  # colours are measured as they end, not on their way
     page.evaluate(
         "(chosen) => localStorage.setItem('keye.settings', JSON.stringify(chosen))",
         {"theme": theme, "language": language},
