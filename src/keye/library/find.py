@@ -207,7 +207,8 @@ class LibrarySearch:
             for turn in range(_ROUNDS) for video in videos for number in video.numbers[turn::_ROUNDS]
         ]  # fmt: skip
         question = presence_question(self.model.runtime.generation_config, self.event)
-        begun = last = time.perf_counter()
+        begun = time.perf_counter()
+        last = begun - _EMIT_SECONDS  # so that the first batch is shown at once
         scores = score_windows(self.model.engine, windows, question, check=self.check)
         for done, score in enumerate(scores, 1):
             by_index[id(score.index)].scores[score.number] = score
