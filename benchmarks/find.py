@@ -46,7 +46,8 @@ from keye.scoring.metrics import interval_iou, mean
 from keye.scoring.search import calibration_error, pick_threshold
 from keye.sessions.search.build import build_search_index
 from keye.sessions.search.calibration import moment_features, presence_features
-from keye.sessions.search.find import FindOptions, MomentSearch
+from keye.sessions.search.find import MomentSearch
+from keye.sessions.search.options import FindOptions
 from keye.sessions.search.questions import clip_log_odds, presence_question
 
 #: Features of the two calibrations.

@@ -160,7 +160,8 @@ class Keye:
         `media_options` as in `stream_ask`; `check` is called again and again and may raise; `name` is what moments call
         the video."""
         from keye.media.source.fetch import as_source, fetch_source
-        from keye.sessions.search.find import FindOptions, FindStream, open_find
+        from keye.sessions.search.find import FindStream, open_find
+        from keye.sessions.search.options import FindOptions
 
         known = FindOptions.__dataclass_fields__
         for option in options:

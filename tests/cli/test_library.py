@@ -53,3 +53,22 @@ def test_mistakes_are_one_sentence(run: Callable, tmp_path: Path, arguments: tup
     place = () if "--embedder" in arguments else ("--library-folder", tmp_path)
     result = run(*arguments, *place)
     assert result.code == 2 and words in result.err and result.err.count("\n") == 1
+
+
+def test_clips_of_videos_of_one_name_are_all_there(run: Callable, films: Path, tmp_path: Path) -> None:
+    (films / "deep").mkdir()
+    shutil.copy(films / "demo.mp4", films / "deep/demo.mp4")
+    os.utime(films / "deep/demo.mp4", (1e9, 1e9))
+    place = ("--library-folder", tmp_path / "library")
+    run("library", "add", films, *place)
+    search = run("find", "--library", "the cyan triangle", *place, "--clips", tmp_path / "clips", "--json")
+    assert len(search.data["moments"]) == len(set(search.data["clips"])) == 2
+    assert sorted(map(str, (tmp_path / "clips").iterdir())) == sorted(search.data["clips"])
+
+
+def test_the_result_is_there_where_clips_cannot_be_written(run: Callable, films: Path, tmp_path: Path) -> None:
+    place = ("--library-folder", tmp_path / "library")
+    run("library", "add", films, *place)
+    (tmp_path / "clips").write_text("a file")
+    search = run("find", "--library", "the cyan triangle", *place, "--clips", tmp_path / "clips/deeper", "--json")
+    assert search.code == 2 and search.data["found"] and search.data["clips"] == []

@@ -52,6 +52,21 @@ def test_later_questions_read_nothing_again(find: Any) -> None:
     assert events[-1].moments[0].start == 31.0
 
 
+@pytest.mark.parametrize("budget", [700, 1000, 1400, 2000, 3000])
+def test_every_stage_keeps_to_the_budget(find: Any, budget: int) -> None:
+    result = find("the red circle", budget=budget, top=100).finish()
+    # Tokens of a look are known about, those of a reply once it is there.
+    assert result.coverage.query_tokens <= 1.1 * budget
+
+
+def test_an_index_does_not_take_other_options(nano: keye.Keye, film: Path, film_index: Path, tmp_path: Path) -> None:
+    index = tmp_path / "part.keye"
+    nano.find(film, "the red circle", index=index, media_options={"video_end": 8.0})
+    with pytest.raises(keye.KeyeError, match="give the video itself for video_start"):
+        nano.find(index, "the red circle", media_options={"video_start": 2.0})
+    assert nano.find(index, "the red circle").coverage.duration > 8.0
+
+
 def test_a_budget_bounds_the_tokens(find: Any) -> None:
     result = find("the red circle", budget=200).finish()
     assert result.coverage.query_tokens < 300 and result.coverage.places == 0
@@ -135,6 +150,7 @@ def test_tools_look_in_seconds(nano: keye.Keye, film: Path) -> None:
     [
         ({"effort": "most"}, "effort is 'most'; choose auto, low, medium, high"),
         ({"budget": 0}, "budget is 0; it must be a whole number above 0"),
+        ({"top": 101}, "top is 101; at most 100 moments of a video are looked at"),
         ({"top": 1.5}, "top is 1.5; it must be a whole number above 0"),
         ({"threshold": 2}, "threshold is 2; it must be a probability from 0 to 1"),
         ({"seconds": -1}, "seconds is -1; it must be a number above 0"),

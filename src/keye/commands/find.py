@@ -26,7 +26,7 @@ _EFFORTS: Final = ("auto", "low", "medium", "high")
 @click.command(context_settings=options.CONTEXT)
 @click.argument("words", nargs=-1, metavar='VIDEOS... "EVENT"')
 @click.option(
-    "--top", type=options.COUNT, default=5, show_default=True, metavar="N", help="Moments of a video at most."
+    "--top", type=click.IntRange(1, 100), default=5, show_default=True, metavar="N", help="Moments of a video at most."
 )
 @click.option("--threshold", type=click.FloatRange(0, 1), metavar="P",
               help="Probability from which on a moment counts as found.  [default: the model's]")  # fmt: skip

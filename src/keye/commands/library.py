@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 _WATCH_SECONDS: Final = 5.0
 place = click.option("--library-folder", type=options.PATH, metavar="DIR",
                      help="Where the library is kept.  [default: in the user's data folder]")  # fmt: skip
-_indexing = (
+_indexing = options.combine(
+    click.option("--limit", type=options.Bytes(), metavar="SIZE",
+                 help="Disk that all indexes together may take, as 50GiB."),
+    place,
     click.option("--effort", type=click.Choice(["auto", "low", "medium", "high"]), default="auto", show_default=True,
                  help="How densely videos are looked at: auto goes by the rates measured on this machine."),
     click.option("--embedder", metavar="NAME",
                  help="Also store vectors of this image-text embedder of an installed package."),
+    options.running,
+    options.debug,
 )  # fmt: skip
 
 
@@ -45,22 +50,13 @@ def library() -> None:
 @click.argument("folder", type=options.PATH)
 @click.option("--watch", is_flag=True, help="Stay, and index new videos as they appear, until Ctrl-C.")
 @click.option("--no-index", is_flag=True, help="Only note the folder; keye library index does the work later.")
-@click.option(
-    "--limit", type=options.Bytes(), metavar="SIZE", help="Disk that all indexes together may take, as 50GiB."
-)
-@place
-@_indexing[0]
-@_indexing[1]
-@options.running
-@options.debug
-def add(folder: Path, watch: bool, no_index: bool, limit: int | None, **arguments: Any) -> None:
+@_indexing
+def add(folder: Path, watch: bool, no_index: bool, **arguments: Any) -> None:
     """Add a folder, and index its videos.
 
     May be stopped at any time: the next run goes on where it was.
     """
-    catalog = open_catalog(arguments["library_folder"])
-    if limit is not None:
-        catalog.limit = limit
+    catalog = _open_for_indexing(arguments)
     _print_scan(catalog.add_folder(folder, watch=watch))
     if not no_index:
         _index(catalog, watch, arguments)
@@ -69,19 +65,10 @@ def add(folder: Path, watch: bool, no_index: bool, limit: int | None, **argument
 @library.command(context_settings=options.CONTEXT)
 @click.option("--watch", is_flag=True, help="Stay, and index new videos of watched folders as they appear.")
 @click.option("--retry-failed", is_flag=True, help="Try videos again that could not be read.")
-@click.option(
-    "--limit", type=options.Bytes(), metavar="SIZE", help="Disk that all indexes together may take, as 50GiB."
-)
-@place
-@_indexing[0]
-@_indexing[1]
-@options.running
-@options.debug
-def index(watch: bool, retry_failed: bool, limit: int | None, **arguments: Any) -> None:
+@_indexing
+def index(watch: bool, retry_failed: bool, **arguments: Any) -> None:
     """Look for new and changed videos, and index what is left."""
-    catalog = open_catalog(arguments["library_folder"])
-    if limit is not None:
-        catalog.limit = limit
+    catalog = _open_for_indexing(arguments)
     if retry_failed:
         catalog.retry_failed()
     _print_scan(catalog.scan())
@@ -134,6 +121,14 @@ def open_catalog(folder: Path | None) -> Catalog:
     from keye.library.catalog import Catalog
 
     return Catalog(folder if folder is not None else library_folder())
+
+
+def _open_for_indexing(arguments: dict[str, Any]) -> Catalog:
+    """The library, with the limit that was set for it."""
+    catalog = open_catalog(arguments["library_folder"])
+    if arguments["limit"] is not None:
+        catalog.limit = arguments["limit"]
+    return catalog
 
 
 def describe(entry: Entry) -> str:
@@ -230,16 +225,18 @@ def find_in_library(
         embedder=load_embedder(arguments["embedder"]) if arguments["embedder"] else None,
     )  # fmt: skip
     result = show_find.watch_library_search(search)
-    paths = _write_clips(result, clips, overwrite) if clips is not None else []
-    if not as_json:
+    if not as_json:  # before the files, which may fail
         show_find.print_library_found(result)
-    files: list[Path] = []
-    if exports is not None:
-        sources = {moment.file: fetch_source(moment.file) for moment in result.moments if moment.file}
-        files = replace(exports, sources=sources).write(ranges_of(result.moments, words[0]), words[0])
-    if as_json:
-        named = {"exports": [str(path) for path in files]} if files else {}
-        show.print_json({**result.to_dict(), "clips": [str(path) for path in paths], **named})
+    paths, files = list[Path](), list[Path]()
+    try:
+        paths += _write_clips(result, clips, overwrite) if clips is not None else []
+        if exports is not None:
+            sources = {moment.file: fetch_source(moment.file) for moment in result.moments if moment.file}
+            files += replace(exports, sources=sources).write(ranges_of(result.moments, words[0]), words[0])
+    finally:  # the result is not lost where a file cannot be written
+        if as_json:
+            named = {"exports": [str(path) for path in files]} if files else {}
+            show.print_json({**result.to_dict(), "clips": [str(path) for path in paths], **named})
     for path in () if as_json else [*paths, *files]:
         show.print_line(say("wrote", path=path))
     if result.stopped and arguments["seconds"] is None and arguments["budget"] is None:
@@ -250,11 +247,12 @@ def _write_clips(result: LibraryResult, folder: Path, overwrite: bool) -> list[P
     """A clip of each moment, by video."""
     from keye.commands.ground import write_clips
     from keye.engine.media import as_medium
+    from keye.media.clips import clip_prefixes
+    from keye.media.source.fetch import fetch_source
 
-    files = dict.fromkeys(moment.file for moment in result.moments if moment.file)
-    return [
-        path for file in files
-        for path in write_clips(
-            as_medium(file, None), tuple((m.start, m.end) for m in result.moments if m.file == file), folder, overwrite
-        )
-    ]  # fmt: skip
+    files = list(dict.fromkeys(moment.file for moment in result.moments if moment.file))
+    paths: list[Path] = []
+    for file, prefix in zip(files, clip_prefixes([fetch_source(file) for file in files]), strict=True):
+        intervals = tuple((moment.start, moment.end) for moment in result.moments if moment.file == file)
+        paths += write_clips(as_medium(file, None), intervals, folder, overwrite, prefix)
+    return paths

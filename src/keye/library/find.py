@@ -21,7 +21,8 @@ from keye.library.vectors import rank_frames
 from keye.media.source.fetch import as_source
 from keye.moments import FindNote, FindProgress, FindResult, Moment, MomentsFound
 from keye.sessions.search.embedders import Embedder
-from keye.sessions.search.find import FindOptions, MomentSearch
+from keye.sessions.search.find import MomentSearch
+from keye.sessions.search.options import FindOptions
 from keye.sessions.search.questions import check_event, presence_question
 from keye.sessions.search.scoring import WindowScore, score_windows
 from keye.sessions.search.search_index import SearchIndex, open_search_index

@@ -89,7 +89,7 @@ COUNT = click.IntRange(min=1)
 PATH = click.Path(path_type=Path)
 
 
-def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+def combine(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     """One decorator that adds options in the order in which help lists them."""
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
@@ -99,18 +99,18 @@ overwrite = click.option("--overwrite", is_flag=True, help="Replace existing fil
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 model_name = click.option("--model", default="nano", show_default=True,
                           help="A name (nano, 2.0), a name on the hub, or a folder.")  # fmt: skip
-running_device: Callable[[F], F] = _all(
+running_device: Callable[[F], F] = combine(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                  help="Number format of the weights.  [default: the checkpoint's]"),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
 )  # fmt: skip
-running: Callable[[F], F] = _all(model_name, running_device)
+running: Callable[[F], F] = combine(model_name, running_device)
 template = click.option(
     "--template", metavar="auto|keye|checkpoint|FILE", default="auto", show_default=True,
     help="Chat template: the checkpoint's own if it has one (auto), keye's, the checkpoint's, or a file.",
 )  # fmt: skip
-prompting: Callable[[F], F] = _all(
+prompting: Callable[[F], F] = combine(
     template,
     click.option("--tools", type=PATH, metavar="FILE",
                  help="JSON list of functions that the model may ask to be called."),
@@ -118,7 +118,7 @@ prompting: Callable[[F], F] = _all(
 kv_format = click.option("--kv", type=click.Choice(["auto", "bf16", "fp8", "int8", "int4"]),
                          help="Number format of stored keys and values.  [default: auto, that of the weights]"
                          )  # fmt: skip
-storing: Callable[[F], F] = _all(
+storing: Callable[[F], F] = combine(
     kv_format,
     click.option("--indexer-kv", type=click.Choice(["auto", "bf16", "fp8", "int8"]), help="The same for indexer keys."),
     click.option("--kv-tier", type=click.Choice(["memory", "host", "file"]),
@@ -129,7 +129,7 @@ storing: Callable[[F], F] = _all(
     click.option("--memory", type=Bytes(), metavar="SIZE",
                  help="Memory budget of keys, values and visual tokens, as 8GiB.  [default: what is free]"),
 )  # fmt: skip
-transcribe: Callable[[F], F] = _all(
+transcribe: Callable[[F], F] = combine(
     click.option("--transcribe", metavar="URL",
                  help="Transcription service with OpenAI's interface that speech may be sent to; its key stands in "
                       "KEYE_TRANSCRIBE_KEY."),
@@ -146,7 +146,7 @@ attention = click.option(
 )  # fmt: skip
 private_urls = click.option("--allow-private-urls", is_flag=True,
                             help="Open http addresses of this machine and local networks.")  # fmt: skip
-reading: Callable[[F], F] = _all(
+reading: Callable[[F], F] = combine(
     click.option("--track", type=COUNT, metavar="N", help="The video track to read.  [default: as players choose]"),
     click.option("--deinterlace/--no-deinterlace", default=None,
                  help="Whether frames that the file calls interlaced are deinterlaced.  [default: deinterlace]"),
@@ -155,7 +155,7 @@ reading: Callable[[F], F] = _all(
     click.option("--start", "video_start", type=Seconds(), help="Begin here: seconds, mm:ss or hh:mm:ss."),
     click.option("--end", "video_end", type=Seconds(), help="End here."),
 )  # fmt: skip
-sampling_frames: Callable[[F], F] = _all(
+sampling_frames: Callable[[F], F] = combine(
     click.option("--fps", type=Positive(), help="Frames sampled per second of video."),
     click.option("--nframes", type=COUNT, metavar="N", help="Number of frames, instead of --fps."),
     click.option("--min-frames", type=COUNT, metavar="N", help="At least this many frames."),
@@ -177,7 +177,7 @@ sampling_frames: Callable[[F], F] = _all(
 no_scope_notes = click.option(
     "--no-scope-notes", is_flag=True, help="Do not say when a question or a video is beyond what a small model knows."
 )
-sampling_text: Callable[[F], F] = _all(
+sampling_text: Callable[[F], F] = combine(
     click.option("--max-tokens", type=COUNT, metavar="N", help="Longest reply, in tokens."),
     click.option("--temperature", type=float, help="0 always takes the likeliest token."),
     click.option("--top-p", type=float, help="Sample from the likeliest tokens that together reach this probability."),
@@ -189,7 +189,7 @@ sampling_text: Callable[[F], F] = _all(
     click.option("--think/--no-think", "thinking", default=None,
                  help="Ask for or against reasoning before the answer."),
 )  # fmt: skip
-exporting: Callable[[F], F] = _all(
+exporting: Callable[[F], F] = combine(
     click.option("--export", "export", multiple=True, metavar="FILE",
                  help="Write the moments as .xml (Premiere), .fcpxml, .edl, .otio, .csv, .srt, .vtt, .txt (chapters), "
                       ".ffmetadata or .json; may be repeated. FORMAT:FILE names the format."),

@@ -8,12 +8,8 @@ little-endian double, and RGB bytes. END follows when the stream ends. It is con
 from __future__ import annotations
 
 import json
-import os
 import struct
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from importlib import import_module
 from typing import Any, BinaryIO
 
 import av
@@ -22,10 +18,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from keye.media.decode.display import frame_orientation
-from keye.media.decode.sandbox import confine
-from keye.media.decode.video_file import LAZY
+from keye.media.decode.start import run_worker
 from keye.media.decode.video_worker import packed_rgb
-from keye.media.decode.wire import END, FRAME, INFO, WorkerError, report_crashes, send, send_error
+from keye.media.decode.wire import END, FRAME, INFO, WorkerError, send, send_error
 
 #: Formats in which a relay writes, by what it says first.
 FORMATS = ("mpegts", "nut")
@@ -101,8 +96,8 @@ def decode(file: BinaryIO, options: dict[str, Any]) -> Iterator[VideoFrame]:
             yield frame
 
 
-def serve(file: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
-    """Sends what the module's docstring says."""
+def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
+    """Sends what the module's docstring says; there are no requests."""
     resize, size, turn = VideoReformatter(), None, None
     try:
         for seconds, frame in sample(decode(file, options), options["rate"]):
@@ -128,16 +123,5 @@ def _reject_open(url: str, flags: int, options: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments: the options as JSON, and the inherited descriptor of the pipe."""
-    options = json.loads(arguments[0])
-    for name in LAZY:
-        with suppress(ImportError):
-            import_module(name)
-    av.logging.set_level(av.logging.PANIC)
-    confine(options["memory_bytes"], options["cpu_seconds"])
-    report_crashes(sys.stdout.buffer)
-    with os.fdopen(int(arguments[1]), "rb", buffering=0) as file:
-        try:
-            serve(file, sys.stdout.buffer, options)
-        except BrokenPipeError:
-            os._exit(0)
+    """See `run_worker`."""
+    run_worker(arguments, serve)

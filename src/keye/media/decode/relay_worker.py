@@ -12,14 +12,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 import av
 import av.error
 
-from keye.media.decode.sandbox import Reach, confine
-from keye.media.decode.video_file import LAZY
+from keye.media.decode.sandbox import Reach
+from keye.media.decode.start import enter_confinement
 
 #: Codecs that are carried by MPEG-TS.
 TS_CODECS = frozenset({"h264", "hevc", "mpeg2video", "mpeg1video", "mpeg4"})
@@ -83,11 +82,7 @@ def with_times(packets: Iterable[Any]) -> Iterator[Any]:
 def main(arguments: list[str]) -> None:
     """No arguments: the source, which may hold a password, is a line of JSON on standard input."""
     options = json.loads(sys.stdin.readline())
-    for name in LAZY:
-        with suppress(ImportError):
-            import_module(name)
-    av.logging.set_level(av.logging.PANIC)
-    confine(options["memory_bytes"], options["cpu_seconds"], Reach(options.get("port"), options.get("device")))
+    enter_confinement(options, reach=Reach(options.get("port"), options.get("device")))
     code = UNREACHABLE
     with suppress(BrokenPipeError), os.fdopen(1, "wb", buffering=0) as out:
         try:

@@ -9,20 +9,17 @@ it is the default one); for each request line (JSON, the number of a `track`) a 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import import_module
 from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
 from av.stream import Discard, Disposition
 
-from keye.media.decode.sandbox import confine
-from keye.media.decode.video_file import LAZY, open_container
-from keye.media.decode.wire import FRAME, INFO, WorkerError, report_crashes, send, send_error
+from keye.media.decode.start import run_worker
+from keye.media.decode.video_file import open_container
+from keye.media.decode.wire import FRAME, INFO, WorkerError, send, send_error
 
 #: Codecs whose packets hold text, and the number of commas before it in a line of ASS.
 _TEXT = frozenset({"mov_text", "subrip", "srt", "text", "webvtt", "ass", "ssa"})
@@ -123,17 +120,5 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments: the options as JSON, and the inherited descriptor of the media file."""
-    options = json.loads(arguments[0])
-    for name in LAZY:
-        with suppress(ImportError):
-            import_module(name)
-    av.logging.set_level(av.logging.PANIC)
-    confine(options["memory_bytes"], options["cpu_seconds"])
-    report_crashes(sys.stdout.buffer)
-    with os.fdopen(int(arguments[1]), "rb", buffering=0) as file:
-        try:
-            serve(file, sys.stdin.buffer, sys.stdout.buffer, options)
-        except BrokenPipeError:
-            # The reader has gone away; leave without the interpreter's own flush of standard output.
-            os._exit(0)
+    """See `run_worker`."""
+    run_worker(arguments, serve)

@@ -13,15 +13,11 @@ messages, `keye.media.decode.sandbox` what the process may not do.
 from __future__ import annotations
 
 import json
-import os
 import select
 import struct
-import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from fractions import Fraction
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import av
@@ -30,11 +26,11 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from keye.media.container.timeline import CLOSED, CORRUPT, DAMAGE, HIDDEN, KEY, NONE, lay_out
 from keye.media.decode.display import display_facts, interpolate_fields, with_neighbours
-from keye.media.decode.sandbox import confine
 from keye.media.decode.sound import SoundReader, describe_sound, find_timecode
+from keye.media.decode.start import run_worker
 from keye.media.decode.thumbnails import HEIGHT, WIDTH, interleave, wanted_times
-from keye.media.decode.video_file import LAZY, Opening, VideoFile, list_tracks, video_tracks
-from keye.media.decode.wire import END, INFO, SOUND, WorkerError, report_crashes, send, send_error
+from keye.media.decode.video_file import Opening, VideoFile, list_tracks, video_tracks
+from keye.media.decode.wire import END, INFO, SOUND, WorkerError, send, send_error
 
 if TYPE_CHECKING:
     from keye.media.decode.animation_reader import AnimationReader
@@ -444,17 +440,5 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments: the options as JSON, and the inherited descriptor of the media file."""
-    options = json.loads(arguments[0])
-    for name in (*LAZY, *(["keye.media.decode.animation_reader"] if options["animation"] else [])):
-        with suppress(ImportError):
-            import_module(name)
-    av.logging.set_level(av.logging.PANIC)
-    confine(options["memory_bytes"], options["cpu_seconds"])
-    report_crashes(sys.stdout.buffer)
-    with os.fdopen(int(arguments[1]), "rb", buffering=0) as file:
-        try:
-            serve(file, sys.stdin.buffer, sys.stdout.buffer, options)
-        except BrokenPipeError:
-            # The reader has gone away; leave without the interpreter's own flush of standard output.
-            os._exit(0)
+    """See `run_worker`."""
+    run_worker(arguments, serve, lambda options: ["keye.media.decode.animation_reader"] if options["animation"] else [])

@@ -19,7 +19,7 @@ from keye.server.edge.errors import ApiError
 from keye.server.errors import error_of_mistake
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect
 from keye.server.openai.media_parts import open_video
-from keye.server.openai.schemas import ExportRequest
+from keye.server.openai.video_schemas import ExportRequest
 from keye.server.stores import safe_name
 
 router = APIRouter(route_class=JsonRoute)

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect
-from keye.server.openai.schemas import IndexRequest
+from keye.server.openai.video_schemas import IndexRequest
 from keye.server.stores import INDEX, StoredFile, safe_name
 
 router = APIRouter(route_class=JsonRoute)

@@ -21,7 +21,7 @@ from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note, current_notes
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, stream_events
 from keye.server.openai.media_parts import named_video, open_video
-from keye.server.openai.schemas import FindRequest
+from keye.server.openai.video_schemas import FindRequest
 from keye.server.routes.frames import choose_subtitles, job_events, last_event
 from keye.server.searches import Emit, FinishedSearch, Job
 from keye.sessions.search.questions import ground_question, presence_question

@@ -18,7 +18,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect, event, stream_events
 from keye.server.openai.media_parts import named_video, open_video
-from keye.server.openai.schemas import FramesRequest, ScenesRequest, SubtitleChoice, SubtitlesRequest
+from keye.server.openai.video_schemas import FramesRequest, ScenesRequest, SubtitleChoice, SubtitlesRequest
 from keye.server.searches import STARTED, Emit, Job, Jobs
 
 router = APIRouter(route_class=JsonRoute)

@@ -16,7 +16,7 @@ from keye.server.context import Context, context_of, owner_of
 from keye.server.edge.errors import ApiError
 from keye.server.library import ServedLibrary
 from keye.server.openai.http import JsonRoute, cancel_on_disconnect, event, stream_events
-from keye.server.openai.schemas import FolderRequest, LibraryFindRequest
+from keye.server.openai.video_schemas import FolderRequest, LibraryFindRequest
 from keye.server.routes.frames import job_events, last_event
 from keye.server.searches import Emit, Job
 

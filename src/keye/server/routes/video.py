@@ -38,7 +38,7 @@ from keye.server.openai.events import (
 from keye.server.openai.http import Cancelled, JsonRoute, cancel_on_disconnect, stream_events
 from keye.server.openai.media_parts import media_of, media_settings, open_sources, to_messages
 from keye.server.openai.prepare import ChatQuery, PreparedChat, prepare_chat
-from keye.server.openai.schemas import ClipsRequest, GroundRequest, LiveAppend, LiveAsk, LiveRequest, PlanRequest
+from keye.server.openai.video_schemas import ClipsRequest, GroundRequest, LiveAppend, LiveAsk, LiveRequest, PlanRequest
 from keye.server.stores import is_stored
 from keye.sessions.answer import Collector
 from keye.sessions.live import LiveSession

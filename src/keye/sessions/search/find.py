@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from keye.cache.segments import is_segmented
 from keye.chat.messages import Medium
 from keye.chat.times import Interval
 from keye.engine.engine import Engine
-from keye.errors import KeyeError, KeyeWarning, MediaError, collect_warnings, is_number, is_whole
+from keye.errors import KeyeError, KeyeWarning, MediaError, collect_warnings
 from keye.media.source.fetch import Source, is_index
 from keye.moments import (
     Coverage,
@@ -35,83 +35,26 @@ from keye.moments import (
     Stage,
 )  # fmt: skip
 from keye.sessions.scope import scope_notes, warn_scope
-from keye.sessions.search.build import Effort, WindowsReady, build_search_index
+from keye.sessions.search.build import WindowsReady, build_search_index
 from keye.sessions.search.calibration import DEFAULT_THRESHOLD, load_calibration
-from keye.sessions.search.coarse import (
-    FrameScorer,
-    FrameScores,
-    Span,
-    find_spans,
-    score_by_evidence,
-    score_by_yes,
-)  # fmt: skip
+from keye.sessions.search.coarse import FrameScores, Span, find_spans, score_by_evidence, score_by_yes  # fmt: skip
 from keye.sessions.search.looks import FAULTS, Asker, LookReader
+from keye.sessions.search.options import DEPTHS, LEAST_BUDGET, FindOptions
 from keye.sessions.search.places import default_index_path, identify_source, note_use
 from keye.sessions.search.questions import check_event, presence_question
 from keye.sessions.search.ranking import MomentNames, RankedMoments, Ranking, certainty, join_candidates
 from keye.sessions.search.scoring import WindowScore, score_windows
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.sessions.search.spoken import Spoken, read_spoken
-from keye.sessions.search.verify import check_alone, refine_borders, snap_borders
+from keye.sessions.search.verify import ALONE_FRAMES, check_alone, refine_borders, snap_borders
 from keye.sessions.search.zoom import Arm, Candidate, ZoomLimits, look_closely
 
-
-@dataclass(frozen=True)
-class Depth:
-    """How far an effort goes: spans that are kept, those looked at whatever they promise and at most, the windows that
-    are asked when the event happens, rounds of looks at borders, and the share of the index's tokens that may be
-    spent."""
-
-    spans: int
-    least: int
-    most: int
-    windows: int
-    rounds: int
-    share: float
-
-
-DEPTHS: Final[Mapping[Effort, Depth]] = {
-    "low": Depth(spans=8, least=1, most=4, windows=4, rounds=1, share=1 / 16),
-    "medium": Depth(spans=24, least=3, most=16, windows=8, rounds=2, share=1 / 8),
-    "auto": Depth(spans=24, least=3, most=16, windows=8, rounds=2, share=1 / 8),
-    "high": Depth(spans=64, least=12, most=64, windows=32, rounds=3, share=1 / 2),
-}
-#: Tokens that may be spent on a short video, whose index has few.
-LEAST_BUDGET: Final = 10_000
 _VERIFY_SHARE: Final = 0.3  # of the budget is kept for the second questions
 #: Spans looked at together, and frames of a look of a model that does not say how many it was measured on.
 _WIDTH: Final = 3
 _FRAMES: Final = 64
 #: Log-odds of yes from which on a window is asked when the event happens.
 _ASK_WINDOW: Final = -3.0
-
-
-@dataclass(frozen=True)
-class FindOptions:
-    """How to search; see `Keye.stream_find`."""
-
-    budget: int | None = None
-    top: int = 5
-    threshold: float | None = None
-    effort: Effort = "auto"
-    seconds: float | None = None
-    index: Path | None = None
-    scenes: bool = True
-    subtitles: Any = None
-    scorers: Sequence[FrameScorer] = ()
-    overwrite: bool = False
-    most_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.effort not in get_args(Effort):
-            raise KeyeError(f"effort is {self.effort!r}; choose {', '.join(get_args(Effort))}")
-        for name, value in (("budget", self.budget), ("top", self.top), ("most_tokens", self.most_tokens)):
-            if value is not None and not (is_whole(value) and value > 0):
-                raise KeyeError(f"{name} is {value!r}; it must be a whole number above 0")
-        if self.threshold is not None and not (is_number(self.threshold) and 0 <= self.threshold <= 1):
-            raise KeyeError(f"threshold is {self.threshold!r}; it must be a probability from 0 to 1")
-        if self.seconds is not None and not (is_number(self.seconds) and self.seconds > 0):
-            raise KeyeError(f"seconds is {self.seconds!r}; it must be a number above 0")
 
 
 class _Stopped(Exception):
@@ -292,15 +235,15 @@ class MomentSearch:
         frames = min(self._frames(), _FRAMES)
         with LookReader(self.source, self.engine, self.media_options) as reader:
             self.arms = [Arm(span, reader) for span in self.spans]
-            spent = self.budget - self._question_tokens
-            limits = ZoomLimits(frames, self.depth.least, self.depth.most, _WIDTH, int(spent * (1 - _VERIFY_SHARE)))
+            left = self.budget - self._question_tokens
+            limits = ZoomLimits(frames, self.depth.least, self.depth.most, _WIDTH, int(left * (1 - _VERIFY_SHARE)))
             for _ in look_closely(self.asker, self.arms, limits, self._note_unreadable):
                 looked = sum(bool(arm.looks) for arm in self.arms)
                 yield FindProgress("close", looked, max(looked, self.depth.least), "place")
                 self._set_candidates([c for arm in self.arms for c in arm.candidates])
                 yield from self._emit_ranked()
             self._take_time("close")
-            yield from self._verify(reader, spent)
+            yield from self._verify(reader, left)
 
     def _verify(self, reader: LookReader, budget: int) -> Iterator[FindEvent]:
         """Borders and the second question, for as many candidates as may be returned."""
@@ -310,11 +253,12 @@ class MomentSearch:
             return
         yield FindProgress("verify", 0, len(best), "place")
         try:
-            best = join_candidates(refine_borders(self.asker, reader, best, budget, self.depth.rounds))
+            reserve = min(budget // 2, len(best) * reader.count_tokens(ALONE_FRAMES))  # for the second questions
+            best = join_candidates(refine_borders(self.asker, reader, best, budget - reserve, self.depth.rounds))
             assert self.index is not None
             cuts = self.index.cuts if self.options.scenes else []
             snapped = [snap_borders(candidate, cuts, reader.info.fps) for candidate in best]
-            best = check_alone(self.asker, reader, [candidate for candidate, _ in snapped])
+            best = check_alone(self.asker, reader, [candidate for candidate, _ in snapped], budget)
         except MediaError as error:
             self._note("unreadable", str(error))
         else:
@@ -496,5 +440,9 @@ def open_find(
             raise KeyeError(f"{video.name} is an index of keye index, which is asked as a whole: give the video itself")
         return MomentSearch(engine, video, event, options, dict(media_options or {}), check, name=name)
     index = open_search_index(engine.runtime, video.path)
+    wanted = [name for name, value in (media_options or {}).items() if value is not None]
+    if wanted and not index.suits(media_options or {}):
+        raise KeyeError(f"{video.name} is a search index, which keeps the options that it was made with: give the "
+                        f"video itself for {', '.join(wanted)}")  # fmt: skip
     media = dict(index.head.plan["options"])
     return MomentSearch(engine, index.find_source(), event, options, media, check, index, name)

@@ -6,7 +6,7 @@ more look at the frames around both borders, as they are in the file, finds them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -24,6 +24,8 @@ ALONE_FRAMES: Final = 16
 ROUNDS: Final = 2
 #: An interval alone is padded by this part of it on both sides, and by so many seconds at most.
 _PADDED, _MOST_PADDED = 0.1, 0.4
+#: Looks that are read and asked together.
+_TOGETHER: Final = 8
 #: A border is known where it is off by no more than this many frames of the file.
 _KNOWN: Final = 1.5
 
@@ -31,25 +33,32 @@ _KNOWN: Final = 1.5
 def refine_borders(
     asker: Asker, reader: LookReader, candidates: Sequence[Candidate], budget: int, rounds: int = ROUNDS
 ) -> list[Candidate]:
-    """The candidates with their borders looked at in the frames of the file around them, in one pass for all; not
-    below `budget` tokens."""
+    """The candidates with their borders looked at in the frames of the file around them, as many as `budget` tokens
+    afford beside those that were spent."""
     refined = list(candidates)
     for _ in range(rounds):
         coarse = [i for i, candidate in enumerate(refined) if max(candidate.slack) > _KNOWN / reader.info.fps]
-        looks = [_border_look(reader, refined[i]) for i in coarse]
-        affordable = list[int]()
-        left = budget - asker.tokens
-        for place, look in enumerate(looks):
-            left -= reader.count_tokens(len(look.indices))
-            if left >= 0:
-                affordable.append(place)
-        if not affordable:
-            break
-        looks = reader.read([looks[place] for place in affordable])
-        for place, look, spans in zip(affordable, looks, asker.ask_spans(looks, [True] * len(looks)), strict=True):
-            i = coarse[place]
-            refined[i] = _move_borders(refined[i], look, spans or ())
+        looks = _afford(reader, [(i, _border_look(reader, refined[i])) for i in coarse], budget - asker.tokens)
+        for part in _batches(looks):
+            read = reader.read([look for _, look in part])
+            for (i, _), look, spans in zip(part, read, asker.ask_spans(read, [True] * len(read)), strict=True):
+                refined[i] = _move_borders(refined[i], look, spans or ())
     return refined
+
+
+def _afford(reader: LookReader, looks: Sequence[tuple[int, Look]], left: int) -> list[tuple[int, Look]]:
+    """The looks, in their order, that `left` tokens pay for."""
+    affordable = list[tuple[int, Look]]()
+    for i, look in looks:
+        left -= reader.count_tokens(len(look.indices))
+        if left >= 0:
+            affordable.append((i, look))
+    return affordable
+
+
+def _batches(looks: Sequence[tuple[int, Look]]) -> Iterator[Sequence[tuple[int, Look]]]:
+    """Looks whose frames are in memory together."""
+    return (looks[start : start + _TOGETHER] for start in range(0, len(looks), _TOGETHER))
 
 
 def _border_look(reader: LookReader, candidate: Candidate) -> Look:
@@ -99,16 +108,19 @@ def snap_borders(candidate: Candidate, cuts: Sequence[float], fps: float) -> tup
     return (replace(candidate, start=start, end=end), on_cut) if start < end else (candidate, None)
 
 
-def check_alone(asker: Asker, reader: LookReader, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates with the log-odds that the event is in their interval, shown by itself."""
-    if not candidates:
-        return []
+def check_alone(asker: Asker, reader: LookReader, candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
+    """The candidates with the log-odds that the event is in their interval, shown by itself; those that `budget` tokens
+    do not pay for beside what was spent stay as they are, the least sure first."""
     looks = []
-    for candidate in candidates:
-        pad = min(_MOST_PADDED, _PADDED * candidate.seconds)
-        looks.append(reader.choose(max(candidate.start - pad, 0.0), candidate.end + pad, ALONE_FRAMES))
-    present = asker.ask_presence(reader.read(looks))
-    return [replace(candidate, alone=yes) for candidate, yes in zip(candidates, present, strict=True)]
+    for i in sorted(range(len(candidates)), key=lambda i: -(candidates[i].close or 0.0)):
+        pad = min(_MOST_PADDED, _PADDED * candidates[i].seconds)
+        looks.append((i, reader.choose(max(candidates[i].start - pad, 0.0), candidates[i].end + pad, ALONE_FRAMES)))
+    checked = list(candidates)
+    for part in _batches(_afford(reader, looks, budget - asker.tokens)):
+        present = asker.ask_presence(reader.read([look for _, look in part]))
+        for (i, _), yes in zip(part, present, strict=True):
+            checked[i] = replace(checked[i], alone=yes)
+    return checked
 
 
 def agreement(candidate: Candidate) -> Checked:
