@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from keye.cache.segments import (
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, KVStore
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
+from tests.support.disk import FullDisk
 
 LAYOUT = KVLayout(
     2, {"k": RowFormat("int4", 1, 32), "v": RowFormat("int4", 1, 32), "indexer_k": RowFormat("bfloat16", 1, 16)},
@@ -117,22 +118,6 @@ def test_a_kill_leaves_what_was_complete(complete: tuple[bytes, list[int]], tmp_
         write(writer, 20)
         writer.close()
         assert path.read_bytes() == data
-
-
-class FullDisk:
-    """A file on a disk that holds `room` more bytes."""
-
-    def __init__(self, file: BinaryIO, room: int) -> None:
-        self._file, self.room = file, room
-
-    def write(self, data: Any) -> int:
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 @pytest.mark.parametrize("room", [0, 100, 5_000, 150_000])

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,18 @@ def echo() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
-            client, _ = server.accept()
-            with client:
-                while data := client.recv(100):
-                    client.sendall(data.upper())
+            with suppress(OSError):  # no client came, and the server was closed
+                client, _ = server.accept()
+                with client:
+                    while data := client.recv(100):
+                        client.sendall(data.upper())
 
-        threading.Thread(target=serve, daemon=True).start()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
         yield server.getsockname()[1]
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+        thread.join(timeout=10)
 
 
 def test_a_forwarder_passes_bytes_to_the_address_and_back(echo: int) -> None:

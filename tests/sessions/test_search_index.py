@@ -4,7 +4,6 @@ all windows at once scores on each what it scores alone."""
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import math
 import random
@@ -12,7 +11,7 @@ import shutil
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from keye.sessions.search.scoring import answer_ids, rank_evidence, score_window
 from keye.sessions.search.search_index import SearchIndex, open_search_index
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.clips import write_clip
+from tests.support.disk import FullDisk
 from tests.support.tiny import tiny_raw
 
 #: 24 frames at 2 a second, in windows of 8 that share 4: five of them.
@@ -186,22 +186,6 @@ def test_a_run_that_is_killed_between_levels_goes_on(model: Keye, video: Path, t
         for index in files
     ]
     assert scores[0] == scores[1]
-
-
-class FullDisk:
-    """A file on a disk that holds `room` more bytes."""
-
-    def __init__(self, file: BinaryIO, room: int) -> None:
-        self._file, self.room = file, room
-
-    def write(self, data: Any) -> int:
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def test_a_disk_that_fills_up_leaves_a_valid_index(

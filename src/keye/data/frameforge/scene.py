@@ -35,6 +35,8 @@ SPLITS = ("train", "test", "unseen")
 Interval = tuple[int, int]
 #: Draws when something is visible.
 PickIntervals = Callable[[random.Random], tuple[Interval, ...]]
+#: Draws a pair of colour and shape for a split that is not among those used.
+PickPair = Callable[[random.Random, str, set[Pair]], Pair]
 
 MAX_OBJECTS = 8
 CANVAS_SIDE = 112.0
@@ -242,38 +244,46 @@ def _make_scene(
     pick = partial(_make_intervals, frames=frames)
     text = make_text(rng, pick, split, canvas) if rng.random() < text_chance else None
     wanted = rng.randint(1, objects)
-    placed: list[SceneObject] = []
-    # A crowded canvas can lack room for the last object; starting over keeps the number of objects evenly spread.
-    for _ in range(8):
-        attempt = _make_objects(rng, wanted, pick, split, canvas, text)
-        placed = max(placed, attempt, key=len)
-        if len(placed) == wanted:
-            break
+    placed = fill_canvas(rng, wanted, pick, _pick_pair, split, canvas, text, attempts=8)
     return Scene(canvas, tuple(placed), text, _make_backgrounds(rng, frames), rng.randint(0, 6))
 
 
-def _make_objects(
-    rng: random.Random, wanted: int, pick: PickIntervals, split: str, canvas: tuple[float, float],
+def fill_canvas(
+    rng: random.Random, wanted: int, pick: PickIntervals, pick_pair: PickPair, split: str, canvas: tuple[float, float],
+    text: RenderedText | None, attempts: int,
+) -> list[SceneObject]:  # fmt: skip
+    """As many of `wanted` objects as there is room for in the best of some attempts. A crowded canvas can lack room for
+    the last object; starting over keeps the number of objects evenly spread."""
+    placed: list[SceneObject] = []
+    for _ in range(attempts):
+        attempt = _place_objects(rng, wanted, pick, pick_pair, split, canvas, text)
+        placed = max(placed, attempt, key=len)
+        if len(placed) == wanted:
+            break
+    return placed
+
+
+def _place_objects(
+    rng: random.Random, wanted: int, pick: PickIntervals, pick_pair: PickPair, split: str, canvas: tuple[float, float],
     text: RenderedText | None,
 ) -> list[SceneObject]:  # fmt: skip
     used: set[Pair] = set()
     tracks = [text_track(text)] if text else []
     placed: list[SceneObject] = []
     for _ in range(wanted):
-        pair = _pick_pair(rng, split, used, must_be_held_out=not placed)
-        thing = place_object(rng, pair, pick, canvas, tracks)
+        thing = place_object(rng, pick_pair(rng, split, used), pick, canvas, tracks)
         if thing is None:
             break
-        used.add(pair)
+        used.add((thing.color, thing.shape))
         thing = maybe_change_color(rng, thing, split, used)
         placed.append(thing)
         tracks.append(object_track(thing))
     return placed
 
 
-def _pick_pair(rng: random.Random, split: str, used: set[Pair], must_be_held_out: bool) -> Pair:
+def _pick_pair(rng: random.Random, split: str, used: set[Pair]) -> Pair:
     pool: Sequence[Pair] = TRAIN_PAIRS
-    if split == "unseen" and (must_be_held_out or rng.random() < 0.5):
+    if split == "unseen" and (not used or rng.random() < 0.5):
         pool = [pair for pair in ALL_PAIRS if pair in HELD_OUT_PAIRS and pair not in used] or TRAIN_PAIRS
     while True:
         pair = rng.choice(pool)

@@ -17,21 +17,14 @@ from keye.data.frameforge.scene import (
     Background,
     Clip,
     Interval,
-    PickIntervals,
-    RenderedText,
     Scene,
-    SceneObject,
-    Track,
     canvas_of,
     check_clip,
+    fill_canvas,
     jitter,
     make_text,
-    maybe_change_color,
-    object_track,
     pick_content,
-    place_object,
     stream,
-    text_track,
 )
 from keye.data.frameforge.words import (
     ALL_PAIRS,
@@ -108,12 +101,7 @@ def _make_scene(
     pick = partial(_pick_interval, shots=shots, close=close)
     text = make_text(rng, pick, split, canvas) if rng.random() < text_chance else None
     wanted = rng.choices(list(OBJECTS), list(OBJECTS.values()))[0]
-    placed: list[SceneObject] = []
-    for _ in range(3):
-        attempt = _place_objects(rng, wanted, split, canvas, text, pick)
-        placed = max(placed, attempt, key=len)
-        if len(placed) == wanted:
-            break
+    placed = fill_canvas(rng, wanted, pick, _pick_pair, split, canvas, text, attempts=3)
     return Scene(canvas, tuple(placed), text, backgrounds, rng.randint(0, 6))
 
 
@@ -145,25 +133,6 @@ def _pick_interval(rng: random.Random, *, shots: Sequence[Interval], close: bool
         # The border of the window lies within the event: only its end or its beginning is seen.
         begin = first if rng.random() < 0.5 else last - wanted + 1
     return ((begin, begin + wanted - 1),)
-
-
-def _place_objects(
-    rng: random.Random, wanted: int, split: str, canvas: tuple[float, float], text: RenderedText | None,
-    pick: PickIntervals,
-) -> list[SceneObject]:  # fmt: skip
-    used: set[Pair] = set()
-    tracks: list[Track] = [text_track(text)] if text else []
-    placed: list[SceneObject] = []
-    for _ in range(wanted):
-        pair = _pick_pair(rng, split, used)
-        thing = place_object(rng, pair, pick, canvas, tracks)
-        if thing is None:
-            break
-        used.add(pair)
-        thing = maybe_change_color(rng, thing, split, used)
-        placed.append(thing)
-        tracks.append(object_track(thing))
-    return placed
 
 
 def _pick_pair(rng: random.Random, split: str, used: set[Pair]) -> Pair:
