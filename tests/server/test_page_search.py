@@ -125,6 +125,16 @@ def test_strange_events_are_left_out(page: Any, searching: MockServer) -> None:
     assert evil in turn.inner_text() and turn.locator("img").count() == 0 and turn.locator(".meter").count() == 0
 
 
+def test_the_record_of_a_search_is_saved_from_details(page: Any, searching: MockServer) -> None:
+    open_sample(page)
+    find(page, "the red circle").get_by_text("Done in").wait_for()
+    page.get_by_role("tab", name="Details").click()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save record").click()
+    assert saved.value.suggested_filename == "sample-record.html"
+    assert ("GET", "/v1/video/find/find-1/record", None) in searching.requests
+
+
 def test_moments_are_exported_for_an_editor(page: Any, searching: MockServer) -> None:
     open_sample(page)
     turn = find(page, "the red circle")

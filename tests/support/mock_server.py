@@ -273,6 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
             if content:
                 return self._content(SAMPLE.read_bytes())
             return self._json(next(video for video in self.mock.library["videos"] if video["id"] == name))
+        if path.startswith("/v1/video/find/"):
+            return self._send(200, b"<!doctype html>", "text/html")
         if path == "/v1/files":
             return self._json({"data": list(self.mock.files.values())})
         name, _, content = path.removeprefix("/v1/files/").partition("/")

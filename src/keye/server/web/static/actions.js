@@ -1,8 +1,8 @@
 /** What is done with a moment or an answer: clips, copies, links, and the menus that offer them. */
 
-import { clips, explain, storedKey } from "./api.js";
+import { clips, explain, searchRecord, storedKey } from "./api.js";
 import { byId, copyText, download } from "./dom.js";
-import { openExport } from "./export.js";
+import { openExport, stem } from "./export.js";
 import { isAble } from "./model.js";
 import { toast } from "./notices.js";
 import { curl } from "./request.js";
@@ -51,18 +51,29 @@ export class Actions {
   async save(moments, source) {
     const { video } = this.desk.media;
     if (!video?.id) return this.desk.notice(t("file.gone"));
+    return this.#download(source, async () => {
+      const blob = await clips(video.id, moments.map(({ start, end: stop }) => [start, stop]));
+      const times = range(moments[0]).replaceAll(":", "m").replaceAll(/[^0-9m.]+/g, "-");
+      download(blob, moments.length === 1 ? `${stemOf(video, "clip")}-${times}.mp4` : `${stemOf(video, "clip")}-clips.zip`);
+    });
+  }
+
+  record(turn, source) {
+    return this.#download(source, async () => {
+      download(await searchRecord(turn.searchId), `${stemOf(this.desk.media.video, "search")}-record.html`);
+    });
+  }
+
+  /** Runs `save`, with the button `source` out of use meanwhile; what goes wrong is said. */
+  async #download(source, save) {
     source.disabled = true;
     try {
-      const blob = await clips(video.id, moments.map(({ start, end: stop }) => [start, stop]));
-      const stem = video.name.replace(/\.[^.]*$/, "").replaceAll(/[^\p{L}\p{N}_-]+/gu, "-").slice(0, 60) || "clip";
-      const times = range(moments[0]).replaceAll(":", "m").replaceAll(/[^0-9m.]+/g, "-");
-      download(blob, moments.length === 1 ? `${stem}-${times}.mp4` : `${stem}-clips.zip`);
+      await save();
     } catch (error) {
       this.desk.notice(explain(error).join(" "));
     } finally {
       source.disabled = false;
     }
-    return undefined;
   }
 
   async #copy(text, sentence = t("copied")) {
@@ -84,6 +95,10 @@ export class Actions {
   curl({ route, request }) {
     this.#copy(curl(new URL(PATHS[route], location.href.split("#")[0]).href, request, storedKey() !== ""));
   }
+}
+
+function stemOf(video, fallback) {
+  return stem((video?.name ?? "").replace(/\.[^.]*$/, ""), fallback);
 }
 
 function answerText(turn) {

@@ -180,6 +180,11 @@ export async function frames(request) {
   return Array.isArray(list?.data) ? list.data : [];
 }
 
+/** The record of a search that has ended, an HTML file. */
+export async function searchRecord(id) {
+  return (await call(`v1/video/find/${encodeURIComponent(id)}/record`)).blob();
+}
+
 /** A file of moments: its `blob` and `name`, and the sentences on what was rounded or left out. */
 export async function exportMoments(request) {
   const response = await call("v1/video/export", { method: "POST", json: request });

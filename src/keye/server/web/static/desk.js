@@ -330,7 +330,7 @@ export class Desk {
   #details() {
     drawDetails(this.stage.turn, this.stage.item, model(), {
       hasPictures: () => this.stage.thumbnails !== null, picture: (canvas, seconds) => this.#picture(canvas, seconds),
-      seek: (seconds) => this.stage.jump(seconds), curl: (turn) => this.actions.curl(turn),
+      seek: (seconds) => this.stage.jump(seconds), actions: this.actions,
     });
   }
 

@@ -9,7 +9,7 @@ import { number, percent, plural, seconds, t, time } from "./strings.js";
 const MOST_SHOTS = 5;
 const MOST_ROWS = 400;
 
-/** Draws what is known of `turn`; `handlers`: `picture(canvas, seconds)`, `seek(seconds)`, `curl(turn, button)`. */
+/** Draws what is known of `turn`; `handlers`: `picture(canvas, seconds)`, `seek(seconds)`, `actions`. */
 export function drawDetails(turn, item, model, handlers) {
   if (!turn?.isDone) return byId("why").replaceChildren();
   const frames = evidenceOf(turn, item);
@@ -17,7 +17,11 @@ export function drawDetails(turn, item, model, handlers) {
     ...rests(turn, frames, handlers),
     element("h2", { text: t("how.looked") }), facts(turn, model),
     ...(turn.coverage ? howSearched(turn).slice(0, 1) : []),
-    ...(turn.request ? [element("div", { class: "row" }, button(t("curl"), (event) => handlers.curl(turn, event.currentTarget), { icon: "copy" }))] : []),
+    element(
+      "div", { class: "row" },
+      ...(turn.searchId ? [button(t("record"), (event) => handlers.actions.record(turn, event.currentTarget), { icon: "save" })] : []),
+      ...(turn.request ? [button(t("curl"), () => handlers.actions.curl(turn), { icon: "copy" })] : []),
+    ),
     ...(turn.notes ?? []).map(serverNote),
     ...figures(frames),
   );

@@ -114,8 +114,9 @@ function foot() {
     element("span", { text: t("export.save", { name: `${stem(subject.title)}${several ? ".zip" : suffix}` }) }));
 }
 
-function stem(title) {
-  return title.replaceAll(/[^\p{L}\p{N}_-]+/gu, "-").replaceAll(/^-|-$/g, "").slice(0, 60) || "moments";
+/** A title as the beginning of a file's name. */
+export function stem(title, fallback = "moments") {
+  return title.replaceAll(/[^\p{L}\p{N}_-]+/gu, "-").replaceAll(/^-|-$/g, "").slice(0, 60) || fallback;
 }
 
 function value(id) {

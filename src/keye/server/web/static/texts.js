@@ -285,6 +285,7 @@ export const TEXTS = {
   "figures.share": ["Share of the attention", "注意力比例"],
   "figures.lift": ["Times an even share", "平均值的倍数"],
   curl: ["Copy as curl", "复制为 curl"],
+  record: ["Save record", "保存记录"],
   "next.title": ["For the next question", "用于下一个问题"],
   "next.reset": ["Reset", "重置"],
   "next.start": ["Start", "开始"],
