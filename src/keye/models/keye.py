@@ -19,6 +19,7 @@ from keye.models.vision import Projector, Visual, encode_vision
 from keye.ops.elementwise import Elementwise
 from keye.ops.kv_blocks import RowSpec
 from keye.ops.reference import inverse_frequencies, rope_angles
+from keye.quant.layers import QuantEmbedding, QuantLinear
 
 
 class DecoderLayer(Layer):
@@ -102,8 +103,11 @@ class KeyeModel(Layer):
 
     def tie_weights(self) -> None:
         """Makes head and embeddings one parameter where the config says so; needed again after `to_empty`."""
-        if self.is_tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        table = self.model.embed_tokens
+        if self.is_tied and isinstance(table, QuantEmbedding):
+            self.lm_head = QuantLinear(table.weight)
+        elif self.is_tied:
+            self.lm_head.weight = table.weight
 
     @property
     def is_tied(self) -> bool:
@@ -116,11 +120,12 @@ class KeyeModel(Layer):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        """That of activations and of weights that are not quantised."""
+        return self.model.norm.weight.dtype
 
     def set_elementwise(self, elementwise: Elementwise) -> None:
         """Chooses the versions of the small operations that this model's layers call."""

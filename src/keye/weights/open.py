@@ -1,0 +1,18 @@
+"""Opening a source of weights, whatever its file format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from keye.weights.safetensors import open_checkpoint
+from keye.weights.source import TensorSource
+
+
+def open_weights(path: Path, wanted: Callable[[str], bool] | None = None) -> Mapping[str, TensorSource]:
+    """The tensors of a checkpoint under official names; headers are read, no numbers.
+
+    `wanted` leaves out names, and files that hold no other ones are not opened. `WeightsError` where nothing at `path`
+    is a checkpoint.
+    """
+    return open_checkpoint(path, wanted)

@@ -1,0 +1,67 @@
+"""Layers with quantised matrices compute what plain layers compute with the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from keye.ops.elementwise import swiglu
+from keye.ops.quantized import QuantFormat, QuantTensor
+from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
+
+INT4, FP8 = QuantFormat("int4", 32), QuantFormat("fp8")
+
+
+def random_weight(*shape: int, form: QuantFormat = INT4, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    tensor = QuantTensor.empty(form, shape)
+    tensor.codes.view(torch.uint8).copy_(torch.randint(0, 120, tensor.codes.shape))
+    tensor.scales.copy_(torch.rand(tensor.scales.shape))
+    return QuantizedWeight.wrap(tensor, dtype)
+
+
+@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+def test_linear(form: QuantFormat) -> None:
+    weight, x = random_weight(8, 50, form=form), torch.randn(2, 3, 50)
+    layer = QuantLinear(weight, nn.Parameter(torch.randn(8)))
+    expected = nn.functional.linear(x, weight.tensor.dequantize(), layer.bias).detach()
+    torch.testing.assert_close(layer(x).detach(), expected, rtol=0.02, atol=0.02 * float(expected.std()))
+    assert set(layer.state_dict()) == {"weight.codes", "weight.scales", "bias"}
+    assert layer(x[0, 0]).shape == (8,) and layer(x[:0]).shape == (0, 3, 8)
+
+
+def test_embedding() -> None:
+    layer, ids = QuantEmbedding(random_weight(10, 48, dtype=torch.bfloat16)), torch.tensor([[3, 9], [0, 3]])
+    assert torch.equal(layer(ids), layer.weight.tensor.dequantize(torch.bfloat16)[ids])
+
+
+def test_experts() -> None:
+    layer, sizes = QuantExperts(random_weight(2, 12, 32), random_weight(2, 32, 6)), [2, 1]
+    x = torch.randn(3, 32)
+    up, down = layer.gate_up_proj.tensor.dequantize(), layer.down_proj.tensor.dequantize()
+    expected = torch.cat([swiglu(x[:2] @ up[0].T) @ down[0].T, swiglu(x[2:] @ up[1].T) @ down[1].T])
+    torch.testing.assert_close(layer(x, sizes), expected, rtol=0.03, atol=0.03 * float(expected.std()))
+
+
+@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+def test_conversions_change_the_activations_alone(form: QuantFormat) -> None:
+    layer = QuantLinear(random_weight(4, 32, form=form), nn.Parameter(torch.ones(4)))
+    before: dict[str, Any] = copy.deepcopy(layer.state_dict())
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
+    for name in ("codes", "scales"):
+        now = layer.state_dict()[f"weight.{name}"]
+        assert now.dtype == before[f"weight.{name}"].dtype
+        assert torch.equal(now.view(torch.uint8), before[f"weight.{name}"].view(torch.uint8))
+
+
+def test_a_plain_layer_is_replaced_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        plain = nn.Linear(64, 8)
+    layer = QuantLinear.like(plain, INT4)
+    assert layer.weight.device.type == "meta" and layer.bias is plain.bias
+    layer = layer.to_empty(device="cpu")
+    assert layer.weight.codes.shape == (8, 32) and layer.weight.device.type == "cpu"
