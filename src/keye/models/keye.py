@@ -103,11 +103,11 @@ class KeyeModel(Layer):
 
     def tie_weights(self) -> None:
         """Makes head and embeddings one parameter where the config says so; needed again after `to_empty`."""
-        table = self.model.embed_tokens
+        table = self.model.get_submodule("embed_tokens")
         if self.is_tied and isinstance(table, QuantEmbedding):
-            self.lm_head = QuantLinear(table.weight)
+            self.lm_head = QuantLinear(table.weight)  # type: ignore[assignment]
         elif self.is_tied:
-            self.lm_head.weight = table.weight
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def is_tied(self) -> bool:

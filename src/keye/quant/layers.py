@@ -25,6 +25,8 @@ class QuantizedWeight(nn.Module):
     scales keep theirs.
     """
 
+    codes: Tensor
+    scales: Tensor
     minima: Tensor | None
 
     def __init__(
@@ -72,6 +74,8 @@ class QuantizedWeight(nn.Module):
 
 class QuantLinear(nn.Module):
     """`nn.Linear` with a quantised weight."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
