@@ -62,8 +62,8 @@ def by_hand(tensor: QuantTensor) -> Tensor:
 def test_numbers_are_those_of_the_documented_layout(form: QuantFormat) -> None:
     tensor = fill(form, 9, 77)  # the last group, byte and block are short
     assert torch.equal(tensor.dequantize(), by_hand(tensor))
-    held = [t for t in (tensor.codes, tensor.scales, tensor.minima) if t is not None]
-    assert tensor.nbytes == form.nbytes((9, 77)) == sum(t.nbytes for t in held)
+    buffers = [t for t in (tensor.codes, tensor.scales, tensor.minima) if t is not None]
+    assert tensor.nbytes == form.nbytes((9, 77)) == sum(t.nbytes for t in buffers)
     assert QuantFormat.from_dict(form.to_dict()) == form
 
 
