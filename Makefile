@@ -16,7 +16,7 @@ export KEYE_GOLDEN := $(GOLDEN)
 # Tests run in $(JOBS) processes of one thread each: more threads than cores stall one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint lint-workflows slow format docs dist audit image gpu test-vllm test-clients clean
+.PHONY: help demo test check lint lint-workflows slow format docs dist audit image gpu test-vllm test-clients peers test-peers clean
 
 help:
 	@echo "make demo    answer a question about the bundled video"
@@ -32,6 +32,7 @@ help:
 	@echo "make audit   look for known vulnerabilities in the installed packages"
 	@echo "make test-vllm  the vLLM plug-in, in an environment of its own (3.5 GB)"
 	@echo "make test-clients  fifteen client packages against keye serve, in environments of their own (2 GB)"
+	@echo "make test-peers  GGUF files and quantisers against llama.cpp, prebuilt (11 MB)"
 	@echo "make clean   remove the virtual environments and all caches"
 
 demo: $(VENV)/.base
@@ -140,6 +141,14 @@ test-vllm: $(VENV_VLLM)/.ready
 test-clients: $(VENV)/.dev
 	$(BIN)/python tests/clients/run.py $(ARGS)
 
+# llama.cpp and the package gguf in a folder of their own; says why where they cannot be had.
+peers: $(BIN)/python
+	$(BIN)/python tests/peers/install.py
+
+test-peers: $(VENV)/.dev
+	$(BIN)/python tests/peers/install.py
+	$(BIN)/python -m pytest -n0 -m peer tests/peers $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_ACTIONLINT) $(VENV_AUDIT) .venv-clients tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_ACTIONLINT) $(VENV_AUDIT) .venv-clients .venv-peers tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,7 @@
 """Scales of groups of weights, searched for the smallest squared error, and the codes that belong to them.
 
-Knows groups `[G, n]` of float32 numbers; knows nothing of file formats. The functions here are the definition in plain
-torch; `keye.ops.cpu.scales` computes the same in the compiled core, some fifty times as fast, and is taken where there
-is one.
+Knows groups `[G, n]` of float32 numbers; knows nothing of file formats. These functions are the definition in plain
+torch; `keye.ops.cpu.scales` computes the same in the compiled core.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ def search_affine(x: Tensor, levels: int) -> Scales:
     def fit(inverse: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = ((x - offset) * inverse).round_().clamp_(0, levels)
         l, ll, xl = (value.sum(1, keepdim=True) for value in (codes, codes.square(), x * codes))
-        spread = (n * ll - l.square()).clamp_min(0)
-        scale = (n * xl - total * l) / spread.clamp_min(1)
-        minimum = torch.where(spread > 0, (total - scale * l) / n, 1)
+        spread = n * ll - l.square()  # 0 where all codes are equal
+        scale = torch.where(spread > 0, (n * xl - total * l) / spread.clamp_min(1), 0)
+        minimum = (total - scale * l) / n
         without = xl / ll.clamp_min(1)
         scale, minimum = torch.where(minimum > 0, without, scale), minimum.clamp_max(0)
         return scale * xl + minimum * total, scale, minimum

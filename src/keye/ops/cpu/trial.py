@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keye.ops import scales
 from keye.ops.backend import REFERENCE, Stretch
 from keye.ops.cpu.backend import CpuBackend
+from keye.ops.cpu.scales import ScaleLibrary
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
 
 #: Largest difference of outputs from the reference, for values of about 1.
@@ -82,9 +84,23 @@ def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None
             assert difference <= TOLERANCE[dtype], f"{run} attention differs from the reference by {difference:.2g}"
 
 
+def check_scales(library: ScaleLibrary) -> None:
+    """Scales whose squared error is that of the reference; `AssertionError` otherwise."""
+    x = torch.randn(77, 32, generator=torch.Generator().manual_seed(0))
+    for low, high, affine in ((-8, 7, False), (0, 15, True)):
+        wanted = scales.search_affine(x, high) if affine else scales.search_symmetric(x, low, high)
+        errors = []
+        for (scale, minimum), encode in ((wanted, scales.encode), (library.search(x, low, high, affine=affine),
+                                                                   library.encode)):  # fmt: skip
+            y = (encode(x, scale, minimum, low, high).float() + low) * scale[:, None]
+            errors.append(float((y + (0 if minimum is None else minimum[:, None]) - x).square().sum()))
+        assert abs(errors[1] / errors[0] - 1) <= 1e-4, f"scales have the squared errors {errors}"
+
+
 def main(library: str) -> None:
     """Tries a library; an exception or a signal is the verdict against it."""
     torch.set_num_threads(1)
+    check_scales(ScaleLibrary(Path(library)))
     backend = CpuBackend(Path(library))
     kinds: tuple[RowKind | None, ...] = (None, "int8", "int4")
     for dtype in TOLERANCE:

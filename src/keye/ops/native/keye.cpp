@@ -1,5 +1,6 @@
 // Entry points: cuts a step into blocks of queries and runs them on a few threads.
 #include "dense.h"
+#include "scales.h"
 #include "score.h"
 #include "threads.h"
 #include <numeric>
@@ -243,5 +244,14 @@ int keye_select(const KeyeStep *step, const KeyeStretch *stretches, int64_t coun
 
 int keye_attend(const KeyeStep *step, const KeyeStretch *stretches, int64_t count) {
     return guarded([&] { return attend_step(*step, stretches, count); });
+}
+
+int keye_search_scales(const float *x, int64_t count, int32_t n, float low, float high, float *scales, float *minima) {
+    return guarded([&] { return search_scales(x, count, n, low, high, scales, minima), 0; });
+}
+
+void keye_encode(const float *x, int64_t count, int32_t n, float low, float high, const float *scales,
+                 const float *minima, uint8_t *codes) {
+    encode(x, count, n, low, high, scales, minima, codes);
 }
 }

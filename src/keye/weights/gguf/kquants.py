@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from keye.ops.scales import encode, search_affine, search_symmetric
+from keye.ops.cpu.scales import encode, search_affine, search_symmetric
 
 #: Largest number that half precision holds.
 HALF_MAX: Final = 65504.0
