@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from keye.ops import scales
-from keye.ops.cpu import build, scales as compiled
+from keye.ops.cpu import build
+from keye.ops.cpu import scales as compiled
 
 
-def error(x, found, low, high, encode=scales.encode):
+def error(x, ours, low, high, encode=scales.encode):
     """Squared error of each group."""
-    codes = encode(x, found.scale, found.minimum, low, high)
-    y = (codes.float() + low) * found.scale[:, None] + (0 if found.minimum is None else found.minimum[:, None])
+    codes = encode(x, ours.scale, ours.minimum, low, high)
+    y = (codes.float() + low) * ours.scale[:, None] + (0 if ours.minimum is None else ours.minimum[:, None])
     return (y - x).square().sum(1)
 
 
@@ -28,18 +29,18 @@ def groups(n):
 def test_symmetric_scales_beat_those_of_the_largest_number(low, high):
     x = groups(32)
     plain = scales.Scales(x.gather(1, x.abs().argmax(1, keepdim=True)).view(-1) / low, None)
-    found = error(x, scales.search_symmetric(x, low, high), low, high)
-    assert (found <= error(x, plain, low, high) * (1 + 1e-5)).all()
-    assert found.sum() < 0.95 * error(x, plain, low, high).sum()
+    ours = error(x, scales.search_symmetric(x, low, high), low, high)
+    assert (ours <= error(x, plain, low, high) * (1 + 1e-5)).all()
+    assert ours.sum() < 0.95 * error(x, plain, low, high).sum()
 
 
 def test_affine_scales_beat_those_of_the_range():
     x = groups(32)
     least = x.amin(1).clamp_max(0)
-    found = scales.search_affine(x, 15)
+    ours = scales.search_affine(x, 15)
     plain = scales.Scales((x.amax(1) - least).clamp_min(1e-30) / 15, least)
-    assert error(x, found, 0, 15).sum() < 0.85 * error(x, plain, 0, 15).sum()
-    assert (found.minimum <= 0).all()
+    assert error(x, ours, 0, 15).sum() < 0.85 * error(x, plain, 0, 15).sum()
+    assert (ours.minimum <= 0).all()
 
 
 def test_a_group_of_equal_numbers_and_one_of_zeros_are_exact():
@@ -56,7 +57,7 @@ def test_the_compiled_core_finds_scales_as_good_as_the_definition(n, low, high, 
     x = groups(n)
     core = compiled.ScaleLibrary(build.ready().library)
     wanted = scales.search_affine(x, high) if affine else scales.search_symmetric(x, low, high)
-    ours = error(x, core.search(x, low, high, affine=affine), low, high, core.encode)
+    errors = error(x, core.search(x, low, high, affine=affine), low, high, core.encode)
     theirs = error(x, wanted, low, high)
-    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=1e-9)  # sums in another order choose between near equals
-    torch.testing.assert_close(ours.sum(), theirs.sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(errors, theirs, rtol=0.05, atol=1e-9)  # sums in another order choose between near equals
+    torch.testing.assert_close(errors.sum(), theirs.sum(), rtol=1e-3, atol=0)

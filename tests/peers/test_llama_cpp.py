@@ -19,5 +19,5 @@ GOLDEN = Path(os.environ.get("KEYE_GOLDEN") or Path(__file__).parents[1] / "gold
 @pytest.mark.parametrize("case", ["case-00-Q4_K_M", "case-01-Q8_0"])
 def test_llama_cpp_repeats_its_reference_logits(case):
     values = load_file(GOLDEN / f"{case[:7]}.safetensors")
-    found = llama_cpp.logits(GOLDEN / f"{case}.gguf", values["in.input_ids"].tolist())
-    np.testing.assert_allclose(found, values[f"out.{case[8:]}.logits_llama"], atol=2e-2)  # other processors round on
+    ours = llama_cpp.logits(GOLDEN / f"{case}.gguf", values["in.input_ids"].tolist())
+    np.testing.assert_allclose(ours, values[f"out.{case[8:]}.logits_llama"], atol=2e-2)  # other processors round on

@@ -16,7 +16,8 @@ def test_make_targets_exist() -> None:
     texts = [*WORKFLOWS.values(), (ROOT / ".ci/run").read_text()]
     called = {target for text in texts for target in re.findall(r"\bmake ([a-z][\w-]*)", text)}
     assert called <= targets
-    assert {"lint", "docs", "test", "slow", "dist", "image", "audit", "test-vllm", "test-clients", "test-peers"} <= called
+    assert {"lint", "docs", "test", "slow", "dist", "image", "audit", "test-vllm", "test-clients"} <= called
+    assert "test-peers" in called
 
 
 def test_every_supported_python_is_tested() -> None:

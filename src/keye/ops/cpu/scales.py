@@ -45,10 +45,10 @@ class ScaleLibrary:
 
     def __init__(self, library: Path) -> None:
         core = ctypes.CDLL(str(library))
-        address, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        address, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._search, self._encode = core.keye_search_scales, core.keye_encode
-        self._search.argtypes = (address, whole, ctypes.c_int32, number, number, address, address)
-        self._encode.argtypes = (address, whole, ctypes.c_int32, number, number, address, address, address)
+        self._search.argtypes = (address, count, ctypes.c_int32, number, number, address, address)
+        self._encode.argtypes = (address, count, ctypes.c_int32, number, number, address, address, address)
         self._encode.restype = None
 
     def search(self, x: Tensor, low: int, high: int, *, affine: bool) -> Scales:

@@ -99,23 +99,23 @@ def _symmetric_super_block(x: Tensor, low: int, high: int, least: int, most: int
     scale = search_symmetric(groups, low, high).scale.view(-1, 16)
     peak = scale.gather(1, scale.abs().argmax(1, keepdim=True))
     top = _half(peak / least)
-    whole = _float(top)[:, None]
-    steps = torch.where(whole != 0, scale / whole, 0).round().clamp(least, most)
-    codes = encode(groups, (steps * whole).view(-1), None, low, high)
+    unit = _float(top)[:, None]
+    steps = torch.where(unit != 0, scale / unit, 0).round().clamp(least, most)
+    codes = encode(groups, (steps * unit).view(-1), None, low, high)
     return steps.to(torch.int8), codes.view(-1, 256), top
 
 
 def _affine_super_block(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The first 16 bytes of a block, two half-precision numbers and 8 scales and minima of 6 bits, and codes [B, 256]."""
+    """The first 16 bytes of a block, which hold 8 scales and minima of 6 bits and their units, and codes [B, 256]."""
     groups = x.view(-1, 32)
     searched = search_affine(groups, levels)
     assert searched.minimum is not None
     scale, minimum = searched.scale.view(-1, 8), -searched.minimum.view(-1, 8)
     tops = [_half(value.amax(1, keepdim=True) / 63) for value in (scale, minimum)]
-    wholes = [_float(top)[:, None] for top in tops]
-    steps = [torch.where(whole > 0, value / whole, 0).round().clamp(0, 63)
-             for whole, value in zip(wholes, (scale, minimum), strict=True)]  # fmt: skip
-    codes = encode(groups, (steps[0] * wholes[0]).view(-1), -(steps[1] * wholes[1]).view(-1), 0, levels)
+    units = [_float(top)[:, None] for top in tops]
+    steps = [torch.where(unit > 0, value / unit, 0).round().clamp(0, 63)
+             for unit, value in zip(units, (scale, minimum), strict=True)]  # fmt: skip
+    codes = encode(groups, (steps[0] * units[0]).view(-1), -(steps[1] * units[1]).view(-1), 0, levels)
     s, m = (value.to(torch.uint8) for value in steps)
     packed = (s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4)
     return torch.cat((*tops, *packed), 1), codes.view(-1, 256)
