@@ -14,6 +14,7 @@ from keye.commands.inspect import activation_bytes, fit
 from keye.config import read_json
 from keye.hub import asset
 from keye.models.outline import outline
+from keye.planning.machines import machine_table, markdown_table
 from keye.process import Memory, main_memory
 
 
@@ -137,6 +138,7 @@ def test_text_fits_the_terminal(run: Callable, model: str, width: int, monkeypat
 def test_text_says_what_the_data_says(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = [Memory("cpu", 80 * 10**9, 70 * 10**9), Memory("cuda:0", 24 * 10**9, 24 * 10**9)]
     monkeypatch.setattr("keye.process.memories", lambda: memory)
+    monkeypatch.setattr("keye.planning.machines.read_bandwidth", lambda device: 100e9)
     monkeypatch.setenv("COLUMNS", "100")
     out = " ".join(run("inspect", "2.0").out.split())
     assert "16 indexer heads of 64 choose 2,048 keys" in out
@@ -146,6 +148,19 @@ def test_text_says_what_the_data_says(run: Callable, monkeypatch: pytest.MonkeyP
     assert "cpu 65.2 GiB of 74.5 GiB free" in out
     assert "16-bit fits with 68,611 tokens of context" in out
     assert "32-bit does not fit: the weights take 116 GiB" in out
+    assert "int4 fits with" in out and "int8 29 GiB" in out
+    assert "recommended int4: 15.6 GiB of weights" in out and "on cuda:0" in out
+
+
+def test_the_table_of_the_documentation_is_that_of_the_command(run: Callable) -> None:
+    """If this fails, replace the table in docs/hardware.md by what `keye inspect --machines` prints."""
+    lines = list(markdown_table(machine_table()))
+    assert "\n".join(lines) in (Path(__file__).parents[2] / "docs/hardware.md").read_text(encoding="utf-8")
+    assert run("inspect", "--machines").out.splitlines() == lines
+    rows = run("inspect", "--machines", "--json").data["machines"]
+    assert rows == json.loads(json.dumps(machine_table()))
+    result = run("inspect", "nano", "--machines")
+    assert result.code == 2 and "one of the two" in result.err
 
 
 def test_unusable_models_are_one_sentence(run: Callable, tmp_path: Path) -> None:
@@ -182,7 +197,7 @@ def test_the_context_that_fits(free: int, context: int, limit: str | None) -> No
     leave."""
     nano = outline(read_json(asset("nano") / "config.json"))
     assert nano.config is not None
-    got = fit(nano, 1000, Memory("cpu", 10**12, free + activation_bytes(nano.config, 2)), "bfloat16")
+    got = fit(nano, 2000, Memory("cpu", 10**12, free + activation_bytes(nano.config, 2)), "bfloat16")
     assert (got["context"], got["fits"], got["limited_by"]) == (context, context > 0, limit)
 
 

@@ -16,10 +16,13 @@ from keye.errors import KeyeError
 if TYPE_CHECKING:
     from keye.config import KeyeConfig
     from keye.models.outline import Outline
+    from keye.planning.formats import WeightFormat
     from keye.process import Memory
 
 #: Number formats that keye loads weights in, and the bytes of a number.
 FORMATS = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: Those that weights are quantised to. Keys, values and activations have 16 bits beside them.
+QUANTISED: tuple[WeightFormat, ...] = ("int8", "int4")
 #: Placeholders and marks of the prompt, and the fields of config.json that hold their ids.
 MARKS = {
     "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id",
@@ -30,24 +33,35 @@ TEMPLATE_WORDS = {"tools": "tools", "thinking": "enable_thinking", "images": "im
 
 
 @click.command(context_settings=options.CONTEXT)
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", required=False)
+@click.option("--machines", is_flag=True, help="Print which published model runs on which machine, as Markdown.")
 @options.as_json
 @options.debug
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str | None, machines: bool, as_json: bool) -> None:
     """Show what a model is made of, what it costs in memory, and what fits in this machine; or what an index holds.
 
     MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, or a folder with config.json. Weights are
     neither needed nor fetched; where they are, their headers are read and compared. It may also be an index that keye
-    index or keye find wrote.
+    index or keye find wrote. With --machines, and no MODEL, common machines are compared by arithmetic on nominal
+    bandwidths.
 
     \b
     keye inspect nano
     keye inspect 2.0 --json
     keye inspect talk.keye
+    keye inspect --machines
     """
     from keye.commands.shared import inputs, show, show_model
     from keye.media.source.fetch import fetch_source, is_index
 
+    if machines == (model is not None):
+        raise KeyeError("give a MODEL to describe, or --machines, one of the two")
+    if model is None:
+        from keye.planning.machines import machine_table, markdown_table
+
+        rows = machine_table()
+        show.print_json({"machines": rows}) if as_json else print("\n".join(markdown_table(rows)))
+        return
     if os.path.isfile(model) and is_index(fetch_source(model)):
         from keye.cache.segments import is_segmented
         from keye.sessions.search.headers import describe_search_index
@@ -73,6 +87,8 @@ def description(model: str) -> dict[str, Any]:
     from keye.commands.shared.inputs import describing_folder
     from keye.config import read_json
     from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
+    from keye.planning.machines import read_bandwidth, recommend
+    from keye.planning.placement import ModelSizes
     from keye.process import memories
 
     folder, packaged = describing_folder(model)
@@ -88,7 +104,12 @@ def description(model: str) -> dict[str, Any]:
         notes.append(f"Without meaning to keye in config.json: {', '.join(unknown)}.")
     parts = parameters_by_part(shapes or model_outline.shapes)
     total, read = sum(parts.values()), read_parameters(shapes or model_outline.shapes)
-    memory = memories()
+    memory, sizes = memories(), ModelSizes.of(model_outline)
+    weights = {name: read * size for name, size in FORMATS.items()}
+    weights |= {name: sum(sizes.parts[name].values()) for name in QUANTISED}
+    recommended = None
+    if model_outline.release.runs:
+        recommended = recommend(sizes, memory, {device.device: read_bandwidth(device.device) for device in memory})
     return {
         "model": model, "folder": None if packaged else str(folder), "architecture": model_outline.architecture,
         "release": model_outline.release.name, "runs": model_outline.release.runs, "text": model_outline.text,
@@ -98,14 +119,15 @@ def description(model: str) -> dict[str, Any]:
         "parameters": {
             "total": total, "read": read, "active": active_parameters(parts, model_outline.experts), "parts": parts,
         },
-        "bytes": {name: total * size for name, size in FORMATS.items()},
+        "bytes": {**{name: total * size for name, size in FORMATS.items()}, **{n: weights[n] for n in QUANTISED}},
         "kv_bytes_per_token": {name: model_outline.kv_numbers * size for name, size in FORMATS.items()},
         "indexer_bytes_per_token": {
             **{name: model_outline.indexer_numbers * size for name, size in FORMATS.items()},
             "float8": model_outline.indexer_bytes_float8,
         },
         "files": files, "memory": [asdict(device) for device in memory],
-        "fits": [fit(model_outline, read, memory_of, name) for memory_of in memory for name in FORMATS],
+        "fits": [fit(model_outline, size, device, name) for device in memory for name, size in weights.items()],
+        "recommendation": recommended,
         "tokenizer": tokenizer_facts(folder, raw), "template": template_facts(folder),
         "sampling": sampling_facts(folder), "notes": notes,
     }  # fmt: skip
@@ -154,16 +176,16 @@ def activation_bytes(config: KeyeConfig, itemsize: int) -> int:
     return prompt_scratch(config.text, tokens, itemsize) + encoding_bytes(config.vision, itemsize)
 
 
-def fit(model_outline: Outline, numbers: int, memory: Memory, dtype: str) -> dict[str, Any]:
-    """Whether weights in `dtype` fit into the free memory of a device, and the longest context beside them and what
-    the engine reserves for activations."""
-    size = FORMATS[dtype]
+def fit(model_outline: Outline, weights: int, memory: Memory, dtype: str) -> dict[str, Any]:
+    """Whether `weights` bytes in `dtype` fit into the free memory of a device, and the longest context beside them and
+    what the engine reserves for activations."""
+    size = FORMATS.get(dtype, 2)
     activations = 0 if model_outline.config is None else activation_bytes(model_outline.config, size)
-    left = memory.free - activations - numbers * size
+    left = memory.free - activations - weights
     tokens = max(0, left) // ((model_outline.kv_numbers + model_outline.indexer_numbers) * size)
     context = min(tokens, model_outline.context) if model_outline.release.runs else 0
     limit = None if not context else ("model" if tokens >= model_outline.context else "memory")
-    return {"device": memory.device, "dtype": dtype, "weights": numbers * size, "activations": activations,
+    return {"device": memory.device, "dtype": dtype, "weights": weights, "activations": activations,
             "fits": context > 0, "context": context, "limited_by": limit}  # fmt: skip
 
 

@@ -136,11 +136,11 @@ def measure_frame(
     return (seconds[0] + (vision.num_hidden_layers - 1) * layer) / frames
 
 
-def fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several runs, after one that does not count."""
+def fastest(run: Callable[[], object], device: torch.device, seconds: float = SECONDS_EACH) -> float:
+    """Seconds of the fastest of the runs that fit into `seconds`, at least two, after one that does not count."""
     run()
     best, count, begin = math.inf, 0, time.perf_counter()
-    while count < 2 or (time.perf_counter() - begin < SECONDS_EACH and count < 50):
+    while count < 2 or (time.perf_counter() - begin < seconds and count < 50):
         start = time.perf_counter()
         run()
         if device.type == "cuda":

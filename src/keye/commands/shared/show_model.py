@@ -15,7 +15,7 @@ from keye.units import format_bytes, format_count, listed, one_line, plural
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
 BAR, NARROW = 20, 64
 #: Formats of the same size share a row.
-ROWS = {"bfloat16": "16-bit", "float32": "32-bit"}
+ROWS = {"bfloat16": "16-bit", "float32": "32-bit", "int8": "int8", "int4": "int4"}
 
 
 def print_model(result: Mapping[str, Any]) -> None:
@@ -136,7 +136,8 @@ def memory_table(result: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     kv, index = result["kv_bytes_per_token"], result["indexer_bytes_per_token"]
     for dtype, name in ROWS.items():
-        table.add_row(name, format_bytes(result["bytes"][dtype]), f"{kv[dtype]:,} B", _bytes(index[dtype]))
+        cached = (f"{kv[dtype]:,} B", _bytes(index[dtype])) if dtype in kv else ("", "")
+        table.add_row(name, format_bytes(result["bytes"][dtype]), *cached)
     if index["float8"]:
         table.add_row("8-bit (official server)", "", "", _bytes(index["float8"]))
     return table
@@ -155,6 +156,10 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
                     full = ", all that the model knows" if fit["limited_by"] == "model" else ""
                     verdict = f"fits with {fit['context']:,} tokens of context{full}"
                 rows.append((f"  {ROWS[fit['dtype']]}", verdict))
+    if (recommended := result["recommendation"]) is not None:
+        rows.append(("recommended", f"{recommended['sentence']} on {recommended['device']}"))
+    else:
+        rows.append(("recommended", "no format of this model runs here: keye inspect --machines shows what it needs"))
     return rows
 
 
