@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keye.config import model_config_from_dict
-from keye.models.moe import ROW_MULTIPLE, MoE
+from keye.models.moe import ROW_MULTIPLE, MoE, lay_out_for_decoding
+from keye.ops.registry import backends
 
 
 def naive(moe: MoE, x: Tensor) -> Tensor:
@@ -90,3 +91,24 @@ def test_one_expert_may_take_every_token(raw_config: dict[str, Any]) -> None:
         out, _, chosen = moe(x)
         assert (chosen == 5).all()
         torch.testing.assert_close(out, naive(moe, x), rtol=1e-4, atol=1e-5)
+
+
+def test_large_experts_meet_few_tokens_in_the_compiled_core(raw_config: dict[str, Any]) -> None:
+    text = model_config_from_dict({**raw_config, "hidden_size": 1024, "moe_intermediate_size": 256}).text
+    with torch.device("meta"):
+        moe = MoE(text).bfloat16()
+        lay_out_for_decoding(moe.experts)
+    moe, generator = moe.to_empty(device="cpu"), torch.Generator().manual_seed(0)
+    for parameter in moe.parameters():
+        parameter.data.copy_(0.03 * torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(3, 1024, generator=generator).bfloat16()
+    with torch.inference_mode():
+        if moe.experts.mix(x, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)) is None:
+            pytest.skip("the compiled core cannot be used here")
+        ours = moe(x)[0]
+        with backends.using("reference"):
+            wanted = moe(x)[0]
+    assert not torch.equal(ours, torch.zeros_like(ours))
+    torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-3)
+    moe(x.requires_grad_())[0].sum().backward()
+    assert x.grad is not None and moe.experts.down_proj.grad is not None

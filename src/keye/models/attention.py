@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import bfloat16 as bf16
 
 from keye.config import TextConfig
-from keye.models.layers import Layer, RMSNorm
+from keye.models.layers import Layer, Linear, RMSNorm
 from keye.ops import reference, registry
 from keye.ops.backend import Stretch
 from keye.ops.kv_blocks import BlockRows, RowFormat, RowSpec
@@ -71,8 +71,8 @@ class Indexer(Layer):
         super().__init__()
         assert config.sparse is not None
         self.heads, self.dim = config.sparse.indexer_num_heads, config.sparse.indexer_head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * (self.dim + 1), bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.dim, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * (self.dim + 1), bias=False)
+        self.k_proj = Linear(config.hidden_size, self.dim, bias=False)
         self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
         self.k_norm = nn.LayerNorm(self.dim, eps=config.rms_norm_eps)
         self.numerics: Numerics = "exact"
@@ -173,10 +173,10 @@ class Attention(Layer):
         super().__init__()
         d, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.layer, self.head_dim, self.eps = layer, D, config.rms_norm_eps
-        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=bias)
+        self.q_proj = Linear(d, config.num_attention_heads * D, bias=bias)
+        self.k_proj = Linear(d, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = Linear(d, config.num_key_value_heads * D, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * D, d, bias=bias)
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
         if config.sparse is not None:

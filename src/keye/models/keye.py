@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
 from keye.models.attention import Attention, Indexer, Numerics, Rope, Step, cache_rows
-from keye.models.layers import MLP, Layer, RMSNorm, embedding
+from keye.models.layers import MLP, Layer, Linear, RMSNorm, embedding
 from keye.models.moe import MoE
 from keye.models.vision import Projector, Visual, encode_vision
 from keye.ops.elementwise import Elementwise
@@ -98,7 +98,7 @@ class KeyeModel(Layer):
         self.visual = Visual(config.vision)
         self.mlp_AR = Projector(config.vision, text.hidden_size)
         self.model = Decoder(text)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

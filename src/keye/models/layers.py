@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from keye.ops import registry
 from keye.ops.elementwise import PLAIN, Elementwise
 
 
@@ -27,6 +28,14 @@ class RMSNorm(Layer):
         return self.elementwise.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A projection of the decoder; few rows, as in decoding, are multiplied by a faster kernel where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return registry.linear(x, self.weight, self.bias)
+
+
 def embedding(count: int, dim: int) -> nn.Embedding:
     """An embedding table left unfilled: on the meta device torch would import its compiler to fill it, for a second."""
     return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
@@ -37,9 +46,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, inner, bias=False)
-        self.up_proj = nn.Linear(dim, inner, bias=False)
-        self.down_proj = nn.Linear(inner, dim, bias=False)
+        self.gate_proj = Linear(dim, inner, bias=False)
+        self.up_proj = Linear(dim, inner, bias=False)
+        self.down_proj = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, dim] -> [T, dim]."""

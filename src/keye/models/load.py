@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from keye.config import KeyeConfig, read_json, vision_config_from_dict
 from keye.errors import KeyeError, KeyeWarning, warn
 from keye.models.keye import KeyeModel
-from keye.models.moe import Experts, Router
+from keye.models.moe import Experts, Router, lay_out_for_decoding
 from keye.models.vision import VisionTower
 from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, View, file_tensors, per_expert_modules
 from keye.weights.safetensors import SHARD_BYTES, open_checkpoint, write_checkpoint
@@ -56,6 +56,9 @@ def load_model(
     dtype = dtype or torch_dtype(config.dtype)
     tensors = open_checkpoint(Path(folder))
     model, plan, report = _plan_model(tensors, config, strict=strict, layers=layers)  # before any memory is taken
+    for module in model.modules():
+        if isinstance(module, Experts) and dtype == torch.bfloat16 and torch.device(device).type == "cpu":
+            lay_out_for_decoding(module)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     _fill(model, plan, tensors)

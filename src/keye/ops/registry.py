@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import CDLL
 from typing import Final, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from keye.config import kernel_config
 from keye.errors import KeyeError
 from keye.ops.backend import REFERENCE, Backend, Selected, Stretch
+from keye.ops.cpu import gemv
 
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
@@ -110,6 +113,28 @@ def find_grouped_matmul(x: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor,
     from keye.ops.triton.experts import grouped_matmul
 
     return grouped_matmul
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, which is the definition, or the compiled core's where few rows `x` [..., K] meet a
+    large bfloat16 `weight` [M, K]. Returns [..., M]."""
+    if gemv.takes_linear(x, weight) and (library := _find_library(x)) is not None:
+        return gemv.linear(library, x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
+    """Tokens `x` [T, d] through their `chosen` experts int64 [T, K], summed with `weights` float32 [T, K], by the
+    compiled core; None where it does not take them. Weights of experts are as `keye.models.moe.Experts` has them."""
+    if gemv.takes_experts(x, chosen, gate_up, down) and (library := _find_library(x)) is not None:
+        return gemv.mix_experts(library, x, weights, chosen, gate_up, down)
+    return None
+
+
+def _find_library(x: Tensor) -> CDLL | None:
+    """The compiled core where it is the backend in use for a device."""
+    library = getattr(backends.of(x.device), "library", None)
+    return None if library is None else library()
 
 
 def _assign(q: Tensor, stretches: Sequence[Stretch]) -> Iterator[tuple[Backend, list[Stretch]]]:

@@ -54,14 +54,16 @@ class StoredTensor:
         return str(self.file), self.start
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
-        """Pieces of `PIECE_BYTES`; a target that is not contiguous is one piece, with this one tensor as its buffer."""
+        """Pieces of `PIECE_BYTES`; of a target that is not contiguous its matrices, each with a buffer of its size."""
         assert target.shape == self.shape
         dtype = _DTYPES[self.dtype]
         count = self.nbytes // dtype.itemsize
         if not count:
             return
         if not target.is_contiguous():
-            yield lambda: target.copy_(self._read(0, torch.empty(count, dtype=dtype)).view(self.shape))
+            matrices = target.flatten(0, -3) if target.dim() > 2 else target.unsqueeze(0)
+            step = self.nbytes // len(matrices)
+            yield from (partial(self._fill_matrix, matrix, i * step, dtype) for i, matrix in enumerate(matrices))
             return
         flat, step = target.view(-1), PIECE_BYTES // dtype.itemsize
         for begin in range(0, count, step):
@@ -77,6 +79,13 @@ class StoredTensor:
             self._read(start, part)
         else:
             part.copy_(self._read(start, torch.empty(len(part), dtype=dtype)))
+
+    def _fill_matrix(self, matrix: Tensor, start: int, dtype: torch.dtype) -> None:
+        """Reads a matrix through a buffer into a place that is not contiguous."""
+        source = self._read(start, torch.empty(matrix.shape, dtype=dtype))
+        if matrix.mT.is_contiguous():  # torch transposes matrices fast only in this direction
+            matrix, source = matrix.mT, source.mT
+        matrix.copy_(source)
 
     def _read(self, start: int, out: Tensor) -> Tensor:
         """Fills a contiguous CPU tensor with the bytes from `start` of this tensor on."""

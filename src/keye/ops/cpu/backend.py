@@ -95,6 +95,10 @@ class CpuBackend:
                 return False
         return self._loaded(stretch.length) is not None
 
+    def library(self) -> ctypes.CDLL | None:
+        """The library, built where there was none, which takes seconds; None where it cannot be used."""
+        return self._loaded(BUILD_ABOVE + 1)
+
     def dense(self, q: Tensor, stretches: Sequence[Stretch], out: Tensor) -> None:
         self._call("keye_dense", q, None, None, stretches, 0, out)
 
@@ -119,8 +123,7 @@ class CpuBackend:
 
     def timers(self) -> Timers:
         """Seconds of each phase since the last call; for benchmarks."""
-        timers = Timers()
-        library = self._loaded(BUILD_ABOVE + 1)
+        timers, library = Timers(), self.library()
         assert library is not None
         library.keye_timers(ctypes.byref(timers))
         return timers
@@ -206,6 +209,8 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("keye_dense", "keye_sparse", "keye_select", "keye_attend"):
         function = getattr(core, name)
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
+    for name in ("keye_linear", "keye_mix_experts"):
+        getattr(core, name).argtypes, getattr(core, name).restype = (ctypes.c_void_p,), ctypes.c_int
     core.keye_timers.argtypes, core.keye_timers.restype = (ctypes.c_void_p,), None
     return core
 

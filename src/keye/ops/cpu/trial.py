@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from keye.ops import scales
+from keye.ops import elementwise, scales
 from keye.ops.backend import REFERENCE, Stretch
+from keye.ops.cpu import gemv
 from keye.ops.cpu.backend import CpuBackend
 from keye.ops.cpu.scales import ScaleLibrary
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
@@ -97,6 +99,32 @@ def check_scales(library: ScaleLibrary) -> None:
         assert abs(errors[1] / errors[0] - 1) <= 1e-4, f"scales have the squared errors {errors}"
 
 
+def check_few_rows(backend: CpuBackend) -> None:
+    """Products of few rows must be near torch's."""
+    library, generator = backend.library(), torch.Generator().manual_seed(1)
+    assert library is not None
+    for rows, outputs, columns in ((1, 300, 96), (3, 13, 32), (8, 64, 512)):
+        x, weight = (torch.randn(n, columns, generator=generator).bfloat16() for n in (rows, outputs))
+        bias = torch.randn(outputs, generator=generator).bfloat16()
+        _compare(gemv.linear(library, x, weight, bias), F.linear(x.float(), weight.float(), bias.float()), "a product")
+    x, experts, chosen = torch.randn(3, 64, generator=generator).bfloat16(), 4, torch.tensor([[0, 3], [3, 2], [2, 0]])
+    gate_up = (0.1 * torch.randn(experts, 192, 64, generator=generator)).bfloat16().mT
+    down, weights = (
+        torch.randn(experts, 64, 96, generator=generator).bfloat16().mT,
+        torch.rand(3, 2, generator=generator),
+    )
+    wanted = torch.zeros(3, 64)
+    for t, k in ((t, k) for t in range(3) for k in range(2)):
+        e = chosen[t, k]
+        wanted[t] += weights[t, k] * (elementwise.swiglu(x[t].float() @ gate_up[e].float()) @ down[e].float())
+    _compare(gemv.mix_experts(library, x, weights, chosen, gate_up, down), wanted, "a mixture of experts")
+
+
+def _compare(ours: Tensor, wanted: Tensor, what: str) -> None:
+    difference = float((ours.float() - wanted).abs().max() / wanted.abs().max())
+    assert difference <= TOLERANCE[torch.bfloat16], f"{what} differs from the reference by {difference:.2g}"
+
+
 def main(library: str) -> None:
     """Tries a library; an exception or a signal is the verdict against it."""
     torch.set_num_threads(1)
@@ -106,3 +134,4 @@ def main(library: str) -> None:
     for dtype in TOLERANCE:
         for kind in kinds:
             check(backend, dtype, kind)
+    check_few_rows(backend)

@@ -1,5 +1,6 @@
 // Entry points: cuts a step into blocks of queries and runs them on a few threads.
 #include "dense.h"
+#include "gemv.h"
 #include "scales.h"
 #include "score.h"
 #include "threads.h"
@@ -23,6 +24,7 @@ struct Scratch {
     ScoreScratch score;
     AttendScratch attend;
     DenseScratch dense;
+    GemvScratch gemv;
     Buffer<int32_t> sets;
 };
 
@@ -220,6 +222,14 @@ int attend_step(const KeyeStep &step, const KeyeStretch *stretches, int64_t coun
 }  // namespace
 
 extern "C" {
+
+int keye_linear(const KeyeLinear *call) {
+    return guarded([&] { return linear(*call, scratch_of_thread().gemv); });
+}
+
+int keye_mix_experts(const KeyeExperts *call) {
+    return guarded([&] { return mix_experts(*call, scratch_of_thread().gemv); });
+}
 
 const char *keye_variant() { return KEYE_VARIANT; }
 

@@ -46,7 +46,28 @@ struct KeyeTimers {
     double score, select, attend, dense;
 };
 
+// bfloat16: x [rows, columns], weight [outputs, columns], bias [outputs] or null, out [rows, outputs]. Columns are a
+// multiple of 32.
+struct KeyeLinear {
+    const void *x, *weight, *bias;
+    void *out;
+    int64_t rows, columns, outputs, threads;
+};
+
+// bfloat16: x, out [tokens, width]; expert e is [2 * inner, width] (gates, then ups) at gate_up + e * gate_up_bytes and
+// [width, inner] at down + e * down_bytes. chosen int64 and weights float32 [tokens, top_k]. Width and inner are
+// multiples of 32.
+struct KeyeExperts {
+    const void *x, *gate_up, *down;
+    const int64_t *chosen;
+    const float *weights;
+    void *out;
+    int64_t gate_up_bytes, down_bytes, experts, tokens, top_k, width, inner, threads;
+};
+
 // All return 0, or 1 when memory ran out.
+int keye_linear(const KeyeLinear *call);
+int keye_mix_experts(const KeyeExperts *call);
 int keye_dense(const KeyeStep *step, const KeyeStretch *stretches, int64_t count);
 int keye_sparse(const KeyeStep *step, const KeyeStretch *stretches, int64_t count);
 int keye_select(const KeyeStep *step, const KeyeStretch *stretches, int64_t count);

@@ -22,6 +22,14 @@ inline float from_bfloat(uint16_t bits) {
     return x;
 }
 
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + (bits >> 16 & 1) + 0x7fff) >> 16);
+}
+
 // The 256 values of float8 e4m3.
 struct Fp8Table {
     float value[256];

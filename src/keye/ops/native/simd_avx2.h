@@ -18,11 +18,11 @@ inline V vzero() { return _mm256_setzero_ps(); }
 inline V vadd(V a, V b) { return _mm256_add_ps(a, b); }
 inline V vsub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V vmul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V vdiv(V a, V b) { return _mm256_div_ps(a, b); }
 inline V vfma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 // The second operand where either is NaN.
 inline V vmax(V a, V b) { return _mm256_max_ps(a, b); }
 inline V vmin(V a, V b) { return _mm256_min_ps(a, b); }
-inline V vdiv(V a, V b) { return _mm256_div_ps(a, b); }
 inline uint32_t vgreater(V a, V b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 // a where the mask has a bit, else b.
 inline V vselect(uint32_t mask, V a, V b) {

@@ -19,11 +19,11 @@ inline V vzero() { return _mm512_setzero_ps(); }
 inline V vadd(V a, V b) { return _mm512_add_ps(a, b); }
 inline V vsub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V vmul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V vdiv(V a, V b) { return _mm512_div_ps(a, b); }
 inline V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 // The second operand where either is NaN.
 inline V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 inline V vmin(V a, V b) { return _mm512_min_ps(a, b); }
-inline V vdiv(V a, V b) { return _mm512_div_ps(a, b); }
 inline uint32_t vgreater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 // a where the mask has a bit, else b.
 inline V vselect(uint32_t mask, V a, V b) { return _mm512_mask_blend_ps((__mmask16)mask, b, a); }
