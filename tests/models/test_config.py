@@ -100,7 +100,10 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not supported"),
         ({"architectures": []}, "architecture none is not supported"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"\(gptq\): quantised checkpoints are not read"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"\(gptq\), a quantised checkpoint that keye does not",
+        ),
         ({"rope_scaling": None}, "lacks rope_scaling.mrope_section"),
         ({"rope_scaling": {"mrope_section": [16, 24, 23]}}, "sum to head_dim/2 = 64"),
         ({"rope_scaling": {"mrope_section": [32, 32]}}, "must be three whole numbers"),

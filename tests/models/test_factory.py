@@ -70,7 +70,7 @@ def test_every_matrix_but_routers_is_offered_by_name(model: KeyeModel, small_con
     offered: dict[str, nn.Module] = {}
     replace_layers(model, lambda name, layer: offered.setdefault(name, layer))
     matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() == 2}
-    plain = {name for name in matrices if "embed" in name or name.endswith(".mlp.gate")}
+    plain = {name for name in matrices if "_embedding" in name or name.endswith(".mlp.gate")}
     experts = {name for name, layer in model.named_modules() if isinstance(layer, Experts)}
     assert set(offered) == matrices - plain | experts and "lm_head" in offered
 

@@ -20,6 +20,7 @@ from keye.config.files import (
     require,
     required_fields,
 )
+from keye.config.quantization import check_quantization
 from keye.releases import Release, releases_by_architecture
 
 
@@ -259,7 +260,7 @@ _INERT = frozenset(
     "architectures model_type auto_map bos_token_id eos_token_id pad_token_id vision_token_id initializer_range "
     "initializer_factor max_window_layers sliding_window use_sliding_window transformers_version use_cache torch_dtype "
     "dtype attention_dropout vision_config rope_scaling sa_config mlp_only_layers head_dim router_aux_loss_coef "
-    "output_router_logits fast_video_token_id rope_parameters".split()
+    "output_router_logits fast_video_token_id rope_parameters quantization_config".split()
 )
 
 
@@ -277,12 +278,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
             f"the language model of {architecture} (Keye-VL-{release.name}) is {release.decoder}, which keye does not "
             "run yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
         )
-    if raw.get("quantization_config"):
-        section = raw["quantization_config"]
-        method = section.get("quant_method") if isinstance(section, Mapping) else None
-        named = f" ({method})" if isinstance(method, str) else ""
-        raise ConfigError(f"config.json has quantization_config{named}: quantised checkpoints are not read yet; use "
-                          "the bfloat16 release of the model")  # fmt: skip
+    check_quantization(raw)
     require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
     check_fields("config.json", raw, _MODEL_KINDS)
     if raw.get("use_sliding_window"):

@@ -7,7 +7,7 @@ none, or be an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,14 +18,29 @@ from keye.config import KeyeConfig, read_json, vision_config_from_dict
 from keye.errors import KeyeError, KeyeWarning, warn
 from keye.models.keye import KeyeModel
 from keye.models.moe import Experts, Router, lay_out_for_decoding
+from keye.models.quant_fill import (
+    Fill,
+    plain_fills,
+    plain_state,
+    quantize_layer,
+    quantized_weights,
+    stored_format,
+    stored_policy,
+    weight_fills,
+)  # fmt: skip
 from keye.models.vision import VisionTower
-from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, View, file_tensors, per_expert_modules
+from keye.ops.quantized import QuantTensor
+from keye.quant.layers import QuantExperts, QuantLinear
+from keye.quant.policy import Policy, make_policy
+from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, per_expert_modules
+from keye.weights.open import open_weights
 from keye.weights.safetensors import SHARD_BYTES, open_checkpoint, write_checkpoint
 from keye.weights.source import MemoryTensor, TensorSource, WeightsError, ask_for_huge_pages, copy_all
 
 #: (full name, plain layer) -> the layer to use in its place: the same one, or one with the same `forward`, such as a
 #: quantised one, a shard, or one that carries an adapter and keeps the plain layer inside its own.
 LayerFactory = Callable[[str, nn.Module], nn.Module]
+_MATRICES = (nn.Linear, Experts, QuantLinear, QuantExperts)
 
 
 @dataclass(frozen=True)
@@ -45,30 +60,44 @@ class LoadReport:
 
 def load_model(
     folder: Path, config: KeyeConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-    strict: bool = True, layers: LayerFactory | None = None,
+    strict: bool = True, layers: LayerFactory | None = None, quant: str | Policy | None = None,
 ) -> tuple[KeyeModel, LoadReport]:  # fmt: skip
     """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
-    `dtype` defaults to the one in the config. `layers` replaces layers while they are on the meta device: the files
-    must then hold the tensors of the replacements. A 2.0 checkpoint without any indexer weights gives a dense model.
+    `dtype` defaults to the one in the config. Quantised files keep their bits; `quant` int4, int8, fp8 or a policy
+    quantises others while they are read. `layers` replaces layers while they are on the meta device: the files must
+    then hold the tensors of the replacements. A 2.0 checkpoint without any indexer weights gives a dense model.
     Raises `WeightsError` that names every missing, mis-shaped and, if `strict`, unexpected tensor.
     """
     dtype = dtype or torch_dtype(config.dtype)
-    tensors = open_checkpoint(Path(folder))
-    model, plan, report = _plan_model(tensors, config, strict=strict, layers=layers)  # before any memory is taken
+    tensors = open_weights(Path(folder))
+    policy = make_policy(quant) if isinstance(quant, str) else quant
+    if policy is not None:
+        check_not_quantised(tensors, config)
+    # Before any memory is taken:
+    model, plan, report = plan_model(tensors, config, strict=strict, layers=layers, policy=policy)
     for module in model.modules():
         if isinstance(module, Experts) and dtype == torch.bfloat16 and torch.device(device).type == "cpu":
             lay_out_for_decoding(module)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    _fill(model, plan, tensors)
+    fill(model, plan, tensors)
     model.origin = Path(folder) if any(CARRIED.search(name) for name in report.ignored) else None
     return model.eval(), report
 
 
 def check_fit(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> LoadReport:
     """What `load_model` would report of these tensors, or the error that it would raise; no tensor is read."""
-    return _plan_model(tensors, config, strict=True)[2]
+    return plan_model(tensors, config, strict=True)[2]
+
+
+def check_not_quantised(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> None:
+    """`WeightsError` for weights that are quantised already."""
+    stored = stored_policy(config)
+    kind = stored.kind if stored else next((t.format.kind for t in tensors.values() if t.format is not None), None)
+    if kind is not None:
+        raise WeightsError(f"the weights are quantised already ({kind}), and would lose more if they were quantised "
+                           "again: take the model that they were made of, or load them as they are")  # fmt: skip
 
 
 def load_vision(
@@ -88,41 +117,37 @@ def load_vision(
         tower = VisionTower(vision_config_from_dict(raw), hidden).to(dtype)
     plan, report = _plan(tower, tensors, strict=True)
     tower = tower.to_empty(device=device)
-    _fill(tower, plan, tensors)
+    fill(tower, plan, tensors)
     return tower.eval(), report
 
 
 def replace_layers(model: nn.Module, factory: LayerFactory) -> None:
-    """Asks `factory` about every `nn.Linear` and `Experts` of a model, on the meta device before a checkpoint is read
-    or filled afterwards. Routers, and a head that is tied to the embeddings, stay as they are."""
+    """Asks `factory` about the token embeddings and every `nn.Linear` and `Experts` of a model and what stands in their
+    place already, on the meta device before a checkpoint is read or filled afterwards. Routers stay as they are, and a
+    head that is tied to the embeddings follows them."""
     tied = getattr(model, "is_tied", False)
     for name, layer in list(model.named_modules()):
-        is_matrix = isinstance(layer, nn.Linear | Experts) and not isinstance(layer, Router)
-        if is_matrix and not (tied and name == "lm_head"):
+        is_matrix = isinstance(layer, _MATRICES) and not isinstance(layer, Router)
+        if (is_matrix or name.endswith(".embed_tokens")) and not (tied and name == "lm_head"):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, factory(name, layer))
+    if tied and isinstance(model, KeyeModel):
+        model.tie_weights()
 
 
 def load_tensors(model: KeyeModel, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Fills an existing model from tensors in memory, under the same rules as `load_model`."""
     sources = {name: MemoryTensor(tensor) for name, tensor in tensors.items()}
     plan, report = _plan(model, sources, strict=strict)
-    _fill(model, plan, sources)
+    fill(model, plan, sources)
     return report
 
 
 def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
-    """Replaces weights in place with `tensors` under official names, all or some of the model's; returns the new
-    version of the weights. `WeightsError` that names the tensor, before anything is changed, for a name that the model
-    does not have, another shape, and numbers that are not floating-point."""
-    state, per_expert = model.state_dict(), per_expert_modules(tensors)
-    if model.is_tied:
-        del state["lm_head.weight"]
-    places = {
-        name: view(tensor)
-        for own, tensor in state.items()
-        for name, view in file_tensors(own, tuple(tensor.shape), per_expert)
-    }
+    """Replaces weights in place with `tensors` under official names, all or some of the model's, which are quantised
+    where the model's are; returns the new version of the weights. `WeightsError` that names the tensor, before anything
+    is changed, for a name that the model does not have, another shape, and numbers that are not floating-point."""
+    places = {f.name: f for f in _fills(model, (), per_expert_modules(tensors))}
     unused = {"lm_head.weight"} if model.is_tied else set()
     used = {name: t for name, t in tensors.items() if name not in unused and not IGNORED.search(name)}
     for name, tensor in used.items():
@@ -134,9 +159,10 @@ def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
             raise WeightsError(f"{name} is {list(tensor.shape)} instead of {list(places[name].shape)}")
         if not tensor.is_floating_point():
             raise WeightsError(f"{name} is {tensor.dtype}; give floating-point numbers")
+        if not bool(tensor.isfinite().all()) and places[name].own in quantized_weights(model):
+            raise WeightsError(f"{name} holds NaN or infinite numbers, which cannot be quantised")
     with torch.no_grad():
-        for name, tensor in used.items():
-            places[name].copy_(tensor)
+        fill(model, [places[name] for name in used], {name: MemoryTensor(tensor) for name, tensor in used.items()})
     model.weights_version += 1
     return model.weights_version
 
@@ -145,9 +171,14 @@ def save_model(
     model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Path:
     """Writes the weights under the official names: `model.safetensors`, or shards with an index if there are more than
-    `shard_bytes`. Tensors of the official files that no forward pass reads (`CARRIED`) are copied from the folder
-    that the model was loaded from. Returns the path of the file or index; see `write_checkpoint`."""
-    state = {name: t for name, t in model.state_dict().items() if not (model.is_tied and name == "lm_head.weight")}
+    `shard_bytes`; of a quantised model codes and scales, whatever `dtype` is. Tensors of the official files that no
+    forward pass reads (`CARRIED`) are copied from the folder that the model was loaded from. Returns the path of the
+    file or index; see `write_checkpoint`."""
+    state = {name: t for name, t in model.state_dict().items()
+             if not (model.is_tied and name.startswith("lm_head.weight"))}  # fmt: skip
+    if quantized_weights(model) and stored_policy(model.config) is None:
+        raise WeightsError("the model keeps the formats of the file that it was loaded from, which a folder cannot "
+                           "hold: `keye convert` writes that file's weights as safetensors")  # fmt: skip
     return write_checkpoint({**state, **_carried(model)}, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
@@ -175,46 +206,71 @@ def torch_dtype(name: str) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------------
 # Matching names
 
-_Plan = dict[str, tuple[str, View]]
 
-
-def _plan_model(
-    tensors: Mapping[str, TensorSource], config: KeyeConfig, *, strict: bool, layers: LayerFactory | None = None
-) -> tuple[KeyeModel, _Plan, LoadReport]:
-    """A model without memory that suits the tensors, dense if they hold no indexer, and how they fill it."""
+def plan_model(
+    tensors: Mapping[str, TensorSource], config: KeyeConfig, *, strict: bool, layers: LayerFactory | None = None,
+    policy: Policy | None = None,
+) -> tuple[KeyeModel, list[Fill], LoadReport]:  # fmt: skip
+    """A model without memory that suits the tensors, dense if they hold no indexer, and how they fill it. With `policy`
+    it is quantised, without one as the tensors are."""
     lacks_indexer = config.text.sparse is not None and not any(INDEXER in name for name in tensors)
     with torch.device("meta"):
         model = KeyeModel(config.without_indexer() if lacks_indexer else config)
+        if policy is not None:
+            section = {"quantization_config": policy.to_dict()}
+            model.config = replace(model.config, raw={**model.config.raw, **section})
+        stored, per_expert = policy or stored_policy(config), per_expert_modules(tensors)
+
+        def quantise(name: str, layer: nn.Module) -> nn.Module:
+            form = stored.format_of(f"{name}.weight") if stored else stored_format(name, tensors, per_expert)
+            return layer if form is None else quantize_layer(layer, form)
+
+        replace_layers(model, quantise)
         if layers is not None:
             replace_layers(model, layers)
     plan, report = _plan(model, tensors, strict=strict)
     return model, plan, replace(report, lacks_indexer=lacks_indexer)
 
 
-def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool) -> tuple[_Plan, LoadReport]:
-    """File name -> (module tensor, view of it to write), and what is left out; raises for whatever does not fit."""
-    state, tied = model.state_dict(), isinstance(model, KeyeModel) and model.is_tied
-    per_expert = per_expert_modules(tensors)
-    plan: _Plan = {}
+def fill(model: nn.Module, plan: Collection[Fill], tensors: Mapping[str, TensorSource]) -> None:
+    """Reads every planned tensor into its place, in the order in which the files hold them."""
+    places: dict[str, Tensor | QuantTensor] = dict(plain_state(model))
+    places |= {name: weight.tensor for name, weight in quantized_weights(model).items()}
+    for tensor in model.state_dict().values():
+        ask_for_huge_pages(tensor)
+    order = sorted(plan, key=lambda step: tensors[step.name].place)
+    copy_all(work for step in order for work in step.work(tensors[step.name], places[step.own]))
+
+
+def _fills(model: nn.Module, tensors: Collection[str], per_expert: Collection[str]) -> Iterator[Fill]:
+    """What fills a model from tensors of these names."""
+    tied = isinstance(model, KeyeModel) and model.is_tied
+    for name, tensor in plain_state(model).items():
+        if not (tied and name == "lm_head.weight"):
+            yield from plain_fills(name, tuple(tensor.shape), per_expert)
+    for name, weight in quantized_weights(model).items():
+        yield from weight_fills(name, weight, tensors, per_expert)
+
+
+def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool) -> tuple[list[Fill], LoadReport]:
+    """What fills the model, and what is left out; raises for whatever does not fit."""
+    tied = isinstance(model, KeyeModel) and model.is_tied
+    plan = list(_fills(model, tensors, per_expert_modules(tensors)))
     missing: list[str] = []
     wrong: list[str] = []
     unreadable: list[str] = []
-    for name, tensor in state.items():
-        if tied and name == "lm_head.weight":
-            continue
-        for wanted, view in file_tensors(name, tuple(tensor.shape), per_expert):
-            plan[wanted] = (name, view)
-            shape = tuple(view(tensor).shape)
-            if wanted not in tensors:
-                missing.append(wanted)
-            elif tensors[wanted].shape != shape:
-                wrong.append(f"{wanted} is {list(tensors[wanted].shape)} instead of {list(shape)}")
-            elif not tensors[wanted].is_readable:
-                unreadable.append(f"{wanted} is {tensors[wanted].dtype}")
-    rest = set(tensors) - set(plan)
+    for step in plan:
+        source = tensors.get(step.name)
+        if source is None:
+            missing.append(step.name)
+        elif (mismatch := step.mismatch(source)) is not None:
+            wrong.append(mismatch)
+        elif step.dtype is None and not source.is_readable:
+            unreadable.append(f"{step.name} is {source.dtype}")
+    rest = set(tensors) - {step.name for step in plan}
     ignored = {name for name in rest if IGNORED.search(name)}
-    dense = not any(INDEXER in name for name in state)
-    unused = {n for n in rest - ignored if (dense and INDEXER in n) or (tied and n == "lm_head.weight")}
+    dense = not any(INDEXER in step.own for step in plan)
+    unused = {n for n in rest - ignored if (dense and INDEXER in n) or (tied and n.startswith("lm_head.weight"))}
     unexpected = rest - ignored - unused if strict else set()
     problems = (
         ("missing", missing), ("mis-shaped", wrong), ("no floating-point numbers that keye reads", unreadable),
@@ -227,12 +283,3 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")
     return plan, LoadReport(tuple(sorted(ignored)), tuple(sorted(rest - ignored)))
-
-
-def _fill(model: nn.Module, plan: _Plan, tensors: Mapping[str, TensorSource]) -> None:
-    """Reads every planned tensor into its place, in the order in which the files hold them."""
-    state = model.state_dict()
-    for tensor in state.values():
-        ask_for_huge_pages(tensor)
-    order = sorted(plan, key=lambda name: tensors[name].place)
-    copy_all(work for name in order for work in tensors[name].pieces(plan[name][1](state[plan[name][0]])))

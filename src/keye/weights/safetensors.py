@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keye.config import read_json
+from keye.ops.quantized import QuantFormat, QuantTensor
 from keye.weights.source import WeightsError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -29,9 +30,12 @@ INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 #: Bytes that are read at once.
 PIECE_BYTES = 16 * 2**20
+_CODES = re.compile(r"\.(codes|scales|minima)$")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Numbers that a weight may be stored as, by their names in safetensors.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: The same and codes of quantised weights, which are numbers together with their scales only.
+_DTYPES = {**_NUMBERS, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,23 @@ class StoredTensor:
     file: Path
     start: int
     nbytes: int
+    format: QuantFormat | None = None
 
     @property
     def is_readable(self) -> bool:
-        return self.dtype in _DTYPES
+        return self.dtype in _NUMBERS
 
     @property
     def place(self) -> tuple[str, int]:
         return str(self.file), self.start
+
+    def part(self, begin: int, end: int) -> StoredTensor:
+        row = self.nbytes // self.shape[0]
+        shape, start = (end - begin, *self.shape[1:]), self.start + begin * row
+        return replace(self, shape=shape, start=start, nbytes=(end - begin) * row)
+
+    def quantized(self) -> QuantTensor:
+        raise AssertionError("floating-point numbers are in no quantised format")
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
         """Pieces of `PIECE_BYTES`; of a target that is not contiguous its matrices, each with a buffer of its size."""
@@ -160,13 +173,15 @@ def write_checkpoint(
 ) -> Path:
     """Writes `model.safetensors`, or shards with their index where there are more than `shard_bytes`.
 
-    `dtype` converts on the way. The files appear together when all are complete, and those of an earlier save vanish;
-    a failure leaves the folder as it was. Returns the path of the file or of the index. Extra memory: one shard.
+    `dtype` converts floating-point numbers on the way, but not what belongs to quantised weights. The files appear
+    together when all are complete, and those of an earlier save vanish; a failure leaves the folder as it was. Returns
+    the path of the file or of the index. Extra memory: one shard.
     """
     from keye.files import complete_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}
+    dtypes = {name: t.dtype if dtype is None or _CODES.search(name) else dtype for name, t in tensors.items()}
+    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
     groups = _groups(sizes, shard_bytes)
     single, count = len(groups) == 1, len(groups)
     names = [WEIGHTS_FILE if single else f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -180,7 +195,7 @@ def write_checkpoint(
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             draft.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for name, group in zip(names, groups, strict=True):
-            part = {n: tensors[n].detach().to(device="cpu", dtype=dtype).contiguous() for n in group}
+            part = {n: tensors[n].detach().to(device="cpu", dtype=dtypes[n]).contiguous() for n in group}
             save_file(part, drafts.enter_context(complete_file(folder / name)), metadata={"format": "pt"})
     current = {path.name, *names}
     for file in folder.iterdir():

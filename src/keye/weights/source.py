@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from keye.errors import KeyeError
+from keye.ops.quantized import QuantFormat, QuantTensor
 
 #: Pieces of work that are under way at once: while one waits for the disk another is copied, and a file is still read
 #: nearly from front to back.
@@ -42,8 +43,18 @@ class TensorSource(Protocol):
         """Whether `pieces` can turn what is stored into floating-point numbers."""
 
     @property
+    def format(self) -> QuantFormat | None:
+        """The format that keeps what is stored bit for bit; None for tensors that are not quantised."""
+
+    @property
     def place(self) -> tuple[str, int]:
         """Sorting by it puts tensors in the order in which they are read fastest."""
+
+    def part(self, begin: int, end: int) -> TensorSource:
+        """Rows `begin .. end` along the first dimension, which cost no more than they are."""
+
+    def quantized(self) -> QuantTensor:
+        """The whole in `format`, which is not None."""
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
         """Work that together fills `target`, a tensor of this shape, converting to its dtype and device; in any order,
@@ -55,6 +66,7 @@ class MemoryTensor:
     """A tensor that is in memory already."""
 
     tensor: Tensor
+    format: QuantFormat | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +83,12 @@ class MemoryTensor:
     @property
     def place(self) -> tuple[str, int]:
         return "", 0
+
+    def part(self, begin: int, end: int) -> MemoryTensor:
+        return MemoryTensor(self.tensor[begin:end])
+
+    def quantized(self) -> QuantTensor:
+        raise AssertionError("floating-point numbers are in no quantised format")
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
         yield lambda: target.copy_(self.tensor)
@@ -90,11 +108,16 @@ def ask_for_huge_pages(tensor: Tensor) -> bool:
 
 
 def copy_all(work: Iterable[Callable[[], object]]) -> None:
-    """Does the pieces of work on `READERS` threads; the first error stops the rest."""
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for done in [pool.submit(piece) for piece in work]:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    """Does the pieces of work on `READERS` threads; the first error stops the rest. Torch works on one thread in each,
+    since pieces are small."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for done in [pool.submit(piece) for piece in work]:
+                    done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)  # which threads that start later take over

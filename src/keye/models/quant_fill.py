@@ -1,0 +1,189 @@
+"""Quantised weights in a model: which layers take them, and filling them from floating-point tensors or from codes.
+
+Legend: E experts, M outputs, K inputs, I expert width, d model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from keye.config import KeyeConfig
+from keye.models.moe import Experts
+from keye.ops.quantized import QuantFormat, QuantTensor
+from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
+from keye.quant.policy import Policy
+from keye.quant.search import Loss, QuantError, quantize_into
+from keye.weights.names import file_tensors
+from keye.weights.source import TensorSource, WeightsError
+
+#: Bytes of a floating-point tensor that are read and quantised at once.
+PIECE_BYTES: Final = 16 * 2**20
+#: The format of weights whose pieces a file has in several: experts of which each has its own.
+_MIXED: Final = QuantFormat("int8", 32)
+
+#: Names of the dtypes of codes and scales, in safetensors and in torch.
+_NAMES: Final = {
+    torch.uint8: ("U8", "uint8"), torch.int8: ("I8", "int8"), torch.float8_e4m3fn: ("F8_E4M3", "float8_e4m3fn"),
+    torch.bfloat16: ("BF16", "bfloat16"), torch.float32: ("F32", "float32"),
+}  # fmt: skip
+
+#: What each input of a matrix counts for, by the official name of its tensor: float32 [K], or [E, K] for experts.
+Importance = Mapping[str, Tensor]
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A tensor of the files and what it fills: `work` reads it into the place of `own`, the name of a tensor of the
+    model's state or of a quantised weight."""
+
+    name: str
+    own: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    work: Callable[[TensorSource, Any], Iterator[Work]]
+
+    def mismatch(self, source: TensorSource) -> str | None:
+        """How the tensor differs from what is wanted, None where it does not: its shape, and where codes and scales
+        are wanted its dtype."""
+        if source.shape != self.shape:
+            return f"{self.name} is {list(source.shape)} instead of {list(self.shape)}"
+        if self.dtype is not None and source.dtype not in _NAMES[self.dtype]:
+            return f"{self.name} is {source.dtype} instead of {_NAMES[self.dtype][0]}"
+        return None
+
+
+def quantize_layer(layer: nn.Module, form: QuantFormat) -> nn.Module:
+    """The quantised layer in the place of a plain one, on its device; its numbers are not written yet."""
+    if isinstance(layer, nn.Linear):
+        return QuantLinear.like(layer, form)
+    if isinstance(layer, nn.Embedding):
+        return QuantEmbedding.like(layer, form)
+    assert isinstance(layer, Experts)
+    (experts, dim, twice), up = layer.gate_up_proj.shape, layer.gate_up_proj
+    return QuantExperts.empty(experts, dim, twice // 2, form, up.dtype, up.device)
+
+
+def stored_policy(config: KeyeConfig) -> Policy | None:
+    """The formats of a folder that keye quantised, None for others."""
+    section = config.raw.get("quantization_config")
+    return Policy.from_dict(section) if isinstance(section, Mapping) and section.get("quant_method") == "keye" else None
+
+
+def stored_format(name: str, tensors: Mapping[str, TensorSource], per_expert: Collection[str]) -> QuantFormat | None:
+    """The format that keeps the matrix or experts of a layer as the files have them; None for floating-point ones."""
+    if name in per_expert:
+        formats = {source.format for own, source in tensors.items() if own.startswith(f"{name}.")}
+    else:
+        formats = {tensors[f"{name}.weight"].format} if f"{name}.weight" in tensors else {None}
+    if formats == {None}:
+        return None
+    return formats.pop() if len(formats) == 1 else _MIXED
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """The quantised weights of a model by the official names of their tensors; one that is tied, once."""
+    return {name: weight for name, weight in model.named_modules() if isinstance(weight, QuantizedWeight)}
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model without its quantised weights."""
+    weights = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedWeight)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in weights}
+
+
+def plain_fills(own: str, shape: tuple[int, ...], per_expert: Collection[str]) -> Iterator[Fill]:
+    """What fills a tensor that is not quantised."""
+    example = torch.empty(shape, device="meta")
+    for name, view in file_tensors(own, shape, per_expert):
+        yield Fill(name, own, tuple(view(example).shape), None, lambda source, to, view=view: source.pieces(view(to)))  # type: ignore[misc]
+
+
+def weight_fills(
+    own: str, weight: QuantizedWeight, tensors: Collection[str], per_expert: Collection[str],
+    importance: Importance | None = None, observe: Callable[[str, Loss], object] | None = None,
+) -> Iterator[Fill]:  # fmt: skip
+    """What fills a quantised weight: its codes and scales where the files have them, else numbers, which are quantised.
+    `observe` is called with what that loses, from several threads."""
+    if f"{own}.codes" in tensors:
+        for leaf in ("codes", "scales", "minima")[: 3 if weight.format.has_minimum else 2]:
+            buffer: Tensor = getattr(weight, leaf)
+            yield Fill(
+                f"{own}.{leaf}", own, tuple(buffer.shape), buffer.dtype,
+                lambda source, to, leaf=leaf: source.pieces(getattr(to, leaf)),  # type: ignore[misc]
+            )  # fmt: skip
+        return
+    counts = None if importance is None else importance.get(own)
+    for name, shape, take in _matrices(own, weight.shape, per_expert):
+        quantise = _Quantise(name, counts, observe or (lambda name, loss: None))
+        yield Fill(name, own, shape, None, lambda source, to, run=quantise, take=take: run.work(source, to, *take))  # type: ignore[misc]
+
+
+_Take = tuple[int | None, slice | None]
+
+
+def _matrices(
+    own: str, shape: tuple[int, ...], per_expert: Collection[str]
+) -> Iterator[tuple[str, tuple[int, ...], _Take]]:
+    """Tensors of the files that make up a quantised matrix: name, shape, and the expert and the rows of it that they
+    are; (None, None) is the whole, which is transposed for fused experts."""
+    module, _, leaf = own.rpartition(".")
+    if len(shape) == 2:
+        yield own, shape, (None, None)
+    elif module not in per_expert:
+        yield own, (shape[0], shape[2], shape[1]), (None, None)
+    else:
+        E, M, K = shape
+        for e in range(E):
+            if leaf == "down_proj":
+                yield f"{module}.{e}.down_proj.weight", (M, K), (e, None)
+            else:
+                yield f"{module}.{e}.gate_proj.weight", (M // 2, K), (e, slice(0, M // 2))
+                yield f"{module}.{e}.up_proj.weight", (M // 2, K), (e, slice(M // 2, M))
+
+
+@dataclass(frozen=True)
+class _Quantise:
+    """The work that turns a tensor of the files into a part of a quantised matrix, piece by piece."""
+
+    name: str
+    importance: Tensor | None
+    observe: Callable[[str, Loss], object]
+
+    def work(self, source: TensorSource, to: QuantTensor, expert: int | None, rows: slice | None) -> Iterator[Work]:
+        counts = self.importance
+        if expert is not None:
+            to = to[expert]
+            counts = counts[expert] if counts is not None and counts.dim() > 1 else counts
+        to = to if rows is None else to[rows]
+        if len(to.shape) == 3:
+            for e in range(to.shape[0]):
+                own = counts[e] if counts is not None and counts.dim() > 1 else counts
+                yield lambda e=e, own=own: self._numbers(source.part(e, e + 1), to[e], own, transposed=True)  # type: ignore[misc]
+        elif source.format == to.format:
+            yield lambda: to.copy_(source.quantized())
+        else:
+            step = max(1, PIECE_BYTES // (4 * to.shape[1]) // to.format.rows) * to.format.rows
+            for begin in range(0, to.shape[0], step):
+                end = min(begin + step, to.shape[0])
+                view = to[begin:end] if to.format.rows == 1 else to
+                assert to.format.rows == 1 or step >= to.shape[0], "blocks of rows share a scale"
+                yield lambda b=begin, e=end, view=view: self._numbers(source.part(b, e), view, counts)  # type: ignore[misc]
+
+    def _numbers(self, source: TensorSource, to: QuantTensor, counts: Tensor | None, transposed: bool = False) -> None:
+        dtype = torch.bfloat16 if source.dtype in ("BF16", "bfloat16") else torch.float32
+        numbers = torch.empty(source.shape, dtype=dtype)
+        for piece in source.pieces(numbers):
+            piece()
+        if transposed:
+            numbers = numbers[0].t()
+        try:
+            loss = quantize_into(to, numbers.to(to.codes.device), counts)
+        except QuantError:
+            raise WeightsError(f"{self.name} holds NaN or infinite numbers, which cannot be quantised") from None
+        self.observe(self.name, loss)
